@@ -1,0 +1,113 @@
+"""What is measured: a Case, and the Bar it has to reach."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+Mode = Literal["quick", "full", "long"]
+Measure = Literal["time", "speedup", "ceiling", "cost", "memory"]
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+TEXT = {"speedup": "{:.2f}x", "ceiling": "{:.0%}", "cost": "{:.2f}x", "memory": "{:.0f} MB"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A requirement on a case against one implementation.
+
+    speedup: their time / ours, at least. ceiling: the hardware's time / ours, at least. cost: our time per scored pair /
+    ours without the feature, at most. memory: MB beyond inputs and results, at most.
+    """
+
+    against: str
+    measure: Measure
+    limit: float
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.measure in ("speedup", "ceiling") else value <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.measure in ("speedup", "ceiling") else "<="
+        return f"{sign} {TEXT[self.measure].format(self.limit)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One attention problem of square or decode shape, and who else runs it. Arrays are (batch, heads, seqlen, head_dim)."""
+
+    group: str
+    batch: int
+    num_heads: int
+    seqlen: int
+    head_dim: int
+    dtype: str = "float32"
+    causal: bool = False
+    backward: bool = False
+    num_heads_k: int = 0
+    seqlen_k: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    dropout_p: float = 0.0
+    against: tuple[str, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    mode: Mode = "full"
+
+    @property
+    def shape_q(self) -> tuple[int, int, int, int]:
+        return self.batch, self.num_heads, self.seqlen, self.head_dim
+
+    @property
+    def shape_k(self) -> tuple[int, int, int, int]:
+        return self.batch, self.num_heads_k or self.num_heads, self.seqlen_k or self.seqlen, self.head_dim
+
+    @property
+    def passes(self) -> str:
+        return "forward+backward" if self.backward else "forward"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of what is on, the mask first."""
+        names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p}
+        return tuple(name for name, on in names.items() if on)
+
+    @property
+    def shape(self) -> str:
+        """(1,8,2048,64), and for decode (1,32,1,128) over 8192x8: keys x their heads."""
+        text = "({},{},{},{})".format(*self.shape_q)
+        _, heads, keys, _ = self.shape_k
+        return text if (heads, keys) == (self.num_heads, self.seqlen) else f"{text} over {keys}x{heads}"
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.group, self.passes, self.dtype, "+".join(self.features) or "full", self.shape])
+
+    @property
+    def plain(self) -> Case:
+        """The same case with nothing but its causal mask: what a feature's cost is measured against."""
+        return replace(self, window=None, softcap=None, alibi=False, dropout_p=0.0, against=(), bars=())
+
+    @property
+    def pairs(self) -> int:
+        """Scored (query, key) pairs over all heads: those the mask lets through."""
+        keys = self.shape_k[2]
+        diagonal = np.arange(self.seqlen) + keys - self.seqlen
+        last = np.clip(diagonal + 1, 0, keys) if self.causal else np.full(self.seqlen, keys)
+        first = np.zeros_like(last) if self.window is None else np.clip(diagonal - self.window, 0, keys)
+        return self.batch * self.num_heads * int(np.maximum(last - first, 0).sum())
+
+    @property
+    def flops(self) -> int:
+        """Two products forward, five more backward (scores again, dV, dP, dQ, dK), over scored pairs only."""
+        return (14 if self.backward else 4) * self.pairs * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        """What a decode step must read at least."""
+        return 2 * int(np.prod(self.shape_k)) * ITEMSIZE[self.dtype]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Case:
+        bars = tuple(Bar(**bar) for bar in data.pop("bars"))
+        return cls(**{**data, "against": tuple(data["against"])}, bars=bars)

@@ -1,0 +1,208 @@
+"""Who runs a case on the CPU: each implementation as a call on the same memory, in its own natural layout.
+
+An implementation is imported only when it is asked for: a second thread pool in the process slows short calls of the first.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import ceilings
+from .case import Case
+from .machine import version
+from .timing import wall
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """`call` does all the work of one public call, allocation included; `arrays` makes its result comparable.
+
+    arrays(result) -> float32 [out] or [out, dq, dk, dv], each (batch, heads, seqlen, head_dim); None: nothing to compare.
+    """
+
+    call: Callable[[], Any]
+    label: str
+    arrays: Callable[[Any], list[Array]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """q, k, v, dout, (batch, heads, seqlen, head_dim), random: zeros would save power and touch no memory."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    random = np.random.default_rng(seed)
+    shapes = (case.shape_q, case.shape_k, case.shape_k, case.shape_q)
+    return Inputs(*(_aligned(random.standard_normal(shape, dtype=np.float32), case.dtype) for shape in shapes))
+
+
+def _aligned(values: Array, dtype: str) -> Array:
+    """A copy that starts on a cache line, as torch's own arrays do; NumPy alone promises 16 bytes."""
+    if dtype == "bfloat16":
+        import ml_dtypes  # only now does NumPy know the name
+
+        kind = np.dtype(ml_dtypes.bfloat16)
+    else:
+        kind = np.dtype(dtype)
+    memory = np.empty(values.size * kind.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array = memory[start:start + values.size * kind.itemsize].view(kind).reshape(values.shape)
+    array[...] = values
+    return array
+
+
+def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None) -> Runner:
+    import fastattn
+
+    if engine is None:
+        fastattn.set_num_threads(threads)
+    options: dict[str, Any] = {"causal": case.causal, "layout": "bhsd", "engine": engine}
+    if case.window is not None:
+        options["window"] = (case.window, 0 if case.causal else case.window)
+    if case.softcap is not None:
+        options["softcap"] = case.softcap
+    if case.alibi:
+        options["alibi_slopes"] = np.float32(2.0) ** (-8 * np.arange(1, case.num_heads + 1, dtype=np.float32) / case.num_heads)
+    if case.dropout_p:
+        options |= {"dropout_p": case.dropout_p, "seed": 1}
+
+    def forward() -> list[Any]:
+        return [fastattn.attention(x.q, x.k, x.v, **options)]
+
+    def both() -> list[Any]:
+        out, lse = fastattn.attention(x.q, x.k, x.v, return_lse=True, **options)
+        grads = fastattn.attention_backward(x.dout, x.q, x.k, x.v, out, lse, **options)
+        return [out, grads.dq, grads.dk, grads.dv]
+
+    label = f"fastattn {fastattn.__version__}" + (f" ({engine})" if engine else "")
+    return Runner(both if case.backward else forward, label, lambda result: [np.asarray(a, np.float32) for a in result])
+
+
+def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runner:
+    """F.scaled_dot_product_attention and autograd. `fold`: one query row of several heads of a group as rows of one head,
+    which a user can write by hand for decoding and which reads K and V once per group."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    torch.set_num_threads(threads)
+    q, k, v, dout = (_tensor(array) for array in (x.q, x.k, x.v, x.dout))
+    grouped = case.shape_k[1] != case.num_heads
+
+    if fold:
+        folded = q.view(case.batch, case.shape_k[1], -1, case.head_dim)
+
+        def forward() -> list[Any]:
+            with torch.inference_mode():
+                return [scaled_dot_product_attention(folded, k, v).view(q.shape)]
+    else:
+        def forward() -> list[Any]:
+            with torch.inference_mode():
+                return [scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped)]
+
+    def both() -> list[Any]:
+        out = scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    if case.backward:
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+    return Runner(both if case.backward else forward, f"torch {torch.__version__}", lambda result: [a.float().numpy() for a in result])
+
+
+def _tensor(array: Array) -> Any:
+    """The same memory as a torch tensor; bfloat16 goes through int16, because torch does not know ml_dtypes."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def make_onnxruntime(case: Case, x: Inputs, threads: int) -> Runner:
+    """The faster, on this case, of onnxruntime's two attention operators."""
+    runners = [_onnx_attention(case, x, threads)]
+    if case.shape_q == case.shape_k:
+        runners.append(_onnx_multi_head(case, x, threads))
+    return min(runners, key=lambda runner: min(wall(runner.call) for _ in range(4)))
+
+
+def _onnx_attention(case: Case, x: Inputs, threads: int) -> Runner:
+    """Attention of opset 23 on (batch, heads, seqlen, head_dim)."""
+    session = _session("Attention", "", 23, {"is_causal": int(case.causal)}, (case.shape_q, case.shape_k, case.shape_k), threads)
+    feeds = {"q": x.q, "k": x.k, "v": x.v}
+    return Runner(lambda: session.run(None, feeds), f"onnxruntime {version('onnxruntime')} (Attention)", list)
+
+
+def _onnx_multi_head(case: Case, x: Inputs, threads: int) -> Runner:
+    """com.microsoft MultiHeadAttention on (batch, seqlen, heads * head_dim), its only layout; copied to it outside the timing."""
+    batch, heads, seqlen, dim = case.shape_q
+    shape = (batch, seqlen, heads * dim)
+    attributes = {"num_heads": heads, "unidirectional": int(case.causal)}
+    session = _session("MultiHeadAttention", "com.microsoft", 1, attributes, (shape, shape, shape), threads)
+    feeds = {name: np.ascontiguousarray(array.swapaxes(1, 2)).reshape(shape) for name, array in (("q", x.q), ("k", x.k), ("v", x.v))}
+
+    def arrays(result: list[Array]) -> list[Array]:
+        return [result[0].reshape(batch, seqlen, heads, dim).swapaxes(1, 2)]
+
+    return Runner(lambda: session.run(None, feeds), f"onnxruntime {version('onnxruntime')} (MultiHeadAttention)", arrays)
+
+
+def _session(operator: str, domain: str, opset: int, attributes: dict[str, int], shapes: tuple[tuple[int, ...], ...], threads: int) -> Any:
+    """A session of one node, float32."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip("qkv", shapes, strict=True)]
+    node = helper.make_node(operator, ["q", "k", "v"], ["out"], domain=domain, **attributes)
+    graph = helper.make_graph([node], "attention", inputs, [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", 23)] + ([helper.make_opsetid(domain, opset)] if domain else [])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Its threads would spin for some 20 ms after each run and take a core from the other rival's turn; spinning within a run stays.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def make_fma_peak(case: Case, x: Inputs, threads: int) -> Runner:
+    return Runner(ceilings.fma_call(case.flops, threads), "multiply-adds in registers, as many as the case has")
+
+
+def make_memory_read(case: Case, x: Inputs, threads: int) -> Runner:
+    return Runner(ceilings.read_call([x.k, x.v], threads), "reading K and V once")
+
+
+def make_plain(case: Case, x: Inputs, threads: int) -> Runner:
+    """fastattn without the features, to see what they cost."""
+    return Runner(make_fastattn(case.plain, x, threads).call, "fastattn without the features")
+
+
+MAKERS: dict[str, Callable[[Case, Inputs, int], Runner]] = {
+    "torch": make_torch,
+    "torch folded": lambda case, x, threads: make_torch(case, x, threads, fold=True),
+    "onnxruntime": make_onnxruntime,
+    "fma peak": make_fma_peak,
+    "memory read": make_memory_read,
+    "plain": make_plain,
+}
+# What each needs besides fastattn: Python packages, or a compiler for the hardware probes.
+PACKAGES: dict[str, tuple[str, ...]] = {"torch": ("torch",), "torch folded": ("torch",), "onnxruntime": ("onnxruntime", "onnx")}
+
+
+def missing(implementation: str) -> str | None:
+    """Why an implementation cannot run here, or None."""
+    absent = [package for package in PACKAGES.get(implementation, ()) if version(package) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    return ceilings.missing_compiler() if implementation in ("fma peak", "memory read") else None

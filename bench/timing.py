@@ -1,0 +1,79 @@
+"""Paired, interleaved timing: A, B, A, B, ... in one process, so that a machine that changes its speed changes both."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Call = Callable[[], object]
+Timer = Callable[[Call], float]
+
+
+class Spread(NamedTuple):
+    """Median and the 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
+
+def spread(samples: list[float] | np.ndarray) -> Spread:
+    low, median, high = np.percentile(samples, (20, 50, 80))
+    return Spread(float(median), float(low), float(high))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """At least `rounds` rounds and `seconds` seconds of A and B together.
+
+    `settle` seconds pass before each turn's measurement: the other rival's pool of threads may still spin after its call
+    (OpenMP and onnxruntime do, for some milliseconds) and would steal a core. A turn's calls take `turn` seconds together, so that
+    calls of microseconds are not one reading of the clock.
+    """
+
+    rounds: int = 7
+    seconds: float = 2.0
+    settle: float = 0.002
+    turn: float = 0.002
+
+
+def wall(call: Call) -> float:
+    """Seconds of one call. The result is freed after the clock is read."""
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def alternate(first: Call, second: Call | None, budget: Budget, timer: Timer = wall) -> tuple[list[float], list[float]]:
+    """Samples of both calls, taken in turns after a warm-up; sample n of the one goes with sample n of the other."""
+    calls = [first] if second is None else [first, second]
+    seconds = [min(timer(call) for _ in range(3)) for call in calls]  # the first call of each compiles, allocates, starts threads
+    samples: list[list[float]] = [[], []]
+    end = time.perf_counter() + budget.seconds
+    while len(samples[0]) < budget.rounds or time.perf_counter() < end:
+        for call, one, kept in zip(calls, seconds, samples, strict=False):
+            kept.append(_turn(call, one, budget, timer))
+    return samples[0], samples[1]
+
+
+def _turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
+    """Median of one turn's calls. Short calls settle by running, long ones by waiting awake: a sleep lets the core's clock drop."""
+    end = time.perf_counter() + budget.settle
+    while time.perf_counter() < end:
+        if seconds < budget.settle:
+            call()
+    repeats = max(1, min(1000, int(budget.turn / max(seconds, 1e-9))))
+    return float(np.median([timer(call) for _ in range(repeats)]))
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> Spread:
+    """Spread of the ratios of samples taken side by side."""
+    return spread(np.divide(numerator, denominator))

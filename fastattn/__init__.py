@@ -1,0 +1,58 @@
+"""fastattn: exact attention, forward and backward, on arrays where they are.
+
+    from fastattn import attention
+    out = attention(q, k, v, causal=True)            # NumPy arrays or CPU tensors, (batch, seqlen, num_heads, head_dim)
+
+How a call flows, file by file:
+
+    attention(q, k, v, causal=True, ...)
+        |
+    api.py          the public functions; nothing is computed here
+        |
+    buffers.py      each array -> View: pointer, shape, strides, dtype, device; no copy
+        |           layout "bhsd" is a permutation of strides, so engines know one layout
+    problem.py      make_problem: every check of every argument, then the frozen Problem (what to compute)
+        |           row_bounds: the one definition of causal, window, padding and packed edges
+    api.py          chooses the engine by device, asks engine.supports(problem), allocates outputs
+        |
+        +-- cpu/            Cython engine, one source compiled per instruction set, chosen at import
+        +-- reference.py    float64 NumPy: the specification that decides what is right
+        |
+    buffers.py      outputs are handed over in the caller's own library
+
+philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the one
+form of an error message. Three nouns: a Problem says what, an engine's private Config says how, a View says where.
+Nothing heavy is imported before the first call that needs it.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from .api import (
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    dropout_mask,
+    merge_states,
+)
+from .buffers import Grads
+from .errors import UnsupportedError
+from .report import show_config
+
+if TYPE_CHECKING:
+    from .cpu import get_num_threads, set_num_threads
+
+__all__ = ["Grads", "UnsupportedError", "attention", "attention_backward", "attention_varlen", "attention_varlen_backward",
+           "dropout_mask", "get_num_threads", "merge_states", "set_num_threads", "show_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """set_num_threads and get_num_threads load the compiled CPU engine on first use."""
+    if name in ("set_num_threads", "get_num_threads"):
+        from . import cpu
+
+        return getattr(cpu, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

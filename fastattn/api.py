@@ -1,0 +1,296 @@
+"""The public functions: arguments -> Views -> Problem -> engine -> outputs in the caller's own library and layout.
+
+Common keywords of the four attention functions (shapes for layout="bshd"; "bhsd" swaps heads and sequence):
+
+causal         False; True or "bottom_right": key j <= i + seqlen_k - seqlen_q; "top_left": key j <= i
+window         (left, right) keys around the diagonal, inclusive, None = no limit
+softmax_scale  default 1 / sqrt(head_dim)
+softcap        scores become softcap * tanh(score / softcap)
+alibi_slopes   (num_heads,) or (batch, num_heads): adds -slope * |i + seqlen_k - seqlen_q - j|
+bias           additive, broadcasts to (batch, num_heads, seqlen_q, seqlen_k); q's dtype or float32; -inf allowed
+mask           bool, same shapes, True = may attend
+sinks          (num_heads,) logits that join the softmax's denominator only
+dropout_p, seed, offset   Philox dropout of the probabilities, see philox.py; the backward takes the same three
+stream         CUDA arrays only
+engine         None chooses by the arrays' device; "cpu", "gpu", "reference" force one
+
+Errors: ValueError and TypeError for wrong arguments, UnsupportedError where no engine has the combination, ImportError
+where the compiled CPU engine is missing.
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from .buffers import CPU, Device, Grads, Output, View, allocate, overlap, small, view
+from .errors import UnsupportedError, message
+from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
+
+Layout = Literal["bshd", "bhsd"]
+Packed = Literal["thd"]
+_MODULES = {"cpu": ".cpu", "reference": ".reference"}
+_engines: dict[str, Any] = {}
+
+
+# ---------------------------------------------------------------- the four functions
+def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
+              mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
+              layout: Layout = "bshd", out: Any = None, return_lse: bool = False, stream: Any = None,
+              engine: str | None = None) -> Any:
+    """softmax(scores) @ v: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_k, head_dim) and
+    v (batch, seqlen_k, num_heads_k, head_dim_v) -> out (batch, seqlen_q, num_heads, head_dim_v), or (out, lse).
+
+    lse is the natural log of the softmax's denominator, (batch, num_heads, seqlen_q), float32 (float64 for float64
+    input). `out` may be given and is returned. Other keywords and errors: see this module's docstring.
+    """
+    call = "attention"
+    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
+    return _forward(call, layout, engine, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+
+
+def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool | str = False,
+                       window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
+                       softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
+                       sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
+                       layout: Layout = "bshd", dlse: Any = None, need_dbias: bool = False, deterministic: bool = False,
+                       stream: Any = None, engine: str | None = None) -> Grads:
+    """Grads(dq, dk, dv, dbias, dsinks) of `attention` for dout, and dlse where lse was used too; out and lse as it gave them.
+
+    Each gradient has its input's shape, layout and dtype. dbias (bias's own shape) only when need_dbias, dsinks only when
+    sinks were given. The CPU engine is deterministic always.
+    """
+    call = "attention_backward"
+    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
+    return _backward(call, layout, engine, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
+                     softmax_scale, softcap, dropout_p, seed, offset)
+
+
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None = None,
+                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
+                     window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
+                     softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
+                     sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
+                     layout: Packed = "thd", out: Any = None, return_lse: bool = False, stream: Any = None,
+                     engine: str | None = None) -> Any:
+    """`attention` of sequences packed along one axis: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_k, ...)
+    -> out (total_q, num_heads, head_dim_v), or (out, lse) with lse (num_heads, total_q).
+
+    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q and the same of k; int32 or int64, (sequences + 1,).
+    seqused_k (sequences,): only that many of its keys exist. bias and mask broadcast to (sequences, num_heads,
+    max_seqlen_q, max_seqlen_k) and are indexed inside each sequence. Rows of no sequence: out 0, lse -inf.
+    """
+    call = "attention_varlen"
+    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
+    return _forward(call, layout, engine, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
+                    max_seqlen_q, max_seqlen_k, True)
+
+
+def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
+                              max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_k: Any = None,
+                              causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+                              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None,
+                              bias: Any = None, mask: Any = None, sinks: Any = None, dropout_p: float = 0.0,
+                              seed: int | None = None, offset: int = 0, layout: Packed = "thd", dlse: Any = None,
+                              need_dbias: bool = False, deterministic: bool = False, stream: Any = None,
+                              engine: str | None = None) -> Grads:
+    """Grads of `attention_varlen`; see attention_backward. Rows of no sequence and keys past seqused_k have gradient 0."""
+    call = "attention_varlen_backward"
+    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
+    return _backward(call, layout, engine, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
+                     softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, True)
+
+
+# ---------------------------------------------------------------- the flow they share
+def _operands(call: str, layout: str, stream: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, alibi_slopes: Any, sinks: Any,
+              cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None, packed: bool = False) -> Operands:
+    """Canonical Views of every array argument."""
+    if layout not in (("thd",) if packed else ("bshd", "bhsd")):
+        other = "attention" if packed else "attention_varlen takes packed arrays, layout 'thd'"
+        raise ValueError(message(call, "layout", f"is {layout!r}", "'thd'" if packed else "'bshd' or 'bhsd'",
+                                 f"{other} takes 'bshd' and 'bhsd'" if packed else other))
+    q_view, k_view, v_view = view(q, call, "q"), view(k, call, "k"), view(v, call, "v")
+    if stream is not None and q_view.device == CPU:
+        raise ValueError(message(call, "stream", f"is {stream!r}", "None, because q is in host memory"))
+    if layout == "bhsd":
+        q_view, k_view, v_view = _canonical(q_view, layout), _canonical(k_view, layout), _canonical(v_view, layout)
+    if bias is None and mask is None and alibi_slopes is None and sinks is None and not packed:
+        return Operands(q_view, k_view, v_view)
+    floats = "float64" if q_view.dtype == "float64" else "float32"
+    lengths: tuple[View | None, ...] = (None, None, None)
+    if packed:
+        lengths = (small(cu_seqlens_q, None, call, "cu_seqlens_q"), small(cu_seqlens_k, None, call, "cu_seqlens_k"),
+                   None if seqused_k is None else small(seqused_k, None, call, "seqused_k"))
+    return Operands(q_view, k_view, v_view, None if bias is None else view(bias, call, "bias"),
+                    None if mask is None else view(mask, call, "mask"),
+                    None if alibi_slopes is None else small(alibi_slopes, floats, call, "alibi_slopes"),
+                    None if sinks is None else small(sinks, floats, call, "sinks"), *lengths)
+
+
+def _canonical(x: View, layout: str) -> View:
+    """(batch, heads, seqlen, dim) <-> (batch, seqlen, heads, dim); a wrong rank is left for make_problem to report."""
+    return x.permute((0, 2, 1, 3)) if layout == "bhsd" and len(x.shape) == 4 else x
+
+
+def _problem(call: str, layout: str, o: Operands, causal: Any, window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any,
+             seed: Any, offset: Any, max_seqlen_q: Any, max_seqlen_k: Any, packed: bool) -> tuple[Problem, Operands]:
+    try:
+        return make_problem(call, o, packed=packed, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
+                            dropout_p=dropout_p, seed=seed, offset=offset, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    except (TypeError, ValueError) as error:
+        if layout == "bhsd":
+            error.add_note("Shapes in this message are in the order (batch, seqlen, num_heads, head_dim).")
+        raise
+
+
+def _forward(call: str, layout: str, engine: str | None, q: Any, o: Operands, out: Any, return_lse: bool, causal: Any, window: Any,
+             softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
+             max_seqlen_k: Any = None, packed: bool = False) -> Any:
+    problem, o = _problem(call, layout, o, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
+                          max_seqlen_k, packed)
+    shape = _swapped(problem.out_shape, layout)
+    if out is not None:
+        _check_out(call, out, shape, problem, o)
+    module = _engine(problem, engine, o.q.device)
+    output = allocate(q, shape, problem.dtype) if out is None else Output(view(out, call, "out"), out)
+    lse = allocate(q, problem.lse_shape, problem.lse_dtype) if return_lse else None
+    module.forward(problem, o, _canonical(output.view, layout), None if lse is None else lse.view)
+    return output.finish() if lse is None else (output.finish(), lse.finish())
+
+
+def _check_out(call: str, out: Any, shape: tuple[int, ...], problem: Problem, o: Operands) -> None:
+    """A caller's `out`: the right array, writable, and sharing no element with an input that is still being read."""
+    place = view(out, call, "out")
+    check_array(call, "out", place, shape, problem.dtype, o.q.device, output=True)
+    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks"):
+        x = getattr(o, name)
+        if x is not None and overlap(place, x):
+            raise ValueError(message(call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
+
+
+def _backward(call: str, layout: str, engine: str | None, arrays: tuple[Any, ...], o: Operands, need_dbias: bool, causal: Any,
+              window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
+              max_seqlen_k: Any = None, packed: bool = False) -> Grads:
+    dout, q, k, v, out, lse, dlse, bias, sinks = arrays
+    problem, broadcast = _problem(call, layout, o, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
+                                  max_seqlen_k, packed)
+    if need_dbias and bias is None:
+        raise ValueError(message(call, "need_dbias", "is True", "a bias, whose gradient it asks for", "pass bias= or need_dbias=False"))
+    shape, device = _swapped(problem.out_shape, layout), o.q.device
+    views = []
+    for name, x, x_shape, dtype in (("dout", dout, shape, problem.dtype), ("out", out, shape, problem.dtype),
+                                    ("lse", lse, problem.lse_shape, problem.lse_dtype)):
+        views.append(view(x, call, name))
+        check_array(call, name, views[-1], x_shape, dtype, device)
+    dlse_view = None if dlse is None else view(dlse, call, "dlse")
+    if dlse_view is not None:
+        check_array(call, "dlse", dlse_view, problem.lse_shape, problem.lse_dtype, device)
+    module = _engine(problem, engine, device)
+    dq, dk, dv = [allocate(x, _swapped(x_view.shape, layout), x_view.dtype) for x, x_view in ((q, o.q), (k, o.k), (v, o.v))]
+    dbias = allocate(bias, o.bias.shape, o.bias.dtype) if need_dbias and o.bias is not None else None
+    dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype) if o.sinks is not None else None
+    module.backward(problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view,
+                    Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
+                          None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view))
+    return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
+                 None if dsinks is None else dsinks.finish())
+
+
+def _swapped(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Canonical shape <-> the caller's."""
+    return (shape[0], shape[2], shape[1], shape[3]) if layout == "bhsd" else shape
+
+
+def _four_axes(x: View) -> View:
+    return x.broadcast_to((1,) * (4 - len(x.shape)) + x.shape)
+
+
+def _engine(problem: Problem, engine: str | None, device: Device) -> Any:
+    """The engine module that runs the problem; ImportError, ValueError or UnsupportedError where there is none."""
+    call = problem.call
+    if device[0] != "cpu" and engine in (None, "gpu"):
+        raise UnsupportedError(f"{call}(): q is a CUDA array, and the GPU engine comes with a later release; "
+                               "fastattn never copies it to the CPU by itself.")
+    name = engine or "cpu"
+    if name not in _engines and name not in _MODULES and name != "gpu":
+        raise ValueError(message(call, "engine", f"is {engine!r}", "None, 'cpu', 'gpu' or 'reference'"))
+    if device[0] != "cpu" or name == "gpu":
+        raise ValueError(message(call, "engine", f"is {name!r} but q is on device {device}", "an engine that reads that memory",
+                                 "engine=None chooses it"))
+    module = _engines.get(name)
+    if module is None:
+        module = _engines[name] = _load(name, call)
+    reason = module.supports(problem)
+    if reason is not None:
+        raise UnsupportedError(f"{call}(): the {name} engine lacks this combination: {reason}.")
+    return module
+
+
+def _load(name: str, call: str) -> Any:
+    try:
+        return importlib.import_module(_MODULES[name], __package__)
+    except ImportError as error:
+        raise ImportError(f"{call}(): the compiled {name} engine cannot be loaded ({error}); `pip install .` in the source folder "
+                          "builds it and needs gcc; engine='reference' works without it, slowly.") from error
+
+
+# ---------------------------------------------------------------- helpers for callers
+def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int | None,
+                 offset: int = 0) -> np.ndarray[Any, Any]:
+    """The exact mask a call used or would use: (batch, num_heads, seqlen_q, seqlen_k) bool, True = kept.
+
+    Packed calls: entry n is sequence n, its first seqlen rows and columns.
+    """
+    from .philox import keep_mask
+
+    check = Check("dropout_mask")
+    shape = [check.integer(name, n, 0, 2**31 - 1) for name, n in (("batch", batch), ("num_heads", num_heads), ("seqlen_q", seqlen_q),
+                                                                 ("seqlen_k", seqlen_k))]
+    dropout = make_dropout(check, dropout_p, seed, offset)
+    if dropout is None:
+        return np.ones(shape, bool)
+    return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
+
+
+def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["bshd", "bhsd", "thd"] = "bshd") -> tuple[Any, Any]:
+    """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, CPU arrays.
+
+    out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf) adds nothing, whatever its out holds. Give sinks
+    to one of the parts only. Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    call, check = "merge_states", Check("merge_states")
+    if layout not in ("bshd", "bhsd", "thd"):
+        raise check.value("layout", f"is {layout!r}", "'bshd', 'bhsd' or 'thd'")
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise check.value("lses", f"has {len(lses)} parts", f"one for each of at least one out, {len(outs)}")
+    out_views = [_canonical(view(x, call, f"outs[{n}]"), layout) for n, x in enumerate(outs)]
+    lse_views = [view(x, call, f"lses[{n}]") for n, x in enumerate(lses)]
+    first, rank = out_views[0], 3 if layout == "thd" else 4
+    if len(first.shape) != rank:
+        raise check.value("outs[0]", f"has shape {first.shape}", f"{rank} axes for layout {layout!r}")
+    check.dtype("outs[0]", first, ("float32", "float64", "float16", "bfloat16"))
+    compute = "float64" if first.dtype == "float64" else "float32"
+    for n, (out, lse) in enumerate(zip(out_views, lse_views, strict=True)):
+        check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
+        check_array(call, f"lses[{n}]", lse, (*first.shape[:-3], first.shape[-2], first.shape[-3]), compute, first.device)
+    if first.device[0] != "cpu":
+        raise UnsupportedError(f"{call}(): outs[0] is a CUDA array, and the GPU engine comes with a later release.")
+    lse_arrays = [x.numpy() for x in lse_views]
+    peak = np.maximum.reduce(lse_arrays)
+    peak = np.where(peak == -np.inf, 0, peak)
+    total_out, total = np.zeros(first.shape, compute), np.zeros_like(peak)
+    for out, part in zip(out_views, lse_arrays, strict=True):
+        weight = np.exp(part - peak)
+        total += weight
+        weight = weight.swapaxes(-1, -2)[..., None]
+        total_out += np.where(weight == 0, 0, weight * out.numpy().astype(compute))
+    result = allocate(outs[0], _swapped(first.shape, layout), first.dtype)
+    lse_result = allocate(lses[0], peak.shape, compute)
+    divisor = np.where(total == 0, 1, total).swapaxes(-1, -2)[..., None]
+    _canonical(result.view, layout).numpy()[...] = total_out / divisor
+    with np.errstate(divide="ignore"):
+        lse_result.view.numpy()[...] = peak + np.log(total)
+    return result.finish(), lse_result.finish()

@@ -1,0 +1,98 @@
+"""The CPU engine: tiled kernels in Cython, compiled once per instruction set; this file picks one and cuts Problems into tasks.
+
+Reading order: plan.py (how a problem is cut), forward.pxi (the loop), backward.pxi, kernels.h (what a tile can do), real.h and rows.h (the
+micro-kernels). `levels.py` lists the instruction sets; FASTATTN_ISA forces one.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from ..buffers import Grads, View, numpy_dtype
+from ..problem import Operands, Problem
+from . import levels, plan
+from .threads import get_num_threads, set_num_threads
+
+__all__ = ["backward", "forward", "get_num_threads", "instruction_set", "name", "set_num_threads", "supports"]
+
+name = "cpu"
+_level = levels.choose()
+try:
+    _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
+except ModuleNotFoundError as error:
+    raise ImportError(f"fastattn's compiled CPU engine ({_level}) is missing: install fastattn with pip (it needs gcc), "
+                      "or run `python setup.py build_ext --inplace` in its source tree.") from error
+
+
+def instruction_set() -> str:
+    """The level in use, e.g. 'x86_64_v4'."""
+    return _level
+
+
+def supports(problem: Problem) -> str | None:
+    """None: this engine takes every valid Problem."""
+    return None
+
+
+def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
+    """Writes out, and lse where wanted. Rows of a packed output that belong to no sequence become 0 and -inf."""
+    p, o = problem, operands
+    if problem.packed:
+        _clear_unowned(o.cu_seqlens_q, out, 0)
+        if lse is not None:
+            _clear_unowned(o.cu_seqlens_q, lse, 1)
+    vector, half = _engine.vector_length(p.dtype)
+    plan_ = plan.plan_forward(p, o, vector, half)
+    _engine.forward(p, o, out, lse, plan_.block_sequence, plan_.block_row, plan_.block_m, plan_.splits, plan_.split_keys, plan_.folded, plan_.direct,
+                    plan.threads_for(p, get_num_threads()))
+
+
+def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
+    """Writes dq, dk, dv, and dbias and dsinks where their Views are there. Always deterministic."""
+    p, o = problem, operands
+    if p.packed:
+        _clear_unowned(o.cu_seqlens_q, grads.dq, 0)
+        for x in (grads.dk, grads.dv):
+            if o.seqused_k is not None:
+                x.numpy()[...] = 0
+            _clear_unowned(o.cu_seqlens_k, x, 0)
+    real = numpy_dtype(p.compute_dtype)
+    delta = np.zeros(p.lse_shape, real)
+    sums = _dbias_sums(p, grads.dbias, real)
+    vector, _ = _engine.vector_length(p.dtype)
+    waves = plan.plan_backward(p, o, -(-p.head_dim // vector) * vector)
+    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, plan.threads_for(p, get_num_threads()))
+    if sums is not None:
+        to = grads.dbias.numpy()
+        axes = tuple(i for i, n in enumerate(to.shape) if n == 1)
+        to[...] = sums.sum(axis=axes, keepdims=True) if axes else sums
+    if grads.dsinks is not None:
+        assert o.sinks is not None
+        heads = 0 if p.packed else 1
+        sinks = o.sinks.numpy().astype(np.float64)
+        weight = np.exp(np.moveaxis(sinks.reshape((-1, 1) if p.packed else (1, -1, 1)) - np.where(np.isinf(lse.numpy()), np.inf, lse.numpy()), heads, 0))
+        grads.dsinks.numpy()[...] = -(weight * np.moveaxis(delta, heads, 0)).reshape(len(sinks), -1).sum(axis=1)
+
+
+def _dbias_sums(p: Problem, dbias: View | None, real: Any) -> Any:
+    """Zeros that the kernels add dS into: dbias's own shape, but when it is broadcast over keys one number per query row, summed after."""
+    if dbias is None:
+        return None
+    shape = dbias.shape
+    if shape[3] == 1 and p.seqlen_k > 1:
+        shape = (p.batch, p.num_heads, p.seqlen_q, 1)
+    return np.zeros(shape, real)
+
+
+def _clear_unowned(cu_seqlens: View | None, x: View, axis: int) -> None:
+    """Rows after the last sequence: 0, or -inf where `axis` 1 says that x is an lse (heads, rows)."""
+    assert cu_seqlens is not None
+    end = int(cu_seqlens.numpy()[-1])
+    if end < x.shape[axis]:
+        a = x.numpy()
+        if axis:
+            a[:, end:] = -np.inf
+        else:
+            a[end:] = 0

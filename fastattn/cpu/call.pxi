@@ -1,0 +1,175 @@
+# The C view of one call: tensors as pointer and byte strides, numbers of the Problem, and the rows of one task.
+from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.math cimport exp, log, INFINITY
+from libc.string cimport memset
+from cython.parallel cimport prange
+import numpy as np
+
+cdef extern from "kernels.h" nogil:
+    const int BLOCK_N
+    ctypedef struct Kernels:
+        long real, operand, panel, cols, align
+        int half
+        void (*load_row)(void* dst, long padded, const char* src, long stride, int dtype, long n) noexcept nogil
+        void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
+        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim) noexcept nogil
+        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim) noexcept nogil
+        void (*scores)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, void* S, long lds) noexcept nogil
+        void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, void* O, long ldo, const void* rescale) noexcept nogil
+        void (*key_gradient)(long mr, long rows, const void* P, long ldp, const void* B, long ldb, void* G) noexcept nogil
+        void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, int dtype, long first, long last, void* S, long lds) noexcept nogil
+        void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
+        void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* tanh_out) noexcept nogil
+        void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
+        void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
+        void (*softmax)(long mr, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
+        void (*drop_row)(void* row, const int8_t* keep, long first, long last) noexcept nogil
+        void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const int8_t* keep, double keep_scale) noexcept nogil
+        void (*uncap_row)(void* grad, const void* tanh_in, long first, long last) noexcept nogil
+        void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
+        double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
+        void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
+    const Kernels kernels_f32, kernels_f64
+    double load_element(const char* p, int dtype)
+    void store_element(char* p, int dtype, double x)
+    void keep_tile(int8_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
+
+cdef extern from "workspace.h" nogil:
+    int in_forked_child
+    int workspace_setup()
+    char* workspace(size_t size)
+    void await_turn(const int* counter, int turn)
+    void pass_turn(int* counter)
+
+cdef double LOG2E = 1.4426950408889634
+
+cdef struct Tensor:                     # canonical axes; strides in bytes
+    char* ptr
+    long batch, row, head, dim
+    int dtype
+
+cdef struct Call:
+    const Kernels* g
+    long batch, heads, heads_k, group, seqlen_q, seqlen_k, head_dim, head_dim_v
+    Tensor q, k, v, out, lse, bias, mask
+    Tensor dout, dq, dk, dv, dbias
+    const int64_t* cu_q                 # NULL for a dense problem
+    const int64_t* cu_k
+    const int64_t* used_k
+    const double* slopes                # (batch, heads)
+    const double* sinks                 # (heads,)
+    double scale, softcap, keep_scale
+    bint scored                         # the scores need a pass before the softmax; else the scale is folded into its exponent
+    long left, right
+    bint top_left, dropout
+    uint64_t seed
+    uint32_t offset, threshold
+    long ldq, ldv                       # padded head_dim and head_dim_v of packed rows
+    int* failed
+
+cdef struct Sequence:
+    long q0, nq, k0, nk                 # first row and length of queries and keys
+
+
+cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
+    cdef Sequence s
+    s.q0 = s.k0 = 0
+    s.nq, s.nk = c.seqlen_q, c.seqlen_k
+    if c.cu_q != NULL:
+        s.q0, s.nq = c.cu_q[b], c.cu_q[b + 1] - c.cu_q[b]
+        s.k0, s.nk = c.cu_k[b], c.cu_k[b + 1] - c.cu_k[b]
+    if c.used_k != NULL:
+        s.nk = c.used_k[b]
+    return s
+
+
+cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long* hi) noexcept nogil:
+    """problem.row_bounds in C; no limit is a distance larger than any sequence."""
+    cdef long diagonal = row if c.top_left else row + nk - nq
+    lo[0] = min(max(diagonal - c.left, 0), nk)
+    hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), nk))
+
+
+cdef inline char* at(const Tensor* x, long batch, long row, long head) noexcept nogil:
+    return x.ptr + batch * x.batch + row * x.row + head * x.head
+
+
+cdef inline long round_up(long n, long step) noexcept nogil:
+    return (n + step - 1) // step * step
+
+
+cdef inline char* carve(char** memory, long size) noexcept nogil:
+    """The next `size` bytes of a workspace, kept 64-byte aligned. With a NULL start it only counts."""
+    cdef char* p = memory[0]
+    memory[0] = p + round_up(size, 64)
+    return p
+
+
+# ---------------------------------------------------------------- Python side
+cdef dict DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4}
+
+
+cdef Tensor tensor(view, axes):
+    """A View with `axes` naming its axes in order, e.g. "brhd"; axes it lacks have stride 0."""
+    cdef Tensor x
+    memset(&x, 0, sizeof(x))
+    if view is None:
+        return x
+    cdef size_t ptr = view.ptr
+    x.ptr = <char*>ptr
+    x.dtype = DTYPE[view.dtype]
+    strides = view.strides
+    for i, axis in enumerate(axes):
+        if axis == "b":
+            x.batch = strides[i]
+        elif axis == "r":
+            x.row = strides[i]
+        elif axis == "h":
+            x.head = strides[i]
+        else:
+            x.dim = strides[i]
+    return x
+
+
+cdef const int64_t* integers(view, list alive) except? NULL:
+    if view is None:
+        return NULL
+    cdef const int64_t[::1] a = np.ascontiguousarray(view.numpy(), dtype=np.int64)
+    alive.append(a)
+    return &a[0] if a.shape[0] else NULL
+
+
+cdef const double* doubles(view, list alive) except? NULL:
+    if view is None:
+        return NULL
+    cdef const double[::1] a = np.ascontiguousarray(view.numpy().astype(np.float64)).reshape(-1)
+    alive.append(a)
+    return &a[0] if a.shape[0] else NULL
+
+
+cdef void fill(Call* c, p, o, list alive) except *:
+    """`c` from a Problem and its Operands; `alive` keeps what its pointers need."""
+    memset(c, 0, sizeof(Call))
+    cdef long unlimited = 1 << 40
+    c.g = &kernels_f64 if p.dtype == "float64" else &kernels_f32
+    c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k
+    c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v
+    axes = "rhd" if p.total_q is not None else "brhd"
+    c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes), tensor(o.v, axes)
+    score, mask, drop = p.score, p.mask, p.dropout
+    if o.bias is not None:
+        c.bias = tensor(o.bias, "bhrd")
+    if o.mask is not None:
+        c.mask = tensor(o.mask, "bhrd")
+    if p.total_q is not None:
+        c.cu_q, c.cu_k = integers(o.cu_seqlens_q, alive), integers(o.cu_seqlens_k, alive)
+        c.used_k = integers(o.seqused_k, alive)
+    c.slopes, c.sinks = doubles(o.alibi_slopes, alive), doubles(o.sinks, alive)
+    c.scale, c.softcap, c.keep_scale = score.softmax_scale, score.softcap or 0.0, 1.0
+    c.scored = c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or c.scale <= 0
+    c.left = unlimited if mask.left is None else mask.left
+    c.right = unlimited if mask.right is None else mask.right
+    c.top_left = mask.top_left
+    if drop is not None:
+        c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
+    c.ldq, c.ldv = round_up(c.head_dim, c.g.align), round_up(c.head_dim_v, c.g.align)

@@ -1,0 +1,22 @@
+# The CPU engine: one source, compiled once per instruction set (see isa/). Read forward.pxi, then backward.pxi; kernels.h has the tile operations.
+include "call.pxi"
+include "forward.pxi"
+include "backward.pxi"
+
+if workspace_setup():
+    raise ImportError("fastattn: pthread setup failed")
+
+
+def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left):
+    """The C twin of problem.row_bounds, for the test that holds them equal."""
+    cdef Call c
+    cdef long lo, hi
+    c.left, c.right, c.top_left = (1 << 40) if left is None else left, (1 << 40) if right is None else right, top_left
+    row_interval(&c, row, seqlen_q, seqlen_k, &lo, &hi)
+    return lo, hi
+
+
+def vector_length(dtype):
+    """(elements that packed rows are padded to, whether 16-bit floats are read in place)."""
+    cdef const Kernels* g = &kernels_f64 if dtype == "float64" else &kernels_f32
+    return g.align, bool(g.half)

@@ -1,0 +1,280 @@
+# Forward: a task is the query rows of one block of one head (or of a whole group of heads, when they are few), for one range of keys.
+#
+#   for each tile of BLOCK_N keys:   pack K transposed, pack V
+#       for each panel of rows:      S = Q K^T, score, mask, softmax (P, rescale), dropout, O = O * rescale + P V
+#   out = O / row_sum,  lse = row_max + log(row_sum)
+#
+# A panel's scores (6 rows x 256 keys) stay in L1. Work per tile is chosen by the rows' key intervals, so causal and windowed problems
+# visit only what they need. With few rows, K and V are read in place (`direct`) and the keys are split over tasks; splits merge by lse.
+
+cdef struct Task:
+    long b, head_k, head, heads         # `heads` query heads from `head`, all of key head `head_k`
+    long m0, nq, rows                   # query rows m0 .. m0 + nq of each head; rows = heads * nq
+    long key_begin, key_end             # keys that some row sees, within this split
+    Sequence s
+
+cdef struct Work:                       # one thread's memory
+    char* Q                             # [rows][ldq]
+    char* K                             # packed columns
+    char* V                             # [BLOCK_N][ldv]
+    char* S                             # [panel][BLOCK_N]
+    char* O                             # [rows][ldv]
+    char* row_max
+    char* row_sum
+    char* rescale
+    char* bias                          # one row of a tile
+    long* lo
+    long* hi
+    int8_t* keep                        # [rows][BLOCK_N]
+
+cdef struct Forward:
+    Call c
+    const int64_t* block_sequence       # block number -> sequence and first query row
+    const int64_t* block_row
+    long blocks, block_m, splits, split_keys
+    bint folded, direct
+    char* partial                       # splits: O, row_max, row_sum of each task
+    long partial_size
+
+
+cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noexcept nogil:
+    cdef const Kernels* g = f.c.g
+    cdef char* memory = start
+    w.Q = carve(&memory, rows * f.c.ldq * g.operand)
+    w.K = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldq * g.operand)
+    w.V = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldv * g.operand)
+    w.S = carve(&memory, g.panel * BLOCK_N * g.real)
+    w.O = carve(&memory, rows * f.c.ldv * g.real)
+    w.row_max = carve(&memory, rows * g.real)
+    w.row_sum = carve(&memory, rows * g.real)
+    w.rescale = carve(&memory, g.panel * g.real)
+    w.bias = carve(&memory, BLOCK_N * g.real)
+    w.lo = <long*>carve(&memory, rows * sizeof(long))
+    w.hi = <long*>carve(&memory, rows * sizeof(long))
+    w.keep = <int8_t*>carve(&memory, rows * BLOCK_N if f.c.dropout else 0)
+    return memory - start
+
+
+cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
+    """Task `number`: heaviest blocks first, then heads, then splits. False when there is nothing to do."""
+    cdef const Call* c = &f.c
+    cdef long heads = c.heads_k if f.folded else c.heads
+    cdef long split = number % f.splits, block = number // f.splits // heads
+    t.head_k = number // f.splits % heads
+    t.head, t.heads = t.head_k * c.group, c.group
+    if not f.folded:
+        t.head, t.heads = t.head_k, 1
+        t.head_k = t.head // c.group
+    t.b, t.m0 = f.block_sequence[block], f.block_row[block]
+    t.s = sequence_of(c, t.b)
+    t.nq = min(f.block_m, t.s.nq - t.m0)
+    t.rows = t.heads * t.nq
+    t.key_begin, t.key_end = split * f.split_keys, min((split + 1) * f.split_keys, t.s.nk)
+    return t.rows > 0
+
+
+cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
+    """Q packed, each row's interval of keys, empty accumulators; narrows the task's keys to those some row sees."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long h, i, begin = t.key_end, end = t.key_begin
+    for h in range(t.heads):
+        g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, c.q.dim, c.q.dtype,
+                    0, t.nq, t.nq, c.head_dim)
+    for i in range(t.rows):
+        row_interval(c, t.m0 + i % t.nq, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
+        w.lo[i], w.hi[i] = max(w.lo[i], t.key_begin), min(w.hi[i], t.key_end)
+        if w.lo[i] < w.hi[i]:
+            begin, end = min(begin, w.lo[i]), max(end, w.hi[i])
+        store_element(w.row_max + i * g.real, 1 if g.real == 8 else 0, -INFINITY)
+    memset(w.row_sum, 0, t.rows * g.real)
+    memset(w.O, 0, t.rows * c.ldv * g.real)
+    t.key_begin, t.key_end = begin, end
+
+
+cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
+    """K and V of the tile at key n0, and its dropout decisions. Keys that no row sees are packed as zeros."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long h, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, BLOCK_N)
+    if not f.direct:
+        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim)
+        g.pack_rows(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, last, c.head_dim_v)
+    if c.dropout:
+        for h in range(t.heads):
+            keep_tile(w.keep + h * t.nq * BLOCK_N, BLOCK_N, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
+                      c.offset, c.seed, c.threshold)
+
+
+cdef void score(const Call* c, long b, long head, long row, const Sequence* s, long n0, long first, long hi, long last, char* S, char* bias,
+                char* tanh_out) noexcept nogil:
+    """One row of S from dot products to scores, [first, last) of the tile at key n0; bias and mask have columns up to hi."""
+    cdef const Kernels* g = c.g
+    cdef double slope = c.slopes[b * c.heads + head] if c.slopes != NULL else 0.0
+    if c.bias.ptr != NULL:
+        g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
+    if c.scored:
+        g.score_row(S, first, last, c.scale, c.softcap, slope, row + s.nk - s.nq - n0, bias if c.bias.ptr != NULL else NULL, tanh_out)
+    if c.mask.ptr != NULL:
+        g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
+
+
+cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr) noexcept nogil:
+    """Rows i0 .. i0 + mr of the task against the tile at key n0."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long r, i, lo = BLOCK_N, hi = 0, lds = BLOCK_N * g.real
+    for i in range(i0, i0 + mr):
+        if w.lo[i] < w.hi[i]:
+            lo, hi = min(lo, w.lo[i] - n0), max(hi, w.hi[i] - n0)
+    lo, hi = max(lo, 0), min(hi, BLOCK_N)
+    if lo >= hi:
+        return
+    cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
+    cdef char* Q = w.Q + i0 * c.ldq * g.operand
+    cdef char* O = w.O + i0 * c.ldv * g.real
+    if f.direct:
+        g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dtype, first, hi, w.S, BLOCK_N)
+    else:
+        g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, BLOCK_N)
+    for r in range(mr):
+        i = i0 + r
+        if c.scored or c.mask.ptr != NULL:
+            score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
+        if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
+            g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
+    g.softmax(mr, w.S, BLOCK_N, NULL, 0, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    if c.dropout:
+        for r in range(mr):
+            g.drop_row(w.S + r * lds, w.keep + (i0 + r) * BLOCK_N, first, hi)
+    if f.direct:
+        g.direct_sum(mr, lo, hi, w.S, BLOCK_N, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dtype, c.head_dim_v, O, c.ldv, w.rescale)
+    else:
+        g.weighted_sum(mr, lo, hi, w.S, BLOCK_N, w.V, c.ldv, O, c.ldv, w.rescale)
+
+
+cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
+    """out = O / row_sum and lse, the sink joining the sum only; a row that saw nothing gives 0 and -inf."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef int real = 1 if g.real == 8 else 0
+    cdef long i, head, row
+    cdef double top, total, sink, factor, m
+    for i in range(t.rows):
+        head, row = t.head + i // t.nq, t.s.q0 + t.m0 + i % t.nq
+        m, total = load_element(w.row_max + i * g.real, real), load_element(w.row_sum + i * g.real, real)
+        if not c.scored:
+            m *= c.scale
+        top, factor = m, 1.0
+        if c.sinks != NULL:
+            sink = c.sinks[head]
+            if sink > m:
+                top, factor = sink, exp(m - sink)
+            if top > -INFINITY:
+                total = total * factor + exp(sink - top)
+        factor = 0.0 if total == 0 else factor * c.keep_scale / total
+        g.store_row(at(&c.out, t.b, row, head), c.out.dim, c.out.dtype, w.O + i * c.ldv * g.real, factor, c.head_dim_v)
+        if c.lse.ptr != NULL:
+            store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY else top + log(total))
+
+
+cdef void forward_task(const Forward* f, long number) noexcept nogil:
+    cdef Task t
+    cdef Work w
+    cdef long n0, i0, rows, size
+    cdef char* partial
+    if not make_task(f, number, &t):
+        return
+    rows = f.block_m * t.heads
+    size = forward_memory(f, rows, NULL, &w)
+    cdef char* memory = workspace(size)
+    if memory == NULL:
+        f.c.failed[0] = 1
+        return
+    if f.splits > 1:
+        forward_memory(f, rows, memory, &w)
+        partial = f.partial + number * f.partial_size
+        w.O, w.row_max = partial, partial + t.rows * f.c.ldv * f.c.g.real
+        w.row_sum = w.row_max + t.rows * f.c.g.real
+    else:
+        forward_memory(f, rows, memory, &w)
+    load_queries(f, &t, &w)
+    n0 = t.key_begin // BLOCK_N * BLOCK_N
+    while n0 < t.key_end:
+        load_tile(f, &t, &w, n0)
+        i0 = 0
+        while i0 < t.rows:
+            step(f, &t, &w, n0, i0, min(f.c.g.panel, t.rows - i0))
+            i0 += f.c.g.panel
+        n0 += BLOCK_N
+    if f.splits == 1:
+        epilogue(f, &t, &w)
+
+
+cdef void merge_task(const Forward* f, long number) noexcept nogil:
+    """The splits of one task, in order: their maxima agree, then sums and O add up."""
+    cdef const Kernels* g = f.c.g
+    cdef int real = 1 if g.real == 8 else 0
+    cdef Task t
+    cdef Work w
+    cdef long i, s
+    cdef double top, m, total, factor, c2 = LOG2E if f.c.scored else f.c.scale * LOG2E
+    cdef char* part
+    if not make_task(f, number * f.splits, &t):
+        return
+    forward_memory(f, f.block_m * t.heads, workspace(forward_memory(f, f.block_m * t.heads, NULL, &w)), &w)
+    memset(w.O, 0, t.rows * f.c.ldv * g.real)
+    for i in range(t.rows):
+        top, total = -INFINITY, 0.0
+        for s in range(f.splits):
+            part = f.partial + (number * f.splits + s) * f.partial_size + t.rows * f.c.ldv * g.real
+            top = max(top, load_element(part + i * g.real, real))
+        for s in range(f.splits):
+            part = f.partial + (number * f.splits + s) * f.partial_size
+            m = load_element(part + (t.rows * f.c.ldv + i) * g.real, real)
+            factor = 0.0 if m == -INFINITY else exp((m - top) * c2 / LOG2E)
+            total += factor * load_element(part + (t.rows * f.c.ldv + t.rows + i) * g.real, real)
+            g.add_scaled(w.O + i * f.c.ldv * g.real, part + i * f.c.ldv * g.real, factor, f.c.ldv)
+        store_element(w.row_max + i * g.real, real, top)
+        store_element(w.row_sum + i * g.real, real, total)
+    epilogue(f, &t, &w)
+
+
+cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
+    cdef long t
+    if threads <= 1 or in_forked_child:
+        for t in range(tasks * f.splits):
+            forward_task(f, t)
+    else:
+        for t in prange(tasks * f.splits, schedule="dynamic", chunksize=1, num_threads=threads):
+            forward_task(f, t)
+    if f.splits > 1 and not f.c.failed[0]:
+        for t in range(tasks):
+            merge_task(f, t)
+
+
+def forward(p, o, out, lse, const int64_t[::1] block_sequence, const int64_t[::1] block_row, long block_m, long splits, long split_keys, bint folded,
+            bint direct, int threads):
+    """out, lse of a Problem. The arguments after lse are the plan: see plan.py."""
+    cdef Forward f
+    cdef int failed = 0
+    cdef list alive = []
+    cdef int8_t[::1] partial
+    memset(&f, 0, sizeof(f))
+    fill(&f.c, p, o, alive)
+    f.c.failed = &failed
+    packed = p.total_q is not None
+    f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
+    f.blocks, f.block_m, f.splits, f.split_keys, f.folded, f.direct = block_sequence.shape[0], block_m, splits, split_keys, folded, direct
+    if f.blocks == 0 or f.c.heads == 0:
+        return
+    f.block_sequence, f.block_row = &block_sequence[0], &block_row[0]
+    cdef long tasks = f.blocks * (f.c.heads_k if folded else f.c.heads)
+    if splits > 1:
+        f.partial_size = round_up(block_m * (f.c.group if folded else 1) * (f.c.ldv + 2) * f.c.g.real, 64)
+        partial = np.empty(tasks * splits * f.partial_size, np.int8)
+        f.partial = <char*>&partial[0]
+    with nogil:
+        run_forward(&f, tasks, threads)
+    if failed:
+        raise MemoryError("fastattn: no memory for a thread's workspace")

@@ -1,0 +1,54 @@
+/* The tables of tile operations that the Cython loops call: one per kind of arithmetic, so that a loop is written once.
+ * S, O, row_max and row_sum are reals (float or double); packed operands are reals too, or bfloat16 (see pairs.h). */
+#pragma once
+#include "simd.h"
+#define REAL_BITS 32
+#include "real.h"
+#include "rows.h"
+#include "undefine.h"
+#define REAL_BITS 64
+#include "real.h"
+#include "rows.h"
+#include "undefine.h"
+#include "dropout.h"
+
+typedef struct {
+  long real;    /* bytes of a real */
+  long operand; /* bytes of an element of a packed operand */
+  long panel;   /* rows of a panel, at most */
+  long cols;    /* keys in a block of packed columns */
+  long align;   /* packed rows are padded to this many elements */
+  int half;     /* direct_* read float16 and bfloat16 in place */
+  void (*load_row)(void *dst, long padded, const char *src, long stride, int dtype, long n);
+  void (*store_row)(char *dst, long stride, int dtype, const void *src, double scale, long n);
+  void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim);
+  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim);
+  void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
+  void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, void *O, long ldo, const void *rescale);
+  void (*key_gradient)(long mr, long rows, const void *P, long ldp, const void *B, long ldb, void *G);
+  void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds);
+  void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
+                     const void *rescale);
+  void (*score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *tanh_out);
+  void (*mask_row)(void *row, long first, long last, const char *mask, long stride);
+  void (*fill_outside)(void *row, long first, long lo, long hi, long last, double value);
+  void (*softmax)(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale);
+  void (*drop_row)(void *row, const int8_t *keep, long first, long last);
+  void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const int8_t *keep, double keep_scale);
+  void (*uncap_row)(void *grad, const void *tanh_in, long first, long last);
+  void (*add_row)(void *to, long stride, const void *from, long first, long last);
+  double (*dot_row)(const void *a, const void *b, long n);
+  void (*add_scaled)(void *to, const void *from, double factor, long n);
+} Kernels;
+
+#define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
+  {BYTES, BYTES, PANEL_ROWS, TILE_VECTORS * (VBYTES / BYTES), VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
+   pack_columns_##T, scores_##T, weighted_sum_##T, key_gradient_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
+   fill_outside_##T, softmax_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T}
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+#define READS_HALF 1
+#else
+#define READS_HALF 0
+#endif
+static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
+static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);

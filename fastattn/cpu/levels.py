@@ -1,0 +1,61 @@
+"""Which instruction-set levels exist, how each is compiled, and which one this machine gets.
+
+Shared by setup.py (which compiles fastattn/cpu/isa/<level>.pyx with these flags) and by the engine (which imports the best one).
+Kept free of imports from the package, so that setup.py can load this file by its path.
+"""
+from __future__ import annotations
+
+import os
+import platform
+
+COMMON = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp",
+          "-fvisibility=hidden", "-Wno-unused-function"]
+WIDE = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+# level -> compiler flags, best last; never -ffast-math: -inf masks and the rounding in exp2 would become undefined
+X86 = {
+    "baseline": ["-march=x86-64"],
+    "x86_64_v3": ["-march=x86-64-v3"],
+    "x86_64_v4": WIDE,
+}
+AARCH64 = {"baseline": ["-march=armv8-a"]}
+
+# level -> what /proc/cpuinfo must list
+NEEDS = {
+    "baseline": set(),
+    "x86_64_v3": {"avx2", "fma", "f16c", "bmi2"},
+    "x86_64_v4": {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"},
+}
+
+
+def levels() -> dict[str, list[str]]:
+    """Levels of this architecture and their flags, worst first."""
+    return X86 if platform.machine() in ("x86_64", "AMD64") else AARCH64
+
+
+def cpu_flags() -> set[str]:
+    """Feature names of this CPU as Linux spells them; empty where there is no /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def available() -> list[str]:
+    """Levels this CPU can run, worst first."""
+    flags = cpu_flags()
+    return [level for level in levels() if NEEDS[level] <= flags]
+
+
+def choose() -> str:
+    """The best level, or the one that FASTATTN_ISA forces (ValueError when this CPU cannot run it)."""
+    usable, forced = available(), os.environ.get("FASTATTN_ISA")
+    if not forced:
+        return usable[-1]
+    if forced not in usable:
+        raise ValueError(f"FASTATTN_ISA is {forced!r}; expected one that this CPU has: {', '.join(usable)}.")
+    return forced

@@ -1,0 +1,93 @@
+"""Config of the CPU engine: how a Problem is cut into tasks. Depends on the Problem alone, never on the number of threads, so that results
+are bitwise the same for any number of them."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Operands, Problem
+
+BLOCK_M = 192        # query rows of a task: 32 panels of 6; a packed tile of K and V is used 32 times
+LONG_BLOCK_M = 384   # from 4096 rows on there are tasks enough, and packing weighs half
+DIRECT_ROWS = 8      # up to this many rows per key head, reading K and V in place beats packing them
+MIN_TASKS = 32       # below it, long key ranges are split, at least SPLIT_KEYS each
+SPLIT_KEYS = 1024
+SERIAL_FLOPS = 2e6   # about 20 us on one core: not worth waking threads
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    block_sequence: NDArray[np.int64]
+    block_row: NDArray[np.int64]
+    block_m: int
+    splits: int
+    split_keys: int
+    folded: bool
+    direct: bool
+
+
+@lru_cache(maxsize=256)
+def _dense_blocks(batch: int, seqlen_q: int, block_m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return _blocks(np.full(batch, seqlen_q, np.int64), block_m)
+
+
+def _blocks(lengths: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(sequence, first row) of every block, last rows first: under a causal mask those are the heaviest."""
+    counts = -(-lengths // block)
+    sequence = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
+    row = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
+    order = np.argsort(-row, kind="stable")
+    return np.ascontiguousarray(sequence[order]), np.ascontiguousarray(row[order])
+
+
+def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool) -> Plan:
+    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place."""
+    folded = p.group > 1 and p.seqlen_q * p.group <= BLOCK_M
+    block_m = LONG_BLOCK_M if p.seqlen_q >= 4096 else min(BLOCK_M, max(p.seqlen_q, 1))
+    if p.total_q is None:
+        sequence, row = _dense_blocks(p.batch, p.seqlen_q, block_m)
+    else:
+        assert o.cu_seqlens_q is not None
+        sequence, row = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
+    item = o.k.itemsize
+    direct = (p.seqlen_q * (p.group if folded else 1) <= DIRECT_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
+              and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
+    tasks = len(sequence) * (p.num_heads_k if folded else p.num_heads)
+    splits = 1
+    if 0 < tasks < MIN_TASKS and p.seqlen_k >= 2 * SPLIT_KEYS:
+        splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
+    split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
+    splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
+    return Plan(sequence, row, block_m, splits, split_keys, folded, direct)
+
+
+def threads_for(p: Problem, threads: int) -> int:
+    """1 for work too small to share."""
+    flops = 2.0 * p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
+    return 1 if flops < SERIAL_FLOPS else threads
+
+
+WAVE_BYTES = 32 << 20   # float sums of dQ held at once
+
+
+def plan_backward(p: Problem, o: Operands, padded_head_dim: int) -> list[tuple[int, int, int, int, int]]:
+    """Waves (b0, b1, head_k0, head_k1, rows): sequences and key heads whose dQ sums fit WAVE_BYTES, `rows` query rows per head."""
+    if p.total_q is None:
+        lengths = np.full(p.batch, p.seqlen_q, np.int64)
+    else:
+        assert o.cu_seqlens_q is not None
+        lengths = np.diff(o.cu_seqlens_q.numpy().astype(np.int64))
+    row_bytes = p.group * padded_head_dim * (8 if p.dtype == "float64" else 4)
+    waves, b0 = [], 0
+    while b0 < p.batch:
+        ends = np.cumsum(lengths[b0:])
+        b1 = b0 + max(1, int(np.searchsorted(ends, WAVE_BYTES // row_bytes, side="right")))
+        rows = int(ends[b1 - b0 - 1])
+        heads = max(1, WAVE_BYTES // max(rows * row_bytes, 1))
+        waves += [(b0, b1, h, min(h + heads, p.num_heads_k), rows) for h in range(0, p.num_heads_k, heads)]
+        b0 = b1
+    return waves

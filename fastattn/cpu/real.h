@@ -1,0 +1,239 @@
+/* Everything a tile does in one accumulator type. Included twice: REAL_BITS 32 (float32, float16 and bfloat16 tensors) and 64.
+ *
+ * A name(x) becomes x_f32 or x_f64. Layouts of a tile:
+ *   rows     [n][ld]             row-major, ld = head_dim rounded up to a vector, zero padded
+ *   columns  [n / CB][head_dim][CB]   transposed in blocks of CB = TILE_VECTORS vectors of keys: the B operand of S = Q K^T
+ *   scores   [PANEL_ROWS][BLOCK_N]    one panel of S, then of P in place; 6 KiB of float stays in L1 */
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#if REAL_BITS == 32
+#define REAL float
+#define INT int32_t
+#define name(x) CAT(x, _f32)
+#define DT_REAL DT_F32
+#else
+#define REAL double
+#define INT int64_t
+#define name(x) CAT(x, _f64)
+#define DT_REAL DT_F64
+#endif
+#define VL ((long)(VBYTES / sizeof(REAL)))
+#define CB (TILE_VECTORS * VL)
+
+typedef REAL name(vec) __attribute__((vector_size(VBYTES), aligned(1), may_alias));
+typedef INT name(ivec) __attribute__((vector_size(VBYTES), aligned(1), may_alias));
+#define vec name(vec)
+#define ivec name(ivec)
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p, v) (*(vec *)(p) = (v))
+
+/* ------------------------------------------------------------------ vectors */
+ALWAYS_INLINE vec name(splat)(REAL x) { return x - (vec){0}; }
+#define SPLAT(x) name(splat)(x)
+ALWAYS_INLINE vec name(choose)(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
+/* max(a, b); b when a is NaN or both are */
+ALWAYS_INLINE vec name(vmax)(vec a, vec b) {
+#if defined(__AVX512F__)
+  return REAL_BITS == 32 ? (vec)_mm512_max_ps((__m512)a, (__m512)b) : (vec)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return REAL_BITS == 32 ? (vec)_mm256_max_ps((__m256)a, (__m256)b) : (vec)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return name(choose)((ivec)(a > b), a, b);
+#endif
+}
+#define VMAX(a, b) name(vmax)(a, b)
+ALWAYS_INLINE REAL name(reduce_max)(vec v) {
+#if defined(__AVX512F__)
+  return REAL_BITS == 32 ? (REAL)_mm512_reduce_max_ps((__m512)v) : (REAL)_mm512_reduce_max_pd((__m512d)v);
+#else
+  REAL m = v[0];
+  for (long i = 1; i < VL; i++) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+ALWAYS_INLINE REAL name(reduce_add)(vec v) {
+#if defined(__AVX512F__)
+  return REAL_BITS == 32 ? (REAL)_mm512_reduce_add_ps((__m512)v) : (REAL)_mm512_reduce_add_pd((__m512d)v);
+#else
+  for (long w = VL / 2; w > 0; w /= 2)
+    for (long i = 0; i < w; i++) v[i] += v[i + w];
+  return v[0];
+#endif
+}
+/* 2^x: x = n + f with f in [-1/2, 1/2], a polynomial in f (float: degree 6, relative error 2e-9 before rounding; double: the
+ * Taylor series to degree 12), then n added to the exponent. Flushes to 0 below the smallest normal; NaN stays NaN. */
+ALWAYS_INLINE vec name(exp2)(vec x) {
+#if defined(__AVX512F__)
+#if REAL_BITS == 32
+  vec n = (vec)_mm512_roundscale_ps((__m512)x, 8);
+#else
+  vec n = (vec)_mm512_roundscale_pd((__m512d)x, 8);
+#endif
+  vec f = x - n;
+#else
+  const REAL magic = REAL_BITS == 32 ? (REAL)12582912.0 : (REAL)6755399441055744.0; /* 1.5 * 2^mantissa: adding it rounds */
+  const REAL smallest = REAL_BITS == 32 ? -126 : -1022, largest = REAL_BITS == 32 ? 128 : 1024;
+  ivec under = (ivec)(x < SPLAT(smallest)), over = (ivec)(x >= SPLAT(largest));
+  x = VMAX(SPLAT(smallest), x);
+  vec t = x + SPLAT(magic), f = x - (t - SPLAT(magic));
+#endif
+#if REAL_BITS == 32
+  vec p = SPLAT(0.00015345812158740182f);
+  p = p * f + SPLAT(0.001339993120947414f);
+  p = p * f + SPLAT(0.0096184889565227916f);
+  p = p * f + SPLAT(0.055503287769976638f);
+  p = p * f + SPLAT(0.24022646890639572f);
+  p = p * f + SPLAT(0.69314720573725268f);
+  p = p * f + SPLAT(1.0000000005541663f);
+#else
+  static const double c[13] = {1.0, 0.69314718055994531, 0.24022650695910072, 0.055504108664821580, 0.0096181291076284772,
+                               0.0013333558146428443, 0.00015403530393381610, 1.5252733804059840e-5, 1.3215486790144309e-6,
+                               1.0178086009239699e-7, 7.0549116208011233e-9, 4.4455382718708116e-10, 2.5678435993488205e-11};
+  vec p = SPLAT(c[12]);
+  for (int i = 11; i >= 0; i--) p = p * f + SPLAT(c[i]);
+#endif
+#if defined(__AVX512F__)
+#if REAL_BITS == 32
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return (vec)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+#endif
+#else
+  const int mantissa = REAL_BITS == 32 ? 23 : 52;
+  vec r = (vec)((ivec)p + ((ivec)t << mantissa));
+  r = name(choose)(under, (vec){0}, r);
+  return name(choose)(over, SPLAT((REAL)INFINITY), r);
+#endif
+}
+/* tanh: a rational function below 0.625 (Cephes), else 1 - 2 / (e^2|x| + 1) with the sign of x */
+ALWAYS_INLINE vec name(tanh)(vec x) {
+  const ivec sign_bit = (ivec)SPLAT((REAL)-0.0);
+  ivec sign = (ivec)x & sign_bit;
+  vec a = (vec)((ivec)x & ~sign_bit), z = x * x;
+  vec large = SPLAT(1) - SPLAT(2) / (name(exp2)(a * SPLAT((REAL)2.8853900817779268)) + SPLAT(1));
+#if REAL_BITS == 32
+  vec p = SPLAT(-5.70498872745e-3f);
+  p = p * z + SPLAT(2.06390887954e-2f);
+  p = p * z + SPLAT(-5.37397155531e-2f);
+  p = p * z + SPLAT(1.33314422036e-1f);
+  p = p * z + SPLAT(-3.33332819422e-1f);
+#else
+  vec p = (SPLAT(-9.64399179425052238628e-1) * z + SPLAT(-9.92877231001918586564e1)) * z + SPLAT(-1.61468768441708447952e3);
+  p = p / (((z + SPLAT(1.12811678491632931402e2)) * z + SPLAT(2.23548839060100448583e3)) * z + SPLAT(4.84406305325125486048e3));
+#endif
+  vec small = p * z * x + x;
+  return name(choose)((ivec)(a < SPLAT((REAL)0.625)), small, (vec)((ivec)large | sign));
+}
+
+/* One vector of a tensor in place: elements of `dtype` (a constant after inlining) widened to REAL. */
+#if REAL_BITS == 32 && defined(__AVX512F__)
+#define LOADS_HALF 1
+ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
+  if (dtype == DT_F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+  if (dtype == DT_BF16) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+  return LOAD((const REAL *)(const void *)p);
+}
+#elif REAL_BITS == 32 && defined(__AVX2__) && defined(__F16C__)
+#define LOADS_HALF 1
+ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
+  if (dtype == DT_F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+  if (dtype == DT_BF16) return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+  return LOAD((const REAL *)(const void *)p);
+}
+#else
+#define LOADS_HALF 0
+ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
+  (void)dtype;
+  return LOAD((const REAL *)(const void *)p);
+}
+#endif
+
+/* ------------------------------------------------------------------ register-tiled products
+ * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors]. The accumulators are named variables: gcc keeps an array of them in
+ * memory. MR, NV, MODE and B's dtype are compile-time constants, so the branches on them vanish. Strides of A and C are in
+ * elements, of B in bytes. */
+enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(RESCALE_F16), name(RESCALE_BF16) };
+#define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
+                                 REAL *C, long ldc, const REAL *rescale) {
+  const int dtype = MODE == name(RESCALE_F16) ? DT_F16 : MODE == name(RESCALE_BF16) ? DT_BF16 : DT_REAL;
+  const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
+#define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
+#define INITIAL(r)                                                              \
+  if (MODE != name(ZERO) && r < MR) {                                           \
+    vec s = MODE == name(TRANSPOSED_A) ? SPLAT(1) : SPLAT(rescale[r]);               \
+    c##r##0 = LOAD(C + r * ldc) * s;                                            \
+    if (NV > 1) c##r##1 = LOAD(C + r * ldc + VL) * s;                           \
+    if (NV > 2) c##r##2 = LOAD(C + r * ldc + 2 * VL) * s;                       \
+    if (NV > 3) c##r##3 = LOAD(C + r * ldc + 3 * VL) * s;                       \
+  }
+#define STEP(r)                                                                 \
+  if (r < MR) {                                                                 \
+    vec a = SPLAT(MODE == name(TRANSPOSED_A) ? A[k * lda + r] : A[r * lda + k]); \
+    c##r##0 += a * b0;                                                          \
+    if (NV > 1) c##r##1 += a * b1;                                              \
+    if (NV > 2) c##r##2 += a * b2;                                              \
+    if (NV > 3) c##r##3 += a * b3;                                              \
+  }
+#define FINAL(r)                                                                \
+  if (r < MR) {                                                                 \
+    STORE(C + r * ldc, c##r##0);                                                \
+    if (NV > 1) STORE(C + r * ldc + VL, c##r##1);                               \
+    if (NV > 2) STORE(C + r * ldc + 2 * VL, c##r##2);                           \
+    if (NV > 3) STORE(C + r * ldc + 3 * VL, c##r##3);                           \
+  }
+  ROWS(DECLARE)
+  ROWS(INITIAL)
+  for (long k = 0; k < K; k++, B += ldb) {
+    vec b0 = name(load_as)(B, dtype), b1 = b0, b2 = b0, b3 = b0;
+    if (NV > 1) b1 = name(load_as)(B + step, dtype);
+    if (NV > 2) b2 = name(load_as)(B + 2 * step, dtype);
+    if (NV > 3) b3 = name(load_as)(B + 3 * step, dtype);
+    ROWS(STEP)
+  }
+  ROWS(FINAL)
+#undef DECLARE
+#undef INITIAL
+#undef STEP
+#undef FINAL
+}
+typedef void (*name(product_t))(long, const REAL *, long, const char *, long, REAL *, long, const REAL *);
+#define PRODUCT(MODE, MR, NV)                                                                                            \
+  static void name(product_##MODE##_##MR##_##NV)(long K, const REAL *A, long lda, const char *B, long ldb, REAL *C, long ldc, \
+                                                 const REAL *rescale) {                                                 \
+    name(product)(MR, NV, MODE, K, A, lda, B, ldb, C, ldc, rescale);                                                     \
+  }
+#if TILE_VECTORS == 4
+#define WIDTHS(MODE, MR) PRODUCT(MODE, MR, 1) PRODUCT(MODE, MR, 2) PRODUCT(MODE, MR, 4)
+#define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), name(product_##MODE##_##MR##_4)}
+#else
+#define WIDTHS(MODE, MR) PRODUCT(MODE, MR, 1) PRODUCT(MODE, MR, 2)
+#define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), 0}
+#endif
+#define HEIGHTS(MODE) WIDTHS(MODE, 1) WIDTHS(MODE, 2) WIDTHS(MODE, 3) WIDTHS(MODE, 4) WIDTHS(MODE, 5) WIDTHS(MODE, 6)
+HEIGHTS(0) HEIGHTS(1) HEIGHTS(2)
+#if LOADS_HALF
+HEIGHTS(3) HEIGHTS(4)
+#endif
+#define MODE_TABLE(MODE) {ROW_TABLE(MODE, 1), ROW_TABLE(MODE, 2), ROW_TABLE(MODE, 3), ROW_TABLE(MODE, 4), ROW_TABLE(MODE, 5), ROW_TABLE(MODE, 6)}
+static const name(product_t) name(products)[5][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2),
+#if LOADS_HALF
+                                                        MODE_TABLE(3), MODE_TABLE(4)
+#endif
+};
+#undef PRODUCT
+#undef WIDTHS
+#undef HEIGHTS
+#undef ROW_TABLE
+#undef MODE_TABLE
+
+/* C[mr][ncols] in column blocks of 4, 2 and 1 vectors; ncols is a multiple of VL, a vector of B is `step` bytes. */
+static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, REAL *C, long ldc,
+                           const REAL *rescale) {
+  long left = ncols / VL;
+  for (; left >= TILE_VECTORS; left -= TILE_VECTORS, B += TILE_VECTORS * step, C += CB)
+    name(products)[mode][mr - 1][TILE_VECTORS / 2](K, A, lda, B, ldb, C, ldc, rescale);
+  for (int i = 1; i >= 0; i--)
+    for (long w = 1 << i; left >= w; left -= w, B += w * step, C += w * VL)
+      name(products)[mode][mr - 1][i](K, A, lda, B, ldb, C, ldc, rescale);
+}

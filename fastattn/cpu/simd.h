@@ -1,0 +1,115 @@
+/* Vectors at the width of the instruction set this file is compiled for, and the element types that tensors hold.
+ *
+ * gcc vector extensions carry the arithmetic (so SSE2, AVX2, AVX-512 and NEON share one text); intrinsics appear only where
+ * the extensions have no word: max, power-of-two scaling, transposes, half-precision conversion. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VBYTES 64
+#define TILE_VECTORS 4 /* 32 registers: 6 x 4 accumulators */
+#elif defined(__AVX2__)
+#define VBYTES 32
+#define TILE_VECTORS 2 /* 16 registers: 6 x 2 */
+#elif defined(__aarch64__)
+#define VBYTES 16
+#define TILE_VECTORS 4
+#else
+#define VBYTES 16
+#define TILE_VECTORS 2
+#endif
+#define PANEL_ROWS 6
+#define BLOCK_N 256 /* keys in a forward tile; divisible by 16 (dropout blocks) and by every packed width */
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum { DT_F32 = 0, DT_F64 = 1, DT_F16 = 2, DT_BF16 = 3 };
+
+typedef struct __attribute__((packed)) { uint16_t x; } unaligned16;
+typedef struct __attribute__((packed)) { float x; } unaligned32;
+typedef struct __attribute__((packed)) { double x; } unaligned64;
+
+ALWAYS_INLINE float bf16_to_float(uint16_t h) {
+  uint32_t u = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+/* round to nearest even; a NaN stays a (quiet) NaN */
+ALWAYS_INLINE uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)((u >> 16) | 0x40u) : (uint16_t)rounded;
+}
+#if defined(__F16C__)
+ALWAYS_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+ALWAYS_INLINE uint16_t float_to_half(float f) { return _cvtss_sh(f, 0); }
+#elif defined(__aarch64__)
+ALWAYS_INLINE float half_to_float(uint16_t h) {
+  __fp16 x;
+  memcpy(&x, &h, 2);
+  return (float)x;
+}
+ALWAYS_INLINE uint16_t float_to_half(float f) {
+  __fp16 x = (__fp16)f;
+  uint16_t h;
+  memcpy(&h, &x, 2);
+  return h;
+}
+#else
+/* exact: scale the half's bits as a float exponent; Inf and NaN keep their exponent of all ones */
+ALWAYS_INLINE float half_to_float(uint16_t h) {
+  uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13, sign = (uint32_t)(h & 0x8000u) << 16, u;
+  float f;
+  memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;
+  memcpy(&u, &f, 4);
+  if ((h & 0x7c00u) == 0x7c00u) u = magnitude | 0x7f800000u;
+  u |= sign;
+  memcpy(&f, &u, 4);
+  return f;
+}
+/* round to nearest even, by letting the float adder round at the half's last bit */
+ALWAYS_INLINE uint16_t float_to_half(float f) {
+  uint32_t u, sign, r;
+  memcpy(&u, &f, 4);
+  sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+  if (u >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
+  if (u < 0x38800000u) {
+    float magnitude, magic = 0.5f;
+    memcpy(&magnitude, &u, 4);
+    magnitude += magic;
+    memcpy(&r, &magnitude, 4);
+    return (uint16_t)(sign | (r - 0x3f000000u));
+  }
+  r = u + 0xfffu + ((u >> 13) & 1u) - 0x38000000u;
+  return (uint16_t)(sign | (r >> 13));
+}
+#endif
+
+ALWAYS_INLINE double load_element(const char *p, int dtype) {
+  switch (dtype) {
+    case DT_F32: return ((const unaligned32 *)p)->x;
+    case DT_F64: return ((const unaligned64 *)p)->x;
+    case DT_F16: return half_to_float(((const unaligned16 *)p)->x);
+    default: return bf16_to_float(((const unaligned16 *)p)->x);
+  }
+}
+ALWAYS_INLINE void store_element(char *p, int dtype, double x) {
+  switch (dtype) {
+    case DT_F32: ((unaligned32 *)p)->x = (float)x; break;
+    case DT_F64: ((unaligned64 *)p)->x = x; break;
+    case DT_F16: ((unaligned16 *)p)->x = float_to_half((float)x); break;
+    default: ((unaligned16 *)p)->x = float_to_bf16((float)x);
+  }
+}
+ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : 2; }

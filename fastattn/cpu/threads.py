@@ -1,0 +1,44 @@
+"""How many threads a call uses: what the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise."""
+from __future__ import annotations
+
+import os
+
+
+def _cgroup_limit() -> float:
+    """CPUs that the control group grants (cgroup v2 cpu.max, v1 cfs quota); infinity without a limit."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as f:
+            quota, period = f.read().split()[:2]
+        return float("inf") if quota == "max" else float(quota) / float(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as q, open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as p:
+            limit = float(q.read()) / float(p.read())
+        return limit if limit > 0 else float("inf")
+    except (OSError, ValueError, ZeroDivisionError):
+        return float("inf")
+
+
+def _default() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cpus, max(1.0, _cgroup_limit()))))
+
+
+_threads = _default()
+
+
+def get_num_threads() -> int:
+    """Threads that a call on the CPU may use."""
+    return _threads
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most `n` threads a call, from now on, in this process. Results do not depend on it. ValueError when n < 1."""
+    global _threads
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"set_num_threads(): n is {n!r}; expected an integer of at least 1.")
+    _threads = n

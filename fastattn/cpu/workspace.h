@@ -1,0 +1,44 @@
+/* What the tile loops need of the system: memory per thread, whether this process is a forked child, and a polite wait. */
+#pragma once
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+typedef struct { size_t size; } workspace_header; /* sits 64 bytes before the memory handed out */
+
+static pthread_key_t workspace_key;
+static int in_forked_child;
+
+static void workspace_free(void *p) { free((char *)p - 64); }
+static void workspace_forked(void) { in_forked_child = 1; }
+
+/* once, at import */
+static int workspace_setup(void) { return pthread_key_create(&workspace_key, workspace_free) || pthread_atfork(0, 0, workspace_forked); }
+
+/* At least `bytes` of memory, 64-byte aligned, this thread's own; kept for its next call and freed when the thread ends. */
+static char *workspace(size_t bytes) {
+  char *p = (char *)pthread_getspecific(workspace_key);
+  if (p && ((workspace_header *)(void *)(p - 64))->size >= bytes) return p;
+  if (p) workspace_free(p);
+  pthread_setspecific(workspace_key, 0);
+  size_t total = (bytes + 64 + 4095) / 4096 * 4096;
+  char *base = (char *)aligned_alloc(4096, total);
+  if (!base) return 0;
+  ((workspace_header *)(void *)base)->size = total - 64;
+  pthread_setspecific(workspace_key, base + 64);
+  return base + 64;
+}
+
+/* Waits until *counter == turn. Whoever advances it started before us, so this ends. */
+static void await_turn(const int *counter, int turn) {
+  for (long spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != turn; spins++) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+    if (spins > 2000) sched_yield();
+  }
+}
+static void pass_turn(int *counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }

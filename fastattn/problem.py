@@ -1,0 +1,368 @@
+"""What is computed: the frozen `Problem`, made once from the caller's arguments, and the one definition of every mask.
+
+All validation of the public functions is in this file and nowhere else; below it there are no checks and no defaults.
+Shapes here are canonical: (batch, seqlen, num_heads, head_dim), packed (total, num_heads, head_dim).
+"""
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .buffers import View
+from .errors import message
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+MAX_HEAD_DIM = 512
+
+
+# ---------------------------------------------------------------- masks: one interval of keys per query row
+def row_bounds(row: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None,
+               top_left: bool = False) -> tuple[int, int]:
+    """Keys [lo, hi) that query `row` may see. Every structural mask (causal, window, padding, tail) is this interval.
+
+    `left` and `right` count keys from the diagonal, inclusive; None is no limit. The diagonal of row i is key
+    i + seqlen_k - seqlen_q (bottom-right aligned), or i when `top_left`. An empty interval has lo == hi.
+    """
+    diagonal = row if top_left else row + seqlen_k - seqlen_q
+    lo = 0 if left is None else min(max(diagonal - left, 0), seqlen_k)
+    hi = seqlen_k if right is None else min(max(diagonal + right + 1, 0), seqlen_k)
+    return lo, max(lo, hi)
+
+
+def block_bounds(first_row: int, last_row: int, block_n: int, seqlen_q: int, seqlen_k: int, left: int | None,
+                 right: int | None, top_left: bool = False) -> tuple[int, int, int, int]:
+    """Key blocks of `block_n` for query rows [first_row, last_row): (n_min, full_min, full_max, n_max).
+
+    Blocks outside [n_min, n_max) are skipped, blocks in [full_min, full_max) need no mask, the others are partial.
+    Holds because lo and hi of `row_bounds` never decrease with the row.
+    """
+    lo_first, hi_first = row_bounds(first_row, seqlen_q, seqlen_k, left, right, top_left)
+    lo_last, hi_last = row_bounds(last_row - 1, seqlen_q, seqlen_k, left, right, top_left)
+    n_min, n_max = lo_first // block_n, -(-hi_last // block_n)
+    if lo_first >= hi_last:
+        return n_min, n_min, n_min, n_min
+    full_min, full_max = -(-lo_last // block_n), hi_first // block_n
+    full_min = min(max(full_min, n_min), n_max)
+    return n_min, full_min, min(max(full_max, full_min), n_max), n_max
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The structural mask: keys from `left` before to `right` after the diagonal, inclusive; None is no limit."""
+
+    left: int | None = None
+    right: int | None = None
+    top_left: bool = False
+
+    def bounds(self, row: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+        return row_bounds(row, seqlen_q, seqlen_k, self.left, self.right, self.top_left)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a dot product becomes a score: softcap(softmax_scale * q.k) + alibi + bias, then the boolean mask.
+
+    `bias` is the dtype of the bias operand or None; the other features are flags of operands that are there or not.
+    """
+
+    softmax_scale: float
+    softcap: float | None = None
+    alibi: bool = False
+    bias: str | None = None
+    mask: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Philox dropout addressed by position (see philox.py): `seed` is the 64-bit key, `offset` the last counter word."""
+
+    p: float
+    seed: int
+    offset: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """A 16-bit lane is kept when it is >= threshold = round(p * 65536)."""
+        return round(self.p * 65536)
+
+    @property
+    def keep_scale(self) -> float:
+        """1 / (1 - threshold / 65536); 0 when nothing is kept, so that p = 1 gives zeros."""
+        return 65536.0 / (65536 - self.threshold) if self.threshold < 65536 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One attention problem. Packed problems have `total_q` and `total_k`, and seqlen_q, seqlen_k are their maxima."""
+
+    call: str
+    dtype: str
+    batch: int
+    num_heads: int
+    num_heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    score: Score
+    mask: Mask = Mask()
+    dropout: Dropout | None = None
+    total_q: int | None = None
+    total_k: int | None = None
+    seqused_k: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.total_q is not None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_heads // self.num_heads_k
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        if self.packed:
+            return (self.total_q or 0, self.num_heads, self.head_dim_v)
+        return (self.batch, self.seqlen_q, self.num_heads, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        return (self.num_heads, self.total_q or 0) if self.packed else (self.batch, self.num_heads, self.seqlen_q)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Softmax and accumulation: float32, float64 for float64 input. Also the dtype of lse."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def lse_dtype(self) -> str:
+        return self.compute_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Where the inputs of a Problem are: canonical Views; `bias` and `mask` are already broadcast to four axes."""
+
+    q: View
+    k: View
+    v: View
+    bias: View | None = None
+    mask: View | None = None
+    alibi_slopes: View | None = None      # broadcast to (batch, num_heads)
+    sinks: View | None = None             # (num_heads,)
+    cu_seqlens_q: View | None = None
+    cu_seqlens_k: View | None = None
+    seqused_k: View | None = None
+
+
+# ---------------------------------------------------------------- validation
+class Check:
+    """Raises for one public call: `check.value("k", "has 5 heads", "a divisor of 8")`."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+
+    def value(self, argument: str, has: object, expected: str, hint: str = "") -> ValueError:
+        return ValueError(message(self.call, argument, has, expected, hint))
+
+    def type(self, argument: str, has: object, expected: str, hint: str = "") -> TypeError:
+        return TypeError(message(self.call, argument, has, expected, hint))
+
+    def shape(self, argument: str, view: View, shape: tuple[int, ...], meaning: str) -> None:
+        if view.shape != shape:
+            raise self.value(argument, f"has shape {view.shape}", f"{meaning} = {shape}")
+
+    def dtype(self, argument: str, view: View, allowed: tuple[str, ...]) -> None:
+        if view.dtype not in allowed:
+            raise self.type(argument, f"has dtype {view.dtype}", " or ".join(allowed))
+
+    def integer(self, argument: str, x: Any, low: int, high: int, hint: str = "") -> int:
+        try:
+            n = operator.index(x)
+        except TypeError:
+            raise self.type(argument, f"is {x!r}", f"an integer in [{low}, {high}]", hint) from None
+        if not low <= n <= high:
+            raise self.value(argument, f"is {n}", f"an integer in [{low}, {high}]", hint)
+        return n
+
+    def number(self, argument: str, x: Any, expected: str) -> float:
+        if isinstance(x, (str, bytes, bool)) or np.ndim(x) != 0:
+            raise self.type(argument, f"is {x!r}", expected)
+        try:
+            y = float(x)
+        except TypeError:
+            raise self.type(argument, f"is {x!r}", expected) from None
+        if not math.isfinite(y):
+            raise self.value(argument, f"is {y}", expected)
+        return y
+
+
+def _qkv(check: Check, q: View, k: View, v: View, packed: bool) -> None:
+    """Ranks, dtypes, devices and head counts of q, k and v; the layouts differ only in their leading axes."""
+    rank, axes = (3, "(total, num_heads, head_dim)") if packed else (4, "(batch, seqlen, num_heads, head_dim)")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if len(x.shape) != rank:
+            hint = "use attention_varlen for packed (total, num_heads, head_dim) arrays" if rank == 4 and len(x.shape) == 3 else ""
+            raise check.value(name, f"has {len(x.shape)} axes, shape {x.shape}", f"{rank} axes {axes}", hint)
+        check.dtype(name, x, DTYPES)
+        if x.dtype != q.dtype:
+            raise check.type(name, f"has dtype {x.dtype}", f"q's dtype, {q.dtype}", f"cast with {name}.astype({q.dtype})")
+        if x.device != q.device:
+            raise check.value(name, f"is on device {x.device}", f"q's device, {q.device}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise check.value("v", f"has shape {v.shape}", f"k's shape but for the last axis, {k.shape[:-1]} + (head_dim_v,)")
+    if k.shape[-1] != q.shape[-1]:
+        raise check.value("k", f"has head_dim {k.shape[-1]}", f"q's head_dim, {q.shape[-1]}")
+    if not packed and k.shape[0] != q.shape[0]:
+        raise check.value("k", f"has batch {k.shape[0]}", f"q's batch, {q.shape[0]}")
+    for name, n in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
+        check.integer(name, n, 1, MAX_HEAD_DIM)
+    heads, heads_k = q.shape[-2], k.shape[-2]
+    if heads_k == 0 or heads % heads_k:
+        near = max((d for d in range(1, min(heads, heads_k) + 1) if heads % d == 0), default=1)
+        raise check.value("k", f"has {heads_k} heads", f"a divisor of q's num_heads = {heads}", f"num_heads_k = {near} works")
+
+
+def _mask(check: Check, causal: Any, window: Any) -> Mask:
+    if not isinstance(causal, (bool, np.bool_)) and causal not in ("top_left", "bottom_right"):
+        raise check.value("causal", f"is {causal!r}", "False, True, 'bottom_right' or 'top_left'")
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise check.value("window", f"is {window!r}", "a pair (left, right) of counts, None for no limit",
+                              f"window=({window}, 0) looks back only" if isinstance(window, int) else "")
+        left, right = (None if w is None else check.integer("window", w, 0, 2**31 - 1, "None means no limit") for w in window)
+    if causal:
+        right = 0
+    return Mask(left, right, causal == "top_left")
+
+
+def make_dropout(check: Check, dropout_p: Any, seed: Any, offset: Any) -> Dropout | None:
+    p = check.number("dropout_p", dropout_p, "a probability in [0, 1]")
+    if not 0.0 <= p <= 1.0:
+        raise check.value("dropout_p", f"is {p}", "a probability in [0, 1]")
+    if p == 0.0:
+        return None
+    if seed is None:
+        raise check.value("seed", "is None", f"a 64-bit integer, because dropout_p = {p}",
+                          "pass seed=..., a fresh one each step; backward takes the same one")
+    seed = check.integer("seed", seed, -(2**63), 2**64 - 1) & (2**64 - 1)
+    return Dropout(p, seed, check.integer("offset", offset, 0, 2**32 - 1))
+
+
+def _broadcast(check: Check, argument: str, x: View, shape: tuple[int, ...], axes: str) -> View:
+    if len(x.shape) > len(shape) or any(n not in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False)):
+        raise check.value(argument, f"has shape {x.shape}", f"a shape that broadcasts to {axes} = {shape}")
+    return x.broadcast_to(shape)
+
+
+def _lengths(check: Check, argument: str, cu: View, total: int, most: Any, most_name: str) -> tuple[int, int]:
+    """(number of sequences, longest) from cumulative lengths; values are read only where they are in host memory."""
+    check.dtype(argument, cu, ("int32", "int64"))
+    if len(cu.shape) != 1 or cu.shape[0] < 1:
+        raise check.value(argument, f"has shape {cu.shape}", "one axis, (number of sequences + 1,)")
+    given = None if most is None else check.integer(most_name, most, 0, 2**31 - 1)
+    if cu.device[0] != "cpu":
+        return cu.shape[0] - 1, total if given is None else given
+    c = cu.numpy().astype(np.int64)
+    lengths = np.diff(c)
+    if c[0] != 0 or (lengths < 0).any():
+        i = int(np.argmax(lengths < 0)) if c[0] == 0 else 0
+        raise check.value(argument, f"starts {c[:8].tolist()}, entry {i + (c[0] == 0)} is {c[i + (c[0] == 0)]}",
+                          "cumulative lengths: 0 first, never decreasing")
+    if c[-1] > total:
+        raise check.value(argument, f"ends at {c[-1]}", f"at most the {total} rows of the packed array")
+    longest = int(lengths.max(initial=0))
+    if given is not None and given < longest:
+        raise check.value(most_name, f"is {given}", f"at least the longest sequence of {argument}, {longest}")
+    return cu.shape[0] - 1, longest if given is None else given
+
+
+def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = False, window: Any = None,
+                 softmax_scale: Any = None, softcap: Any = None, dropout_p: Any = 0.0, seed: Any = None, offset: Any = 0,
+                 max_seqlen_q: Any = None, max_seqlen_k: Any = None) -> tuple[Problem, Operands]:
+    """Validate one call and return its Problem, and the operands with bias, mask and alibi_slopes broadcast.
+
+    `operands` hold canonical Views. Raises ValueError or TypeError that name `call` and the argument.
+    """
+    check, o = Check(call), operands
+    _qkv(check, o.q, o.k, o.v, packed)
+    num_heads, head_dim = o.q.shape[-2:]
+    total_q = total_k = None
+    if packed:
+        total_q, total_k = o.q.shape[0], o.k.shape[0]
+        assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
+        batch, seqlen_q = _lengths(check, "cu_seqlens_q", o.cu_seqlens_q, total_q, max_seqlen_q, "max_seqlen_q")
+        batch_k, seqlen_k = _lengths(check, "cu_seqlens_k", o.cu_seqlens_k, total_k, max_seqlen_k, "max_seqlen_k")
+        if batch_k != batch:
+            raise check.value("cu_seqlens_k", f"describes {batch_k} sequences", f"as many as cu_seqlens_q, {batch}")
+        if o.seqused_k is not None:
+            check.dtype("seqused_k", o.seqused_k, ("int32", "int64"))
+            check.shape("seqused_k", o.seqused_k, (batch,), "(number of sequences,)")
+            if o.seqused_k.device[0] == "cpu":
+                used = o.seqused_k.numpy()
+                room = np.diff(o.cu_seqlens_k.numpy())
+                if ((used < 0) | (used > room)).any():
+                    i = int(np.argmax((used < 0) | (used > room)))
+                    raise check.value("seqused_k", f"has {used[i]} for sequence {i}", f"a count from 0 to its length, {room[i]}")
+    else:
+        (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else check.number("softmax_scale", softmax_scale, "a finite number")
+    cap = None
+    if softcap is not None:
+        cap = check.number("softcap", softcap, "a positive number, or None for no cap")
+        if cap <= 0:
+            raise check.value("softcap", f"is {cap}", "a positive number, or None for no cap")
+    small = ("float32", "float64", o.q.dtype)
+    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        x = getattr(o, name)
+        if x is not None and x.device != o.q.device:
+            raise check.value(name, f"is on device {x.device}", f"q's device, {o.q.device}")
+    if o.alibi_slopes is not None:
+        check.dtype("alibi_slopes", o.alibi_slopes, small)
+        if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
+            raise check.value("alibi_slopes", f"has shape {o.alibi_slopes.shape}", f"({num_heads},) or ({batch}, {num_heads})")
+        o = replace(o, alibi_slopes=o.alibi_slopes.broadcast_to((batch, num_heads)))
+    if o.sinks is not None:
+        check.dtype("sinks", o.sinks, small)
+        check.shape("sinks", o.sinks, (num_heads,), "(num_heads,)")
+    full = (batch, num_heads, seqlen_q, seqlen_k)
+    axes = f"(batch, num_heads, {'max_seqlen_q, max_seqlen_k' if packed else 'seqlen_q, seqlen_k'})"
+    if o.bias is not None:
+        check.dtype("bias", o.bias, tuple(dict.fromkeys((o.q.dtype, "float32"))))
+        o = replace(o, bias=_broadcast(check, "bias", o.bias, full, axes))
+    if o.mask is not None:
+        if o.mask.dtype != "bool":
+            raise check.type("mask", f"has dtype {o.mask.dtype}", "bool, True where a query may attend",
+                             "an additive float mask goes in bias=")
+        o = replace(o, mask=_broadcast(check, "mask", o.mask, full, axes))
+    score = Score(scale, cap, o.alibi_slopes is not None, o.bias.dtype if o.bias else None, o.mask is not None, o.sinks is not None)
+    problem = Problem(call, o.q.dtype, batch, num_heads, o.k.shape[-2], seqlen_q, seqlen_k, head_dim, o.v.shape[-1], score,
+                      _mask(check, causal, window), make_dropout(check, dropout_p, seed, offset), total_q, total_k, o.seqused_k is not None)
+    return problem, o
+
+
+def check_array(call: str, argument: str, view: View, shape: tuple[int, ...], dtype: str, device: tuple[str, int], *,
+                output: bool = False) -> None:
+    """out, dout, lse and the like: exact shape, dtype and device; an output also writable, aligned and not self-overlapping."""
+    check = Check(call)
+    check.shape(argument, view, shape, "the shape")
+    check.dtype(argument, view, (dtype,))
+    if view.device != device:
+        raise check.value(argument, f"is on device {view.device}", f"q's device, {device}")
+    if output:
+        if view.readonly:
+            raise check.value(argument, "is read-only", "a writable array")
+        if view.ptr % view.itemsize or any(s % view.itemsize for s in view.strides):
+            raise check.value(argument, "is misaligned", f"addresses and strides that are multiples of {view.itemsize} bytes")
+        reach = view.itemsize                           # bytes that the axes so far span: each stride must step over them
+        for s, n in sorted((abs(s), n) for s, n in zip(view.strides, view.shape, strict=True) if n > 1):
+            if s < reach and 0 not in view.shape:
+                raise check.value(argument, f"has strides {view.strides}", "no two elements at one address")
+            reach += (n - 1) * s

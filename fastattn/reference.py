@@ -1,0 +1,186 @@
+"""The executable specification: forward and backward of every Problem in float64 NumPy, one readable loop over sequences.
+
+Rules that every engine shares and that this file defines:
+
+- A pair that a mask hides is selected away, never added: what its score would be, NaN included, does not matter.
+- Keys past seqused_k and rows outside the sequences are never read, and a key that no row of a head may see does not reach
+  that head's results, even if it is NaN.
+- A row that sees nothing has out = 0, lse = -inf and gradients 0; with a sink its lse is the sink.
+- Every element of an output is written. Rows of a packed output that belong to no sequence (cu_seqlens ends before the
+  total) get out = 0, lse = -inf, gradients 0; so do the gradients of keys past seqused_k.
+- The backward takes out and lse as they are given: over a part of the keys, with out and lse of all keys, it gives that
+  part's share of the gradients. delta = sum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .buffers import Grads, View, numpy_dtype
+from .philox import keep_mask
+from .problem import Operands, Problem
+
+Array = np.ndarray[Any, Any]
+name = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The arithmetic. The specification is float64; the tests' naive rival computes in float32 with P and dS rounded to
+    `operand`, the dtype in which a plain implementation hands them to its second matrix product."""
+
+    compute: str = "float64"
+    operand: str | None = None
+
+    def array(self, view: View) -> Array:
+        return view.numpy().astype(self.compute)
+
+    def rounded(self, x: Array) -> Array:
+        return x if self.operand is None else x.astype(numpy_dtype(self.operand)).astype(self.compute)
+
+
+FLOAT64 = Precision()
+
+
+class Sequence(NamedTuple):
+    """Sequence number b, how its rows are found in q-like, k-like and lse-like arrays, and its lengths."""
+
+    b: int
+    rows_q: Any
+    rows_k: Any
+    rows_lse: Any
+    seqlen_q: int
+    seqlen_k: int
+
+
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
+    """The sequences of a Problem: batch entries, or pieces of the packed arrays with their seqused_k."""
+    if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
+        for b in range(problem.batch):
+            yield Sequence(b, np.s_[b, :], np.s_[b, :], np.s_[b, :, :], problem.seqlen_q, problem.seqlen_k)
+        return
+    cu_q, cu_k = o.cu_seqlens_q.numpy().tolist(), o.cu_seqlens_k.numpy().tolist()
+    used = np.diff(cu_k).tolist() if o.seqused_k is None else o.seqused_k.numpy().tolist()
+    for b in range(problem.batch):
+        rows_q = np.s_[cu_q[b]:cu_q[b + 1]]
+        yield Sequence(b, rows_q, np.s_[cu_k[b]:cu_k[b] + used[b]], np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b])
+
+
+def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
+    """(num_heads, seqlen_q, seqlen_k) bool: the pairs that no mask hides."""
+    visible = np.zeros((problem.num_heads, s.seqlen_q, s.seqlen_k), bool)
+    for row in range(s.seqlen_q):
+        lo, hi = problem.mask.bounds(row, s.seqlen_q, s.seqlen_k)
+        visible[:, row, lo:hi] = True
+    if o.mask is not None:
+        visible &= o.mask.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k]
+    return visible
+
+
+def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visible: Array, p: Precision) -> tuple[Array, Array | float]:
+    """S (num_heads, seqlen_q, seqlen_k), -inf where hidden, and d(capped) / d(scale * q.k) of the softcap."""
+    score, slope = problem.score, np.ones((), p.compute)
+    S = q @ k.swapaxes(1, 2) * slope.dtype.type(score.softmax_scale)
+    if score.softcap is not None:
+        cap = slope.dtype.type(score.softcap)
+        tanh = np.tanh(S / cap)
+        S, slope = tanh * cap, 1 - tanh * tanh
+    if o.alibi_slopes is not None:
+        i, j = np.arange(s.seqlen_q)[:, None], np.arange(s.seqlen_k)
+        distance = np.abs(i + s.seqlen_k - s.seqlen_q - j).astype(p.compute)
+        S = S - p.array(o.alibi_slopes)[s.b][:, None, None] * distance
+    if o.bias is not None:
+        S = S + o.bias.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k].astype(p.compute)
+    return np.where(visible, S, -np.inf), slope
+
+
+def _by_head(x: Array, rows: Any, repeat: int = 1) -> Array:
+    """Rows of one sequence, (rows, heads, dim) -> (heads * repeat, rows, dim)."""
+    return np.repeat(x[rows].swapaxes(0, 1), repeat, axis=0)
+
+
+def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
+    """What dropout multiplies the probabilities by: 0 or keep_scale, (num_heads, seqlen_q, seqlen_k)."""
+    if problem.dropout is None:
+        return np.ones((), p.compute)
+    keep = keep_mask(problem.dropout, [s.b], problem.num_heads, s.seqlen_q, s.seqlen_k)[0]
+    return np.where(keep, problem.dropout.keep_scale, 0.0).astype(p.compute)
+
+
+@np.errstate(all="ignore")
+def forward(problem: Problem, o: Operands, out: View, lse: View | None, precision: Precision = FLOAT64) -> None:
+    """Write out, and lse (natural log) if asked for. Shapes as in Problem.out_shape and Problem.lse_shape."""
+    p = precision
+    q, k, v = p.array(o.q), p.array(o.k), p.array(o.v)
+    sinks = None if o.sinks is None else p.array(o.sinks)[:, None]
+    out_array = out.numpy()
+    lse_array = np.empty(problem.lse_shape, p.compute) if lse is None else lse.numpy()
+    out_array[...], lse_array[...] = 0, -np.inf
+    for s in sequences(problem, o):
+        q_s, k_s, v_s = _by_head(q, s.rows_q), _by_head(k, s.rows_k, problem.group), _by_head(v, s.rows_k, problem.group)
+        visible = _visible(problem, o, s)
+        S, _ = _scores(problem, o, s, q_s, k_s, visible, p)
+        row_max = S.max(axis=2, initial=-np.inf)
+        if sinks is not None:
+            row_max = np.maximum(row_max, sinks)
+        row_max = np.where(row_max == -np.inf, 0, row_max).astype(p.compute)
+        P = np.exp(S - row_max[:, :, None])
+        row_sum = P.sum(axis=2)
+        if sinks is not None:
+            row_sum = row_sum + np.exp(sinks - row_max)
+        P = np.where(row_sum[:, :, None] == 0, 0, P / row_sum[:, :, None]) * _keep(problem, s, p)
+        v_s = np.where(np.logical_or.reduce(visible, axis=1)[:, :, None], v_s, 0)
+        out_array[s.rows_q] = (p.rounded(P) @ v_s).swapaxes(0, 1)
+        lse_array[s.rows_lse] = row_max + np.log(row_sum)
+
+
+@np.errstate(all="ignore")
+def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
+             precision: Precision = FLOAT64) -> None:
+    """Write the gradients of sum(dout * out) + sum(dlse * lse). grads.dbias has four axes, of length 1 where bias broadcasts."""
+    p = precision
+    q, k, v, out_array, dout_array, lse_array = (p.array(x) for x in (o.q, o.k, o.v, out, dout, lse))
+    dlse_array = np.zeros(problem.lse_shape, p.compute) if dlse is None else p.array(dlse)
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    dbias = None if grads.dbias is None or o.bias is None else np.zeros(o.bias.shape, p.compute)
+    dsinks = np.zeros(problem.num_heads, p.compute)
+    for s in sequences(problem, o):
+        visible = _visible(problem, o, s)
+        sees, seen = (np.logical_or.reduce(visible, axis=axis)[:, :, None] for axis in (2, 1))
+        q_s, out_s, dout_s = (np.where(sees, _by_head(x, s.rows_q), 0) for x in (q, out_array, dout_array))
+        k_s, v_s = (np.where(seen, _by_head(x, s.rows_k, problem.group), 0) for x in (k, v))
+        lse_s, dlse_s = lse_array[s.rows_lse], dlse_array[s.rows_lse]
+        S, slope = _scores(problem, o, s, q_s, k_s, visible, p)
+        keep = _keep(problem, s, p)
+        alive = visible & (lse_s != -np.inf)[:, :, None]    # a row whose scores are all -inf is an empty row too
+        P = np.where(alive, np.exp(S - lse_s[:, :, None]), 0)
+        delta = (dout_s * out_s).sum(axis=2)
+        dP = dout_s @ v_s.swapaxes(1, 2) * keep
+        dS = np.where(alive, P * (dP + (dlse_s - delta)[:, :, None]), 0)
+        if dbias is not None:
+            dbias[s.b, :, :s.seqlen_q, :s.seqlen_k] += dS
+        if o.sinks is not None:
+            dsinks += np.where(lse_s == -np.inf, 0, np.exp(p.array(o.sinks)[:, None] - lse_s) * (dlse_s - delta)).sum(axis=1)
+        dS = p.rounded(dS * slope) * dS.dtype.type(problem.score.softmax_scale)
+        dq[s.rows_q] = (dS @ k_s).swapaxes(0, 1)
+        dk[s.rows_k] = _sum_group(problem, dS.swapaxes(1, 2) @ q_s)
+        dv[s.rows_k] = _sum_group(problem, p.rounded(P * keep).swapaxes(1, 2) @ dout_s)
+    grads.dq.numpy()[...], grads.dk.numpy()[...], grads.dv.numpy()[...] = dq, dk, dv
+    if dbias is not None:
+        axes = tuple(axis for axis in range(4) if grads.dbias.shape[axis] == 1)
+        grads.dbias.numpy()[...] = dbias.sum(axis=axes, keepdims=True)
+    if grads.dsinks is not None:
+        grads.dsinks.numpy()[...] = dsinks
+
+
+def _sum_group(problem: Problem, x: Array) -> Array:
+    """(num_heads, rows, dim) -> (rows, num_heads_k, dim): the query heads of a group share one key head."""
+    total: Array = x.reshape(problem.num_heads_k, problem.group, *x.shape[1:]).sum(axis=1)
+    return total.swapaxes(0, 1)

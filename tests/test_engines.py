@@ -1,0 +1,194 @@
+"""Every named problem on every engine against the reference, and the promises about NaN, views, threads and reuse."""
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import Judge
+from problems import BY_NAME, CASES, Case, Inputs
+
+import fastattn
+
+ENGINES = ("cpu",)
+CASE_IDS = [case.name for case in CASES]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_agrees_with_reference(case: Case, engine: str) -> None:
+    inputs = case.make()
+    judge = Judge(inputs)
+    out, lse = inputs.forward(engine)
+    judge.forward(out, lse)
+    judge.backward(inputs.backward(out, lse, engine))
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_reference_agrees_with_itself(case: Case) -> None:
+    """The reference on the inputs' own dtypes: only its outputs are rounded."""
+    inputs = case.make()
+    judge = Judge(inputs)
+    out, lse = inputs.forward("reference")
+    judge.forward(out, lse)
+    judge.backward(inputs.backward(out, lse, "reference"))
+
+
+def _same(a: Any, b: Any) -> None:
+    for x, y in zip(a, b, strict=True):
+        if x is not None:
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["everything_float32", "everything_packed", "decode_bfloat16", "causal_float16", "gqa_causal",
+                                  "seqlen_513"])
+def test_same_bits_every_run_and_any_threads(name: str) -> None:
+    inputs = BY_NAME[name].make()
+    before = fastattn.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            fastattn.set_num_threads(threads)
+            out, lse = inputs.forward("cpu")
+            results.append((out, lse, *inputs.backward(out, lse, "cpu")))
+    finally:
+        fastattn.set_num_threads(before)
+    for result in results[1:]:
+        _same(result, results[0])
+
+
+def test_out_and_no_lse(engine: str) -> None:
+    inputs = BY_NAME["causal_float32"].make()
+    expected, _ = inputs.forward(engine)
+    out = np.full_like(expected, np.nan)
+    assert fastattn.attention(*inputs.args, **inputs.kwargs, out=out, engine=engine) is out
+    np.testing.assert_array_equal(out, expected)
+    strided = np.full((*expected.shape[:-1], 2 * expected.shape[-1]), 7, expected.dtype)
+    fastattn.attention(*inputs.args, **inputs.kwargs, out=strided[..., ::2], engine=engine)
+    np.testing.assert_array_equal(strided[..., ::2], expected)
+    assert (strided[..., 1::2] == 7).all()
+
+
+@pytest.mark.parametrize("memory", ["sliced", "transposed", "dim_first", "reversed"])
+def test_views_give_the_same_bits(memory: str, engine: str) -> None:
+    case = Case("views", seqlen_q=70, head_dim=64, causal=True)
+    a, b = case.make(), replace(case, memory=memory).make()
+    out, lse = a.forward(engine)
+    _same(b.forward(engine), (out, lse))
+    _same(b.backward(out, lse, engine), a.backward(out, lse, engine))
+
+
+def test_inputs_are_not_written(engine: str) -> None:
+    inputs = BY_NAME["everything_float32"].make()
+    frozen = inputs.map(lambda x: x.copy())
+    for x in (*frozen.args, *frozen.kwargs.values(), frozen.dout):
+        if isinstance(x, np.ndarray):
+            x.flags.writeable = False
+    out, lse = frozen.forward(engine)
+    frozen.backward(out, lse, engine)
+    _same(frozen.args, inputs.args)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hidden_keys_never_reach_the_output(bad: float, dtype: str, engine: str) -> None:
+    """A key that no row may see may hold anything; so may a row that sees nothing."""
+    case = Case("hidden", dtype, num_heads=4, num_heads_k=2, seqlen_q=40, seqlen_k=90, head_dim=64, mask=(2, 1, 40, 90))
+    inputs = case.make()
+    inputs.kwargs["mask"][:, :, :, [3, 17, 64, 88, 89]] = False
+    inputs.kwargs["mask"][:, :, [0, 21, 39], :] = False
+    out, lse = inputs.forward(engine)
+    grads = inputs.backward(out, lse, engine)
+    q, k, v = inputs.args
+    k[:, [3, 17, 64, 88, 89]] = v[:, [3, 17, 64, 88, 89]] = bad
+    q[:, [0, 21, 39]] = inputs.dout[:, [0, 21, 39]] = bad
+    poisoned = inputs.forward(engine)
+    _same(poisoned, (out, lse))
+    _same(inputs.backward(*poisoned, engine), grads)
+    assert (out[:, [0, 21, 39]] == 0).all() and (lse[:, :, [0, 21, 39]] == -np.inf).all()
+
+
+def test_nan_score_at_a_masked_position(engine: str) -> None:
+    inputs = Case("nan_score", seqlen_q=40, bias=(40, 40), mask=(40, 40), causal=True).make()
+    out, lse = inputs.forward(engine)
+    grads = inputs.backward(out, lse, engine)
+    hidden = ~inputs.kwargs["mask"] | ~np.tri(40, dtype=bool)
+    inputs.kwargs["bias"][hidden] = np.nan
+    poisoned = inputs.forward(engine)
+    _same(poisoned, (out, lse))
+    _same(inputs.backward(*poisoned, engine), grads)
+
+
+def test_packed_is_padded(engine: str) -> None:
+    """Dropout and all: a packed batch gives the bits of its sequences called alone, up to the dropout's sequence number."""
+    inputs = BY_NAME["packed_dropout"].make()
+    q, k, v, cu, _ = inputs.args
+    out, _ = inputs.forward(engine)
+    padded = np.zeros((2, 39, *q.shape[1:]), q.dtype), np.zeros((2, 39, *k.shape[1:]), k.dtype), np.zeros((2, 39, *v.shape[1:]), v.dtype)
+    mask = np.zeros((2, 1, 1, 39), bool)
+    for n in range(2):
+        rows = slice(cu[n], cu[n + 1])
+        for x, y in zip(padded, (q, k, v), strict=True):
+            x[n, :cu[n + 1] - cu[n]] = y[rows]
+        mask[n, ..., :cu[n + 1] - cu[n]] = True
+    expected, _ = fastattn.attention(*padded, mask=mask, return_lse=True, engine=engine, **inputs.kwargs)
+    for n in range(2):
+        np.testing.assert_allclose(out[cu[n]:cu[n + 1]], expected[n, :cu[n + 1] - cu[n]], rtol=1e-5, atol=1e-6)
+
+
+def test_backward_over_parts_of_the_keys(engine: str) -> None:
+    """merge_states, then the backward of each part with the merged out and lse: the parts' shares of the gradients."""
+    inputs = Case("parts", seqlen_q=30, seqlen_k=64, head_dim=32, sinks=False).make()
+    q, k, v = inputs.args
+    out, lse = inputs.forward(engine)
+    whole = inputs.backward(out, lse, engine)
+    parts = [fastattn.attention(q, k[:, s], v[:, s], return_lse=True, engine=engine) for s in (slice(0, 20), slice(20, 64))]
+    merged_out, merged_lse = fastattn.merge_states([p[0] for p in parts], [p[1] for p in parts])
+    np.testing.assert_allclose(merged_out, out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(merged_lse, lse, rtol=1e-5, atol=1e-6)
+    shares = [fastattn.attention_backward(inputs.dout, q, k[:, s], v[:, s], merged_out, merged_lse, engine=engine)
+              for s in (slice(0, 20), slice(20, 64))]
+    np.testing.assert_allclose(shares[0].dq + shares[1].dq, whole.dq, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([s.dk for s in shares], axis=1), whole.dk, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([s.dv for s in shares], axis=1), whole.dv, rtol=1e-4, atol=1e-5)
+
+
+def test_eight_callers_at_once(engine: str) -> None:
+    cases = [BY_NAME[name].make() for name in ("causal_float32", "everything_float32", "packed_bfloat16", "decode_float16")]
+    expected = [c.forward(engine) for c in cases]
+
+    def work(n: int) -> None:
+        for i in range(10):
+            c = (n + i) % len(cases)
+            out, lse = cases[c].forward(engine)
+            _same((out, lse), expected[c])
+            cases[c].backward(out, lse, engine)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+
+
+def _child(inputs: Inputs, queue: Any) -> None:
+    queue.put(inputs.forward("cpu"))
+
+
+def test_forked_child() -> None:
+    inputs = BY_NAME["causal_float32"].make()
+    expected = inputs.forward("cpu")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(inputs, queue))
+    child.start()
+    try:
+        _same(queue.get(timeout=60), expected)
+    finally:
+        child.join(10)
+        if child.is_alive():
+            child.kill()

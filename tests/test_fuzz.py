@@ -1,0 +1,84 @@
+"""A seeded fuzzer: random Problems on the CPU engine against the reference; the same ones every run."""
+from __future__ import annotations
+
+from typing import Any
+
+from compare import Judge
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import NUMPY, Case
+
+_ALL = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+MAYBE = st.booleans()
+LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 100, 130]))
+CAUSAL: list[bool | str] = [False, True, "top_left"]
+COUNTS = st.one_of(st.none(), st.integers(0, 40))
+
+
+def _or_none(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Absent three times in four, so that features meet without all being there always."""
+    return st.integers(0, 3).flatmap(lambda n: strategy if n == 3 else st.none())
+
+
+@st.composite
+def _broadcast(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that broadcasts to `shape`."""
+    axes = draw(st.integers(2, 4))
+    return tuple(n if draw(MAYBE) else 1 for n in shape[4 - axes:])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any Problem of small sizes."""
+    heads_k, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    packed = draw(st.integers(0, 3)) == 0
+    dims = st.one_of(st.integers(1, 40), st.sampled_from([48, 64, 65, 80, 96, 128]))
+    shape: dict[str, Any]
+    if packed:
+        lengths = draw(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=0, max_size=4))
+        lengths_q, lengths_k = tuple(n for n, _ in lengths), tuple(n for _, n in lengths)
+        used = tuple(draw(st.integers(0, n)) for n in lengths_k) if draw(MAYBE) else None
+        shape = {"lengths_q": lengths_q, "lengths_k": lengths_k, "used_k": used, "spare": draw(st.sampled_from([0, 0, 3]))}
+        full = (len(lengths), heads_k * group, max(lengths_q, default=0), max(lengths_k, default=0))
+    else:
+        shape = {"batch": draw(st.integers(0, 2)), "seqlen_q": draw(LENGTHS), "seqlen_k": draw(LENGTHS),
+                 "layout": draw(st.sampled_from(["bshd", "bhsd"]))}
+        full = (shape["batch"], heads_k * group, shape["seqlen_q"], shape["seqlen_k"])
+    dtype = draw(st.sampled_from(list(NUMPY)))
+    bias = draw(_or_none(_broadcast(full)))
+    return Case(f"fuzz_{draw(st.integers(0, 2**32))}", dtype, num_heads=heads_k * group, num_heads_k=heads_k, head_dim=draw(dims),
+                head_dim_v=draw(_or_none(dims)), causal=draw(st.sampled_from(CAUSAL)),
+                window=draw(_or_none(st.tuples(COUNTS, COUNTS))), softcap=draw(_or_none(st.floats(0.5, 30))),
+                softmax_scale=draw(_or_none(st.floats(0.01, 0.5))), alibi=draw(_or_none(st.sampled_from(["heads", "batch"]))), bias=bias,
+                bias_dtype=draw(st.sampled_from([None, "float32"])), bias_inf=bias is not None and draw(MAYBE),
+                mask=draw(_or_none(_broadcast(full))), sinks=draw(_or_none(st.just(True))) is True,
+                dropout_p=draw(_or_none(st.sampled_from([0.05, 0.3, 0.9, 1.0]))) or 0.0, dlse=draw(MAYBE),
+                memory=draw(st.sampled_from(["contiguous", "contiguous", "sliced", "transposed", "dim_first", "reversed"])), **shape)
+
+
+def _run(case: Case, backward: bool, engine: str = "cpu") -> None:
+    inputs = case.make()
+    judge = Judge(inputs)
+    out, lse = inputs.forward(engine)
+    judge.forward(out, lse)
+    if backward:
+        judge.backward(inputs.backward(out, lse, engine))
+
+
+@settings(_ALL, max_examples=1200)
+@given(cases())
+def test_forward_and_backward(case: Case) -> None:
+    _run(case, backward=True)
+
+
+@settings(_ALL, max_examples=1000)
+@given(cases())
+def test_forward(case: Case) -> None:
+    _run(case, backward=False)
+
+
+@settings(_ALL, max_examples=200)
+@given(cases())
+def test_reference(case: Case) -> None:
+    """The fuzzer's problems are valid ones, and the tolerance is one that rounding alone passes."""
+    _run(case, backward=True, engine="reference")
