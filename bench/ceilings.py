@@ -68,14 +68,15 @@ def read_call(arrays: list[np.ndarray[Any, Any]], threads: int) -> Callable[[], 
     return call
 
 
-def measure(threads: int, repeats: int = 5) -> dict[str, float]:
+def measure(threads: int, repeats: int = 5) -> dict[str, tuple[float, str]]:
     """GF/s of float32 by three means and GB/s of a read that no cache of a core holds; those that can run here.
 
     The largest is the peak. BLAS on matrices of 2048 is what a very good kernel reaches; the probe has nothing to load or store.
     """
     random = np.random.default_rng(0)
     a, b = random.standard_normal((2, _MATMUL, _MATMUL), dtype=np.float32)
-    flops, results = 2 * _MATMUL**3, {}
+    flops = 2 * _MATMUL**3
+    results: dict[str, tuple[float, str]] = {}
 
     def fastest(call: Callable[[], object]) -> float:
         return min(wall(call) for _ in range(repeats + 1))
@@ -84,13 +85,13 @@ def measure(threads: int, repeats: int = 5) -> dict[str, float]:
         array = random.integers(1, 1 << 62, 1 << 25)
         start = -array.ctypes.data % 64 // 8
         array = array[start:]
-        results["memory read GB/s"] = array.nbytes / fastest(read_call([array], threads)) / 1e9
-        results["register FMA GF/s"] = flops / fastest(fma_call(flops, threads)) / 1e9
-    results["numpy matmul GF/s"] = flops / fastest(lambda: a @ b) / 1e9
+        results["memory read"] = array.nbytes / fastest(read_call([array], threads)) / 1e9, "GB/s"
+        results["float32 FMA in registers"] = flops / fastest(fma_call(flops, threads)) / 1e9, "GF/s"
+    results["numpy matmul"] = flops / fastest(lambda: a @ b) / 1e9, "GF/s"
     if version("torch") is not None:
         import torch
 
         torch.set_num_threads(threads)
         x, y = torch.from_numpy(a), torch.from_numpy(b)
-        results["torch matmul GF/s"] = flops / fastest(lambda: x @ y) / 1e9
+        results["torch matmul"] = flops / fastest(lambda: x @ y) / 1e9, "GF/s"
     return results

@@ -56,7 +56,7 @@ def _aligned(values: Array, dtype: str) -> Array:
         kind = np.dtype(dtype)
     memory = np.empty(values.size * kind.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    array = memory[start:start + values.size * kind.itemsize].view(kind).reshape(values.shape)
+    array: Array = memory[start:start + values.size * kind.itemsize].view(kind).reshape(values.shape)
     array[...] = values
     return array
 
@@ -157,9 +157,9 @@ def _onnx_multi_head(case: Case, x: Inputs, threads: int) -> Runner:
     return Runner(lambda: session.run(None, feeds), f"onnxruntime {version('onnxruntime')} (MultiHeadAttention)", arrays)
 
 
-def _session(operator: str, domain: str, opset: int, attributes: dict[str, int], shapes: tuple[tuple[int, ...], ...], threads: int) -> Any:
+def _session(operator: str, domain: str, opset: int, attributes: dict[str, Any], shapes: tuple[tuple[int, ...], ...], threads: int) -> Any:
     """A session of one node, float32."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
     from onnx import TensorProto, helper
 
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in zip("qkv", shapes, strict=True)]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy as xp
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from fastattn import attention, attention_backward
@@ -223,23 +223,22 @@ def train(config: Config, data: Numbers, valid: Numbers, *, seconds: float = 120
     """Weights after `steps`, or after about `seconds` if steps is None, and the losses on the way."""
     rng = np.random.default_rng(seed)
     w = init(config, rng)
-    optimizer, history = AdamW(w), History()
+    optimizer, stream = AdamW(w), batches(data, batch, config.context, rng)
+    history: History = []
     start, done, checked = time.perf_counter(), 0.0, 0.0             # done: how much of the training, from 0 to 1
     with tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        for tokens, targets in batches(data, batch, config.context, rng):
+        while done < 1:
+            tokens, targets = next(stream)
             logits, saved = forward(w, config, tokens)
             loss, dlogits = cross_entropy(logits, targets)
             optimizer.step(w, backward(dlogits, w, config, saved), rate * min(1, done / 0.05 + 0.01) * (1 - done))
             done = optimizer.steps / steps if steps else (time.perf_counter() - start) / seconds
-            last = done >= 1
-            check = last or done - checked >= 0.1
+            check = done >= min(1, checked + 0.1)
             history.append((optimizer.steps, loss, evaluate(w, config, valid) if check else None))
             checked = done if check else checked
             bar.set_postfix(step=optimizer.steps, loss=f"{loss:.3f}", refresh=False)
             bar.update(min(100, 100 * done) - bar.n)
-            if last:
-                return w, history
-    raise AssertionError("batches never end")
+    return w, history
 
 
 # ---------------------------------------------------------------- saved weights, the plot, writing
@@ -252,7 +251,7 @@ def save(path: Path, w: Weights, config: Config, chars: str) -> None:
 def load(path: Path) -> tuple[Weights, Config, str]:
     with safe_open(path, framework="numpy") as file:
         header = file.metadata()
-        return {name: xp.asarray(file.get_tensor(name)) for name in file.keys()}, Config(**json.loads(header["config"])), header["chars"]
+    return {name: xp.asarray(x) for name, x in load_file(path).items()}, Config(**json.loads(header["config"])), header["chars"]
 
 
 def plot(path: Path, history: History, unigram: float, bigram: float) -> None:

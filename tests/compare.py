@@ -75,16 +75,17 @@ class Judge:
                 self._check(name, got, e, n, np.asarray(got).dtype.name, _norm(e) + _norm(terms), self.dtype)
 
     def _terms(self) -> Grads:
-        """The gradients without delta, and dsinks with all its terms positive: what the exact ones are differences of."""
+        """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""
         inputs, (out, lse) = self.exact_inputs, self.exact
         zero = np.zeros_like(out)
         terms = inputs.backward(zero, lse, "reference")
-        if terms.dsinks is None:
+        if terms.dbias is None and terms.dsinks is None:
             return terms
         delta = np.abs(inputs.dout * out).sum(axis=-1)
         delta = delta if inputs.kwargs.get("layout") == "bhsd" else delta.swapaxes(-1, -2)
         dlse = delta if inputs.dlse is None else delta + np.abs(inputs.dlse)
-        return terms._replace(dsinks=replace(inputs, dlse=dlse).backward(zero, lse, "reference").dsinks)
+        positive = replace(inputs, dlse=dlse).backward(zero, lse, "reference")
+        return terms._replace(dbias=positive.dbias, dsinks=positive.dsinks)
 
     def _check(self, name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None) -> None:
         got = np.asarray(got)

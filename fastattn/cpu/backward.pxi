@@ -42,6 +42,8 @@ cdef struct GradWork:
     long* lo                            # keys of each row, relative to the tile
     long* hi
     int8_t* keep                        # [GRAD_M][GRAD_N]
+    uint8_t* seen                       # [GRAD_N] keys that the boolean mask shows to some row; NULL without one
+    uint8_t* sees                       # [GRAD_M] rows that see some key of the tile
 
 
 cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogil:
@@ -63,6 +65,8 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.hi = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.keep = <int8_t*>carve(&memory, GRAD_M * GRAD_N if c.dropout else 0)
+    w.seen = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
+    w.sees = <uint8_t*>carve(&memory, GRAD_M)
     return memory - start
 
 
@@ -105,14 +109,18 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
 
 
 cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
-    """Query rows m0 .. m0 + nq: Q and dO packed, their key intervals in the tile, the tile's dropout decisions."""
+    """Query rows m0 .. m0 + nq: their key intervals in the tile, Q and dO packed (zeros for rows that see none of it), dropout decisions."""
     cdef const Call* c = &f.c
+    cdef uint8_t ignored[GRAD_N]
     cdef long i
-    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, nq, c.head_dim)
-    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, nq, c.head_dim_v)
     for i in range(nq):
         row_interval(c, m0 + i, s.nq, s.nk, &w.lo[i], &w.hi[i])
         w.lo[i], w.hi[i] = max(w.lo[i] - n0, 0), min(w.hi[i] - n0, n)
+        w.sees[i] = w.lo[i] < w.hi[i]
+        if c.mask.ptr != NULL:
+            w.sees[i] = mark_seen(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
+    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, nq, c.head_dim, w.sees)
+    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, nq, c.head_dim_v, w.sees)
     if c.dropout:
         keep_tile(w.keep, GRAD_N, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
 
@@ -138,6 +146,11 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
     g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)
     for i in range(i0, i0 + mr):
         p, ds, row = w.P + i * lds, w.dS + i * lds, at(&c.lse, b, s.q0 + m0 + i, head)
+        if not w.sees[i]:
+            memset(p, 0, lds)
+            memset(ds, 0, lds)
+            store_element(w.bias_sum + i * g.real, real, 0)
+            continue
         if c.scored or c.mask.ptr != NULL:
             score(c, b, head, m0 + i, s, n0, first, hi, last, p, w.bias, w.tanh)
         if w.lo[i] > first or w.hi[i] < last:
@@ -197,6 +210,19 @@ cdef void add_dkv(const Call* c, GradWork* w, long nq, long n) noexcept nogil:
             g.key_gradient(mr, end - begin, w.dS + (begin * GRAD_N + j) * g.real, GRAD_N, w.Q + begin * c.ldq * g.real, c.ldq, w.dK + j * c.ldq * g.real)
 
 
+cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head_k, long n0, long n) noexcept nogil:
+    """Which keys of the tile the boolean mask shows to some row of some head of the group."""
+    cdef const Call* c = &f.c
+    cdef long head, i, lo, hi
+    if w.seen == NULL:
+        return
+    memset(w.seen, 0, GRAD_N)
+    for head in range(head_k * c.group, (head_k + 1) * c.group):
+        for i in range(s.nq):
+            row_interval(c, i, s.nq, s.nk, &lo, &hi)
+            mark_seen(w.seen, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
+
+
 cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w) noexcept nogil:
     """dK and dV of the tile at key n0, and its share of dQ."""
     cdef const Call* c = &f.c
@@ -205,9 +231,10 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     cdef long n = min(GRAD_N, s.nk - n0), head, block, m0, nq, i0, lo, hi, unused, j
     if n <= 0:
         return
-    g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim)
-    g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v)
-    g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, n, c.head_dim)
+    mark_keys(f, &s, w, b, head_k, n0, n)
+    g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim, w.seen)
+    g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v, w.seen)
+    g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, n, c.head_dim, w.seen)
     memset(w.dK, 0, n * c.ldq * g.real)
     memset(w.dV, 0, n * c.ldv * g.real)
     for head in range(head_k * c.group, (head_k + 1) * c.group):

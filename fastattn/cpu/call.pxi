@@ -1,5 +1,5 @@
 # The C view of one call: tensors as pointer and byte strides, numbers of the Problem, and the rows of one task.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.math cimport exp, log, INFINITY
 from libc.string cimport memset
 from cython.parallel cimport prange
@@ -12,8 +12,8 @@ cdef extern from "kernels.h" nogil:
         int half
         void (*load_row)(void* dst, long padded, const char* src, long stride, int dtype, long n) noexcept nogil
         void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
-        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim) noexcept nogil
-        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim) noexcept nogil
+        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* seen) noexcept nogil
+        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t* seen) noexcept nogil
         void (*scores)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, void* S, long lds) noexcept nogil
         void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, void* O, long ldo, const void* rescale) noexcept nogil
         void (*key_gradient)(long mr, long rows, const void* P, long ldp, const void* B, long ldb, void* G) noexcept nogil
@@ -32,6 +32,7 @@ cdef extern from "kernels.h" nogil:
     const Kernels kernels_f32, kernels_f64
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
+    int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)
     void keep_tile(int8_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
 cdef extern from "workspace.h" nogil:

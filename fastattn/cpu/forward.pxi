@@ -26,6 +26,7 @@ cdef struct Work:                       # one thread's memory
     long* lo
     long* hi
     int8_t* keep                        # [rows][BLOCK_N]
+    uint8_t* seen                       # [BLOCK_N] keys that the boolean mask shows to some row; NULL without one
 
 cdef struct Forward:
     Call c
@@ -52,6 +53,7 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
     w.keep = <int8_t*>carve(&memory, rows * BLOCK_N if f.c.dropout else 0)
+    w.seen = <uint8_t*>carve(&memory, BLOCK_N) if f.c.mask.ptr != NULL else NULL
     return memory - start
 
 
@@ -80,7 +82,7 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
     cdef long h, i, begin = t.key_end, end = t.key_begin
     for h in range(t.heads):
         g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, c.q.dim, c.q.dtype,
-                    0, t.nq, t.nq, c.head_dim)
+                    0, t.nq, t.nq, c.head_dim, NULL)
     for i in range(t.rows):
         row_interval(c, t.m0 + i % t.nq, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
         w.lo[i], w.hi[i] = max(w.lo[i], t.key_begin), min(w.hi[i], t.key_end)
@@ -96,10 +98,15 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
     """K and V of the tile at key n0, and its dropout decisions. Keys that no row sees are packed as zeros."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long h, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, BLOCK_N)
+    cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, BLOCK_N)
+    if w.seen != NULL:
+        memset(w.seen, 0, BLOCK_N)
+        for i in range(t.rows):
+            mark_seen(w.seen, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
+                      max(w.lo[i] - n0, 0), min(w.hi[i] - n0, BLOCK_N))
     if not f.direct:
-        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim)
-        g.pack_rows(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, last, c.head_dim_v)
+        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
+        g.pack_rows(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, last, c.head_dim_v, w.seen)
     if c.dropout:
         for h in range(t.heads):
             keep_tile(w.keep + h * t.nq * BLOCK_N, BLOCK_N, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
@@ -117,6 +124,26 @@ cdef void score(const Call* c, long b, long head, long row, const Sequence* s, l
         g.score_row(S, first, last, c.scale, c.softcap, slope, row + s.nk - s.nq - n0, bias if c.bias.ptr != NULL else NULL, tanh_out)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
+
+
+cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long mr, long lo, long hi, char* O) noexcept nogil:
+    """O = O * rescale + P V with V in place, in runs of keys that the boolean mask shows."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long begin = lo, end, r
+    while begin < hi:
+        end = hi
+        if w.seen != NULL:
+            while begin < hi and not w.seen[begin]:
+                begin += 1
+            end = begin
+            while end < hi and w.seen[end]:
+                end += 1
+        if begin < end:
+            g.direct_sum(mr, begin, end, w.S, BLOCK_N, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dtype, c.head_dim_v, O, c.ldv, w.rescale)
+            for r in range(mr):
+                store_element(w.rescale + r * g.real, 1 if g.real == 8 else 0, 1.0)
+        begin = end
 
 
 cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr) noexcept nogil:
@@ -148,7 +175,7 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
         for r in range(mr):
             g.drop_row(w.S + r * lds, w.keep + (i0 + r) * BLOCK_N, first, hi)
     if f.direct:
-        g.direct_sum(mr, lo, hi, w.S, BLOCK_N, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dtype, c.head_dim_v, O, c.ldv, w.rescale)
+        direct_values(f, t, w, n0, mr, lo, hi, O)
     else:
         g.weighted_sum(mr, lo, hi, w.S, BLOCK_N, w.V, c.ldv, O, c.ldv, w.rescale)
 

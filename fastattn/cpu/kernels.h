@@ -12,6 +12,16 @@
 #include "undefine.h"
 #include "dropout.h"
 
+/* seen[j] |= mask[j] for keys [first, last) of a tile; returns whether this row sees any */
+static int mark_seen(uint8_t *seen, const char *mask, long stride, long first, long last) {
+  int any = 0;
+  for (long j = first; j < last; j++) {
+    seen[j] |= (uint8_t)mask[j * stride];
+    any |= mask[j * stride];
+  }
+  return any;
+}
+
 typedef struct {
   long real;    /* bytes of a real */
   long operand; /* bytes of an element of a packed operand */
@@ -21,8 +31,9 @@ typedef struct {
   int half;     /* direct_* read float16 and bfloat16 in place */
   void (*load_row)(void *dst, long padded, const char *src, long stride, int dtype, long n);
   void (*store_row)(char *dst, long stride, int dtype, const void *src, double scale, long n);
-  void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim);
-  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim);
+  void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+                    const uint8_t *seen);
+  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen);
   void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
   void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, void *O, long ldo, const void *rescale);
   void (*key_gradient)(long mr, long rows, const void *P, long ldp, const void *B, long ldb, void *G);

@@ -1,6 +1,7 @@
 /* Rows of a tile in one accumulator type: conversion and packing at the edges, then score, mask, softmax and their gradients.
- * Included after real.h, once per type. `first` and `last` bound the keys of a tile that some row of the task may see: the others
- * are packed as zeros, so what they hold (NaN in padding, say) is never read. */
+ * Included after real.h, once per type. `first` and `last` bound the keys of a tile that some row of the task may see, and
+ * `seen`, where a boolean mask makes one, tells which of them: the others are packed as zeros, so what they hold (NaN in padding,
+ * say) is never read. */
 
 /* ------------------------------------------------------------------ conversion */
 static void name(load_row)(void *to, long padded, const char *src, long stride, int dtype, long n) {
@@ -57,10 +58,11 @@ static void name(store_row)(char *dst, long stride, int dtype, const void *from,
 }
 
 /* ------------------------------------------------------------------ packing */
-static void name(pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim) {
+static void name(pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+                            const uint8_t *seen) {
   REAL *dst = (REAL *)to;
   for (long i = 0; i < padded; i++, dst += ld) {
-    if (i < first || i >= last) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
+    if (i < first || i >= last || (seen && !seen[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
     else name(load_row)(dst, ld, src + i * row, dim, dtype, n_dim);
   }
 }
@@ -112,12 +114,12 @@ ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
     for (long i = 0; i < VL; i++) d[j * ds + i] = s[i * ss + j];
 }
 #endif
-static void name(pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim) {
+static void name(pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
   REAL part[VL * VL] __attribute__((aligned(64)));
   for (long block = 0; block < last; block += CB)
     for (long j = block; j < block + CB; j += VL) {
       REAL *dst = (REAL *)to + block * n_dim + (j - block);
-      int inside = j >= first && j + VL <= last;
+      int inside = !seen && j >= first && j + VL <= last;
       for (long d = 0; d < n_dim; d += VL) {
         long w = n_dim - d < VL ? n_dim - d : VL;
         const char *s = src + j * row + d * dim;
@@ -126,7 +128,7 @@ static void name(pack_columns)(void *to, const char *src, long row, long dim, in
           continue;
         }
         for (long i = 0; i < VL; i++) {
-          if (j + i < first || j + i >= last) memset(part + i * VL, 0, sizeof(REAL) * (size_t)VL);
+          if (j + i < first || j + i >= last || (seen && !seen[j + i])) memset(part + i * VL, 0, sizeof(REAL) * (size_t)VL);
           else name(load_row)(part + i * VL, VL, s + i * row, dim, dtype, w);
         }
         if (w == VL) name(transpose)(part, VL, dst + d * CB, CB);

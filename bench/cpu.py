@@ -1,0 +1,199 @@
+"""The CPU benchmark: its cases, and the run that turns them into rows."""
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import machine, rivals
+from .case import Bar, Case, Measure, Mode
+from .results import Row, Where, make_row
+from .timing import Budget, Spread
+from .worker import Pair
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 900  # seconds for one child
+MODES: dict[Mode, tuple[Mode, ...]] = {"quick": ("quick",), "full": ("quick", "full"), "long": ("quick", "full", "long")}
+BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, seconds=0.6), "full": Budget(), "long": Budget()}
+PACKAGES = ("numpy", "torch", "onnxruntime")
+
+# (batch, num_heads, seqlen, head_dim)
+SMALL, BASE, BATCHED, WIDE = (1, 8, 512, 64), (1, 8, 2048, 64), (4, 16, 1024, 64), (1, 8, 4096, 128)
+LONG, SHORT = (1, 8, 16384, 64), ((1, 4, 16, 32), (1, 12, 32, 32), (8, 12, 32, 32), (1, 8, 64, 64), (1, 8, 128, 64), (2, 8, 256, 64))
+
+# At least so many times as fast as torch: (passes, dtype) -> full and causal, by shape.
+FORWARD, BACKWARD = False, True
+SPEEDUP: dict[tuple[bool, str], dict[tuple[int, ...], tuple[float, float]]] = {
+    (FORWARD, "float32"): {BASE: (1.1, 1.4), BATCHED: (1.1, 1.4), WIDE: (1.1, 1.2)},
+    (BACKWARD, "float32"): {BASE: (1.25, 1.5), BATCHED: (1.25, 1.5), WIDE: (1.2, 1.3)},
+    (FORWARD, "bfloat16"): dict.fromkeys((SMALL, BASE, BATCHED, WIDE), (2.0, 2.0)),
+    (BACKWARD, "bfloat16"): dict.fromkeys((SMALL, BASE, BATCHED, WIDE), (1.8, 1.8)),
+    (FORWARD, "float16"): dict.fromkeys((SMALL, BASE, BATCHED, WIDE), (2.0, 2.0)),
+}
+DECODE_SPEEDUP = {"float32": 4.0, "bfloat16": 10.0}
+FMA_FRACTION, FEATURES_COST, DROPOUT_COST, EXTRA_MEGABYTES = 0.7, 1.6, 1.5, 64.0
+
+
+def cases() -> list[Case]:
+    """Every case, in the order in which they run."""
+    return [*_dense(), *_decode(), *_features(), *_memory(), *_short(), *_long()]
+
+
+def _dense() -> Iterator[Case]:
+    for dtype, backward, shape, causal in itertools.product(("float32", "bfloat16", "float16"), (FORWARD, BACKWARD),
+                                                            (SMALL, BASE, BATCHED, WIDE), (False, True)):
+        against, bars = ["torch"], []
+        needs = SPEEDUP.get((backward, dtype), {}).get(shape)
+        if needs:
+            bars.append(Bar("torch", "speedup", needs[causal]))
+        if dtype == "float32" and not backward:
+            against += ["onnxruntime", "fma peak"]
+            if shape == BASE and not causal:
+                bars.append(Bar("fma peak", "ceiling", FMA_FRACTION))
+        yield Case("dense", *shape, dtype=dtype, causal=causal, backward=backward, against=tuple(against), bars=tuple(bars),
+                   mode="quick" if shape == BASE and dtype != "float16" else "full")
+
+
+def _decode() -> Iterator[Case]:
+    """One query row over 8192 keys. "torch folded" is what a careful user of torch writes for grouped heads; it has no bar."""
+    for dtype, heads_k in itertools.product(("float32", "bfloat16"), (32, 8)):
+        against = ["torch"] + ["torch folded"] * (heads_k != 32) + ["onnxruntime"] * (dtype == "float32") + ["memory read"]
+        yield Case("decode", 1, 32, 1, 128, dtype=dtype, num_heads_k=heads_k, seqlen_k=8192, against=tuple(against),
+                   bars=(Bar("torch", "speedup", DECODE_SPEEDUP[dtype]),), mode="quick")
+
+
+def _features() -> Iterator[Case]:
+    """fastattn against itself without the feature; times per scored pair, because a window leaves fewer of them."""
+    for backward in (FORWARD, BACKWARD):
+        yield Case("features", *BASE, causal=True, window=511, softcap=30.0, alibi=True, backward=backward, against=("plain",),
+                   bars=(Bar("plain", "cost", FEATURES_COST),), mode="quick")
+        yield Case("features", *BASE, dropout_p=0.1, backward=backward, against=("plain",),
+                   bars=(Bar("plain", "cost", DROPOUT_COST),), mode="quick")
+
+
+def _memory() -> Iterator[Case]:
+    for backward in (FORWARD, BACKWARD):
+        yield Case("memory", *LONG, backward=backward, against=("torch",), bars=(Bar("fastattn", "memory", EXTRA_MEGABYTES),))
+
+
+def _short() -> Iterator[Case]:
+    for shape in SHORT:
+        yield Case("short", *shape, against=("torch", "onnxruntime"))
+
+
+def _long() -> Iterator[Case]:
+    for dtype, causal in itertools.product(("float32", "bfloat16"), (False, True)):
+        yield Case("long", *LONG, dtype=dtype, causal=causal, against=("torch",), mode="long")
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One run's set-up: what every child is told."""
+
+    where: Where
+    budget: Budget
+    threads: int
+
+    def rows(self, case: Case) -> Iterator[Row]:
+        """The rows of one case: fastattn first, then each rival; absent or failing ones say so and stop nothing."""
+        if case.group == "memory":
+            yield from (self._memory(case, implementation) for implementation in ("fastattn", *case.against))
+            return
+        absent = {rival: rivals.missing(rival) for rival in case.against}
+        pairs: list[tuple[str, Pair | str]] = []
+        present: list[str | None] = [rival for rival in case.against if not absent[rival]]
+        for rival in present or [None]:
+            answer = self._child({"kind": "pair", "case": asdict(case), "rival": rival, "budget": asdict(self.budget)})
+            pairs.append((rival or "", answer if isinstance(answer, str) else Pair.from_json(answer)))
+        own = next((pair for _, pair in pairs if isinstance(pair, Pair)), None)
+        if own:
+            yield make_row(self.where, case, "fastattn", time=own.ours, label=own.label, rounds=own.rounds,
+                           fastattn_ms=own.ours.median * 1e3)
+        yield from (make_row(self.where, case, rival, note=why) for rival, why in absent.items() if why)
+        yield from (self._compared(case, rival, pair) for rival, pair in pairs if rival or isinstance(pair, str))
+
+    def _compared(self, case: Case, rival: str, pair: Pair | str) -> Row:
+        if isinstance(pair, str):
+            return make_row(self.where, case, rival or "fastattn", note=pair)
+        assert pair.ratio and pair.theirs
+        measure: Measure = "speedup"
+        value = pair.ratio
+        if rival == "plain":
+            measure = "cost"
+            per_pair = case.plain.pairs / case.pairs
+            value = Spread(per_pair / value.median, per_pair / value.high, per_pair / value.low)
+        elif rival in ("fma peak", "memory read"):
+            measure = "ceiling"
+        return make_row(self.where, case, rival, time=pair.theirs, measure=measure, value=value, agree=pair.agree,
+                        label=pair.their_label, rounds=pair.rounds, fastattn_ms=pair.ours.median * 1e3)
+
+    def _memory(self, case: Case, implementation: str) -> Row:
+        answer: Any = rivals.missing(implementation) or self._child({"kind": "memory", "case": asdict(case), "rival": implementation})
+        if isinstance(answer, str):
+            return make_row(self.where, case, implementation, note=answer)
+        time, value = (Spread(x, x, x) for x in (answer["seconds"], answer["megabytes"]))
+        return make_row(self.where, case, implementation, time=time, measure="memory", value=value, label=answer["label"], rounds=1)
+
+    def _child(self, job: dict[str, Any]) -> Any:
+        """A worker's answer, or the last line of what it complained about."""
+        return child({**job, "threads": self.threads}, self.threads)
+
+
+def child(job: dict[str, Any], threads: int) -> Any:
+    """Run worker.py on a job: its answer, or "failed: ..." as a string."""
+    # Each of these rules a different thread pool: OpenMP of fastattn and torch, NumPy's BLAS, torch's BLAS.
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    try:
+        done = subprocess.run([sys.executable, "-m", f"{__package__}.worker"], input=json.dumps(job), env=os.environ | counts,
+                              cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return f"failed: over {TIMEOUT} s"
+    if done.returncode:
+        return f"failed: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def where(threads: int) -> Where:
+    """This machine, with its ceilings measured now."""
+    try:
+        from fastattn import cpu
+
+        instruction_set = cpu.instruction_set()
+    except ImportError as error:
+        raise SystemExit(f"fastattn's CPU engine cannot be loaded ({error}); `pip install -e .` builds it") from None
+    found = child({"kind": "ceilings", "threads": threads}, threads)
+    text = found if isinstance(found, str) else ", ".join(f"{name} {value:.0f} {unit}" for name, (value, unit) in found.items())
+    versions = ", ".join(f"{package} {machine.version(package) or 'not installed'}" for package in PACKAGES)
+    return Where(machine.today(), machine.cpu_model(), instruction_set, threads, platform.python_version(), versions, text)
+
+
+def select(mode: Mode, only: str | None) -> list[Case]:
+    """Cases of a mode whose name contains the regular expression `only`."""
+    return [case for case in cases() if case.mode in MODES[mode] and (only is None or re.search(only, case.name))]
+
+
+def run(mode: Mode = "full", only: str | None = None, threads: int | None = None) -> list[Row]:
+    """Measure and return the rows; a line is printed for each case as it is done."""
+    threads = threads or machine.available_threads()
+    chosen = select(mode, only)
+    if not chosen:
+        raise SystemExit(f"no case of mode {mode!r} has a name that matches {only!r}")
+    runs, rows = Runs(where(threads), replace(BUDGETS[mode]), threads), []
+    for number, case in enumerate(chosen, 1):
+        new = list(runs.rows(case))
+        rows += new
+        print(f"[{number:2}/{len(chosen)}] {case.name}: {', '.join(_brief(row) for row in new)}", flush=True)
+    return rows
+
+
+def _brief(row: Row) -> str:
+    time = "" if row.median_ms is None else f" {row.median_ms:.3g} ms"
+    return f"{row.implementation}{time}{f' ({row.text})' if row.text else ''}{f' {row.note}' if row.note else ''}"

@@ -1,0 +1,116 @@
+"""Rows as text: the table on the terminal, and the README's table between its markers."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .results import Row
+
+# How a value against something other than a rival library reads.
+PHRASES = {"fma peak": "of FMA peak", "memory read": "of memory speed", "plain": "plain, per scored pair", "torch folded": "torch folded"}
+LIBRARIES = ("torch", "onnxruntime")
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """case -> implementation -> row, in the order of the rows."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, {})[row.implementation] = row
+    return cases
+
+
+def milliseconds(row: Row | None) -> str:
+    """Three digits, never an exponent: 0.0123, 4.56, 1230."""
+    if row is None or row.median_ms is None:
+        return ""
+    return f"{row.median_ms:.3g}" if row.median_ms < 1000 else f"{row.median_ms:.0f}"
+
+
+def console(rows: Iterable[Row]) -> str:
+    """One line per case: our time, the speed against each library with its 20 to 80 % spread, ceilings, what is needed, verdict."""
+    lines: list[tuple[str, ...]] = [("case", "ms", *LIBRARIES, "also", "needs", "")]
+    for case, found in by_case(rows).items():
+        also = [_also(row) for row in found.values() if row.implementation not in LIBRARIES or row.measure == "memory"]
+        barred = [row for row in found.values() if row.needs]
+        needs = "; ".join(row.needs if row.measure != "ceiling" else f"{row.needs} {PHRASES[row.implementation]}" for row in barred)
+        verdicts = {row.verdict for row in found.values()} - {""}
+        verdict = next((word for word in ("WRONG", "MISS", "pass") if word in verdicts), "")
+        if verdict == "pass" and not all(row.verdict for row in barred):
+            verdict = "not measured"
+        lines.append((case, milliseconds(found.get("fastattn")), *(_cell(found.get(name)) for name in LIBRARIES),
+                      ", ".join(filter(None, also)), needs, verdict))
+    return aligned(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row.measure == "memory":
+        return ""
+    if row.value is None:
+        return row.note.partition(":")[0]
+    return f"{row.text} ({row.value_p20:.2f}-{row.value_p80:.2f})"
+
+
+def _also(row: Row) -> str:
+    if row.value is None:
+        return f"{row.implementation} {row.note}" if row.note else ""
+    if row.measure == "memory":
+        return f"{row.implementation} {row.text} extra"
+    return f"{row.text} {PHRASES.get(row.implementation, row.implementation)}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width under a ruled header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The README's text: the machine, one line per pass, dtype and shape with full and causal side by side, then the rest."""
+    rows = list(rows)
+    cases = by_case(rows)
+    pivot: dict[tuple[str, ...], dict[str, Mapping[str, Row]]] = {}
+    rest: list[tuple[str, str]] = []
+    for case, found in cases.items():
+        first = next(iter(found.values()))
+        if first.group not in ("features", "memory"):
+            pivot.setdefault((first.passes, first.dtype, first.shape), {})[first.features] = found
+        also = [_also(row) for row in found.values() if row.measure in ("ceiling", "cost", "memory") and row.value is not None]
+        if also:
+            rest.append((case, ", ".join(also)))
+    header = ("", "dtype", "shape", "full ms", "torch", "onnxruntime", "causal ms", "torch", "onnxruntime")
+    body = [(*key, *_columns(kinds.get("full", {})), *_columns(kinds.get("causal", {}))) for key, kinds in pivot.items()]
+    parts = [_machine_line(rows[0])]
+    if body:
+        parts += ["Times of fastattn, and how many times as long each library takes, side by side. Shapes are (batch, heads, seqlen, "
+                  "head_dim); \"over 8192x8\" is 8192 keys of 8 heads.", _pipes([header, *body])]
+    if rest:
+        parts.append(_pipes([("case", "fastattn"), *rest]))
+    return "\n\n".join(parts)
+
+
+def _columns(found: Mapping[str, Row]) -> tuple[str, ...]:
+    """Our time, and the speed against each library."""
+    return milliseconds(found.get("fastattn")), *(found[name].text if name in found else "" for name in LIBRARIES)
+
+
+def _machine_line(row: Row) -> str:
+    return (f"Measured {row.date} on {row.machine}, {row.threads} threads ({row.ceilings}); instruction set {row.instruction_set}, "
+            f"Python {row.python}, {row.versions}. Medians, in turns, public calls with their allocations.")
+
+
+def _pipes(lines: Sequence[Sequence[str]]) -> str:
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]])
+
+
+def update_readme(path: Path, name: str, text: str) -> None:
+    """Put text between <!-- bench:name:begin --> and <!-- bench:name:end -->; ValueError where the markers are not there once."""
+    begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
+    old = path.read_text()
+    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+    new, count = re.subn(pattern, lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{path.name} has the markers {begin} and {end} {count} times; expected once")
+    path.write_text(new)

@@ -1,0 +1,79 @@
+"""The child process: one measurement in a fresh interpreter. A job comes as JSON on stdin, the answer goes as the last line of stdout.
+
+Fresh, because thread pools, allocators and caches of an earlier measurement would change the next one.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from . import ceilings, memory, rivals
+from .case import Case
+from .timing import Budget, Spread, alternate, ratios, spread
+
+# Largest accepted difference of two answers, per row; see difference(). Rounding gives a tenth of it, a wrong mask or scale 1.
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One case of fastattn beside one rival. Times in seconds; `ratio` is their time / ours of each round; `agree` is None
+    where there is nothing to compare."""
+
+    ours: Spread
+    label: str
+    rounds: int
+    theirs: Spread | None = None
+    their_label: str = ""
+    ratio: Spread | None = None
+    agree: bool | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Pair:
+        spreads = {name: Spread(*data[name]) for name in ("ours", "theirs", "ratio") if data[name] is not None}
+        return cls(**{**data, **spreads})
+
+
+def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Largest distance of two rows, over the size of that row or of a usual row, whichever is larger; NaN counts as infinite."""
+    size = np.linalg.norm(b, axis=-1)
+    distance = np.linalg.norm(a - b, axis=-1) / np.maximum(size, np.sqrt(np.mean(size * size)) + 1e-30)
+    return float(np.nan_to_num(distance, nan=np.inf).max())
+
+
+def measure_pair(case: Case, rival: str | None, threads: int, budget: Budget, engine: str | None = None) -> Pair:
+    """Time fastattn alone, or paired with one rival after a check that both compute the same."""
+    inputs = rivals.make_inputs(case)
+    ours = rivals.make_fastattn(case, inputs, threads, engine)
+    theirs = rivals.MAKERS[rival](case, inputs, threads) if rival else None
+    agree = None
+    if theirs and theirs.arrays and ours.arrays:
+        both = zip(ours.arrays(ours.call()), theirs.arrays(theirs.call()), strict=True)
+        agree = all(difference(a, b) <= TOLERANCE[case.dtype] for a, b in both)
+    gc.collect()
+    gc.disable()
+    own, other = alternate(ours.call, theirs.call if theirs else None, budget)
+    gc.enable()
+    if theirs is None:
+        return Pair(spread(own), ours.label, len(own))
+    return Pair(spread(own), ours.label, len(own), spread(other), theirs.label, ratios(other, own), agree)
+
+
+def run(job: dict[str, Any]) -> object:
+    """A job's answer, ready for JSON."""
+    if job["kind"] == "ceilings":
+        return ceilings.measure(job["threads"])
+    case = Case.from_json(job["case"])
+    if job["kind"] == "memory":
+        return memory.extra(case, job["rival"], job["threads"])
+    return asdict(measure_pair(case, job["rival"], job["threads"], Budget(**job["budget"])))
+
+
+if __name__ == "__main__":
+    answer = run(json.load(sys.stdin))
+    print(json.dumps(answer))
