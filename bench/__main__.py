@@ -26,7 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--only", metavar="PATTERN", help="cases whose name contains this regular expression")
     target.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     target.add_argument("--threads", type=int, help="for every library (default: the processors this process may use)")
-    target.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="for cpu.csv and cpu.png")
+    target.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR",
+                        help="for cpu.csv and cpu.png (cpu-quick, cpu-only for parts)")
     target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV in DIR")
     target.add_argument("--update-readme", action="store_true", help="rewrite the README's table from the CSV")
     target.set_defaults(mode="full", run=_cpu)
@@ -37,7 +38,9 @@ def _cpu(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(case.name for case in cpu.select(options.mode, options.only)))
         return
-    path = options.out / "cpu.csv"
+    # Only a whole run is cpu.csv: a part does not overwrite it.
+    part = "-only" if options.only else "-quick" if options.mode == "quick" else ""
+    path = options.out / f"cpu{part}.csv"
     if not options.from_csv:
         results.write_csv(cpu.run(options.mode, options.only, options.threads), path)
     report(path, "cpu", options.update_readme)
@@ -49,6 +52,8 @@ def report(path: Path, name: str, update_readme: bool) -> None:
     drawn = plot.plot(rows, path.with_suffix(".png"))
     if update_readme:
         table.update_readme(ROOT / "README.md", name, table.markdown(rows))
+    if table.warning(rows):
+        print(table.warning(rows))
     first = rows[0]
     print(f"\n{table.console(rows)}\n\n{first.machine}, {first.threads} threads, {first.instruction_set}; {first.versions}")
     print(f"ceilings: {first.ceilings}\nwritten: {path}" + (f", {path.with_suffix('.png')}" if drawn else ""))

@@ -16,6 +16,7 @@ from typing import Any
 from . import machine, rivals
 from .case import Bar, Case, Measure, Mode
 from .results import Row, Where, make_row
+from .table import milliseconds
 from .timing import Budget, Spread
 from .worker import Pair
 
@@ -115,7 +116,7 @@ class Runs:
             pairs.append((rival or "", answer if isinstance(answer, str) else Pair.from_json(answer)))
         own = next((pair for _, pair in pairs if isinstance(pair, Pair)), None)
         if own:
-            yield make_row(self.where, case, "fastattn", time=own.ours, label=own.label, rounds=own.rounds,
+            yield make_row(self.where, case, "fastattn", time=own.ours, label=own.label, rounds=own.rounds, others=own.others,
                            fastattn_ms=own.ours.median * 1e3)
         yield from (make_row(self.where, case, rival, note=why) for rival, why in absent.items() if why)
         yield from (self._compared(case, rival, pair) for rival, pair in pairs if rival or isinstance(pair, str))
@@ -133,7 +134,7 @@ class Runs:
         elif rival in ("fma peak", "memory read"):
             measure = "ceiling"
         return make_row(self.where, case, rival, time=pair.theirs, measure=measure, value=value, agree=pair.agree,
-                        label=pair.their_label, rounds=pair.rounds, fastattn_ms=pair.ours.median * 1e3)
+                        label=pair.their_label, rounds=pair.rounds, others=pair.others, fastattn_ms=pair.ours.median * 1e3)
 
     def _memory(self, case: Case, implementation: str) -> Row:
         answer: Any = rivals.missing(implementation) or self._child({"kind": "memory", "case": asdict(case), "rival": implementation})
@@ -195,5 +196,5 @@ def run(mode: Mode = "full", only: str | None = None, threads: int | None = None
 
 
 def _brief(row: Row) -> str:
-    time = "" if row.median_ms is None else f" {row.median_ms:.3g} ms"
+    time = f" {milliseconds(row)} ms" if row.median_ms else ""
     return f"{row.implementation}{time}{f' ({row.text})' if row.text else ''}{f' {row.note}' if row.note else ''}"

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import time
 from pathlib import Path
 
 # What decides which kernels a library can choose on this processor.
@@ -28,6 +29,31 @@ def available_threads() -> int:
     """Processors this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class OtherWork:
+    """How many processors other processes keep busy from here on: on a machine at work, even paired times mean little."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def processors(self) -> float | None:
+        """A mean since the start; None where there is no /proc/stat."""
+        now = self._now()
+        if self._start is None or now is None:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, busy - own) / max(wall, 1e-3)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of wall clock, of all processors at work (user, nice, system, irq, softirq, steal), and of this process."""
+        try:
+            line = Path("/proc/stat").read_text().split(None, 9)
+        except OSError:
+            return None
+        ticks = sum(int(line[field]) for field in (1, 2, 3, 6, 7, 8))
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def version(package: str) -> str | None:

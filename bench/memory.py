@@ -26,7 +26,7 @@ def extra(case: Case, implementation: str, threads: int) -> dict[str, float | st
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     seconds = wall(runner.call)
-    return {"megabytes": (_status("VmHWM") - before - results) / 1e6, "seconds": seconds, "label": runner.label}
+    return {"megabytes": max(0, _status("VmHWM") - before - results) / 1e6, "seconds": seconds, "label": runner.label}
 
 
 def _status(field: str) -> int:

@@ -23,7 +23,7 @@ def plot(rows: Iterable[Row], path: Path) -> bool:
     panels: dict[str, list[Mapping[str, Row]]] = {}
     for found in by_case(rows).values():
         torch = found.get("torch")
-        if torch and torch.measure == "speedup" and torch.value:
+        if torch and torch.measure == "speedup" and torch.value and torch.verdict != "WRONG":
             panels.setdefault(f"{torch.group}, {torch.passes}, {torch.dtype}", []).append(found)
     if not panels:
         return False
@@ -34,7 +34,8 @@ def plot(rows: Iterable[Row], path: Path) -> bool:
         _panel(axis, title, cases)
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
-    axes[0, 0].legend(fontsize=8)
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
     first = next(iter(panels.values()))[0]["torch"]
     figure.suptitle(f"Speed against torch (1 = torch), {first.machine}, {first.threads} threads, {first.date}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,18 +46,22 @@ def plot(rows: Iterable[Row], path: Path) -> bool:
 
 def _panel(axis: Any, title: str, cases: list[Mapping[str, Row]]) -> None:
     """Bars of fastattn with their spread, bars of onnxruntime, a line at torch, and a mark at what is needed."""
+    paired = any("onnxruntime" in found for found in cases)
+    width, shift = (0.4, 0.2) if paired else (0.6, 0.0)
     for n, found in enumerate(cases):
         torch, onnx = found["torch"], found.get("onnxruntime")
         assert torch.value is not None and torch.value_p20 is not None and torch.value_p80 is not None
         spread = [[torch.value - torch.value_p20], [torch.value_p80 - torch.value]]
-        axis.bar(n - 0.2, torch.value, 0.4, yerr=spread, capsize=2, color=COLOURS["fastattn"], label="fastattn" if n == 0 else None)
+        axis.bar(n - shift, torch.value, width, yerr=spread, capsize=2, color=COLOURS["fastattn"], label="fastattn" if n == 0 else None)
         if onnx and onnx.value:  # theirs against torch follows from ours against both
-            axis.bar(n + 0.2, torch.value / onnx.value, 0.4, color=COLOURS["onnxruntime"], label="onnxruntime" if n == 0 else None)
+            axis.bar(n + shift, torch.value / onnx.value, width, color=COLOURS["onnxruntime"], label="onnxruntime" if n == 0 else None)
         if torch.needs:
             needed = float(torch.needs.split()[-1].rstrip("x"))
-            axis.hlines(needed, n - 0.42, n + 0.02, color="#d62728", linewidth=2, label="needed" if n == 0 else None)
+            label = "needed" if n == 0 else None
+            axis.hlines(needed, n - shift - width / 2, n - shift + width / 2, color="#d62728", linewidth=2, label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     labels = [f"{found['torch'].shape}\n{found['torch'].features}" for found in cases]
     axis.set_xticks(range(len(cases)), labels, fontsize=7, rotation=30 if len(cases) > 4 else 0)
+    axis.set_xlim(-0.7, max(len(cases), 2) - 0.3)
     axis.set_title(title, fontsize=9)
     axis.set_ylabel("times torch", fontsize=8)

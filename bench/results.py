@@ -28,6 +28,7 @@ class Where:
 class Row:
     """One case by one implementation.
 
+    rounds: samples taken; others: processors that other processes kept busy meanwhile.
     median_ms, p20_ms, p80_ms: its time; fastattn_ms: ours in the same process, in turns. value, value_p20, value_p80: `measure` of
     fastattn against it (see Bar), from the ratios of each round. verdict: pass, MISS, WRONG (the answers differ) or empty.
     """
@@ -48,6 +49,7 @@ class Row:
     implementation: str
     label: str = ""
     rounds: int = 0
+    others: float | None = None
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -70,7 +72,7 @@ class Row:
 def make_row(where: Where, case: Case, implementation: str, *, time: Spread | None = None, measure: Measure = "time",
              value: Spread | None = None, agree: bool | None = None, **other: Any) -> Row:
     """A row with its bar, if the case has one, judged. Times in seconds."""
-    bar = next((bar for bar in case.bars if (bar.against, bar.measure) == (implementation, measure)), None)
+    bar = next((bar for bar in case.bars if bar.against == implementation), None)
     verdict = "" if bar is None or value is None else "pass" if bar.met(value.median) else "MISS"
     ms = None if time is None else time.scaled(1e3)
     return Row(**{f.name: getattr(where, f.name) for f in fields(Where)}, case=case.name, group=case.group, passes=case.passes,

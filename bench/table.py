@@ -21,22 +21,22 @@ def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def milliseconds(row: Row | None) -> str:
-    """Three digits, never an exponent: 0.0123, 4.56, 1230."""
+    """Three digits: 0.0123, 4.50, 1230."""
     if row is None or row.median_ms is None:
         return ""
-    return f"{row.median_ms:.3g}" if row.median_ms < 1000 else f"{row.median_ms:.0f}"
+    return f"{row.median_ms:#.3g}".rstrip(".") if row.median_ms < 999.5 else f"{row.median_ms:.0f}"
 
 
 def console(rows: Iterable[Row]) -> str:
     """One line per case: our time, the speed against each library with its 20 to 80 % spread, ceilings, what is needed, verdict."""
     lines: list[tuple[str, ...]] = [("case", "ms", *LIBRARIES, "also", "needs", "")]
     for case, found in by_case(rows).items():
-        also = [_also(row) for row in found.values() if row.implementation not in LIBRARIES or row.measure == "memory"]
+        also = [_also(row) for row in found.values() if _beside(row)]
         barred = [row for row in found.values() if row.needs]
         needs = "; ".join(row.needs if row.measure != "ceiling" else f"{row.needs} {PHRASES[row.implementation]}" for row in barred)
         verdicts = {row.verdict for row in found.values()} - {""}
         verdict = next((word for word in ("WRONG", "MISS", "pass") if word in verdicts), "")
-        if verdict == "pass" and not all(row.verdict for row in barred):
+        if verdict in ("pass", "") and not all(row.verdict for row in barred):
             verdict = "not measured"
         lines.append((case, milliseconds(found.get("fastattn")), *(_cell(found.get(name)) for name in LIBRARIES),
                       ", ".join(filter(None, also)), needs, verdict))
@@ -51,12 +51,23 @@ def _cell(row: Row | None) -> str:
     return f"{row.text} ({row.value_p20:.2f}-{row.value_p80:.2f})"
 
 
+def _beside(row: Row) -> bool:
+    """Whether a row has no column of its own."""
+    return row.implementation not in LIBRARIES or row.measure == "memory"
+
+
 def _also(row: Row) -> str:
     if row.value is None:
         return f"{row.implementation} {row.note}" if row.note else ""
     if row.measure == "memory":
         return f"{row.implementation} {row.text} extra"
     return f"{row.text} {PHRASES.get(row.implementation, row.implementation)}"
+
+
+def warning(rows: Iterable[Row]) -> str:
+    """A sentence where other processes worked during the measurement, else nothing."""
+    worst = max((row.others or 0.0 for row in rows), default=0.0)
+    return f"WARNING: other processes kept up to {worst:.1f} processors busy; these numbers mean little." if worst > 0.2 else ""
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -76,7 +87,7 @@ def markdown(rows: Iterable[Row]) -> str:
         first = next(iter(found.values()))
         if first.group not in ("features", "memory"):
             pivot.setdefault((first.passes, first.dtype, first.shape), {})[first.features] = found
-        also = [_also(row) for row in found.values() if row.measure in ("ceiling", "cost", "memory") and row.value is not None]
+        also = [_also(row) for row in found.values() if _beside(row) and row.value is not None]
         if also:
             rest.append((case, ", ".join(also)))
     header = ("", "dtype", "shape", "full ms", "torch", "onnxruntime", "causal ms", "torch", "onnxruntime")

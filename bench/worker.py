@@ -7,13 +7,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import ceilings, memory, rivals
 from .case import Case
+from .machine import OtherWork
 from .timing import Budget, Spread, alternate, ratios, spread
 
 # Largest accepted difference of two answers, per row; see difference(). Rounding gives a tenth of it, a wrong mask or scale 1.
@@ -23,11 +24,12 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One case of fastattn beside one rival. Times in seconds; `ratio` is their time / ours of each round; `agree` is None
-    where there is nothing to compare."""
+    where there is nothing to compare; `others` is how many processors other processes kept busy meanwhile."""
 
     ours: Spread
     label: str
     rounds: int
+    others: float | None
     theirs: Spread | None = None
     their_label: str = ""
     ratio: Spread | None = None
@@ -57,11 +59,12 @@ def measure_pair(case: Case, rival: str | None, threads: int, budget: Budget, en
         agree = all(difference(a, b) <= TOLERANCE[case.dtype] for a, b in both)
     gc.collect()
     gc.disable()
+    work = OtherWork()
     own, other = alternate(ours.call, theirs.call if theirs else None, budget)
+    others = work.processors()
     gc.enable()
-    if theirs is None:
-        return Pair(spread(own), ours.label, len(own))
-    return Pair(spread(own), ours.label, len(own), spread(other), theirs.label, ratios(other, own), agree)
+    pair = Pair(spread(own), ours.label, len(own), others)
+    return pair if theirs is None else replace(pair, theirs=spread(other), their_label=theirs.label, ratio=ratios(other, own), agree=agree)
 
 
 def run(job: dict[str, Any]) -> object:

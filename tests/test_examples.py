@@ -59,7 +59,8 @@ def test_packing_does_not_change_a_sentence(encoder: embeddings.Encoder) -> None
 
 @needs_weights
 def test_related_sentences_are_nearer(encoder: embeddings.Encoder) -> None:
-    pairs = [("A cat sleeps on the sofa.", "The kitten naps on a couch."), ("How do I sort a list?", "Put the items of a sequence in order."),
+    pairs = [("A cat sleeps on the sofa.", "The kitten naps on a couch."),
+             ("How do I sort a list?", "Put the items of a sequence in order."),
              ("The stock market fell today.", "Share prices dropped this afternoon.")]
     left, right = (encoder.encode(side) for side in zip(*pairs, strict=True))
     scores = left @ right.T

@@ -7,10 +7,6 @@
 # dK and dV stay with the task. dQ of a block of rows receives the tiles in key order, each waiting for its turn, so every sum has one
 # order: results are bitwise the same from run to run and for any number of threads, without partial copies of dQ.
 
-cdef enum:
-    GRAD_M = 96                         # query rows of a block: P and dS (96 x 192) stay in L2
-    GRAD_N = 192                        # keys of a tile
-
 cdef struct Backward:
     Call c
     long b0, b1, head_k0, head_k1       # this wave: sequences and key heads
@@ -29,7 +25,7 @@ cdef struct GradWork:
     char* K                             # packed columns, for S
     char* V                             # packed columns, for dP
     char* K_rows                        # [GRAD_N][ldq], for dQ
-    char* dK
+    char* dK                            # [GRAD_N][ldq] reals, or its transpose (see key_row)
     char* dV
     char* Q                             # [GRAD_M][ldq]
     char* dO                            # [GRAD_M][ldv]
@@ -37,6 +33,7 @@ cdef struct GradWork:
     char* dS
     char* tanh                          # [GRAD_N], one row
     char* bias
+    char* scratch                       # what grad_operands and key_row need
     char* bias_sum                      # [GRAD_M]
     char* ones                          # [panel]
     long* lo                            # keys of each row, relative to the tile
@@ -60,6 +57,7 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.dS = carve(&memory, GRAD_M * GRAD_N * g.real)
     w.tanh = carve(&memory, GRAD_N * g.real)
     w.bias = carve(&memory, GRAD_N * g.real)
+    w.scratch = carve(&memory, max(scratch_bf16(c.ldq, c.ldv), 16 * max(c.ldq, c.ldv) * g.real) if g.grad_operands != NULL else 0)
     w.bias_sum = carve(&memory, GRAD_M * g.real)
     w.ones = carve(&memory, g.panel * g.real)
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
@@ -71,8 +69,10 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
 
 
 cdef inline long first_row(const Backward* f, const Sequence* s, long b) noexcept nogil:
-    """Row of the wave's dQ where sequence b starts."""
-    return s.q0 - f.row_origin if f.c.cu_q != NULL else (b - f.b0) * f.c.seqlen_q
+    """Row of the wave's dQ where sequence b starts: multiples of 32, so that whole panels can be added."""
+    if f.c.cu_q == NULL:
+        return (b - f.b0) * round_up(f.c.seqlen_q, 32)
+    return round_up(s.q0 - f.row_origin, 32) + 32 * (b - f.b0)
 
 
 cdef inline char* delta_at(const Backward* f, long b, long head, long row) noexcept nogil:
@@ -119,8 +119,8 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
         w.sees[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
             w.sees[i] = mark_seen(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
-    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, nq, c.head_dim, w.sees)
-    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, nq, c.head_dim_v, w.sees)
+    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.sees)
+    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.sees)
     if c.dropout:
         keep_tile(w.keep, GRAD_N, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
 
@@ -137,6 +137,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
     if lo >= hi:
         memset(w.P + i0 * lds, 0, mr * lds)
         memset(w.dS + i0 * lds, 0, mr * lds)
+        memset(w.bias_sum + i0 * g.real, 0, mr * g.real)
         return
     cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
     cdef char* p
@@ -171,8 +172,8 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
         g.fill_outside(ds, 0, first, last, width, 0)
 
 
-cdef void add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n, long turn) noexcept nogil:
-    """dQ += dS K for the block, when the tiles before this one have added theirs."""
+cdef void add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n, long turn, const char* dS) noexcept nogil:
+    """dQ += dS K for the block, when the tiles before this one have added theirs; dS as operand rows."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long i, i0, lo, hi
@@ -185,29 +186,13 @@ cdef void add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long
             if w.lo[i] < w.hi[i]:
                 lo, hi = min(lo, w.lo[i]), max(hi, w.hi[i])
         if lo < hi:
-            g.weighted_sum(min(g.panel, nq - i0), lo, hi, w.dS + i0 * GRAD_N * g.real, GRAD_N, w.K_rows, c.ldq, dq_row(f, s, b, head, m0 + i0), c.ldq,
-                           w.ones)
+            g.weighted_sum(min(g.panel, nq - i0), lo, hi, dS + i0 * GRAD_N * g.operand, GRAD_N, w.K_rows, c.ldq, GRAD_N, dq_row(f, s, b, head, m0 + i0),
+                           c.ldq, w.ones)
         i0 += g.panel
     if f.dbias != NULL and not f.dbias_col:
         for i in range(nq):
             g.add_row(f.dbias + (b * f.dbias_batch + head * f.dbias_head + (m0 + i) * f.dbias_row) * g.real, 1, w.bias_sum + i * g.real, 0, 1)
     pass_turn(counter)
-
-
-cdef void add_dkv(const Call* c, GradWork* w, long nq, long n) noexcept nogil:
-    """dV += P^T dO and dK += dS^T Q, a few keys at a time, over the query rows that see them (bounds rise with the row)."""
-    cdef const Kernels* g = c.g
-    cdef long j, mr, begin = 0, end = 0
-    for j in range(0, n, 6):
-        mr = min(6, n - j)
-        while begin < nq and w.hi[begin] <= j:
-            begin += 1
-        end = max(end, begin)
-        while end < nq and w.lo[end] < j + mr:
-            end += 1
-        if begin < end:
-            g.key_gradient(mr, end - begin, w.P + (begin * GRAD_N + j) * g.real, GRAD_N, w.dO + begin * c.ldv * g.real, c.ldv, w.dV + j * c.ldv * g.real)
-            g.key_gradient(mr, end - begin, w.dS + (begin * GRAD_N + j) * g.real, GRAD_N, w.Q + begin * c.ldq * g.real, c.ldq, w.dK + j * c.ldq * g.real)
 
 
 cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head_k, long n0, long n) noexcept nogil:
@@ -228,18 +213,22 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef Sequence s = sequence_of(c, b)
-    cdef long n = min(GRAD_N, s.nk - n0), head, block, m0, nq, i0, lo, hi, unused, j
+    cdef long n = min(GRAD_N, s.nk - n0), head, m, m0, nq, i0, lo, hi, unused, j
+    cdef GradBlock block
+    cdef const char* dS
     if n <= 0:
         return
     mark_keys(f, &s, w, b, head_k, n0, n)
     g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim, w.seen)
     g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v, w.seen)
-    g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, n, c.head_dim, w.seen)
-    memset(w.dK, 0, n * c.ldq * g.real)
-    memset(w.dV, 0, n * c.ldv * g.real)
+    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, GRAD_N, c.head_dim, w.seen)
+    memset(w.dK, 0, GRAD_N * c.ldq * g.real)
+    memset(w.dV, 0, GRAD_N * c.ldv * g.real)
+    block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch
+    block.P, block.dS, block.Q, block.dO, block.dK, block.dV, block.lo, block.hi = w.P, w.dS, w.Q, w.dO, w.dK, w.dV, w.lo, w.hi
     for head in range(head_k * c.group, (head_k + 1) * c.group):
-        for block in range((s.nq + GRAD_M - 1) // GRAD_M):
-            m0 = block * GRAD_M
+        for m in range((s.nq + GRAD_M - 1) // GRAD_M):
+            m0 = m * GRAD_M
             nq = min(GRAD_M, s.nq - m0)
             row_interval(c, m0, s.nq, s.nk, &lo, &unused)
             row_interval(c, m0 + nq - 1, s.nq, s.nk, &unused, &hi)
@@ -250,11 +239,14 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
             while i0 < nq:
                 grad_step(f, &s, w, b, head, m0, i0, min(g.panel, nq - i0), n0, n)
                 i0 += g.panel
-            add_dq(f, &s, w, b, head, m0, nq, n, n0 // GRAD_N - lo // GRAD_N)
-            add_dkv(c, w, nq, n)
+            block.rows = nq
+            dS = <const char*>g.grad_operands(&block) if g.grad_operands != NULL else w.dS
+            add_dq(f, &s, w, b, head, m0, nq, n, n0 // GRAD_N - lo // GRAD_N, dS)
+            g.key_gradients(&block)
     for j in range(n):
-        g.store_row(at(&c.dk, b, s.k0 + n0 + j, head_k), c.dk.dim, c.dk.dtype, w.dK + j * c.ldq * g.real, c.scale, c.head_dim)
-        g.store_row(at(&c.dv, b, s.k0 + n0 + j, head_k), c.dv.dim, c.dv.dtype, w.dV + j * c.ldv * g.real, 1.0, c.head_dim_v)
+        g.store_row(at(&c.dk, b, s.k0 + n0 + j, head_k), c.dk.dim, c.dk.dtype, g.key_row(w.dK, c.ldq, j, w.scratch), c.scale, c.head_dim)
+    for j in range(n):
+        g.store_row(at(&c.dv, b, s.k0 + n0 + j, head_k), c.dv.dim, c.dv.dtype, g.key_row(w.dV, c.ldv, j, w.scratch), 1.0, c.head_dim_v)
 
 
 cdef void backward_task(const Backward* f, long number) noexcept nogil:
@@ -270,9 +262,11 @@ cdef void backward_task(const Backward* f, long number) noexcept nogil:
     backward_memory(c, memory, &w)
     for i in range(c.g.panel):
         store_element(w.ones + i * c.g.real, 1 if c.g.real == 8 else 0, 1.0)
+    amx_begin()
     for i in range(f.b0 if f.all_batch else b, f.b1 if f.all_batch else b + 1):
         for j in range(f.head_k0 if f.all_heads else head_k, f.head_k1 if f.all_heads else head_k + 1):
             tile_task(f, i, j, n0, &w)
+    amx_end()
 
 
 cdef void run_backward(const Backward* f, int threads) noexcept nogil:
@@ -304,7 +298,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
     cdef int8_t[::1] memory, deltas = delta.reshape(-1).view(np.int8)
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, alive)
+    fill(&f.c, p, o, True, alive)
     f.c.failed = &failed
     packed = p.total_q is not None
     rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")
@@ -323,6 +317,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
         f.all_batch = f.dbias_batch == 0 and f.dbias_col != 0 and p.batch > 1
         f.all_heads = f.dbias_head == 0 and f.dbias_col != 0 and p.num_heads > 1
     for b0, b1, head_k0, head_k1, rows in waves:
+        rows += 32 * (b1 - b0 + 1)
         f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
         f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
         heads = (head_k1 - head_k0) * f.c.group

@@ -6,7 +6,18 @@ from cython.parallel cimport prange
 import numpy as np
 
 cdef extern from "kernels.h" nogil:
-    const int BLOCK_N
+    const int BLOCK_N, GRAD_M, GRAD_N
+    ctypedef struct GradBlock:
+        long ldq, ldv, rows, keys
+        void* P
+        void* dS
+        void* Q
+        void* dO
+        void* dK
+        void* dV
+        void* scratch
+        long* lo
+        long* hi
     ctypedef struct Kernels:
         long real, operand, panel, cols, align
         int half
@@ -14,9 +25,12 @@ cdef extern from "kernels.h" nogil:
         void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
         void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* seen) noexcept nogil
         void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t* seen) noexcept nogil
+        void (*pack_values)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim, const uint8_t* seen) noexcept nogil
         void (*scores)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, void* S, long lds) noexcept nogil
-        void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, void* O, long ldo, const void* rescale) noexcept nogil
-        void (*key_gradient)(long mr, long rows, const void* P, long ldp, const void* B, long ldb, void* G) noexcept nogil
+        void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, long capacity, void* O, long ldo, const void* rescale) noexcept nogil
+        const void* (*grad_operands)(const GradBlock* block) noexcept nogil
+        void (*key_gradients)(const GradBlock* block) noexcept nogil
+        const void* (*key_row)(const void* G, long ld, long j, void* scratch) noexcept nogil
         void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, int dtype, long first, long last, void* S, long lds) noexcept nogil
         void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
         void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* tanh_out) noexcept nogil
@@ -29,7 +43,10 @@ cdef extern from "kernels.h" nogil:
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
-    const Kernels kernels_f32, kernels_f64
+    const Kernels* kernels_for(int dtype, int backward)
+    void amx_begin()
+    void amx_end()
+    long scratch_bf16(long ldq, long ldv)
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
     int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)
@@ -148,11 +165,15 @@ cdef const double* doubles(view, list alive) except? NULL:
     return &a[0] if a.shape[0] else NULL
 
 
-cdef void fill(Call* c, p, o, list alive) except *:
+cdef void use_kernels(Call* c, const Kernels* g) noexcept:
+    c.g = g
+    c.ldq, c.ldv = round_up(c.head_dim, g.align), round_up(c.head_dim_v, g.align)
+
+
+cdef void fill(Call* c, p, o, bint backward, list alive) except *:
     """`c` from a Problem and its Operands; `alive` keeps what its pointers need."""
     memset(c, 0, sizeof(Call))
     cdef long unlimited = 1 << 40
-    c.g = &kernels_f64 if p.dtype == "float64" else &kernels_f32
     c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k
     c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v
     axes = "rhd" if p.total_q is not None else "brhd"
@@ -173,4 +194,4 @@ cdef void fill(Call* c, p, o, list alive) except *:
     c.top_left = mask.top_left
     if drop is not None:
         c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
-    c.ldq, c.ldv = round_up(c.head_dim, c.g.align), round_up(c.head_dim_v, c.g.align)
+    use_kernels(c, kernels_for(DTYPE[p.dtype], backward))

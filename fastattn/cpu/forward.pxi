@@ -18,6 +18,7 @@ cdef struct Work:                       # one thread's memory
     char* K                             # packed columns
     char* V                             # [BLOCK_N][ldv]
     char* S                             # [panel][BLOCK_N]
+    char* P                             # the same memory, or [panel][BLOCK_N] operands
     char* O                             # [rows][ldv]
     char* row_max
     char* row_sum
@@ -41,10 +42,12 @@ cdef struct Forward:
 cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noexcept nogil:
     cdef const Kernels* g = f.c.g
     cdef char* memory = start
+    rows = round_up(rows, g.panel)
     w.Q = carve(&memory, rows * f.c.ldq * g.operand)
     w.K = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldq * g.operand)
     w.V = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldv * g.operand)
     w.S = carve(&memory, g.panel * BLOCK_N * g.real)
+    w.P = carve(&memory, g.panel * BLOCK_N * g.operand) if g.align == 32 else w.S
     w.O = carve(&memory, rows * f.c.ldv * g.real)
     w.row_max = carve(&memory, rows * g.real)
     w.row_sum = carve(&memory, rows * g.real)
@@ -106,7 +109,7 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
                       max(w.lo[i] - n0, 0), min(w.hi[i] - n0, BLOCK_N))
     if not f.direct:
         g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
-        g.pack_rows(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, last, c.head_dim_v, w.seen)
+        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, BLOCK_N, c.head_dim_v, w.seen)
     if c.dropout:
         for h in range(t.heads):
             keep_tile(w.keep + h * t.nq * BLOCK_N, BLOCK_N, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
@@ -170,14 +173,14 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
             score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
         if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
             g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
-    g.softmax(mr, w.S, BLOCK_N, NULL, 0, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    g.softmax(mr, w.S, BLOCK_N, w.P, BLOCK_N, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
     if c.dropout:
         for r in range(mr):
-            g.drop_row(w.S + r * lds, w.keep + (i0 + r) * BLOCK_N, first, hi)
+            g.drop_row(w.P + r * BLOCK_N * g.operand, w.keep + (i0 + r) * BLOCK_N, first, hi)
     if f.direct:
         direct_values(f, t, w, n0, mr, lo, hi, O)
     else:
-        g.weighted_sum(mr, lo, hi, w.S, BLOCK_N, w.V, c.ldv, O, c.ldv, w.rescale)
+        g.weighted_sum(mr, lo, hi, w.P, BLOCK_N, w.V, c.ldv, BLOCK_N, O, c.ldv, w.rescale)
 
 
 cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
@@ -221,10 +224,11 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
     if f.splits > 1:
         forward_memory(f, rows, memory, &w)
         partial = f.partial + number * f.partial_size
-        w.O, w.row_max = partial, partial + t.rows * f.c.ldv * f.c.g.real
+        w.O, w.row_max = partial, partial + round_up(t.rows, f.c.g.panel) * f.c.ldv * f.c.g.real
         w.row_sum = w.row_max + t.rows * f.c.g.real
     else:
         forward_memory(f, rows, memory, &w)
+    amx_begin()
     load_queries(f, &t, &w)
     n0 = t.key_begin // BLOCK_N * BLOCK_N
     while n0 < t.key_end:
@@ -234,6 +238,7 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
             step(f, &t, &w, n0, i0, min(f.c.g.panel, t.rows - i0))
             i0 += f.c.g.panel
         n0 += BLOCK_N
+    amx_end()
     if f.splits == 1:
         epilogue(f, &t, &w)
 
@@ -244,23 +249,24 @@ cdef void merge_task(const Forward* f, long number) noexcept nogil:
     cdef int real = 1 if g.real == 8 else 0
     cdef Task t
     cdef Work w
-    cdef long i, s
+    cdef long i, s, row_max
     cdef double top, m, total, factor, c2 = LOG2E if f.c.scored else f.c.scale * LOG2E
     cdef char* part
     if not make_task(f, number * f.splits, &t):
         return
     forward_memory(f, f.block_m * t.heads, workspace(forward_memory(f, f.block_m * t.heads, NULL, &w)), &w)
     memset(w.O, 0, t.rows * f.c.ldv * g.real)
+    row_max = round_up(t.rows, g.panel) * f.c.ldv
     for i in range(t.rows):
         top, total = -INFINITY, 0.0
         for s in range(f.splits):
-            part = f.partial + (number * f.splits + s) * f.partial_size + t.rows * f.c.ldv * g.real
-            top = max(top, load_element(part + i * g.real, real))
+            part = f.partial + (number * f.splits + s) * f.partial_size
+            top = max(top, load_element(part + (row_max + i) * g.real, real))
         for s in range(f.splits):
             part = f.partial + (number * f.splits + s) * f.partial_size
-            m = load_element(part + (t.rows * f.c.ldv + i) * g.real, real)
+            m = load_element(part + (row_max + i) * g.real, real)
             factor = 0.0 if m == -INFINITY else exp((m - top) * c2 / LOG2E)
-            total += factor * load_element(part + (t.rows * f.c.ldv + t.rows + i) * g.real, real)
+            total += factor * load_element(part + (row_max + t.rows + i) * g.real, real)
             g.add_scaled(w.O + i * f.c.ldv * g.real, part + i * f.c.ldv * g.real, factor, f.c.ldv)
         store_element(w.row_max + i * g.real, real, top)
         store_element(w.row_sum + i * g.real, real, total)
@@ -288,17 +294,19 @@ def forward(p, o, out, lse, const int64_t[::1] block_sequence, const int64_t[::1
     cdef list alive = []
     cdef int8_t[::1] partial
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, alive)
+    fill(&f.c, p, o, False, alive)
     f.c.failed = &failed
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
     f.blocks, f.block_m, f.splits, f.split_keys, f.folded, f.direct = block_sequence.shape[0], block_m, splits, split_keys, folded, direct
     if f.blocks == 0 or f.c.heads == 0:
         return
+    if direct and f.c.g.align == 32:
+        use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     f.block_sequence, f.block_row = &block_sequence[0], &block_row[0]
     cdef long tasks = f.blocks * (f.c.heads_k if folded else f.c.heads)
     if splits > 1:
-        f.partial_size = round_up(block_m * (f.c.group if folded else 1) * (f.c.ldv + 2) * f.c.g.real, 64)
+        f.partial_size = round_up(round_up(block_m * (f.c.group if folded else 1), f.c.g.panel) * (f.c.ldv + 2) * f.c.g.real, 64)
         partial = np.empty(tasks * splits * f.partial_size, np.int8)
         f.partial = <char*>&partial[0]
     with nogil:

@@ -11,6 +11,7 @@
 #include "rows.h"
 #include "undefine.h"
 #include "dropout.h"
+#include "pairs.h"
 
 /* seen[j] |= mask[j] for keys [first, last) of a tile; returns whether this row sees any */
 static int mark_seen(uint8_t *seen, const char *mask, long stride, long first, long last) {
@@ -34,9 +35,13 @@ typedef struct {
   void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
                     const uint8_t *seen);
   void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen);
+  void (*pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+                      const uint8_t *seen);
   void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
-  void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, void *O, long ldo, const void *rescale);
-  void (*key_gradient)(long mr, long rows, const void *P, long ldp, const void *B, long ldb, void *G);
+  void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo, const void *rescale);
+  const void *(*grad_operands)(const GradBlock *block); /* 0: P and dS are operands as they are */
+  void (*key_gradients)(const GradBlock *block);
+  const void *(*key_row)(const void *G, long ld, long j, void *scratch);
   void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds);
   void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
                      const void *rescale);
@@ -54,7 +59,7 @@ typedef struct {
 
 #define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
   {BYTES, BYTES, PANEL_ROWS, TILE_VECTORS * (VBYTES / BYTES), VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
-   pack_columns_##T, scores_##T, weighted_sum_##T, key_gradient_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
+   pack_columns_##T, pack_values_##T, scores_##T, weighted_sum_##T, 0, key_gradients_##T, key_row_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
    fill_outside_##T, softmax_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T}
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 #define READS_HALF 1
@@ -63,3 +68,32 @@ typedef struct {
 #endif
 static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
+
+/* 16-bit floats: bfloat16 pairs where the instruction set has them, else the float32 kernels behind a conversion while packing.
+ * float16 through split pairs pays in forward only. */
+#if defined(__AVX512BF16__)
+#define PAIRS_TABLE(KIND, PARTS, OPERANDS, GRADIENTS, ROW)                                                                                                          \
+  {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
+   scores_##KIND, weighted_sum_##KIND, OPERANDS, GRADIENTS, ROW, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, softmax_##KIND, \
+   drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32}
+static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, grad_operands_bf16, key_gradients_bf16, key_row_bf16);
+#if HAVE_AMX
+static const Kernels kernels_split = PAIRS_TABLE(split, 2, 0, 0, 0);
+#endif
+#else
+#define HAVE_AMX 0
+static void amx_begin(void) {}
+static void amx_end(void) {}
+static long scratch_bf16(long ldq, long ldv) { return 0 * (ldq + ldv); }
+#endif
+static const Kernels *kernels_for(int dtype, int backward) {
+  (void)backward;
+  if (dtype == DT_F64) return &kernels_f64;
+#if defined(__AVX512BF16__)
+  if (dtype == DT_BF16) return &kernels_bf16;
+#if HAVE_AMX
+  if (dtype == DT_F16 && !backward) return &kernels_split;
+#endif
+#endif
+  return &kernels_f32;
+}

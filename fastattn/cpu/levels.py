@@ -5,6 +5,7 @@ Kept free of imports from the package, so that setup.py can load this file by it
 """
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
@@ -17,15 +18,19 @@ X86 = {
     "baseline": ["-march=x86-64"],
     "x86_64_v3": ["-march=x86-64-v3"],
     "x86_64_v4": WIDE,
+    "x86_64_v4_bf16": [*WIDE, "-mavx512bf16"],
+    "x86_64_amx": [*WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 AARCH64 = {"baseline": ["-march=armv8-a"]}
 
 # level -> what /proc/cpuinfo must list
-NEEDS = {
+NEEDS: dict[str, set[str]] = {
     "baseline": set(),
     "x86_64_v3": {"avx2", "fma", "f16c", "bmi2"},
     "x86_64_v4": {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"},
 }
+NEEDS["x86_64_v4_bf16"] = NEEDS["x86_64_v4"] | {"avx512_bf16"}
+NEEDS["x86_64_amx"] = NEEDS["x86_64_v4_bf16"] | {"amx_tile", "amx_bf16"}
 
 
 def levels() -> dict[str, list[str]]:
@@ -48,7 +53,18 @@ def cpu_flags() -> set[str]:
 def available() -> list[str]:
     """Levels this CPU can run, worst first."""
     flags = cpu_flags()
-    return [level for level in levels() if NEEDS[level] <= flags]
+    usable = [level for level in levels() if NEEDS[level] <= flags]
+    if "x86_64_amx" in usable and not _amx_allowed():
+        usable.remove("x86_64_amx")
+    return usable
+
+
+def _amx_allowed() -> bool:
+    """Asks the kernel, once per process, for the AMX tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18)."""
+    try:
+        return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def choose() -> str:

@@ -66,6 +66,11 @@ static void name(pack_rows)(void *to, long ld, const char *src, long row, long d
     else name(load_row)(dst, ld, src + i * row, dim, dtype, n_dim);
   }
 }
+static void name(pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+                              const uint8_t *seen) {
+  (void)capacity;
+  name(pack_rows)(to, ld, src, row, dim, dtype, first, last, last, n_dim, seen);
+}
 #if REAL_BITS == 32 && defined(__AVX512F__)
 ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
   __m512i r[16], t[16];
@@ -147,15 +152,32 @@ static void name(scores)(long mr, long n_dim, const void *A, long lda, const voi
                                                          CB * (long)sizeof(REAL), (REAL *)S + j, lds, 0);
 }
 /* O[mr][ldo] = O * rescale + P[mr][first..last) V[first..last)[ldv] */
-static void name(weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, void *O, long ldo, const void *rescale) {
+static void name(weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo,
+                               const void *rescale) {
   const long bytes = (long)sizeof(REAL);
+  (void)capacity;
   name(multiply)(name(RESCALE), mr, last - first, ldv, (const REAL *)P + first, ldp, (const char *)((const REAL *)V + first * ldv), ldv * bytes,
                  VL * bytes, (REAL *)O, ldo, (const REAL *)rescale);
 }
-/* G[mr keys][ldb] += P[rows][mr keys]^T B[rows][ldb] */
-static void name(key_gradient)(long mr, long rows, const void *P, long ldp, const void *B, long ldb, void *G) {
+/* dV += P^T dO and dK += dS^T Q, six keys at a time, over the query rows that see them (their bounds rise with the row) */
+static void name(key_gradients)(const GradBlock *w) {
   const long bytes = (long)sizeof(REAL);
-  name(multiply)(name(TRANSPOSED_A), mr, rows, ldb, (const REAL *)P, ldp, (const char *)B, ldb * bytes, VL * bytes, (REAL *)G, ldb, 0);
+  long begin = 0, end = 0;
+  for (long j = 0; j < w->keys; j += PANEL_ROWS) {
+    long mr = w->keys - j < PANEL_ROWS ? w->keys - j : PANEL_ROWS;
+    while (begin < w->rows && w->hi[begin] <= j) begin++;
+    if (end < begin) end = begin;
+    while (end < w->rows && w->lo[end] < j + mr) end++;
+    if (begin >= end) continue;
+    name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldv, (const REAL *)w->P + begin * GRAD_N + j, GRAD_N,
+                   (const char *)w->dO + begin * w->ldv * bytes, w->ldv * bytes, VL * bytes, (REAL *)w->dV + j * w->ldv, w->ldv, 0);
+    name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldq, (const REAL *)w->dS + begin * GRAD_N + j, GRAD_N,
+                   (const char *)w->Q + begin * w->ldq * bytes, w->ldq * bytes, VL * bytes, (REAL *)w->dK + j * w->ldq, w->ldq, 0);
+  }
+}
+static const void *name(key_row)(const void *G, long ld, long j, void *scratch) {
+  (void)scratch;
+  return (const REAL *)G + j * ld;
 }
 
 /* ------------------------------------------------------------------ short queries: K and V read in place, once

@@ -25,7 +25,16 @@
 #define TILE_VECTORS 2
 #endif
 #define PANEL_ROWS 6
+#define GRAD_M 96       /* backward: query rows of a block, P and dS (96 x 192) stay in L2 */
+#define GRAD_N 192      /* and keys of a tile */
 #define BLOCK_N 256 /* keys in a forward tile; divisible by 16 (dropout blocks) and by every packed width */
+
+/* One block of the backward pass: P and dS [GRAD_M][GRAD_N] reals, packed Q and dO, the tile's gradients, each row's keys [lo, hi). */
+typedef struct {
+  long ldq, ldv, rows, keys;
+  void *P, *dS, *Q, *dO, *dK, *dV, *scratch;
+  long *lo, *hi;
+} GradBlock;
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,365 @@
+/* bfloat16 arithmetic: operands are bfloat16 pairs along the summed axis, sums are float32. Two instruction sets have it: AMX tiles
+ * (16 rows x 16 columns x 32 terms an instruction) and the AVX-512 dot product. Included where __AVX512BF16__ is there.
+ *
+ *   rows     [n][ld]                                  bfloat16, ld a multiple of 32: the A operand
+ *   columns  [columns / 16][terms / 32][16 pairs][16][2]   the B operand; one (column group, 32 terms) is one AMX tile of 1 KiB
+ *
+ * SPLIT: float16 on AMX. A float16 is exactly the sum of two bfloat16, high and low; the products high*high + high*low + low*high
+ * carry 16 bits, more than float16 has. A row, or a column group, of an operand is its high part followed by its low part. */
+#pragma once
+#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#define PAIR_PANEL 32
+#define HAVE_AMX 1
+#else
+#define PAIR_PANEL PANEL_ROWS
+#define HAVE_AMX 0
+#endif
+#define PAIR_COLS 32
+#define MAX_LD 512 /* problem.MAX_HEAD_DIM */
+typedef uint16_t bf16;
+
+/* ------------------------------------------------------------------ conversion */
+ALWAYS_INLINE __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+ALWAYS_INLINE __m512 float_of(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+/* one row as bfloat16, zero padded to ld; `low` is 0 or takes what rounding dropped */
+static void bf16_row(bf16 *high, bf16 *low, long ld, const char *src, long stride, int dtype, long n) {
+  float part[32];
+  if (!low && dtype == DT_BF16 && stride == 2) {
+    memcpy(high, src, (size_t)(2 * n));
+    memset(high + n, 0, (size_t)(2 * (ld - n)));
+    return;
+  }
+  for (long j = 0; j < ld; j += 32) {
+    long w = n - j < 32 ? n - j : 32;
+    if (w > 0) load_row_f32(part, 32, src + j * stride, stride, dtype, w);
+    else memset(part, 0, sizeof part);
+    __m512 a = _mm512_loadu_ps(part), b = _mm512_loadu_ps(part + 16);
+    __m512i h = bf16_of(a, b);
+    _mm512_storeu_si512(high + j, h);
+    if (low) _mm512_storeu_si512(low + j, bf16_of(a - float_of(_mm512_castsi512_si256(h)), b - float_of(_mm512_extracti64x4_epi64(h, 1))));
+  }
+}
+/* two rows of 32 -> pairs (a0 b0 a1 b1 ...), 16 columns a vector */
+ALWAYS_INLINE void interleave(__m512i a, __m512i b, bf16 *left, bf16 *right) {
+  const __m512i lo = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i hi = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+  _mm512_storeu_si512(left, _mm512_permutex2var_epi16(a, lo, b));
+  _mm512_storeu_si512(right, _mm512_permutex2var_epi16(a, hi, b));
+}
+
+/* ------------------------------------------------------------------ packing */
+ALWAYS_INLINE void pairs_rows(const int SPLIT, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+                              const uint8_t *seen) {
+  const long step = SPLIT ? 2 * ld : ld;
+  for (long i = 0; i < padded; i++, dst += step) {
+    if (i >= first && i < last && (!seen || seen[i])) bf16_row(dst, SPLIT ? dst + ld : 0, ld, src + i * row, dim, dtype, n_dim);
+    else memset(dst, 0, (size_t)(2 * step));
+  }
+}
+/* K^T: columns are keys, terms the head_dim */
+ALWAYS_INLINE void pairs_columns(const int SPLIT, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
+  const long ld = (n_dim + 31) / 32 * 32;
+  bf16 tile[2 * 16 * 32] __attribute__((aligned(64)));
+  for (long j = 0; j < last; j += 16)
+    for (long d = 0; d < ld; d += 32) {
+      long w = n_dim - d < 32 ? n_dim - d : 32, rest = first > j || last < j + 16;
+      for (long i = 0; i < 16; i++) {
+        if ((rest && (j + i < first || j + i >= last)) || (seen && !seen[j + i])) {
+          memset(tile + i * 32, 0, 64);
+          memset(tile + 512 + i * 32, 0, 64);
+        } else {
+          bf16_row(tile + i * 32, SPLIT ? tile + 512 + i * 32 : 0, 32, src + (j + i) * row + d * dim, dim, dtype, w);
+        }
+      }
+      bf16 *to = dst + (SPLIT ? 2 : 1) * j * ld + d * 16;
+      transpose_f32((const float *)(const void *)tile, 16, (float *)(void *)to, 16);
+      if (SPLIT) transpose_f32((const float *)(const void *)(tile + 512), 16, (float *)(void *)(to + ld * 16), 16);
+    }
+}
+/* V: columns are head_dim_v, terms the keys; room for `capacity` keys */
+ALWAYS_INLINE void pairs_values(const int SPLIT, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+                                const uint8_t *seen) {
+  bf16 rows[4][MAX_LD] __attribute__((aligned(64)));
+  for (long j = 0; j < (last + 31) / 32 * 32; j += 2) {
+    for (long i = 0; i < 2; i++) {
+      long key = j + i;
+      if (key >= first && key < last && (!seen || seen[key])) {
+        bf16_row(rows[i], SPLIT ? rows[2 + i] : 0, ld, src + key * row, dim, dtype, n_dim);
+      } else {
+        memset(rows[i], 0, (size_t)(2 * ld));
+        memset(rows[2 + i], 0, (size_t)(2 * ld));
+      }
+    }
+    const long parts = SPLIT ? 2 : 1, group = parts * 16 * capacity;
+    for (int p = 0; p < parts; p++)
+      for (long d = 0; d < ld; d += 32) {
+        bf16 *to = dst + d / 16 * group + p * 16 * capacity + j * 16;
+        interleave(_mm512_load_si512(rows[2 * p] + d), _mm512_load_si512(rows[2 * p + 1] + d), to, to + group);
+      }
+  }
+}
+
+/* ------------------------------------------------------------------ product
+ * C[rows][columns] (+)= A[rows][terms] B, terms [t0, t1) and columns [0, n), all multiples of 32; `group` is the distance of column
+ * groups of 16 in B. With parts, high*high + high*low + low*high. */
+#if HAVE_AMX
+static void amx_begin(void) {
+  struct { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; } config __attribute__((aligned(64)));
+  memset(&config, 0, sizeof config);
+  config.palette = 1;
+  for (int i = 0; i < 8; i++) config.colsb[i] = 64, config.rows[i] = 16;
+  _tile_loadconfig(&config);
+}
+static void amx_end(void) { _tile_release(); }
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+                                 long group, long b_part, float *C, long ldc, long n) {
+  for (long i = 0; i < rows; i += 32)
+    for (long j = 0; j < n; j += 32) {
+      float *c = C + i * ldc + j;
+      if (ACCUMULATE) {
+        _tile_loadd(0, c, 4 * ldc);
+        _tile_loadd(1, c + 16, 4 * ldc);
+        _tile_loadd(2, c + 16 * ldc, 4 * ldc);
+        _tile_loadd(3, c + 16 * ldc + 16, 4 * ldc);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int p = 0; p < (SPLIT ? 3 : 1); p++) {
+        const bf16 *a = A + i * lda + (p == 2 ? a_part : 0), *b = B + j / 16 * group + (p == 1 ? b_part : 0);
+        for (long t = t0; t < t1; t += 32) {
+          _tile_loadd(4, a + t, 2 * lda);
+          _tile_loadd(6, b + t * 16, 64);
+          _tile_loadd(5, a + 16 * lda + t, 2 * lda);
+          _tile_loadd(7, b + group + t * 16, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, c, 4 * ldc);
+      _tile_stored(1, c + 16, 4 * ldc);
+      _tile_stored(2, c + 16 * ldc, 4 * ldc);
+      _tile_stored(3, c + 16 * ldc + 16, 4 * ldc);
+    }
+}
+#else
+static void amx_begin(void) {}
+static void amx_end(void) {}
+#define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, long t0, long t1, const bf16 *A, long lda, const bf16 *B, long group, float *C,
+                             long ldc) {
+#define DECLARE(r) __m512 c##r##0 = _mm512_setzero_ps(), c##r##1 = c##r##0, c##r##2 = c##r##0, c##r##3 = c##r##0;
+#define INITIAL(r)                                               \
+  if (ACCUMULATE && r < MR) {                                    \
+    c##r##0 = _mm512_loadu_ps(C + r * ldc);                      \
+    c##r##1 = _mm512_loadu_ps(C + r * ldc + 16);                 \
+    if (NV > 2) c##r##2 = _mm512_loadu_ps(C + r * ldc + 32);     \
+    if (NV > 2) c##r##3 = _mm512_loadu_ps(C + r * ldc + 48);     \
+  }
+#define STEP(r)                                                                         \
+  if (r < MR) {                                                                         \
+    int32_t pair;                                                                       \
+    memcpy(&pair, A + r * lda + t, 4);                                                  \
+    __m512bh a = (__m512bh)_mm512_set1_epi32(pair);                                     \
+    c##r##0 = _mm512_dpbf16_ps(c##r##0, a, b0);                                         \
+    c##r##1 = _mm512_dpbf16_ps(c##r##1, a, b1);                                         \
+    if (NV > 2) c##r##2 = _mm512_dpbf16_ps(c##r##2, a, b2);                             \
+    if (NV > 2) c##r##3 = _mm512_dpbf16_ps(c##r##3, a, b3);                             \
+  }
+#define FINAL(r)                                                 \
+  if (r < MR) {                                                  \
+    _mm512_storeu_ps(C + r * ldc, c##r##0);                      \
+    _mm512_storeu_ps(C + r * ldc + 16, c##r##1);                 \
+    if (NV > 2) _mm512_storeu_ps(C + r * ldc + 32, c##r##2);     \
+    if (NV > 2) _mm512_storeu_ps(C + r * ldc + 48, c##r##3);     \
+  }
+  ROWS(DECLARE)
+  ROWS(INITIAL)
+  for (long t = t0; t < t1; t += 2) {
+    const bf16 *b = B + t * 16;
+    __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + group), b2 = b0, b3 = b0;
+    if (NV > 2) b2 = (__m512bh)_mm512_loadu_si512(b + 2 * group), b3 = (__m512bh)_mm512_loadu_si512(b + 3 * group);
+    ROWS(STEP)
+  }
+  ROWS(FINAL)
+#undef DECLARE
+#undef INITIAL
+#undef STEP
+#undef FINAL
+}
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+                                 long group, long b_part, float *C, long ldc, long n) {
+  (void)SPLIT, (void)a_part, (void)b_part;
+  for (long i = 0; i < rows; i += 6)
+    for (long j = 0; j < n; j += 64) {
+      const bf16 *a = A + i * lda, *b = B + j / 16 * group;
+      float *c = C + i * ldc + j;
+#define DOT(R) (n - j < 64 ? pairs_dot(R, 2, ACCUMULATE, t0, t1, a, lda, b, group, c, ldc) : pairs_dot(R, 4, ACCUMULATE, t0, t1, a, lda, b, group, c, ldc))
+      switch (rows - i) {
+        case 1: DOT(1); break;
+        case 2: DOT(2); break;
+        case 3: DOT(3); break;
+        case 4: DOT(4); break;
+        case 5: DOT(5); break;
+        default: DOT(6);
+      }
+#undef DOT
+    }
+}
+#undef ROWS
+#endif
+
+/* ------------------------------------------------------------------ the operations of a Kernels table */
+ALWAYS_INLINE void pairs_scores(const int SPLIT, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
+  const long ld = (n_dim + 31) / 32 * 32, parts = SPLIT ? 2 : 1;
+  pairs_product(0, SPLIT, HAVE_AMX ? (mr + 31) / 32 * 32 : mr, 0, ld, A, parts * lda, lda, columns + parts * first * ld, parts * 16 * ld, 16 * ld, S + first, lds,
+                (last - first + 31) / 32 * 32);
+}
+ALWAYS_INLINE void pairs_weighted_sum(const int SPLIT, long mr, long first, long last, const bf16 *P, long ldp, const bf16 *V, long ldv, long capacity,
+                                      float *O, long ldo, const float *rescale) {
+  const long parts = SPLIT ? 2 : 1;
+  for (long r = 0; r < mr; r++)
+    if (rescale[r] != 1)
+      for (long d = 0; d < ldv; d += 16) _mm512_storeu_ps(O + r * ldo + d, _mm512_loadu_ps(O + r * ldo + d) * _mm512_set1_ps(rescale[r]));
+  pairs_product(1, SPLIT, HAVE_AMX ? (mr + 31) / 32 * 32 : mr, first / 32 * 32, (last + 31) / 32 * 32, P, parts * ldp, ldp, V, parts * 16 * capacity,
+                16 * capacity, O, ldo, ldv);
+}
+/* as softmax_f32, with P leaving as bfloat16 (rounded to nearest even; row_sum adds what was not rounded) */
+ALWAYS_INLINE void pairs_softmax(const int SPLIT, long mr, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2, float *row_max,
+                                 float *row_sum, float *rescale) {
+  for (long r = 0; r < mr; r++, S += lds, P += SPLIT ? 2 * ldp : ldp) {
+    __m512 top = _mm512_loadu_ps(S + first), top1 = _mm512_loadu_ps(S + first + 16);
+    for (long j = first + 32; j < last; j += 32) {
+      top = _mm512_max_ps(top, _mm512_loadu_ps(S + j));
+      top1 = _mm512_max_ps(top1, _mm512_loadu_ps(S + j + 16));
+    }
+    float old = row_max[r], peak = _mm512_reduce_max_ps(_mm512_max_ps(top, top1)), factor = 1;
+    if (!(peak > old)) peak = old;
+    float base = peak == -INFINITY ? 0 : peak;
+    if (peak != old) factor = exp2f((old - base) * (float)c2);
+    __m512 b = _mm512_set1_ps(base), c = _mm512_set1_ps((float)c2), sum = _mm512_setzero_ps(), sum1 = sum;
+    for (long j = first; j < last; j += 32) {
+      __m512 p = (__m512)exp2_f32((vec_f32)((_mm512_loadu_ps(S + j) - b) * c)), p1 = (__m512)exp2_f32((vec_f32)((_mm512_loadu_ps(S + j + 16) - b) * c));
+      sum += p;
+      sum1 += p1;
+      __m512i h = bf16_of(p, p1);
+      _mm512_storeu_si512(P + j, h);
+      if (SPLIT)
+        _mm512_storeu_si512(P + ldp + j, bf16_of(p - float_of(_mm512_castsi512_si256(h)), p1 - float_of(_mm512_extracti64x4_epi64(h, 1))));
+    }
+    row_max[r] = peak;
+    row_sum[r] = row_sum[r] * factor + _mm512_reduce_add_ps(sum + sum1);
+    rescale[r] = factor;
+  }
+}
+static void drop_row_bf16(void *row, const int8_t *keep, long first, long last) {
+  bf16 *p = (bf16 *)row;
+  for (long j = first; j < last; j++) p[j] = keep[j] ? p[j] : 0;
+}
+static void drop_row_split(void *row, const int8_t *keep, long first, long last) {
+  drop_row_bf16(row, keep, first, last);
+  drop_row_bf16((bf16 *)row + BLOCK_N, keep, first, last);
+}
+#define PAIRS_KERNELS(KIND, SPLIT)                                                                                                                       \
+  static void pack_rows_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,        \
+                               const uint8_t *seen) {                                                                                                   \
+    pairs_rows(SPLIT, (bf16 *)to, ld, src, row, dim, dtype, first, last, padded, n_dim, seen);                                                           \
+  }                                                                                                                                                     \
+  static void pack_columns_##KIND(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {    \
+    pairs_columns(SPLIT, (bf16 *)to, src, row, dim, dtype, first, last, n_dim, seen);                                                                    \
+  }                                                                                                                                                     \
+  static void pack_values_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,    \
+                                 const uint8_t *seen) {                                                                                                 \
+    pairs_values(SPLIT, (bf16 *)to, ld, src, row, dim, dtype, first, last, capacity, n_dim, seen);                                                       \
+  }                                                                                                                                                     \
+  static void scores_##KIND(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds) {               \
+    pairs_scores(SPLIT, mr, n_dim, (const bf16 *)A, lda, (const bf16 *)columns, first, last, (float *)S, lds);                                           \
+  }                                                                                                                                                     \
+  static void weighted_sum_##KIND(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo,    \
+                                  const void *rescale) {                                                                                                \
+    pairs_weighted_sum(SPLIT, mr, first, last, (const bf16 *)P, ldp, (const bf16 *)V, ldv, capacity, (float *)O, ldo, (const float *)rescale);           \
+  }                                                                                                                                                     \
+  static void softmax_##KIND(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum,              \
+                             void *rescale) {                                                                                                           \
+    pairs_softmax(SPLIT, mr, (const float *)S, lds, (bf16 *)P, ldp, first, last, c2, (float *)row_max, (float *)row_sum, (float *)rescale);              \
+  }
+PAIRS_KERNELS(bf16, 0)
+#if HAVE_AMX
+PAIRS_KERNELS(split, 1)
+#endif
+
+/* ------------------------------------------------------------------ backward: dV^T += dO^T P and dK^T += Q^T dS
+ * A block's reals become operands: P and dS as pairs of query rows (columns are keys), dS as rows too, dO and Q transposed. */
+static void pairs_of_rows(bf16 *dst, const float *src, long lds, long rows, long n, long capacity) {
+  for (long i = 0; i < (rows + 31) / 32 * 32; i += 2)
+    for (long j = 0; j < n; j += 32) {
+      bf16 *to = dst + j * capacity + i * 16;
+      const float *a = src + i * lds + j, *b = a + lds;
+      __m512 zero = _mm512_setzero_ps();
+      __m512i x = i < rows ? bf16_of(_mm512_loadu_ps(a), _mm512_loadu_ps(a + 16)) : (__m512i)zero;
+      __m512i y = i + 1 < rows ? bf16_of(_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16)) : (__m512i)zero;
+      interleave(x, y, to, to + 16 * capacity);
+    }
+}
+static void rows_of(bf16 *dst, long ldd, const float *src, long lds, long rows, long n) {
+  for (long i = 0; i < (rows + 31) / 32 * 32; i++)
+    for (long j = 0; j < n; j += 32)
+      _mm512_storeu_si512(dst + i * ldd + j, i < rows ? bf16_of(_mm512_loadu_ps(src + i * lds + j), _mm512_loadu_ps(src + i * lds + j + 16)) : _mm512_setzero_si512());
+}
+/* [rows][ld] bfloat16 -> [ld][capacity], rows a multiple of 32 */
+static void transpose_rows(bf16 *dst, long capacity, const bf16 *src, long ld, long rows) {
+  bf16 tile[2][16][32] __attribute__((aligned(64)));
+  for (long i = 0; i < rows; i += 32)
+    for (long d = 0; d < ld; d += 32) {
+      for (long p = 0; p < 16; p++) {
+        const bf16 *a = src + (i + 2 * p) * ld + d;
+        interleave(_mm512_loadu_si512(a), _mm512_loadu_si512(a + ld), tile[0][p], tile[1][p]);
+      }
+      for (int half = 0; half < 2; half++)
+        transpose_f32((const float *)(const void *)tile[half], 16, (float *)(void *)(dst + (d + 16 * half) * capacity + i), capacity / 2);
+    }
+}
+/* Where the operands are in a block's scratch, in elements: [ld][GRAD_M] transposed rows; pairs and rows of [GRAD_M][GRAD_N] */
+#define SCRATCH_DO_T(w) ((bf16 *)(w)->scratch)
+#define SCRATCH_Q_T(w) (SCRATCH_DO_T(w) + GRAD_M * (w)->ldv)
+#define SCRATCH_P(w) (SCRATCH_Q_T(w) + GRAD_M * (w)->ldq)
+#define SCRATCH_DS(w) (SCRATCH_P(w) + GRAD_M * GRAD_N)
+#define SCRATCH_DS_ROWS(w) (SCRATCH_DS(w) + GRAD_M * GRAD_N)
+static long scratch_bf16(long ldq, long ldv) { return 2 * (GRAD_M * (ldq + ldv) + 3 * GRAD_M * GRAD_N); }
+
+/* Returns dS as rows, the operand of dQ += dS K. */
+static const void *grad_operands_bf16(const GradBlock *w) {
+  const long rows = (w->rows + 31) / 32 * 32, keys = (w->keys + 31) / 32 * 32;
+  transpose_rows(SCRATCH_DO_T(w), GRAD_M, (const bf16 *)w->dO, w->ldv, rows);
+  transpose_rows(SCRATCH_Q_T(w), GRAD_M, (const bf16 *)w->Q, w->ldq, rows);
+  pairs_of_rows(SCRATCH_P(w), (const float *)w->P, GRAD_N, w->rows, keys, GRAD_M);
+  pairs_of_rows(SCRATCH_DS(w), (const float *)w->dS, GRAD_N, w->rows, keys, GRAD_M);
+  rows_of(SCRATCH_DS_ROWS(w), GRAD_N, (const float *)w->dS, GRAD_N, w->rows, keys);
+  return SCRATCH_DS_ROWS(w);
+}
+/* dV^T [ldv][GRAD_N] += dO^T P and dK^T += Q^T dS, 32 keys at a time, over the query rows that see them */
+static void key_gradients_bf16(const GradBlock *w) {
+  long begin = 0, end = 0;
+  for (long j = 0; j < w->keys; j += 32) {
+    while (begin < w->rows && w->hi[begin] <= j) begin++;
+    if (end < begin) end = begin;
+    while (end < w->rows && w->lo[end] < j + 32) end++;
+    if (begin >= end) continue;
+    const long t0 = begin / 32 * 32, t1 = (end + 31) / 32 * 32;
+    pairs_product(1, 0, w->ldv, t0, t1, SCRATCH_DO_T(w), GRAD_M, 0, SCRATCH_P(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dV + j, GRAD_N, 32);
+    pairs_product(1, 0, w->ldq, t0, t1, SCRATCH_Q_T(w), GRAD_M, 0, SCRATCH_DS(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dK + j, GRAD_N, 32);
+  }
+}
+/* Row j of a gradient held transposed, 16 rows at a time in scratch; to be asked for in order from a multiple of 16. */
+static const void *key_row_bf16(const void *G, long ld, long j, void *scratch) {
+  if (j % 16 == 0)
+    for (long d = 0; d < ld; d += 16) transpose_f32((const float *)G + d * GRAD_N + j, GRAD_N, (float *)scratch + d, ld);
+  return (const float *)scratch + j % 16 * ld;
+}
+#endif
