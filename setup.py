@@ -12,7 +12,8 @@ spec.loader.exec_module(levels)
 
 sanitize = os.environ.get("FASTATTN_SANITIZE")  # e.g. "address,undefined"
 extra = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitize else ["-g0"]
-link = ["-fopenmp", *([f"-fsanitize={sanitize}"] if sanitize else ["-s"])]
+strip = [] if os.environ.get("FASTATTN_SYMBOLS") else ["-s"]  # keep symbols for a profiler
+link = ["-fopenmp", *([f"-fsanitize={sanitize}"] if sanitize else strip)]
 sources = [str(p.relative_to(here)) for p in sorted((here / "fastattn" / "cpu").glob("*.[hp]*")) if p.suffix in (".h", ".pxi")]
 
 extensions = [

@@ -14,11 +14,11 @@ from .timing import wall
 def extra(case: Case, implementation: str, threads: int) -> dict[str, float | str]:
     """Megabytes and seconds of one call in this process, which must be fresh: {"megabytes": ..., "seconds": ..., "label": ...}.
 
-    A small call first loads the library and starts its threads; then the kernel's record of this process's peak resident size is
+    A tiny call first loads the library, too small to grow its workspaces; then the kernel's record of this process's peak resident size is
     reset, so that only the call itself is seen. Needs Linux.
     """
     maker = rivals.MAKERS.get(implementation, rivals.make_fastattn)
-    small = replace(case, seqlen=256)
+    small = replace(case, batch=1, num_heads=1, seqlen=16)
     maker(small, rivals.make_inputs(small), threads).call()
     runner: Runner = maker(case, rivals.make_inputs(case), threads)
     shapes = (case.shape_q, case.shape_q, case.shape_k, case.shape_k)[: 4 if case.backward else 1]  # out, dq, dk, dv

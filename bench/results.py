@@ -10,6 +10,9 @@ from typing import Any, get_type_hints
 from .case import TEXT, Case, Measure
 from .timing import Spread
 
+# Processors at other work above which a measurement is not to be trusted: half of one doubles the time of a call on two.
+BUSY = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Where:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .results import Row
+from .results import BUSY, Row
 
 # How a value against something other than a rival library reads.
 PHRASES = {"fma peak": "of FMA peak", "memory read": "of memory speed", "plain": "plain, per scored pair", "torch folded": "torch folded"}
@@ -67,7 +67,7 @@ def _also(row: Row) -> str:
 def warning(rows: Iterable[Row]) -> str:
     """A sentence where other processes worked during the measurement, else nothing."""
     worst = max((row.others or 0.0 for row in rows), default=0.0)
-    return f"WARNING: other processes kept up to {worst:.1f} processors busy; these numbers mean little." if worst > 0.2 else ""
+    return f"WARNING: other processes kept up to {worst:.1f} processors busy; these numbers mean little." if worst > BUSY else ""
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

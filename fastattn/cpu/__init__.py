@@ -44,9 +44,9 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
         if lse is not None:
             _clear_unowned(o.cu_seqlens_q, lse, 1)
     vector, half = _engine.vector_length(p.dtype)
-    plan_ = plan.plan_forward(p, o, vector, half)
-    _engine.forward(p, o, out, lse, plan_.block_sequence, plan_.block_row, plan_.block_m, plan_.splits, plan_.split_keys, plan_.folded, plan_.direct,
-                    plan.threads_for(p, get_num_threads()))
+    threads = plan.threads_for(p, get_num_threads())
+    cut = plan.plan_forward(p, o, vector, half, threads)
+    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.direct, threads)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:

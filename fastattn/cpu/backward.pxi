@@ -19,6 +19,7 @@ cdef struct Backward:
     long turn_rows
     char* dbias                         # reals; element strides, 0 where the bias is broadcast
     long dbias_batch, dbias_head, dbias_row, dbias_col
+    long together                       # pairs of sequence and key head that run side by side
     bint all_batch, all_heads           # one task takes every sequence, every key head, because they share dbias
 
 cdef struct GradWork:
@@ -250,10 +251,13 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
 
 
 cdef void backward_task(const Backward* f, long number) noexcept nogil:
-    """Task `number`: tiles in key order outermost (a tile never waits for a later task), then key heads and sequences."""
+    """Task `number`: a few (sequence, key head) pairs at a time, so that their rows stay in the cache; their tiles in key order, so that a tile
+    never waits for a later task."""
     cdef const Call* c = &f.c
     cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = 1 if f.all_heads else f.head_k1 - f.head_k0
-    cdef long n0 = number // (nb * nh) * GRAD_N, b = f.b0 + number % (nb * nh) // nh, head_k = f.head_k0 + number % nh, i, j
+    cdef long tiles = round_up(c.seqlen_k, GRAD_N) // GRAD_N, first = number // (f.together * tiles) * f.together
+    cdef long together = min(f.together, nb * nh - first), rest = number - first * tiles, pair = first + rest % together
+    cdef long n0 = rest // together * GRAD_N, b = f.b0 + pair // nh, head_k = f.head_k0 + pair % nh, i, j
     cdef GradWork w
     cdef char* memory = workspace(backward_memory(c, NULL, &w))
     if memory == NULL:
@@ -299,7 +303,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
     fill(&f.c, p, o, True, alive)
-    f.c.failed = &failed
+    f.c.failed, f.together = &failed, threads
     packed = p.total_q is not None
     rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")
     f.c.out, f.c.dout, f.c.dq = tensor(out, rows_axes), tensor(dout, rows_axes), tensor(dq, rows_axes)

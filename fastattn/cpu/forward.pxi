@@ -31,9 +31,9 @@ cdef struct Work:                       # one thread's memory
 
 cdef struct Forward:
     Call c
-    const int64_t* block_sequence       # block number -> sequence and first query row
-    const int64_t* block_row
-    long blocks, block_m, splits, split_keys
+    const int64_t* order                # sequences, longest first
+    const int64_t* first_block          # and how many blocks of rows come before each
+    long sequences, block_m, splits, split_keys
     bint folded, direct
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
@@ -61,16 +61,25 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
 
 
 cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
-    """Task `number`: heaviest blocks first, then heads, then splits. False when there is nothing to do."""
+    """Task `number`: sequence by sequence, head by head, so that K and V stay in the cache; a head's last (under a causal mask heaviest) rows first.
+    False when there is nothing to do."""
     cdef const Call* c = &f.c
     cdef long heads = c.heads_k if f.folded else c.heads
-    cdef long split = number % f.splits, block = number // f.splits // heads
-    t.head_k = number // f.splits % heads
+    cdef long split = number % f.splits, block = number // f.splits, low = 0, high = f.sequences, middle, blocks
+    while high - low > 1:
+        middle = (low + high) // 2
+        if f.first_block[middle] * heads <= block:
+            low = middle
+        else:
+            high = middle
+    block -= f.first_block[low] * heads
+    blocks = f.first_block[low + 1] - f.first_block[low]
+    t.head_k = block // blocks
     t.head, t.heads = t.head_k * c.group, c.group
     if not f.folded:
         t.head, t.heads = t.head_k, 1
         t.head_k = t.head // c.group
-    t.b, t.m0 = f.block_sequence[block], f.block_row[block]
+    t.b, t.m0 = f.order[low], (blocks - 1 - block % blocks) * f.block_m
     t.s = sequence_of(c, t.b)
     t.nq = min(f.block_m, t.s.nq - t.m0)
     t.rows = t.heads * t.nq
@@ -286,7 +295,7 @@ cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
             merge_task(f, t)
 
 
-def forward(p, o, out, lse, const int64_t[::1] block_sequence, const int64_t[::1] block_row, long block_m, long splits, long split_keys, bint folded,
+def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
             bint direct, int threads):
     """out, lse of a Problem. The arguments after lse are the plan: see plan.py."""
     cdef Forward f
@@ -298,13 +307,13 @@ def forward(p, o, out, lse, const int64_t[::1] block_sequence, const int64_t[::1
     f.c.failed = &failed
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
-    f.blocks, f.block_m, f.splits, f.split_keys, f.folded, f.direct = block_sequence.shape[0], block_m, splits, split_keys, folded, direct
-    if f.blocks == 0 or f.c.heads == 0:
+    f.sequences, f.block_m, f.splits, f.split_keys, f.folded, f.direct = order.shape[0], block_m, splits, split_keys, folded, direct
+    if f.sequences == 0 or f.c.heads == 0:
         return
     if direct and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
-    f.block_sequence, f.block_row = &block_sequence[0], &block_row[0]
-    cdef long tasks = f.blocks * (f.c.heads_k if folded else f.c.heads)
+    f.order, f.first_block = &order[0], &first_block[0]
+    cdef long tasks = first_block[f.sequences] * (f.c.heads_k if folded else f.c.heads)
     if splits > 1:
         f.partial_size = round_up(round_up(block_m * (f.c.group if folded else 1), f.c.g.panel) * (f.c.ldv + 2) * f.c.g.real, 64)
         partial = np.empty(tasks * splits * f.partial_size, np.int8)

@@ -230,6 +230,31 @@ ALWAYS_INLINE void pairs_weighted_sum(const int SPLIT, long mr, long first, long
   pairs_product(1, SPLIT, HAVE_AMX ? (mr + 31) / 32 * 32 : mr, first / 32 * 32, (last + 31) / 32 * 32, P, parts * ldp, ldp, V, parts * 16 * capacity,
                 16 * capacity, O, ldo, ldv);
 }
+/* 2^x to 2.6e-6: twenty times finer than what rounding P to bfloat16 loses, and on average over a row far finer still */
+ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
+  __m512 n = _mm512_roundscale_ps(x, 8), f = x - n, p = _mm512_set1_ps(0.0095701020146293256f);
+  p = p * f + _mm512_set1_ps(0.055917860306325652f);
+  p = p * f + _mm512_set1_ps(0.24024744824991691f);
+  p = p * f + _mm512_set1_ps(0.69312181474298668f);
+  p = p * f + _mm512_set1_ps(0.99999926144693115f);
+  return _mm512_scalef_ps(p, n);
+}
+ALWAYS_INLINE float pairs_exponentials(const int SPLIT, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
+  __m512 b = _mm512_set1_ps(HUGE_BASE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
+  for (long j = first; j < last; j += 32) {
+    __m512 x = _mm512_loadu_ps(S + j), y = _mm512_loadu_ps(S + j + 16);
+    x = HUGE_BASE ? (x - b) * c : x * c - b;
+    y = HUGE_BASE ? (y - b) * c : y * c - b;
+    __m512 p = SPLIT ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = SPLIT ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
+    sum += p;
+    sum1 += p1;
+    __m512i h = bf16_of(p, p1);
+    _mm512_storeu_si512(P + j, h);
+    if (SPLIT)
+      _mm512_storeu_si512(P + ldp + j, bf16_of(p - float_of(_mm512_castsi512_si256(h)), p1 - float_of(_mm512_extracti64x4_epi64(h, 1))));
+  }
+  return _mm512_reduce_add_ps(sum + sum1);
+}
 /* as softmax_f32, with P leaving as bfloat16 (rounded to nearest even; row_sum adds what was not rounded) */
 ALWAYS_INLINE void pairs_softmax(const int SPLIT, long mr, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2, float *row_max,
                                  float *row_sum, float *rescale) {
@@ -243,18 +268,9 @@ ALWAYS_INLINE void pairs_softmax(const int SPLIT, long mr, const float *S, long 
     if (!(peak > old)) peak = old;
     float base = peak == -INFINITY ? 0 : peak;
     if (peak != old) factor = exp2f((old - base) * (float)c2);
-    __m512 b = _mm512_set1_ps(base), c = _mm512_set1_ps((float)c2), sum = _mm512_setzero_ps(), sum1 = sum;
-    for (long j = first; j < last; j += 32) {
-      __m512 p = (__m512)exp2_f32((vec_f32)((_mm512_loadu_ps(S + j) - b) * c)), p1 = (__m512)exp2_f32((vec_f32)((_mm512_loadu_ps(S + j + 16) - b) * c));
-      sum += p;
-      sum1 += p1;
-      __m512i h = bf16_of(p, p1);
-      _mm512_storeu_si512(P + j, h);
-      if (SPLIT)
-        _mm512_storeu_si512(P + ldp + j, bf16_of(p - float_of(_mm512_castsi512_si256(h)), p1 - float_of(_mm512_extracti64x4_epi64(h, 1))));
-    }
+    row_sum[r] = row_sum[r] * factor + (is_huge_f32(base) ? pairs_exponentials(SPLIT, 1, S, P, ldp, first, last, base, (float)c2)
+                                                          : pairs_exponentials(SPLIT, 0, S, P, ldp, first, last, base, (float)c2));
     row_max[r] = peak;
-    row_sum[r] = row_sum[r] * factor + _mm512_reduce_add_ps(sum + sum1);
     rescale[r] = factor;
   }
 }

@@ -1,5 +1,5 @@
-"""Config of the CPU engine: how a Problem is cut into tasks. Depends on the Problem alone, never on the number of threads, so that results
-are bitwise the same for any number of them."""
+"""Config of the CPU engine: how a Problem is cut into tasks. Whatever can change a rounding (the key tiles and splits) depends on the Problem
+alone, so that results are bitwise the same for any number of threads."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ..problem import Operands, Problem
 
-BLOCK_M = 192        # query rows of a task: 32 panels of 6; a packed tile of K and V is used 32 times
-LONG_BLOCK_M = 384   # from 4096 rows on there are tasks enough, and packing weighs half
+BLOCK_M = (384, 192, 96)   # query rows of a task: the largest that leaves TASKS_PER_THREAD; packing K and V costs 2 %, 5 %, 9 % of it
+TASKS_PER_THREAD = 6
 DIRECT_ROWS = 8      # up to this many rows per key head, reading K and V in place beats packing them
 MIN_TASKS = 32       # below it, long key ranges are split, at least SPLIT_KEYS each
 SPLIT_KEYS = 1024
@@ -21,8 +21,10 @@ HALF = ("float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    block_sequence: NDArray[np.int64]
-    block_row: NDArray[np.int64]
+    """order: sequences with rows, longest first; first_block: blocks of block_m rows before each of them, and in all."""
+
+    order: NDArray[np.int64]
+    first_block: NDArray[np.int64]
     block_m: int
     splits: int
     split_keys: int
@@ -36,33 +38,33 @@ def _dense_blocks(batch: int, seqlen_q: int, block_m: int) -> tuple[NDArray[np.i
 
 
 def _blocks(lengths: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(sequence, first row) of every block, last rows first: under a causal mask those are the heaviest."""
-    counts = -(-lengths // block)
-    sequence = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
-    row = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
-    order = np.argsort(-row, kind="stable")
-    return np.ascontiguousarray(sequence[order]), np.ascontiguousarray(row[order])
+    order = np.argsort(-lengths, kind="stable")[:np.count_nonzero(lengths)]
+    return order.astype(np.int64), np.concatenate([[0], np.cumsum(-(-lengths[order] // block))]).astype(np.int64)
 
 
-def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool) -> Plan:
-    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place."""
-    folded = p.group > 1 and p.seqlen_q * p.group <= BLOCK_M
-    block_m = LONG_BLOCK_M if p.seqlen_q >= 4096 else min(BLOCK_M, max(p.seqlen_q, 1))
+def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads: int) -> Plan:
+    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place. A row's result does not depend on the
+    block it is in, so block_m may follow the number of threads; the splits may not."""
+    folded = p.group > 1 and p.seqlen_q * p.group <= BLOCK_M[1]
+    heads = p.num_heads_k if folded else p.num_heads
+    rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
+    block_m = next((m for m in BLOCK_M if rows * heads >= m * threads * TASKS_PER_THREAD), BLOCK_M[-1])
+    block_m = min(block_m if not folded else BLOCK_M[1], -(-max(p.seqlen_q, 1) // 32) * 32)
     if p.total_q is None:
-        sequence, row = _dense_blocks(p.batch, p.seqlen_q, block_m)
+        order, first_block = _dense_blocks(p.batch, p.seqlen_q, block_m)
     else:
         assert o.cu_seqlens_q is not None
-        sequence, row = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
+        order, first_block = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
     item = o.k.itemsize
     direct = (p.seqlen_q * (p.group if folded else 1) <= DIRECT_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
-    tasks = len(sequence) * (p.num_heads_k if folded else p.num_heads)
+    tasks = p.batch * -(-p.seqlen_q // BLOCK_M[1]) * heads
     splits = 1
     if 0 < tasks < MIN_TASKS and p.seqlen_k >= 2 * SPLIT_KEYS:
         splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
     split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
     splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
-    return Plan(sequence, row, block_m, splits, split_keys, folded, direct)
+    return Plan(order, first_block, block_m, splits, split_keys, folded, direct)
 
 
 def threads_for(p: Problem, threads: int) -> int:

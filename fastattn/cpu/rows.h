@@ -270,6 +270,29 @@ static void name(fill_outside)(void *row, long first, long lo, long hi, long las
   for (long j = hi > first ? hi : first; j < last; j++) s[j] = (REAL)value;
 }
 
+/* A score near the largest float (a bias of finfo.min, say) overflows when multiplied before the maximum is subtracted. */
+ALWAYS_INLINE int name(is_huge)(REAL base) { return !(base > (REAL)-1e37 && base < (REAL)1e37); }
+/* P = 2^((s - base) c2) over [first, last) in place; returns the sum */
+ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, long last, REAL base, REAL c2) {
+  vec b = SPLAT(HUGE_BASE ? base : base * c2), c = SPLAT(c2), sum = {0}, sum1 = {0};
+#define EXPONENTIAL(at) name(exp2)(HUGE_BASE ? (LOAD(s + (at)) - b) * c : LOAD(s + (at)) * c - b)
+  long j = first;
+  for (; j + VL < last; j += 2 * VL) {
+    vec p = EXPONENTIAL(j), p1 = EXPONENTIAL(j + VL);
+    sum += p;
+    sum1 += p1;
+    STORE(s + j, p);
+    STORE(s + j + VL, p1);
+  }
+  if (j < last) {
+    vec p = EXPONENTIAL(j);
+    sum += p;
+    STORE(s + j, p);
+  }
+#undef EXPONENTIAL
+  return name(reduce_add)(sum + sum1);
+}
+
 /* ------------------------------------------------------------------ softmax, online
  * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
  * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. */
@@ -289,21 +312,8 @@ static void name(softmax)(long mr, void *S, long lds, void *P, long ldp, long fi
     if (!(peak > old)) peak = old;
     REAL base = peak == (REAL)-INFINITY ? 0 : peak, factor = 1;
     if (peak != old) factor = (REAL)(REAL_BITS == 32 ? exp2f((float)((old - base) * (REAL)c2)) : exp2((double)((old - base) * (REAL)c2)));
-    vec b = SPLAT(base), c = SPLAT((REAL)c2), sum = {0}, sum1 = {0};
-    for (j = first; j + VL < last; j += 2 * VL) {
-      vec p = name(exp2)((LOAD(s + j) - b) * c), p1 = name(exp2)((LOAD(s + j + VL) - b) * c);
-      sum += p;
-      sum1 += p1;
-      STORE(s + j, p);
-      STORE(s + j + VL, p1);
-    }
-    if (j < last) {
-      vec p = name(exp2)((LOAD(s + j) - b) * c);
-      sum += p;
-      STORE(s + j, p);
-    }
+    *l = *l * factor + (name(is_huge)(base) ? name(exponentials)(1, s, first, last, base, (REAL)c2) : name(exponentials)(0, s, first, last, base, (REAL)c2));
     *m = peak;
-    *l = *l * factor + name(reduce_add)(sum + sum1);
     ((REAL *)rescale)[r] = factor;
   }
 }
