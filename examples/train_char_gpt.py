@@ -107,7 +107,7 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
 def init(config: Config, rng: np.random.Generator, dtype: str = "float32") -> Weights:
     """Random weights, (in, out) each; the two that add to the residual stream start smaller, as in GPT-2."""
     d, small = config.width, (2 * config.layers) ** -0.5
-    shapes = {"embed": (config.vocab, d, 1.0), "head": (d, config.vocab, d**-0.5)}
+    shapes = {"embed": (config.vocab, d, 1.0), "head": (d, config.vocab, 0.02)}
     for n in range(config.layers):
         shapes |= {f"{n}.qkv": (d, 3 * d, d**-0.5), f"{n}.project": (d, d, small * d**-0.5),
                    f"{n}.up": (d, 4 * d, d**-0.5), f"{n}.down": (4 * d, d, small * (4 * d) ** -0.5)}

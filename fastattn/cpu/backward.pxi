@@ -39,7 +39,7 @@ cdef struct GradWork:
     char* ones                          # [panel]
     long* lo                            # keys of each row, relative to the tile
     long* hi
-    int8_t* keep                        # [GRAD_M][GRAD_N]
+    uint64_t* keep                      # [GRAD_M][GRAD_N / 64] bits
     uint8_t* seen                       # [GRAD_N] keys that the boolean mask shows to some row; NULL without one
     uint8_t* sees                       # [GRAD_M] rows that see some key of the tile
 
@@ -63,7 +63,7 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.ones = carve(&memory, g.panel * g.real)
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.hi = <long*>carve(&memory, GRAD_M * sizeof(long))
-    w.keep = <int8_t*>carve(&memory, GRAD_M * GRAD_N if c.dropout else 0)
+    w.keep = <uint64_t*>carve(&memory, GRAD_M * GRAD_N // 8 if c.dropout else 0)
     w.seen = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
     w.sees = <uint8_t*>carve(&memory, GRAD_M)
     return memory - start
@@ -123,7 +123,7 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
     c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.sees)
     c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.sees)
     if c.dropout:
-        keep_tile(w.keep, GRAD_N, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
+        keep_tile(w.keep, GRAD_N // 64, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
 
 
 cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long i0, long mr, long n0, long n) noexcept nogil:
@@ -159,7 +159,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
             g.fill_outside(p, first, w.lo[i], w.hi[i], last, -INFINITY)
             g.fill_outside(ds, first, w.lo[i], w.hi[i], last, 0)
         g.grad_row(p, ds, first, last, 1.0 if c.scored else c.scale, load_element(row, c.lse.dtype),
-                   load_element(delta_at(f, b, head, s.q0 + m0 + i), real), w.keep + i * GRAD_N if c.dropout else NULL, c.keep_scale)
+                   load_element(delta_at(f, b, head, s.q0 + m0 + i), real), w.keep + i * (GRAD_N // 64) if c.dropout else NULL, c.keep_scale)
         if f.dbias != NULL:
             if f.dbias_col:
                 row = f.dbias + (b * f.dbias_batch + head * f.dbias_head + (m0 + i) * f.dbias_row + n0) * g.real

@@ -37,8 +37,8 @@ cdef extern from "kernels.h" nogil:
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
         void (*softmax)(long mr, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
-        void (*drop_row)(void* row, const int8_t* keep, long first, long last) noexcept nogil
-        void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const int8_t* keep, double keep_scale) noexcept nogil
+        void (*drop_row)(void* row, const uint64_t* keep, long first, long last) noexcept nogil
+        void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const uint64_t* keep, double keep_scale) noexcept nogil
         void (*uncap_row)(void* grad, const void* tanh_in, long first, long last) noexcept nogil
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
@@ -50,7 +50,7 @@ cdef extern from "kernels.h" nogil:
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
     int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)
-    void keep_tile(int8_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
+    void keep_tile(uint64_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
 cdef extern from "workspace.h" nogil:
     int in_forked_child

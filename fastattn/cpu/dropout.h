@@ -1,51 +1,79 @@
-/* Philox4x32-10 (Salmon et al., SC'11) and the keep bytes of a tile, addressed as philox.py defines: one counter covers rows
- * {g, g + 8} and columns {2t, 2t + 1, 2t + 8, 2t + 9} of a 16 x 16 block, so four neighbouring counters give 16 columns of two rows. */
+/* Philox4x32-10 (Salmon et al., SC'11) and the keep bits of a tile, addressed as philox.py defines: one counter covers rows
+ * {g, g + 8} and columns {2t, 2t + 1, 2t + 8, 2t + 9} of a 16 x 16 block. Eight neighbouring counters give 32 columns of two rows. */
 #pragma once
 #include "simd.h"
 
-/* keep[row - row_first][j], 1 or 0, for rows [row_first, row_last) and the `n` keys from `key_first` (a multiple of 16); n is rounded up
- * to 16 and ld has room for it. `head` is batch * num_heads + head. */
-static void keep_tile(int8_t *keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed,
+#define PHILOX_M0 0xD2511F53u
+#define PHILOX_M1 0xCD9E8D57u
+#define PHILOX_W0 0x9E3779B9u
+#define PHILOX_W1 0xBB67AE85u
+
+/* bits[w]: bit 2c + h tells whether half h of output word w of counter (x0, x1 + c, x2, x3), c = 0 .. 7, is >= threshold */
+#if defined(__AVX512BW__)
+/* eight counters in 64-bit lanes: the 32 x 32 -> 64 multiply reads the low halves and ignores what is above them */
+ALWAYS_INLINE void philox8(uint32_t bits[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed, uint32_t threshold) {
+  __m512i x0 = _mm512_set1_epi64(c0), x1 = _mm512_add_epi64(_mm512_set1_epi64(c1), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+  __m512i x2 = _mm512_set1_epi64(c2), x3 = _mm512_set1_epi64(c3), m0 = _mm512_set1_epi64(PHILOX_M0), m1 = _mm512_set1_epi64(PHILOX_M1);
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++, k0 += PHILOX_W0, k1 += PHILOX_W1) {
+    __m512i p0 = _mm512_mul_epu32(x0, m0), p1 = _mm512_mul_epu32(x2, m1);
+    x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), x1, _mm512_set1_epi64(k0), 0x96);
+    x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), x3, _mm512_set1_epi64(k1), 0x96);
+    x1 = p1;
+    x3 = p0;
+  }
+  const __m256i t = _mm256_set1_epi16((short)threshold);
+  bits[0] = _mm256_cmpge_epu16_mask(_mm512_cvtepi64_epi32(x0), t);
+  bits[1] = _mm256_cmpge_epu16_mask(_mm512_cvtepi64_epi32(x1), t);
+  bits[2] = _mm256_cmpge_epu16_mask(_mm512_cvtepi64_epi32(x2), t);
+  bits[3] = _mm256_cmpge_epu16_mask(_mm512_cvtepi64_epi32(x3), t);
+}
+#else
+ALWAYS_INLINE void philox8(uint32_t bits[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed, uint32_t threshold) {
+  uint32_t x0[8], x1[8], x2[8], x3[8];
+  for (uint32_t c = 0; c < 8; c++) x0[c] = c0, x1[c] = c1 + c, x2[c] = c2, x3[c] = c3;
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; round++, k0 += PHILOX_W0, k1 += PHILOX_W1)
+    for (int c = 0; c < 8; c++) {
+      uint64_t p0 = (uint64_t)x0[c] * PHILOX_M0, p1 = (uint64_t)x2[c] * PHILOX_M1;
+      x0[c] = (uint32_t)(p1 >> 32) ^ x1[c] ^ k0;
+      x2[c] = (uint32_t)(p0 >> 32) ^ x3[c] ^ k1;
+      x1[c] = (uint32_t)p1;
+      x3[c] = (uint32_t)p0;
+    }
+  const uint32_t *words[4] = {x0, x1, x2, x3};
+  for (int w = 0; w < 4; w++) {
+    bits[w] = 0;
+    for (int c = 0; c < 8; c++)
+      bits[w] |= (uint32_t)((words[w][c] & 0xffffu) >= threshold) << (2 * c) | (uint32_t)((words[w][c] >> 16) >= threshold) << (2 * c + 1);
+  }
+}
+#endif
+
+/* Bit j % 64 of keep[(row - row_first) * ld + j / 64] for rows [row_first, row_last) and the `n` keys from `key_first` (a multiple of 16);
+ * whole groups of 32 keys are written. `head` is batch * num_heads + head. */
+static void keep_tile(uint64_t *keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed,
                       uint32_t threshold) {
-  enum { WIDTH = BLOCK_N / 4 };
-  uint32_t word[4][WIDTH];
-  long counters = (n + 15) / 16 * 4;
+  if (threshold > 0xffff) { /* p = 1 keeps nothing */
+    memset(keep, 0, (size_t)((row_last - row_first) * ld * 8));
+    return;
+  }
   for (long block = row_first / 16; block * 16 < row_last; block++)
     for (long g = 0; g < 8; g++) {
       long upper = block * 16 + g, lower = upper + 8;
-      if (upper >= row_last || lower < row_first) continue;
-      if (upper < row_first && lower >= row_last) continue;
-      for (long c = 0; c < counters; c++) {
-        uint32_t x0 = (uint32_t)(block * 8 + g), x1 = (uint32_t)(key_first / 4 + c), x2 = head, x3 = offset;
-        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#pragma GCC unroll 10
-        for (int round = 0; round < 10; round++) {
-          uint64_t p0 = (uint64_t)x0 * 0xD2511F53u, p1 = (uint64_t)x2 * 0xCD9E8D57u;
-          x0 = (uint32_t)(p1 >> 32) ^ x1 ^ k0;
-          x1 = (uint32_t)p1;
-          x2 = (uint32_t)(p0 >> 32) ^ x3 ^ k1;
-          x3 = (uint32_t)p0;
-          k0 += 0x9E3779B9u;
-          k1 += 0xBB67AE85u;
+      int has_upper = upper >= row_first && upper < row_last, has_lower = lower >= row_first && lower < row_last;
+      if (!has_upper && !has_lower) continue;
+      for (long j = 0; j < n; j += 32) {
+        uint32_t bits[4];
+        philox8(bits, (uint32_t)(block * 8 + g), (uint32_t)((key_first + j) / 4), head, offset, seed, threshold);
+        for (int half = 0; half < 2; half++) {
+          if (!(half ? has_lower : has_upper)) continue;
+          /* a word has 8 columns of each of two 16-column blocks: columns 0-7 in the left word, 8-15 in the right one */
+          uint32_t left = bits[2 * half], right = bits[2 * half + 1];
+          uint32_t row = (left & 0xff) | (right & 0xff) << 8 | (left & 0xff00) << 8 | (right & 0xff00) << 16;
+          memcpy((char *)(keep + ((half ? lower : upper) - row_first) * ld) + j / 8, &row, 4);
         }
-        word[0][c] = x0;
-        word[1][c] = x1;
-        word[2][c] = x2;
-        word[3][c] = x3;
-      }
-      for (int half = 0; half < 2; half++) {
-        long row = half ? lower : upper;
-        if (row < row_first || row >= row_last) continue;
-        int8_t *out = keep + (row - row_first) * ld;
-        const uint32_t *left = word[2 * half], *right = word[2 * half + 1];
-        for (long j = 0; j < counters / 4; j++)
-          for (long t = 0; t < 4; t++) {
-            uint32_t a = left[4 * j + t], b = right[4 * j + t];
-            out[16 * j + 2 * t] = (a & 0xffffu) >= threshold;
-            out[16 * j + 2 * t + 1] = (a >> 16) >= threshold;
-            out[16 * j + 8 + 2 * t] = (b & 0xffffu) >= threshold;
-            out[16 * j + 9 + 2 * t] = (b >> 16) >= threshold;
-          }
       }
     }
 }

@@ -26,7 +26,7 @@ cdef struct Work:                       # one thread's memory
     char* bias                          # one row of a tile
     long* lo
     long* hi
-    int8_t* keep                        # [rows][BLOCK_N]
+    uint64_t* keep                      # [rows][BLOCK_N / 64] bits
     uint8_t* seen                       # [BLOCK_N] keys that the boolean mask shows to some row; NULL without one
 
 cdef struct Forward:
@@ -55,7 +55,7 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.bias = carve(&memory, BLOCK_N * g.real)
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
-    w.keep = <int8_t*>carve(&memory, rows * BLOCK_N if f.c.dropout else 0)
+    w.keep = <uint64_t*>carve(&memory, rows * BLOCK_N // 8 if f.c.dropout else 0)
     w.seen = <uint8_t*>carve(&memory, BLOCK_N) if f.c.mask.ptr != NULL else NULL
     return memory - start
 
@@ -121,7 +121,7 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
         g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, BLOCK_N, c.head_dim_v, w.seen)
     if c.dropout:
         for h in range(t.heads):
-            keep_tile(w.keep + h * t.nq * BLOCK_N, BLOCK_N, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
+            keep_tile(w.keep + h * t.nq * (BLOCK_N // 64), BLOCK_N // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
                       c.offset, c.seed, c.threshold)
 
 
@@ -185,7 +185,7 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
     g.softmax(mr, w.S, BLOCK_N, w.P, BLOCK_N, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
     if c.dropout:
         for r in range(mr):
-            g.drop_row(w.P + r * BLOCK_N * g.operand, w.keep + (i0 + r) * BLOCK_N, first, hi)
+            g.drop_row(w.P + r * BLOCK_N * g.operand, w.keep + (i0 + r) * (BLOCK_N // 64), first, hi)
     if f.direct:
         direct_values(f, t, w, n0, mr, lo, hi, O)
     else:

@@ -49,8 +49,8 @@ typedef struct {
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);
   void (*fill_outside)(void *row, long first, long lo, long hi, long last, double value);
   void (*softmax)(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale);
-  void (*drop_row)(void *row, const int8_t *keep, long first, long last);
-  void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const int8_t *keep, double keep_scale);
+  void (*drop_row)(void *row, const uint64_t *keep, long first, long last);
+  void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale);
   void (*uncap_row)(void *grad, const void *tanh_in, long first, long last);
   void (*add_row)(void *to, long stride, const void *from, long first, long last);
   double (*dot_row)(const void *a, const void *b, long n);

@@ -232,12 +232,12 @@ ALWAYS_INLINE void pairs_weighted_sum(const int SPLIT, long mr, long first, long
 }
 /* 2^x to 2.6e-6: twenty times finer than what rounding P to bfloat16 loses, and on average over a row far finer still */
 ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
-  __m512 n = _mm512_roundscale_ps(x, 8), f = x - n, p = _mm512_set1_ps(0.0095701020146293256f);
-  p = p * f + _mm512_set1_ps(0.055917860306325652f);
-  p = p * f + _mm512_set1_ps(0.24024744824991691f);
-  p = p * f + _mm512_set1_ps(0.69312181474298668f);
-  p = p * f + _mm512_set1_ps(0.99999926144693115f);
-  return _mm512_scalef_ps(p, n);
+  __m512 f = _mm512_reduce_ps(x, 9), p = _mm512_set1_ps(0.013534168062382872f);
+  p = p * f + _mm512_set1_ps(0.052011460299324144f);
+  p = p * f + _mm512_set1_ps(0.24144275709800027f);
+  p = p * f + _mm512_set1_ps(0.69300383443249881f);
+  p = p * f + _mm512_set1_ps(1.0000025933692646f);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100), _CMP_NLT_UQ), p, x);
 }
 ALWAYS_INLINE float pairs_exponentials(const int SPLIT, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
   __m512 b = _mm512_set1_ps(HUGE_BASE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
@@ -274,11 +274,12 @@ ALWAYS_INLINE void pairs_softmax(const int SPLIT, long mr, const float *S, long 
     rescale[r] = factor;
   }
 }
-static void drop_row_bf16(void *row, const int8_t *keep, long first, long last) {
+static void drop_row_bf16(void *row, const uint64_t *keep, long first, long last) {
   bf16 *p = (bf16 *)row;
-  for (long j = first; j < last; j++) p[j] = keep[j] ? p[j] : 0;
+  for (long j = first / 32 * 32; j < last; j += 32)
+    _mm512_storeu_si512(p + j, _mm512_maskz_mov_epi16((__mmask32)(keep[j / 64] >> j % 64), _mm512_loadu_si512(p + j)));
 }
-static void drop_row_split(void *row, const int8_t *keep, long first, long last) {
+static void drop_row_split(void *row, const uint64_t *keep, long first, long last) {
   drop_row_bf16(row, keep, first, last);
   drop_row_bf16((bf16 *)row + BLOCK_N, keep, first, last);
 }

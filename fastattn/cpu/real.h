@@ -60,23 +60,27 @@ ALWAYS_INLINE REAL name(reduce_add)(vec v) {
   return v[0];
 #endif
 }
-/* 2^x: x = n + f with f in [-1/2, 1/2], a polynomial in f (float: degree 6, relative error 2e-9 before rounding; double: the
- * Taylor series to degree 12), then n added to the exponent. Flushes to 0 below the smallest normal; NaN stays NaN. */
+/* 2^x: x = n + f, a polynomial in f (float: degree 6, relative error 2e-9 before rounding; double: the Taylor series to degree 12),
+ * then n added to the exponent. AVX-512 takes f in [0, 1), because its scaling instruction floors; the others f in [-1/2, 1/2].
+ * Below FLUSH the result is 0: no probability that small is felt next to the row's largest, and denormals would cost a trap each.
+ * NaN stays NaN. */
+#define FLUSH (REAL_BITS == 32 ? -100 : -1000)
 ALWAYS_INLINE vec name(exp2)(vec x) {
-#if defined(__AVX512F__)
-#if REAL_BITS == 32
-  vec n = (vec)_mm512_roundscale_ps((__m512)x, 8);
-#else
-  vec n = (vec)_mm512_roundscale_pd((__m512d)x, 8);
-#endif
-  vec f = x - n;
+#if defined(__AVX512F__) && REAL_BITS == 32
+  vec f = (vec)_mm512_reduce_ps((__m512)x, 9);
+  vec p = SPLAT(0.00021702255680520309f);
+  p = p * f + SPLAT(0.0012439687747148747f);
+  p = p * f + SPLAT(0.0096788410070436725f);
+  p = p * f + SPLAT(0.05548334197771016f);
+  p = p * f + SPLAT(0.24022983627589422f);
+  p = p * f + SPLAT(0.69314698384043869f);
+  p = p * f + SPLAT(1.0000000018557977f);
+  return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(FLUSH), _CMP_NLT_UQ), (__m512)p, (__m512)x);
 #else
   const REAL magic = REAL_BITS == 32 ? (REAL)12582912.0 : (REAL)6755399441055744.0; /* 1.5 * 2^mantissa: adding it rounds */
-  const REAL smallest = REAL_BITS == 32 ? -126 : -1022, largest = REAL_BITS == 32 ? 128 : 1024;
-  ivec under = (ivec)(x < SPLAT(smallest)), over = (ivec)(x >= SPLAT(largest));
-  x = VMAX(SPLAT(smallest), x);
+  ivec under = (ivec)(x < SPLAT(FLUSH)), over = (ivec)(x >= SPLAT(REAL_BITS == 32 ? 128 : 1024));
+  x = VMAX(SPLAT(FLUSH), x);
   vec t = x + SPLAT(magic), f = x - (t - SPLAT(magic));
-#endif
 #if REAL_BITS == 32
   vec p = SPLAT(0.00015345812158740182f);
   p = p * f + SPLAT(0.001339993120947414f);
@@ -92,13 +96,6 @@ ALWAYS_INLINE vec name(exp2)(vec x) {
   vec p = SPLAT(c[12]);
   for (int i = 11; i >= 0; i--) p = p * f + SPLAT(c[i]);
 #endif
-#if defined(__AVX512F__)
-#if REAL_BITS == 32
-  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return (vec)_mm512_scalef_pd((__m512d)p, (__m512d)n);
-#endif
-#else
   const int mantissa = REAL_BITS == 32 ? 23 : 52;
   vec r = (vec)((ivec)p + ((ivec)t << mantissa));
   r = name(choose)(under, (vec){0}, r);

@@ -317,27 +317,33 @@ static void name(softmax)(long mr, void *S, long lds, void *P, long ldp, long fi
     ((REAL *)rescale)[r] = factor;
   }
 }
-static void name(drop_row)(void *row, const int8_t *keep, long first, long last) {
+/* v where the keep bits from column j say so (j a multiple of VL), else 0 */
+ALWAYS_INLINE vec name(kept)(vec v, const uint64_t *keep, long j) {
+  uint64_t bits = keep[j / 64] >> j % 64;
+#if defined(__AVX512F__)
+  return REAL_BITS == 32 ? (vec)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v) : (vec)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)v);
+#else
+  ivec bit;
+  for (long i = 0; i < VL; i++) bit[i] = (INT)1 << i;
+  return (vec)((ivec)v & (ivec)(((((INT)(bits & 0xff)) - (ivec){0}) & bit) == bit));
+#endif
+}
+static void name(drop_row)(void *row, const uint64_t *keep, long first, long last) {
   REAL *p = (REAL *)row;
-  for (long j = first; j < last; j++) p[j] = keep[j] ? p[j] : 0;
+  for (long j = first / VL * VL; j < last; j += VL) STORE(p + j, name(kept)(LOAD(p + j), keep, j));
 }
 
 /* ------------------------------------------------------------------ backward, one row
  * In: s (scores / scale) and dp (dO V^T). Out: P in place of s (dropped when `keep`), and in place of dp the gradient of the score,
  * dS = P (keep_scale keep dP - delta). P = exp(s scale - lse); a row that sees nothing has lse = -inf and no probability. */
-static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const int8_t *keep, double keep_scale) {
+static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale) {
   REAL *s = (REAL *)score, *dp = (REAL *)dprob;
   vec c = SPLAT((REAL)scale), base = SPLAT((REAL)(lse == -INFINITY ? INFINITY : lse)), d = SPLAT((REAL)delta), log2e = SPLAT((REAL)1.4426950408889634);
+  const vec ks = SPLAT((REAL)keep_scale);
   for (long j = first; j < last; j += VL) {
     vec p = name(exp2)((LOAD(s + j) * c - base) * log2e), g = LOAD(dp + j);
-    if (keep) {
-      REAL kept[VL];
-      for (long i = 0; i < VL; i++) kept[i] = keep[j + i] ? (REAL)keep_scale : 0;
-      STORE(s + j, p * LOAD(kept));
-      g *= LOAD(kept);
-    } else {
-      STORE(s + j, p);
-    }
+    STORE(s + j, keep ? name(kept)(p * ks, keep, j) : p);
+    if (keep) g = name(kept)(g * ks, keep, j);
     STORE(dp + j, p * (g - d));
   }
 }

@@ -14,5 +14,6 @@
 #undef SPLAT
 #undef VMAX
 #undef ROWS
+#undef FLUSH
 #undef LOADS_HALF
 #undef REAL_BITS
