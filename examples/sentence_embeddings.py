@@ -161,8 +161,9 @@ class Encoder:
         x = self.norm(x)
         for layer in self.layers:
             x = layer(x, cu_seqlens, attention)
-        mean: Array = np.add.reduceat(x, cu_seqlens[:-1], axis=0) / lengths[:, None].astype(np.float32)
-        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        vectors: Array = np.add.reduceat(x, cu_seqlens[:-1], axis=0)                     # the mean, but for its length
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
 
 def _batches(sentences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:

@@ -218,8 +218,8 @@ def evaluate(w: Weights, config: Config, data: Numbers, batch: int = 16) -> floa
     return total / (count * config.context)
 
 
-def train(config: Config, data: Numbers, valid: Numbers, *, seconds: float = 120, steps: int | None = None, batch: int = 16,
-          rate: float = 3e-3, seed: int = 0) -> tuple[Weights, History]:
+def train(config: Config, data: Numbers, valid: Numbers, *, seconds: float = 120, steps: int | None = None, batch: int = 8,
+          rate: float = 4e-3, seed: int = 0) -> tuple[Weights, History]:
     """Weights after `steps`, or after about `seconds` if steps is None, and the losses on the way."""
     rng = np.random.default_rng(seed)
     w = init(config, rng)

@@ -302,7 +302,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
     cdef int8_t[::1] memory, deltas = delta.reshape(-1).view(np.int8)
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, True, alive)
+    fill(&f.c, p, o, False, alive)
     f.c.failed, f.together = &failed, threads
     packed = p.total_q is not None
     rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")

@@ -19,7 +19,7 @@ cdef extern from "kernels.h" nogil:
         long* lo
         long* hi
     ctypedef struct Kernels:
-        long real, operand, panel, cols, align
+        long real, operand, panel, cols, block_n, align
         int half
         void (*load_row)(void* dst, long padded, const char* src, long stride, int dtype, long n) noexcept nogil
         void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
@@ -43,7 +43,7 @@ cdef extern from "kernels.h" nogil:
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
-    const Kernels* kernels_for(int dtype, int backward)
+    const Kernels* kernels_for(int dtype, int in_parts)
     void amx_begin()
     void amx_end()
     long scratch_bf16(long ldq, long ldv)
@@ -170,7 +170,7 @@ cdef void use_kernels(Call* c, const Kernels* g) noexcept:
     c.ldq, c.ldv = round_up(c.head_dim, g.align), round_up(c.head_dim_v, g.align)
 
 
-cdef void fill(Call* c, p, o, bint backward, list alive) except *:
+cdef void fill(Call* c, p, o, bint in_parts, list alive) except *:
     """`c` from a Problem and its Operands; `alive` keeps what its pointers need."""
     memset(c, 0, sizeof(Call))
     cdef long unlimited = 1 << 40
@@ -194,4 +194,4 @@ cdef void fill(Call* c, p, o, bint backward, list alive) except *:
     c.top_left = mask.top_left
     if drop is not None:
         c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
-    use_kernels(c, kernels_for(DTYPE[p.dtype], backward))
+    use_kernels(c, kernels_for(DTYPE[p.dtype], in_parts))

@@ -18,5 +18,5 @@ def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_lef
 
 def vector_length(dtype):
     """(elements that packed rows are padded to, whether 16-bit floats are read in place)."""
-    cdef const Kernels* g = kernels_for(DTYPE[dtype], False)
+    cdef const Kernels* g = kernels_for(DTYPE[dtype], True)
     return g.align, bool(g.half)

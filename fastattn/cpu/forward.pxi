@@ -1,6 +1,6 @@
 # Forward: a task is the query rows of one block of one head (or of a whole group of heads, when they are few), for one range of keys.
 #
-#   for each tile of BLOCK_N keys:   pack K transposed, pack V
+#   for each tile of block_n keys:   pack K transposed, pack V
 #       for each panel of rows:      S = Q K^T, score, mask, softmax (P, rescale), dropout, O = O * rescale + P V
 #   out = O / row_sum,  lse = row_max + log(row_sum)
 #
@@ -16,9 +16,9 @@ cdef struct Task:
 cdef struct Work:                       # one thread's memory
     char* Q                             # [rows][ldq]
     char* K                             # packed columns
-    char* V                             # [BLOCK_N][ldv]
-    char* S                             # [panel][BLOCK_N]
-    char* P                             # the same memory, or [panel][BLOCK_N] operands
+    char* V                             # [block_n][ldv]
+    char* S                             # [panel][block_n]
+    char* P                             # the same memory, or [panel][block_n] operands
     char* O                             # [rows][ldv]
     char* row_max
     char* row_sum
@@ -26,8 +26,8 @@ cdef struct Work:                       # one thread's memory
     char* bias                          # one row of a tile
     long* lo
     long* hi
-    uint64_t* keep                      # [rows][BLOCK_N / 64] bits
-    uint8_t* seen                       # [BLOCK_N] keys that the boolean mask shows to some row; NULL without one
+    uint64_t* keep                      # [rows][block_n / 64] bits
+    uint8_t* seen                       # [block_n] keys that the boolean mask shows to some row; NULL without one
 
 cdef struct Forward:
     Call c
@@ -44,19 +44,19 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     cdef char* memory = start
     rows = round_up(rows, g.panel)
     w.Q = carve(&memory, rows * f.c.ldq * g.operand)
-    w.K = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldq * g.operand)
-    w.V = carve(&memory, 0 if f.direct else BLOCK_N * f.c.ldv * g.operand)
-    w.S = carve(&memory, g.panel * BLOCK_N * g.real)
-    w.P = carve(&memory, g.panel * BLOCK_N * g.operand) if g.align == 32 else w.S
+    w.K = carve(&memory, 0 if f.direct else g.block_n * f.c.ldq * g.operand)
+    w.V = carve(&memory, 0 if f.direct else g.block_n * f.c.ldv * g.operand)
+    w.S = carve(&memory, g.panel * g.block_n * g.real)
+    w.P = carve(&memory, g.panel * g.block_n * g.operand) if g.align == 32 else w.S
     w.O = carve(&memory, rows * f.c.ldv * g.real)
-    w.row_max = carve(&memory, rows * g.real)
-    w.row_sum = carve(&memory, rows * g.real)
-    w.rescale = carve(&memory, g.panel * g.real)
-    w.bias = carve(&memory, BLOCK_N * g.real)
+    w.row_max = carve(&memory, round_up(rows, g.align) * g.real + 64)
+    w.row_sum = carve(&memory, round_up(rows, g.align) * g.real + 64)
+    w.rescale = carve(&memory, round_up(g.panel, g.align) * g.real)
+    w.bias = carve(&memory, g.block_n * g.real)
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
-    w.keep = <uint64_t*>carve(&memory, rows * BLOCK_N // 8 if f.c.dropout else 0)
-    w.seen = <uint8_t*>carve(&memory, BLOCK_N) if f.c.mask.ptr != NULL else NULL
+    w.keep = <uint64_t*>carve(&memory, rows * g.block_n // 8 if f.c.dropout else 0)
+    w.seen = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
     return memory - start
 
 
@@ -110,18 +110,18 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
     """K and V of the tile at key n0, and its dropout decisions. Keys that no row sees are packed as zeros."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, BLOCK_N)
+    cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, g.block_n)
     if w.seen != NULL:
-        memset(w.seen, 0, BLOCK_N)
+        memset(w.seen, 0, g.block_n)
         for i in range(t.rows):
             mark_seen(w.seen, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
-                      max(w.lo[i] - n0, 0), min(w.hi[i] - n0, BLOCK_N))
+                      max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
     if not f.direct:
         g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
-        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, BLOCK_N, c.head_dim_v, w.seen)
+        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.seen)
     if c.dropout:
         for h in range(t.heads):
-            keep_tile(w.keep + h * t.nq * (BLOCK_N // 64), BLOCK_N // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
+            keep_tile(w.keep + h * t.nq * (g.block_n // 64), g.block_n // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
                       c.offset, c.seed, c.threshold)
 
 
@@ -152,7 +152,7 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
             while end < hi and w.seen[end]:
                 end += 1
         if begin < end:
-            g.direct_sum(mr, begin, end, w.S, BLOCK_N, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dtype, c.head_dim_v, O, c.ldv, w.rescale)
+            g.direct_sum(mr, begin, end, w.S, g.block_n, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dtype, c.head_dim_v, O, c.ldv, w.rescale)
             for r in range(mr):
                 store_element(w.rescale + r * g.real, 1 if g.real == 8 else 0, 1.0)
         begin = end
@@ -162,34 +162,34 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
     """Rows i0 .. i0 + mr of the task against the tile at key n0."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long r, i, lo = BLOCK_N, hi = 0, lds = BLOCK_N * g.real
+    cdef long r, i, lo = g.block_n, hi = 0, lds = g.block_n * g.real
     for i in range(i0, i0 + mr):
         if w.lo[i] < w.hi[i]:
             lo, hi = min(lo, w.lo[i] - n0), max(hi, w.hi[i] - n0)
-    lo, hi = max(lo, 0), min(hi, BLOCK_N)
+    lo, hi = max(lo, 0), min(hi, g.block_n)
     if lo >= hi:
         return
     cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
     cdef char* Q = w.Q + i0 * c.ldq * g.operand
     cdef char* O = w.O + i0 * c.ldv * g.real
     if f.direct:
-        g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dtype, first, hi, w.S, BLOCK_N)
+        g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dtype, first, hi, w.S, g.block_n)
     else:
-        g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, BLOCK_N)
+        g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, g.block_n)
     for r in range(mr):
         i = i0 + r
         if c.scored or c.mask.ptr != NULL:
             score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
         if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
             g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
-    g.softmax(mr, w.S, BLOCK_N, w.P, BLOCK_N, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    g.softmax(mr, w.S, g.block_n, w.P, g.block_n, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
     if c.dropout:
         for r in range(mr):
-            g.drop_row(w.P + r * BLOCK_N * g.operand, w.keep + (i0 + r) * (BLOCK_N // 64), first, hi)
+            g.drop_row(w.P + r * g.block_n * g.operand, w.keep + (i0 + r) * (g.block_n // 64), first, hi)
     if f.direct:
         direct_values(f, t, w, n0, mr, lo, hi, O)
     else:
-        g.weighted_sum(mr, lo, hi, w.P, BLOCK_N, w.V, c.ldv, BLOCK_N, O, c.ldv, w.rescale)
+        g.weighted_sum(mr, lo, hi, w.P, g.block_n, w.V, c.ldv, g.block_n, O, c.ldv, w.rescale)
 
 
 cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
@@ -218,6 +218,7 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
 
 
 cdef void forward_task(const Forward* f, long number) noexcept nogil:
+    cdef const Kernels* g = f.c.g
     cdef Task t
     cdef Work w
     cdef long n0, i0, rows, size
@@ -239,14 +240,14 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
         forward_memory(f, rows, memory, &w)
     amx_begin()
     load_queries(f, &t, &w)
-    n0 = t.key_begin // BLOCK_N * BLOCK_N
+    n0 = t.key_begin // g.block_n * g.block_n
     while n0 < t.key_end:
         load_tile(f, &t, &w, n0)
         i0 = 0
         while i0 < t.rows:
             step(f, &t, &w, n0, i0, min(f.c.g.panel, t.rows - i0))
             i0 += f.c.g.panel
-        n0 += BLOCK_N
+        n0 += g.block_n
     amx_end()
     if f.splits == 1:
         epilogue(f, &t, &w)
@@ -303,7 +304,7 @@ def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_b
     cdef list alive = []
     cdef int8_t[::1] partial
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, False, alive)
+    fill(&f.c, p, o, True, alive)
     f.c.failed = &failed
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
@@ -315,7 +316,7 @@ def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_b
     f.order, f.first_block = &order[0], &first_block[0]
     cdef long tasks = first_block[f.sequences] * (f.c.heads_k if folded else f.c.heads)
     if splits > 1:
-        f.partial_size = round_up(round_up(block_m * (f.c.group if folded else 1), f.c.g.panel) * (f.c.ldv + 2) * f.c.g.real, 64)
+        f.partial_size = round_up(round_up(block_m * (f.c.group if folded else 1), f.c.g.panel) * (f.c.ldv + 2) * f.c.g.real, 64) + 128
         partial = np.empty(tasks * splits * f.partial_size, np.int8)
         f.partial = <char*>&partial[0]
     with nogil:

@@ -28,6 +28,7 @@ typedef struct {
   long operand; /* bytes of an element of a packed operand */
   long panel;   /* rows of a panel, at most */
   long cols;    /* keys in a block of packed columns */
+  long block_n; /* keys of a forward tile, at most BLOCK_N */
   long align;   /* packed rows are padded to this many elements */
   int half;     /* direct_* read float16 and bfloat16 in place */
   void (*load_row)(void *dst, long padded, const char *src, long stride, int dtype, long n);
@@ -58,7 +59,7 @@ typedef struct {
 } Kernels;
 
 #define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
-  {BYTES, BYTES, PANEL_ROWS, TILE_VECTORS * (VBYTES / BYTES), VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
+  {BYTES, BYTES, PANEL_ROWS, TILE_VECTORS * (VBYTES / BYTES), BLOCK_N, VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
    pack_columns_##T, pack_values_##T, scores_##T, weighted_sum_##T, 0, key_gradients_##T, key_row_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
    fill_outside_##T, softmax_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T}
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
@@ -70,15 +71,16 @@ static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 
 /* 16-bit floats: bfloat16 pairs where the instruction set has them, else the float32 kernels behind a conversion while packing.
- * float16 through split pairs pays in forward only. */
+ * float16 and float32 in parts pay in forward. */
 #if defined(__AVX512BF16__)
 #define PAIRS_TABLE(KIND, PARTS, OPERANDS, GRADIENTS, ROW)                                                                                                          \
-  {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
+  {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
    scores_##KIND, weighted_sum_##KIND, OPERANDS, GRADIENTS, ROW, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, softmax_##KIND, \
    drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32}
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, grad_operands_bf16, key_gradients_bf16, key_row_bf16);
 #if HAVE_AMX
-static const Kernels kernels_split = PAIRS_TABLE(split, 2, 0, 0, 0);
+static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2, 0, 0, 0);
+static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3, 0, 0, 0);
 #endif
 #else
 #define HAVE_AMX 0
@@ -86,13 +88,14 @@ static void amx_begin(void) {}
 static void amx_end(void) {}
 static long scratch_bf16(long ldq, long ldv) { return 0 * (ldq + ldv); }
 #endif
-static const Kernels *kernels_for(int dtype, int backward) {
-  (void)backward;
+static const Kernels *kernels_for(int dtype, int in_parts) {
+  (void)in_parts;
   if (dtype == DT_F64) return &kernels_f64;
 #if defined(__AVX512BF16__)
   if (dtype == DT_BF16) return &kernels_bf16;
 #if HAVE_AMX
-  if (dtype == DT_F16 && !backward) return &kernels_split;
+  if (dtype == DT_F16 && in_parts) return &kernels_two_parts;
+  if (dtype == DT_F32 && in_parts) return &kernels_three_parts;
 #endif
 #endif
   return &kernels_f32;

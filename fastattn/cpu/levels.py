@@ -62,7 +62,7 @@ def available() -> list[str]:
 def _amx_allowed() -> bool:
     """Asks the kernel, once per process, for the AMX tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18)."""
     try:
-        return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+        return bool(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)
     except (OSError, AttributeError):
         return False
 

@@ -1,11 +1,12 @@
 /* bfloat16 arithmetic: operands are bfloat16 pairs along the summed axis, sums are float32. Two instruction sets have it: AMX tiles
- * (16 rows x 16 columns x 32 terms an instruction) and the AVX-512 dot product. Included where __AVX512BF16__ is there.
+ * (16 rows x 16 columns x 32 terms an instruction, 15 times the float32 FMA rate) and the AVX-512 dot product.
  *
  *   rows     [n][ld]                                  bfloat16, ld a multiple of 32: the A operand
  *   columns  [columns / 16][terms / 32][16 pairs][16][2]   the B operand; one (column group, 32 terms) is one AMX tile of 1 KiB
  *
- * SPLIT: float16 on AMX. A float16 is exactly the sum of two bfloat16, high and low; the products high*high + high*low + low*high
- * carry 16 bits, more than float16 has. A row, or a column group, of an operand is its high part followed by its low part. */
+ * PARTS: AMX is fast enough to multiply wider types in parts. A float16 is exactly the sum of two bfloat16, a float32 of three; with
+ * parts numbered from the most significant, the products i x j with i + j < PARTS carry 16 and 24 bits. Small ones are added first, so that
+ * rounding happens at their size. A row, or a column group, of an operand is its parts one after the other. */
 #pragma once
 #if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
@@ -17,28 +18,47 @@
 #define HAVE_AMX 0
 #endif
 #define PAIR_COLS 32
+#define PAIR_N (HAVE_AMX ? 128 : BLOCK_N) /* keys of a tile: 32 rows of S (16 KiB), P, K and V about fill L1 */
 #define MAX_LD 512 /* problem.MAX_HEAD_DIM */
 typedef uint16_t bf16;
 
 /* ------------------------------------------------------------------ conversion */
 ALWAYS_INLINE __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 ALWAYS_INLINE __m512 float_of(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-/* one row as bfloat16, zero padded to ld; `low` is 0 or takes what rounding dropped */
-static void bf16_row(bf16 *high, bf16 *low, long ld, const char *src, long stride, int dtype, long n) {
+/* 32 numbers -> PARTS times 32 bfloat16, `step` apart. Every part but the last truncates: exact, cheap, and good enough for probabilities. */
+ALWAYS_INLINE void split(const int PARTS, __m512 a, __m512 b, bf16 *to, long step) {
+  const __m512i top = _mm512_set1_epi32((int)0xffff0000);
+  for (int p = 0; p < PARTS - 1; p++) {
+    __m512 x = (__m512)_mm512_and_si512((__m512i)a, top), y = (__m512)_mm512_and_si512((__m512i)b, top);
+    _mm512_storeu_si512(to + p * step, bf16_of(x, y));
+    a -= x;
+    b -= y;
+  }
+  _mm512_storeu_si512(to + (PARTS - 1) * step, bf16_of(a, b));
+}
+/* The same with every part rounded to nearest even, so that what the dropped products lose has no bias; an infinity is all in the first part. */
+ALWAYS_INLINE void split_rounded(const int PARTS, __m512 a, __m512 b, bf16 *to, long step) {
+  __mmask16 x = _mm512_fpclass_ps_mask(a, 0x18), y = _mm512_fpclass_ps_mask(b, 0x18); /* infinities */
+  for (int p = 0; p < PARTS; p++) {
+    __m512i h = bf16_of(a, b);
+    _mm512_storeu_si512(to + p * step, h);
+    a = _mm512_maskz_sub_ps((__mmask16)~x, a, float_of(_mm512_castsi512_si256(h)));
+    b = _mm512_maskz_sub_ps((__mmask16)~y, b, float_of(_mm512_extracti64x4_epi64(h, 1)));
+  }
+}
+/* one row as bfloat16, zero padded to ld; the parts are `step` apart */
+ALWAYS_INLINE void bf16_row(const int PARTS, bf16 *to, long step, long ld, const char *src, long stride, int dtype, long n) {
   float part[32];
-  if (!low && dtype == DT_BF16 && stride == 2) {
-    memcpy(high, src, (size_t)(2 * n));
-    memset(high + n, 0, (size_t)(2 * (ld - n)));
+  if (PARTS == 1 && dtype == DT_BF16 && stride == 2) {
+    for (long j = 0; j < ld; j += 32)
+      _mm512_storeu_si512(to + j, _mm512_maskz_loadu_epi16(n - j >= 32 ? ~(__mmask32)0 : n > j ? ((__mmask32)1 << (n - j)) - 1 : 0, src + 2 * j));
     return;
   }
   for (long j = 0; j < ld; j += 32) {
     long w = n - j < 32 ? n - j : 32;
     if (w > 0) load_row_f32(part, 32, src + j * stride, stride, dtype, w);
     else memset(part, 0, sizeof part);
-    __m512 a = _mm512_loadu_ps(part), b = _mm512_loadu_ps(part + 16);
-    __m512i h = bf16_of(a, b);
-    _mm512_storeu_si512(high + j, h);
-    if (low) _mm512_storeu_si512(low + j, bf16_of(a - float_of(_mm512_castsi512_si256(h)), b - float_of(_mm512_extracti64x4_epi64(h, 1))));
+    split_rounded(PARTS, _mm512_loadu_ps(part), _mm512_loadu_ps(part + 16), to + j, step);
   }
 }
 /* two rows of 32 -> pairs (a0 b0 a1 b1 ...), 16 columns a vector */
@@ -50,60 +70,56 @@ ALWAYS_INLINE void interleave(__m512i a, __m512i b, bf16 *left, bf16 *right) {
 }
 
 /* ------------------------------------------------------------------ packing */
-ALWAYS_INLINE void pairs_rows(const int SPLIT, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+ALWAYS_INLINE void pairs_rows(const int PARTS, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
                               const uint8_t *seen) {
-  const long step = SPLIT ? 2 * ld : ld;
+  const long step = PARTS * ld;
   for (long i = 0; i < padded; i++, dst += step) {
-    if (i >= first && i < last && (!seen || seen[i])) bf16_row(dst, SPLIT ? dst + ld : 0, ld, src + i * row, dim, dtype, n_dim);
+    if (i >= first && i < last && (!seen || seen[i])) bf16_row(PARTS, dst, ld, ld, src + i * row, dim, dtype, n_dim);
     else memset(dst, 0, (size_t)(2 * step));
   }
 }
 /* K^T: columns are keys, terms the head_dim */
-ALWAYS_INLINE void pairs_columns(const int SPLIT, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
+ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
   const long ld = (n_dim + 31) / 32 * 32;
-  bf16 tile[2 * 16 * 32] __attribute__((aligned(64)));
+  bf16 tile[PARTS][16][32] __attribute__((aligned(64)));
   for (long j = 0; j < last; j += 16)
     for (long d = 0; d < ld; d += 32) {
       long w = n_dim - d < 32 ? n_dim - d : 32, rest = first > j || last < j + 16;
       for (long i = 0; i < 16; i++) {
         if ((rest && (j + i < first || j + i >= last)) || (seen && !seen[j + i])) {
-          memset(tile + i * 32, 0, 64);
-          memset(tile + 512 + i * 32, 0, 64);
+          for (int p = 0; p < PARTS; p++) memset(tile[p][i], 0, 64);
         } else {
-          bf16_row(tile + i * 32, SPLIT ? tile + 512 + i * 32 : 0, 32, src + (j + i) * row + d * dim, dim, dtype, w);
+          bf16_row(PARTS, tile[0][i], 512, 32, src + (j + i) * row + d * dim, dim, dtype, w);
         }
       }
-      bf16 *to = dst + (SPLIT ? 2 : 1) * j * ld + d * 16;
-      transpose_f32((const float *)(const void *)tile, 16, (float *)(void *)to, 16);
-      if (SPLIT) transpose_f32((const float *)(const void *)(tile + 512), 16, (float *)(void *)(to + ld * 16), 16);
+      for (int p = 0; p < PARTS; p++)
+        transpose_f32((const float *)(const void *)tile[p], 16, (float *)(void *)(dst + (PARTS * j + 16 * p) * ld + d * 16), 16);
     }
 }
 /* V: columns are head_dim_v, terms the keys; room for `capacity` keys */
-ALWAYS_INLINE void pairs_values(const int SPLIT, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
                                 const uint8_t *seen) {
-  bf16 rows[4][MAX_LD] __attribute__((aligned(64)));
+  bf16 rows[2][PARTS][MAX_LD] __attribute__((aligned(64)));
   for (long j = 0; j < (last + 31) / 32 * 32; j += 2) {
     for (long i = 0; i < 2; i++) {
       long key = j + i;
       if (key >= first && key < last && (!seen || seen[key])) {
-        bf16_row(rows[i], SPLIT ? rows[2 + i] : 0, ld, src + key * row, dim, dtype, n_dim);
+        bf16_row(PARTS, rows[i][0], MAX_LD, ld, src + key * row, dim, dtype, n_dim);
       } else {
-        memset(rows[i], 0, (size_t)(2 * ld));
-        memset(rows[2 + i], 0, (size_t)(2 * ld));
+        for (int p = 0; p < PARTS; p++) memset(rows[i][p], 0, (size_t)(2 * ld));
       }
     }
-    const long parts = SPLIT ? 2 : 1, group = parts * 16 * capacity;
-    for (int p = 0; p < parts; p++)
+    for (int p = 0; p < PARTS; p++)
       for (long d = 0; d < ld; d += 32) {
-        bf16 *to = dst + d / 16 * group + p * 16 * capacity + j * 16;
-        interleave(_mm512_load_si512(rows[2 * p] + d), _mm512_load_si512(rows[2 * p + 1] + d), to, to + group);
+        bf16 *to = dst + (PARTS * d + 16 * p) * capacity + j * 16;
+        interleave(_mm512_load_si512(rows[0][p] + d), _mm512_load_si512(rows[1][p] + d), to, to + PARTS * 16 * capacity);
       }
   }
 }
 
 /* ------------------------------------------------------------------ product
  * C[rows][columns] (+)= A[rows][terms] B, terms [t0, t1) and columns [0, n), all multiples of 32; `group` is the distance of column
- * groups of 16 in B. With parts, high*high + high*low + low*high. */
+ * groups of 16 in B; the parts of a row of A and of a group of B are a_part and b_part apart. rescale, where given, multiplies C first. */
 #if HAVE_AMX
 static void amx_begin(void) {
   struct { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; } config __attribute__((aligned(64)));
@@ -113,24 +129,30 @@ static void amx_begin(void) {
   _tile_loadconfig(&config);
 }
 static void amx_end(void) { _tile_release(); }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
-                                 long group, long b_part, float *C, long ldc, long n) {
+/* part of A, part of B, smallest products first; PARTS of 1, 2 and 3 use the last 1, 3 and 6 */
+static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+/* C = C * rescale + T for a block of 32 x 32 */
+ALWAYS_INLINE void add_block(float *C, long ldc, const float *T, const float *rescale, long rows) {
+  for (long r = 0; r < rows; r++, C += ldc, T += 32) {
+    __m512 s = _mm512_set1_ps(rescale ? rescale[r] : 1);
+    _mm512_storeu_ps(C, _mm512_loadu_ps(C) * s + _mm512_loadu_ps(T));
+    _mm512_storeu_ps(C + 16, _mm512_loadu_ps(C + 16) * s + _mm512_loadu_ps(T + 16));
+  }
+}
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+                                 long group, long b_part, float *C, long ldc, long n, const float *rescale) {
+  float block[32 * 32] __attribute__((aligned(64)));
+  const int products = PARTS * (PARTS + 1) / 2;
   for (long i = 0; i < rows; i += 32)
     for (long j = 0; j < n; j += 32) {
-      float *c = C + i * ldc + j;
-      if (ACCUMULATE) {
-        _tile_loadd(0, c, 4 * ldc);
-        _tile_loadd(1, c + 16, 4 * ldc);
-        _tile_loadd(2, c + 16 * ldc, 4 * ldc);
-        _tile_loadd(3, c + 16 * ldc + 16, 4 * ldc);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-      for (int p = 0; p < (SPLIT ? 3 : 1); p++) {
-        const bf16 *a = A + i * lda + (p == 2 ? a_part : 0), *b = B + j / 16 * group + (p == 1 ? b_part : 0);
+      float *c = ACCUMULATE ? block : C + i * ldc + j;
+      const long ld = ACCUMULATE ? 32 : ldc;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int p = 6 - products; p < 6; p++) {
+        const bf16 *a = A + i * lda + PRODUCTS[p][0] * a_part, *b = B + j / 16 * group + PRODUCTS[p][1] * b_part;
         for (long t = t0; t < t1; t += 32) {
           _tile_loadd(4, a + t, 2 * lda);
           _tile_loadd(6, b + t * 16, 64);
@@ -142,10 +164,11 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long row
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-      _tile_stored(0, c, 4 * ldc);
-      _tile_stored(1, c + 16, 4 * ldc);
-      _tile_stored(2, c + 16 * ldc, 4 * ldc);
-      _tile_stored(3, c + 16 * ldc + 16, 4 * ldc);
+      _tile_stored(0, c, 4 * ld);
+      _tile_stored(1, c + 16, 4 * ld);
+      _tile_stored(2, c + 16 * ld, 4 * ld);
+      _tile_stored(3, c + 16 * ld + 16, 4 * ld);
+      if (ACCUMULATE) add_block(C + i * ldc + j, ldc, block, rescale ? rescale + i : 0, 32);
     }
 }
 #else
@@ -193,9 +216,12 @@ ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, l
 #undef STEP
 #undef FINAL
 }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
-                                 long group, long b_part, float *C, long ldc, long n) {
-  (void)SPLIT, (void)a_part, (void)b_part;
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+                                 long group, long b_part, float *C, long ldc, long n, const float *rescale) {
+  (void)PARTS, (void)a_part, (void)b_part;
+  for (long r = 0; rescale && r < rows; r++)
+    if (rescale[r] != 1)
+      for (long d = 0; d < n; d += 16) _mm512_storeu_ps(C + r * ldc + d, _mm512_loadu_ps(C + r * ldc + d) * _mm512_set1_ps(rescale[r]));
   for (long i = 0; i < rows; i += 6)
     for (long j = 0; j < n; j += 64) {
       const bf16 *a = A + i * lda, *b = B + j / 16 * group;
@@ -216,19 +242,15 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int SPLIT, long row
 #endif
 
 /* ------------------------------------------------------------------ the operations of a Kernels table */
-ALWAYS_INLINE void pairs_scores(const int SPLIT, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
-  const long ld = (n_dim + 31) / 32 * 32, parts = SPLIT ? 2 : 1;
-  pairs_product(0, SPLIT, HAVE_AMX ? (mr + 31) / 32 * 32 : mr, 0, ld, A, parts * lda, lda, columns + parts * first * ld, parts * 16 * ld, 16 * ld, S + first, lds,
-                (last - first + 31) / 32 * 32);
+#define WHOLE(rows) (HAVE_AMX ? ((rows) + 31) / 32 * 32 : (rows))
+ALWAYS_INLINE void pairs_scores(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
+  const long ld = (n_dim + 31) / 32 * 32;
+  pairs_product(0, PARTS, WHOLE(mr), 0, ld, A, PARTS * lda, lda, columns + PARTS * first * ld, PARTS * 16 * ld, 16 * ld, S + first, lds,
+                (last - first + 31) / 32 * 32, 0);
 }
-ALWAYS_INLINE void pairs_weighted_sum(const int SPLIT, long mr, long first, long last, const bf16 *P, long ldp, const bf16 *V, long ldv, long capacity,
+ALWAYS_INLINE void pairs_weighted_sum(const int PARTS, long mr, long first, long last, const bf16 *P, long ldp, const bf16 *V, long ldv, long capacity,
                                       float *O, long ldo, const float *rescale) {
-  const long parts = SPLIT ? 2 : 1;
-  for (long r = 0; r < mr; r++)
-    if (rescale[r] != 1)
-      for (long d = 0; d < ldv; d += 16) _mm512_storeu_ps(O + r * ldo + d, _mm512_loadu_ps(O + r * ldo + d) * _mm512_set1_ps(rescale[r]));
-  pairs_product(1, SPLIT, HAVE_AMX ? (mr + 31) / 32 * 32 : mr, first / 32 * 32, (last + 31) / 32 * 32, P, parts * ldp, ldp, V, parts * 16 * capacity,
-                16 * capacity, O, ldo, ldv);
+  pairs_product(1, PARTS, WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V, PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
 }
 /* 2^x to 2.6e-6: twenty times finer than what rounding P to bfloat16 loses, and on average over a row far finer still */
 ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
@@ -239,76 +261,63 @@ ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
   p = p * f + _mm512_set1_ps(1.0000025933692646f);
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100), _CMP_NLT_UQ), p, x);
 }
-ALWAYS_INLINE float pairs_exponentials(const int SPLIT, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
+ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
   __m512 b = _mm512_set1_ps(HUGE_BASE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
   for (long j = first; j < last; j += 32) {
     __m512 x = _mm512_loadu_ps(S + j), y = _mm512_loadu_ps(S + j + 16);
     x = HUGE_BASE ? (x - b) * c : x * c - b;
     y = HUGE_BASE ? (y - b) * c : y * c - b;
-    __m512 p = SPLIT ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = SPLIT ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
+    __m512 p = PARTS > 1 ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = PARTS > 1 ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
     sum += p;
     sum1 += p1;
-    __m512i h = bf16_of(p, p1);
-    _mm512_storeu_si512(P + j, h);
-    if (SPLIT)
-      _mm512_storeu_si512(P + ldp + j, bf16_of(p - float_of(_mm512_castsi512_si256(h)), p1 - float_of(_mm512_extracti64x4_epi64(h, 1))));
+    split(PARTS, p, p1, P + j, ldp);
   }
   return _mm512_reduce_add_ps(sum + sum1);
 }
-/* as softmax_f32, with P leaving as bfloat16 (rounded to nearest even; row_sum adds what was not rounded) */
-ALWAYS_INLINE void pairs_softmax(const int SPLIT, long mr, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2, float *row_max,
+/* as softmax_f32, with P leaving in parts; row_sum adds what was not rounded */
+ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2, float *row_max,
                                  float *row_sum, float *rescale) {
-  for (long r = 0; r < mr; r++, S += lds, P += SPLIT ? 2 * ldp : ldp) {
-    __m512 top = _mm512_loadu_ps(S + first), top1 = _mm512_loadu_ps(S + first + 16);
-    for (long j = first + 32; j < last; j += 32) {
-      top = _mm512_max_ps(top, _mm512_loadu_ps(S + j));
-      top1 = _mm512_max_ps(top1, _mm512_loadu_ps(S + j + 16));
-    }
-    float old = row_max[r], peak = _mm512_reduce_max_ps(_mm512_max_ps(top, top1)), factor = 1;
-    if (!(peak > old)) peak = old;
-    float base = peak == -INFINITY ? 0 : peak;
-    if (peak != old) factor = exp2f((old - base) * (float)c2);
-    row_sum[r] = row_sum[r] * factor + (is_huge_f32(base) ? pairs_exponentials(SPLIT, 1, S, P, ldp, first, last, base, (float)c2)
-                                                          : pairs_exponentials(SPLIT, 0, S, P, ldp, first, last, base, (float)c2));
-    row_max[r] = peak;
-    rescale[r] = factor;
-  }
+  float peak[MAX_PANEL], base[MAX_PANEL];
+  for (long r = 0; r < mr; r++) peak[r] = row_peak_f32(S + r * lds, first, last);
+  for (long r = mr; r % 16; r++) peak[r] = 0;
+  raise_maxima_f32(mr, peak, (float)c2, row_max, row_sum, rescale, base);
+  for (long r = 0; r < mr; r++)
+    row_sum[r] += is_huge_f32(base[r]) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
+                                       : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
 }
-static void drop_row_bf16(void *row, const uint64_t *keep, long first, long last) {
-  bf16 *p = (bf16 *)row;
-  for (long j = first / 32 * 32; j < last; j += 32)
-    _mm512_storeu_si512(p + j, _mm512_maskz_mov_epi16((__mmask32)(keep[j / 64] >> j % 64), _mm512_loadu_si512(p + j)));
+ALWAYS_INLINE void pairs_drop_row(const int PARTS, bf16 *p, const uint64_t *keep, long first, long last) {
+  for (int part = 0; part < PARTS; part++, p += PAIR_N)
+    for (long j = first / 32 * 32; j < last; j += 32)
+      _mm512_storeu_si512(p + j, _mm512_maskz_mov_epi16((__mmask32)(keep[j / 64] >> j % 64), _mm512_loadu_si512(p + j)));
 }
-static void drop_row_split(void *row, const uint64_t *keep, long first, long last) {
-  drop_row_bf16(row, keep, first, last);
-  drop_row_bf16((bf16 *)row + BLOCK_N, keep, first, last);
-}
-#define PAIRS_KERNELS(KIND, SPLIT)                                                                                                                       \
+#define PAIRS_KERNELS(KIND, PARTS)                                                                                                                       \
   static void pack_rows_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,        \
                                const uint8_t *seen) {                                                                                                   \
-    pairs_rows(SPLIT, (bf16 *)to, ld, src, row, dim, dtype, first, last, padded, n_dim, seen);                                                           \
+    pairs_rows(PARTS, (bf16 *)to, ld, src, row, dim, dtype, first, last, padded, n_dim, seen);                                                           \
   }                                                                                                                                                     \
   static void pack_columns_##KIND(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {    \
-    pairs_columns(SPLIT, (bf16 *)to, src, row, dim, dtype, first, last, n_dim, seen);                                                                    \
+    pairs_columns(PARTS, (bf16 *)to, src, row, dim, dtype, first, last, n_dim, seen);                                                                    \
   }                                                                                                                                                     \
   static void pack_values_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,    \
                                  const uint8_t *seen) {                                                                                                 \
-    pairs_values(SPLIT, (bf16 *)to, ld, src, row, dim, dtype, first, last, capacity, n_dim, seen);                                                       \
+    pairs_values(PARTS, (bf16 *)to, ld, src, row, dim, dtype, first, last, capacity, n_dim, seen);                                                       \
   }                                                                                                                                                     \
   static void scores_##KIND(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds) {               \
-    pairs_scores(SPLIT, mr, n_dim, (const bf16 *)A, lda, (const bf16 *)columns, first, last, (float *)S, lds);                                           \
+    pairs_scores(PARTS, mr, n_dim, (const bf16 *)A, lda, (const bf16 *)columns, first, last, (float *)S, lds);                                           \
   }                                                                                                                                                     \
   static void weighted_sum_##KIND(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo,    \
                                   const void *rescale) {                                                                                                \
-    pairs_weighted_sum(SPLIT, mr, first, last, (const bf16 *)P, ldp, (const bf16 *)V, ldv, capacity, (float *)O, ldo, (const float *)rescale);           \
+    pairs_weighted_sum(PARTS, mr, first, last, (const bf16 *)P, ldp, (const bf16 *)V, ldv, capacity, (float *)O, ldo, (const float *)rescale);           \
   }                                                                                                                                                     \
   static void softmax_##KIND(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum,              \
                              void *rescale) {                                                                                                           \
-    pairs_softmax(SPLIT, mr, (const float *)S, lds, (bf16 *)P, ldp, first, last, c2, (float *)row_max, (float *)row_sum, (float *)rescale);              \
-  }
-PAIRS_KERNELS(bf16, 0)
+    pairs_softmax(PARTS, mr, (const float *)S, lds, (bf16 *)P, ldp, first, last, c2, (float *)row_max, (float *)row_sum, (float *)rescale); \
+  } \
+  static void drop_row_##KIND(void *row, const uint64_t *keep, long first, long last) { pairs_drop_row(PARTS, (bf16 *)row, keep, first, last); }
+PAIRS_KERNELS(bf16, 1)
 #if HAVE_AMX
-PAIRS_KERNELS(split, 1)
+PAIRS_KERNELS(two_parts, 2)
+PAIRS_KERNELS(three_parts, 3)
 #endif
 
 /* ------------------------------------------------------------------ backward: dV^T += dO^T P and dK^T += Q^T dS
@@ -369,8 +378,8 @@ static void key_gradients_bf16(const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + 32) end++;
     if (begin >= end) continue;
     const long t0 = begin / 32 * 32, t1 = (end + 31) / 32 * 32;
-    pairs_product(1, 0, w->ldv, t0, t1, SCRATCH_DO_T(w), GRAD_M, 0, SCRATCH_P(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dV + j, GRAD_N, 32);
-    pairs_product(1, 0, w->ldq, t0, t1, SCRATCH_Q_T(w), GRAD_M, 0, SCRATCH_DS(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dK + j, GRAD_N, 32);
+    pairs_product(1, 1, w->ldv, t0, t1, SCRATCH_DO_T(w), GRAD_M, 0, SCRATCH_P(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dV + j, GRAD_N, 32, 0);
+    pairs_product(1, 1, w->ldq, t0, t1, SCRATCH_Q_T(w), GRAD_M, 0, SCRATCH_DS(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dK + j, GRAD_N, 32, 0);
   }
 }
 /* Row j of a gradient held transposed, 16 rows at a time in scratch; to be asked for in order from a multiple of 16. */

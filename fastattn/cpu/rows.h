@@ -296,26 +296,43 @@ ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, 
 /* ------------------------------------------------------------------ softmax, online
  * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
  * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. */
+ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
+  vec top = LOAD(s + first), top1 = top;
+  long j = first + VL;
+  for (; j + VL < last; j += 2 * VL) {
+    top = VMAX(top, LOAD(s + j));
+    top1 = VMAX(top1, LOAD(s + j + VL));
+  }
+  if (j < last) top = VMAX(top, LOAD(s + j));
+  return name(reduce_max)(VMAX(top, top1));
+}
+/* For each of mr rows: row_max takes in `peak`, base becomes what to subtract (0 while a row has seen nothing), rescale 2^((old - new) c2),
+ * and row_sum is rescaled. Works in whole vectors: the arrays have room for them. */
+ALWAYS_INLINE void name(raise_maxima)(long mr, const REAL *peak, REAL c2, REAL *row_max, REAL *row_sum, REAL *rescale, REAL *base) {
+  for (long r = 0; r < mr; r += VL) {
+    vec old = LOAD(row_max + r), top = VMAX(LOAD(peak + r), old), nothing = SPLAT((REAL)-INFINITY);
+    vec b = name(choose)((ivec)(top == nothing), (vec){0}, top);
+    vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)((old - b) * SPLAT(c2)));
+    if (r + VL <= mr) {
+      STORE(row_max + r, top);
+      STORE(row_sum + r, LOAD(row_sum + r) * factor);
+    } else {
+      for (long i = 0; r + i < mr; i++) row_max[r + i] = top[i], row_sum[r + i] *= factor[i];
+    }
+    STORE(rescale + r, factor);
+    STORE(base + r, b);
+  }
+}
 static void name(softmax)(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale) {
+  REAL peak[MAX_PANEL], base[MAX_PANEL], *s = (REAL *)S, *l = (REAL *)row_sum;
   (void)P;
   (void)ldp;
-  for (long r = 0; r < mr; r++) {
-    REAL *s = (REAL *)S + r * lds, *m = (REAL *)row_max + r, *l = (REAL *)row_sum + r;
-    vec top = LOAD(s + first), top1 = top;
-    long j = first + VL;
-    for (; j + VL < last; j += 2 * VL) {
-      top = VMAX(top, LOAD(s + j));
-      top1 = VMAX(top1, LOAD(s + j + VL));
-    }
-    if (j < last) top = VMAX(top, LOAD(s + j));
-    REAL old = *m, peak = name(reduce_max)(VMAX(top, top1));
-    if (!(peak > old)) peak = old;
-    REAL base = peak == (REAL)-INFINITY ? 0 : peak, factor = 1;
-    if (peak != old) factor = (REAL)(REAL_BITS == 32 ? exp2f((float)((old - base) * (REAL)c2)) : exp2((double)((old - base) * (REAL)c2)));
-    *l = *l * factor + (name(is_huge)(base) ? name(exponentials)(1, s, first, last, base, (REAL)c2) : name(exponentials)(0, s, first, last, base, (REAL)c2));
-    *m = peak;
-    ((REAL *)rescale)[r] = factor;
-  }
+  for (long r = 0; r < mr; r++) peak[r] = name(row_peak)(s + r * lds, first, last);
+  for (long r = mr; r % VL; r++) peak[r] = 0;
+  name(raise_maxima)(mr, peak, (REAL)c2, (REAL *)row_max, l, (REAL *)rescale, base);
+  for (long r = 0; r < mr; r++)
+    l[r] += name(is_huge)(base[r]) ? name(exponentials)(1, s + r * lds, first, last, base[r], (REAL)c2)
+                                   : name(exponentials)(0, s + r * lds, first, last, base[r], (REAL)c2);
 }
 /* v where the keep bits from column j say so (j a multiple of VL), else 0 */
 ALWAYS_INLINE vec name(kept)(vec v, const uint64_t *keep, long j) {

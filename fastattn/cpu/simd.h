@@ -25,6 +25,7 @@
 #define TILE_VECTORS 2
 #endif
 #define PANEL_ROWS 6
+#define MAX_PANEL 32 /* rows of any panel; the arrays of one number per row have room for whole vectors */
 #define GRAD_M 96       /* backward: query rows of a block, P and dS (96 x 192) stay in L2 */
 #define GRAD_N 192      /* and keys of a tile */
 #define BLOCK_N 256 /* keys in a forward tile; divisible by 16 (dropout blocks) and by every packed width */

@@ -1,0 +1,15 @@
+"""What every compiled level has; fastattn.cpu is the only caller. Arguments are a Problem, its Operands, Views and a Plan's parts."""
+from typing import Any
+
+from numpy import int64
+from numpy.typing import NDArray
+
+from ...buffers import View
+from ...problem import Operands, Problem
+
+def forward(p: Problem, o: Operands, out: View, lse: View | None, order: NDArray[int64], first_block: NDArray[int64], block_m: int,
+            splits: int, split_keys: int, folded: bool, direct: bool, threads: int) -> None: ...
+def backward(p: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, dq: View, dk: View, dv: View,
+             dbias_sum: NDArray[Any] | None, delta: NDArray[Any], waves: list[tuple[int, int, int, int, int]], threads: int) -> None: ...
+def row_bounds(row: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, top_left: bool) -> tuple[int, int]: ...
+def vector_length(dtype: str) -> tuple[int, bool]: ...

@@ -1,0 +1,4 @@
+from .baseline import backward as backward
+from .baseline import forward as forward
+from .baseline import row_bounds as row_bounds
+from .baseline import vector_length as vector_length
