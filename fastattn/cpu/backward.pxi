@@ -58,7 +58,7 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.dS = carve(&memory, GRAD_M * GRAD_N * g.real)
     w.tanh = carve(&memory, GRAD_N * g.real)
     w.bias = carve(&memory, GRAD_N * g.real)
-    w.scratch = carve(&memory, max(scratch_bf16(c.ldq, c.ldv), 16 * max(c.ldq, c.ldv) * g.real) if g.grad_operands != NULL else 0)
+    w.scratch = carve(&memory, max(pairs_scratch(c.ldq, c.ldv, g.operand // 2), 16 * max(c.ldq, c.ldv) * g.real) if g.grad_operands != NULL else 0)
     w.bias_sum = carve(&memory, GRAD_M * g.real)
     w.ones = carve(&memory, g.panel * g.real)
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
@@ -302,7 +302,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
     cdef int8_t[::1] memory, deltas = delta.reshape(-1).view(np.int8)
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, False, alive)
+    fill(&f.c, p, o, True, alive)
     f.c.failed, f.together = &failed, threads
     packed = p.total_q is not None
     rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")

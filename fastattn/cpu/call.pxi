@@ -46,7 +46,7 @@ cdef extern from "kernels.h" nogil:
     const Kernels* kernels_for(int dtype, int in_parts)
     void amx_begin()
     void amx_end()
-    long scratch_bf16(long ldq, long ldv)
+    long pairs_scratch(long ldq, long ldv, long parts)
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
     int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)

@@ -70,23 +70,23 @@ typedef struct {
 static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 
-/* 16-bit floats: bfloat16 pairs where the instruction set has them, else the float32 kernels behind a conversion while packing.
- * float16 and float32 in parts pay in forward. */
+/* bfloat16 goes in pairs where the instruction set has them, float16 and float32 in parts where it has AMX (`in_parts`: not for reading K and V in
+ * place); else 16-bit floats run the float32 kernels behind a conversion while packing. */
 #if defined(__AVX512BF16__)
-#define PAIRS_TABLE(KIND, PARTS, OPERANDS, GRADIENTS, ROW)                                                                                                          \
+#define PAIRS_TABLE(KIND, PARTS)                                                                                                          \
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
-   scores_##KIND, weighted_sum_##KIND, OPERANDS, GRADIENTS, ROW, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, softmax_##KIND, \
+   scores_##KIND, weighted_sum_##KIND, grad_operands_##KIND, key_gradients_##KIND, pairs_key_row, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, softmax_##KIND, \
    drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32}
-static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, grad_operands_bf16, key_gradients_bf16, key_row_bf16);
+static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1);
 #if HAVE_AMX
-static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2, 0, 0, 0);
-static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3, 0, 0, 0);
+static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2);
+static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3);
 #endif
 #else
 #define HAVE_AMX 0
 static void amx_begin(void) {}
 static void amx_end(void) {}
-static long scratch_bf16(long ldq, long ldv) { return 0 * (ldq + ldv); }
+static long pairs_scratch(long ldq, long ldv, long parts) { return 0 * (ldq + ldv + parts); }
 #endif
 static const Kernels *kernels_for(int dtype, int in_parts) {
   (void)in_parts;

@@ -322,55 +322,63 @@ PAIRS_KERNELS(three_parts, 3)
 
 /* ------------------------------------------------------------------ backward: dV^T += dO^T P and dK^T += Q^T dS
  * A block's reals become operands: P and dS as pairs of query rows (columns are keys), dS as rows too, dO and Q transposed. */
-static void pairs_of_rows(bf16 *dst, const float *src, long lds, long rows, long n, long capacity) {
+ALWAYS_INLINE void pairs_of_rows(const int PARTS, bf16 *dst, const float *src, long rows, long n) {
+  bf16 a[PARTS][32] __attribute__((aligned(64))), b[PARTS][32] __attribute__((aligned(64)));
   for (long i = 0; i < (rows + 31) / 32 * 32; i += 2)
     for (long j = 0; j < n; j += 32) {
-      bf16 *to = dst + j * capacity + i * 16;
-      const float *a = src + i * lds + j, *b = a + lds;
-      __m512 zero = _mm512_setzero_ps();
-      __m512i x = i < rows ? bf16_of(_mm512_loadu_ps(a), _mm512_loadu_ps(a + 16)) : (__m512i)zero;
-      __m512i y = i + 1 < rows ? bf16_of(_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16)) : (__m512i)zero;
-      interleave(x, y, to, to + 16 * capacity);
-    }
-}
-static void rows_of(bf16 *dst, long ldd, const float *src, long lds, long rows, long n) {
-  for (long i = 0; i < (rows + 31) / 32 * 32; i++)
-    for (long j = 0; j < n; j += 32)
-      _mm512_storeu_si512(dst + i * ldd + j, i < rows ? bf16_of(_mm512_loadu_ps(src + i * lds + j), _mm512_loadu_ps(src + i * lds + j + 16)) : _mm512_setzero_si512());
-}
-/* [rows][ld] bfloat16 -> [ld][capacity], rows a multiple of 32 */
-static void transpose_rows(bf16 *dst, long capacity, const bf16 *src, long ld, long rows) {
-  bf16 tile[2][16][32] __attribute__((aligned(64)));
-  for (long i = 0; i < rows; i += 32)
-    for (long d = 0; d < ld; d += 32) {
-      for (long p = 0; p < 16; p++) {
-        const bf16 *a = src + (i + 2 * p) * ld + d;
-        interleave(_mm512_loadu_si512(a), _mm512_loadu_si512(a + ld), tile[0][p], tile[1][p]);
+      const float *x = src + i * GRAD_N + j, *y = x + GRAD_N;
+      const __mmask16 upper = i < rows ? 0xffff : 0, lower = i + 1 < rows ? 0xffff : 0;
+      split(PARTS, _mm512_maskz_loadu_ps(upper, x), _mm512_maskz_loadu_ps(upper, x + 16), a[0], 32);
+      split(PARTS, _mm512_maskz_loadu_ps(lower, y), _mm512_maskz_loadu_ps(lower, y + 16), b[0], 32);
+      for (int p = 0; p < PARTS; p++) {
+        bf16 *to = dst + (PARTS * j + 16 * p) * GRAD_M + i * 16;
+        interleave(_mm512_load_si512(a[p]), _mm512_load_si512(b[p]), to, to + PARTS * 16 * GRAD_M);
       }
-      for (int half = 0; half < 2; half++)
-        transpose_f32((const float *)(const void *)tile[half], 16, (float *)(void *)(dst + (d + 16 * half) * capacity + i), capacity / 2);
     }
 }
-/* Where the operands are in a block's scratch, in elements: [ld][GRAD_M] transposed rows; pairs and rows of [GRAD_M][GRAD_N] */
+ALWAYS_INLINE void rows_of(const int PARTS, bf16 *dst, const float *src, long rows, long n) {
+  for (long i = 0; i < (rows + 31) / 32 * 32; i++)
+    for (long j = 0; j < n; j += 32) {
+      const __mmask16 inside = i < rows ? 0xffff : 0;
+      split(PARTS, _mm512_maskz_loadu_ps(inside, src + i * GRAD_N + j), _mm512_maskz_loadu_ps(inside, src + i * GRAD_N + j + 16),
+            dst + i * PARTS * GRAD_N + j, GRAD_N);
+    }
+}
+/* [rows][ld] -> [ld][GRAD_M], rows a multiple of 32 */
+ALWAYS_INLINE void transpose_rows(const int PARTS, bf16 *dst, const bf16 *src, long ld, long rows) {
+  bf16 tile[2][16][32] __attribute__((aligned(64)));
+  for (int p = 0; p < PARTS; p++, src += ld, dst += GRAD_M)
+    for (long i = 0; i < rows; i += 32)
+      for (long d = 0; d < ld; d += 32) {
+        for (long k = 0; k < 16; k++) {
+          const bf16 *a = src + (i + 2 * k) * PARTS * ld + d;
+          interleave(_mm512_loadu_si512(a), _mm512_loadu_si512(a + PARTS * ld), tile[0][k], tile[1][k]);
+        }
+        for (int half = 0; half < 2; half++)
+          transpose_f32((const float *)(const void *)tile[half], 16, (float *)(void *)(dst + (d + 16 * half) * PARTS * GRAD_M + i), PARTS * GRAD_M / 2);
+      }
+}
+/* Where the operands are in a block's scratch, in elements of one part: [ld][GRAD_M] transposed rows; pairs and rows of [GRAD_M][GRAD_N] */
 #define SCRATCH_DO_T(w) ((bf16 *)(w)->scratch)
-#define SCRATCH_Q_T(w) (SCRATCH_DO_T(w) + GRAD_M * (w)->ldv)
-#define SCRATCH_P(w) (SCRATCH_Q_T(w) + GRAD_M * (w)->ldq)
-#define SCRATCH_DS(w) (SCRATCH_P(w) + GRAD_M * GRAD_N)
-#define SCRATCH_DS_ROWS(w) (SCRATCH_DS(w) + GRAD_M * GRAD_N)
-static long scratch_bf16(long ldq, long ldv) { return 2 * (GRAD_M * (ldq + ldv) + 3 * GRAD_M * GRAD_N); }
+#define SCRATCH_Q_T(w) (SCRATCH_DO_T(w) + PARTS * GRAD_M * (w)->ldv)
+#define SCRATCH_P(w) (SCRATCH_Q_T(w) + PARTS * GRAD_M * (w)->ldq)
+#define SCRATCH_DS(w) (SCRATCH_P(w) + PARTS * GRAD_M * GRAD_N)
+#define SCRATCH_DS_ROWS(w) (SCRATCH_DS(w) + PARTS * GRAD_M * GRAD_N)
+static long pairs_scratch(long ldq, long ldv, long parts) { return 2 * parts * (GRAD_M * (ldq + ldv) + 3 * GRAD_M * GRAD_N); }
 
 /* Returns dS as rows, the operand of dQ += dS K. */
-static const void *grad_operands_bf16(const GradBlock *w) {
+ALWAYS_INLINE const void *pairs_operands(const int PARTS, const GradBlock *w) {
   const long rows = (w->rows + 31) / 32 * 32, keys = (w->keys + 31) / 32 * 32;
-  transpose_rows(SCRATCH_DO_T(w), GRAD_M, (const bf16 *)w->dO, w->ldv, rows);
-  transpose_rows(SCRATCH_Q_T(w), GRAD_M, (const bf16 *)w->Q, w->ldq, rows);
-  pairs_of_rows(SCRATCH_P(w), (const float *)w->P, GRAD_N, w->rows, keys, GRAD_M);
-  pairs_of_rows(SCRATCH_DS(w), (const float *)w->dS, GRAD_N, w->rows, keys, GRAD_M);
-  rows_of(SCRATCH_DS_ROWS(w), GRAD_N, (const float *)w->dS, GRAD_N, w->rows, keys);
+  transpose_rows(PARTS, SCRATCH_DO_T(w), (const bf16 *)w->dO, w->ldv, rows);
+  transpose_rows(PARTS, SCRATCH_Q_T(w), (const bf16 *)w->Q, w->ldq, rows);
+  pairs_of_rows(PARTS, SCRATCH_P(w), (const float *)w->P, w->rows, keys);
+  pairs_of_rows(PARTS, SCRATCH_DS(w), (const float *)w->dS, w->rows, keys);
+  rows_of(PARTS, SCRATCH_DS_ROWS(w), (const float *)w->dS, w->rows, keys);
   return SCRATCH_DS_ROWS(w);
 }
 /* dV^T [ldv][GRAD_N] += dO^T P and dK^T += Q^T dS, 32 keys at a time, over the query rows that see them */
-static void key_gradients_bf16(const GradBlock *w) {
+ALWAYS_INLINE void pairs_key_gradients(const int PARTS, const GradBlock *w) {
+  const long lda = PARTS * GRAD_M, group = PARTS * 16 * GRAD_M;
   long begin = 0, end = 0;
   for (long j = 0; j < w->keys; j += 32) {
     while (begin < w->rows && w->hi[begin] <= j) begin++;
@@ -378,12 +386,20 @@ static void key_gradients_bf16(const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + 32) end++;
     if (begin >= end) continue;
     const long t0 = begin / 32 * 32, t1 = (end + 31) / 32 * 32;
-    pairs_product(1, 1, w->ldv, t0, t1, SCRATCH_DO_T(w), GRAD_M, 0, SCRATCH_P(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dV + j, GRAD_N, 32, 0);
-    pairs_product(1, 1, w->ldq, t0, t1, SCRATCH_Q_T(w), GRAD_M, 0, SCRATCH_DS(w) + j * GRAD_M, 16 * GRAD_M, 0, (float *)w->dK + j, GRAD_N, 32, 0);
+    pairs_product(1, PARTS, w->ldv, t0, t1, SCRATCH_DO_T(w), lda, GRAD_M, SCRATCH_P(w) + j * lda, group, 16 * GRAD_M, (float *)w->dV + j, GRAD_N, 32, 0);
+    pairs_product(1, PARTS, w->ldq, t0, t1, SCRATCH_Q_T(w), lda, GRAD_M, SCRATCH_DS(w) + j * lda, group, 16 * GRAD_M, (float *)w->dK + j, GRAD_N, 32, 0);
   }
 }
+#define PAIRS_BACKWARD(KIND, PARTS)                                                                     \
+  static const void *grad_operands_##KIND(const GradBlock *w) { return pairs_operands(PARTS, w); }      \
+  static void key_gradients_##KIND(const GradBlock *w) { pairs_key_gradients(PARTS, w); }
+PAIRS_BACKWARD(bf16, 1)
+#if HAVE_AMX
+PAIRS_BACKWARD(two_parts, 2)
+PAIRS_BACKWARD(three_parts, 3)
+#endif
 /* Row j of a gradient held transposed, 16 rows at a time in scratch; to be asked for in order from a multiple of 16. */
-static const void *key_row_bf16(const void *G, long ld, long j, void *scratch) {
+static const void *pairs_key_row(const void *G, long ld, long j, void *scratch) {
   if (j % 16 == 0)
     for (long d = 0; d < ld; d += 16) transpose_f32((const float *)G + d * GRAD_N + j, GRAD_N, (float *)scratch + d, ld);
   return (const float *)scratch + j % 16 * ld;
