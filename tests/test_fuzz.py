@@ -1,6 +1,7 @@
-"""A seeded fuzzer: random Problems on the CPU engine against the reference; the same ones every run."""
+"""A seeded fuzzer: random Problems on the CPU engine against the reference; the same ones every run. FASTATTN_FUZZ=10 runs ten times as many."""
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from compare import Judge
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from problems import NUMPY, Case
 
 _ALL = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+TIMES = float(os.environ.get("FASTATTN_FUZZ", "1"))
 MAYBE = st.booleans()
 LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 100, 130]))
 CAUSAL: list[bool | str] = [False, True, "top_left"]
@@ -65,19 +67,19 @@ def _run(case: Case, backward: bool, engine: str = "cpu") -> None:
         judge.backward(inputs.backward(out, lse, engine))
 
 
-@settings(_ALL, max_examples=1200)
+@settings(_ALL, max_examples=int(1200 * TIMES))
 @given(cases())
 def test_forward_and_backward(case: Case) -> None:
     _run(case, backward=True)
 
 
-@settings(_ALL, max_examples=1000)
+@settings(_ALL, max_examples=int(1000 * TIMES))
 @given(cases())
 def test_forward(case: Case) -> None:
     _run(case, backward=False)
 
 
-@settings(_ALL, max_examples=200)
+@settings(_ALL, max_examples=int(200 * TIMES))
 @given(cases())
 def test_reference(case: Case) -> None:
     """The fuzzer's problems are valid ones, and the tolerance is one that rounding alone passes."""

@@ -149,11 +149,12 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
  * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors]. The accumulators are named variables: gcc keeps an array of them in
  * memory. MR, NV, MODE and B's dtype are compile-time constants, so the branches on them vanish. Strides of A and C are in
  * elements, of B in bytes. */
-enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(RESCALE_F16), name(RESCALE_BF16) };
+enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16) };
+#define AHEAD 48 /* rows of K and V in place that are asked for in advance */
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
                                  REAL *C, long ldc, const REAL *rescale) {
-  const int dtype = MODE == name(RESCALE_F16) ? DT_F16 : MODE == name(RESCALE_BF16) ? DT_BF16 : DT_REAL;
+  const int dtype = MODE == name(IN_PLACE_F16) ? DT_F16 : MODE == name(IN_PLACE_BF16) ? DT_BF16 : DT_REAL;
   const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
 #define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
 #define INITIAL(r)                                                              \
@@ -182,6 +183,8 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
   ROWS(DECLARE)
   ROWS(INITIAL)
   for (long k = 0; k < K; k++, B += ldb) {
+    if (MODE >= name(IN_PLACE))
+      for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(B + AHEAD * ldb + byte);
     vec b0 = name(load_as)(B, dtype), b1 = b0, b2 = b0, b3 = b0;
     if (NV > 1) b1 = name(load_as)(B + step, dtype);
     if (NV > 2) b2 = name(load_as)(B + 2 * step, dtype);
@@ -208,14 +211,14 @@ typedef void (*name(product_t))(long, const REAL *, long, const char *, long, RE
 #define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), 0}
 #endif
 #define HEIGHTS(MODE) WIDTHS(MODE, 1) WIDTHS(MODE, 2) WIDTHS(MODE, 3) WIDTHS(MODE, 4) WIDTHS(MODE, 5) WIDTHS(MODE, 6)
-HEIGHTS(0) HEIGHTS(1) HEIGHTS(2)
+HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3)
 #if LOADS_HALF
-HEIGHTS(3) HEIGHTS(4)
+HEIGHTS(4) HEIGHTS(5)
 #endif
 #define MODE_TABLE(MODE) {ROW_TABLE(MODE, 1), ROW_TABLE(MODE, 2), ROW_TABLE(MODE, 3), ROW_TABLE(MODE, 4), ROW_TABLE(MODE, 5), ROW_TABLE(MODE, 6)}
-static const name(product_t) name(products)[5][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2),
+static const name(product_t) name(products)[6][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2), MODE_TABLE(3),
 #if LOADS_HALF
-                                                        MODE_TABLE(3), MODE_TABLE(4)
+                                                        MODE_TABLE(4), MODE_TABLE(5)
 #endif
 };
 #undef PRODUCT

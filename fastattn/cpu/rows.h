@@ -189,7 +189,7 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     const char *k = K + j * row;
     vec c0 = {0}, c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0;
     for (long d = 0; d < n_dim; d += VL, k += step) {
-      __builtin_prefetch(k + 12 * row);
+      __builtin_prefetch(k + AHEAD * row);
       vec x = name(load_as)(k, dtype);
       c0 += x * LOAD(A + d);
       if (MR > 1) c1 += x * LOAD(A + lda + d);
@@ -228,7 +228,7 @@ static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, co
 }
 static void name(direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
                              const void *rescale) {
-  int mode = dtype == DT_F16 ? name(RESCALE_F16) : dtype == DT_BF16 ? name(RESCALE_BF16) : name(RESCALE);
+  int mode = dtype == DT_F16 ? name(IN_PLACE_F16) : dtype == DT_BF16 ? name(IN_PLACE_BF16) : name(IN_PLACE);
   name(multiply)(mode, mr, last - first, n_dim, (const REAL *)P + first, ldp, V + first * row, row, VL * element_size(dtype), (REAL *)O, ldo,
                  (const REAL *)rescale);
 }

@@ -15,5 +15,6 @@
 #undef VMAX
 #undef ROWS
 #undef FLUSH
+#undef AHEAD
 #undef LOADS_HALF
 #undef REAL_BITS

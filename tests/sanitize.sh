@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the CPU engine with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary copy, and runs the tests on it.
+#
+#   bash tests/sanitize.sh [LEVEL ...]     default: x86_64_v3 and the best level of this CPU
+#
+# PYTHON names an interpreter with the package's dependencies and pytest, hypothesis, cython, setuptools (default: .venv/bin/python if there).
+# Leaks are not looked for: CPython frees little of what it holds when it ends, and would be reported instead of us.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python; fi
+levels=("$@")
+if [ ${#levels[@]} = 0 ]; then
+  best=$("$PYTHON" -c 'import runpy; print(runpy.run_path("fastattn/cpu/levels.py")["available"]()[-1])')
+  levels=("$best")
+  [[ $best == x86_64_v[4-9]* || $best == x86_64_amx ]] && levels=(x86_64_v3 "$best")
+fi
+
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+tar -c --exclude='*.so' --exclude='*.c' --exclude=__pycache__ fastattn tests setup.py pyproject.toml README.md LICENSE | tar -x -C "$copy"
+cd "$copy"
+FASTATTN_SANITIZE=address,undefined FASTATTN_LEVELS="${levels[*]}" "$PYTHON" setup.py -q build_ext --inplace
+
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONMALLOC=malloc FASTATTN_LEVELS="${levels[*]}" FASTATTN_FUZZ=0.2
+for level in "${levels[@]}"; do
+  echo "sanitizers: $level"
+  FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_engines.py tests/test_errors.py tests/test_cpu.py tests/test_fuzz.py \
+    -k "not reference_agrees_with_itself and not test_reference"
+done
