@@ -160,6 +160,26 @@ def test_backward_over_parts_of_the_keys(engine: str) -> None:
     np.testing.assert_allclose(np.concatenate([s.dv for s in shares], axis=1), whole.dv, rtol=1e-4, atol=1e-5)
 
 
+def _leave_behind(value: float, dtype: str) -> None:
+    """Calls whose inputs are all `value`, on every feature that keeps something in a thread's workspace."""
+    q, k, v = (np.full((2, 300, 4, dim), value, dtype) for dim in (96, 96, 80))
+    for kwargs in ({}, {"dropout_p": 0.5, "seed": 1, "softcap": 3.0, "causal": True}):
+        out, lse = fastattn.attention(q, k, v, return_lse=True, **kwargs)
+        fastattn.attention_backward(v, q, k, v, out, lse, **kwargs)
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e4])
+def test_what_earlier_calls_left_in_memory_does_not_matter(value: float) -> None:
+    for case in CASES:
+        inputs = case.make()
+        out, lse = inputs.forward("cpu")
+        grads = inputs.backward(out, lse, "cpu")
+        _leave_behind(value, case.dtype if case.dtype in ("float64", "float16") else "float32")
+        _same(inputs.forward("cpu"), (out, lse))
+        _leave_behind(value, "float32")
+        _same(inputs.backward(out, lse, "cpu"), grads)
+
+
 def test_eight_callers_at_once(engine: str) -> None:
     cases = [BY_NAME[name].make() for name in ("causal_float32", "everything_float32", "packed_bfloat16", "decode_float16")]
     expected = [c.forward(engine) for c in cases]

@@ -214,7 +214,7 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
         factor = 0.0 if total == 0 else factor * c.keep_scale / total
         g.store_row(at(&c.out, t.b, row, head), c.out.dim, c.out.dtype, w.O + i * c.ldv * g.real, factor, c.head_dim_v)
         if c.lse.ptr != NULL:
-            store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY else top + log(total))
+            store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY and total == 0 else top + log(total))
 
 
 cdef void forward_task(const Forward* f, long number) noexcept nogil:

@@ -82,7 +82,7 @@ ALWAYS_INLINE void pairs_rows(const int PARTS, bf16 *dst, long ld, const char *s
 ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
   const long ld = (n_dim + 31) / 32 * 32;
   bf16 tile[PARTS][16][32] __attribute__((aligned(64)));
-  for (long j = 0; j < last; j += 16)
+  for (long j = 0; j < (last + 31) / 32 * 32; j += 16) /* whole blocks of 32: nothing stale in a column that is computed */
     for (long d = 0; d < ld; d += 32) {
       long w = n_dim - d < 32 ? n_dim - d : 32, rest = first > j || last < j + 16;
       for (long i = 0; i < 16; i++) {
@@ -120,6 +120,10 @@ ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char 
 /* ------------------------------------------------------------------ product
  * C[rows][columns] (+)= A[rows][terms] B, terms [t0, t1) and columns [0, n), all multiples of 32; `group` is the distance of column
  * groups of 16 in B; the parts of a row of A and of a group of B are a_part and b_part apart. rescale, where given, multiplies C first. */
+/* part of A, part of B, smallest products first; a product takes the last COUNT of them: 1 for one part, 3 for two (4 for scores, so that
+ * those of float16 are exact), 6 for three */
+#define COUNT_OF(PARTS) ((PARTS) * ((PARTS) + 1) / 2)
+static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 #if HAVE_AMX
 static void amx_begin(void) {
   struct { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; } config __attribute__((aligned(64)));
@@ -129,8 +133,6 @@ static void amx_begin(void) {
   _tile_loadconfig(&config);
 }
 static void amx_end(void) { _tile_release(); }
-/* part of A, part of B, smallest products first; PARTS of 1, 2 and 3 use the last 1, 3 and 6 */
-static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 /* C = C * rescale + T for a block of 32 x 32 */
 ALWAYS_INLINE void add_block(float *C, long ldc, const float *T, const float *rescale, long rows) {
   for (long r = 0; r < rows; r++, C += ldc, T += 32) {
@@ -139,10 +141,9 @@ ALWAYS_INLINE void add_block(float *C, long ldc, const float *T, const float *re
     _mm512_storeu_ps(C + 16, _mm512_loadu_ps(C + 16) * s + _mm512_loadu_ps(T + 16));
   }
 }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {
   float block[32 * 32] __attribute__((aligned(64)));
-  const int products = PARTS * (PARTS + 1) / 2;
   for (long i = 0; i < rows; i += 32)
     for (long j = 0; j < n; j += 32) {
       float *c = ACCUMULATE ? block : C + i * ldc + j;
@@ -151,7 +152,7 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long row
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int p = 6 - products; p < 6; p++) {
+      for (int p = 6 - COUNT; p < 6; p++) {
         const bf16 *a = A + i * lda + PRODUCTS[p][0] * a_part, *b = B + j / 16 * group + PRODUCTS[p][1] * b_part;
         for (long t = t0; t < t1; t += 32) {
           _tile_loadd(4, a + t, 2 * lda);
@@ -216,9 +217,9 @@ ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, l
 #undef STEP
 #undef FINAL
 }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {
-  (void)PARTS, (void)a_part, (void)b_part;
+  (void)COUNT, (void)a_part, (void)b_part;
   for (long r = 0; rescale && r < rows; r++)
     if (rescale[r] != 1)
       for (long d = 0; d < n; d += 16) _mm512_storeu_ps(C + r * ldc + d, _mm512_loadu_ps(C + r * ldc + d) * _mm512_set1_ps(rescale[r]));
@@ -245,20 +246,21 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int PARTS, long row
 #define WHOLE(rows) (HAVE_AMX ? ((rows) + 31) / 32 * 32 : (rows))
 ALWAYS_INLINE void pairs_scores(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
   const long ld = (n_dim + 31) / 32 * 32;
-  pairs_product(0, PARTS, WHOLE(mr), 0, ld, A, PARTS * lda, lda, columns + PARTS * first * ld, PARTS * 16 * ld, 16 * ld, S + first, lds,
+  pairs_product(0, PARTS == 2 ? 4 : COUNT_OF(PARTS), WHOLE(mr), 0, ld, A, PARTS * lda, lda, columns + PARTS * first * ld, PARTS * 16 * ld, 16 * ld, S + first, lds,
                 (last - first + 31) / 32 * 32, 0);
 }
 ALWAYS_INLINE void pairs_weighted_sum(const int PARTS, long mr, long first, long last, const bf16 *P, long ldp, const bf16 *V, long ldv, long capacity,
                                       float *O, long ldo, const float *rescale) {
-  pairs_product(1, PARTS, WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V, PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
+  pairs_product(1, COUNT_OF(PARTS), WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V, PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
 }
-/* 2^x to 2.6e-6: twenty times finer than what rounding P to bfloat16 loses, and on average over a row far finer still */
+/* 2^x to 7.5e-8, which a bfloat16 P does not see and a float32 sum of thousands barely does */
 ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
-  __m512 f = _mm512_reduce_ps(x, 9), p = _mm512_set1_ps(0.013534168062382872f);
-  p = p * f + _mm512_set1_ps(0.052011460299324144f);
-  p = p * f + _mm512_set1_ps(0.24144275709800027f);
-  p = p * f + _mm512_set1_ps(0.69300383443249881f);
-  p = p * f + _mm512_set1_ps(1.0000025933692646f);
+  __m512 f = _mm512_reduce_ps(x, 9), p = _mm512_set1_ps(0.0018775767000199889f);
+  p = p * f + _mm512_set1_ps(0.0089893400235819068f);
+  p = p * f + _mm512_set1_ps(0.0558263181162335f);
+  p = p * f + _mm512_set1_ps(0.24015361702112632f);
+  p = p * f + _mm512_set1_ps(0.69315307320262606f);
+  p = p * f + _mm512_set1_ps(0.99999992506358772f);
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100), _CMP_NLT_UQ), p, x);
 }
 ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
@@ -386,8 +388,8 @@ ALWAYS_INLINE void pairs_key_gradients(const int PARTS, const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + 32) end++;
     if (begin >= end) continue;
     const long t0 = begin / 32 * 32, t1 = (end + 31) / 32 * 32;
-    pairs_product(1, PARTS, w->ldv, t0, t1, SCRATCH_DO_T(w), lda, GRAD_M, SCRATCH_P(w) + j * lda, group, 16 * GRAD_M, (float *)w->dV + j, GRAD_N, 32, 0);
-    pairs_product(1, PARTS, w->ldq, t0, t1, SCRATCH_Q_T(w), lda, GRAD_M, SCRATCH_DS(w) + j * lda, group, 16 * GRAD_M, (float *)w->dK + j, GRAD_N, 32, 0);
+    pairs_product(1, COUNT_OF(PARTS), w->ldv, t0, t1, SCRATCH_DO_T(w), lda, GRAD_M, SCRATCH_P(w) + j * lda, group, 16 * GRAD_M, (float *)w->dV + j, GRAD_N, 32, 0);
+    pairs_product(1, COUNT_OF(PARTS), w->ldq, t0, t1, SCRATCH_Q_T(w), lda, GRAD_M, SCRATCH_DS(w) + j * lda, group, 16 * GRAD_M, (float *)w->dK + j, GRAD_N, 32, 0);
   }
 }
 #define PAIRS_BACKWARD(KIND, PARTS)                                                                     \
