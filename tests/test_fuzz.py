@@ -1,4 +1,4 @@
-"""A seeded fuzzer: random Problems on the CPU engine against the reference; the same ones every run. FASTATTN_FUZZ=10 runs ten times as many."""
+"""A seeded fuzzer: random Problems on the CPU engine against the reference; the same every run. FASTATTN_FUZZ=10: ten times as many."""
 from __future__ import annotations
 
 import os

@@ -1,6 +1,7 @@
 """`import fastattn` is quick and loads nothing heavy; the version is said once; what is installed is what is meant."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -51,3 +52,9 @@ def test_public_names_are_there() -> None:
     assert all(callable(getattr(fastattn, name)) for name in fastattn.__all__)
     with pytest.raises(AttributeError, match="module 'fastattn' has no attribute 'attend'"):
         fastattn.attend  # noqa: B018
+
+
+def test_the_example_of_the_readme() -> None:
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(code) == 1 and len(code[0].splitlines()) <= 10
+    assert printed(code[0] + "print(dq.shape, dk.shape, dv.shape)") == "(2, 512, 8, 64) (2, 512, 2, 64) (2, 512, 2, 64)"
