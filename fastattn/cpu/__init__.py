@@ -77,10 +77,15 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
         to[...] = sums.sum(axis=axes, keepdims=True) if axes else sums
     if grads.dsinks is not None:
         assert o.sinks is not None
-        heads = 0 if p.packed else 1
-        sinks = o.sinks.numpy().astype(np.float64)
-        weight = np.exp(np.moveaxis(sinks.reshape((-1, 1) if p.packed else (1, -1, 1)) - np.where(np.isinf(lse.numpy()), np.inf, lse.numpy()), heads, 0))
-        grads.dsinks.numpy()[...] = -(weight * np.moveaxis(delta, heads, 0)).reshape(len(sinks), -1).sum(axis=1)
+        grads.dsinks.numpy()[...] = _dsinks(o.sinks.numpy(), lse.numpy(), delta)
+
+
+def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:
+    """-sum over rows of exp(sink - lse) delta: the sink is a logit whose value is zero. Rows that see nothing and no sink have lse -inf."""
+    heads = lse.ndim - 2
+    logit = sinks.astype(np.float64).reshape(-1, 1)
+    rows = np.where(np.isinf(lse), np.inf, lse)
+    return -(np.exp(logit - rows) * delta).sum(axis=tuple(i for i in range(lse.ndim) if i != heads))
 
 
 def _dbias_sums(p: Problem, dbias: View | None, real: Any) -> Any:

@@ -1,5 +1,7 @@
-"""Config of the CPU engine: how a Problem is cut into tasks. Whatever can change a rounding (the key tiles and splits) depends on the Problem
-alone, so that results are bitwise the same for any number of threads."""
+"""Config of the CPU engine: how a Problem is cut into tasks.
+
+Whatever can change a rounding (the key tiles and splits) depends on the Problem alone, so that results are bitwise the same for any number of
+threads."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -43,8 +45,10 @@ def _blocks(lengths: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], 
 
 
 def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads: int) -> Plan:
-    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place. A row's result does not depend on the
-    block it is in, so block_m may follow the number of threads; the splits may not."""
+    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place.
+
+    A row's result does not depend on the block it is in, so block_m may follow the number of threads; the splits may not.
+    """
     folded = p.group > 1 and p.seqlen_q * p.group <= BLOCK_M[1]
     heads = p.num_heads_k if folded else p.num_heads
     rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
