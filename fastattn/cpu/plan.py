@@ -1,7 +1,7 @@
 """Config of the CPU engine: how a Problem is cut into tasks.
 
-Whatever can change a rounding (the key tiles and splits) depends on the Problem alone, so that results are bitwise the same for any number of
-threads."""
+Whatever can change a rounding (the key tiles and splits) depends on the Problem alone, so that results are bitwise the same for any number
+of threads."""
 from __future__ import annotations
 
 from dataclasses import dataclass
