@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def test_the_example_of_the_readme() -> None:
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(code) == 1 and len(code[0].splitlines()) <= 10
     assert printed(code[0] + "print(dq.shape, dk.shape, dv.shape)") == "(2, 512, 8, 64) (2, 512, 2, 64) (2, 512, 2, 64)"
+
+
+def test_a_wheel_stays_under_3_mb() -> None:
+    """Compressed as a wheel compresses: what is installed, every compiled level included."""
+    package = Path(fastattn.__file__).parent
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".pyi", ".so")]
+    assert any(path.suffix == ".so" for path in files)
+    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 3e6
