@@ -231,13 +231,11 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
     if memory == NULL:
         f.c.failed[0] = 1
         return
+    forward_memory(f, rows, memory, &w)
     if f.splits > 1:
-        forward_memory(f, rows, memory, &w)
         partial = f.partial + number * f.partial_size
-        w.O, w.row_max = partial, partial + round_up(t.rows, f.c.g.panel) * f.c.ldv * f.c.g.real
-        w.row_sum = w.row_max + t.rows * f.c.g.real
-    else:
-        forward_memory(f, rows, memory, &w)
+        w.O, w.row_max = partial, partial + round_up(t.rows, g.panel) * f.c.ldv * g.real
+        w.row_sum = w.row_max + t.rows * g.real
     amx_begin()
     load_queries(f, &t, &w)
     n0 = t.key_begin // g.block_n * g.block_n

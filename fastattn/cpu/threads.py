@@ -1,6 +1,7 @@
 """How many threads a call uses: what the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise."""
 from __future__ import annotations
 
+import operator
 import os
 
 
@@ -39,6 +40,10 @@ def get_num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Use at most `n` threads a call, from now on, in this process. Results do not depend on it. ValueError when n < 1."""
     global _threads
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    try:
+        count = 0 if isinstance(n, bool) else operator.index(n)
+    except TypeError:
+        count = 0
+    if count < 1:
         raise ValueError(f"set_num_threads(): n is {n!r}; expected an integer of at least 1.")
-    _threads = n
+    _threads = count
