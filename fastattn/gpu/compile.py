@@ -1,0 +1,211 @@
+"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, a disk cache, loading and launching.
+
+Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not see changes in other
+files. Neither is the PTX route, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md).
+Nothing here but `load` needs a GPU or a driver.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("fastattn")
+_PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
+_lock = threading.RLock()
+_LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # of a field -> of struct
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A kernel to be compiled: `make()` returns the Python function, which takes one named tuple of `fields`.
+
+    `key` says which kernel it is (Spec and Config as text); fields are (name, letter): l pointer, q int64, i int32, I uint32,
+    f float32, d float64. `registers` is a cap per thread at launch, 0 for none.
+    """
+
+    key: str
+    make: Callable[[], Any]
+    fields: tuple[tuple[str, str], ...]
+    threads: int
+    shared_memory: int
+    blocks_per_sm: int = 1
+
+
+class BuildError(RuntimeError):
+    """A kernel compiled to something slow or wrong; the message names the kernel and the compiler's words."""
+
+
+@cache
+def _fingerprint() -> str:
+    """Of all GPU sources and of the compilers: whatever changes the machine code."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for package in _PACKAGES:
+        try:
+            digest.update(f"{package}={importlib.metadata.version(package)}\n".encode())
+        except importlib.metadata.PackageNotFoundError:
+            digest.update(f"{package}=?\n".encode())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """FASTATTN_CACHE, or fastattn in the user's cache folder."""
+    folder = os.environ.get("FASTATTN_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+def _cache_path(source: Source, arch: str) -> Path:
+    key = hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
+    return cache_folder() / f"{key}.cubin"
+
+
+def _read(path: Path) -> bytes | None:
+    """A cached cubin; None where there is none or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        log.warning("fastattn: %s is damaged and is compiled again", path)
+        return None
+    return data[32:]
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    """Atomically; a cache that cannot be written costs time only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("fastattn: cannot write the kernel cache %s: %s", path, error)
+
+
+def cubin(source: Source, arch: str) -> bytes:
+    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. BuildError where it would be slow."""
+    with _lock:
+        path = _cache_path(source, arch)
+        code = _read(path)
+        if code is None:
+            log.info("fastattn: compiling %s for %s", source.key, arch)
+            start = time.perf_counter()
+            code, report = build(source, arch)
+            problems = complaints(report)
+            if problems:
+                raise BuildError(f"{source.key} for {arch}: {'; '.join(problems)}")
+            log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
+            _write(path, code)
+        return code
+
+
+def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
+    """Compile without the cache: (machine code, or PTX text for output="ptx", and the compiler's report)."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba import cuda
+
+    number = arch.removeprefix("sm_").rstrip("a")
+    capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
+    ltoir, _ = cuda.compile(source.make(), _signature(source), device=False, abi="numba", cc=capability, fastmath=False, output="ltoir",
+                            launch_bounds=(source.threads, source.blocks_per_sm))
+    options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx")
+    linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
+    code = bytes(linker.link(output).code)
+    return code, f"{linker.get_info_log()}\n{linker.get_error_log()}"
+
+
+def _signature(source: Source) -> Any:
+    from collections import namedtuple
+
+    from numba.cuda import types
+    kinds = {"l": types.uint64, "q": types.int64, "i": types.int32, "I": types.uint32, "f": types.float32, "d": types.float64}
+    arguments = namedtuple("Arguments", [name for name, _ in source.fields])  # type: ignore[misc]
+    letters = [kinds[letter] for _, letter in source.fields]
+    if len(set(letters)) == 1:
+        return types.void(types.NamedUniTuple(letters[0], len(letters), arguments))
+    return types.void(types.NamedTuple(letters, arguments))
+
+
+def complaints(report: str) -> list[str]:
+    """What a shipped kernel must not have: spills, local memory, warnings that cost wgmma its speed."""
+    found = [line.strip() for line in report.splitlines()
+             if re.search(r"C75(04|08|12)", line) or ("C7519" in line and "serialized" in line)]
+    for kind, pattern in (("bytes of stack", r"(\d+) bytes stack frame"), ("bytes of spills", r"(\d+) bytes spill stores")):
+        worst = max((int(n) for n in re.findall(pattern, report)), default=0)
+        if worst:
+            found.append(f"{worst} {kind}")
+    return found
+
+
+def registers(report: str) -> str:
+    match = re.search(r"Used (\d+) registers", report)
+    return f"{match.group(1)} registers" if match else "registers unknown"
+
+
+# ---------------------------------------------------------------- on a device
+class Kernel:
+    """A loaded kernel: `launch(grid, values, stream)` with the values of its fields in order."""
+
+    def __init__(self, source: Source, ordinal: int) -> None:
+        from cuda.bindings import driver
+
+        from .device import check, current, device
+        d = device(ordinal)
+        self.source, self.ordinal = source, ordinal
+        self._struct = struct.Struct("@" + "".join(_LETTERS[letter] for _, letter in source.fields))
+        offset, self._offsets = 0, []
+        for _, letter in source.fields:
+            size = struct.calcsize(_LETTERS[letter])
+            offset = -(-offset // size) * size
+            self._offsets.append(offset)
+            offset += size
+        self._local = threading.local()
+        with current(d):
+            library = check(driver.cuLibraryLoadData(cubin(source, d.arch), None, None, 0, None, None, 0), "cuLibraryLoadData")
+            [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuKernelSetAttribute(attribute, source.shared_memory, kernel, ordinal), "cuKernelSetAttribute")
+            self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
+        self._launch, self._check = driver.cuLaunchKernel, check
+
+    def launch(self, grid: int, values: list[Any], stream: int) -> None:
+        """Enqueue `grid` blocks. The device's context must be current."""
+        local = self._local
+        try:
+            buffer, pointers, address = local.buffer, local.pointers, local.address
+        except AttributeError:
+            buffer = local.buffer = ctypes.create_string_buffer(self._struct.size)
+            start = ctypes.addressof(buffer)
+            pointers = local.pointers = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
+            address = local.address = ctypes.addressof(pointers)
+        self._struct.pack_into(buffer, 0, *values)
+        self._check(self._launch(self._function, grid, 1, 1, self.source.threads, 1, 1, self.source.shared_memory, stream, address, 0),
+                    f"launch of {self.source.key}")
+
+
+_loaded: dict[tuple[str, int], Kernel] = {}
+
+
+def load(source: Source, ordinal: int) -> Kernel:
+    """The kernel on device `ordinal`, compiled and loaded on first use."""
+    key = (source.key, ordinal)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _loaded.get(key) or _loaded.setdefault(key, Kernel(source, ordinal))
+    return kernel

@@ -1,0 +1,77 @@
+"""The CUDA devices: driver calls that raise, the current device, what a device is."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from cuda.bindings import driver
+
+
+class CudaError(RuntimeError):
+    """A driver call failed: its name, the error and what the driver says about it."""
+
+
+def check(result: Any, what: str) -> Any:
+    """The value of a cuda.bindings call, or CudaError."""
+    code = result[0]
+    if code != 0:
+        _, name = driver.cuGetErrorName(code)
+        _, text = driver.cuGetErrorString(code)
+        raise CudaError(f"{what} failed: {(name or b'?').decode()}: {(text or b'').decode()}")
+    return result[1] if len(result) == 2 else result[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU: its ordinal, architecture ("sm_90a"), multiprocessors and shared memory a block may ask for."""
+
+    ordinal: int
+    arch: str
+    num_sms: int
+    shared_memory: int
+    name: str
+    context: int
+
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
+
+
+def arch_name(major: int, minor: int) -> str:
+    """The target kernels are compiled for: sm_90a has wgmma; the others run code of their own architecture."""
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+@cache
+def device(ordinal: int) -> Device:
+    check(driver.cuInit(0), "cuInit")
+    handle = check(driver.cuDeviceGet(ordinal), f"cuDeviceGet({ordinal})")
+    kinds = driver.CUdevice_attribute
+
+    def attribute(name: str) -> int:
+        return int(check(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), handle), name))
+    context = check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
+    name = check(driver.cuDeviceGetName(100, handle), "cuDeviceGetName")
+    return Device(ordinal, arch_name(attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")),
+                  attribute("MULTIPROCESSOR_COUNT"), attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"), name.rstrip(b"\0").decode(), int(context))
+
+
+@contextlib.contextmanager
+def current(d: Device) -> Iterator[None]:
+    """Makes `d`'s primary context current where it is not."""
+    before = int(check(driver.cuCtxGetCurrent(), "cuCtxGetCurrent"))
+    if before == d.context:
+        yield
+        return
+    check(driver.cuCtxPushCurrent(d.context), "cuCtxPushCurrent")
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent()
+
+
+def capturing(stream: int) -> bool:
+    """Whether the stream is being captured into a graph."""
+    return int(check(driver.cuStreamIsCapturing(stream), "cuStreamIsCapturing")) != 0

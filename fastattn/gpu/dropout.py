@@ -1,0 +1,39 @@
+"""Dropout on the device: Philox4x32-10 as philox.py defines it, applied to accumulator fragments."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import int32, uint32, uint64
+
+from .fragments import make_dropout as make_drop
+from .inline import inline
+from .spec import Spec
+
+_ROUNDS = range(10)
+
+
+def philox(c0, c1, c2, c3, k0, k1):
+    """Four words for the counter (c0, c1, c2, c3) and the key (k0, k1), all uint32."""
+    for _ in range(10):
+        p0 = uint64(c0) * uint64(0xD2511F53)
+        p1 = uint64(c2) * uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = uint32(uint32(p1 >> uint64(32)) ^ c1 ^ k0), uint32(p1), uint32(uint32(p0 >> uint64(32)) ^ c3 ^ k1), uint32(p0)
+        k0 = uint32(k0 + uint32(0x9E3779B9))
+        k1 = uint32(k1 + uint32(0xBB67AE85))
+    return c0, c1, c2, c3
+
+
+def make_dropout(spec: Spec) -> Any:
+    """p = dropout(a, p, row, col, plane): `row` and `col` the thread's first, `plane` = batch * num_heads + head; p when absent."""
+    if not spec.dropout:
+        @inline
+        def nothing(a, p, row, col, plane):
+            return p
+        return nothing
+    drop = make_drop(philox)
+
+    @inline
+    def dropout(a, p, row, col, plane):
+        lane = int32(((row & 7) << 2) | ((col & 7) >> 1))
+        return drop(p, int32(row >> 4), int32(col >> 4), lane, plane, a.offset, a.seed_low, a.seed_high, a.threshold)
+    return dropout

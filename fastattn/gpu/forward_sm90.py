@@ -1,0 +1,412 @@
+"""Forward for Hopper: copies and products run asynchronously, each warpgroup has one role, blocks stay and take tile after tile.
+
+    warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
+    warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
+
+    shared memory   Q | STAGES x (K, V) | out, which shares Q's place when `alias` | barriers | the current tile
+    Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
+    Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
+    TILE_FULL, TILE_EMPTY             the tile record
+
+A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs. Key blocks go from
+last to first. What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind
+another's products. (Design: FlashAttention-3, Shah et al. 2024.)
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, float32, int32, uint8, uint64
+
+from . import config as configs
+from .compile import Source
+from .compile import load as load_kernel
+from .config import Config
+from .device import Device
+from .dropout import make_dropout
+from .fragments import keep_below, keep_interval, make_pack, make_store, scale_rows, zeros
+from .inline import inline
+from .mask import make_bounds
+from .ptx import mbarrier, tma, wgmma
+from .ptx.matrix import store_panels
+from .ptx.memory import (
+    atomic_add_b32,
+    atomic_inc_wrap,
+    fence_gpu,
+    load_shared_b32,
+    shared_address,
+    store_b32,
+    store_f32,
+    store_shared_b32,
+    store_shared_zero16,
+)
+from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, uniform
+from .schedule import make_num_tiles, make_tile_at
+from .scores import make_score
+from .smem import Smem, panels
+from .softmax import NEG_INF, make_softmax
+from .spec import Arguments, Call, Spec
+from .packed import most_tiles, table
+from .tensormap import fits, tensor_map
+from .workspace import counter
+
+OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
+
+
+def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
+    """(kernel, bytes of shared memory)."""
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, ALIAS = config.block_m, config.block_n, config.stages, config.block_m // 64, config.alias
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
+    Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
+    Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
+    K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4         # from stage to stage, in a descriptor
+    COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
+    smem = Smem()
+    Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
+    OUT_PANEL = Q_PANEL if ALIAS else 64 * 128
+    OUT_WARPGROUP = 64 * 128 if ALIAS else PANELS_V * OUT_PANEL
+    OUT = Q if ALIAS else smem.take(CONSUMERS * OUT_WARPGROUP)
+    Q_FULL, Q_EMPTY, TILE_FULL, TILE_EMPTY = (smem.barriers(1) for _ in range(4))
+    K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
+    TILE = smem.take(32, 16)
+    WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
+    PACKED, LSE, LEFT, MASKED_ALWAYS = spec.packed, spec.lse, spec.left, spec.left or spec.right
+    OUT_BARRIER, V_BARRIER = 1, 8                       # named barriers: one for each consumer, one for all of them
+    qk, pv = wgmma.make_products(spec.dtype)
+    to_half, store_rows = make_pack(spec.dtype), make_store(spec.dtype)
+    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
+    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    prepare, fetch, score = make_score(spec, COUNT_S)
+    dropout = make_dropout(spec)
+    update, finish = make_softmax(spec)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+
+    # ------------------------------------------------------------ helpers of this kernel
+    @inline
+    def diagonal_of(a, seqlen_q, seqlen_k):
+        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
+
+    @inline
+    def tile_blocks(a, m_block, seqlen_q, seqlen_k):
+        """The key blocks [n_min, n_max) that all warpgroups of a tile go through."""
+        last = min((m_block + 1) * BLOCK_M, seqlen_q) - 1
+        n_min, _, _, n_max = block_bounds(a, int32(m_block * BLOCK_M), int32(last), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+        return n_min, n_max
+
+    @inline
+    def put_tile(a, base, t, tiles):
+        """The tile record for the consumers; its last word says whether there is one."""
+        m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0)
+        if t < tiles:
+            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
+        store_shared_b32(base + TILE, m_block)
+        store_shared_b32(base + TILE + 4, head)
+        store_shared_b32(base + TILE + 8, batch)
+        store_shared_b32(base + TILE + 12, q_start)
+        store_shared_b32(base + TILE + 16, seqlen_q)
+        store_shared_b32(base + TILE + 20, k_start)
+        store_shared_b32(base + TILE + 24, seqlen_k)
+        store_shared_b32(base + TILE + 28, int32(1) if t < tiles else int32(0))
+        mbarrier.arrive(base + TILE_FULL)
+        return m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k
+
+    @inline
+    def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
+        for p in range(count):
+            tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+
+    @inline
+    def load(a, base):
+        """The producer: one thread."""
+        it, i = int32(0), int32(0)
+        t, tiles = int32(cuda.blockIdx.x), num_tiles(a)
+        while t < tiles:
+            mbarrier.wait(base + TILE_EMPTY, int32((i & 1) ^ 1))
+            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = put_tile(a, base, t, tiles)
+            n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+            head_k, plane = int32(head // a.group), int32(0) if PACKED else batch
+            for n_block in range(n_max - 1, n_min - 1, -1):
+                row = int32(k_start + n_block * BLOCK_N)
+                stage, free = int32(it % STAGES), int32(((it // STAGES) & 1) ^ 1)
+                mbarrier.wait(base + K_EMPTY + 8 * stage, free)
+                mbarrier.arrive_expect(base + K_FULL + 8 * stage, int32(K_BYTES))
+                copy_rows(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, plane)
+                if n_block == n_max - 1:
+                    mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
+                    mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
+                    copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
+                mbarrier.wait(base + V_EMPTY + 8 * stage, free)
+                mbarrier.arrive_expect(base + V_FULL + 8 * stage, int32(V_BYTES))
+                copy_rows(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head_k, plane)
+                it += 1
+            t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))
+            i += 1
+        mbarrier.wait(base + TILE_EMPTY, int32((i & 1) ^ 1))
+        put_tile(a, base, t, tiles)
+        fence_gpu()     # the last block to come here leaves the counter as it was found
+        if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
+            store_b32(a.counter, int32(0))
+
+    @inline
+    def clear_tail(base, stage, keys, thread):
+        """Rows of V past a sequence's end belong to others and may hold anything; P is 0 there, but 0 * NaN is not."""
+        for i in range(keys * 8 + thread, BLOCK_N * 8, THREADS):
+            for p in range(PANELS_V):
+                store_shared_zero16(base + V + stage * V_BYTES + p * KV_PANEL + i * 16)
+        fence_async()
+        barrier(int32(V_BARRIER), int32(THREADS))
+
+    @inline
+    def keep(a, acc_s, row, column, diagonal, seqlen_k):
+        """The structural mask; `column` is the thread's first."""
+        lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
+        lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
+        if LEFT:
+            return keep_interval(acc_s, lo0 - column, hi0 - column, lo1 - column, hi1 - column)
+        else:
+            return keep_below(acc_s, hi0 - column, hi1 - column)
+
+    def make_step(MASKED):
+        @inline
+        def step(a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
+                 diagonal, seqlen_q, seqlen_k):
+            """Scores and probabilities of n_block, while O takes in the block before."""
+            before, parity = int32(it % STAGES), int32((it // STAGES) & 1)
+            it = int32(it + 1)
+            stage = int32(it % STAGES)
+            column = int32(n_block * BLOCK_N + col)
+            acc_s = zeros(COUNT_S)
+            mbarrier.wait(base + K_FULL + 8 * stage, int32((it // STAGES) & 1))
+            wgmma.fence()
+            acc_s = qk(acc_s, desc_q, desc_k + uint64(stage * K_STEP), HEAD_DIM, BLOCK_M, BLOCK_N)
+            wgmma.commit()
+            mbarrier.wait(base + V_FULL + 8 * before, parity)
+            wgmma.fence()
+            acc_o = pv(acc_o, p, desc_v + uint64(before * V_STEP))
+            wgmma.commit()
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            acc_s = wgmma.wait_all_but_one(acc_s)
+            if lane == 0:
+                mbarrier.arrive(base + K_EMPTY + 8 * stage)
+            acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+            if MASKED:
+                acc_s = keep(a, acc_s, row, column, diagonal, seqlen_k)
+            acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
+            acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+            acc_o = wgmma.wait_all(acc_o)
+            if lane == 0:
+                mbarrier.arrive(base + V_EMPTY + 8 * before)
+            p = to_half(acc_s)
+            acc_o = scale_rows(acc_o, alpha0, alpha1)
+            return acc_o, p, max0, max1, sum0, sum1, it
+        return step
+
+    step_masked, step_full = make_step(True), make_step(False)
+
+    @inline
+    def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
+        """Output rows of one warpgroup: through shared memory and the copy engine, or one by one where a packed tile is not full."""
+        packed = to_half(acc_o)
+        row0 = int32(m_block * BLOCK_M + w * 64)
+        plane = int32(0) if PACKED else batch
+        warp_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
+        if PACKED and row0 + 64 > seqlen_q:
+            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
+            store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), int32(1) if row < seqlen_q else int32(0),
+                       int32(1) if row + 8 < seqlen_q else int32(0), int32(a.head_dim_v - col))
+        else:
+            if not ALIAS:
+                if thread == 0:
+                    tma.wait_read()
+                barrier(int32(OUT_BARRIER + w), int32(128))
+            store_panels(packed, int32(base + OUT + w * OUT_WARPGROUP + warp_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL)
+            fence_async()
+            barrier(int32(OUT_BARRIER + w), int32(128))
+            if thread == 0:
+                for p in range(PANELS_V):
+                    tma.store(a.map_out, int32(base + OUT + w * OUT_WARPGROUP + p * OUT_PANEL), int32(p * 64), int32(q_start + row0), head, plane)
+                tma.commit()
+                if ALIAS:
+                    tma.wait_read()
+            if ALIAS:
+                barrier(int32(OUT_BARRIER + w), int32(128))
+
+    @inline
+    def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
+        if LSE:
+            if (lane & 3) == 0:
+                if PACKED:
+                    at = uint64(a.lse + uint64(4) * uint64(head * a.total_q + q_start + row))
+                else:
+                    at = uint64(a.lse + uint64(4) * (uint64(batch * a.num_heads + head) * uint64(a.seqlen_q) + uint64(row)))
+                if row < seqlen_q:
+                    store_f32(at, lse0)
+                if row + 8 < seqlen_q:
+                    store_f32(at + uint64(32), lse1)
+
+    @inline
+    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
+        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        acc_o = scale_rows(acc_o, scale0, scale1)
+        store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
+        store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
+
+    @inline
+    def get(base, field):
+        return uniform(load_shared_b32(base + TILE + 4 * field))
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
+        warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
+        thread = int32(cuda.threadIdx.x & 127)
+        if cuda.threadIdx.x == 0:
+            mbarrier.init(base + Q_FULL, int32(1))
+            mbarrier.init(base + Q_EMPTY, int32(WARPS))
+            mbarrier.init(base + TILE_FULL, int32(1))
+            mbarrier.init(base + TILE_EMPTY, int32(WARPS))
+            for s in range(STAGES):
+                mbarrier.init(base + K_FULL + 8 * s, int32(1))
+                mbarrier.init(base + K_EMPTY + 8 * s, int32(WARPS))
+                mbarrier.init(base + V_FULL + 8 * s, int32(1))
+                mbarrier.init(base + V_EMPTY + 8 * s, int32(WARPS))
+            mbarrier.fence_init()
+        cuda.syncthreads()
+        if warpgroup == 0:
+            give_registers()
+            if thread == 0:
+                load(a, base)
+        else:
+            take_registers()
+            w = int32(warpgroup - 1)
+            lane = int32(thread & 31)
+            col = int32((lane & 3) * 2)
+            desc_q = wgmma.k_major(base + Q + w * 64 * 128)
+            desc_k = wgmma.k_major(base + K)
+            desc_v = wgmma.mn_major(base + V, KV_PANEL)
+            it, i = int32(0), int32(0)
+            mbarrier.wait(base + TILE_FULL, int32(0))
+            while get(base, 7) != 0:
+                m_block, head, batch, q_start, seqlen_q, _, seqlen_k = (get(base, 0), get(base, 1), get(base, 2), get(base, 3), get(base, 4),
+                                                                       get(base, 5), get(base, 6))
+                if lane == 0:
+                    mbarrier.arrive(base + TILE_EMPTY)
+                row0 = int32(m_block * BLOCK_M + w * 64)
+                row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+                diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+                slope = prepare(a, batch, head)
+                n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+                _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
+                n_min, n_max = uniform(n_min), uniform(n_max)
+                n_block = int32(n_max - 1)
+                stage, parity = int32(it % STAGES), int32((it // STAGES) & 1)
+                column = int32(n_block * BLOCK_N + col)
+                acc_o, acc_s = zeros(COUNT_O), zeros(COUNT_S)
+                mbarrier.wait(base + Q_FULL, int32(i & 1))
+                mbarrier.wait(base + K_FULL + 8 * stage, parity)
+                wgmma.fence()
+                acc_s = qk(acc_s, desc_q, desc_k + uint64(stage * K_STEP), HEAD_DIM, BLOCK_M, BLOCK_N)
+                wgmma.commit()
+                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+                acc_s = wgmma.wait_all(acc_s)
+                if lane == 0:
+                    mbarrier.arrive(base + K_EMPTY + 8 * stage)
+                if PACKED:
+                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
+                        mbarrier.wait(base + V_FULL + 8 * stage, parity)
+                        clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+                if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
+                    acc_s = keep(a, acc_s, row, column, diagonal, seqlen_k)
+                acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
+                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                p = to_half(acc_s)
+                full_max = uniform(int32(max(min(full_max, n_block), n_min)))
+                full_min = uniform(int32(max(min(full_min, full_max), n_min)))
+                for n_block in range(n_max - 2, full_max - 1, -1):
+                    acc_o, p, max0, max1, sum0, sum1, it = step_masked(
+                        a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
+                        diagonal, seqlen_q, seqlen_k)
+                for n_block in range(full_max - 1, full_min - 1, -1):
+                    acc_o, p, max0, max1, sum0, sum1, it = step_full(
+                        a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
+                        diagonal, seqlen_q, seqlen_k)
+                if LEFT:
+                    for n_block in range(full_min - 1, n_min - 1, -1):
+                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
+                            a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row,
+                            col, diagonal, seqlen_q, seqlen_k)
+                if not ALIAS:
+                    if lane == 0:
+                        mbarrier.arrive(base + Q_EMPTY)
+                stage, parity = int32(it % STAGES), int32((it // STAGES) & 1)
+                mbarrier.wait(base + V_FULL + 8 * stage, parity)
+                wgmma.fence()
+                acc_o = pv(acc_o, p, desc_v + uint64(stage * V_STEP))
+                wgmma.commit()
+                acc_o = wgmma.wait_all(acc_o)
+                if lane == 0:
+                    mbarrier.arrive(base + V_EMPTY + 8 * stage)
+                it += 1
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
+                if ALIAS:
+                    if lane == 0:
+                        mbarrier.arrive(base + Q_EMPTY)
+                i += 1
+                mbarrier.wait(base + TILE_FULL, int32(i & 1))
+            if thread == 0:
+                tma.wait_all()
+
+    return kernel, smem.size
+
+
+# ---------------------------------------------------------------- launch
+@lru_cache(maxsize=1024)
+def arguments_of(spec: Spec) -> Arguments:
+    return Arguments(spec, OWN, ("out",))
+
+
+@lru_cache(maxsize=1024)
+def source(spec: Spec, config: Config) -> Source:
+    _, shared_memory = make_forward(spec, config)
+    return Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config)[0], arguments_of(spec).fields,
+                  128 * (1 + config.block_m // 64), shared_memory)
+
+
+def refuses(call: Call, d: Device) -> str | None:
+    """None, or why this family does not take the call."""
+    p, o = call.problem, call.operands
+    if d.arch != "sm_90a":
+        return f"it needs sm_90a, this is {d.arch}"
+    if p.dtype not in ("float16", "bfloat16"):
+        return f"it has no {p.dtype} products"
+    if max(p.head_dim, p.head_dim_v) > 256:
+        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
+    for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
+        reason = fits(x)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
+
+
+def _head_group(call: Call) -> int:
+    """Heads whose tiles are taken together: under a mask, so that long tiles of all of them start first."""
+    p = call.problem
+    if p.mask.left is None and p.mask.right is None and not p.packed:
+        return 1
+    kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
+    return max(1, min(L2_BYTES // max(kv_bytes, 1) * p.group, 16 * p.group, p.num_heads * (1 if p.packed else p.batch)))
+
+
+def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
+    """Enqueue the kernel, and before it the table of a packed problem."""
+    p, o, config = call.problem, call.operands, configs.forward_sm90(spec)
+    kernel = load_kernel(source(spec, config), d.ordinal)
+    tiles = most_tiles(call, config.block_m)
+    with table(call, config.block_m, d.ordinal, stream) as sequences:
+        maps = [tensor_map(x, rows, stream) for x, rows in ((o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64))]
+        own = (*maps, counter(d.ordinal, stream), sequences, tiles, _head_group(call))
+        kernel.launch(min(tiles, d.num_sms), arguments_of(spec).values(call, own), stream)

@@ -1,0 +1,315 @@
+"""Accumulator fragments: what a thread holds of a warp's 16 x N tile, the same for mma.sync and wgmma.
+
+Register k of a fragment lies in row `row + 8 * (k / 2 % 2)` and column `col + 8 * (k / 4) + k % 2`, where row = lane / 4 and
+col = 2 * (lane % 4) are the thread's first (PTX ISA 9.7.14.5.8, figure of the m16n8 accumulator). A fragment is a tuple of
+registers; a packed one has two 16-bit values in each. `elementwise` makes a plain scalar function work on all of it.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
+from .ptx.asm import F32, I1, I32, I64, emit, literals, pack, unpack
+from .ptx.memory import half_to_float, halves
+
+NEG_INF = F32(float("-inf"))
+PAIR = types.UniTuple(types.float32, 2)
+
+
+def row_of(k: int) -> int:
+    """0 or 8: the row of register k after the thread's first."""
+    return 8 * (k // 2 % 2)
+
+
+def col_of(k: int) -> int:
+    return 8 * (k // 4) + k % 2
+
+
+@intrinsic
+def zeros(typingctx: Any, count: Any) -> Any:
+    """A fragment of `count` float32 zeros."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [F32(0.0)] * n)
+    return signature(types.UniTuple(types.float32, n), count), generate
+
+
+@intrinsic
+def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
+    """This thread's maxima of its two rows, and of max0 and max1."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows: list[Any] = []
+        registers = unpack(builder, args[0], acc.count)
+        for r, start in ((0, args[1]), (2, args[2])):
+            # two chains a row: half the latency of one
+            chains = [start, None]
+            for i, k in enumerate(range(r, acc.count, 4)):
+                pair = emit_max(builder, registers[k], registers[k + 1]) if chains[i % 2] is None else None
+                chains[i % 2] = pair if pair is not None else emit_max(builder, emit_max(builder, chains[i % 2], registers[k]), registers[k + 1])
+            rows.append(chains[0] if chains[1] is None else emit_max(builder, chains[0], chains[1]))
+        return pack(builder, rows)
+    return signature(PAIR, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def row_sum(typingctx: Any, acc: Any) -> Any:
+    """This thread's sums of its two rows."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, rows = unpack(builder, args[0], acc.count), []
+        for r in (0, 2):
+            terms = [registers[k + i] for k in range(r, acc.count, 4) for i in (0, 1)]
+            while len(terms) > 1:
+                terms = [builder.fadd(*terms[j:j + 2]) if j + 1 < len(terms) else terms[j] for j in range(0, len(terms), 2)]
+            rows.append(terms[0])
+        return pack(builder, rows)
+    return signature(PAIR, acc), generate
+
+
+def _quad(combine: Any) -> Any:
+    @intrinsic
+    def reduce(typingctx: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = args[0]
+            for distance in (1, 2):
+                other = emit(builder, F32, f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
+                value = combine(builder, value, other)
+            return value
+        return signature(types.float32, types.float32), generate
+    return reduce
+
+
+# over the four threads that share a row
+quad_max = _quad(emit_max)
+quad_sum = _quad(lambda builder, a, b: builder.fadd(a, b))
+
+
+@intrinsic
+def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> Any:
+    """exp2(acc * scale - max) with the maximum of each row."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        minus = [builder.fsub(F32(-0.0), x) for x in args[2:]]
+        registers = unpack(builder, args[0], acc.count)
+        return pack(builder, [emit_exp2(builder, emit_fma(builder, x, args[1], minus[row_of(k) // 8])) for k, x in enumerate(registers)])
+    return signature(acc, acc, types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
+    """Each row times its factor."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fmul(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: Any) -> Any:
+    """acc where lo <= column < hi, else -inf; bounds per row, counted from the thread's first column."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        out = []
+        for k, x in enumerate(unpack(builder, args[0], acc.count)):
+            lo, hi = args[1 + row_of(k) // 4:3 + row_of(k) // 4]
+            column = I32(col_of(k))
+            out.append(builder.select(builder.and_(builder.icmp_signed("<=", lo, column), builder.icmp_signed("<", column, hi)), x, NEG_INF))
+        return pack(builder, out)
+    return signature(acc, acc, *[types.int32] * 4), generate
+
+
+@intrinsic
+def keep_below(typingctx: Any, acc: Any, hi0: Any, hi1: Any) -> Any:
+    """acc where column < hi, else -inf; as keep_interval where rows have no lower bound."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.select(builder.icmp_signed("<", I32(col_of(k)), args[1 + row_of(k) // 8]), x, NEG_INF)
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.int32, types.int32), generate
+
+
+def make_pack(dtype: str) -> Any:
+    """packed = to_half(acc): rounded to 16-bit `dtype`, ready as the A operand of the next product."""
+    @intrinsic
+    def to_half(typingctx: Any, acc: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            x = unpack(builder, args[0], acc.count)
+            return pack(builder, [emit_pack_half(builder, x[k], x[k + 1], dtype) for k in range(0, acc.count, 2)])
+        return signature(types.UniTuple(types.int32, acc.count // 2), acc), generate
+    return to_half
+
+
+def _call(context: Any, builder: Any, f: Any, sig: Any) -> Any:
+    """A scalar Python function, compiled into the kernel; returns call(arguments)."""
+    compiled = context.compile_subroutine(builder, f, sig)
+    descriptor = getattr(compiled, "fndesc", compiled)
+
+    def call(arguments: list[Any]) -> Any:
+        return context.call_internal_no_propagate(builder, descriptor, sig, arguments)[1]
+    return call
+
+
+def elementwise(f: Any) -> Any:
+    """acc = apply(acc, row, col, extra): f(x, row, column, *extra) on every element; row and col are the thread's first.
+
+    f is a plain function of float32, int32, int32 and the types of the tuple `extra`; it is inlined for each register.
+    """
+    @intrinsic
+    def apply(typingctx: Any, acc: Any, row: Any, col: Any, extra: Any) -> Any:
+        sig = signature(types.float32, types.float32, types.int32, types.int32, *extra.types)
+
+        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            call = _call(context, builder, f, sig)
+            rest = [builder.extract_value(args[3], i) for i in range(len(extra.types))]
+            return pack(builder, [call([x, builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k))), *rest])
+                                  for k, x in enumerate(unpack(builder, args[0], acc.count))])
+        return signature(acc, acc, types.int32, types.int32, extra), generate
+    return apply
+
+
+@intrinsic
+def add_rows(typingctx: Any, acc: Any, other: Any, factor: Any) -> Any:
+    """acc + factor * other, both float32 fragments."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [emit_fma(builder, y, args[2], x) for x, y in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
+    return signature(acc, acc, acc, types.float32), generate
+
+
+def make_gather(dtype: str) -> Any:
+    """tile = gather(pointer0, pointer1, stride, limit0, limit1, count): elements of a score-shaped operand, as 32-bit registers.
+
+    `pointer0` and `pointer1` are the addresses of the thread's two rows at its first column, `stride` the bytes between columns,
+    `limit` the columns of a row that exist, counted from there; the others are not read and are 0. 16-bit pairs with
+    stride 2 and an even address are one load of 32 bits. Unpacked later by `make_unpack`, so that the loads can be issued early.
+    """
+    size = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}[dtype]
+    load = {4: ("ld.global.b32 $0, [$1];", I32), 2: ("{ .reg .u16 t; ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }", I32),
+            1: ("ld.global.u8 $0, [$1];", I32)}[size]
+
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, stride: Any, limit0: Any, limit1: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for k in range(n):
+                column = col_of(k)
+                pointer = builder.add(args[row_of(k) // 8], builder.mul(args[2], I64(column)))
+                inside = builder.icmp_signed("<", I32(column), args[3 + row_of(k) // 8])
+                out.append(_load_if(builder, inside, pointer, load[0]))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n), types.uint64, types.uint64, types.int64, types.int32, types.int32, count), generate
+    return gather
+
+
+def _load_if(builder: Any, inside: Any, pointer: Any, text: str) -> Any:
+    """The 32-bit result of a load, 0 and no access where `inside` is false."""
+    guarded = f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b32 $0, 0; @p {text} }}" if not text.startswith("{") else \
+        "{ .reg .pred p; .reg .u16 t; setp.ne.u32 p, $2, 0; mov.u16 t, 0; @p ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }"
+    return emit(builder, I32, guarded, "=r,l,r", [pointer, builder.zext(inside, I32)])
+
+
+def make_gather_pairs() -> Any:
+    """As make_gather for 16-bit elements at stride 2: two columns a load. Needs even strides and 4-byte alignment of rows."""
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for k in range(0, n, 2):
+                pointer = builder.add(args[row_of(k) // 8], I64(2 * col_of(k)))
+                inside = builder.icmp_signed("<", I32(col_of(k)), args[2 + row_of(k) // 8])
+                out.append(_load_if(builder, inside, pointer, "ld.global.b32 $0, [$1];"))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 2, count), generate
+    return gather
+
+
+def make_unpack(dtype: str, pairs: bool) -> Any:
+    """acc = unpack(tile): what make_gather read, as float32."""
+    @intrinsic
+    def to_float(typingctx: Any, tile: Any) -> Any:
+        n = tile.count * (2 if pairs else 1)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out: list[Any] = []
+            for word in unpack(builder, args[0], tile.count):
+                if dtype == "float32":
+                    out.append(builder.bitcast(word, F32))
+                else:
+                    low, high = halves(builder, word)
+                    out += [half_to_float(builder, x, dtype) for x in ((low, high) if pairs else (low,))]
+            return pack(builder, out)
+        return signature(types.UniTuple(types.float32, n), tile), generate
+    return to_float
+
+
+@intrinsic
+def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
+    """acc where the boolean tile holds True, else -inf."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.select(builder.icmp_unsigned("!=", keep, I32(0)), x, NEG_INF) for x, keep in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
+    return signature(acc, acc, tile), generate
+
+
+def make_dropout(philox: Any) -> Any:
+    """acc = drop(acc, row16, col16, lane, plane, offset, key0, key1, threshold): 0 where the definition in philox.py drops.
+
+    `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head;
+    `threshold` is shifted left by 16. One Philox call gives the eight registers of each 16 x 16 piece.
+    """
+    words = types.UniTuple(types.uint32, 4)
+    sig = signature(words, *[types.uint32] * 6)
+
+    @intrinsic
+    def drop(typingctx: Any, acc: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any, threshold: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            row16, col16, lane, plane, offset, key0, key1, threshold = args[1:]
+            call = _call(context, builder, philox, sig)
+            row = builder.add(builder.shl(row16, I32(3)), builder.lshr(lane, I32(2)))
+            thread = builder.and_(lane, I32(3))
+            out: list[Any] = []
+            registers = unpack(builder, args[0], acc.count)
+            for piece in range(acc.count // 8):
+                column = builder.add(builder.shl(builder.add(col16, I32(piece)), I32(2)), thread)
+                random = unpack(builder, call([row, column, plane, offset, key0, key1]), 4)
+                for k in range(8):
+                    word = random[row_of(k) // 4 + k // 4]
+                    lane16 = word if k % 2 else builder.shl(word, I32(16))
+                    keep = builder.icmp_unsigned(">=", lane16, threshold)
+                    out.append(builder.select(keep, registers[8 * piece + k], F32(0.0)))
+            return pack(builder, out)
+        return signature(acc, acc, *[types.int32] * 4, *[types.uint32] * 4), generate
+    return drop
+
+
+def make_store(dtype: str) -> Any:
+    """store(packed, address0, address1, rows, columns): a packed fragment to two rows of global memory, pairs of 16-bit elements.
+
+    Addresses are those of the thread's first column in each row; `rows` is how many of the two exist (first column's address
+    may be 2-byte aligned only), `columns` how many elements from there.
+    """
+    size = 2
+
+    @intrinsic
+    def store(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            text = ("{ .reg .pred p; .reg .b16 t, u; setp.ne.u32 p, $2, 0; mov.b32 {t, u}, $1; @p st.global.b16 [$0], t; "
+                    "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }")
+            for j, word in enumerate(unpack(builder, args[0], packed.count)):
+                k = 2 * j
+                keep = builder.icmp_unsigned("!=", args[3 + row_of(k) // 8], I32(0))
+                guards = [builder.zext(builder.and_(keep, builder.icmp_signed("<", I32(col_of(k) + i), args[5])), I32) for i in (0, 1)]
+                address = builder.add(args[1 + row_of(k) // 8], I64(size * col_of(k)))
+                emit(builder, ir.VoidType(), text, "l,r,r,r,~{memory}", [address, word, *guards])
+            return context.get_dummy_value()
+        return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
+    return store
+
+
+__all__ = ["I1", "PAIR", "add_rows", "elementwise", "exp2_minus", "keep_below", "keep_interval", "keep_nonzero", "make_dropout", "make_gather",
+           "make_gather_pairs", "make_pack", "make_store", "make_unpack", "quad_max", "quad_sum", "row_max", "row_sum", "scale_rows", "zeros"]

@@ -1,0 +1,38 @@
+"""Packed problems on the device: the table of their sequences (schedule.py), written before the kernel that reads it."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..buffers import View
+from .compile import load
+from .schedule import plan_packed, table_bytes
+from .spec import Call
+from .workspace import temporary
+
+
+def _letter(x: View | None) -> str:
+    return "" if x is None else "q" if x.dtype == "int64" else "i"
+
+
+@contextmanager
+def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
+    """Address of the table for tiles of `block_m` rows, valid for work enqueued inside the block; 0 for a dense problem."""
+    p, o = call.problem, call.operands
+    if not p.packed:
+        yield 0
+        return
+    assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
+    source = plan_packed(_letter(o.cu_seqlens_q), _letter(o.cu_seqlens_k), _letter(o.seqused_k), block_m)
+    with temporary(table_bytes(p.batch), ordinal, stream) as memory:
+        used = o.seqused_k.ptr if o.seqused_k else 0
+        load(source, ordinal).launch(1, [memory, o.cu_seqlens_q.ptr, o.cu_seqlens_k.ptr, used, p.batch, p.num_heads, p.total_q], stream)
+        yield memory
+
+
+def most_tiles(call: Call, block_m: int) -> int:
+    """Tiles of a dense problem; an upper bound for a packed one, whose lengths only the device knows."""
+    p = call.problem
+    if p.total_q is None:
+        return p.batch * p.num_heads * -(-p.seqlen_q // block_m)
+    return p.num_heads * (p.total_q // block_m + min(p.batch + 1, p.total_q))

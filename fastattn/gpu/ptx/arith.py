@@ -1,0 +1,29 @@
+"""Arithmetic that Python operators do not reach: approximate functions, packed conversions (PTX ISA 9.7.3, 9.7.9.21)."""
+from __future__ import annotations
+
+from typing import Any
+
+from .asm import F32, I32, emit, instruction
+
+exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
+log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
+reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    # 1 ulp
+fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # a NaN operand loses
+CONVERT = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
+
+
+def emit_max(builder: Any, a: Any, b: Any) -> Any:
+    return emit(builder, F32, "max.f32 $0, $1, $2;", "=f,f,f", [a, b], side_effect=False)
+
+
+def emit_exp2(builder: Any, a: Any) -> Any:
+    return emit(builder, F32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", [a], side_effect=False)
+
+
+def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return emit(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], side_effect=False)
+
+
+def emit_pack_half(builder: Any, low: Any, high: Any, dtype: str) -> Any:
+    """Two float32 rounded to 16 bits, in one 32-bit register."""
+    return emit(builder, I32, f"{CONVERT[dtype]} $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)

@@ -1,0 +1,29 @@
+"""stmatrix: a warp writes accumulator registers to shared memory as 8x8 tiles of 16 bits (PTX ISA 9.7.14.5.16)."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .asm import I32, VOID, emit, literals, unpack
+
+
+@intrinsic
+def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: Any, panel_bytes: Any) -> Any:
+    """A packed 16 x N accumulator of each warp into 128-byte swizzled panels of 64 columns.
+
+    row_address: shared address of this lane's row (lane % 16); lane_swizzle: ((row % 8) * 16) ^ (lane / 16 * 16).
+    """
+    [panel] = literals(panel_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], packed.count)
+        for j in range(packed.count // 4):
+            column = builder.xor(args[2], I32(2 * j % 8 * 16))
+            address = builder.add(builder.add(args[1], column), I32(2 * j // 8 * panel))
+            emit(builder, VOID, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}",
+                 [address, *registers[4 * j:4 * j + 4]])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate

@@ -1,0 +1,57 @@
+"""Loads, stores and atomics by address: 64-bit global (uint64), 32-bit shared (int32) (PTX ISA 9.7.9.8, 9.7.9.11, 9.7.13.5)."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .asm import F32, I16, I32, I64, emit, instruction
+
+load_f32 = instruction("ld.global.f32 $0, [$1];", "l", "f")
+load_f64 = instruction("ld.global.f64 $0, [$1];", "l", "d")
+load_b32 = instruction("ld.global.b32 $0, [$1];", "l", "r")
+load_u16 = instruction("{ .reg .u16 t; ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }", "l", "r")
+load_u8 = instruction("ld.global.u8 $0, [$1];", "l", "r")
+store_f32 = instruction("st.global.f32 [$0], $1;", "lf")
+store_f64 = instruction("st.global.f64 [$0], $1;", "ld")
+store_b32 = instruction("st.global.b32 [$0], $1;", "lr")
+store_b16 = instruction("{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t; }", "lr")
+load_shared_b32 = instruction("ld.shared.b32 $0, [$1];", "r", "r")
+store_shared_b32 = instruction("st.shared.b32 [$0], $1;", "rr")
+store_shared_zero16 = instruction("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "r")
+# the old value; one more each time, and wrapping to 0 after `limit`
+atomic_add_b32 = instruction("atom.global.add.u32 $0, [$1], $2;", "lr", "r")
+atomic_inc_wrap = instruction("atom.global.inc.u32 $0, [$1], $2;", "lr", "r")
+fence_gpu = instruction("fence.acq_rel.gpu;")
+
+
+@intrinsic
+def shared_address(typingctx: Any, array: Any) -> Any:
+    """The 32-bit shared address of a cuda.shared.array."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        address = emit(builder, I64, "cvta.to.shared.u64 $0, $1;", "=l,l", [builder.ptrtoint(data, I64)], side_effect=False)
+        return builder.trunc(address, I32)
+    return signature(types.int32, array), generate
+
+
+def half_to_float(builder: Any, bits: Any, dtype: str) -> Any:
+    """float32 of 16 bits (an i16 value) of float16 or bfloat16."""
+    if dtype == "bfloat16":
+        return builder.bitcast(builder.shl(builder.zext(bits, I32), I32(16)), F32)
+    return emit(builder, F32, "cvt.f32.f16 $0, $1;", "=f,h", [bits], side_effect=False)
+
+
+def halves(builder: Any, word: Any) -> tuple[Any, Any]:
+    """Low and high 16 bits of a 32-bit value."""
+    return builder.trunc(word, I16), builder.trunc(builder.lshr(word, I32(16)), I16)
+
+
+def load_scalar(dtype: str) -> Any:
+    """float32 of one element at a global address, whatever its floating dtype."""
+    text = {"float32": "ld.global.f32 $0, [$1];", "float64": "{ .reg .f64 t; ld.global.f64 t, [$1]; cvt.rn.f32.f64 $0, t; }",
+            "float16": "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.f32.f16 $0, t; }",
+            "bfloat16": "{ .reg .b16 t, z; mov.b16 z, 0; ld.global.b16 t, [$1]; mov.b32 $0, {z, t}; }"}[dtype]
+    return instruction(text, "l", "f")

@@ -1,0 +1,25 @@
+"""Named barriers, proxy fences, register reallocation and warp shuffles (PTX ISA 9.7.13.1, 9.7.13.4, 9.7.20.5, 9.7.9.6)."""
+from __future__ import annotations
+
+from typing import Any
+
+from .asm import instruction
+
+# barrier(number, threads): wait for all; arrive(number, threads): go on
+barrier = instruction("bar.sync $0, $1;", "rr")
+barrier_arrive = instruction("bar.arrive $0, $1;", "rr")
+# ordinary writes to shared memory before it are seen by wgmma and the copy engine after it
+fence_async = instruction("fence.proxy.async.shared::cta;")
+# the value of lane 0: tells the compiler that it is the same for the whole warp
+uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
+shuffle_xor_1 = instruction("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "f", "f")
+shuffle_xor_2 = instruction("shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "f", "f")
+
+
+def increase_registers(count: int) -> Any:
+    """setmaxnreg.inc for the calling warpgroup; `count` a multiple of 8 in [24, 256]."""
+    return instruction(f"setmaxnreg.inc.sync.aligned.u32 {count};")
+
+
+def decrease_registers(count: int) -> Any:
+    return instruction(f"setmaxnreg.dec.sync.aligned.u32 {count};")

@@ -1,0 +1,20 @@
+"""The bulk copy engine (PTX ISA 9.7.9.25 to 27): tiles between global and shared memory by tensor map, and flat bulk copies.
+
+Tensor maps have four axes here: (head_dim, row, head, batch), see gpu/tensormap.py.
+"""
+from __future__ import annotations
+
+from .asm import instruction
+
+# load(shared, map, barrier, dim, row, head, batch)
+load = instruction("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                   " [$0], [$1, {$3, $4, $5, $6}], [$2];", "rlrrrrr")
+# store(map, shared, dim, row, head, batch); elements outside the tensor are not written
+store = instruction("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [$0, {$2, $3, $4, $5}], [$1];", "lrrrrr")
+prefetch_map = instruction("prefetch.tensormap [$0];", "l")
+commit = instruction("cp.async.bulk.commit_group;")
+wait_read = instruction("cp.async.bulk.wait_group.read 0;")     # until the stores so far have read shared memory
+wait_all = instruction("cp.async.bulk.wait_group 0;")           # until the stores so far are in global memory
+# bulk_load(shared, global, bytes, barrier) and reduce_add_f32(global, shared, bytes): 16-byte aligned, sizes too
+bulk_load = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];", "rlrr")
+reduce_add_f32 = instruction("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], $2;", "lrr")

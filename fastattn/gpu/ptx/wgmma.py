@@ -1,0 +1,100 @@
+"""wgmma: a warpgroup multiplies 64 rows (PTX ISA 9.7.15), operands float16 or bfloat16, sums float32.
+
+Shared operands are 128-byte swizzled panels of 64 elements (gpu/smem.py). The accumulator of 64 x N gives a thread rows lane/4 and
+lane/4 + 8 of its warp's 16, columns 8 j + 2 (lane % 4) + {0, 1}; packed to 16 bits it is the A operand of the next product.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .asm import F32, I32, I64, emit_many, instruction, literals, pack, unpack
+
+KIND = {"float16": "f16", "bfloat16": "bf16"}
+SWIZZLE_128B = 1 << 62
+# before the first wgmma, and before each batch whose register operands were written since the last
+fence = instruction("wgmma.fence.sync.aligned;")
+commit = instruction("wgmma.commit_group.sync.aligned;")
+
+
+def wait(pending: int) -> Any:
+    """acc = wait(acc): until at most `pending` groups run; the accumulator passes through so that its uses stay behind it."""
+    @intrinsic
+    def wait_group(typingctx: Any, acc: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            n = acc.count
+            constraints = ",".join(["=f"] * n + [str(k) for k in range(n)] + ["~{memory}"])
+            return pack(builder, emit_many(builder, F32, f"wgmma.wait_group.sync.aligned {pending};", constraints,
+                                           unpack(builder, args[0], n), []))
+        return signature(acc, acc), generate
+    return wait_group
+
+
+wait_all, wait_all_but_one = wait(0), wait(1)
+
+
+def _descriptor(builder: Any, address: Any, leading: int) -> Any:
+    start = builder.zext(builder.lshr(address, I32(4)), I64)
+    return builder.or_(start, I64(SWIZZLE_128B | (64 << 32) | ((leading >> 4) << 16)))
+
+
+@intrinsic
+def k_major(typingctx: Any, address: Any) -> Any:
+    """Descriptor of an operand stored with the summed axis along the panels' rows of 128 bytes."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _descriptor(builder, args[0], 16)
+    return signature(types.uint64, types.int32), generate
+
+
+@intrinsic
+def mn_major(typingctx: Any, address: Any, panel_bytes: Any) -> Any:
+    """Descriptor of an operand stored with its other axis along the rows: panels are `panel_bytes` apart."""
+    [panel] = literals(panel_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _descriptor(builder, args[0], panel)
+    return signature(types.uint64, types.int32, panel_bytes), generate
+
+
+def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: Any, clear: bool, transposed: tuple[int, int]) -> list[Any]:
+    """acc (or 0, when `clear`) + A B for one step of 16; A is a descriptor or four registers."""
+    n, count = len(acc), len(a)
+    at = 2 * n                     # the accumulators are numbered twice, as results and as operands
+    registers = ", ".join(f"${k}" for k in range(n))
+    first = f"${at}" if count == 1 else "{" + ", ".join(f"${at + k}" for k in range(4)) + "}"
+    flags = f"{transposed[0]}, {transposed[1]}" if count == 1 else f"{transposed[1]}"
+    text = (f"{{ .reg .pred add; setp.ne.b32 add, ${at + count + 1}, 0;\n"
+            f"wgmma.mma_async.sync.aligned.m64n{2 * n}k16.f32.{KIND[dtype]}.{KIND[dtype]} {{{registers}}}, {first}, ${at + count}, "
+            f"add, 1, 1, {flags}; }}")
+    constraints = ",".join(["=f"] * n + [str(k) for k in range(n)] + ["l" if count == 1 else "r"] * count + ["l", "n"])
+    return emit_many(builder, F32, text, constraints, acc, [*a, b, I32(0 if clear else 1)])
+
+
+def make_products(dtype: str) -> tuple[Any, Any]:
+    """(qk, pv) for 16-bit `dtype`."""
+    @intrinsic
+    def qk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
+        """acc (64 x N) = A (64 x depth) B (N x depth)^T, both in shared memory, K-major, in panels of `a_rows` and `b_rows` rows."""
+        d, rows_a, rows_b = literals(depth, a_rows, b_rows)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = unpack(builder, args[0], acc.count)
+            for k in range(d // 16):
+                at = [builder.add(x, I64((k // 4 * rows * 128 + k % 4 * 32) >> 4)) for x, rows in ((args[1], rows_a), (args[2], rows_b))]
+                registers = _multiply(builder, dtype, registers, at[:1], at[1], k == 0, (0, 0))
+            return pack(builder, registers)
+        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+
+    @intrinsic
+    def pv(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
+        """acc (64 x N) += P (64 x depth, registers) B (depth x N, MN-major in shared memory)."""
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
+            for k in range(p.count // 4):
+                registers = _multiply(builder, dtype, registers, a[4 * k:4 * k + 4], builder.add(args[2], I64(k * 2048 >> 4)), False, (0, 1))
+            return pack(builder, registers)
+        return signature(acc, acc, p, types.uint64), generate
+    return qk, pv

@@ -1,0 +1,162 @@
+"""Which tile of query rows a block works on next: number -> (m_block, head, batch, where its rows and keys are).
+
+Dense problems compute it. Packed ones look it up in a table that `plan_packed` writes on the device, so that cumulative lengths are
+never read back: one entry per sequence, most work first, and a last one for rows that belong to no sequence.
+"""
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from numba import cuda, int32, int64, uint64
+
+from .compile import Source
+from .inline import inline
+from .ptx.memory import load_b32, store_b32
+from .spec import Spec
+
+ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, two spare
+PLAN_THREADS = 1024
+SORTED = 4096       # sequences up to which the table is sorted: ranks are counted, n * n / 1024 steps
+
+
+def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
+    """tile_at(a, t) -> m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k for 0 <= t < num_tiles(a).
+
+    Heads go in groups of a.head_group whose K and V fit the L2 cache; inside a group the last rows, which have most keys under
+    a causal mask, come first.
+    """
+    PACKED = spec.packed
+
+    @inline
+    def in_group(r, m_blocks, heads, head_group):
+        """Tile r of `heads` heads with `m_blocks` each -> (m_block, head)."""
+        g = r // (head_group * m_blocks)
+        r = r - g * (head_group * m_blocks)
+        size = min(head_group, heads - g * head_group)
+        return int32(m_blocks - 1 - r // size), int32(g * head_group + r % size)
+
+    @inline
+    def entry(a, i, field):
+        return load_b32(uint64(a.table + uint64(i * ENTRY + field * 4)))
+
+    @inline
+    def tile_at(a, t):
+        if PACKED:
+            low, high = int32(0), int32(a.batch + 1)        # the last entry whose first tile is <= t
+            while high - low > 1:
+                middle = int32((low + high) >> 1)
+                if entry(a, middle, 5) <= t:
+                    low = middle
+                else:
+                    high = middle
+            seqlen_q = entry(a, low, 1)
+            m_block, head = in_group(int32(t - entry(a, low, 5)), int32((seqlen_q + BLOCK_M - 1) // BLOCK_M), a.num_heads, a.head_group)
+            return m_block, head, entry(a, low, 4), entry(a, low, 0), seqlen_q, entry(a, low, 2), entry(a, low, 3)
+        else:
+            m_block, head = in_group(t, int32((a.seqlen_q + BLOCK_M - 1) // BLOCK_M), int32(a.num_heads * a.batch), a.head_group)
+            batch = int32(head // a.num_heads)
+            return m_block, int32(head - batch * a.num_heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k
+    return tile_at
+
+
+def make_num_tiles(spec: Spec) -> Any:
+    """num_tiles(a): for packed problems the table's last word."""
+    if not spec.packed:
+        @inline
+        def given(a):
+            return a.tiles
+        return given
+
+    @inline
+    def from_table(a):
+        return load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY)))
+    return from_table
+
+
+def table_bytes(batch: int) -> int:
+    return (batch + 1) * ENTRY + 16
+
+
+@cache
+def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) -> Source:
+    """The kernel that writes the table: one block. The letters are "i" (int32) or "q" (int64) of the three length arrays, "" for none."""
+    Q_BYTES, K_BYTES, USED = 8 if q_letter == "q" else 4, 8 if k_letter == "q" else 4, used_letter != ""
+    USED_BYTES = 8 if used_letter == "q" else 4
+    THREADS = PLAN_THREADS
+
+    @inline
+    def length(pointer, i, size):
+        return load_b32(uint64(pointer + uint64(i * size)))     # little-endian: the low half of an int64
+
+    @inline
+    def keys(a, i):
+        start = length(a.cu_seqlens_k, i, K_BYTES)
+        n = length(a.cu_seqlens_k, i + 1, K_BYTES) - start
+        if USED:
+            n = length(a.seqused_k, i, USED_BYTES)
+        return int32(n)
+
+    @inline
+    def work(a, i):
+        rows = length(a.cu_seqlens_q, i + 1, Q_BYTES) - length(a.cu_seqlens_q, i, Q_BYTES)
+        return int64(rows) * int64(keys(a, i) + BLOCK_M)
+
+    @inline
+    def put(a, i, field, value):
+        store_b32(uint64(a.table + uint64(i * ENTRY + field * 4)), int32(value))
+
+    @inline
+    def tiles_of(a, i):
+        rows = load_b32(uint64(a.table + uint64(i * ENTRY + 4)))
+        return int32((rows + BLOCK_M - 1) // BLOCK_M * a.num_heads)
+
+    def kernel(a):
+        thread = int32(cuda.threadIdx.x)
+        sums = cuda.shared.array(THREADS, int32)
+        for i in range(thread, a.batch, THREADS):
+            place = i
+            if a.batch <= SORTED:
+                mine, place = work(a, i), 0
+                for j in range(a.batch):
+                    other = work(a, j)
+                    if other > mine or (other == mine and j < i):
+                        place += 1
+            q_start = length(a.cu_seqlens_q, i, Q_BYTES)
+            put(a, place, 0, q_start)
+            put(a, place, 1, length(a.cu_seqlens_q, i + 1, Q_BYTES) - q_start)
+            put(a, place, 2, length(a.cu_seqlens_k, i, K_BYTES))
+            put(a, place, 3, keys(a, i))
+            put(a, place, 4, i)
+        if thread == 0:     # rows of no sequence
+            end = length(a.cu_seqlens_q, a.batch, Q_BYTES)
+            put(a, a.batch, 0, end)
+            put(a, a.batch, 1, a.total_q - end)
+            put(a, a.batch, 2, 0)
+            put(a, a.batch, 3, 0)
+            put(a, a.batch, 4, 0)
+        cuda.syncthreads()
+        # first tiles: each thread sums a stretch of entries, then they are shifted by the stretches before
+        share = (a.batch + 1 + THREADS - 1) // THREADS
+        begin, end = min(thread * share, a.batch + 1), min((thread + 1) * share, a.batch + 1)
+        total = int32(0)
+        for i in range(begin, end):
+            total += tiles_of(a, i)
+        sums[thread] = total
+        cuda.syncthreads()
+        if thread == 0:
+            before = int32(0)
+            for i in range(THREADS):
+                mine = sums[i]
+                sums[i] = before
+                before += mine
+            put(a, a.batch + 1, 0, before)
+        cuda.syncthreads()
+        first = sums[thread]
+        for i in range(begin, end):
+            put(a, i, 5, first)
+            first += tiles_of(a, i)
+
+    fields = "table:l cu_seqlens_q:l cu_seqlens_k:l seqused_k:l batch:i num_heads:i total_q:i"
+    return Source(f"plan_packed {q_letter}{k_letter}{used_letter} BLOCK_M {BLOCK_M}", lambda: kernel,
+                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS, 0)

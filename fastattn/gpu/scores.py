@@ -1,0 +1,94 @@
+"""From dot products to scores, in units of log2: softmax_scale, softcap, ALiBi, bias and the boolean mask, each absent when not asked for."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import float32, int32, uint64
+
+from .fragments import add_rows, elementwise, keep_nonzero, make_gather, make_gather_pairs, make_unpack
+from .inline import inline
+from .ptx.arith import exp2, reciprocal
+from .ptx.memory import load_scalar
+from .spec import LOG2E, Spec
+
+_LOG2E = float32(LOG2E)
+
+
+def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
+    """(prepare, fetch, score) for fragments of COUNT registers.
+
+    tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
+    early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
+    acc_s = score(a, acc_s, early, slope, row, col, diagonal)
+    """
+    SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
+    bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs, COUNT)
+    mask_tile, _ = _score_tile("bool", False, COUNT)
+    load_slope = load_scalar(spec.alibi or "float32")
+
+    def element(s, row, col, scale, cap, slope):
+        s = s * scale
+        if SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale and cap hold the factors of log2
+            s = cap * (float32(1) - float32(2) * reciprocal(exp2(s) + float32(1)))
+        if ALIBI:
+            s = s - slope * float32(int32(abs(int32(row - col))))
+        return s
+    scale_elements = elementwise(element)
+
+    @inline
+    def prepare(a, batch, head):
+        if ALIBI:
+            return load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head)) * _LOG2E
+        else:
+            return float32(0)
+
+    @inline
+    def fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k):
+        if BIAS:
+            return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
+        else:
+            return int32(0)
+
+    @inline
+    def fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k):
+        if MASK:
+            return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_row, a.mask_col, batch, head, row, col, seqlen_q, seqlen_k)
+        else:
+            return int32(0)
+
+    @inline
+    def fetch(a, batch, head, row, col, seqlen_q, seqlen_k):
+        return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
+
+    @inline
+    def score(a, acc_s, early, slope, row, col, diagonal):
+        if SCALED:
+            scale, cap = a.softmax_scale, float32(0)
+            if SOFTCAP:
+                scale, cap = float32(2) * a.softmax_scale / a.softcap, a.softcap * _LOG2E
+            acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
+        if BIAS:
+            acc_s = add_rows(acc_s, bias_float(early[0]), _LOG2E)
+        if MASK:
+            acc_s = keep_nonzero(acc_s, early[1])
+        return acc_s
+
+    return prepare, fetch, score
+
+
+def _score_tile(dtype: str, pairs: bool, COUNT: int) -> tuple[Any, Any]:
+    """(tile, to_float): the thread's elements of a (batch, head, row, column) operand, and those as float32."""
+    gather = make_gather_pairs() if pairs else make_gather(dtype)
+
+    @inline
+    def tile(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k):
+        row0 = uint64(pointer + batch * by_batch + head * by_head + row * by_row + col * by_col)
+        row1 = uint64(row0 + uint64(8 * by_row))
+        limit0 = int32(seqlen_k - col) if row < seqlen_q else int32(0)
+        limit1 = int32(seqlen_k - col) if row + 8 < seqlen_q else int32(0)
+        if pairs:
+            return gather(row0, row1, limit0, limit1, COUNT)
+        else:
+            return gather(row0, row1, by_col, limit0, limit1, COUNT)
+    return tile, make_unpack(dtype, pairs)

@@ -1,0 +1,70 @@
+"""The online softmax on fragments: the lines that every tensor-core kernel shares (Milakov and Gimelshein 2018; FlashAttention-2).
+
+A thread holds two rows: row_max in score units, row_sum of its own columns. Exponents are base 2.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import float32
+
+from .fragments import exp2_minus, quad_max, quad_sum, row_max, row_sum
+from .inline import inline
+from .ptx.arith import exp2, log2, reciprocal
+from .ptx.memory import load_scalar
+from .spec import LOG2E, Spec
+
+NEG_INF = float32(-math.inf)
+_LN2, _LOG2E = float32(math.log(2)), float32(LOG2E)
+
+
+def make_softmax(spec: Spec) -> tuple[Any, Any]:
+    """(update, finish).
+
+    acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1): scores become probabilities,
+    alpha is what older sums and outputs must be multiplied by.
+    scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1): factors of the output rows (0: a row that saw nothing).
+    """
+    SCALED, SINKS, DROPOUT = spec.scaled, spec.sinks is not None, spec.dropout
+    load_sink = load_scalar(spec.sinks or "float32")
+
+    @inline
+    def finite(x):
+        return float32(0) if x == NEG_INF else x
+
+    @inline
+    def update(a, acc_s, max0, max1, sum0, sum1):
+        scale = float32(1) if SCALED else a.softmax_scale
+        new = row_max(acc_s, max0, max1)
+        new0, new1 = quad_max(new[0]), quad_max(new[1])
+        ms0, ms1 = finite(new0) * scale, finite(new1) * scale       # a row that saw nothing yet: exp2(-inf - 0) = 0
+        alpha0, alpha1 = exp2(max0 * scale - ms0), exp2(max1 * scale - ms1)
+        acc_s = exp2_minus(acc_s, scale, ms0, ms1)
+        part = row_sum(acc_s)
+        return acc_s, new0, new1, sum0 * alpha0 + part[0], sum1 * alpha1 + part[1], alpha0, alpha1
+
+    @inline
+    def finish_row(a, head, maximum, total):
+        scale = float32(1) if SCALED else a.softmax_scale
+        total = quad_sum(total)
+        top = maximum * scale
+        factor = float32(1)
+        if SINKS:
+            sink = load_sink(a.sinks + head * a.sinks_head) * _LOG2E
+            new = max(top, sink)
+            factor = exp2(top - finite(new))
+            total = total * factor + exp2(sink - finite(new))
+            top = new
+        lse = (top + log2(total)) * _LN2 if total != float32(0) else NEG_INF
+        if DROPOUT:
+            factor = factor * a.keep_scale
+        return (factor / total if total != float32(0) else float32(0)), lse
+
+    @inline
+    def finish(a, head, max0, max1, sum0, sum1):
+        scale0, lse0 = finish_row(a, head, max0, sum0)
+        scale1, lse1 = finish_row(a, head, max1, sum1)
+        return scale0, scale1, lse0, lse1
+
+    return update, finish

@@ -1,0 +1,155 @@
+"""What is compiled and what it is called with: the Spec of a Problem, and the run-time arguments of its kernel.
+
+A Spec has only what changes the code: which features are there, dtypes, padded head sizes. Numbers (scale, window, p, seed, lengths,
+strides) are arguments, so that one kernel serves them all.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..buffers import View
+from ..problem import Operands, Problem
+
+LOG2E = math.log2(math.e)
+FAR = 2**30          # windows beyond it are no limit: sums with a position stay inside 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Head sizes are padded to multiples of 16. `left` and `right`: whether rows have those limits.
+
+    `scaled`: scores are not q.k times a positive factor, so they are computed before the maximum is taken; then softcap, alibi and
+    bias apply. alibi, bias and sinks hold their operand's dtype. `bias_pairs`: two neighbours of a 16-bit bias can be read at once.
+    """
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    left: bool = False
+    right: bool = False
+    packed: bool = False
+    scaled: bool = False
+    softcap: bool = False
+    alibi: str | None = None
+    bias: str | None = None
+    bias_pairs: bool = False
+    mask: bool = False
+    sinks: str | None = None
+    dropout: bool = False
+    lse: bool = True
+
+    @property
+    def text(self) -> str:
+        """Short and unique: d128 causal ..."""
+        on = [name for name in ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse") if getattr(self, name)]
+        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks") if getattr(self, name)]
+        dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        return " ".join([self.dtype, f"head_dim {dims}", *on])
+
+
+def _pad(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
+    s = p.score
+    scaled = s.softmax_scale <= 0 or s.softcap is not None or s.alibi or s.bias is not None
+    pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
+             and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
+    return Spec(p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), p.mask.left is not None, p.mask.right is not None, p.packed, scaled,
+                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes else None, s.bias, pairs, s.mask,
+                o.sinks.dtype if o.sinks else None, p.dropout is not None, lse)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch: the Problem and where everything is."""
+
+    problem: Problem
+    operands: Operands
+    out: View
+    lse: View | None
+
+
+Values = Callable[[Call], tuple[Any, ...]]
+
+
+def _stride(x: View | None, axis: int) -> int:
+    """Bytes between neighbours of a canonical view's axis, counted from the last; 0 for an axis that packed arrays do not have."""
+    return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
+
+
+def _group(on: bool, fields: str, values: Values) -> list[tuple[str, Values]]:
+    return [(fields, values)] if on else []
+
+
+def _strided(name: str, view: Callable[[Call], View]) -> tuple[str, Values]:
+    """Pointer and strides in bytes of q, k, v or out."""
+    def values(c: Call) -> tuple[Any, ...]:
+        x = view(c)
+        return x.ptr, _stride(x, -4), _stride(x, -3), _stride(x, -2), _stride(x, -1)
+    return f"{name}:l {name}_batch:q {name}_row:q {name}_head:q {name}_dim:q", values
+
+
+def _score_operand(name: str, view: Callable[[Call], View | None]) -> tuple[str, Values]:
+    """bias and mask: (batch, head, row, column) strides in bytes."""
+    def values(c: Call) -> tuple[Any, ...]:
+        x = view(c)
+        assert x is not None
+        return x.ptr, *x.strides
+    return f"{name}:l {name}_batch:q {name}_head:q {name}_row:q {name}_col:q", values
+
+
+def _features(spec: Spec) -> list[tuple[str, Values]]:
+    return [
+        ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
+        *_group(spec.left, "left:i", lambda c: (min(c.problem.mask.left or 0, FAR),)),
+        *_group(spec.right, "right:i", lambda c: (min(c.problem.mask.right or 0, FAR),)),
+        ("top_left:i", lambda c: (int(c.problem.mask.top_left),)),
+        *_group(spec.softcap, "softcap:f", lambda c: (c.problem.score.softcap,)),
+        *_group(spec.alibi is not None, "alibi:l alibi_batch:q alibi_head:q",
+                lambda c: (c.operands.alibi_slopes.ptr, *c.operands.alibi_slopes.strides)),  # type: ignore[union-attr]
+        *([_score_operand("bias", lambda c: c.operands.bias)] if spec.bias else []),
+        *([_score_operand("mask", lambda c: c.operands.mask)] if spec.mask else []),
+        *_group(spec.sinks is not None, "sinks:l sinks_head:q",
+                lambda c: (c.operands.sinks.ptr, c.operands.sinks.strides[0])),  # type: ignore[union-attr]
+        *_group(spec.dropout, "threshold:I keep_scale:f seed_low:I seed_high:I offset:I", _dropout_values),
+        *_group(spec.lse, "lse:l", lambda c: (c.lse.ptr if c.lse else 0,)),
+    ]
+
+
+def _dropout_values(c: Call) -> tuple[Any, ...]:
+    d = c.problem.dropout
+    assert d is not None
+    # compared with 16 bits in the upper half of a word; p = 1 keeps lane 65535, and keep_scale 0 removes it
+    return min(d.threshold, 65535) << 16, d.keep_scale, d.seed & 0xFFFFFFFF, d.seed >> 32, d.offset
+
+
+def _sizes(c: Call) -> tuple[Any, ...]:
+    p = c.problem
+    return p.seqlen_q, p.seqlen_k, p.batch, p.num_heads, p.group, p.head_dim, p.head_dim_v, p.total_q or 0
+
+
+class Arguments:
+    """The run-time arguments of a kernel: `fields` for compiling it, `values(call, *own)` for a launch.
+
+    `own` are the kernel's own fields ("counter:l tiles:i"), first in order; `strided` names the views it addresses itself.
+    """
+
+    def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = ()) -> None:
+        views: dict[str, Callable[[Call], View]] = {"q": lambda c: c.operands.q, "k": lambda c: c.operands.k, "v": lambda c: c.operands.v,
+                                                    "out": lambda c: c.out}
+        groups = [("seqlen_q:i seqlen_k:i batch:i num_heads:i group:i head_dim:i head_dim_v:i total_q:i", _sizes),
+                  *(_strided(name, views[name]) for name in strided), *_features(spec)]
+        texts = [own, *(text for text, _ in groups)]
+        self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
+        self._groups = [values for _, values in groups]
+
+    def values(self, call: Call, own: tuple[Any, ...] = ()) -> list[Any]:
+        values = list(own)
+        for group in self._groups:
+            values += group(call)
+        return values

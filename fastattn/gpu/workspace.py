@@ -1,0 +1,68 @@
+"""Small device memory that kernels need besides their operands: tile counters, and temporary tables.
+
+Nothing here synchronises: counters are zero whenever no kernel uses them, because the last block to finish leaves them so, and
+temporary memory is allocated and freed in stream order.
+"""
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cuda.bindings import driver
+
+from .device import capturing, check
+
+_COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
+
+
+class _Device:
+    """Counters are used in turn: two launches share one only if 32768 launches apart and running at the same time."""
+
+    def __init__(self, ordinal: int) -> None:
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        before = check(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
+        try:
+            self.memory = int(check(driver.cuMemAlloc(8 * _COUNTERS), "cuMemAlloc"))
+            check(driver.cuMemsetD8(self.memory, 0, 8 * _COUNTERS), "cuMemsetD8")
+            check(driver.cuCtxSynchronize(), "cuCtxSynchronize")       # once per device and process, before the first launch
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(before)
+        self.next, self.next_captured = itertools.cycle(range(_COUNTERS // 2)), itertools.cycle(range(_COUNTERS // 2, _COUNTERS))
+        properties = driver.CUmemPoolProps()
+        properties.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = ordinal
+        self.pool = check(driver.cuMemPoolCreate(properties), "cuMemPoolCreate")
+        kept = driver.cuuint64_t(64 << 20)      # bytes that a synchronising program does not give back
+        check(driver.cuMemPoolSetAttribute(self.pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, kept), "cuMemPoolSetAttribute")
+
+
+_devices: dict[int, _Device] = {}
+_lock = threading.Lock()
+
+
+def _device(ordinal: int) -> _Device:
+    found = _devices.get(ordinal)
+    if found is None:
+        with _lock:
+            found = _devices.get(ordinal) or _devices.setdefault(ordinal, _Device(ordinal))
+    return found
+
+
+def counter(ordinal: int, stream: int) -> int:
+    """Address of two int32 zeros for one launch, which must leave them zero. A captured launch keeps its own."""
+    d = _device(ordinal)
+    return d.memory + 8 * next(d.next_captured if capturing(stream) else d.next)
+
+
+@contextmanager
+def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
+    """Address of `size` bytes for the work enqueued on `stream` inside the block."""
+    d = _device(ordinal)
+    memory = check(driver.cuMemAllocFromPoolAsync(size, d.pool, stream), "cuMemAllocFromPoolAsync")
+    try:
+        yield int(memory)
+    finally:
+        check(driver.cuMemFreeAsync(memory, stream), "cuMemFreeAsync")
