@@ -11,11 +11,19 @@ bias           additive, broadcasts to (batch, num_heads, seqlen_q, seqlen_k); q
 mask           bool, same shapes, True = may attend
 sinks          (num_heads,) logits that join the softmax's denominator only
 dropout_p, seed, offset   Philox dropout of the probabilities, see philox.py; the backward takes the same three
-stream         CUDA arrays only
+stream         CUDA arrays only: all work of the call is put on it, behind what q's library has on its current stream; an int,
+               or a stream of cuda.core, torch, CuPy, Numba, or anything with __cuda_stream__. None: the current stream of
+               q's library where it can be known (torch, CuPy; the one that q's __cuda_array_interface__ names), else the legacy
+               default stream. The host never waits, so results are ready on that stream, not yet when a call returns.
 engine         None chooses by the arrays' device; "cpu", "gpu", "reference" force one
 
+CUDA: all arrays of a call are on q's device, lengths and slopes too, and results come in q's library (JAX and others by
+DLPack; a DeviceArray, which speaks DLPack, where q has no library). Lengths on the device are not read, so they are not
+checked, and max_seqlen_q and max_seqlen_k are the totals unless given. In a CUDA graph capture results come from torch's or
+CuPy's pools, or are given as `out`.
+
 Errors: ValueError and TypeError for wrong arguments, UnsupportedError where no engine has the combination, ImportError
-where the compiled CPU engine is missing.
+where the compiled CPU engine or the packages of the GPU engine are missing.
 """
 from __future__ import annotations
 
@@ -25,13 +33,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .buffers import CPU, Device, Grads, Output, View, allocate, overlap, small, view
+from .buffers import Device, Grads, Output, View, allocate, overlap, resolve, small, view
 from .errors import UnsupportedError, message
 from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
+from .streams import Stream
 
 Layout = Literal["bshd", "bhsd"]
 Packed = Literal["thd"]
-_MODULES = {"cpu": ".cpu", "reference": ".reference"}
+_MODULES = {"cpu": ".cpu", "gpu": ".gpu", "reference": ".reference"}
 _engines: dict[str, Any] = {}
 
 
@@ -48,8 +57,8 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tup
     input). `out` may be given and is returned. Other keywords and errors: see this module's docstring.
     """
     call = "attention"
-    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _forward(call, layout, engine, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
+    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
 
 
 def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool | str = False,
@@ -61,11 +70,11 @@ def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *,
     """Grads(dq, dk, dv, dbias, dsinks) of `attention` for dout, and dlse where lse was used too; out and lse as it gave them.
 
     Each gradient has its input's shape, layout and dtype. dbias (bias's own shape) only when need_dbias, dsinks only when
-    sinks were given. The CPU engine is deterministic always.
+    sinks were given. `deterministic` asks for the same bits in every run, at a price on the GPU; the CPU engine gives them always.
     """
     call = "attention_backward"
-    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _backward(call, layout, engine, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
+    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
+    return _backward(call, layout, engine, on, deterministic, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
                      softmax_scale, softcap, dropout_p, seed, offset)
 
 
@@ -84,8 +93,8 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     max_seqlen_q, max_seqlen_k) and are indexed inside each sequence. Rows of no sequence: out 0, lse -inf.
     """
     call = "attention_varlen"
-    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _forward(call, layout, engine, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
+    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
+    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
                     max_seqlen_q, max_seqlen_k, True)
 
 
@@ -99,35 +108,35 @@ def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: 
                               engine: str | None = None) -> Grads:
     """Grads of `attention_varlen`; see attention_backward. Rows of no sequence and keys past seqused_k have gradient 0."""
     call = "attention_varlen_backward"
-    o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _backward(call, layout, engine, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
+    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
+    return _backward(call, layout, engine, on, deterministic, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
                      softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, True)
 
 
 # ---------------------------------------------------------------- the flow they share
 def _operands(call: str, layout: str, stream: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, alibi_slopes: Any, sinks: Any,
-              cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None, packed: bool = False) -> Operands:
-    """Canonical Views of every array argument."""
+              cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None,
+              packed: bool = False) -> tuple[Stream | None, Operands]:
+    """The call's stream (None: host memory) and canonical Views of every array argument."""
     if layout not in (("thd",) if packed else ("bshd", "bhsd")):
         other = "attention" if packed else "attention_varlen takes packed arrays, layout 'thd'"
         raise ValueError(message(call, "layout", f"is {layout!r}", "'thd'" if packed else "'bshd' or 'bhsd'",
                                  f"{other} takes 'bshd' and 'bhsd'" if packed else other))
-    q_view, k_view, v_view = view(q, call, "q"), view(k, call, "k"), view(v, call, "v")
-    if stream is not None and q_view.device == CPU:
-        raise ValueError(message(call, "stream", f"is {stream!r}", "None, because q is in host memory"))
+    on = resolve(stream, q, call)
+    q_view, k_view, v_view = view(q, call, "q", on), view(k, call, "k", on), view(v, call, "v", on)
     if layout == "bhsd":
         q_view, k_view, v_view = _canonical(q_view, layout), _canonical(k_view, layout), _canonical(v_view, layout)
     if bias is None and mask is None and alibi_slopes is None and sinks is None and not packed:
-        return Operands(q_view, k_view, v_view)
+        return on, Operands(q_view, k_view, v_view)
     floats = "float64" if q_view.dtype == "float64" else "float32"
     lengths: tuple[View | None, ...] = (None, None, None)
     if packed:
-        lengths = (small(cu_seqlens_q, None, call, "cu_seqlens_q"), small(cu_seqlens_k, None, call, "cu_seqlens_k"),
-                   None if seqused_k is None else small(seqused_k, None, call, "seqused_k"))
-    return Operands(q_view, k_view, v_view, None if bias is None else view(bias, call, "bias"),
-                    None if mask is None else view(mask, call, "mask"),
-                    None if alibi_slopes is None else small(alibi_slopes, floats, call, "alibi_slopes"),
-                    None if sinks is None else small(sinks, floats, call, "sinks"), *lengths)
+        lengths = (small(cu_seqlens_q, None, call, "cu_seqlens_q", on), small(cu_seqlens_k, None, call, "cu_seqlens_k", on),
+                   None if seqused_k is None else small(seqused_k, None, call, "seqused_k", on))
+    return on, Operands(q_view, k_view, v_view, None if bias is None else view(bias, call, "bias", on),
+                        None if mask is None else view(mask, call, "mask", on),
+                        None if alibi_slopes is None else small(alibi_slopes, floats, call, "alibi_slopes", on),
+                        None if sinks is None else small(sinks, floats, call, "sinks", on), *lengths)
 
 
 def _canonical(x: View, layout: str) -> View:
@@ -146,34 +155,38 @@ def _problem(call: str, layout: str, o: Operands, causal: Any, window: Any, soft
         raise
 
 
-def _forward(call: str, layout: str, engine: str | None, q: Any, o: Operands, out: Any, return_lse: bool, causal: Any, window: Any,
-             softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
+def _forward(call: str, layout: str, engine: str | None, on: Stream | None, q: Any, o: Operands, out: Any, return_lse: bool, causal: Any,
+             window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
              max_seqlen_k: Any = None, packed: bool = False) -> Any:
     problem, o = _problem(call, layout, o, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
                           max_seqlen_k, packed)
     shape = _swapped(problem.out_shape, layout)
-    if out is not None:
-        _check_out(call, out, shape, problem, o)
+    given = None if out is None else _given_out(call, out, shape, problem, o, on)
     module = _engine(problem, engine, o.q.device)
-    output = allocate(q, shape, problem.dtype) if out is None else Output(view(out, call, "out"), out)
-    lse = allocate(q, problem.lse_shape, problem.lse_dtype) if return_lse else None
-    module.forward(problem, o, _canonical(output.view, layout), None if lse is None else lse.view)
+    output = allocate(q, shape, problem.dtype, on) if given is None else given
+    lse = allocate(q, problem.lse_shape, problem.lse_dtype, on) if return_lse else None
+    places = (_canonical(output.view, layout), None if lse is None else lse.view)
+    if on is None:
+        module.forward(problem, o, *places)
+    else:
+        module.forward(problem, o, *places, on.handle)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 
-def _check_out(call: str, out: Any, shape: tuple[int, ...], problem: Problem, o: Operands) -> None:
+def _given_out(call: str, out: Any, shape: tuple[int, ...], problem: Problem, o: Operands, on: Stream | None) -> Output:
     """A caller's `out`: the right array, writable, and sharing no element with an input that is still being read."""
-    place = view(out, call, "out")
+    place = view(out, call, "out", on)
     check_array(call, "out", place, shape, problem.dtype, o.q.device, output=True)
-    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks"):
+    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
         x = getattr(o, name)
         if x is not None and overlap(place, x):
             raise ValueError(message(call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
+    return Output(place, out)
 
 
-def _backward(call: str, layout: str, engine: str | None, arrays: tuple[Any, ...], o: Operands, need_dbias: bool, causal: Any,
-              window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
-              max_seqlen_k: Any = None, packed: bool = False) -> Grads:
+def _backward(call: str, layout: str, engine: str | None, on: Stream | None, deterministic: bool, arrays: tuple[Any, ...], o: Operands,
+              need_dbias: bool, causal: Any, window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any,
+              max_seqlen_q: Any = None, max_seqlen_k: Any = None, packed: bool = False) -> Grads:
     dout, q, k, v, out, lse, dlse, bias, sinks = arrays
     problem, broadcast = _problem(call, layout, o, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
                                   max_seqlen_k, packed)
@@ -183,18 +196,24 @@ def _backward(call: str, layout: str, engine: str | None, arrays: tuple[Any, ...
     views = []
     for name, x, x_shape, dtype in (("dout", dout, shape, problem.dtype), ("out", out, shape, problem.dtype),
                                     ("lse", lse, problem.lse_shape, problem.lse_dtype)):
-        views.append(view(x, call, name))
+        views.append(view(x, call, name, on))
         check_array(call, name, views[-1], x_shape, dtype, device)
-    dlse_view = None if dlse is None else view(dlse, call, "dlse")
+    dlse_view = None if dlse is None else view(dlse, call, "dlse", on)
     if dlse_view is not None:
         check_array(call, "dlse", dlse_view, problem.lse_shape, problem.lse_dtype, device)
     module = _engine(problem, engine, device)
-    dq, dk, dv = [allocate(x, _swapped(x_view.shape, layout), x_view.dtype) for x, x_view in ((q, o.q), (k, o.k), (v, o.v))]
-    dbias = allocate(bias, o.bias.shape, o.bias.dtype) if need_dbias and o.bias is not None else None
-    dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype) if o.sinks is not None else None
-    module.backward(problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view,
-                    Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
-                          None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view))
+    dq, dk, dv = [allocate(x, _swapped(x_view.shape, layout), x_view.dtype, on) for x, x_view in ((q, o.q), (k, o.k), (v, o.v))]
+    dbias = allocate(bias, o.bias.shape, o.bias.dtype, on) if need_dbias and o.bias is not None else None
+    dsinks = None
+    if o.sinks is not None:
+        dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype, on)
+    places = Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
+                   None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
+    operands = (problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view)
+    if on is None:
+        module.backward(*operands, places)
+    else:
+        module.backward(*operands, places, on.handle, bool(deterministic))
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
                  None if dsinks is None else dsinks.finish())
 
@@ -210,16 +229,13 @@ def _four_axes(x: View) -> View:
 
 def _engine(problem: Problem, engine: str | None, device: Device) -> Any:
     """The engine module that runs the problem; ImportError, ValueError or UnsupportedError where there is none."""
-    call = problem.call
-    if device[0] != "cpu" and engine in (None, "gpu"):
-        raise UnsupportedError(f"{call}(): q is a CUDA array, and the GPU engine comes with a later release; "
-                               "fastattn never copies it to the CPU by itself.")
-    name = engine or "cpu"
-    if name not in _engines and name not in _MODULES and name != "gpu":
+    call, home = problem.call, "cpu" if device[0] == "cpu" else "gpu"
+    name = engine or home
+    if name not in _engines and name not in _MODULES:
         raise ValueError(message(call, "engine", f"is {engine!r}", "None, 'cpu', 'gpu' or 'reference'"))
-    if device[0] != "cpu" or name == "gpu":
+    if (name == "gpu") != (home == "gpu"):
         raise ValueError(message(call, "engine", f"is {name!r} but q is on device {device}", "an engine that reads that memory",
-                                 "engine=None chooses it"))
+                                 "engine=None chooses it, and arrays are never copied between devices"))
     module = _engines.get(name)
     if module is None:
         module = _engines[name] = _load(name, call)
@@ -233,6 +249,9 @@ def _load(name: str, call: str) -> Any:
     try:
         return importlib.import_module(_MODULES[name], __package__)
     except ImportError as error:
+        if name == "gpu":
+            raise ImportError(f"{call}(): q is a CUDA array, and the GPU engine cannot be loaded ({error}); it needs numba-cuda, cuda-core "
+                              "and cuda-bindings: pip install 'fastattn[gpu]'.") from error
         raise ImportError(f"{call}(): the compiled {name} engine cannot be loaded ({error}); `pip install .` in the source folder "
                           "builds it and needs gcc; engine='reference' works without it, slowly.") from error
 
@@ -277,7 +296,7 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
         check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
         check_array(call, f"lses[{n}]", lse, (*first.shape[:-3], first.shape[-2], first.shape[-3]), compute, first.device)
     if first.device[0] != "cpu":
-        raise UnsupportedError(f"{call}(): outs[0] is a CUDA array, and the GPU engine comes with a later release.")
+        raise UnsupportedError(f"{call}(): outs[0] is a CUDA array, and the GPU engine has no merge_states yet.")
     lse_arrays = [x.numpy() for x in lse_views]
     peak = np.maximum.reduce(lse_arrays)
     peak = np.where(peak == -np.inf, 0, peak)

@@ -1,11 +1,10 @@
 """Where arrays are: the `View` of a NumPy, DLPack or CUDA array, and outputs allocated in the caller's own library.
 
-Nothing here copies an input. Sources: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x), the CUDA Array Interface
-version 3 (Numba manual), NumPy's array interface.
+Nothing here copies an input. libraries.py knows the array libraries by name, dlpack.py the capsules, streams.py the streams.
+Sources: the CUDA Array Interface version 3 (Numba manual), NumPy's array interface.
 """
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 from collections.abc import Callable
@@ -14,14 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import dlpack, streams
 from .errors import message
+from .streams import Home, Stream
 
 Device = tuple[str, int]
 CPU: Device = ("cpu", 0)
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 _NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name != "bfloat16"}
 _DTYPES: dict[str, np.dtype[Any]] = {name: dtype for dtype, name in _NAMES.items()}
-_EXPECTED = "float32, float64, float16, bfloat16, bool, int32 or int64 in this machine's byte order"
+EXPECTED = "float32, float64, float16, bfloat16, bool, int32 or int64 in this machine's byte order"
 
 
 class Grads(NamedTuple):
@@ -92,7 +93,8 @@ class View:
 
 
 class _Interface:
-    """What NumPy reads a View through. Raw bytes of the item's size, because NumPy has no type string for bfloat16."""
+    """What NumPy reads a View through. Raw bytes of the item's size, because NumPy has no type string for bfloat16.
+    Only address arithmetic may be done with the array of a CUDA view."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -101,24 +103,31 @@ class _Interface:
 
 
 def overlap(a: View, b: View) -> bool:
-    """Whether two views share an element; True also where finding out would take too long."""
+    """Whether two views share an element; True also where finding out would take too long. Nothing is read."""
     (a_low, a_high), (b_low, b_high) = a.bytes_range(), b.bytes_range()
     if a_low >= b_high or b_low >= a_high:
         return False
-    if a.device[0] != "cpu":
-        return True
     work: Any = 10_000                                      # NumPy's stubs know -1 and 0 only
     try:
-        return np.shares_memory(a.numpy(), b.numpy(), max_work=work)
+        return np.shares_memory(np.asarray(_Interface(a)), np.asarray(_Interface(b)), max_work=work)
     except np.exceptions.TooHardError:
         return True
 
 
 # ---------------------------------------------------------------- any array -> View
-def view(x: Any, call: str, argument: str) -> View:
+class Library(NamedTuple):
+    """How one kind of array is read and made; libraries.py has those that are known by name."""
+
+    view: Callable[[Any, str, str, Stream | None], View]
+    home: Callable[[Any], Home | None]                      # None: host memory
+    empty: Callable[[Any, tuple[int, ...], str, Stream], Output]    # in CUDA memory
+
+
+def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View:
     """The View of an ndarray, of a CPU or CUDA DLPack producer (torch, JAX, CuPy) or of a `__cuda_array_interface__`.
 
-    Raises TypeError, naming `call` and `argument`, for anything else and for dtypes that no argument takes.
+    `stream`, the call's, then waits for the work that makes x, where that is on another. Raises TypeError, naming `call` and
+    `argument`, for anything else and for dtypes that no argument takes.
     """
     if type(x) is np.ndarray or isinstance(x, np.ndarray):
         name = _NAMES.get(x.dtype)
@@ -126,18 +135,45 @@ def view(x: Any, call: str, argument: str) -> View:
         if name is None or not flags.aligned or type(x) is not np.ndarray:
             name = _slow_numpy(x, call, argument)
         return View(x.__array_interface__["data"][0], x.shape, x.strides, name, CPU, x, not flags.writeable)
+    return _library(x, call, argument).view(x, call, argument, stream)
+
+
+def resolve(stream: Any, q: Any, call: str) -> Stream | None:
+    """The stream that a call with this q runs on; None in host memory. Errors: see streams.resolve."""
+    home = None if isinstance(q, np.ndarray) else _library(q, call, "q").home(q)
+    return streams.resolve(stream, home, call)
+
+
+_libraries: dict[type, Library] = {}                        # by the type of the array, as they come
+
+
+def _library(x: Any, call: str, argument: str) -> Library:
+    """Who reads x: a library known by name, else DLPack, else the CUDA Array Interface, else TypeError."""
+    found = _libraries.get(type(x))
+    if found is not None:
+        return found
+    from . import libraries
+
+    known = libraries.find(x)
+    if known is not None:
+        _libraries[type(x)] = known
+        return known
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        return _from_dlpack(x, call, argument)
+        return DLPACK
     if hasattr(x, "__cuda_array_interface__"):
-        return _from_cuda_array_interface(x, call, argument)
+        return INTERFACE
     raise TypeError(message(call, argument, f"is a {type(x).__name__}", "a NumPy array or an array that speaks DLPack",
                             f"np.asarray({argument}) makes one of numbers"))
 
 
-def small(x: Any, dtype: str | None, call: str, argument: str) -> View:
-    """Like `view`, but lists and tuples of numbers are accepted too: of `dtype` (a float one), or integers if None."""
+def small(x: Any, dtype: str | None, call: str, argument: str, stream: Stream | None = None) -> View:
+    """Like `view`, but lists and tuples of numbers are accepted too: of `dtype` (a float one), or integers if None.
+    Not beside CUDA arrays: a copy to the device in every call would wait for the host, and break graphs."""
     if not isinstance(x, (list, tuple)):
-        return view(x, call, argument)
+        return view(x, call, argument, stream)
+    if stream is not None:
+        raise TypeError(message(call, argument, f"is a {type(x).__name__}", f"an array on q's device, ('cuda', {stream.device})",
+                                f"make it once, as torch.tensor({argument}, device='cuda') or cupy.asarray({argument}) do"))
     try:
         a = np.asarray(x)
     except (ValueError, OverflowError):
@@ -160,9 +196,9 @@ def _slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> str:
     if name is None:
         if not dtype.isnative:
             hint = f"{argument}.astype({argument}.dtype.newbyteorder('=')) works"
-            raise TypeError(message(call, argument, f"has dtype {dtype.name} in the other byte order ({dtype.str})", _EXPECTED, hint))
+            raise TypeError(message(call, argument, f"has dtype {dtype.name} in the other byte order ({dtype.str})", EXPECTED, hint))
         hint = f"{argument}.astype(np.float32) works if it holds real numbers"
-        raise TypeError(message(call, argument, f"has dtype {dtype.name}", _EXPECTED, hint))
+        raise TypeError(message(call, argument, f"has dtype {dtype.name}", EXPECTED, hint))
     if not x.flags.aligned:
         raise ValueError(message(call, argument, f"is misaligned (strides {x.strides})",
                                  f"addresses and strides that are multiples of {dtype.itemsize} bytes",
@@ -170,81 +206,101 @@ def _slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------- DLPack
-class _DLTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
-                ("byte_offset", ctypes.c_uint64)]
+# ---------------------------------------------------------------- DLPack and the CUDA Array Interface
+def dtype_name(dtype: np.dtype[Any], call: str, argument: str) -> str:
+    """The name of a dtype that another library's array says it has; TypeError for one that no argument takes."""
+    name = _NAMES.get(dtype)
+    if name is None and dtype.name == "bfloat16" and dtype == numpy_dtype("bfloat16"):
+        return "bfloat16"
+    if name is None:
+        raise TypeError(message(call, argument, f"has dtype {dtype.name}", EXPECTED))
+    return name
 
 
-class _DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("manager_ctx", ctypes.c_void_p),
-                ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", _DLTensor)]
+def cannot(x: Any, why: object, call: str, argument: str) -> TypeError:
+    """The error for an array whose memory its library does not give."""
+    return TypeError(message(call, argument, f"({type(x).__name__}) cannot be exported: {why}", "an array that speaks DLPack"))
 
 
-_DL_DTYPES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16", (6, 8): "bool",
-              (0, 32): "int32", (0, 64): "int64"}
-_DL_KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
-_DL_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}    # 3 is pinned host memory, 13 CUDA managed memory
-_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+def requires_grad(call: str, argument: str) -> TypeError:
+    return TypeError(message(call, argument, "requires grad, which fastattn would drop from the graph", "a tensor without grad",
+                             f"pass {argument}.detach(), and call the backward function with the gradient"))
 
 
-def _from_dlpack(x: Any, call: str, argument: str) -> View:
-    """The View of a DLPack producer. The capsule is never marked as used: it lives in `owner`, and its own destructor
-    gives the memory back. NumPy's reader would not do, it knows no bfloat16."""
+_EXPORT_ERRORS = (BufferError, RuntimeError, TypeError, ValueError)
+
+
+def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> View:
+    """The View of a DLPack producer, which makes our stream wait for its own work. The capsule lives in `owner`."""
     if getattr(x, "requires_grad", False) is True:
-        raise TypeError(message(call, argument, "requires grad, which fastattn would drop from the graph", "a tensor without grad",
-                                f"pass {argument}.detach(), and call the backward function with the gradient"))
-    kind = _DL_DEVICES.get(int(x.__dlpack_device__()[0]))
+        raise requires_grad(call, argument)
+    try:
+        number, index = map(int, x.__dlpack_device__())
+    except _EXPORT_ERRORS as error:
+        raise cannot(x, error, call, argument) from error
+    kind = dlpack.DEVICES.get(number)
     if kind is None:
-        raise TypeError(message(call, argument, f"is on DLPack device {tuple(map(int, x.__dlpack_device__()))}", "a CPU or CUDA array"))
-    # -1: the producer does not synchronise; ordering on streams is the GPU engine's work
-    keywords: dict[str, Any] = {} if kind == "cpu" else {"stream": -1}
+        raise TypeError(message(call, argument, f"is on DLPack device {(number, index)}", "a CPU or CUDA array"))
+    keywords: dict[str, Any] = {}
+    if kind == "cuda" and stream is not None and stream.device == index:
+        keywords["stream"] = stream.handle                  # our numbers are DLPack's
     try:
         try:
             capsule = x.__dlpack__(max_version=(1, 0), **keywords)
         except TypeError:                                   # a producer older than DLPack 1.0
             capsule = x.__dlpack__(**keywords)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        has = f"({type(x).__name__}) cannot be exported: {error}"
-        raise TypeError(message(call, argument, has, "an array that speaks DLPack")) from error
-    if _capsule_is(capsule, b"dltensor_versioned"):
-        managed = _DLManagedTensorVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
-        if managed.major != 1:
-            raise TypeError(message(call, argument, f"speaks DLPack {managed.major}.{managed.minor}", "DLPack 1.x or older"))
-        tensor, readonly = managed.tensor, bool(managed.flags & 1)
-    else:
-        # the old protocol has no read-only flag, and JAX's arrays are immutable: inputs yes, outputs no
-        tensor, readonly = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor")), True
-    name = _DL_DTYPES.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
+        tensor, readonly = dlpack.opened(capsule)
+    except _EXPORT_ERRORS as error:
+        raise cannot(x, error, call, argument) from error
+    name = dlpack.DTYPES.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
     if name is None:
-        kind_name = _DL_KINDS.get(tensor.code, f"code {tensor.code}, bits ")
-        raise TypeError(message(call, argument, f"has dtype {kind_name}{tensor.bits}", _EXPECTED))
+        kind_name = dlpack.KINDS.get(tensor.code, f"code {tensor.code}, bits ")
+        raise TypeError(message(call, argument, f"has dtype {kind_name}{tensor.bits}", EXPECTED))
     shape = tuple(tensor.shape[:tensor.ndim])
-    strides = _contiguous(shape, 1) if not tensor.strides else tuple(tensor.strides[:tensor.ndim])
     size = ITEMSIZE[name]
-    return View((tensor.data or 0) + tensor.byte_offset, shape, tuple([s * size for s in strides]), name,
-                (kind, tensor.device_id if kind == "cuda" else 0), (x, capsule), readonly)
+    strides = tuple([s * size for s in tensor.strides[:tensor.ndim]]) if tensor.strides else contiguous(shape, size)
+    device = (kind, index) if kind == "cuda" else CPU
+    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, name, device, (x, capsule), readonly)
 
 
-def _from_cuda_array_interface(x: Any, call: str, argument: str) -> View:
-    """The View of a CUDA array without DLPack. The interface does not name the device: 0 unless `x.device.id` says."""
+def _dlpack_home(x: Any) -> Home | None:
+    """The producer waits on whatever stream it is given, so without the caller's word it is the legacy default one."""
+    try:
+        number, index = map(int, x.__dlpack_device__())
+    except _EXPORT_ERRORS:
+        return None                                         # the reader says what is wrong
+    return Home(index, streams.LEGACY) if dlpack.DEVICES.get(number) == "cuda" else None
+
+
+def _from_interface(x: Any, call: str, argument: str, stream: Stream | None) -> View:
+    """The View of a CUDA array without DLPack. The interface does not name the device, so the driver is asked."""
     interface = x.__cuda_array_interface__
     dtype = np.dtype(interface["typestr"])
     name = _NAMES.get(dtype)
+    if dtype.kind == "V" and dtype.itemsize == 2:
+        raise TypeError(message(call, argument, f"has type string {interface['typestr']!r} in __cuda_array_interface__, which has no code "
+                                "for bfloat16", EXPECTED, "an array that speaks DLPack (torch, CuPy, JAX) can say that it is bfloat16"))
     if name is None or interface.get("mask") is not None:
-        raise TypeError(message(call, argument, f"has dtype {dtype.str}" if name is None else "has a mask", _EXPECTED))
+        raise TypeError(message(call, argument, f"has dtype {dtype.str}" if name is None else "has a mask", EXPECTED))
     shape = tuple(interface["shape"])
-    strides = interface.get("strides") or _contiguous(shape, dtype.itemsize)
-    number = getattr(getattr(x, "device", None), "id", 0)
-    return View(interface["data"][0] or 0, shape, tuple(strides), name, ("cuda", int(number)), x, bool(interface["data"][1]))
+    strides = interface.get("strides")
+    ptr = interface["data"][0] or 0
+    number = streams.device_of(ptr) if ptr else 0 if stream is None else stream.device
+    producer = interface.get("stream")
+    if producer is not None and stream is not None and stream.device == number:
+        streams.wait(stream, streams.normal(producer))
+    return View(ptr, shape, contiguous(shape, dtype.itemsize) if strides is None else tuple(strides), name, ("cuda", number), x,
+                bool(interface["data"][1]))
 
 
-def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def _interface_home(x: Any) -> Home:
+    interface = x.__cuda_array_interface__
+    ptr = interface["data"][0]
+    return Home(streams.device_of(ptr) if ptr else 0, streams.normal(interface.get("stream") or 0))
+
+
+def contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides in bytes of a C-contiguous array."""
     return tuple(itemsize * math.prod(shape[i + 1:]) for i in range(len(shape)))
 
 
@@ -261,9 +317,14 @@ class Output:
         return self._array if self._convert is None else self._convert(self._array)
 
 
-def allocate(producer: Any, shape: tuple[int, ...], dtype: str) -> Output:
-    """An uninitialised contiguous CPU array of the kind of `producer`: ndarray, torch tensor, or what the producer's array
-    namespace makes of an ndarray once it is filled (its arrays may be immutable, JAX's are). ndarray where none is known."""
+def allocate(producer: Any, shape: tuple[int, ...], dtype: str, stream: Stream | None = None) -> Output:
+    """An uninitialised contiguous array of the kind of `producer`, in CUDA memory of the stream's device, or the host's if None.
+
+    Host: ndarray, torch tensor, or what the producer's array namespace makes of an ndarray once it is filled (its arrays may
+    be immutable, JAX's are); ndarray where none is known. CUDA: see libraries.py; a DeviceArray where none is known.
+    """
+    if stream is not None:
+        return _library(producer, "allocate", "producer").empty(producer, shape, dtype, stream)
     if not isinstance(producer, np.ndarray):
         torch: Any = sys.modules.get("torch")               # a torch tensor came in, so its library is loaded
         if torch is not None and isinstance(producer, torch.Tensor):
@@ -276,10 +337,27 @@ def allocate(producer: Any, shape: tuple[int, ...], dtype: str) -> Output:
     return Output(place, array, lambda filled: _hand_over(producer, filled))
 
 
-def _hand_over(producer: Any, array: np.ndarray[Any, Any]) -> Any:
-    """`array` as an array of the producer's namespace: shared by DLPack, or by asarray where NumPy cannot export (bfloat16)."""
+def _hand_over(producer: Any, array: Any) -> Any:
+    """`array` as an array of the producer's namespace: shared by DLPack, or by asarray where NumPy cannot export (bfloat16).
+    A DeviceArray stays one where the namespace cannot import it: asarray would copy it to the host."""
     namespace = producer.__array_namespace__()
     try:
         return namespace.from_dlpack(array)
     except (AttributeError, BufferError, RuntimeError, TypeError):
+        if not isinstance(array, np.ndarray):
+            return array
         return namespace.asarray(array)
+
+
+def empty_device_array(producer: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
+    """A DeviceArray, handed over through the producer's array namespace, where it has one, once work that fills it is enqueued."""
+    from .device_array import DeviceArray
+
+    array = DeviceArray(shape, dtype, stream)
+    if not hasattr(producer, "__array_namespace__"):
+        return Output(array.view(), array)
+    return Output(array.view(), array, lambda filled: _hand_over(producer, filled))
+
+
+DLPACK = Library(_from_dlpack, _dlpack_home, empty_device_array)
+INTERFACE = Library(_from_interface, _interface_home, empty_device_array)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastattn
+from fastattn import streams
 from fastattn.buffers import CPU, View, allocate, overlap, small, view
 
 NAMES = ["float32", "float64", "float16", "bfloat16", "bool", "int32", "int64"]
@@ -17,6 +18,15 @@ NAMES = ["float32", "float64", "float16", "bfloat16", "bool", "int32", "int64"]
 
 def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+class Cuda:
+    """An array known only by its __cuda_array_interface__."""
+
+    def __init__(self, shape: tuple[int, ...], ptr: int = 4096, typestr: str = "<f4", strides: tuple[int, ...] | None = None,
+                 readonly: bool = False, stream: int | None = None) -> None:
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": typestr, "data": (ptr, readonly), "version": 3, "strides": strides,
+                                         "stream": stream}
 
 
 class Producer:
@@ -135,15 +145,19 @@ def test_dlpack_errors() -> None:
         view(Broken(np.zeros(3)), "f", "x")
 
 
-def test_cuda_arrays_are_views_and_no_copies() -> None:
-    class Cuda:
-        def __init__(self) -> None:
-            self.__cuda_array_interface__ = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "version": 3, "strides": None}
-
-    v = view(Cuda(), "f", "x")
-    assert (v.ptr, v.shape, v.strides, v.dtype, v.device) == (4096, (2, 3), (12, 4), "float32", ("cuda", 0))
+def test_cuda_arrays_are_views_and_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "device_of", {4096: 3}.__getitem__)
+    v = view(Cuda((2, 3)), "f", "x")
+    assert (v.ptr, v.shape, v.strides, v.dtype, v.device, v.readonly) == (4096, (2, 3), (12, 4), "float32", ("cuda", 3), False)
     with pytest.raises(ValueError, match="has no NumPy array"):
         v.numpy()
+    v = view(Cuda((2, 3), strides=(8, 16), typestr="<f2", readonly=True), "f", "x")
+    assert (v.strides, v.dtype, v.readonly) == ((8, 16), "float16", True)
+    assert view(Cuda((0, 3), ptr=0), "f", "x").device == ("cuda", 0)        # no memory, so nothing to ask the driver about
+    with pytest.raises(TypeError, match=r"f\(\): x has type string '<V2' .* no code for bfloat16; .* speaks DLPack .* can say"):
+        view(Cuda((2,), typestr="<V2"), "f", "x")
+    with pytest.raises(TypeError, match="x has dtype <c8; expected float32"):
+        view(Cuda((2,), typestr="<c8"), "f", "x")
 
 
 def test_allocate() -> None:

@@ -1,0 +1,77 @@
+"""DLPack capsules: reading any, making those of CUDA memory. NumPy's reader would not do: it knows no bfloat16, no device.
+
+Source: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x).
+"""
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+
+class Tensor(ctypes.Structure):
+    """DLTensor."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+                ("byte_offset", ctypes.c_uint64)]
+
+
+class ManagedVersioned(ctypes.Structure):
+    """DLManagedTensorVersioned; the older DLManagedTensor begins with its Tensor."""
+
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("manager_ctx", ctypes.c_void_p),
+                ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", Tensor)]
+
+
+DTYPES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16", (6, 8): "bool",
+          (0, 32): "int32", (0, 64): "int64"}
+CODES = {name: code for code, name in DTYPES.items()}
+KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
+DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}       # 3 is pinned host memory, 13 CUDA managed memory
+CUDA = 2
+_READONLY = 1
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def opened(capsule: Any) -> tuple[Tensor, bool]:
+    """The tensor of a capsule and whether it is read-only. The capsule is not marked as used: it must outlive the memory's use,
+    and its own destructor gives the memory back. BufferError for a version that nobody knows."""
+    if _capsule_is(capsule, b"dltensor_versioned"):
+        managed = ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+        if managed.major != 1:
+            raise BufferError(f"speaks DLPack {managed.major}.{managed.minor}")
+        return managed.tensor, bool(managed.flags & _READONLY)
+    # the old protocol has no read-only flag, and JAX's arrays are immutable: inputs yes, outputs no
+    return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), True
+
+
+class _Raw:
+    """Memory as unsigned integers of the item's size, which NumPy takes without reading it."""
+
+    def __init__(self, owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
+        self.owner = owner
+        self.__array_interface__ = {"version": 3, "data": (ptr, False), "shape": shape, "strides": strides, "typestr": f"<u{itemsize}"}
+
+
+def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int,
+            max_version: tuple[int, int] | None) -> Any:
+    """A capsule of CUDA memory (strides in bytes) that keeps `owner` alive until its deleter runs.
+
+    NumPy makes it, over the address as if it were its own, and then the device and the dtype are written in. So the deleter
+    is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python's end.
+    """
+    code, bits = CODES[dtype]
+    raw = np.asarray(_Raw(owner, ptr, shape, strides, bits // 8))
+    versioned = max_version is not None and max_version[0] >= 1 and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
+    made: Any = raw.__dlpack__(max_version=(1, 0)) if versioned else raw.__dlpack__()
+    tensor, _ = opened(made)
+    tensor.device_type, tensor.device_id, tensor.code, tensor.bits = CUDA, device, code, bits
+    if 0 in shape:
+        tensor.data = ptr                                   # NumPy has put memory of its own there
+    return made
