@@ -7,17 +7,18 @@ from typing import Any, Literal
 import numpy as np
 
 Mode = Literal["quick", "full", "long"]
-Measure = Literal["time", "speedup", "ceiling", "cost", "memory"]
+Measure = Literal["time", "speedup", "ceiling", "cost", "memory", "error", "host"]
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-TEXT = {"speedup": "{:.2f}x", "ceiling": "{:.0%}", "cost": "{:.2f}x", "memory": "{:.0f} MB"}
+TEXT = {"speedup": "{:.2f}x", "ceiling": "{:.0%}", "cost": "{:.2f}x", "memory": "{:.0f} MB", "error": "{:.2f}x error", "host": "{:.1f} us"}
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A requirement on a case against one implementation.
+    """A requirement on a case against one implementation, or against the fastest of several ("cuDNN|FA4").
 
     speedup: their time / ours, at least. ceiling: the hardware's time / ours, at least. cost: our time per scored pair /
-    ours without the feature, at most. memory: MB beyond inputs and results, at most.
+    ours without the feature, at most. memory: MB beyond inputs and results, at most. error: our error against float64 /
+    theirs, at most. host: microseconds until a call returns, its work still queued, at most.
     """
 
     against: str
@@ -34,7 +35,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One attention problem of square or decode shape, and who else runs it. Arrays are (batch, heads, seqlen, head_dim)."""
+    """One attention problem of square, decode or packed shape, and who else runs it. Arrays are (batch, heads, seqlen, head_dim).
+
+    lengths: of packed sequences; then batch is their number and seqlen the longest. alone: the backward without its forward.
+    kernels: which of the engine's kernels are forced, "" leaves the choice to it.
+    """
 
     group: str
     batch: int
@@ -50,6 +55,14 @@ class Case:
     softcap: float | None = None
     alibi: bool = False
     dropout_p: float = 0.0
+    bias: bool = False
+    mask: bool = False
+    sinks: bool = False
+    lengths: tuple[int, ...] = ()
+    alone: bool = False
+    need_dbias: bool = False
+    deterministic: bool = False
+    kernels: str = ""
     against: tuple[str, ...] = ()
     bars: tuple[Bar, ...] = ()
     mode: Mode = "full"
@@ -64,17 +77,20 @@ class Case:
 
     @property
     def passes(self) -> str:
-        return "forward+backward" if self.backward else "forward"
+        return "backward" if self.alone else "forward+backward" if self.backward else "forward"
 
     @property
     def features(self) -> tuple[str, ...]:
         """Names of what is on, the mask first."""
-        names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p}
+        names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p,
+                 "bias": self.bias, "mask": self.mask, "sinks": self.sinks, "dbias": self.need_dbias, "deterministic": self.deterministic}
         return tuple(name for name, on in names.items() if on)
 
     @property
     def shape(self) -> str:
-        """(1,8,2048,64), and for decode (1,32,1,128) over 8192x8: keys x their heads."""
+        """(1,8,2048,64); for decode (1,32,1,128) over 8192x8: keys x their heads; packed (32,16,<=4096,128)."""
+        if self.lengths:
+            return f"({self.batch},{self.num_heads},<={self.seqlen},{self.head_dim})"
         text = "({},{},{},{})".format(*self.shape_q)
         _, heads, keys, _ = self.shape_k
         return text if (heads, keys) == (self.num_heads, self.seqlen) else f"{text} over {keys}x{heads}"
@@ -86,21 +102,26 @@ class Case:
     @property
     def plain(self) -> Case:
         """The same case with nothing but its causal mask: what a feature's cost is measured against."""
-        return replace(self, window=None, softcap=None, alibi=False, dropout_p=0.0, against=(), bars=())
+        return replace(self, window=None, softcap=None, alibi=False, dropout_p=0.0, bias=False, mask=False, sinks=False,
+                       need_dbias=False, deterministic=False, against=(), bars=())
 
     @property
     def pairs(self) -> int:
-        """Scored (query, key) pairs over all heads: those the mask lets through."""
-        keys = self.shape_k[2]
-        diagonal = np.arange(self.seqlen) + keys - self.seqlen
-        last = np.clip(diagonal + 1, 0, keys) if self.causal else np.full(self.seqlen, keys)
+        """Scored (query, key) pairs over all heads: those that causal and window let through; other masks hide none of them."""
+        if self.lengths:
+            return self.num_heads * sum(self._visible(length, length) for length in self.lengths)
+        return self.batch * self.num_heads * self._visible(self.seqlen, self.shape_k[2])
+
+    def _visible(self, seqlen: int, keys: int) -> int:
+        diagonal = np.arange(seqlen) + keys - seqlen
+        last = np.clip(diagonal + 1, 0, keys) if self.causal else np.full(seqlen, keys)
         first = np.zeros_like(last) if self.window is None else np.clip(diagonal - self.window, 0, keys)
-        return self.batch * self.num_heads * int(np.maximum(last - first, 0).sum())
+        return int(np.maximum(last - first, 0).sum())
 
     @property
     def flops(self) -> int:
         """Two products forward, five more backward (scores again, dV, dP, dQ, dK), over scored pairs only."""
-        return (14 if self.backward else 4) * self.pairs * self.head_dim
+        return (10 if self.alone else 14 if self.backward else 4) * self.pairs * self.head_dim
 
     @property
     def kv_bytes(self) -> int:
@@ -110,4 +131,4 @@ class Case:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Case:
         bars = tuple(Bar(**bar) for bar in data.pop("bars"))
-        return cls(**{**data, "against": tuple(data["against"])}, bars=bars)
+        return cls(**{**data, "against": tuple(data["against"]), "lengths": tuple(data["lengths"])}, bars=bars)

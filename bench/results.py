@@ -34,6 +34,8 @@ class Row:
     rounds: samples taken; others: processors that other processes kept busy meanwhile.
     median_ms, p20_ms, p80_ms: its time; fastattn_ms: ours in the same process, in turns. value, value_p20, value_p80: `measure` of
     fastattn against it (see Bar), from the ratios of each round. verdict: pass, MISS, WRONG (the answers differ) or empty.
+    error, lse_error: against float64, relative (Frobenius norms). gigabytes: of K and V read a second, decode only. clock_mhz: of
+    the processor while it worked.
     """
 
     date: str
@@ -65,6 +67,10 @@ class Row:
     needs: str = ""
     verdict: str = ""
     note: str = ""
+    error: float | None = None
+    lse_error: float | None = None
+    gigabytes: float | None = None
+    clock_mhz: int | None = None
 
     @property
     def text(self) -> str:
@@ -86,15 +92,32 @@ def make_row(where: Where, case: Case, implementation: str, *, time: Spread | No
                verdict="WRONG" if agree is False else verdict, **other)
 
 
+class RowFile:
+    """A CSV that grows row by row: what is written is on the disk at once, so a run that is stopped keeps its rows."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._names = [f.name for f in fields(Row)]
+        self._writer.writerow(self._names)
+
+    def write(self, row: Row) -> None:
+        cells = (getattr(row, name) for name in self._names)
+        self._writer.writerow(["" if cell is None else f"{cell:.5g}" if isinstance(cell, float) else cell for cell in cells])
+        self._file.flush()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [f.name for f in fields(Row)]
-        writer.writerow(names)
+    with RowFile(path) as file:
         for row in rows:
-            cells = (getattr(row, name) for name in names)
-            writer.writerow(["" if cell is None else f"{cell:.5g}" if isinstance(cell, float) else cell for cell in cells])
+            file.write(row)
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -103,7 +126,7 @@ def read_csv(path: Path) -> list[Row]:
     def parse(name: str, text: str) -> Any:
         if kinds[name] in (int, str):
             return kinds[name](text)
-        return float(text) if text else None
+        return None if not text else int(text) if kinds[name] == int | None else float(text)
 
     with path.open(newline="") as file:
         return [Row(**{name: parse(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,3 +77,16 @@ def _turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
 def ratios(numerator: list[float], denominator: list[float]) -> Spread:
     """Spread of the ratios of samples taken side by side."""
     return spread(np.divide(numerator, denominator))
+
+
+def rotate(turns: Sequence[Callable[[], float]], rounds: int, seconds: float) -> list[list[float]]:
+    """Samples of each turn, taken round by round (a, b, c, a, b, c, ...) until there are `rounds` rounds and `seconds` have passed.
+
+    A turn times some calls of one implementation and returns seconds per call; sample n of one goes with sample n of the others.
+    """
+    samples: list[list[float]] = [[] for _ in turns]
+    end = time.perf_counter() + seconds
+    while turns and (len(samples[0]) < rounds or time.perf_counter() < end):
+        for turn, kept in zip(turns, samples, strict=True):
+            kept.append(turn())
+    return samples
