@@ -1,10 +1,13 @@
-"""`python -m bench cpu`: measure, write CSV and PNG, print the table; `--help` for the rest."""
+"""`python -m bench cpu` and `python -m bench gpu`: measure, write CSV and PNG, print the table; `--help` for the rest."""
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
 from . import cpu, plot, results, table
+from .gpu import plot as gpu_plot
+from .gpu import run as gpu
+from .gpu import table as gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,20 +21,34 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.")
-    targets = parser.add_subparsers(required=True, metavar="cpu")
+    targets = parser.add_subparsers(required=True, metavar="cpu|gpu")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor")
     length = target.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a third of the cases, fewer rounds")
     length.add_argument("--long", dest="mode", action="store_const", const="long", help="16384 keys too")
-    target.add_argument("--only", metavar="PATTERN", help="cases whose name contains this regular expression")
-    target.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     target.add_argument("--threads", type=int, help="for every library (default: the processors this process may use)")
     target.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR",
                         help="for cpu.csv and cpu.png (cpu-quick, cpu-only for parts)")
-    target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV in DIR")
-    target.add_argument("--update-readme", action="store_true", help="rewrite the README's table from the CSV")
+    _common(target)
     target.set_defaults(mode="full", run=_cpu)
+
+    target = targets.add_parser("gpu", help="against torch's SDPA and varlen_attn and FlashAttention-4 on one CUDA device")
+    target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="bf16 and a few of the others, fewer rounds")
+    target.add_argument("--backward", action="store_true", help="the backward's cases instead of the forward's")
+    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
+    target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
+    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go beside it "
+                        "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
+    _common(target)
+    target.set_defaults(mode="full", run=_gpu)
     return parser
+
+
+def _common(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--only", metavar="PATTERN", help="cases whose name contains this regular expression")
+    target.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV")
+    target.add_argument("--update-readme", action="store_true", help="rewrite the README's table from the CSV")
 
 
 def _cpu(options: argparse.Namespace) -> None:
@@ -57,6 +74,37 @@ def report(path: Path, name: str, update_readme: bool) -> None:
     first = rows[0]
     print(f"\n{table.console(rows)}\n\n{first.machine}, {first.threads} threads, {first.instruction_set}; {first.versions}")
     print(f"ceilings: {first.ceilings}\nwritten: {path}" + (f", {path.with_suffix('.png')}" if drawn else ""))
+
+
+def _gpu(options: argparse.Namespace) -> None:
+    chosen = gpu.choose(options.backward, options.mode, options.only, ("FA4",) if options.skip_fa4 else ())
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    part = ("-backward" if options.backward else "") + ("-only" if options.only else "-quick" if options.mode == "quick" else "")
+    path: Path = options.csv or ROOT / "bench" / "results" / f"gpu{part}.csv"
+    if not options.from_csv:
+        gpu.check_device()
+        gpu.run(chosen, options.mode, path, options.minutes)
+    report_gpu(path, options.update_readme)
+
+
+def report_gpu(path: Path, update_readme: bool) -> None:
+    """As for the CPU, the table last; the README's takes the forward's and the backward's CSV together. Exit status 1 if a row is wrong."""
+    rows = results.read_csv(path)
+    if not rows:
+        raise SystemExit(f"{path} has no rows: nothing was measured")
+    gpu_plot.plot(rows, path.with_suffix(".png"))
+    if update_readme:
+        beside = path.with_name(f"{path.stem}-backward.csv")
+        gpu_table.add_markers(ROOT / "README.md")
+        table.update_readme(ROOT / "README.md", "gpu", gpu_table.markdown(rows + (results.read_csv(beside) if beside.is_file() else [])))
+    first = rows[0]
+    print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
+    print(f"{gpu_table.notes(rows)}\n")
+    print(f"{gpu_table.console(rows)}\n\n{gpu_table.closing(rows)}", flush=True)
+    if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
+        raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,9 @@ def markdown(rows: Iterable[Row]) -> str:
     parts = [_machine_line(rows[0])]
     if body:
         parts += ["Times of fastattn, and how many times as long each library takes, side by side. Shapes are (batch, heads, seqlen, "
-                  "head_dim); \"over 8192x8\" is 8192 keys of 8 heads.", _pipes([header, *body])]
+                  "head_dim); \"over 8192x8\" is 8192 keys of 8 heads.", pipes([header, *body])]
     if rest:
-        parts.append(_pipes([("case", "fastattn"), *rest]))
+        parts.append(pipes([("case", "fastattn"), *rest]))
     return "\n\n".join(parts)
 
 
@@ -111,7 +111,7 @@ def _machine_line(row: Row) -> str:
             f"Python {row.python}, {row.versions}. Medians, in turns, public calls with their allocations.")
 
 
-def _pipes(lines: Sequence[Sequence[str]]) -> str:
+def pipes(lines: Sequence[Sequence[str]]) -> str:
     texts = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]])
 

@@ -1,7 +1,14 @@
-"""The benchmark's own arithmetic and files, and one tiny case run without rivals: no other library and no compiled engine needed."""
+"""The benchmark's own arithmetic and files, and tiny cases run on the reference engine: no other library, compiled engine or GPU needed.
+
+The GPU's part runs on CPU tensors with a wall clock, under names that are never written to a file of results.
+"""
 from __future__ import annotations
 
 import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +17,14 @@ import numpy as np
 import pytest
 
 from bench import cpu, plot, results, rivals, table, worker
+from bench.__main__ import main
 from bench.case import Bar, Case
+from bench.gpu import cases as gpu_cases
+from bench.gpu import plot as gpu_plot
+from bench.gpu import run as gpu_run
+from bench.gpu import table as gpu_table
 from bench.results import Row, Where
-from bench.timing import Budget, Call, Spread, alternate, ratios
+from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
 from fastattn.problem import row_bounds
 
 TINY = Case("dense", 1, 2, 16, 8, causal=True, backward=True, against=("torch",), bars=(Bar("torch", "speedup", 1.5),))
@@ -133,3 +145,228 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert plot.plot(rows(), tmp_path / "cpu.png") and (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"
     assert not plot.plot(rows()[3:], tmp_path / "none.png")
+
+
+# ---------------------------------------------------------------- the GPU's cases, tables and protocol
+class Processor:
+    """A device of the GPU benchmark that is none: CPU tensors and the wall clock."""
+
+    name, l2_bytes = "cpu", 0
+
+    def synchronize(self) -> None: ...
+    def release(self) -> None: ...
+    def poison(self, like: Any) -> None: ...
+
+    def clock_mhz(self, call: Call) -> int:
+        return 1000
+
+    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
+        start = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - start
+
+    def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
+        return lambda: self.host_seconds(calls, 1)
+
+    def extra_megabytes(self, call: Call) -> float:
+        call()
+        return 1.5
+
+    def where(self) -> Where:
+        return WHERE
+
+
+def shrunk(case: Case) -> Case:
+    """The same features at a size for the reference engine."""
+    lengths = tuple(n // 256 + 1 for n in case.lengths[:3])
+    case = replace(case, head_dim=16, num_heads=8 if case.num_heads_k else 2, num_heads_k=2 if case.num_heads_k else 0, kernels="")
+    if case.seqlen == 1:
+        return replace(case, batch=2, seqlen_k=40)
+    return replace(case, batch=len(lengths) or 2, seqlen=max(lengths, default=24), lengths=lengths, window=case.window and 9)
+
+
+def test_gpu_cases() -> None:
+    forward, backward = gpu_cases.forward_cases(), gpu_cases.backward_cases()
+    everything = forward + backward
+    assert len({case.name for case in everything}) == len(everything)
+    assert sum(case.group == "grid" for case in forward) == 72 == sum(case.group == "grid" for case in backward)
+    assert all(name in ("fastattn", *case.against) for case in everything for bar in case.bars for name in bar.against.split("|"))
+    assert all(case.batch * case.seqlen == 16384 and case.num_heads * case.head_dim == 2048 for case in everything if case.group == "grid")
+    limits = {(case.head_dim, case.seqlen): case.bars[-1].limit for case in forward if case.group == "grid"}
+    assert limits[64, 512] == limits[256, 1024] == 0.85 and limits[128, 2048] == 0.95 and limits[256, 2048] == 0.90
+    quick = gpu_cases.select(forward, "quick", None, ("FA4",))
+    assert 0 < len(quick) < len(forward) and all("FA4" not in case.against for case in quick)
+    assert not any("flash" in case.against for case in quick if case.group == "grid") and any("flash" in case.against for case in quick)
+    assert all(Case.from_json(json.loads(json.dumps(asdict(case)))) == case for case in everything)
+
+
+def test_packed_pairs_and_backward_flops() -> None:
+    case = Case("packed", 2, 3, 5, 8, lengths=(5, 2), causal=True)
+    assert case.pairs == 3 * (15 + 3) and case.shape == "(2,3,<=5,8)"
+    assert replace(case, backward=True, alone=True).flops == 2.5 * case.flops
+    assert replace(case, backward=True, alone=True).passes == "backward"
+
+
+def test_rounds_rotate() -> None:
+    order: list[str] = []
+    samples = rotate([lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0], 3, 0.0)
+    assert order == ["a", "b"] * 3 and samples == [[1.0] * 3, [2.0] * 3]
+
+
+def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A bench whose rivals are all torch's CPU attention, without flash: then the yardstick is the emulated kernel."""
+    pytest.importorskip("torch")
+    from bench.gpu import rivals as gpu_rivals
+    from bench.gpu import worker as gpu_worker
+
+    for name in ("cuDNN", "FA4", "efficient"):
+        monkeypatch.setitem(gpu_rivals.MAKERS, name, lambda case, x, _: gpu_rivals.make_sdpa(case, x, "sdpa"))
+    monkeypatch.setattr(gpu_rivals, "missing", lambda name: f"not installed: {name}" if name in ("varlen_attn", "flash") else None)
+    return gpu_worker.Bench(Processor(), WHERE, gpu_worker.Budget(2, 0.001), "reference")
+
+
+def test_gpu_cases_run_and_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = gpu_bench(monkeypatch)
+    cases = {case.name: case for case in map(shrunk, gpu_cases.forward_cases() + gpu_cases.backward_cases()) if case.group != "host"}
+    for case in cases.values():
+        found = {row.implementation: row for row in bench.rows(case)}
+        own = found["fastattn"]
+        if case.group == "memory":
+            assert own.measure == "memory" and own.value == 1.5 and own.verdict == "pass"
+            continue
+        assert own.verdict == "pass" and own.error and 0 < own.error < 0.01, (case.name, own)
+        assert own.measure == "error" and own.value and own.value < 1.05 and own.rounds == 2 and own.clock_mhz == 1000
+        assert case.alone or (own.lse_error is not None and own.lse_error < 1e-6)
+        assert (own.gigabytes is not None) == (case.group == "decode")
+        assert "varlen_attn" not in found or found["varlen_attn"].note == "not installed: varlen_attn"
+        assert all(row.error is None or row.error < 0.01 for row in found.values()), case.name
+
+
+def test_the_best_of_several_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = gpu_bench(monkeypatch)
+    case = shrunk(gpu_cases.forward_cases()[0])
+    found = {row.implementation: row for row in bench.rows(case)}
+    fastest = min((found["cuDNN"], found["FA4"]), key=lambda row: row.median_ms or 0.0)
+    best = found["cuDNN|FA4"]
+    assert best.median_ms == fastest.median_ms and best.value == fastest.value and best.label.startswith(fastest.implementation)
+    assert best.verdict in ("pass", "MISS") and best.needs == ">= 0.85x" and not fastest.needs
+    found = {row.implementation: row for row in bench.rows(replace(case, against=("cuDNN",)))}
+    assert found["cuDNN|FA4"].note == "without FA4" and found["cuDNN|FA4"].verdict == "" and found["cuDNN|FA4"].value
+
+
+def test_a_wrong_answer_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, another scale, an lse that is off, and a rival that computes something else."""
+    import_torch = pytest.importorskip("torch")
+    from bench.gpu import rivals as gpu_rivals
+
+    bench = gpu_bench(monkeypatch)
+    case = shrunk(gpu_cases.forward_cases()[0])
+    make = gpu_rivals.make_fastattn
+
+    def spoiled(name: str, spoil: Callable[[Any], Any]) -> Callable[..., Any]:
+        def maker(case: Case, x: Any, engine: str | None = None) -> Any:
+            right = make(case, x, engine)
+            assert right.checked
+            return replace(right, checked=lambda: (found := right.checked()) | {name: spoil(found[name].clone())})
+        return maker
+
+    for name, spoil in (("out", lambda t: t.index_fill_(1, import_torch.tensor([3]), math.nan)), ("out", lambda t: t * 1.02),
+                        ("lse", lambda t: t + 1e-4)):
+        monkeypatch.setattr(gpu_rivals, "make_fastattn", spoiled(name, spoil))
+        found = list(bench.rows(case))
+        assert found[0].verdict == "WRONG" and "lse" in found[0].note
+        assert "WRONG" in gpu_table.console(found) and gpu_table.closing(found) == "1 WRONG"
+    monkeypatch.setattr(gpu_rivals, "make_fastattn", make)
+    monkeypatch.setitem(gpu_rivals.MAKERS, "cuDNN", lambda case, x, _: gpu_rivals.make_sdpa(replace(case, causal=True), x, "sdpa"))
+    found = {row.implementation: row for row in bench.rows(case)}
+    assert found["cuDNN"].verdict == "WRONG" and found["fastattn"].verdict == "pass"
+
+
+def gpu_rows(ratio: float = 1.02) -> list[Row]:
+    """Two grid cells, a decode case and a failing one, in seconds that nobody measured."""
+    cells = [case for case in gpu_cases.forward_cases() if case.group == "grid" and case.dtype == "bfloat16" and case.head_dim == 128][4:6]
+    found: list[Row] = []
+    for case in cells:
+        one, time_ = Spread(0.97, 0.97, 0.97), Spread(0.002, 0.002, 0.002)
+        found += [results.make_row(WHERE, case, "fastattn", time=time_, measure="error", value=one, error=2e-4, clock_mhz=1980),
+                  results.make_row(WHERE, case, "cuDNN", time=time_, measure="speedup", value=Spread(ratio, ratio, ratio)),
+                  results.make_row(WHERE, case, "FA4", note="not installed: FA4"),
+                  results.make_row(WHERE, case, "cuDNN|FA4", time=time_, measure="speedup", value=Spread(ratio, ratio, ratio))]
+    decode = next(case for case in gpu_cases.forward_cases() if case.group == "decode")
+    found += [results.make_row(WHERE, decode, "fastattn", time=Spread(1e-5, 1e-5, 1e-5), gigabytes=3355.4),
+              results.make_row(WHERE, shrunk(decode), "fastattn", note="failed: RuntimeError: no")]
+    return found + gpu_table.geometric_means(found)
+
+
+def test_gpu_csv_table_and_plot(tmp_path: Path) -> None:
+    found = gpu_rows()
+    results.write_csv(found, tmp_path / "gpu.csv")
+    again = results.read_csv(tmp_path / "gpu.csv")
+    assert gpu_table.console(again) == gpu_table.console(found) and again[0].clock_mhz == 1980 and again[2].error is None
+    _, _, cell, _, decode, failed, mean = gpu_table.console(found).splitlines()
+    assert cell.split()[-7:] == ["550", "550", "1.02x", ">=", "0.95x", "0.97x", "pass"]
+    assert "3355 GB/s" in decode and failed.endswith("FAILED") and "failed: RuntimeError" in failed
+    assert " ".join(mean.split()) == "geometric mean fwd over 2 cells of the grid 1.02x >= 1.00x pass"
+    assert "FA4: not installed: FA4 (2x, first fwd bf16 grid full (2,16,8192,128))" in gpu_table.notes(found)
+    assert gpu_table.closing(found) == "3 pass, 1 FAILED, 1 not measured"
+    assert gpu_table.closing(gpu_rows(0.9)) == "3 MISS, 1 FAILED, 1 not measured"
+    if pytest.importorskip("matplotlib"):
+        assert gpu_plot.plot(found, tmp_path / "gpu.png") and (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_gpu_readme_gets_its_section_once(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# Name\n<!-- bench:cpu:begin -->\nold\n<!-- bench:cpu:end -->\n\n## License\n")
+    for _ in range(2):
+        gpu_table.add_markers(readme)
+        table.update_readme(readme, "gpu", gpu_table.markdown(gpu_rows()))
+    text = readme.read_text()
+    assert text.count("## Speed on a GPU") == 1 and text.index("cpu:end") < text.index("gpu:begin") < text.index("## License")
+    assert "| forward | bfloat16 | 128 | full | 550 (1.02) | 1100 (1.02) |" in text
+
+
+CHILD = """
+import json, sys
+job = json.load(sys.stdin)
+for n, case in enumerate(job["cases"]):
+    print(json.dumps({"begin": name(case)}), flush=True)
+    if n == 0 and len(job["cases"]) > 1:
+        FAULT
+    print(json.dumps({"rows": [row(case)], "seconds": 0.1}), flush=True)
+print(json.dumps({"end": True}), flush=True)
+"""
+CHILD_ROWS = """
+from dataclasses import asdict
+from bench import results
+from bench.case import Case
+where = results.Where("2030-01-02", "A card", "sm_90", 1, "3.11", "torch 2", "copy 9 GB/s")
+def name(case): return Case.from_json(dict(case)).name
+def row(case): return asdict(results.make_row(where, Case.from_json(dict(case)), "fastattn"))
+"""
+
+
+@pytest.mark.parametrize(("fault", "why"), [("sys.exit('out of luck')", "exit status 1: out of luck"),
+                                            ("import time; time.sleep(60)", "no answer for 3 s")])
+def test_a_lost_child_costs_one_case(fault: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "COMMAND", (sys.executable, "-c", CHILD_ROWS + CHILD.replace("FAULT", fault)))
+    chosen = gpu_cases.forward_cases()[:2]
+    found = gpu_run.run(chosen, "quick", tmp_path / "gpu.csv", patience=3)
+    assert [row.case for row in found] == [case.name for case in chosen]
+    assert found[0].verdict == "WRONG" and why in found[0].note and found[1].note == ""
+    assert [row.case for row in results.read_csv(tmp_path / "gpu.csv")] == [case.name for case in chosen]
+
+
+def test_gpu_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_device() -> None:
+        raise SystemExit("bench gpu needs a CUDA device")
+
+    monkeypatch.setattr(gpu_run, "check_device", no_device)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        main(["gpu", "--quick", "--csv", str(tmp_path / "gpu.csv")])
+    assert not (tmp_path / "gpu.csv").exists()
+    main(["gpu", "--list", "--only", "window"])
+    assert capsys.readouterr().out.splitlines()[0] == "window forward bfloat16 causal+window (1,16,16384,128)"
+    results.write_csv(gpu_rows(), tmp_path / "gpu.csv")
+    with pytest.raises(SystemExit, match="FAILED"):
+        main(["gpu", "--from-csv", "--csv", str(tmp_path / "gpu.csv")])
+    assert capsys.readouterr().out.splitlines()[-1] == "3 pass, 1 FAILED, 1 not measured"

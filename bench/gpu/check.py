@@ -1,0 +1,160 @@
+"""Is it right: float64 attention of a part of the heads, written out, and everybody's error against it.
+
+A part is one sequence and one key head with its group of query heads; where dropout is on, only the first rows, because its mask
+comes from the library's NumPy definition.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..case import Case
+from .rivals import SEED, Inputs, Tensors
+
+DROPOUT_ROWS = 128
+LSE_LIMIT = 2e-6  # relative
+Errors = dict[str, float]
+
+
+class Part(NamedTuple):
+    sequence: int
+    head_k: int
+
+
+def parts(case: Case) -> list[Part]:
+    """The first and the last sequence and head; dropout: the first; dbias: every sequence of a head would be needed, so no dbias."""
+    last = Part(case.batch - 1, case.shape_k[1] - 1)
+    return [Part(0, 0)] if case.dropout_p or last == (0, 0) else [Part(0, 0), last]
+
+
+def cut(case: Case, x: Tensors, part: Part) -> Tensors:
+    """A part of named results or inputs: (heads, rows, head_dim), lse (heads, rows)."""
+    group = case.num_heads // case.shape_k[1]
+    queries, keys = slice(part.head_k * group, (part.head_k + 1) * group), slice(part.head_k, part.head_k + 1)
+    ends = (sum(case.lengths[:part.sequence]), sum(case.lengths[:part.sequence + 1])) if case.lengths else (0, 0)
+    found: Tensors = {}
+    for name, tensor in x.items():
+        heads = keys if name in ("k", "v", "dk", "dv") else queries
+        if name == "lse":
+            rows = tensor[:, slice(*ends)] if case.lengths else tensor[part.sequence]
+            found[name] = rows[heads]
+        else:
+            rows = tensor[slice(*ends)] if case.lengths else tensor[part.sequence]
+            found[name] = rows[:, heads].transpose(0, 1)
+    return found
+
+
+def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tensors:
+    """out and lse of a part, or dq, dk, dv, in float64.
+
+    emulated: as a 16-bit kernel would, for cases that torch's flash backend lacks: float32 scores, probabilities and dscores rounded to
+    the input's dtype before the products that take them, float32 sums, rounded results.
+    """
+    import torch
+
+    kind = torch.float32 if emulated else torch.float64
+    piece = cut(case, {"q": x.q, "k": x.k, "v": x.v, "dout": x.dout}, part)
+    rows = slice(0, DROPOUT_ROWS if case.dropout_p else None)
+    q, k, v = (piece[name].to(kind).requires_grad_(case.alone) for name in "qkv")
+    with torch.set_grad_enabled(case.alone):
+        scores = _scores(case, x, part, _product(q[:, rows], k, x.q.dtype if emulated else None))
+        row_max = scores.amax(-1, keepdim=True)
+        if x.sinks is not None:
+            sink = x.sinks[_heads(case, part)].to(kind).reshape(-1, 1, 1)
+            row_max = torch.maximum(row_max, sink)
+        exps = torch.exp(scores - row_max)
+        row_sum = exps.sum(-1, keepdim=True) + (torch.exp(sink - row_max) if x.sinks is not None else 0)
+        if case.dropout_p:
+            exps = exps * _keep(case, part, exps)
+        if emulated:
+            exps = exps + (exps.to(x.q.dtype).to(kind) - exps).detach()  # rounded, its gradient not
+        out = exps @ v / row_sum
+        if not case.alone:
+            return {"out": out.to(x.q.dtype) if emulated else out, "lse": (row_max + row_sum.log()).squeeze(-1)}
+        gradients = torch.autograd.grad(out, (q, k, v), piece["dout"][:, rows].to(kind))
+        dq, dk, dv = (gradient.to(x.q.dtype) if emulated else gradient for gradient in gradients)
+    return {"dq": dq[:, rows]} if case.dropout_p else {"dq": dq, "dk": dk, "dv": dv}
+
+
+def _product(q: Any, k: Any, dtype: Any) -> Any:
+    """q @ k.T; with a dtype, the gradient that comes back is rounded to it."""
+    product = q @ k.transpose(1, 2)
+    if dtype is not None and product.requires_grad:
+        product.register_hook(lambda gradient: gradient.to(dtype).to(gradient.dtype))
+    return product
+
+
+def _heads(case: Case, part: Part) -> slice:
+    group = case.num_heads // case.shape_k[1]
+    return slice(part.head_k * group, (part.head_k + 1) * group)
+
+
+def _scores(case: Case, x: Inputs, part: Part, product: Any) -> Any:
+    """softcap(scale * q.k) + alibi + bias, hidden pairs -inf, of a part's first rows."""
+    import torch
+
+    scores = product / math.sqrt(case.head_dim)
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    rows, keys = product.shape[1:]
+    length = case.lengths[part.sequence] if case.lengths else case.seqlen
+    diagonal = torch.arange(rows, device=product.device).unsqueeze(1) + keys - length
+    distance = torch.arange(keys, device=product.device) - diagonal
+    if x.slopes is not None:
+        scores = scores - x.slopes[_heads(case, part)].to(scores.dtype).reshape(-1, 1, 1) * distance.abs()
+    if x.bias is not None:
+        scores = scores + x.bias[0, _heads(case, part), :rows].to(scores.dtype)
+    if case.causal:
+        scores = scores.masked_fill(distance > 0, -math.inf)
+    if case.window is not None:
+        scores = scores.masked_fill((distance < -case.window) | (distance > case.window), -math.inf)
+    return scores if x.mask is None else scores.masked_fill(~x.mask[0, 0, :rows], -math.inf)
+
+
+def _keep(case: Case, part: Part, like: Any) -> Any:
+    """What dropout leaves, scaled, for the first rows of a part of sequence 0."""
+    import torch
+
+    import fastattn
+
+    keep = fastattn.dropout_mask(1, case.num_heads, like.shape[1], like.shape[2], dropout_p=case.dropout_p, seed=SEED)
+    scale = 1 / (1 - round(case.dropout_p * 65536) / 65536)
+    return torch.from_numpy(keep[0, _heads(case, part)]).to(like.device, like.dtype) * scale
+
+
+class Reference:
+    """The references of a case's parts, made once."""
+
+    def __init__(self, case: Case, x: Inputs) -> None:
+        self.case, self.x = case, x
+        self.parts = parts(case)
+        self.right = [reference(case, x, part) for part in self.parts]
+
+    def errors(self, found: Tensors) -> Errors:
+        """Relative error (Frobenius, all parts together) of each named result that the reference has; NaN where NaN was found."""
+        names = [name for name in self.right[0] if name in found]
+        pieces = [cut(self.case, {name: found[name] for name in names}, part) for part in self.parts]
+        return {name: relative((piece[name], right[name]) for piece, right in zip(pieces, self.right, strict=True)) for name in names}
+
+    def emulated_errors(self) -> Errors:
+        """Of a 16-bit kernel's arithmetic."""
+        found = [reference(self.case, self.x, part, emulated=True) for part in self.parts]
+        return {name: relative((piece[name], right[name]) for piece, right in zip(found, self.right, strict=True)) for name in found[0]}
+
+
+def relative(pairs: Iterable[tuple[Any, Any]]) -> float:
+    distance = size = 0.0
+    for found, right in pairs:
+        found = found[:, :right.shape[1]].to(right.dtype)
+        distance += float(((found - right) ** 2).sum())
+        size += float((right ** 2).sum())
+    return math.sqrt(distance / size)
+
+
+def ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float | None:
+    """The worst of our errors over theirs, lse apart; NaN stays NaN; None where there is nothing to compare."""
+    common = [ours[name] / theirs[name] for name in ours if name in theirs and name != "lse" and theirs[name] > 0]
+    if any(math.isnan(value) for value in common):
+        return math.nan
+    return max(common, default=None)

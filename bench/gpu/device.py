@@ -1,0 +1,137 @@
+"""The card: timing with events, its clock, its versions, and what it can do at best."""
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import machine
+from ..results import Where
+from ..timing import Call
+
+# Distributions that decide which machine code runs, ours and the rivals'.
+DISTRIBUTIONS = ("flash-attn-4", "nvidia-cutlass-dsl", "numba-cuda", "numba", "llvmlite", "nvidia-nvjitlink", "nvidia-cuda-nvcc",
+                 "cuda-core", "numpy")
+CYCLES_PER_SECOND = 2e9  # of torch.cuda._sleep, roughly
+LONGEST_SLEEP = 0.02  # seconds
+QUEUE = 64  # calls queued at once: far below what the driver accepts before it blocks the host
+
+
+class Device:
+    """Where calls run and how they are timed; the tests have one of their own."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch: Any = torch
+        self.l2_bytes = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 60 << 20))
+
+    def synchronize(self) -> None:
+        self.torch.cuda.synchronize()
+
+    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
+        """Seconds per call until it returns, on an idle device."""
+        self.synchronize()
+        start = time.perf_counter()
+        for n in range(repeats):
+            calls[n % len(calls)]()
+        elapsed = time.perf_counter() - start
+        self.synchronize()
+        return elapsed / repeats
+
+    def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
+        """A turn of about `seconds` of the device: it returns device seconds per call, over several inputs if `calls` has several.
+
+        The device sleeps while the host queues the calls, so that what is seen is the device's time alone: no library's way to its
+        kernels counts here (the "host" case is about that).
+        """
+        cuda = self.torch.cuda
+        self.host_seconds(calls, 3)  # allocates
+        host = self.host_seconds(calls, 3)
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+
+        def timed(repeats: int) -> float:
+            cuda._sleep(int(min(repeats * host * 1.5 + 50e-6, LONGEST_SLEEP) * CYCLES_PER_SECOND))
+            begin.record()
+            for n in range(repeats):
+                calls[n % len(calls)]()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) * 1e-3 / repeats
+
+        repeats = max(1, min(QUEUE, int(seconds / max(timed(3), 1e-7))))
+        return lambda: timed(repeats)
+
+    def clock_mhz(self, call: Call) -> int | None:
+        """The multiprocessors' clock while `call` runs; None where it cannot be read."""
+        try:
+            for _ in range(8):
+                call()
+            return int(self.torch.cuda.clock_rate())
+        except Exception:  # needs pynvml, a driver that answers, ...
+            return None
+
+    def extra_megabytes(self, call: Callable[[], Any]) -> float:
+        """Peak of a call beyond what is there before and what it returns: torch's allocations, and what others took and kept."""
+        cuda = self.torch.cuda
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()
+        before, free, reserved = cuda.memory_allocated(), cuda.mem_get_info()[0], cuda.memory_reserved()
+        result = call()
+        self.synchronize()
+        kept = cuda.memory_allocated() - before
+        elsewhere = max(0, free - cuda.mem_get_info()[0] - (cuda.memory_reserved() - reserved))
+        del result
+        return float(cuda.max_memory_allocated() - before - kept + elsewhere) / 1e6
+
+    def poison(self, like: Any) -> None:
+        """Fill memory that the next allocation of this size will get with NaN: an element that is not written cannot look right."""
+        self.torch.full_like(like, float("nan"))
+        self.synchronize()
+
+    def release(self) -> None:
+        self.torch.cuda.empty_cache()
+
+    def where(self) -> Where:
+        torch = self.torch
+        major, minor = torch.cuda.get_device_capability(0)
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        cudnn = ".".join(map(str, (lambda v: (v // 10000, v // 100 % 100, v % 100))(torch.backends.cudnn.version() or 0)))
+        versions = [f"driver {_driver()}", f"CUDA {torch.version.cuda}", f"torch {torch.__version__}", f"cuDNN {cudnn}",
+                    *(f"{name} {distribution(name) or 'not installed'}" for name in DISTRIBUTIONS)]
+        return Where(machine.today(), f"{torch.cuda.get_device_name(0)} ({count} multiprocessors)", f"sm_{major}{minor}", 1,
+                     platform.python_version(), ", ".join(versions), self._ceilings())
+
+    def _ceilings(self) -> str:
+        """A square bf16 product and a copy, counted read plus write."""
+        torch = self.torch
+        a, b = torch.randn(2, 8192, 8192, device=self.name, dtype=torch.bfloat16)
+        source = torch.empty(1 << 30, device=self.name, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        found = []
+        for name, call, amount, unit in (("bf16 matmul", lambda: a @ b, 2 * 8192**3 / 1e12, "TFLOP/s"),
+                                         ("copy", lambda: target.copy_(source), 2 * (1 << 30) / 1e9, "GB/s")):
+            turn = self.turn([call], 0.03)
+            found.append(f"{name} {amount / min(turn() for _ in range(3)):.0f} {unit}")
+        return ", ".join(found)
+
+
+def distribution(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return done.stdout.strip().splitlines()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return "unknown"

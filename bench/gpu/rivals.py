@@ -1,0 +1,250 @@
+"""Who runs a case on the GPU: each implementation as a call on the same tensors, and its results under common names.
+
+Everything is (batch, seqlen, num_heads, head_dim), or packed (total, num_heads, head_dim); lse is (batch, num_heads, seqlen) or
+(num_heads, total).
+"""
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ..case import Case
+
+Tensor = Any
+Tensors = dict[str, Any]
+SEED = 1  # of our dropout
+GRADIENTS = ("dq", "dk", "dv", "dbias")
+BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "sdpa": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """`call` is one public call, allocation included; `named` gives its results their names (out, lse; dq, dk, dv, dbias).
+
+    `checked` is the same computation for the check, with `out` poisoned where it can be given; None: as `call`.
+    """
+
+    call: Callable[[], Any]
+    label: str
+    named: Callable[[Any], Tensors]
+    checked: Callable[[], Tensors] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the case has, None for the rest; cu_seqlens int32 on the device, slopes and sinks float32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    bias: Tensor = None
+    mask: Tensor = None
+    slopes: Tensor = None
+    sinks: Tensor = None
+    cu_seqlens: Tensor = None
+
+
+def input_bytes(case: Case) -> int:
+    """Of q, k and v, 16-bit."""
+    total = sum(case.lengths)
+    rows_q, rows_k = (total, total) if total else (case.batch * case.seqlen, case.batch * case.shape_k[2])
+    return 2 * case.head_dim * (rows_q * case.num_heads + 2 * rows_k * case.shape_k[1])
+
+
+def make_inputs(case: Case, device: str, number: int = 0) -> Inputs:
+    """Normal numbers, the same for a case in every run; `number` counts sets of them."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + number)
+    dtype = getattr(torch, case.dtype)
+
+    def draw(*shape: int, kind: Any = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=kind)
+
+    b, h, s, d = case.shape_q
+    _, hk, sk, _ = case.shape_k
+    total = sum(case.lengths)
+    leading_q, leading_k = ((total,), (total,)) if total else ((b, s), (b, sk))
+    q, k, v, dout = draw(*leading_q, h, d), draw(*leading_k, hk, d), draw(*leading_k, hk, d), draw(*leading_q, h, d)
+    ends = [0, *itertools.accumulate(case.lengths)]
+    return Inputs(q, k, v, dout,
+                  bias=draw(1, h, s, sk) if case.bias else None,
+                  mask=torch.rand(1, 1, s, sk, generator=generator, device=device) < 0.9 if case.mask else None,
+                  slopes=2.0 ** (-8 * torch.arange(1, h + 1, device=device, dtype=torch.float32) / h) if case.alibi else None,
+                  sinks=draw(h, kind=torch.float32) if case.sinks else None,
+                  cu_seqlens=torch.tensor(ends, device=device, dtype=torch.int32) if total else None)
+
+
+# ---------------------------------------------------------------- fastattn
+def forced(case: Case) -> Callable[[], AbstractContextManager[Any]]:
+    """The kernels that the case asks for, as something to enter around each call."""
+    if not case.kernels:
+        return nullcontext
+    from fastattn import gpu
+
+    use: Any = gpu.use  # type: ignore[attr-defined,unused-ignore]
+    return lambda: use(case.kernels)
+
+
+def options(case: Case, x: Inputs) -> dict[str, Any]:
+    """Keywords of fastattn.attention and attention_varlen."""
+    found: dict[str, Any] = {"causal": case.causal}
+    if case.window is not None:
+        found["window"] = (case.window, 0 if case.causal else case.window)
+    if case.softcap is not None:
+        found["softcap"] = case.softcap
+    if case.dropout_p:
+        found |= {"dropout_p": case.dropout_p, "seed": SEED}
+    found |= {name: array for name, array in (("alibi_slopes", x.slopes), ("bias", x.bias), ("mask", x.mask), ("sinks", x.sinks))
+              if array is not None}
+    if case.lengths:
+        found |= {"max_seqlen_q": case.seqlen, "max_seqlen_k": case.seqlen}
+    return found
+
+
+def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
+    import fastattn
+
+    extra = options(case, x) | {"engine": engine}
+    use = forced(case)
+    arrays = (x.q, x.k, x.v) + ((x.cu_seqlens, x.cu_seqlens) if case.lengths else ())
+    attention: Any = fastattn.attention_varlen if case.lengths else fastattn.attention
+    backward: Any = fastattn.attention_varlen_backward if case.lengths else fastattn.attention_backward
+    label = f"fastattn {fastattn.__version__}{f' {case.kernels}' if case.kernels else ''}"
+    if not case.alone:
+        def forward() -> Any:
+            with use():
+                return attention(*arrays, **extra)
+
+        def checked() -> Tensors:
+            with use():
+                out, lse = attention(*arrays, **extra, out=x.q.new_full((*x.q.shape[:-1], x.v.shape[-1]), float("nan")), return_lse=True)
+            return {"out": out, "lse": lse}
+
+        return Runner(forward, label, lambda out: {"out": out}, checked)
+    with use():
+        out, lse = attention(*arrays, **extra, return_lse=True)
+    if case.need_dbias:
+        extra["need_dbias"] = True
+    if case.deterministic:
+        extra["deterministic"] = True
+
+    def gradients() -> Any:
+        with use():
+            return backward(x.dout, *arrays[:3], out, lse, *arrays[3:], **extra)
+
+    return Runner(gradients, label, lambda grads: {name: getattr(grads, name) for name in GRADIENTS if getattr(grads, name) is not None})
+
+
+def make_plain(case: Case, x: Inputs, engine: str | None = None) -> Runner:
+    """fastattn without the features: what they cost."""
+    return make_fastattn(case.plain, Inputs(x.q, x.k, x.v, x.dout, cu_seqlens=x.cu_seqlens), engine)
+
+
+# ---------------------------------------------------------------- the others
+def make_sdpa(case: Case, x: Inputs, backend: str) -> Runner:
+    """torch's scaled_dot_product_attention with one backend; "sdpa" lets torch choose."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    _refuse(case, backend, "window", "alibi", "softcap", "mask", "sinks", "deterministic", "lengths")
+    if case.causal and case.seqlen != case.shape_k[2]:
+        raise NotImplementedError("SDPA's diagonal starts at the top left")
+    chosen = BACKENDS[backend]
+    context = (lambda: sdpa_kernel([getattr(SDPBackend, chosen)])) if chosen else nullcontext
+    extra: dict[str, Any] = {"is_causal": case.causal, "dropout_p": case.dropout_p}
+    if case.shape_k[1] != case.num_heads:
+        extra["enable_gqa"] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        with context():
+            return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, **extra).transpose(1, 2)
+
+    return _torch_runner(case, x, attend, f"torch {torch.__version__} {backend}")
+
+
+def make_varlen(case: Case, x: Inputs, backend: str) -> Runner:
+    """torch.nn.attention.varlen.varlen_attn: torch's flash backend for packed sequences."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse(case, backend, "window", "alibi", "softcap", "bias", "mask", "sinks", "dropout_p", "deterministic")
+    old = "is_causal" in inspect.signature(varlen_attn).parameters
+    extra: dict[str, Any] = {"is_causal": case.causal} if old else {"window_size": (-1, 0)} if case.causal else {}
+    cu, longest = x.cu_seqlens, case.seqlen
+    return _torch_runner(case, x, lambda q, k, v, bias: varlen_attn(q, k, v, cu, cu, longest, longest, **extra),
+                         f"torch {torch.__version__} varlen_attn")
+
+
+def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
+    """FlashAttention-4; the first call of each variant compiles it."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    from .device import distribution
+
+    _refuse(case, backend, "alibi", "bias", "mask", "sinks", "dropout_p")
+    extra: dict[str, Any] = {"causal": case.causal}
+    if case.window is not None:
+        extra["window_size"] = (case.window, 0 if case.causal else case.window)
+    if case.softcap is not None:
+        extra["softcap"] = case.softcap
+    if case.deterministic:
+        extra["deterministic"] = True
+    if case.lengths:
+        extra |= {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens, "max_seqlen_q": case.seqlen, "max_seqlen_k": case.seqlen}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        result = (flash_attn_varlen_func if case.lengths else flash_attn_func)(q, k, v, **extra)
+        return result[0] if isinstance(result, tuple) else result
+
+    return _torch_runner(case, x, attend, f"FA4 {distribution('flash-attn-4') or ''}")
+
+
+def _torch_runner(case: Case, x: Inputs, attend: Callable[..., Tensor], label: str) -> Runner:
+    """A forward without autograd, or the gradients alone: the graph is built once and kept."""
+    import torch
+
+    if not case.alone:
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return attend(x.q, x.k, x.v, x.bias)
+
+        return Runner(forward, label, lambda out: {"out": out})
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, *((x.bias,) if case.need_dbias else ()))]
+    with torch.enable_grad():
+        out = attend(*leaves[:3], leaves[3] if case.need_dbias else x.bias)
+    return Runner(lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True), label,
+                  lambda grads: dict(zip(GRADIENTS, grads, strict=False)))
+
+
+def _refuse(case: Case, backend: str, *fields: str) -> None:
+    """NotImplementedError where a rival would silently compute something else."""
+    for name in fields:
+        if getattr(case, name):
+            raise NotImplementedError(f"{backend} has no {name}")
+
+
+MAKERS: dict[str, Callable[[Case, Inputs, str], Runner]] = {
+    **dict.fromkeys(BACKENDS, make_sdpa), "varlen_attn": make_varlen, "FA4": make_fa4,
+    "plain": lambda case, x, backend: make_plain(case, x),
+}
+MODULES = {"FA4": "flash_attn.cute", "varlen_attn": "torch.nn.attention.varlen"}
+
+
+def missing(name: str) -> str | None:
+    """Why a rival cannot run here, or None."""
+    module = MODULES.get(name)
+    if module is None:
+        return None
+    try:
+        return None if importlib.util.find_spec(module) else f"not installed: {module}"
+    except ImportError:
+        return f"not installed: {module}"

@@ -1,0 +1,141 @@
+"""The parent: gives the cases to a child, writes each row as it comes, and goes on with a new child past a case that broke one."""
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from ..case import Case, Mode
+from ..results import Row, RowFile, Where, make_row
+from . import cases, table
+from .worker import Budget
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, turn=0.010), "full": Budget(rounds=15, turn=0.020)}
+MINUTES: dict[Mode, float] = {"quick": 6.0, "full": 120.0}
+PATIENCE = 240.0  # seconds without an answer: a case that hangs. FA4's compilation of a backward is the longest thing known.
+COMMAND = (sys.executable, "-m", "bench.gpu.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One child's answers, as they come."""
+
+    process: subprocess.Popen[str]
+    answers: queue.Queue[str | None]
+
+    @classmethod
+    def start(cls, job: dict[str, Any], log: IO[str]) -> Child:
+        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+        assert process.stdin and process.stdout
+        lines: queue.Queue[str | None] = queue.Queue()
+
+        def read(stream: IO[str]) -> None:
+            for line in stream:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
+        try:
+            process.stdin.write(json.dumps(job))
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended already; its answers and its log say the rest
+        return cls(process, lines)
+
+    def listen(self, patience: float) -> Iterator[dict[str, Any]]:
+        """Answers until the end; {"lost": reason} last where the child broke."""
+        while True:
+            try:
+                line = self.answers.get(timeout=patience)
+            except queue.Empty:
+                self.process.kill()
+                self.process.wait()
+                yield {"lost": f"no answer for {patience:.0f} s"}
+                return
+            if line is None:
+                status = self.process.wait()
+                yield {"lost": f"exit status {status}"}
+                return
+            answer = json.loads(line)
+            yield answer
+            if "end" in answer:
+                self.process.wait()
+                return
+
+
+def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = None, patience: float = PATIENCE) -> list[Row]:
+    """Measure, print a line for each case, write the CSV row by row; the child's own output goes to a .log beside it."""
+    until = time.time() + 60 * (minutes if minutes is not None else MINUTES[mode])
+    left, rows = list(chosen), list[Row]()
+    with RowFile(path) as file, path.with_suffix(".log").open("w") as log:
+        def keep(row: Row) -> None:
+            rows.append(row)
+            file.write(row)
+
+        while left:
+            child = Child.start({"cases": [asdict(case) for case in left], "budget": asdict(BUDGETS[mode]), "until": until}, log)
+            current = ""
+            for answer in child.listen(patience):
+                if "begin" in answer:
+                    current = answer["begin"]
+                elif "say" in answer:
+                    print(answer["say"], flush=True)
+                elif "rows" in answer:
+                    found = [Row(**row) for row in answer["rows"]]
+                    for row in found:
+                        keep(row)
+                    left = [case for case in left if case.name != current]
+                    print(f"[{len(chosen) - len(left):3}/{len(chosen)}] {answer['seconds']:5.1f} s  {table.brief(found)}", flush=True)
+                    current = ""
+                elif "lost" in answer:
+                    why = f"{answer['lost']}: {_last_line(path.with_suffix('.log'))}"
+                    broken = next((case for case in left if case.name == current), None)
+                    if broken is None:  # not a case's doing: a new child would not do better
+                        raise SystemExit(f"the benchmark's process ended ({why}); {len(rows)} rows are in {path}")
+                    print(f"{current}: the process was lost ({why})", flush=True)
+                    keep(_lost(broken, rows, why))
+                    left.remove(broken)
+                    break
+            else:
+                break
+        for row in table.geometric_means(rows):
+            keep(row)
+    return rows
+
+
+def _lost(case: Case, rows: Sequence[Row], why: str) -> Row:
+    """A case that took its process with it is wrong, whoever did it."""
+    names = tuple(Where.__dataclass_fields__)
+    where = Where(**{name: getattr(rows[0], name) for name in names}) if rows else Where("", "", "", 1, "", "", "")
+    return replace(make_row(where, case, "fastattn", note=f"failed: {why}"), verdict="WRONG")
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else "no message"
+
+
+def check_device() -> None:
+    """SystemExit with the reason where there is nothing to measure on."""
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit("bench gpu needs torch with CUDA, which is not installed; every other library is optional") from None
+    if not torch.cuda.is_available():
+        raise SystemExit(f"bench gpu needs a CUDA device; torch {torch.__version__} sees none")
+
+
+def choose(backward: bool, mode: Mode, only: str | None, skip: tuple[str, ...]) -> list[Case]:
+    everything = cases.backward_cases() if backward else cases.forward_cases()
+    chosen = cases.select(everything, mode, only, skip)
+    if not chosen:
+        raise SystemExit(f"no case of mode {mode!r} has a name that matches {only!r}")
+    return chosen

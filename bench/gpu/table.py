@@ -1,0 +1,184 @@
+"""GPU rows as text: TFLOP/s and ratios, short on the terminal, by sequence length in the README."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..results import Row
+from ..table import aligned, by_case, pipes
+from .cases import GEOMETRIC_MEAN
+
+RIVALS = ("cuDNN", "FA4", "flash", "efficient", "varlen_attn", "sdpa", "plain")
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "forward": "fwd", "backward": "bwd"}
+INTRODUCTION = """## Speed on a GPU
+
+`python -m bench gpu` measures against what it finds of torch's SDPA backends (cuDNN, flash, efficient), torch's `varlen_attn` and
+FlashAttention-4, all in turns in one process; `--quick` is a part of it, `--backward` the gradients. With `--update-readme` it writes
+this table.
+"""
+
+
+def rate(row: Row | None) -> str:
+    """TFLOP/s; GB/s for decode, microseconds until the call returns for host, extra MB for memory."""
+    if row is None or (row.median_ms is None and row.measure != "memory"):
+        return ""
+    if row.verdict == "WRONG":
+        return "WRONG"
+    if row.measure == "memory":
+        return row.text
+    if row.group == "host":
+        return f"{(row.median_ms or 0) * 1e3:.1f} us"
+    if row.gigabytes is not None:
+        return f"{row.gigabytes:.0f} GB/s"
+    return f"{(row.gflops or 0) / 1e3:.0f}"
+
+
+def best(found: Mapping[str, Row]) -> Row | None:
+    """The row whose ratio stands for a case: the one with a bar and a value, else the first with a value."""
+    rows = [row for row in found.values() if row.implementation != "fastattn"]
+    barred = [row for row in rows if row.needs]
+    own = found.get("fastattn")
+    if own is not None and own.measure in ("host", "memory"):
+        return own
+    return next((row for row in (*barred, *rows) if row.value is not None), barred[0] if barred else None)
+
+
+def shown(found: Mapping[str, Row]) -> list[Row]:
+    """The rows whose ratios and needs a line shows: those with a bar, the error's apart, else the one that stands for the case."""
+    barred = [row for row in found.values() if row.needs and not row.needs.endswith("error")]
+    return barred or [row for row in (best(found),) if row]
+
+
+def verdict(found: Mapping[str, Row]) -> str:
+    """WRONG, FAILED (ours did not run), MISS, "not measured" or pass over the rows of a case."""
+    verdicts = {row.verdict for row in found.values()}
+    barred = [row for row in found.values() if row.needs]
+    word = next((word for word in ("WRONG", "MISS") if word in verdicts), "")
+    own = found.get("fastattn")
+    if word != "WRONG" and own is not None and own.note.startswith("failed"):
+        return "FAILED"
+    return word or ("pass" if barred and all(row.verdict for row in barred) else "not measured" if barred else "")
+
+
+def label(row: Row) -> str:
+    """fwd bf16 grid causal (4,16,4096,128)"""
+    return " ".join([SHORT.get(row.passes, row.passes), SHORT.get(row.dtype, row.dtype), row.group, row.features, row.shape]).strip()
+
+
+def brief(rows: Sequence[Row]) -> str:
+    """One line while it runs."""
+    rates = ", ".join(f"{row.implementation} {rate(row) or row.note}" for row in rows if "|" not in row.implementation)
+    return f"{label(rows[0])}: {rates}"
+
+
+def console(rows: Iterable[Row]) -> str:
+    """One line per case: our rate, each rival's, the ratios with a bar, our error over the yardstick's, whether the bars are met."""
+    cases = by_case(rows)
+    present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in cases.values())]
+    lines = [("case (TFLOP/s)", "ours", *present, "ratio", "needs", "error", "")]
+    for found in cases.values():
+        first = next(iter(found.values()))
+        own = found.get("fastattn")
+        if first.group == "summary":
+            lines.append((first.case, "", *("" for _ in present), first.text, first.needs, "", first.verdict))
+            continue
+        stand = shown(found)
+        failed = own.note[:28] if own is not None and own.median_ms is None and own.measure != "memory" else ""
+        error = own.text if own is not None and own.measure == "error" and own.verdict != "WRONG" else ""
+        lines.append((label(first), rate(own) or failed, *(rate(found.get(name)) for name in present),
+                      " ".join(row.text or "?" for row in stand), " ".join(row.needs for row in stand), error.removesuffix(" error"),
+                      verdict(found)))
+    return aligned(lines)
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """Why somebody is missing or failed, each reason once, with how often and the first case."""
+    reasons: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.note and (row.median_ms is None or row.verdict == "WRONG") and row.note != "not measured":
+            reasons.setdefault((row.implementation, row.note), []).append(row)
+    return "\n".join(f"{name}: {note} ({len(found)}x, first {label(found[0])})" for (name, note), found in reasons.items())
+
+
+def closing(rows: Sequence[Row]) -> str:
+    """How many cases stand where; and loudly what is wrong or missed."""
+    verdicts = {name: verdict(found) for name, found in by_case(rows).items()}
+    counts = {word: sum(v == word for v in verdicts.values()) for word in ("pass", "MISS", "WRONG", "FAILED", "not measured")}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def geometric_means(rows: Sequence[Row]) -> list[Row]:
+    """For each pass a row with the geometric mean of the grid's ratios to the best rival, judged if each of them could be."""
+    summary = []
+    for passes in dict.fromkeys(row.passes for row in rows):
+        grid = [row for row in rows if row.passes == passes and row.group == "grid" and "|" in row.implementation and row.value]
+        if not grid:
+            continue
+        mean = math.exp(sum(math.log(row.value) for row in grid if row.value) / len(grid))
+        whole = all(row.verdict for row in grid)
+        summary.append(replace(
+            grid[0], case=f"geometric mean {SHORT[passes]} over {len(grid)} cells of the grid", group="summary", dtype="", features="",
+            shape="", label="", rounds=0, median_ms=None, p20_ms=None, p80_ms=None, gflops=None, fastattn_ms=None, measure="speedup",
+            value=mean, value_p20=None, value_p80=None, needs=f">= {GEOMETRIC_MEAN:.2f}x",
+            verdict=("pass" if mean >= GEOMETRIC_MEAN else "MISS") if whole else "", note="", error=None, lse_error=None, clock_mhz=None))
+    return summary
+
+
+# ---------------------------------------------------------------- README
+def markdown(rows: Sequence[Row]) -> str:
+    """The README's text: the machine; the grid with a column per sequence length; then everything else, a line per case."""
+    cases = by_case(rows)
+    grid = {name: found for name, found in cases.items() if next(iter(found.values())).group == "grid"}
+    parts = [_machine(rows[0])]
+    if grid:
+        parts += ["TFLOP/s of fastattn, and in brackets times the faster of cuDNN and FlashAttention-4; 16384 tokens, "
+                  "heads x head_dim = 2048. A backward counts 2.5 forwards.", _grid(grid)]
+    rest = [found for name, found in cases.items() if name not in grid]
+    if rest:
+        present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in rest)]
+        lines = [("case (batch, heads, seqlen, head_dim)", "fastattn", *present, "ratio", "needs")]
+        lines += [_line(found, present) for found in rest]
+        parts += ["TFLOP/s over visited pairs, GB/s of K and V for decode, microseconds until the call returns for host. `plain` is "
+                  "fastattn without the feature, and its ratio a cost per pair.", pipes(lines)]
+    return "\n\n".join(parts)
+
+
+def _line(found: Mapping[str, Row], present: Sequence[str]) -> tuple[str, ...]:
+    first = next(iter(found.values()))
+    if first.group == "summary":
+        return first.case, "", *("" for _ in present), first.text, first.needs
+    stand = shown(found)
+    return (label(first), rate(found.get("fastattn")), *(rate(found.get(name)) for name in present),
+            ", ".join(row.text for row in stand if row.text), ", ".join(row.needs for row in stand if row.needs))
+
+
+def _grid(cases: Mapping[str, Mapping[str, Row]]) -> str:
+    """Lines (pass, dtype, head_dim, mask), columns sequence lengths."""
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for found in cases.values():
+        first = next(iter(found.values()))
+        seqlen, head_dim = first.shape.strip("()").split(",")[2:4]
+        ratio = next((row for row in found.values() if "|" in row.implementation and row.value), None)
+        text = rate(found.get("fastattn")) + (f" ({ratio.value:.2f})" if ratio and ratio.value else "")
+        cells.setdefault((first.passes, first.dtype, head_dim, first.features), {})[int(seqlen)] = text
+    seqlens = sorted({seqlen for line in cells.values() for seqlen in line})
+    header = ("", "dtype", "head_dim", "mask", *map(str, seqlens))
+    return pipes([header, *((*key, *(line.get(seqlen, "") for seqlen in seqlens)) for key, line in cells.items())])
+
+
+def _machine(row: Row) -> str:
+    clock = f"; {row.clock_mhz} MHz under load" if row.clock_mhz else ""
+    return (f"Measured {row.date} on one {row.machine}{clock} ({row.ceilings}); Python {row.python}, {row.versions}. Medians, device "
+            "time, in turns, public calls with their allocations.")
+
+
+def add_markers(path: Path, after: str = "cpu", name: str = "gpu") -> None:
+    """Give a README that has no section for this table one, after the other table's."""
+    text = path.read_text()
+    end = f"<!-- bench:{after}:end -->\n"
+    if f"<!-- bench:{name}:begin -->" in text or end not in text:
+        return
+    section = f"{end}\n{INTRODUCTION}\n<!-- bench:{name}:begin -->\n<!-- bench:{name}:end -->\n"
+    path.write_text(text.replace(end, section, 1))
