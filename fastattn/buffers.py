@@ -45,9 +45,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return _DTYPES[name]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class View:
-    """Memory of an array: address, shape, strides in bytes, dtype name, device; `owner` keeps it alive."""
+    """Memory of an array: address, shape, strides in bytes, dtype name, device; `owner` keeps it alive.
+
+    Never changed once made. Not declared frozen, because that makes it five times as slow to make (0.7 us), and a call makes five.
+    """
 
     ptr: int
     shape: tuple[int, ...]
@@ -77,10 +80,15 @@ class View:
 
     def bytes_range(self) -> tuple[int, int]:
         """[lowest, highest) address of any element; empty for a view without elements."""
+        low = high = self.ptr
         if 0 in self.shape:
-            return self.ptr, self.ptr
-        reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        return self.ptr + sum(r for r in reach if r < 0), self.ptr + sum(r for r in reach if r > 0) + self.itemsize
+            return low, high
+        for n, s in zip(self.shape, self.strides, strict=True):
+            if s > 0:
+                high += (n - 1) * s
+            else:
+                low += (n - 1) * s
+        return low, high + ITEMSIZE[self.dtype]
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """A zero-copy ndarray of a CPU view; it keeps the owner alive."""

@@ -20,7 +20,7 @@ LEGACY, PER_THREAD = 1, 2
 _EXPECTED = "a CUstream handle as an int, or a stream of cuda.core, torch, CuPy, Numba or anything with __cuda_stream__"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stream:
     """The stream of one call and its device's number; `owner` keeps a caller's stream object alive."""
 
