@@ -89,9 +89,10 @@ class Device:
         del result
         return float(cuda.max_memory_allocated() - before - kept + elsewhere) / 1e6
 
-    def poison(self, like: Any) -> None:
-        """Fill memory that the next allocation of this size will get with NaN: an element that is not written cannot look right."""
-        self.torch.full_like(like, float("nan"))
+    def poison(self, *like: Any) -> None:
+        """Fill memory that the next allocations of these sizes will get with NaN: an element that is not written cannot look right."""
+        poisoned = [self.torch.full_like(tensor, float("nan")) for tensor in like]
+        del poisoned, like
         self.synchronize()
 
     def release(self) -> None:
