@@ -13,12 +13,14 @@ class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 
     `alias`: the output leaves through Q's shared memory, which leaves room for wider key blocks but delays the next tile's Q.
+    `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     """
 
     block_m: int
     block_n: int
     stages: int = 2
     alias: bool = False
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
@@ -34,7 +36,7 @@ class Config:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages}" + (" alias" if self.alias else "")
+        return f"{self.block_m}x{self.block_n} stages {self.stages}" + " alias" * self.alias + " lazy" * self.lazy
 
 
 def forward_sm90(spec: Spec) -> Config:

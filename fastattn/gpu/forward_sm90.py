@@ -3,10 +3,10 @@
     warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
 
-    shared memory   Q | STAGES x (K, V) | out, which shares Q's place when `alias` | barriers | the current tile
+    shared memory   Q | STAGES x (K, V) | out, which shares Q's place when `alias` | barriers | two tile records
     Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
     Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
-    TILE_FULL, TILE_EMPTY             the tile record
+    TILE_FULL[2], TILE_EMPTY[2]       tile records: the producer is one tile ahead
 
 A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs. Key blocks go from
 last to first. What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind
@@ -41,7 +41,7 @@ from .ptx.memory import (
     store_shared_b32,
     store_shared_zero16,
 )
-from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, uniform
+from .ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, uniform
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_score
 from .smem import Smem, panels
@@ -67,11 +67,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     OUT_PANEL = Q_PANEL if ALIAS else 64 * 128
     OUT_WARPGROUP = 64 * 128 if ALIAS else PANELS_V * OUT_PANEL
     OUT = Q if ALIAS else smem.take(CONSUMERS * OUT_WARPGROUP)
-    Q_FULL, Q_EMPTY, TILE_FULL, TILE_EMPTY = (smem.barriers(1) for _ in range(4))
+    Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
+    TILE_FULL, TILE_EMPTY = smem.barriers(2), smem.barriers(2)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
-    TILE = smem.take(32, 16)
+    TILE = smem.take(2 * 32, 16)
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, LSE, LEFT, MASKED_ALWAYS = spec.packed, spec.lse, spec.left, spec.left or spec.right
+    PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
     OUT_BARRIER, V_BARRIER = 1, 8                       # named barriers: one for each consumer, one for all of them
     qk, pv = wgmma.make_products(spec.dtype)
     to_half, store_rows = make_pack(spec.dtype), make_store(spec.dtype)
@@ -79,7 +80,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
     dropout = make_dropout(spec)
-    update, finish = make_softmax(spec)
+    update, finish = make_softmax(spec, config.lazy)
     tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
@@ -95,20 +96,21 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         return n_min, n_max
 
     @inline
-    def put_tile(a, base, t, tiles):
-        """The tile record for the consumers; its last word says whether there is one."""
+    def put_tile(a, base, i, t, tiles):
+        """The i-th tile's record for the consumers; its last word says whether there is one."""
+        record = int32(base + TILE + 32 * (i & 1))
+        mbarrier.wait(base + TILE_EMPTY + 8 * (i & 1), int32(((i >> 1) & 1) ^ 1))
         m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0)
         if t < tiles:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-        store_shared_b32(base + TILE, m_block)
-        store_shared_b32(base + TILE + 4, head)
-        store_shared_b32(base + TILE + 8, batch)
-        store_shared_b32(base + TILE + 12, q_start)
-        store_shared_b32(base + TILE + 16, seqlen_q)
-        store_shared_b32(base + TILE + 20, k_start)
-        store_shared_b32(base + TILE + 24, seqlen_k)
-        store_shared_b32(base + TILE + 28, int32(1) if t < tiles else int32(0))
-        mbarrier.arrive(base + TILE_FULL)
+        store_shared_b32(record, m_block)
+        store_shared_b32(record + 4, head)
+        store_shared_b32(record + 8, batch)
+        store_shared_b32(record + 12, q_start)
+        store_shared_b32(record + 16, seqlen_q)
+        store_shared_b32(record + 20, seqlen_k)
+        store_shared_b32(record + 24, int32(1) if t < tiles else int32(0))
+        mbarrier.arrive(base + TILE_FULL + 8 * (i & 1))
         return m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k
 
     @inline
@@ -122,8 +124,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         it, i = int32(0), int32(0)
         t, tiles = int32(cuda.blockIdx.x), num_tiles(a)
         while t < tiles:
-            mbarrier.wait(base + TILE_EMPTY, int32((i & 1) ^ 1))
-            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = put_tile(a, base, t, tiles)
+            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = put_tile(a, base, i, t, tiles)
             n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
             head_k, plane = int32(head // a.group), int32(0) if PACKED else batch
             for n_block in range(n_max - 1, n_min - 1, -1):
@@ -142,8 +143,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 it += 1
             t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))
             i += 1
-        mbarrier.wait(base + TILE_EMPTY, int32((i & 1) ^ 1))
-        put_tile(a, base, t, tiles)
+        put_tile(a, base, i, t, tiles)
         fence_gpu()     # the last block to come here leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
@@ -158,19 +158,24 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         barrier(int32(V_BARRIER), int32(THREADS))
 
     @inline
-    def keep(a, acc_s, row, column, diagonal, seqlen_k):
-        """The structural mask; `column` is the thread's first."""
+    def intervals(a, row, diagonal, seqlen_k):
+        """(lo0, hi0, lo1, hi1): keys that the thread's two rows see."""
         lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
         lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
+        return lo0, hi0, lo1, hi1
+
+    @inline
+    def keep(acc_s, rows, column):
+        """The structural mask; `column` is the thread's first."""
         if LEFT:
-            return keep_interval(acc_s, lo0 - column, hi0 - column, lo1 - column, hi1 - column)
+            return keep_interval(acc_s, rows[0] - column, rows[1] - column, rows[2] - column, rows[3] - column)
         else:
-            return keep_below(acc_s, hi0 - column, hi1 - column)
+            return keep_below(acc_s, rows[1] - column, rows[3] - column)
 
     def make_step(MASKED):
         @inline
         def step(a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                 diagonal, seqlen_q, seqlen_k):
+                 diagonal, seqlen_q, seqlen_k, rows):
             """Scores and probabilities of n_block, while O takes in the block before."""
             before, parity = int32(it % STAGES), int32((it // STAGES) & 1)
             it = int32(it + 1)
@@ -191,14 +196,18 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
             acc_s = score(a, acc_s, early, slope, row, column, diagonal)
             if MASKED:
-                acc_s = keep(a, acc_s, row, column, diagonal, seqlen_k)
+                acc_s = keep(acc_s, rows, column)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
             acc_o = wgmma.wait_all(acc_o)
             if lane == 0:
                 mbarrier.arrive(base + V_EMPTY + 8 * before)
             p = to_half(acc_s)
-            acc_o = scale_rows(acc_o, alpha0, alpha1)
+            if LAZY:
+                if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
+                    acc_o = scale_rows(acc_o, alpha0, alpha1)
+            else:
+                acc_o = scale_rows(acc_o, alpha0, alpha1)
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
 
@@ -246,15 +255,17 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     store_f32(at + uint64(32), lse1)
 
     @inline
-    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
+    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, col):
+        row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         acc_o = scale_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 
     @inline
-    def get(base, field):
-        return uniform(load_shared_b32(base + TILE + 4 * field))
+    def get(base, i, field):
+        """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
+        return uniform(load_shared_b32(base + TILE + 32 * (i & 1) + 4 * field))
 
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
@@ -263,8 +274,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         if cuda.threadIdx.x == 0:
             mbarrier.init(base + Q_FULL, int32(1))
             mbarrier.init(base + Q_EMPTY, int32(WARPS))
-            mbarrier.init(base + TILE_FULL, int32(1))
-            mbarrier.init(base + TILE_EMPTY, int32(WARPS))
+            for s in range(2):
+                mbarrier.init(base + TILE_FULL + 8 * s, int32(1))
+                mbarrier.init(base + TILE_EMPTY + 8 * s, int32(WARPS))
             for s in range(STAGES):
                 mbarrier.init(base + K_FULL + 8 * s, int32(1))
                 mbarrier.init(base + K_EMPTY + 8 * s, int32(WARPS))
@@ -286,14 +298,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             desc_v = wgmma.mn_major(base + V, KV_PANEL)
             it, i = int32(0), int32(0)
             mbarrier.wait(base + TILE_FULL, int32(0))
-            while get(base, 7) != 0:
-                m_block, head, batch, q_start, seqlen_q, _, seqlen_k = (get(base, 0), get(base, 1), get(base, 2), get(base, 3), get(base, 4),
-                                                                       get(base, 5), get(base, 6))
-                if lane == 0:
-                    mbarrier.arrive(base + TILE_EMPTY)
+            while get(base, i, 6) != 0:
+                m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
                 row0 = int32(m_block * BLOCK_M + w * 64)
                 row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
                 diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+                rows = intervals(a, row, diagonal, seqlen_k)
                 slope = prepare(a, batch, head)
                 n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
                 _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
@@ -317,7 +327,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                         clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
                 acc_s = score(a, acc_s, early, slope, row, column, diagonal)
                 if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
-                    acc_s = keep(a, acc_s, row, column, diagonal, seqlen_k)
+                    acc_s = keep(acc_s, rows, column)
                 acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
                 acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
                 p = to_half(acc_s)
@@ -326,16 +336,16 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 for n_block in range(n_max - 2, full_max - 1, -1):
                     acc_o, p, max0, max1, sum0, sum1, it = step_masked(
                         a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                        diagonal, seqlen_q, seqlen_k)
+                        diagonal, seqlen_q, seqlen_k, rows)
                 for n_block in range(full_max - 1, full_min - 1, -1):
                     acc_o, p, max0, max1, sum0, sum1, it = step_full(
                         a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                        diagonal, seqlen_q, seqlen_k)
+                        diagonal, seqlen_q, seqlen_k, rows)
                 if LEFT:
                     for n_block in range(full_min - 1, n_min - 1, -1):
                         acc_o, p, max0, max1, sum0, sum1, it = step_masked(
                             a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row,
-                            col, diagonal, seqlen_q, seqlen_k)
+                            col, diagonal, seqlen_q, seqlen_k, rows)
                 if not ALIAS:
                     if lane == 0:
                         mbarrier.arrive(base + Q_EMPTY)
@@ -348,12 +358,14 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 if lane == 0:
                     mbarrier.arrive(base + V_EMPTY + 8 * stage)
                 it += 1
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
-                if ALIAS:
-                    if lane == 0:
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3),
+                         get(base, i, 4), w, thread, lane, col)
+                if lane == 0:
+                    mbarrier.arrive(base + TILE_EMPTY + 8 * (i & 1))
+                    if ALIAS:
                         mbarrier.arrive(base + Q_EMPTY)
-                i += 1
-                mbarrier.wait(base + TILE_FULL, int32(i & 1))
+                i = int32(i + 1)
+                mbarrier.wait(base + TILE_FULL + 8 * (i & 1), int32((i >> 1) & 1))
             if thread == 0:
                 tma.wait_all()
 

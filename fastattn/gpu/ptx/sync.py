@@ -12,8 +12,8 @@ barrier_arrive = instruction("bar.arrive $0, $1;", "rr")
 fence_async = instruction("fence.proxy.async.shared::cta;")
 # the value of lane 0: tells the compiler that it is the same for the whole warp
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
-shuffle_xor_1 = instruction("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "f", "f")
-shuffle_xor_2 = instruction("shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "f", "f")
+# 1 where any lane of the warp has a nonzero value, else 0; the same for the whole warp
+any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 
 
 def increase_registers(count: int) -> Any:

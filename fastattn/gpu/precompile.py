@@ -1,0 +1,207 @@
+"""Kernels compiled ahead of use, for the device here or for an architecture that is elsewhere; nothing here needs a GPU or a driver.
+
+A `Want` is a call without memory. Its kernels are found the way a real call finds them (make_problem, choose, the family's table), so
+what is put into the cache is what calls will look up.
+"""
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from .. import gpu
+from ..buffers import ITEMSIZE, View, contiguous
+from ..problem import Operands, make_problem
+from . import compile as compiler
+from . import config
+from .device import ARCHITECTURES, Device
+from .schedule import plan_packed
+from .spec import Call, Spec, make_spec
+
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
+HERE = ("cuda", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A call, as far as it changes which kernel runs. alibi, bias and sinks are their operand's dtype; None where absent."""
+
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    head_dim_v: int | None = None           # head_dim when None
+    causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
+    packed: bool = False
+    softcap: bool = False
+    alibi: str | None = None
+    bias: str | None = None
+    mask: bool = False
+    sinks: str | None = None
+    dropout: bool = False
+    lse: bool = False
+    seqused: bool = False                   # a packed call with seqused_k
+    lengths: str = "int32"                  # dtype of cu_seqlens
+    seqlen_q: int = 4096                    # of each of `batch` sequences with `num_heads` heads
+    seqlen_k: int | None = None
+    batch: int = 4
+    num_heads: int = 16
+    num_heads_k: int | None = None
+
+    def call(self) -> tuple[Call, Spec]:
+        """The call with addresses that are never used."""
+        dim_v, heads_k = self.head_dim_v or self.head_dim, self.num_heads_k or self.num_heads
+        keys = self.seqlen_q if self.seqlen_k is None else self.seqlen_k
+        rows: tuple[int, ...] = (self.batch * self.seqlen_q,) if self.packed else (self.batch, self.seqlen_q)
+        columns: tuple[int, ...] = (self.batch * keys,) if self.packed else (self.batch, keys)
+        scores = (self.batch, self.num_heads, self.seqlen_q, keys)
+
+        def view(dtype: str | None, *shape: int) -> View | None:
+            return None if dtype is None else View(1 << 20, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, HERE)
+
+        def array(dtype: str, *shape: int) -> View:
+            return View(1 << 20, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, HERE)
+        o = Operands(array(self.dtype, *rows, self.num_heads, self.head_dim), array(self.dtype, *columns, heads_k, self.head_dim),
+                     array(self.dtype, *columns, heads_k, dim_v), view(self.bias, *scores), view("bool" if self.mask else None, *scores),
+                     view(self.alibi, self.num_heads), view(self.sinks, self.num_heads))
+        lengths: dict[str, int] = {}
+        if self.packed:
+            cu = array(self.lengths, self.batch + 1)
+            o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu, cu,
+                         view(self.lengths if self.seqused else None, self.batch))
+            lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
+        problem, o = make_problem("precompile", o, packed=self.packed, causal=self.causal, window=self.window,
+                                  softcap=30.0 if self.softcap else None, dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
+        lse = array(problem.lse_dtype, *problem.lse_shape) if self.lse else None
+        return Call(problem, o, array(self.dtype, *problem.out_shape), lse), make_spec(problem, o, self.lse)
+
+
+def absent_device(arch: str) -> Device:
+    """A device of this architecture, as far as choosing kernels needs one."""
+    return Device(0, arch, PROCESSORS[arch], config.SHARED_MEMORY[arch] * 1024, f"a device of {arch}", 0)
+
+
+def sources(call: Call, spec: Spec, d: Device) -> list[compiler.Source]:
+    """All kernels that the call launches. UnsupportedError where no wanted family takes it."""
+    module = gpu.choose(call, d)
+    own = getattr(module, "sources", None)
+    if own is not None:
+        return list(own(call, spec, d))
+    name = module.__name__.rpartition(".")[2]
+    table = getattr(config, name)
+    known = {"spec": spec, "call": call, "d": d, "device": d, "arch": d.arch}
+    chosen = table(*[known[parameter] for parameter in inspect.signature(table).parameters])
+    found = [module.source(spec, chosen)]
+    o = call.operands
+    if call.problem.packed:
+        letters = ["" if x is None else "q" if x.dtype == "int64" else "i" for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k)]
+        found.insert(0, plan_packed(*letters, chosen.block_m))
+    return found
+
+
+# ---------------------------------------------------------------- many at once
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What became of one kernel: `error` is None when its machine code is in the cache."""
+
+    key: str
+    arch: str
+    seconds: float
+    error: str | None = None
+
+
+def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
+    """In a worker process: the kernels of one call into the cache."""
+    results = []
+    try:
+        with gpu.use(*families):
+            needed = sources(*want.call(), absent_device(arch))
+    except NotImplementedError as error:
+        return [Built(str(want), arch, 0.0, str(error))]
+    for source in needed:
+        start, failed = time.perf_counter(), None
+        try:
+            compiler.cubin(source, arch)
+        except Exception as error:       # whatever the compilers raise belongs to this kernel; the others go on
+            failed = f"{type(error).__name__}: {error}"
+        results.append(Built(source.key, arch, time.perf_counter() - start, failed))
+    return results
+
+
+def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, ...] = gpu.FAMILIES,
+              processes: int | None = None) -> Iterator[list[Built]]:
+    """Compile the kernels of every Want for every architecture in parallel processes; one list a Want, as they finish."""
+    jobs = [(want, arch, families) for want in wants for arch in archs]
+    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+    with ProcessPoolExecutor(max(count, 1), multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_build, *job) for job in jobs]):
+            yield done.result()
+
+
+# ---------------------------------------------------------------- the command
+FEATURES: dict[str, dict[str, Any]] = {
+    "full": {}, "causal": {"causal": True}, "window": {"window": (1024, 0)}, "dropout": {"dropout": True}, "softcap": {"softcap": True},
+    "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"}, "mask": {"mask": True}, "bias": {"bias": "float32"},
+}
+
+
+def parse_arch(text: str) -> str:
+    """"sm_90a" of sm_90a, sm_90, 90 or 9.0. ValueError for what kernels are not compiled for."""
+    arch = "sm_" + text.strip().lower().removeprefix("sm_").replace(".", "").rstrip("af")
+    arch += "a" if arch == "sm_90" else ""
+    if arch not in PROCESSORS:
+        raise ValueError(f"--arch {text}: kernels are compiled for {', '.join(ARCHITECTURES)}.")
+    return arch
+
+
+def arch_here() -> str:
+    """Of device 0. LookupError where there is none, or no driver."""
+    from .device import device
+    try:
+        return device(0).arch
+    except RuntimeError as error:
+        raise LookupError(f"no CUDA device here ({error}); name an architecture: --arch sm_90a.") from error
+
+
+def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
+    """Dense and packed calls with each feature, with lse and without. A feature is a name of FEATURES, or several with '+'."""
+    wants = []
+    for feature in features:
+        unknown = [name for name in feature.split("+") if name not in FEATURES]
+        if unknown:
+            raise ValueError(f"--features {feature}: {unknown[0]!r} is not one of {', '.join(FEATURES)} (several at once: causal+alibi).")
+        settings: dict[str, Any] = {}
+        for name in feature.split("+"):
+            settings |= FEATURES[name]
+        wants += [Want(dtype, dim, packed=packed, lse=lse, **settings)
+                  for dtype in dtypes for dim in head_dims for packed in (False, True) for lse in (False, True)]
+    return wants
+
+
+def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built]]:
+    """With tqdm's bar where it is installed, else a counted line each."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for n, built in enumerate(results, 1):
+            print(f"{n}/{total}  {built[-1].seconds:5.1f} s  {built[-1].arch}  {built[-1].key}", flush=True)
+            yield built
+    else:
+        yield from tqdm(results, total=total, unit="kernel", desc="compiling")
+
+
+def command(archs: list[str], head_dims: list[int], dtypes: list[str], features: list[str], processes: int | None) -> int:
+    """`python -m fastattn precompile`: the exit status, 1 where a kernel failed."""
+    wants = wants_of(head_dims, dtypes, features)
+    start, kernels, failed = time.perf_counter(), 0, list[Built]()
+    for built in _progress(build_all(wants, archs, processes=processes), len(wants) * len(archs)):
+        kernels += len(built)
+        failed += [b for b in built if b.error is not None]
+    print(f"{kernels - len(failed)} kernels for {', '.join(archs)} in {compiler.cache_folder()}, {time.perf_counter() - start:.0f} s")
+    for b in failed:
+        print(f"failed: {b.key} for {b.arch}: {b.error}")
+    return 1 if failed else 0
