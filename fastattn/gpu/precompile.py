@@ -5,13 +5,14 @@ what is put into the cache is what calls will look up.
 """
 from __future__ import annotations
 
-import inspect
+import contextlib
 import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from .. import gpu
@@ -86,20 +87,33 @@ def absent_device(arch: str) -> Device:
 
 
 def sources(call: Call, spec: Spec, d: Device) -> list[compiler.Source]:
-    """All kernels that the call launches. UnsupportedError where no wanted family takes it."""
-    module = gpu.choose(call, d)
-    own = getattr(module, "sources", None)
-    if own is not None:
-        return list(own(call, spec, d))
-    name = module.__name__.rpartition(".")[2]
-    table = getattr(config, name)
-    known = {"spec": spec, "call": call, "d": d, "device": d, "arch": d.arch}
-    chosen = table(*[known[parameter] for parameter in inspect.signature(table).parameters])
-    found = [module.source(spec, chosen)]
-    o = call.operands
-    if call.problem.packed:
-        letters = ["" if x is None else "q" if x.dtype == "int64" else "i" for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k)]
-        found.insert(0, plan_packed(*letters, chosen.block_m))
+    """All kernels that the call launches, found by launching it without a device. UnsupportedError where no wanted family takes it.
+
+    What a family's launch asks for is replaced in its module: kernels are noted instead of loaded, addresses are 0.
+    """
+    module, found = gpu.choose(call, d), list[compiler.Source]()
+
+    def note(source: compiler.Source, ordinal: int) -> Any:
+        found.append(source)
+        return SimpleNamespace(launch=lambda *_: None)
+
+    @contextlib.contextmanager
+    def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
+        o = call.operands
+        if call.problem.packed:
+            found.append(plan_packed(*("" if x is None else "q" if x.dtype == "int64" else "i"
+                                       for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k)), block_m))
+        yield 0
+
+    def nothing(*_: Any) -> int:
+        return 0
+    absent = {"load_kernel": note, "table": table, "tensor_map": nothing, "counter": nothing,
+              "temporary": lambda *_: contextlib.nullcontext(0)}
+    with contextlib.ExitStack() as stack:
+        for name in absent.keys() & vars(module).keys():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, absent[name])
+        module.launch(call, spec, d, 0)
     return found
 
 

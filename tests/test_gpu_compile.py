@@ -1,0 +1,201 @@
+"""Every shipped kernel compiled to machine code, without a GPU: no spill, no local memory, no serialized wgmma, no float64 arithmetic.
+
+Shipped are the kernels that each family's table picks for a list of calls: CI's list has every feature, and every head size where they
+differ most; FASTATTN_COMPILE=full is twenty times as long. All that are selected (-k sm_90a, -k "sm80 and everything") are compiled
+first, in as many processes as there are processors.
+"""
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn import UnsupportedError, gpu
+from fastattn.gpu import compile as compiler
+from fastattn.gpu import precompile
+from fastattn.gpu.precompile import Want
+
+FULL = os.environ.get("FASTATTN_COMPILE") == "full"
+ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_120")
+EVERYTHING: dict[str, Any] = {"causal": True, "window": (100, None), "softcap": True, "alibi": "float32", "bias": "float32", "mask": True,
+                              "sinks": "float32", "dropout": True, "num_heads_k": 4}
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "bias": {"bias": "float32"}, "bias_half": {"bias": "half"},
+    "mask": {"mask": True}, "sinks": {"sinks": "float32"}, "dropout": {"dropout": True},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {}, "causal": {"causal": True}, "window": {"window": (100, 0)}, "packed": {"packed": True},
+    "packed_causal": {"packed": True, "causal": True},
+}
+DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+UNEQUAL = ((192, 128), (64, 256), (48, 32))
+
+
+@dataclass(frozen=True)
+class Job:
+    family: str
+    arch: str
+    want: Want
+    what: str
+
+    @property
+    def id(self) -> str:
+        dims = f"{self.want.head_dim}" + (f"_{self.want.head_dim_v}" if self.want.head_dim_v else "")
+        return f"{self.family}-{self.arch}-{self.want.dtype}-{dims}-{self.what}" + "-lse" * self.want.lse
+
+
+def _want(dtype: str, dim: int, dim_v: int | None = None, lse: bool = True, **settings: Any) -> Want:
+    if settings.get("bias") == "half":
+        settings["bias"] = dtype
+    return Want(dtype, dim, dim_v, lse=lse, **settings)
+
+
+def _tensor_cores(family: str, arch: str, short: bool) -> Iterator[Job]:
+    """The float16 and bfloat16 families; `short` where another architecture has the long list of the same kernels."""
+    half, other = "bfloat16", "float16"
+    for dim in (64, 128, 256) if short else DIMS:
+        yield Job(family, arch, _want(half, dim, causal=True), "causal")
+    yield Job(family, arch, _want(other, 128, **EVERYTHING), "everything")
+    if short:
+        return
+    for dim in (64, 128, 256):
+        yield Job(family, arch, _want(other, dim, lse=False), "full")
+        yield Job(family, arch, _want(half, dim, packed=True, causal=True), "packed_causal")
+        yield Job(family, arch, _want(half, dim, window=(100, 0)), "window")
+    yield Job(family, arch, _want(half, 192, 128, causal=True), "causal")
+    for name, settings in FEATURES.items():
+        yield Job(family, arch, _want(half, 128, **settings), name)
+    yield Job(family, arch, _want(half, 64, **EVERYTHING), "everything")
+    yield Job(family, arch, _want(half, 256, **EVERYTHING), "everything")
+    yield Job(family, arch, _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    yield Job(family, arch, replace(_want(half, 128), seqlen_q=1, num_heads=32, num_heads_k=8, batch=1, seqlen_k=16384), "decode")
+
+
+def _simt(arch: str, short: bool) -> Iterator[Job]:
+    yield Job("simt", arch, _want("float32", 64, causal=True), "causal")
+    if short:
+        return
+    for dim in (16, 128, 256):
+        yield Job("simt", arch, _want("float32", dim, causal=True), "causal")
+    for dtype in ("float64", "float16", "bfloat16"):
+        yield Job("simt", arch, _want(dtype, 64, causal=True), "causal")
+        yield Job("simt", arch, _want(dtype, 128, **{**EVERYTHING, "bias": dtype}), "everything")
+    yield Job("simt", arch, _want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    yield Job("simt", arch, _want("float32", 512), "full")
+
+
+def _everything_there_is() -> Iterator[Job]:
+    """The full list: every dtype, head size and variant, every feature alone at three sizes."""
+    for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
+        for dtype in ("float16", "bfloat16", *(("float32", "float64") if family == "simt" else ())):
+            for dim in DIMS:
+                for name, settings in VARIANTS.items():
+                    for lse in (True, False):
+                        yield Job(family, arch, _want(dtype, dim, lse=lse, **settings), name)
+                yield Job(family, arch, _want(dtype, dim, **EVERYTHING), "everything")
+                yield Job(family, arch, _want(dtype, dim, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+            for dim, dim_v in UNEQUAL:
+                yield Job(family, arch, _want(dtype, dim, dim_v, causal=True), "causal")
+            for dim in (64, 128, 256):
+                for name, settings in FEATURES.items():
+                    yield Job(family, arch, _want(dtype, dim, **settings), name)
+
+
+def _jobs() -> list[Job]:
+    jobs = [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
+            *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80"))]
+    if FULL:
+        jobs += _everything_there_is()
+    there = {family for family in gpu.FAMILIES if importlib.util.find_spec(f"fastattn.gpu.forward_{family}")}
+    return list({job.id: job for job in jobs if job.family in there}.values())
+
+
+JOBS = _jobs()
+
+
+# ---------------------------------------------------------------- compiling, in worker processes
+@dataclass(frozen=True)
+class Result:
+    """One kernel: what is wrong with it (nothing: a shipped one)."""
+
+    key: str
+    arch: str
+    registers: str
+    wrong: tuple[str, ...]
+
+
+def _float64(ptx: str) -> list[str]:
+    """Instructions on float64; loads of a float64 operand and their conversion aside, which a Spec asks for."""
+    return sorted(set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*\.f64[\w.]*)", ptx, re.MULTILINE)))
+
+
+def examine(source: compiler.Source, arch: str, float64: bool) -> Result:
+    """Compile once to machine code and to PTX: Numba's part, most of the time, is done once for both."""
+    from numba import cuda
+
+    kept: list[Any] = []
+    numba_compile = cuda.compile
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            kept.append(numba_compile(*args, **kwargs))
+        return kept[0]
+    with mock.patch.object(cuda, "compile", once):
+        _, report = compiler.build(source, arch)
+        wrong = compiler.complaints(report)
+        if not float64:
+            ptx, _ = compiler.build(source, arch, output="ptx")
+            wrong += [f"float64: {text}" for text in _float64(ptx.decode())]
+    return Result(source.key, arch, compiler.registers(report), tuple(wrong))
+
+
+def work(job: Job) -> list[Result]:
+    with gpu.use(job.family):
+        sources = precompile.sources(*job.want.call(), precompile.absent_device(job.arch))
+    return [examine(source, job.arch, job.want.dtype == "float64") for source in sources]
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """A future for each selected job."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [given["job"] for given in parameters if "job" in given]
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(chosen)), multiprocessing.get_context("spawn")) as pool:
+        yield {job.id: pool.submit(work, job) for job in sorted(chosen, key=lambda job: "everything" not in job.what)}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=[job.id for job in JOBS])
+def test_shipped_kernel(job: Job, results: dict[str, Any], record_property: Any) -> None:
+    try:
+        found: list[Result] = results[job.id].result()
+    except UnsupportedError as error:
+        pytest.fail(f"{job.family} does not take it: {error}")
+    for result in found:
+        record_property(result.key, result.registers)
+    wrong = [f"{r.key} for {r.arch} ({r.registers}): {'; '.join(r.wrong)}" for r in found if r.wrong]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_float64_is_found() -> None:
+    assert _float64("\tmov.b32 %r1, 0;\n\tadd.rn.f64 %fd1, %fd2, %fd3;\n\t@%p1 cvt.f64.f32 %fd1, %f1;\n") == ["add.rn.f64", "cvt.f64.f32"]
+
+
+@pytest.mark.parametrize("line", ["ptxas info : (C7504) Potential Performance Loss: 'setmaxnreg' ignored",
+                                  "ptxas info : (C7508) Potential Performance Loss", "ptxas info : (C7512) Potential Performance Loss",
+                                  "ptxas info : (C7519) Potential Performance Loss: wgmma.mma_async instructions are serialized",
+                                  "ptxas . 8 bytes stack frame, 0 bytes spill stores", "ptxas . 0 bytes stack frame, 4 bytes spill stores"])
+def test_complaints_are_found(line: str) -> None:
+    assert len(compiler.complaints(f"ptxas info : Used 168 registers\n{line}\n")) == 1
+    assert compiler.complaints("ptxas . 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 168 registers") == []
