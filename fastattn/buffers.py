@@ -5,6 +5,7 @@ Sources: the CUDA Array Interface version 3 (Numba manual), NumPy's array interf
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -249,14 +250,14 @@ def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
     kind = dlpack.DEVICES.get(number)
     if kind is None:
         raise TypeError(message(call, argument, f"is on DLPack device {(number, index)}", "a CPU or CUDA array"))
-    keywords: dict[str, Any] = {}
-    if kind == "cuda" and stream is not None and stream.device == index:
-        keywords["stream"] = stream.handle                  # our numbers are DLPack's
+    ours = kind == "cuda" and stream is not None and stream.device == index
+    keywords = {"stream": stream.handle} if stream is not None and ours else {}         # our numbers are DLPack's
     try:
-        try:
-            capsule = x.__dlpack__(max_version=(1, 0), **keywords)
-        except TypeError:                                   # a producer older than DLPack 1.0
-            capsule = x.__dlpack__(**keywords)
+        with streams.on_device(index) if ours else contextlib.nullcontext():            # torch exports from no other
+            try:
+                capsule = x.__dlpack__(max_version=(1, 0), **keywords)
+            except TypeError:                               # a producer older than DLPack 1.0
+                capsule = x.__dlpack__(**keywords)
         tensor, readonly = dlpack.opened(capsule)
     except _EXPORT_ERRORS as error:
         raise cannot(x, error, call, argument) from error
@@ -268,6 +269,7 @@ def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
     size = ITEMSIZE[name]
     strides = tuple([s * size for s in tensor.strides[:tensor.ndim]]) if tensor.strides else contiguous(shape, size)
     device = (kind, index) if kind == "cuda" else CPU
+    readonly = readonly or type(x).__module__.startswith("jax")     # immutable, whether or not the capsule says so
     return View((tensor.data or 0) + tensor.byte_offset, shape, strides, name, device, (x, capsule), readonly)
 
 

@@ -64,7 +64,7 @@ def test_interface_producers_are_waited_for(driver: Driver) -> None:
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("name", DTYPES)
-def test_dlpack_producers_are_given_the_stream(name: str, old: bool) -> None:
+def test_dlpack_producers_are_given_the_stream(driver: Driver, name: str, old: bool) -> None:
     x = Speaker((2, 3, 4), dtype=name, device=1, old=old)
     v = view(x, "f", "x", Stream(0x50, 1))
     assert (v.ptr, v.shape, v.dtype, v.device, v.readonly) == (0x1000, (2, 3, 4), name, ("cuda", 1), old)
