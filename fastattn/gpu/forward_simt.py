@@ -1,0 +1,308 @@
+"""Forward with plain threads: any dtype, any head_dim, any strides, any architecture. The kernel to read first.
+
+A block computes one tile of query rows of one head. Its threads form a grid, 16 wide; thread (x, y) owns rows y, y + HIGH, ... and
+keys x, x + 16, ... of S, and the same rows and every 16th column (or pair or four of columns) of O, all in its registers:
+
+                 keys x, x + 16, ..                  columns of head_dim_v
+               +--------------------+              +--------------------+
+    rows y,    |  S = Q K^T         |   softmax    |  O += P V          |
+    y + HIGH   |  acc_s[ROWS, COLS] |  ---> P ---> |  acc_o[ROWS, OUTS] |
+               +--------------------+              +--------------------+
+
+    shared memory   Q slice | K slice, then V slice | P | seen: which keys of the block a row of the tile sees
+
+Numbers are float32, or float64 for float64 arrays: elements are converted when they are copied to shared memory, where a row ends with
+16 bytes of nothing so that threads in neighbouring rows use different banks. A slice of K has all keys of a block and some of
+head_dim, a slice of V some keys and all of head_dim_v: whatever head_dim is, they fit. All threads copy, wait for each other, compute,
+wait for each other: what a thread waits for here, the next rungs of the ladder hide.
+
+The 16 threads of a row are half a warp: maxima and sums go by shuffles. A key that nobody sees is never read: its K counts as 0
+and its score is replaced by -inf, its V counts as 0.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, int32, int64, uint8, uint64
+
+from .compile import Source
+from .compile import load as load_kernel
+from .device import Device
+from .inline import inline
+from .mask import make_bounds
+from .packed import most_tiles, table
+from .ptx.memory import load_b32, load_shared_b32, shared_address, store_shared_b32
+from .ptx.scalar import load_if, load_shared, store, store_shared
+from .scalar import compute_of, make_dropout, make_score, make_softmax
+from .schedule import ENTRY, make_num_tiles, make_tile_at
+from .smem import Smem
+from .spec import Arguments, Call, Spec
+
+WIDE = 16               # threads that share a row: half a warp
+MOST_BLOCKS = 2**31 - 1 # of a flat grid
+BLOCK_M = {"float32": 64, "float64": 32}    # O of both takes as many registers
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """block_m query rows x block_n keys a step, copied in slices of `slice_dim` columns of head_dim; `loads` in flight per thread."""
+
+    block_m: int
+    block_n: int
+    slice_dim: int
+    threads: int = 256
+    loads: int = 8
+    blocks_per_sm: int = 1
+
+    @property
+    def text(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.slice_dim} threads {self.threads} loads {self.loads} blocks {self.blocks_per_sm}"
+
+
+def config_of(spec: Spec) -> Config:
+    """Shared memory stays under the 99 KB of consumer cards, O under 128 registers."""
+    if spec.dtype == "float64":
+        return Config(BLOCK_M["float64"], 64, 64)
+    return Config(BLOCK_M["float32"], 64, 128, blocks_per_sm=2 if spec.head_dim_v <= 128 else 1)
+
+
+def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
+    """(kernel, bytes of shared memory)."""
+    BLOCK_M, BLOCK_N, THREADS, LOADS = config.block_m, config.block_n, config.threads, config.loads
+    HEAD_DIM_V, HIGH = spec.head_dim_v, config.threads // WIDE
+    ROWS, COLS, OUTS = BLOCK_M // HIGH, BLOCK_N // WIDE, HEAD_DIM_V // WIDE     # a thread's share
+    compute, REAL, SIZE = compute_of(spec)
+    VECTOR = 16 // SIZE                                                         # elements of a 16-byte load
+    NEIGHBOURS = math.gcd(OUTS, VECTOR)                                         # columns of O side by side
+    SLICES = -(-spec.head_dim // config.slice_dim)
+    SLICE = -(-spec.head_dim // SLICES // 16) * 16
+    KEYS = min(BLOCK_N, 1 << (BLOCK_N * config.slice_dim // HEAD_DIM_V).bit_length() - 1)     # of a slice of V
+    PITCH, PITCH_P = SLICE + VECTOR, BLOCK_N + 16
+    smem = Smem()
+    Q = smem.take(BLOCK_M * PITCH * SIZE, 16)
+    KV = smem.take(max(BLOCK_N * PITCH, -(-KEYS * HEAD_DIM_V // THREADS) * THREADS) * SIZE, 16)
+    P = smem.take(BLOCK_M * PITCH_P * SIZE, 16)
+    SEEN = smem.take(BLOCK_N * 4, 16)
+    PACKED, LSE, MASK, NEG_INF = spec.packed, spec.lse, spec.mask, REAL(-math.inf)
+    load_element, store_element = load_if(spec.dtype, compute), store(spec.dtype, compute)
+    store_lse, put = store(compute, compute), store_shared(compute)
+    get_vector, get_neighbours = load_shared(compute, VECTOR), load_shared(compute, NEIGHBOURS)
+    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    prepare, score, visible = make_score(spec)
+    max16, sum16, finish = make_softmax(spec)
+    dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, THREADS)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+
+    # ------------------------------------------------------------ helpers of this kernel
+    @inline
+    def diagonal_of(a, seqlen_q, seqlen_k):
+        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
+
+    @inline
+    def of_no_sequence(a, t):
+        """Rows after the last sequence of a packed problem: the table's last entry."""
+        return load_b32(uint64(a.table + uint64(a.batch * ENTRY + 20))) <= t if PACKED else False
+
+    @inline
+    def multiply_qk(acc_s, base, x, y, dims):
+        """acc_s += Q K^T over the `dims` columns of head_dim that are left, at most a slice."""
+        q, k = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array((COLS, VECTOR), REAL)
+        for d in range(0, min(SLICE, dims), VECTOR):
+            for i in range(ROWS):
+                part = get_vector(int32(base + Q + ((y + i * HIGH) * PITCH + d) * SIZE))
+                for e in range(VECTOR):
+                    q[i, e] = part[e]
+            for j in range(COLS):
+                part = get_vector(int32(base + KV + ((x + j * WIDE) * PITCH + d) * SIZE))
+                for e in range(VECTOR):
+                    k[j, e] = part[e]
+            for e in range(VECTOR):
+                for i in range(ROWS):
+                    for j in range(COLS):
+                        acc_s[i, j] += q[i, e] * k[j, e]
+
+    @inline
+    def multiply_pv(acc_o, base, x, y, key0, keys):
+        """acc_o += P V over the `keys` keys from key0 of the block that are left, at most a slice."""
+        p, v = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array(OUTS, REAL)
+        for n in range(0, min(KEYS, keys), VECTOR):
+            for i in range(ROWS):
+                part = get_vector(int32(base + P + ((y + i * HIGH) * PITCH_P + key0 + n) * SIZE))
+                for e in range(VECTOR):
+                    p[i, e] = part[e]
+            for e in range(VECTOR):
+                for c in range(0, OUTS, NEIGHBOURS):
+                    part = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
+                    for f in range(NEIGHBOURS):
+                        v[c + f] = part[f]
+                for i in range(ROWS):
+                    for c in range(OUTS):
+                        acc_o[i, c] += p[i, e] * v[c]
+
+    # ------------------------------------------------------------ load: all threads
+    def make_load(LINES, WIDTH, STRIDE, HIDDEN):
+        """load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread): LINES rows of WIDTH elements to shared memory.
+
+        Rows from `lines` on and columns from `dims` on are 0, and so are, when HIDDEN, rows that `seen` does not mark.
+        """
+        COUNT = LINES * WIDTH
+
+        @inline
+        def load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread):
+            x = cuda.local.array(LOADS, REAL)
+            for first in range(0, COUNT, LOADS * THREADS):
+                for i in range(LOADS):
+                    n = int32(first + i * THREADS + thread)
+                    line, d = int32(n // WIDTH), int32(n % WIDTH)
+                    inside = line < lines and dim0 + d < dims and n < COUNT
+                    if HIDDEN:
+                        inside = inside and load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0
+                    x[i] = load_element(uint64(pointer + line * by_line + (dim0 + d) * by_dim), int32(inside))
+                for i in range(LOADS):
+                    n = int32(first + i * THREADS + thread)
+                    if n < COUNT:
+                        put(int32(to + (n // WIDTH * STRIDE + n % WIDTH) * SIZE), x[i])
+        return load
+
+    load_q, load_k = make_load(BLOCK_M, SLICE, PITCH, False), make_load(BLOCK_N, SLICE, PITCH, False)
+
+    load_v = make_load(KEYS, HEAD_DIM_V, HEAD_DIM_V, True)
+
+    # ------------------------------------------------------------ the loop body
+    @inline
+    def softmax(acc_s, acc_o, row_max, row_sum, base, x, y):
+        """Scores become probabilities, in shared memory; older sums and outputs follow the new maximum."""
+        for i in range(ROWS):
+            new = row_max[i]
+            for j in range(COLS):
+                new = max(new, acc_s[i, j])
+            new = max16(new)
+            top = REAL(0) if new == NEG_INF else new        # a row that saw nothing yet: exp(-inf - 0) = 0
+            alpha, total = math.exp(row_max[i] - top), REAL(0)
+            for j in range(COLS):
+                p = math.exp(acc_s[i, j] - top)
+                total += p
+                put(int32(base + P + ((y + i * HIGH) * PITCH_P + x + j * WIDE) * SIZE), p)
+            row_max[i] = new
+            row_sum[i] = row_sum[i] * alpha + total
+            for c in range(OUTS):
+                acc_o[i, c] *= alpha
+
+    @inline
+    def step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0, seqlen_q,
+             seqlen_k):
+        """One block of keys. Made once: `full`, which spares the mask, is tested at run time, where it costs nothing here."""
+        col0 = int32(n_block * BLOCK_N)
+        acc_s = cuda.local.array((ROWS, COLS), REAL)
+        for i in range(ROWS):
+            for j in range(COLS):
+                acc_s[i, j] = REAL(0)
+        if thread < BLOCK_N:
+            store_shared_b32(int32(base + SEEN + thread * 4), full)
+        for s in range(SLICES):
+            cuda.syncthreads()
+            if SLICES > 1:
+                load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, s * SLICE, a.head_dim, base, thread)
+            load_k(base + KV, pointer_k + col0 * a.k_row, a.k_row, a.k_dim, seqlen_k - col0, s * SLICE, a.head_dim, base, thread)
+            cuda.syncthreads()
+            multiply_qk(acc_s, base, x, y, a.head_dim - s * SLICE)
+        for i in range(ROWS):
+            row = int32(row0 + y + i * HIGH)
+            lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            for j in range(COLS):
+                col = int32(col0 + x + j * WIDE)
+                s = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
+                if full == 0:
+                    if visible(a, batch, head, row, col, seqlen_q, lo, hi):
+                        store_shared_b32(int32(base + SEEN + (x + j * WIDE) * 4), int32(1))
+                    else:
+                        s = NEG_INF
+                acc_s[i, j] = s
+        softmax(acc_s, acc_o, row_max, row_sum, base, x, y)
+        for key0 in range(0, BLOCK_N, KEYS):
+            cuda.syncthreads()
+            if key0 == 0:
+                dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)
+            load_v(base + KV, pointer_v + (col0 + key0) * a.v_row, a.v_row, a.v_dim, seqlen_k - col0 - key0, 0, a.head_dim_v,
+                   base + SEEN + key0 * 4, thread)
+            cuda.syncthreads()
+            multiply_pv(acc_o, base, x, y, key0, seqlen_k - col0 - key0)
+
+    @inline
+    def epilogue(a, acc_o, row_max, row_sum, nobody, x, y, batch, head, q_start, row0, seqlen_q):
+        pointer = int64(a.out) + batch * a.out_batch + head * a.out_head + q_start * a.out_row
+        for i in range(ROWS):
+            row = int32(row0 + y + i * HIGH)
+            scale, lse = finish(a, head, row_max[i], sum16(row_sum[i]), nobody)
+            if row < seqlen_q:
+                for c in range(OUTS):
+                    col = int32(c // NEIGHBOURS * NEIGHBOURS * WIDE + x * NEIGHBOURS + c % NEIGHBOURS)
+                    # selected, not multiplied: 0 * NaN of a V that others see
+                    out = acc_o[i, c] * scale if scale != REAL(0) else REAL(0)
+                    if col < a.head_dim_v:
+                        store_element(uint64(pointer + row * a.out_row + col * a.out_dim), out)
+                if LSE and x == 0:
+                    at = head * a.total_q + q_start if PACKED else (batch * a.num_heads + head) * int64(a.seqlen_q)
+                    store_lse(uint64(int64(a.lse) + (at + row) * SIZE), lse)
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        x, y = int32(thread % WIDE), int32(thread // WIDE)
+        if t < num_tiles(a):
+            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
+            row0 = int32(m_block * BLOCK_M)
+            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            head_k = int32(head // a.group)
+            pointer_q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
+            pointer_k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
+            pointer_v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
+            slope = prepare(a, batch, head)
+            acc_o, row_max, row_sum = cuda.local.array((ROWS, OUTS), REAL), cuda.local.array(ROWS, REAL), cuda.local.array(ROWS, REAL)
+            for i in range(ROWS):
+                row_max[i], row_sum[i] = NEG_INF, REAL(0)
+                for c in range(OUTS):
+                    acc_o[i, c] = REAL(0)
+            if SLICES == 1:
+                load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, 0, a.head_dim, base, thread)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            for n_block in range(n_max - 1, n_min - 1, -1):
+                full = int32(not MASK and full_min <= n_block and n_block < full_max)
+                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0,
+                     seqlen_q, seqlen_k)
+            epilogue(a, acc_o, row_max, row_sum, of_no_sequence(a, t), x, y, batch, head, q_start, row0, seqlen_q)
+
+    return kernel, smem.size
+
+
+# ---------------------------------------------------------------- launch
+@lru_cache(maxsize=1024)
+def arguments_of(spec: Spec) -> Arguments:
+    letter = "d" if spec.dtype == "float64" else "f"
+    return Arguments(spec, f"table:l tiles:i head_group:i scale:{letter} cap:{letter} keep:{letter}", ("q", "k", "v", "out"))
+
+
+@lru_cache(maxsize=1024)
+def source(spec: Spec, config: Config) -> Source:
+    _, shared_memory = make_forward(spec, config)
+    return Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config)[0], arguments_of(spec).fields,
+                  config.threads, shared_memory, config.blocks_per_sm)
+
+
+def refuses(call: Call, d: Device) -> str | None:
+    """None, but for more tiles than a grid has blocks."""
+    tiles = most_tiles(call, BLOCK_M[call.problem.compute_dtype])
+    return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
+
+
+def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
+    """Enqueue the kernel, and before it the table of a packed problem."""
+    p, config = call.problem, config_of(spec)
+    kernel = load_kernel(source(spec, config), d.ordinal)
+    tiles = most_tiles(call, config.block_m)
+    with table(call, config.block_m, d.ordinal, stream) as sequences:
+        own = (sequences, tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0)
+        kernel.launch(tiles, arguments_of(spec).values(call, own), stream)
