@@ -12,18 +12,21 @@ SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_120"
 class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 
-    `alias`: the output leaves through Q's shared memory, which leaves room for wider key blocks but delays the next tile's Q.
+    `direct`: the output goes from registers to global memory, which leaves room in shared memory for wider key blocks.
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
+    `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products.
     """
 
     block_m: int
     block_n: int
     stages: int = 2
-    alias: bool = False
-    lazy: bool = False
+    direct: bool = False
+    lazy: bool = True
+    turns: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
+        assert self.stages in (1, 2, 4), "a stage is a block's number modulo a power of two"
 
     @property
     def consumer_registers(self) -> int:
@@ -36,7 +39,7 @@ class Config:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages}" + " alias" * self.alias + " lazy" * self.lazy
+        return f"{self.block_m}x{self.block_n} stages {self.stages}" + " direct" * self.direct + " lazy" * self.lazy + " turns" * self.turns
 
 
 def forward_sm90(spec: Spec) -> Config:
@@ -44,7 +47,49 @@ def forward_sm90(spec: Spec) -> Config:
     if dim <= 64:
         return Config(192, 128)
     if dim <= 128:
-        return Config(128, 128)
+        return Config(128, 128, turns=True)
     if dim <= 192:
-        return Config(128, 96, alias=True)
-    return Config(128, 80, alias=True)
+        return Config(128, 96, direct=True)
+    return Config(128, 80, direct=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSm80:
+    """One tiling of forward_sm80: `warps` with 16 * tiles query rows each, block_n keys a step, `stages` of K and V.
+
+    `keep_q`: Q in registers rather than read from shared memory in every step. `lazy`: the output is rescaled only when a maximum grew
+    by more than 2**8. `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out); not a choice but a property of
+    the operands, that the code depends on.
+    """
+
+    warps: int
+    tiles: int
+    block_n: int
+    stages: int = 2
+    blocks_per_sm: int = 2
+    keep_q: bool = False
+    lazy: bool = False
+    whole: bool = True
+    whole_out: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.warps in (2, 4, 8) and self.tiles in (1, 2) and self.stages in (1, 2)
+        assert self.block_n % 16 == 0 and self.block_n % (4 * self.warps) == 0, "every thread copies as many rows"
+
+    @property
+    def block_m(self) -> int:
+        return 16 * self.tiles * self.warps
+
+    @property
+    def text(self) -> str:
+        return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}" + " keep_q" * self.keep_q
+                + " lazy" * self.lazy + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
+
+
+def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ConfigSm80:
+    dim = max(spec.head_dim, spec.head_dim_v)
+    if dim <= 64:
+        return ConfigSm80(4, 2, 128, whole=whole, whole_out=whole_out)
+    if dim <= 128:
+        return ConfigSm80(4, 2, 64, whole=whole, whole_out=whole_out)
+    return ConfigSm80(4, 1, 32, whole=whole, whole_out=whole_out)

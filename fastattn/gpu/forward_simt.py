@@ -63,10 +63,11 @@ class Config:
 
 
 def config_of(spec: Spec) -> Config:
-    """Shared memory stays under the 99 KB of consumer cards, O under 128 registers."""
+    """Shared memory stays under the 99 KB of consumer cards; two blocks an SM where 128 registers a thread are enough for O and the rest."""
+    features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
     if spec.dtype == "float64":
         return Config(BLOCK_M["float64"], 64, 64)
-    return Config(BLOCK_M["float32"], 64, 128, blocks_per_sm=2 if spec.head_dim_v <= 128 else 1)
+    return Config(BLOCK_M["float32"], 64, 128, blocks_per_sm=2 if spec.head_dim_v <= (64 if features else 128) else 1)
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
@@ -79,7 +80,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     NEIGHBOURS = math.gcd(OUTS, VECTOR)                                         # columns of O side by side
     SLICES = -(-spec.head_dim // config.slice_dim)
     SLICE = -(-spec.head_dim // SLICES // 16) * 16
-    KEYS = min(BLOCK_N, 1 << (BLOCK_N * config.slice_dim // HEAD_DIM_V).bit_length() - 1)     # of a slice of V
+    KEYS = min(BLOCK_N, max(VECTOR, 1 << (BLOCK_N * config.slice_dim // HEAD_DIM_V).bit_length() - 1))   # of a slice of V
     PITCH, PITCH_P = SLICE + VECTOR, BLOCK_N + 16
     smem = Smem()
     Q = smem.take(BLOCK_M * PITCH * SIZE, 16)

@@ -3,14 +3,15 @@
     warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
 
-    shared memory   Q | STAGES x (K, V) | out, which shares Q's place when `alias` | barriers | two tile records
+    shared memory   Q | STAGES x (K, V) | out, unless the output is stored directly | barriers | two tile records
     Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
     Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
     TILE_FULL[2], TILE_EMPTY[2]       tile records: the producer is one tile ahead
 
-A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs. Key blocks go from
-last to first. What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind
-another's products. (Design: FlashAttention-3, Shah et al. 2024.)
+A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs; key blocks go from
+last to first. The first block of a tile is such a step too: it runs beside the last product of the tile before, whose epilogue follows.
+What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind products, its own
+and another's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from .compile import load as load_kernel
 from .config import Config
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, make_store, scale_rows, zeros
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, store_pairs, store_rows, zeros, zeros_packed
 from .inline import inline
 from .mask import make_bounds
 from .ptx import mbarrier, tma, wgmma
@@ -41,13 +42,13 @@ from .ptx.memory import (
     store_shared_b32,
     store_shared_zero16,
 )
-from .ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, uniform
+from .ptx.sync import any_lane, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_score
 from .smem import Smem, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Arguments, Call, Spec
-from .packed import most_tiles, table
+from .packed import head_group, most_tiles, table
 from .tensormap import fits, tensor_map
 from .workspace import counter
 
@@ -56,26 +57,26 @@ OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
-    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, ALIAS = config.block_m, config.block_n, config.stages, config.block_m // 64, config.alias
-    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, DIRECT = config.block_m, config.block_n, config.stages, config.block_m // 64, config.direct
+    HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
     Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4         # from stage to stage, in a descriptor
-    COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
+    COUNT_S, COUNT_P, COUNT_O = BLOCK_N // 2, BLOCK_N // 4, spec.head_dim_v // 2
+    STAGE_BITS = STAGES.bit_length() - 1
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    OUT_PANEL = Q_PANEL if ALIAS else 64 * 128
-    OUT_WARPGROUP = 64 * 128 if ALIAS else PANELS_V * OUT_PANEL
-    OUT = Q if ALIAS else smem.take(CONSUMERS * OUT_WARPGROUP)
+    OUT_PANEL, OUT_WARPGROUP = 64 * 128, PANELS_V * 64 * 128
+    OUT = 0 if DIRECT else smem.take(CONSUMERS * OUT_WARPGROUP)
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     TILE_FULL, TILE_EMPTY = smem.barriers(2), smem.barriers(2)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
     TILE = smem.take(2 * 32, 16)
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
     PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
-    OUT_BARRIER, V_BARRIER = 1, 8                       # named barriers: one for each consumer, one for all of them
+    OUT_BARRIER, TURN_BARRIER, V_BARRIER = 1, 4, 8         # named barriers: one for each consumer, one for all of them
+    TURNS = config.turns and CONSUMERS > 1
     qk, pv = wgmma.make_products(spec.dtype)
-    to_half, store_rows = make_pack(spec.dtype), make_store(spec.dtype)
+    to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
@@ -119,6 +120,20 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
 
     @inline
+    def load_k(a, base, it, row, head, batch):
+        stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
+        mbarrier.wait(base + K_EMPTY + 8 * stage, free)
+        mbarrier.arrive_expect(base + K_FULL + 8 * stage, int32(K_BYTES))
+        copy_rows(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head, batch)
+
+    @inline
+    def load_v(a, base, it, row, head, batch):
+        stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
+        mbarrier.wait(base + V_EMPTY + 8 * stage, free)
+        mbarrier.arrive_expect(base + V_FULL + 8 * stage, int32(V_BYTES))
+        copy_rows(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head, batch)
+
+    @inline
     def load(a, base):
         """The producer: one thread."""
         it, i = int32(0), int32(0)
@@ -127,20 +142,18 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = put_tile(a, base, i, t, tiles)
             n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
             head_k, plane = int32(head // a.group), int32(0) if PACKED else batch
-            for n_block in range(n_max - 1, n_min - 1, -1):
-                row = int32(k_start + n_block * BLOCK_N)
-                stage, free = int32(it % STAGES), int32(((it // STAGES) & 1) ^ 1)
-                mbarrier.wait(base + K_EMPTY + 8 * stage, free)
-                mbarrier.arrive_expect(base + K_FULL + 8 * stage, int32(K_BYTES))
-                copy_rows(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, plane)
-                if n_block == n_max - 1:
-                    mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
-                    mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
-                    copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
-                mbarrier.wait(base + V_EMPTY + 8 * stage, free)
-                mbarrier.arrive_expect(base + V_FULL + 8 * stage, int32(V_BYTES))
-                copy_rows(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head_k, plane)
-                it += 1
+            row, end = int32(k_start + (n_max - 1) * BLOCK_N), int32(k_start + n_min * BLOCK_N)
+            load_k(a, base, it, row, head_k, plane)
+            mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
+            mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
+            copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
+            load_v(a, base, it, row, head_k, plane)
+            it = int32(it + 1)
+            while row > end:
+                row = opaque(int32(row - BLOCK_N))
+                load_k(a, base, it, row, head_k, plane)
+                load_v(a, base, it, row, head_k, plane)
+                it = int32(it + 1)
             t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))
             i += 1
         put_tile(a, base, i, t, tiles)
@@ -172,28 +185,54 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         else:
             return keep_below(acc_s, rows[1] - column, rows[3] - column)
 
+    @inline
+    def q_rows(base, w):
+        return wgmma.k_major(base + Q + w * 64 * 128)
+
+    @inline
+    def k_stage(base, stage):
+        return wgmma.k_major(base + K + stage * K_BYTES)
+
+    @inline
+    def v_stage(base, stage):
+        return wgmma.mn_major(base + V + stage * V_BYTES, KV_PANEL)
+
+    @inline
+    def wait_turn(w):
+        if TURNS:
+            barrier(int32(TURN_BARRIER + w), int32(256))
+
+    @inline
+    def pass_turn(w):
+        if TURNS:
+            barrier_arrive(int32(TURN_BARRIER + (w + 1) % CONSUMERS), int32(256))
+
     def make_step(MASKED):
         @inline
-        def step(a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                 diagonal, seqlen_q, seqlen_k, rows):
+        def step(a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
+                 seqlen_q, seqlen_k, rows):
             """Scores and probabilities of n_block, while O takes in the block before."""
-            before, parity = int32(it % STAGES), int32((it // STAGES) & 1)
+            before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
             it = int32(it + 1)
-            stage = int32(it % STAGES)
+            stage = int32(it & (STAGES - 1))
             column = int32(n_block * BLOCK_N + col)
             acc_s = zeros(COUNT_S)
-            mbarrier.wait(base + K_FULL + 8 * stage, int32((it // STAGES) & 1))
+            mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+            wait_turn(w)
             wgmma.fence()
-            acc_s = qk(acc_s, desc_q, desc_k + uint64(stage * K_STEP), HEAD_DIM, BLOCK_M, BLOCK_N)
+            acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
             wgmma.commit()
             mbarrier.wait(base + V_FULL + 8 * before, parity)
             wgmma.fence()
-            acc_o = pv(acc_o, p, desc_v + uint64(before * V_STEP))
+            acc_o = pv(acc_o, p, v_stage(base, before))
             wgmma.commit()
+            pass_turn(w)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             acc_s = wgmma.wait_all_but_one(acc_s)
             if lane == 0:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
+                if n_block == n_min:
+                    mbarrier.arrive(base + Q_EMPTY)
             acc_s = score(a, acc_s, early, slope, row, column, diagonal)
             if MASKED:
                 acc_s = keep(acc_s, rows, column)
@@ -203,10 +242,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             if lane == 0:
                 mbarrier.arrive(base + V_EMPTY + 8 * before)
             p = to_half(acc_s)
-            if LAZY:
-                if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-                    acc_o = scale_rows(acc_o, alpha0, alpha1)
-            else:
+            if not LAZY or any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
                 acc_o = scale_rows(acc_o, alpha0, alpha1)
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
@@ -215,20 +251,23 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of one warpgroup: through shared memory and the copy engine, or one by one where a packed tile is not full."""
+        """Output rows of one warpgroup: through shared memory and the copy engine, or from the registers where `direct` or where a packed
+        tile is not full."""
         packed = to_half(acc_o)
         row0 = int32(m_block * BLOCK_M + w * 64)
         plane = int32(0) if PACKED else batch
         warp_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
-        if PACKED and row0 + 64 > seqlen_q:
-            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
-            store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), int32(1) if row < seqlen_q else int32(0),
-                       int32(1) if row + 8 < seqlen_q else int32(0), int32(a.head_dim_v - col))
+        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
+            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + plane * a.out_batch + 2 * col)
+            rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+            if a.head_dim_v == HEAD_DIM_V:
+                store_pairs(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1)
+            else:
+                store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
         else:
-            if not ALIAS:
-                if thread == 0:
-                    tma.wait_read()
-                barrier(int32(OUT_BARRIER + w), int32(128))
+            if thread == 0:
+                tma.wait_read()
+            barrier(int32(OUT_BARRIER + w), int32(128))
             store_panels(packed, int32(base + OUT + w * OUT_WARPGROUP + warp_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL)
             fence_async()
             barrier(int32(OUT_BARRIER + w), int32(128))
@@ -236,10 +275,6 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 for p in range(PANELS_V):
                     tma.store(a.map_out, int32(base + OUT + w * OUT_WARPGROUP + p * OUT_PANEL), int32(p * 64), int32(q_start + row0), head, plane)
                 tma.commit()
-                if ALIAS:
-                    tma.wait_read()
-            if ALIAS:
-                barrier(int32(OUT_BARRIER + w), int32(128))
 
     @inline
     def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
@@ -267,6 +302,93 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
         return uniform(load_shared_b32(base + TILE + 32 * (i & 1) + 4 * field))
 
+    @inline
+    def consume(a, base, w, thread, lane):
+        """A consumer warpgroup: each turn of the loop begins tile i, ends tile i - 1, then goes through the other blocks of tile i."""
+        col = int32((lane & 3) * 2)
+        it, i, had = int32(-1), int32(0), int32(0)      # it: the last block whose scores were issued
+        acc_o, p = zeros(COUNT_O), zeros_packed(COUNT_P)
+        max0, max1, sum0, sum1 = NEG_INF, NEG_INF, float32(0), float32(0)
+        if w == CONSUMERS - 1:
+            pass_turn(w)
+        mbarrier.wait(base + TILE_FULL, int32(0))
+        more = get(base, i, 6)
+        while more + had != 0:
+            m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
+            row0 = int32(m_block * BLOCK_M + w * 64)
+            row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+            diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+            rows = intervals(a, row, diagonal, seqlen_k)
+            slope = prepare(a, batch, head)
+            n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+            _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
+            n_min, n_max = uniform(n_min), uniform(n_max)
+            n_block = int32(n_max - 1)
+            full_max = uniform(int32(max(min(full_max, n_block), n_min)))
+            full_min = uniform(int32(max(min(full_min, full_max), n_min)))
+            column = int32(n_block * BLOCK_N + col)
+            before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
+            it = int32(it + 1)
+            stage = int32(it & (STAGES - 1))
+            acc_s = zeros(COUNT_S)
+            if more != 0:
+                mbarrier.wait(base + Q_FULL, int32(i & 1))
+                mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+            wait_turn(w)
+            wgmma.fence()
+            acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+            wgmma.commit()
+            if had != 0:
+                mbarrier.wait(base + V_FULL + 8 * before, parity)
+            wgmma.fence()
+            acc_o = pv(acc_o, p, v_stage(base, before))
+            wgmma.commit()
+            pass_turn(w)
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            acc_s = wgmma.wait_all_but_one(acc_s)
+            if lane == 0 and more != 0:
+                mbarrier.arrive(base + K_EMPTY + 8 * stage)
+                if n_block == n_min:
+                    mbarrier.arrive(base + Q_EMPTY)
+            acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+            if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
+                acc_s = keep(acc_s, rows, column)
+            acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
+            acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+            acc_o = wgmma.wait_all(acc_o)
+            p = to_half(acc_s)
+            if had != 0:
+                if lane == 0:
+                    mbarrier.arrive(base + V_EMPTY + 8 * before)
+                last = int32(i - 1)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, last, 0), get(base, last, 1), get(base, last, 2),
+                         get(base, last, 3), get(base, last, 4), w, thread, lane, col)
+                if lane == 0:
+                    mbarrier.arrive(base + TILE_EMPTY + 8 * (last & 1))
+            acc_o = zeros(COUNT_O)
+            max0, max1, sum0, sum1, had = new0, new1, part0, part1, more
+            if more != 0:
+                if PACKED:
+                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
+                        mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+                        clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                for n_block in range(n_max - 2, full_max - 1, -1):
+                    acc_o, p, max0, max1, sum0, sum1, it = step_masked(
+                        a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
+                        seqlen_q, seqlen_k, rows)
+                for n_block in range(full_max - 1, full_min - 1, -1):
+                    acc_o, p, max0, max1, sum0, sum1, it = step_full(
+                        a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
+                        seqlen_q, seqlen_k, rows)
+                if LEFT:
+                    for n_block in range(full_min - 1, n_min - 1, -1):
+                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
+                            a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
+                            seqlen_q, seqlen_k, rows)
+                i = int32(i + 1)
+                mbarrier.wait(base + TILE_FULL + 8 * (i & 1), int32((i >> 1) & 1))
+                more = get(base, i, 6)
+
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
         warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
@@ -290,82 +412,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 load(a, base)
         else:
             take_registers()
-            w = int32(warpgroup - 1)
-            lane = int32(thread & 31)
-            col = int32((lane & 3) * 2)
-            desc_q = wgmma.k_major(base + Q + w * 64 * 128)
-            desc_k = wgmma.k_major(base + K)
-            desc_v = wgmma.mn_major(base + V, KV_PANEL)
-            it, i = int32(0), int32(0)
-            mbarrier.wait(base + TILE_FULL, int32(0))
-            while get(base, i, 6) != 0:
-                m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
-                row0 = int32(m_block * BLOCK_M + w * 64)
-                row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
-                diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-                rows = intervals(a, row, diagonal, seqlen_k)
-                slope = prepare(a, batch, head)
-                n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-                _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
-                n_min, n_max = uniform(n_min), uniform(n_max)
-                n_block = int32(n_max - 1)
-                stage, parity = int32(it % STAGES), int32((it // STAGES) & 1)
-                column = int32(n_block * BLOCK_N + col)
-                acc_o, acc_s = zeros(COUNT_O), zeros(COUNT_S)
-                mbarrier.wait(base + Q_FULL, int32(i & 1))
-                mbarrier.wait(base + K_FULL + 8 * stage, parity)
-                wgmma.fence()
-                acc_s = qk(acc_s, desc_q, desc_k + uint64(stage * K_STEP), HEAD_DIM, BLOCK_M, BLOCK_N)
-                wgmma.commit()
-                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                acc_s = wgmma.wait_all(acc_s)
-                if lane == 0:
-                    mbarrier.arrive(base + K_EMPTY + 8 * stage)
-                if PACKED:
-                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
-                        mbarrier.wait(base + V_FULL + 8 * stage, parity)
-                        clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
-                acc_s = score(a, acc_s, early, slope, row, column, diagonal)
-                if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
-                    acc_s = keep(acc_s, rows, column)
-                acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
-                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-                p = to_half(acc_s)
-                full_max = uniform(int32(max(min(full_max, n_block), n_min)))
-                full_min = uniform(int32(max(min(full_min, full_max), n_min)))
-                for n_block in range(n_max - 2, full_max - 1, -1):
-                    acc_o, p, max0, max1, sum0, sum1, it = step_masked(
-                        a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                        diagonal, seqlen_q, seqlen_k, rows)
-                for n_block in range(full_max - 1, full_min - 1, -1):
-                    acc_o, p, max0, max1, sum0, sum1, it = step_full(
-                        a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row, col,
-                        diagonal, seqlen_q, seqlen_k, rows)
-                if LEFT:
-                    for n_block in range(full_min - 1, n_min - 1, -1):
-                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
-                            a, base, desc_q, desc_k, desc_v, acc_o, p, max0, max1, sum0, sum1, it, n_block, lane, batch, head, slope, row,
-                            col, diagonal, seqlen_q, seqlen_k, rows)
-                if not ALIAS:
-                    if lane == 0:
-                        mbarrier.arrive(base + Q_EMPTY)
-                stage, parity = int32(it % STAGES), int32((it // STAGES) & 1)
-                mbarrier.wait(base + V_FULL + 8 * stage, parity)
-                wgmma.fence()
-                acc_o = pv(acc_o, p, desc_v + uint64(stage * V_STEP))
-                wgmma.commit()
-                acc_o = wgmma.wait_all(acc_o)
-                if lane == 0:
-                    mbarrier.arrive(base + V_EMPTY + 8 * stage)
-                it += 1
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3),
-                         get(base, i, 4), w, thread, lane, col)
-                if lane == 0:
-                    mbarrier.arrive(base + TILE_EMPTY + 8 * (i & 1))
-                    if ALIAS:
-                        mbarrier.arrive(base + Q_EMPTY)
-                i = int32(i + 1)
-                mbarrier.wait(base + TILE_FULL + 8 * (i & 1), int32((i >> 1) & 1))
+            consume(a, base, int32(warpgroup - 1), thread, int32(thread & 31))
             if thread == 0:
                 tma.wait_all()
 
@@ -401,18 +448,6 @@ def refuses(call: Call, d: Device) -> str | None:
     return None
 
 
-L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
-
-
-def _head_group(call: Call) -> int:
-    """Heads whose tiles are taken together: under a mask, so that long tiles of all of them start first."""
-    p = call.problem
-    if p.mask.left is None and p.mask.right is None and not p.packed:
-        return 1
-    kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
-    return max(1, min(L2_BYTES // max(kv_bytes, 1) * p.group, 16 * p.group, p.num_heads * (1 if p.packed else p.batch)))
-
-
 def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     """Enqueue the kernel, and before it the table of a packed problem."""
     p, o, config = call.problem, call.operands, configs.forward_sm90(spec)
@@ -420,5 +455,5 @@ def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, d.ordinal, stream) as sequences:
         maps = [tensor_map(x, rows, stream) for x, rows in ((o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64))]
-        own = (*maps, counter(d.ordinal, stream), sequences, tiles, _head_group(call))
+        own = (*maps, counter(d.ordinal, stream), sequences, tiles, head_group(call))
         kernel.launch(min(tiles, d.num_sms), arguments_of(spec).values(call, own), stream)

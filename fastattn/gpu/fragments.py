@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
-from .ptx.asm import F32, I1, I32, I64, emit, literals, pack, unpack
+from .ptx.asm import F32, I1, I32, I64, VOID, emit, literals, pack, unpack
 from .ptx.memory import half_to_float, halves
 
 NEG_INF = F32(float("-inf"))
@@ -38,6 +37,16 @@ def zeros(typingctx: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [F32(0.0)] * n)
     return signature(types.UniTuple(types.float32, n), count), generate
+
+
+@intrinsic
+def zeros_packed(typingctx: Any, count: Any) -> Any:
+    """A packed fragment of `count` registers of zeros."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [I32(0)] * n)
+    return signature(types.UniTuple(types.int32, n), count), generate
 
 
 @intrinsic
@@ -287,29 +296,33 @@ def make_dropout(philox: Any) -> Any:
     return drop
 
 
-def make_store(dtype: str) -> Any:
-    """store(packed, address0, address1, rows, columns): a packed fragment to two rows of global memory, pairs of 16-bit elements.
+@intrinsic
+def store_pairs(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any) -> Any:
+    """A packed fragment to two rows of global memory, where keep0 and keep1; addresses of the thread's first column, 4-byte aligned."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for j, word in enumerate(unpack(builder, args[0], packed.count)):
+            address = builder.add(args[1 + row_of(2 * j) // 8], I64(2 * col_of(2 * j)))
+            emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r,~{memory}",
+                 [address, word, args[3 + row_of(2 * j) // 8]])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32), generate
 
-    Addresses are those of the thread's first column in each row; `rows` is how many of the two exist (first column's address
-    may be 2-byte aligned only), `columns` how many elements from there.
-    """
-    size = 2
 
-    @intrinsic
-    def store(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            text = ("{ .reg .pred p; .reg .b16 t, u; setp.ne.u32 p, $2, 0; mov.b32 {t, u}, $1; @p st.global.b16 [$0], t; "
-                    "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }")
-            for j, word in enumerate(unpack(builder, args[0], packed.count)):
-                k = 2 * j
-                keep = builder.icmp_unsigned("!=", args[3 + row_of(k) // 8], I32(0))
-                guards = [builder.zext(builder.and_(keep, builder.icmp_signed("<", I32(col_of(k) + i), args[5])), I32) for i in (0, 1)]
-                address = builder.add(args[1 + row_of(k) // 8], I64(size * col_of(k)))
-                emit(builder, ir.VoidType(), text, "l,r,r,r,~{memory}", [address, word, *guards])
-            return context.get_dummy_value()
-        return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
-    return store
+@intrinsic
+def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
+    """As store_pairs, element by element: only `columns` of them from the thread's first exist, and addresses may be odd pairs."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        keep = [builder.icmp_unsigned("!=", x, I32(0)) for x in args[3:5]]
+        for j, word in enumerate(unpack(builder, args[0], packed.count)):
+            row, col = row_of(2 * j) // 8, col_of(2 * j)
+            inside = [builder.zext(builder.and_(keep[row], builder.icmp_signed("<", I32(col + i), args[5])), I32) for i in (0, 1)]
+            emit(builder, VOID, "{ .reg .pred p; .reg .b16 t, u; mov.b32 {t, u}, $1; setp.ne.u32 p, $2, 0; @p st.global.b16 [$0], t; "
+                 "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }", "l,r,r,r,~{memory}",
+                 [builder.add(args[1 + row], I64(2 * col)), word, *inside])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
 
 
 __all__ = ["I1", "PAIR", "add_rows", "elementwise", "exp2_minus", "keep_below", "keep_interval", "keep_nonzero", "make_dropout", "make_gather",
-           "make_gather_pairs", "make_pack", "make_store", "make_unpack", "quad_max", "quad_sum", "row_max", "row_sum", "scale_rows", "zeros"]
+           "make_gather_pairs", "make_pack", "make_unpack", "quad_max", "quad_sum", "row_max", "row_sum", "scale_rows", "store_pairs",
+           "store_rows", "zeros", "zeros_packed"]

@@ -36,3 +36,15 @@ def most_tiles(call: Call, block_m: int) -> int:
     if p.total_q is None:
         return p.batch * p.num_heads * -(-p.seqlen_q // block_m)
     return p.num_heads * (p.total_q // block_m + min(p.batch + 1, p.total_q))
+
+
+L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
+
+
+def head_group(call: Call) -> int:
+    """Heads whose tiles are taken together (schedule.py): under a mask, so that long tiles of all of them start first."""
+    p = call.problem
+    if p.mask.left is None and p.mask.right is None and not p.packed:
+        return 1
+    kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
+    return max(1, min(L2_BYTES // max(kv_bytes, 1) * p.group, 16 * p.group, p.num_heads * (1 if p.packed else p.batch)))

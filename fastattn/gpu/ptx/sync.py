@@ -12,6 +12,8 @@ barrier_arrive = instruction("bar.arrive $0, $1;", "rr")
 fence_async = instruction("fence.proxy.async.shared::cta;")
 # the value of lane 0: tells the compiler that it is the same for the whole warp
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
+# the same value, of which the compiler knows nothing: a loop over it is not unrolled
+opaque = instruction("mov.b32 $0, $1;", "r", "r")
 # 1 where any lane of the warp has a nonzero value, else 0; the same for the whole warp
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 

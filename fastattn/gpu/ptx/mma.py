@@ -1,0 +1,180 @@
+"""mma.sync: a warp multiplies 16 x 16 by 16 x 8, operands float16 or bfloat16, sums float32 (PTX ISA 9.7.14.5.8, ldmatrix 9.7.14.5.15).
+
+Operands wait in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunk c lies at place c ^ (row % 8). ldmatrix
+reads eight rows at one c, which are eight different places: all 32 banks once, no conflict. An x4 load reads a 16 x 16 piece; where
+its four 8x8 tiles go decides which row and chunk a lane names (`lane_offset`). The next 16 columns are the next pair of chunks: the
+same address with bits 5 and 6 changed.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba import int32
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ..inline import inline
+from .asm import F32, I32, VOID, emit, emit_many, instruction, literals, pack, unpack
+
+KIND = {"float16": "f16", "bfloat16": "bf16"}
+AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
+# an 8x8 tile of 16 bits in one register a lane -> its transpose (PTX ISA 9.7.14.5.17)
+movmatrix = instruction("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r")
+
+# threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop
+thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
+
+
+@inline
+def lane_offset(lane):
+    """Bytes from a panel, whose address is a multiple of 128, to what this lane names of a piece's 8x8 tiles in the order
+    (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B operands stored depth x N."""
+    return int32((lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4))
+
+
+@inline
+def lane_offset_b(lane):
+    """The same in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
+
+    B has to come in two neighbouring registers: another order costs moves.
+    """
+    return int32(((lane >> 4) * 8 + (lane & 7)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
+
+
+def _ldmatrix(builder: Any, address: Any, offset: int, trans: bool) -> list[Any]:
+    result = ir.LiteralStructType([I32] * 4)
+    text = f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if trans else ''}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    value = emit(builder, result, text, "=r,=r,=r,=r,r,~{memory}", [address])
+    return [builder.extract_value(value, k) for k in range(4)]
+
+
+def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Callable[[int, int], list[Any]]:
+    """load(row16, column16): the 16 x 16 piece of a swizzled operand."""
+    last: dict[str, Any] = {"chunk": 0, "at": address}
+
+    def load(row16: int, column16: int) -> list[Any]:
+        chunk = 32 * (column16 % 4)
+        if chunk != last["chunk"]:      # made anew, not kept: a register is worth more than an instruction
+            last.update(chunk=chunk, at=emit(builder, I32, f"xor.b32 $0, $1, {chunk};", "=r,r", [address]) if chunk else address)
+        return _ldmatrix(builder, last["at"], column16 // 4 * panel + row16 * 2048, trans)
+    return load
+
+
+def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
+    """acc (16 x 8, four registers) + A (16 x 16, four) B (16 x 8, two)."""
+    text = (f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[dtype]}.{KIND[dtype]}.f32 "
+            "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};")
+    return emit_many(builder, F32, text, "=f,=f,=f,=f,0,1,2,3,r,r,r,r,r,r", acc, [*a, *b])
+
+
+def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Callable[[int], list[list[Any]]],
+              load_b: Callable[[int, int], list[Any]], steps: int) -> list[Any]:
+    """acc (tiles x 16 rows by N) + A B over `steps` of 16; loads run AHEAD of the products.
+
+    load_a(step) -> four registers for each tile; load_b(step, j) -> the 16 x 16 piece for columns 16 j.
+    """
+    count = len(acc) // tiles
+    order = [(step, j) for step in range(steps) for j in range(count // 8)]
+
+    def loads() -> Iterator[tuple[list[list[Any]], list[Any]]]:
+        for step, j in order:
+            if j == 0:
+                a = load_a(step)
+            yield a, load_b(step, j)
+    coming, ready = loads(), []
+    for i, (_, j) in enumerate(order):
+        while len(ready) < min(i + 1 + AHEAD, len(order)):
+            ready.append(next(coming))
+        a, b = ready[i]
+        for half, pair in enumerate((b[:2], b[2:])):
+            for tile in range(tiles):
+                at = tile * count + 8 * j + 4 * half
+                acc[at:at + 4] = _multiply(builder, dtype, acc[at:at + 4], a[tile], pair)
+    return acc
+
+
+@intrinsic
+def load_rows(typingctx: Any, address: Any, tiles: Any, depth: Any, panel_bytes: Any) -> Any:
+    """`tiles` x 16 rows of `depth` columns as A operands, to be kept in registers; `address`: this lane's of the first row."""
+    t, d, panel = literals(tiles, depth, panel_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        load = _loader(builder, args[0], panel)
+        return pack(builder, [x for step in range(d // 16) for tile in range(t) for x in load(tile, step)])
+    return signature(types.UniTuple(types.int32, t * d // 4), types.int32, tiles, depth, panel_bytes), generate
+
+
+def make_products(dtype: str) -> tuple[Any, Any]:
+    """(qk, pv) for 16-bit `dtype`. Fragments of `tiles` x 16 rows are those of 16 rows one after another (see `part`)."""
+    @intrinsic
+    def qk(typingctx: Any, acc: Any, q: Any, k: Any, tiles: Any, depth: Any, q_panel: Any, k_panel: Any) -> Any:
+        """acc + Q K^T over `depth` columns; `k` this lane's shared address, `q` that or what load_rows returned."""
+        t, d, panel_q, panel_k = literals(tiles, depth, q_panel, k_panel)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            if isinstance(q, types.UniTuple):
+                kept = unpack(builder, args[1], q.count)
+
+                def load_a(step: int) -> list[list[Any]]:
+                    return [kept[4 * (step * t + tile):][:4] for tile in range(t)]
+            else:
+                load_q = _loader(builder, args[1], panel_q)
+
+                def load_a(step: int) -> list[list[Any]]:
+                    return [load_q(tile, step) for tile in range(t)]
+            load_k = _loader(builder, args[2], panel_k)
+            return pack(builder, _products(builder, dtype, unpack(builder, args[0], acc.count), t, load_a,
+                                           lambda step, j: load_k(j, step), d // 16))
+        return signature(acc, acc, q, types.int32, tiles, depth, q_panel, k_panel), generate
+
+    @intrinsic
+    def pv(typingctx: Any, acc: Any, p: Any, v: Any, tiles: Any, v_panel: Any) -> Any:
+        """acc + P V; `p` packed probabilities, `v` this lane's shared address."""
+        t, panel = literals(tiles, v_panel)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers, count = unpack(builder, args[1], p.count), p.count // t
+            load_v = _loader(builder, args[2], panel, trans=True)
+            return pack(builder, _products(builder, dtype, unpack(builder, args[0], acc.count), t,
+                                           lambda step: [registers[tile * count + 4 * step:][:4] for tile in range(t)],
+                                           load_v, count // 4))
+        return signature(acc, acc, p, types.int32, tiles, v_panel), generate
+    return qk, pv
+
+
+@intrinsic
+def part(typingctx: Any, fragment: Any, index: Any, tiles: Any) -> Any:
+    """The fragment of 16 rows number `index` of `tiles`."""
+    i, t = literals(index, tiles)
+    n = fragment.count // t
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], fragment.count)[i * n:(i + 1) * n])
+    return signature(types.UniTuple(fragment.dtype, n), fragment, index, tiles), generate
+
+
+@intrinsic
+def join(typingctx: Any, first: Any, second: Any) -> Any:
+    """The fragment of both."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], first.count) + unpack(builder, args[1], second.count))
+    return signature(types.UniTuple(first.dtype, first.count + second.count), first, second), generate
+
+
+@intrinsic
+def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes: Any) -> Any:
+    """A packed fragment of 16 rows into swizzled panels; `address` of the first row. Four lanes write a chunk, eight rows all banks."""
+    [panel] = literals(panel_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lane = args[2]
+        row = builder.lshr(lane, I32(2))
+        at = builder.add(args[1], builder.add(builder.shl(row, I32(7)), builder.shl(builder.and_(lane, I32(3)), I32(2))))
+        for k, word in enumerate(unpack(builder, args[0], packed.count)):
+            chunk = builder.shl(builder.xor(row, I32(k // 2 % 8)), I32(4))
+            emit(builder, VOID, f"st.shared.b32 [$0+{k // 16 * panel + k % 2 * 1024}], $1;", "r,r,~{memory}", [builder.add(at, chunk), word])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
