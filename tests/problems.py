@@ -249,6 +249,12 @@ def _scores() -> Iterator[Case]:
     yield Case("scale", softmax_scale=0.7)
     yield Case("scale_negative", softmax_scale=-0.2)
     yield Case("scale_zero", softmax_scale=0.0)
+    for dtype in ("float32", "float64"):                        # the rounding of a score is felt: how a sum over head_dim is ordered
+        yield Case(f"scale_large_few_queries_{dtype}", dtype, num_heads=6, num_heads_k=2, seqlen_q=3, seqlen_k=383, head_dim=255,
+                   softmax_scale=0.26, causal=True)
+        yield Case(f"scale_large_{dtype}", dtype, seqlen_q=9, seqlen_k=300, head_dim=255, softmax_scale=0.26)
+    yield Case("alibi_far", alibi="heads", seqlen_q=5, seqlen_k=900, head_dim=24, causal="top_left")   # every key is far: scores of -100
+    yield Case("alibi_under_sink", alibi="heads", seqlen_q=3, seqlen_k=600, causal="top_left", window=(33, None), sinks=True)
     yield Case("softcap", softcap=2.0)
     yield Case("softcap_bfloat16", "bfloat16", softcap=1.0, causal=True, head_dim=64)
     yield Case("alibi_heads", alibi="heads", seqlen_q=30, seqlen_k=51)

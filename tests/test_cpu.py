@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import EPS, Judge, distance
+from compare import EPS, Judge
 from problems import BY_NAME, NUMPY, Case, Inputs
 
 import fastattn
@@ -306,38 +306,24 @@ def test_lowest_number_as_a_mask(bias_dtype: str | None, shape: str, dtype: str)
         assert x is None or not np.isnan(x.astype(np.float64)).any()
 
 
-# Rounding of a score relative to the largest one (float16 factors may be split); it is the relative error of a probability.
-SCORE = {"float32": 2.0**-21, "float64": 2.0**-50, "float16": 2.0**-16, "bfloat16": 2.0**-18}
-
-
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [100.0, 10_000.0])
 def test_huge_scores(size: float, shape: str, dtype: str) -> None:
     """q and k stretched until the largest score is about `size`: one key takes nearly all, exponents reach far out of range."""
     inputs = Case("huge", dtype, **SHAPES[shape]).make()
-    q, k, v = inputs.args
+    q, k, _ = inputs.args
     wide = np.repeat(k.astype(np.float64), q.shape[2] // k.shape[2], axis=2)
     factor = np.sqrt(size * np.sqrt(q.shape[3]) / np.abs(np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), wide)).max())
     q[...], k[...] = q * q.dtype.type(factor), k * k.dtype.type(factor)
-    exact = inputs.float64()
-    expected, expected_lse = exact.forward("reference")
-    out, lse = inputs.forward("cpu")
-    rounding = size * SCORE[dtype]
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=rounding)
-    assert distance(out, expected) <= (4 * EPS[dtype] + rounding) * np.linalg.norm(expected)
-    grads, expected_grads = inputs.backward(out, lse, "cpu"), exact.backward(expected, expected_lse, "reference")
-    v_size, q_size, k_size, dout_size = (np.linalg.norm(x.astype(np.float64)) for x in (v, q, k, inputs.dout))
-    terms = (dout_size * v_size * k_size, dout_size * v_size * q_size, dout_size)   # what the gradients are differences and sums of
-    for got, want, term in zip(grads[:3], expected_grads[:3], terms, strict=True):
-        assert distance(got, want) <= (4 * EPS[dtype] + 4 * rounding) * term
+    judged(inputs)
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("scale", [0.0, -0.3, -2.0])
 def test_scales_that_are_not_positive(scale: float, shape: str, dtype: str) -> None:
-    judged(Case("scale", dtype, softmax_scale=scale, sinks=True, dropout_p=0.1, **SHAPES[shape]).make(), backward=shape != "decode")
+    judged(Case("scale", dtype, softmax_scale=scale, sinks=True, dropout_p=0.1, **SHAPES[shape]).make())
 
 
 # ---------------------------------------------------------------- NaN and infinity in the inputs

@@ -53,7 +53,8 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
     vector, half = _engine.vector_length(p.dtype)
     threads = plan.threads_for(p, get_num_threads())
     cut = plan.plan_forward(p, o, vector, half, threads)
-    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.direct, threads)
+    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.few, cut.direct,
+                    threads)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
@@ -70,7 +71,8 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
     sums = _dbias_sums(p, grads.dbias, real)
     vector, _ = _engine.vector_length(p.dtype)
     waves = plan.plan_backward(p, o, -(-p.head_dim // vector) * vector)
-    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, plan.threads_for(p, get_num_threads()))
+    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, p.seqlen_q <= plan.FEW_ROWS,
+                     plan.threads_for(p, get_num_threads()))
     if sums is not None:
         to = grads.dbias.numpy()
         axes = tuple(i for i, n in enumerate(to.shape) if n == 1)

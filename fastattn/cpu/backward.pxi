@@ -20,11 +20,12 @@ cdef struct Backward:
     char* dbias                         # reals; element strides, 0 where the bias is broadcast
     long dbias_batch, dbias_head, dbias_row, dbias_col
     long together                       # pairs of sequence and key head that run side by side
+    bint few                            # scores and dP are dot products with rows of K and V
     bint all_batch, all_heads           # one task takes every sequence, every key head, because they share dbias
 
 cdef struct GradWork:
-    char* K                             # packed columns, for S
-    char* V                             # packed columns, for dP
+    char* K                             # packed columns, for S; unused with few rows
+    char* V                             # packed columns, for dP; [GRAD_N][ldv] with few rows
     char* K_rows                        # [GRAD_N][ldq], for dQ
     char* dK                            # [GRAD_N][ldq] reals, or its transpose (see key_row)
     char* dV
@@ -46,7 +47,7 @@ cdef struct GradWork:
 
 cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogil:
     cdef const Kernels* g = c.g
-    cdef char* memory = start
+    cdef Memory memory = Memory(start, start)
     w.K = carve(&memory, GRAD_N * c.ldq * g.operand)
     w.V = carve(&memory, GRAD_N * c.ldv * g.operand)
     w.K_rows = carve(&memory, GRAD_N * c.ldq * g.operand)
@@ -66,7 +67,7 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.keep = <uint64_t*>carve(&memory, GRAD_M * GRAD_N // 8 if c.dropout else 0)
     w.seen = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
     w.sees = <uint8_t*>carve(&memory, GRAD_M)
-    return memory - start
+    return memory.next - start
 
 
 cdef inline long first_row(const Backward* f, const Sequence* s, long b) noexcept nogil:
@@ -144,8 +145,12 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
     cdef char* p
     cdef char* ds
     cdef char* row
-    g.scores(mr, c.head_dim, w.Q + i0 * c.ldq * g.operand, c.ldq, w.K, first, hi, w.P + i0 * lds, GRAD_N)
-    g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)
+    if f.few:
+        g.direct_scores(mr, c.ldq, w.Q + i0 * c.ldq * g.real, c.ldq, w.K_rows, c.ldq * g.real, real, first, hi, w.P + i0 * lds, GRAD_N)
+        g.direct_scores(mr, c.ldv, w.dO + i0 * c.ldv * g.real, c.ldv, w.V, c.ldv * g.real, real, first, hi, w.dS + i0 * lds, GRAD_N)
+    else:
+        g.scores(mr, c.head_dim, w.Q + i0 * c.ldq * g.operand, c.ldq, w.K, first, hi, w.P + i0 * lds, GRAD_N)
+        g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)
     for i in range(i0, i0 + mr):
         p, ds, row = w.P + i * lds, w.dS + i * lds, at(&c.lse, b, s.q0 + m0 + i, head)
         if not w.sees[i]:
@@ -220,8 +225,11 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     if n <= 0:
         return
     mark_keys(f, &s, w, b, head_k, n0, n)
-    g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim, w.seen)
-    g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v, w.seen)
+    if f.few:
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, n, c.head_dim_v, w.seen)
+    else:
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim, w.seen)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v, w.seen)
     g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, GRAD_N, c.head_dim, w.seen)
     memset(w.dK, 0, GRAD_N * c.ldq * g.real)
     memset(w.dV, 0, GRAD_N * c.ldv * g.real)
@@ -293,7 +301,7 @@ cdef void run_backward(const Backward* f, int threads) noexcept nogil:
         rows_task(f, t, True)
 
 
-def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, int threads):
+def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, bint few, int threads):
     """Gradients of a Problem. dbias_sum: reals, (batch, heads, rows, keys) with length 1 where broadcast, or None. delta: reals shaped as lse,
     left for dsinks. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
     cdef Backward f
@@ -303,7 +311,9 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, in
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
     fill(&f.c, p, o, True, alive)
-    f.c.failed, f.together = &failed, threads
+    f.c.failed, f.together, f.few = &failed, threads, few
+    if few and f.c.g.align == 32:
+        use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     packed = p.total_q is not None
     rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")
     f.c.out, f.c.dout, f.c.dq = tensor(out, rows_axes), tensor(dout, rows_axes), tensor(dq, rows_axes)

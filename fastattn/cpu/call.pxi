@@ -37,6 +37,7 @@ cdef extern from "kernels.h" nogil:
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
         void (*softmax)(long mr, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
+        double (*rounding_of_unit)(double m, double c2) noexcept nogil
         void (*drop_row)(void* row, const uint64_t* keep, long first, long last) noexcept nogil
         void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const uint64_t* keep, double keep_scale) noexcept nogil
         void (*uncap_row)(void* grad, const void* tanh_in, long first, long last) noexcept nogil
@@ -56,6 +57,8 @@ cdef extern from "workspace.h" nogil:
     int in_forked_child
     int workspace_setup()
     char* workspace(size_t size)
+    const long REDZONE
+    void poison(const char* begin, const char* end)
     void await_turn(const int* counter, int turn)
     void pass_turn(int* counter)
 
@@ -112,14 +115,26 @@ cdef inline char* at(const Tensor* x, long batch, long row, long head) noexcept 
     return x.ptr + batch * x.batch + row * x.row + head * x.head
 
 
+cdef inline double c2(const Call* c) noexcept nogil:
+    """P = 2^((s - maximum) c2)."""
+    return LOG2E if c.scored else c.scale * LOG2E
+
+
 cdef inline long round_up(long n, long step) noexcept nogil:
     return (n + step - 1) // step * step
 
 
-cdef inline char* carve(char** memory, long size) noexcept nogil:
-    """The next `size` bytes of a workspace, kept 64-byte aligned. With a NULL start it only counts."""
-    cdef char* p = memory[0]
-    memory[0] = p + round_up(size, 64)
+cdef struct Memory:                     # of a workspace, from `start`; where that is NULL its pieces are only counted
+    char* start
+    char* next
+
+
+cdef inline char* carve(Memory* memory, long size) noexcept nogil:
+    """The next `size` bytes, 64-byte aligned."""
+    cdef char* p = memory.next
+    memory.next = p + round_up(size, 64) + REDZONE
+    if memory.start != NULL:
+        poison(p + size, memory.next)
     return p
 
 

@@ -34,14 +34,16 @@ cdef struct Forward:
     const int64_t* order                # sequences, longest first
     const int64_t* first_block          # and how many blocks of rows come before each
     long sequences, block_m, splits, split_keys
-    bint folded, direct
+    bint folded
+    bint few                            # scores are dot products with rows of K
+    bint direct                         # rows of K and V are read in place
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
 
 
 cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noexcept nogil:
     cdef const Kernels* g = f.c.g
-    cdef char* memory = start
+    cdef Memory memory = Memory(start, start)
     rows = round_up(rows, g.panel)
     w.Q = carve(&memory, rows * f.c.ldq * g.operand)
     w.K = carve(&memory, 0 if f.direct else g.block_n * f.c.ldq * g.operand)
@@ -57,7 +59,7 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.hi = <long*>carve(&memory, rows * sizeof(long))
     w.keep = <uint64_t*>carve(&memory, rows * g.block_n // 8 if f.c.dropout else 0)
     w.seen = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
-    return memory - start
+    return memory.next - start
 
 
 cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
@@ -116,8 +118,11 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
         for i in range(t.rows):
             mark_seen(w.seen, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
                       max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
-    if not f.direct:
+    if f.few and not f.direct:
+        g.pack_rows(w.K, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, last, c.head_dim, w.seen)
+    elif not f.few:
         g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
+    if not f.direct:
         g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.seen)
     if c.dropout:
         for h in range(t.heads):
@@ -174,6 +179,8 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
     cdef char* O = w.O + i0 * c.ldv * g.real
     if f.direct:
         g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dtype, first, hi, w.S, g.block_n)
+    elif f.few:
+        g.direct_scores(mr, c.ldq, Q, c.ldq, w.K, c.ldq * g.real, 1 if g.real == 8 else 0, first, hi, w.S, g.block_n)
     else:
         g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, g.block_n)
     for r in range(mr):
@@ -182,7 +189,7 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
             score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
         if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
             g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
-    g.softmax(mr, w.S, g.block_n, w.P, g.block_n, first, last, LOG2E if c.scored else c.scale * LOG2E, w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    g.softmax(mr, w.S, g.block_n, w.P, g.block_n, first, last, c2(c), w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
     if c.dropout:
         for r in range(mr):
             g.drop_row(w.P + r * g.block_n * g.operand, w.keep + (i0 + r) * (g.block_n // 64), first, hi)
@@ -202,15 +209,17 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
     for i in range(t.rows):
         head, row = t.head + i // t.nq, t.s.q0 + t.m0 + i % t.nq
         m, total = load_element(w.row_max + i * g.real, real), load_element(w.row_sum + i * g.real, real)
+        factor = exp(g.rounding_of_unit(m, c2(c)))
         if not c.scored:
-            m *= c.scale
-        top, factor = m, 1.0
+            m *= c.scale if real else <float>c.scale    # as backward multiplies the scores
+        top = m
         if c.sinks != NULL:
             sink = c.sinks[head]
             if sink > m:
-                top, factor = sink, exp(m - sink)
-            if top > -INFINITY:
-                total = total * factor + exp(sink - top)
+                top, factor = sink, factor * exp(m - sink)
+        total *= factor
+        if c.sinks != NULL and top > -INFINITY:
+            total += exp(sink - top)
         factor = 0.0 if total == 0 else factor * c.keep_scale / total
         g.store_row(at(&c.out, t.b, row, head), c.out.dim, c.out.dtype, w.O + i * c.ldv * g.real, factor, c.head_dim_v)
         if c.lse.ptr != NULL:
@@ -258,7 +267,7 @@ cdef void merge_task(const Forward* f, long number) noexcept nogil:
     cdef Task t
     cdef Work w
     cdef long i, s, row_max
-    cdef double top, m, total, factor, c2 = LOG2E if f.c.scored else f.c.scale * LOG2E
+    cdef double top, m, total, factor
     cdef char* part
     if not make_task(f, number * f.splits, &t):
         return
@@ -273,7 +282,7 @@ cdef void merge_task(const Forward* f, long number) noexcept nogil:
         for s in range(f.splits):
             part = f.partial + (number * f.splits + s) * f.partial_size
             m = load_element(part + (row_max + i) * g.real, real)
-            factor = 0.0 if m == -INFINITY else exp((m - top) * c2 / LOG2E)
+            factor = 0.0 if m == -INFINITY else exp((m - top) * c2(&f.c) / LOG2E + g.rounding_of_unit(m, c2(&f.c)) - g.rounding_of_unit(top, c2(&f.c)))
             total += factor * load_element(part + (row_max + t.rows + i) * g.real, real)
             g.add_scaled(w.O + i * f.c.ldv * g.real, part + i * f.c.ldv * g.real, factor, f.c.ldv)
         store_element(w.row_max + i * g.real, real, top)
@@ -295,7 +304,7 @@ cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
 
 
 def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
-            bint direct, int threads):
+            bint few, bint direct, int threads):
     """out, lse of a Problem. The arguments after lse are the plan: see plan.py."""
     cdef Forward f
     cdef int failed = 0
@@ -306,10 +315,11 @@ def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_b
     f.c.failed = &failed
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
-    f.sequences, f.block_m, f.splits, f.split_keys, f.folded, f.direct = order.shape[0], block_m, splits, split_keys, folded, direct
+    f.sequences, f.block_m, f.splits, f.split_keys = order.shape[0], block_m, splits, split_keys
+    f.folded, f.few, f.direct = folded, few, direct
     if f.sequences == 0 or f.c.heads == 0:
         return
-    if direct and f.c.g.align == 32:
+    if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     f.order, f.first_block = &order[0], &first_block[0]
     cdef long tasks = first_block[f.sequences] * (f.c.heads_k if folded else f.c.heads)

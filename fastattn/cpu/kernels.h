@@ -27,7 +27,7 @@ typedef struct {
   long real;    /* bytes of a real */
   long operand; /* bytes of an element of a packed operand */
   long panel;   /* rows of a panel, at most */
-  long cols;    /* keys in a block of packed columns */
+  long cols;    /* scores start and end at multiples of this many keys */
   long block_n; /* keys of a forward tile, at most BLOCK_N */
   long align;   /* packed rows are padded to this many elements */
   int half;     /* direct_* read float16 and bfloat16 in place */
@@ -50,6 +50,7 @@ typedef struct {
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);
   void (*fill_outside)(void *row, long first, long lo, long hi, long last, double value);
   void (*softmax)(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale);
+  double (*rounding_of_unit)(double m, double c2);
   void (*drop_row)(void *row, const uint64_t *keep, long first, long last);
   void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale);
   void (*uncap_row)(void *grad, const void *tanh_in, long first, long last);
@@ -59,9 +60,9 @@ typedef struct {
 } Kernels;
 
 #define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
-  {BYTES, BYTES, PANEL_ROWS, TILE_VECTORS * (VBYTES / BYTES), BLOCK_N, VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
+  {BYTES, BYTES, PANEL_ROWS, VBYTES / BYTES, BLOCK_N, VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
    pack_columns_##T, pack_values_##T, scores_##T, weighted_sum_##T, 0, key_gradients_##T, key_row_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
-   fill_outside_##T, softmax_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T}
+   fill_outside_##T, softmax_##T, rounding_of_unit_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T}
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 #define READS_HALF 1
 #else
@@ -76,7 +77,7 @@ static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 #define PAIRS_TABLE(KIND, PARTS)                                                                                                          \
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
    scores_##KIND, weighted_sum_##KIND, grad_operands_##KIND, key_gradients_##KIND, pairs_key_row, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, softmax_##KIND, \
-   drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32}
+   rounding_of_unit_f32, drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32}
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1);
 #if HAVE_AMX
 static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2);

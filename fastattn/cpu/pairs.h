@@ -179,13 +179,6 @@ static void amx_end(void) {}
 ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, long t0, long t1, const bf16 *A, long lda, const bf16 *B, long group, float *C,
                              long ldc) {
 #define DECLARE(r) __m512 c##r##0 = _mm512_setzero_ps(), c##r##1 = c##r##0, c##r##2 = c##r##0, c##r##3 = c##r##0;
-#define INITIAL(r)                                               \
-  if (ACCUMULATE && r < MR) {                                    \
-    c##r##0 = _mm512_loadu_ps(C + r * ldc);                      \
-    c##r##1 = _mm512_loadu_ps(C + r * ldc + 16);                 \
-    if (NV > 2) c##r##2 = _mm512_loadu_ps(C + r * ldc + 32);     \
-    if (NV > 2) c##r##3 = _mm512_loadu_ps(C + r * ldc + 48);     \
-  }
 #define STEP(r)                                                                         \
   if (r < MR) {                                                                         \
     int32_t pair;                                                                       \
@@ -196,15 +189,19 @@ ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, l
     if (NV > 2) c##r##2 = _mm512_dpbf16_ps(c##r##2, a, b2);                             \
     if (NV > 2) c##r##3 = _mm512_dpbf16_ps(c##r##3, a, b3);                             \
   }
-#define FINAL(r)                                                 \
-  if (r < MR) {                                                  \
-    _mm512_storeu_ps(C + r * ldc, c##r##0);                      \
-    _mm512_storeu_ps(C + r * ldc + 16, c##r##1);                 \
-    if (NV > 2) _mm512_storeu_ps(C + r * ldc + 32, c##r##2);     \
-    if (NV > 2) _mm512_storeu_ps(C + r * ldc + 48, c##r##3);     \
+#define ADD(r, n)                                                            \
+  if (n < NV) {                                                              \
+    if (ACCUMULATE) c##r##n += _mm512_loadu_ps(C + r * ldc + 16 * n);        \
+    _mm512_storeu_ps(C + r * ldc + 16 * n, c##r##n);                         \
+  }
+#define FINAL(r)            \
+  if (r < MR) {             \
+    ADD(r, 0)               \
+    ADD(r, 1)               \
+    ADD(r, 2)               \
+    ADD(r, 3)               \
   }
   ROWS(DECLARE)
-  ROWS(INITIAL)
   for (long t = t0; t < t1; t += 2) {
     const bf16 *b = B + t * 16;
     __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + group), b2 = b0, b3 = b0;
@@ -213,9 +210,9 @@ ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, l
   }
   ROWS(FINAL)
 #undef DECLARE
-#undef INITIAL
 #undef STEP
 #undef FINAL
+#undef ADD
 }
 ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {

@@ -14,10 +14,11 @@ from ..problem import Operands, Problem
 
 BLOCK_M = (384, 192, 96)   # query rows of a task: the largest that leaves TASKS_PER_THREAD; packing K and V costs 2 %, 5 %, 9 % of it
 TASKS_PER_THREAD = 6
-DIRECT_ROWS = 8      # up to this many rows per key head, reading K and V in place beats packing them
+FEW_ROWS = 8         # up to this many rows scores are dot products: no transposed K; and of a whole group, K and V in place if they can be
 MIN_TASKS = 32       # below it, long key ranges are split, at least SPLIT_KEYS each
 SPLIT_KEYS = 1024
 SERIAL_FLOPS = 2e6   # about 20 us on one core: not worth waking threads
+PAIRS = 32           # elements of a vector of bfloat16 pairs, whose products are cheaper than dot products from a panel of rows on
 HALF = ("float16", "bfloat16")
 
 
@@ -31,6 +32,7 @@ class Plan:
     splits: int
     split_keys: int
     folded: bool
+    few: bool
     direct: bool
 
 
@@ -60,7 +62,9 @@ def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads
         assert o.cu_seqlens_q is not None
         order, first_block = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
     item = o.k.itemsize
-    direct = (p.seqlen_q * (p.group if folded else 1) <= DIRECT_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
+    task_rows = p.seqlen_q * (p.group if folded else 1)
+    few = p.seqlen_q <= FEW_ROWS and (task_rows <= FEW_ROWS or vector < PAIRS)
+    direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
     tasks = p.batch * -(-p.seqlen_q // BLOCK_M[1]) * heads
     splits = 1
@@ -68,7 +72,7 @@ def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads
         splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
     split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
     splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
-    return Plan(order, first_block, block_m, splits, split_keys, folded, direct)
+    return Plan(order, first_block, block_m, splits, split_keys, folded, few, direct)
 
 
 def threads_for(p: Problem, threads: int) -> int:

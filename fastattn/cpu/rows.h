@@ -145,12 +145,23 @@ static void name(pack_columns)(void *to, const char *src, long row, long dim, in
 }
 
 /* ------------------------------------------------------------------ products of a panel
- * scores: S[mr][first..last) = A K^T; first is a multiple of CB, columns up to the next multiple of CB are written. */
+ * scores: S[mr][first..last) = A K^T; first is a multiple of VL, columns up to the next multiple of VL are written.
+ * Sums of 64 terms are added up: one chain of 256 rounds three times as much as a BLAS that sums in lanes. */
+#define CHAIN 64
 static void name(scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds) {
-  for (long j = first; j < last; j += CB)
-    name(products)[name(ZERO)][mr - 1][TILE_VECTORS / 2](n_dim, (const REAL *)A, lda, (const char *)((const REAL *)columns + j * n_dim),
-                                                         CB * (long)sizeof(REAL), (REAL *)S + j, lds, 0);
+  static const REAL ones[PANEL_ROWS] = {1, 1, 1, 1, 1, 1};
+  for (long j = first, width; j < last; j += width) {
+    const REAL *B = (const REAL *)columns + j / CB * CB * n_dim + j % CB;
+    long vectors = (last - j + VL - 1) / VL, rest = TILE_VECTORS - j % CB / VL;    /* wanted, and left in this block of columns */
+    vectors = vectors < rest ? vectors : rest;
+    int index = vectors >= 4 ? 2 : vectors >= 2 ? 1 : 0;
+    width = VL << index;
+    for (long d = 0; d < n_dim; d += CHAIN)
+      name(products)[d ? name(RESCALE) : name(ZERO)][mr - 1][index](n_dim - d < CHAIN ? n_dim - d : CHAIN, (const REAL *)A + d, lda,
+                                                                     (const char *)(B + d * CB), CB * (long)sizeof(REAL), (REAL *)S + j, lds, ones);
+  }
 }
+#undef CHAIN
 /* O[mr][ldo] = O * rescale + P[mr][first..last) V[first..last)[ldv] */
 static void name(weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo,
                                const void *rescale) {
@@ -180,32 +191,74 @@ static const void *name(key_row)(const void *G, long ld, long j, void *scratch) 
   return (const REAL *)G + j * ld;
 }
 
-/* ------------------------------------------------------------------ short queries: K and V read in place, once
- * Rows of K and V have their last axis contiguous and a multiple of VL long; nothing is packed. */
+/* ------------------------------------------------------------------ short queries: K and V read as rows, once
+ * Rows of K and V have their last axis contiguous and a multiple of VL long: the caller's own, or packed. A sum over head_dim runs in VL
+ * lanes that are added as a tree: besides needing no transpose, that rounds several times less than one long chain. */
+#define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#if REAL_BITS == 32 && defined(__AVX512F__)
+#define DOT_KEYS 4
+/* Sums of 4 x 4 vectors at once, 2 shuffles each: 128-bit lane r of the result holds those of row r, in key order. */
+ALWAYS_INLINE __m512 name(fold_lanes)(vec x, vec y) {
+  return _mm512_shuffle_f32x4((__m512)x, (__m512)y, 0x88) + _mm512_shuffle_f32x4((__m512)x, (__m512)y, 0xdd);
+}
+ALWAYS_INLINE __m512 name(fold)(__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, 0x88) + _mm512_shuffle_ps(x, y, 0xdd); }
+ALWAYS_INLINE __m512 name(by_row)(vec a, vec b, vec c, vec d) { return name(fold_lanes)((vec)name(fold_lanes)(a, b), (vec)name(fold_lanes)(c, d)); }
+#define SUMS(p, q, r, s)                                                                                                              \
+  name(fold)(name(fold)(name(by_row)(c##p##0, c##q##0, c##r##0, c##s##0), name(by_row)(c##p##1, c##q##1, c##r##1, c##s##1)),          \
+             name(fold)(name(by_row)(c##p##2, c##q##2, c##r##2, c##s##2), name(by_row)(c##p##3, c##q##3, c##r##3, c##s##3)))
+#else
+#define DOT_KEYS 2
+#endif
 ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const REAL *A, long lda, const char *K, long row, long first, long last,
                               REAL *S, long lds) {
   const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
-  for (long j = first; j < last; j++) {
-    const char *k = K + j * row;
-    vec c0 = {0}, c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0;
-    for (long d = 0; d < n_dim; d += VL, k += step) {
-      __builtin_prefetch(k + AHEAD * row);
-      vec x = name(load_as)(k, dtype);
-      c0 += x * LOAD(A + d);
-      if (MR > 1) c1 += x * LOAD(A + lda + d);
-      if (MR > 2) c2 += x * LOAD(A + 2 * lda + d);
-      if (MR > 3) c3 += x * LOAD(A + 3 * lda + d);
-      if (MR > 4) c4 += x * LOAD(A + 4 * lda + d);
-      if (MR > 5) c5 += x * LOAD(A + 5 * lda + d);
-    }
-    S[j] = name(reduce_add)(c0);
-    if (MR > 1) S[lds + j] = name(reduce_add)(c1);
-    if (MR > 2) S[2 * lds + j] = name(reduce_add)(c2);
-    if (MR > 3) S[3 * lds + j] = name(reduce_add)(c3);
-    if (MR > 4) S[4 * lds + j] = name(reduce_add)(c4);
-    if (MR > 5) S[5 * lds + j] = name(reduce_add)(c5);
+#define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
+#define STEP(r)                             \
+  if (r < MR) {                             \
+    vec a = LOAD(A + r * lda + d);          \
+    c##r##0 += a * x0;                      \
+    c##r##1 += a * x1;                      \
+    if (DOT_KEYS > 2) c##r##2 += a * x2;    \
+    if (DOT_KEYS > 2) c##r##3 += a * x3;    \
   }
+  for (long j = first; j < last; j += DOT_KEYS) { /* past the last key: that key again, into columns that are hidden afterwards */
+    const char *k0 = K + j * row, *k1 = j + 1 < last ? k0 + row : k0, *k2 = j + 2 < last ? k1 + row : k1, *k3 = j + 3 < last ? k2 + row : k2;
+    ROWS(DECLARE)
+    for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
+      vec x0 = name(load_as)(k0 + at, dtype), x1 = name(load_as)(k1 + at, dtype), x2 = x1, x3 = x1;
+      __builtin_prefetch(k0 + AHEAD * row + at);
+      __builtin_prefetch(k1 + AHEAD * row + at);
+      if (DOT_KEYS > 2) {
+        x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
+        __builtin_prefetch(k2 + AHEAD * row + at);
+        __builtin_prefetch(k3 + AHEAD * row + at);
+      }
+      ROWS(STEP)
+    }
+#if REAL_BITS == 32 && defined(__AVX512F__)
+    __m512 low = SUMS(0, 1, 2, 3);
+    _mm_storeu_ps(S + j, _mm512_castps512_ps128(low));
+    if (MR > 1) _mm_storeu_ps(S + lds + j, _mm512_extractf32x4_ps(low, 1));
+    if (MR > 2) _mm_storeu_ps(S + 2 * lds + j, _mm512_extractf32x4_ps(low, 2));
+    if (MR > 3) _mm_storeu_ps(S + 3 * lds + j, _mm512_extractf32x4_ps(low, 3));
+    if (MR > 4) {
+      vec c60 = {0}, c61 = c60, c62 = c60, c63 = c60;
+      __m512 high = SUMS(4, 5, 6, 6); /* no rows 6 */
+      _mm_storeu_ps(S + 4 * lds + j, _mm512_castps512_ps128(high));
+      if (MR > 5) _mm_storeu_ps(S + 5 * lds + j, _mm512_extractf32x4_ps(high, 1));
+    }
+#else
+#define FINAL(r) if (r < MR) S[r * lds + j] = name(reduce_add)(c##r##0), S[r * lds + j + 1] = name(reduce_add)(c##r##1);
+    ROWS(FINAL)
+#undef FINAL
+#endif
+  }
+#undef DECLARE
+#undef STEP
 }
+#undef ROWS
+#undef SUMS
+#undef DOT_KEYS
 static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds) {
 #define DOTS(R, T) name(dots)(R, T, n_dim, (const REAL *)A, lda, K, row, first, last, (REAL *)S, lds)
 #define EACH_HEIGHT(T)                     \
@@ -238,20 +291,18 @@ static void name(direct_sum)(long mr, long first, long last, const void *P, long
 static void name(score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *tanh_out) {
   REAL *s = (REAL *)row, *t = (REAL *)tanh_out;
   const REAL *b = (const REAL *)bias;
-  vec ramp;
-  for (long i = 0; i < VL; i++) ramp[i] = (REAL)i;
+  const vec factor = SPLAT((REAL)(softcap > 0 ? scale / softcap : scale)), cap = SPLAT((REAL)softcap), m = SPLAT((REAL)slope);
   const ivec sign_bit = (ivec)SPLAT((REAL)-0.0);
-  for (long j = first; j < last; j += VL) {
-    vec x = LOAD(s + j) * SPLAT((REAL)scale);
+  vec away;                                /* distance - j, exact: integers */
+  for (long i = 0; i < VL; i++) away[i] = (REAL)(distance - (double)(first + i));
+  for (long j = first; j < last; j += VL, away -= SPLAT((REAL)VL)) {
+    vec x = LOAD(s + j) * factor;
     if (softcap > 0) {
-      vec c = name(tanh)(x * SPLAT((REAL)(1 / softcap)));
+      vec c = name(tanh)(x);
       if (t) STORE(t + j, c);
-      x = c * SPLAT((REAL)softcap);
+      x = c * cap;
     }
-    if (slope != 0) {
-      vec d = SPLAT((REAL)(distance - (double)j)) - ramp;
-      x -= SPLAT((REAL)slope) * (vec)((ivec)d & ~sign_bit);
-    }
+    if (slope != 0) x -= m * (vec)((ivec)away & ~sign_bit);
     if (b) x += LOAD(b + j);
     STORE(s + j, x);
   }
@@ -293,6 +344,17 @@ ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, 
   return name(reduce_add)(sum + sum1);
 }
 
+/* P is 2^(s c2 - m c2) with m c2 rounded but, where the compiler fuses, s c2 exact: a factor that out does not see and lse must not (5e-4 at
+ * scores of 10^4). Its logarithm, to be added to that of a sum of P. */
+static double name(rounding_of_unit)(double m, double c2) {
+#ifdef __FP_FAST_FMA
+  const REAL rounded = (REAL)m * (REAL)c2;
+  if (!name(is_huge)((REAL)m)) return -0.69314718055994531 * fma(m, (REAL)c2, -(double)rounded);
+#endif
+  (void)m;
+  (void)c2;
+  return 0;
+}
 /* ------------------------------------------------------------------ softmax, online
  * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
  * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. */
@@ -311,8 +373,10 @@ ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
 ALWAYS_INLINE void name(raise_maxima)(long mr, const REAL *peak, REAL c2, REAL *row_max, REAL *row_sum, REAL *rescale, REAL *base) {
   for (long r = 0; r < mr; r += VL) {
     vec old = LOAD(row_max + r), top = VMAX(LOAD(peak + r), old), nothing = SPLAT((REAL)-INFINITY);
-    vec b = name(choose)((ivec)(top == nothing), (vec){0}, top);
-    vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)((old - b) * SPLAT(c2)));
+    vec b = name(choose)((ivec)(top == nothing), (vec){0}, top), c = SPLAT(c2), limit = SPLAT((REAL)1e37);
+    vec exponent = name(rounded)(old * c) - name(rounded)(b * c); /* of what `exponentials` subtracted and will subtract */
+    ivec huge = (ivec)(old <= -limit) | (ivec)(old >= limit) | (ivec)(b <= -limit) | (ivec)(b >= limit);
+    vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)(name(choose)(huge, (old - b) * c, exponent)));
     if (r + VL <= mr) {
       STORE(row_max + r, top);
       STORE(row_sum + r, LOAD(row_sum + r) * factor);
@@ -352,23 +416,28 @@ static void name(drop_row)(void *row, const uint64_t *keep, long first, long las
 
 /* ------------------------------------------------------------------ backward, one row
  * In: s (scores / scale) and dp (dO V^T). Out: P in place of s (dropped when `keep`), and in place of dp the gradient of the score,
- * dS = P (keep_scale keep dP - delta). P = exp(s scale - lse); a row that sees nothing has lse = -inf and no probability. */
+ * dS = P (keep_scale keep dP - delta). P = exp(s scale - lse), where s scale is rounded as lse is: a key that takes all of its row has the
+ * difference 0, P = 1; fused, it would be the rounding of lse, 5e-4 at scores of 10^4. A row that sees nothing has lse = -inf and no
+ * probability. */
 static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale) {
   REAL *s = (REAL *)score, *dp = (REAL *)dprob;
   vec c = SPLAT((REAL)scale), base = SPLAT((REAL)(lse == -INFINITY ? INFINITY : lse)), d = SPLAT((REAL)delta), log2e = SPLAT((REAL)1.4426950408889634);
   const vec ks = SPLAT((REAL)keep_scale);
   for (long j = first; j < last; j += VL) {
-    vec p = name(exp2)((LOAD(s + j) * c - base) * log2e), g = LOAD(dp + j);
+    vec p = name(exp2)((name(rounded)(LOAD(s + j) * c) - base) * log2e), g = LOAD(dp + j);
     STORE(s + j, keep ? name(kept)(p * ks, keep, j) : p);
     if (keep) g = name(kept)(g * ks, keep, j);
     STORE(dp + j, p * (g - d));
   }
 }
-/* through the softcap: dS *= 1 - tanh^2 */
+/* through the softcap: dS *= 1 - tanh^2; a 0 stays one, even where a hidden score made the tanh NaN */
 static void name(uncap_row)(void *grad, const void *tanh_in, long first, long last) {
   REAL *g = (REAL *)grad;
   const REAL *t = (const REAL *)tanh_in;
-  for (long j = first; j < last; j++) g[j] *= 1 - t[j] * t[j];
+  for (long j = first; j < last; j += VL) {
+    vec x = LOAD(g + j), c = LOAD(t + j);
+    STORE(g + j, name(choose)((ivec)(x == (vec){0}), (vec){0}, x * (SPLAT(1) - c * c)));
+  }
 }
 /* dbias[j] += dS[j]; one element takes the sum when the bias is broadcast over keys (stride 0) */
 static void name(add_row)(void *to, long stride, const void *from, long first, long last) {

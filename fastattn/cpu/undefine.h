@@ -13,7 +13,6 @@
 #undef STORE
 #undef SPLAT
 #undef VMAX
-#undef ROWS
 #undef FLUSH
 #undef AHEAD
 #undef LOADS_HALF

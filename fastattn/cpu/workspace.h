@@ -9,6 +9,19 @@
 
 typedef struct { size_t size; } workspace_header; /* sits 64 bytes before the memory handed out */
 
+/* Built with AddressSanitizer, the pieces of a workspace have poisoned zones between them: a kernel that leaves its piece is reported, although
+ * the memory is this thread's own. */
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+enum { REDZONE = 64 };
+static void poison(const char *begin, const char *end) { __asan_poison_memory_region(begin, (size_t)(end - begin)); }
+static void unpoison(const char *begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
+#else
+enum { REDZONE = 0 };
+static void poison(const char *begin, const char *end) { (void)begin, (void)end; }
+static void unpoison(const char *begin, size_t bytes) { (void)begin, (void)bytes; }
+#endif
+
 static pthread_key_t workspace_key;
 static int in_forked_child;
 
@@ -21,6 +34,7 @@ static int workspace_setup(void) { return pthread_key_create(&workspace_key, wor
 /* At least `bytes` of memory, 64-byte aligned, this thread's own; kept for its next call and freed when the thread ends. */
 static char *workspace(size_t bytes) {
   char *p = (char *)pthread_getspecific(workspace_key);
+  if (p) unpoison(p, ((workspace_header *)(void *)(p - 64))->size);
   if (p && ((workspace_header *)(void *)(p - 64))->size >= bytes) return p;
   if (p) workspace_free(p);
   pthread_setspecific(workspace_key, 0);
