@@ -1,0 +1,362 @@
+"""Probes of test_gpu_intrinsics.py: tiles. Barriers in shared memory, the bulk copy engine, wgmma, mma.sync, cp.async and matrix stores."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gpu_probes import COUNT, HALVES, Array, C, add, as_matrix, load, normal, on_words, same, save, words
+from numba import cuda, int32, int64, uint8, uint64
+from problems import NUMPY
+
+from fastattn.gpu import fragments as f
+from fastattn.gpu.ptx import cp_async, matrix, mbarrier, memory, mma, sync, tma, wgmma
+
+PANEL = 64 * 128            # bytes of 64 rows of 64 columns
+BAR = 8 * PANEL             # where a probe's barrier lies, behind its tiles
+SHARED = BAR + 16 + 1024
+KIND = {"float16": "f16", "bfloat16": "bf16"}
+
+
+@cuda.jit(device=True, inline="always")
+def begin(arrivals):
+    """The base of shared memory, 1024-byte aligned, with a barrier at BAR."""
+    base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
+    if cuda.threadIdx.x == 0:
+        mbarrier.init(int32(base + BAR), int32(arrivals))
+        mbarrier.fence_init()
+    cuda.syncthreads()
+    return base
+
+
+# ---------------------------------------------------------------- mbarrier and the bulk copy engine
+def meeting() -> Any:
+    def kernel(a):
+        i = int32(cuda.threadIdx.x)
+        base = begin(128)
+        for turn in range(3):
+            memory.store_shared_b32(int32(base + 4 * i), int32(1000 * turn + i))
+            mbarrier.arrive(int32(base + BAR))
+            mbarrier.wait(int32(base + BAR), int32(turn & 1))
+            memory.store_b32(uint64(a.dst + uint64(4 * (128 * turn + i))), memory.load_shared_b32(int32(base + 4 * (127 - i))))
+            cuda.syncthreads()
+    return kernel
+
+
+add("mbarrier.init mbarrier.fence_init mbarrier.arrive mbarrier.wait",
+    "mbarrier.init.shared::cta.b64; fence.mbarrier_init; mbarrier.arrive.shared::cta; mbarrier.try_wait.parity", meeting,
+    lambda launch: same(launch(dst=np.zeros((3, 128), np.int32)), 1000 * np.arange(3)[:, None] + np.arange(128)[::-1]),
+    threads=128, shared=SHARED)
+
+
+def box() -> Any:
+    """64 x 64 elements from row 10 of head 1, batch 1, as they lie in shared memory."""
+    def kernel(a):
+        i = int32(cuda.threadIdx.x)
+        base = begin(1)
+        if i == 0:
+            tma.prefetch_map(a.map_a)
+            mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
+            tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(10), int32(1), int32(1))
+        mbarrier.wait(int32(base + BAR), int32(0))
+        for k in range(PANEL // 512):
+            memory.store_b32(uint64(a.dst + uint64(4 * (128 * k + i))), memory.load_shared_b32(int32(base + 4 * (128 * k + i))))
+    return kernel
+
+
+def check_box(launch: Any) -> None:
+    x = normal(2, 50, 3, 40).astype(np.float16)
+    tile = np.zeros((64, 64), np.float16)
+    tile[:40, :40] = x[1, 10:, 1]
+    chunks = launch(x, dst=np.zeros((64, 8, 8), np.float16), maps=[("src", 64)])
+    rows, places = np.indices((64, 8))
+    same(chunks[rows, places ^ (rows % 8)], tile.reshape(64, 8, 8))
+
+
+add("tma.load tma.prefetch_map mbarrier.arrive_expect",
+    "cp.async.bulk.tensor.4d.shared::cluster.global; prefetch.tensormap; mbarrier.arrive.expect_tx", box, check_box,
+    threads=128, shared=SHARED)
+
+
+def box_back() -> Any:
+    """Loaded whole, stored from row 5 on: only what is inside the tensor is written."""
+    def kernel(a):
+        base = begin(1)
+        if cuda.threadIdx.x == 0:
+            mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
+            tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(0), int32(0), int32(0))
+            mbarrier.wait(int32(base + BAR), int32(0))
+            tma.store(a.map_b, base, int32(0), int32(5), int32(1), int32(0))
+            tma.commit()
+            tma.wait_read()
+            tma.wait_all()
+    return kernel
+
+
+def check_box_back(launch: Any) -> None:
+    x, expected = normal(1, 64, 1, 64).astype(np.float16), np.full((1, 50, 2, 40), 7, np.float16)
+    got = launch(x, dst=expected.copy(), maps=[("src", 64), ("dst", 64)])
+    expected[0, 5:, 1] = x[0, :45, 0, :40]
+    same(got, expected)
+
+
+add("tma.store tma.commit tma.wait_read tma.wait_all",
+    "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; "
+    "cp.async.bulk.wait_group 0", box_back, check_box_back, shared=SHARED)
+
+
+def bulk() -> Any:
+    def kernel(a):
+        base = begin(1)
+        if cuda.threadIdx.x == 0:
+            mbarrier.arrive_expect(int32(base + BAR), int32(1024))
+            tma.bulk_load(base, a.src, int32(1024), int32(base + BAR))
+            mbarrier.wait(int32(base + BAR), int32(0))
+            for _ in range(2):
+                tma.reduce_add_f32(a.dst, base, int32(1024))
+            tma.commit()
+            tma.wait_all()
+    return kernel
+
+
+add("tma.bulk_load tma.reduce_add_f32",
+    "cp.async.bulk.shared::cluster.global.mbarrier; cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", bulk,
+    lambda launch: same(launch(np.arange(256, dtype=np.float32), dst=np.ones(256, np.float32)), 1 + 2 * np.arange(256)), shared=SHARED)
+
+
+# ---------------------------------------------------------------- wgmma
+@cuda.jit(device=True, inline="always")
+def two_panels(map_, base, to):
+    for p in range(2):
+        tma.load(int32(base + to + p * PANEL), map_, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+
+
+@cuda.jit(device=True, inline="always")
+def save_at(pointer, at, acc, count):
+    for k in range(count):
+        memory.store_f32(uint64(pointer + uint64(4 * (32 * (at + k) + (cuda.threadIdx.x & 31)))), acc[k])
+
+
+def wgmma_qk(dtype: str) -> Callable[[], Any]:
+    """A B^T and B A^T of two 64 x 128 tiles, both in flight at once."""
+    qk, _ = wgmma.make_products(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            if cuda.threadIdx.x == 0:
+                mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
+                two_panels(a.map_a, base, 0)
+                two_panels(a.map_b, base, 2 * PANEL)
+            mbarrier.wait(int32(base + BAR), int32(0))
+            x, y = wgmma.k_major(base), wgmma.k_major(int32(base + 2 * PANEL))
+            wgmma.fence()
+            first = qk(f.zeros(32), x, y, 128, 64, 64)
+            wgmma.commit()
+            wgmma.fence()
+            second = qk(f.zeros(32), y, x, 128, 64, 64)
+            wgmma.commit()
+            first = wgmma.wait_all_but_one(first)
+            warp = int32(cuda.threadIdx.x >> 5)
+            save_at(a.dst, warp * 32, first, 32)
+            second = wgmma.wait_all(second)
+            save_at(a.dst, 128 + warp * 32, second, 32)
+        return kernel
+    return make
+
+
+def check_wgmma_qk(dtype: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        x, y = (normal(1, 64, 1, 128, seed=s).astype(NUMPY[dtype]) for s in (0, 1))
+        got = launch(x, y, dst=np.zeros((2, 4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
+        exact = x[0, :, 0].astype(np.float64) @ y[0, :, 0].astype(np.float64).T
+        for result, expected in zip(got, (exact, exact.T), strict=True):
+            np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in result]), expected, rtol=1e-5, atol=1e-4)
+    return check
+
+
+def wgmma_pv(dtype: str) -> Callable[[], Any]:
+    """1 + P V for P (64 x 64) in registers and V (64 x 128)."""
+    _, pv = wgmma.make_products(dtype)
+    to_half = f.make_pack(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+            if cuda.threadIdx.x == 0:
+                mbarrier.arrive_expect(int32(base + BAR), int32(2 * PANEL))
+                two_panels(a.map_a, base, 0)
+            p = to_half(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
+            mbarrier.wait(int32(base + BAR), int32(0))
+            wgmma.fence()
+            acc = pv(f.zeros(64), p, wgmma.mn_major(base, PANEL))
+            wgmma.commit()
+            acc = wgmma.wait_all(acc)
+            wgmma.fence()
+            acc = pv(acc, p, wgmma.mn_major(base, PANEL))
+            wgmma.commit()
+            save_at(a.dst, warp * 64, wgmma.wait_all(acc), 64)
+        return kernel
+    return make
+
+
+def check_pv(dtype: str, rows: int, times: int, tiles: tuple[int, ...]) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        v, p = normal(1, 64, 1, 128).astype(NUMPY[dtype]), normal(rows, 64, seed=1)
+        got = launch(v, p, dst=np.zeros((*tiles, 64, 32), np.float32), maps=[("src", 64)])
+        exact = times * p.astype(NUMPY[dtype]).astype(np.float64) @ v[0, :, 0].astype(np.float64)
+        registers = np.arange(64)[:, None]
+        lane = np.arange(32)[None, :]
+        whole = np.empty((rows, 128))
+        for n, tile in enumerate(got.reshape(-1, 64, 32)):
+            whole[16 * n + lane // 4 + 8 * (registers // 2 % 2), 2 * (lane % 4) + 8 * (registers // 4) + registers % 2] = tile
+        np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=1e-4)
+    return check
+
+
+for _dtype in HALVES:
+    add("wgmma.make_products wgmma.k_major wgmma.fence wgmma.commit wgmma.wait wgmma.wait_all wgmma.wait_all_but_one",
+        f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{KIND[_dtype]}.{KIND[_dtype]}; wgmma.fence.sync.aligned; "
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; wgmma.wait_group.sync.aligned 0",
+        wgmma_qk(_dtype), check_wgmma_qk(_dtype),
+        name=f"wgmma.qk_{_dtype}", threads=128, shared=SHARED)
+    add("wgmma.make_products wgmma.mn_major", f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{KIND[_dtype]}.{KIND[_dtype]}",
+        wgmma_pv(_dtype), check_pv(_dtype, 64, 2, (4,)), name=f"wgmma.pv_{_dtype}", threads=128, shared=SHARED)
+
+
+def panels_out(dtype: str) -> Callable[[], Any]:
+    """64 rows twice side by side, through shared memory and the copy engine."""
+    to_half = f.make_pack(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+            half = to_half(load(uint64(a.src + uint64(4 * 16 * C * warp)), lane))
+            row = int32(16 * warp + (lane & 15))
+            matrix.store_panels(mma.join(half, half), int32(base + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), PANEL)
+            sync.fence_async()
+            sync.barrier(int32(1), int32(128))
+            if cuda.threadIdx.x == 0:
+                for p in range(2):
+                    tma.store(a.map_a, int32(base + p * PANEL), int32(64 * p), int32(0), int32(0), int32(0))
+                tma.commit()
+                tma.wait_all()
+        return kernel
+    return make
+
+
+def check_panels_out(dtype: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        x = normal(64, C)
+        got = launch(x, dst=np.zeros((1, 64, 1, 128), NUMPY[dtype]), maps=[("dst", 64)])
+        same(got[0, :, 0], np.hstack([x, x]).astype(NUMPY[dtype]))
+    return check
+
+
+for _dtype in HALVES:
+    add("matrix.store_panels", "stmatrix.sync.aligned.m8n8.x4.shared.b16", panels_out(_dtype), check_panels_out(_dtype),
+        name=f"matrix.store_panels_{_dtype}", threads=128, shared=SHARED)
+
+
+# ---------------------------------------------------------------- mma.sync and cp.async
+def _transposed(x: Array) -> Array:
+    tile = np.ascontiguousarray(x).view(np.uint16).reshape(8, 8)
+    return np.ascontiguousarray(tile.T).view(np.int32).reshape(32)
+
+
+add("mma.movmatrix", "movmatrix.sync.aligned.m8n8.trans.b16", words(lambda i, x, n: mma.movmatrix(x)), on_words(_transposed))
+
+
+def mma_qk(dtype: str, whole: bool) -> Callable[[], Any]:
+    """Q (32 x 128) K (64 x 128)^T; warp 0 reads Q in shared memory, warp 1 keeps it in registers. n rows of K exist."""
+    qk, _ = mma.make_products(dtype)
+    load_tile = cp_async.make_load(whole)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            t, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
+            row, chunk = int32(t >> 3), int32(t & 7)
+            to = int32(base + row * 128 + ((chunk ^ (row & 7)) << 4))
+            source = uint64(256 * row + 16 * chunk)
+            load_tile(to, uint64(a.src + source), int64(256), int64(2), int32(32 - row), int32(128 - 8 * chunk), 32, 8, 2, 4096)
+            load_tile(int32(to + PANEL), uint64(a.other + source), int64(256), int64(2), int32(a.n - row), int32(128 - 8 * chunk),
+                      64, 8, 2, PANEL)
+            cp_async.commit()
+            cp_async.wait_all()
+            cuda.syncthreads()
+            q, k = int32(base + mma.lane_offset(lane)), int32(base + PANEL + mma.lane_offset_b(lane))
+            if t < 32:
+                acc = qk(f.zeros(64), q, k, 2, 128, 4096, PANEL)
+            else:
+                acc = qk(f.zeros(64), mma.load_rows(q, 2, 128, 4096), k, 2, 128, 4096, PANEL)
+            save_at(a.dst, 64 * (t >> 5), acc, 64)
+        return kernel
+    return make
+
+
+def check_mma_qk(dtype: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        q, k = normal(32, 128).astype(NUMPY[dtype]), normal(64, 128, seed=1).astype(NUMPY[dtype])
+        got = launch(q, k, dst=np.zeros((2, 2, 32, 32), np.float32), n=50)
+        exact = q.astype(np.float64) @ k.astype(np.float64).T
+        exact[:, 50:] = 0
+        for warp in got:
+            np.testing.assert_allclose(np.concatenate([as_matrix(tile) for tile in warp]), exact, rtol=1e-5, atol=1e-4)
+    return check
+
+
+def mma_pv(dtype: str, whole: bool) -> Callable[[], Any]:
+    """P (32 x 64) in registers times V (64 x 128), rounded and stored through shared memory: n rows and 120 columns of it."""
+    _, pv = mma.make_products(dtype)
+    load_tile, store_tile, to_half = cp_async.make_load(True), cp_async.make_store(whole), f.make_pack(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            t, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
+            row, chunk = int32(t >> 3), int32(t & 7)
+            to = int32(base + row * 128 + ((chunk ^ (row & 7)) << 4))
+            load_tile(to, uint64(a.src + uint64(256 * row + 16 * chunk)), int64(256), int64(2), int32(64 - row), int32(128 - 8 * chunk),
+                      64, 8, 2, PANEL)
+            cp_async.commit()
+            cp_async.wait_all()
+            cuda.syncthreads()
+            if t < 32:
+                p = mma.join(to_half(load(a.other, lane)), to_half(load(uint64(a.other + uint64(4 * 16 * C)), lane)))
+                acc = pv(f.zeros(128), p, int32(base + mma.lane_offset(lane)), 2, PANEL)
+                out = int32(base + 2 * PANEL)
+                mma.store_rows(to_half(mma.part(acc, 0, 2)), out, lane, 4096)
+                mma.store_rows(to_half(mma.part(acc, 1, 2)), int32(out + 16 * 128), lane, 4096)
+                cuda.syncwarp()
+                row, chunk = int32(lane >> 3), int32(lane & 7)
+                store_tile(int32(out + row * 128 + ((chunk ^ row) << 4)), uint64(a.dst + uint64(256 * row + 16 * chunk)),
+                           int64(256), int64(2), int32(a.n - row), int32(120 - 8 * chunk), 32, 2, 4096)
+        return kernel
+    return make
+
+
+def check_mma_pv(dtype: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        v, p = normal(64, 128).astype(NUMPY[dtype]), normal(32, 64, seed=1)
+        got = launch(v, p, dst=np.full((32, 128), 77, NUMPY[dtype]), n=27).astype(np.float64)
+        exact = p.astype(NUMPY[dtype]).astype(np.float64) @ v.astype(np.float64)
+        np.testing.assert_allclose(got[:27, :120], exact[:27, :120], rtol=2.0**-7, atol=1e-4)
+        assert (got[27:] == 77).all() and (got[:, 120:] == 77).all()
+    return check
+
+
+for _dtype in HALVES:
+    for _whole in (True, False):
+        _how = "whole" if _whole else "elements"
+        add("mma.make_products mma.lane_offset mma.lane_offset_b mma.load_rows cp_async.make_load cp_async.commit cp_async.wait_all",
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.shared.b16; "
+            "cp.async.commit_group; cp.async.wait_group 0; " + ("cp.async.cg.shared.global.L2::128B" if _whole else "@p ld.global.b16"),
+            mma_qk(_dtype, _whole), check_mma_qk(_dtype), name=f"mma.qk_{_dtype}_{_how}", threads=64, shared=SHARED)
+        add("mma.make_products mma.part mma.join mma.store_rows cp_async.make_store",
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16; "
+            "st.shared.b32; " + ("@p st.global.v4.b32" if _whole else "@p st.global.b16"),
+            mma_pv(_dtype, _whole), check_mma_pv(_dtype), name=f"mma.pv_{_dtype}_{_how}", threads=64, shared=SHARED)
+assert COUNT == C // 2 and save is not None
