@@ -144,6 +144,28 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         cp_async.wait_all()
         cuda.syncthreads()
 
+    @inline
+    def q_lane(base):
+        """What this lane names of its warp's Q in ldmatrix."""
+        thread = thread_index()
+        return int32(base + Q + (thread >> 5) * (WARP_ROWS * 128) + lane_offset(thread))
+
+    @inline
+    def first_q(base):
+        """Q in registers where it is kept there."""
+        if KEEP_Q:
+            arrived()
+            return load_rows(q_lane(base), TILES, HEAD_DIM, Q_PANEL)
+        else:
+            return int32(0)
+
+    @inline
+    def operand_q(base, q):
+        if KEEP_Q:
+            return q
+        else:
+            return q_lane(base)
+
     def make_step(MASKED):
         @inline
         def probabilities(a, acc_s, stat, early, slope, head, batch, row, column, diagonal, seqlen_k):
@@ -157,24 +179,24 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             return to_half(acc_s), (max0, max1, sum0, sum1), (alpha0, alpha1)
 
         @inline
-        def step(a, base, q, k_at, v_at, slope, acc_o, stats, stage, n_block, n_min):
+        def step(a, base, q, slope, acc_o, stats, stage, n_block, n_min):
             """S = Q K^T, softmax and O += P V for n_block, while what comes next travels."""
             arrived()
             if STAGES == 1:
                 load_v(a, base, n_block, int32(0))
-            elif n_block > n_min:
-                load_k(a, base, int32(n_block - 1), int32(stage ^ 1))
-                load_v(a, base, int32(n_block - 1), int32(stage ^ 1))
             head, batch, _, seqlen_q, seqlen_k, first = noted(base)
             row, column = row_of_thread(first), int32(n_block * BLOCK_N + col_of_thread())
             diagonal = diagonal_of(a, seqlen_q, seqlen_k)
             if TILES == 1:      # with 32 rows there are no registers for it: they ask when they need it
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            acc_s = qk(zeros(COUNT_S), q, int32(k_at + stage * K_BYTES), TILES, HEAD_DIM, Q_PANEL, KV_PANEL)
+            k_at = int32(base + K + stage * K_BYTES + lane_offset_b(thread_index()))
+            acc_s = qk(zeros(COUNT_S), operand_q(base, q), k_at, TILES, HEAD_DIM, Q_PANEL, KV_PANEL)
             if STAGES == 1:
                 arrived()
-                if n_block > n_min:
-                    load_k(a, base, int32(n_block - 1), int32(0))
+            if n_block > n_min:
+                load_k(a, base, int32(n_block - 1), int32(stage ^ (STAGES - 1)))
+                if STAGES == 2:
+                    load_v(a, base, int32(n_block - 1), int32(stage ^ 1))
             if TILES == 1:
                 p, stat, alpha = probabilities(a, acc_s, stats[0], early, slope, head, batch, row, column, diagonal, seqlen_k)
                 stats, alphas = (stat, stat), (alpha, alpha)
@@ -186,7 +208,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, diagonal, seqlen_k)
                 p, stats, alphas = join(p0, p1), (stat0, stat1), (alpha0, alpha1)
             acc_o = rescale(acc_o, alphas)
-            acc_o = pv(acc_o, p, int32(v_at + stage * V_BYTES), TILES, KV_PANEL)
+            v_at = int32(base + V + stage * V_BYTES + lane_offset(thread_index()))
+            acc_o = pv(acc_o, p, v_at, TILES, KV_PANEL)
             return acc_o, stats, int32(stage ^ (STAGES - 1))
         return step
 
@@ -247,7 +270,6 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         if t >= num_tiles(a):
             return
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
-        lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
         m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
         head_k, first = int32(head // a.group), int32(m_block * BLOCK_M)
         n_min, full_min, full_max, n_max = block_bounds(a, first, int32(min(first + BLOCK_M, seqlen_q) - 1), diagonal_of(a, seqlen_q, seqlen_k),
@@ -263,21 +285,16 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         load_k(a, base, int32(n_max - 1), int32(0))
         if STAGES == 2:
             load_v(a, base, int32(n_max - 1), int32(0))
-        # what this lane names in ldmatrix
-        q = int32(base + Q + warp * (WARP_ROWS * 128) + lane_offset(lane))
-        k_at, v_at = int32(base + K + lane_offset_b(lane)), int32(base + V + lane_offset(lane))
-        if KEEP_Q:
-            arrived()
-            q = load_rows(q, TILES, HEAD_DIM, Q_PANEL)
+        q = first_q(base)
         nothing = (NEG_INF, NEG_INF, float32(0), float32(0))
         acc_o, stats, stage = zeros(COUNT_O), (nothing, nothing), int32(0)
         for n_block in range(int32(n_max - 1), int32(full_max - 1), int32(-1)):
-            acc_o, stats, stage = step_masked(a, base, q, k_at, v_at, slope, acc_o, stats, stage, int32(n_block), n_min)
+            acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
         for n_block in range(int32(full_max - 1), int32(full_min - 1), int32(-1)):
-            acc_o, stats, stage = step_full(a, base, q, k_at, v_at, slope, acc_o, stats, stage, int32(n_block), n_min)
+            acc_o, stats, stage = step_full(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
         if LEFT:
             for n_block in range(int32(full_min - 1), int32(n_min - 1), int32(-1)):
-                acc_o, stats, stage = step_masked(a, base, q, k_at, v_at, slope, acc_o, stats, stage, int32(n_block), n_min)
+                acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
         epilogue(a, base, acc_o, stats)
 
     return kernel, smem.size

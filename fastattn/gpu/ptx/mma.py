@@ -29,19 +29,19 @@ thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 
 
 @inline
-def lane_offset(lane):
-    """Bytes from a panel, whose address is a multiple of 128, to what this lane names of a piece's 8x8 tiles in the order
+def lane_offset(thread):
+    """Bytes from a panel, whose address is a multiple of 128, to what this thread's lane names of a piece's 8x8 tiles in the order
     (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B operands stored depth x N."""
-    return int32((lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4))
+    return int32((thread & 15) * 128 + ((((thread >> 4) & 1) ^ (thread & 7)) << 4))
 
 
 @inline
-def lane_offset_b(lane):
+def lane_offset_b(thread):
     """The same in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
 
     B has to come in two neighbouring registers: another order costs moves.
     """
-    return int32(((lane >> 4) * 8 + (lane & 7)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
+    return int32((((thread >> 4) & 1) * 8 + (thread & 7)) * 128 + ((((thread >> 3) & 1) ^ (thread & 7)) << 4))
 
 
 def _ldmatrix(builder: Any, address: Any, offset: int, trans: bool) -> list[Any]:
