@@ -145,6 +145,9 @@ class Strided:
 
 @lru_cache
 def torch() -> Any:
+    """torch with CUDA, or None: not there, or FASTATTN_TEST_TORCH=0."""
+    if os.environ.get("FASTATTN_TEST_TORCH") == "0":
+        return None
     try:
         import torch as module
     except ImportError:
