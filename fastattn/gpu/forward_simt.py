@@ -16,8 +16,8 @@ Numbers are float32, or float64 for float64 arrays: elements are converted when 
 head_dim, a slice of V some keys and all of head_dim_v: whatever head_dim is, they fit. All threads copy, wait for each other, compute,
 wait for each other: what a thread waits for here, the next rungs of the ladder hide.
 
-The 16 threads of a row are half a warp: maxima and sums go by shuffles. A key that nobody sees is never read: its K counts as 0
-and its score is replaced by -inf, its V counts as 0.
+The 16 threads of a row are half a warp: maxima and sums go by shuffles. Memory past the end is never read. A pair that a mask hides
+gets the score -inf, and a key that no row of the tile sees counts as V = 0: whatever those elements hold, NaN included, does not matter.
 """
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ from .schedule import ENTRY, make_num_tiles, make_tile_at
 from .smem import Smem
 from .spec import Arguments, Call, Spec
 
-WIDE = 16               # threads that share a row: half a warp
-MOST_BLOCKS = 2**31 - 1 # of a flat grid
-BLOCK_M = {"float32": 64, "float64": 32}    # O of both takes as many registers
+WIDE = 16                   # threads that share a row: half a warp
+MOST_BLOCKS = 2**31 - 1     # of a flat grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +61,19 @@ class Config:
         return f"{self.block_m}x{self.block_n}x{self.slice_dim} threads {self.threads} loads {self.loads} blocks {self.blocks_per_sm}"
 
 
+def block_m_of(compute: str, head_dim_v: int) -> int:
+    """Rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
+    rows = 64 if head_dim_v <= 256 else 32
+    return rows // 2 if compute == "float64" else rows
+
+
 def config_of(spec: Spec) -> Config:
-    """Shared memory stays under the 99 KB of consumer cards; two blocks an SM where 128 registers a thread are enough for O and the rest."""
+    """Shared memory stays under the 99 KB of consumer cards; two blocks an SM where 128 registers a thread are enough, without spills."""
+    block_m = block_m_of(compute_of(spec)[0], spec.head_dim_v)
     features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
     if spec.dtype == "float64":
-        return Config(BLOCK_M["float64"], 64, 64)
-    return Config(BLOCK_M["float32"], 64, 128, blocks_per_sm=2 if spec.head_dim_v <= (64 if features else 128) else 1)
+        return Config(block_m, 64, 64)
+    return Config(block_m, 64, 128, blocks_per_sm=1 if features or spec.head_dim_v > 128 else 2)
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
@@ -128,7 +134,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def multiply_pv(acc_o, base, x, y, key0, keys):
         """acc_o += P V over the `keys` keys from key0 of the block that are left, at most a slice."""
-        p, v = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array(OUTS, REAL)
+        p = cuda.local.array((ROWS, VECTOR), REAL)
         for n in range(0, min(KEYS, keys), VECTOR):
             for i in range(ROWS):
                 part = get_vector(int32(base + P + ((y + i * HIGH) * PITCH_P + key0 + n) * SIZE))
@@ -136,12 +142,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     p[i, e] = part[e]
             for e in range(VECTOR):
                 for c in range(0, OUTS, NEIGHBOURS):
-                    part = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
+                    v = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
                     for f in range(NEIGHBOURS):
-                        v[c + f] = part[f]
-                for i in range(ROWS):
-                    for c in range(OUTS):
-                        acc_o[i, c] += p[i, e] * v[c]
+                        for i in range(ROWS):
+                            acc_o[i, c + f] += p[i, e] * v[f]
 
     # ------------------------------------------------------------ load: all threads
     def make_load(LINES, WIDTH, STRIDE, HIDDEN):
@@ -193,9 +197,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 acc_o[i, c] *= alpha
 
     @inline
-    def step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0, seqlen_q,
-             seqlen_k):
-        """One block of keys. Made once: `full`, which spares the mask, is tested at run time, where it costs nothing here."""
+    def step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0,
+             seqlen_q, seqlen_k):
+        """One block of keys. Made once, not masked and full: `full` is 1 where every row sees every key, and spares the mask."""
         col0 = int32(n_block * BLOCK_N)
         acc_s = cuda.local.array((ROWS, COLS), REAL)
         for i in range(ROWS):
@@ -272,8 +276,8 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_max - 1, n_min - 1, -1):
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0,
-                     seqlen_q, seqlen_k)
+                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head,
+                     row0, seqlen_q, seqlen_k)
             epilogue(a, acc_o, row_max, row_sum, of_no_sequence(a, t), x, y, batch, head, q_start, row0, seqlen_q)
 
     return kernel, smem.size
@@ -295,7 +299,7 @@ def source(spec: Spec, config: Config) -> Source:
 
 def refuses(call: Call, d: Device) -> str | None:
     """None, but for more tiles than a grid has blocks."""
-    tiles = most_tiles(call, BLOCK_M[call.problem.compute_dtype])
+    tiles = most_tiles(call, block_m_of(call.problem.compute_dtype, call.problem.head_dim_v))
     return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
 
 
