@@ -202,7 +202,7 @@ def forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
     q, v = inputs.args[0], inputs.args[2]
     out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))
     if torch() is not None:
-        torch().full((out.shape[0] * out.shape[1] * out.shape[-2],), float("nan"), device="cuda")      # its memory is lse's next
+        torch().full(out.shape[:-1], float("nan"), device="cuda")      # its memory is lse's next
     with gpu.use(*wanted(family)):
         given, lse = function_of(inputs)(*args, **kwargs, out=out, return_lse=True)
     assert given is out
@@ -232,7 +232,7 @@ def check(case: Case, family: str) -> None:
 
 
 # ---------------------------------------------------------------- every kernel that is needed, compiled at once
-def sources_of(case: Case, family: str, arch: str) -> list[Any]:
+def sources_of(case: Case, family: str, arch: str, with_lse: bool = True) -> list[Any]:
     """The kernels of a case, found without a device."""
     inputs = for_family(case, family).make()
 
@@ -250,10 +250,10 @@ def sources_of(case: Case, family: str, arch: str) -> list[Any]:
     settings = {name: x for name, x in inputs.kwargs.items() if name not in arrays and name != "layout"}
     problem, o = make_problem("test", Operands(*canonical[:3], **arrays), packed=inputs.packed, **settings, **lengths)
     out = dry(np.empty(problem.out_shape, NUMPY[problem.dtype]))
-    lse = dry(np.empty(problem.lse_shape, NUMPY[problem.lse_dtype]))
+    lse = dry(np.empty(problem.lse_shape, NUMPY[problem.lse_dtype])) if with_lse else None
     if 0 in problem.out_shape:
         return []
-    call, spec = Call(problem, o, out, lse), make_spec(problem, o, True)
+    call, spec = Call(problem, o, out, lse), make_spec(problem, o, with_lse)
     try:
         with gpu.use(*wanted(family)):
             return precompile.sources(call, spec, precompile.absent_device(arch))
@@ -261,11 +261,11 @@ def sources_of(case: Case, family: str, arch: str) -> list[Any]:
         return []
 
 
-def compile_one(case: Case, family: str, arch: str, key: str) -> str | None:
+def compile_one(case: Case, family: str, arch: str, with_lse: bool, key: str) -> str | None:
     """In a worker process: one kernel into the cache. What goes wrong is raised again by the test that needs it."""
     from fastattn.gpu.compile import cubin
 
-    for source in sources_of(case, family, arch):
+    for source in sources_of(case, family, arch, with_lse):
         if source.key == key:
             try:
                 cubin(source, arch)
@@ -284,13 +284,15 @@ def kernels(request: pytest.FixtureRequest) -> None:
     if device_count() == 0 or _prepared:
         return
     _prepared.append(True)
-    arch, jobs = device(0).arch, dict[str, tuple[Case, str, str, str]]()
+    arch, jobs = device(0).arch, dict[str, tuple[Case, str, str, bool, str]]()
     for item in request.session.items:
         given = getattr(getattr(item, "callspec", None), "params", {})
         cases = [given["case"]] if isinstance(given.get("case"), Case) else fuzz_cases(given["profile"], 2) if "profile" in given else []
+        cases += [case for mark in item.iter_markers("kernels") for case in mark.args]
         for case in cases:
-            for source in sources_of(case, given.get("family", "any"), arch):
-                jobs.setdefault(source.key, (case, given.get("family", "any"), arch, source.key))
+            job = (case, given.get("family", "any"), arch, given.get("lse", True))
+            for source in sources_of(*job):
+                jobs.setdefault(source.key, (*job, source.key))
     if not jobs:
         return
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(jobs)), multiprocessing.get_context("spawn")) as pool:

@@ -38,6 +38,11 @@ def pairs(*names: str) -> Any:
     return pytest.mark.parametrize(("case", "family"), given)
 
 
+def plain(*dims: int, dtype: str = "bfloat16", **settings: Any) -> Any:
+    """A mark: the kernels of calls with these head sizes are compiled beforehand. Such calls ask for lse."""
+    return pytest.mark.kernels(*(Case("plain", dtype, head_dim=dim, **settings) for dim in dims))
+
+
 def bits(x: Any) -> Any:
     """A tensor as integers: equal means the same bits, NaN and the sign of 0 included."""
     return x.view({2: torch().int16, 4: torch().int32, 8: torch().int64}[x.element_size()])
@@ -78,15 +83,17 @@ def test_same_bits_every_run(case: Case, family: str) -> None:
     assert int(different) == 0, f"{int(different)} of 1000 runs differ from the first"
 
 
+@plain(64, 128, 256)
+@plain(64, 128, 256, causal=True)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_medium_race(dim: int) -> None:
     """Enough tiles for every multiprocessor to take several, in an order that differs from run to run."""
     q, k, v = (normal(4, 1500, 16, dim, seed=s) for s in range(3))
     for settings in ({}, {"causal": True}):
-        first = fastattn.attention(q, k, v, **settings).clone()
+        first = fastattn.attention(q, k, v, **settings, return_lse=True)[0].clone()
         different = torch().zeros(1, dtype=torch().int64, device="cuda")
         for _ in range(300):
-            different += (bits(fastattn.attention(q, k, v, **settings)) != bits(first)).any()
+            different += (bits(fastattn.attention(q, k, v, **settings, return_lse=True)[0]) != bits(first)).any()
         assert int(different) == 0, f"{int(different)} of 300 runs differ, {settings}"
 
 
@@ -118,16 +125,17 @@ def test_graph_replays_with_new_inputs(case: Case, family: str) -> None:
         assert (bits(out) == bits(expected_out)).all() and (bits(lse) == bits(expected_lse)).all()
 
 
+@plain(64, lengths_q=(9,), causal=True)
 def test_graph_of_packed_lengths_that_change() -> None:
     """The lengths are read by the graph, not by the capture."""
     q, k, v = (normal(700, 4, 64, seed=s) for s in range(3))
     cu = torch().tensor([0, 300, 700], dtype=torch().int32, device="cuda")
     other = torch().tensor([0, 50, 60], dtype=torch().int32, device="cuda")
-    settings = {"causal": True, "max_seqlen_q": 700, "max_seqlen_k": 700}
-    expected = [fastattn.attention_varlen(q, k, v, x, x, **settings) for x in (cu, other)]
+    settings = {"causal": True, "max_seqlen_q": 700, "max_seqlen_k": 700, "return_lse": True}
+    expected = [fastattn.attention_varlen(q, k, v, x, x, **settings)[0] for x in (cu, other)]
     graph = torch().cuda.CUDAGraph()
     with torch().cuda.graph(graph):
-        out = fastattn.attention_varlen(q, k, v, cu, cu, **settings)
+        out, _ = fastattn.attention_varlen(q, k, v, cu, cu, **settings)
     for x, y in ((cu.clone(), expected[0]), (other, expected[1])):
         cu.copy_(x)
         out.fill_(math.nan)
@@ -166,21 +174,24 @@ def relative(x: Any, y: Any) -> float:
     return float((x.double() - y).norm() / y.norm())
 
 
+@plain(64)
 @pytest.mark.parametrize("family", families_here())
 def test_more_than_65535_batches_and_heads(family: str) -> None:
     with gpu.use(*wanted(family)):
         for batch, heads in ((70001, 1), (1, 70001), (300, 300)):
             q, k, v = (normal(batch, 5, heads, 64, seed=s) for s in range(3))
-            assert relative(fastattn.attention(q, k, v), exact(q, k, v)[0]) < 5e-3
+            assert relative(fastattn.attention(q, k, v, return_lse=True)[0], exact(q, k, v)[0]) < 5e-3
 
 
+@plain(64, lengths_q=(9,))
 def test_more_than_65535_sequences() -> None:
     q, k, v = (normal(3 * 70001, 1, 64, seed=s) for s in range(3))
     cu = torch().arange(0, 3 * 70001 + 1, 3, dtype=torch().int32, device="cuda")
-    out = fastattn.attention_varlen(q, k, v, cu, cu, max_seqlen_q=3, max_seqlen_k=3)
+    out, _ = fastattn.attention_varlen(q, k, v, cu, cu, max_seqlen_q=3, max_seqlen_k=3, return_lse=True)
     assert relative(out.view(70001, 3, 1, 64), exact(*(x.view(70001, 3, 1, 64) for x in (q, k, v)))[0]) < 5e-3
 
 
+@plain(128, causal=True, window=(100, 0))
 @pytest.mark.parametrize("family", families_here())
 def test_more_than_2_to_the_31_elements(family: str) -> None:
     """The far corner of tensors of 4.3 GB each, through a window, so that it takes no time."""
@@ -192,9 +203,9 @@ def test_more_than_2_to_the_31_elements(family: str) -> None:
     for x, end in zip((q, k, v), ends, strict=True):
         x[:, -400:] = end
     with gpu.use(*wanted(family)):
-        fastattn.attention(q, k, v, causal=True, window=(100, 0), out=out)
+        fastattn.attention(q, k, v, causal=True, window=(100, 0), out=out, return_lse=True)
         # the first 100 of these rows would see keys before; the others see the same keys in both
-        expected = fastattn.attention(*ends, causal=True, window=(100, 0))
+        expected, _ = fastattn.attention(*ends, causal=True, window=(100, 0), return_lse=True)
     assert relative(out[:, -300:], expected[:, -300:].double()) < 1e-6
     assert math.isfinite(float(out[:, :-400].abs().max())) and float(out[:, :-400].abs().max()) == 0.0
     del q, k, v, out
@@ -202,6 +213,7 @@ def test_more_than_2_to_the_31_elements(family: str) -> None:
 
 
 # ---------------------------------------------------------------- dropout
+@plain(64, head_dim_v=100, dtype="float16", dropout_p=0.1)
 @pytest.mark.parametrize("p", [0.1, 0.7])
 @pytest.mark.parametrize("family", families_here())
 def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
@@ -216,7 +228,7 @@ def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
         v = torch().zeros(2, 300, 3, 100, dtype=torch().float16, device="cuda")
         v[:, start:start + 100] = torch().eye(100, device="cuda", dtype=torch().float16)[None, :, None]
         with gpu.use(*wanted(family)):
-            out = to_host(fastattn.attention(q, k, v, **settings)).astype(np.float64).transpose(0, 2, 1, 3)
+            out = to_host(fastattn.attention(q, k, v, **settings, return_lse=True)[0]).astype(np.float64).transpose(0, 2, 1, 3)
         stretch = np.s_[:, :, :, start:start + 100]
         visible = probabilities[stretch] > 1e-5                      # float16 rounds smaller ones to 0
         np.testing.assert_array_equal(out[visible] != 0, keep[stretch][visible])
@@ -232,6 +244,7 @@ def same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("family", families_here())
+@plain(64, causal="top_left")
 def test_keys_that_no_row_sees_may_hold_anything(family: str, bad: float) -> None:
     """Past the last diagonal: in blocks that are visited and in blocks that are not."""
     case = for_family(Case("beyond", "bfloat16", seqlen_q=150, seqlen_k=400, head_dim=64, causal="top_left"), family)
@@ -243,6 +256,7 @@ def test_keys_that_no_row_sees_may_hold_anything(family: str, bad: float) -> Non
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("family", families_here())
+@plain(64, lengths_q=(9,), used_k=(9,))
 def test_keys_of_other_sequences_may_hold_anything(family: str, bad: float) -> None:
     case = Case("others", "bfloat16", lengths_q=(100, 70, 30), lengths_k=(90, 200, 33), used_k=(80, 77, 33), head_dim=64)
     inputs = for_family(case, family).make()
@@ -261,6 +275,7 @@ def test_keys_of_other_sequences_may_hold_anything(family: str, bad: float) -> N
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("family", families_here())
+@plain(64, mask=(2, 1, 37, 37))
 def test_keys_that_a_mask_hides_may_hold_anything(family: str, bad: float) -> None:
     """As on the CPU: a key that the boolean mask hides from every row, and a row that it lets see nothing."""
     case = Case("hidden", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=140, seqlen_k=190, head_dim=64, mask=(2, 1, 140, 190))
@@ -277,12 +292,13 @@ def test_keys_that_a_mask_hides_may_hold_anything(family: str, bad: float) -> No
 
 # ---------------------------------------------------------------- and the rest of the signature
 @pairs("large_gqa_128", "large_packed_128", "everything_bfloat16", "head_dim_3", "no_keys", "empty_batch")
-def test_without_lse_and_without_out(case: Case, family: str) -> None:
+@pytest.mark.parametrize("lse", [False])
+def test_without_lse_and_without_out(case: Case, family: str, lse: bool) -> None:
     inputs = case.make()
     args, kwargs = device_arguments(inputs)
     with gpu.use(*wanted(family)):
         try:
-            out = function_of(inputs)(*args, **kwargs)
+            out = function_of(inputs)(*args, **kwargs, return_lse=lse)
         except UnsupportedError as error:
             pytest.skip(str(error))
     assert isinstance(out, torch().Tensor) and out.is_contiguous()
@@ -298,6 +314,10 @@ def test_inputs_are_not_written() -> None:
     assert all((bits(x) == y).all() for x, y in zip(args, before, strict=True))
 
 
+@plain(64, 128, 256)
+@plain(64, 128, 256, causal=True)
+@plain(64, 128, 256, dtype="float16")
+@plain(64, 128, 256, dtype="float16", causal=True)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("causal", [False, True])
