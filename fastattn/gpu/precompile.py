@@ -150,7 +150,8 @@ def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, 
               processes: int | None = None) -> Iterator[list[Built]]:
     """Compile the kernels of every Want for every architecture in parallel processes; one list a Want, as they finish."""
     jobs = [(want, arch, families) for want in wants for arch in archs]
-    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(processes or usable, len(jobs))
     with ProcessPoolExecutor(max(count, 1), multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_build, *job) for job in jobs]):
             yield done.result()
