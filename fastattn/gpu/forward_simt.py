@@ -134,7 +134,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def multiply_pv(acc_o, base, x, y, key0, keys):
         """acc_o += P V over the `keys` keys from key0 of the block that are left, at most a slice."""
-        p = cuda.local.array((ROWS, VECTOR), REAL)
+        p, v = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array(OUTS, REAL)
         for n in range(0, min(KEYS, keys), VECTOR):
             for i in range(ROWS):
                 part = get_vector(int32(base + P + ((y + i * HIGH) * PITCH_P + key0 + n) * SIZE))
@@ -142,10 +142,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     p[i, e] = part[e]
             for e in range(VECTOR):
                 for c in range(0, OUTS, NEIGHBOURS):
-                    v = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
+                    part = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
                     for f in range(NEIGHBOURS):
-                        for i in range(ROWS):
-                            acc_o[i, c + f] += p[i, e] * v[f]
+                        v[c + f] = part[f]
+                for i in range(ROWS):
+                    for c in range(OUTS):
+                        acc_o[i, c] += p[i, e] * v[c]
 
     # ------------------------------------------------------------ load: all threads
     def make_load(LINES, WIDTH, STRIDE, HIDDEN):
@@ -154,6 +156,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         Rows from `lines` on and columns from `dims` on are 0, and so are, when HIDDEN, rows that `seen` does not mark.
         """
         COUNT = LINES * WIDTH
+        EVEN = COUNT % (LOADS * THREADS) == 0
 
         @inline
         def load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread):
@@ -162,13 +165,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 for i in range(LOADS):
                     n = int32(first + i * THREADS + thread)
                     line, d = int32(n // WIDTH), int32(n % WIDTH)
-                    inside = line < lines and dim0 + d < dims and n < COUNT
+                    inside = (line < lines) & (dim0 + d < dims)         # not `and`: a branch would part the loads
                     if HIDDEN:
-                        inside = inside and load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0
+                        inside = inside & (load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0)
                     x[i] = load_element(uint64(pointer + line * by_line + (dim0 + d) * by_dim), int32(inside))
                 for i in range(LOADS):
                     n = int32(first + i * THREADS + thread)
-                    if n < COUNT:
+                    if EVEN or n < COUNT:
                         put(int32(to + (n // WIDTH * STRIDE + n % WIDTH) * SIZE), x[i])
         return load
 

@@ -50,12 +50,12 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
             s = s - slope * REAL(int32(abs(int32(row + seqlen_k - seqlen_q - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
-            s = s + load_bias(address, int32(row < seqlen_q and col < seqlen_k))
+            s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k)))
         return s
 
     @inline
     def visible(a, batch, head, row, col, seqlen_q, lo, hi):
-        inside = lo <= col and col < hi and row < seqlen_q
+        inside = (lo <= col) & (col < hi) & (row < seqlen_q)
         if MASK:
             address = uint64(a.mask + batch * a.mask_batch + head * a.mask_head + row * a.mask_row + col * a.mask_col)
             return load_flag(address, int32(inside)) != 0
