@@ -82,14 +82,19 @@ class ConfigSm80:
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}" + " keep_q" * self.keep_q
-                + " lazy" * self.lazy + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
+        return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}"
+                + " keep_q" * self.keep_q + " lazy" * self.lazy + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
 
 
 def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ConfigSm80:
-    dim = max(spec.head_dim, spec.head_dim_v)
-    if dim <= 64:
-        return ConfigSm80(4, 2, 128, whole=whole, whole_out=whole_out)
-    if dim <= 128:
-        return ConfigSm80(4, 2, 64, whole=whole, whole_out=whole_out)
-    return ConfigSm80(4, 1, 32, whole=whole, whole_out=whole_out)
+    """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they fit."""
+    dim, room = max(spec.head_dim, spec.head_dim_v), SHARED_MEMORY.get(arch, 99)
+    heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
+    many = {"whole": whole, "whole_out": whole_out, "lazy": True}
+    if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
+        return ConfigSm80(4, 1, 64 if room > 160 else 32, 1, 1, **many)
+    if heavy or not whole:
+        return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
+    if dim > 64:
+        return ConfigSm80(4, 2, 64 if room > 160 else 32, 1, 2 if room > 99 else 1, **many)
+    return ConfigSm80(4, 2, 64, 2, 2, **many)

@@ -4,9 +4,10 @@
     warp            S = Q K^T, softmax, O += P V in registers; P is S rounded to 16 bits, its registers are the next A operand
     all threads     copy K and V, 16 bytes at a time, into panels of 64 columns (ptx/mma.py says why no access conflicts)
 
-    shared memory   Q, later out | STAGES x (K, V)
-    STAGES 2        a step waits for its K and V, then sends for the next ones into the other stage: one barrier a step
+    shared memory   Q, later out | STAGES x K | STAGES x V | what steps and epilogue need to know of the tile
+    STAGES 2        a step waits for its K and V; after S = Q K^T it sends for the next ones into the other stage: one barrier a step
     STAGES 1        V of a step travels during S = Q K^T, K of the next one during softmax and P V: two barriers, half the memory
+    arrived()       after it a thread's copies are everyone's, and what the step before read may be overwritten
 
 Key blocks go from last to first. A tile of rows is a block of the grid, two blocks on a multiprocessor hide each other's waits. What
 this rung wins over forward_simt: products on tensor cores, and operands that are read from shared memory once for 32 rows, because
@@ -103,7 +104,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         if TILES == 1:
             return scale_rows(acc_o, alphas[0][0], alphas[0][1])
         else:
-            return join(scale_rows(part(acc_o, 0, 2), alphas[0][0], alphas[0][1]), scale_rows(part(acc_o, 1, 2), alphas[1][0], alphas[1][1]))
+            return join(scale_rows(part(acc_o, 0, 2), alphas[0][0], alphas[0][1]),
+                        scale_rows(part(acc_o, 1, 2), alphas[1][0], alphas[1][1]))
 
     @inline
     def rescale(acc_o, alphas):
@@ -117,6 +119,38 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             return acc_o
         else:
             return scale_tiles(acc_o, alphas)
+
+    @inline
+    def row_of_thread(first):
+        """The first row and column of a thread's fragment."""
+        thread = thread_index()
+        return int32(first + (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2))
+
+    @inline
+    def col_of_thread():
+        return int32((thread_index() & 3) * 2)
+
+    @inline
+    def q_lane(base):
+        """What this lane names of its warp's Q in ldmatrix."""
+        thread = thread_index()
+        return int32(base + Q + (thread >> 5) * (WARP_ROWS * 128) + lane_offset(thread))
+
+    @inline
+    def first_q(base):
+        """Q in registers where it is kept there."""
+        if KEEP_Q:
+            arrived()
+            return load_rows(q_lane(base), TILES, HEAD_DIM, Q_PANEL)
+        else:
+            return int32(0)
+
+    @inline
+    def operand_q(base, q):
+        if KEEP_Q:
+            return q
+        else:
+            return q_lane(base)
 
     # ------------------------------------------------------------ load
     @inline
@@ -144,32 +178,11 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         cp_async.wait_all()
         cuda.syncthreads()
 
-    @inline
-    def q_lane(base):
-        """What this lane names of its warp's Q in ldmatrix."""
-        thread = thread_index()
-        return int32(base + Q + (thread >> 5) * (WARP_ROWS * 128) + lane_offset(thread))
-
-    @inline
-    def first_q(base):
-        """Q in registers where it is kept there."""
-        if KEEP_Q:
-            arrived()
-            return load_rows(q_lane(base), TILES, HEAD_DIM, Q_PANEL)
-        else:
-            return int32(0)
-
-    @inline
-    def operand_q(base, q):
-        if KEEP_Q:
-            return q
-        else:
-            return q_lane(base)
-
+    # ------------------------------------------------------------ step
     def make_step(MASKED):
         @inline
         def probabilities(a, acc_s, stat, early, slope, head, batch, row, column, diagonal, seqlen_k):
-            """Softmax of 16 rows: P for the next product, and what O has to be multiplied by. stat: maxima and sums of the thread's rows."""
+            """Softmax of 16 rows: P for the next product, what O has to be multiplied by. stat: maxima and sums of the thread's rows."""
             max0, max1, sum0, sum1 = stat
             acc_s = score(a, acc_s, early, slope, row, column, diagonal)
             if MASKED:
@@ -202,26 +215,18 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 stats, alphas = (stat, stat), (alpha, alpha)
             else:
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, diagonal, seqlen_k)
+                p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, diagonal,
+                                                   seqlen_k)
                 row = int32(row + 16)
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, diagonal, seqlen_k)
+                p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, diagonal,
+                                                   seqlen_k)
                 p, stats, alphas = join(p0, p1), (stat0, stat1), (alpha0, alpha1)
             acc_o = rescale(acc_o, alphas)
             v_at = int32(base + V + stage * V_BYTES + lane_offset(thread_index()))
             acc_o = pv(acc_o, p, v_at, TILES, KV_PANEL)
             return acc_o, stats, int32(stage ^ (STAGES - 1))
         return step
-
-    @inline
-    def row_of_thread(first):
-        """The first row and column of a thread's fragment."""
-        thread = thread_index()
-        return int32(first + (thread >> 5) * WARP_ROWS + ((thread & 31) >> 2))
-
-    @inline
-    def col_of_thread():
-        return int32((thread_index() & 3) * 2)
     step_masked, step_full = make_step(True), make_step(False)
 
     # ------------------------------------------------------------ epilogue
@@ -232,7 +237,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 if PACKED:
                     at = uint64(a.lse + uint64(4) * uint64(int64(head) * int64(a.total_q) + int64(q_start + row)))
                 else:
-                    at = uint64(a.lse + uint64(4) * (uint64(int64(batch) * int64(a.num_heads) + int64(head)) * uint64(a.seqlen_q) + uint64(row)))
+                    plane = int64(batch) * int64(a.num_heads) + int64(head)
+                    at = uint64(a.lse + uint64(4) * uint64(plane * int64(a.seqlen_q) + int64(row)))
                 if row < seqlen_q:
                     store_f32(at, lse0)
                 if row + 8 < seqlen_q:
@@ -261,8 +267,9 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             finish_rows(a, part(acc_o, 1, 2), stats[1], int32(q_rows + 2048), head, batch, q_start, seqlen_q, lane, int32(row + 16))
         cuda.syncwarp()
         line, chunk = int32(lane >> 3), int32(lane & 7)
-        to = uint64(a.out + uint64(batch * a.out_batch + int64(q_start + row0 + line) * a.out_row + head * a.out_head + 8 * chunk * a.out_dim))
-        store_tile(int32(q_rows + line * 128 + ((chunk ^ line) << 4)), to, a.out_row, a.out_dim, int32(seqlen_q - row0 - line),
+        row0 = int32(row0 + line)
+        to = uint64(a.out + uint64(batch * a.out_batch + int64(q_start + row0) * a.out_row + head * a.out_head + 8 * chunk * a.out_dim))
+        store_tile(int32(q_rows + line * 128 + ((chunk ^ line) << 4)), to, a.out_row, a.out_dim, int32(seqlen_q - row0),
                    int32(a.head_dim_v - 8 * chunk), WARP_ROWS, PANELS_V, Q_PANEL)
 
     def kernel(a):
@@ -272,8 +279,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
         m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
         head_k, first = int32(head // a.group), int32(m_block * BLOCK_M)
-        n_min, full_min, full_max, n_max = block_bounds(a, first, int32(min(first + BLOCK_M, seqlen_q) - 1), diagonal_of(a, seqlen_q, seqlen_k),
-                                                        seqlen_k)
+        n_min, full_min, full_max, n_max = block_bounds(a, first, int32(min(first + BLOCK_M, seqlen_q) - 1),
+                                                        diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         slope = prepare(a, batch, head)
         if cuda.threadIdx.x == 0:
             note(base, uint64(a.k + uint64(batch * a.k_batch + int64(k_start) * a.k_row + head_k * a.k_head)),

@@ -25,8 +25,10 @@ _GATHER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b6
            + "".join(f"setp.gt.s32 p, $3, {k}; mov.b16 t{k}, 0; @p ld.global.b16 t{k}, [s]; add.s64 s, s, $2; " for k in range(8))
            + "".join(f"mov.b32 w{k}, {{{{t{2 * k}, t{2 * k + 1}}}}}; " for k in range(4))
            + "st.shared.v4.b32 [$0+{to}], {{w0, w1, w2, w3}}; }}")
-_STORE = "{{ .reg .pred p; .reg .b32 w<4>; setp.gt.s32 p, $2, 0; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{source}]; @p st.global.v4.b32 [$1+{to}], {{w0, w1, w2, w3}}; }}"
-_SCATTER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b64 s, $1; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{source}]; "
+_STORE = ("{{ .reg .pred p; .reg .b32 w<4>; setp.gt.s32 p, $2, 0; "
+          "ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{source}]; @p st.global.v4.b32 [$1+{to}], {{w0, w1, w2, w3}}; }}")
+_SCATTER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b64 s, $1; "
+            "ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{source}]; "
             + "".join(f"mov.b32 {{{{t{2 * k}, t{2 * k + 1}}}}}, w{k}; " for k in range(4))
             + "".join(f"setp.gt.s32 p, $3, {k}; @p st.global.b16 [s], t{k}; add.s64 s, s, $2; " for k in range(8)) + "}}")
 

@@ -84,7 +84,8 @@ def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Call
             if j == 0:
                 a = load_a(step)
             yield a, load_b(step, j)
-    coming, ready = loads(), []
+    coming = loads()
+    ready: list[tuple[list[list[Any]], list[Any]]] = []
     for i, (_, j) in enumerate(order):
         while len(ready) < min(i + 1 + AHEAD, len(order)):
             ready.append(next(coming))
@@ -175,6 +176,7 @@ def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes
         at = builder.add(args[1], builder.add(builder.shl(row, I32(7)), builder.shl(builder.and_(lane, I32(3)), I32(2))))
         for k, word in enumerate(unpack(builder, args[0], packed.count)):
             chunk = builder.shl(builder.xor(row, I32(k // 2 % 8)), I32(4))
-            emit(builder, VOID, f"st.shared.b32 [$0+{k // 16 * panel + k % 2 * 1024}], $1;", "r,r,~{memory}", [builder.add(at, chunk), word])
+            text = f"st.shared.b32 [$0+{k // 16 * panel + k % 2 * 1024}], $1;"
+            emit(builder, VOID, text, "r,r,~{memory}", [builder.add(at, chunk), word])
         return context.get_dummy_value()
     return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
