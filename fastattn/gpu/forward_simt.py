@@ -68,12 +68,13 @@ def block_m_of(compute: str, head_dim_v: int) -> int:
 
 
 def config_of(spec: Spec) -> Config:
-    """Shared memory stays under the 99 KB of consumer cards; two blocks an SM where 128 registers a thread are enough, without spills."""
+    """Shared memory stays under the 99 KB of consumer cards. Two blocks an SM, 128 registers a thread, where that compiles without spills:
+    not with features' addresses, nor with a small head_dim, whose loops the compiler unrolls."""
     block_m = block_m_of(compute_of(spec)[0], spec.head_dim_v)
     features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
     if spec.dtype == "float64":
         return Config(block_m, 64, 64)
-    return Config(block_m, 64, 128, blocks_per_sm=1 if features or spec.head_dim_v > 128 else 2)
+    return Config(block_m, 64, 128, blocks_per_sm=2 if spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features else 1)
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
