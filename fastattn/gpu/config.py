@@ -12,17 +12,20 @@ SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_120"
 class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 
-    `direct`: the output goes from registers to global memory, which leaves room in shared memory for wider key blocks.
+    `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup.
+    `beside`: the softmax is held before the wait for the product that it runs beside; the assembler would put it behind.
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
-    `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products.
+    `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;
+    1: the next may issue once this one's are issued, 2: once this one's scores are there.
     """
 
     block_m: int
     block_n: int
     stages: int = 2
-    direct: bool = False
+    out_panels: int = 4
+    beside: bool = True
     lazy: bool = True
-    turns: bool = False
+    turns: int = 0
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
@@ -39,7 +42,7 @@ class Config:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages}" + " direct" * self.direct + " lazy" * self.lazy + " turns" * self.turns
+        return f"{self.block_m}x{self.block_n} stages {self.stages}" + f" out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy + f" turns {self.turns}" * (self.turns > 0)
 
 
 def forward_sm90(spec: Spec) -> Config:
@@ -47,10 +50,10 @@ def forward_sm90(spec: Spec) -> Config:
     if dim <= 64:
         return Config(192, 128)
     if dim <= 128:
-        return Config(128, 128, turns=True)
+        return Config(128, 128, turns=1)
     if dim <= 192:
-        return Config(128, 96, direct=True)
-    return Config(128, 80, direct=True)
+        return Config(128, 96, out_panels=2, turns=1)
+    return Config(128, 64, out_panels=2, turns=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     many = {"whole": whole, "whole_out": whole_out, "lazy": True}
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
-        return ConfigSm80(4, 1, 64 if room > 160 else 32, 1, 1, **many)
+        return ConfigSm80(4, 1, 64 if room > 160 and whole and not heavy else 32, 1, 1, **many)
     if heavy or not whole:
         return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
     if dim > 64:

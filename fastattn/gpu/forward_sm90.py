@@ -3,10 +3,10 @@
     warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
 
-    shared memory   Q | STAGES x (K, V) | out, unless the output is stored directly | barriers | two tile records
+    shared memory   Q | STAGES x (K, V) | out | barriers | tile records
     Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
     Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
-    TILE_FULL[2], TILE_EMPTY[2]       tile records: the producer is one tile ahead
+    TILE_FULL[r], TILE_EMPTY[r]       tile records: the producer is up to two tiles ahead
 
 A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs; key blocks go from
 last to first. The first block of a tile is such a step too: it runs beside the last product of the tile before, whose epilogue follows.
@@ -27,7 +27,7 @@ from .config import Config
 from .device import Device
 from .dropout import make_dropout
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, store_pairs, store_rows, zeros, zeros_packed
-from .inline import inline
+from .inline import divide, inline
 from .mask import make_bounds
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
@@ -52,12 +52,13 @@ from .packed import head_group, most_tiles, table
 from .tensormap import fits, tensor_map
 from .workspace import counter
 
+RECORDS = 4
 OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
-    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, DIRECT = config.block_m, config.block_n, config.stages, config.block_m // 64, config.direct
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.block_m // 64
     HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
     Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
@@ -65,16 +66,18 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     STAGE_BITS = STAGES.bit_length() - 1
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    OUT_PANEL, OUT_WARPGROUP = 64 * 128, PANELS_V * 64 * 128
-    OUT = 0 if DIRECT else smem.take(CONSUMERS * OUT_WARPGROUP)
+    OUT_PANEL, OUT_PANELS = 64 * 128, min(config.out_panels, PANELS_V)
+    TWO_ROUNDS = OUT_PANELS < PANELS_V
+    OUT = smem.take(CONSUMERS * OUT_PANELS * OUT_PANEL)
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
-    TILE_FULL, TILE_EMPTY = smem.barriers(2), smem.barriers(2)
+    TILE_FULL, TILE_EMPTY = smem.barriers(RECORDS), smem.barriers(RECORDS)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
-    TILE = smem.take(2 * 32, 16)
+    TILE = smem.take(RECORDS * 32, 16)
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
     PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
     OUT_BARRIER, TURN_BARRIER, V_BARRIER = 1, 4, 8         # named barriers: one for each consumer, one for all of them
-    TURNS = config.turns and CONSUMERS > 1
+    BESIDE = config.beside
+    TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -98,21 +101,28 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     @inline
     def put_tile(a, base, i, t, tiles):
-        """The i-th tile's record for the consumers; its last word says whether there is one."""
-        record = int32(base + TILE + 32 * (i & 1))
-        mbarrier.wait(base + TILE_EMPTY + 8 * (i & 1), int32(((i >> 1) & 1) ^ 1))
-        m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0)
+        """The i-th tile's record; its last word says whether there is one. Its first copies are asked for in the L2 cache."""
+        slot = int32(i & (RECORDS - 1))
+        record = int32(base + TILE + 32 * slot)
+        mbarrier.wait(base + TILE_EMPTY + 8 * slot, int32(((i >> 2) & 1) ^ 1))
         if t < tiles:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-        store_shared_b32(record, m_block)
-        store_shared_b32(record + 4, head)
-        store_shared_b32(record + 8, batch)
-        store_shared_b32(record + 12, q_start)
-        store_shared_b32(record + 16, seqlen_q)
-        store_shared_b32(record + 20, seqlen_k)
+            store_shared_b32(record, m_block)
+            store_shared_b32(record + 4, head)
+            store_shared_b32(record + 8, batch)
+            store_shared_b32(record + 12, q_start)
+            store_shared_b32(record + 16, seqlen_q)
+            store_shared_b32(record + 20, seqlen_k)
+            store_shared_b32(record + 28, k_start)
+            for p in range(PANELS):
+                tma.prefetch(a.map_q, int32(p * 64), int32(q_start + m_block * BLOCK_M), head, int32(0) if PACKED else batch)
         store_shared_b32(record + 24, int32(1) if t < tiles else int32(0))
-        mbarrier.arrive(base + TILE_FULL + 8 * (i & 1))
-        return m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k
+        mbarrier.arrive(base + TILE_FULL + 8 * slot)
+
+    @inline
+    def word(base, i, field):
+        """A word of the i-th tile's record, for one thread."""
+        return load_shared_b32(base + TILE + 32 * (i & (RECORDS - 1)) + 4 * field)
 
     @inline
     def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
@@ -138,10 +148,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         """The producer: one thread."""
         it, i = int32(0), int32(0)
         t, tiles = int32(cuda.blockIdx.x), num_tiles(a)
+        put_tile(a, base, i, t, tiles)
         while t < tiles:
-            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = put_tile(a, base, i, t, tiles)
-            n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-            head_k, plane = int32(head // a.group), int32(0) if PACKED else batch
+            t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
+            m_block, head, q_start, k_start = word(base, i, 0), word(base, i, 1), word(base, i, 3), word(base, i, 7)
+            n_min, n_max = tile_blocks(a, m_block, word(base, i, 4), word(base, i, 5))
+            head_k, plane = divide(head, a.group), int32(0) if PACKED else word(base, i, 2)
             row, end = int32(k_start + (n_max - 1) * BLOCK_N), int32(k_start + n_min * BLOCK_N)
             load_k(a, base, it, row, head_k, plane)
             mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
@@ -149,14 +161,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
             load_v(a, base, it, row, head_k, plane)
             it = int32(it + 1)
+            i = int32(i + 1)
+            put_tile(a, base, i, t, tiles)
             while row > end:
                 row = opaque(int32(row - BLOCK_N))
                 load_k(a, base, it, row, head_k, plane)
                 load_v(a, base, it, row, head_k, plane)
                 it = int32(it + 1)
-            t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))
-            i += 1
-        put_tile(a, base, i, t, tiles)
         fence_gpu()     # the last block to come here leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
@@ -207,6 +218,14 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         if TURNS:
             barrier_arrive(int32(TURN_BARRIER + (w + 1) % CONSUMERS), int32(256))
 
+    @inline
+    def changed(alpha0, alpha1, sum0, sum1):
+        """1 where the output must be rescaled; asks for the sums, which are never negative, so that it comes after the softmax."""
+        if LAZY:
+            return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
+        else:
+            return int32(1) if sum0 >= float32(0) or sum1 >= float32(0) else int32(0)
+
     def make_step(MASKED):
         @inline
         def step(a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
@@ -226,9 +245,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             wgmma.fence()
             acc_o = pv(acc_o, p, v_stage(base, before))
             wgmma.commit()
-            pass_turn(w)
+            if not LATE:
+                pass_turn(w)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             acc_s = wgmma.wait_all_but_one(acc_s)
+            if LATE:
+                pass_turn(w)
             if lane == 0:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
                 if n_block == n_min:
@@ -238,43 +260,63 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 acc_s = keep(acc_s, rows, column)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-            acc_o = wgmma.wait_all(acc_o)
+            # the wait stands in both branches: in straight code the assembler moves it up, before the softmax that should run beside it
+            if BESIDE:
+                if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                    acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
+                else:
+                    acc_o = wgmma.wait_all(acc_o)
+            else:
+                acc_o = wgmma.wait_all(acc_o)
+                if not LAZY or any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                    acc_o = scale_rows(acc_o, alpha0, alpha1)
             if lane == 0:
                 mbarrier.arrive(base + V_EMPTY + 8 * before)
             p = to_half(acc_s)
-            if not LAZY or any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-                acc_o = scale_rows(acc_o, alpha0, alpha1)
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
 
     step_masked, step_full = make_step(True), make_step(False)
 
+    def make_round(FIRST):
+        PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
+
+        @inline
+        def store_round(a, base, packed, w, thread, lane, row, head, batch):
+            """Panels from FIRST on, as many as there is room for, through shared memory and the copy engine."""
+            place = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
+            own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
+            if thread == 0:
+                tma.wait_read()
+            barrier(int32(OUT_BARRIER + w), int32(128))
+            store_panels(packed, int32(place + own_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL, PANELS_HERE, FIRST)
+            fence_async()
+            barrier(int32(OUT_BARRIER + w), int32(128))
+            if thread == 0:
+                for p in range(PANELS_HERE):
+                    tma.store(a.map_out, int32(place + p * OUT_PANEL), int32((FIRST + p) * 64), row, head, batch)
+                tma.commit()
+        return store_round
+
+    store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
+
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of one warpgroup: through shared memory and the copy engine, or from the registers where `direct` or where a packed
-        tile is not full."""
+        """Output rows of one warpgroup: through shared memory and the copy engine, or from the registers where a packed tile is not full."""
         packed = to_half(acc_o)
         row0 = int32(m_block * BLOCK_M + w * 64)
         plane = int32(0) if PACKED else batch
-        warp_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
-        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
-            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + plane * a.out_batch + 2 * col)
+        if PACKED and row0 + 64 > seqlen_q:
+            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
             if a.head_dim_v == HEAD_DIM_V:
                 store_pairs(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
         else:
-            if thread == 0:
-                tma.wait_read()
-            barrier(int32(OUT_BARRIER + w), int32(128))
-            store_panels(packed, int32(base + OUT + w * OUT_WARPGROUP + warp_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL)
-            fence_async()
-            barrier(int32(OUT_BARRIER + w), int32(128))
-            if thread == 0:
-                for p in range(PANELS_V):
-                    tma.store(a.map_out, int32(base + OUT + w * OUT_WARPGROUP + p * OUT_PANEL), int32(p * 64), int32(q_start + row0), head, plane)
-                tma.commit()
+            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+            if TWO_ROUNDS:
+                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
 
     @inline
     def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
@@ -300,7 +342,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def get(base, i, field):
         """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
-        return uniform(load_shared_b32(base + TILE + 32 * (i & 1) + 4 * field))
+        return uniform(word(base, i, field))
 
     @inline
     def consume(a, base, w, thread, lane):
@@ -343,9 +385,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             wgmma.fence()
             acc_o = pv(acc_o, p, v_stage(base, before))
             wgmma.commit()
-            pass_turn(w)
+            if not LATE:
+                pass_turn(w)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             acc_s = wgmma.wait_all_but_one(acc_s)
+            if LATE:
+                pass_turn(w)
             if lane == 0 and more != 0:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
                 if n_block == n_min:
@@ -355,16 +400,19 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 acc_s = keep(acc_s, rows, column)
             acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
             acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-            acc_o = wgmma.wait_all(acc_o)
-            p = to_half(acc_s)
             if had != 0:
+                acc_o = wgmma.wait_all(acc_o)
+                p = to_half(acc_s)
                 if lane == 0:
                     mbarrier.arrive(base + V_EMPTY + 8 * before)
                 last = int32(i - 1)
                 epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, last, 0), get(base, last, 1), get(base, last, 2),
                          get(base, last, 3), get(base, last, 4), w, thread, lane, col)
                 if lane == 0:
-                    mbarrier.arrive(base + TILE_EMPTY + 8 * (last & 1))
+                    mbarrier.arrive(base + TILE_EMPTY + 8 * (last & (RECORDS - 1)))
+            else:
+                acc_o = wgmma.wait_all(acc_o)
+                p = to_half(acc_s)
             acc_o = zeros(COUNT_O)
             max0, max1, sum0, sum1, had = new0, new1, part0, part1, more
             if more != 0:
@@ -372,21 +420,24 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     if seqlen_k - n_block * BLOCK_N < BLOCK_N:
                         mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
                         clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
-                for n_block in range(n_max - 2, full_max - 1, -1):
+                while n_block > full_max:
+                    n_block = int32(n_block - 1)
                     acc_o, p, max0, max1, sum0, sum1, it = step_masked(
                         a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
                         seqlen_q, seqlen_k, rows)
-                for n_block in range(full_max - 1, full_min - 1, -1):
+                while n_block > full_min:
+                    n_block = int32(n_block - 1)
                     acc_o, p, max0, max1, sum0, sum1, it = step_full(
                         a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
                         seqlen_q, seqlen_k, rows)
                 if LEFT:
-                    for n_block in range(full_min - 1, n_min - 1, -1):
+                    while n_block > n_min:
+                        n_block = int32(n_block - 1)
                         acc_o, p, max0, max1, sum0, sum1, it = step_masked(
                             a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
                             seqlen_q, seqlen_k, rows)
                 i = int32(i + 1)
-                mbarrier.wait(base + TILE_FULL + 8 * (i & 1), int32((i >> 1) & 1))
+                mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
                 more = get(base, i, 6)
 
     def kernel(a):
@@ -396,7 +447,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         if cuda.threadIdx.x == 0:
             mbarrier.init(base + Q_FULL, int32(1))
             mbarrier.init(base + Q_EMPTY, int32(WARPS))
-            for s in range(2):
+            for s in range(RECORDS):
                 mbarrier.init(base + TILE_FULL + 8 * s, int32(1))
                 mbarrier.init(base + TILE_EMPTY + 8 * s, int32(WARPS))
             for s in range(STAGES):

@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import int32
 
-from .inline import inline
+from .inline import divide, inline
 from .spec import Spec
 
 
@@ -32,10 +32,10 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
         """
         lo_first, hi_first = row_bounds(a, first, diagonal, seqlen_k)
         lo_last, hi_last = row_bounds(a, last, diagonal, seqlen_k)
-        n_max = int32(max((hi_last + BLOCK_N - 1) // BLOCK_N, 1))
-        n_min = int32(min(lo_first // BLOCK_N, n_max - 1))
-        full_min = int32(min(max((lo_last + BLOCK_N - 1) // BLOCK_N, n_min), n_max))
-        full_max = int32(min(max(hi_first // BLOCK_N, full_min), n_max))
+        n_max = int32(max(divide(int32(hi_last + BLOCK_N - 1), BLOCK_N), 1))
+        n_min = int32(min(divide(lo_first, BLOCK_N), n_max - 1))
+        full_min = int32(min(max(divide(int32(lo_last + BLOCK_N - 1), BLOCK_N), n_min), n_max))
+        full_max = int32(min(max(divide(hi_first, BLOCK_N), full_min), n_max))
         return n_min, full_min, full_max, n_max
 
     return row_bounds, block_bounds

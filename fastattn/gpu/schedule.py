@@ -11,7 +11,7 @@ from typing import Any
 from numba import cuda, int32, int64, uint64
 
 from .compile import Source
-from .inline import inline
+from .inline import divide, inline
 from .ptx.memory import load_b32, store_b32
 from .spec import Spec
 
@@ -31,10 +31,11 @@ def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
     @inline
     def in_group(r, m_blocks, heads, head_group):
         """Tile r of `heads` heads with `m_blocks` each -> (m_block, head)."""
-        g = r // (head_group * m_blocks)
-        r = r - g * (head_group * m_blocks)
-        size = min(head_group, heads - g * head_group)
-        return int32(m_blocks - 1 - r // size), int32(g * head_group + r % size)
+        g = divide(r, int32(head_group * m_blocks))
+        r = int32(r - g * (head_group * m_blocks))
+        size = int32(min(head_group, heads - g * head_group))
+        row = divide(r, size)
+        return int32(m_blocks - 1 - row), int32(g * head_group + r - row * size)
 
     @inline
     def entry(a, i, field):
@@ -51,11 +52,11 @@ def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
                 else:
                     high = middle
             seqlen_q = entry(a, low, 1)
-            m_block, head = in_group(int32(t - entry(a, low, 5)), int32((seqlen_q + BLOCK_M - 1) // BLOCK_M), a.num_heads, a.head_group)
+            m_block, head = in_group(int32(t - entry(a, low, 5)), divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), a.num_heads, a.head_group)
             return m_block, head, entry(a, low, 4), entry(a, low, 0), seqlen_q, entry(a, low, 2), entry(a, low, 3)
         else:
-            m_block, head = in_group(t, int32((a.seqlen_q + BLOCK_M - 1) // BLOCK_M), int32(a.num_heads * a.batch), a.head_group)
-            batch = int32(head // a.num_heads)
+            m_block, head = in_group(t, divide(int32(a.seqlen_q + BLOCK_M - 1), BLOCK_M), int32(a.num_heads * a.batch), a.head_group)
+            batch = divide(head, a.num_heads)
             return m_block, int32(head - batch * a.num_heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k
     return tile_at
 
@@ -109,7 +110,7 @@ def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) ->
     @inline
     def tiles_of(a, i):
         rows = load_b32(uint64(a.table + uint64(i * ENTRY + 4)))
-        return int32((rows + BLOCK_M - 1) // BLOCK_M * a.num_heads)
+        return int32(divide(int32(rows + BLOCK_M - 1), BLOCK_M) * a.num_heads)
 
     def kernel(a):
         thread = int32(cuda.threadIdx.x)

@@ -11,19 +11,19 @@ from .asm import I32, VOID, emit, literals, unpack
 
 
 @intrinsic
-def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: Any, panel_bytes: Any) -> Any:
-    """A packed 16 x N accumulator of each warp into 128-byte swizzled panels of 64 columns.
+def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: Any, panel_bytes: Any, count: Any, first: Any) -> Any:
+    """Panels `first` to `first + count` of a packed 16 x N accumulator of each warp, into 128-byte swizzled panels of 64 columns.
 
     row_address: shared address of this lane's row (lane % 16); lane_swizzle: ((row % 8) * 16) ^ (lane / 16 * 16).
     """
-    [panel] = literals(panel_bytes)
+    panel, panels, begin = literals(panel_bytes, count, first)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], packed.count)
-        for j in range(packed.count // 4):
+        for j in range(4 * begin, min(packed.count // 4, 4 * (begin + panels))):
             column = builder.xor(args[2], I32(2 * j % 8 * 16))
-            address = builder.add(builder.add(args[1], column), I32(2 * j // 8 * panel))
+            address = builder.add(builder.add(args[1], column), I32((j // 4 - begin) * panel))
             emit(builder, VOID, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}",
                  [address, *registers[4 * j:4 * j + 4]])
         return context.get_dummy_value()
-    return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
+    return signature(types.none, packed, types.int32, types.int32, panel_bytes, count, first), generate

@@ -11,6 +11,8 @@ load = instruction("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::com
                    " [$0], [$1, {$3, $4, $5, $6}], [$2];", "rlrrrrr")
 # store(map, shared, dim, row, head, batch); elements outside the tensor are not written
 store = instruction("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [$0, {$2, $3, $4, $5}], [$1];", "lrrrrr")
+# prefetch(map, dim, row, head, batch): a box into the L2 cache
+prefetch = instruction("cp.async.bulk.prefetch.tensor.4d.L2.global [$0, {$1, $2, $3, $4}];", "lrrrr")
 prefetch_map = instruction("prefetch.tensormap [$0];", "l")
 commit = instruction("cp.async.bulk.commit_group;")
 wait_read = instruction("cp.async.bulk.wait_group.read 0;")     # until the stores so far have read shared memory

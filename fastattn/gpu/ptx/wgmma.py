@@ -25,12 +25,15 @@ def wait(pending: int) -> Any:
     @intrinsic
     def wait_group(typingctx: Any, acc: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            n = acc.count
-            constraints = ",".join(["=f"] * n + [str(k) for k in range(n)] + ["~{memory}"])
-            return pack(builder, emit_many(builder, F32, f"wgmma.wait_group.sync.aligned {pending};", constraints,
-                                           unpack(builder, args[0], n), []))
+            return pack(builder, _wait(builder, pending, unpack(builder, args[0], acc.count)))
         return signature(acc, acc), generate
     return wait_group
+
+
+def _wait(builder: Any, pending: int, registers: list[Any]) -> list[Any]:
+    n = len(registers)
+    constraints = ",".join(["=f"] * n + [str(k) for k in range(n)] + ["~{memory}"])
+    return emit_many(builder, F32, f"wgmma.wait_group.sync.aligned {pending};", constraints, registers, [])
 
 
 wait_all, wait_all_but_one = wait(0), wait(1)
