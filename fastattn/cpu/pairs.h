@@ -263,9 +263,8 @@ ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
 ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
   __m512 b = _mm512_set1_ps(HUGE_BASE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
   for (long j = first; j < last; j += 32) {
-    __m512 x = _mm512_loadu_ps(S + j), y = _mm512_loadu_ps(S + j + 16);
-    x = HUGE_BASE ? (x - b) * c : x * c - b;
-    y = HUGE_BASE ? (y - b) * c : y * c - b;
+    __m512 x = (__m512)exponent_f32(HUGE_BASE, (vec_f32)_mm512_loadu_ps(S + j), (vec_f32)b, (vec_f32)c);
+    __m512 y = (__m512)exponent_f32(HUGE_BASE, (vec_f32)_mm512_loadu_ps(S + j + 16), (vec_f32)b, (vec_f32)c);
     __m512 p = PARTS > 1 ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = PARTS > 1 ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
     sum += p;
     sum1 += p1;

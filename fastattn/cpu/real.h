@@ -42,6 +42,21 @@ ALWAYS_INLINE vec name(rounded)(vec x) {
 #endif
   return x;
 }
+/* a b - c, with the product rounded or not as FUSES says: not left to the compiler, because lse depends on it */
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#define FUSES 1
+#else
+#define FUSES 0
+#endif
+ALWAYS_INLINE vec name(multiply_subtract)(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return REAL_BITS == 32 ? (vec)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c) : (vec)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FUSES
+  return REAL_BITS == 32 ? (vec)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c) : (vec)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return name(rounded)(a * b) - c;
+#endif
+}
 /* max(a, b); b when a is NaN or both are */
 ALWAYS_INLINE vec name(vmax)(vec a, vec b) {
 #if defined(__AVX512F__)

@@ -323,10 +323,15 @@ static void name(fill_outside)(void *row, long first, long lo, long hi, long las
 
 /* A score near the largest float (a bias of finfo.min, say) overflows when multiplied before the maximum is subtracted. */
 ALWAYS_INLINE int name(is_huge)(REAL base) { return !(base > (REAL)-1e37 && base < (REAL)1e37); }
+/* of P; b is the base, times c unless huge */
+ALWAYS_INLINE vec name(exponent)(const int HUGE_BASE, vec s, vec b, vec c) {
+  if (HUGE_BASE) return (s - b) * c;
+  return name(multiply_subtract)(s, c, b);
+}
 /* P = 2^((s - base) c2) over [first, last) in place; returns the sum */
 ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, long last, REAL base, REAL c2) {
   vec b = SPLAT(HUGE_BASE ? base : base * c2), c = SPLAT(c2), sum = {0}, sum1 = {0};
-#define EXPONENTIAL(at) name(exp2)(HUGE_BASE ? (LOAD(s + (at)) - b) * c : LOAD(s + (at)) * c - b)
+#define EXPONENTIAL(at) name(exp2)(name(exponent)(HUGE_BASE, LOAD(s + (at)), b, c))
   long j = first;
   for (; j + VL < last; j += 2 * VL) {
     vec p = EXPONENTIAL(j), p1 = EXPONENTIAL(j + VL);
@@ -344,10 +349,10 @@ ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, 
   return name(reduce_add)(sum + sum1);
 }
 
-/* P is 2^(s c2 - m c2) with m c2 rounded but, where the compiler fuses, s c2 exact: a factor that out does not see and lse must not (5e-4 at
+/* P is 2^(s c2 - m c2) with m c2 rounded but, where multiply_subtract fuses, s c2 exact: a factor that out does not see and lse must not (5e-4 at
  * scores of 10^4). Its logarithm, to be added to that of a sum of P. */
 static double name(rounding_of_unit)(double m, double c2) {
-#ifdef __FP_FAST_FMA
+#if FUSES
   const REAL rounded = (REAL)m * (REAL)c2;
   if (!name(is_huge)((REAL)m)) return -0.69314718055994531 * fma(m, (REAL)c2, -(double)rounded);
 #endif

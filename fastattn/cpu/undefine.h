@@ -14,6 +14,7 @@
 #undef SPLAT
 #undef VMAX
 #undef FLUSH
+#undef FUSES
 #undef AHEAD
 #undef LOADS_HALF
 #undef REAL_BITS
