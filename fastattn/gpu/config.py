@@ -99,5 +99,5 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     if heavy or not whole:
         return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
     if dim > 64:
-        return ConfigSm80(4, 2, 64 if room > 160 else 32, 1, 2 if room > 99 else 1, **many)
+        return ConfigSm80(4, 2, 64 if room > 160 else 32, 1, 2, **many)
     return ConfigSm80(4, 2, 64, 2, 2, **many)

@@ -38,7 +38,7 @@ from .ptx.mma import join, lane_offset, lane_offset_b, load_rows, part, store_ro
 from .ptx.sync import any_lane
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_score
-from .smem import Smem, panels
+from .smem import ALIGN, Smem, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Arguments, Call, Spec
 
@@ -276,7 +276,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         t = int32(cuda.blockIdx.x)
         if t >= num_tiles(a):
             return
-        base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # of a row of a panel
         m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
         head_k, first = int32(head // a.group), int32(m_block * BLOCK_M)
         n_min, full_min, full_max, n_max = block_bounds(a, first, int32(min(first + BLOCK_M, seqlen_q) - 1),
@@ -304,7 +304,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
         epilogue(a, base, acc_o, stats)
 
-    return kernel, smem.size
+    return kernel, smem.size - ALIGN + 128      # two blocks of 49 KiB fit 100 KiB, of 50 KiB not
 
 
 # ---------------------------------------------------------------- launch
