@@ -56,6 +56,7 @@ def box() -> Any:
         base = begin(1)
         if i == 0:
             tma.prefetch_map(a.map_a)
+            tma.prefetch(a.map_a, int32(0), int32(10), int32(1), int32(1))
             mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
             tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(10), int32(1), int32(1))
         mbarrier.wait(int32(base + BAR), int32(0))
@@ -73,9 +74,9 @@ def check_box(launch: Any) -> None:
     same(chunks[rows, places ^ (rows % 8)], tile.reshape(64, 8, 8))
 
 
-add("tma.load tma.prefetch_map mbarrier.arrive_expect",
-    "cp.async.bulk.tensor.4d.shared::cluster.global; prefetch.tensormap; mbarrier.arrive.expect_tx", box, check_box,
-    threads=128, shared=SHARED)
+add("tma.load tma.prefetch_map tma.prefetch mbarrier.arrive_expect",
+    "cp.async.bulk.tensor.4d.shared::cluster.global; prefetch.tensormap; cp.async.bulk.prefetch.tensor.4d; mbarrier.arrive.expect_tx",
+    box, check_box, threads=128, shared=SHARED)
 
 
 def box_back() -> Any:
@@ -235,7 +236,9 @@ def panels_out(dtype: str) -> Callable[[], Any]:
             warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
             half = to_half(load(uint64(a.src + uint64(4 * 16 * C * warp)), lane))
             row = int32(16 * warp + (lane & 15))
-            matrix.store_panels(mma.join(half, half), int32(base + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), PANEL)
+            swizzle, both = int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), mma.join(half, half)
+            matrix.store_panels(both, int32(base + row * 128), swizzle, PANEL, 1, 0)
+            matrix.store_panels(both, int32(base + PANEL + row * 128), swizzle, PANEL, 1, 1)
             sync.fence_async()
             sync.barrier(int32(1), int32(128))
             if cuda.threadIdx.x == 0:
