@@ -45,15 +45,38 @@ class Config:
         return f"{self.block_m}x{self.block_n} stages {self.stages}" + f" out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy + f" turns {self.turns}" * (self.turns > 0)
 
 
-def forward_sm90(spec: Spec) -> Config:
+def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
+    """Wide key blocks where registers allow: features that hold another value for every score need narrower ones.
+
+    Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (160 with three consumers).
+    """
     dim = max(spec.head_dim, spec.head_dim_v)
+    heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
+    short = seqlen_k < SHORT
     if dim <= 64:
+        if several or heavy or (spec.right and short and not spec.packed):
+            return Config(128, 64 if several else 128, turns=1)
         return Config(192, 128)
     if dim <= 128:
-        return Config(128, 128, turns=1)
+        if several or heavy:
+            return Config(128, 64 if several else 96, turns=1)
+        if not spec.right and not spec.left and seqlen_k >= LONG:
+            return Config(128, 160)
+        if spec.right and not spec.left and seqlen_k >= VERY_LONG and not spec.packed:
+            return Config(128, 176, out_panels=1)
+        return Config(128, 128, turns=1, beside=not short)
     if dim <= 192:
-        return Config(128, 96, out_panels=2, turns=1)
-    return Config(128, 64, out_panels=2, turns=1)
+        return Config(128, 32 if several else 64 if heavy else 96, out_panels=1, turns=1)
+    return Config(128, 32 if heavy else 64, out_panels=2)
+
+
+def feature_weight(spec: Spec) -> int:
+    """0: features cost no registers to speak of, 1: one value more for every score, 2: several."""
+    values = spec.dropout + spec.mask + (spec.bias is not None) * (1 if spec.bias_pairs else 2)
+    return 0 if values == 0 else 1 if values + spec.softcap + (spec.alibi is not None) <= 2 else 2
+
+
+SHORT, LONG, VERY_LONG = 1536, 3072, 12288       # keys; measured in docs/performance.md
 
 
 @dataclass(frozen=True, slots=True)

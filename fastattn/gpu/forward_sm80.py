@@ -36,7 +36,7 @@ from .ptx.cp_async import load_shared_b64, store_shared_b64
 from .ptx.memory import load_shared_b32, shared_address, store_f32, store_shared_b32
 from .ptx.mma import join, lane_offset, lane_offset_b, load_rows, part, store_rows, thread_index
 from .ptx.sync import any_lane
-from .schedule import make_num_tiles, make_tile_at
+from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import ALIGN, Smem, panels
 from .softmax import NEG_INF, make_softmax
@@ -64,7 +64,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
     dropout = make_dropout(spec)
     update, finish = make_softmax(spec, LAZY)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+    tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
+    SINKS = spec.sinks is not None
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
@@ -181,12 +182,12 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     # ------------------------------------------------------------ step
     def make_step(MASKED):
         @inline
-        def probabilities(a, acc_s, stat, early, slope, head, batch, row, column, diagonal, seqlen_k):
+        def probabilities(a, acc_s, stat, early, slope, head, batch, row, column, seqlen_q, seqlen_k):
             """Softmax of 16 rows: P for the next product, what O has to be multiplied by. stat: maxima and sums of the thread's rows."""
             max0, max1, sum0, sum1 = stat
-            acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
             if MASKED:
-                acc_s = keep(a, acc_s, row, column, diagonal, seqlen_k)
+                acc_s = keep(a, acc_s, row, column, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
             return to_half(acc_s), (max0, max1, sum0, sum1), (alpha0, alpha1)
@@ -199,7 +200,6 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 load_v(a, base, n_block, int32(0))
             head, batch, _, seqlen_q, seqlen_k, first = noted(base)
             row, column = row_of_thread(first), int32(n_block * BLOCK_N + col_of_thread())
-            diagonal = diagonal_of(a, seqlen_q, seqlen_k)
             if TILES == 1:      # with 32 rows there are no registers for it: they ask when they need it
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             k_at = int32(base + K + stage * K_BYTES + lane_offset_b(thread_index()))
@@ -211,15 +211,15 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                 if STAGES == 2:
                     load_v(a, base, int32(n_block - 1), int32(stage ^ 1))
             if TILES == 1:
-                p, stat, alpha = probabilities(a, acc_s, stats[0], early, slope, head, batch, row, column, diagonal, seqlen_k)
+                p, stat, alpha = probabilities(a, acc_s, stats[0], early, slope, head, batch, row, column, seqlen_q, seqlen_k)
                 stats, alphas = (stat, stat), (alpha, alpha)
             else:
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, diagonal,
+                p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, seqlen_q,
                                                    seqlen_k)
                 row = int32(row + 16)
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, diagonal,
+                p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, seqlen_q,
                                                    seqlen_k)
                 p, stats, alphas = join(p0, p1), (stat0, stat1), (alpha0, alpha1)
             acc_o = rescale(acc_o, alphas)
@@ -249,6 +249,9 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         """16 rows: lse to global memory, O to this warp's part of shared memory."""
         max0, max1, sum0, sum1 = stat
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        if PACKED and SINKS:
+            if unowned(a, int32(cuda.blockIdx.x)) == 2:
+                lse0, lse1 = NEG_INF, NEG_INF
         store_rows(to_half(scale_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 

@@ -23,7 +23,7 @@ from numba import cuda, float32, int32, uint8, uint64
 from . import config as configs
 from .compile import Source
 from .compile import load as load_kernel
-from .config import Config
+from .config import Config, feature_weight
 from .device import Device
 from .dropout import make_dropout
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, store_pairs, store_rows, zeros, zeros_packed
@@ -43,11 +43,11 @@ from .ptx.memory import (
     store_shared_zero16,
 )
 from .ptx.sync import any_lane, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
-from .schedule import make_num_tiles, make_tile_at
+from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import Smem, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Spec
+from .spec import Arguments, Call, Spec, make_spec
 from .packed import head_group, most_tiles, table
 from .tensormap import fits, tensor_map
 from .workspace import counter
@@ -76,7 +76,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
     PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
     OUT_BARRIER, TURN_BARRIER, V_BARRIER = 1, 4, 8         # named barriers: one for each consumer, one for all of them
-    BESIDE = config.beside
+    BESIDE, SINKS = config.beside, spec.sinks is not None
     TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
@@ -85,7 +85,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S)
     dropout = make_dropout(spec)
     update, finish = make_softmax(spec, config.lazy)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+    tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
@@ -100,23 +100,30 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         return n_min, n_max
 
     @inline
+    def put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start):
+        store_shared_b32(record, m_block)
+        store_shared_b32(record + 4, head)
+        store_shared_b32(record + 8, batch)
+        store_shared_b32(record + 12, q_start)
+        store_shared_b32(record + 16, seqlen_q)
+        store_shared_b32(record + 20, seqlen_k)
+        store_shared_b32(record + 28, k_start)
+
+    @inline
     def put_tile(a, base, i, t, tiles):
-        """The i-th tile's record; its last word says whether there is one. Its first copies are asked for in the L2 cache."""
+        """The i-th tile's record; its last word is 0 where there is none, 2 for rows of no sequence. Its Q is asked for in the L2 cache."""
         slot = int32(i & (RECORDS - 1))
         record = int32(base + TILE + 32 * slot)
         mbarrier.wait(base + TILE_EMPTY + 8 * slot, int32(((i >> 2) & 1) ^ 1))
         if t < tiles:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-            store_shared_b32(record, m_block)
-            store_shared_b32(record + 4, head)
-            store_shared_b32(record + 8, batch)
-            store_shared_b32(record + 12, q_start)
-            store_shared_b32(record + 16, seqlen_q)
-            store_shared_b32(record + 20, seqlen_k)
-            store_shared_b32(record + 28, k_start)
+            put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start)
+            store_shared_b32(record + 24, unowned(a, t))
             for p in range(PANELS):
                 tma.prefetch(a.map_q, int32(p * 64), int32(q_start + m_block * BLOCK_M), head, int32(0) if PACKED else batch)
-        store_shared_b32(record + 24, int32(1) if t < tiles else int32(0))
+        else:
+            put_words(record, int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0))
+            store_shared_b32(record + 24, int32(0))
         mbarrier.arrive(base + TILE_FULL + 8 * slot)
 
     @inline
@@ -255,7 +262,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
                 if n_block == n_min:
                     mbarrier.arrive(base + Q_EMPTY)
-            acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
             if MASKED:
                 acc_s = keep(acc_s, rows, column)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
@@ -332,9 +339,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     store_f32(at + uint64(32), lse1)
 
     @inline
-    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, m_block, head, batch, q_start, seqlen_q, w, thread, lane, col):
+    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, kind, m_block, head, batch, q_start, seqlen_q, w, thread, lane, col):
+        thread = opaque(thread)     # what follows from it is computed here, not kept in registers through the loop
         row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        if PACKED and SINKS:
+            if kind == 2:
+                lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
@@ -355,7 +366,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             pass_turn(w)
         mbarrier.wait(base + TILE_FULL, int32(0))
         more = get(base, i, 6)
-        while more + had != 0:
+        while more | had != 0:
             m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
             row0 = int32(m_block * BLOCK_M + w * 64)
             row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
@@ -395,7 +406,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 mbarrier.arrive(base + K_EMPTY + 8 * stage)
                 if n_block == n_min:
                     mbarrier.arrive(base + Q_EMPTY)
-            acc_s = score(a, acc_s, early, slope, row, column, diagonal)
+            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
             if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
                 acc_s = keep(acc_s, rows, column)
             acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
@@ -406,7 +417,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 if lane == 0:
                     mbarrier.arrive(base + V_EMPTY + 8 * before)
                 last = int32(i - 1)
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, last, 0), get(base, last, 1), get(base, last, 2),
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, last, 6), get(base, last, 0), get(base, last, 1), get(base, last, 2),
                          get(base, last, 3), get(base, last, 4), w, thread, lane, col)
                 if lane == 0:
                     mbarrier.arrive(base + TILE_EMPTY + 8 * (last & (RECORDS - 1)))
@@ -496,12 +507,14 @@ def refuses(call: Call, d: Device) -> str | None:
         reason = fits(x)
         if reason is not None:
             return f"{name}: {reason}"
+    if max(p.head_dim, p.head_dim_v) > 192 and feature_weight(make_spec(p, o, False)) > 1:
+        return "several features at head_dim over 192 do not fit its registers"
     return None
 
 
 def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     """Enqueue the kernel, and before it the table of a packed problem."""
-    p, o, config = call.problem, call.operands, configs.forward_sm90(spec)
+    p, o, config = call.problem, call.operands, configs.forward_sm90(spec, p.seqlen_k)
     kernel = load_kernel(source(spec, config), d.ordinal)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, d.ordinal, stream) as sequences:

@@ -24,18 +24,24 @@ def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
         return
     assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
     source = plan_packed(_letter(o.cu_seqlens_q), _letter(o.cu_seqlens_k), _letter(o.seqused_k), block_m)
-    with temporary(table_bytes(p.batch), ordinal, stream) as memory:
+    with temporary(table_bytes(p.batch, most_blocks(call, block_m)), ordinal, stream) as memory:
         used = o.seqused_k.ptr if o.seqused_k else 0
         load(source, ordinal).launch(1, [memory, o.cu_seqlens_q.ptr, o.cu_seqlens_k.ptr, used, p.batch, p.num_heads, p.total_q], stream)
         yield memory
 
 
+def most_blocks(call: Call, block_m: int) -> int:
+    """Blocks of rows of a packed problem, at most: only the device knows its lengths."""
+    total = call.problem.total_q or 0
+    return total // block_m + min(call.problem.batch + 1, total)
+
+
 def most_tiles(call: Call, block_m: int) -> int:
-    """Tiles of a dense problem; an upper bound for a packed one, whose lengths only the device knows."""
+    """Tiles of a dense problem; an upper bound for a packed one."""
     p = call.problem
     if p.total_q is None:
         return p.batch * p.num_heads * -(-p.seqlen_q // block_m)
-    return p.num_heads * (p.total_q // block_m + min(p.batch + 1, p.total_q))
+    return p.num_heads * most_blocks(call, block_m)
 
 
 L2_BYTES = 32 << 20        # of K and V that heads in flight together may take

@@ -1,7 +1,8 @@
 """Which tile of query rows a block works on next: number -> (m_block, head, batch, where its rows and keys are).
 
 Dense problems compute it. Packed ones look it up in a table that `plan_packed` writes on the device, so that cumulative lengths are
-never read back: one entry per sequence, most work first, and a last one for rows that belong to no sequence.
+never read back: one entry per sequence, most work first, a last one for rows that belong to no sequence, and for each block of rows the
+number of its entry.
 """
 from __future__ import annotations
 
@@ -44,16 +45,10 @@ def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
     @inline
     def tile_at(a, t):
         if PACKED:
-            low, high = int32(0), int32(a.batch + 1)        # the last entry whose first tile is <= t
-            while high - low > 1:
-                middle = int32((low + high) >> 1)
-                if entry(a, middle, 5) <= t:
-                    low = middle
-                else:
-                    high = middle
-            seqlen_q = entry(a, low, 1)
-            m_block, head = in_group(int32(t - entry(a, low, 5)), divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), a.num_heads, a.head_group)
-            return m_block, head, entry(a, low, 4), entry(a, low, 0), seqlen_q, entry(a, low, 2), entry(a, low, 3)
+            i = load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16) + uint64(4 * divide(t, a.num_heads))))
+            seqlen_q = entry(a, i, 1)
+            m_block, head = in_group(int32(t - entry(a, i, 5)), divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), a.num_heads, a.head_group)
+            return m_block, head, entry(a, i, 4), entry(a, i, 0), seqlen_q, entry(a, i, 2), entry(a, i, 3)
         else:
             m_block, head = in_group(t, divide(int32(a.seqlen_q + BLOCK_M - 1), BLOCK_M), int32(a.num_heads * a.batch), a.head_group)
             batch = divide(head, a.num_heads)
@@ -75,8 +70,23 @@ def make_num_tiles(spec: Spec) -> Any:
     return from_table
 
 
-def table_bytes(batch: int) -> int:
-    return (batch + 1) * ENTRY + 16
+def make_unowned(spec: Spec) -> Any:
+    """unowned(a, t): 2 where tile t has rows that belong to no sequence, else 1."""
+    if not spec.packed:
+        @inline
+        def never(a, t):
+            return int32(1)
+        return never
+
+    @inline
+    def in_last_entry(a, t):
+        return int32(2) if t >= load_b32(uint64(a.table + uint64(a.batch * ENTRY + 20))) else int32(1)
+    return in_last_entry
+
+
+def table_bytes(batch: int, blocks: int) -> int:
+    """Of a table with at most `blocks` blocks of rows in all."""
+    return (batch + 1) * ENTRY + 16 + 4 * blocks
 
 
 @cache
@@ -157,6 +167,11 @@ def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) ->
         for i in range(begin, end):
             put(a, i, 5, first)
             first += tiles_of(a, i)
+        cuda.syncthreads()
+        for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp writes the blocks of an entry
+            block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + 20))), a.num_heads)
+            for j in range(thread & 31, divide(tiles_of(a, i), a.num_heads), 32):
+                store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
 
     fields = "table:l cu_seqlens_q:l cu_seqlens_k:l seqused_k:l batch:i num_heads:i total_q:i"
     return Source(f"plan_packed {q_letter}{k_letter}{used_letter} BLOCK_M {BLOCK_M}", lambda: kernel,
