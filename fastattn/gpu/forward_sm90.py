@@ -514,7 +514,7 @@ def refuses(call: Call, d: Device) -> str | None:
 
 def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     """Enqueue the kernel, and before it the table of a packed problem."""
-    p, o, config = call.problem, call.operands, configs.forward_sm90(spec, p.seqlen_k)
+    o, config = call.operands, configs.forward_sm90(spec, call.problem.seqlen_k)
     kernel = load_kernel(source(spec, config), d.ordinal)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, d.ordinal, stream) as sequences:
