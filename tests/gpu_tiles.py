@@ -287,7 +287,6 @@ def mma_qk(dtype: str, whole: bool) -> Callable[[], Any]:
             load_tile(to, uint64(a.src + source), int64(256), int64(2), int32(32 - row), int32(128 - 8 * chunk), 32, 8, 2, 4096)
             load_tile(int32(to + PANEL), uint64(a.other + source), int64(256), int64(2), int32(a.n - row), int32(128 - 8 * chunk),
                       64, 8, 2, PANEL)
-            cp_async.commit()
             cp_async.wait_all()
             cuda.syncthreads()
             q, k = int32(base + mma.lane_offset(lane)), int32(base + PANEL + mma.lane_offset_b(lane))
@@ -324,7 +323,6 @@ def mma_pv(dtype: str, whole: bool) -> Callable[[], Any]:
             to = int32(base + row * 128 + ((chunk ^ (row & 7)) << 4))
             load_tile(to, uint64(a.src + uint64(256 * row + 16 * chunk)), int64(256), int64(2), int32(64 - row), int32(128 - 8 * chunk),
                       64, 8, 2, PANEL)
-            cp_async.commit()
             cp_async.wait_all()
             cuda.syncthreads()
             if t < 32:
@@ -354,9 +352,9 @@ def check_mma_pv(dtype: str) -> Callable[[Any], None]:
 for _dtype in HALVES:
     for _whole in (True, False):
         _how = "whole" if _whole else "elements"
-        add("mma.make_products mma.lane_offset mma.lane_offset_b mma.load_rows cp_async.make_load cp_async.commit cp_async.wait_all",
+        add("mma.make_products mma.lane_offset mma.lane_offset_b mma.load_rows cp_async.make_load cp_async.wait_all",
             f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.shared.b16; "
-            "cp.async.commit_group; cp.async.wait_group 0; " + ("cp.async.cg.shared.global.L2::128B" if _whole else "@p ld.global.b16"),
+            "cp.async.wait_all; " + ("cp.async.cg.shared.global.L2::128B" if _whole else "@p ld.global.b16"),
             mma_qk(_dtype, _whole), check_mma_qk(_dtype), name=f"mma.qk_{_dtype}_{_how}", threads=64, shared=SHARED)
         add("mma.make_products mma.part mma.join mma.store_rows cp_async.make_store",
             f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16; "

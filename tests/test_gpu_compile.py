@@ -77,7 +77,7 @@ def _tensor_cores(family: str, arch: str, short: bool) -> Iterator[Job]:
     for name, settings in FEATURES.items():
         yield Job(family, arch, _want(half, 128, **settings), name)
     yield Job(family, arch, _want(half, 64, **EVERYTHING), "everything")
-    yield Job(family, arch, _want(half, 256, **EVERYTHING), "everything")
+    yield Job(family, arch, _want(half, 192, **EVERYTHING), "everything")
     yield Job(family, arch, _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
     yield Job(family, arch, replace(_want(half, 128), seqlen_q=1, num_heads=32, num_heads_k=8, batch=1, seqlen_k=16384), "decode")
 

@@ -66,7 +66,7 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
             return Config(128, 176, out_panels=1)
         return Config(128, 128, turns=1, beside=not short)
     if dim <= 192:
-        return Config(128, 32 if several else 64 if heavy else 96, out_panels=1, turns=1)
+        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1)
     return Config(128, 32 if heavy else 64, out_panels=2)
 
 

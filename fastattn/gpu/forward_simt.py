@@ -127,10 +127,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 part = get_vector(int32(base + KV + ((x + j * WIDE) * PITCH + d) * SIZE))
                 for e in range(VECTOR):
                     k[j, e] = part[e]
-            for e in range(VECTOR):
-                for i in range(ROWS):
-                    for j in range(COLS):
-                        acc_s[i, j] += q[i, e] * k[j, e]
+            for i in range(ROWS):
+                for j in range(COLS):
+                    some = q[i, 0] * k[j, 0]        # a sum of sums: one chain over head_dim rounds three times as much
+                    for e in range(1, VECTOR):
+                        some += q[i, e] * k[j, e]
+                    acc_s[i, j] += some
 
     @inline
     def multiply_pv(acc_o, base, x, y, key0, keys):

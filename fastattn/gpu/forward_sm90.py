@@ -68,6 +68,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT_PANEL, OUT_PANELS = 64 * 128, min(config.out_panels, PANELS_V)
     TWO_ROUNDS = OUT_PANELS < PANELS_V
+    assert PANELS_V <= 2 * OUT_PANELS
     OUT = smem.take(CONSUMERS * OUT_PANELS * OUT_PANEL)
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     TILE_FULL, TILE_EMPTY = smem.barriers(RECORDS), smem.barriers(RECORDS)

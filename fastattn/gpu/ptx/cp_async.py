@@ -14,8 +14,7 @@ from numba.cuda.typing import signature
 
 from .asm import I32, I64, VOID, emit, instruction, literals
 
-commit = instruction("cp.async.commit_group;")
-wait_all = instruction("cp.async.wait_group 0;")     # until this thread's copies so far have landed; others' after a barrier
+wait_all = instruction("cp.async.wait_all;")         # until this thread's copies so far have landed; others' after a barrier
 load_shared_b64 = instruction("ld.shared.b64 $0, [$1];", "r", "l")
 store_shared_b64 = instruction("st.shared.b64 [$0], $1;", "rl")
 
