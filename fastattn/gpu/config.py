@@ -42,7 +42,8 @@ class Config:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages}" + f" out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy + f" turns {self.turns}" * (self.turns > 0)
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy
+                + f" turns {self.turns}" * (self.turns > 0))
 
 
 def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:

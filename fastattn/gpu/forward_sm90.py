@@ -29,6 +29,7 @@ from .dropout import make_dropout
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, store_pairs, store_rows, zeros, zeros_packed
 from .inline import divide, inline
 from .mask import make_bounds
+from .packed import head_group, most_tiles, table
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
 from .ptx.memory import (
@@ -48,7 +49,6 @@ from .scores import make_score
 from .smem import Smem, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Arguments, Call, Spec, make_spec
-from .packed import head_group, most_tiles, table
 from .tensormap import fits, tensor_map
 from .workspace import counter
 
@@ -310,7 +310,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of one warpgroup: through shared memory and the copy engine, or from the registers where a packed tile is not full."""
+        """Output rows of a warpgroup: through shared memory and the copy engine, or from the registers where a packed tile is not full."""
         packed = to_half(acc_o)
         row0 = int32(m_block * BLOCK_M + w * 64)
         plane = int32(0) if PACKED else batch
@@ -340,12 +340,14 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     store_f32(at + uint64(32), lse1)
 
     @inline
-    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, kind, m_block, head, batch, q_start, seqlen_q, w, thread, lane, col):
+    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col):
+        """Output and lse of the i-th tile, whose coordinates are read again."""
+        m_block, head, batch, q_start, seqlen_q = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3), get(base, i, 4)
         thread = opaque(thread)     # what follows from it is computed here, not kept in registers through the loop
         row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
-            if kind == 2:
+            if get(base, i, 6) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
@@ -355,6 +357,20 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     def get(base, i, field):
         """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
         return uniform(word(base, i, field))
+
+    @inline
+    def coordinates(a, base, i, w, thread, lane):
+        """Of the i-th tile, and which of its key blocks this warpgroup's rows need a mask for: from full_min to full_max they do not."""
+        m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
+        row0 = int32(m_block * BLOCK_M + w * 64)
+        row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
+        n_min, n_max = uniform(n_min), uniform(n_max)
+        full_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
+        full_min = uniform(int32(max(min(full_min, full_max), n_min)))
+        return (head, batch, seqlen_q, seqlen_k, row, diagonal, intervals(a, row, diagonal, seqlen_k), n_min, full_min, full_max, n_max)
 
     @inline
     def consume(a, base, w, thread, lane):
@@ -368,18 +384,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         mbarrier.wait(base + TILE_FULL, int32(0))
         more = get(base, i, 6)
         while more | had != 0:
-            m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
-            row0 = int32(m_block * BLOCK_M + w * 64)
-            row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
-            diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-            rows = intervals(a, row, diagonal, seqlen_k)
+            (head, batch, seqlen_q, seqlen_k, row, diagonal, rows, n_min, full_min, full_max,
+             n_max) = coordinates(a, base, i, w, thread, lane)
             slope = prepare(a, batch, head)
-            n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-            _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
-            n_min, n_max = uniform(n_min), uniform(n_max)
             n_block = int32(n_max - 1)
-            full_max = uniform(int32(max(min(full_max, n_block), n_min)))
-            full_min = uniform(int32(max(min(full_min, full_max), n_min)))
             column = int32(n_block * BLOCK_N + col)
             before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
             it = int32(it + 1)
@@ -418,8 +426,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 if lane == 0:
                     mbarrier.arrive(base + V_EMPTY + 8 * before)
                 last = int32(i - 1)
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, get(base, last, 6), get(base, last, 0), get(base, last, 1), get(base, last, 2),
-                         get(base, last, 3), get(base, last, 4), w, thread, lane, col)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, last, w, thread, lane, col)
                 if lane == 0:
                     mbarrier.arrive(base + TILE_EMPTY + 8 * (last & (RECORDS - 1)))
             else:
@@ -519,6 +526,7 @@ def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     kernel = load_kernel(source(spec, config), d.ordinal)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, d.ordinal, stream) as sequences:
-        maps = [tensor_map(x, rows, stream) for x, rows in ((o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64))]
+        boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64)
+        maps = [tensor_map(x, rows, stream) for x, rows in boxes]
         own = (*maps, counter(d.ordinal, stream), sequences, tiles, head_group(call))
         kernel.launch(min(tiles, d.num_sms), arguments_of(spec).values(call, own), stream)

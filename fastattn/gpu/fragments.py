@@ -13,7 +13,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
-from .ptx.asm import F32, I1, I32, I64, VOID, emit, literals, pack, unpack
+from .ptx.asm import F32, I32, I64, VOID, emit, literals, pack, unpack
 from .ptx.memory import half_to_float, halves
 
 NEG_INF = F32(float("-inf"))
@@ -56,12 +56,12 @@ def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
         rows: list[Any] = []
         registers = unpack(builder, args[0], acc.count)
         for r, start in ((0, args[1]), (2, args[2])):
-            # two chains a row: half the latency of one
-            chains = [start, None]
+            # two chains a row, one of them from `start`: half the latency of one
+            chains: list[Any] = [start, None]
             for i, k in enumerate(range(r, acc.count, 4)):
-                pair = emit_max(builder, registers[k], registers[k + 1]) if chains[i % 2] is None else None
-                chains[i % 2] = pair if pair is not None else emit_max(builder, emit_max(builder, chains[i % 2], registers[k]), registers[k + 1])
-            rows.append(chains[0] if chains[1] is None else emit_max(builder, chains[0], chains[1]))
+                for x in registers[k:k + 2]:
+                    chains[i % 2] = x if chains[i % 2] is None else emit_max(builder, chains[i % 2], x)
+            rows.append(chains[0] if chains[1] is None else emit_max(builder, *chains))
         return pack(builder, rows)
     return signature(PAIR, acc, types.float32, types.float32), generate
 
@@ -124,7 +124,8 @@ def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: A
         for k, x in enumerate(unpack(builder, args[0], acc.count)):
             lo, hi = args[1 + row_of(k) // 4:3 + row_of(k) // 4]
             column = I32(col_of(k))
-            out.append(builder.select(builder.and_(builder.icmp_signed("<=", lo, column), builder.icmp_signed("<", column, hi)), x, NEG_INF))
+            inside = builder.and_(builder.icmp_signed("<=", lo, column), builder.icmp_signed("<", column, hi))
+            out.append(builder.select(inside, x, NEG_INF))
         return pack(builder, out)
     return signature(acc, acc, *[types.int32] * 4), generate
 
@@ -275,7 +276,8 @@ def make_dropout(philox: Any) -> Any:
     sig = signature(words, *[types.uint32] * 6)
 
     @intrinsic
-    def drop(typingctx: Any, acc: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any, threshold: Any) -> Any:
+    def drop(typingctx: Any, acc: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any,
+             threshold: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
             row16, col16, lane, plane, offset, key0, key1, threshold = args[1:]
             call = _call(context, builder, philox, sig)
@@ -321,8 +323,3 @@ def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0:
                  [builder.add(args[1 + row], I64(2 * col)), word, *inside])
         return context.get_dummy_value()
     return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
-
-
-__all__ = ["I1", "PAIR", "add_rows", "elementwise", "exp2_minus", "keep_below", "keep_interval", "keep_nonzero", "make_dropout", "make_gather",
-           "make_gather_pairs", "make_pack", "make_unpack", "quad_max", "quad_sum", "row_max", "row_sum", "scale_rows", "store_pairs",
-           "store_rows", "zeros", "zeros_packed"]

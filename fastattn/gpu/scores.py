@@ -1,4 +1,4 @@
-"""From dot products to scores, in units of log2: softmax_scale, softcap, ALiBi, bias and the boolean mask, each absent when not asked for."""
+"""From dot products to scores, in units of log2: softmax_scale, softcap, ALiBi, bias and the boolean mask, each only where asked for."""
 from __future__ import annotations
 
 from typing import Any

@@ -11,7 +11,7 @@ from numba import float32
 
 from .fragments import exp2_minus, quad_max, quad_sum, row_max, row_sum
 from .inline import inline
-from .ptx.arith import exp2, log2, reciprocal
+from .ptx.arith import exp2, log2
 from .ptx.memory import load_scalar
 from .spec import LOG2E, Spec
 

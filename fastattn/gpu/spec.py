@@ -44,7 +44,8 @@ class Spec:
     @property
     def text(self) -> str:
         """Short and unique: d128 causal ..."""
-        on = [name for name in ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse") if getattr(self, name)]
+        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse")
+        on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])

@@ -35,8 +35,8 @@ class _Device:
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties.location.id = ordinal
         self.pool = check(driver.cuMemPoolCreate(properties), "cuMemPoolCreate")
-        kept = driver.cuuint64_t(64 << 20)      # bytes that a synchronising program does not give back
-        check(driver.cuMemPoolSetAttribute(self.pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, kept), "cuMemPoolSetAttribute")
+        threshold, kept = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, driver.cuuint64_t(64 << 20)
+        check(driver.cuMemPoolSetAttribute(self.pool, threshold, kept), "cuMemPoolSetAttribute")    # bytes kept when a program synchronises
 
 
 _devices: dict[int, _Device] = {}

@@ -97,7 +97,8 @@ def make_products(dtype: str) -> tuple[Any, Any]:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
             for k in range(p.count // 4):
-                registers = _multiply(builder, dtype, registers, a[4 * k:4 * k + 4], builder.add(args[2], I64(k * 2048 >> 4)), False, (0, 1))
+                rows = builder.add(args[2], I64(k * 2048 >> 4))
+                registers = _multiply(builder, dtype, registers, a[4 * k:4 * k + 4], rows, False, (0, 1))
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64), generate
     return qk, pv
