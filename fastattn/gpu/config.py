@@ -12,7 +12,8 @@ SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_120"
 class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 
-    `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup.
+    `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup; with 0 the output
+    goes from the registers to global memory in pieces of 16 bytes, which costs 4000 cycles a tile at head_dim_v 256.
     `beside`: the softmax is held before the wait for the product that it runs beside; the assembler would put it behind.
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;
@@ -68,7 +69,10 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
         return Config(128, 128, turns=1, beside=not short)
     if dim <= 192:
         return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1)
-    return Config(128, 32 if heavy else 64, out_panels=2)
+    if heavy:
+        return Config(128, 32, out_panels=2)
+    plain = not (spec.left or spec.right or spec.packed or spec.scaled or spec.sinks)      # others spill a few registers at 80 keys
+    return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2)
 
 
 def feature_weight(spec: Spec) -> int:

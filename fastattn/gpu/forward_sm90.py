@@ -3,7 +3,7 @@
     warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
 
-    shared memory   Q | STAGES x (K, V) | out | barriers | tile records
+    shared memory   Q | STAGES x (K, V) | out, where there is room | barriers | tile records
     Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
     Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
     TILE_FULL[r], TILE_EMPTY[r]       tile records: the producer is up to two tiles ahead
@@ -67,8 +67,8 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT_PANEL, OUT_PANELS = 64 * 128, min(config.out_panels, PANELS_V)
-    TWO_ROUNDS = OUT_PANELS < PANELS_V
-    assert PANELS_V <= 2 * OUT_PANELS
+    TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
+    assert DIRECT or PANELS_V <= 2 * OUT_PANELS
     OUT = smem.take(CONSUMERS * OUT_PANELS * OUT_PANEL)
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     TILE_FULL, TILE_EMPTY = smem.barriers(RECORDS), smem.barriers(RECORDS)
@@ -310,12 +310,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of a warpgroup: through shared memory and the copy engine, or from the registers where a packed tile is not full."""
+        """Output rows of a warpgroup: through shared memory and the copy engine; from the registers where there is no room for that, or
+        where a packed tile is not full."""
         packed = to_half(acc_o)
         row0 = int32(m_block * BLOCK_M + w * 64)
         plane = int32(0) if PACKED else batch
-        if PACKED and row0 + 64 > seqlen_q:
-            address = uint64(a.out + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
+        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
+            address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
             if a.head_dim_v == HEAD_DIM_V:
                 store_pairs(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1)
