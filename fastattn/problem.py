@@ -293,6 +293,10 @@ def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = F
     """
     check, o = Check(call), operands
     _qkv(check, o.q, o.k, o.v, packed)
+    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        x = getattr(o, name)
+        if x is not None and x.device != o.q.device:
+            raise check.value(name, f"is on device {x.device}", f"q's device, {o.q.device}")
     num_heads, head_dim = o.q.shape[-2:]
     total_q = total_k = None
     if packed:
@@ -320,10 +324,6 @@ def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = F
         if cap <= 0:
             raise check.value("softcap", f"is {cap}", "a positive number, or None for no cap")
     small = ("float32", "float64", o.q.dtype)
-    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
-        x = getattr(o, name)
-        if x is not None and x.device != o.q.device:
-            raise check.value(name, f"is on device {x.device}", f"q's device, {o.q.device}")
     if o.alibi_slopes is not None:
         check.dtype("alibi_slopes", o.alibi_slopes, small)
         if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):

@@ -31,7 +31,8 @@ def test_stubs_are_what_is_compiled(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     allowed = tmp_path / "allowed"
     allowed.write_text(r".*\.__test__")
-    passes("mypy.stubtest", f"fastattn.cpu.isa.{cpu.instruction_set()}", "--allowlist", str(allowed))
+    module = f"fastattn.cpu.isa.{cpu.instruction_set()}"
+    passes("mypy.stubtest", "--mypy-config-file", "pyproject.toml", "--allowlist", str(allowed), module)
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

@@ -12,10 +12,14 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import cuda.core  # noqa: F401
+import numba.cuda  # noqa: F401  both here, so that where one is missing the api says what to install
+
 from ..buffers import Grads, View
 from ..errors import UnsupportedError
 from ..problem import Operands, Problem
 from .device import current, device
+from .packed import most_tiles
 from .spec import Call, make_spec
 
 __all__ = ["FAMILIES", "backward", "choose", "forward", "name", "supports", "use"]
@@ -52,6 +56,8 @@ def supports(problem: Problem) -> str | None:
 def choose(call: Call, d: Any) -> Any:
     """The first wanted family that takes the call; UnsupportedError says why none does."""
     reasons = []
+    if most_tiles(call, 64) >= 2**31:
+        raise UnsupportedError(f"{call.problem.call}(): {most_tiles(call, 64)} tiles of 64 query rows, more than 2**31 - 1.")
     for which in _wanted.get():
         module = family(which)
         reason = module.refuses(call, d)

@@ -72,6 +72,22 @@ def current(d: Device) -> Iterator[None]:
         driver.cuCtxPopCurrent()
 
 
+@contextlib.contextmanager
+def relaxed() -> Iterator[None]:
+    """Allocations and copies on streams of our own are allowed inside, also while the caller captures a graph on this thread."""
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = check(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+def private_stream() -> int:
+    """A stream for work of our own that waits for nobody."""
+    return int(check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
+
+
 def capturing(stream: int) -> bool:
     """Whether the stream is being captured into a graph."""
     return int(check(driver.cuStreamIsCapturing(stream), "cuStreamIsCapturing")) != 0

@@ -27,7 +27,7 @@ from .compile import load as load_kernel
 from .config import ConfigSm80
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, zeros
 from .inline import inline
 from .mask import make_bounds
 from .packed import head_group, most_tiles, table
@@ -252,7 +252,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         if PACKED and SINKS:
             if unowned(a, int32(cuda.blockIdx.x)) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
-        store_rows(to_half(scale_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
+        store_rows(to_half(scale_seen_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 
     @inline

@@ -26,7 +26,7 @@ from .compile import load as load_kernel
 from .config import Config, feature_weight
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, store_pairs, store_rows, zeros, zeros_packed
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, store_pairs, store_rows, zeros, zeros_packed
 from .inline import divide, inline
 from .mask import make_bounds
 from .packed import head_group, most_tiles, table
@@ -350,7 +350,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         if PACKED and SINKS:
             if get(base, i, 6) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
-        acc_o = scale_rows(acc_o, scale0, scale1)
+        acc_o = scale_seen_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 

@@ -117,6 +117,16 @@ def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
 
 
 @intrinsic
+def scale_seen_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
+    """As scale_rows, but a factor of 0 gives 0 whatever the row holds: it saw nothing, and its tile may hold NaN."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nothing = [builder.fcmp_ordered("==", scale, F32(0.0)) for scale in args[1:]]
+        return pack(builder, [builder.select(nothing[row_of(k) // 8], F32(0.0), builder.fmul(x, args[1 + row_of(k) // 8]))
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
 def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: Any) -> Any:
     """acc where lo <= column < hi, else -inf; bounds per row, counted from the thread's first column."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

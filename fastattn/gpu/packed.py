@@ -4,15 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..buffers import View
 from .compile import load
 from .schedule import plan_packed, table_bytes
 from .spec import Call
 from .workspace import temporary
-
-
-def _letter(x: View | None) -> str:
-    return "" if x is None else "q" if x.dtype == "int64" else "i"
 
 
 @contextmanager
@@ -23,10 +18,10 @@ def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
         yield 0
         return
     assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
-    source = plan_packed(_letter(o.cu_seqlens_q), _letter(o.cu_seqlens_k), _letter(o.seqused_k), block_m)
-    with temporary(table_bytes(p.batch, most_blocks(call, block_m)), ordinal, stream) as memory:
-        used = o.seqused_k.ptr if o.seqused_k else 0
-        load(source, ordinal).launch(1, [memory, o.cu_seqlens_q.ptr, o.cu_seqlens_k.ptr, used, p.batch, p.num_heads, p.total_q], stream)
+    source, blocks = plan_packed(p.seqused_k, block_m), most_blocks(call, block_m)
+    lengths = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
+    with temporary(table_bytes(p.batch, blocks), ordinal, stream) as memory:
+        load(source, ordinal).launch(1, [memory, *lengths, p.batch, p.num_heads, p.total_q, p.total_k, blocks], stream)
         yield memory
 
 

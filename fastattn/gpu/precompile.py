@@ -99,10 +99,8 @@ def sources(call: Call, spec: Spec, d: Device) -> list[compiler.Source]:
 
     @contextlib.contextmanager
     def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
-        o = call.operands
         if call.problem.packed:
-            found.append(plan_packed(*("" if x is None else "q" if x.dtype == "int64" else "i"
-                                       for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k)), block_m))
+            found.append(plan_packed(call.problem.seqused_k, block_m))
         yield 0
 
     def nothing(*_: Any) -> int:
@@ -182,6 +180,9 @@ def arch_here() -> str:
         raise LookupError(f"no CUDA device here ({error}); name an architecture: --arch sm_90a.") from error
 
 
+LENGTHS = 512, 2048, 4096, 16384      # of dense calls: tiles are chosen by length
+
+
 def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
     """Dense and packed calls with each feature, with lse and without. A feature is a name of FEATURES, or several with '+'."""
     wants = []
@@ -192,8 +193,8 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
         settings: dict[str, Any] = {}
         for name in feature.split("+"):
             settings |= FEATURES[name]
-        wants += [Want(dtype, dim, packed=packed, lse=lse, **settings)
-                  for dtype in dtypes for dim in head_dims for packed in (False, True) for lse in (False, True)]
+        wants += [Want(dtype, dim, packed=packed, lse=lse, seqlen_q=seqlen, **settings) for dtype in dtypes for dim in head_dims
+                  for packed in (False, True) for lse in (False, True) for seqlen in ((4096,) if packed else LENGTHS)]
     return wants
 
 

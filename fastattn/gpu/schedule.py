@@ -90,28 +90,31 @@ def table_bytes(batch: int, blocks: int) -> int:
 
 
 @cache
-def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) -> Source:
-    """The kernel that writes the table: one block. The letters are "i" (int32) or "q" (int64) of the three length arrays, "" for none."""
-    Q_BYTES, K_BYTES, USED = 8 if q_letter == "q" else 4, 8 if k_letter == "q" else 4, used_letter != ""
-    USED_BYTES = 8 if used_letter == "q" else 4
+def plan_packed(USED: bool, BLOCK_M: int) -> Source:
+    """The kernel that writes the table: one block. USED: there is a seqused_k. Steps are bytes between lengths, int32 or int64."""
     THREADS = PLAN_THREADS
 
     @inline
-    def length(pointer, i, size):
-        return load_b32(uint64(pointer + uint64(i * size)))     # little-endian: the low half of an int64
+    def length(pointer, i, step, total):
+        """Element i, little-endian, so that its low half will do for an int64; lengths that lie are cut to what there is."""
+        return int32(min(max(load_b32(uint64(pointer + uint64(i * step))), 0), total))
+
+    @inline
+    def rows_of(a, i):
+        start = length(a.cu_seqlens_q, i, a.q_step, a.total_q)
+        return int32(max(length(a.cu_seqlens_q, i + 1, a.q_step, a.total_q) - start, 0))
 
     @inline
     def keys(a, i):
-        start = length(a.cu_seqlens_k, i, K_BYTES)
-        n = length(a.cu_seqlens_k, i + 1, K_BYTES) - start
+        start = length(a.cu_seqlens_k, i, a.k_step, a.total_k)
+        n = int32(max(length(a.cu_seqlens_k, i + 1, a.k_step, a.total_k) - start, 0))
         if USED:
-            n = length(a.seqused_k, i, USED_BYTES)
-        return int32(n)
+            n = length(a.seqused_k, i, a.used_step, n)
+        return n
 
     @inline
     def work(a, i):
-        rows = length(a.cu_seqlens_q, i + 1, Q_BYTES) - length(a.cu_seqlens_q, i, Q_BYTES)
-        return int64(rows) * int64(keys(a, i) + BLOCK_M)
+        return int64(rows_of(a, i)) * int64(keys(a, i) + BLOCK_M)
 
     @inline
     def put(a, i, field, value):
@@ -133,14 +136,13 @@ def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) ->
                     other = work(a, j)
                     if other > mine or (other == mine and j < i):
                         place += 1
-            q_start = length(a.cu_seqlens_q, i, Q_BYTES)
-            put(a, place, 0, q_start)
-            put(a, place, 1, length(a.cu_seqlens_q, i + 1, Q_BYTES) - q_start)
-            put(a, place, 2, length(a.cu_seqlens_k, i, K_BYTES))
+            put(a, place, 0, length(a.cu_seqlens_q, i, a.q_step, a.total_q))
+            put(a, place, 1, rows_of(a, i))
+            put(a, place, 2, length(a.cu_seqlens_k, i, a.k_step, a.total_k))
             put(a, place, 3, keys(a, i))
             put(a, place, 4, i)
         if thread == 0:     # rows of no sequence
-            end = length(a.cu_seqlens_q, a.batch, Q_BYTES)
+            end = length(a.cu_seqlens_q, a.batch, a.q_step, a.total_q)
             put(a, a.batch, 0, end)
             put(a, a.batch, 1, a.total_q - end)
             put(a, a.batch, 2, 0)
@@ -161,7 +163,7 @@ def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) ->
                 mine = sums[i]
                 sums[i] = before
                 before += mine
-            put(a, a.batch + 1, 0, before)
+            put(a, a.batch + 1, 0, min(before, a.blocks * a.num_heads))
         cuda.syncthreads()
         first = sums[thread]
         for i in range(begin, end):
@@ -171,8 +173,10 @@ def plan_packed(q_letter: str, k_letter: str, used_letter: str, BLOCK_M: int) ->
         for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp writes the blocks of an entry
             block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + 20))), a.num_heads)
             for j in range(thread & 31, divide(tiles_of(a, i), a.num_heads), 32):
-                store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
+                if block + j < a.blocks:
+                    store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
 
-    fields = "table:l cu_seqlens_q:l cu_seqlens_k:l seqused_k:l batch:i num_heads:i total_q:i"
-    return Source(f"plan_packed {q_letter}{k_letter}{used_letter} BLOCK_M {BLOCK_M}", lambda: kernel,
+    fields = ("table:l cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q batch:i num_heads:i total_q:i total_k:i "
+              "blocks:i")
+    return Source(f"plan_packed BLOCK_M {BLOCK_M}" + " seqused_k" * USED, lambda: kernel,
                   tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS, 0)

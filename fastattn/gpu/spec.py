@@ -57,11 +57,11 @@ def _pad(n: int) -> int:
 
 def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
     s = p.score
-    scaled = s.softmax_scale <= 0 or s.softcap is not None or s.alibi or s.bias is not None
+    scaled = s.softmax_scale < 1e-30 or s.softcap is not None or s.alibi or s.bias is not None
     pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
              and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
     return Spec(p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), p.mask.left is not None, p.mask.right is not None, p.packed, scaled,
-                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes else None, s.bias, pairs, s.mask,
+                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, s.bias, pairs, s.mask,
                 o.sinks.dtype if o.sinks else None, p.dropout is not None, lse)
 
 

@@ -1,8 +1,9 @@
 """Tensor maps, by which the bulk copy engine finds tiles (CUDA driver API, cuTensorMapEncodeTiled), kept on the device.
 
 Axes are (head_dim, row, head, batch); a box is 64 elements (128 bytes, swizzled) by `rows`. What lies outside the tensor is read
-as 0 and not written. Maps live in a slab of device memory; encoding and uploading costs some 20 us, so they are kept by
-(stream, pointer, shape, strides, rows): a map is uploaded in stream order and used on that stream alone.
+as 0 and not written. Maps live in device memory of our own and are kept by (pointer, shape, strides, rows). A new one is copied there
+on a private stream that the host waits for, some 20 us once: no order with the caller's streams is needed then, and a graph that is
+being captured does not contain the copy.
 """
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from typing import Any
 from cuda.bindings import driver
 
 from ..buffers import View
-from .device import capturing, check
+from .device import capturing, check, private_stream, relaxed
 
-_SLOTS = 8192                  # per device, 128 bytes each; a slot is reused when 8192 others were used after it
+_CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each
+_MOST = 65536                  # of a device; past it the least recently used goes, more launches ago than can be pending
 _DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 PANEL = 64                     # elements of a 128-byte row
 
@@ -34,63 +36,56 @@ def fits(x: View) -> str | None:
     return None
 
 
-class _Slab:
-    """Slots of one device: addresses of maps by key, the least recently used slot first. Maps used in a capture stay for good."""
+class _Maps:
+    """Of one device: addresses by key. What a captured graph uses is never given up."""
 
     def __init__(self) -> None:
-        self.maps: OrderedDict[Any, int] = OrderedDict()
-        self.memory = int(check(driver.cuMemAlloc(_SLOTS * 128), "cuMemAlloc"))
-        self.host = check(driver.cuMemAllocHost(_SLOTS * 128), "cuMemAllocHost")
-        self.free = list(range(_SLOTS - 1, -1, -1))
-        self.upload = int(check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
-        self.lock = threading.Lock()
+        self.eager: OrderedDict[Any, int] = OrderedDict()
+        self.captured: dict[Any, int] = {}
+        self.free: list[int] = []
+        self.stream, self.lock = private_stream(), threading.Lock()
+        self.staging = int(check(driver.cuMemAllocHost(128), "cuMemAllocHost"))
 
-
-_slabs: dict[int, _Slab] = {}
-_slabs_lock = threading.Lock()
-
-
-def _slab(ordinal: int) -> _Slab:
-    with _slabs_lock:
-        if ordinal not in _slabs:
-            _slabs[ordinal] = _Slab()
-        return _slabs[ordinal]
-
-
-def tensor_map(x: View, rows: int, stream: int) -> int:
-    """Device address of the map of a view that `fits`, for boxes of `rows` rows; ordered before later work on `stream`."""
-    key = (stream, x.ptr, x.shape, x.strides, x.dtype, rows)
-    slab = _slabs.get(x.device[1]) or _slab(x.device[1])
-    with slab.lock:
-        address = slab.maps.get(key)
-        if address is not None:
-            slab.maps.move_to_end(key)
-            return address
-        capture = capturing(stream)
-        if not slab.free:
-            _, oldest = slab.maps.popitem(last=False)
-            slab.free.append((oldest - slab.memory) // 128)
-        slot = slab.free.pop()
-        address = slab.memory + 128 * slot
-        host = int(slab.host) + 128 * slot
-        ctypes.memmove(host, _encode(x, rows), 128)
-        if capture:
-            _upload_now(slab, address, host)
-        else:
-            check(driver.cuMemcpyHtoDAsync(address, host, 128, stream), "cuMemcpyHtoDAsync")
-            slab.maps[key] = address
+    def place(self, encoded: int) -> int:
+        """Device address of a copy of the map at host address `encoded`."""
+        if not self.free and len(self.eager) >= _MOST:
+            self.free.append(self.eager.popitem(last=False)[1])
+        if not self.free:
+            chunk = int(check(driver.cuMemAlloc(_CHUNK * 128), "cuMemAlloc"))
+            self.free += range(chunk, chunk + _CHUNK * 128, 128)
+        address = self.free.pop()
+        ctypes.memmove(self.staging, encoded, 128)
+        check(driver.cuMemcpyHtoDAsync(address, self.staging, 128, self.stream), "cuMemcpyHtoDAsync")
+        check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
         return address
 
 
-def _upload_now(slab: _Slab, address: int, host: int) -> None:
-    """For a graph that is being captured: its replays find the map there, so the copy is no part of the graph."""
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = check(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
-    try:
-        check(driver.cuMemcpyHtoDAsync(address, host, 128, slab.upload), "cuMemcpyHtoDAsync")
-        check(driver.cuStreamSynchronize(slab.upload), "cuStreamSynchronize")
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(before)
+_devices: dict[int, _Maps] = {}
+_devices_lock = threading.Lock()
+
+
+def _maps(ordinal: int) -> _Maps:
+    found = _devices.get(ordinal)
+    if found is None:
+        with _devices_lock, relaxed():
+            found = _devices.get(ordinal) or _devices.setdefault(ordinal, _Maps())
+    return found
+
+
+def tensor_map(x: View, rows: int, stream: int) -> int:
+    """Device address of the map of a view that `fits`, for boxes of `rows` rows, to be used by work on `stream`."""
+    key = (x.ptr, x.shape, x.strides, x.dtype, rows)
+    maps = _maps(x.device[1])
+    with maps.lock:
+        kept = maps.captured if capturing(stream) else maps.eager
+        address = kept.get(key)
+        if address is None:
+            encoded = _encode(x, rows)
+            with relaxed():
+                address = kept[key] = maps.place(encoded)
+        elif kept is maps.eager:
+            maps.eager.move_to_end(key)
+        return address
 
 
 def _encode(x: View, rows: int) -> int:

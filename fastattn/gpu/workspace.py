@@ -1,7 +1,7 @@
 """Small device memory that kernels need besides their operands: tile counters, and temporary tables.
 
-Nothing here synchronises: counters are zero whenever no kernel uses them, because the last block to finish leaves them so, and
-temporary memory is allocated and freed in stream order.
+Nothing here waits for the caller's work: counters are zero whenever no kernel uses them, because the last block to finish leaves them
+so, and temporary memory is allocated and freed in stream order.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from cuda.bindings import driver
 
-from .device import capturing, check
+from .device import capturing, check, private_stream, relaxed
 
 _COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
 
@@ -21,14 +21,9 @@ class _Device:
     """Counters are used in turn: two launches share one only if 32768 launches apart and running at the same time."""
 
     def __init__(self, ordinal: int) -> None:
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        before = check(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
-        try:
-            self.memory = int(check(driver.cuMemAlloc(8 * _COUNTERS), "cuMemAlloc"))
-            check(driver.cuMemsetD8(self.memory, 0, 8 * _COUNTERS), "cuMemsetD8")
-            check(driver.cuCtxSynchronize(), "cuCtxSynchronize")       # once per device and process, before the first launch
-        finally:
-            driver.cuThreadExchangeStreamCaptureMode(before)
+        self.memory, stream = int(check(driver.cuMemAlloc(8 * _COUNTERS), "cuMemAlloc")), private_stream()
+        check(driver.cuMemsetD8Async(self.memory, 0, 8 * _COUNTERS, stream), "cuMemsetD8Async")
+        check(driver.cuStreamSynchronize(stream), "cuStreamSynchronize")       # once per device and process, before the first launch
         self.next, self.next_captured = itertools.cycle(range(_COUNTERS // 2)), itertools.cycle(range(_COUNTERS // 2, _COUNTERS))
         properties = driver.CUmemPoolProps()
         properties.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -46,7 +41,7 @@ _lock = threading.Lock()
 def _device(ordinal: int) -> _Device:
     found = _devices.get(ordinal)
     if found is None:
-        with _lock:
+        with _lock, relaxed():
             found = _devices.get(ordinal) or _devices.setdefault(ordinal, _Device(ordinal))
     return found
 
