@@ -71,7 +71,7 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
         return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1)
     if heavy:
         return Config(128, 32, out_panels=2)
-    plain = not (spec.left or spec.right or spec.packed or spec.scaled or spec.sinks)      # others spill a few registers at 80 keys
+    plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers at 80 keys
     return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2)
 
 

@@ -219,12 +219,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def wait_turn(w):
         if TURNS:
-            barrier(int32(TURN_BARRIER + w), int32(256))
+            barrier(int32(TURN_BARRIER + opaque(w)), int32(256))       # opaque: added here each time, no register kept for it
 
     @inline
     def pass_turn(w):
         if TURNS:
-            barrier_arrive(int32(TURN_BARRIER + (w + 1) % CONSUMERS), int32(256))
+            after = int32(opaque(w) + 1)
+            barrier_arrive(int32(TURN_BARRIER if after == CONSUMERS else TURN_BARRIER + after), int32(256))
 
     @inline
     def changed(alpha0, alpha1, sum0, sum1):

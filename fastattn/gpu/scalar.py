@@ -42,6 +42,11 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
             return REAL(0)
 
     @inline
+    def operand_has(a, row, col):
+        """bias and mask end at the maxima that the caller of a packed problem gave, which lengths on the device may exceed."""
+        return (row < a.seqlen_q) & (col < a.seqlen_k)
+
+    @inline
     def score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k):
         s = s * a.scale
         if SOFTCAP:
@@ -50,7 +55,7 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
             s = s - slope * REAL(int32(abs(int32(row + seqlen_k - seqlen_q - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
-            s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k)))
+            s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))
         return s
 
     @inline
@@ -58,7 +63,7 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
         inside = (lo <= col) & (col < hi) & (row < seqlen_q)
         if MASK:
             address = uint64(a.mask + batch * a.mask_batch + head * a.mask_head + row * a.mask_row + col * a.mask_col)
-            return load_flag(address, int32(inside)) != 0
+            return load_flag(address, int32(inside & operand_has(a, row, col))) != 0
         else:
             return inside
 

@@ -21,6 +21,7 @@ def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
     acc_s = score(a, acc_s, early, slope, row, col, diagonal)
     """
+    PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs, COUNT)
     mask_tile, _ = _score_tile("bool", False, COUNT)
@@ -59,6 +60,8 @@ def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
 
     @inline
     def fetch(a, batch, head, row, col, seqlen_q, seqlen_k):
+        if PACKED:      # the operands end at the maxima that the caller gave, which the lengths on the device may exceed
+            seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
         return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
 
     @inline
