@@ -387,6 +387,9 @@ add("fragments.zeros_packed", "st.global", on_fragment(lambda acc, lane, row, co
     acc, _to_float(f.zeros_packed(COUNT)), float32(2))), expect(lambda x, r, c: x))
 add("fragments.scale_rows", "mul", on_fragment(lambda acc, lane, row, col, n: f.scale_rows(acc, float32(row), float32(row + 8))),
     expect(lambda x, r, c: x * r.astype(np.float32)))
+add("fragments.scale_seen_rows", "selp", on_fragment(lambda acc, lane, row, col, n: f.scale_seen_rows(
+    f.scale_rows(acc, float32(np.inf) if row == 0 else float32(1), float32(1)), float32(row), float32(row + 8))),
+    expect(lambda x, r, c: x * r.astype(np.float32)))
 add("fragments.exp2_minus arith.emit_fma", "fma.rn.f32; ex2.approx.ftz.f32",
     on_fragment(lambda acc, lane, row, col, n: f.exp2_minus(acc, float32(1.5), float32(row), float32(row + 8))),
     expect(lambda x, r, c: np.exp2(1.5 * x - r), rtol=2e-6))

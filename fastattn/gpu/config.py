@@ -127,5 +127,5 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     if heavy or not whole:
         return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
     if dim > 64:
-        return ConfigSm80(4, 2, 64 if room > 160 else 32, 1, 2, **many)
+        return ConfigSm80(4, 2, 64 if room > 200 else 48 if room > 160 else 32, 1, 2, **many)      # sm_80 spills a register at 64 keys
     return ConfigSm80(4, 2, 64, 2, 2, **many)

@@ -27,7 +27,7 @@ from .compile import load as load_kernel
 from .config import ConfigSm80
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, zeros
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
 from .inline import inline
 from .mask import make_bounds
 from .packed import head_group, most_tiles, table
@@ -252,7 +252,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         if PACKED and SINKS:
             if unowned(a, int32(cuda.blockIdx.x)) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
-        store_rows(to_half(scale_seen_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
+        store_rows(to_half(scale_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 
     @inline
@@ -298,13 +298,17 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         q = first_q(base)
         nothing = (NEG_INF, NEG_INF, float32(0), float32(0))
         acc_o, stats, stage = zeros(COUNT_O), (nothing, nothing), int32(0)
-        for n_block in range(int32(n_max - 1), int32(full_max - 1), int32(-1)):
-            acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
-        for n_block in range(int32(full_max - 1), int32(full_min - 1), int32(-1)):
-            acc_o, stats, stage = step_full(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
+        n_block = int32(n_max)
+        while n_block > full_max:
+            n_block = int32(n_block - 1)
+            acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, n_block, n_min)
+        while n_block > full_min:
+            n_block = int32(n_block - 1)
+            acc_o, stats, stage = step_full(a, base, q, slope, acc_o, stats, stage, n_block, n_min)
         if LEFT:
-            for n_block in range(int32(full_min - 1), int32(n_min - 1), int32(-1)):
-                acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, int32(n_block), n_min)
+            while n_block > n_min:
+                n_block = int32(n_block - 1)
+                acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, n_block, n_min)
         epilogue(a, base, acc_o, stats)
 
     return kernel, smem.size - ALIGN + 128      # two blocks of 49 KiB fit 100 KiB, of 50 KiB not
