@@ -465,7 +465,7 @@ def check_quads(launch: Any) -> None:
     np.testing.assert_allclose(got[1], x.sum(1).repeat(4), rtol=1e-6, atol=1e-6)
 
 
-add("fragments.quad_max fragments.quad_sum", "shfl.sync.bfly.b32", quads, check_quads)
+add("fragments.quad_max fragments.quad_sum sync.emit_shuffle_xor", "shfl.sync.bfly.b32", quads, check_quads)
 
 
 def gathers(dtype: str, pairs: bool) -> Callable[[], Any]:
@@ -504,7 +504,7 @@ def check_gathers(dtype: str, n: int) -> Callable[[Any], None]:
 
 
 for _dtype in ("float32", *HALVES, "bool"):
-    add("fragments.make_gather fragments.make_unpack fragments.keep_nonzero memory.halves memory.half_to_float",
+    add("fragments.make_gather fragments.make_unpack fragments.keep_nonzero memory.emit_load_if memory.halves memory.half_to_float",
         {"float32": "@p ld.global.b32", "bool": "@p ld.global.u8"}.get(_dtype, "@p ld.global.u16"), gathers(_dtype, False),
         check_gathers(_dtype, 37), name=f"fragments.gather_{_dtype}")
 for _dtype in HALVES:
@@ -542,7 +542,8 @@ def check_stores(dtype: str, pairs: bool) -> Callable[[Any], None]:
 
 
 for _dtype in HALVES:
-    add("fragments.make_pack fragments.store_rows arith.emit_pack_half", f"{arith.CONVERT[_dtype]}; @p st.global.b16",
-        stores(_dtype, False), check_stores(_dtype, False), name=f"fragments.store_rows_{_dtype}")
-    add("fragments.make_pack fragments.store_pairs", f"{arith.CONVERT[_dtype]}; @p st.global.b32", stores(_dtype, True),
-        check_stores(_dtype, True), name=f"fragments.store_pairs_{_dtype}")
+    add("fragments.make_pack fragments.store_rows memory.emit_store_halves_if arith.emit_pack_half",
+        f"{arith.CONVERT[_dtype]}; @p st.global.b16", stores(_dtype, False),
+        check_stores(_dtype, False), name=f"fragments.store_rows_{_dtype}")
+    add("fragments.make_pack fragments.store_pairs memory.emit_store_if", f"{arith.CONVERT[_dtype]}; @p st.global.b32",
+        stores(_dtype, True), check_stores(_dtype, True), name=f"fragments.store_pairs_{_dtype}")

@@ -24,7 +24,7 @@ from numba import cuda, int32, uint64
 
 import fastattn
 from fastattn import __main__ as command
-from fastattn import gpu
+from fastattn import gpu, streams
 from fastattn.gpu import compile as compiler
 from fastattn.gpu import precompile
 from fastattn.gpu.ptx.memory import store_b32
@@ -217,7 +217,7 @@ def test_precompile_needs_a_device_or_a_name(monkeypatch: pytest.MonkeyPatch) ->
     device = importlib.import_module("fastattn.gpu.device")
 
     def absent(ordinal: int) -> Any:
-        raise device.CudaError("cuInit failed: no device")
+        raise streams.CudaError("cuInit failed: no device")
     monkeypatch.setattr(device, "device", absent)
     with pytest.raises(SystemExit, match=r"no CUDA device here .* --arch sm_90a"):
         command.main(["precompile"])

@@ -169,7 +169,8 @@ class Kernel:
     def __init__(self, source: Source, ordinal: int) -> None:
         from cuda.bindings import driver
 
-        from .device import check, current, device, relaxed
+        from ..streams import check
+        from .device import current, device, relaxed
         d = device(ordinal)
         self.source, self.ordinal = source, ordinal
         self._struct = struct.Struct("@" + "".join(_LETTERS[letter] for _, letter in source.fields))

@@ -1,27 +1,14 @@
-"""The CUDA devices: driver calls that raise, the current device, what a device is."""
+"""The CUDA devices: what a device is, which is current, streams of our own."""
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from cuda.bindings import driver
 
-
-class CudaError(RuntimeError):
-    """A driver call failed: its name, the error and what the driver says about it."""
-
-
-def check(result: Any, what: str) -> Any:
-    """The value of a cuda.bindings call, or CudaError."""
-    code = result[0]
-    if code != 0:
-        _, name = driver.cuGetErrorName(code)
-        _, text = driver.cuGetErrorString(code)
-        raise CudaError(f"{what} failed: {(name or b'?').decode()}: {(text or b'').decode()}")
-    return result[1] if len(result) == 2 else result[1:]
+from ..streams import check
 
 
 @dataclass(frozen=True, slots=True)

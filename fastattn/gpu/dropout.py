@@ -9,8 +9,6 @@ from .fragments import make_dropout as make_drop
 from .inline import inline
 from .spec import Spec
 
-_ROUNDS = range(10)
-
 
 def philox(c0, c1, c2, c3, k0, k1):
     """Four words for the counter (c0, c1, c2, c3) and the key (k0, k1), all uint32."""

@@ -13,8 +13,9 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
-from .ptx.asm import F32, I32, I64, VOID, emit, literals, pack, unpack
-from .ptx.memory import half_to_float, halves
+from .ptx.asm import F32, I32, I64, literals, pack, unpack
+from .ptx.memory import emit_load_if, emit_store_halves_if, emit_store_if, half_to_float, halves
+from .ptx.sync import emit_shuffle_xor
 
 NEG_INF = F32(float("-inf"))
 PAIR = types.UniTuple(types.float32, 2)
@@ -86,8 +87,7 @@ def _quad(combine: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             value = args[0]
             for distance in (1, 2):
-                other = emit(builder, F32, f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
-                value = combine(builder, value, other)
+                value = combine(builder, value, emit_shuffle_xor(builder, value, distance))
             return value
         return signature(types.float32, types.float32), generate
     return reduce
@@ -201,12 +201,10 @@ def make_gather(dtype: str) -> Any:
     """tile = gather(pointer0, pointer1, stride, limit0, limit1, count): elements of a score-shaped operand, as 32-bit registers.
 
     `pointer0` and `pointer1` are the addresses of the thread's two rows at its first column, `stride` the bytes between columns,
-    `limit` the columns of a row that exist, counted from there; the others are not read and are 0. 16-bit pairs with
-    stride 2 and an even address are one load of 32 bits. Unpacked later by `make_unpack`, so that the loads can be issued early.
+    `limit` the columns of a row that exist, counted from there; the others are not read and are 0. Unpacked later by
+    `make_unpack`, so that the loads can be issued early.
     """
     size = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}[dtype]
-    load = {4: ("ld.global.b32 $0, [$1];", I32), 2: ("{ .reg .u16 t; ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }", I32),
-            1: ("ld.global.u8 $0, [$1];", I32)}[size]
 
     @intrinsic
     def gather(typingctx: Any, pointer0: Any, pointer1: Any, stride: Any, limit0: Any, limit1: Any, count: Any) -> Any:
@@ -218,17 +216,10 @@ def make_gather(dtype: str) -> Any:
                 column = col_of(k)
                 pointer = builder.add(args[row_of(k) // 8], builder.mul(args[2], I64(column)))
                 inside = builder.icmp_signed("<", I32(column), args[3 + row_of(k) // 8])
-                out.append(_load_if(builder, inside, pointer, load[0]))
+                out.append(emit_load_if(builder, inside, pointer, size))
             return pack(builder, out)
         return signature(types.UniTuple(types.int32, n), types.uint64, types.uint64, types.int64, types.int32, types.int32, count), generate
     return gather
-
-
-def _load_if(builder: Any, inside: Any, pointer: Any, text: str) -> Any:
-    """The 32-bit result of a load, 0 and no access where `inside` is false."""
-    guarded = f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b32 $0, 0; @p {text} }}" if not text.startswith("{") else \
-        "{ .reg .pred p; .reg .u16 t; setp.ne.u32 p, $2, 0; mov.u16 t, 0; @p ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }"
-    return emit(builder, I32, guarded, "=r,l,r", [pointer, builder.zext(inside, I32)])
 
 
 def make_gather_pairs() -> Any:
@@ -242,7 +233,7 @@ def make_gather_pairs() -> Any:
             for k in range(0, n, 2):
                 pointer = builder.add(args[row_of(k) // 8], I64(2 * col_of(k)))
                 inside = builder.icmp_signed("<", I32(col_of(k)), args[2 + row_of(k) // 8])
-                out.append(_load_if(builder, inside, pointer, "ld.global.b32 $0, [$1];"))
+                out.append(emit_load_if(builder, inside, pointer, 4))
             return pack(builder, out)
         return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 2, count), generate
     return gather
@@ -314,8 +305,7 @@ def store_pairs(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for j, word in enumerate(unpack(builder, args[0], packed.count)):
             address = builder.add(args[1 + row_of(2 * j) // 8], I64(2 * col_of(2 * j)))
-            emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r,~{memory}",
-                 [address, word, args[3 + row_of(2 * j) // 8]])
+            emit_store_if(builder, args[3 + row_of(2 * j) // 8], address, word)
         return context.get_dummy_value()
     return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32), generate
 
@@ -328,8 +318,6 @@ def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0:
         for j, word in enumerate(unpack(builder, args[0], packed.count)):
             row, col = row_of(2 * j) // 8, col_of(2 * j)
             inside = [builder.zext(builder.and_(keep[row], builder.icmp_signed("<", I32(col + i), args[5])), I32) for i in (0, 1)]
-            emit(builder, VOID, "{ .reg .pred p; .reg .b16 t, u; mov.b32 {t, u}, $1; setp.ne.u32 p, $2, 0; @p st.global.b16 [$0], t; "
-                 "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }", "l,r,r,r,~{memory}",
-                 [builder.add(args[1 + row], I64(2 * col)), word, *inside])
+            emit_store_halves_if(builder, inside[0], inside[1], builder.add(args[1 + row], I64(2 * col)), word)
         return context.get_dummy_value()
     return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate

@@ -15,7 +15,8 @@ from typing import Any
 from cuda.bindings import driver
 
 from ..buffers import View
-from .device import capturing, check, private_stream, relaxed
+from ..streams import check
+from .device import capturing, private_stream, relaxed
 
 _CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each
 _MOST = 65536                  # of a device; past it the least recently used goes, more launches ago than can be pending

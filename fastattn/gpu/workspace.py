@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from cuda.bindings import driver
 
-from .device import capturing, check, private_stream, relaxed
+from ..streams import check
+from .device import capturing, private_stream, relaxed
 
 _COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
 

@@ -7,7 +7,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import F32, I16, I32, I64, emit, instruction
+from .asm import F32, I16, I32, I64, VOID, emit, instruction
 
 load_f32 = instruction("ld.global.f32 $0, [$1];", "l", "f")
 load_f64 = instruction("ld.global.f64 $0, [$1];", "l", "d")
@@ -55,3 +55,23 @@ def load_scalar(dtype: str) -> Any:
             "float16": "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.f32.f16 $0, t; }",
             "bfloat16": "{ .reg .b16 t, z; mov.b16 z, 0; ld.global.b16 t, [$1]; mov.b32 $0, {z, t}; }"}[dtype]
     return instruction(text, "l", "f")
+
+
+def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
+    """`size` bytes (1, 2 or 4) at a global address as a 32-bit value; 0 and no access where `inside` is false."""
+    load = {1: "mov.b32 $0, 0; @p ld.global.u8 $0, [$1];", 2: "mov.u16 t, 0; @p ld.global.u16 t, [$1]; cvt.u32.u16 $0, t;",
+            4: "mov.b32 $0, 0; @p ld.global.b32 $0, [$1];"}[size]
+    text = f"{{ .reg .pred p; .reg .u16 t; setp.ne.u32 p, $2, 0; {load} }}"
+    return emit(builder, I32, text, "=r,l,r", [pointer, builder.zext(inside, I32)])
+
+
+def emit_store_if(builder: Any, keep: Any, address: Any, word: Any) -> None:
+    """A 32-bit word to an aligned global address, where the 32-bit `keep` is not 0."""
+    emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r,~{memory}", [address, word, keep])
+
+
+def emit_store_halves_if(builder: Any, keep_low: Any, keep_high: Any, address: Any, word: Any) -> None:
+    """The two halves of a word one by one, each where its `keep` is not 0; the address is 2-byte aligned."""
+    text = ("{ .reg .pred p; .reg .b16 t, u; mov.b32 {t, u}, $1; setp.ne.u32 p, $2, 0; @p st.global.b16 [$0], t; "
+            "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }")
+    emit(builder, VOID, text, "l,r,r,r,~{memory}", [address, word, keep_low, keep_high])

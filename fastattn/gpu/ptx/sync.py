@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .asm import instruction
+from .asm import F32, emit, instruction
 
 # barrier(number, threads): wait for all; arrive(number, threads): go on
 barrier = instruction("bar.sync $0, $1;", "rr")
@@ -25,3 +25,8 @@ def increase_registers(count: int) -> Any:
 
 def decrease_registers(count: int) -> Any:
     return instruction(f"setmaxnreg.dec.sync.aligned.u32 {count};")
+
+
+def emit_shuffle_xor(builder: Any, value: Any, distance: int) -> Any:
+    """The float32 of the lane whose number differs in the bit `distance`."""
+    return emit(builder, F32, f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
