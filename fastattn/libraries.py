@@ -78,11 +78,11 @@ def _torch(torch: Any) -> Library:
         current = streams.normal(raw(stream.device))
         if current == stream.handle:
             return Output(place, tensor)
-        if stream.handle != PER_THREAD:                     # so that the allocator waits for us before it gives the memory away
-            tensor.record_stream(torch.cuda.default_stream(stream.device) if stream.handle == streams.LEGACY
-                                 else torch.cuda.ExternalStream(stream.handle, device=x.device))
+        if stream.handle == streams.LEGACY or type(stream.owner) is torch.cuda.Stream:
+            # so that the allocator waits for us before it gives the memory away
+            tensor.record_stream(torch.cuda.default_stream(stream.device) if stream.handle == streams.LEGACY else stream.owner)
             return Output(place, tensor)
-        def finish(filled: Any) -> Any:                     # torch has no name for that stream, so its current one waits for it
+        def finish(filled: Any) -> Any:                     # of a stream that may end before the memory does: the current one waits
             streams.wait(Stream(current, stream.device), stream.handle)
             return filled
         return Output(place, tensor, finish)

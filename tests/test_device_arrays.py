@@ -109,11 +109,15 @@ class Tensor:
         self.recorded.append(stream)
 
 
+class TorchStream:
+    cuda_stream = 0x50
+
+
 @pytest.fixture
 def torch_streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Makes Tensor a torch tensor; the current stream of each device."""
     current = {0: 0, 1: 0}
-    cuda = types.SimpleNamespace(default_stream=lambda n: ("default", n), ExternalStream=lambda h, device: ("external", h, device))
+    cuda = types.SimpleNamespace(default_stream=lambda n: ("default", n), Stream=TorchStream)
     torch = types.SimpleNamespace(_C=types.SimpleNamespace(_cuda_getCurrentRawStream=current.__getitem__), cuda=cuda,
                                   version=types.SimpleNamespace(hip=None), **{name: name for name in ITEMSIZE})
     torch.empty = lambda shape, dtype, device: Tensor(shape, dtype, 0x9000, int(device[-1]))
@@ -147,17 +151,19 @@ def test_torch_views(driver: Driver, torch_streams: dict[int, int]) -> None:
 
 
 def test_torch_explicit_stream(driver: Driver, torch_streams: dict[int, int], engine: Recorder) -> None:
-    """The given stream waits once for torch's, and the results are marked as used there."""
-    q, k = Tensor(Q), Tensor(K)
-    out, lse = fastattn.attention(q, k, k, stream=0x50, return_lse=True)
+    """The given stream waits once for torch's, and the results are marked as used there if torch owns it; else torch's waits for it."""
+    q, k, given = Tensor(Q), Tensor(K), TorchStream()
+    out, lse = fastattn.attention(q, k, k, stream=given, return_lse=True)
     assert waits(driver) == [(0x50, 1)] and engine.calls[-1][-1] == 0x50
     assert isinstance(out, Tensor) and (out.shape, out.dtype, lse.shape, lse.dtype) == (Q, "bfloat16", (2, 4, 6), "float32")
-    assert out.recorded == lse.recorded == [("external", 0x50, "cuda:0")]
+    assert out.recorded == lse.recorded == [given]
     torch_streams[0] = 0x60
     assert fastattn.attention(q, k, k, stream=0).recorded == [("default", 0)] and engine.calls[-1][-1] == 1
     driver.log.clear()
-    assert fastattn.attention(q, k, k, stream=2).recorded == []     # torch cannot name that stream: its own waits for it at the end
-    assert waits(driver) == [(2, 0x60), (0x60, 2)]
+    for foreign in (2, 0x70):
+        driver.log.clear()
+        assert fastattn.attention(q, k, k, stream=foreign).recorded == []
+        assert waits(driver) == [(foreign, 0x60), (0x60, foreign)]
     driver.log.clear()
     assert fastattn.attention(q, k, k).recorded == [] and driver.log == [] and engine.calls[-1][-1] == 0x60
 

@@ -100,6 +100,9 @@ def must_take(case: Case, family: str) -> bool:
     if case.lengths_q is not None:
         rows, keys = sum(case.lengths_q), sum(case.lengths_q if case.lengths_k is None else case.lengths_k)
     ordinary = case.dtype in HALVES and max(dims) <= 256 and keys > 0 and rows > 0 and case.batch > 0
+    several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
+    if family == "sm90" and max(dims) > 192 and several:
+        return False                                        # not enough registers
     return ordinary and (family == "sm80" or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
 
 

