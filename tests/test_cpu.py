@@ -326,6 +326,23 @@ def test_scales_that_are_not_positive(scale: float, shape: str, dtype: str) -> N
     judged(Case("scale", dtype, softmax_scale=scale, sinks=True, dropout_p=0.1, **SHAPES[shape]).make())
 
 
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (300, 20)}], ids=["full", "causal", "window"])
+def test_maxima_that_rise_from_tile_to_tile(mask: dict[str, Any], dtype: str) -> None:
+    """Scores that rise along the keys, faster from row to row: by nothing, by what a maximum may lag, by far more; within a tile and from
+    tile to tile. The largest v stays finite under a maximum that lags."""
+    inputs = Case("rise", dtype, seqlen_q=70, seqlen_k=600, num_heads=1, head_dim=64, dropout_p=0.1, **mask).make()
+    q, k, v = inputs.args
+    q[..., 0] = np.linspace(0, 8, 70)[:, None]
+    k[..., 0] = np.linspace(0, 150, 600)[:, None]
+    judged(inputs, backward=False)
+    value = -lowest(dtype) * 0.98 / (1 if dtype == "float16" else 600)
+    v[...] = value
+    del inputs.kwargs["dropout_p"], inputs.kwargs["seed"]
+    out, _ = inputs.forward("cpu")
+    np.testing.assert_allclose(out.astype(np.float64) / value, 1, rtol=2.0**-6)
+
+
 # ---------------------------------------------------------------- NaN and infinity in the inputs
 MASKS: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": (5, 3)}, "mask": {"mask": (2, 1, 70, 70)},

@@ -36,7 +36,8 @@ cdef extern from "kernels.h" nogil:
         void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* tanh_out) noexcept nogil
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
-        void (*softmax)(long mr, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
+        uint32_t (*optimistic)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, const long* lo, const long* hi, long n0, void* S, void* P, long ldp, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
+        void (*softmax)(long mr, uint32_t rows, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
         double (*rounding_of_unit)(double m, double c2) noexcept nogil
         void (*drop_row)(void* row, const uint64_t* keep, long first, long last) noexcept nogil
         void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const uint64_t* keep, double keep_scale) noexcept nogil

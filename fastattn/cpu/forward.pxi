@@ -4,6 +4,8 @@
 #       for each panel of rows:      S = Q K^T, score, mask, softmax (P, rescale), dropout, O = O * rescale + P V
 #   out = O / row_sum,  lse = row_max + log(row_sum)
 #
+# With bfloat16 products on AMX, plain scores take a shorter way to P: `optimistic` in pairs.h, and the line above for rows where that fails.
+#
 # A panel's scores (6 rows x 256 keys) stay in L1. Work per tile is chosen by the rows' key intervals, so causal and windowed problems
 # visit only what they need. With few rows, K and V are read in place (`direct`) and the keys are split over tasks; splits merge by lse.
 
@@ -37,6 +39,7 @@ cdef struct Forward:
     bint folded
     bint few                            # scores are dot products with rows of K
     bint direct                         # rows of K and V are read in place
+    bint optimistic                     # a tile is first tried under the maxima of earlier ones
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
 
@@ -163,20 +166,12 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
         begin = end
 
 
-cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr) noexcept nogil:
-    """Rows i0 .. i0 + mr of the task against the tile at key n0."""
+cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr, long first, long hi, long last, uint32_t rows) noexcept nogil:
+    """S, its score and masks, then P, row_max, row_sum and rescale of those rows from i0 on whose bit is set."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long r, i, lo = g.block_n, hi = 0, lds = g.block_n * g.real
-    for i in range(i0, i0 + mr):
-        if w.lo[i] < w.hi[i]:
-            lo, hi = min(lo, w.lo[i] - n0), max(hi, w.hi[i] - n0)
-    lo, hi = max(lo, 0), min(hi, g.block_n)
-    if lo >= hi:
-        return
-    cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
+    cdef long r, i, lds = g.block_n * g.real
     cdef char* Q = w.Q + i0 * c.ldq * g.operand
-    cdef char* O = w.O + i0 * c.ldv * g.real
     if f.direct:
         g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dtype, first, hi, w.S, g.block_n)
     elif f.few:
@@ -189,7 +184,28 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
             score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
         if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
             g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
-    g.softmax(mr, w.S, g.block_n, w.P, g.block_n, first, last, c2(c), w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    g.softmax(mr, rows, w.S, g.block_n, w.P, g.block_n, first, last, c2(c), w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+
+
+cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr) noexcept nogil:
+    """Rows i0 .. i0 + mr of the task against the tile at key n0."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long r, i, lo = g.block_n, hi = 0
+    cdef uint32_t rows = 0xffffffff
+    for i in range(i0, i0 + mr):
+        if w.lo[i] < w.hi[i]:
+            lo, hi = min(lo, w.lo[i] - n0), max(hi, w.hi[i] - n0)
+    lo, hi = max(lo, 0), min(hi, g.block_n)
+    if lo >= hi:
+        return
+    cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
+    cdef char* O = w.O + i0 * c.ldv * g.real
+    if f.optimistic:
+        rows = g.optimistic(mr, c.head_dim, w.Q + i0 * c.ldq * g.operand, c.ldq, w.K, first, last, w.lo + i0, w.hi + i0, n0, w.S, w.P, g.block_n, c2(c),
+                            w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
+    if rows:
+        tile_softmax(f, t, w, n0, i0, mr, first, hi, last, rows)
     if c.dropout:
         for r in range(mr):
             g.drop_row(w.P + r * g.block_n * g.operand, w.keep + (i0 + r) * (g.block_n // 64), first, hi)
@@ -321,6 +337,7 @@ def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_b
         return
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
+    f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and f.c.mask.ptr == NULL
     f.order, f.first_block = &order[0], &first_block[0]
     cdef long tasks = first_block[f.sequences] * (f.c.heads_k if folded else f.c.heads)
     if splits > 1:

@@ -272,16 +272,72 @@ ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int HUGE_BASE, con
   }
   return _mm512_reduce_add_ps(sum + sum1);
 }
-/* as softmax_f32, with P leaving in parts; row_sum adds what was not rounded */
-ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2, float *row_max,
-                                 float *row_sum, float *rescale) {
+/* as softmax_f32, with P leaving in parts; row_sum adds what was not rounded. Only rows whose bit is set in `rows`: the others keep what they have. */
+ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2,
+                                 float *row_max, float *row_sum, float *rescale) {
   float peak[MAX_PANEL], base[MAX_PANEL];
-  for (long r = 0; r < mr; r++) peak[r] = row_peak_f32(S + r * lds, first, last);
+  for (long r = 0; r < mr; r++) peak[r] = rows >> r & 1 ? row_peak_f32(S + r * lds, first, last) : -INFINITY;
   for (long r = mr; r % 16; r++) peak[r] = 0;
   raise_maxima_f32(mr, peak, (float)c2, row_max, row_sum, rescale, base);
   for (long r = 0; r < mr; r++)
-    row_sum[r] += is_huge_f32(base[r]) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
-                                       : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
+    if (rows >> r & 1)
+      row_sum[r] += is_huge_f32(base[r]) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
+                                         : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
+}
+/* Scores and softmax of a tile at once, CHUNK keys at a time, under a maximum that the rows have from earlier keys, or take from the tile's first chunk
+ * and AHEAD_OF_MAXIMUM bits above it: scores stay in L1, there is no pass for maxima and nothing to rescale. P, O and row_sum are floating point, so a
+ * maximum that is some bits off costs them nothing; a row's P may add up to as many as its keys (the promise that V may be so large), which lets the
+ * maximum lag by AHEAD_OF_MAXIMUM + 8 bits in a whole tile. Returns the rows (bits) where it lags further, or is infinite or NaN: these are left to
+ * `scores` and `softmax`. Whether a row is among them is decided by that row alone. lo, hi: each row's keys, minus n0 those of the tile. */
+#define CHUNK 64            /* 32, 64 and 128 differ by 2 %; 256 loses half of the gain */
+#define AHEAD_OF_MAXIMUM 7 /* bits: below 8 the exponent of a row's largest score rounds to 2.4e-7, which lse does not feel; it would with 16 or 24 */
+ALWAYS_INLINE uint32_t pairs_optimistic(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last,
+                                        const long *lo, const long *hi, long n0, float *S, bf16 *P, long ldp, double c2, float *row_max,
+                                        float *row_sum, float *rescale) {
+  float peak[MAX_PANEL], base[MAX_PANEL] __attribute__((aligned(64))), sums[MAX_PANEL][16] __attribute__((aligned(64)));
+  const long ld = (n_dim + 31) / 32 * 32;
+  const float ahead = (float)(AHEAD_OF_MAXIMUM / c2 < 1e36 ? AHEAD_OF_MAXIMUM / c2 : 1e36);
+  const __m512 c = _mm512_set1_ps((float)c2), limit = _mm512_set1_ps(1e37f);
+  uint32_t lagging = 0;
+  int cut = 0;
+  for (long r = 0; r < mr; r++) cut |= (lo[r] - n0 > first) | (hi[r] - n0 < last);
+  for (long j = first, width; j < last; j += width) {
+    width = last - j < CHUNK ? last - j : CHUNK;
+    pairs_scores(PARTS, mr, n_dim, A, lda, columns + PARTS * j * ld, 0, width, S, CHUNK);
+    for (long r = 0; cut && r < mr; r++) fill_outside_f32(S + r * CHUNK, 0, lo[r] - n0 - j, hi[r] - n0 - j, width, -INFINITY);
+    if (j == first) {
+      for (long r = 0; r < mr; r++) peak[r] = row_max[r] == -INFINITY ? row_peak_f32(S + r * CHUNK, 0, width) + ahead : -INFINITY;
+      for (long r = mr; r % 16; r++) peak[r] = 0;
+      raise_maxima_f32(mr, peak, (float)c2, row_max, row_sum, rescale, base);
+      for (long r = 0; r < mr; r += 16) { /* 0 while a row has seen nothing; NaN makes a row lag */
+        __m512 b = _mm512_load_ps(base + r);
+        __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(b), limit, _CMP_LT_OQ);
+        _mm512_store_ps(base + r, _mm512_mask_mul_ps(_mm512_set1_ps(NAN), finite, b, c));
+      }
+      memset(sums, 0, sizeof sums);
+    }
+    for (long r = 0; r < mr; r++) {
+      const float *s = S + r * CHUNK;
+      bf16 *to = P + r * PARTS * ldp + j;
+      __m512 b = _mm512_set1_ps(base[r]), sum = _mm512_load_ps(sums[r]), sum1 = _mm512_setzero_ps();
+      for (long i = 0; i < width; i += 32) {
+        __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), c, b), y = _mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16), c, b);
+        __m512 p = PARTS > 1 ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = PARTS > 1 ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
+        sum += p;
+        sum1 += p1;
+        split(PARTS, p, p1, to + i, ldp);
+      }
+      _mm512_store_ps(sums[r], sum + sum1);
+    }
+  }
+  for (long r = 0; r < mr; r++) {
+    const long begin = lo[r] - n0 > first ? lo[r] - n0 : first, end = hi[r] - n0 < last ? hi[r] - n0 : last;
+    const float keys = end > begin ? (float)(end - begin) : 0, sum = _mm512_reduce_add_ps(_mm512_load_ps(sums[r]));
+    /* equal scores add up to the number of keys and a rounding */
+    if (sum <= 1.015625f * keys && (row_max[r] > -INFINITY || keys == 0)) row_sum[r] += sum;
+    else lagging |= (uint32_t)1 << r;
+  }
+  return lagging;
 }
 ALWAYS_INLINE void pairs_drop_row(const int PARTS, bf16 *p, const uint64_t *keep, long first, long last) {
   for (int part = 0; part < PARTS; part++, p += PAIR_N)
@@ -307,13 +363,21 @@ ALWAYS_INLINE void pairs_drop_row(const int PARTS, bf16 *p, const uint64_t *keep
                                   const void *rescale) {                                                                                                \
     pairs_weighted_sum(PARTS, mr, first, last, (const bf16 *)P, ldp, (const bf16 *)V, ldv, capacity, (float *)O, ldo, (const float *)rescale);           \
   }                                                                                                                                                     \
-  static void softmax_##KIND(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum,              \
-                             void *rescale) {                                                                                                           \
-    pairs_softmax(PARTS, mr, (const float *)S, lds, (bf16 *)P, ldp, first, last, c2, (float *)row_max, (float *)row_sum, (float *)rescale); \
-  } \
+  static void softmax_##KIND(long mr, uint32_t rows, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max,               \
+                             void *row_sum, void *rescale) {                                                                                            \
+    pairs_softmax(PARTS, mr, rows, (const float *)S, lds, (bf16 *)P, ldp, first, last, c2, (float *)row_max, (float *)row_sum, (float *)rescale);        \
+  }                                                                                                                                                     \
   static void drop_row_##KIND(void *row, const uint64_t *keep, long first, long last) { pairs_drop_row(PARTS, (bf16 *)row, keep, first, last); }
+#define PAIRS_OPTIMISTIC(KIND, PARTS)                                                                                                                    \
+  static uint32_t optimistic_##KIND(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, const long *lo,            \
+                                    const long *hi, long n0, void *S, void *P, long ldp, double c2, void *row_max, void *row_sum, void *rescale) {       \
+    return pairs_optimistic(PARTS, mr, n_dim, (const bf16 *)A, lda, (const bf16 *)columns, first, last, lo, hi, n0, (float *)S, (bf16 *)P, ldp, c2,      \
+                            (float *)row_max, (float *)row_sum, (float *)rescale);                                                                       \
+  }
 PAIRS_KERNELS(bf16, 1)
 #if HAVE_AMX
+PAIRS_OPTIMISTIC(bf16, 1)
+PAIRS_OPTIMISTIC(two_parts, 2)
 PAIRS_KERNELS(two_parts, 2)
 PAIRS_KERNELS(three_parts, 3)
 #endif

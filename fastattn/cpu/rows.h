@@ -362,7 +362,7 @@ static double name(rounding_of_unit)(double m, double c2) {
 }
 /* ------------------------------------------------------------------ softmax, online
  * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
- * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. */
+ * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. All rows: `rows` is for pairs.h. */
 ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
   vec top = LOAD(s + first), top1 = top;
   long j = first + VL;
@@ -392,8 +392,10 @@ ALWAYS_INLINE void name(raise_maxima)(long mr, const REAL *peak, REAL c2, REAL *
     STORE(base + r, b);
   }
 }
-static void name(softmax)(long mr, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale) {
+static void name(softmax)(long mr, uint32_t rows, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum,
+                          void *rescale) {
   REAL peak[MAX_PANEL], base[MAX_PANEL], *s = (REAL *)S, *l = (REAL *)row_sum;
+  (void)rows;
   (void)P;
   (void)ldp;
   for (long r = 0; r < mr; r++) peak[r] = name(row_peak)(s + r * lds, first, last);
