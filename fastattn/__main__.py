@@ -22,8 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     pre.add_argument("--head-dim", type=_words, default=["64", "128"], help="comma-separated, default 64,128")
     pre.add_argument("--dtype", type=_words, default=["float16", "bfloat16"], help="comma-separated, default float16,bfloat16")
     pre.add_argument("--features", type=_words, default=["full", "causal"],
-                     help="comma-separated, default full,causal; also window, dropout, softcap, alibi, sinks, mask, bias, and several at "
-                          "once as causal+alibi. Each dense and packed, with lse and without")
+                     help="comma-separated, default full,causal; also window, dropout, softcap, alibi, sinks, mask, bias, several at once "
+                          "as causal+alibi, and their backward as backward+causal. Each dense and packed, forward with lse and without")
     pre.add_argument("--processes", type=int, default=None, help="compilers at once, default: one a processor")
     return parser
 

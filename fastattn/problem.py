@@ -50,6 +50,28 @@ def block_bounds(first_row: int, last_row: int, block_n: int, seqlen_q: int, seq
     return n_min, full_min, min(max(full_max, full_min), n_max), n_max
 
 
+def query_bounds(first_key: int, last_key: int, block_m: int, seqlen_q: int, seqlen_k: int, left: int | None,
+                 right: int | None, top_left: bool = False) -> tuple[int, int, int, int]:
+    """Blocks of `block_m` query rows for keys [first_key, last_key), some of them: (m_min, full_min, full_max, m_max).
+
+    The twin of `block_bounds`: in blocks outside [m_min, m_max) no row sees any of the keys, in [full_min, full_max) every row
+    sees all of them. Key j is seen by the rows from j - right to j + left, counted from the diagonal.
+    """
+    diagonal = 0 if top_left else seqlen_k - seqlen_q
+
+    def clip(row: int) -> int:
+        return min(max(row, 0), seqlen_q)
+    first = 0 if right is None else clip(first_key - diagonal - right)
+    end = seqlen_q if left is None else clip(last_key - diagonal + left)
+    full_first = 0 if right is None else clip(last_key - 1 - diagonal - right)
+    full_end = seqlen_q if left is None else clip(first_key + 1 - diagonal + left)
+    m_min, m_max = first // block_m, -(-end // block_m)
+    if first >= end:
+        return m_min, m_min, m_min, m_min
+    full_min = min(max(-(-full_first // block_m), m_min), m_max)
+    return m_min, full_min, min(max(full_end // block_m, full_min), m_max), m_max
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
     """The structural mask: keys from `left` before to `right` after the diagonal, inclusive; None is no limit."""

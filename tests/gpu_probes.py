@@ -118,6 +118,9 @@ def on_words(expected: Callable[[Array], Any], n: int = 0) -> Callable[[Any], No
 add("memory.load_b32 memory.store_b32", "ld.global.b32; st.global.b32", words(lambda i, x, n: x), on_words(lambda x: x))
 add("sync.uniform", "shfl.sync.idx.b32", words(lambda i, x, n: sync.uniform(x)), on_words(lambda x: x[0]))
 for _n, _any in ((17, 1), (32, 0)):
+    add("sync.any_thread", "barrier.cta.red.or.pred",
+        words(lambda i, x, n: sync.any_thread(int32(1), int32(32), int32(1) if i == n else int32(0))),
+        on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_thread_{_any}")
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
@@ -513,18 +516,19 @@ for _dtype in HALVES:
 
 
 def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
-    """The fragment, packed, into rows of C + 2 elements: rows < 11 and, element by element, columns < n."""
+    """The fragment, packed, into rows of PITCH elements: rows < 11 and, element by element, columns < n."""
     to_half = f.make_pack(dtype)
+    PITCH = C + 8 if pairs else C + 2
 
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
             row, col = int32(lane >> 2), int32((lane & 3) * 2)
             packed = to_half(load(a.src, lane))
-            at = uint64(a.dst + uint64(2 * ((C + 2) * row + col)))
-            next_row = uint64(at + uint64(16 * (C + 2)))
+            at = uint64(a.dst + uint64(2 * (PITCH * row + col)))
+            next_row = uint64(at + uint64(16 * PITCH))
             if pairs:
-                f.store_pairs(packed, at, next_row, int32(1), int32(row + 8 < 11))
+                f.store_whole_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), lane)
             else:
                 f.store_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), int32(a.n - col))
         return kernel
@@ -534,10 +538,11 @@ def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
 def check_stores(dtype: str, pairs: bool) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
         x, n = normal(16, C), 33
-        expected = np.full((16, C + 2), 7, NUMPY[dtype])
+        pitch = C + 8 if pairs else C + 2
+        expected = np.full((16, pitch), 7, NUMPY[dtype])
         width = C if pairs else n
         expected[:11, :width] = x[:11, :width].astype(NUMPY[dtype])
-        same(launch(x, dst=np.full((16, C + 2), 7, NUMPY[dtype]), n=n), expected)
+        same(launch(x, dst=np.full((16, pitch), 7, NUMPY[dtype]), n=n), expected)
     return check
 
 
@@ -545,5 +550,6 @@ for _dtype in HALVES:
     add("fragments.make_pack fragments.store_rows memory.emit_store_halves_if arith.emit_pack_half",
         f"{arith.CONVERT[_dtype]}; @p st.global.b16", stores(_dtype, False),
         check_stores(_dtype, False), name=f"fragments.store_rows_{_dtype}")
-    add("fragments.make_pack fragments.store_pairs memory.emit_store_if", f"{arith.CONVERT[_dtype]}; @p st.global.b32",
-        stores(_dtype, True), check_stores(_dtype, True), name=f"fragments.store_pairs_{_dtype}")
+    add("fragments.make_pack fragments.store_whole_rows memory.emit_store16_if",
+        f"{arith.CONVERT[_dtype]}; shfl.sync.bfly.b32; @p st.global.v4.b32", stores(_dtype, True),
+        check_stores(_dtype, True), name=f"fragments.store_whole_rows_{_dtype}")

@@ -14,7 +14,7 @@ tools=("$@")
 [ ${#tools[@]} = 0 ] && tools=(memcheck racecheck)
 
 export FASTATTN_TEST_TORCH=0
-run=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu_forward.py -k "${TESTS:-test_small}")
+run=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu_forward.py tests/test_gpu_backward.py -k "${TESTS:-test_small}")
 "${run[@]}" || { echo "the tests fail without a sanitizer too"; exit 1; }     # and compiles the kernels, at full speed
 status=0
 for tool in "${tools[@]}"; do

@@ -52,7 +52,8 @@ class Job:
     @property
     def id(self) -> str:
         dims = f"{self.want.head_dim}" + (f"_{self.want.head_dim_v}" if self.want.head_dim_v else "")
-        return f"{self.family}-{self.arch}-{self.want.dtype}-{dims}-{self.what}" + "-lse" * self.want.lse
+        more = "-backward" * self.want.backward + "-lse" * self.want.lse
+        return f"{self.family}-{self.arch}-{self.want.dtype}-{dims}-{self.what}{more}"
 
 
 def _want(dtype: str, dim: int, dim_v: int | None = None, lse: bool = True, **settings: Any) -> Want:
@@ -95,6 +96,20 @@ def _simt(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, _want("float32", 512), "full")
 
 
+def _backward(arch: str, short: bool) -> Iterator[Job]:
+    """Plain threads, dbias and what every backward starts with; float64 of 512 is the one that needs most registers."""
+    def want(dtype: str, dim: int, dim_v: int | None = None, **settings: Any) -> Want:
+        return _want(dtype, dim, dim_v, lse=False, backward=True, **settings)
+    yield Job("simt", arch, want("bfloat16", 64, **{**EVERYTHING, "bias": "bfloat16"}), "everything")
+    if short:
+        return
+    yield Job("simt", arch, want("float32", 64, causal=True), "causal")
+    yield Job("simt", arch, want("float32", 128, **EVERYTHING), "everything")
+    yield Job("simt", arch, want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    for dim in (128, 512):
+        yield Job("simt", arch, want("float64", dim, **EVERYTHING), "everything")
+
+
 def _everything_there_is() -> Iterator[Job]:
     """The full list: every dtype, head size and variant, every feature alone at three sizes."""
     for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
@@ -114,7 +129,8 @@ def _everything_there_is() -> Iterator[Job]:
 
 def _jobs() -> list[Job]:
     jobs = [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
-            *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80"))]
+            *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
+            *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80"))]
     if FULL:
         jobs += _everything_there_is()
     there = {family for family in gpu.FAMILIES if importlib.util.find_spec(f"fastattn.gpu.forward_{family}")}

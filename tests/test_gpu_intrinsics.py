@@ -1,6 +1,6 @@
 """Every PTX intrinsic and every function on fragments by itself: its text in the compiled code without a GPU, its numbers with one.
 
-The probes are in gpu_probes.py and gpu_tiles.py. A public name of gpu/ptx or gpu/fragments without one fails.
+The probes are in gpu_probes.py, gpu_tiles.py and gpu_gradients.py. A public name of gpu/ptx or gpu/fragments without one fails.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu import requires_gpu
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-import gpu_tiles
+import gpu_gradients
 from gpu_probes import PROBES, Array
 
 from fastattn.buffers import View, contiguous
@@ -29,7 +29,7 @@ from fastattn.gpu import compile as compiler
 from fastattn.gpu import fragments, ptx
 
 NAMES = list(PROBES)
-assert gpu_tiles.PANEL
+assert gpu_gradients.PANEL
 # how inline assembly is written and packed; every probe goes through it
 PLUMBING = {"fragments.I1", "fragments.PAIR", "fragments.row_of", "fragments.col_of"}
 
@@ -54,13 +54,13 @@ def test_nothing_is_missing() -> None:
     covered = {name for probe in PROBES.values() for name in probe.covers}
     names = public_names()
     assert {"arith.exp2", "sync.uniform", "wgmma.qk", "fragments.row_max"} - names == {"wgmma.qk"}
-    assert not names - covered, f"without a probe in tests/gpu_probes.py or gpu_tiles.py: {sorted(names - covered)}"
+    assert not names - covered, f"without a probe in tests/gpu_probes.py, gpu_tiles.py or gpu_gradients.py: {sorted(names - covered)}"
     assert not covered - names, f"probes of what is no more: {sorted(covered - names)}"
 
 
 # ---------------------------------------------------------------- without a GPU: the text
 def ptx_of(name: str) -> str:
-    import gpu_tiles as _  # noqa: F401
+    import gpu_gradients as _  # noqa: F401
 
     code, _report = compiler.build(PROBES[name].source(name), "sm_90a", output="ptx")
     return code.decode()
@@ -88,7 +88,7 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
     from cuda.bindings import driver
 
     from fastattn.gpu.device import check, current, device
-    from fastattn.gpu.tensormap import tensor_map
+    from fastattn.gpu.tensormap import tensor_maps
 
     source, arrays = PROBES[name].source(name), {"src": src, "other": other, "dst": dst}
     with current(device(0)):
@@ -102,7 +102,8 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
         for k, (which, rows) in enumerate(maps or []):
             x = arrays[which]
             assert x is not None
-            addresses[k] = tensor_map(View(places[which], x.shape, contiguous(x.shape, x.itemsize), x.dtype.name, ("cuda", 0)), rows, 1)
+            place = View(places[which], x.shape, contiguous(x.shape, x.itemsize), x.dtype.name, ("cuda", 0))
+            [addresses[k]] = tensor_maps(((place, rows),), 1)
         compiler.Kernel(source, 0).launch(1, [*places.values(), *addresses, n], 1)
         assert dst is not None
         result = np.empty_like(dst)

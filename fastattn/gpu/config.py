@@ -18,6 +18,7 @@ class Config:
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;
     1: the next may issue once this one's are issued, 2: once this one's scores are there.
+    `optimistic`: blocks without a mask are exponentiated under the maximum so far; their own is only looked for where that overflows.
     """
 
     block_m: int
@@ -27,6 +28,7 @@ class Config:
     beside: bool = True
     lazy: bool = True
     turns: int = 0
+    optimistic: bool = True
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
@@ -44,7 +46,7 @@ class Config:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy
-                + f" turns {self.turns}" * (self.turns > 0))
+                + " optimistic" * self.optimistic + f" turns {self.turns}" * (self.turns > 0))
 
 
 def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
@@ -54,25 +56,18 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
-    short = seqlen_k < SHORT
     if dim <= 64:
-        if several or heavy or (spec.right and short and not spec.packed):
+        if several or heavy or (spec.right and seqlen_k < SHORT and not spec.packed):
             return Config(128, 64 if several else 128, turns=1)
-        return Config(192, 128)
+        return Config(192, 128, turns=1)
     if dim <= 128:
-        if several or heavy:
-            return Config(128, 64 if several else 96, turns=1)
-        if not spec.right and not spec.left and seqlen_k >= LONG:
-            return Config(128, 160)
-        if spec.right and not spec.left and seqlen_k >= VERY_LONG and not spec.packed:
-            return Config(128, 176, out_panels=1)
-        return Config(128, 128, turns=1, beside=not short)
+        return Config(128, 64 if several else 96 if heavy else 128, turns=1)
     if dim <= 192:
         return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1)
     if heavy:
         return Config(128, 32, out_panels=2)
-    plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers at 80 keys
-    return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2)
+    plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
+    return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2, optimistic=plain)
 
 
 def feature_weight(spec: Spec) -> int:
@@ -81,7 +76,32 @@ def feature_weight(spec: Spec) -> int:
     return 0 if values == 0 else 1 if values + spec.softcap + (spec.alibi is not None) <= 2 else 2
 
 
-SHORT, LONG, VERY_LONG = 1536, 3072, 12288       # keys; measured in docs/performance.md
+SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConfig:
+    """One tiling of backward_sm90: 128 keys, head sizes padded to `dim`, block_m query rows a step, `q_stages` of Q (two of dO).
+
+    `beside`: dS is computed while the product of dV runs, which keeps P's registers; else that product ends first.
+    """
+
+    dim: int
+    block_m: int
+    q_stages: int = 3
+    beside: bool = True
+
+    def __post_init__(self) -> None:
+        assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
+
+    @property
+    def text(self) -> str:
+        return f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside
+
+
+def backward_sm90(spec: Spec) -> BackwardConfig:
+    """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
+    return BackwardConfig(64, 128, beside=False) if max(spec.head_dim, spec.head_dim_v) <= 64 else BackwardConfig(128, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +149,64 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     if dim > 64:
         return ConfigSm80(4, 2, 64 if room > 200 else 48 if room > 160 else 32, 1, 2, **many)      # sm_80 spills a register at 64 keys
     return ConfigSm80(4, 2, 64, 2, 2, **many)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConfigSm80:
+    """One tiling of backward_sm80: `warps`, of which `split` share 16 * tiles keys, block_m queries a step, `stages` of Q and dO.
+
+    split 1: a warp has whole rows of P^T and dS^T and feeds them to the products of dV and dK out of its registers. More: it has a part
+    of the queries of its keys' scores, and a part of the columns of their gradients; all of P and dS goes through shared memory.
+    `vector`: sums of dq take four numbers an instruction (sm_90 and later). `whole`: rows of q, k, v and dout are aligned pieces of 16
+    bytes (`whole_out`: of dk and dv); not choices but properties of the device and the operands, that the code depends on.
+    """
+
+    warps: int
+    tiles: int
+    split: int
+    block_m: int
+    stages: int = 2
+    blocks_per_sm: int = 1
+    vector: bool = False
+    whole: bool = True
+    whole_out: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.warps in (4, 8) and self.tiles in (1, 2) and self.stages in (1, 2)
+        assert self.block_m in (32, 64, 128), "tiles of padded rows"
+        assert self.split in (1, 2, 4) and self.block_m % (16 * self.split) == 0, "a warp has 16 queries at least"
+        assert self.block_m % (4 * self.warps) == 0 and self.block_n % (8 * self.warps) == 0, "every thread copies as many rows"
+
+    @property
+    def block_n(self) -> int:
+        return 16 * self.tiles * self.warps // self.split
+
+    @property
+    def columns_apart(self) -> int:
+        """Warps that share rows of dQ, 16 of every 16 * columns_apart columns each; 32 rows a warp where there are so many."""
+        return min(4, 32 * self.warps // self.block_m)
+
+    @property
+    def text(self) -> str:
+        return (f"{self.block_m}x{self.block_n} warps {self.warps} tiles {self.tiles} split {self.split} stages {self.stages} "
+                f"blocks {self.blocks_per_sm}" + " vector" * self.vector + " elements" * (not self.whole)
+                + " out_elements" * (not self.whole_out))
+
+
+def backward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> BackwardConfigSm80:
+    """Chosen by registers (none spilled) and shared memory. dK and dV take tiles * (head_dim + head_dim_v) / (2 * split) registers a
+    thread, S and dP tiles * block_m / (2 * split) each."""
+    dim, room = max(spec.head_dim, spec.head_dim_v), SHARED_MEMORY.get(arch, 99)
+    heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None or not whole
+    many = {"vector": int(arch.removeprefix("sm_").rstrip("a")) >= 90, "whole": whole, "whole_out": whole_out}
+    if dim <= 64:
+        if heavy:
+            return BackwardConfigSm80(8, 1, 1, 64, **many)
+        return BackwardConfigSm80(4, 2, 1, 32, 2 if room > 99 else 1, 2, **many)
+    if dim <= 128:
+        if room <= 99:
+            return BackwardConfigSm80(8, 1, 1, 32, 1, **many)
+        return BackwardConfigSm80(8, 1, 1, 32, **many) if heavy else BackwardConfigSm80(8, 2, 2, 64, **many)
+    if room <= 99:
+        return BackwardConfigSm80(4, 1, 2, 32, 1, **many)
+    return BackwardConfigSm80(8, 1, 2, 64, 2 if dim <= 192 or room > 200 else 1, **many)

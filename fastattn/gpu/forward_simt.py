@@ -11,10 +11,9 @@ keys x, x + 16, ... of S, and the same rows and every 16th column (or pair or fo
 
     shared memory   Q slice | K slice, then V slice | P | seen: which keys of the block a row of the tile sees
 
-Numbers are float32, or float64 for float64 arrays: elements are converted when they are copied to shared memory, where a row ends with
-16 bytes of nothing so that threads in neighbouring rows use different banks. A slice of K has all keys of a block and some of
-head_dim, a slice of V some keys and all of head_dim_v: whatever head_dim is, they fit. All threads copy, wait for each other, compute,
-wait for each other: what a thread waits for here, the next rungs of the ladder hide.
+Numbers are float32, or float64 for float64 arrays (threads.py). A slice of K has all keys of a block and some of head_dim, a slice of V
+some keys and all of head_dim_v: whatever head_dim is, they fit. All threads copy, wait for each other, compute, wait for each other:
+what a thread waits for here, the next rungs of the ladder hide.
 
 The 16 threads of a row are half a warp: maxima and sums go by shuffles. Memory past the end is never read. A pair that a mask hides
 gets the score -inf, and a key that no row of the tile sees counts as V = 0: whatever those elements hold, NaN included, does not matter.
@@ -32,17 +31,15 @@ from .compile import Source
 from .compile import load as load_kernel
 from .device import Device
 from .inline import inline
-from .mask import make_bounds
+from .mask import diagonal_of, make_bounds
 from .packed import most_tiles, table
-from .ptx.memory import load_b32, load_shared_b32, shared_address, store_shared_b32
-from .ptx.scalar import load_if, load_shared, store, store_shared
+from .ptx.memory import load_b32, shared_address, store_shared_b32
+from .ptx.scalar import store, store_shared
 from .scalar import compute_of, make_dropout, make_score, make_softmax
 from .schedule import ENTRY, make_num_tiles, make_tile_at
 from .smem import Smem
 from .spec import Arguments, Call, Spec
-
-WIDE = 16                   # threads that share a row: half a warp
-MOST_BLOCKS = 2**31 - 1     # of a flat grid
+from .threads import MOST_BLOCKS, WIDE, Tile, make_column, make_load, make_outer_product, make_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,108 +76,37 @@ def config_of(spec: Spec) -> Config:
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
-    BLOCK_M, BLOCK_N, THREADS, LOADS = config.block_m, config.block_n, config.threads, config.loads
-    HEAD_DIM_V, HIGH = spec.head_dim_v, config.threads // WIDE
-    ROWS, COLS, OUTS = BLOCK_M // HIGH, BLOCK_N // WIDE, HEAD_DIM_V // WIDE     # a thread's share
+    BLOCK_M, BLOCK_N, THREADS = config.block_m, config.block_n, config.threads
+    tile = Tile(BLOCK_M, BLOCK_N, config.slice_dim, THREADS, config.loads)
+    HEAD_DIM_V, HIGH = spec.head_dim_v, tile.high
+    ROWS, COLS, OUTS = tile.rows, tile.cols, HEAD_DIM_V // WIDE                 # a thread's share
     compute, REAL, SIZE = compute_of(spec)
     VECTOR = 16 // SIZE                                                         # elements of a 16-byte load
-    NEIGHBOURS = math.gcd(OUTS, VECTOR)                                         # columns of O side by side
-    SLICES = -(-spec.head_dim // config.slice_dim)
-    SLICE = -(-spec.head_dim // SLICES // 16) * 16
-    KEYS = min(BLOCK_N, max(VECTOR, 1 << (BLOCK_N * config.slice_dim // HEAD_DIM_V).bit_length() - 1))   # of a slice of V
-    PITCH, PITCH_P = SLICE + VECTOR, BLOCK_N + 16
+    SLICES, SLICE = tile.slices(spec.head_dim)
+    KEYS = tile.keys(HEAD_DIM_V, VECTOR)                                        # of a slice of V
+    PITCH, PITCH_P = SLICE + VECTOR, tile.pitch_p
     smem = Smem()
     Q = smem.take(BLOCK_M * PITCH * SIZE, 16)
-    KV = smem.take(max(BLOCK_N * PITCH, -(-KEYS * HEAD_DIM_V // THREADS) * THREADS) * SIZE, 16)
+    KV = smem.take(max(BLOCK_N * PITCH, tile.slice_elements(HEAD_DIM_V, VECTOR)) * SIZE, 16)
     P = smem.take(BLOCK_M * PITCH_P * SIZE, 16)
     SEEN = smem.take(BLOCK_N * 4, 16)
     PACKED, LSE, MASK, NEG_INF = spec.packed, spec.lse, spec.mask, REAL(-math.inf)
-    load_element, store_element = load_if(spec.dtype, compute), store(spec.dtype, compute)
-    store_lse, put = store(compute, compute), store_shared(compute)
-    get_vector, get_neighbours = load_shared(compute, VECTOR), load_shared(compute, NEIGHBOURS)
+    store_element, store_lse, put = store(spec.dtype, compute), store(compute, compute), store_shared(compute)
+    load_q, load_k = make_load(spec, tile, BLOCK_M, SLICE, PITCH, False), make_load(spec, tile, BLOCK_N, SLICE, PITCH, False)
+    load_v = make_load(spec, tile, KEYS, HEAD_DIM_V, HEAD_DIM_V, True)
+    multiply_qk, multiply_pv = make_product(spec, tile, SLICE), make_outer_product(spec, tile, HEAD_DIM_V)
+    column = make_column(spec, HEAD_DIM_V)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, score, visible = make_score(spec)
     max16, sum16, finish = make_softmax(spec)
-    dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, THREADS)
+    dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, 1, THREADS)
     tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
-    def diagonal_of(a, seqlen_q, seqlen_k):
-        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
-
-    @inline
     def of_no_sequence(a, t):
         """Rows after the last sequence of a packed problem: the table's last entry."""
         return load_b32(uint64(a.table + uint64(a.batch * ENTRY + 20))) <= t if PACKED else False
-
-    @inline
-    def multiply_qk(acc_s, base, x, y, dims):
-        """acc_s += Q K^T over the `dims` columns of head_dim that are left, at most a slice."""
-        q, k = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array((COLS, VECTOR), REAL)
-        for d in range(0, min(SLICE, dims), VECTOR):
-            for i in range(ROWS):
-                part = get_vector(int32(base + Q + ((y + i * HIGH) * PITCH + d) * SIZE))
-                for e in range(VECTOR):
-                    q[i, e] = part[e]
-            for j in range(COLS):
-                part = get_vector(int32(base + KV + ((x + j * WIDE) * PITCH + d) * SIZE))
-                for e in range(VECTOR):
-                    k[j, e] = part[e]
-            for i in range(ROWS):
-                for j in range(COLS):
-                    some = q[i, 0] * k[j, 0]        # a sum of sums: one chain over head_dim rounds three times as much
-                    for e in range(1, VECTOR):
-                        some += q[i, e] * k[j, e]
-                    acc_s[i, j] += some
-
-    @inline
-    def multiply_pv(acc_o, base, x, y, key0, keys):
-        """acc_o += P V over the `keys` keys from key0 of the block that are left, at most a slice."""
-        p, v = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array(OUTS, REAL)
-        for n in range(0, min(KEYS, keys), VECTOR):
-            for i in range(ROWS):
-                part = get_vector(int32(base + P + ((y + i * HIGH) * PITCH_P + key0 + n) * SIZE))
-                for e in range(VECTOR):
-                    p[i, e] = part[e]
-            for e in range(VECTOR):
-                for c in range(0, OUTS, NEIGHBOURS):
-                    part = get_neighbours(int32(base + KV + ((n + e) * HEAD_DIM_V + c * WIDE + x * NEIGHBOURS) * SIZE))
-                    for f in range(NEIGHBOURS):
-                        v[c + f] = part[f]
-                for i in range(ROWS):
-                    for c in range(OUTS):
-                        acc_o[i, c] += p[i, e] * v[c]
-
-    # ------------------------------------------------------------ load: all threads
-    def make_load(LINES, WIDTH, STRIDE, HIDDEN):
-        """load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread): LINES rows of WIDTH elements to shared memory.
-
-        Rows from `lines` on and columns from `dims` on are 0, and so are, when HIDDEN, rows that `seen` does not mark.
-        """
-        COUNT = LINES * WIDTH
-        EVEN = COUNT % (LOADS * THREADS) == 0
-
-        @inline
-        def load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread):
-            x = cuda.local.array(LOADS, REAL)
-            for first in range(0, COUNT, LOADS * THREADS):
-                for i in range(LOADS):
-                    n = int32(first + i * THREADS + thread)
-                    line, d = int32(n // WIDTH), int32(n % WIDTH)
-                    inside = (line < lines) & (dim0 + d < dims)         # not `and`: a branch would part the loads
-                    if HIDDEN:
-                        inside = inside & (load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0)
-                    x[i] = load_element(uint64(pointer + line * by_line + (dim0 + d) * by_dim), int32(inside))
-                for i in range(LOADS):
-                    n = int32(first + i * THREADS + thread)
-                    if EVEN or n < COUNT:
-                        put(int32(to + (n // WIDTH * STRIDE + n % WIDTH) * SIZE), x[i])
-        return load
-
-    load_q, load_k = make_load(BLOCK_M, SLICE, PITCH, False), make_load(BLOCK_N, SLICE, PITCH, False)
-
-    load_v = make_load(KEYS, HEAD_DIM_V, HEAD_DIM_V, True)
 
     # ------------------------------------------------------------ the loop body
     @inline
@@ -219,13 +145,13 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, s * SLICE, a.head_dim, base, thread)
             load_k(base + KV, pointer_k + col0 * a.k_row, a.k_row, a.k_dim, seqlen_k - col0, s * SLICE, a.head_dim, base, thread)
             cuda.syncthreads()
-            multiply_qk(acc_s, base, x, y, a.head_dim - s * SLICE)
+            multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
         for i in range(ROWS):
             row = int32(row0 + y + i * HIGH)
             lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for j in range(COLS):
                 col = int32(col0 + x + j * WIDE)
-                s = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
+                s, _ = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
                 if full == 0:
                     if visible(a, batch, head, row, col, seqlen_q, lo, hi):
                         store_shared_b32(int32(base + SEEN + (x + j * WIDE) * 4), int32(1))
@@ -240,7 +166,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             load_v(base + KV, pointer_v + (col0 + key0) * a.v_row, a.v_row, a.v_dim, seqlen_k - col0 - key0, 0, a.head_dim_v,
                    base + SEEN + key0 * 4, thread)
             cuda.syncthreads()
-            multiply_pv(acc_o, base, x, y, key0, seqlen_k - col0 - key0)
+            multiply_pv(acc_o, base + P, base + KV, x, y, key0, seqlen_k - col0 - key0)
 
     @inline
     def epilogue(a, acc_o, row_max, row_sum, nobody, x, y, batch, head, q_start, row0, seqlen_q):
@@ -250,7 +176,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             scale, lse = finish(a, head, row_max[i], sum16(row_sum[i]), nobody)
             if row < seqlen_q:
                 for c in range(OUTS):
-                    col = int32(c // NEIGHBOURS * NEIGHBOURS * WIDE + x * NEIGHBOURS + c % NEIGHBOURS)
+                    col = column(c, x)
                     # selected, not multiplied: 0 * NaN of a V that others see
                     out = acc_o[i, c] * scale if scale != REAL(0) else REAL(0)
                     if col < a.head_dim_v:

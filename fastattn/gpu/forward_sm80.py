@@ -63,7 +63,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
     dropout = make_dropout(spec)
-    update, finish = make_softmax(spec, LAZY)
+    update, _, finish = make_softmax(spec, LAZY)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
     SINKS = spec.sinks is not None
 

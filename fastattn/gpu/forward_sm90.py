@@ -26,7 +26,7 @@ from .compile import load as load_kernel
 from .config import Config, feature_weight
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, store_pairs, store_rows, zeros, zeros_packed
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, store_rows, store_whole_rows, zeros, zeros_packed
 from .inline import divide, inline
 from .mask import make_bounds
 from .packed import head_group, most_tiles, table
@@ -43,13 +43,13 @@ from .ptx.memory import (
     store_shared_b32,
     store_shared_zero16,
 )
-from .ptx.sync import any_lane, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
+from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import Smem, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Arguments, Call, Spec, make_spec
-from .tensormap import fits, tensor_map
+from .tensormap import fits, tensor_maps
 from .workspace import counter
 
 RECORDS = 4
@@ -76,8 +76,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     TILE = smem.take(RECORDS * 32, 16)
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
     PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
-    OUT_BARRIER, TURN_BARRIER, V_BARRIER = 1, 4, 8         # named barriers: one for each consumer, one for all of them
+    OUT_BARRIER, TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 1, 4, 8, 9     # named barriers: one for each consumer, but V's for all of them
     BESIDE, SINKS = config.beside, spec.sinks is not None
+    OPTIMISTIC = config.optimistic and not (spec.scaled or spec.mask)       # else scores cannot be had again by one product
     TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
@@ -85,7 +86,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
     dropout = make_dropout(spec)
-    update, finish = make_softmax(spec, config.lazy)
+    update, optimistic, finish = make_softmax(spec, config.lazy)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
@@ -235,7 +236,26 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         else:
             return int32(1) if sum0 >= float32(0) or sum1 >= float32(0) else int32(0)
 
-    def make_step(MASKED):
+    @inline
+    def release_k(base, stage, n_block, n_min, lane):
+        """The stage of K, and Q with the last block of a tile, may be overwritten."""
+        if lane == 0:
+            mbarrier.arrive(base + K_EMPTY + 8 * stage)
+            if n_block == n_min:
+                mbarrier.arrive(base + Q_EMPTY)
+
+    @inline
+    def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1):
+        """The block's scores once more, and the maxima they call for. All of a warpgroup comes here or none."""
+        acc_o = wgmma.wait_all(acc_o)
+        wgmma.fence()
+        acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+        wgmma.commit()
+        acc_s = wgmma.wait_all(acc_s)
+        acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
+        return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
+
+    def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
                  seqlen_q, seqlen_k, rows):
@@ -260,32 +280,40 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             acc_s = wgmma.wait_all_but_one(acc_s)
             if LATE:
                 pass_turn(w)
-            if lane == 0:
-                mbarrier.arrive(base + K_EMPTY + 8 * stage)
-                if n_block == n_min:
-                    mbarrier.arrive(base + Q_EMPTY)
-            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
-            if MASKED:
-                acc_s = keep(acc_s, rows, column)
-            acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-            acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-            # the wait stands in both branches: in straight code the assembler moves it up, before the softmax that should run beside it
-            if BESIDE:
-                if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                    acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
+            # each wait for O stands in both branches: in straight code the assembler moves it up, before the softmax that should run
+            # beside the product
+            if OPTIMISTIC_STEP:
+                acc_s, part0, part1, lags = optimistic(a, acc_s, max0, max1)
+                if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(128), lags)) != 0:
+                    acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1)
                 else:
                     acc_o = wgmma.wait_all(acc_o)
+                    sum0, sum1 = sum0 + part0, sum1 + part1
+                release_k(base, stage, n_block, n_min, lane)
+                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
             else:
-                acc_o = wgmma.wait_all(acc_o)
-                if not LAZY or any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                    acc_o = scale_rows(acc_o, alpha0, alpha1)
+                release_k(base, stage, n_block, n_min, lane)
+                acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+                if MASKED:
+                    acc_s = keep(acc_s, rows, column)
+                acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
+                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                if BESIDE:
+                    if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                        acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
+                    else:
+                        acc_o = wgmma.wait_all(acc_o)
+                else:
+                    acc_o = wgmma.wait_all(acc_o)
+                    if not LAZY or any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                        acc_o = scale_rows(acc_o, alpha0, alpha1)
             if lane == 0:
                 mbarrier.arrive(base + V_EMPTY + 8 * before)
             p = to_half(acc_s)
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
 
-    step_masked, step_full = make_step(True), make_step(False)
+    step_masked, step_full, step_optimistic = make_step(True, False), make_step(False, False), make_step(False, OPTIMISTIC)
 
     def make_round(FIRST):
         PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
@@ -320,7 +348,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
             if a.head_dim_v == HEAD_DIM_V:
-                store_pairs(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1)
+                store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
         else:
@@ -446,6 +474,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     acc_o, p, max0, max1, sum0, sum1, it = step_masked(
                         a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
                         seqlen_q, seqlen_k, rows)
+                if OPTIMISTIC:       # the last block of a tile not: Q would be asked for a softmax later
+                    while n_block > max(full_min, n_min + 1):
+                        n_block = int32(n_block - 1)
+                        acc_o, p, max0, max1, sum0, sum1, it = step_optimistic(
+                            a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
+                            seqlen_q, seqlen_k, rows)
                 while n_block > full_min:
                     n_block = int32(n_block - 1)
                     acc_o, p, max0, max1, sum0, sum1, it = step_full(
@@ -504,6 +538,12 @@ def source(spec: Spec, config: Config) -> Source:
                   128 * (1 + config.block_m // 64), shared_memory)
 
 
+@lru_cache(maxsize=1024)
+def _choice(spec: Spec, seqlen_k: int) -> tuple[Config, Source, Arguments]:
+    config = configs.forward_sm90(spec, seqlen_k)
+    return config, source(spec, config), arguments_of(spec)
+
+
 def refuses(call: Call, d: Device) -> str | None:
     """None, or why this family does not take the call."""
     p, o = call.problem, call.operands
@@ -524,11 +564,10 @@ def refuses(call: Call, d: Device) -> str | None:
 
 def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
     """Enqueue the kernel, and before it the table of a packed problem."""
-    o, config = call.operands, configs.forward_sm90(spec, call.problem.seqlen_k)
-    kernel = load_kernel(source(spec, config), d.ordinal)
+    o, (config, kernel_source, arguments) = call.operands, _choice(spec, call.problem.seqlen_k)
+    kernel = load_kernel(kernel_source, d.ordinal)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, d.ordinal, stream) as sequences:
         boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64)
-        maps = [tensor_map(x, rows, stream) for x, rows in boxes]
-        own = (*maps, counter(d.ordinal, stream), sequences, tiles, head_group(call))
-        kernel.launch(min(tiles, d.num_sms), arguments_of(spec).values(call, own), stream)
+        own = (*tensor_maps(boxes, stream), counter(d.ordinal, stream), sequences, tiles, head_group(call))
+        kernel.launch(min(tiles, d.num_sms), arguments.values(call, own), stream)

@@ -1,4 +1,4 @@
-"""The structural mask on the device: problem.py's row_bounds and block_bounds, for one tile of query rows."""
+"""The structural mask on the device: problem.py's row_bounds, block_bounds of a tile of query rows, query_bounds of a tile of keys."""
 from __future__ import annotations
 
 from typing import Any
@@ -7,6 +7,12 @@ from numba import int32
 
 from .inline import divide, inline
 from .spec import Spec
+
+
+@inline
+def diagonal_of(a, seqlen_q, seqlen_k):
+    """The key that row 0 has on its diagonal."""
+    return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
 
 
 def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
@@ -39,3 +45,26 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
         return n_min, full_min, full_max, n_max
 
     return row_bounds, block_bounds
+
+
+def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
+    """query_bounds(a, first_key, last_key, diagonal, seqlen_q) -> (m_min, full_min, full_max, m_max) of the keys first_key to last_key,
+    inclusive and below seqlen_k: see problem.query_bounds. All four are equal where no row sees any of them: an empty loop."""
+    LEFT, RIGHT = spec.left, spec.right
+
+    @inline
+    def query_bounds(a, first_key, last_key, diagonal, seqlen_q):
+        first, full_first, end, full_end = int32(0), int32(0), int32(seqlen_q), int32(seqlen_q)
+        if RIGHT:
+            first = int32(min(max(first_key - diagonal - a.right, 0), seqlen_q))
+            full_first = int32(min(max(last_key - diagonal - a.right, 0), seqlen_q))
+        if LEFT:
+            end = int32(min(max(last_key + 1 - diagonal + a.left, 0), seqlen_q))
+            full_end = int32(min(max(first_key + 1 - diagonal + a.left, 0), seqlen_q))
+        m_min = divide(first, BLOCK_M)
+        m_max = int32(max(divide(int32(end + BLOCK_M - 1), BLOCK_M), m_min)) if first < end else m_min
+        full_min = int32(min(max(divide(int32(full_first + BLOCK_M - 1), BLOCK_M), m_min), m_max))
+        full_max = int32(min(max(divide(full_end, BLOCK_M), full_min), m_max))
+        return m_min, full_min, full_max, m_max
+
+    return query_bounds

@@ -2,47 +2,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from .compile import load
 from .schedule import plan_packed, table_bytes
-from .spec import Call
+from .spec import AnyCall
 from .workspace import temporary
 
 
+def lengths(call: AnyCall) -> list[Any]:
+    """Values of schedule.LENGTHS: where a packed problem's lengths are. Zeros for a dense one."""
+    o = call.operands
+    words = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
+    return [*words, call.problem.total_k or 0]
+
+
+def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> AbstractContextManager[int]:
+    """Address of the table for tiles of `block` rows (keys), valid for work enqueued inside the `with`; 0 for a dense problem."""
+    return _packed_table(call, block, ordinal, stream, by_keys) if call.problem.packed else _NO_TABLE
+
+
+_NO_TABLE = nullcontext(0)
+
+
 @contextmanager
-def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
-    """Address of the table for tiles of `block_m` rows, valid for work enqueued inside the block; 0 for a dense problem."""
-    p, o = call.problem, call.operands
-    if not p.packed:
-        yield 0
-        return
-    assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
-    source, blocks = plan_packed(p.seqused_k, block_m), most_blocks(call, block_m)
-    lengths = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
+def _packed_table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool) -> Iterator[int]:
+    p = call.problem
+    source, blocks = plan_packed(p.seqused_k, block, by_keys), most_blocks(call, block, by_keys)
+    heads = p.num_heads_k if by_keys else p.num_heads
     with temporary(table_bytes(p.batch, blocks), ordinal, stream) as memory:
-        load(source, ordinal).launch(1, [memory, *lengths, p.batch, p.num_heads, p.total_q, p.total_k, blocks], stream)
+        load(source, ordinal).launch(1, [memory, *lengths(call), p.batch, heads, p.total_q, blocks], stream)
         yield memory
 
 
-def most_blocks(call: Call, block_m: int) -> int:
-    """Blocks of rows of a packed problem, at most: only the device knows its lengths."""
-    total = call.problem.total_q or 0
-    return total // block_m + min(call.problem.batch + 1, total)
+def most_blocks(call: AnyCall, block: int, by_keys: bool = False) -> int:
+    """Blocks of rows (keys) of a packed problem, at most: only the device knows its lengths."""
+    total = (call.problem.total_k if by_keys else call.problem.total_q) or 0
+    return total // block + min(call.problem.batch + 1, total)
 
 
-def most_tiles(call: Call, block_m: int) -> int:
+def most_tiles(call: AnyCall, block: int, by_keys: bool = False) -> int:
     """Tiles of a dense problem; an upper bound for a packed one."""
     p = call.problem
-    if p.total_q is None:
-        return p.batch * p.num_heads * -(-p.seqlen_q // block_m)
-    return p.num_heads * most_blocks(call, block_m)
+    heads, length = (p.num_heads_k, p.seqlen_k) if by_keys else (p.num_heads, p.seqlen_q)
+    return heads * (most_blocks(call, block, by_keys) if p.packed else p.batch * -(-length // block))
 
 
 L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
 
 
-def head_group(call: Call) -> int:
+def head_group(call: AnyCall) -> int:
     """Heads whose tiles are taken together (schedule.py): under a mask, so that long tiles of all of them start first."""
     p = call.problem
     if p.mask.left is None and p.mask.right is None and not p.packed:

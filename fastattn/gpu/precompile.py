@@ -1,11 +1,12 @@
 """Kernels compiled ahead of use, for the device here or for an architecture that is elsewhere; nothing here needs a GPU or a driver.
 
-A `Want` is a call without memory. Its kernels are found the way a real call finds them (make_problem, choose, the family's table), so
-what is put into the cache is what calls will look up.
+A `Want` is a call without memory, forward or backward. Its kernels are found the way a real call finds them (make_problem, choose, the
+family's table), so what is put into the cache is what calls will look up.
 """
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import time
@@ -16,16 +17,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import gpu
-from ..buffers import ITEMSIZE, View, contiguous
+from ..buffers import ITEMSIZE, Grads, View, contiguous
 from ..problem import Operands, make_problem
 from . import compile as compiler
 from . import config
 from .device import ARCHITECTURES, Device
 from .schedule import plan_packed
-from .spec import Call, Spec, make_spec
+from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
+SHARED = ("preprocess", "postprocess", "dbias")        # modules beside a family's own that launch kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,10 @@ class Want:
     batch: int = 4
     num_heads: int = 16
     num_heads_k: int | None = None
+    backward: bool = False                  # with dbias where there is a bias; lse is then given, not wanted
+    deterministic: bool = False
 
-    def call(self) -> tuple[Call, Spec]:
+    def call(self) -> tuple[AnyCall, Spec]:
         """The call with addresses that are never used."""
         dim_v, heads_k = self.head_dim_v or self.head_dim, self.num_heads_k or self.num_heads
         keys = self.seqlen_q if self.seqlen_k is None else self.seqlen_k
@@ -77,8 +81,11 @@ class Want:
             lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
         problem, o = make_problem("precompile", o, packed=self.packed, causal=self.causal, window=self.window,
                                   softcap=30.0 if self.softcap else None, dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
-        lse = array(problem.lse_dtype, *problem.lse_shape) if self.lse else None
-        return Call(problem, o, array(self.dtype, *problem.out_shape), lse), make_spec(problem, o, self.lse)
+        out, lse = array(self.dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
+        if not self.backward:
+            return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)
+        call = BackwardCall(problem, o, out, out, lse, None, Grads(o.q, o.k, o.v, o.bias, o.sinks), self.deterministic)
+        return call, make_backward_spec(call)
 
 
 def absent_device(arch: str) -> Device:
@@ -86,10 +93,10 @@ def absent_device(arch: str) -> Device:
     return Device(0, arch, PROCESSORS[arch], config.SHARED_MEMORY[arch] * 1024, f"a device of {arch}", 0)
 
 
-def sources(call: Call, spec: Spec, d: Device) -> list[compiler.Source]:
+def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
     """All kernels that the call launches, found by launching it without a device. UnsupportedError where no wanted family takes it.
 
-    What a family's launch asks for is replaced in its module: kernels are noted instead of loaded, addresses are 0.
+    What a launch asks for is replaced in the family's module and the shared ones: kernels are noted, not loaded, addresses are 0.
     """
     module, found = gpu.choose(call, d), list[compiler.Source]()
 
@@ -98,19 +105,18 @@ def sources(call: Call, spec: Spec, d: Device) -> list[compiler.Source]:
         return SimpleNamespace(launch=lambda *_: None)
 
     @contextlib.contextmanager
-    def table(call: Call, block_m: int, ordinal: int, stream: int) -> Iterator[int]:
+    def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> Iterator[int]:
         if call.problem.packed:
-            found.append(plan_packed(call.problem.seqused_k, block_m))
+            found.append(plan_packed(call.problem.seqused_k, block, by_keys))
         yield 0
 
-    def nothing(*_: Any) -> int:
-        return 0
-    absent = {"load_kernel": note, "table": table, "tensor_map": nothing, "counter": nothing,
+    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, _: [0] * len(boxes), "counter": lambda *_: 0,
               "temporary": lambda *_: contextlib.nullcontext(0)}
     with contextlib.ExitStack() as stack:
-        for name in absent.keys() & vars(module).keys():
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, absent[name])
+        for where in (module, *(importlib.import_module(f".{name}", __package__) for name in SHARED)):
+            for name in absent.keys() & vars(where).keys():
+                stack.callback(setattr, where, name, getattr(where, name))
+                setattr(where, name, absent[name])
         module.launch(call, spec, d, 0)
     return found
 
@@ -159,6 +165,7 @@ def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, 
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": (1024, 0)}, "dropout": {"dropout": True}, "softcap": {"softcap": True},
     "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"}, "mask": {"mask": True}, "bias": {"bias": "float32"},
+    "backward": {"backward": True},
 }
 
 
@@ -184,7 +191,7 @@ LENGTHS = 512, 2048, 4096, 16384      # of dense calls: tiles are chosen by leng
 
 
 def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
-    """Dense and packed calls with each feature, with lse and without. A feature is a name of FEATURES, or several with '+'."""
+    """Dense and packed calls with each feature, forward ones with lse and without. A feature is a name of FEATURES, or several with '+'."""
     wants = []
     for feature in features:
         unknown = [name for name in feature.split("+") if name not in FEATURES]
@@ -193,8 +200,9 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
         settings: dict[str, Any] = {}
         for name in feature.split("+"):
             settings |= FEATURES[name]
+        lses = (False,) if "backward" in settings else (False, True)
         wants += [Want(dtype, dim, packed=packed, lse=lse, seqlen_q=seqlen, **settings) for dtype in dtypes for dim in head_dims
-                  for packed in (False, True) for lse in (False, True) for seqlen in ((4096,) if packed else LENGTHS)]
+                  for packed in (False, True) for lse in lses for seqlen in ((4096,) if packed else LENGTHS)]
     return wants
 
 

@@ -1,4 +1,4 @@
-"""The features as arithmetic on one pair and one row, in units of natural log: what forward_simt applies to its registers.
+"""The features as arithmetic on one pair and one row, in units of natural log: what kernels on plain threads apply to their registers.
 
 The same lines as reference.py. scores.py and softmax.py say them for fragments, in units of log2.
 """
@@ -27,7 +27,8 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
     """(prepare, score, visible) of one pair.
 
     slope = prepare(a, batch, head): the ALiBi slope.
-    s = score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k): from a dot product to a score.
+    s, rate = score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k): from a dot product to a score, and what the softcap makes
+    of a small change: d score / d (scale * dot product).
     visible(a, batch, head, row, col, seqlen_q, lo, hi): no mask hides the pair; keys [lo, hi) are its row's.
     """
     SOFTCAP, ALIBI, BIAS, MASK = spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
@@ -48,15 +49,16 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
 
     @inline
     def score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k):
-        s = s * a.scale
+        s, rate = s * a.scale, REAL(1)
         if SOFTCAP:
-            s = a.cap * math.tanh(s / a.cap)
+            tanh = math.tanh(s / a.cap)
+            s, rate = a.cap * tanh, REAL(1) - tanh * tanh
         if ALIBI:       # the diagonal of the bottom right corner, whatever the mask's is
             s = s - slope * REAL(int32(abs(int32(row + seqlen_k - seqlen_q - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
             s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))
-        return s
+        return s, rate
 
     @inline
     def visible(a, batch, head, row, col, seqlen_q, lo, hi):
@@ -116,8 +118,9 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
     return max16, sum16, finish
 
 
-def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, PITCH: int, THREADS: int) -> Any:
-    """dropout(a, p, row0, col0, plane, thread): zeros in the tile P of shared memory, whose rows are PITCH elements apart.
+def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: int, THREADS: int) -> Any:
+    """dropout(a, p, row0, col0, plane, thread): zeros in the tile P of shared memory, whose query rows are BY_ROW elements apart and
+    whose keys BY_COL.
 
     Each thread takes the eight elements of a Philox call (philox.py): rows r, r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a
     16 x 16 piece. `plane` is batch * num_heads + head. Nothing where there is no dropout.
@@ -137,18 +140,18 @@ def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, PITCH: int, THREADS: in
         if uint32(word << uint32(16)) < threshold:
             put(address, REAL(0))
         if word < threshold:
-            put(int32(address + SIZE), REAL(0))
+            put(int32(address + BY_COL * SIZE), REAL(0))
 
     @inline
     def dropout(a, p, row0, col0, plane, thread):
         for call in range(thread, CALLS, THREADS):
             row, col = int32(call // (BLOCK_N // 4)), int32(call % (BLOCK_N // 4))      # of the counter, inside the tile
             w0, w1, w2, w3 = philox(uint32((row0 >> 1) + row), uint32((col0 >> 2) + col), uint32(plane), a.offset, a.seed_low, a.seed_high)
-            at = int32(p + (((row >> 3) * 16 + (row & 7)) * PITCH + (col >> 2) * 16 + (col & 3) * 2) * SIZE)
+            at = int32(p + (((row >> 3) * 16 + (row & 7)) * BY_ROW + ((col >> 2) * 16 + (col & 3) * 2) * BY_COL) * SIZE)
             drop(at, w0, a.threshold)
-            drop(int32(at + 8 * SIZE), w1, a.threshold)
-            drop(int32(at + 8 * PITCH * SIZE), w2, a.threshold)
-            drop(int32(at + 8 * (PITCH + 1) * SIZE), w3, a.threshold)
+            drop(int32(at + 8 * BY_COL * SIZE), w1, a.threshold)
+            drop(int32(at + 8 * BY_ROW * SIZE), w2, a.threshold)
+            drop(int32(at + 8 * (BY_ROW + BY_COL) * SIZE), w3, a.threshold)
     return dropout
 
 

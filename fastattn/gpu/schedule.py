@@ -1,8 +1,8 @@
-"""Which tile of query rows a block works on next: number -> (m_block, head, batch, where its rows and keys are).
+"""Which tile of query rows, or BY_KEYS of keys, a block works on next: number -> (block, head, batch, where its rows and keys are).
 
 Dense problems compute it. Packed ones look it up in a table that `plan_packed` writes on the device, so that cumulative lengths are
-never read back: one entry per sequence, most work first, a last one for rows that belong to no sequence, and for each block of rows the
-number of its entry.
+never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, and for each block of
+rows (keys) the number of its entry.
 """
 from __future__ import annotations
 
@@ -16,27 +16,36 @@ from .inline import divide, inline
 from .ptx.memory import load_b32, store_b32
 from .spec import Spec
 
-ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, two spare
+ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, keys with unused ones, one spare
 PLAN_THREADS = 1024
 SORTED = 4096       # sequences up to which the table is sorted: ranks are counted, n * n / 1024 steps
 
 
-def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
+def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     """tile_at(a, t) -> m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k for 0 <= t < num_tiles(a).
 
     Heads go in groups of a.head_group whose K and V fit the L2 cache; inside a group the last rows, which have most keys under
-    a causal mask, come first.
+    a causal mask, come first. BY_KEYS: n_block, a key head of a.num_heads_k, the same, and last how many keys the sequence has with
+    those past seqused_k, whose gradients are 0; the first keys, which most rows see, come first.
     """
     PACKED = spec.packed
 
     @inline
-    def in_group(r, m_blocks, heads, head_group):
-        """Tile r of `heads` heads with `m_blocks` each -> (m_block, head)."""
-        g = divide(r, int32(head_group * m_blocks))
-        r = int32(r - g * (head_group * m_blocks))
+    def in_group(r, blocks, heads, head_group):
+        """Tile r of `heads` heads with `blocks` each -> (block, head)."""
+        g = divide(r, int32(head_group * blocks))
+        r = int32(r - g * (head_group * blocks))
         size = int32(min(head_group, heads - g * head_group))
-        row = divide(r, size)
-        return int32(m_blocks - 1 - row), int32(g * head_group + r - row * size)
+        n = divide(r, size)
+        block = n if BY_KEYS else int32(blocks - 1 - n)
+        return block, int32(g * head_group + r - n * size)
+
+    @inline
+    def heads_of(a):
+        if BY_KEYS:
+            return a.num_heads_k
+        else:
+            return a.num_heads
 
     @inline
     def entry(a, i, field):
@@ -45,14 +54,22 @@ def make_tile_at(spec: Spec, BLOCK_M: int) -> Any:
     @inline
     def tile_at(a, t):
         if PACKED:
-            i = load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16) + uint64(4 * divide(t, a.num_heads))))
-            seqlen_q = entry(a, i, 1)
-            m_block, head = in_group(int32(t - entry(a, i, 5)), divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), a.num_heads, a.head_group)
-            return m_block, head, entry(a, i, 4), entry(a, i, 0), seqlen_q, entry(a, i, 2), entry(a, i, 3)
+            heads = heads_of(a)
+            i = load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16) + uint64(4 * divide(t, heads))))
+            length = entry(a, i, 6 if BY_KEYS else 1)
+            block, head = in_group(int32(t - entry(a, i, 5)), divide(int32(length + BLOCK - 1), BLOCK), heads, a.head_group)
+            if BY_KEYS:
+                return block, head, entry(a, i, 4), entry(a, i, 0), entry(a, i, 1), entry(a, i, 2), entry(a, i, 3), length
+            else:
+                return block, head, entry(a, i, 4), entry(a, i, 0), length, entry(a, i, 2), entry(a, i, 3)
         else:
-            m_block, head = in_group(t, divide(int32(a.seqlen_q + BLOCK_M - 1), BLOCK_M), int32(a.num_heads * a.batch), a.head_group)
-            batch = divide(head, a.num_heads)
-            return m_block, int32(head - batch * a.num_heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k
+            heads, length = heads_of(a), a.seqlen_k if BY_KEYS else a.seqlen_q
+            block, head = in_group(t, divide(int32(length + BLOCK - 1), BLOCK), int32(heads * a.batch), a.head_group)
+            batch = divide(head, heads)
+            if BY_KEYS:
+                return block, int32(head - batch * heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
+            else:
+                return block, int32(head - batch * heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k
     return tile_at
 
 
@@ -84,37 +101,50 @@ def make_unowned(spec: Spec) -> Any:
     return in_last_entry
 
 
+LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q total_k:i "   # fields of make_sequence_at
+
+
+@inline
+def length_at(pointer, i, step, total):
+    """Element i of cumulative lengths `step` bytes apart, little-endian, so that its low half will do for an int64; lengths that lie are
+    cut to what there is."""
+    return int32(min(max(load_b32(uint64(pointer + uint64(i * step))), 0), total))
+
+
+def make_sequence_at(USED: bool) -> Any:
+    """sequence_at(a, i) -> q_start, seqlen_q, k_start, seqlen_k, keys with unused ones, of sequence i. USED: there is a seqused_k.
+
+    Fields: LENGTHS and total_q. Steps are bytes between lengths, int32 or int64.
+    """
+    @inline
+    def sequence_at(a, i):
+        q_start = length_at(a.cu_seqlens_q, i, a.q_step, a.total_q)
+        seqlen_q = int32(max(length_at(a.cu_seqlens_q, i + 1, a.q_step, a.total_q) - q_start, 0))
+        k_start = length_at(a.cu_seqlens_k, i, a.k_step, a.total_k)
+        keys = int32(max(length_at(a.cu_seqlens_k, i + 1, a.k_step, a.total_k) - k_start, 0))
+        used = length_at(a.seqused_k, i, a.used_step, keys) if USED else keys
+        return q_start, seqlen_q, k_start, used, keys
+    return sequence_at
+
+
 def table_bytes(batch: int, blocks: int) -> int:
-    """Of a table with at most `blocks` blocks of rows in all."""
+    """Of a table with at most `blocks` blocks of rows (keys) in all."""
     return (batch + 1) * ENTRY + 16 + 4 * blocks
 
 
 @cache
-def plan_packed(USED: bool, BLOCK_M: int) -> Source:
-    """The kernel that writes the table: one block. USED: there is a seqused_k. Steps are bytes between lengths, int32 or int64."""
+def plan_packed(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Source:
+    """The kernel that writes the table: one block. USED: there is a seqused_k. num_heads: the heads that have tiles."""
     THREADS = PLAN_THREADS
-
-    @inline
-    def length(pointer, i, step, total):
-        """Element i, little-endian, so that its low half will do for an int64; lengths that lie are cut to what there is."""
-        return int32(min(max(load_b32(uint64(pointer + uint64(i * step))), 0), total))
-
-    @inline
-    def rows_of(a, i):
-        start = length(a.cu_seqlens_q, i, a.q_step, a.total_q)
-        return int32(max(length(a.cu_seqlens_q, i + 1, a.q_step, a.total_q) - start, 0))
-
-    @inline
-    def keys(a, i):
-        start = length(a.cu_seqlens_k, i, a.k_step, a.total_k)
-        n = int32(max(length(a.cu_seqlens_k, i + 1, a.k_step, a.total_k) - start, 0))
-        if USED:
-            n = length(a.seqused_k, i, a.used_step, n)
-        return n
+    sequence_at = make_sequence_at(USED)
 
     @inline
     def work(a, i):
-        return int64(rows_of(a, i)) * int64(keys(a, i) + BLOCK_M)
+        _, seqlen_q, _, seqlen_k, _ = sequence_at(a, i)
+        if BY_KEYS:
+            return int64(seqlen_k) * int64(seqlen_q + BLOCK)
+        else:
+            return int64(seqlen_q) * int64(seqlen_k + BLOCK)
 
     @inline
     def put(a, i, field, value):
@@ -122,8 +152,8 @@ def plan_packed(USED: bool, BLOCK_M: int) -> Source:
 
     @inline
     def tiles_of(a, i):
-        rows = load_b32(uint64(a.table + uint64(i * ENTRY + 4)))
-        return int32(divide(int32(rows + BLOCK_M - 1), BLOCK_M) * a.num_heads)
+        length = load_b32(uint64(a.table + uint64(i * ENTRY + (24 if BY_KEYS else 4))))
+        return int32(divide(int32(length + BLOCK - 1), BLOCK) * a.num_heads)
 
     def kernel(a):
         thread = int32(cuda.threadIdx.x)
@@ -136,18 +166,22 @@ def plan_packed(USED: bool, BLOCK_M: int) -> Source:
                     other = work(a, j)
                     if other > mine or (other == mine and j < i):
                         place += 1
-            put(a, place, 0, length(a.cu_seqlens_q, i, a.q_step, a.total_q))
-            put(a, place, 1, rows_of(a, i))
-            put(a, place, 2, length(a.cu_seqlens_k, i, a.k_step, a.total_k))
-            put(a, place, 3, keys(a, i))
+            q_start, seqlen_q, k_start, seqlen_k, all_keys = sequence_at(a, i)
+            put(a, place, 0, q_start)
+            put(a, place, 1, seqlen_q)
+            put(a, place, 2, k_start)
+            put(a, place, 3, seqlen_k)
             put(a, place, 4, i)
-        if thread == 0:     # rows of no sequence
-            end = length(a.cu_seqlens_q, a.batch, a.q_step, a.total_q)
-            put(a, a.batch, 0, end)
-            put(a, a.batch, 1, a.total_q - end)
-            put(a, a.batch, 2, 0)
+            put(a, place, 6, all_keys)
+        if thread == 0:     # rows and keys of no sequence
+            end_q = length_at(a.cu_seqlens_q, a.batch, a.q_step, a.total_q)
+            end_k = length_at(a.cu_seqlens_k, a.batch, a.k_step, a.total_k)
+            put(a, a.batch, 0, end_q)
+            put(a, a.batch, 1, 0 if BY_KEYS else a.total_q - end_q)
+            put(a, a.batch, 2, end_k if BY_KEYS else 0)
             put(a, a.batch, 3, 0)
             put(a, a.batch, 4, 0)
+            put(a, a.batch, 6, a.total_k - end_k)
         cuda.syncthreads()
         # first tiles: each thread sums a stretch of entries, then they are shifted by the stretches before
         share = (a.batch + 1 + THREADS - 1) // THREADS
@@ -176,7 +210,6 @@ def plan_packed(USED: bool, BLOCK_M: int) -> Source:
                 if block + j < a.blocks:
                     store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
 
-    fields = ("table:l cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q batch:i num_heads:i total_q:i total_k:i "
-              "blocks:i")
-    return Source(f"plan_packed BLOCK_M {BLOCK_M}" + " seqused_k" * USED, lambda: kernel,
+    fields = "table:l " + LENGTHS + "batch:i num_heads:i total_q:i blocks:i"
+    return Source(f"plan_packed {'BLOCK_N' if BY_KEYS else 'BLOCK_M'} {BLOCK}" + " seqused_k" * USED, lambda: kernel,
                   tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS, 0)

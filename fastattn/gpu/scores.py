@@ -14,8 +14,9 @@ from .spec import LOG2E, Spec
 _LOG2E = float32(LOG2E)
 
 
-def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
-    """(prepare, fetch, score) for fragments of COUNT registers.
+def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, Any, Any]:
+    """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
+    and `col` are the thread's first query and key all the same.
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
@@ -23,7 +24,7 @@ def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
     """
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
-    bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs, COUNT)
+    bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs and not TRANSPOSED, COUNT)
     mask_tile, _ = _score_tile("bool", False, COUNT)
     load_slope = load_scalar(spec.alibi or "float32")
 
@@ -47,14 +48,20 @@ def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
     @inline
     def fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k):
         if BIAS:
-            return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
+            if TRANSPOSED:
+                return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_col, a.bias_row, batch, head, col, row, seqlen_k, seqlen_q)
+            else:
+                return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
         else:
             return int32(0)
 
     @inline
     def fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k):
         if MASK:
-            return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_row, a.mask_col, batch, head, row, col, seqlen_q, seqlen_k)
+            if TRANSPOSED:
+                return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_col, a.mask_row, batch, head, col, row, seqlen_k, seqlen_q)
+            else:
+                return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_row, a.mask_col, batch, head, row, col, seqlen_q, seqlen_k)
         else:
             return int32(0)
 
@@ -70,7 +77,10 @@ def make_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
             scale, cap = a.softmax_scale, float32(0)
             if SOFTCAP:
                 scale, cap = float32(2) * a.softmax_scale / a.softcap, a.softcap * _LOG2E
-            acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
+            if TRANSPOSED:
+                acc_s = scale_elements(acc_s, col, int32(row + diagonal), (scale, cap, slope))      # |row - col| is the same
+            else:
+                acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
         if BIAS:
             acc_s = add_rows(acc_s, bias_float(early[0]), _LOG2E)
         if MASK:

@@ -1,4 +1,4 @@
-"""What is compiled and what it is called with: the Spec of a Problem, and the run-time arguments of its kernel.
+"""What is compiled and what it is called with: the Spec of a Problem, and the run-time arguments of its kernels.
 
 A Spec has only what changes the code: which features are there, dtypes, padded head sizes. Numbers (scale, window, p, seed, lengths,
 strides) are arguments, so that one kernel serves them all.
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from ..buffers import View
+from ..buffers import Grads, View
 from ..problem import Operands, Problem
 
 LOG2E = math.log2(math.e)
@@ -23,6 +24,8 @@ class Spec:
 
     `scaled`: scores are not q.k times a positive factor, so they are computed before the maximum is taken; then softcap, alibi and
     bias apply. alibi, bias and sinks hold their operand's dtype. `bias_pairs`: two neighbours of a 16-bit bias can be read at once.
+    `lse`: whether the forward writes it. Of the backward alone are `dbias`, the dtype that its sums are stored in where it is wanted,
+    and `deterministic`, the same bits every run. A kernel whose code does not depend on a field is made of a Spec without it.
     """
 
     dtype: str
@@ -40,13 +43,15 @@ class Spec:
     sinks: str | None = None
     dropout: bool = False
     lse: bool = True
+    dbias: str | None = None
+    deterministic: bool = False
 
     @property
     def text(self) -> str:
         """Short and unique: d128 causal ..."""
-        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse")
+        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse", "deterministic")
         on = [name for name in flags if getattr(self, name)]
-        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks") if getattr(self, name)]
+        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])
 
@@ -67,7 +72,7 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One launch: the Problem and where everything is."""
+    """One forward: the Problem and where everything is."""
 
     problem: Problem
     operands: Operands
@@ -75,7 +80,30 @@ class Call:
     lse: View | None
 
 
-Values = Callable[[Call], tuple[Any, ...]]
+@dataclass(frozen=True, slots=True)
+class BackwardCall:
+    """One backward. `grads` are Views, canonical as the operands; dbias has four axes, of length 1 where bias broadcasts."""
+
+    problem: Problem
+    operands: Operands
+    dout: View
+    out: View
+    lse: View
+    dlse: View | None
+    grads: Grads
+    deterministic: bool
+
+
+def make_backward_spec(c: BackwardCall) -> Spec:
+    return replace(make_spec(c.problem, c.operands, False), dbias=c.grads.dbias.dtype if c.grads.dbias else None,
+                   deterministic=c.deterministic)
+
+
+AnyCall = Call | BackwardCall
+Values = Callable[[AnyCall], tuple[Any, ...]]
+_VIEWS: dict[str, Callable[[Any], View]] = {
+    **{name: attrgetter(f"operands.{name}") for name in ("q", "k", "v")}, **{name: attrgetter(name) for name in ("out", "dout")},
+    **{name: attrgetter(f"grads.{name}") for name in ("dq", "dk", "dv")}}
 
 
 def _stride(x: View | None, axis: int) -> int:
@@ -87,17 +115,19 @@ def _group(on: bool, fields: str, values: Values) -> list[tuple[str, Values]]:
     return [(fields, values)] if on else []
 
 
-def _strided(name: str, view: Callable[[Call], View]) -> tuple[str, Values]:
-    """Pointer and strides in bytes of q, k, v or out."""
-    def values(c: Call) -> tuple[Any, ...]:
+def _strided(name: str) -> tuple[str, Values]:
+    """Pointer and strides in bytes of q, k, v, out, dout, dq, dk or dv."""
+    view = _VIEWS[name]
+
+    def values(c: AnyCall) -> tuple[Any, ...]:
         x = view(c)
         return x.ptr, _stride(x, -4), _stride(x, -3), _stride(x, -2), _stride(x, -1)
     return f"{name}:l {name}_batch:q {name}_row:q {name}_head:q {name}_dim:q", values
 
 
-def _score_operand(name: str, view: Callable[[Call], View | None]) -> tuple[str, Values]:
+def _score_operand(name: str, view: Callable[[AnyCall], View | None]) -> tuple[str, Values]:
     """bias and mask: (batch, head, row, column) strides in bytes."""
-    def values(c: Call) -> tuple[Any, ...]:
+    def values(c: AnyCall) -> tuple[Any, ...]:
         x = view(c)
         assert x is not None
         return x.ptr, *x.strides
@@ -122,14 +152,14 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
     ]
 
 
-def _dropout_values(c: Call) -> tuple[Any, ...]:
+def _dropout_values(c: AnyCall) -> tuple[Any, ...]:
     d = c.problem.dropout
     assert d is not None
     # compared with 16 bits in the upper half of a word; p = 1 keeps lane 65535, and keep_scale 0 removes it
     return min(d.threshold, 65535) << 16, d.keep_scale, d.seed & 0xFFFFFFFF, d.seed >> 32, d.offset
 
 
-def _sizes(c: Call) -> tuple[Any, ...]:
+def _sizes(c: AnyCall) -> tuple[Any, ...]:
     p = c.problem
     return p.seqlen_q, p.seqlen_k, p.batch, p.num_heads, p.group, p.head_dim, p.head_dim_v, p.total_q or 0
 
@@ -137,19 +167,18 @@ def _sizes(c: Call) -> tuple[Any, ...]:
 class Arguments:
     """The run-time arguments of a kernel: `fields` for compiling it, `values(call, *own)` for a launch.
 
-    `own` are the kernel's own fields ("counter:l tiles:i"), first in order; `strided` names the views it addresses itself.
+    `own` are the kernel's own fields ("counter:l tiles:i"), first in order; `strided` names the views it addresses itself: q, k, v, out
+    and, of a BackwardCall, dout, dq, dk, dv.
     """
 
     def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = ()) -> None:
-        views: dict[str, Callable[[Call], View]] = {"q": lambda c: c.operands.q, "k": lambda c: c.operands.k, "v": lambda c: c.operands.v,
-                                                    "out": lambda c: c.out}
         groups = [("seqlen_q:i seqlen_k:i batch:i num_heads:i group:i head_dim:i head_dim_v:i total_q:i", _sizes),
-                  *(_strided(name, views[name]) for name in strided), *_features(spec)]
+                  *(_strided(name) for name in strided), *_features(spec)]
         texts = [own, *(text for text, _ in groups)]
         self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
         self._groups = [values for _, values in groups]
 
-    def values(self, call: Call, own: tuple[Any, ...] = ()) -> list[Any]:
+    def values(self, call: AnyCall, own: tuple[Any, ...] = ()) -> list[Any]:
         values = list(own)
         for group in self._groups:
             values += group(call)

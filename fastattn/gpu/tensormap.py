@@ -73,20 +73,23 @@ def _maps(ordinal: int) -> _Maps:
     return found
 
 
-def tensor_map(x: View, rows: int, stream: int) -> int:
-    """Device address of the map of a view that `fits`, for boxes of `rows` rows, to be used by work on `stream`."""
-    key = (x.ptr, x.shape, x.strides, x.dtype, rows)
-    maps = _maps(x.device[1])
+def tensor_maps(boxes: tuple[tuple[View, int], ...], stream: int) -> list[int]:
+    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows, to be used by work on `stream`."""
+    maps, found = _maps(boxes[0][0].device[1]), []
     with maps.lock:
-        kept = maps.captured if capturing(stream) else maps.eager
-        address = kept.get(key)
-        if address is None:
-            encoded = _encode(x, rows)
-            with relaxed():
-                address = kept[key] = maps.place(encoded)
-        elif kept is maps.eager:
-            maps.eager.move_to_end(key)
-        return address
+        eager = not capturing(stream)
+        kept = maps.eager if eager else maps.captured
+        for x, rows in boxes:
+            key = (x.ptr, x.shape, x.strides, x.dtype, rows)
+            address = kept.get(key)
+            if address is None:
+                encoded = _encode(x, rows)
+                with relaxed():
+                    address = kept[key] = maps.place(encoded)
+            elif eager:
+                maps.eager.move_to_end(key)
+            found.append(address)
+    return found
 
 
 def _encode(x: View, rows: int) -> int:

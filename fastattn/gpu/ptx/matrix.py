@@ -1,4 +1,5 @@
-"""stmatrix: a warp writes accumulator registers to shared memory as 8x8 tiles of 16 bits (PTX ISA 9.7.14.5.16)."""
+"""stmatrix: a warp writes accumulator registers to shared memory as 8x8 tiles of 16 bits (PTX ISA 9.7.14.5.16); movmatrix turns one
+(9.7.14.5.17)."""
 from __future__ import annotations
 
 from typing import Any
@@ -27,3 +28,8 @@ def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: An
                  [address, *registers[4 * j:4 * j + 4]])
         return context.get_dummy_value()
     return signature(types.none, packed, types.int32, types.int32, panel_bytes, count, first), generate
+
+
+def emit_transpose(builder: Any, word: Any) -> Any:
+    """A warp's 8x8 tile of 16 bits, two neighbours of a row in each register, transposed."""
+    return emit(builder, I32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word])

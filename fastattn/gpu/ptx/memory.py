@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
@@ -17,6 +18,7 @@ load_u8 = instruction("ld.global.u8 $0, [$1];", "l", "r")
 store_f32 = instruction("st.global.f32 [$0], $1;", "lf")
 store_f64 = instruction("st.global.f64 [$0], $1;", "ld")
 store_b32 = instruction("st.global.b32 [$0], $1;", "lr")
+store_zero16 = instruction("st.global.v4.b32 [$0], {0, 0, 0, 0};", "l")
 store_b16 = instruction("{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t; }", "lr")
 load_shared_b32 = instruction("ld.shared.b32 $0, [$1];", "r", "r")
 store_shared_b32 = instruction("st.shared.b32 [$0], $1;", "rr")
@@ -57,6 +59,24 @@ def load_scalar(dtype: str) -> Any:
     return instruction(text, "l", "f")
 
 
+def emit_load_shared_pair(builder: Any, address: Any, offset: int) -> list[Any]:
+    """Two neighbouring float32 at a shared address, a multiple of 8, and a constant."""
+    value = emit(builder, ir.LiteralStructType([F32, F32]), f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset}];", "=f,=f,r,~{memory}", [address])
+    return [builder.extract_value(value, k) for k in range(2)]
+
+
+def emit_store_shared_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
+    """Four float32 at a shared address, a multiple of 16, and a constant."""
+    emit(builder, VOID, f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])
+
+
+def emit_load_vector(builder: Any, address: Any, offset: int) -> list[Any]:
+    """Four float32 at a global address, a multiple of 16, and a constant."""
+    text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    value = emit(builder, ir.LiteralStructType([F32] * 4), text, "=f,=f,=f,=f,l,~{memory}", [address])
+    return [builder.extract_value(value, k) for k in range(4)]
+
+
 def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
     """`size` bytes (1, 2 or 4) at a global address as a 32-bit value; 0 and no access where `inside` is false."""
     load = {1: "mov.b32 $0, 0; @p ld.global.u8 $0, [$1];", 2: "mov.u16 t, 0; @p ld.global.u16 t, [$1]; cvt.u32.u16 $0, t;",
@@ -65,9 +85,10 @@ def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
     return emit(builder, I32, text, "=r,l,r", [pointer, builder.zext(inside, I32)])
 
 
-def emit_store_if(builder: Any, keep: Any, address: Any, word: Any) -> None:
-    """A 32-bit word to an aligned global address, where the 32-bit `keep` is not 0."""
-    emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.b32 [$0], $1; }", "l,r,r,~{memory}", [address, word, keep])
+def emit_store16_if(builder: Any, keep: Any, address: Any, words: list[Any]) -> None:
+    """Four 32-bit words to a global address that is a multiple of 16, where the 32-bit `keep` is not 0."""
+    emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "l,r,r,r,r,r,~{memory}",
+         [address, *words, keep])
 
 
 def emit_store_halves_if(builder: Any, keep_low: Any, keep_high: Any, address: Any, word: Any) -> None:

@@ -12,14 +12,16 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import F32, F64, emit, instruction, pack
+from .asm import F32, F64, I32, emit, instruction, pack
+from .memory import half_to_float, halves
 
 _LETTER = {"float32": "f", "float64": "d"}
 _BITS = {"float32": "f32", "float64": "f64", "float16": "b16", "bfloat16": "b16"}
 _TO_COMPUTE = {("float16", "float32"): "cvt.f32.f16 $0, t;", ("bfloat16", "float32"): "mov.b32 $0, {z, t};",
                ("float64", "float32"): "cvt.rn.f32.f64 $0, t;", ("float32", "float64"): "cvt.f64.f32 $0, t;",
                ("float16", "float64"): "cvt.f64.f16 $0, t;"}
-_FROM_FLOAT32 = {"float16": "cvt.rn.f16.f32", "bfloat16": "cvt.rn.bf16.f32"}
+_FROM_COMPUTE = {("float32", "float16"): "cvt.rn.f16.f32", ("float32", "bfloat16"): "cvt.rn.bf16.f32",
+                 ("float32", "float64"): "cvt.f64.f32", ("float64", "float32"): "cvt.rn.f32.f64"}
 
 # load_flag(address, inside): one byte, 0 and no access where `inside` is 0
 load_flag = instruction("{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }", "lr", "r")
@@ -38,11 +40,39 @@ def load_if(dtype: str, compute: str) -> Any:
 
 
 @cache
+def load_chunk(dtype: str) -> Any:
+    """load(address, inside): the 16 bytes at an aligned global address as a tuple of 8, 4 or 2 numbers of the arithmetic; zeros and no
+    access where `inside` is 0."""
+    wide = dtype == "float64"
+    words, letter, zero, kind = (2, "d", "0d0000000000000000", F64) if wide else (4, "r", "0", I32)
+    bits, count = "f64" if wide else "b32", {"float64": 2, "float32": 4}.get(dtype, 8)
+    clear = "".join(f" mov.{bits} ${k}, {zero};" for k in range(words))
+    to = ", ".join(f"${k}" for k in range(words))
+    text = (f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0;{clear} @p ld.global.v{words}.{bits} {{{to}}}, [${words}]; }}")
+    constraints = ",".join([f"={letter}"] * words + ["l", "r", "~{memory}"])
+
+    @intrinsic
+    def load(typingctx: Any, address: Any, inside: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = emit(builder, ir.LiteralStructType([kind] * words), text, constraints, list(args))
+            given = [builder.extract_value(value, k) for k in range(words)]
+            if dtype == "float32":
+                given = [builder.bitcast(x, F32) for x in given]
+            elif dtype != "float64":
+                given = [half_to_float(builder, half, dtype) for x in given for half in halves(builder, x)]
+            return pack(builder, given)
+        number = types.float64 if wide else types.float32
+        return signature(types.UniTuple(number, count), types.uint64, types.int32), generate
+    return load
+
+
+@cache
 def store(dtype: str, compute: str) -> Any:
     """store(address, value): rounded to an element of `dtype` in global memory."""
     if dtype == compute:
         return instruction(f"st.global.{_BITS[dtype]} [$0], $1;", "l" + _LETTER[compute])
-    return instruction(f"{{ .reg .b16 t; {_FROM_FLOAT32[dtype]} t, $1; st.global.b16 [$0], t; }}", "lf")
+    bits = _BITS[dtype]
+    return instruction(f"{{ .reg .{bits} t; {_FROM_COMPUTE[compute, dtype]} t, $1; st.global.{bits} [$0], t; }}", "l" + _LETTER[compute])
 
 
 @cache

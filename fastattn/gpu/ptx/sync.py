@@ -8,6 +8,11 @@ from .asm import F32, emit, instruction
 # barrier(number, threads): wait for all; arrive(number, threads): go on
 barrier = instruction("bar.sync $0, $1;", "rr")
 barrier_arrive = instruction("bar.arrive $0, $1;", "rr")
+# any_thread(number, threads, x): barrier too; 1 where any of its threads has a nonzero x, else 0
+any_thread = instruction("{ .reg .pred p, q; setp.ne.b32 q, $3, 0; barrier.cta.red.or.pred p, $1, $2, q; selp.b32 $0, 1, 0, p; }",
+                         "rrr", "r")
+# all lanes of the warp
+warp = instruction("bar.warp.sync -1;")
 # ordinary writes to shared memory before it are seen by wgmma and the copy engine after it
 fence_async = instruction("fence.proxy.async.shared::cta;")
 # the value of lane 0: tells the compiler that it is the same for the whole warp
@@ -28,5 +33,6 @@ def decrease_registers(count: int) -> Any:
 
 
 def emit_shuffle_xor(builder: Any, value: Any, distance: int) -> Any:
-    """The float32 of the lane whose number differs in the bit `distance`."""
-    return emit(builder, F32, f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
+    """The float32 or int32 of the lane whose number differs in the bit `distance`."""
+    letter = "f" if value.type == F32 else "r"
+    return emit(builder, value.type, f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", f"={letter},{letter}", [value])

@@ -37,6 +37,7 @@ def _wait(builder: Any, pending: int, registers: list[Any]) -> list[Any]:
 
 
 wait_all, wait_all_but_one = wait(0), wait(1)
+wait_all_but_two = wait(2)
 
 
 def _descriptor(builder: Any, address: Any, leading: int) -> Any:
@@ -101,4 +102,36 @@ def make_products(dtype: str) -> tuple[Any, Any]:
                 registers = _multiply(builder, dtype, registers, a[4 * k:4 * k + 4], rows, False, (0, 1))
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64), generate
+
     return qk, pv
+
+
+def make_grad_products(dtype: str) -> tuple[Any, Any]:
+    """(dsk, dsq) for 16-bit `dtype`."""
+    @intrinsic
+    def dsk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any) -> Any:
+        """acc (64 x N) = A^T (64 x depth) B (depth x N), both MN-major in shared memory: rows of a panel are the summed axis."""
+        [d] = literals(depth)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = unpack(builder, args[0], acc.count)
+            for k in range(d // 16):
+                at = [builder.add(x, I64(k * 2048 >> 4)) for x in args[1:3]]
+                registers = _multiply(builder, dtype, registers, at[:1], at[1], k == 0, (1, 1))
+            return pack(builder, registers)
+        return signature(acc, acc, types.uint64, types.uint64, depth), generate
+
+    @intrinsic
+    def dsq(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any) -> Any:
+        """acc (64 x N) += A (64 x depth, K-major in panels of `a_rows` rows) B (depth x N, MN-major), both in shared memory."""
+        d, rows = literals(depth, a_rows)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = unpack(builder, args[0], acc.count)
+            for k in range(d // 16):
+                at_a = builder.add(args[1], I64((k // 4 * rows * 128 + k % 4 * 32) >> 4))
+                at_b = builder.add(args[2], I64(k * 2048 >> 4))
+                registers = _multiply(builder, dtype, registers, [at_a], at_b, False, (0, 1))
+            return pack(builder, registers)
+        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows), generate
+    return dsk, dsq

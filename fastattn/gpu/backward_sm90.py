@@ -1,0 +1,388 @@
+"""Backward for Hopper: a block takes 128 keys of one key head and goes through the queries that see them; dK and dV stay in registers.
+
+    warpgroup 0     one thread asks the copy engine for K and V once, then for Q and lse, dO and delta of one query block after the other
+    warpgroups 1, 2 64 keys each, scores transposed so that P^T and dS^T are operands as they come out of the accumulators:
+                    S^T = K Q^T   P^T = exp2(S^T - lse)   dV += P^T dO
+                    dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
+
+    shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
+    KV_FULL, Q_FULL[s], DO_FULL[s]    copy engine -> consumers: the bytes are there
+    Q_EMPTY[s], DO_EMPTY[s]           consumers -> producer: the place is free
+    DS_BARRIER                        both warpgroups have stored their half of dS
+
+dQ of a query block gets a part from every key block: each warp adds its 16 x 64 sums to float32 memory by the copy engine, and
+postprocess.py rounds the total. Products run behind the arithmetic they do not feed: while P is computed those of dQ and dK of the block
+before, while dS is computed that of dV; S of the next block is asked for before them. (Design: FlashAttention-3, Shah et al. 2024.)
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, float32, int32, int64, uint8, uint64
+
+from .compile import Source
+from .compile import load as load_kernel
+from .config import BackwardConfig, backward_sm90
+from .device import Device
+from .fragments import keep_from, keep_interval, make_pack, scale_rows, store_rows, store_whole_rows, zeros
+from .gradients import PIECE, exp2_columns, grad_scores, make_dropout_transposed, store_piece
+from .inline import inline
+from .mask import make_query_bounds
+from .packed import head_group, most_tiles, table
+from .postprocess import round_dq
+from .preprocess import dsinks, make_first_row, preprocessed
+from .ptx import mbarrier, tma, wgmma
+from .ptx.matrix import store_panels
+from .ptx.memory import shared_address
+from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
+from .schedule import make_num_tiles, make_tile_at
+from .scores import make_score
+from .smem import Smem
+from .spec import Arguments, BackwardCall, Spec
+from .tensormap import fits, tensor_maps
+
+CONSUMERS, BLOCK_N = 2, 128
+FAR = 1 << 30
+OWN = ("map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
+       "grad_scale:f")
+
+
+def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
+    """(kernel, bytes of shared memory)."""
+    DIM, BLOCK_M, Q_STAGES = config.dim, config.block_m, config.q_stages
+    PANELS, Q_PANEL, KV_PANEL, DS_PANEL, DS_PANELS = DIM // 64, BLOCK_M * 128, BLOCK_N * 128, BLOCK_N * 128, BLOCK_M // 64
+    Q_BYTES, KV_BYTES, DS_BYTES, ROW_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, DS_PANELS * DS_PANEL, BLOCK_M * 4
+    COUNT_S, COUNT_KV = BLOCK_M // 2, DIM // 2
+    smem = Smem()
+    K, V, Q, DO = smem.take(KV_BYTES), smem.take(KV_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * Q_BYTES)
+    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
+    LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
+    KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
+    WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
+    LEFT, RIGHT, PACKED, SCALED, DROPOUT = spec.left, spec.right, spec.packed, spec.scaled, spec.dropout
+    qk, pv = wgmma.make_products(spec.dtype)
+    dsk, dsq = wgmma.make_grad_products(spec.dtype)
+    to_half = make_pack(spec.dtype)
+    give_registers, take_registers = decrease_registers(24), increase_registers(240)
+    query_bounds = make_query_bounds(spec, BLOCK_M)
+    prepare, fetch, score = make_score(spec, COUNT_S, True)
+    draw, drop = make_dropout_transposed(spec, COUNT_S)
+    tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
+
+    # ------------------------------------------------------------ helpers of this kernel
+    @inline
+    def diagonal_of(a, seqlen_q, seqlen_k):
+        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
+
+    @inline
+    def bounds(a, first, count, seqlen_q, seqlen_k):
+        """query_bounds of `count` keys from `first`; no block is full where some of them do not exist, none is there where none do."""
+        last, diagonal = int32(min(first + count, seqlen_k) - 1), diagonal_of(a, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = query_bounds(a, first, last, diagonal, seqlen_q)
+        if first + count > seqlen_k:
+            full_max = full_min
+        if first >= seqlen_k:
+            m_max = m_min
+        return uniform(m_min), uniform(full_min), uniform(full_max), uniform(m_max)
+
+    @inline
+    def interval(a, key, diagonal, seqlen_k):
+        """Queries [lo, hi) that may see a key; lo is far off where there is no such key."""
+        lo, hi = int32(-FAR), int32(FAR)
+        if RIGHT:
+            lo = int32(key - diagonal - a.right)
+        if LEFT:
+            hi = int32(key - diagonal + a.left + 1)
+        return int32(FAR) if key >= seqlen_k else lo, hi
+
+    @inline
+    def keep(acc_s, lo0, hi0, lo1, hi1, query):
+        if LEFT:
+            return keep_interval(acc_s, int32(lo0 - query), int32(hi0 - query), int32(lo1 - query), int32(hi1 - query))
+        else:
+            return keep_from(acc_s, int32(lo0 - query), int32(lo1 - query))
+
+    @inline
+    def next_stage(stage, phase):
+        """Of Q_STAGES, in turn; the phase changes with every round."""
+        stage = int32(stage + 1)
+        return (int32(0), int32(phase ^ 1)) if stage == Q_STAGES else (stage, phase)
+
+    # ------------------------------------------------------------ load: the producer, one thread
+    @inline
+    def copy_rows(base, map_, full, to, panel_bytes, row, head, batch):
+        for p in range(PANELS):
+            tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+
+    @inline
+    def load(a, base, m_min, m_max, head_k, plane, batch, q_start, k_row):
+        mbarrier.arrive_expect(base + KV_FULL, int32(2 * KV_BYTES))
+        copy_rows(base, a.map_k, KV_FULL, K, KV_PANEL, k_row, head_k, plane)
+        copy_rows(base, a.map_v, KV_FULL, V, KV_PANEL, k_row, head_k, plane)
+        stage, phase, j = int32(0), int32(1), int32(0)
+        for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
+            line = first_row(a, batch, head, q_start)
+            m = m_min
+            while m < m_max:
+                row, at = int32(q_start + m * BLOCK_M), uint64(4 * (line + m * BLOCK_M))
+                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
+                full = int32(Q_FULL + 8 * stage)
+                mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
+                copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, row, int32(head), plane)
+                tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
+                other = int32(j & 1)
+                mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))
+                full = int32(DO_FULL + 8 * other)
+                mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
+                copy_rows(base, a.map_dout, full, DO + other * Q_BYTES, Q_PANEL, row, int32(head), plane)
+                tma.bulk_load(base + DELTA + other * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full)
+                stage, phase = next_stage(stage, phase)
+                j = int32(j + 1)
+                m = opaque(int32(m + 1))
+
+    # ------------------------------------------------------------ the loop's parts
+    @inline
+    def products_s(base, w, acc_s, stage):
+        return qk(acc_s, wgmma.k_major(base + K + w * 64 * 128), wgmma.k_major(base + Q + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
+
+    @inline
+    def products_dp(base, w, acc_dp, stage):
+        return qk(acc_dp, wgmma.k_major(base + V + w * 64 * 128), wgmma.k_major(base + DO + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
+
+    @inline
+    def products_dq(base, w, acc_dq, buffer):
+        """64 queries by 64 columns: with two panels of queries one of them, else one of two panels of columns."""
+        queries, columns = (w, int32(0)) if DS_PANELS == 2 else (int32(0), w)
+        return dsk(acc_dq, wgmma.mn_major(base + DS + buffer * DS_BYTES + queries * DS_PANEL, DS_PANEL),
+                   wgmma.mn_major(base + K + columns * KV_PANEL, KV_PANEL), BLOCK_N)
+
+    @inline
+    def products_dk(base, w, acc_dk, buffer, stage):
+        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * 64 * 128), wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL),
+                   BLOCK_M, BLOCK_N)
+
+    @inline
+    def store_ds(base, ds, buffer, w, thread, lane):
+        """Own half of dS^T, keys by queries, for the products that need all of it."""
+        row = int32(w * 64 + (thread >> 5) * 16 + (lane & 15))
+        store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
+                     DS_PANELS, 0)
+        fence_async()
+        barrier(int32(DS_BARRIER), int32(128 * CONSUMERS))
+
+    @inline
+    def add_dq(a, base, acc_dq, w, thread, lane, row):
+        """A warp's sums to those in memory, `row` its query block's first in a.accum: 32 bits, for 2**31 rows would not fit any memory."""
+        own = int32(w * 4 + (thread >> 5))
+        place = int32(base + DQ + own * PIECE)
+        if lane == 0:
+            tma.wait_read()
+        warp()
+        store_piece(acc_dq, int32(place + lane * 16))
+        fence_async()
+        warp()
+        if lane == 0:
+            # a block of 64 rows: panels of 64 columns, of four pieces each
+            block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
+            tma.reduce_add_f32(uint64(a.accum + block), place, int32(PIECE))
+            tma.commit()
+
+    def make_step(FIRST):
+        @inline
+        def step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place):
+            """The block m of `head`: its S, dP, P, dS and dV, and beside them dQ and dK of the block before, whose dS is there."""
+            j, stage, phase, head, m, line_before, slope = walk
+            m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1 = seen
+            key, col, batch, q_start, diagonal, seqlen_q, seqlen_k = place
+            other, before, query = int32(j & 1), stage, int32(m * BLOCK_M + col)
+            w, thread, lane = opaque(w), opaque(thread), opaque(lane)       # what follows from them is computed here, not kept in registers
+            if not FIRST:
+                stage, phase = next_stage(stage, phase)
+            mbarrier.wait(base + Q_FULL + 8 * stage, phase)
+            wgmma.fence()
+            acc_s = products_s(base, w, zeros(COUNT_S), stage)
+            wgmma.commit()
+            if not FIRST:
+                acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
+                wgmma.commit()
+                acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
+                wgmma.commit()
+            early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+            if FIRST:
+                acc_s = wgmma.wait_all(acc_s)
+            else:
+                acc_s = wgmma.wait_all_but_two(acc_s)
+                if lane == 0:
+                    mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))
+            acc_s = score(a, acc_s, early, slope, query, key, diagonal)
+            if (m < full_min) | (m >= full_max):
+                acc_s = keep(acc_s, lo0, hi0, lo1, hi1, query)
+            p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
+            bits = draw(a, key, query, int32(batch * a.num_heads + head))
+            p_half = to_half(drop(p, bits))
+            if not FIRST:
+                acc_dq = wgmma.wait_all_but_one(acc_dq)
+                add_dq(a, base, acc_dq, w, thread, lane, line_before)
+            mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
+            wgmma.fence()
+            if BESIDE:
+                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
+                wgmma.commit()
+                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
+                wgmma.commit()
+                acc_dp = wgmma.wait_all_but_one(acc_dp)
+            else:
+                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
+                wgmma.commit()
+                acc_dv = wgmma.wait_all(acc_dv)     # and P's registers are free
+                wgmma.fence()
+                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
+                wgmma.commit()
+                acc_dp = wgmma.wait_all(acc_dp)
+            if not FIRST:
+                if lane == 0:
+                    mbarrier.arrive(base + Q_EMPTY + 8 * before)
+            ds = to_half(grad_scores(p, drop(acc_dp, bits), a.keep_scale if DROPOUT else float32(1),
+                                     int32(base + DELTA + other * ROW_BYTES + 4 * col)))
+            store_ds(base, ds, other, w, thread, lane)
+            line_before = int32(first_row(a, batch, head, q_start) + m * BLOCK_M)
+            j, m = int32(j + 1), int32(m + 1)
+            if m == m_max:
+                m, head = m_min, int32(head + 1)
+                slope = prepare(a, batch, int32(min(head, a.num_heads - 1)))
+            return acc_dk, acc_dv, (j, stage, phase, head, m, line_before, slope)
+        return step
+
+    step_first, step = make_step(True), make_step(False)
+
+    @inline
+    def consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start, seqlen_q, seqlen_k):
+        """(acc_dk, acc_dv) of a warpgroup's 64 keys, seen by at least one block of queries."""
+        key = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2))
+        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        lo0, hi0 = interval(a, key, diagonal, seqlen_k)
+        lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
+        col, count = int32((lane & 3) * 2), uniform(int32((m_max - m_min) * a.group))
+        seen = (m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1)
+        place = (key, col, batch, q_start, diagonal, seqlen_q, seqlen_k)
+        head = int32(head_k * a.group)
+        walk = (int32(0), int32(0), int32(0), head, m_min, int32(0), prepare(a, batch, head))
+        mbarrier.wait(base + KV_FULL, int32(0))
+        acc_dk, acc_dv, walk = step_first(a, base, w, thread, lane, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
+        while walk[0] < count:
+            acc_dk, acc_dv, walk = step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place)
+        wgmma.fence()
+        acc_dq = products_dq(base, w, zeros(32), int32((walk[0] - 1) & 1))
+        wgmma.commit()
+        acc_dk = products_dk(base, w, acc_dk, int32((walk[0] - 1) & 1), walk[1])
+        wgmma.commit()
+        acc_dq = wgmma.wait_all_but_one(acc_dq)
+        add_dq(a, base, acc_dq, w, thread, lane, walk[5])
+        acc_dv = wgmma.wait_all(acc_dv)
+        return wgmma.wait_all(acc_dk), acc_dv
+
+    @inline
+    def store(acc, pointer, by_row, dim, lane, key, end):
+        """16 rows a warp of dK or dV, those below `end`."""
+        packed, col = to_half(acc), int32((lane & 3) * 2)
+        address = uint64(pointer + key * by_row + 2 * col)
+        next_row = uint64(address + uint64(8 * by_row))
+        rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
+        if dim == DIM:
+            store_whole_rows(packed, address, next_row, rows0, rows1, lane)
+        else:
+            store_rows(packed, address, next_row, rows0, rows1, int32(dim - col))
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
+        warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & 127)
+        t = int32(cuda.blockIdx.x)
+        if t < num_tiles(a):
+            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
+            first, plane = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
+            m_min, _, _, m_max = bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            if cuda.threadIdx.x == 0:
+                mbarrier.init(base + KV_FULL, int32(1))
+                for s in range(Q_STAGES):
+                    mbarrier.init(base + Q_FULL + 8 * s, int32(1))
+                    mbarrier.init(base + Q_EMPTY + 8 * s, int32(WARPS))
+                for s in range(2):
+                    mbarrier.init(base + DO_FULL + 8 * s, int32(1))
+                    mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
+                mbarrier.fence_init()
+            cuda.syncthreads()
+            if warpgroup == 0:
+                give_registers()
+                if thread == 0 and m_min < m_max:
+                    load(a, base, m_min, m_max, head_k, plane, batch, q_start, int32(k_start + first))
+            else:
+                take_registers()
+                w, lane = int32(warpgroup - 1), int32(thread & 31)
+                _, full_min, full_max, _ = bounds(a, int32(first + w * 64), 64, seqlen_q, seqlen_k)
+                acc_dk, acc_dv = zeros(COUNT_KV), zeros(COUNT_KV)
+                if m_min < m_max:
+                    acc_dk, acc_dv = consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start,
+                                             seqlen_q, seqlen_k)
+                key = int32(first + w * 64 + (thread >> 5) * 16 + (lane >> 2))
+                if DROPOUT:
+                    acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
+                to_v = int64(a.dv) + plane * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
+                store(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, keys)
+                acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
+                to_k = int64(a.dk) + plane * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
+                store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, keys)
+                if lane == 0:
+                    tma.wait_all()
+
+    return kernel, smem.size
+
+
+# ---------------------------------------------------------------- launch
+@lru_cache(maxsize=1024)
+def arguments_of(spec: Spec) -> Arguments:
+    return Arguments(spec, OWN, ("dk", "dv"))
+
+
+@lru_cache(maxsize=1024)
+def source(spec: Spec, config: BackwardConfig) -> Source:
+    _, shared_memory = make_backward(spec, config)
+    return Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config)[0], arguments_of(spec).fields,
+                  128 * (1 + CONSUMERS), shared_memory)
+
+
+def refuses(call: BackwardCall, d: Device) -> str | None:
+    """None, or why this family does not take the call."""
+    p, o, g = call.problem, call.operands, call.grads
+    if d.arch != "sm_90a":
+        return f"it needs sm_90a, this is {d.arch}"
+    if p.dtype not in ("float16", "bfloat16"):
+        return f"it has no {p.dtype} products"
+    if max(p.head_dim, p.head_dim_v) > 128:
+        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 128"
+    if call.deterministic:
+        return "its sums of dq come in any order"
+    if g.dbias is not None:
+        return "it has no dbias"
+    if p.score.softcap is not None:
+        return "it has no softcap"
+    for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("dout", call.dout), ("dq", g.dq), ("dk", g.dk), ("dv", g.dv)):
+        reason = fits(x)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
+    """Enqueue the kernels: delta and lse of rows, the gradients, dq from its sums."""
+    p, o = call.problem, call.operands
+    config = backward_sm90(spec)
+    kernel = load_kernel(source(spec, config), d.ordinal)
+    tiles = most_tiles(call, BLOCK_N, True)
+    with preprocessed(call, spec, d, stream, accum_dim=config.dim) as rows, table(call, BLOCK_N, d.ordinal, stream, True) as sequences:
+        boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
+        own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
+               p.score.softmax_scale)
+        kernel.launch(tiles, arguments_of(spec).values(call, own), stream)
+        round_dq(call, spec, rows, config.dim, d, stream)
+        dsinks(call, spec, rows, d, stream)

@@ -1,0 +1,286 @@
+"""Kernels on plain threads run in Python, without a GPU: the text of the kernel itself, one Python thread for each of a block's.
+
+Inside `emulated()` the helpers of the GPU modules are ordinary functions, instructions are replaced by reads and writes of host memory, and
+loading a kernel gives one that runs here. Numbers are Python's, so it checks what is computed and from where, not rounding. It also
+checks what a GPU would not say: accesses outside the arrays, shared memory that was never written or that two threads use between
+the same barriers, vectors that are not aligned.
+"""
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import importlib
+import math
+import struct
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from fastattn.buffers import ITEMSIZE, View
+
+MODULES = ("inline", "mask", "dropout", "scalar", "schedule", "packed", "preprocess", "threads", "pairs", "dbias", "forward_simt",
+           "backward_simt")
+_C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
+
+
+class Memory:
+    """What may be touched in global memory: ranges [begin, end) of addresses."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self.kept: list[Any] = []
+
+    def allow(self, x: View | None) -> None:
+        if x is not None and 0 not in x.shape:
+            bisect.insort(self.ranges, x.bytes_range())
+
+    @contextlib.contextmanager
+    def temporary(self, size: int, ordinal: int, stream: int) -> Iterator[int]:
+        array = np.full(size + 256, 0xFF, np.uint8)             # NaN in every float
+        self.kept.append(array)
+        address = -(-array.ctypes.data // 256) * 256
+        bisect.insort(self.ranges, (address, address + size))
+        yield address
+        self.ranges.remove((address, address + size))
+
+    def check(self, address: int, size: int) -> None:
+        assert address % size == 0, f"misaligned access of {size} bytes"
+        at = bisect.bisect_right(self.ranges, (address, 1 << 63))
+        # ranges may overlap: views of one array
+        assert any(low <= address and address + size <= high for low, high in self.ranges[:at]), "access outside the arrays"
+
+
+def decode(value: Any, dtype: str) -> float:
+    if dtype == "bfloat16":
+        return float(struct.unpack("f", struct.pack("I", value << 16))[0])
+    return float(np.uint16(value).view(np.float16)) if dtype == "float16" else float(value)
+
+
+def encode(x: float, dtype: str) -> Any:
+    if dtype == "bfloat16":
+        import ml_dtypes
+        return int(np.array(x, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16))
+    return int(np.array(x, np.float32).astype(np.float16).view(np.uint16)) if dtype == "float16" else x
+
+
+class Block:
+    """The threads of one block, one at a time: a thread runs to its next barrier, then the next one does."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.current, self.epoch = threads, 0, 0
+        self.turns = [threading.Semaphore(0) for _ in range(threads)]
+        self.finished, self.done = 0, threading.Event()
+        self.shared: dict[int, Any] = {}
+        self.writer: dict[int, tuple[int, int]] = {}            # address -> (epoch, thread)
+        self.reader: dict[int, tuple[int, int]] = {}            # thread -1: several
+        self.arrays: dict[int, list[Any]] = {}
+        self.calls = [0] * threads
+        self.posted: dict[int, Any] = {}
+        self.error: BaseException | None = None
+
+    def run(self, body: Callable[[Any], None], arguments: Any) -> None:
+        def thread(n: int) -> None:
+            self.turns[n].acquire()
+            try:
+                if self.error is None:
+                    body(arguments)
+            except BaseException as error:
+                self.error = self.error or error
+            self.finished += 1
+            self.next(n)
+        workers = [threading.Thread(target=thread, args=(n,), daemon=True) for n in range(self.threads)]
+        for worker in workers:
+            worker.start()
+        self.turns[0].release()
+        for worker in workers:
+            worker.join()
+        if self.error is not None:
+            raise self.error
+
+    def next(self, n: int) -> None:
+        following = (n + 1) % self.threads
+        if following == 0:
+            self.epoch += 1
+        self.current = following
+        self.turns[following].release()
+
+    def barrier(self) -> None:
+        n = self.current
+        self.next(n)
+        self.turns[n].acquire()
+        if self.error is not None:
+            raise RuntimeError("another thread failed")
+
+    # -------------------------------------------------------- shared memory
+    def put(self, address: int, value: Any) -> None:
+        for log in (self.writer, self.reader):
+            epoch, thread = log.get(address, (-1, 0))
+            same = log is self.writer and self.shared.get(address) == value     # all store the same mark
+            assert epoch != self.epoch or thread == self.current or same, f"race at shared address {address}"
+        self.writer[address], self.shared[address] = (self.epoch, self.current), value
+
+    def get(self, address: int) -> Any:
+        epoch, thread = self.writer.get(address, (-1, 0))
+        assert address in self.shared, f"shared address {address} was never written"
+        assert epoch != self.epoch or thread == self.current, f"race at shared address {address}"
+        epoch, thread = self.reader.get(address, (-1, self.current))
+        self.reader[address] = (self.epoch, self.current if epoch != self.epoch or thread == self.current else -1)
+        return self.shared[address]
+
+    def array(self, shape: Any, kind: Any) -> Any:
+        n, self.calls[self.current] = self.calls[self.current], self.calls[self.current] + 1
+        return self.arrays.setdefault(n, [math.nan] * shape) if shape else None
+
+
+class Machine:
+    """One emulated device: the fake instructions, and what stands for numba.cuda."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.block, self.index = memory, Block(1), 0
+        self.launched: list[str] = []
+
+    # -------------------------------------------------------- cuda
+    @property
+    def cuda(self) -> Any:
+        machine = self
+
+        class Index:
+            def __init__(self, x: Callable[[], int]) -> None:
+                self._x = x
+
+            @property
+            def x(self) -> int:
+                return self._x()
+
+        def local(shape: Any, kind: Any) -> Any:
+            return np.full(shape, math.nan) if kind is real else np.zeros(shape, np.int64)
+
+        def shuffle(mask: int, value: Any, step: int) -> Any:
+            block, me = machine.block, machine.block.current
+            block.posted[me] = value
+            block.barrier()
+            other = block.posted[(me & ~31) | ((me ^ step) & 31)]
+            block.barrier()
+            return other
+        return SimpleNamespace(threadIdx=Index(lambda: machine.block.current), blockIdx=Index(lambda: machine.index),
+                               local=SimpleNamespace(array=local), shared=SimpleNamespace(array=lambda *a: machine.block.array(*a)),
+                               syncthreads=lambda: machine.block.barrier(), shfl_xor_sync=shuffle)
+
+    def load(self, source: Any, ordinal: int) -> Any:
+        """compile.load: a kernel that runs here."""
+        kernel, names = source.make(), [name for name, _ in source.fields]
+        arguments = namedtuple("arguments", names)  # type: ignore[misc]
+
+        def launch(grid: int, values: list[Any], stream: int) -> None:
+            assert 0 < grid < 2**31 and len(values) == len(names)
+            self.launched.append(source.key)
+            for self.index in range(grid):
+                self.block = Block(source.threads)
+                self.block.run(kernel, arguments(*values))
+                used = max(self.block.shared, default=0)
+                assert used < max(source.shared_memory, 1), f"{source.key} uses {used} bytes of {source.shared_memory}"
+        return SimpleNamespace(launch=launch)
+
+    # -------------------------------------------------------- instructions
+    def load_if(self, dtype: str, compute: str) -> Any:
+        kind, size = _C[dtype], ITEMSIZE[dtype]
+
+        def load(address: int, inside: int) -> float:
+            if not inside:
+                return 0.0
+            self.memory.check(address, size)
+            return decode(kind.from_address(address).value, dtype)
+        return load
+
+    def load_chunk(self, dtype: str) -> Any:
+        one, size = self.load_if(dtype, ""), ITEMSIZE[dtype]
+
+        def load(address: int, inside: int) -> Any:
+            assert not inside or address % 16 == 0
+            return tuple(one(address + k * size, inside) for k in range(16 // size))
+        return load
+
+    def store(self, dtype: str, compute: str) -> Any:
+        kind, size = _C[dtype], ITEMSIZE[dtype]
+
+        def put(address: int, value: float) -> None:
+            self.memory.check(address, size)
+            kind.from_address(address).value = encode(value, dtype)
+        return put
+
+    def load_flag(self, address: int, inside: int) -> int:
+        if not inside:
+            return 0
+        self.memory.check(address, 1)
+        return int(ctypes.c_uint8.from_address(address).value)
+
+    def load_b32(self, address: int) -> int:
+        self.memory.check(address, 4)
+        return int(ctypes.c_int32.from_address(address).value)
+
+    def store_b32(self, address: int, value: int) -> None:
+        self.memory.check(address, 4)
+        ctypes.c_int32.from_address(address).value = value
+
+    def store_zero16(self, address: int) -> None:
+        assert address % 16 == 0
+        for k in range(4):
+            self.store_b32(address + 4 * k, 0)
+
+    def load_shared(self, compute: str, count: int) -> Any:
+        size = ITEMSIZE[compute]
+
+        def load(address: int) -> Any:
+            assert address % (size * count) == 0, "misaligned vector"
+            return tuple(self.block.get(address + k * size) for k in range(count))
+        return load
+
+    def names(self) -> dict[str, Any]:
+        """What stands for the names that the modules import."""
+        def store_shared(compute: str) -> Any:
+            return lambda address, value: self.block.put(address, value)
+        arithmetic = SimpleNamespace(**vars(math) | {"exp": exp})
+        return {"cuda": self.cuda, "inline": lambda f: f, "divide": lambda x, y: x // y, "math": arithmetic,
+                "int32": int32, "int64": int, "uint64": int, "uint32": lambda x: int(x) & 0xFFFFFFFF, "float32": real, "float64": real,
+                "uint8": None, "load_if": self.load_if, "load_chunk": self.load_chunk, "store": self.store, "load_flag": self.load_flag,
+                "load_b32": self.load_b32, "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
+                "store_shared": store_shared, "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
+                "store_shared_b32": lambda at, value: self.block.put(at, value), "load": self.load, "load_kernel": self.load,
+                "temporary": self.memory.temporary}
+
+
+def int32(x: Any) -> int:
+    x = int(x)
+    assert -(2**31) <= x < 2**31, f"{x} does not fit 32 bits"
+    return x
+
+
+def real(x: Any) -> float:
+    return float(x)
+
+
+def exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+@contextlib.contextmanager
+def emulated(memory: Memory) -> Iterator[Machine]:
+    machine = Machine(memory)
+    names = machine.names()
+    with contextlib.ExitStack() as stack:
+        for module in (importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES):
+            for name, value in list(vars(module).items()):
+                if name in names:
+                    stack.enter_context(mock.patch.object(module, name, names[name]))
+                elif hasattr(value, "py_func"):
+                    stack.enter_context(mock.patch.object(module, name, value.py_func))
+        yield machine

@@ -1,0 +1,179 @@
+"""The GPU engine's backward through the public functions: every named problem on every kernel family that has one against the reference, a
+fuzzer, and what it promises about NaN, runs and memory. out and lse are the reference's, so that the backward is judged alone.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import Judge
+from gpu import requires_gpu
+from gpu_cases import (
+    LARGE,
+    PROFILES,
+    SMALL,
+    TIMES,
+    Array,
+    device_arguments,
+    families_here,
+    for_family,
+    function_of,
+    fuzz_cases,
+    judged,
+    kernels,
+    must_take,
+    on_device,
+    pairs,
+    to_host,
+    torch,
+    wanted,
+)
+from problems import BY_NAME, CASES, Case, Inputs
+
+import fastattn
+from fastattn import Grads, UnsupportedError, gpu
+
+pytestmark = [requires_gpu, pytest.mark.gpu]
+__all__ = ["kernels"]
+BACKWARD = True             # which kernels the fixture compiles
+# simt runs what is small; several tiles of all features, not of every head size
+LARGE_SIMT = {"tiles_64_129", "tiles_128_129_full", "large_gqa_64", "large_window_both_64", "large_bias_64", "large_bias_row_64",
+              "large_bias_column_64", "large_more_queries_64", "large_dropout_64", "large_packed_used", "large_packed_all", "large_192_128"}
+REFUSED: dict[tuple[str, str], str] = {}
+
+
+def backward(inputs: Inputs, out: Array, lse: Array, family: str, deterministic: bool = False) -> Grads:
+    """The gradients of the family, written into memory that held NaN where the library hands freed memory out again."""
+    (q, k, v, *lengths), kwargs = device_arguments(inputs)
+    function: Any = fastattn.attention_varlen_backward if inputs.packed else fastattn.attention_backward
+    dout, out_there, lse_there = on_device(inputs.dout), on_device(out), on_device(lse)
+    dlse = None if inputs.dlse is None else on_device(inputs.dlse)
+    bias = inputs.kwargs.get("bias")
+    if torch() is not None:
+        old = [torch().full(tuple(x.shape), float("nan"), device="cuda", dtype=getattr(torch(), x.dtype.name))
+               for x in (*inputs.args[:3], bias) if x is not None]
+        del old
+    with gpu.use(*wanted(family)):
+        grads = function(dout, q, k, v, out_there, lse_there, *lengths, **kwargs, dlse=dlse, need_dbias=bias is not None,
+                         deterministic=deterministic)
+    return Grads(*(None if x is None else to_host(x) for x in grads))
+
+
+def reference_forward(inputs: Inputs) -> tuple[Array, Array]:
+    out, lse = inputs.forward("reference")
+    return np.asarray(out), np.asarray(lse)
+
+
+def check(case: Case, family: str) -> None:
+    case = for_family(case, family)
+    inputs, judge = judged(case)
+    try:
+        grads = backward(inputs, *reference_forward(inputs), family)
+    except UnsupportedError as error:
+        assert not must_take(case, family), f"{family} refuses {case}: {error}"
+        assert family in str(error)
+        REFUSED[family, case.name] = str(error)
+        return
+    judge.backward(grads)
+
+
+def same(a: Grads, b: Grads) -> None:
+    for name, x, y in zip(Grads._fields, a, b, strict=True):
+        if x is not None:
+            np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8), name)
+
+
+# ---------------------------------------------------------------- right numbers
+@pairs(CASES, gpu.BACKWARD)
+def test_agrees_with_reference(case: Case, family: str) -> None:
+    check(case, family)
+
+
+@pairs(LARGE, gpu.BACKWARD)
+def test_several_tiles(case: Case, family: str) -> None:
+    if family == "simt" and case.name not in LARGE_SIMT:
+        pytest.skip("plain threads are judged by fewer of these")
+    check(case, family)
+
+
+@pairs([*SMALL, *(replace(BY_NAME[f"everything_{name}"], name=f"small_{name}") for name in ("float32", "packed"))], gpu.BACKWARD)
+def test_small(case: Case, family: str) -> None:
+    """What the sanitizers run too (gpu_sanitize.sh)."""
+    check(case, family)
+
+
+@pytest.mark.parametrize("family", families_here(gpu.BACKWARD))
+@pytest.mark.parametrize("profile", PROFILES)
+def test_fuzz(profile: str, family: str) -> None:
+    """FASTATTN_FUZZ=10: ten times as many."""
+    for n, case in enumerate(fuzz_cases(profile, int(6 * TIMES))):
+        case = replace(case, dlse=n % 2 == 1)
+        try:
+            check(case, family)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("family", families_here(gpu.BACKWARD))
+def test_after_its_own_forward(family: str) -> None:
+    """What a training step does: out and lse are the GPU's."""
+    case = for_family(BY_NAME["everything_float32"], family)
+    inputs = case.make()
+    args, kwargs = device_arguments(inputs)
+    out, lse = function_of(inputs)(*args, **kwargs, return_lse=True)
+    Judge(inputs).backward(backward(inputs, to_host(out), to_host(lse), family))
+
+
+# ---------------------------------------------------------------- promises
+PROMISED = [Case("promise_causal", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=300, seqlen_k=420, head_dim=64, causal=True),
+            Case("promise_bias", "float16", seqlen_q=200, head_dim=64, bias=(1, 2, 200, 200), dropout_p=0.1, sinks=True, dlse=True),
+            Case("promise_packed", "bfloat16", lengths_q=(70, 0, 133, 1), lengths_k=(90, 4, 130, 20), head_dim=64, spare=3)]
+
+
+@pairs(PROMISED, gpu.BACKWARD)
+def test_same_bits_every_run(case: Case, family: str) -> None:
+    inputs = for_family(case, family).make()
+    out, lse = reference_forward(inputs)
+    first = backward(inputs, out, lse, family, deterministic=True)
+    for _ in range(5):
+        same(backward(inputs, out, lse, family, deterministic=True), first)
+
+
+HIDDEN = Case("hidden", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=40, seqlen_k=90, head_dim=64, mask=(2, 1, 40, 90))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pairs([HIDDEN], gpu.BACKWARD)
+def test_what_a_mask_hides_does_not_matter(case: Case, family: str, bad: float) -> None:
+    """A key that no row may see may hold anything; so may a row that sees nothing."""
+    inputs = case.make()
+    inputs.kwargs["mask"][:, :, :, [3, 17, 64, 88, 89]] = False
+    inputs.kwargs["mask"][:, :, [0, 21, 39], :] = False
+    out, lse = reference_forward(inputs)
+    before = backward(inputs, out, lse, family, deterministic=True)
+    q, k, v = inputs.args
+    k[:, [3, 17, 64, 88, 89]] = v[:, [3, 17, 64, 88, 89]] = bad
+    q[:, [0, 21, 39]] = inputs.dout[:, [0, 21, 39]] = bad
+    same(backward(inputs, out, lse, family, deterministic=True), before)
+    assert (before.dq[:, [0, 21, 39]] == 0).all() and (before.dk[:, [3, 17, 64, 88, 89]] == 0).all()
+
+
+NAN_SCORE = Case("nan_score", seqlen_q=40, bias=(40, 40), mask=(40, 40), causal=True)
+
+
+@pairs([NAN_SCORE], gpu.BACKWARD)
+def test_nan_score_at_a_masked_position(case: Case, family: str) -> None:
+    inputs = for_family(case, family).make()
+    out, lse = reference_forward(inputs)
+    before = backward(inputs, out, lse, family, deterministic=True)
+    inputs.kwargs["bias"][~inputs.kwargs["mask"] | ~np.tri(40, dtype=bool)] = np.nan
+    same(backward(inputs, out, lse, family, deterministic=True), before)
+
+
+def test_refusals() -> None:
+    """Runs after the cases: what a forced family refused, and why."""
+    for (family, name), reason in sorted(REFUSED.items()):
+        print(f"{family} refuses {name}: {reason}")
+    assert not [key for key in REFUSED if key[0] in ("any", "simt")]
