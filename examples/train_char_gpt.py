@@ -1,17 +1,20 @@
-"""A small language model over characters, trained on the CPU with a backward pass written by hand.
+"""A small language model over characters, trained with a backward pass written by hand: on NumPy arrays, or on CuPy's.
 
     python train_char_gpt.py --seconds 120                   # trains; writes char_gpt/weights.safetensors and loss.png
+    python train_char_gpt.py --seconds 120 --device cuda     # the same on a GPU, on CuPy arrays
     python train_char_gpt.py --generate 500 --prompt "The "  # writes text with the saved weights
 
 The text is Python's own: the topics of `help()`. The network is a GPT (Radford et al. 2019) without biases. Positions come
 from ALiBi alone (Press et al. 2022), so one network reads any length and writes on with a sliding window of keys.
 
 Each `f` has its `f_backward` below it. `forward` puts what the backward needs on a stack, and `backward` takes it off in
-reverse order: read them side by side. Array code says `xp`, which is NumPy here.
+reverse order: read them side by side. Array code says `xp`, which is NumPy, or CuPy with `--device cuda`; text, random numbers
+and files are NumPy's, and `xp.asarray` takes them over.
 """
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -20,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy as xp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from fastattn import attention, attention_backward
 
+xp: Any = np                    # the library of the arrays; see `use`
 Array = Any                     # of the library that xp names
 Weights = dict[str, Array]
 Numbers = np.ndarray[Any, Any]
@@ -41,10 +44,16 @@ class Config:
     heads: int = 4
     width: int = 128
 
-    @property
-    def looks(self) -> dict[str, Any]:
+    def looks(self, dtype: Any) -> dict[str, Any]:
         """How attention sees positions: back to context - 1 characters, dimmed by ALiBi from steeply to hardly at all."""
-        return {"window": (self.context - 1, 0), "alibi_slopes": [2.0 ** (-8 * n / self.heads) for n in range(1, self.heads + 1)]}
+        slopes = 2.0 ** (xp.arange(1, self.heads + 1, dtype=dtype) * (-8 / self.heads))      # (heads,), on the device of q
+        return {"window": (self.context - 1, 0), "alibi_slopes": slopes}
+
+
+def use(device: str) -> None:
+    """Arrays made from now on are NumPy's ("cpu") or CuPy's ("cuda")."""
+    global xp
+    xp = importlib.import_module("cupy") if device == "cuda" else np
 
 
 # ---------------------------------------------------------------- text
@@ -133,6 +142,7 @@ def forward(w: Weights, config: Config, tokens: Array, cache: Cache | None = Non
     batch, seqlen = tokens.shape
     tokens, saved = tokens.reshape(-1), []
     x = w["embed"][tokens]
+    looks = config.looks(x.dtype)
     saved.append(tokens)
     for n in range(config.layers):
         y, scale = layer_norm(x)
@@ -140,7 +150,7 @@ def forward(w: Weights, config: Config, tokens: Array, cache: Cache | None = Non
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]              # strided views, read where they are
         if cache is not None:
             k, v = cache.extend(n, k, v)
-        out, lse = attention(q, k, v, return_lse=True, **config.looks)
+        out, lse = attention(q, k, v, return_lse=True, **looks)
         x = x + out.reshape(x.shape) @ w[f"{n}.project"]
         saved.append((y, scale, q, k, v, out, lse))
         y, scale = layer_norm(x)
@@ -160,6 +170,7 @@ def backward(dlogits: Array, w: Weights, config: Config, saved: list[Any]) -> We
     y, scale = saved.pop()
     g["head"] = y.T @ dlogits
     dx = layer_norm_backward(dlogits @ w["head"].T, y, scale)
+    looks = config.looks(dx.dtype)
     for n in reversed(range(config.layers)):
         y, scale, hidden, gate = saved.pop()
         g[f"{n}.down"] = hidden.T @ dx
@@ -169,7 +180,7 @@ def backward(dlogits: Array, w: Weights, config: Config, saved: list[Any]) -> We
         y, scale, q, k, v, out, lse = saved.pop()
         g[f"{n}.project"] = out.reshape(dx.shape).T @ dx
         dout = (dx @ w[f"{n}.project"].T).reshape(out.shape)
-        grads = attention_backward(dout, q, k, v, out, lse, **config.looks)
+        grads = attention_backward(dout, q, k, v, out, lse, **looks)
         dqkv = xp.stack((grads.dq, grads.dk, grads.dv), axis=2).reshape(len(dx), -1)
         g[f"{n}.qkv"] = y.T @ dqkv
         dx = dx + layer_norm_backward(dqkv @ w[f"{n}.qkv"].T, y, scale)
@@ -286,6 +297,7 @@ def generate(w: Weights, config: Config, prompt: Numbers, count: int, rng: np.ra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small language model over characters, or write with it.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU, with CuPy")
     parser.add_argument("--seconds", type=float, default=120, help="training time")
     parser.add_argument("--steps", type=int, help="train so many steps instead")
     parser.add_argument("--out", type=Path, default=Path("char_gpt"), help="folder of the weights and the plot")
@@ -293,6 +305,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, metavar="N", help="write N characters with the saved weights, do not train")
     parser.add_argument("--prompt", default="The ", help="what the text starts with")
     args = parser.parse_args()
+    use(args.device)
     weights = args.out / "weights.safetensors"
     if args.generate is not None:
         w, config, chars = load(weights)

@@ -1,8 +1,13 @@
-"""The examples on real input: sentence embeddings against the float64 reference, and a language model that learns."""
+"""The examples on real input: sentence embeddings against the float64 reference, a language model that learns, on arrays of
+a made-up device too, and gradients under torch's and JAX's own differentiation."""
 from __future__ import annotations
 
+import functools
 import importlib.util
+import subprocess
 import sys
+import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastattn
 from fastattn import attention, attention_varlen
 
 for package in ("matplotlib", "safetensors", "tokenizers", "tqdm"):
     pytest.importorskip(package)
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 import sentence_embeddings as embeddings  # noqa: E402
 import train_char_gpt as gpt  # noqa: E402
 
@@ -147,3 +154,234 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         embeddings.main()
         assert "sentences/s" in capsys.readouterr().out
     assert attention_varlen is embeddings.attention_varlen
+
+
+# ---------------------------------------------------------------- the character model on a device
+class Far:
+    """An array as CuPy's are to NumPy: nothing but its own library reads it, and no array of the host is mixed with it."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, host: Array) -> None:
+        self.host = host
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def get(self) -> Array:
+        return self.host
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __int__(self) -> int:
+        return int(self.host)
+
+    def __float__(self) -> float:
+        return float(self.host)
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        self.host[near(where)] = near(value)
+
+
+def near(x: Any) -> Any:
+    """What a far function computes with: the host's array of a Far one; arrays of the host itself are refused."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(near(part) for part in x)
+    assert not isinstance(x, np.ndarray), f"an array of the host, {x.shape}, among those of a device"
+    return x.host if isinstance(x, Far) else x
+
+
+def far(x: Any) -> Any:
+    return Far(np.asarray(x)) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return far(function(*near(arguments), **{name: near(x) for name, x in keywords.items()}))
+    return call
+
+
+def in_place(change: Callable[..., Any]) -> Callable[[Far, Any], Far]:
+    def call(self: Far, other: Any) -> Far:
+        change(self.host, near(other))
+        return self
+    return call
+
+
+for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow", "rpow", "neg", "getitem"):
+    setattr(Far, f"__{name}__", on_device(getattr(np.ndarray, f"__{name}__")))
+for name in ("shape", "dtype", "T"):
+    setattr(Far, name, property(on_device(getattr(np.ndarray, name).__get__)))
+for name in ("reshape", "max", "sum"):
+    setattr(Far, name, on_device(getattr(np.ndarray, name)))
+for name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(Far, f"__{name}__", in_place(getattr(np.ndarray, f"__{name}__")))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A made-up CuPy that `--device cuda` finds, and fastattn that reads it: arrays of one library in a call, no list among them."""
+    module: Any = types.ModuleType("cupy")
+    for name in ("arange", "argmax", "exp", "eye", "log", "mean", "sqrt", "stack", "zeros", "zeros_like"):
+        setattr(module, name, on_device(getattr(np, name)))
+    module.asarray = lambda x, dtype=None: Far(np.array(x.host if isinstance(x, Far) else x, dtype))
+    module.ndarray = Far
+
+    def attend(function: Callable[..., Any], *arrays: Any, **keywords: Any) -> Any:
+        assert all(isinstance(x, gpt.xp.ndarray) for x in (*arrays, keywords["alibi_slopes"]))
+        if gpt.xp is np:
+            return function(*arrays, **keywords)
+        results = function(*near(arrays), **{name: near(x) for name, x in keywords.items()})
+        far_results = [far(x) for x in results]
+        return fastattn.buffers.Grads(*far_results) if isinstance(results, fastattn.buffers.Grads) else far_results
+
+    monkeypatch.setattr(gpt, "attention", partial(attend, gpt.attention))
+    monkeypatch.setattr(gpt, "attention_backward", partial(attend, gpt.attention_backward))
+    monkeypatch.setattr(gpt, "xp", np)                       # put back after the test
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_the_made_up_device_is_strict() -> None:
+    x = Far(np.ones(3, np.float32))
+    for mistake in (lambda: np.exp(x), lambda: np.asarray(x), lambda: np.ones(3) + x, lambda: np.stack((x, x))):
+        with pytest.raises((TypeError, AssertionError)):
+            mistake()
+    with pytest.raises(AssertionError, match="of the host"):
+        x + np.ones(3)
+
+
+def test_the_character_model_on_a_device(cupy: Any, tmp_path: Path) -> None:
+    """The same bits as on NumPy arrays: training, saving, writing."""
+    data = np.random.default_rng(4).integers(0, TINY.vocab, 300)
+    on_host, history = gpt.train(TINY, data[:200], data[200:], steps=3, batch=2)
+    writing = list(gpt.generate(on_host, TINY, data[:9], 12, np.random.default_rng(5)))
+    gpt.use("cuda")
+    assert gpt.xp is cupy
+    w, far_history = gpt.train(TINY, data[:200], data[200:], steps=3, batch=2)
+    assert far_history == history and all(isinstance(x, Far) for x in w.values())
+    assert all(np.array_equal(w[name].get(), x) for name, x in on_host.items())
+    gpt.save(tmp_path / "weights.safetensors", w, TINY, "abcdefghijk")
+    loaded, config, _ = gpt.load(tmp_path / "weights.safetensors")
+    assert list(gpt.generate(loaded, config, data[:9], 12, np.random.default_rng(5))) == writing
+
+
+def test_the_command_finds_the_device(cupy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpt, "Config", partial(gpt.Config, context=16, layers=1, heads=2, width=16))
+    monkeypatch.setattr(gpt, "load_text", lambda: "Beautiful is better than ugly. " * 40)
+    monkeypatch.setattr(sys, "argv", ["train_char_gpt.py", "--device", "cuda", "--steps", "2", "--out", str(tmp_path)])
+    gpt.main()
+    assert "validation loss" in capsys.readouterr().out and gpt.xp is cupy
+    monkeypatch.setattr(sys, "argv", ["train_char_gpt.py", "--device", "cuda", "--generate", "5", "--out", str(tmp_path)])
+    gpt.main()
+    assert len(capsys.readouterr().out) == 4 + 5 + 1
+
+
+# ---------------------------------------------------------------- under torch's autograd
+@pytest.fixture(scope="module")
+def adapter() -> Any:
+    pytest.importorskip("torch")
+    return importlib.import_module("torch_autograd")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_gradients_are_those_of_its_own_attention(adapter: Any, device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch built for it")
+    assert max(adapter.compare(device).values()) < 3e-6
+
+
+def test_torch_layer_learns(adapter: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["torch_autograd.py", "--steps", "76"])
+    adapter.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and float(lines[6].split()[-1]) > 2 and float(lines[-1].split()[-1]) < 0.5
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"dropout_p": 0.3, "seed": 2**40, "offset": 1}, {"window": (2, 1), "softcap": 2.0},
+                                     {"layout": "bhsd"}, {"mask": True, "alibi_slopes": True}, {"packed": True}], ids=str)
+def test_torch_gradcheck(adapter: Any, options: dict[str, Any]) -> None:
+    """Every gradient, of out and of lse, against finite differences, and with either result unused."""
+    import torch
+
+    torch.manual_seed(0)
+    options = dict(options)
+    q, k, v = (torch.randn(2, 5, heads, 3, dtype=torch.float64) for heads in (4, 2, 2))
+    if options.get("layout") == "bhsd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if options.pop("packed", False):
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        options |= {"cu_seqlens_q": torch.tensor([0, 4, 9]), "cu_seqlens_k": torch.tensor([0, 5, 10])}
+    if options.get("mask"):
+        options |= {"mask": torch.rand(5, 5) > 0.3, "alibi_slopes": torch.rand(4, dtype=torch.float64)}
+    bias, sinks = torch.randn(1, 4, 5, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
+        out, lse = adapter.attend(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
+        return out, lse.clamp(min=-50)                       # of rows of no sequence: -inf has no finite differences
+
+    torch.autograd.gradcheck(call, [x.requires_grad_() for x in (q, k, v, bias, sinks)])
+
+
+def test_torch_saves_and_refuses_what_it_should(adapter: Any) -> None:
+    import torch
+
+    q, k, v = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
+    bias = torch.zeros(4, 4)
+    out = adapter.attend(q, k, v, bias=bias)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    out = adapter.attend(q, k, v, bias=bias)
+    bias += 1                                                # between forward and backward: torch notices
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with pytest.raises(TypeError, match="alibi_slopes requires grad"):
+        adapter.attend(q, k, v, alibi_slopes=torch.ones(2, requires_grad=True))
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        outs += [adapter.attend(q, k, v, dropout_p=0.5) for _ in range(2)]
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3]) and not torch.equal(outs[0], outs[1])
+
+
+# ---------------------------------------------------------------- under jax.grad
+def test_jax_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: main() sets what JAX reads once, and a callback that waits for ever is ended."""
+    pytest.importorskip("jax")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    done = subprocess.run([sys.executable, EXAMPLES / "jax_custom_vjp.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    errors = dict(line.split(" from ")[0].rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    assert errors.keys() == {"eager", "jit", "jit and vmap"} and max(map(float, errors.values())) < 3e-6
+
+
+def test_jax_dropout_and_masks() -> None:
+    jax = pytest.importorskip("jax")
+    import jax_custom_vjp as adapter
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    host = rng.normal(size=(4, 2, 16, 4, 8)).astype(ml_dtypes.bfloat16)
+    mask, slopes = rng.random((16, 16)) < 0.7, np.float32([0.5, 0.25, 0.1, 0.05])
+    q, k, v, dout = map(jax.numpy.asarray, host)
+
+    def gradients(seed: Any) -> Any:
+        def call(q: Any, k: Any, v: Any, mask: Any, slopes: Any) -> Any:
+            return adapter.attend(q, k, v, mask=mask, alibi_slopes=slopes, dropout_p=0.3, seed=seed, window=(5, None))
+        return jax.vjp(lambda *x: call(*x, jax.numpy.asarray(mask), jax.numpy.asarray(slopes)), q, k, v)[1](dout)
+
+    def want(seed: int) -> Any:
+        options: dict[str, Any] = {"mask": mask, "alibi_slopes": slopes, "dropout_p": 0.3, "seed": seed, "window": (5, None)}
+        out, lse = attention(*host[:3], return_lse=True, **options)
+        return fastattn.attention_backward(host[3], *host[:3], out, lse, **options)[:3]
+
+    compiled = jax.jit(gradients)
+    for seed, got in ((7, gradients(7)), (2**40, gradients(2**40)), (7, compiled(7)), (8, compiled(8))):
+        assert all(x.dtype == "bfloat16" and np.array_equal(x, y) for x, y in zip(got, want(seed), strict=True))

@@ -1,0 +1,164 @@
+"""fastattn under torch's autograd: one torch.autograd.Function around `attention` and `attention_backward`.
+
+    python torch_autograd.py                  # compares gradients with torch's own attention, then trains a tiny layer
+    python torch_autograd.py --device cuda    # the same code: results come in the caller's library, on its device and stream
+
+The layer is told to name the character that stood three places before. It knows no positions but a learned bias for each
+distance, so it learns that only if the bias gets its gradient. Each head has a learned sink, and the loss holds down lse,
+the second result of attention, which has a gradient too.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward
+
+
+# ---------------------------------------------------------------- the adapter
+class Attention(torch.autograd.Function):
+    """(q, k, v, bias, sinks, mask, alibi_slopes, options) -> (out, lse); the first five have gradients, once.
+
+    Saved for the backward: the inputs, out and lse, nothing of size seqlen x seqlen; dropout is made again from its seed.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None,
+                alibi_slopes: Tensor | None, options: dict[str, Any]) -> Any:
+        # fastattn refuses tensors that require grad: it would drop them from the graph. So whoever differentiates detaches,
+        # and slopes that ask for a gradient, which there is none for, are refused and not forgotten.
+        plain = [None if x is None else x.detach() for x in (q, k, v, bias, sinks)]
+        call = attention_varlen if "cu_seqlens_q" in options else attention
+        return call(*plain[:3], bias=plain[3], sinks=plain[4], mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)                     # None for a result that nobody used: most often lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors: Any = (None if x is None else x.detach() for x in (dout, dlse, *ctx.saved_tensors))
+        dout, dlse, q, k, v, bias, sinks, mask, alibi_slopes, out, lse = tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        call = attention_varlen_backward if "cu_seqlens_q" in ctx.options else attention_backward
+        grads = call(dout, q, k, v, out, lse, dlse=dlse, bias=bias, sinks=sinks, mask=mask, alibi_slopes=alibi_slopes,
+                     need_dbias=ctx.needs_input_grad[3], deterministic=torch.are_deterministic_algorithms_enabled(), **ctx.options)
+        return *grads, None, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sinks: Tensor | None = None, mask: Tensor | None = None,
+           alibi_slopes: Tensor | None = None, dropout_p: float = 0.0, seed: int | None = None, return_lse: bool = False,
+           **options: Any) -> Any:
+    """`attention`, or `attention_varlen` where cu_seqlens_q and cu_seqlens_k are given, with gradients for q, k, v, bias, sinks.
+
+    Dropout without a seed draws one from torch's generator on the CPU, so `torch.manual_seed` decides. Other keywords are
+    fastattn's, except `out`.
+    """
+    if dropout_p > 0 and seed is None:
+        seed = int(torch.randint(2**62, ()))
+    out, lse = Attention.apply(q, k, v, bias, sinks, mask, alibi_slopes, {"dropout_p": dropout_p, "seed": seed, **options})
+    return (out, lse) if return_lse else out
+
+
+# ---------------------------------------------------------------- a layer that uses it
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attend` with causal=True and return_lse=True is to equal, of torch's own: a sink is one more key, whose score is the
+    sink and whose value is 0."""
+    batch, seqlen, heads_k, dim = k.shape
+    zero = k.new_zeros(batch, 1, heads_k, dim)
+    future = torch.ones(seqlen, seqlen, dtype=torch.bool, device=k.device).triu(1)
+    bias = torch.cat((bias.masked_fill(future, -torch.inf), sinks[:, None, None].expand(-1, seqlen, 1)), dim=2)
+    q, k, v = q.transpose(1, 2), torch.cat((k, zero), dim=1).transpose(1, 2), torch.cat((v, zero), dim=1).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    scores = q @ k.repeat_interleave(q.shape[1] // heads_k, dim=1).transpose(2, 3) * dim**-0.5 + bias
+    return out.transpose(1, 2), scores.logsumexp(dim=3)
+
+
+class Layer(nn.Module):
+    """Tokens (batch, seqlen) -> logits (batch, seqlen, vocab) and lse (batch, heads, seqlen): one attention, two heads a key head."""
+
+    def __init__(self, vocab: int = 16, seqlen: int = 32, heads: int = 4, dim: int = 16, dropout_p: float = 0.1) -> None:
+        super().__init__()
+        self.heads, self.dim, self.dropout_p = heads, dim, dropout_p
+        self.embed, self.head = nn.Embedding(vocab, heads * dim), nn.Linear(heads * dim, vocab)
+        self.qkv = nn.Linear(heads * dim, 2 * heads * dim, bias=False)        # as many heads of q as of k and v together
+        self.near, self.sinks = nn.Parameter(torch.zeros(heads, seqlen)), nn.Parameter(torch.zeros(heads))
+
+    def forward(self, tokens: Tensor, own: bool = False) -> tuple[Tensor, Tensor]:
+        """`own`: with torch's own attention, and without dropout."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        bias = self.near[:, (places[:, None] - places).clamp(min=0)]          # (heads, seqlen, seqlen), the same for each batch
+        qkv = self.qkv(self.embed(tokens)).unflatten(2, (-1, self.dim))
+        q, k, v = qkv.split((self.heads, self.heads // 2, self.heads // 2), dim=2)
+        if own:
+            out, lse = sdpa(q, k, v, bias=bias, sinks=self.sinks)
+        else:
+            out, lse = attend(q, k, v, bias=bias, sinks=self.sinks, causal=True, return_lse=True,
+                              dropout_p=self.dropout_p if self.training else 0.0)
+        return self.head(out.flatten(2)), lse
+
+
+BACK = 3                                                     # how many places before stands what a position is to name
+
+
+def loss_of(layer: Callable[..., tuple[Tensor, Tensor]], tokens: Tensor, **keywords: Any) -> Tensor:
+    """Mean loss in nats of naming the token BACK places before, and a little for large lse."""
+    logits, lse = layer(tokens, **keywords)
+    loss = functional.cross_entropy(logits[:, BACK:].flatten(0, 1), tokens[:, :-BACK].flatten())
+    return loss + 1e-3 * lse.square().mean()
+
+
+def compare(device: str = "cpu", seed: int = 0) -> dict[str, float]:
+    """Largest error of each parameter's gradient against torch's attention in float64, relative to the largest gradient."""
+    torch.manual_seed(seed)
+    layer = Layer().to(device).eval()
+    with torch.no_grad():
+        layer.near.normal_()
+        layer.sinks.normal_()
+    exact = copy.deepcopy(layer).double()
+    tokens = torch.randint(16, (2, 32)).to(device)
+    loss_of(layer, tokens).backward()
+    loss_of(exact, tokens, own=True).backward()
+    got, want = ({name: x.grad.double() for name, x in m.named_parameters() if x.grad is not None} for m in (layer, exact))
+    return {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
+
+
+def train(device: str = "cpu", steps: int = 150, seed: int = 0) -> list[float]:
+    """The losses on the way; ln 16 = 2.77 is chance."""
+    torch.manual_seed(seed)
+    layer, losses = Layer().to(device), []
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(steps):
+        loss = loss_of(layer, torch.randint(16, (16, 32)).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention of fastattn under torch's autograd.")
+    parser.add_argument("--device", default="cpu", help="of torch: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--steps", type=int, default=150)
+    args = parser.parse_args()
+    for name, error in compare(args.device).items():
+        print(f"gradient of {name:12} is {error:.1e} from torch's in float64")
+    losses = train(args.device, args.steps)
+    for step in range(0, len(losses), 25):
+        print(f"step {step:4}  loss {losses[step]:.3f}")
+    print(f"step {len(losses) - 1:4}  loss {losses[-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
