@@ -25,11 +25,11 @@ from gpu_probes import (
     save,
 )
 from gpu_tiles import BAR, KIND, PANEL, SHARED, begin, save_at, two_panels
-from numba import cuda, float32, int32, uint32, uint64
+from numba import cuda, float32, int32, int64, uint32, uint64
 
 from fastattn.gpu import fragments as f
 from fastattn.gpu import gradients as g
-from fastattn.gpu.ptx import mbarrier, memory, scalar, sync, tma, wgmma
+from fastattn.gpu.ptx import mbarrier, memory, mma, scalar, sync, tma, wgmma
 from fastattn.philox import keep_mask
 
 add("fragments.keep_from", "selp",
@@ -69,7 +69,7 @@ def piece() -> Any:
         for i in range(lane, 1024, 32):
             memory.store_b32(uint64(a.other + uint64(4 * i)), memory.load_shared_b32(int32(base + 4 * i)))
         cuda.syncthreads()
-        save(a.dst, lane, g.load_piece(uint64(a.other + uint64(16 * lane))))
+        save(a.dst, lane, mma.load_sums(uint64(a.other + uint64(16 * lane)), 1))
     return kernel
 
 
@@ -80,6 +80,27 @@ def check_piece(launch: Any) -> None:
 
 add("memory.emit_store_shared_vector memory.emit_load_vector", "st.shared.v4.f32; ld.global.v4.f32", piece, check_piece, shared=SHARED,
     name="gradients.piece")
+
+
+def scattered() -> Any:
+    """Adds x to a matrix of `other`, 16 x 70, rows < 11 and columns < n, and shows the matrix."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        row, col = int32(lane >> 2), int32((lane & 3) * 2)
+        at = uint64(a.dst + uint64(4 * (70 * row + col)))
+        g.add_elements(load(a.src, lane), at, uint64(at + uint64(8 * 280)), int64(4), int32(a.n - col),
+                       int32(a.n - col) if row + 8 < 11 else int32(0))
+    return kernel
+
+
+def check_scattered(launch: Any) -> None:
+    x = normal(16, C)
+    expected = np.full((16, 70), 2, np.float32)
+    expected[:11, :33] += x[:11, :33]
+    same(launch(x, dst=np.full((16, 70), 2, np.float32), n=33), expected)
+
+
+add("memory.emit_add_if", "@p red.relaxed.gpu.global.add.f32", scattered, check_scattered, name="gradients.add_elements")
 
 _draw, _keep = g._make_keep(COUNT)
 add("matrix.emit_transpose fragments.call_scalar", "movmatrix.sync.aligned.m8n8.trans.b16",

@@ -96,6 +96,20 @@ def _simt(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, _want("float32", 512), "full")
 
 
+def _backward_sm90() -> Iterator[Job]:
+    """Hopper: each feature, with dbias where there is a bias, and the deterministic pair of kernels."""
+    def job(dim: int, what: str, **settings: Any) -> Job:
+        return Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings), what)
+    for dim in (64, 128):
+        yield job(dim, "causal", causal=True)
+        yield job(dim, "packed_window", packed=True, window=(100, 50))
+        yield job(dim, "bias", bias="bfloat16", causal=True)
+        yield job(dim, "deterministic", deterministic=True, causal=True)
+    yield job(128, "dropout", dropout=True)
+    yield job(128, "softcap", softcap=True, causal=True)
+    yield job(128, "mask", mask=True, alibi="float32")
+
+
 def _backward(arch: str, short: bool) -> Iterator[Job]:
     """Plain threads, dbias and what every backward starts with; float64 of 512 is the one that needs most registers."""
     def want(dtype: str, dim: int, dim_v: int | None = None, **settings: Any) -> Want:
@@ -130,7 +144,7 @@ def _everything_there_is() -> Iterator[Job]:
 def _jobs() -> list[Job]:
     jobs = [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
             *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
-            *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80"))]
+            *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm90()]
     if FULL:
         jobs += _everything_there_is()
     there = {family for family in gpu.FAMILIES if importlib.util.find_spec(f"fastattn.gpu.forward_{family}")}

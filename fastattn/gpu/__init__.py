@@ -26,8 +26,7 @@ from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_sp
 __all__ = ["BACKWARD", "FAMILIES", "backward", "choose", "forward", "name", "supports", "use"]
 
 name = "gpu"
-FAMILIES = ("sm90", "sm80", "simt")        # fastest first
-BACKWARD = ("sm90", "simt")                # those that have a backward
+FAMILIES = BACKWARD = ("sm90", "sm80", "simt")        # fastest first; all have both directions
 _wanted: ContextVar[tuple[str, ...]] = ContextVar("fastattn_gpu_families", default=FAMILIES)
 
 

@@ -16,36 +16,38 @@ before, while dS is computed that of dV; S of the next block is asked for before
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
+from . import backward_sm90_dq, dbias
 from .compile import Source
 from .compile import load as load_kernel
-from .config import BackwardConfig, backward_sm90
+from .config import BackwardConfig, backward_sm90, feature_weight
 from .device import Device
-from .fragments import keep_from, keep_interval, make_pack, scale_rows, store_rows, store_whole_rows, zeros
-from .gradients import PIECE, exp2_columns, grad_scores, make_dropout_transposed, store_piece
+from .fragments import keep_from, keep_interval, make_pack, make_unpack, scale_rows, store_rows, store_whole_rows, zeros
+from .gradients import PIECE, add_elements, exp2_columns, grad_scores, make_dropout_transposed, multiply, store_piece
 from .inline import inline
 from .mask import make_query_bounds
 from .packed import head_group, most_tiles, table
-from .postprocess import round_dq
+from .postprocess import dbias_sums, round_dq
 from .preprocess import dsinks, make_first_row, preprocessed
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
 from .ptx.memory import shared_address
 from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
 from .schedule import make_num_tiles, make_tile_at
-from .scores import make_score
+from .scores import make_cap_of, make_score
 from .smem import Smem
-from .spec import Arguments, BackwardCall, Spec
+from .spec import Arguments, BackwardCall, Spec, make_spec
 from .tensormap import fits, tensor_maps
 
 CONSUMERS, BLOCK_N = 2, 128
 FAR = 1 << 30
 OWN = ("map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
-       "grad_scale:f")
+       "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
 
 
 def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
@@ -61,12 +63,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
     WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
     LEFT, RIGHT, PACKED, SCALED, DROPOUT = spec.left, spec.right, spec.packed, spec.scaled, spec.dropout
+    SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
+    DQ_FIRST, SOFTCAP = config.dq_first and SUM_DQ, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     query_bounds = make_query_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
+    cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, drop = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
@@ -169,7 +174,10 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
                      DS_PANELS, 0)
         fence_async()
-        barrier(int32(DS_BARRIER), int32(128 * CONSUMERS))
+        if SUM_DQ:
+            barrier(int32(DS_BARRIER), int32(128 * CONSUMERS))
+        else:       # dK takes what its own warpgroup has stored
+            barrier(int32(DS_BARRIER + w), int32(128))
 
     @inline
     def add_dq(a, base, acc_dq, w, thread, lane, row):
@@ -188,13 +196,23 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             tma.reduce_add_f32(uint64(a.accum + block), place, int32(PIECE))
             tma.commit()
 
+    @inline
+    def add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k):
+        """dS to the sums of dbias, whose keys are side by side: eight lanes fill a sector."""
+        if PACKED:
+            seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
+        at = uint64(int64(a.sums) + batch * a.sums_batch + head * a.sums_head + int64(query) * a.sums_row + 4 * key)
+        limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
+        limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
+        add_elements(acc_ds, at, uint64(at + uint64(32)), int64(opaque(a.sums_row)), limit0, limit1)     # opaque: no register a column
+
     def make_step(FIRST):
         @inline
         def step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place):
             """The block m of `head`: its S, dP, P, dS and dV, and beside them dQ and dK of the block before, whose dS is there."""
             j, stage, phase, head, m, line_before, slope = walk
             m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1 = seen
-            key, col, batch, q_start, diagonal, seqlen_q, seqlen_k = place
+            key, col, batch, q_start, seqlen_q, seqlen_k = place
             other, before, query = int32(j & 1), stage, int32(m * BLOCK_M + col)
             w, thread, lane = opaque(w), opaque(thread), opaque(lane)       # what follows from them is computed here, not kept in registers
             if not FIRST:
@@ -204,24 +222,31 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             acc_s = products_s(base, w, zeros(COUNT_S), stage)
             wgmma.commit()
             if not FIRST:
-                acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
+                if SUM_DQ:
+                    acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
                 wgmma.commit()
                 acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
                 wgmma.commit()
-            early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if FIRST:
                 acc_s = wgmma.wait_all(acc_s)
+            elif DQ_FIRST:
+                acc_s, acc_dq = wgmma.wait_all_but_one(acc_s), wgmma.wait_all_but_one(acc_dq)
+                add_dq(a, base, acc_dq, w, thread, lane, line_before)
             else:
                 acc_s = wgmma.wait_all_but_two(acc_s)
+            if not FIRST:
                 if lane == 0:
                     mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))
-            acc_s = score(a, acc_s, early, slope, query, key, diagonal)
+            early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+            if SOFTCAP:
+                acc_s, cap_slope = cap_of(a, acc_s)
+            acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, lo0, hi0, lo1, hi1, query)
             p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
             bits = draw(a, key, query, int32(batch * a.num_heads + head))
             p_half = to_half(drop(p, bits))
-            if not FIRST:
+            if not FIRST and SUM_DQ and not DQ_FIRST:
                 acc_dq = wgmma.wait_all_but_one(acc_dq)
                 add_dq(a, base, acc_dq, w, thread, lane, line_before)
             mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
@@ -243,9 +268,13 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             if not FIRST:
                 if lane == 0:
                     mbarrier.arrive(base + Q_EMPTY + 8 * before)
-            ds = to_half(grad_scores(p, drop(acc_dp, bits), a.keep_scale if DROPOUT else float32(1),
-                                     int32(base + DELTA + other * ROW_BYTES + 4 * col)))
-            store_ds(base, ds, other, w, thread, lane)
+            acc_ds = grad_scores(p, drop(acc_dp, bits), a.keep_scale if DROPOUT else float32(1),
+                                 int32(base + DELTA + other * ROW_BYTES + 4 * col))
+            if SUM_DBIAS:
+                add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
+            if SOFTCAP:
+                acc_ds = multiply(acc_ds, slopes(cap_slope))
+            store_ds(base, to_half(acc_ds), other, w, thread, lane)
             line_before = int32(first_row(a, batch, head, q_start) + m * BLOCK_M)
             j, m = int32(j + 1), int32(m + 1)
             if m == m_max:
@@ -265,7 +294,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
         col, count = int32((lane & 3) * 2), uniform(int32((m_max - m_min) * a.group))
         seen = (m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1)
-        place = (key, col, batch, q_start, diagonal, seqlen_q, seqlen_k)
+        place = (key, col, batch, q_start, seqlen_q, seqlen_k)
         head = int32(head_k * a.group)
         walk = (int32(0), int32(0), int32(0), head, m_min, int32(0), prepare(a, batch, head))
         mbarrier.wait(base + KV_FULL, int32(0))
@@ -273,12 +302,14 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         while walk[0] < count:
             acc_dk, acc_dv, walk = step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place)
         wgmma.fence()
-        acc_dq = products_dq(base, w, zeros(32), int32((walk[0] - 1) & 1))
+        if SUM_DQ:
+            acc_dq = products_dq(base, w, zeros(32), int32((walk[0] - 1) & 1))
         wgmma.commit()
         acc_dk = products_dk(base, w, acc_dk, int32((walk[0] - 1) & 1), walk[1])
         wgmma.commit()
-        acc_dq = wgmma.wait_all_but_one(acc_dq)
-        add_dq(a, base, acc_dq, w, thread, lane, walk[5])
+        if SUM_DQ:
+            acc_dq = wgmma.wait_all_but_one(acc_dq)
+            add_dq(a, base, acc_dq, w, thread, lane, walk[5])
         acc_dv = wgmma.wait_all(acc_dv)
         return wgmma.wait_all(acc_dk), acc_dv
 
@@ -360,12 +391,10 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
         return f"it has no {p.dtype} products"
     if max(p.head_dim, p.head_dim_v) > 128:
         return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 128"
-    if call.deterministic:
-        return "its sums of dq come in any order"
-    if g.dbias is not None:
-        return "it has no dbias"
-    if p.score.softcap is not None:
-        return "it has no softcap"
+    if feature_weight(make_spec(p, o, False)) > 1:
+        return "several features do not fit its registers"
+    if call.deterministic and p.score.softcap is not None:
+        return "its deterministic form has no softcap"
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("dout", call.dout), ("dq", g.dq), ("dk", g.dk), ("dv", g.dv)):
         reason = fits(x)
         if reason is not None:
@@ -374,15 +403,24 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
 
 
 def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernels: delta and lse of rows, the gradients, dq from its sums."""
-    p, o = call.problem, call.operands
-    config = backward_sm90(spec)
-    kernel = load_kernel(source(spec, config), d.ordinal)
+    """Enqueue the kernels: delta and lse of rows, the gradients, then what is made of sums. Deterministic calls make dq by itself."""
+    p, o, g = call.problem, call.operands, call.grads
+    elements = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
+                and p.score.softcap is None)
+    own_spec = replace(spec, sinks=None, dbias="float32" if elements else None)
+    config = backward_sm90(own_spec)
+    kernel = load_kernel(source(own_spec, config), d.ordinal)
     tiles = most_tiles(call, BLOCK_N, True)
-    with preprocessed(call, spec, d, stream, accum_dim=config.dim) as rows, table(call, BLOCK_N, d.ordinal, stream, True) as sequences:
+    with (preprocessed(call, spec, d, stream, accum_dim=0 if call.deterministic else config.dim) as rows,
+          table(call, BLOCK_N, d.ordinal, stream, True) as sequences, dbias_sums(g.dbias if elements else None, d, stream) as sums):
         boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
         own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
-               p.score.softmax_scale)
-        kernel.launch(tiles, arguments_of(spec).values(call, own), stream)
-        round_dq(call, spec, rows, config.dim, d, stream)
+               p.score.softmax_scale, *sums)
+        kernel.launch(tiles, arguments_of(own_spec).values(call, own), stream)
+        if call.deterministic:
+            backward_sm90_dq.launch(call, own_spec, rows, d, stream)
+        else:
+            round_dq(call, spec, rows, config.dim, d, stream)
+        if g.dbias is not None and not elements:
+            dbias.launch(call, spec, rows, d, stream)
         dsinks(call, spec, rows, d, stream)

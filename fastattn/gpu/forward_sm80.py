@@ -20,7 +20,6 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from ..buffers import View
 from . import config as configs
 from .compile import Source
 from .compile import load as load_kernel
@@ -40,7 +39,7 @@ from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import ALIGN, Smem, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Spec
+from .spec import Arguments, Call, Spec, whole_chunks
 
 OWN = "table:l tiles:i head_group:i"
 
@@ -339,12 +338,6 @@ def refuses(call: Call, d: Device) -> str | None:
     if 0 in call.operands.k.shape:
         return "there are no keys"
     return None
-
-
-def whole_chunks(x: View) -> bool:
-    """Whether every row is made of contiguous, aligned pieces of 16 bytes."""
-    return (x.ptr % 16 == 0 and x.shape[-1] % 8 == 0 and x.strides[-1] == x.itemsize
-            and all(stride % 16 == 0 for stride, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1))
 
 
 def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:

@@ -13,12 +13,12 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .dropout import philox
-from .fragments import call_scalar, row_of
+from .fragments import call_scalar, col_of, row_of
 from .inline import inline
 from .ptx.arith import emit_exp2, emit_fma
-from .ptx.asm import F32, I32, pack, unpack
+from .ptx.asm import F32, I32, I64, pack, unpack
 from .ptx.matrix import emit_transpose
-from .ptx.memory import emit_load_shared_pair, emit_load_vector, emit_store_shared_vector
+from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector
 from .spec import Spec
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
@@ -51,6 +51,15 @@ def grad_scores(typingctx: Any, p: Any, dp: Any, factor: Any, address: Any) -> A
 
 
 @intrinsic
+def multiply(typingctx: Any, acc: Any, other: Any) -> Any:
+    """acc * other, both float32 fragments."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fmul(x, y) for x, y in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
+    return signature(acc, acc, acc), generate
+
+
+@intrinsic
 def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
     """A fragment of 16 x 64 sums to a piece in shared memory; the lane's first address."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -62,11 +71,15 @@ def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
 
 
 @intrinsic
-def load_piece(typingctx: Any, address: Any) -> Any:
-    """A piece in global memory as the fragment that `store_piece` stored; the lane's first address."""
+def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride: Any, limit0: Any, limit1: Any) -> Any:
+    """Adds a fragment to float32 numbers in global memory: the converse of fragments.make_gather, with the same arguments."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, [x for j in range(8) for x in emit_load_vector(builder, args[0], 512 * j)])
-    return signature(types.UniTuple(types.float32, 32), types.uint64), generate
+        for k, x in enumerate(unpack(builder, args[0], acc.count)):
+            row, column = row_of(k) // 8, col_of(k)
+            keep = builder.zext(builder.icmp_signed("<", I32(column), args[4 + row]), I32)
+            emit_add_if(builder, keep, builder.add(args[1 + row], builder.mul(args[3], I64(column))), x)
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.uint64, types.uint64, types.int64, types.int32, types.int32), generate
 
 
 # ---------------------------------------------------------------- dropout

@@ -27,7 +27,7 @@ from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_sp
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
-SHARED = ("preprocess", "postprocess", "dbias")        # modules beside a family's own that launch kernels
+SHARED = ("preprocess", "postprocess", "dbias", "backward_sm90_dq")        # modules beside a family's own that launch kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
         yield 0
 
     absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, _: [0] * len(boxes), "counter": lambda *_: 0,
+              "clear": lambda *_: None,
               "temporary": lambda *_: contextlib.nullcontext(0)}
     with contextlib.ExitStack() as stack:
         for where in (module, *(importlib.import_module(f".{name}", __package__) for name in SHARED)):

@@ -32,7 +32,7 @@ from .ptx.memory import store_zero16
 from .ptx.scalar import load_chunk, load_if, store
 from .scalar import WARP, compute_of
 from .schedule import length_at
-from .spec import LOG2E, AnyCall, Arguments, BackwardCall, Spec
+from .spec import LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
 from .workspace import temporary
 
 PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
@@ -203,12 +203,6 @@ def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
     return (x.ptr, 0, *x.strides) if packed else (x.ptr, *x.strides)  # type: ignore[return-value]
 
 
-def _whole(x: View) -> bool:
-    """Whether every row is made of contiguous, aligned pieces of 16 bytes."""
-    return (x.ptr % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and (x.strides[-1] == x.itemsize or x.shape[-1] == 1)
-            and all(stride % 16 == 0 for stride, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1))
-
-
 @lru_cache(maxsize=256)
 def _preprocess(spec: Spec, whole: bool, dlse: bool, accum: bool, padding: int) -> tuple[Source, Arguments]:
     arguments = Arguments(spec, OWN.format(f="d" if spec.dtype == "float64" else "f"), ("dout", "out"))
@@ -230,7 +224,8 @@ def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, lse_fac
     with temporary(max(2 * each + 4 * accum_dim * rows * lines, 256), d.ordinal, stream) as memory:
         where = Rows(memory, memory + each, memory + 2 * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
-        source, arguments = _preprocess(plain, _whole(call.dout) and _whole(call.out), call.dlse is not None, accum_dim > 0, padding)
+        whole = whole_chunks(call.dout) and whole_chunks(call.out)
+        source, arguments = _preprocess(plain, whole, call.dlse is not None, accum_dim > 0, padding)
         chunks = -(-rows // BLOCK_ROWS)
         cu = o.cu_seqlens_q
         own = (where.lse, where.delta, where.accum, 4 * accum_dim, rows, chunks, lse_factor, *_line_strides(call.lse, p.packed),

@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import float32, int32, uint64
 
-from .fragments import add_rows, elementwise, keep_nonzero, make_gather, make_gather_pairs, make_unpack
+from .fragments import add_rows, elementwise, keep_nonzero, make_gather, make_gather_pairs, make_pack, make_unpack
 from .inline import inline
 from .ptx.arith import exp2, reciprocal
 from .ptx.memory import load_scalar
@@ -16,7 +16,7 @@ _LOG2E = float32(LOG2E)
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
-    and `col` are the thread's first query and key all the same.
+    and `col` are the thread's first query and key all the same, and what `cap_of` gave is where a softcap takes the products.
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
@@ -24,13 +24,14 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, A
     """
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
+    CAPPED = SOFTCAP and TRANSPOSED
     bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs and not TRANSPOSED, COUNT)
     mask_tile, _ = _score_tile("bool", False, COUNT)
     load_slope = load_scalar(spec.alibi or "float32")
 
     def element(s, row, col, scale, cap, slope):
-        s = s * scale
-        if SOFTCAP:
+        s = s * (cap if CAPPED else scale)
+        if SOFTCAP and not CAPPED:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale and cap hold the factors of log2
             s = cap * (float32(1) - float32(2) * reciprocal(exp2(s) + float32(1)))
         if ALIBI:
@@ -88,6 +89,28 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, A
         return acc_s
 
     return prepare, fetch, score
+
+
+def make_cap_of(spec: Spec) -> Any:
+    """acc_s, slope = cap_of(a, acc_s): tanh(softmax_scale * product / softcap) and its slope, 1 - tanh**2, in 16 bits."""
+    to_half = make_pack("float16")
+
+    def fall(s, row, col, scale):       # 1 - tanh(x) = 2 / (exp(2 x) + 1), exact where tanh is near 1
+        return float32(2) * reciprocal(exp2(s * scale) + float32(1))
+
+    def slope_of(r, row, col):
+        return r * (float32(2) - r)
+
+    def tanh_of(r, row, col):
+        return float32(1) - r
+    falls, slopes, tanhs = elementwise(fall), elementwise(slope_of), elementwise(tanh_of)
+
+    @inline
+    def cap_of(a, acc_s):
+        scale = float32(2) * a.softmax_scale / a.softcap
+        acc_r = falls(acc_s, int32(0), int32(0), (scale,))
+        return tanhs(acc_r, int32(0), int32(0), ()), to_half(slopes(acc_r, int32(0), int32(0), ()))
+    return cap_of
 
 
 def _score_tile(dtype: str, pairs: bool, COUNT: int) -> tuple[Any, Any]:

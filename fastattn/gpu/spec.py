@@ -111,6 +111,12 @@ def _stride(x: View | None, axis: int) -> int:
     return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
 
 
+def whole_chunks(x: View) -> bool:
+    """Whether every row is made of contiguous, aligned pieces of 16 bytes."""
+    return (x.ptr % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and (x.strides[-1] == x.itemsize or x.shape[-1] == 1)
+            and all(stride % 16 == 0 for stride, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1))
+
+
 def _group(on: bool, fields: str, values: Values) -> list[tuple[str, Values]]:
     return [(fields, values)] if on else []
 

@@ -62,3 +62,8 @@ def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
         yield int(memory)
     finally:
         check(driver.cuMemFreeAsync(memory, stream), "cuMemFreeAsync")
+
+
+def clear(memory: int, size: int, stream: int) -> None:
+    """Enqueue writing `size` zero bytes."""
+    check(driver.cuMemsetD8Async(memory, 0, size, stream), "cuMemsetD8Async")

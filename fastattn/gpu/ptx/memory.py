@@ -70,6 +70,17 @@ def emit_store_shared_vector(builder: Any, address: Any, offset: int, values: li
     emit(builder, VOID, f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])
 
 
+def emit_add_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
+    """Adds four float32 to those at a global address, a multiple of 16, and a constant; in any order with other adds. Since sm_90."""
+    emit(builder, VOID, f"red.relaxed.gpu.global.add.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "l,f,f,f,f,~{memory}", [address, *values])
+
+
+def emit_add_if(builder: Any, keep: Any, address: Any, value: Any) -> None:
+    """Adds a float32 to that at a global address, where the 32-bit `keep` is not 0; in any order with other adds."""
+    emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.relaxed.gpu.global.add.f32 [$0], $1; }", "l,f,r,~{memory}",
+         [address, value, keep])
+
+
 def emit_load_vector(builder: Any, address: Any, offset: int) -> list[Any]:
     """Four float32 at a global address, a multiple of 16, and a constant."""
     text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"

@@ -18,6 +18,7 @@ from numba.cuda.typing import signature
 
 from ..inline import inline
 from .asm import F32, I32, VOID, emit, emit_many, instruction, literals, pack, unpack
+from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
@@ -180,3 +181,113 @@ def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes
             emit(builder, VOID, text, "r,r,~{memory}", [builder.add(at, chunk), word])
         return context.get_dummy_value()
     return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
+
+
+# ---------------------------------------------------------------- operands that a warp wrote for the others
+# A fragment rounded to 16 bits waits in shared memory as 8x8 tiles of 128 bytes, eight rows of 16: lines of tiles, `line` bytes from one to
+# the next. A lane writes word `lane` of a tile and ldmatrix reads whole tiles, as they are or transposed: no conflict, no swizzle.
+@inline
+def tiles_lane(thread, line):
+    """Bytes from a 16 x 16 piece of tiles to what this thread's lane names of it: an A operand whose rows are lines."""
+    return int32(((thread >> 3) & 1) * line + ((thread >> 4) & 1) * 128 + (thread & 7) * 16)
+
+
+@inline
+def tiles_lane_trans(thread, line):
+    """The same for an A operand whose rows are columns of the tiles."""
+    return int32(((thread >> 3) & 1) * 128 + ((thread >> 4) & 1) * line + (thread & 7) * 16)
+
+
+@intrinsic
+def store_tiles(typingctx: Any, packed: Any, address: Any, line_bytes: Any) -> Any:
+    """A packed fragment of 16 rows into two lines of tiles; `address` of the first tile plus 4 * lane."""
+    [line] = literals(line_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for k, word in enumerate(unpack(builder, args[0], packed.count)):
+            emit(builder, VOID, f"st.shared.b32 [$0+{k % 2 * line + k // 2 * 128}], $1;", "r,r,~{memory}", [args[1], word])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.int32, line_bytes), generate
+
+
+def make_tiles_product(dtype: str, TRANS: bool) -> Any:
+    """product(acc, a, b, tiles, depth, line_bytes, step16, b_panel): acc + A B for 16-bit `dtype`.
+
+    A is `tiles` x 16 rows by `depth` in 8x8 tiles, transposed if TRANS; B is stored depth x N in panels, as V is. Of the columns of B the
+    product has 16, then those `step16` * 16 further, and so on. `a` and `b`: this lane's shared addresses.
+    """
+    @intrinsic
+    def product(typingctx: Any, acc: Any, a: Any, b: Any, tiles: Any, depth: Any, line_bytes: Any, step16: Any, b_panel: Any) -> Any:
+        t, d, line, step_b, panel = literals(tiles, depth, line_bytes, step16, b_panel)
+        by_row, by_depth = (256, 2 * line) if TRANS else (2 * line, 256)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            load = _loader(builder, args[2], panel, trans=True)
+            return pack(builder, _products(
+                builder, dtype, unpack(builder, args[0], acc.count), t,
+                lambda step: [_ldmatrix(builder, args[1], tile * by_row + step * by_depth, TRANS) for tile in range(t)],
+                lambda step, j: load(step, j * step_b), d // 16))
+        return signature(acc, acc, types.int32, types.int32, tiles, depth, line_bytes, step16, b_panel), generate
+    return product
+
+
+@intrinsic
+def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16: Any, step16: Any, panel_bytes: Any) -> Any:
+    """As store_rows, to columns 16 * first16 (first16 < step16), then those 16 * step16 further, and so on; step16 is 1, 2 or 4."""
+    step, panel = literals(step16, panel_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lane = args[2]
+        row = builder.lshr(lane, I32(2))
+        turned = builder.xor(row, builder.shl(args[3], I32(1)))
+        at = builder.add(args[1], builder.add(builder.shl(row, I32(7)), builder.shl(builder.and_(lane, I32(3)), I32(2))))
+        for k, word in enumerate(unpack(builder, args[0], packed.count)):
+            column16 = k // 4 * step
+            chunk = builder.shl(builder.xor(turned, I32(2 * (column16 % 4) + k // 2 % 2)), I32(4))
+            text = f"st.shared.b32 [$0+{column16 // 4 * panel + k % 2 * 1024}], $1;"
+            emit(builder, VOID, text, "r,r,~{memory}", [builder.add(at, chunk), word])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.int32, types.int32, types.int32, step16, panel_bytes), generate
+
+
+# ---------------------------------------------------------------- sums in global memory
+# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, which 32 lanes hold four of each. With vectors
+# (red.v4, since sm_90) a lane's four are neighbours; without them word k of all lanes are, so that either way an instruction adds to
+# neighbours (PTX ISA 9.7.13.7).
+def _places(register: int, step: int, vector: bool) -> int:
+    """Byte of a register of 16 rows by columns 0-15, then those 16 * step further, and so on, from the lane's first."""
+    group, k = register // 4, register % 4
+    column16 = group // 2 * step
+    return column16 // 4 * 16384 + column16 % 4 * 1024 + group % 2 * 512 + (4 if vector else 128) * k
+
+
+@intrinsic
+def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, vector: Any) -> Any:
+    """Add a fragment of `tiles` x 16 rows to sums in memory, in any order with others; `address` of its first piece (of one of four in a
+    panel of 64 columns, then the next), plus 1024 * first column / 16, plus the lane's 16 * lane with `vector`, 4 * lane without."""
+    t, step, vectors = literals(tiles, step16, vector)
+    count = acc.count // t
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for n in range(0, acc.count, 4 if vectors else 1):
+            at = n // count * 4096 + _places(n % count, step, bool(vectors))
+            if vectors:
+                emit_add_vector(builder, args[1], at, registers[n:n + 4])
+            else:
+                emit(builder, VOID, f"red.relaxed.gpu.global.add.f32 [$0+{at}], $1;", "l,f,~{memory}", [args[1], registers[n]])
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.uint64, tiles, step16, vector), generate
+
+
+@intrinsic
+def load_sums(typingctx: Any, address: Any, vector: Any) -> Any:
+    """A piece of sums as a fragment of 16 x 64; the lane's first address, as in add_sums."""
+    [vectors] = literals(vector)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if vectors:
+            return pack(builder, [x for j in range(8) for x in emit_load_vector(builder, args[0], 512 * j)])
+        return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_places(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
+                              for k in range(32)])
+    return signature(types.UniTuple(types.float32, 32), types.uint64, vector), generate
