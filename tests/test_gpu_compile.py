@@ -1,7 +1,7 @@
 """Every shipped kernel compiled to machine code, without a GPU: no spill, no local memory, no serialized wgmma, no float64 arithmetic.
 
-Shipped are the kernels that each family's table picks for a list of calls: CI's list has every feature, and every head size where they
-differ most; FASTATTN_COMPILE=full is twenty times as long. All that are selected (-k sm_90a, -k "sm80 and everything") are compiled
+Shipped are the kernels that each family's table picks for a list of calls: CI's has those used most, and all features together;
+FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All that are selected (-k sm_90a, -k "sm80 and everything") are compiled
 first, in as many processes as there are processors.
 """
 from __future__ import annotations
@@ -64,36 +64,39 @@ def _want(dtype: str, dim: int, dim_v: int | None = None, lse: bool = True, **se
 
 def _tensor_cores(family: str, arch: str, short: bool) -> Iterator[Job]:
     """The float16 and bfloat16 families; `short` where another architecture has the long list of the same kernels."""
-    half, other = "bfloat16", "float16"
-    for dim in (64, 128, 256) if short else DIMS:
+    half, other, hopper = "bfloat16", "float16", family == "sm90"
+    for dim in (128, 256) if short else (64, 80, 128, 192, 256):
         yield Job(family, arch, _want(half, dim, causal=True), "causal")
     yield Job(family, arch, _want(other, 128, **EVERYTHING), "everything")
     if short:
         return
-    for dim in (64, 128, 256) if family == "sm90" else (128,):
+    for dim in (64, 128, 256) if hopper else (128,):
         yield Job(family, arch, _want(other, dim, lse=False), "full")
         yield Job(family, arch, _want(half, dim, packed=True, causal=True), "packed_causal")
-        yield Job(family, arch, _want(half, dim, window=(100, 0)), "window")
-    yield Job(family, arch, _want(half, 192, 128, causal=True), "causal")
-    for name, settings in FEATURES.items():
-        yield Job(family, arch, _want(half, 128, **settings), name)
+    yield Job(family, arch, _want(half, 128, window=(100, 0)), "window")
+    for name in ("softcap", "bias", "mask", "dropout") if hopper else ("bias_half", "dropout"):
+        yield Job(family, arch, _want(half, 128, **FEATURES[name]), name)
     yield Job(family, arch, _want(half, 64, **EVERYTHING), "everything")
     yield Job(family, arch, _want(half, 192, **EVERYTHING), "everything")
     yield Job(family, arch, _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
-    yield Job(family, arch, replace(_want(half, 128), seqlen_q=1, num_heads=32, num_heads_k=8, batch=1, seqlen_k=16384), "decode")
 
 
 def _simt(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, _want("float32", 64, causal=True), "causal")
     if short:
         return
-    for dim in (16, 256):
-        yield Job("simt", arch, _want("float32", dim, causal=True), "causal")
-    for dtype in ("float64", "float16", "bfloat16"):
-        yield Job("simt", arch, _want(dtype, 64, causal=True), "causal")
+    yield Job("simt", arch, _want("float64", 64, causal=True), "causal")
+    for dtype in ("float64", "bfloat16"):
         yield Job("simt", arch, _want(dtype, 128, **{**EVERYTHING, "bias": dtype}), "everything")
     yield Job("simt", arch, _want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
     yield Job("simt", arch, _want("float32", 512), "full")
+
+
+def _backward_sm80() -> Iterator[Job]:
+    for arch, dim, what in (("sm_80", 64, "causal"), ("sm_80", 128, "everything"), ("sm_80", 256, "causal"), ("sm_89", 64, "everything"),
+                            ("sm_120", 128, "causal")):
+        settings = {"causal": True} if what == "causal" else {**EVERYTHING, "bias": None}      # it has no dbias
+        yield Job("sm80", arch, _want("bfloat16", dim, lse=False, backward=True, **settings), what)
 
 
 def _backward_sm90() -> Iterator[Job]:
@@ -103,8 +106,8 @@ def _backward_sm90() -> Iterator[Job]:
     for dim in (64, 128):
         yield job(dim, "causal", causal=True)
         yield job(dim, "packed_window", packed=True, window=(100, 50))
-        yield job(dim, "bias", bias="bfloat16", causal=True)
         yield job(dim, "deterministic", deterministic=True, causal=True)
+    yield job(128, "bias", bias="bfloat16", causal=True)
     yield job(128, "dropout", dropout=True)
     yield job(128, "softcap", softcap=True, causal=True)
     yield job(128, "mask", mask=True, alibi="float32")
@@ -117,11 +120,8 @@ def _backward(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, want("bfloat16", 64, **{**EVERYTHING, "bias": "bfloat16"}), "everything")
     if short:
         return
-    yield Job("simt", arch, want("float32", 64, causal=True), "causal")
-    yield Job("simt", arch, want("float32", 128, **EVERYTHING), "everything")
     yield Job("simt", arch, want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
-    for dim in (128, 512):
-        yield Job("simt", arch, want("float64", dim, **EVERYTHING), "everything")
+    yield Job("simt", arch, want("float64", 512, **EVERYTHING), "everything")
 
 
 def _everything_there_is() -> Iterator[Job]:
@@ -134,6 +134,7 @@ def _everything_there_is() -> Iterator[Job]:
                         yield Job(family, arch, _want(dtype, dim, lse=lse, **settings), name)
                 yield Job(family, arch, _want(dtype, dim, **EVERYTHING), "everything")
                 yield Job(family, arch, _want(dtype, dim, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+            yield Job(family, arch, replace(_want(dtype, 128), seqlen_q=1, num_heads=32, num_heads_k=8, batch=1, seqlen_k=16384), "decode")
             for dim, dim_v in UNEQUAL:
                 yield Job(family, arch, _want(dtype, dim, dim_v, causal=True), "causal")
             for dim in (64, 128, 256):
@@ -141,12 +142,42 @@ def _everything_there_is() -> Iterator[Job]:
                     yield Job(family, arch, _want(dtype, dim, **settings), name)
 
 
+def _ci() -> Iterator[Job]:
+    """What fits into CI: on two cores a Hopper kernel takes ten seconds."""
+    half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
+    for dim in (64, 128, 256):
+        yield Job("sm90", "sm_90a", _want(half, dim, causal=True), "causal")
+    for dim in (128, 256):
+        yield Job("sm90", "sm_90a", _want(half, dim, **packed), "packed_causal")
+    yield Job("sm90", "sm_90a", _want(other, 128, lse=False), "full")
+    yield Job("sm90", "sm_90a", _want(half, 128, window=(100, 0)), "window")
+    for name in ("bias", "dropout"):
+        yield Job("sm90", "sm_90a", _want(half, 128, **FEATURES[name]), name)
+    for dim in (128, 192):
+        yield Job("sm90", "sm_90a", _want(other, dim, **EVERYTHING), "everything")
+    yield Job("sm90", "sm_90a", _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    for arch, dim in (("sm_80", 64), ("sm_80", 128), ("sm_80", 256), ("sm_89", 256), ("sm_90a", 128), ("sm_120", 128)):
+        yield Job("sm80", arch, _want(half, dim, causal=True), "causal")
+    for arch, dim in (("sm_80", 64), ("sm_80", 128), ("sm_89", 128), ("sm_120", 128)):
+        yield Job("sm80", arch, _want(other, dim, **EVERYTHING), "everything")
+    yield Job("sm80", "sm_80", _want(half, 128, **packed), "packed_causal")
+    for arch in ("sm_80", "sm_120"):
+        yield Job("simt", arch, _want("float32", 64, causal=True), "causal")
+    yield Job("simt", "sm_80", _want("float64", 128, **EVERYTHING), "everything")
+    for backward in (False, True):
+        want = _want("float32", 40, 24, lse=not backward, backward=backward, **EVERYTHING, packed=True, seqused=True)
+        yield Job("simt", "sm_80", want, "everything_packed")
+    yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
+    yield from (job for job in _backward_sm90() if job.what in ("causal", "bias", "softcap") or "128-deterministic" in job.id)
+
+
 def _jobs() -> list[Job]:
-    jobs = [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
-            *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
-            *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm90()]
+    jobs = [*_ci()]
     if FULL:
-        jobs += _everything_there_is()
+        jobs += [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
+                 *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
+                 *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm80(), *_backward_sm90(),
+                 *_everything_there_is()]
     there = {family for family in gpu.FAMILIES if importlib.util.find_spec(f"fastattn.gpu.forward_{family}")}
     return list({job.id: job for job in jobs if job.family in there}.values())
 
