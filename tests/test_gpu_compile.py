@@ -1,8 +1,8 @@
 """Every shipped kernel compiled to machine code, without a GPU: no spill, no local memory, no serialized wgmma, no float64 arithmetic.
 
 Shipped are the kernels that each family's table picks for a list of calls: CI's has those used most, and all features together;
-FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All that are selected (-k sm_90a, -k "sm80 and everything") are compiled
-first, in as many processes as there are processors.
+FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All that are selected (-k sm_90a, -k "sm80 and everything")
+are compiled first, in as many processes as there are processors.
 """
 from __future__ import annotations
 
