@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpu_probes import COL, COUNT, HALVES, ROW, Array, C, add, as_matrix, load, normal, on_words, same, save, words
+from gpu_probes import COL, COUNT, HALVES, ROW, Array, C, add, as_matrix, load, normal, same, save
 from numba import cuda, int32, int64, uint8, uint64
 from problems import NUMPY
 
@@ -264,14 +264,6 @@ for _dtype in HALVES:
 
 
 # ---------------------------------------------------------------- mma.sync and cp.async
-def _transposed(x: Array) -> Array:
-    tile = np.ascontiguousarray(x).view(np.uint16).reshape(8, 8)
-    return np.ascontiguousarray(tile.T).view(np.int32).reshape(32)
-
-
-add("mma.movmatrix", "movmatrix.sync.aligned.m8n8.trans.b16", words(lambda i, x, n: mma.movmatrix(x)), on_words(_transposed))
-
-
 def mma_qk(dtype: str, whole: bool) -> Callable[[], Any]:
     """Q (32 x 128) K (64 x 128)^T; warp 0 reads Q in shared memory, warp 1 keeps it in registers. n rows of K exist."""
     qk, _ = mma.make_products(dtype)

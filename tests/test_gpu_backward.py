@@ -104,25 +104,25 @@ def same(a: Grads, b: Grads) -> None:
 
 
 # ---------------------------------------------------------------- right numbers
-@pairs(CASES, gpu.BACKWARD)
+@pairs(CASES, gpu.FAMILIES)
 def test_agrees_with_reference(case: Case, family: str) -> None:
     check(case, family)
 
 
-@pairs(LARGE, gpu.BACKWARD)
+@pairs(LARGE, gpu.FAMILIES)
 def test_several_tiles(case: Case, family: str) -> None:
     if family == "simt" and case.name not in LARGE_SIMT:
         pytest.skip("plain threads are judged by fewer of these")
     check(case, family)
 
 
-@pairs([*SMALL, *(replace(BY_NAME[f"everything_{name}"], name=f"small_{name}") for name in ("float32", "packed"))], gpu.BACKWARD)
+@pairs([*SMALL, *(replace(BY_NAME[f"everything_{name}"], name=f"small_{name}") for name in ("float32", "packed"))], gpu.FAMILIES)
 def test_small(case: Case, family: str) -> None:
     """What the sanitizers run too (gpu_sanitize.sh)."""
     check(case, family)
 
 
-@pytest.mark.parametrize("family", families_here(gpu.BACKWARD))
+@pytest.mark.parametrize("family", families_here(gpu.FAMILIES))
 @pytest.mark.parametrize("profile", PROFILES)
 def test_fuzz(profile: str, family: str) -> None:
     """FASTATTN_FUZZ=10: ten times as many."""
@@ -134,7 +134,7 @@ def test_fuzz(profile: str, family: str) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("family", families_here(gpu.BACKWARD))
+@pytest.mark.parametrize("family", families_here(gpu.FAMILIES))
 def test_after_its_own_forward(family: str) -> None:
     """What a training step does: out and lse are the GPU's."""
     case = for_family(BY_NAME["everything_float32"], family)
@@ -150,7 +150,7 @@ PROMISED = [Case("promise_causal", "bfloat16", num_heads=4, num_heads_k=2, seqle
             Case("promise_packed", "bfloat16", lengths_q=(70, 0, 133, 1), lengths_k=(90, 4, 130, 20), head_dim=64, spare=3)]
 
 
-@pairs(PROMISED, gpu.BACKWARD)
+@pairs(PROMISED, gpu.FAMILIES)
 def test_same_bits_every_run(case: Case, family: str) -> None:
     inputs = for_family(case, family).make()
     out, lse = reference_forward(inputs)
@@ -183,7 +183,7 @@ def test_what_a_mask_hides_does_not_matter(case: Case, family: str, bad: float) 
 NAN_SCORE = Case("nan_score", seqlen_q=40, bias=(40, 40), mask=(40, 40), causal=True)
 
 
-@pairs([NAN_SCORE], gpu.BACKWARD)
+@pairs([NAN_SCORE], gpu.FAMILIES)
 def test_nan_score_at_a_masked_position(case: Case, family: str) -> None:
     inputs = for_family(case, family).make()
     out, lse = reference_forward(inputs)

@@ -23,10 +23,10 @@ from .device import Device, current, device
 from .packed import most_tiles
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
-__all__ = ["BACKWARD", "FAMILIES", "backward", "choose", "forward", "name", "supports", "use"]
+__all__ = ["FAMILIES", "backward", "choose", "forward", "name", "supports", "use"]
 
 name = "gpu"
-FAMILIES = BACKWARD = ("sm90", "sm80", "simt")        # fastest first; all have both directions
+FAMILIES = ("sm90", "sm80", "simt")        # fastest first; each has both directions
 _wanted: ContextVar[tuple[str, ...]] = ContextVar("fastattn_gpu_families", default=FAMILIES)
 
 
@@ -58,13 +58,10 @@ def supports(problem: Problem) -> str | None:
 def choose(call: AnyCall, d: Any) -> Any:
     """The module of the first wanted family that takes the call; UnsupportedError says why none does."""
     reasons = []
-    direction, have = ("backward", BACKWARD) if isinstance(call, BackwardCall) else ("forward", FAMILIES)
+    direction = "backward" if isinstance(call, BackwardCall) else "forward"
     if most_tiles(call, 64) >= 2**31:
         raise UnsupportedError(f"{call.problem.call}(): {most_tiles(call, 64)} tiles of 64 query rows, more than 2**31 - 1.")
     for which in _wanted.get():
-        if which not in have:
-            reasons.append(f"{which}: it has no {direction}")
-            continue
         module = family(which, direction)
         reason = module.refuses(call, d)
         if reason is None:

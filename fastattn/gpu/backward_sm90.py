@@ -30,7 +30,7 @@ from .device import Device
 from .fragments import keep_from, keep_interval, make_pack, make_unpack, scale_rows, store_rows, store_whole_rows, zeros
 from .gradients import PIECE, add_elements, exp2_columns, grad_scores, make_dropout_transposed, multiply, store_piece
 from .inline import inline
-from .mask import make_query_bounds
+from .mask import diagonal_of, make_query_bounds
 from .packed import head_group, most_tiles, table
 from .postprocess import dbias_sums, round_dq
 from .preprocess import dsinks, make_first_row, preprocessed
@@ -76,10 +76,6 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def diagonal_of(a, seqlen_q, seqlen_k):
-        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
-
     @inline
     def bounds(a, first, count, seqlen_q, seqlen_k):
         """query_bounds of `count` keys from `first`; no block is full where some of them do not exist, none is there where none do."""

@@ -13,7 +13,7 @@ class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 
     `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup; with 0 the output
-    goes from the registers to global memory in pieces of 16 bytes, which costs 4000 cycles a tile at head_dim_v 256.
+    goes from the registers to global memory, 16 bytes a thread at a time.
     `beside`: the softmax is held before the wait for the product that it runs beside; the assembler would put it behind.
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;

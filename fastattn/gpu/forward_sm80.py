@@ -28,7 +28,7 @@ from .device import Device
 from .dropout import make_dropout
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
 from .inline import inline
-from .mask import make_bounds
+from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .ptx import cp_async, mma
 from .ptx.cp_async import load_shared_b64, store_shared_b64
@@ -84,10 +84,6 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         """head, batch, q_start, seqlen_q, seqlen_k, the tile's first row."""
         return (load_shared_b32(base + TILE + 16), load_shared_b32(base + TILE + 20), load_shared_b32(base + TILE + 24),
                 load_shared_b32(base + TILE + 28), load_shared_b32(base + TILE + 32), load_shared_b32(base + TILE + 36))
-
-    @inline
-    def diagonal_of(a, seqlen_q, seqlen_k):
-        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
 
     @inline
     def keep(a, acc_s, row, column, diagonal, seqlen_k):

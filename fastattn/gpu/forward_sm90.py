@@ -28,7 +28,7 @@ from .device import Device
 from .dropout import make_dropout
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, store_rows, store_whole_rows, zeros, zeros_packed
 from .inline import divide, inline
-from .mask import make_bounds
+from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
@@ -90,10 +90,6 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def diagonal_of(a, seqlen_q, seqlen_k):
-        return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
-
     @inline
     def tile_blocks(a, m_block, seqlen_q, seqlen_k):
         """The key blocks [n_min, n_max) that all warpgroups of a tile go through."""

@@ -22,8 +22,6 @@ from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
-# an 8x8 tile of 16 bits in one register a lane -> its transpose (PTX ISA 9.7.14.5.17)
-movmatrix = instruction("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r")
 
 # threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop
 thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
