@@ -26,58 +26,43 @@ from .compile import load as load_kernel
 from .config import Config, feature_weight
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, scale_seen_rows, store_rows, store_whole_rows, zeros, zeros_packed
+from .epilogue import OUT_PANEL, make_epilogue
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros, zeros_packed
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .ptx import mbarrier, tma, wgmma
-from .ptx.matrix import store_panels
-from .ptx.memory import (
-    atomic_add_b32,
-    atomic_inc_wrap,
-    fence_gpu,
-    load_shared_b32,
-    shared_address,
-    store_b32,
-    store_f32,
-    store_shared_b32,
-    store_shared_zero16,
-)
+from .ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32, store_shared_zero16
 from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
-from .schedule import make_num_tiles, make_tile_at, make_unowned
+from .records import RECORDS, make_records
+from .schedule import make_num_tiles
 from .scores import make_score
-from .smem import Smem, panels
+from .smem import Smem, copy_rows, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Arguments, Call, Spec, make_spec
 from .tensormap import fits, tensor_maps
 from .workspace import counter
 
-RECORDS = 4
 OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.block_m // 64
-    HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
     Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_P, COUNT_O = BLOCK_N // 2, BLOCK_N // 4, spec.head_dim_v // 2
     STAGE_BITS = STAGES.bit_length() - 1
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    OUT_PANEL, OUT_PANELS = 64 * 128, min(config.out_panels, PANELS_V)
-    TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
-    assert DIRECT or PANELS_V <= 2 * OUT_PANELS
-    OUT = smem.take(CONSUMERS * OUT_PANELS * OUT_PANEL)
+    OUT = smem.take(CONSUMERS * min(config.out_panels, PANELS_V) * OUT_PANEL)
+    put_tile, word, get, TILE_FULL, TILE_EMPTY = make_records(spec, BLOCK_M, smem)
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
-    TILE_FULL, TILE_EMPTY = smem.barriers(RECORDS), smem.barriers(RECORDS)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
-    TILE = smem.take(RECORDS * 32, 16)
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, LSE, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.lse, spec.left, spec.left or spec.right, config.lazy
-    OUT_BARRIER, TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 1, 4, 8, 9     # named barriers: one for each consumer, but V's for all of them
-    BESIDE, SINKS = config.beside, spec.sinks is not None
+    PACKED, LEFT, MASKED_ALWAYS, LAZY, BESIDE = spec.packed, spec.left, spec.left or spec.right, config.lazy, config.beside
+    TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
     OPTIMISTIC = config.optimistic and not (spec.scaled or spec.mask)       # else scores cannot be had again by one product
     TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
     qk, pv = wgmma.make_products(spec.dtype)
@@ -86,8 +71,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
     dropout = make_dropout(spec)
+    num_tiles = make_num_tiles(spec)
     update, optimistic, finish = make_softmax(spec, config.lazy)
-    tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
+    epilogue = make_epilogue(spec, config, OUT, finish, get, TILE_EMPTY)
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
@@ -96,43 +82,6 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         last = min((m_block + 1) * BLOCK_M, seqlen_q) - 1
         n_min, _, _, n_max = block_bounds(a, int32(m_block * BLOCK_M), int32(last), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         return n_min, n_max
-
-    @inline
-    def put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start):
-        store_shared_b32(record, m_block)
-        store_shared_b32(record + 4, head)
-        store_shared_b32(record + 8, batch)
-        store_shared_b32(record + 12, q_start)
-        store_shared_b32(record + 16, seqlen_q)
-        store_shared_b32(record + 20, seqlen_k)
-        store_shared_b32(record + 28, k_start)
-
-    @inline
-    def put_tile(a, base, i, t, tiles):
-        """The i-th tile's record; its last word is 0 where there is none, 2 for rows of no sequence. Its Q is asked for in the L2 cache."""
-        slot = int32(i & (RECORDS - 1))
-        record = int32(base + TILE + 32 * slot)
-        mbarrier.wait(base + TILE_EMPTY + 8 * slot, int32(((i >> 2) & 1) ^ 1))
-        if t < tiles:
-            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-            put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start)
-            store_shared_b32(record + 24, unowned(a, t))
-            for p in range(PANELS):
-                tma.prefetch(a.map_q, int32(p * 64), int32(q_start + m_block * BLOCK_M), head, int32(0) if PACKED else batch)
-        else:
-            put_words(record, int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0))
-            store_shared_b32(record + 24, int32(0))
-        mbarrier.arrive(base + TILE_FULL + 8 * slot)
-
-    @inline
-    def word(base, i, field):
-        """A word of the i-th tile's record, for one thread."""
-        return load_shared_b32(base + TILE + 32 * (i & (RECORDS - 1)) + 4 * field)
-
-    @inline
-    def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
-        for p in range(count):
-            tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
 
     @inline
     def load_k(a, base, it, row, head, batch):
@@ -151,28 +100,28 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def load(a, base):
         """The producer: one thread."""
-        it, i = int32(0), int32(0)
-        t, tiles = int32(cuda.blockIdx.x), num_tiles(a)
-        put_tile(a, base, i, t, tiles)
-        while t < tiles:
-            t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
-            m_block, head, q_start, k_start = word(base, i, 0), word(base, i, 1), word(base, i, 3), word(base, i, 7)
-            n_min, n_max = tile_blocks(a, m_block, word(base, i, 4), word(base, i, 5))
-            head_k, plane = divide(head, a.group), int32(0) if PACKED else word(base, i, 2)
-            row, end = int32(k_start + (n_max - 1) * BLOCK_N), int32(k_start + n_min * BLOCK_N)
-            load_k(a, base, it, row, head_k, plane)
-            mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
-            mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
-            copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
-            load_v(a, base, it, row, head_k, plane)
-            it = int32(it + 1)
-            i = int32(i + 1)
+        it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
+        row, end, head_k, plane, going = int32(0), int32(0), int32(0), int32(0), True
+        while going:
             put_tile(a, base, i, t, tiles)
-            while row > end:
+            while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
                 load_k(a, base, it, row, head_k, plane)
                 load_v(a, base, it, row, head_k, plane)
                 it = int32(it + 1)
+            going = t < tiles
+            if going:
+                t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
+                m_block, head, q_start, k_start = word(base, i, 0), word(base, i, 1), word(base, i, 3), word(base, i, 7)
+                n_min, n_max = tile_blocks(a, m_block, word(base, i, 4), word(base, i, 5))
+                head_k, plane = divide(head, a.group), int32(0) if PACKED else word(base, i, 2)
+                row, end = int32(k_start + (n_max - 1) * BLOCK_N), int32(k_start + n_min * BLOCK_N)
+                load_k(a, base, it, row, head_k, plane)
+                mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
+                mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
+                copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
+                load_v(a, base, it, row, head_k, plane)
+                it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last block to come here leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
@@ -253,9 +202,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
-        def step(a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
-                 seqlen_q, seqlen_k, rows):
+        def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
             """Scores and probabilities of n_block, while O takes in the block before."""
+            head, batch, seqlen_q, seqlen_k, row, rows, slope, n_min = tile
             before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
             it = int32(it + 1)
             stage = int32(it & (STAGES - 1))
@@ -309,84 +258,11 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
 
-    step_masked, step_full, step_optimistic = make_step(True, False), make_step(False, False), make_step(False, OPTIMISTIC)
-
-    def make_round(FIRST):
-        PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
-
-        @inline
-        def store_round(a, base, packed, w, thread, lane, row, head, batch):
-            """Panels from FIRST on, as many as there is room for, through shared memory and the copy engine."""
-            place = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
-            own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
-            if thread == 0:
-                tma.wait_read()
-            barrier(int32(OUT_BARRIER + w), int32(128))
-            store_panels(packed, int32(place + own_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL, PANELS_HERE, FIRST)
-            fence_async()
-            barrier(int32(OUT_BARRIER + w), int32(128))
-            if thread == 0:
-                for p in range(PANELS_HERE):
-                    tma.store(a.map_out, int32(place + p * OUT_PANEL), int32((FIRST + p) * 64), row, head, batch)
-                tma.commit()
-        return store_round
-
-    store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
-
-    @inline
-    def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of a warpgroup: through shared memory and the copy engine; from the registers where there is no room for that, or
-        where a packed tile is not full."""
-        packed = to_half(acc_o)
-        row0 = int32(m_block * BLOCK_M + w * 64)
-        plane = int32(0) if PACKED else batch
-        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
-            address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
-            rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
-            if a.head_dim_v == HEAD_DIM_V:
-                store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
-            else:
-                store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
-        else:
-            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
-            if TWO_ROUNDS:
-                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
-
-    @inline
-    def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
-        if LSE:
-            if (lane & 3) == 0:
-                if PACKED:
-                    at = uint64(a.lse + uint64(4) * uint64(head * a.total_q + q_start + row))
-                else:
-                    at = uint64(a.lse + uint64(4) * (uint64(batch * a.num_heads + head) * uint64(a.seqlen_q) + uint64(row)))
-                if row < seqlen_q:
-                    store_f32(at, lse0)
-                if row + 8 < seqlen_q:
-                    store_f32(at + uint64(32), lse1)
-
-    @inline
-    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col):
-        """Output and lse of the i-th tile, whose coordinates are read again."""
-        m_block, head, batch, q_start, seqlen_q = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3), get(base, i, 4)
-        thread = opaque(thread)     # what follows from it is computed here, not kept in registers through the loop
-        row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
-        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
-        if PACKED and SINKS:
-            if get(base, i, 6) == 2:
-                lse0, lse1 = NEG_INF, NEG_INF
-        acc_o = scale_seen_rows(acc_o, scale0, scale1)
-        store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
-        store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
-
-    @inline
-    def get(base, i, field):
-        """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
-        return uniform(word(base, i, field))
+    step_slow, step_fast = make_step(MASKED_ALWAYS, False), make_step(False, OPTIMISTIC)
 
     @inline
     def coordinates(a, base, i, w, thread, lane):
-        """Of the i-th tile, and which of its key blocks this warpgroup's rows need a mask for: from full_min to full_max they do not."""
+        """Of the i-th tile; its key blocks [fast_min, fast_max) need no mask for this warpgroup's rows."""
         m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
         row0 = int32(m_block * BLOCK_M + w * 64)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
@@ -394,102 +270,11 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
         _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
         n_min, n_max = uniform(n_min), uniform(n_max)
-        full_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
-        full_min = uniform(int32(max(min(full_min, full_max), n_min)))
-        return (head, batch, seqlen_q, seqlen_k, row, diagonal, intervals(a, row, diagonal, seqlen_k), n_min, full_min, full_max, n_max)
-
-    @inline
-    def consume(a, base, w, thread, lane):
-        """A consumer warpgroup: each turn of the loop begins tile i, ends tile i - 1, then goes through the other blocks of tile i."""
-        col = int32((lane & 3) * 2)
-        it, i, had = int32(-1), int32(0), int32(0)      # it: the last block whose scores were issued
-        acc_o, p = zeros(COUNT_O), zeros_packed(COUNT_P)
-        max0, max1, sum0, sum1 = NEG_INF, NEG_INF, float32(0), float32(0)
-        if w == CONSUMERS - 1:
-            pass_turn(w)
-        mbarrier.wait(base + TILE_FULL, int32(0))
-        more = get(base, i, 6)
-        while more | had != 0:
-            (head, batch, seqlen_q, seqlen_k, row, diagonal, rows, n_min, full_min, full_max,
-             n_max) = coordinates(a, base, i, w, thread, lane)
-            slope = prepare(a, batch, head)
-            n_block = int32(n_max - 1)
-            column = int32(n_block * BLOCK_N + col)
-            before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
-            it = int32(it + 1)
-            stage = int32(it & (STAGES - 1))
-            acc_s = zeros(COUNT_S)
-            if more != 0:
-                mbarrier.wait(base + Q_FULL, int32(i & 1))
-                mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-            wait_turn(w)
-            wgmma.fence()
-            acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
-            wgmma.commit()
-            if had != 0:
-                mbarrier.wait(base + V_FULL + 8 * before, parity)
-            wgmma.fence()
-            acc_o = pv(acc_o, p, v_stage(base, before))
-            wgmma.commit()
-            if not LATE:
-                pass_turn(w)
-            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            acc_s = wgmma.wait_all_but_one(acc_s)
-            if LATE:
-                pass_turn(w)
-            if lane == 0 and more != 0:
-                mbarrier.arrive(base + K_EMPTY + 8 * stage)
-                if n_block == n_min:
-                    mbarrier.arrive(base + Q_EMPTY)
-            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
-            if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
-                acc_s = keep(acc_s, rows, column)
-            acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
-            acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-            if had != 0:
-                acc_o = wgmma.wait_all(acc_o)
-                p = to_half(acc_s)
-                if lane == 0:
-                    mbarrier.arrive(base + V_EMPTY + 8 * before)
-                last = int32(i - 1)
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, last, w, thread, lane, col)
-                if lane == 0:
-                    mbarrier.arrive(base + TILE_EMPTY + 8 * (last & (RECORDS - 1)))
-            else:
-                acc_o = wgmma.wait_all(acc_o)
-                p = to_half(acc_s)
-            acc_o = zeros(COUNT_O)
-            max0, max1, sum0, sum1, had = new0, new1, part0, part1, more
-            if more != 0:
-                if PACKED:
-                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
-                        mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-                        clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
-                while n_block > full_max:
-                    n_block = int32(n_block - 1)
-                    acc_o, p, max0, max1, sum0, sum1, it = step_masked(
-                        a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
-                        seqlen_q, seqlen_k, rows)
-                if OPTIMISTIC:       # the last block of a tile not: Q would be asked for a softmax later
-                    while n_block > max(full_min, n_min + 1):
-                        n_block = int32(n_block - 1)
-                        acc_o, p, max0, max1, sum0, sum1, it = step_optimistic(
-                            a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
-                            seqlen_q, seqlen_k, rows)
-                while n_block > full_min:
-                    n_block = int32(n_block - 1)
-                    acc_o, p, max0, max1, sum0, sum1, it = step_full(
-                        a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
-                        seqlen_q, seqlen_k, rows)
-                if LEFT:
-                    while n_block > n_min:
-                        n_block = int32(n_block - 1)
-                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
-                            a, base, w, acc_o, p, max0, max1, sum0, sum1, it, n_block, n_min, lane, batch, head, slope, row, col, diagonal,
-                            seqlen_q, seqlen_k, rows)
-                i = int32(i + 1)
-                mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
-                more = get(base, i, 6)
+        fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
+        fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would give Q's place back a softmax later
+        fast_min = uniform(int32(max(min(full_min, fast_max), fast_min)))
+        tile = head, batch, seqlen_q, seqlen_k, row, intervals(a, row, diagonal, seqlen_k), prepare(a, batch, head), n_min
+        return tile, n_max, fast_min, fast_max
 
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
@@ -514,7 +299,78 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 load(a, base)
         else:
             take_registers()
-            consume(a, base, int32(warpgroup - 1), thread, int32(thread & 31))
+            w, lane = int32(warpgroup - 1), int32(thread & 31)
+            col = int32((lane & 3) * 2)
+            it, i, had = int32(-1), int32(0), int32(0)      # it: the last block whose scores were issued
+            acc_o, p = zeros(COUNT_O), zeros_packed(COUNT_P)
+            max0, max1, sum0, sum1 = NEG_INF, NEG_INF, float32(0), float32(0)
+            if w == CONSUMERS - 1:
+                pass_turn(w)
+            mbarrier.wait(base + TILE_FULL, int32(0))
+            more = get(base, i, 6)
+            while more | had != 0:
+                tile, n_max, fast_min, fast_max = coordinates(a, base, i, w, thread, lane)
+                head, batch, seqlen_q, seqlen_k, row, rows, slope, n_min = tile
+                n_block = int32(n_max - 1)
+                column = int32(n_block * BLOCK_N + col)
+                before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
+                it = int32(it + 1)
+                stage = int32(it & (STAGES - 1))
+                acc_s = zeros(COUNT_S)
+                if more != 0:
+                    mbarrier.wait(base + Q_FULL, int32(i & 1))
+                    mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+                wait_turn(w)
+                wgmma.fence()
+                acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+                wgmma.commit()
+                if had != 0:
+                    mbarrier.wait(base + V_FULL + 8 * before, parity)
+                wgmma.fence()
+                acc_o = pv(acc_o, p, v_stage(base, before))
+                wgmma.commit()
+                if not LATE:
+                    pass_turn(w)
+                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+                acc_s = wgmma.wait_all_but_one(acc_s)
+                if LATE:
+                    pass_turn(w)
+                if lane == 0 and more != 0:
+                    mbarrier.arrive(base + K_EMPTY + 8 * stage)
+                    if n_block == n_min:
+                        mbarrier.arrive(base + Q_EMPTY)
+                acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+                if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
+                    acc_s = keep(acc_s, rows, column)
+                acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
+                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                if had != 0:
+                    acc_o = wgmma.wait_all(acc_o)
+                    p = to_half(acc_s)
+                    if lane == 0:
+                        mbarrier.arrive(base + V_EMPTY + 8 * before)
+                    epilogue(a, base, acc_o, max0, max1, sum0, sum1, int32(i - 1), w, thread, lane, col)
+                else:
+                    acc_o = wgmma.wait_all(acc_o)
+                    p = to_half(acc_s)
+                acc_o = zeros(COUNT_O)
+                max0, max1, sum0, sum1, had = new0, new1, part0, part1, more
+                if more != 0:
+                    if PACKED:
+                        if seqlen_k - n_block * BLOCK_N < BLOCK_N:
+                            mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+                            clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                    while n_block > n_min:
+                        n_block = int32(n_block - 1)
+                        if (n_block >= fast_min) & (n_block < fast_max):
+                            acc_o, p, max0, max1, sum0, sum1, it = step_fast(
+                                a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                        else:
+                            acc_o, p, max0, max1, sum0, sum1, it = step_slow(
+                                a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                    i = int32(i + 1)
+                    mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
+                    more = get(base, i, 6)
             if thread == 0:
                 tma.wait_all()
 

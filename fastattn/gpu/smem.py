@@ -1,5 +1,13 @@
-"""Shared memory of a kernel: a bump allocator over byte offsets, used while the kernel is made."""
+"""Shared memory of a kernel: a bump allocator over byte offsets, used while the kernel is made; panels that the copy engine fills, and
+stages that are used in turn."""
 from __future__ import annotations
+
+from typing import Any
+
+from numba import int32
+
+from .inline import inline
+from .ptx import tma
 
 ALIGN = 1024         # 128-byte swizzle repeats every 8 rows
 
@@ -28,3 +36,19 @@ class Smem:
 def panels(dim: int) -> int:
     """128-byte wide panels of a row of `dim` 16-bit elements."""
     return -(-dim // 64)
+
+
+@inline
+def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
+    """Ask the copy engine for `count` panels (a constant) of the box of rows at `row`, which the barrier `full` waits for."""
+    for p in range(count):
+        tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+
+
+def make_next_stage(STAGES: int) -> Any:
+    """stage, phase = next_stage(stage, phase): of STAGES, in turn; the phase, a barrier's parity, changes with every round."""
+    @inline
+    def next_stage(stage, phase):
+        stage = int32(stage + 1)
+        return (int32(0), int32(phase ^ 1)) if stage == STAGES else (stage, phase)
+    return next_stage
