@@ -1,0 +1,92 @@
+"""The encoded softmax: attention's probabilities, with the sign carrying dropout's decision (negative: dropped).
+
+It is read off the attention kernels themselves: where v holds columns of the identity, `out` is the probabilities in those columns,
+so every mask, bias, window and length counts here exactly as it does there, on any device. The columns go through in blocks of
+BLOCK. With dropout there are two calls a block: one without it for the values, and one with all scores equal for the signs, because
+there the zeros are what was dropped.
+
+Memory O(L * S), because the result is; time that of S / BLOCK attention calls, twice that with dropout. For debugging and tests.
+"""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .arrays import namespace, positions, shape_of, zeros
+from .translate import Call, Lengths, forward, lengths
+
+BLOCK = 256                                                 # the largest head_dim_v that every engine takes
+STEP = 64                                                   # of the last block's width: four kernels for the GPU engine to compile, not 256
+_CALL = Call("encoded_softmax")
+
+
+def encoded_softmax(q: Any, k: Any, *, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+                    softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
+                    mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
+                    layout: Literal["bshd", "bhsd", "thd"] = "bshd", cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+                    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_k: Any = None) -> Any:
+    """P of the call fastattn.attention(q, k, v, ...) with the same keywords -> (batch, num_heads, seqlen_q, seqlen_k), q's dtype.
+
+    |P| are the probabilities before dropout, rows that see nothing are 0; where dropout drops, P is negative (or -0.0). With
+    cu_seqlens, layout "thd", that of fastattn.attention_varlen -> (sequences, num_heads, max_seqlen_q, max_seqlen_k), 0 outside
+    a sequence, and both maxima must be given. Errors: those of the fastattn call.
+    """
+    packed = lengths(_CALL, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k)
+    if (layout == "thd") != (packed is not None):
+        raise _CALL.value("layout", f"is {layout!r}", "'thd' with cu_seqlens_q and cu_seqlens_k, 'bshd' or 'bhsd' without")
+    return encode(_CALL, q, k, packed, layout, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
+                  alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed, offset=offset)
+
+
+def encode(call: Call, q: Any, k: Any, packed: Lengths | None, layout: str, *, dropout_p: float = 0.0, seed: int | None = None,
+           offset: int = 0, **options: Any) -> Any:
+    """`encoded_softmax` on behalf of another call; options are the other keywords of fastattn.attention."""
+    xp, shape = namespace(q, call.name, "q"), shape_of(k, call.name, "k")
+    rank, keys = (4, 2 if layout == "bhsd" else 1) if packed is None else (3, 0)       # k's axis of keys
+    if len(shape) != rank:
+        raise call.value(call.names.get("k", "k"), f"has shape {shape}", f"{rank} axes for layout {layout!r}")
+    if packed is None:
+        seqlen_k = shape[keys]
+        place = positions(q, seqlen_k, call.name, "q")
+    else:
+        if packed.max_seqlen_q is None or packed.max_seqlen_k is None:
+            name = "max_seqlen_q" if packed.max_seqlen_q is None else "max_seqlen_k"
+            raise call.value(call.names.get(name, name), "is None", "the longest sequence, which is an axis of the probabilities")
+        seqlen_k = packed.max_seqlen_k
+        place = _inside(xp, positions(q, shape[0], call.name, "q"), packed.cu_seqlens_k)
+
+    def columns(first: int, **keywords: Any) -> Any:
+        """The probabilities of keys first to first + BLOCK: (batch, num_heads, seqlen_q, BLOCK), packed (num_heads, total_q, BLOCK)."""
+        width = min(BLOCK, max(-(-(seqlen_k - first) // STEP), 1) * STEP)              # columns past the last key are 0 and cut off below
+        block = positions(q, width, call.name, "q") + first
+        identity = xp.asarray(place[:, None] == block[None, :], dtype=q.dtype)         # (keys, BLOCK)
+        axes = [1] * rank
+        axes[keys], axes[-1] = identity.shape[0], identity.shape[1]
+        v = xp.broadcast_to(identity.reshape(tuple(axes)), (*shape[:-1], identity.shape[1]))
+        out, _ = forward(call, q, k, v, packed, return_lse=False, **({} if packed is not None else {"layout": layout}), **keywords)
+        return out if layout == "bhsd" else out.swapaxes(-2, -3)
+
+    blocks = []
+    for first in range(0, max(seqlen_k, 1), BLOCK):
+        P = columns(first, **options)
+        if dropout_p:
+            kept = columns(first, softmax_scale=0.0, dropout_p=dropout_p, seed=seed, offset=offset)
+            P = xp.where(kept > 0, P, -P)
+        blocks.append(P)
+    P = xp.concatenate(blocks, -1)[..., :seqlen_k]
+    return P if packed is None else _unpacked(call, xp, P, packed)
+
+
+def _inside(xp: Any, rows: Any, cu_seqlens: Any) -> Any:
+    """The place of each packed row in its sequence."""
+    cu = xp.asarray(cu_seqlens, dtype=rows.dtype)
+    return rows - cu[xp.searchsorted(cu, rows, side="right") - 1]
+
+
+def _unpacked(call: Call, xp: Any, P: Any, packed: Lengths) -> Any:
+    """(num_heads, total_q, keys) -> (sequences, num_heads, max_seqlen_q, keys), 0 in the rows past a sequence's end."""
+    place = positions(P, packed.max_seqlen_q or 0, call.name, "q")
+    cu = xp.asarray(packed.cu_seqlens_q, dtype=place.dtype)
+    rows = cu[:-1, None] + place[None, :]
+    rows = xp.where(rows < cu[1:, None], rows, P.shape[1])                             # one row of zeros after the last
+    P = xp.concatenate([P, zeros(P, (P.shape[0], 1, P.shape[2]), call.name, "q")], 1)
+    return P[:, rows].swapaxes(0, 1)

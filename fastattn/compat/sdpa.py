@@ -1,0 +1,177 @@
+"""torch.nn.functional.scaled_dot_product_attention for any array, and its backward as a function.
+
+Shapes, N... any number of leading batch axes (none too, and they broadcast as torch's do), H heads:
+
+    query (N..., H, L, E)    key (N..., H or H_k, S, E)    value (N..., H or H_v, S, E_v)    attn_mask broadcasts to (N..., H, L, S)
+    out   (N..., H, L, E_v)  lse (N..., H, L)
+
+(H, L, E) is one batch entry, (L, E) one head. Semantics are those of torch 2.13: is_causal is aligned top-left also where L != S,
+True in a boolean mask may attend, a float mask (query's dtype or float32) is added, a row that may see nothing gives 0 and no NaN,
+and fewer key heads than query heads need enable_gqa (a single head broadcasts without). E and E_v from 1 to 256 on every engine,
+no multiple of 8 asked for; E != E_v is fine.
+
+No copy is made of query, key, value and mask, except by the array's own reshape where leading axes cannot be merged in place,
+and where axes are broadcast beside axes that are not.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .arrays import Shape, broadcast_shape, count, fit, fold, is_boolean, lead, shape_of
+from .translate import TORCH, Call, backward, draw_seed, forward
+
+_NAMES = {**TORCH, "bias": "attn_mask", "mask": "attn_mask"}
+_FORWARD = Call("scaled_dot_product_attention", _NAMES)
+_BACKWARD = Call("scaled_dot_product_attention_backward", _NAMES)
+
+
+class SdpaGrads(NamedTuple):
+    """Gradients in the shape and dtype of what they belong to; dmask is None but for a float mask."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dmask: Any = None
+
+
+def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+                                 scale: float | None = None, enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
+                                 return_lse: bool = False) -> Any:
+    """softmax(scale * query @ key.T + attn_mask) @ value -> out, or (out, lse) with return_lse=True; lse is what the backward needs.
+
+    Dropout is fastattn's Philox of (seed, offset) and the position; without a seed a fresh one is drawn: from torch's CPU
+    generator for torch tensors, else from the operating system. Give one where the backward is to follow.
+    Errors: ValueError for shapes that do not go together and for attn_mask beside is_causal, TypeError for dtypes.
+    Source: torch.nn.functional.scaled_dot_product_attention, PyTorch 2.13.
+    """
+    call = _FORWARD
+    p = _plan(call, query, key, value, attn_mask, is_causal, enable_gqa)
+    q, k, v = (p.fit(call, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    options = p.options(call, attn_mask, dropout_p, is_causal, scale, draw_seed(query, dropout_p, seed), offset)
+    out, lse = forward(call, q, k, v, None, layout="bhsd", return_lse=return_lse, **options)
+    out = out if tuple(out.shape) == p.out else out.reshape(p.out)
+    if not return_lse:
+        return out
+    return out, lse if tuple(lse.shape) == p.out[:-1] else lse.reshape(p.out[:-1])
+
+
+def scaled_dot_product_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, attn_mask: Any = None,
+                                          dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+                                          enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
+                                          need_dmask: bool = True, deterministic: bool = False) -> SdpaGrads:
+    """(dq, dk, dv, dmask) for grad_out, of out's shape (N..., H, L, E_v); out and lse (N..., H, L) are what
+    `scaled_dot_product_attention(..., return_lse=True)` gave for the same other arguments.
+
+    Each gradient has the shape of its argument: summed over what was broadcast. dmask only for a float mask, and not with
+    need_dmask=False, which saves its time. dropout_p > 0 needs the seed and offset of the forward. `deterministic` asks for the
+    same bits in every run, see fastattn.attention_backward. Errors as in the forward.
+    """
+    call = _BACKWARD
+    p = _plan(call, query, key, value, attn_mask, is_causal, enable_gqa)
+    q, k, v = (p.fit(call, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    grad_out, out, lse = p.result(call, "grad_out", grad_out), p.result(call, "out", out), p.result(call, "lse", lse)
+    options = p.options(call, attn_mask, dropout_p, is_causal, scale, seed, offset)
+    need = need_dmask and options.get("bias") is not None
+    grads = backward(call, grad_out, q, k, v, out, lse, None, layout="bhsd", need_dbias=need, deterministic=deterministic, **options)
+    dq, dk, dv = (p.fold(call, name, x) for name, x in (("query", grads.dq), ("key", grads.dk), ("value", grads.dv)))
+    return SdpaGrads(dq, dk, dv, p.fold(call, "attn_mask", grads.dbias) if need else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How each argument becomes one of four axes (batch, heads, sequence, dim). `shapes` holds, by argument, its own shape, that
+    with ones where it broadcasts, what it broadcasts to, and the four axes."""
+
+    batch_size: int
+    heads: int
+    out: Shape
+    shapes: dict[str, tuple[Shape, Shape, Shape, Shape]]
+
+    def fit(self, call: Call, name: str, x: Any) -> Any:
+        return fit(x, *self.shapes[name][1:], call.name, name)
+
+    def fold(self, call: Call, name: str, grad: Any) -> Any:
+        return fold(grad, *self.shapes[name][:3], call.name, name)
+
+    def result(self, call: Call, name: str, x: Any) -> Any:
+        """grad_out, out or lse (one axis less), of the forward's shape, on four axes (three)."""
+        shape, axes = (self.out[:-1], 1) if name == "lse" else (self.out, 2)
+        if shape_of(x, call.name, name) != shape:
+            raise call.value(name, f"has shape {tuple(x.shape)}", f"the forward's, {shape}")
+        flat = (self.batch_size, self.heads, *shape[len(shape) - axes:])
+        return fit(x, flat, flat, flat, call.name, name)
+
+    def options(self, call: Call, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, seed: int | None,
+                offset: int) -> dict[str, Any]:
+        """fastattn's keywords; the mask's dtype says whether it is added or selects."""
+        options: dict[str, Any] = {"causal": "top_left" if is_causal else False, "softmax_scale": scale, "dropout_p": dropout_p,
+                                   "seed": seed, "offset": offset}
+        if attn_mask is not None:
+            options["mask" if is_boolean(attn_mask) else "bias"] = self.fit(call, "attn_mask", attn_mask)
+        return options
+
+
+def _plan(call: Call, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, enable_gqa: bool) -> _Plan:
+    q, k, v = (shape_of(x, call.name, name) for name, x in (("query", query), ("key", key), ("value", value)))
+    mask = None if attn_mask is None else shape_of(attn_mask, call.name, "attn_mask")
+    return _plan_of_shapes(call.name, q, k, v, mask, bool(is_causal), bool(enable_gqa))
+
+
+@functools.lru_cache(maxsize=1000)
+def _plan_of_shapes(call_name: str, q: Shape, k: Shape, v: Shape, mask: Shape | None, is_causal: bool, enable_gqa: bool) -> _Plan:
+    """Made once for each combination of shapes: 30 us, as long as a small problem takes."""
+    call, own = Call(call_name, _NAMES), {"query": q, "key": k, "value": v}
+    least, rank = 3 if enable_gqa else 2, max(max(map(len, own.values())), 3)
+    for name, shape in own.items():
+        if len(shape) < least:
+            raise call.value(name, f"has shape {shape}", "(..., heads, sequence, head_dim), because enable_gqa is True" if enable_gqa
+                             else "(..., sequence, head_dim), two axes or more")
+    if own["key"][-2] != own["value"][-2]:
+        raise call.value("value", f"has {own['value'][-2]} rows, shape {own['value']}", f"as many as key, {own['key'][-2]}")
+    batch = broadcast_shape(*(lead(shape, rank)[:-3] for shape in own.values()))
+    heads, shared = _heads(call, own, rank, enable_gqa)
+    if batch is None or heads is None:
+        hint = "" if enable_gqa or batch is None else "enable_gqa=True lets groups of query heads share a key head"
+        raise call.value("key", f"has shape {own['key']} and value {own['value']}",
+                         f"leading axes that broadcast with query's, {own['query']}", hint)
+    shapes = {}
+    for name, shape in own.items():
+        have, want = lead(shape, rank)[-3], heads if name == "query" else shared
+        before = (*lead(shape, rank)[:-2], 1, *shape[-2:])
+        full = (*batch, have, want // max(have, 1), *shape[-2:])
+        shapes[name] = (shape, before, full, (count(batch), want, *shape[-2:]))
+    out = (*batch, heads, own["query"][-2], own["value"][-1])[rank - max(map(len, own.values())):]
+    if mask is not None:
+        shapes["attn_mask"] = _mask_shapes(call, mask, batch, out, is_causal)
+    return _Plan(count(batch), heads, out, shapes)
+
+
+def _heads(call: Call, own: dict[str, Shape], rank: int, enable_gqa: bool) -> tuple[int | None, int]:
+    """Heads of out, None where query's, key's and value's do not go together, and those of key and value that the kernels see:
+    the least that both divide, so that nothing is repeated in the usual case."""
+    heads_q, heads_k, heads_v = (lead(shape, rank)[-3] for shape in own.values())
+    if not enable_gqa:
+        both = broadcast_shape((heads_q,), (heads_k,), (heads_v,))
+        return None if both is None else both[0], math.lcm(heads_k, heads_v)
+    for name, n in (("key", heads_k), ("value", heads_v)):
+        if n == 0 or heads_q % n:
+            raise call.value(name, f"has {n} heads, shape {own[name]}", f"a divisor of query's {heads_q} heads")
+    return heads_q, math.lcm(heads_k, heads_v)
+
+
+def _mask_shapes(call: Call, shape: Shape, batch: Shape, out: Shape, is_causal: bool) -> tuple[Shape, Shape, Shape, Shape]:
+    """The leading axes of a mask: kept as they are where fastattn broadcasts them itself, merged where there are several."""
+    if is_causal:
+        raise call.value("attn_mask", "is given beside is_causal=True", "one of the two", "attn_mask & tril(ones(L, S)) is both")
+    if len(shape) > len(out):
+        raise call.value("attn_mask", f"has shape {shape}", f"at most the {len(out)} axes of (..., L, S), to which it broadcasts")
+    if len(shape) <= 3:
+        return shape, shape, shape, shape
+    leading = lead(shape[:-3], len(batch))
+    whole = leading if set(leading) == {1} else batch
+    if any(m not in (1, n) for m, n in zip(leading, batch, strict=True)):
+        raise call.value("attn_mask", f"has shape {shape}", f"a shape that broadcasts to (..., L, S) with leading axes {batch}")
+    return shape, (*leading, *shape[-3:]), (*whole, *shape[-3:]), (count(whole), *shape[-3:])

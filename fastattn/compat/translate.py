@@ -1,0 +1,107 @@
+"""What all signatures share: the names of a call, the lengths of packed arrays, windows with -1, seeds, and the two calls into fastattn."""
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..api import attention, attention_backward, attention_varlen, attention_varlen_backward
+from ..buffers import Grads
+from ..errors import message
+
+TORCH = {"q": "query", "k": "key", "v": "value", "dout": "grad_out", "softmax_scale": "scale", "causal": "is_causal", "bias": "attn_bias"}
+
+
+class Call(NamedTuple):
+    """The function that the user called, and its words for fastattn's arguments where they differ."""
+
+    name: str
+    names: dict[str, str] = {}      # noqa: RUF012
+
+    def value(self, argument: str, has: object, expected: str, hint: str = "") -> ValueError:
+        return ValueError(message(self.name, argument, has, expected, hint))
+
+    def run(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """function(...); an error of its argument checks is told in the words of this call."""
+        try:
+            return function(*args, **keywords)
+        except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+            found = re.match(r"attention\w*\(\): (\w+)(.*)", str(error), re.DOTALL)
+            if found is not None and len(error.args) == 1:
+                text = found[2]
+                for ours, theirs in self.names.items():     # "cu_seqlens_k", "q's head_dim", "q.detach()", "seed=..."
+                    text = re.sub(rf"\b{ours}\b" if "_" in ours else rf"\b{ours}(?='s|\.[a-z]|=)", theirs, text)
+                error.args = (f"{self.name}(): {self.names.get(found[1], found[1])}{text}",)
+            raise
+
+
+class Lengths(NamedTuple):
+    """How packed arrays are cut into sequences, as attention_varlen takes it."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqused_k: Any = None
+
+    def keywords(self) -> dict[str, Any]:
+        return {"max_seqlen_q": self.max_seqlen_q, "max_seqlen_k": self.max_seqlen_k, "seqused_k": self.seqused_k}
+
+
+def lengths(call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, *rest: Any) -> Lengths | None:
+    """Lengths, or None for dense arrays, where both cu_seqlens are None; ValueError where only one is given."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        given, missing = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
+        given, missing = (call.names.get(name, name) for name in (given, missing))
+        raise call.value(missing, "is None", f"cumulative lengths, because {given} is given", "both for packed arrays, none for dense ones")
+    return None if cu_seqlens_q is None else Lengths(cu_seqlens_q, cu_seqlens_k, *rest)
+
+
+def window(call: Call, argument: str, left: Any, right: Any) -> tuple[int | None, int | None] | None:
+    """fastattn's window from counts of keys to both sides of the diagonal where -1 or None is no limit."""
+    sides = [None if side is None or side == -1 else side for side in (left, right)]
+    for side in sides:
+        if isinstance(side, int) and side < 0:
+            raise call.value(argument, f"is {(left, right)}", "counts of keys, -1 for no limit")
+    return None if sides == [None, None] else (sides[0], sides[1])
+
+
+def pair(call: Call, argument: str, x: Any) -> tuple[Any, Any]:
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise call.value(argument, f"is {x!r}", "a pair (left, right), -1 for no limit")
+    return x[0], x[1]
+
+
+def draw_seed(q: Any, dropout_p: Any, seed: int | None) -> int | None:
+    """The seed, or a fresh one where dropout needs one: of torch's CPU generator for torch tensors, so that torch.manual_seed
+    decides, else from the operating system. The host draws it, the device is not asked."""
+    if seed is not None or not dropout_p:
+        return seed
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        return int(torch.randint(2**63 - 1, ()))
+    return secrets.randbits(63)
+
+
+def forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layout: str = "bshd", return_lse: bool = True,
+            **options: Any) -> tuple[Any, Any]:
+    """(out, lse) of attention, or of attention_varlen for packed arrays; lse is None unless asked for."""
+    if packed is None:
+        result = call.run(attention, q, k, v, layout=layout, return_lse=return_lse, **options)
+    else:
+        result = call.run(attention_varlen, q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_k, return_lse=return_lse, **packed.keywords(),
+                          **options)
+    return result if return_lse else (result, None)
+
+
+def backward(call: Call, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, packed: Lengths | None, *, layout: str = "bshd",
+             **options: Any) -> Grads:
+    """Grads of `forward` with the same options."""
+    if packed is None:
+        grads: Grads = call.run(attention_backward, dout, q, k, v, out, lse, layout=layout, **options)
+    else:
+        grads = call.run(attention_varlen_backward, dout, q, k, v, out, lse, packed.cu_seqlens_q, packed.cu_seqlens_k, **packed.keywords(),
+                         **options)
+    return grads
