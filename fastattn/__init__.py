@@ -13,9 +13,12 @@ How a call flows, file by file:
         |           layout "bhsd" is a permutation of strides, so engines know one layout
     problem.py      make_problem: every check of every argument, then the frozen Problem (what to compute)
         |           row_bounds: the one definition of causal, window, padding and packed edges
-    api.py          chooses the engine by device, asks engine.supports(problem), allocates outputs
+    registry.py     which engine: by device, use_engine, registered ones of other packages; explanation.py says why
+        |
+    api.py          allocates outputs
         |
         +-- cpu/            Cython engine, one source compiled per instruction set, chosen at import
+        +-- gpu/            Numba engine, kernel families sm90, sm80 and simt
         +-- reference.py    float64 NumPy: the specification that decides what is right
         |
     buffers.py      outputs are handed over in the caller's own library
@@ -40,13 +43,16 @@ from .api import (
 )
 from .buffers import Grads
 from .errors import UnsupportedError
+from .explanation import explain
+from .registry import engines, register_engine, use_engine
 from .report import show_config
 
 if TYPE_CHECKING:
     from .cpu import get_num_threads, set_num_threads
 
 __all__ = ["Grads", "UnsupportedError", "attention", "attention_backward", "attention_varlen", "attention_varlen_backward",
-           "dropout_mask", "get_num_threads", "merge_states", "set_num_threads", "show_config"]
+           "dropout_mask", "engines", "explain", "get_num_threads", "merge_states", "register_engine", "set_num_threads", "show_config",
+           "use_engine"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ stream         CUDA arrays only: all work of the call is put on it, behind what 
                or a stream of cuda.core, torch, CuPy, Numba, or anything with __cuda_stream__. None: the current stream of
                q's library where it can be known (torch, CuPy; the one that q's __cuda_array_interface__ names), else the legacy
                default stream. The host never waits, so results are ready on that stream, not yet when a call returns.
-engine         None chooses by the arrays' device; "cpu", "gpu", "reference" force one
+engine         None chooses (registry.py says how); "cpu", "gpu", "reference", "sm90", "sm80", "simt" or a registered engine's name forces
+               one; `engines()` lists them and `explain` says which one a call takes, and why
 
 CUDA: all arrays of a call are on q's device, lengths and slopes too, and results come in q's library (JAX and others by
 DLPack; a DeviceArray, which speaks DLPack, where q has no library). Lengths on the device are not read, so they are not
@@ -27,22 +28,22 @@ where the compiled CPU engine or the packages of the GPU engine are missing.
 """
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from .buffers import Device, Grads, Output, View, allocate, overlap, resolve, small, view
+from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view
+from .engine import load
 from .errors import UnsupportedError, message
 from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
+from .registry import choose
 from .streams import Stream
 
 Layout = Literal["bshd", "bhsd"]
 Packed = Literal["thd"]
-_MODULES = {"cpu": ".cpu", "gpu": ".gpu", "reference": ".reference"}
-_engines: dict[str, Any] = {}
 _problems: dict[Any, Problem] = {}
+_load = load        # compat/transform.py takes it from here
 
 
 # ---------------------------------------------------------------- the four functions
@@ -154,8 +155,11 @@ def _problem(call: str, layout: str, o: Operands, packed: bool, *options: Any) -
     key: Any = None
     if o.bias is None and o.mask is None and o.alibi_slopes is None and o.sinks is None and not (packed and o.q.device[0] == "cpu"):
         # types too, because 1 == 1.0 == True; repr because that holds inside a window as well
-        key = (call, options, *map(type, options), options[1] and repr(options[1]),
-               *[(x.shape, x.dtype, x.device) for x in (o.q, o.k, o.v, o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
+        q, k, v = o.q, o.k, o.v
+        key = (call, options, *map(type, options), options[1] and repr(options[1]), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+               q.device, k.device, v.device)
+        if packed:
+            key += tuple([(x.shape, x.dtype, x.device) for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
         try:
             found = _problems.get(key)
         except TypeError:                                   # an option that is no number, say a list
@@ -184,14 +188,10 @@ def _forward(call: str, layout: str, engine: str | None, on: Stream | None, q: A
                           max_seqlen_k)
     shape = _swapped(problem.out_shape, layout)
     given = None if out is None else _given_out(call, out, shape, problem, o, on)
-    module = _engine(problem, engine, o.q.device)
+    chosen = choose(call, engine, o.q.device)
     output = allocate(q, shape, problem.dtype, on) if given is None else given
     lse = allocate(q, problem.lse_shape, problem.lse_dtype, on) if return_lse else None
-    places = (_canonical(output.view, layout), None if lse is None else lse.view)
-    if on is None:
-        module.forward(problem, o, *places)
-    else:
-        module.forward(problem, o, *places, on.handle)
+    chosen.forward(problem, o, _canonical(output.view, layout), None if lse is None else lse.view, None if on is None else on.handle)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 
@@ -223,7 +223,7 @@ def _backward(call: str, layout: str, engine: str | None, on: Stream | None, det
     dlse_view = None if dlse is None else view(dlse, call, "dlse", on)
     if dlse_view is not None:
         check_array(call, "dlse", dlse_view, problem.lse_shape, problem.lse_dtype, device)
-    module = _engine(problem, engine, device)
+    chosen = choose(call, engine, device)
     dq, dk, dv = [allocate(x, _swapped(x_view.shape, layout), x_view.dtype, on) for x, x_view in ((q, o.q), (k, o.k), (v, o.v))]
     dbias = allocate(bias, o.bias.shape, o.bias.dtype, on) if need_dbias and o.bias is not None else None
     dsinks = None
@@ -231,11 +231,8 @@ def _backward(call: str, layout: str, engine: str | None, on: Stream | None, det
         dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype, on)
     places = Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
                    None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
-    operands = (problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view)
-    if on is None:
-        module.backward(*operands, places)
-    else:
-        module.backward(*operands, places, on.handle, bool(deterministic))
+    chosen.backward(problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view, places,
+                    None if on is None else on.handle, bool(deterministic))
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
                  None if dsinks is None else dsinks.finish())
 
@@ -247,35 +244,6 @@ def _swapped(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 def _four_axes(x: View) -> View:
     return x.broadcast_to((1,) * (4 - len(x.shape)) + x.shape)
-
-
-def _engine(problem: Problem, engine: str | None, device: Device) -> Any:
-    """The engine module that runs the problem; ImportError, ValueError or UnsupportedError where there is none."""
-    call, home = problem.call, "cpu" if device[0] == "cpu" else "gpu"
-    name = engine or home
-    if name not in _engines and name not in _MODULES:
-        raise ValueError(message(call, "engine", f"is {engine!r}", "None, 'cpu', 'gpu' or 'reference'"))
-    if (name == "gpu") != (home == "gpu"):
-        raise ValueError(message(call, "engine", f"is {name!r} but q is on device {device}", "an engine that reads that memory",
-                                 "engine=None chooses it, and arrays are never copied between devices"))
-    module = _engines.get(name)
-    if module is None:
-        module = _engines[name] = _load(name, call)
-    reason = module.supports(problem)
-    if reason is not None:
-        raise UnsupportedError(f"{call}(): the {name} engine lacks this combination: {reason}.")
-    return module
-
-
-def _load(name: str, call: str) -> Any:
-    try:
-        return importlib.import_module(_MODULES[name], __package__)
-    except ImportError as error:
-        if name == "gpu":
-            raise ImportError(f"{call}(): q is a CUDA array, and the GPU engine cannot be loaded ({error}); it needs numba-cuda, cuda-core "
-                              "and cuda-bindings: pip install 'fastattn[gpu]'.") from error
-        raise ImportError(f"{call}(): the compiled {name} engine cannot be loaded ({error}); `pip install .` in the source folder "
-                          "builds it and needs gcc; engine='reference' works without it, slowly.") from error
 
 
 # ---------------------------------------------------------------- helpers for callers

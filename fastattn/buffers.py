@@ -100,6 +100,25 @@ class View:
             return np.empty(self.shape, dtype)
         return np.asarray(_Interface(self)).view(dtype)
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CPU if self.device[0] == "cpu" else dlpack.CUDA, self.device[1]
+
+    def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None, dl_device: tuple[int, int] | None = None,
+                   copy: bool | None = None) -> Any:
+        """A capsule of the same memory, for engines of other packages. `stream` waits for nothing: they work on their call's."""
+        kind, index = self.__dlpack_device__()
+        if copy or (dl_device is not None and tuple(map(int, dl_device)) != (kind, index)):
+            raise BufferError("a View is exported as it is: without a copy, on its own device")
+        return dlpack.capsule(self, self.ptr, self.shape, self.strides, self.dtype, index, max_version, kind)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.device[0] == "cpu" or self.dtype == "bfloat16":
+            raise AttributeError("host memory and bfloat16 have no __cuda_array_interface__; __dlpack__ is there")
+        typestr = "|b1" if self.dtype == "bool" else f"<{self.dtype[0]}{self.itemsize}"
+        return {"version": 3, "shape": self.shape, "strides": self.strides, "typestr": typestr, "data": (self.ptr, self.readonly),
+                "stream": None}
+
 
 class _Interface:
     """What NumPy reads a View through. Raw bytes of the item's size, because NumPy has no type string for bfloat16.

@@ -75,11 +75,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        if self.dtype == "bfloat16":
-            raise AttributeError("bfloat16 has no code in __cuda_array_interface__; __dlpack__ has one")
-        typestr = "|b1" if self.dtype == "bool" else f"<{self.dtype[0]}{ITEMSIZE[self.dtype]}"
-        return {"version": 3, "shape": self.shape, "strides": None, "typestr": typestr, "data": (self._memory.ptr, False),
-                "stream": self.stream.handle}
+        return {**self.view().__cuda_array_interface__, "strides": None, "stream": self.stream.handle}
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self.stream.device

@@ -1,4 +1,4 @@
-"""DLPack capsules: reading any, making those of CUDA memory. NumPy's reader would not do: it knows no bfloat16, no device.
+"""DLPack capsules: reading any, making our own. NumPy's reader would not do: it knows no bfloat16, no device.
 
 Source: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x).
 """
@@ -31,7 +31,7 @@ DTYPES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "
 CODES = {name: code for code, name in DTYPES.items()}
 KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
 DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}       # 3 is pinned host memory, 13 CUDA managed memory
-CUDA = 2
+CPU, CUDA = 1, 2
 _READONLY = 1
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
@@ -60,8 +60,8 @@ class _Raw:
 
 
 def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int,
-            max_version: tuple[int, int] | None) -> Any:
-    """A capsule of CUDA memory (strides in bytes) that keeps `owner` alive until its deleter runs.
+            max_version: tuple[int, int] | None, kind: int = CUDA) -> Any:
+    """A capsule of CUDA (or of `kind`) memory, strides in bytes, that keeps `owner` alive until its deleter runs.
 
     NumPy makes it, over the address as if it were its own, and then the device and the dtype are written in. So the deleter
     is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python's end.
@@ -71,7 +71,7 @@ def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ..
     versioned = max_version is not None and max_version[0] >= 1 and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
     made: Any = raw.__dlpack__(max_version=(1, 0)) if versioned else raw.__dlpack__()
     tensor, _ = opened(made)
-    tensor.device_type, tensor.device_id, tensor.code, tensor.bits = CUDA, device, code, bits
+    tensor.device_type, tensor.device_id, tensor.code, tensor.bits = kind, device, code, bits
     if 0 in shape:
         tensor.data = ptr                                   # NumPy has put memory of its own there
     return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,11 @@ def _torch(torch: Any) -> Library:
     names = {getattr(torch, name): (name, size) for name, size in buffers.ITEMSIZE.items()}
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
-    mark = "torch"
+    mark, is_hip = "torch", torch.version.hip is not None
+
+    @lru_cache(4096)
+    def in_bytes(strides: tuple[int, ...], size: int) -> tuple[int, ...]:
+        return tuple([s * size for s in strides])
 
     def view(x: Any, call: str, argument: str, stream: Stream | None) -> View:
         if x.requires_grad:
@@ -50,31 +55,32 @@ def _torch(torch: Any) -> Library:
         if known is None:
             raise TypeError(message(call, argument, f"has dtype {str(x.dtype).removeprefix('torch.')}", EXPECTED))
         name, size = known
-        number = x.get_device()
-        if (number < 0 and not x.is_cpu) or (number >= 0 and not x.is_cuda) or torch.version.hip is not None:
+        on_device = x.is_cuda
+        if is_hip or not (on_device or x.is_cpu):
             return DLPACK.view(x, call, argument, stream)  # on a device whose name the DLPack reader puts in its error
         try:
-            ptr, shape, strides = x.data_ptr(), tuple(x.shape), tuple([s * size for s in x.stride()])
+            ptr, shape, strides = x.data_ptr(), tuple(x.shape), in_bytes(x.stride(), size)
         except RuntimeError as error:                       # sparse, functorch's wrappers, ...
             raise cannot(x, error, call, argument) from error
         if x.is_neg() or (ptr == 0 and 0 not in shape):
             raise cannot(x, "it is a lazy negation; x.resolve_neg() works" if x.is_neg() else "it has no memory of its own", call, argument)
-        if number < 0:
+        if not on_device:
             return View(ptr, shape, strides, name, CPU, x)
+        number = x.get_device()
         if stream is not None and stream.ordered_by is not mark and stream.device == number:
             streams.wait(stream, streams.normal(raw(number)))
         return View(ptr, shape, strides, name, ("cuda", number), x)
 
     def home(x: Any) -> Home | None:
-        if not x.is_cuda or torch.version.hip is not None:
+        if is_hip or not x.is_cuda:
             return None
         number = x.get_device()
         return Home(number, streams.normal(raw(number)), mark)
 
     def empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
         tensor = torch.empty(shape, dtype=dtypes[dtype], device=x.device)
-        size = buffers.ITEMSIZE[dtype]
-        place = View(tensor.data_ptr(), shape, tuple([s * size for s in tensor.stride()]), dtype, ("cuda", stream.device), tensor)
+        strides = in_bytes(tensor.stride(), buffers.ITEMSIZE[dtype])
+        place = View(tensor.data_ptr(), shape, strides, dtype, ("cuda", stream.device), tensor)
         current = streams.normal(raw(stream.device))
         if current == stream.handle:
             return Output(place, tensor)

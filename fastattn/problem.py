@@ -167,9 +167,12 @@ class Problem:
         return self.compute_dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operands:
-    """Where the inputs of a Problem are: canonical Views; `bias` and `mask` are already broadcast to four axes."""
+    """Where the inputs of a Problem are: canonical Views; `bias` and `mask` are already broadcast to four axes.
+
+    Never changed once made; not frozen for the reason that View gives.
+    """
 
     q: View
     k: View

@@ -12,8 +12,8 @@ _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "cuda-core", "
 
 
 def show_config() -> dict[str, str]:
-    """Print and return versions, the CPU instruction set in use, threads, CUDA driver and devices, and the kernels' cache folder."""
-    from . import __version__
+    """Print and return versions, the CPU instruction set in use, threads, CUDA driver and devices, the kernels' cache folder, engines."""
+    from . import __version__, registry
 
     config = {"fastattn": __version__, "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     config |= _versions(_PACKAGES)
@@ -25,6 +25,7 @@ def show_config() -> dict[str, str]:
         config["cpu engine"] = f"not built ({error})"
     config |= _versions(_COMPILERS)
     config |= _cuda()
+    config["engines"] = registry.report()
     width = max(map(len, config))
     for name, value in config.items():
         print(f"{name:{width}} {value}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from problems import Inputs
 
-from fastattn import Grads, api, reference
+from fastattn import Grads, reference, register_engine
 from fastattn.buffers import View
 from fastattn.problem import Operands, Problem
 
@@ -39,15 +39,16 @@ class _Naive:
         return reference.Precision("float32", low)
 
     @classmethod
-    def forward(cls, problem: Problem, o: Operands, out: View, lse: View | None) -> None:
+    def forward(cls, problem: Problem, o: Operands, out: View, lse: View | None, stream: None) -> None:
         reference.forward(problem, o, out, lse, cls._precision(problem))
 
     @classmethod
-    def backward(cls, problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
+    def backward(cls, problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: None,
+                 deterministic: bool) -> None:
         reference.backward(problem, o, dout, out, lse, dlse, grads, cls._precision(problem))
 
 
-api._engines["naive"] = _Naive
+register_engine("naive", _Naive.forward, _Naive.backward, _Naive.supports, device="cpu")
 
 
 class Judge:

@@ -23,9 +23,10 @@ from unittest import mock
 import numpy as np
 
 from fastattn.buffers import ITEMSIZE, View
+from fastattn.gpu import schedule
 
 MODULES = ("inline", "mask", "dropout", "scalar", "schedule", "packed", "preprocess", "threads", "pairs", "dbias", "forward_simt",
-           "backward_simt")
+           "backward_simt", "transform")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 
 
@@ -206,6 +207,15 @@ class Machine:
             return tuple(one(address + k * size, inside) for k in range(16 // size))
         return load
 
+    def store_chunk(self, dtype: str) -> Any:
+        one, size = self.store(dtype, ""), ITEMSIZE[dtype]
+
+        def put(address: int, values: Any) -> None:
+            assert address % 16 == 0 and len(values) == 16 // size
+            for k, value in enumerate(values):
+                one(address + k * size, value)
+        return put
+
     def store(self, dtype: str, compute: str) -> Any:
         kind, size = _C[dtype], ITEMSIZE[dtype]
 
@@ -252,7 +262,9 @@ class Machine:
                 "load_b32": self.load_b32, "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
                 "store_shared": store_shared, "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
                 "store_shared_b32": lambda at, value: self.block.put(at, value), "load": self.load, "load_kernel": self.load,
-                "temporary": self.memory.temporary}
+                "temporary": self.memory.temporary, "store_chunk": self.store_chunk,
+                "add_chunk": lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
+                "scale_chunk": lambda x, factor: tuple(a * factor for a in x)}
 
 
 def int32(x: Any) -> int:
@@ -277,6 +289,8 @@ def emulated(memory: Memory) -> Iterator[Machine]:
     machine = Machine(memory)
     names = machine.names()
     with contextlib.ExitStack() as stack:
+        schedule.plan_packed.cache_clear()      # it makes its kernel at once, of the helpers that are there
+        stack.callback(schedule.plan_packed.cache_clear)
         for module in (importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES):
             for name, value in list(vars(module).items()):
                 if name in names:

@@ -102,12 +102,74 @@ def check_scattered(launch: Any) -> None:
 
 add("memory.emit_add_if", "@p red.relaxed.gpu.global.add.f32", scattered, check_scattered, name="gradients.add_elements")
 
-_draw, _keep = g._make_keep(COUNT)
+
+
+def quads() -> Any:
+    """Adds x, turned, to a matrix of `dst`, 70 x 20: columns < n as rows, four numbers at a time."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        number = int32((lane >> 2) & 3)
+        column = int32(2 * (lane & 3) + (number & 1) + ((number & 2) << 2))
+        at = uint64(a.dst + uint64(80 * column + 16 * (lane >> 4)))
+        g.add_quads(load(a.src, lane), at, int64(80), int32(a.n - column), lane)
+    return kernel
+
+
+def check_quads(launch: Any) -> None:
+    x = normal(16, C)
+    expected = np.full((70, 20), 2, np.float32)
+    expected[:33, :16] += x[:, :33].T
+    same(launch(x, dst=np.full((70, 20), 2, np.float32), n=33), expected)
+
+
+add("memory.emit_add_vector_if fragments.transpose_quad", "@p red.relaxed.gpu.global.add.v4.f32; shfl.sync.bfly.b32", quads, check_quads,
+    name="gradients.add_quads")
+
+_draw = g.make_draw(COUNT)
 add("matrix.emit_transpose fragments.call_scalar", "movmatrix.sync.aligned.m8n8.trans.b16",
-    on_fragment(lambda acc, lane, row, col, n: _keep(acc, _draw(
-        int32(3), int32(2), lane, n, uint32(5), uint32(0x89AB_CDEF), uint32(0x0123_4567), uint32(THRESHOLD << 16)))),
-    expect(lambda x, r, c: np.where(keep_mask(DROPOUT, range(4), 7, 48 + C, 48)[3, 4][48:, 32:].T, x, 0), n=3 * 7 + 4),
+    on_fragment(lambda acc, lane, row, col, n: g.mark_dropped(acc, _draw(
+        int32(3), int32(2), lane, n, uint32(5), uint32(0x89AB_CDEF), uint32(0x0123_4567)), uint32(THRESHOLD << 16))),
+    expect(lambda x, r, c: np.where(keep_mask(DROPOUT, range(4), 7, 48 + C, 48)[3, 4][48:, 32:].T, x, -x), n=3 * 7 + 4),
     name="gradients.dropout")
+
+
+def marked() -> Any:
+    """|x| * ((0 where x < 0, else x * 3) - y[column]), y the first C numbers of `other`."""
+    def kernel(a):
+        base, lane = begin(1), int32(cuda.threadIdx.x)
+        for i in range(lane, C, 32):
+            memory.store_shared_b32(int32(base + 4 * i), memory.load_b32(uint64(a.other + uint64(4 * i))))
+        sync.warp()
+        acc = load(a.src, lane)
+        save(a.dst, lane, g.grad_marked(acc, acc, float32(3), int32(base + 8 * (lane & 3))))
+    return kernel
+
+
+def check_marked(launch: Any) -> None:
+    x, y = normal(16, C), normal(C, seed=1)
+    got = as_matrix(launch(x, y, dst=np.zeros((COUNT, 32), np.float32)))
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+    np.testing.assert_allclose(got, np.abs(x64) * (np.maximum(x64, 0) * 3 - y64), rtol=2e-6, atol=2e-6)
+
+
+add("arith.emit_abs", "abs.f32; max.f32", marked, check_marked, shared=SHARED, name="gradients.marked")
+
+
+def positive(dtype: str) -> Callable[[], Any]:
+    """x rounded to 16 bits, 0 where it is negative."""
+    pack, unpack = f.make_pack(dtype, True), f.make_unpack(dtype, True)
+
+    def make() -> Any:
+        def kernel(a):
+            lane = int32(cuda.threadIdx.x)
+            save(a.dst, lane, unpack(pack(load(a.src, lane))))
+        return kernel
+    return make
+
+
+for _dtype in HALVES:
+    add("fragments.make_pack arith.emit_pack_half", f"cvt.rn.relu.{KIND[_dtype]}x2.f32", positive(_dtype),
+        expect(lambda x, r, c, dtype=_dtype: np.maximum(x, 0).astype(NUMPY[dtype]).astype(np.float32)), name=f"fragments.positive_{_dtype}")
 
 
 def chunks(dtype: str) -> Callable[[], Any]:

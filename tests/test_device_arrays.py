@@ -11,7 +11,7 @@ import pytest
 from fake_cuda import Cuda, Driver, Speaker, installed, waits
 
 import fastattn
-from fastattn import api, buffers, dlpack, libraries
+from fastattn import buffers, dlpack, libraries
 from fastattn.buffers import ITEMSIZE, allocate, view
 from fastattn.device_array import DeviceArray
 from fastattn.streams import Stream
@@ -27,7 +27,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 
 class Recorder:
-    """A GPU engine that notes what it is given."""
+    """An engine for CUDA memory that notes what it is given."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -44,10 +44,10 @@ class Recorder:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Recorder:
+def engine(driver: Driver) -> Iterator[Recorder]:
     recorder = Recorder()
-    monkeypatch.setitem(api._engines, "gpu", recorder)
-    return recorder
+    with fastattn.register_engine("recorder", recorder.forward, recorder.backward, recorder.supports).activate():
+        yield recorder
 
 
 # ---------------------------------------------------------------- inputs

@@ -61,6 +61,13 @@ def backward(inputs: Inputs, out: Array, lse: Array, family: str, deterministic:
     return Grads(*(None if x is None else to_host(x) for x in grads))
 
 
+def own_forward(inputs: Inputs) -> tuple[Array, Array]:
+    (q, k, v, *lengths), kwargs = device_arguments(inputs)
+    function: Any = fastattn.attention_varlen if inputs.packed else fastattn.attention
+    out, lse = function(q, k, v, *lengths, **kwargs, return_lse=True)
+    return to_host(out), to_host(lse)
+
+
 def reference_forward(inputs: Inputs) -> tuple[Array, Array]:
     out, lse = inputs.forward("reference")
     return np.asarray(out), np.asarray(lse)
@@ -69,8 +76,10 @@ def reference_forward(inputs: Inputs) -> tuple[Array, Array]:
 def check(case: Case, family: str) -> None:
     case = for_family(case, family)
     inputs, judge = judged(case)
+    # where scores are large, so is lse: rounded to float32 it is another softmax's than the one that the family's scores belong to
+    out, lse = (own_forward if case.name.startswith("scale_large") else reference_forward)(inputs)
     try:
-        grads = backward(inputs, *reference_forward(inputs), family)
+        grads = backward(inputs, out, lse, family)
     except UnsupportedError as error:
         assert not must_give(case, family), f"{family} refuses {case}: {error}"
         assert family in str(error)
@@ -82,7 +91,7 @@ def check(case: Case, family: str) -> None:
 def must_give(case: Case, family: str) -> bool:
     """Whether a refusal of the backward is an error."""
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and (several or max(case.head_dim, case.head_dim_v or 0) > 128):
+    if family == "sm90" and several:
         return False
     return must_take(case, family) and not (family == "sm80" and case.bias)
 

@@ -194,6 +194,18 @@ def test_precompile_finds_the_backward() -> None:
     assert all(want.backward for want in precompile.wants_of([64], ["float32"], ["backward+causal"]))
 
 
+@pytest.mark.parametrize(("head_dim", "deterministic", "expected"), [
+    (128, False, ["preprocess", "backward_sm90", "round_dq"]), (128, True, ["preprocess", "backward_sm90", "backward_sm90_dq"]),
+    (256, False, ["preprocess", "backward_sm90_wide", "backward_sm90_wide", "backward_sm90_dq"])])
+def test_kernels_of_hopper(head_dim: int, deterministic: bool, expected: list[str]) -> None:
+    """Sums of dq in memory only where one kernel makes all three gradients."""
+    call, spec = precompile.Want("bfloat16", head_dim, backward=True, deterministic=deterministic).call()
+    sources = precompile.sources(call, spec, precompile.absent_device("sm_90a"))
+    assert [source.key.split()[0] for source in sources] == expected
+    assert ("accum" in sources[0].key.split()) == ("round_dq" in expected)
+    assert all(source.shared_memory <= 227 * 1024 for source in sources)
+
+
 def test_rows_count_for_dense_and_packed() -> None:
     dense, _ = precompile.Want(seqlen_q=130, batch=2, num_heads=3, backward=True).call()
     assert preprocess.padded_rows(dense) == 256 and preprocess.num_lines(dense) == 6

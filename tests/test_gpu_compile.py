@@ -100,17 +100,23 @@ def _backward_sm80() -> Iterator[Job]:
 
 
 def _backward_sm90() -> Iterator[Job]:
-    """Hopper: each feature, with dbias where there is a bias, and the deterministic pair of kernels."""
-    def job(dim: int, what: str, **settings: Any) -> Job:
-        return Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings), what)
-    for dim in (64, 128):
+    """Hopper: each feature, with dbias where there is a bias, and the deterministic pair of kernels; three of them over 128 columns."""
+    def job(dim: int, what: str, dim_v: int | None = None, **settings: Any) -> Job:
+        return Job("sm90", "sm_90a", _want("bfloat16", dim, dim_v, lse=False, backward=True, **settings), what)
+    for dim in (64, 128, 192, 256):
         yield job(dim, "causal", causal=True)
         yield job(dim, "packed_window", packed=True, window=(100, 50))
+    for dim in (64, 128):
         yield job(dim, "deterministic", deterministic=True, causal=True)
-    yield job(128, "bias", bias="bfloat16", causal=True)
-    yield job(128, "dropout", dropout=True)
-    yield job(128, "softcap", softcap=True, causal=True)
-    yield job(128, "mask", mask=True, alibi="float32")
+    for dim in (128, 256):
+        yield job(dim, "bias", bias="bfloat16", causal=True)
+        yield job(dim, "dropout", dropout=True)
+        yield job(dim, "packed_dropout", dropout=True, packed=True, window=(100, 50))
+        yield job(dim, "softcap", softcap=True, causal=True)
+        yield job(dim, "mask", mask=True, alibi="float32")
+    yield job(192, "causal", 128, causal=True)
+    yield job(64, "causal", 256, causal=True)
+    yield job(128, "softcap_deterministic", softcap=True, deterministic=True)
 
 
 def _backward(arch: str, short: bool) -> Iterator[Job]:
@@ -168,7 +174,8 @@ def _ci() -> Iterator[Job]:
         want = _want("float32", 40, 24, lse=not backward, backward=backward, **EVERYTHING, packed=True, seqused=True)
         yield Job("simt", "sm_80", want, "everything_packed")
     yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
-    yield from (job for job in _backward_sm90() if job.what in ("causal", "bias", "softcap") or "128-deterministic" in job.id)
+    yield from (job for job in _backward_sm90() if job.id.endswith(("64-causal-backward", "128-causal-backward", "256-causal-backward",
+                                                                    "-bias-backward", "-softcap-backward", "128-deterministic-backward")))
 
 
 def _jobs() -> list[Job]:

@@ -6,103 +6,122 @@ compile.py makes machine code of them.
 """
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-from functools import cache
+from contextlib import AbstractContextManager
+from functools import cache, reduce
+from operator import or_
 from typing import Any
 
 import cuda.core  # noqa: F401
 import numba.cuda  # noqa: F401  both here, so that where one is missing the api says what to install
 
 from ..buffers import Grads, View
-from ..errors import UnsupportedError
+from ..engine import FAMILIES
+from ..errors import refused
 from ..problem import Operands, Problem
+from ..registry import families_in_use, use_engine
 from .device import Device, current, device
 from .packed import most_tiles
-from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
+from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
 
-__all__ = ["FAMILIES", "backward", "choose", "forward", "name", "supports", "use"]
-
-name = "gpu"
-FAMILIES = ("sm90", "sm80", "simt")        # fastest first; each has both directions
-_wanted: ContextVar[tuple[str, ...]] = ContextVar("fastattn_gpu_families", default=FAMILIES)
+__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "refuses", "use"]
 
 
-@contextlib.contextmanager
-def use(*families: str) -> Iterator[None]:
-    """Only these kernel families, in this order, inside the block: `with use("sm80", "simt"):`."""
+def use(*families: str) -> AbstractContextManager[None]:
+    """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Calls in host memory stay as they are."""
     unknown = [f for f in families if f not in FAMILIES]
     if unknown or not families:
         raise ValueError(f"use(): {', '.join(map(repr, unknown)) or 'nothing'} given, the kernel families are {', '.join(FAMILIES)}")
-    token = _wanted.set(families)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
+    return use_engine(*families, "cpu")
 
 
 @cache
 def family(which: str, direction: str = "forward") -> Any:
-    """The module of a kernel family for one direction. It has refuses(call, device) -> reason or None, and launch(call, spec, device,
-    stream); calls are a Call forward, a BackwardCall backward."""
+    """The module of a kernel family for one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call, spec,
+    device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""
     return importlib.import_module(f".{direction}_{which}", __name__)
 
 
-def supports(problem: Problem) -> str | None:
-    """None: forward_simt and backward_simt take every valid Problem."""
-    return None
+def refuses(which: str, call: AnyCall, d: Device) -> str | None:
+    """None, or why a kernel family does not take the call."""
+    tiles = most_tiles(call, 64)
+    if tiles >= 2**31:
+        return f"it has {tiles} tiles of 64 query rows, over 2**31 - 1"
+    return family(which, _direction(call)).refuses(call, d)  # type: ignore[no-any-return]
 
 
-def choose(call: AnyCall, d: Any) -> Any:
-    """The module of the first wanted family that takes the call; UnsupportedError says why none does."""
-    reasons = []
-    direction = "backward" if isinstance(call, BackwardCall) else "forward"
-    if most_tiles(call, 64) >= 2**31:
-        raise UnsupportedError(f"{call.problem.call}(): {most_tiles(call, 64)} tiles of 64 query rows, more than 2**31 - 1.")
-    for which in _wanted.get():
-        module = family(which, direction)
-        reason = module.refuses(call, d)
+def _direction(call: AnyCall) -> str:
+    return "backward" if isinstance(call, BackwardCall) else "forward"
+
+
+def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Any:
+    """The module of the first of `families` (None: those of use_engine) that takes the call; UnsupportedError says why none does."""
+    reasons = {}
+    for which in families or families_in_use():
+        reason = refuses(which, call, d)
         if reason is None:
-            return module
-        reasons.append(f"{which}: {reason}")
-    raise UnsupportedError(f"{call.problem.call}(): no kernel takes this call on {d.name} ({d.arch}): {'; '.join(reasons)}.")
+            return family(which, _direction(call))
+        reasons[which] = reason
+    raise refused(call.problem.call, reasons, f" on {d.name} ({d.arch})")
 
 
-def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int) -> None:
+def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int, families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueues writing out, and lse where wanted, on `stream`. Rows of a packed output that belong to no sequence become 0 and -inf."""
     d = device(out.device[1])
     if 0 in out.shape and (lse is None or 0 in lse.shape):
         return
     call = Call(problem, operands, out, lse)
     with current(d):
-        module, spec = _chosen(call, d)
-        module.launch(call, spec, d, stream)
+        _prepared(call, d, families)(call, stream)
+
+
+_launches: dict[Any, tuple[Problem, Launch]] = {}
+
+
+def _prepared(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
+    """The chosen family's launch, remembered for a Problem that the api knows again, where only addresses may differ: 25 us."""
+    p, o, out = call.problem, call.operands, call.out
+    if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
+        return _prepare(call, d, families)
+    key = (id(p), d.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr | out.ptr) % 16,
+           call.lse is None, families)
+    found = _launches.get(key)
+    if found is None or found[0] is not p:
+        if len(_launches) >= 1000:
+            _launches.clear()
+        found = _launches[key] = p, _prepare(call, d, families)
+    return found[1]
+
+
+def _prepare(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
+    spec = make_spec(call.problem, call.operands, call.lse is not None)
+    return choose(call, d, families).prepare(call, spec, d)  # type: ignore[no-any-return]
 
 
 _choices: dict[Any, tuple[Problem, Any, Spec]] = {}
 
 
-def _chosen(call: Call, d: Device) -> tuple[Any, Spec]:
-    """choose and make_spec, remembered for a Problem that the api knows again, where only strides and alignment can differ: 20 us."""
-    p, o, out = call.problem, call.operands, call.out
-    if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
-        return choose(call, d), make_spec(p, o, call.lse is not None)
-    key = (id(p), o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr | out.ptr) % 16, call.lse is None,
-           _wanted.get())
-    found = _choices.get(key)
-    if found is None or found[0] is not p:
-        if len(_choices) >= 1000:
-            _choices.clear()
-        found = _choices[key] = p, choose(call, d), make_spec(p, o, call.lse is not None)
-    return found[1], found[2]
-
-
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: int,
-             deterministic: bool) -> None:
+             deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueues writing the gradients on `stream`. Rows of no sequence and keys past seqused_k get gradients 0."""
     d = device(dout.device[1])
     call = BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic)
     with current(d):
-        choose(call, d).launch(call, make_backward_spec(call), d, stream)
+        module, spec = _chosen_backward(call, d, families)
+        module.launch(call, spec, d, stream)
+
+
+def _chosen_backward(call: BackwardCall, d: Device, families: tuple[str, ...]) -> tuple[Any, Spec]:
+    """choose and make_backward_spec, remembered as in _prepared."""
+    p, o, g = call.problem, call.operands, call.grads
+    if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
+        return choose(call, d, families), make_backward_spec(call)
+    views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
+    pointers = reduce(or_, (x.ptr for x in views))
+    key = (id(p), d.ordinal, "backward", *(x.strides for x in views), pointers % 16, call.deterministic, families)
+    found = _choices.get(key)
+    if found is None or found[0] is not p:
+        if len(_choices) >= 1000:
+            _choices.clear()
+        found = _choices[key] = p, choose(call, d, families), make_backward_spec(call)
+    return found[1], found[2]

@@ -30,10 +30,10 @@ from .compile import Source
 from .compile import load as load_kernel
 from .config import BackwardConfigSm80
 from .device import Device
-from .fragments import keep_interval, make_pack, make_unpack, scale_seen_rows, zeros
-from .gradients import PIECE, exp2_columns, grad_scores, make_dropout_transposed, multiply
+from .fragments import make_pack, make_unpack, scale_seen_rows, zeros
+from .gradients import PIECE, exp2_columns, make_dropout_transposed, multiply
 from .inline import inline
-from .mask import diagonal_of, make_query_bounds
+from .mask import make_key_bounds
 from .packed import head_group, most_tiles, table
 from .postprocess import round_dq
 from .preprocess import dsinks, make_first_row, padded_rows, preprocessed
@@ -57,7 +57,6 @@ from .scores import make_cap_of, make_score
 from .smem import ALIGN, Smem, panels
 from .spec import Arguments, BackwardCall, Spec, whole_chunks
 
-FAR = 1 << 30
 MOST = 2**31 - 1        # blocks of a grid, and what 32 bits count
 OWN = "row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
 
@@ -84,16 +83,16 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
     Q, DO = smem.take(STAGES * Q_BYTES), smem.take(STAGES * DO_BYTES)
     DS, P = smem.take(DS_BYTES), smem.take(DS_BYTES if SPLIT > 1 else 0)
     LSE, DELTA, TILE = smem.take(STAGES * ROW_BYTES, 128), smem.take(STAGES * ROW_BYTES, 128), smem.take(80, 16)
-    LEFT, RIGHT, SCALED, SOFTCAP, DROPOUT = spec.left, spec.right, spec.scaled, spec.softcap, spec.dropout
+    SCALED, SOFTCAP, DROPOUT = spec.scaled, spec.softcap, spec.dropout
     VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: of 16 bytes of lse, and of delta
     LANE_BYTES, EARLY, LATER = 16 if VECTOR else 4, STAGES == 2 and SPLIT > 1, STAGES == 2 and SPLIT == 1
     qk, pv = mma.make_products(spec.dtype)
     product, product_trans = mma.make_tiles_product(spec.dtype, False), mma.make_tiles_product(spec.dtype, True)
     to_half = make_pack(spec.dtype)
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
-    query_bounds = make_query_bounds(spec, BLOCK_M)
+    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
-    draw, drop = make_dropout_transposed(spec, COUNT_S)
+    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
@@ -108,27 +107,6 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
         """0 batch, 1 q_start, 2 seqlen_q, 3 seqlen_k, 4 first key, 5 m_min, 6 full_min, 7 full_max, 8 head_k, 9 k_start, 10 keys,
         11 m_max, 12 one past the last head."""
         return load_shared_b32(int32(base + TILE + 16 + 4 * number))
-
-    @inline
-    def bounds(a, first, seqlen_q, seqlen_k):
-        """query_bounds of the tile; no block is full where some keys do not exist, none is there where none do."""
-        m_min, full_min, full_max, m_max = query_bounds(a, first, int32(min(first + BLOCK_N, seqlen_k) - 1),
-                                                        diagonal_of(a, seqlen_q, seqlen_k), seqlen_q)
-        if first + BLOCK_N > seqlen_k:
-            full_max = full_min
-        if first >= seqlen_k:
-            m_max = m_min
-        return m_min, full_min, full_max, m_max
-
-    @inline
-    def interval(a, key, diagonal, seqlen_k):
-        """Queries [lo, hi) that may see a key."""
-        lo, hi = int32(-FAR), int32(FAR)
-        if RIGHT:
-            lo = int32(key - diagonal - a.right)
-        if LEFT:
-            hi = int32(key - diagonal + a.left + 1)
-        return lo, int32(-FAR) if key >= seqlen_k else hi
 
     @inline
     def keys_of_warp():
@@ -235,7 +213,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
 
     @inline
     def probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at):
-        """P^T of 16 keys, which pairs dropout keeps, and the slopes of the softcap."""
+        """P^T of 16 keys, negative where dropout drops it, and the slopes of the softcap."""
         batch, seqlen_q, seqlen_k = noted(base, 0), noted(base, 2), noted(base, 3)
         if SOFTCAP:
             acc_s, cap_slope = cap_of(a, acc_s)
@@ -243,22 +221,18 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
             cap_slope = int32(0)
         acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
         if (m < noted(base, 6)) | (m >= noted(base, 7)):
-            diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-            lo0, hi0 = interval(a, key, diagonal, seqlen_k)
-            lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
-            acc_s = keep_interval(acc_s, int32(lo0 - query), int32(hi0 - query), int32(lo1 - query), int32(hi1 - query))
+            acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
         p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, lse_at)
-        bits = draw(a, key, query, int32(batch * a.num_heads + head))
-        return p, bits, cap_slope
+        return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
 
     @inline
     def gradients(a, of_scores, acc_dp, delta_at):
         """What dV is made of, and dS^T, of 16 keys."""
-        p, bits, cap_slope = of_scores
-        acc_ds = grad_scores(p, drop(acc_dp, bits), a.keep_scale if DROPOUT else float32(1), delta_at)
+        p, cap_slope = of_scores
+        acc_ds = grad(a, p, acc_dp, delta_at)
         if SOFTCAP:
             acc_ds = multiply(acc_ds, slopes(cap_slope))
-        return to_half(drop(p, bits)), to_half(acc_ds)
+        return pack_kept(p), to_half(acc_ds)
 
     @inline
     def add_dq(a, base, head, m):
@@ -372,7 +346,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # of a row of a panel
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
         first = int32(n_block * BLOCK_N)
-        m_min, full_min, full_max, m_max = bounds(a, first, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
         if cuda.threadIdx.x == 0:
             store_shared_b64(base + TILE, uint64(a.q + uint64(batch * a.q_batch + q_start * a.q_row)))
             store_shared_b64(base + TILE + 8, uint64(a.dout + uint64(batch * a.dout_batch + q_start * a.dout_row)))

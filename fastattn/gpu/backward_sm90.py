@@ -22,30 +22,30 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from . import backward_sm90_dq, dbias
+from ..problem import Problem
+from . import backward_sm90_dq, backward_sm90_wide, dbias
 from .compile import Source
 from .compile import load as load_kernel
 from .config import BackwardConfig, backward_sm90, feature_weight
 from .device import Device
-from .fragments import keep_from, keep_interval, make_pack, make_unpack, scale_rows, store_rows, store_whole_rows, zeros
-from .gradients import PIECE, add_elements, exp2_columns, grad_scores, make_dropout_transposed, multiply, store_piece
+from .fragments import make_pack, make_unpack, scale_rows, zeros
+from .gradients import PIECE, exp2_columns, make_add_dbias, make_dropout_transposed, make_store, multiply, store_piece
 from .inline import inline
-from .mask import diagonal_of, make_query_bounds
+from .mask import make_key_bounds
 from .packed import head_group, most_tiles, table
 from .postprocess import dbias_sums, round_dq
-from .preprocess import dsinks, make_first_row, preprocessed
+from .preprocess import Rows, dsinks, make_first_row, preprocessed
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
 from .ptx.memory import shared_address
 from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
-from .smem import Smem
+from .smem import Smem, cleaned, copy_rows, make_clear, make_next_stage
 from .spec import Arguments, BackwardCall, Spec, make_spec
 from .tensormap import fits, tensor_maps
 
 CONSUMERS, BLOCK_N = 2, 128
-FAR = 1 << 30
 OWN = ("map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
        "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
 
@@ -61,83 +61,61 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
     LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
+    ROWS_CLEAN, KEYS_CLEAN = smem.barriers(1), smem.barriers(1)      # of the last blocks of a packed sequence
     WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
-    LEFT, RIGHT, PACKED, SCALED, DROPOUT = spec.left, spec.right, spec.packed, spec.scaled, spec.dropout
+    PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    DQ_FIRST, SOFTCAP = config.dq_first and SUM_DQ, spec.softcap
+    DQ_FIRST, DRAW_FIRST, HOLD, SOFTCAP = config.dq_first and SUM_DQ, config.draw_first and DROPOUT, config.hold, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
-    query_bounds = make_query_bounds(spec, BLOCK_M)
+    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
+    next_stage, store, add_dbias = make_next_stage(Q_STAGES), make_store(spec, DIM), make_add_dbias(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
-    draw, drop = make_dropout_transposed(spec, COUNT_S)
+    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
-
-    # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def bounds(a, first, count, seqlen_q, seqlen_k):
-        """query_bounds of `count` keys from `first`; no block is full where some of them do not exist, none is there where none do."""
-        last, diagonal = int32(min(first + count, seqlen_k) - 1), diagonal_of(a, seqlen_q, seqlen_k)
-        m_min, full_min, full_max, m_max = query_bounds(a, first, last, diagonal, seqlen_q)
-        if first + count > seqlen_k:
-            full_max = full_min
-        if first >= seqlen_k:
-            m_max = m_min
-        return uniform(m_min), uniform(full_min), uniform(full_max), uniform(m_max)
-
-    @inline
-    def interval(a, key, diagonal, seqlen_k):
-        """Queries [lo, hi) that may see a key; lo is far off where there is no such key."""
-        lo, hi = int32(-FAR), int32(FAR)
-        if RIGHT:
-            lo = int32(key - diagonal - a.right)
-        if LEFT:
-            hi = int32(key - diagonal + a.left + 1)
-        return int32(FAR) if key >= seqlen_k else lo, hi
-
-    @inline
-    def keep(acc_s, lo0, hi0, lo1, hi1, query):
-        if LEFT:
-            return keep_interval(acc_s, int32(lo0 - query), int32(hi0 - query), int32(lo1 - query), int32(hi1 - query))
-        else:
-            return keep_from(acc_s, int32(lo0 - query), int32(lo1 - query))
-
-    @inline
-    def next_stage(stage, phase):
-        """Of Q_STAGES, in turn; the phase changes with every round."""
-        stage = int32(stage + 1)
-        return (int32(0), int32(phase ^ 1)) if stage == Q_STAGES else (stage, phase)
+    clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def copy_rows(base, map_, full, to, panel_bytes, row, head, batch):
-        for p in range(PANELS):
-            tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
-
-    @inline
-    def load(a, base, m_min, m_max, head_k, plane, batch, q_start, k_row):
-        mbarrier.arrive_expect(base + KV_FULL, int32(2 * KV_BYTES))
-        copy_rows(base, a.map_k, KV_FULL, K, KV_PANEL, k_row, head_k, plane)
-        copy_rows(base, a.map_v, KV_FULL, V, KV_PANEL, k_row, head_k, plane)
+    def load(a, base, lane, m_min, m_max, head_k, plane, batch, q_start, k_row, seqlen_q, keys):
+        """Lane 0 asks for tiles. A packed sequence's last blocks are cleaned by the warp, which the consumers wait for in their place."""
+        if lane == 0:
+            mbarrier.arrive_expect(base + KV_FULL, int32(2 * KV_BYTES))
+            copy_rows(base, a.map_k, KV_FULL, K, KV_PANEL, PANELS, k_row, head_k, plane)
+            copy_rows(base, a.map_v, KV_FULL, V, KV_PANEL, PANELS, k_row, head_k, plane)
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
             line = first_row(a, batch, head, q_start)
             m = m_min
             while m < m_max:
                 row, at = int32(q_start + m * BLOCK_M), uint64(4 * (line + m * BLOCK_M))
-                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
-                full = int32(Q_FULL + 8 * stage)
-                mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
-                copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, row, int32(head), plane)
-                tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
                 other = int32(j & 1)
+                full, full_do = int32(Q_FULL + 8 * stage), int32(DO_FULL + 8 * other)
+                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
+                if lane == 0:
+                    mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
+                    copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
+                    tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
                 mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))
-                full = int32(DO_FULL + 8 * other)
-                mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
-                copy_rows(base, a.map_dout, full, DO + other * Q_BYTES, Q_PANEL, row, int32(head), plane)
-                tma.bulk_load(base + DELTA + other * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full)
+                if lane == 0:
+                    mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + ROW_BYTES))
+                    copy_rows(base, a.map_dout, full_do, DO + other * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
+                    tma.bulk_load(base + DELTA + other * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full_do)
+                if PACKED:
+                    if j == 0 and keys < BLOCK_N:
+                        mbarrier.wait(base + KV_FULL, int32(0))
+                        clear_keys(int32(base + K), keys, lane)
+                        clear_keys(int32(base + V), keys, lane)
+                        cleaned(base + KEYS_CLEAN, lane)
+                    if (m + 1) * BLOCK_M > seqlen_q:
+                        mbarrier.wait(base + full, int32(phase ^ 1))
+                        mbarrier.wait(base + full_do, int32((j >> 1) & 1))
+                        clear_rows(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        clear_rows(int32(base + DO + other * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        cleaned(base + ROWS_CLEAN, lane)
                 stage, phase = next_stage(stage, phase)
                 j = int32(j + 1)
                 m = opaque(int32(m + 1))
@@ -193,27 +171,27 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             tma.commit()
 
     @inline
-    def add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k):
-        """dS to the sums of dbias, whose keys are side by side: eight lanes fill a sector."""
-        if PACKED:
-            seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
-        at = uint64(int64(a.sums) + batch * a.sums_batch + head * a.sums_head + int64(query) * a.sums_row + 4 * key)
-        limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
-        limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
-        add_elements(acc_ds, at, uint64(at + uint64(32)), int64(opaque(a.sums_row)), limit0, limit1)     # opaque: no register a column
+    def hold(base):
+        """A wait that was over long ago: see backward_sm90_dq."""
+        mbarrier.wait(base + KV_FULL, int32(0))
 
     def make_step(FIRST):
         @inline
-        def step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place):
+        def step(a, base, w, thread, acc_dk, acc_dv, walk, seen, place):
             """The block m of `head`: its S, dP, P, dS and dV, and beside them dQ and dK of the block before, whose dS is there."""
             j, stage, phase, head, m, line_before, slope = walk
-            m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1 = seen
-            key, col, batch, q_start, seqlen_q, seqlen_k = place
-            other, before, query = int32(j & 1), stage, int32(m * BLOCK_M + col)
-            w, thread, lane = opaque(w), opaque(thread), opaque(lane)       # what follows from them is computed here, not kept in registers
+            m_min, m_max, full_min, full_max = seen
+            first, batch, q_start, seqlen_q, seqlen_k = place
+            w, thread, other, before = opaque(w), opaque(thread), int32(j & 1), stage     # opaque: what follows takes no registers
+            lane, col = int32(thread & 31), int32((thread & 3) * 2)
+            key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if not FIRST:
                 stage, phase = next_stage(stage, phase)
-            mbarrier.wait(base + Q_FULL + 8 * stage, phase)
+            if PACKED:
+                ragged = (m + 1) * BLOCK_M > seqlen_q
+                mbarrier.wait(int32(base + (ROWS_CLEAN if ragged else Q_FULL + 8 * stage)), int32(head & 1 if ragged else phase))
+            else:
+                mbarrier.wait(base + Q_FULL + 8 * stage, phase)
             wgmma.fence()
             acc_s = products_s(base, w, zeros(COUNT_S), stage)
             wgmma.commit()
@@ -223,6 +201,9 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 wgmma.commit()
                 acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
                 wgmma.commit()
+            if DRAW_FIRST:
+                words = draw(a, key, query, int32(batch * a.num_heads + head))
+                hold(base)
             if FIRST:
                 acc_s = wgmma.wait_all(acc_s)
             elif DQ_FIRST:
@@ -238,11 +219,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
-                acc_s = keep(acc_s, lo0, hi0, lo1, hi1, query)
+                acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
             p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
-            bits = draw(a, key, query, int32(batch * a.num_heads + head))
-            p_half = to_half(drop(p, bits))
+            if not DRAW_FIRST:
+                words = draw(a, key, query, int32(batch * a.num_heads + head))
+            p = mark(a, p, words)
+            p_half = pack_kept(p)
             if not FIRST and SUM_DQ and not DQ_FIRST:
+                if HOLD:
+                    hold(base)
                 acc_dq = wgmma.wait_all_but_one(acc_dq)
                 add_dq(a, base, acc_dq, w, thread, lane, line_before)
             mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
@@ -264,10 +249,9 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             if not FIRST:
                 if lane == 0:
                     mbarrier.arrive(base + Q_EMPTY + 8 * before)
-            acc_ds = grad_scores(p, drop(acc_dp, bits), a.keep_scale if DROPOUT else float32(1),
-                                 int32(base + DELTA + other * ROW_BYTES + 4 * col))
+            acc_ds = grad(a, p, acc_dp, int32(base + DELTA + other * ROW_BYTES + 4 * col))
             if SUM_DBIAS:
-                add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
+                add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
@@ -284,19 +268,18 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     @inline
     def consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start, seqlen_q, seqlen_k):
         """(acc_dk, acc_dv) of a warpgroup's 64 keys, seen by at least one block of queries."""
-        key = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2))
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-        lo0, hi0 = interval(a, key, diagonal, seqlen_k)
-        lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
-        col, count = int32((lane & 3) * 2), uniform(int32((m_max - m_min) * a.group))
-        seen = (m_min, m_max, full_min, full_max, lo0, hi0, lo1, hi1)
-        place = (key, col, batch, q_start, seqlen_q, seqlen_k)
+        count = uniform(int32((m_max - m_min) * a.group))
+        seen = (m_min, m_max, full_min, full_max)
+        place = (int32(n_block * BLOCK_N + w * 64), batch, q_start, seqlen_q, seqlen_k)
         head = int32(head_k * a.group)
         walk = (int32(0), int32(0), int32(0), head, m_min, int32(0), prepare(a, batch, head))
         mbarrier.wait(base + KV_FULL, int32(0))
-        acc_dk, acc_dv, walk = step_first(a, base, w, thread, lane, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
+        if PACKED:
+            if (n_block + 1) * BLOCK_N > seqlen_k:
+                mbarrier.wait(base + KEYS_CLEAN, int32(0))
+        acc_dk, acc_dv, walk = step_first(a, base, w, thread, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
         while walk[0] < count:
-            acc_dk, acc_dv, walk = step(a, base, w, thread, lane, acc_dk, acc_dv, walk, seen, place)
+            acc_dk, acc_dv, walk = step(a, base, w, thread, acc_dk, acc_dv, walk, seen, place)
         wgmma.fence()
         if SUM_DQ:
             acc_dq = products_dq(base, w, zeros(32), int32((walk[0] - 1) & 1))
@@ -309,26 +292,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         acc_dv = wgmma.wait_all(acc_dv)
         return wgmma.wait_all(acc_dk), acc_dv
 
-    @inline
-    def store(acc, pointer, by_row, dim, lane, key, end):
-        """16 rows a warp of dK or dV, those below `end`."""
-        packed, col = to_half(acc), int32((lane & 3) * 2)
-        address = uint64(pointer + key * by_row + 2 * col)
-        next_row = uint64(address + uint64(8 * by_row))
-        rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
-        if dim == DIM:
-            store_whole_rows(packed, address, next_row, rows0, rows1, lane)
-        else:
-            store_rows(packed, address, next_row, rows0, rows1, int32(dim - col))
-
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & 127)
         t = int32(cuda.blockIdx.x)
         if t < num_tiles(a):
-            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
+            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, _ = tile_at(a, t)
             first, plane = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
-            m_min, _, _, m_max = bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, m_max = uniform(m_min), uniform(m_max)
             if cuda.threadIdx.x == 0:
                 mbarrier.init(base + KV_FULL, int32(1))
                 for s in range(Q_STAGES):
@@ -337,21 +309,28 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 for s in range(2):
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
+                mbarrier.init(base + ROWS_CLEAN, int32(1))
+                mbarrier.init(base + KEYS_CLEAN, int32(1))
                 mbarrier.fence_init()
+                if (head_k * a.group) & 1 != 0:     # so that the phase for a head is its number's parity
+                    mbarrier.arrive(base + ROWS_CLEAN)
             cuda.syncthreads()
             if warpgroup == 0:
                 give_registers()
-                if thread == 0 and m_min < m_max:
-                    load(a, base, m_min, m_max, head_k, plane, batch, q_start, int32(k_start + first))
+                if thread < PRODUCERS and m_min < m_max:
+                    load(a, base, thread, m_min, m_max, head_k, plane, batch, q_start, int32(k_start + first), seqlen_q,
+                         int32(seqlen_k - first))
             else:
                 take_registers()
                 w, lane = int32(warpgroup - 1), int32(thread & 31)
-                _, full_min, full_max, _ = bounds(a, int32(first + w * 64), 64, seqlen_q, seqlen_k)
+                _, full_min, full_max, _ = key_bounds(a, int32(first + w * 64), 64, seqlen_q, seqlen_k)
+                full_min, full_max = uniform(full_min), uniform(full_max)
                 acc_dk, acc_dv = zeros(COUNT_KV), zeros(COUNT_KV)
                 if m_min < m_max:
                     acc_dk, acc_dv = consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start,
                                              seqlen_q, seqlen_k)
-                key = int32(first + w * 64 + (thread >> 5) * 16 + (lane >> 2))
+                n_block, head_k, batch, _, _, k_start, _, keys = tile_at(a, opaque(t))      # again: the loop needs the registers
+                key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
                 if DROPOUT:
                     acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
                 to_v = int64(a.dv) + plane * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
@@ -378,6 +357,11 @@ def source(spec: Spec, config: BackwardConfig) -> Source:
                   128 * (1 + CONSUMERS), shared_memory)
 
 
+def wide(p: Problem) -> bool:
+    """Whether dK and dV come from backward_sm90_wide and dQ from backward_sm90_dq, as this file's kernel has no registers for them."""
+    return max(p.head_dim, p.head_dim_v) > 128
+
+
 def refuses(call: BackwardCall, d: Device) -> str | None:
     """None, or why this family does not take the call."""
     p, o, g = call.problem, call.operands, call.grads
@@ -385,12 +369,10 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
         return f"it needs sm_90a, this is {d.arch}"
     if p.dtype not in ("float16", "bfloat16"):
         return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 128:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 128"
+    if max(p.head_dim, p.head_dim_v) > 256:
+        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
     if feature_weight(make_spec(p, o, False)) > 1:
         return "several features do not fit its registers"
-    if call.deterministic and p.score.softcap is not None:
-        return "its deterministic form has no softcap"
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("dout", call.dout), ("dq", g.dq), ("dk", g.dk), ("dv", g.dv)):
         reason = fits(x)
         if reason is not None:
@@ -399,24 +381,33 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
 
 
 def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernels: delta and lse of rows, the gradients, then what is made of sums. Deterministic calls make dq by itself."""
-    p, o, g = call.problem, call.operands, call.grads
+    """Enqueue the kernels: delta and lse of rows, the gradients, then what is made of sums. Deterministic and wide calls make dq by
+    itself."""
+    p, g = call.problem, call.grads
     elements = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
                 and p.score.softcap is None)
     own_spec = replace(spec, sinks=None, dbias="float32" if elements else None)
-    config = backward_sm90(own_spec)
-    kernel = load_kernel(source(own_spec, config), d.ordinal)
-    tiles = most_tiles(call, BLOCK_N, True)
-    with (preprocessed(call, spec, d, stream, accum_dim=0 if call.deterministic else config.dim) as rows,
+    config, by_itself = backward_sm90(own_spec), call.deterministic or wide(p)
+    with (preprocessed(call, spec, d, stream, accum_dim=0 if by_itself else config.dim) as rows,
           table(call, BLOCK_N, d.ordinal, stream, True) as sequences, dbias_sums(g.dbias if elements else None, d, stream) as sums):
-        boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-        own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
-               p.score.softmax_scale, *sums)
-        kernel.launch(tiles, arguments_of(own_spec).values(call, own), stream)
-        if call.deterministic:
+        if wide(p):
+            backward_sm90_wide.launch(call, own_spec, rows, sequences, sums, d, stream)
+        else:
+            launch_both(call, own_spec, config, rows, sequences, sums, d, stream)
+        if by_itself:
             backward_sm90_dq.launch(call, own_spec, rows, d, stream)
         else:
             round_dq(call, spec, rows, config.dim, d, stream)
         if g.dbias is not None and not elements:
             dbias.launch(call, spec, rows, d, stream)
         dsinks(call, spec, rows, d, stream)
+
+
+def launch_both(call: BackwardCall, spec: Spec, config: BackwardConfig, rows: Rows, sequences: int, sums: tuple[int, int, int, int],
+                d: Device, stream: int) -> None:
+    """Enqueue this file's kernel; arguments as in backward_sm90_wide.launch."""
+    p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
+    boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
+    own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
+           p.score.softmax_scale, *sums)
+    load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

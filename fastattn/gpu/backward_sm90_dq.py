@@ -34,6 +34,7 @@ from .fragments import (
     keep_below,
     keep_interval,
     make_pack,
+    make_unpack,
     row_of,
     scale_seen_rows,
     store_rows,
@@ -41,18 +42,19 @@ from .fragments import (
     zeros,
     zeros_packed,
 )
+from .gradients import multiply
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .preprocess import Rows, make_first_row
-from .ptx import mbarrier, tma, wgmma
+from .ptx import mbarrier, wgmma
 from .ptx.arith import emit_fma
 from .ptx.asm import F32, pack, unpack
-from .ptx.memory import load_f32, shared_address, store_shared_zero16
+from .ptx.memory import load_f32, shared_address
 from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at
-from .scores import make_score
-from .smem import Smem, panels
+from .scores import make_cap_of, make_score
+from .smem import Smem, copy_rows, make_clear, make_next_stage, panels
 from .spec import Arguments, BackwardCall, Spec
 from .tensormap import tensor_maps
 
@@ -82,14 +84,17 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
     Q, DO, K, V = smem.take(Q_BYTES), smem.take(DO_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES_V * V_BYTES)
     Q_FULL, DO_FULL, K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(n) for n in (1, 1, STAGES, STAGES, STAGES_V, STAGES_V))
     WARPS, THREADS, CLEAR_BARRIER = 4 * CONSUMERS, 128 * CONSUMERS, 1
-    LEFT, PACKED, SCALED, DROPOUT = spec.left, spec.packed, spec.scaled, spec.dropout
+    LEFT, PACKED, SCALED, DROPOUT, SOFTCAP = spec.left, spec.packed, spec.scaled, spec.dropout, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
-    prepare, fetch, score = make_score(spec, COUNT_S)
+    prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
+    cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     dropout = make_dropout(spec)
+    next_stage, next_stage_v = make_next_stage(STAGES), make_next_stage(STAGES_V)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_first_row(spec)
+    clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS, PANELS_V))
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
@@ -124,23 +129,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
         """The first of the thread's two rows, of the warpgroup's 64 from row0 on."""
         return int32(row0 + (thread >> 5) * 16 + ((thread >> 2) & 7))
 
-    @inline
-    def next_stage(stage, phase):
-        """Of STAGES, in turn; the phase changes with every round."""
-        stage = int32(stage + 1)
-        return (int32(0), int32(phase ^ 1)) if stage == STAGES else (stage, phase)
-
-    @inline
-    def next_stage_v(stage, phase):
-        stage = int32(stage + 1)
-        return (int32(0), int32(phase ^ 1)) if stage == STAGES_V else (stage, phase)
-
     # ------------------------------------------------------------ load: the producer, one thread
-    @inline
-    def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
-        for p in range(count):
-            tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
-
     @inline
     def load(a, base, q_row, first, last, head, plane):
         """`first` and `last`: first rows of the first and the last key block, in the order in which they come."""
@@ -176,17 +165,6 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
     @inline
     def products_dq(base, acc_dq, ds, stage):
         return pv(acc_dq, ds, wgmma.mn_major(base + K + stage * K_BYTES, KV_PANEL))
-
-    @inline
-    def clear_tail(base, keys, thread):
-        """Rows of K and V past a sequence's end belong to others and may hold anything; dS is 0 there, but 0 * NaN is not. Stages 0."""
-        for i in range(keys * 8 + thread, BLOCK_N * 8, THREADS):
-            for p in range(PANELS):
-                store_shared_zero16(base + K + p * KV_PANEL + i * 16)
-            for p in range(PANELS_V):
-                store_shared_zero16(base + V + p * KV_PANEL + i * 16)
-        fence_async()
-        barrier(int32(CLEAR_BARRIER), int32(THREADS))
 
     @inline
     def hold(base):
@@ -235,7 +213,10 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
                 acc_dq = products_dq(base, acc_dq, ds, before)
                 wgmma.commit()
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            acc_s = score(a, wait_s(acc_s), early, slope, row, column, int32(seqlen_k - seqlen_q))
+            acc_s = wait_s(acc_s)
+            if SOFTCAP:
+                acc_s, cap_slope = cap_of(a, acc_s)
+            acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
             if (n_block < full_min) | (n_block >= full_max):
                 acc_s = keep(a, acc_s, row, column, seqlen_q, seqlen_k)
             acc_s = exp2_minus(acc_s, float32(1) if SCALED else a.softmax_scale, lse0, lse1)
@@ -248,6 +229,8 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
             release(base + V_EMPTY + 8 * stage_v, thread)
             acc_dp = dropout(a, acc_dp, row, column, int32(batch * a.num_heads + head))
             acc_s = grad_rows(acc_s, acc_dp, a.keep_scale if DROPOUT else float32(1), delta0, delta1)
+            if SOFTCAP:
+                acc_s = multiply(acc_s, slopes(cap_slope))
             if LAST:
                 hold(base)
                 acc_dq = wgmma.wait_all(acc_dq)
@@ -269,7 +252,11 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
             if n_max * BLOCK_N > seqlen_k:
                 mbarrier.wait(base + K_FULL, int32(0))
                 mbarrier.wait(base + V_FULL, int32(0))
-                clear_tail(base, int32(seqlen_k - (n_max - 1) * BLOCK_N), int32(w * 128 + thread))
+                keys, own = int32(seqlen_k - (n_max - 1) * BLOCK_N), int32(w * 128 + thread)
+                clear_k(int32(base + K), keys, own)
+                clear_v(int32(base + V), keys, own)
+                fence_async()
+                barrier(int32(CLEAR_BARRIER), int32(THREADS))
         acc_dq, ds, walk = step_first(a, base, w, thread, zeros(COUNT_DQ), zeros_packed(COUNT_DS), walk, lse0, lse1, delta0, delta1, slope,
                                       place)
         while walk[0] > n_min:

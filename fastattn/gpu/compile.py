@@ -195,6 +195,7 @@ class Kernel:
             check(driver.cuKernelSetAttribute(attribute, source.shared_memory, kernel, ordinal), "cuKernelSetAttribute")
             self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
         self._launch, self._check = driver.cuLaunchKernel, check
+        self._threads, self._shared_memory = source.threads, source.shared_memory
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
         """Enqueue `grid` blocks. The device's context must be current."""
@@ -207,8 +208,9 @@ class Kernel:
             pointers = local.pointers = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
             address = local.address = ctypes.addressof(pointers)
         self._struct.pack_into(buffer, 0, *values)
-        self._check(self._launch(self._function, grid, 1, 1, self.source.threads, 1, 1, self.source.shared_memory, stream, address, 0),
-                    f"launch of {self.source.key}")
+        result = self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared_memory, stream, address, 0)
+        if result[0]:
+            self._check(result, f"launch of {self.source.key}")
 
 
 _loaded: dict[tuple[str, int], Kernel] = {}

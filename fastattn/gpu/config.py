@@ -18,7 +18,8 @@ class Config:
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;
     1: the next may issue once this one's are issued, 2: once this one's scores are there.
-    `optimistic`: blocks without a mask are exponentiated under the maximum so far; their own is only looked for where that overflows.
+    `optimistic`: blocks without a structural mask are exponentiated under the maximum so far; their own is only looked for where that
+    overflows.
     """
 
     block_m: int
@@ -56,16 +57,18 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
+    # looking for a block's maximum after all asks for all that its scores are made of: with these some registers spill
+    again = spec.alibi is None and not several and (spec.bias is None or spec.bias_pairs)
     if dim <= 64:
-        if several or heavy or (spec.right and seqlen_k < SHORT and not spec.packed):
-            return Config(128, 64 if several else 128, turns=1)
-        return Config(192, 128, turns=1)
+        if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
+            return Config(128, 64 if several else 128, turns=1, optimistic=again)
+        return Config(192, 128, turns=1, optimistic=again)
     if dim <= 128:
-        return Config(128, 64 if several else 96 if heavy else 128, turns=1)
+        return Config(128, 64 if several else 96 if heavy else 128, turns=1, optimistic=again)
     if dim <= 192:
-        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1)
+        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1, optimistic=again)
     if heavy:
-        return Config(128, 32, out_panels=2)
+        return Config(128, 32, out_panels=2, optimistic=False)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2, optimistic=plain)
 
@@ -86,6 +89,8 @@ class BackwardConfig:
     `beside`: dS is computed while the product of dV runs, which keeps P's registers; else that product ends first.
     `dq_first`: dQ of the block before is added up before the scores are touched, which frees its registers for bias and mask; 3 % faster at
     head_dim 64.
+    `hold`: without dq_first, the wait for dQ is held behind P's exponentials, where the assembler would put it in front of them.
+    `draw_first`: dropout's numbers are drawn before the wait for S, which takes half as many registers as scores until they are used.
     """
 
     dim: int
@@ -93,20 +98,23 @@ class BackwardConfig:
     q_stages: int = 3
     beside: bool = True
     dq_first: bool = False
+    hold: bool = False
+    draw_first: bool = False
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside + " dq_first" * self.dq_first
+        return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside + " dq_first" * self.dq_first
+                + " hold" * self.hold + " draw_first" * self.draw_first)
 
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap:      # with them, some registers spill
         return BackwardConfig(64, 128, beside=False, dq_first=True)
-    crowded = spec.bias is not None or spec.mask or spec.softcap
+    crowded = spec.bias is not None or spec.mask or spec.softcap or (spec.dropout and spec.alibi is not None)
     return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded)
 
 
@@ -115,8 +123,9 @@ class ConfigSm80:
     """One tiling of forward_sm80: `warps` with 16 * tiles query rows each, block_n keys a step, `stages` of K and V.
 
     `keep_q`: Q in registers rather than read from shared memory in every step. `lazy`: the output is rescaled only when a maximum grew
-    by more than 2**8. `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out); not a choice but a property of
-    the operands, that the code depends on.
+    by more than 2**8. `optimistic`: as Config's; K must still be there for another try, and it is written for 32 rows a warp.
+    `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out); not a choice but a property of the operands, that
+    the code depends on.
     """
 
     warps: int
@@ -126,10 +135,12 @@ class ConfigSm80:
     blocks_per_sm: int = 2
     keep_q: bool = False
     lazy: bool = False
+    optimistic: bool = False
     whole: bool = True
     whole_out: bool = True
 
     def __post_init__(self) -> None:
+        assert not self.optimistic or (self.stages, self.tiles) == (2, 2)
         assert self.warps in (2, 4, 8) and self.tiles in (1, 2) and self.stages in (1, 2)
         assert self.block_n % 16 == 0 and self.block_n % (4 * self.warps) == 0, "every thread copies as many rows"
 
@@ -140,7 +151,8 @@ class ConfigSm80:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}"
-                + " keep_q" * self.keep_q + " lazy" * self.lazy + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
+                + " keep_q" * self.keep_q + " lazy" * self.lazy + " optimistic" * self.optimistic + " elements" * (not self.whole)
+                + " out_elements" * (not self.whole_out))
 
 
 def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ConfigSm80:
@@ -154,7 +166,7 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
         return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
     if dim > 64:
         return ConfigSm80(4, 2, 64 if room > 200 else 48 if room > 160 else 32, 1, 2, **many)      # sm_80 spills a register at 64 keys
-    return ConfigSm80(4, 2, 64, 2, 2, **many)
+    return ConfigSm80(4, 2, 64, 2, 2, optimistic=True, **many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +255,54 @@ class QueryConfig:
 
 def query_sm90(spec: Spec) -> QueryConfig:
     """Widest blocks without spilled registers, all features of a class together. S and dP take block_n / 2 registers a thread each, dS
-    block_n / 4, dQ head_dim / 2, bias and mask up to block_n / 2 each, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n
-    a column and stage of K and V, columns rounded to 64, of 227 KB: over 128 columns not every stage fits."""
+    block_n / 4, dQ head_dim / 2, bias and mask up to block_n / 2 each, softcap block_n / 4, of 240. Shared memory: 256 bytes a
+    column of Q and dO, 2 * block_n one of a stage of K and V, columns rounded to 64, of 227 KB: over 128 columns not every stage fits."""
     dim = max(spec.head_dim, spec.head_dim_v)
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2 if dim <= 192 else 3
-    weight = feature_weight(spec) if spec.bias is not None or spec.mask else 0
-    if weight > 0:
-        return QueryConfig(((80, 64, 64, 32) if weight == 1 else (48, 48, 32, 16))[size])
+    weight = feature_weight(spec) if spec.bias is not None or spec.mask or spec.softcap else 0
+    if weight > 1:
+        return QueryConfig((48, 48, 32, 16)[size])
+    if weight > 0 or spec.softcap:
+        if size == 3:
+            return QueryConfig(48, 2, 2, behind=False)
+        return QueryConfig((80, 64, 64)[size], behind=not (size == 2 and spec.bias is not None))
     block_n = ((112 if spec.dropout else 128, 96, 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
     if size == 3:
         return QueryConfig(block_n, 2, 1, behind=False)
     return QueryConfig(block_n, 3, 1 if block_n == 80 and size == 2 else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class WideConfig:
+    """One tiling of backward_sm90_wide: 128 keys, 64 query rows a step, `q_stages` of Q and `do_stages` of dO; `part` is "dk" or "dv".
+
+    Of "dk": `behind`: the product of dK of the block before is the last of a step, and dS is computed beside it; else it comes right after
+    that of S, which gives Q's place back earlier. `late`: dP is asked for when P is there and dK's product has ended: fewer registers.
+    """
+
+    part: str
+    q_stages: int
+    do_stages: int
+    behind: bool = False
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.part in ("dk", "dv") and not (self.part == "dv" and (self.behind or self.late))
+        assert self.do_stages >= 1 and self.q_stages >= 1 + (self.part == "dk"), "Q is used by the step after, too"
+        assert not (self.behind and self.late), "dK of the block before would wait for P"
+
+    @property
+    def text(self) -> str:
+        return f"{self.part} 64x128 stages {self.q_stages} {self.do_stages}" + " behind" * self.behind + " late" * self.late
+
+
+def wide_sm90(spec: Spec, part: str) -> WideConfig:
+    """S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, bias and mask 32 each, of 240. Shared memory:
+    16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer stages."""
+    columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
+    if part == "dv":
+        return WideConfig(part, 2, 2)
+    crowded = spec.bias is not None or spec.mask or spec.softcap
+    if columns == 4:
+        return WideConfig(part, 2, 1 if columns_v == 4 else 2, late=crowded)
+    return WideConfig(part, 3, 1 if columns + columns_v == 7 else 2, behind=not crowded, late=spec.dbias is not None)

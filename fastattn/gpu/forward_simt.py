@@ -38,7 +38,7 @@ from .ptx.scalar import store, store_shared
 from .scalar import compute_of, make_dropout, make_score, make_softmax
 from .schedule import ENTRY, make_num_tiles, make_tile_at
 from .smem import Smem
-from .spec import Arguments, Call, Spec
+from .spec import Arguments, Call, Launch, Spec
 from .threads import MOST_BLOCKS, WIDE, Tile, make_column, make_load, make_outer_product, make_product
 
 
@@ -235,11 +235,13 @@ def refuses(call: Call, d: Device) -> str | None:
     return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
 
 
-def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernel, and before it the table of a packed problem."""
+def prepare(call: Call, spec: Spec, d: Device) -> Launch:
+    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
     p, config = call.problem, config_of(spec)
-    kernel = load_kernel(source(spec, config), d.ordinal)
-    tiles = most_tiles(call, config.block_m)
-    with table(call, config.block_m, d.ordinal, stream) as sequences:
-        own = (sequences, tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0)
-        kernel.launch(tiles, arguments_of(spec).values(call, own), stream)
+    kernel, values, tiles = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call), most_tiles(call, config.block_m)
+    own = tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0
+
+    def launch(call: Call, stream: int) -> None:
+        with table(call, config.block_m, d.ordinal, stream) as sequences:
+            kernel.launch(tiles, values(call, (sequences, *own)), stream)
+    return launch

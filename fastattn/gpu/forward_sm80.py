@@ -39,7 +39,7 @@ from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import ALIGN, Smem, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Spec, whole_chunks
+from .spec import Arguments, Call, Launch, Spec, whole_chunks
 
 OWN = "table:l tiles:i head_group:i"
 
@@ -62,9 +62,9 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
     dropout = make_dropout(spec)
-    update, _, finish = make_softmax(spec, LAZY)
+    update, optimistic, finish = make_softmax(spec, LAZY)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
-    SINKS = spec.sinks is not None
+    SINKS, OPTIMISTIC = spec.sinks is not None, config.optimistic
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
@@ -175,7 +175,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         cuda.syncthreads()
 
     # ------------------------------------------------------------ step
-    def make_step(MASKED):
+    def make_step(MASKED, FAST):
         @inline
         def probabilities(a, acc_s, stat, early, slope, head, batch, row, column, seqlen_q, seqlen_k):
             """Softmax of 16 rows: P for the next product, what O has to be multiplied by. stat: maxima and sums of the thread's rows."""
@@ -186,6 +186,26 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
             return to_half(acc_s), (max0, max1, sum0, sum1), (alpha0, alpha1)
+
+        @inline
+        def both(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k):
+            """The same for 32 rows."""
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, seqlen_q, seqlen_k)
+            row = int32(row + 16)
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, seqlen_q, seqlen_k)
+            return join(p0, p1), (stat0, stat1), (alpha0, alpha1)
+
+        @inline
+        def hurried(a, acc_s, stats, head, batch, row, column):
+            """P of 32 rows under the maxima so far, the sums that result, and whether it is of no use (softmax.py)."""
+            (max00, max01, sum00, sum01), (max10, max11, sum10, sum11) = stats
+            s0, part00, part01, lags0 = optimistic(a, part(acc_s, 0, 2), max00, max01)
+            s1, part10, part11, lags1 = optimistic(a, part(acc_s, 1, 2), max10, max11)
+            plane = int32(batch * a.num_heads + head)
+            p = join(to_half(dropout(a, s0, row, column, plane)), to_half(dropout(a, s1, int32(row + 16), column, plane)))
+            return p, (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
 
         @inline
         def step(a, base, q, slope, acc_o, stats, stage, n_block, n_min):
@@ -207,22 +227,24 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
                     load_v(a, base, int32(n_block - 1), int32(stage ^ 1))
             if TILES == 1:
                 p, stat, alpha = probabilities(a, acc_s, stats[0], early, slope, head, batch, row, column, seqlen_q, seqlen_k)
-                stats, alphas = (stat, stat), (alpha, alpha)
+                acc_o, stats = rescale(acc_o, (alpha, alpha)), (stat, stat)
+            elif FAST:
+                p, sums, lags = hurried(a, acc_s, stats, head, batch, row, column)
+                if any_lane(lags) != 0:
+                    acc_s = qk(zeros(COUNT_S), operand_q(base, q), k_at, TILES, HEAD_DIM, Q_PANEL, KV_PANEL)
+                    p, stats, alphas = both(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k)
+                    acc_o = scale_tiles(acc_o, alphas)
+                else:
+                    (max00, max01, _, _), (max10, max11, _, _) = stats
+                    stats = (max00, max01, sums[0], sums[1]), (max10, max11, sums[2], sums[3])
             else:
-                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p0, stat0, alpha0 = probabilities(a, part(acc_s, 0, 2), stats[0], early, slope, head, batch, row, column, seqlen_q,
-                                                   seqlen_k)
-                row = int32(row + 16)
-                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                p1, stat1, alpha1 = probabilities(a, part(acc_s, 1, 2), stats[1], early, slope, head, batch, row, column, seqlen_q,
-                                                   seqlen_k)
-                p, stats, alphas = join(p0, p1), (stat0, stat1), (alpha0, alpha1)
-            acc_o = rescale(acc_o, alphas)
+                p, stats, alphas = both(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k)
+                acc_o = rescale(acc_o, alphas)
             v_at = int32(base + V + stage * V_BYTES + lane_offset(thread_index()))
             acc_o = pv(acc_o, p, v_at, TILES, KV_PANEL)
             return acc_o, stats, int32(stage ^ (STAGES - 1))
         return step
-    step_masked, step_full = make_step(True), make_step(False)
+    step_masked, step_full = make_step(True, False), make_step(False, OPTIMISTIC)
 
     # ------------------------------------------------------------ epilogue
     @inline
@@ -294,6 +316,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         nothing = (NEG_INF, NEG_INF, float32(0), float32(0))
         acc_o, stats, stage = zeros(COUNT_O), (nothing, nothing), int32(0)
         n_block = int32(n_max)
+        if OPTIMISTIC:       # there is no maximum yet
+            full_max = min(full_max, n_max - 1)
         while n_block > full_max:
             n_block = int32(n_block - 1)
             acc_o, stats, stage = step_masked(a, base, q, slope, acc_o, stats, stage, n_block, n_min)
@@ -336,11 +360,14 @@ def refuses(call: Call, d: Device) -> str | None:
     return None
 
 
-def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernel, and before it the table of a packed problem."""
+def prepare(call: Call, spec: Spec, d: Device) -> Launch:
+    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
     o = call.operands
     config = configs.forward_sm80(spec, d.arch, whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v), whole_chunks(call.out))
-    kernel = load_kernel(source(spec, config), d.ordinal)
-    tiles = most_tiles(call, config.block_m)
-    with table(call, config.block_m, d.ordinal, stream) as sequences:
-        kernel.launch(tiles, arguments_of(spec).values(call, (sequences, tiles, head_group(call))), stream)
+    kernel, values = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call)
+    tiles, heads = most_tiles(call, config.block_m), head_group(call)
+
+    def launch(call: Call, stream: int) -> None:
+        with table(call, config.block_m, d.ordinal, stream) as sequences:
+            kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
+    return launch

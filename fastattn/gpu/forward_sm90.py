@@ -20,6 +20,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint8, uint64
 
+from ..buffers import View
 from . import config as configs
 from .compile import Source
 from .compile import load as load_kernel
@@ -32,15 +33,15 @@ from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .ptx import mbarrier, tma, wgmma
-from .ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32, store_shared_zero16
+from .ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32
 from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
 from .records import RECORDS, make_records
 from .schedule import make_num_tiles
 from .scores import make_score
-from .smem import Smem, copy_rows, panels
+from .smem import Smem, copy_rows, make_clear, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Spec, make_spec
-from .tensormap import fits, tensor_maps
+from .spec import Arguments, Call, Launch, Spec, make_spec
+from .tensormap import fits, form, tensor_maps
 from .workspace import counter
 
 OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
@@ -63,7 +64,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
     PACKED, LEFT, MASKED_ALWAYS, LAZY, BESIDE = spec.packed, spec.left, spec.left or spec.right, config.lazy, config.beside
     TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
-    OPTIMISTIC = config.optimistic and not (spec.scaled or spec.mask)       # else scores cannot be had again by one product
+    OPTIMISTIC = config.optimistic
     TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
@@ -73,6 +74,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     dropout = make_dropout(spec)
     num_tiles = make_num_tiles(spec)
     update, optimistic, finish = make_softmax(spec, config.lazy)
+    clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
     epilogue = make_epilogue(spec, config, OUT, finish, get, TILE_EMPTY)
 
     # ------------------------------------------------------------ helpers of this kernel
@@ -125,15 +127,6 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         fence_gpu()     # the last block to come here leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
-
-    @inline
-    def clear_tail(base, stage, keys, thread):
-        """Rows of V past a sequence's end belong to others and may hold anything; P is 0 there, but 0 * NaN is not."""
-        for i in range(keys * 8 + thread, BLOCK_N * 8, THREADS):
-            for p in range(PANELS_V):
-                store_shared_zero16(base + V + stage * V_BYTES + p * KV_PANEL + i * 16)
-        fence_async()
-        barrier(int32(V_BARRIER), int32(THREADS))
 
     @inline
     def intervals(a, row, diagonal, seqlen_k):
@@ -190,13 +183,21 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 mbarrier.arrive(base + Q_EMPTY)
 
     @inline
-    def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1):
+    def scores(a, acc_s, early, column, tile):
+        """Products to scores; `early` is what fetch gave for them."""
+        _, _, seqlen_q, seqlen_k, row, _, slope, _ = tile
+        return score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+
+    @inline
+    def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column, tile):
         """The block's scores once more, and the maxima they call for. All of a warpgroup comes here or none."""
+        head, batch, seqlen_q, seqlen_k, row, _, _, _ = tile
         acc_o = wgmma.wait_all(acc_o)
         wgmma.fence()
         acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
         wgmma.commit()
-        acc_s = wgmma.wait_all(acc_s)
+        early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+        acc_s = scores(a, wgmma.wait_all(acc_s), early, column, tile)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
 
@@ -204,7 +205,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         @inline
         def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
             """Scores and probabilities of n_block, while O takes in the block before."""
-            head, batch, seqlen_q, seqlen_k, row, rows, slope, n_min = tile
+            head, batch, seqlen_q, seqlen_k, row, rows, _, n_min = tile
             before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
             it = int32(it + 1)
             stage = int32(it & (STAGES - 1))
@@ -228,9 +229,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             # each wait for O stands in both branches: in straight code the assembler moves it up, before the softmax that should run
             # beside the product
             if OPTIMISTIC_STEP:
-                acc_s, part0, part1, lags = optimistic(a, acc_s, max0, max1)
+                acc_s, part0, part1, lags = optimistic(a, scores(a, acc_s, early, column, tile), max0, max1)
                 if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(128), lags)) != 0:
-                    acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1)
+                    acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column,
+                                                                        tile)
                 else:
                     acc_o = wgmma.wait_all(acc_o)
                     sum0, sum1 = sum0 + part0, sum1 + part1
@@ -238,7 +240,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
             else:
                 release_k(base, stage, n_block, n_min, lane)
-                acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+                acc_s = scores(a, acc_s, early, column, tile)
                 if MASKED:
                     acc_s = keep(acc_s, rows, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
@@ -310,7 +312,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             more = get(base, i, 6)
             while more | had != 0:
                 tile, n_max, fast_min, fast_max = coordinates(a, base, i, w, thread, lane)
-                head, batch, seqlen_q, seqlen_k, row, rows, slope, n_min = tile
+                head, batch, seqlen_q, seqlen_k, row, rows, _, n_min = tile
                 n_block = int32(n_max - 1)
                 column = int32(n_block * BLOCK_N + col)
                 before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
@@ -339,7 +341,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     mbarrier.arrive(base + K_EMPTY + 8 * stage)
                     if n_block == n_min:
                         mbarrier.arrive(base + Q_EMPTY)
-                acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+                acc_s = scores(a, acc_s, early, column, tile)
                 if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
                     acc_s = keep(acc_s, rows, column)
                 acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
@@ -359,7 +361,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     if PACKED:
                         if seqlen_k - n_block * BLOCK_N < BLOCK_N:
                             mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-                            clear_tail(base, stage, int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                            clear_v(int32(base + V + stage * V_BYTES), int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                            fence_async()
+                            barrier(int32(V_BARRIER), int32(THREADS))
                     while n_block > n_min:
                         n_block = int32(n_block - 1)
                         if (n_block >= fast_min) & (n_block < fast_max):
@@ -414,12 +418,23 @@ def refuses(call: Call, d: Device) -> str | None:
     return None
 
 
-def launch(call: Call, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernel, and before it the table of a packed problem."""
-    o, (config, kernel_source, arguments) = call.operands, _choice(spec, call.problem.seqlen_k)
-    kernel = load_kernel(kernel_source, d.ordinal)
-    tiles = most_tiles(call, config.block_m)
-    with table(call, config.block_m, d.ordinal, stream) as sequences:
-        boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.out, 64)
-        own = (*tensor_maps(boxes, stream), counter(d.ordinal, stream), sequences, tiles, head_group(call))
-        kernel.launch(min(tiles, d.num_sms), arguments.values(call, own), stream)
+def prepare(call: Call, spec: Spec, d: Device) -> Launch:
+    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
+    config, kernel_source, arguments = _choice(spec, call.problem.seqlen_k)
+    kernel, values = load_kernel(kernel_source, d.ordinal), arguments.bound(call)
+    tiles, heads = most_tiles(call, config.block_m), head_group(call)
+    grid, block_m, block_n = min(tiles, d.num_sms), config.block_m, config.block_n
+
+    def boxes(call: Call) -> tuple[tuple[View, int], ...]:
+        o = call.operands
+        return (o.q, block_m), (o.k, block_n), (o.v, block_n), (call.out, 64)
+    forms = tuple(form(x, rows) for x, rows in boxes(call))
+
+    def launch(call: Call, stream: int, sequences: int = 0) -> None:
+        maps = tensor_maps(boxes(call), stream, forms)
+        kernel.launch(grid, values(call, (*maps, counter(d.ordinal, stream), sequences, tiles, heads)), stream)
+
+    def launch_packed(call: Call, stream: int) -> None:
+        with table(call, block_m, d.ordinal, stream) as sequences:
+            launch(call, stream, sequences)
+    return launch_packed if spec.packed else launch

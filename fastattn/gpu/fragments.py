@@ -158,13 +158,13 @@ def keep_from(typingctx: Any, acc: Any, lo0: Any, lo1: Any) -> Any:
     return signature(acc, acc, types.int32, types.int32), generate
 
 
-def make_pack(dtype: str) -> Any:
-    """packed = to_half(acc): rounded to 16-bit `dtype`, ready as the A operand of the next product."""
+def make_pack(dtype: str, positive: bool = False) -> Any:
+    """packed = to_half(acc): rounded to 16-bit `dtype`, ready as the A operand of the next product; `positive`: negative ones become 0."""
     @intrinsic
     def to_half(typingctx: Any, acc: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             x = unpack(builder, args[0], acc.count)
-            return pack(builder, [emit_pack_half(builder, x[k], x[k + 1], dtype) for k in range(0, acc.count, 2)])
+            return pack(builder, [emit_pack_half(builder, x[k], x[k + 1], dtype, positive) for k in range(0, acc.count, 2)])
         return signature(types.UniTuple(types.int32, acc.count // 2), acc), generate
     return to_half
 
@@ -308,10 +308,10 @@ def make_dropout(philox: Any) -> Any:
     return drop
 
 
-def _transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
-    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3."""
+def transpose_quad(builder: Any, lane: Any, words: list[Any], apart: int = 1) -> list[Any]:
+    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3; a quad's threads are `apart` lanes from each other."""
     words = list(words)
-    for distance, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
+    for distance, pairs in ((apart, ((0, 1), (2, 3))), (2 * apart, ((0, 2), (1, 3)))):
         odd = builder.icmp_unsigned("!=", builder.and_(lane, I32(distance)), I32(0))
         for i, j in pairs:
             received = emit_shuffle_xor(builder, builder.select(odd, words[i], words[j]), distance)
@@ -334,7 +334,7 @@ def store_whole_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, 
                 count, keep = min(4, len(words) - j), args[3 + r]
                 if count < 4:
                     keep = builder.select(builder.icmp_unsigned("<", thread, I32(count)), keep, I32(0))
-                pieces = _transpose_quad(builder, thread, words[j:j + 4] + [I32(0)] * (4 - count))
+                pieces = transpose_quad(builder, thread, words[j:j + 4] + [I32(0)] * (4 - count))
                 emit_store16_if(builder, keep, builder.add(address, I64(16 * j)), pieces)
         return context.get_dummy_value()
     return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import int32, uint32
+from numba import float32, int32, int64, uint32, uint64
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .dropout import philox
-from .fragments import call_scalar, col_of, row_of
+from .fragments import call_scalar, col_of, make_pack, row_of, store_rows, store_whole_rows, transpose_quad
 from .inline import inline
-from .ptx.arith import emit_exp2, emit_fma
+from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
 from .ptx.asm import F32, I32, I64, pack, unpack
 from .ptx.matrix import emit_transpose
-from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector
+from .ptx.memory import emit_add_if, emit_add_vector_if, emit_load_shared_pair, emit_store_shared_vector
+from .ptx.sync import opaque, uniform
 from .spec import Spec
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
@@ -82,69 +83,147 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
     return signature(types.none, acc, types.uint64, types.uint64, types.int64, types.int32, types.int32), generate
 
 
+@intrinsic
+def add_quads(typingctx: Any, acc: Any, pointer: Any, stride: Any, limit: Any, lane: Any) -> Any:
+    """As add_elements where a column's rows lie side by side: lanes exchange until each has four rows of one column, one addition instead
+    of four. Since sm_90. `pointer` is that of the lane's first column and row after the exchange: rows from 4 * (lane / 16) on, column
+    2 * (lane % 4) + (0, 1, 8, 9)[lane / 4 % 4]; `limit` columns exist from there."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for first in range(0, acc.count, 8):        # 16 columns
+            column = I64(col_of(first))
+            keep = builder.zext(builder.icmp_signed("<", I32(col_of(first)), args[3]), I32)
+            address = builder.add(args[1], builder.mul(args[2], column))
+            for row in (0, 8):
+                words = [x for k, x in enumerate(registers[first:first + 8]) if row_of(k) == row]
+                emit_add_vector_if(builder, keep, address, 4 * row, transpose_quad(builder, args[4], words, 4))
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.uint64, types.int64, types.int32, types.int32), generate
+
+
+# ---------------------------------------------------------------- of Hopper's kernels by keys
+def make_store(spec: Spec, DIM: int) -> Any:
+    """store(acc, pointer, by_row, dim, lane, key, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`."""
+    to_half = make_pack(spec.dtype)
+
+    @inline
+    def store(acc, pointer, by_row, dim, lane, key, end):
+        packed, col = to_half(acc), int32((lane & 3) * 2)
+        address = uint64(pointer + key * by_row + 2 * col)
+        next_row = uint64(address + uint64(8 * by_row))
+        rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
+        if dim == DIM:
+            store_whole_rows(packed, address, next_row, rows0, rows1, lane)
+        else:
+            store_rows(packed, address, next_row, rows0, rows1, int32(dim - col))
+    return store
+
+
+def make_add_dbias(spec: Spec) -> Any:
+    """add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k): dS to the sums of dbias, whose keys are side by side. Four
+    at a time where a row's alignment and the warp's keys allow. Fields: sums sums_batch sums_head sums_row."""
+    PACKED = spec.packed
+
+    @inline
+    def add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k):
+        if PACKED:
+            seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
+        plane = int64(a.sums) + batch * a.sums_batch + head * a.sums_head
+        by_row = int64(opaque(a.sums_row))      # opaque: no register a column
+        warp_keys = int32(key - (lane >> 2))
+        if uniform(int32((a.sums_row & 15) | (warp_keys + 16 > seqlen_k))) == 0:
+            number = int32((lane >> 2) & 3)
+            row = int32(query + (number & 1) + ((number & 2) << 2))
+            at = uint64(plane + int64(row) * by_row + 4 * (warp_keys + ((lane >> 4) << 2)))
+            add_quads(acc_ds, at, by_row, int32(seqlen_q - row), lane)
+        else:
+            at = uint64(plane + int64(query) * by_row + 4 * key)
+            limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
+            limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
+            add_elements(acc_ds, at, uint64(at + uint64(32)), by_row, limit0, limit1)
+    return add_dbias
+
+
 # ---------------------------------------------------------------- dropout
-def _make_keep(COUNT: int) -> tuple[Any, Any]:
+def make_draw(COUNT: int) -> Any:
+    """words = draw(query16, key16, lane, plane, offset, key0, key1): what philox.py draws for a transposed fragment of COUNT registers, 16
+    bits each; those of register 2 j are the lower half of word j. One Philox call gives 16 x 16 pairs; movmatrix turns its words."""
     @intrinsic
-    def draw(typingctx: Any, query16: Any, key16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any, threshold: Any) -> Any:
-        n = COUNT // 8
+    def draw(typingctx: Any, query16: Any, key16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
         sig = signature(types.UniTuple(types.uint32, 4), *[types.uint32] * 6)
 
         def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            query16, key16, lane, plane, offset, key0, key1, threshold = args
+            query16, key16, lane, plane, offset, key0, key1 = args
             call = call_scalar(context, builder, philox, sig)
             column = builder.add(builder.shl(key16, I32(2)), builder.and_(lane, I32(3)))
             words = []
-            for piece in range(n):
+            for piece in range(COUNT // 8):
                 row = builder.add(builder.shl(builder.add(query16, I32(piece)), I32(3)), builder.lshr(lane, I32(2)))
-                random = [emit_transpose(builder, x) for x in unpack(builder, call([row, column, plane, offset, key0, key1]), 4)]
-                bits = I32(0)
-                for k in range(8):
-                    word = random[k // 4 * 2 + row_of(k) // 8]
-                    lane16 = word if k % 2 else builder.shl(word, I32(16))
-                    keep = builder.icmp_unsigned(">=", lane16, threshold)
-                    bits = builder.or_(bits, builder.select(keep, I32(1 << k), I32(0)))
-                words.append(bits)
-            packed = []
-            for j in range(0, n, 4):
-                whole = words[j]
-                for i, bits in enumerate(words[j + 1:j + 4], 1):
-                    whole = builder.or_(whole, builder.shl(bits, I32(8 * i)))
-                packed.append(whole)
-            return pack(builder, packed)
-        return signature(types.UniTuple(types.int32, -(-n // 4)), *[types.int32] * 4, *[types.uint32] * 4), generate
-
-    @intrinsic
-    def keep(typingctx: Any, acc: Any, bits: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            words, out = unpack(builder, args[1], bits.count), []
-            for k, x in enumerate(unpack(builder, args[0], acc.count)):
-                bit = builder.and_(words[k // 32], I32(1 << (k % 32)))
-                out.append(builder.select(builder.icmp_unsigned("!=", bit, I32(0)), x, F32(0.0)))
-            return pack(builder, out)
-        return signature(acc, acc, bits), generate
-    return draw, keep
+                words += [emit_transpose(builder, x) for x in unpack(builder, call([row, column, plane, offset, key0, key1]), 4)]
+            return pack(builder, words)
+        return signature(types.UniTuple(types.int32, COUNT // 2), *[types.int32] * 4, *[types.uint32] * 3), generate
+    return draw
 
 
-def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any]:
-    """(draw, drop): bits = draw(a, key, query, plane), `key` and `query` the thread's first; acc = drop(acc, bits) is 0 where the
-    definition in philox.py drops. One Philox call gives 16 x 16 pairs; movmatrix turns its words."""
+@intrinsic
+def mark_dropped(typingctx: Any, p: Any, words: Any, threshold: Any) -> Any:
+    """-p where the draw is below the threshold, which is in the upper half of its word."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words_, out = unpack(builder, args[1], words.count), []
+        for k, x in enumerate(unpack(builder, args[0], p.count)):
+            lane16 = words_[k // 2] if k % 2 else builder.shl(words_[k // 2], I32(16))
+            out.append(builder.select(builder.icmp_unsigned(">=", lane16, args[2]), x, builder.fsub(F32(-0.0), x)))
+        return pack(builder, out)
+    return signature(p, p, words, types.uint32), generate
+
+
+@intrinsic
+def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, address: Any) -> Any:
+    """grad_scores where p may be marked: |p| * ((0 where p < 0, else dp * factor) - x[column])."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        minus, out = _minus_columns(builder, args[3], p.count), []
+        for x, y, z in zip(unpack(builder, args[0], p.count), unpack(builder, args[1], p.count), minus, strict=True):
+            rest = builder.fmul(emit_abs(builder, x), z)
+            out.append(emit_fma(builder, emit_max(builder, x, F32(0.0)), builder.fmul(y, args[2]), rest))
+        return pack(builder, out)
+    return signature(p, p, p, types.float32, types.int32), generate
+
+
+def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]:
+    """(draw, mark, pack_kept, grad): probabilities, never negative, carry in their sign what dropout drops, which costs no registers and
+    little arithmetic.
+
+    words = draw(a, key, query, plane)      `key` and `query` the thread's first
+    p = mark(a, p, words)                   negative where the definition in philox.py drops
+    half = pack_kept(p)                     rounded to 16 bits, 0 where dropped; the 1 / (1 - dropout_p) is left for later
+    acc_ds = grad(a, p, acc_dp, address)    grad_scores of what is kept; address of the thread's first delta
+    """
+    pack_kept = make_pack(spec.dtype, positive=spec.dropout)
     if not spec.dropout:
         @inline
-        def no_bits(a, key, query, plane):
+        def no_words(a, key, query, plane):
             return int32(0)
 
         @inline
-        def nothing(acc, bits):
-            return acc
-        return no_bits, nothing
-    draw_bits, keep = _make_keep(COUNT)
+        def unmarked(a, p, words):
+            return p
+
+        @inline
+        def grad_all(a, p, acc_dp, address):
+            return grad_scores(p, acc_dp, float32(1), address)
+        return no_words, unmarked, pack_kept, grad_all
+    draw_words = make_draw(COUNT)
 
     @inline
     def draw(a, key, query, plane):
         lane = int32(((key & 7) << 2) | ((query & 7) >> 1))
-        return draw_bits(int32(query >> 4), int32(key >> 4), lane, plane, uint32(a.offset), a.seed_low, a.seed_high, a.threshold)
+        return draw_words(int32(query >> 4), int32(key >> 4), lane, plane, uint32(a.offset), a.seed_low, a.seed_high)
 
     @inline
-    def drop(acc, bits):
-        return keep(acc, bits)
-    return draw, drop
+    def mark(a, p, words):
+        return mark_dropped(p, words, a.threshold)
+
+    @inline
+    def grad(a, p, acc_dp, address):
+        return grad_marked(p, acc_dp, a.keep_scale, address)
+    return draw, mark, pack_kept, grad

@@ -5,8 +5,9 @@ from typing import Any
 
 from numba import int32
 
+from .fragments import keep_from, keep_interval
 from .inline import divide, inline
-from .spec import Spec
+from .spec import FAR, Spec
 
 
 @inline
@@ -68,3 +69,49 @@ def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
         return m_min, full_min, full_max, m_max
 
     return query_bounds
+
+
+def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
+    """(key_bounds, limits_of, keep): the mask of kernels that own keys and go through blocks of BLOCK_M queries, scores transposed."""
+    LEFT, RIGHT = spec.left, spec.right
+    query_bounds = make_query_bounds(spec, BLOCK_M)
+
+    @inline
+    def key_bounds(a, first, count, seqlen_q, seqlen_k):
+        """query_bounds of `count` keys from `first`; no block is full where some of them do not exist, none is there where none do."""
+        last, diagonal = int32(min(first + count, seqlen_k) - 1), diagonal_of(a, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = query_bounds(a, first, last, diagonal, seqlen_q)
+        if first + count > seqlen_k:
+            full_max = full_min
+        if first >= seqlen_k:
+            m_max = m_min
+        return m_min, full_min, full_max, m_max
+
+    @inline
+    def interval(a, key, diagonal, seqlen_k):
+        """Queries [lo, hi) that may see a key; lo is far off where there is no such key."""
+        lo, hi = int32(-FAR), int32(FAR)
+        if RIGHT:
+            lo = int32(key - diagonal - a.right)
+        if LEFT:
+            hi = int32(key - diagonal + a.left + 1)
+        return int32(FAR) if key >= seqlen_k else lo, hi
+
+    @inline
+    def limits_of(a, key, seqlen_q, seqlen_k):
+        """The intervals of a thread's two keys, `key` and the one 8 after it."""
+        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        lo0, hi0 = interval(a, key, diagonal, seqlen_k)
+        lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
+        return lo0, hi0, lo1, hi1
+
+    @inline
+    def keep(acc_s, limits, query):
+        """Transposed scores inside the limits, others -inf; `query` is the thread's first."""
+        lo0, hi0, lo1, hi1 = limits
+        if LEFT:
+            return keep_interval(acc_s, int32(lo0 - query), int32(hi0 - query), int32(lo1 - query), int32(hi1 - query))
+        else:
+            return keep_from(acc_s, int32(lo0 - query), int32(lo1 - query))
+
+    return key_bounds, limits_of, keep

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +28,7 @@ from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_sp
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
-SHARED = ("preprocess", "postprocess", "dbias", "backward_sm90_dq")        # modules beside a family's own that launch kernels
+SHARED = "preprocess", "postprocess", "dbias", "backward_sm90_dq", "backward_sm90_wide"     # launch kernels, beside a family's own module
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,16 @@ def absent_device(arch: str) -> Device:
     return Device(0, arch, PROCESSORS[arch], config.SHARED_MEMORY[arch] * 1024, f"a device of {arch}", 0)
 
 
-def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
-    """All kernels that the call launches, found by launching it without a device. UnsupportedError where no wanted family takes it.
+_replacing = threading.Lock()
 
-    What a launch asks for is replaced in the family's module and the shared ones: kernels are noted, not loaded, addresses are 0.
+
+def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
+    """All kernels that the call launches, found by launching it without a device. UnsupportedError where no family in use takes it.
+
+    What a launch asks for is replaced in the family's module and the shared ones: kernels are noted, not loaded, addresses are 0. Only
+    for this thread: others go on launching.
     """
-    module, found = gpu.choose(call, d), list[compiler.Source]()
+    module, found, this = gpu.choose(call, d), list[compiler.Source](), threading.get_ident()
 
     def note(source: compiler.Source, ordinal: int) -> Any:
         found.append(source)
@@ -110,15 +115,22 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
             found.append(plan_packed(call.problem.seqused_k, block, by_keys))
         yield 0
 
-    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, _: [0] * len(boxes), "counter": lambda *_: 0,
+    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes), "counter": lambda *_: 0,
               "clear": lambda *_: None,
               "temporary": lambda *_: contextlib.nullcontext(0)}
-    with contextlib.ExitStack() as stack:
+
+    def replaced(original: Any, replacement: Any) -> Any:
+        return lambda *values, **more: (replacement if threading.get_ident() == this else original)(*values, **more)
+    with _replacing, contextlib.ExitStack() as stack:
         for where in (module, *(importlib.import_module(f".{name}", __package__) for name in SHARED)):
             for name in absent.keys() & vars(where).keys():
-                stack.callback(setattr, where, name, getattr(where, name))
-                setattr(where, name, absent[name])
-        module.launch(call, spec, d, 0)
+                original = getattr(where, name)
+                stack.callback(setattr, where, name, original)
+                setattr(where, name, replaced(original, absent[name]))
+        if isinstance(call, Call):
+            module.prepare(call, spec, d)(call, 0)
+        else:
+            module.launch(call, spec, d, 0)
     return found
 
 

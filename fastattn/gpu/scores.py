@@ -14,9 +14,10 @@ from .spec import LOG2E, Spec
 _LOG2E = float32(LOG2E)
 
 
-def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, Any, Any]:
+def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
-    and `col` are the thread's first query and key all the same, and what `cap_of` gave is where a softcap takes the products.
+    and `col` are the thread's first query and key all the same. TRANSPOSED or CAPPED, the backward's: a softcap takes what `cap_of` gave
+    instead of the products.
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
@@ -24,7 +25,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False) -> tuple[Any, A
     """
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
-    CAPPED = SOFTCAP and TRANSPOSED
+    CAPPED = SOFTCAP and (TRANSPOSED or CAPPED)
     bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs and not TRANSPOSED, COUNT)
     mask_tile, _ = _score_tile("bool", False, COUNT)
     load_slope = load_scalar(spec.alibi or "float32")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import int32
+from numba import cuda, int32
 
 from .inline import inline
-from .ptx import tma
+from .ptx import mbarrier, tma
+from .ptx.memory import store_shared_zero16
+from .ptx.sync import fence_async, opaque
 
 ALIGN = 1024         # 128-byte swizzle repeats every 8 rows
 
@@ -43,6 +45,28 @@ def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
     """Ask the copy engine for `count` panels (a constant) of the box of rows at `row`, which the barrier `full` waits for."""
     for p in range(count):
         tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+
+
+def make_clear(ROWS: int, PANELS: int, THREADS: int) -> Any:
+    """clear(place, rows, thread): zeros in the rows from `rows` on of PANELS panels of ROWS rows, by THREADS threads. What the copy engine
+    read past a sequence's end belongs to others and may hold anything, and 0 * NaN is not 0. Products see it after a fence_async."""
+    @inline
+    def clear(place, rows, thread):
+        at, end = int32(place + rows * 128 + thread * 16), int32(place + ROWS * 128)
+        while at < end:
+            for p in range(PANELS):
+                store_shared_zero16(at + p * ROWS * 128)
+            at = opaque(int32(at + THREADS * 16))       # opaque: not unrolled, which takes registers
+    return clear
+
+
+@inline
+def cleaned(barrier, lane):
+    """A warp has cleared a tile: says so to who waits for `barrier`, of one arrival."""
+    fence_async()
+    cuda.syncwarp()
+    if lane == 0:
+        mbarrier.arrive(barrier)
 
 
 def make_next_stage(STAGES: int) -> Any:

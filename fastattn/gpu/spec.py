@@ -70,9 +70,9 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
                 o.sinks.dtype if o.sinks else None, p.dropout is not None, lse)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """One forward: the Problem and where everything is."""
+    """One forward: the Problem and where everything is. Never changed once made, as an Operands."""
 
     problem: Problem
     operands: Operands
@@ -80,9 +80,12 @@ class Call:
     lse: View | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BackwardCall:
-    """One backward. `grads` are Views, canonical as the operands; dbias has four axes, of length 1 where bias broadcasts."""
+    """One backward, never changed once made.
+
+    `grads` are Views, canonical as the operands; dbias has four axes, of length 1 where bias broadcasts.
+    """
 
     problem: Problem
     operands: Operands
@@ -100,6 +103,7 @@ def make_backward_spec(c: BackwardCall) -> Spec:
 
 
 AnyCall = Call | BackwardCall
+Launch = Callable[[Call, int], None]      # of a call and a stream
 Values = Callable[[AnyCall], tuple[Any, ...]]
 _VIEWS: dict[str, Callable[[Any], View]] = {
     **{name: attrgetter(f"operands.{name}") for name in ("q", "k", "v")}, **{name: attrgetter(name) for name in ("out", "dout")},
@@ -182,10 +186,25 @@ class Arguments:
                   *(_strided(name) for name in strided), *_features(spec)]
         texts = [own, *(text for text, _ in groups)]
         self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
-        self._groups = [values for _, values in groups]
+        self._groups = [(values, ":l" in text) for text, values in groups]
 
     def values(self, call: AnyCall, own: tuple[Any, ...] = ()) -> list[Any]:
-        values = list(own)
-        for group in self._groups:
-            values += group(call)
+        return self.bound(call)(call, own)
+
+    def bound(self, call: AnyCall) -> Callable[[AnyCall, tuple[Any, ...]], list[Any]]:
+        """values(call, own) for this call and those that differ from it in addresses only; the rest is not looked up again."""
+        parts: list[Any] = []       # tuples of what stays, functions of the rest
+        for group, pointers in self._groups:
+            if pointers:
+                parts.append(group)
+            elif parts and isinstance(parts[-1], tuple):
+                parts[-1] += group(call)
+            else:
+                parts.append(group(call))
+
+        def values(call: AnyCall, own: tuple[Any, ...]) -> list[Any]:
+            values = list(own)
+            for part in parts:
+                values += part if isinstance(part, tuple) else part(call)
+            return values
         return values

@@ -8,8 +8,10 @@ being captured does not contain the copy.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 from cuda.bindings import driver
@@ -73,14 +75,28 @@ def _maps(ordinal: int) -> _Maps:
     return found
 
 
-def tensor_maps(boxes: tuple[tuple[View, int], ...], stream: int) -> list[int]:
-    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows, to be used by work on `stream`."""
+_numbers = itertools.count()
+
+
+@lru_cache(_MOST)
+def _number(*form: Any) -> int:
+    return next(_numbers)
+
+
+def form(x: View, rows: int) -> int:
+    """A number for all of a box that is not its address: a key that is quick to look up."""
+    return _number(x.shape, x.strides, x.dtype, rows)
+
+
+def tensor_maps(boxes: tuple[tuple[View, int], ...], stream: int, forms: tuple[int, ...] | None = None) -> list[int]:
+    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows, to be used by work on `stream`.
+    `forms` are those of the boxes, where the caller has them."""
     maps, found = _maps(boxes[0][0].device[1]), []
     with maps.lock:
         eager = not capturing(stream)
         kept = maps.eager if eager else maps.captured
-        for x, rows in boxes:
-            key = (x.ptr, x.shape, x.strides, x.dtype, rows)
+        for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
+            key = x.ptr, number
             address = kept.get(key)
             if address is None:
                 encoded = _encode(x, rows)

@@ -24,6 +24,11 @@ def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return emit(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], side_effect=False)
 
 
-def emit_pack_half(builder: Any, low: Any, high: Any, dtype: str) -> Any:
-    """Two float32 rounded to 16 bits, in one 32-bit register."""
-    return emit(builder, I32, f"{CONVERT[dtype]} $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)
+def emit_abs(builder: Any, a: Any) -> Any:
+    return emit(builder, F32, "abs.f32 $0, $1;", "=f,f", [a], side_effect=False)
+
+
+def emit_pack_half(builder: Any, low: Any, high: Any, dtype: str, positive: bool = False) -> Any:
+    """Two float32 rounded to 16 bits, in one 32-bit register; `positive`: 0 for negative ones."""
+    convert = CONVERT[dtype].replace("cvt.rn.", "cvt.rn.relu.") if positive else CONVERT[dtype]
+    return emit(builder, I32, f"{convert} $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)
