@@ -2,6 +2,7 @@
 include "call.pxi"
 include "forward.pxi"
 include "backward.pxi"
+include "transform.pxi"
 
 if workspace_setup():
     raise ImportError("fastattn: pthread setup failed")
