@@ -115,7 +115,7 @@ def backward_sm90(spec: Spec) -> BackwardConfig:
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap:      # with them, some registers spill
         return BackwardConfig(64, 128, beside=False, dq_first=True)
     crowded = spec.bias is not None or spec.mask or spec.softcap or (spec.dropout and spec.alibi is not None)
-    return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded)
+    return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded, hold=not crowded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,5 +304,5 @@ def wide_sm90(spec: Spec, part: str) -> WideConfig:
         return WideConfig(part, 2, 2)
     crowded = spec.bias is not None or spec.mask or spec.softcap
     if columns == 4:
-        return WideConfig(part, 2, 1 if columns_v == 4 else 2, late=crowded)
+        return WideConfig(part, 2, 1 if columns_v == 4 else 2, late=True)
     return WideConfig(part, 3, 1 if columns + columns_v == 7 else 2, behind=not crowded, late=spec.dbias is not None)

@@ -14,7 +14,7 @@ from numba.cuda.typing import signature
 
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from .ptx.asm import F32, I32, I64, literals, pack, unpack
-from .ptx.memory import emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
+from .ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
 from .ptx.sync import emit_shuffle_xor
 
 NEG_INF = F32(float("-inf"))
@@ -246,6 +246,44 @@ def make_gather_pairs() -> Any:
             return pack(builder, out)
         return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 2, count), generate
     return gather
+
+
+def make_gather_whole() -> Any:
+    """As make_gather for 16-bit elements at stride 2, eight columns a load: of 32, thread t of a quad reads columns 8 t to 8 t + 7 and
+    make_unpack_whole hands them out. `col` is the thread's first column. Needs rows of aligned 16-byte pieces, and 32 n columns."""
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, col: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out: list[Any] = []
+            start = builder.mul(builder.and_(args[4], I32(6)), I32(3))      # from the thread's first column 2 t to its piece's 8 t
+            for r in (0, 1):
+                pointer = builder.add(args[r], builder.zext(builder.mul(start, I32(2)), I64))
+                for first in range(0, 2 * n, 32):       # 2 n columns
+                    inside = builder.icmp_signed("<", builder.add(start, I32(first)), args[2 + r])
+                    out += emit_load16_if(builder, inside, builder.add(pointer, I64(2 * first)))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 3, count), generate
+    return gather
+
+
+def make_unpack_whole(dtype: str) -> Any:
+    """acc = unpack(tile, col): what make_gather_whole read, as float32."""
+    @intrinsic
+    def to_float(typingctx: Any, tile: Any, col: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            words, thread = unpack(builder, args[0], tile.count), builder.and_(builder.lshr(args[1], I32(1)), I32(3))
+            half = tile.count // 2
+            rows = [[word for j in range(r * half, (r + 1) * half, 4) for word in transpose_quad(builder, thread, words[j:j + 4])]
+                    for r in (0, 1)]
+            out = []
+            for pair in zip(*rows, strict=True):
+                for word in pair:
+                    out += [half_to_float(builder, x, dtype) for x in halves(builder, word)]
+            return pack(builder, out)
+        return signature(types.UniTuple(types.float32, 2 * tile.count), tile, types.int32), generate
+    return to_float
 
 
 def make_unpack(dtype: str, pairs: bool) -> Any:

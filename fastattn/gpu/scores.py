@@ -5,7 +5,17 @@ from typing import Any
 
 from numba import float32, int32, uint64
 
-from .fragments import add_rows, elementwise, keep_nonzero, make_gather, make_gather_pairs, make_pack, make_unpack
+from .fragments import (
+    add_rows,
+    elementwise,
+    keep_nonzero,
+    make_gather,
+    make_gather_pairs,
+    make_gather_whole,
+    make_pack,
+    make_unpack,
+    make_unpack_whole,
+)
 from .inline import inline
 from .ptx.arith import exp2, reciprocal
 from .ptx.memory import load_scalar
@@ -26,8 +36,9 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     CAPPED = SOFTCAP and (TRANSPOSED or CAPPED)
-    bias_tile, bias_float = _score_tile(spec.bias or "float32", spec.bias_pairs and not TRANSPOSED, COUNT)
-    mask_tile, _ = _score_tile("bool", False, COUNT)
+    bias_tile, bias_float = _score_tile(spec.bias or "float32", COUNT, spec.bias_pairs and not TRANSPOSED,
+                                        spec.bias_whole and not TRANSPOSED and COUNT % 16 == 0)
+    mask_tile, _ = _score_tile("bool", COUNT)
     load_slope = load_scalar(spec.alibi or "float32")
 
     def element(s, row, col, scale, cap, slope):
@@ -84,7 +95,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
             else:
                 acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
         if BIAS:
-            acc_s = add_rows(acc_s, bias_float(early[0]), _LOG2E)
+            acc_s = add_rows(acc_s, bias_float(early[0], col), _LOG2E)
         if MASK:
             acc_s = keep_nonzero(acc_s, early[1])
         return acc_s
@@ -114,9 +125,10 @@ def make_cap_of(spec: Spec) -> Any:
     return cap_of
 
 
-def _score_tile(dtype: str, pairs: bool, COUNT: int) -> tuple[Any, Any]:
-    """(tile, to_float): the thread's elements of a (batch, head, row, column) operand, and those as float32."""
-    gather = make_gather_pairs() if pairs else make_gather(dtype)
+def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False) -> tuple[Any, Any]:
+    """(tile, to_float): the thread's elements of a (batch, head, row, column) operand, and those as float32 for its first column."""
+    gather = make_gather_whole() if whole else make_gather_pairs() if pairs else make_gather(dtype)
+    unpack, unpack_whole = make_unpack(dtype, pairs), make_unpack_whole(dtype)
 
     @inline
     def tile(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k):
@@ -124,8 +136,17 @@ def _score_tile(dtype: str, pairs: bool, COUNT: int) -> tuple[Any, Any]:
         row1 = uint64(row0 + uint64(8 * by_row))
         limit0 = int32(seqlen_k - col) if row < seqlen_q else int32(0)
         limit1 = int32(seqlen_k - col) if row + 8 < seqlen_q else int32(0)
-        if pairs:
+        if whole:
+            return gather(row0, row1, limit0, limit1, col, COUNT)
+        elif pairs:
             return gather(row0, row1, limit0, limit1, COUNT)
         else:
             return gather(row0, row1, by_col, limit0, limit1, COUNT)
-    return tile, make_unpack(dtype, pairs)
+
+    @inline
+    def to_float(tile, col):
+        if whole:
+            return unpack_whole(tile, col)
+        else:
+            return unpack(tile)
+    return tile, to_float

@@ -23,7 +23,8 @@ class Spec:
     """Head sizes are padded to multiples of 16. `left` and `right`: whether rows have those limits.
 
     `scaled`: scores are not q.k times a positive factor, so they are computed before the maximum is taken; then softcap, alibi and
-    bias apply. alibi, bias and sinks hold their operand's dtype. `bias_pairs`: two neighbours of a 16-bit bias can be read at once.
+    bias apply. alibi, bias and sinks hold their operand's dtype. `bias_pairs`: two neighbours of a 16-bit bias can be read at once,
+    `bias_whole`: eight.
     `lse`: whether the forward writes it. Of the backward alone are `dbias`, the dtype that its sums are stored in where it is wanted,
     and `deterministic`, the same bits every run. A kernel whose code does not depend on a field is made of a Spec without it.
     """
@@ -39,6 +40,7 @@ class Spec:
     alibi: str | None = None
     bias: str | None = None
     bias_pairs: bool = False
+    bias_whole: bool = False
     mask: bool = False
     sinks: str | None = None
     dropout: bool = False
@@ -49,7 +51,7 @@ class Spec:
     @property
     def text(self) -> str:
         """Short and unique: d128 causal ..."""
-        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "mask", "dropout", "lse", "deterministic")
+        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
@@ -65,8 +67,10 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
     scaled = s.softmax_scale < 1e-30 or s.softcap is not None or s.alibi or s.bias is not None
     pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
              and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
+    whole = (pairs and o.bias is not None and o.bias.ptr % 16 == 0 and all(stride % 16 == 0 for stride in o.bias.strides[:3])
+             and p.seqlen_k % 8 == 0)
     return Spec(p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), p.mask.left is not None, p.mask.right is not None, p.packed, scaled,
-                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, s.bias, pairs, s.mask,
+                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, s.bias, pairs, whole, s.mask,
                 o.sinks.dtype if o.sinks else None, p.dropout is not None, lse)
 
 

@@ -102,6 +102,14 @@ def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
     return emit(builder, I32, text, "=r,l,r", [pointer, builder.zext(inside, I32)])
 
 
+def emit_load16_if(builder: Any, inside: Any, address: Any) -> list[Any]:
+    """Four 32-bit words at a global address, a multiple of 16; zeros and no access where `inside` is false."""
+    text = ("{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+            "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }")
+    value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=&r,=&r,=&r,=&r,l,r", [address, builder.zext(inside, I32)])
+    return [builder.extract_value(value, k) for k in range(4)]
+
+
 def emit_store16_if(builder: Any, keep: Any, address: Any, words: list[Any]) -> None:
     """Four 32-bit words to a global address that is a multiple of 16, where the 32-bit `keep` is not 0."""
     emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "l,r,r,r,r,r,~{memory}",
