@@ -291,7 +291,7 @@ def emulated(memory: Memory) -> Iterator[Machine]:
     with contextlib.ExitStack() as stack:
         schedule.plan_packed.cache_clear()      # it makes its kernel at once, of the helpers that are there
         stack.callback(schedule.plan_packed.cache_clear)
-        for module in (importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES):
+        for module in [importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES]:    # all before any is changed
             for name, value in list(vars(module).items()):
                 if name in names:
                     stack.enter_context(mock.patch.object(module, name, names[name]))

@@ -103,28 +103,6 @@ def check_scattered(launch: Any) -> None:
 add("memory.emit_add_if", "@p red.relaxed.gpu.global.add.f32", scattered, check_scattered, name="gradients.add_elements")
 
 
-
-def quads() -> Any:
-    """Adds x, turned, to a matrix of `dst`, 70 x 20: columns < n as rows, four numbers at a time."""
-    def kernel(a):
-        lane = int32(cuda.threadIdx.x)
-        number = int32((lane >> 2) & 3)
-        column = int32(2 * (lane & 3) + (number & 1) + ((number & 2) << 2))
-        at = uint64(a.dst + uint64(80 * column + 16 * (lane >> 4)))
-        g.add_quads(load(a.src, lane), at, int64(80), int32(a.n - column), lane)
-    return kernel
-
-
-def check_quads(launch: Any) -> None:
-    x = normal(16, C)
-    expected = np.full((70, 20), 2, np.float32)
-    expected[:33, :16] += x[:, :33].T
-    same(launch(x, dst=np.full((70, 20), 2, np.float32), n=33), expected)
-
-
-add("memory.emit_add_vector_if fragments.transpose_quad", "@p red.relaxed.gpu.global.add.v4.f32; shfl.sync.bfly.b32", quads, check_quads,
-    name="gradients.add_quads")
-
 _draw = g.make_draw(COUNT)
 add("matrix.emit_transpose fragments.call_scalar", "movmatrix.sync.aligned.m8n8.trans.b16",
     on_fragment(lambda acc, lane, row, col, n: g.mark_dropped(acc, _draw(

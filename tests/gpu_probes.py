@@ -515,6 +515,36 @@ for _dtype in HALVES:
         name=f"fragments.gather_pairs_{_dtype}")
 
 
+def whole_gathers(dtype: str) -> Callable[[], Any]:
+    """As gathers, of rows of 72, eight columns a load."""
+    gather, to_float = f.make_gather_whole(), f.make_unpack_whole(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            lane = int32(cuda.threadIdx.x)
+            row, col = int32(lane >> 2), int32((lane & 3) * 2)
+            at = uint64(a.other + uint64(2 * (72 * row + col)))
+            limit0, limit1 = int32(a.n - col), int32(a.n - col) if row + 8 < 10 else int32(0)
+            save(a.dst, lane, to_float(gather(at, uint64(at + uint64(8 * 72 * 2)), limit0, limit1, col, COUNT), col))
+        return kernel
+    return make
+
+
+def check_whole_gathers(dtype: str, n: int) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        operand = normal(10, 72, seed=2).astype(NUMPY[dtype])
+        inside = np.zeros((16, C), np.float32)
+        inside[:10, :n] = operand[:, :n].astype(np.float32)
+        same(as_matrix(launch(normal(16, C), operand, dst=np.zeros((COUNT, 32), np.float32), n=n)), inside)
+    return check
+
+
+for _dtype in HALVES:
+    add("fragments.make_gather_whole fragments.make_unpack_whole fragments.transpose_quad memory.emit_load16_if",
+        "@p ld.global.v4.b32; shfl.sync.bfly.b32", whole_gathers(_dtype), check_whole_gathers(_dtype, 40),
+        name=f"fragments.gather_whole_{_dtype}")
+
+
 def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
     """The fragment, packed, into rows of PITCH elements: rows < 11 and, element by element, columns < n."""
     to_half = f.make_pack(dtype)

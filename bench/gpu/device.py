@@ -83,9 +83,10 @@ class Device:
         cuda.reset_peak_memory_stats()
         before, free, reserved = cuda.memory_allocated(), cuda.mem_get_info()[0], cuda.memory_reserved()
         result = call()
+        least = cuda.mem_get_info()[0]      # before the end: a pool gives back what it does not use when the device is waited for
         self.synchronize()
         kept = cuda.memory_allocated() - before
-        elsewhere = max(0, free - cuda.mem_get_info()[0] - (cuda.memory_reserved() - reserved))
+        elsewhere = max(0, free - min(least, cuda.mem_get_info()[0]) - (cuda.memory_reserved() - reserved))
         del result
         return float(cuda.max_memory_allocated() - before - kept + elsewhere) / 1e6
 

@@ -251,7 +251,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     mbarrier.arrive(base + Q_EMPTY + 8 * before)
             acc_ds = grad(a, p, acc_dp, int32(base + DELTA + other * ROW_BYTES + 4 * col))
             if SUM_DBIAS:
-                add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k)
+                add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
             store_ds(base, to_half(acc_ds), other, w, thread, lane)

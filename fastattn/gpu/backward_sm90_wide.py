@@ -198,7 +198,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 release(base + DO_EMPTY + 8 * stage_do, lane)
                 acc_ds = grad(a, p, acc_dp, int32(base + DELTA + stage * ROW_BYTES + 4 * col))
                 if SUM_DBIAS:
-                    add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k)
+                    add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
                 if SOFTCAP:
                     acc_ds = multiply(acc_ds, slopes(cap_slope))
                 if LAST:

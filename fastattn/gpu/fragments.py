@@ -346,10 +346,10 @@ def make_dropout(philox: Any) -> Any:
     return drop
 
 
-def transpose_quad(builder: Any, lane: Any, words: list[Any], apart: int = 1) -> list[Any]:
-    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3; a quad's threads are `apart` lanes from each other."""
+def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
+    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3."""
     words = list(words)
-    for distance, pairs in ((apart, ((0, 1), (2, 3))), (2 * apart, ((0, 2), (1, 3)))):
+    for distance, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
         odd = builder.icmp_unsigned("!=", builder.and_(lane, I32(distance)), I32(0))
         for i, j in pairs:
             received = emit_shuffle_xor(builder, builder.select(odd, words[i], words[j]), distance)

@@ -13,13 +13,13 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .dropout import philox
-from .fragments import call_scalar, col_of, make_pack, row_of, store_rows, store_whole_rows, transpose_quad
+from .fragments import call_scalar, col_of, make_pack, row_of, store_rows, store_whole_rows
 from .inline import inline
 from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
 from .ptx.asm import F32, I32, I64, pack, unpack
 from .ptx.matrix import emit_transpose
-from .ptx.memory import emit_add_if, emit_add_vector_if, emit_load_shared_pair, emit_store_shared_vector
-from .ptx.sync import opaque, uniform
+from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector
+from .ptx.sync import opaque
 from .spec import Spec
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
@@ -83,24 +83,6 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
     return signature(types.none, acc, types.uint64, types.uint64, types.int64, types.int32, types.int32), generate
 
 
-@intrinsic
-def add_quads(typingctx: Any, acc: Any, pointer: Any, stride: Any, limit: Any, lane: Any) -> Any:
-    """As add_elements where a column's rows lie side by side: lanes exchange until each has four rows of one column, one addition instead
-    of four. Since sm_90. `pointer` is that of the lane's first column and row after the exchange: rows from 4 * (lane / 16) on, column
-    2 * (lane % 4) + (0, 1, 8, 9)[lane / 4 % 4]; `limit` columns exist from there."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers = unpack(builder, args[0], acc.count)
-        for first in range(0, acc.count, 8):        # 16 columns
-            column = I64(col_of(first))
-            keep = builder.zext(builder.icmp_signed("<", I32(col_of(first)), args[3]), I32)
-            address = builder.add(args[1], builder.mul(args[2], column))
-            for row in (0, 8):
-                words = [x for k, x in enumerate(registers[first:first + 8]) if row_of(k) == row]
-                emit_add_vector_if(builder, keep, address, 4 * row, transpose_quad(builder, args[4], words, 4))
-        return context.get_dummy_value()
-    return signature(types.none, acc, types.uint64, types.int64, types.int32, types.int32), generate
-
-
 # ---------------------------------------------------------------- of Hopper's kernels by keys
 def make_store(spec: Spec, DIM: int) -> Any:
     """store(acc, pointer, by_row, dim, lane, key, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`."""
@@ -120,27 +102,18 @@ def make_store(spec: Spec, DIM: int) -> Any:
 
 
 def make_add_dbias(spec: Spec) -> Any:
-    """add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k): dS to the sums of dbias, whose keys are side by side. Four
-    at a time where a row's alignment and the warp's keys allow. Fields: sums sums_batch sums_head sums_row."""
+    """add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k): dS to the sums of dbias, whose keys are side by side: eight lanes
+    fill a sector. Fields: sums sums_batch sums_head sums_row."""
     PACKED = spec.packed
 
     @inline
-    def add_dbias(a, acc_ds, batch, head, query, key, lane, seqlen_q, seqlen_k):
+    def add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k):
         if PACKED:
             seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
-        plane = int64(a.sums) + batch * a.sums_batch + head * a.sums_head
-        by_row = int64(opaque(a.sums_row))      # opaque: no register a column
-        warp_keys = int32(key - (lane >> 2))
-        if uniform(int32((a.sums_row & 15) | (warp_keys + 16 > seqlen_k))) == 0:
-            number = int32((lane >> 2) & 3)
-            row = int32(query + (number & 1) + ((number & 2) << 2))
-            at = uint64(plane + int64(row) * by_row + 4 * (warp_keys + ((lane >> 4) << 2)))
-            add_quads(acc_ds, at, by_row, int32(seqlen_q - row), lane)
-        else:
-            at = uint64(plane + int64(query) * by_row + 4 * key)
-            limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
-            limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
-            add_elements(acc_ds, at, uint64(at + uint64(32)), by_row, limit0, limit1)
+        at = uint64(int64(a.sums) + batch * a.sums_batch + head * a.sums_head + int64(query) * a.sums_row + 4 * key)
+        limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
+        limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
+        add_elements(acc_ds, at, uint64(at + uint64(32)), int64(opaque(a.sums_row)), limit0, limit1)     # opaque: no register a column
     return add_dbias
 
 

@@ -81,12 +81,6 @@ def emit_add_if(builder: Any, keep: Any, address: Any, value: Any) -> None:
          [address, value, keep])
 
 
-def emit_add_vector_if(builder: Any, keep: Any, address: Any, offset: int, values: list[Any]) -> None:
-    """As emit_add_vector, where the 32-bit `keep` is not 0."""
-    text = f"{{ .reg .pred p; setp.ne.u32 p, $5, 0; @p red.relaxed.gpu.global.add.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}}; }}"
-    emit(builder, VOID, text, "l,f,f,f,f,r,~{memory}", [address, *values, keep])
-
-
 def emit_load_vector(builder: Any, address: Any, offset: int) -> list[Any]:
     """Four float32 at a global address, a multiple of 16, and a constant."""
     text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
