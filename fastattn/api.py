@@ -34,7 +34,6 @@ from typing import Any, Literal
 import numpy as np
 
 from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view
-from .engine import load
 from .errors import UnsupportedError, message
 from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
 from .registry import choose
@@ -43,7 +42,7 @@ from .streams import Stream
 Layout = Literal["bshd", "bhsd"]
 Packed = Literal["thd"]
 _problems: dict[Any, Problem] = {}
-_load = load        # compat/transform.py takes it from here
+
 
 
 # ---------------------------------------------------------------- the four functions
