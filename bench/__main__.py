@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--backward", action="store_true", help="the backward's cases instead of the forward's")
     target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
     target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
+    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
     target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go beside it "
                         "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
     _common(target)
@@ -85,7 +86,7 @@ def _gpu(options: argparse.Namespace) -> None:
     path: Path = options.csv or ROOT / "bench" / "results" / f"gpu{part}.csv"
     if not options.from_csv:
         gpu.check_device()
-        gpu.run(chosen, options.mode, path, options.minutes)
+        gpu.run(chosen, options.mode, path, options.minutes, jobs=options.jobs)
     report_gpu(path, options.update_readme)
 
 

@@ -44,7 +44,6 @@ Packed = Literal["thd"]
 _problems: dict[Any, Problem] = {}
 
 
-
 # ---------------------------------------------------------------- the four functions
 def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,

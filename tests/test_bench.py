@@ -4,9 +4,11 @@ The GPU's part runs on CPU tensors with a wall clock, under names that are never
 """
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -354,6 +356,21 @@ def test_a_lost_child_costs_one_case(fault: str, why: str, tmp_path: Path, monke
     assert [row.case for row in found] == [case.name for case in chosen]
     assert found[0].verdict == "WRONG" and why in found[0].note and found[1].note == ""
     assert [row.case for row in results.read_csv(tmp_path / "gpu.csv")] == [case.name for case in chosen]
+
+
+def test_children_share_kernels_and_measure_one_at_a_time(tmp_path: Path) -> None:
+    parts = list(gpu_run._by_kernels(gpu_cases.forward_cases()))
+    assert sum(map(len, parts)) == len(gpu_cases.forward_cases()) and len(parts[0]) == 6
+    assert len({(case.head_dim, case.causal) for case in parts[0]}) == 1
+    path, done = tmp_path / "lock", threading.Event()
+    with path.open("w") as mine, path.open("w") as others:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: (gpu_worker.wait(others, lambda answer: None), done.set()))
+        thread.start()
+        assert not done.wait(0.3)
+        fcntl.flock(mine, fcntl.LOCK_UN)
+        assert done.wait(5)
+        thread.join()
 
 
 def test_gpu_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

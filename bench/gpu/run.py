@@ -1,13 +1,20 @@
-"""The parent: gives the cases to a child, writes each row as it comes, and goes on with a new child past a case that broke one."""
+"""The parent: gives the cases to children, writes each row as it comes, and goes on with a new child past a case that broke one.
+
+Cases that share kernels share a child. Children compile side by side, which is most of the time (25 s for each variant of
+FlashAttention-4), and measure one after another.
+"""
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -71,44 +78,80 @@ class Child:
                 return
 
 
-def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = None, patience: float = PATIENCE) -> list[Row]:
-    """Measure, print a line for each case, write the CSV row by row; the child's own output goes to a .log beside it."""
-    until = time.time() + 60 * (minutes if minutes is not None else MINUTES[mode])
-    left, rows = list(chosen), list[Row]()
-    with RowFile(path) as file, path.with_suffix(".log").open("w") as log:
-        def keep(row: Row) -> None:
-            rows.append(row)
-            file.write(row)
+def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = None, patience: float = PATIENCE,
+        jobs: int | None = None) -> list[Row]:
+    """Measure, print a line for each case, write the CSV row by row; the children's own output goes to a .log beside it.
 
-        while left:
-            child = Child.start({"cases": [asdict(case) for case in left], "budget": asdict(BUDGETS[mode]), "until": until}, log)
-            current = ""
-            for answer in child.listen(patience):
-                if "begin" in answer:
-                    current = answer["begin"]
-                elif "say" in answer:
-                    print(answer["say"], flush=True)
-                elif "rows" in answer:
-                    found = [Row(**row) for row in answer["rows"]]
-                    for row in found:
-                        keep(row)
-                    left = [case for case in left if case.name != current]
-                    print(f"[{len(chosen) - len(left):3}/{len(chosen)}] {answer['seconds']:5.1f} s  {table.brief(found)}", flush=True)
-                    current = ""
-                elif "lost" in answer:
-                    why = f"{answer['lost']}: {_last_line(path.with_suffix('.log'))}"
-                    broken = next((case for case in left if case.name == current), None)
-                    if broken is None:  # not a case's doing: a new child would not do better
-                        raise SystemExit(f"the benchmark's process ended ({why}); {len(rows)} rows are in {path}")
-                    print(f"{current}: the process was lost ({why})", flush=True)
-                    keep(_lost(broken, rows, why))
-                    left.remove(broken)
-                    break
-            else:
-                break
+    `jobs` children at once (default: as many as processors, 16 at most); with 1 nothing is compiled ahead."""
+    until = time.time() + 60 * (minutes if minutes is not None else MINUTES[mode])
+    jobs, rows = jobs or min(16, len(os.sched_getaffinity(0))), list[Row]()
+    alone = [case for case in chosen if case.group == "host"]      # the way to the kernels: while nobody compiles
+    shared = [case for case in chosen if case.group != "host"]
+    with RowFile(path) as file, path.with_suffix(".log").open("w") as log, tempfile.NamedTemporaryFile() as lock:
+        keeper = _Keeper(len(chosen), file, rows)
+        job = {"budget": asdict(BUDGETS[mode]), "until": until, "lock": lock.name if jobs > 1 else None}
+        parts = list(_by_kernels(shared)) if jobs > 1 else [shared]
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(lambda part: _measure(part, job, keeper, log, patience), parts):
+                pass
+        _measure(alone, job | {"lock": None}, keeper, log, patience)
         for row in table.geometric_means(rows):
-            keep(row)
+            keeper.keep([row])
     return rows
+
+
+def _by_kernels(chosen: Sequence[Case]) -> Iterator[list[Case]]:
+    """Cases in groups that need the same kernels, or nearly."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in chosen:
+        key = (case.head_dim, case.causal) if case.group == "grid" else ()
+        groups.setdefault((case.group, case.dtype, case.backward, *key), []).append(case)
+    yield from groups.values()
+
+
+class _Keeper:
+    """Writes and counts what children find, one at a time."""
+
+    def __init__(self, cases: int, file: RowFile, rows: list[Row]) -> None:
+        self.cases, self.done, self.file, self.rows, self.lock = cases, 0, file, rows, threading.Lock()
+
+    def keep(self, found: Sequence[Row], say: str = "") -> None:
+        with self.lock:
+            for row in found:
+                self.rows.append(row)
+                self.file.write(row)
+            if say:
+                self.done += 1
+                print(f"[{self.done:3}/{self.cases}] {say}", flush=True)
+
+
+def _measure(cases: Sequence[Case], job: dict[str, Any], keeper: _Keeper, log: IO[str], patience: float) -> None:
+    """All of `cases`, by as many children as it takes."""
+    left = list(cases)
+    while left:
+        child = Child.start(job | {"cases": [asdict(case) for case in left]}, log)
+        current = ""
+        for answer in child.listen(patience):
+            if "begin" in answer:
+                current = answer["begin"]
+            elif "say" in answer:
+                print(answer["say"], flush=True)
+            elif "rows" in answer:
+                found = [Row(**row) for row in answer["rows"]]
+                left = [case for case in left if case.name != current]
+                keeper.keep(found, f"{answer['seconds']:5.1f} s  {table.brief(found)}")
+                current = ""
+            elif "lost" in answer:
+                why = f"{answer['lost']}: {_last_line(Path(log.name))}"
+                broken = next((case for case in left if case.name == current), None)
+                if broken is None:  # not a case's doing: a new child would not do better
+                    raise SystemExit(f"the benchmark's process ended ({why}); {len(keeper.rows)} rows are in {Path(log.name).parent}")
+                print(f"{current}: the process was lost ({why})", flush=True)
+                keeper.keep([_lost(broken, keeper.rows, why)], "lost")
+                left.remove(broken)
+                break
+        else:
+            break
 
 
 def _lost(case: Case, rows: Sequence[Row], why: str) -> Row:

@@ -1,11 +1,15 @@
-"""The child process: measures the cases of a job (JSON on stdin) and answers line by line in JSON on stdout.
+"""A child process: measures the cases of a job (JSON on stdin) and answers line by line in JSON on stdout.
 
     {"begin": case name}, then {"rows": [...]} for it; {"say": text} in between; the parent sees by these where a crash or a hang was.
+    {"waiting": seconds} while others measure.
 
-For each case everybody runs once (compilation, errors against float64), then all are timed in turns.
+A job's kernels are compiled first, beside those of other children; from then on it has the device for itself, by a lock on a file. For each
+case everybody runs once (errors against float64), then all are timed in turns.
 """
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -13,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 
 from ..case import Case, Measure
 from ..results import Row, Where, make_row
@@ -79,6 +83,18 @@ class Bench:
         yield self._own(case, entries["fastattn"], yardstick, measure_stick)
         yield from (self._rival(case, name, entries["fastattn"], entry) for name, entry in entries.items() if name != "fastattn")
         yield from (self._best(case, bar.against, entries) for bar in case.bars if "|" in bar.against)
+
+    def compile(self, case: Case) -> None:
+        """A first call of everybody in a case, for the kernels that it compiles; who fails says so when the case is measured."""
+        if case.group == "memory":      # it is large
+            return
+        x = rivals.make_inputs(case, self.device.name)
+        for name in ("fastattn", *case.against):
+            if not rivals.missing(name):
+                with contextlib.suppress(Exception):
+                    self._make(case, x, name).call()
+        del x
+        self.device.release()
 
     def _make(self, case: Case, x: Inputs, name: str) -> Runner:
         if name == "fastattn":
@@ -217,23 +233,42 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any)
     if why:
         say({"say": f"the backward cases are left out: {why}"})
         cases = [case for case in cases if not case.alone]
-    for number, case in enumerate(cases):
-        if time.time() > job["until"]:
-            say({"say": f"out of time: {len(cases) - number} cases not run, from {case.name}"})
-            break
-        say({"begin": case.name})
-        start = time.perf_counter()
-        rows = [asdict(row) for row in bench.rows(case)]
-        device.release()
-        say({"rows": rows, "seconds": time.perf_counter() - start})
+    with open(job["lock"], "w") if job.get("lock") else contextlib.nullcontext() as lock:
+        if lock is not None:
+            for case in cases:
+                bench.compile(case)
+            wait(lock, say)
+        for number, case in enumerate(cases):
+            if time.time() > job["until"]:
+                say({"say": f"out of time: {len(cases) - number} cases not run, from {case.name}"})
+                break
+            say({"begin": case.name})
+            start = time.perf_counter()
+            rows = [asdict(row) for row in bench.rows(case)]
+            device.release()
+            say({"rows": rows, "seconds": time.perf_counter() - start})
     say({"end": True})
+
+
+def wait(lock: IO[str], say: Callable[[dict[str, Any]], None]) -> None:
+    """Until no other child has the device; it is free again when this one ends, however it ends."""
+    start = said = time.perf_counter()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+        if time.perf_counter() - said > 20:
+            said = time.perf_counter()
+            say({"waiting": said - start})
 
 
 def main() -> None:
     # Answers have a descriptor of their own: compilers print what they like on stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # FA4 keeps what it compiles, so that a child that had to be started again does not compile it again.
+    # FA4 may keep what it compiles, so that a child that had to be started again does not compile it again.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from .device import Device
 
