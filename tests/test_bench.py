@@ -359,6 +359,9 @@ def test_a_lost_child_costs_one_case(fault: str, why: str, tmp_path: Path, monke
 
 
 def test_children_share_kernels_and_measure_one_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from bench.gpu import worker as gpu_worker
+
     parts = list(gpu_run._by_kernels(gpu_cases.forward_cases()))
     assert sum(map(len, parts)) == len(gpu_cases.forward_cases()) and len(parts[0]) == 6
     assert len({(case.head_dim, case.causal) for case in parts[0]}) == 1
