@@ -11,7 +11,7 @@ import importlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from .errors import message
@@ -118,11 +118,16 @@ def resolve(stream: Any, home: Home | None, call: str) -> Stream | None:
             raise ValueError(message(call, "stream", f"is {stream!r}", "None, because q is in host memory"))
         return None
     if stream is None:
-        return Stream(home.stream, home.device, None, home.ordered_by)
+        return _current(home)
     found = Stream(_handle(stream, call), home.device, stream, home.ordered_by)
     if home.ordered_by is not None:
         wait(found, home.stream)
     return found
+
+
+@lru_cache(1024)
+def _current(home: Home) -> Stream:
+    return Stream(home.stream, home.device, None, home.ordered_by)
 
 
 def _handle(stream: Any, call: str) -> int:

@@ -103,7 +103,7 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
             x = arrays[which]
             assert x is not None
             place = View(places[which], x.shape, contiguous(x.shape, x.itemsize), x.dtype.name, ("cuda", 0))
-            [addresses[k]] = tensor_maps(((place, rows),), 1)
+            [addresses[k]] = tensor_maps(((place, rows),), False)
         compiler.Kernel(source, 0).launch(1, [*places.values(), *addresses, n], 1)
         assert dst is not None
         result = np.empty_like(dst)

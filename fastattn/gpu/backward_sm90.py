@@ -27,7 +27,7 @@ from . import backward_sm90_dq, backward_sm90_wide, dbias
 from .compile import Source
 from .compile import load as load_kernel
 from .config import BackwardConfig, backward_sm90, feature_weight
-from .device import Device
+from .device import Device, capturing
 from .fragments import make_pack, make_unpack, scale_rows, zeros
 from .gradients import PIECE, exp2_columns, make_add_dbias, make_dropout_transposed, make_store, multiply, store_piece
 from .inline import inline
@@ -408,6 +408,6 @@ def launch_both(call: BackwardCall, spec: Spec, config: BackwardConfig, rows: Ro
     """Enqueue this file's kernel; arguments as in backward_sm90_wide.launch."""
     p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
-           p.score.softmax_scale, *sums)
+    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call),
+           p.num_heads_k, p.score.softmax_scale, *sums)
     load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

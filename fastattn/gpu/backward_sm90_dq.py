@@ -27,7 +27,7 @@ from numba.cuda.typing import signature
 from .compile import Source
 from .compile import load as load_kernel
 from .config import QueryConfig, query_sm90
-from .device import Device
+from .device import Device, capturing
 from .dropout import make_dropout
 from .fragments import (
     exp2_minus,
@@ -340,6 +340,6 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -
     tiles = most_tiles(call, BLOCK_M)
     with table(call, BLOCK_M, d.ordinal, stream) as sequences:
         boxes = (o.q, BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, BLOCK_M)
-        own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call),
+        own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call),
                call.problem.score.softmax_scale)
         kernel.launch(tiles, arguments_of(spec).values(call, own), stream)

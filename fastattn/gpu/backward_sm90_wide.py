@@ -24,7 +24,7 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 from .compile import Source
 from .compile import load as load_kernel
 from .config import WideConfig, wide_sm90
-from .device import Device
+from .device import Device, capturing
 from .fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
 from .gradients import exp2_columns, make_add_dbias, make_dropout_transposed, make_store, multiply
 from .inline import inline
@@ -316,8 +316,8 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tup
     preprocess.preprocessed; `sequences`: the table by keys in blocks of BLOCK_N; `sums`: of postprocess.dbias_sums."""
     o, tiles = call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, BLOCK_M)
-    own = (*tensor_maps(boxes, stream), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call), call.problem.num_heads_k,
-           call.problem.score.softmax_scale, *sums)
+    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call),
+           call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
     spec = replace(spec, deterministic=False)
     for part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
         kernel = load_kernel(source(part[0], wide_sm90(*part)), d.ordinal)

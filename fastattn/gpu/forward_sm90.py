@@ -25,7 +25,7 @@ from . import config as configs
 from .compile import Source
 from .compile import load as load_kernel
 from .config import Config, feature_weight
-from .device import Device
+from .device import Device, capturing
 from .dropout import make_dropout
 from .epilogue import OUT_PANEL, make_epilogue
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros, zeros_packed
@@ -431,8 +431,9 @@ def prepare(call: Call, spec: Spec, d: Device) -> Launch:
     forms = tuple(form(x, rows) for x, rows in boxes(call))
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
-        maps = tensor_maps(boxes(call), stream, forms)
-        kernel.launch(grid, values(call, (*maps, counter(d.ordinal, stream), sequences, tiles, heads)), stream)
+        captured = capturing(stream)
+        maps = tensor_maps(boxes(call), captured, forms)
+        kernel.launch(grid, values(call, (*maps, counter(d.ordinal, captured), sequences, tiles, heads)), stream)
 
     def launch_packed(call: Call, stream: int) -> None:
         with table(call, block_m, d.ordinal, stream) as sequences:

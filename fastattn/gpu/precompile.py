@@ -116,7 +116,7 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
         yield 0
 
     absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes), "counter": lambda *_: 0,
-              "clear": lambda *_: None,
+              "capturing": lambda *_: False, "clear": lambda *_: None,
               "temporary": lambda *_: contextlib.nullcontext(0)}
 
     def replaced(original: Any, replacement: Any) -> Any:

@@ -18,7 +18,7 @@ from cuda.bindings import driver
 
 from ..buffers import View
 from ..streams import check
-from .device import capturing, private_stream, relaxed
+from .device import private_stream, relaxed
 
 _CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each
 _MOST = 65536                  # of a device; past it the least recently used goes, more launches ago than can be pending
@@ -88,13 +88,12 @@ def form(x: View, rows: int) -> int:
     return _number(x.shape, x.strides, x.dtype, rows)
 
 
-def tensor_maps(boxes: tuple[tuple[View, int], ...], stream: int, forms: tuple[int, ...] | None = None) -> list[int]:
-    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows, to be used by work on `stream`.
-    `forms` are those of the boxes, where the caller has them."""
+def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
+    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows; `captured`: for work that is being
+    captured into a graph. `forms` are those of the boxes, where the caller has them."""
     maps, found = _maps(boxes[0][0].device[1]), []
     with maps.lock:
-        eager = not capturing(stream)
-        kept = maps.eager if eager else maps.captured
+        kept = maps.captured if captured else maps.eager
         for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
             key = x.ptr, number
             address = kept.get(key)
@@ -102,7 +101,7 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], stream: int, forms: tuple[i
                 encoded = _encode(x, rows)
                 with relaxed():
                     address = kept[key] = maps.place(encoded)
-            elif eager:
+            elif not captured:
                 maps.eager.move_to_end(key)
             found.append(address)
     return found

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from cuda.bindings import driver
 
 from ..streams import check
-from .device import capturing, private_stream, relaxed
+from .device import private_stream, relaxed
 
 _COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
 
@@ -47,10 +47,10 @@ def _device(ordinal: int) -> _Device:
     return found
 
 
-def counter(ordinal: int, stream: int) -> int:
+def counter(ordinal: int, captured: bool) -> int:
     """Address of two int32 zeros for one launch, which must leave them zero. A captured launch keeps its own."""
     d = _device(ordinal)
-    return d.memory + 8 * next(d.next_captured if capturing(stream) else d.next)
+    return d.memory + 8 * next(d.next_captured if captured else d.next)
 
 
 @contextmanager
