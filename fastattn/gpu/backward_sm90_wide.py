@@ -197,8 +197,9 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 acc_dp = wait_dp(acc_dp)
                 release(base + DO_EMPTY + 8 * stage_do, lane)
                 acc_ds = grad(a, p, acc_dp, int32(base + DELTA + stage * ROW_BYTES + 4 * col))
-                if SUM_DBIAS:
-                    add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
+                if SUM_DBIAS:       # coordinates again: kept so long, they would spill
+                    own = opaque(lane)
+                    add_dbias(a, acc_ds, batch, head, int32(m * BLOCK_M + (own & 3) * 2), int32(warp_keys + (own >> 2)), seqlen_q, seqlen_k)
                 if SOFTCAP:
                     acc_ds = multiply(acc_ds, slopes(cap_slope))
                 if LAST:
