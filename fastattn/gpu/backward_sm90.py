@@ -41,7 +41,7 @@ from .ptx.memory import shared_address
 from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
-from .smem import Smem, cleaned, copy_rows, make_clear, make_next_stage
+from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
 from .spec import Arguments, BackwardCall, Spec, make_spec
 from .tensormap import fits, tensor_maps
 
@@ -61,7 +61,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
     LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
-    ROWS_CLEAN, KEYS_CLEAN = smem.barriers(1), smem.barriers(1)      # of the last blocks of a packed sequence
+    ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
     WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
     PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
@@ -115,7 +115,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                         mbarrier.wait(base + full_do, int32((j >> 1) & 1))
                         clear_rows(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
                         clear_rows(int32(base + DO + other * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        cleaned(base + ROWS_CLEAN, lane)
+                        cleaned(base + ROWS_CLEAN + 8 * (head & 1), lane)
                 stage, phase = next_stage(stage, phase)
                 j = int32(j + 1)
                 m = opaque(int32(m + 1))
@@ -189,7 +189,8 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 stage, phase = next_stage(stage, phase)
             if PACKED:
                 ragged = (m + 1) * BLOCK_M > seqlen_q
-                mbarrier.wait(int32(base + (ROWS_CLEAN if ragged else Q_FULL + 8 * stage)), int32(head & 1 if ragged else phase))
+                full = int32(base + (ROWS_CLEAN + 8 * (head & 1) if ragged else Q_FULL + 8 * stage))
+                mbarrier.wait(full, int32((head >> 1) & 1 if ragged else phase))
             else:
                 mbarrier.wait(base + Q_FULL + 8 * stage, phase)
             wgmma.fence()
@@ -309,11 +310,9 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 for s in range(2):
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
-                mbarrier.init(base + ROWS_CLEAN, int32(1))
                 mbarrier.init(base + KEYS_CLEAN, int32(1))
+                init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
                 mbarrier.fence_init()
-                if (head_k * a.group) & 1 != 0:     # so that the phase for a head is its number's parity
-                    mbarrier.arrive(base + ROWS_CLEAN)
             cuda.syncthreads()
             if warpgroup == 0:
                 give_registers()

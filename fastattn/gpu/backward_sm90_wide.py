@@ -36,7 +36,7 @@ from .ptx.memory import shared_address
 from .ptx.sync import decrease_registers, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
-from .smem import Smem, cleaned, copy_rows, make_clear, make_next_stage, panels
+from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage, panels
 from .spec import Arguments, BackwardCall, Spec
 from .tensormap import tensor_maps
 
@@ -57,7 +57,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
     K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES if DK else 0), smem.take(Q_STAGES * Q_BYTES), smem.take(DO_STAGES * DO_BYTES)
     LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(Q_STAGES * ROW_BYTES if DK else 0, 128)
     K_FULL, V_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, 1, Q_STAGES, Q_STAGES, DO_STAGES, DO_STAGES))
-    ROWS_CLEAN, PRODUCERS = smem.barriers(1), 32 if spec.packed else 1
+    ROWS_CLEAN, PRODUCERS = smem.barriers(2), 32 if spec.packed else 1
     WARPS, Q_ARRIVE = 4 * CONSUMERS, Q_BYTES + (2 if DK else 1) * ROW_BYTES
     PACKED, SCALED, DROPOUT, SOFTCAP, SUM_DBIAS = spec.packed, spec.scaled, spec.dropout, spec.softcap, spec.dbias is not None and DK
     qk, pv = wgmma.make_products(spec.dtype)
@@ -107,7 +107,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                         mbarrier.wait(base + full_do, int32(phase_do ^ 1))
                         clear_q(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
                         clear_do(int32(base + DO + stage_do * DO_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        cleaned(base + ROWS_CLEAN, lane)
+                        cleaned(base + ROWS_CLEAN + 8 * (head & 1), lane)
                 stage, phase = next_stage(stage, phase)
                 stage_do, phase_do = next_do(stage_do, phase_do)
                 m = opaque(int32(m + 1))
@@ -159,7 +159,8 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                     stage_do, phase_do = next_do(stage_do, phase_do)
             if PACKED:
                 ragged = (m + 1) * BLOCK_M > seqlen_q
-                mbarrier.wait(int32(base + (ROWS_CLEAN if ragged else Q_FULL + 8 * stage)), int32(head & 1 if ragged else phase))
+                full = int32(base + (ROWS_CLEAN + 8 * (head & 1) if ragged else Q_FULL + 8 * stage))
+                mbarrier.wait(full, int32((head >> 1) & 1 if ragged else phase))
             else:
                 mbarrier.wait(base + Q_FULL + 8 * stage, phase)
             wgmma.fence()
@@ -267,10 +268,8 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 for s in range(DO_STAGES):
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
-                mbarrier.init(base + ROWS_CLEAN, int32(1))
+                init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
                 mbarrier.fence_init()
-                if (head_k * a.group) & 1 != 0:     # so that the phase for a head is its number's parity
-                    mbarrier.arrive(base + ROWS_CLEAN)
             cuda.syncthreads()
             if warpgroup == 0:
                 give_registers()

@@ -288,7 +288,8 @@ class WideConfig:
 
     def __post_init__(self) -> None:
         assert self.part in ("dk", "dv") and not (self.part == "dv" and (self.behind or self.late))
-        assert self.do_stages >= 1 and self.q_stages >= 1 + (self.part == "dk"), "Q is used by the step after, too"
+        assert self.q_stages >= 1 + (self.part == "dk"), "Q is used by the step after, too"
+        assert self.do_stages in (1, 2), "the producer may clean for two heads ahead, no more: smem.init_clean"
         assert not (self.behind and self.late), "dK of the block before would wait for P"
 
     @property

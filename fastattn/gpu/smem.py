@@ -61,6 +61,16 @@ def make_clear(ROWS: int, PANELS: int, THREADS: int) -> Any:
 
 
 @inline
+def init_clean(base, barriers, head):
+    """Two barriers for the heads from `head` on, in turn, because a producer with two stages may have cleaned for two before anybody
+    waited for the first: head h waits for number h % 2, phase h / 2 % 2."""
+    for odd in range(2):
+        mbarrier.init(base + barriers + 8 * odd, int32(1))
+        if ((head + ((head ^ odd) & 1)) >> 1) & 1 != 0:     # the first head of this barrier begins with phase 1
+            mbarrier.arrive(base + barriers + 8 * odd)
+
+
+@inline
 def cleaned(barrier, lane):
     """A warp has cleared a tile: says so to who waits for `barrier`, of one arrival."""
     fence_async()
