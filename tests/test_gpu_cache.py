@@ -243,3 +243,15 @@ def test_a_want_finds_the_kernels_of_its_family() -> None:
         with pytest.raises(fastattn.UnsupportedError, match="sm90"):
             precompile.sources(call, spec, precompile.absent_device("sm_80"))
     assert sorted(key.split()[0] for key in keys) == ["forward_sm90", "plan_packed"] and any("plan_packed BLOCK_M" in key for key in keys)
+
+
+def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """forward_sm80's tiling depends on q, k and v being aligned, and on out: not on which of the two is not."""
+    made: list[object] = []
+    monkeypatch.setattr(gpu, "_prepare", lambda *call: made.append(call))
+    call, _ = precompile.Want("float16", 64).call()
+    d, o, aligned = precompile.absent_device("sm_80"), call.operands, 1 << 20
+    for q, out, expected in ((aligned, aligned, 1), (aligned + 16, aligned, 1), (aligned + 8, aligned, 2), (aligned, aligned + 8, 3)):
+        moved = replace(call, operands=replace(o, q=replace(o.q, ptr=q)), out=replace(call.out, ptr=out))
+        gpu._prepared(moved, d, ("sm80",))
+        assert len(made) == expected

@@ -83,7 +83,7 @@ def _prepared(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
     p, o, out = call.problem, call.operands, call.out
     if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
         return _prepare(call, d, families)
-    key = (id(p), d.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr | out.ptr) % 16,
+    key = (id(p), d.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, out.ptr % 16,
            call.lse is None, families)
     found = _launches.get(key)
     if found is None or found[0] is not p:
@@ -118,7 +118,7 @@ def _chosen_backward(call: BackwardCall, d: Device, families: tuple[str, ...]) -
         return choose(call, d, families), make_backward_spec(call)
     views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
     pointers = reduce(or_, (x.ptr for x in views))
-    key = (id(p), d.ordinal, "backward", *(x.strides for x in views), pointers % 16, call.deterministic, families)
+    key = (id(p), d.ordinal, *(x.strides for x in views), pointers % 16, call.deterministic, families)
     found = _choices.get(key)
     if found is None or found[0] is not p:
         if len(_choices) >= 1000:

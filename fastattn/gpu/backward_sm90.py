@@ -65,7 +65,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
     PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    DQ_FIRST, DRAW_FIRST, HOLD, SOFTCAP = config.dq_first and SUM_DQ, config.draw_first and DROPOUT, config.hold, spec.softcap
+    DQ_FIRST, HOLD, SOFTCAP = config.dq_first and SUM_DQ, config.hold, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
     to_half = make_pack(spec.dtype)
@@ -202,9 +202,6 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 wgmma.commit()
                 acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
                 wgmma.commit()
-            if DRAW_FIRST:
-                words = draw(a, key, query, int32(batch * a.num_heads + head))
-                hold(base)
             if FIRST:
                 acc_s = wgmma.wait_all(acc_s)
             elif DQ_FIRST:
@@ -222,9 +219,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
             p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
-            if not DRAW_FIRST:
-                words = draw(a, key, query, int32(batch * a.num_heads + head))
-            p = mark(a, p, words)
+            p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
             p_half = pack_kept(p)
             if not FIRST and SUM_DQ and not DQ_FIRST:
                 if HOLD:

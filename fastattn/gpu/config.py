@@ -90,7 +90,6 @@ class BackwardConfig:
     `dq_first`: dQ of the block before is added up before the scores are touched, which frees its registers for bias and mask; 3 % faster at
     head_dim 64.
     `hold`: without dq_first, the wait for dQ is held behind P's exponentials, where the assembler would put it in front of them.
-    `draw_first`: dropout's numbers are drawn before the wait for S, which takes half as many registers as scores until they are used.
     """
 
     dim: int
@@ -99,7 +98,6 @@ class BackwardConfig:
     beside: bool = True
     dq_first: bool = False
     hold: bool = False
-    draw_first: bool = False
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
@@ -107,7 +105,7 @@ class BackwardConfig:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside + " dq_first" * self.dq_first
-                + " hold" * self.hold + " draw_first" * self.draw_first)
+                + " hold" * self.hold)
 
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
