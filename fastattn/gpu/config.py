@@ -14,10 +14,8 @@ class Config:
 
     `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup; with 0 the output
     goes from the registers to global memory, 16 bytes a thread at a time.
-    `beside`: the softmax is held before the wait for the product that it runs beside; the assembler would put it behind.
     `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
-    `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products;
-    1: the next may issue once this one's are issued, 2: once this one's scores are there.
+    `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products.
     `optimistic`: blocks without a structural mask are exponentiated under the maximum so far; their own is only looked for where that
     overflows.
     """
@@ -26,9 +24,8 @@ class Config:
     block_n: int
     stages: int = 2
     out_panels: int = 4
-    beside: bool = True
     lazy: bool = True
-    turns: int = 0
+    turns: bool = False
     optimistic: bool = True
 
     def __post_init__(self) -> None:
@@ -46,8 +43,8 @@ class Config:
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + " beside" * self.beside + " lazy" * self.lazy
-                + " optimistic" * self.optimistic + f" turns {self.turns}" * (self.turns > 0))
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + " lazy" * self.lazy
+                + " optimistic" * self.optimistic + " turns" * self.turns)
 
 
 def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
@@ -61,16 +58,16 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     again = spec.alibi is None and not several and (spec.bias is None or spec.bias_pairs)
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            return Config(128, 64 if several else 128, turns=1, optimistic=again)
-        return Config(192, 128, turns=1, optimistic=again)
+            return Config(128, 64 if several else 128, turns=True, optimistic=again)
+        return Config(192, 128, turns=True, optimistic=again)
     if dim <= 128:
-        return Config(128, 64 if several else 96 if heavy else 128, turns=1, optimistic=again)
+        return Config(128, 64 if several else 96 if heavy else 128, turns=True, optimistic=again)
     if dim <= 192:
-        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=1, optimistic=again)
+        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=True, optimistic=again)
     if heavy:
         return Config(128, 32, out_panels=2, optimistic=False)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
-    return Config(128, 80, out_panels=0, turns=1) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2, optimistic=plain)
+    return Config(128, 80, out_panels=0, turns=True) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2, optimistic=plain)
 
 
 def feature_weight(spec: Spec) -> int:

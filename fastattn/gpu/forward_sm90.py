@@ -62,10 +62,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, LEFT, MASKED_ALWAYS, LAZY, BESIDE = spec.packed, spec.left, spec.left or spec.right, config.lazy, config.beside
+    PACKED, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.left, spec.left or spec.right, config.lazy
     TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
     OPTIMISTIC = config.optimistic
-    TURNS, LATE = config.turns > 0 and CONSUMERS > 1, config.turns == 2
+    TURNS = config.turns and CONSUMERS > 1
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -201,6 +201,21 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
 
+    @inline
+    def issue(base, w, acc_o, p, stage, before, parity, had):
+        """S of the block in `stage`, then O += P V of the one `before`, whose V is waited for where there `had` been one."""
+        wait_turn(w)
+        wgmma.fence()
+        acc_s = qk(zeros(COUNT_S), q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+        wgmma.commit()
+        if had:
+            mbarrier.wait(base + V_FULL + 8 * before, parity)
+        wgmma.fence()
+        acc_o = pv(acc_o, p, v_stage(base, before))
+        wgmma.commit()
+        pass_turn(w)
+        return acc_s, acc_o
+
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
@@ -210,22 +225,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             it = int32(it + 1)
             stage = int32(it & (STAGES - 1))
             column = int32(n_block * BLOCK_N + col)
-            acc_s = zeros(COUNT_S)
             mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-            wait_turn(w)
-            wgmma.fence()
-            acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
-            wgmma.commit()
-            mbarrier.wait(base + V_FULL + 8 * before, parity)
-            wgmma.fence()
-            acc_o = pv(acc_o, p, v_stage(base, before))
-            wgmma.commit()
-            if not LATE:
-                pass_turn(w)
+            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, True)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             acc_s = wgmma.wait_all_but_one(acc_s)
-            if LATE:
-                pass_turn(w)
             # each wait for O stands in both branches: in straight code the assembler moves it up, before the softmax that should run
             # beside the product
             if OPTIMISTIC_STEP:
@@ -245,15 +248,10 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     acc_s = keep(acc_s, rows, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
-                if BESIDE:
-                    if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                        acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
-                    else:
-                        acc_o = wgmma.wait_all(acc_o)
+                if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                    acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
                 else:
                     acc_o = wgmma.wait_all(acc_o)
-                    if not LAZY or any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                        acc_o = scale_rows(acc_o, alpha0, alpha1)
             if lane == 0:
                 mbarrier.arrive(base + V_EMPTY + 8 * before)
             p = to_half(acc_s)
@@ -318,25 +316,12 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
                 it = int32(it + 1)
                 stage = int32(it & (STAGES - 1))
-                acc_s = zeros(COUNT_S)
                 if more != 0:
                     mbarrier.wait(base + Q_FULL, int32(i & 1))
                     mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-                wait_turn(w)
-                wgmma.fence()
-                acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
-                wgmma.commit()
-                if had != 0:
-                    mbarrier.wait(base + V_FULL + 8 * before, parity)
-                wgmma.fence()
-                acc_o = pv(acc_o, p, v_stage(base, before))
-                wgmma.commit()
-                if not LATE:
-                    pass_turn(w)
+                acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, had != 0)
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
                 acc_s = wgmma.wait_all_but_one(acc_s)
-                if LATE:
-                    pass_turn(w)
                 if lane == 0 and more != 0:
                     mbarrier.arrive(base + K_EMPTY + 8 * stage)
                     if n_block == n_min:
