@@ -157,7 +157,10 @@ def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View
     `stream`, the call's, then waits for the work that makes x, where that is on another. Raises TypeError, naming `call` and
     `argument`, for anything else and for dtypes that no argument takes.
     """
-    if type(x) is np.ndarray or isinstance(x, np.ndarray):
+    known = _libraries.get(type(x))
+    if known is not None:
+        return known.view(x, call, argument, stream)
+    if isinstance(x, np.ndarray):
         name = _NAMES.get(x.dtype)
         flags = x.flags
         if name is None or not flags.aligned or type(x) is not np.ndarray:

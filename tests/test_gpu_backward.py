@@ -143,10 +143,14 @@ def test_fuzz(profile: str, family: str) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
+OWN_FORWARD = Case("own_forward", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=300, seqlen_k=420, head_dim=64, causal=True,
+                   dropout_p=0.1, sinks=True, dlse=True)
+
+
 @pytest.mark.parametrize("family", families_here(gpu.FAMILIES))
 def test_after_its_own_forward(family: str) -> None:
     """What a training step does: out and lse are the GPU's."""
-    case = for_family(BY_NAME["everything_float32"], family)
+    case = BY_NAME["everything_float32"] if family in ("any", "simt") else OWN_FORWARD      # tensor cores do not take all at once
     inputs = case.make()
     args, kwargs = device_arguments(inputs)
     out, lse = function_of(inputs)(*args, **kwargs, return_lse=True)

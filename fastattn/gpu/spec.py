@@ -129,14 +129,13 @@ def _group(on: bool, fields: str, values: Values) -> list[tuple[str, Values]]:
     return [(fields, values)] if on else []
 
 
-def _strided(name: str) -> tuple[str, Values]:
+def _strided(name: str) -> list[tuple[str, Values]]:
     """Pointer and strides in bytes of q, k, v, out, dout, dq, dk or dv."""
     view = _VIEWS[name]
 
-    def values(c: AnyCall) -> tuple[Any, ...]:
-        x = view(c)
-        return x.ptr, _stride(x, -4), _stride(x, -3), _stride(x, -2), _stride(x, -1)
-    return f"{name}:l {name}_batch:q {name}_row:q {name}_head:q {name}_dim:q", values
+    def strides(c: AnyCall) -> tuple[int, ...]:
+        return tuple([_stride(view(c), axis) for axis in (-4, -3, -2, -1)])
+    return [(f"{name}:l", lambda c: (view(c).ptr,)), (f"{name}_batch:q {name}_row:q {name}_head:q {name}_dim:q", strides)]
 
 
 def _score_operand(name: str, view: Callable[[AnyCall], View | None]) -> tuple[str, Values]:
@@ -187,7 +186,7 @@ class Arguments:
 
     def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = ()) -> None:
         groups = [("seqlen_q:i seqlen_k:i batch:i num_heads:i group:i head_dim:i head_dim_v:i total_q:i", _sizes),
-                  *(_strided(name) for name in strided), *_features(spec)]
+                  *(group for name in strided for group in _strided(name)), *_features(spec)]
         texts = [own, *(text for text, _ in groups)]
         self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
         self._groups = [(values, ":l" in text) for text, values in groups]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..streams import check
 from .device import private_stream, relaxed
 
 _CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each
-_MOST = 65536                  # of a device; past it the least recently used goes, more launches ago than can be pending
+_MOST = 32768                  # of a device in one generation, more than the maps of all launches that can be pending
 _DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 PANEL = 64                     # elements of a 128-byte row
 
@@ -40,19 +39,35 @@ def fits(x: View) -> str | None:
 
 
 class _Maps:
-    """Of one device: addresses by key. What a captured graph uses is never given up."""
+    """Of one device: addresses by key. What a captured graph uses is never given up. The others are of two generations: one found in the
+    older moves to the newer, and when that is full the older one's memory is used again. Finding one so is a single look-up, without a lock.
+    """
 
     def __init__(self) -> None:
-        self.eager: OrderedDict[Any, int] = OrderedDict()
+        self.newer: dict[Any, int] = {}
+        self.older: dict[Any, int] = {}
         self.captured: dict[Any, int] = {}
         self.free: list[int] = []
         self.stream, self.lock = private_stream(), threading.Lock()
         self.staging = int(check(driver.cuMemAllocHost(128), "cuMemAllocHost"))
 
+    def add(self, kept: dict[Any, int], key: Any, x: View, rows: int) -> int:
+        """Device address of the map of x, from now on in `kept`: captured or newer."""
+        with self.lock:
+            address = kept.get(key)     # another thread's meanwhile
+            if address is None and kept is not self.captured:
+                address = self.older.pop(key, None)
+            if address is None:
+                with relaxed():
+                    address = self.place(_encode(x, rows))
+            kept[key] = address
+            if len(self.newer) >= _MOST:
+                self.free += self.older.values()
+                self.newer, self.older = {}, self.newer
+            return address
+
     def place(self, encoded: int) -> int:
         """Device address of a copy of the map at host address `encoded`."""
-        if not self.free and len(self.eager) >= _MOST:
-            self.free.append(self.eager.popitem(last=False)[1])
         if not self.free:
             chunk = int(check(driver.cuMemAlloc(_CHUNK * 128), "cuMemAlloc"))
             self.free += range(chunk, chunk + _CHUNK * 128, 128)
@@ -92,18 +107,10 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
     """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows; `captured`: for work that is being
     captured into a graph. `forms` are those of the boxes, where the caller has them."""
     maps, found = _maps(boxes[0][0].device[1]), []
-    with maps.lock:
-        kept = maps.captured if captured else maps.eager
-        for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
-            key = x.ptr, number
-            address = kept.get(key)
-            if address is None:
-                encoded = _encode(x, rows)
-                with relaxed():
-                    address = kept[key] = maps.place(encoded)
-            elif not captured:
-                maps.eager.move_to_end(key)
-            found.append(address)
+    kept = maps.captured if captured else maps.newer
+    for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
+        key = x.ptr, number
+        found.append(kept.get(key) or maps.add(kept, key, x, rows))
     return found
 
 
