@@ -40,7 +40,7 @@ def fits(x: View) -> str | None:
 
 class _Maps:
     """Of one device: addresses by key. What a captured graph uses is never given up. The others are of two generations: one found in the
-    older moves to the newer, and when that is full the older one's memory is used again. Finding one so is a single look-up, without a lock.
+    older moves to the newer, and when that is full the older one's memory is used again. Finding one is a look-up, without a lock.
     """
 
     def __init__(self) -> None:
