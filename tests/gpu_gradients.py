@@ -45,7 +45,8 @@ def columns() -> Any:
             memory.store_shared_b32(int32(base + 4 * i), memory.load_b32(uint64(a.other + uint64(4 * i))))
         sync.warp()
         acc, mine = load(a.src, lane), int32(base + 8 * (lane & 3))
-        save(a.dst, lane, g.grad_scores(g.exp2_columns(acc, float32(0.5), mine), acc, float32(3), mine))
+        columns = g.load_columns(mine, COUNT)
+        save(a.dst, lane, g.grad_scores(g.exp2_columns(acc, float32(0.5), columns), acc, float32(3), columns))
     return kernel
 
 
@@ -119,7 +120,7 @@ def marked() -> Any:
             memory.store_shared_b32(int32(base + 4 * i), memory.load_b32(uint64(a.other + uint64(4 * i))))
         sync.warp()
         acc = load(a.src, lane)
-        save(a.dst, lane, g.grad_marked(acc, acc, float32(3), int32(base + 8 * (lane & 3))))
+        save(a.dst, lane, g.grad_marked(acc, acc, float32(3), g.load_columns(int32(base + 8 * (lane & 3)), COUNT)))
     return kernel
 
 

@@ -16,7 +16,7 @@ from problems import NUMPY
 from fastattn.gpu import compile as compiler
 from fastattn.gpu import fragments as f
 from fastattn.gpu.dropout import philox
-from fastattn.gpu.ptx import arith, cp_async, memory, mma, scalar, sync
+from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
 from fastattn.philox import keep_mask
 from fastattn.problem import Dropout
 
@@ -124,7 +124,7 @@ for _n, _any in ((17, 1), (32, 0)):
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
-add("mma.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: mma.thread_index()), on_words(lambda x: np.arange(32)))
+add("sync.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: sync.thread_index()), on_words(lambda x: np.arange(32)))
 
 
 def make_max() -> Any:

@@ -114,13 +114,14 @@ def bulk() -> Any:
             tma.bulk_load(base, a.src, int32(1024), int32(base + BAR))
             mbarrier.wait(int32(base + BAR), int32(0))
             for _ in range(2):
-                tma.reduce_add_f32(a.dst, base, int32(1024))
+                tma.reduce_add_f32_if(int32(1), a.dst, base, int32(1024))
+            tma.reduce_add_f32_if(int32(0), a.dst, base, int32(1024))
             tma.commit()
             tma.wait_all()
     return kernel
 
 
-add("tma.bulk_load tma.reduce_add_f32",
+add("tma.bulk_load tma.reduce_add_f32_if",
     "cp.async.bulk.shared::cluster.global.mbarrier; cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", bulk,
     lambda launch: same(launch(np.arange(256, dtype=np.float32), dst=np.ones(256, np.float32)), 1 + 2 * np.arange(256)), shared=SHARED)
 
@@ -236,7 +237,7 @@ def panels_out(dtype: str) -> Callable[[], Any]:
             warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
             half = to_half(load(uint64(a.src + uint64(4 * 16 * C * warp)), lane))
             row = int32(16 * warp + (lane & 15))
-            swizzle, both = int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), mma.join(half, half)
+            swizzle, both = int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), f.join(half, half)
             matrix.store_panels(both, int32(base + row * 128), swizzle, PANEL, 1, 0)
             matrix.store_panels(both, int32(base + PANEL + row * 128), swizzle, PANEL, 1, 1)
             sync.fence_async()
@@ -318,11 +319,11 @@ def mma_pv(dtype: str, whole: bool) -> Callable[[], Any]:
             cp_async.wait_all()
             cuda.syncthreads()
             if t < 32:
-                p = mma.join(to_half(load(a.other, lane)), to_half(load(uint64(a.other + uint64(4 * 16 * C)), lane)))
+                p = f.join(to_half(load(a.other, lane)), to_half(load(uint64(a.other + uint64(4 * 16 * C)), lane)))
                 acc = pv(f.zeros(128), p, int32(base + mma.lane_offset(lane)), 2, PANEL)
                 out = int32(base + 2 * PANEL)
-                mma.store_rows(to_half(mma.part(acc, 0, 2)), out, lane, 4096)
-                mma.store_rows(to_half(mma.part(acc, 1, 2)), int32(out + 16 * 128), lane, 4096)
+                mma.store_rows(to_half(f.part(acc, 0, 2)), out, lane, 4096)
+                mma.store_rows(to_half(f.part(acc, 1, 2)), int32(out + 16 * 128), lane, 4096)
                 cuda.syncwarp()
                 row, chunk = int32(lane >> 3), int32(lane & 7)
                 store_tile(int32(out + row * 128 + ((chunk ^ row) << 4)), uint64(a.dst + uint64(256 * row + 16 * chunk)),
@@ -348,7 +349,7 @@ for _dtype in HALVES:
             f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.shared.b16; "
             "cp.async.wait_all; " + ("cp.async.cg.shared.global.L2::128B" if _whole else "@p ld.global.b16"),
             mma_qk(_dtype, _whole), check_mma_qk(_dtype), name=f"mma.qk_{_dtype}_{_how}", threads=64, shared=SHARED)
-        add("mma.make_products mma.part mma.join mma.store_rows cp_async.make_store",
+        add("mma.make_products fragments.part fragments.join mma.store_rows cp_async.make_store",
             f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[_dtype]}.{KIND[_dtype]}.f32; ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16; "
             "st.shared.b32; " + ("@p st.global.v4.b32" if _whole else "@p st.global.b16"),
             mma_pv(_dtype, _whole), check_mma_pv(_dtype), name=f"mma.pv_{_dtype}_{_how}", threads=64, shared=SHARED)
@@ -444,7 +445,7 @@ def sums(vector: int) -> Callable[[], Any]:
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
-            acc = mma.join(load(a.other, lane), load(uint64(a.other + uint64(4 * 16 * C)), lane))
+            acc = f.join(load(a.other, lane), load(uint64(a.other + uint64(4 * 16 * C)), lane))
             mma.add_sums(acc, uint64(a.dst + uint64(1024 + LANE * lane)), 2, 4, vector)
             piece = mma.load_sums(uint64(a.src + uint64(LANE * lane)), vector)
             save(uint64(a.dst + uint64(65536)), lane, piece)

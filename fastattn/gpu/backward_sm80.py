@@ -30,8 +30,8 @@ from .compile import Source
 from .compile import load as load_kernel
 from .config import BackwardConfigSm80
 from .device import Device
-from .fragments import make_pack, make_unpack, scale_seen_rows, zeros
-from .gradients import PIECE, exp2_columns, make_dropout_transposed, multiply
+from .fragments import join, make_pack, make_unpack, part, scale_seen_rows, zeros
+from .gradients import PIECE, exp2_columns, load_columns, make_dropout_transposed, multiply
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles, table
@@ -40,18 +40,8 @@ from .preprocess import dsinks, make_first_row, padded_rows, preprocessed
 from .ptx import cp_async, mma
 from .ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from .ptx.memory import load_shared_b32, shared_address, store_shared_b32
-from .ptx.mma import (
-    add_sums,
-    join,
-    lane_offset,
-    lane_offset_b,
-    part,
-    store_columns,
-    store_tiles,
-    thread_index,
-    tiles_lane,
-    tiles_lane_trans,
-)
+from .ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store_tiles, tiles_lane, tiles_lane_trans
+from .ptx.sync import thread_index
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import ALIGN, Smem, panels
@@ -222,14 +212,14 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
         acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
         if (m < noted(base, 6)) | (m >= noted(base, 7)):
             acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-        p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, lse_at)
+        p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, load_columns(lse_at, COUNT_S))
         return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
 
     @inline
     def gradients(a, of_scores, acc_dp, delta_at):
         """What dV is made of, and dS^T, of 16 keys."""
         p, cap_slope = of_scores
-        acc_ds = grad(a, p, acc_dp, delta_at)
+        acc_ds = grad(a, p, acc_dp, load_columns(delta_at, COUNT_S))
         if SOFTCAP:
             acc_ds = multiply(acc_ds, slopes(cap_slope))
         return pack_kept(p), to_half(acc_ds)

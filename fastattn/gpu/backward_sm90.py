@@ -8,11 +8,15 @@
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
     KV_FULL, Q_FULL[s], DO_FULL[s]    copy engine -> consumers: the bytes are there
     Q_EMPTY[s], DO_EMPTY[s]           consumers -> producer: the place is free
-    DS_BARRIER                        both warpgroups have stored their half of dS
+    DS_FULL                           consumers -> each other: all of dS is stored
 
-dQ of a query block gets a part from every key block: each warp adds its 16 x 64 sums to float32 memory by the copy engine, and
-postprocess.py rounds the total. Products run behind the arithmetic they do not feed: while P is computed those of dQ and dK of the block
-before, while dS is computed that of dV; S of the next block is asked for before them. (Design: FlashAttention-3, Shah et al. 2024.)
+dQ of a query block gets a part from every key block: each warp stores its 16 x 64 sums, which the copy engine adds to float32 memory one
+step later, and postprocess.py rounds the total. A warp that asks for a product is held up until those before it have begun, so a product is
+asked for where arithmetic follows that it does not feed:
+
+    S, dQ of the block before | P | dK of the block before | dQ to shared memory | dP | dV | dS to shared memory
+
+(Design: FlashAttention-3, Shah et al. 2024; what each part gave: docs/performance.md.)
 """
 from __future__ import annotations
 
@@ -28,8 +32,8 @@ from .compile import Source
 from .compile import load as load_kernel
 from .config import BackwardConfig, backward_sm90, feature_weight
 from .device import Device, capturing
-from .fragments import make_pack, make_unpack, scale_rows, zeros
-from .gradients import PIECE, exp2_columns, make_add_dbias, make_dropout_transposed, make_store, multiply, store_piece
+from .fragments import join, make_pack, make_unpack, part, scale_rows, zeros
+from .gradients import PIECE, exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_store, multiply, store_piece
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles, table
@@ -38,7 +42,7 @@ from .preprocess import Rows, dsinks, make_first_row, preprocessed
 from .ptx import mbarrier, tma, wgmma
 from .ptx.matrix import store_panels
 from .ptx.memory import shared_address
-from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
+from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, thread_index, uniform, warp
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
@@ -61,11 +65,13 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
     LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
+    DS_FULL = smem.barriers(1)
     ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
-    WARPS, DS_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
+    WARPS, DK_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
     PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    DQ_FIRST, HOLD, SOFTCAP = config.dq_first and SUM_DQ, config.hold, spec.softcap
+    DQ_FIRST, HALVES, SOFTCAP = config.dq_first, config.halves, spec.softcap
+    COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
     to_half = make_pack(spec.dtype)
@@ -143,46 +149,58 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
 
     @inline
     def store_ds(base, ds, buffer, w, thread, lane):
-        """Own half of dS^T, keys by queries, for the products that need all of it."""
+        """Own half of dS^T, keys by queries, for the products that need all of it. Its fence is dQ's too, which waits beside it."""
         row = int32(w * 64 + (thread >> 5) * 16 + (lane & 15))
         store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
                      DS_PANELS, 0)
         fence_async()
         if SUM_DQ:
-            barrier(int32(DS_BARRIER), int32(128 * CONSUMERS))
+            warp()
+            if lane == 0:
+                mbarrier.arrive(base + DS_FULL)
         else:       # dK takes what its own warpgroup has stored
-            barrier(int32(DS_BARRIER + w), int32(128))
+            barrier(int32(DK_BARRIER + w), int32(128))
 
     @inline
-    def add_dq(a, base, acc_dq, w, thread, lane, row):
-        """A warp's sums to those in memory, `row` its query block's first in a.accum: 32 bits, for 2**31 rows would not fit any memory."""
-        own = int32(w * 4 + (thread >> 5))
-        place = int32(base + DQ + own * PIECE)
-        if lane == 0:
-            tma.wait_read()
+    def store_dq(base, acc_dq, w, thread, lane):
+        """A warp's sums to its piece of shared memory, when the copy engine has read what was there."""
+        place = int32(base + DQ + (w * 4 + (thread >> 5)) * PIECE)
+        tma.wait_read()
         warp()
         store_piece(acc_dq, int32(place + lane * 16))
-        fence_async()
-        warp()
-        if lane == 0:
-            # a block of 64 rows: panels of 64 columns, of four pieces each
-            block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
-            tma.reduce_add_f32(uint64(a.accum + block), place, int32(PIECE))
-            tma.commit()
+
+    @inline
+    def row_before(a, batch, q_start, head, m, m_min, m_max):
+        """The first row, in a.accum, of the query block that comes before m of `head`."""
+        again = m == m_min
+        m, head = m_max if again else m, int32(head - 1) if again else head
+        return int32(first_row(a, batch, head, q_start) + (m - 1) * BLOCK_M)
+
+    @inline
+    def send_dq(a, base, w, thread, row):
+        """The piece is added to the sums in memory, `row` its query block's first there: 32 bits, for 2**31 rows would not fit any memory;
+        negative: there is none yet. After a fence by all lanes and a meeting of them."""
+        own = int32(w * 4 + (thread >> 5))
+        # a block of 64 rows: panels of 64 columns, of four pieces each
+        block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
+        tma.reduce_add_f32_if(int32(1) if (thread & 31 == 0) & (row >= 0) else int32(0), uint64(a.accum + block),
+                              int32(base + DQ + own * PIECE), int32(PIECE))
+        tma.commit()
 
     @inline
     def hold(base):
-        """A wait that was over long ago: see backward_sm90_dq."""
+        """A wait that was over long ago, which keeps what stands before it there: see backward_sm90_dq."""
         mbarrier.wait(base + KV_FULL, int32(0))
 
     def make_step(FIRST):
         @inline
-        def step(a, base, w, thread, acc_dk, acc_dv, walk, seen, place):
+        def step(a, base, w, acc_dk, acc_dv, walk, seen, place):
             """The block m of `head`: its S, dP, P, dS and dV, and beside them dQ and dK of the block before, whose dS is there."""
-            j, stage, phase, head, m, line_before, slope = walk
+            j, stage, phase, head, m, waiting, slope = walk
             m_min, m_max, full_min, full_max = seen
             first, batch, q_start, seqlen_q, seqlen_k = place
-            w, thread, other, before = opaque(w), opaque(thread), int32(j & 1), stage     # opaque: what follows takes no registers
+            w, other, before = opaque(w), int32(j & 1), stage     # opaque: what follows takes no registers
+            thread = int32(thread_index() & 127)
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if not FIRST:
@@ -198,18 +216,24 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             wgmma.commit()
             if not FIRST:
                 if SUM_DQ:
+                    mbarrier.wait(base + DS_FULL, int32(other ^ 1))
                     acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
                 wgmma.commit()
-                acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
-                wgmma.commit()
+                if DQ_FIRST:
+                    acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
+                    wgmma.commit()
+                if SUM_DQ:
+                    send_dq(a, base, w, thread, waiting)
+                    waiting = row_before(a, batch, q_start, head, m, m_min, m_max)
+            lse_at = int32(base + LSE + stage * ROW_BYTES + 4 * col)
+            if HALVES:
+                lses = load_columns(lse_at, COUNT_PART)
             if FIRST:
                 acc_s = wgmma.wait_all(acc_s)
-            elif DQ_FIRST:
-                acc_s, acc_dq = wgmma.wait_all_but_one(acc_s), wgmma.wait_all_but_one(acc_dq)
-                add_dq(a, base, acc_dq, w, thread, lane, line_before)
             else:
-                acc_s = wgmma.wait_all_but_two(acc_s)
-            if not FIRST:
+                acc_s = wgmma.wait_all_but_one(acc_s)
+                if DQ_FIRST and SUM_DQ:
+                    store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
                 if lane == 0:
                     mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))
             early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
@@ -218,19 +242,33 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
-            p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
-            p_half = pack_kept(p)
-            if not FIRST and SUM_DQ and not DQ_FIRST:
-                if HOLD:
+            scale = float32(1) if SCALED else a.softmax_scale
+            if HALVES:
+                left = exp2_columns(part(acc_s, 0, 2), scale, lses)
+            else:
+                p = exp2_columns(acc_s, scale, load_columns(lse_at, COUNT_PART))
+                p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
+                p_half = pack_kept(p)
+            if not FIRST and not DQ_FIRST:
+                hold(base)
+                wgmma.fence()
+                acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
+                wgmma.commit()
+                if SUM_DQ:
                     hold(base)
-                acc_dq = wgmma.wait_all_but_one(acc_dq)
-                add_dq(a, base, acc_dq, w, thread, lane, line_before)
+                    store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
+            if HALVES:
+                lses = load_columns(int32(lse_at + 2 * BLOCK_M), COUNT_PART)
             mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
             wgmma.fence()
             if BESIDE:
                 acc_dp = products_dp(base, w, zeros(COUNT_S), other)
                 wgmma.commit()
+                if HALVES:
+                    p = join(left, exp2_columns(part(acc_s, 1, 2), scale, lses))
+                    p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
+                    p_half = pack_kept(p)
+                    wgmma.fence()
                 acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
                 wgmma.commit()
                 acc_dp = wgmma.wait_all_but_one(acc_dp)
@@ -242,21 +280,23 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 acc_dp = products_dp(base, w, zeros(COUNT_S), other)
                 wgmma.commit()
                 acc_dp = wgmma.wait_all(acc_dp)
+            thread = int32(thread_index() & 127)
+            lane, col = int32(thread & 31), int32((thread & 3) * 2)
             if not FIRST:
                 if lane == 0:
                     mbarrier.arrive(base + Q_EMPTY + 8 * before)
-            acc_ds = grad(a, p, acc_dp, int32(base + DELTA + other * ROW_BYTES + 4 * col))
+            acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + other * ROW_BYTES + 4 * col), COUNT_S))
             if SUM_DBIAS:
+                key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
-            line_before = int32(first_row(a, batch, head, q_start) + m * BLOCK_M)
             j, m = int32(j + 1), int32(m + 1)
             if m == m_max:
                 m, head = m_min, int32(head + 1)
                 slope = prepare(a, batch, int32(min(head, a.num_heads - 1)))
-            return acc_dk, acc_dv, (j, stage, phase, head, m, line_before, slope)
+            return acc_dk, acc_dv, (j, stage, phase, head, m, waiting, slope)
         return step
 
     step_first, step = make_step(True), make_step(False)
@@ -268,23 +308,29 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         seen = (m_min, m_max, full_min, full_max)
         place = (int32(n_block * BLOCK_N + w * 64), batch, q_start, seqlen_q, seqlen_k)
         head = int32(head_k * a.group)
-        walk = (int32(0), int32(0), int32(0), head, m_min, int32(0), prepare(a, batch, head))
+        walk = (int32(0), int32(0), int32(0), head, m_min, int32(-1), prepare(a, batch, head))
         mbarrier.wait(base + KV_FULL, int32(0))
         if PACKED:
             if (n_block + 1) * BLOCK_N > seqlen_k:
                 mbarrier.wait(base + KEYS_CLEAN, int32(0))
-        acc_dk, acc_dv, walk = step_first(a, base, w, thread, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
+        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
         while walk[0] < count:
-            acc_dk, acc_dv, walk = step(a, base, w, thread, acc_dk, acc_dv, walk, seen, place)
+            acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, seen, place)
+        last = int32((walk[0] - 1) & 1)
         wgmma.fence()
         if SUM_DQ:
-            acc_dq = products_dq(base, w, zeros(32), int32((walk[0] - 1) & 1))
+            mbarrier.wait(base + DS_FULL, last)
+            send_dq(a, base, w, thread, walk[5])
+            acc_dq = products_dq(base, w, zeros(32), last)
         wgmma.commit()
-        acc_dk = products_dk(base, w, acc_dk, int32((walk[0] - 1) & 1), walk[1])
+        acc_dk = products_dk(base, w, acc_dk, last, walk[1])
         wgmma.commit()
         if SUM_DQ:
             acc_dq = wgmma.wait_all_but_one(acc_dq)
-            add_dq(a, base, acc_dq, w, thread, lane, walk[5])
+            store_dq(base, acc_dq, w, thread, lane)
+            fence_async()
+            warp()
+            send_dq(a, base, w, thread, row_before(a, batch, q_start, walk[3], walk[4], m_min, m_max))
         acc_dv = wgmma.wait_all(acc_dv)
         return wgmma.wait_all(acc_dk), acc_dv
 
@@ -306,6 +352,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
                 mbarrier.init(base + KEYS_CLEAN, int32(1))
+                mbarrier.init(base + DS_FULL, int32(WARPS))
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
                 mbarrier.fence_init()
             cuda.syncthreads()

@@ -26,7 +26,7 @@ from .compile import load as load_kernel
 from .config import WideConfig, wide_sm90
 from .device import Device, capturing
 from .fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
-from .gradients import exp2_columns, make_add_dbias, make_dropout_transposed, make_store, multiply
+from .gradients import exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_store, multiply
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles
@@ -185,7 +185,8 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, int32(base + LSE + stage * ROW_BYTES + 4 * col))
+            lses = load_columns(int32(base + LSE + stage * ROW_BYTES + 4 * col), COUNT_S)
+            p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, lses)
             p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
             if NEXT:
                 hold(base)
@@ -197,7 +198,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                     acc_dp = ask_dp(base, w, stage_do, phase_do, FIRST)
                 acc_dp = wait_dp(acc_dp)
                 release(base + DO_EMPTY + 8 * stage_do, lane)
-                acc_ds = grad(a, p, acc_dp, int32(base + DELTA + stage * ROW_BYTES + 4 * col))
+                acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + stage * ROW_BYTES + 4 * col), COUNT_S))
                 if SUM_DBIAS:       # coordinates again: kept so long, they would spill
                     own = opaque(lane)
                     add_dbias(a, acc_ds, batch, head, int32(m * BLOCK_M + (own & 3) * 2), int32(warp_keys + (own >> 2)), seqlen_q, seqlen_k)

@@ -84,9 +84,9 @@ class BackwardConfig:
     """One tiling of backward_sm90: 128 keys, head sizes padded to `dim`, block_m query rows a step, `q_stages` of Q (two of dO).
 
     `beside`: dS is computed while the product of dV runs, which keeps P's registers; else that product ends first.
-    `dq_first`: dQ of the block before is added up before the scores are touched, which frees its registers for bias and mask; 3 % faster at
-    head_dim 64.
-    `hold`: without dq_first, the wait for dQ is held behind P's exponentials, where the assembler would put it in front of them.
+    `dq_first`: dQ of the block before is added up before the scores are touched, which frees its registers for bias and mask.
+    `halves`: P is computed for one half of the queries before dP is asked for and for the other half after, so that the registers of S, P
+    and dP are never all taken.
     """
 
     dim: int
@@ -94,23 +94,24 @@ class BackwardConfig:
     q_stages: int = 3
     beside: bool = True
     dq_first: bool = False
-    hold: bool = False
+    halves: bool = False
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
+        assert self.beside or not self.halves, "the second half is computed beside dP"
 
     @property
     def text(self) -> str:
         return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside + " dq_first" * self.dq_first
-                + " hold" * self.hold)
+                + " halves" * self.halves)
 
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap:      # with them, some registers spill
-        return BackwardConfig(64, 128, beside=False, dq_first=True)
-    crowded = spec.bias is not None or spec.mask or spec.softcap or (spec.dropout and spec.alibi is not None)
-    return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded, hold=not crowded)
+        return BackwardConfig(64, 128, beside=False, dq_first=True) if spec.bias else BackwardConfig(64, 128, halves=True)
+    crowded = spec.dropout and (spec.alibi is not None or spec.packed)
+    return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded)
 
 
 @dataclass(frozen=True, slots=True)

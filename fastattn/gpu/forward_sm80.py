@@ -26,15 +26,15 @@ from .compile import load as load_kernel
 from .config import ConfigSm80
 from .device import Device
 from .dropout import make_dropout
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
+from .fragments import join, keep_below, keep_interval, make_pack, part, scale_rows, zeros
 from .inline import inline
 from .mask import diagonal_of, make_bounds
 from .packed import head_group, most_tiles, table
 from .ptx import cp_async, mma
 from .ptx.cp_async import load_shared_b64, store_shared_b64
 from .ptx.memory import load_shared_b32, shared_address, store_f32, store_shared_b32
-from .ptx.mma import join, lane_offset, lane_offset_b, load_rows, part, store_rows, thread_index
-from .ptx.sync import any_lane
+from .ptx.mma import lane_offset, lane_offset_b, load_rows, store_rows
+from .ptx.sync import any_lane, thread_index
 from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import ALIGN, Smem, panels

@@ -51,6 +51,25 @@ def zeros_packed(typingctx: Any, count: Any) -> Any:
 
 
 @intrinsic
+def part(typingctx: Any, fragment: Any, index: Any, count: Any) -> Any:
+    """Part number `index` of `count` equal ones: of a fragment's columns, or of a tuple of fragments."""
+    i, parts = literals(index, count)
+    n = fragment.count // parts
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], fragment.count)[i * n:(i + 1) * n])
+    return signature(types.UniTuple(fragment.dtype, n), fragment, index, count), generate
+
+
+@intrinsic
+def join(typingctx: Any, first: Any, second: Any) -> Any:
+    """The fragment of which these are the parts."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], first.count) + unpack(builder, args[1], second.count))
+    return signature(types.UniTuple(first.dtype, first.count + second.count), first, second), generate
+
+
+@intrinsic
 def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
     """This thread's maxima of its two rows, and of max0 and max1."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

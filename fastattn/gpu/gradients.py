@@ -16,7 +16,7 @@ from .dropout import philox
 from .fragments import call_scalar, col_of, make_pack, row_of, store_rows, store_whole_rows
 from .inline import inline
 from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
-from .ptx.asm import F32, I32, I64, pack, unpack
+from .ptx.asm import F32, I32, I64, literals, pack, unpack
 from .ptx.matrix import emit_transpose
 from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector
 from .ptx.sync import opaque
@@ -25,30 +25,40 @@ from .spec import Spec
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
 
 
-def _minus_columns(builder: Any, address: Any, count: int) -> list[Any]:
-    """Minus the float32 of the column of each of `count` registers, from shared memory."""
-    pairs = [emit_load_shared_pair(builder, address, 8 * k) for k in range(0, count, 4)]
-    return [builder.fsub(F32(-0.0), pairs[k // 4][k % 2]) for k in range(count)]
+@intrinsic
+def load_columns(typingctx: Any, address: Any, count: Any) -> Any:
+    """The float32 of the columns of a fragment of `count` registers, from shared memory; address of that of the thread's first column."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [x for k in range(0, n, 4) for x in emit_load_shared_pair(builder, args[0], 8 * k)])
+    return signature(types.UniTuple(types.float32, n // 2), types.int32, count), generate
+
+
+def _minus(builder: Any, columns: Any, count: int) -> list[Any]:
+    """Minus the number of the column of each of `count` registers."""
+    values = unpack(builder, columns, count // 2)
+    return [builder.fsub(F32(-0.0), values[k // 4 * 2 + k % 2]) for k in range(count)]
 
 
 @intrinsic
-def exp2_columns(typingctx: Any, acc: Any, scale: Any, address: Any) -> Any:
-    """exp2(acc * scale - x[column]), x float32 in shared memory; address of that of the thread's first column."""
+def exp2_columns(typingctx: Any, acc: Any, scale: Any, columns: Any) -> Any:
+    """exp2(acc * scale - x[column]), x by load_columns."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        minus = _minus_columns(builder, args[2], acc.count)
+        minus = _minus(builder, args[2], acc.count)
         return pack(builder, [emit_exp2(builder, emit_fma(builder, x, args[1], y))
                               for x, y in zip(unpack(builder, args[0], acc.count), minus, strict=True)])
-    return signature(acc, acc, types.float32, types.int32), generate
+    return signature(acc, acc, types.float32, columns), generate
 
 
 @intrinsic
-def grad_scores(typingctx: Any, p: Any, dp: Any, factor: Any, address: Any) -> Any:
+def grad_scores(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> Any:
     """p * (dp * factor - x[column]), x as in exp2_columns."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        minus = _minus_columns(builder, args[3], p.count)
+        minus = _minus(builder, args[3], p.count)
         return pack(builder, [builder.fmul(x, emit_fma(builder, y, args[2], z)) for x, y, z in
                               zip(unpack(builder, args[0], p.count), unpack(builder, args[1], p.count), minus, strict=True)])
-    return signature(p, p, p, types.float32, types.int32), generate
+    return signature(p, p, p, types.float32, columns), generate
 
 
 @intrinsic
@@ -151,15 +161,15 @@ def mark_dropped(typingctx: Any, p: Any, words: Any, threshold: Any) -> Any:
 
 
 @intrinsic
-def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, address: Any) -> Any:
+def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> Any:
     """grad_scores where p may be marked: |p| * ((0 where p < 0, else dp * factor) - x[column])."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        minus, out = _minus_columns(builder, args[3], p.count), []
+        minus, out = _minus(builder, args[3], p.count), []
         for x, y, z in zip(unpack(builder, args[0], p.count), unpack(builder, args[1], p.count), minus, strict=True):
             rest = builder.fmul(emit_abs(builder, x), z)
             out.append(emit_fma(builder, emit_max(builder, x, F32(0.0)), builder.fmul(y, args[2]), rest))
         return pack(builder, out)
-    return signature(p, p, p, types.float32, types.int32), generate
+    return signature(p, p, p, types.float32, columns), generate
 
 
 def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]:
@@ -169,7 +179,7 @@ def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]
     words = draw(a, key, query, plane)      `key` and `query` the thread's first
     p = mark(a, p, words)                   negative where the definition in philox.py drops
     half = pack_kept(p)                     rounded to 16 bits, 0 where dropped; the 1 / (1 - dropout_p) is left for later
-    acc_ds = grad(a, p, acc_dp, address)    grad_scores of what is kept; address of the thread's first delta
+    acc_ds = grad(a, p, acc_dp, deltas)     grad_scores of what is kept; deltas by load_columns
     """
     pack_kept = make_pack(spec.dtype, positive=spec.dropout)
     if not spec.dropout:
@@ -182,8 +192,8 @@ def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]
             return p
 
         @inline
-        def grad_all(a, p, acc_dp, address):
-            return grad_scores(p, acc_dp, float32(1), address)
+        def grad_all(a, p, acc_dp, deltas):
+            return grad_scores(p, acc_dp, float32(1), deltas)
         return no_words, unmarked, pack_kept, grad_all
     draw_words = make_draw(COUNT)
 
@@ -197,6 +207,6 @@ def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]
         return mark_dropped(p, words, a.threshold)
 
     @inline
-    def grad(a, p, acc_dp, address):
-        return grad_marked(p, acc_dp, a.keep_scale, address)
+    def grad(a, p, acc_dp, deltas):
+        return grad_marked(p, acc_dp, a.keep_scale, deltas)
     return draw, mark, pack_kept, grad

@@ -17,14 +17,11 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..inline import inline
-from .asm import F32, I32, VOID, emit, emit_many, instruction, literals, pack, unpack
+from .asm import F32, I32, VOID, emit, emit_many, literals, pack, unpack
 from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
-
-# threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop
-thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 
 
 @inline
@@ -143,25 +140,6 @@ def make_products(dtype: str) -> tuple[Any, Any]:
                                            load_v, count // 4))
         return signature(acc, acc, p, types.int32, tiles, v_panel), generate
     return qk, pv
-
-
-@intrinsic
-def part(typingctx: Any, fragment: Any, index: Any, tiles: Any) -> Any:
-    """The fragment of 16 rows number `index` of `tiles`."""
-    i, t = literals(index, tiles)
-    n = fragment.count // t
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, unpack(builder, args[0], fragment.count)[i * n:(i + 1) * n])
-    return signature(types.UniTuple(fragment.dtype, n), fragment, index, tiles), generate
-
-
-@intrinsic
-def join(typingctx: Any, first: Any, second: Any) -> Any:
-    """The fragment of both."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, unpack(builder, args[0], first.count) + unpack(builder, args[1], second.count))
-    return signature(types.UniTuple(first.dtype, first.count + second.count), first, second), generate
 
 
 @intrinsic

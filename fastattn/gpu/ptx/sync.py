@@ -19,6 +19,8 @@ fence_async = instruction("fence.proxy.async.shared::cta;")
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
 # the same value, of which the compiler knows nothing: a loop over it is not unrolled
 opaque = instruction("mov.b32 $0, $1;", "r", "r")
+# threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop
+thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 # 1 where any lane of the warp has a nonzero value, else 0; the same for the whole warp
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 

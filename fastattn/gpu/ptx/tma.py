@@ -17,6 +17,8 @@ prefetch_map = instruction("prefetch.tensormap [$0];", "l")
 commit = instruction("cp.async.bulk.commit_group;")
 wait_read = instruction("cp.async.bulk.wait_group.read 0;")     # until the stores so far have read shared memory
 wait_all = instruction("cp.async.bulk.wait_group 0;")           # until the stores so far are in global memory
-# bulk_load(shared, global, bytes, barrier) and reduce_add_f32(global, shared, bytes): 16-byte aligned, sizes too
+# bulk_load(shared, global, bytes, barrier) and reduce_add_f32_if(flag, global, shared, bytes): 16-byte aligned, sizes too
 bulk_load = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];", "rlrr")
-reduce_add_f32 = instruction("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], $2;", "lrr")
+# where the flag is not 0, and without a branch
+reduce_add_f32_if = instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; "
+                                "@p cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$1], [$2], $3; }", "rlrr")
