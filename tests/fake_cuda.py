@@ -42,6 +42,9 @@ class Driver:
     def cuGetErrorString(self, code: Any) -> tuple[int, bytes]:
         return 0, b"invalid resource handle"
 
+    def cuCtxGetCurrent(self) -> tuple[int, int]:
+        return 0, 1000 + self.contexts[-1] if self.contexts else 0
+
     def cuCtxGetDevice(self) -> tuple[int, int]:
         return (0, self.contexts[-1]) if self.contexts else (201, 0)
 

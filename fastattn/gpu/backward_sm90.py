@@ -67,7 +67,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
     DS_FULL = smem.barriers(1)
     ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
-    WARPS, DK_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
+    WARPS, OWN_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
     PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
     DQ_FIRST, HALVES, SOFTCAP = config.dq_first, config.halves, spec.softcap
@@ -154,12 +154,10 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
                      DS_PANELS, 0)
         fence_async()
+        barrier(int32(OWN_BARRIER + w), int32(128))     # dK takes what its own warpgroup has stored, and lse and delta have been read
         if SUM_DQ:
-            warp()
-            if lane == 0:
+            if thread == 0:
                 mbarrier.arrive(base + DS_FULL)
-        else:       # dK takes what its own warpgroup has stored
-            barrier(int32(DK_BARRIER + w), int32(128))
 
     @inline
     def store_dq(base, acc_dq, w, thread, lane):
@@ -183,7 +181,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         own = int32(w * 4 + (thread >> 5))
         # a block of 64 rows: panels of 64 columns, of four pieces each
         block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
-        tma.reduce_add_f32_if(int32(1) if (thread & 31 == 0) & (row >= 0) else int32(0), uint64(a.accum + block),
+        tma.reduce_add_f32_if(int32(1) if ((thread & 31) == 0) & (row >= 0) else int32(0), uint64(a.accum + block),
                               int32(base + DQ + own * PIECE), int32(PIECE))
         tma.commit()
 
@@ -352,7 +350,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
                 mbarrier.init(base + KEYS_CLEAN, int32(1))
-                mbarrier.init(base + DS_FULL, int32(WARPS))
+                mbarrier.init(base + DS_FULL, int32(CONSUMERS))
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
                 mbarrier.fence_init()
             cuda.syncthreads()
