@@ -83,10 +83,10 @@ def _primary_context(device: int) -> int:
 def on_device(device: int) -> Iterator[None]:
     """A context of `device` is current inside: the thread's own if it is on that device, else the primary one."""
     d = driver()
-    if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")):      # cuCtxGetDevice would be an error, which a debugger reports
-        if int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == device:
-            yield
-            return
+    # without a current context cuCtxGetDevice fails, which a debugger reports
+    if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == device:
+        yield
+        return
     check(d.cuCtxPushCurrent(_primary_context(device)), "cuCtxPushCurrent")
     try:
         yield
