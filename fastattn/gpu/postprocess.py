@@ -45,9 +45,9 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
             p = int32(block * 64 - int64(line) * a.rows) + (number & 3) * 16
             batch = int32(0) if PACKED else divide(line, a.num_heads)
             head = line if PACKED else int32(line - batch * a.num_heads)
+            acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)    # on its way meanwhile
             first, count, _ = row_at(a, int32(p))
             if count > 0:
-                acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)
                 packed = to_half(scale_rows(acc, a.grad_scale, a.grad_scale))
                 row, col = int32(lane >> 2), int32((lane & 3) * 2)
                 dim = int32((number >> 2) * 64 + col)

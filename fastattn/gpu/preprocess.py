@@ -3,10 +3,10 @@
     delta = sum(dout * out) - dlse          lse in the caller's of two units          of each row, float32 (float64 for float64 problems)
 
 Both go to lines of rows in temporary memory, a line for each (batch, head); packed: for each head, with all sequences one after the
-other. A sequence starts at a multiple of `padding` and its rows are followed by rows that are nobody's up to the next one, so that a
-tile of rows, if its size divides `padding`, may be read whole:
+other. A sequence starts at a multiple of PADDING and its rows are followed by rows that are nobody's up to the next one, so that a
+tile of rows, if its size divides PADDING, may be read whole:
 
-    dense     line batch * num_heads + head, of ceil(seqlen_q / padding) * padding rows; the sequence starts at row 0
+    dense     line batch * num_heads + head, of ceil(seqlen_q / PADDING) * PADDING rows; the sequence starts at row 0
     packed    line head; sequence b starts at row padded_start(q_start, b), rows of no sequence count as one sequence more
 
 Rows that are nobody's and rows that saw nothing have lse = +inf and delta = 0: exp(s - lse) is 0 there whatever else memory holds.
@@ -37,7 +37,7 @@ from .workspace import temporary
 
 PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
 THREADS = 256
-BLOCK_ROWS = 128            # of a block of the grid: long enough that starting it costs little
+BLOCK_ROWS = 128            # of a block of the grid: long enough that starting it costs little; it divides PADDING
 ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
 NATURAL = 1.0               # units of lse, as factors of the caller's
 LOG2 = LOG2E
@@ -54,12 +54,12 @@ class Rows:
 
 
 # ---------------------------------------------------------------- where rows are
-def padded_rows(call: AnyCall, padding: int = PADDING) -> int:
+def padded_rows(call: AnyCall) -> int:
     """Rows of a line."""
     p = call.problem
     if p.packed:
-        return ((p.total_q or 0) + padding * (p.batch + 1)) // padding * padding
-    return -(-p.seqlen_q // padding) * padding
+        return ((p.total_q or 0) + PADDING * (p.batch + 1)) // PADDING * PADDING
+    return -(-p.seqlen_q // PADDING) * PADDING
 
 
 def num_lines(call: AnyCall) -> int:
@@ -69,14 +69,14 @@ def num_lines(call: AnyCall) -> int:
 
 def make_padded_start(PADDING: int) -> Any:
     """padded_start(q_start, batch): the row of a line where a packed sequence starts. Neighbours never meet: the next one starts at
-    least `padding` later than the last multiple of it before this one's end."""
+    least PADDING later than the last multiple of it before this one's end."""
     @inline
     def padded_start(q_start, batch):
         return int32(divide(int32(q_start + PADDING * batch), PADDING) * PADDING)
     return padded_start
 
 
-def make_first_row(spec: Spec, PADDING: int = PADDING) -> Any:
+def make_first_row(spec: Spec) -> Any:
     """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Fields: rows (of a line)."""
     PACKED, padded_start = spec.packed, make_padded_start(PADDING)
 
@@ -89,7 +89,7 @@ def make_first_row(spec: Spec, PADDING: int = PADDING) -> Any:
     return first_row
 
 
-def make_row_at(spec: Spec, PADDING: int = PADDING) -> Any:
+def make_row_at(spec: Spec) -> Any:
     """row_at(a, p): row p of a line -> row of the arrays, how many rows from there on exist, and 1 if they are of a sequence, else 0."""
     PACKED, padded_start = spec.packed, make_padded_start(PADDING)
 
@@ -117,7 +117,7 @@ OWN = ("out_lse:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_factor
        "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
 
 
-def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool, PADDING: int) -> Any:
+def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool) -> Any:
     """The kernel. A block takes BLOCK_ROWS rows of a line; neighbouring lanes share a row, 16 bytes each at a time when WHOLE: rows of
     dout and out are aligned pieces of 16 bytes."""
     PACKED = spec.packed
@@ -129,7 +129,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool, PADDING: i
     AT_ONCE = min(ROWS_AT_ONCE, BLOCK_ROWS // PASS)
     load_element, load_vector, load_real, put = load_if(spec.dtype, compute), load_chunk(spec.dtype), load_if(compute, compute), \
         store(compute, compute)
-    row_at = make_row_at(spec, PADDING)
+    row_at = make_row_at(spec)
 
     @inline
     def product(dout, out):
@@ -168,13 +168,13 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool, PADDING: i
         lane, first = int32(thread % LANES), int32(p0 + thread // LANES)
         dout, out = int64(a.dout) + batch * a.dout_batch + head * a.dout_head, int64(a.out) + batch * a.out_batch + head * a.out_head
         lse_in, dlse = int64(a.lse_in) + batch * a.lse_batch + head * a.lse_head, int64(a.dlse) + batch * a.dlse_batch + head * a.dlse_head
+        row0, count0, owned = row_at(a, p0)                 # a block's rows are all of one sequence
         rows, insides = cuda.local.array(AT_ONCE, int32), cuda.local.array(AT_ONCE, int32)
         parts, lses, dlses = cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL)
         for i0 in range(0, BLOCK_ROWS // PASS, AT_ONCE):
             for i in range(AT_ONCE):
-                p = int32(first + (i0 + i) * PASS)
-                rows[i], count, owned = row_at(a, p)
-                insides[i] = int32((count > 0) & (owned != 0))
+                behind = int32(first - p0 + (i0 + i) * PASS)
+                rows[i], insides[i] = int32(row0 + behind), int32((behind < count0) & (owned != 0))
             for i in range(AT_ONCE):                        # all lanes of a row, before its products: one wait for all of it
                 lses[i] = load_real(uint64(lse_in + rows[i] * a.lse_row), insides[i])
                 dlses[i] = load_real(uint64(dlse + rows[i] * a.dlse_row), insides[i]) if DLSE else REAL(0)
@@ -204,28 +204,28 @@ def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def _preprocess(spec: Spec, whole: bool, dlse: bool, accum: bool, padding: int) -> tuple[Source, Arguments]:
+def _preprocess(spec: Spec, whole: bool, dlse: bool, accum: bool) -> tuple[Source, Arguments]:
     arguments = Arguments(spec, OWN.format(f="d" if spec.dtype == "float64" else "f"), ("dout", "out"))
-    key = f"preprocess {spec.text} padding {padding}" + " whole" * whole + " dlse" * dlse + " accum" * accum
-    return Source(key, lambda: make_preprocess(spec, whole, dlse, accum, padding), arguments.fields, THREADS, 0), arguments
+    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " accum" * accum
+    return Source(key, lambda: make_preprocess(spec, whole, dlse, accum), arguments.fields, THREADS, 0), arguments
 
 
 @contextmanager
-def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, lse_factor: float = LOG2, padding: int = PADDING,
+def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, lse_factor: float = LOG2,
                  accum_dim: int = 0) -> Iterator[Rows]:
     """Enqueue the kernel; its results, and `accum_dim` zeroed columns of float32 a row, are there for work enqueued inside the `with`.
 
     lse_factor: LOG2 for kernels that take exp2(s * softmax_scale * LOG2E - lse), NATURAL for those that take exp(s - lse).
     """
     p, o = call.problem, call.operands
-    rows, lines = padded_rows(call, padding), num_lines(call)
+    rows, lines = padded_rows(call), num_lines(call)
     size = 8 if p.dtype == "float64" else 4
     each = -(-rows * lines * size // 256) * 256
     with temporary(max(2 * each + 4 * accum_dim * rows * lines, 256), d.ordinal, stream) as memory:
         where = Rows(memory, memory + each, memory + 2 * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
-        source, arguments = _preprocess(plain, whole, call.dlse is not None, accum_dim > 0, padding)
+        source, arguments = _preprocess(plain, whole, call.dlse is not None, accum_dim > 0)
         chunks = -(-rows // BLOCK_ROWS)
         cu = o.cu_seqlens_q
         own = (where.lse, where.delta, where.accum, 4 * accum_dim, rows, chunks, lse_factor, *_line_strides(call.lse, p.packed),
