@@ -67,10 +67,10 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
     DS_FULL = smem.barriers(1)
     ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
-    WARPS, OWN_BARRIER, BESIDE = 4 * CONSUMERS, 1, config.beside
+    WARPS, OWN_BARRIER = 4 * CONSUMERS, 1
     PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    DQ_FIRST, HALVES, SOFTCAP = config.dq_first, config.halves, spec.softcap
+    CROWDED, HALVES, SOFTCAP = config.crowded, config.halves, spec.softcap
     COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
@@ -190,6 +190,12 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         """A wait that was over long ago, which keeps what stands before it there: see backward_sm90_dq."""
         mbarrier.wait(base + KV_FULL, int32(0))
 
+    @inline
+    def dropped(a, p, key, query, plane):
+        """P with what dropout drops marked, and the operand of dV's product."""
+        p = mark(a, p, draw(a, key, query, plane))
+        return p, pack_kept(p)
+
     def make_step(FIRST):
         @inline
         def step(a, base, w, acc_dk, acc_dv, walk, seen, place):
@@ -217,7 +223,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     mbarrier.wait(base + DS_FULL, int32(other ^ 1))
                     acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
                 wgmma.commit()
-                if DQ_FIRST:
+                if CROWDED:
                     acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
                     wgmma.commit()
                 if SUM_DQ:
@@ -230,7 +236,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 acc_s = wgmma.wait_all(acc_s)
             else:
                 acc_s = wgmma.wait_all_but_one(acc_s)
-                if DQ_FIRST and SUM_DQ:
+                if CROWDED and SUM_DQ:
                     store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
                 if lane == 0:
                     mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))
@@ -240,14 +246,12 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            scale = float32(1) if SCALED else a.softmax_scale
+            scale, plane = float32(1) if SCALED else a.softmax_scale, int32(batch * a.num_heads + head)
             if HALVES:
                 left = exp2_columns(part(acc_s, 0, 2), scale, lses)
             else:
-                p = exp2_columns(acc_s, scale, load_columns(lse_at, COUNT_PART))
-                p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
-                p_half = pack_kept(p)
-            if not FIRST and not DQ_FIRST:
+                p, p_half = dropped(a, exp2_columns(acc_s, scale, load_columns(lse_at, COUNT_PART)), key, query, plane)
+            if not FIRST and not CROWDED:
                 hold(base)
                 wgmma.fence()
                 acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
@@ -259,18 +263,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 lses = load_columns(int32(lse_at + 2 * BLOCK_M), COUNT_PART)
             mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
             wgmma.fence()
-            if BESIDE:
-                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
-                wgmma.commit()
-                if HALVES:
-                    p = join(left, exp2_columns(part(acc_s, 1, 2), scale, lses))
-                    p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
-                    p_half = pack_kept(p)
-                    wgmma.fence()
-                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
-                wgmma.commit()
-                acc_dp = wgmma.wait_all_but_one(acc_dp)
-            else:
+            if CROWDED:
                 acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
                 wgmma.commit()
                 acc_dv = wgmma.wait_all(acc_dv)     # and P's registers are free
@@ -278,6 +271,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 acc_dp = products_dp(base, w, zeros(COUNT_S), other)
                 wgmma.commit()
                 acc_dp = wgmma.wait_all(acc_dp)
+            else:
+                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
+                wgmma.commit()
+                if HALVES:
+                    p, p_half = dropped(a, join(left, exp2_columns(part(acc_s, 1, 2), scale, lses)), key, query, plane)
+                    wgmma.fence()
+                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
+                wgmma.commit()
+                acc_dp = wgmma.wait_all_but_one(acc_dp)
             thread = int32(thread_index() & 127)
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
             if not FIRST:

@@ -14,7 +14,6 @@ class Config:
 
     `out_panels`: panels of 64 columns of the output that have a place in shared memory at a time, for each warpgroup; with 0 the output
     goes from the registers to global memory, 16 bytes a thread at a time.
-    `lazy`: the output is rescaled only when a row's maximum grew by more than 2**8; until then its exponentials may exceed 1.
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products.
     `optimistic`: blocks without a structural mask are exponentiated under the maximum so far; their own is only looked for where that
     overflows.
@@ -24,7 +23,6 @@ class Config:
     block_n: int
     stages: int = 2
     out_panels: int = 4
-    lazy: bool = True
     turns: bool = False
     optimistic: bool = True
 
@@ -43,7 +41,7 @@ class Config:
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + " lazy" * self.lazy
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}"
                 + " optimistic" * self.optimistic + " turns" * self.turns)
 
 
@@ -83,8 +81,8 @@ SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
 class BackwardConfig:
     """One tiling of backward_sm90: 128 keys, head sizes padded to `dim`, block_m query rows a step, `q_stages` of Q (two of dO).
 
-    `beside`: dS is computed while the product of dV runs, which keeps P's registers; else that product ends first.
-    `dq_first`: dQ of the block before is added up before the scores are touched, which frees its registers for bias and mask.
+    `crowded`: dQ of the block before leaves before the scores are touched, and the product of dV ends before dP is asked for, so that
+    features find registers.
     `halves`: P is computed for one half of the queries before dP is asked for and for the other half after, so that the registers of S, P
     and dP are never all taken.
     """
@@ -92,36 +90,33 @@ class BackwardConfig:
     dim: int
     block_m: int
     q_stages: int = 3
-    beside: bool = True
-    dq_first: bool = False
+    crowded: bool = False
     halves: bool = False
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
-        assert self.beside or not self.halves, "the second half is computed beside dP"
+        assert not (self.crowded and self.halves), "the second half is computed beside dP"
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " beside" * self.beside + " dq_first" * self.dq_first
+        return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " crowded" * self.crowded
                 + " halves" * self.halves)
 
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap:      # with them, some registers spill
-        return BackwardConfig(64, 128, beside=False, dq_first=True) if spec.bias else BackwardConfig(64, 128, halves=True)
-    crowded = spec.dropout and (spec.alibi is not None or spec.packed)
-    return BackwardConfig(128, 64, beside=not crowded, dq_first=crowded)
+        return BackwardConfig(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
+    return BackwardConfig(128, 64, crowded=spec.dropout and (spec.alibi is not None or spec.packed))
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigSm80:
     """One tiling of forward_sm80: `warps` with 16 * tiles query rows each, block_n keys a step, `stages` of K and V.
 
-    `keep_q`: Q in registers rather than read from shared memory in every step. `lazy`: the output is rescaled only when a maximum grew
-    by more than 2**8. `optimistic`: as Config's; K must still be there for another try, and it is written for 32 rows a warp.
-    `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out); not a choice but a property of the operands, that
-    the code depends on.
+    `keep_q`: Q in registers rather than read from shared memory in every step. `optimistic`: as Config's; K must still be there for
+    another try, and it is written for 32 rows a warp. `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out);
+    not a choice but a property of the operands, that the code depends on.
     """
 
     warps: int
@@ -130,7 +125,6 @@ class ConfigSm80:
     stages: int = 2
     blocks_per_sm: int = 2
     keep_q: bool = False
-    lazy: bool = False
     optimistic: bool = False
     whole: bool = True
     whole_out: bool = True
@@ -147,7 +141,7 @@ class ConfigSm80:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}"
-                + " keep_q" * self.keep_q + " lazy" * self.lazy + " optimistic" * self.optimistic + " elements" * (not self.whole)
+                + " keep_q" * self.keep_q + " optimistic" * self.optimistic + " elements" * (not self.whole)
                 + " out_elements" * (not self.whole_out))
 
 
@@ -155,7 +149,7 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they fit."""
     dim, room = max(spec.head_dim, spec.head_dim_v), SHARED_MEMORY.get(arch, 99)
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
-    many = {"whole": whole, "whole_out": whole_out, "lazy": True}
+    many = {"whole": whole, "whole_out": whole_out}
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
         return ConfigSm80(4, 1, 64 if room > 160 and whole and not heavy else 32, 1, 1, **many)
     if heavy or not whole:

@@ -55,14 +55,14 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     smem = Smem()
     Q, K, V = smem.take(max(PANELS, PANELS_V) * Q_PANEL), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     TILE = smem.take(48, 16)
-    PACKED, LSE, LEFT, LAZY, KEEP_Q = spec.packed, spec.lse, spec.left, config.lazy, config.keep_q
+    PACKED, LSE, LEFT, KEEP_Q = spec.packed, spec.lse, spec.left, config.keep_q
     qk, pv = mma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
     dropout = make_dropout(spec)
-    update, optimistic, finish = make_softmax(spec, LAZY)
+    update, optimistic, finish = make_softmax(spec)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
     SINKS, OPTIMISTIC = spec.sinks is not None, config.optimistic
 
@@ -105,16 +105,13 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
 
     @inline
     def rescale(acc_o, alphas):
-        """O on the scale of the new maxima. LAZY: a branch instead of products by 1; it also keeps the sums of the probabilities
-        before P V, so that fewer registers are needed."""
-        if LAZY:
-            change0 = alphas[0][0] != float32(1) or alphas[0][1] != float32(1)
-            change1 = alphas[1][0] != float32(1) or alphas[1][1] != float32(1)
-            if any_lane(int32(1) if change0 or change1 else int32(0)) != 0:
-                acc_o = scale_tiles(acc_o, alphas)
-            return acc_o
-        else:
-            return scale_tiles(acc_o, alphas)
+        """O on the scale of the new maxima. A branch instead of products by 1; it also keeps the sums of the probabilities before P V, so
+        that fewer registers are needed."""
+        change0 = alphas[0][0] != float32(1) or alphas[0][1] != float32(1)
+        change1 = alphas[1][0] != float32(1) or alphas[1][1] != float32(1)
+        if any_lane(int32(1) if change0 or change1 else int32(0)) != 0:
+            acc_o = scale_tiles(acc_o, alphas)
+        return acc_o
 
     @inline
     def row_of_thread(first):

@@ -62,7 +62,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, LEFT, MASKED_ALWAYS, LAZY = spec.packed, spec.left, spec.left or spec.right, config.lazy
+    PACKED, LEFT, MASKED_ALWAYS = spec.packed, spec.left, spec.left or spec.right
     TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
     OPTIMISTIC = config.optimistic
     TURNS = config.turns and CONSUMERS > 1
@@ -73,7 +73,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S)
     dropout = make_dropout(spec)
     num_tiles = make_num_tiles(spec)
-    update, optimistic, finish = make_softmax(spec, config.lazy)
+    update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
     epilogue = make_epilogue(spec, config, OUT, finish, get, TILE_EMPTY)
 
@@ -169,10 +169,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     @inline
     def changed(alpha0, alpha1, sum0, sum1):
         """1 where the output must be rescaled; asks for the sums, which are never negative, so that it comes after the softmax."""
-        if LAZY:
-            return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
-        else:
-            return int32(1) if sum0 >= float32(0) or sum1 >= float32(0) else int32(0)
+        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
 
     @inline
     def release_k(base, stage, n_block, n_min, lane):

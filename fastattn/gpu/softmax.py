@@ -23,8 +23,8 @@ LAG_LIMIT = float32(2**13)      # of a thread's sum of a row in one step, hence 
 LAZY_LIMIT = float32(8)      # a maximum may lag by a factor of 2**8: float16 holds probabilities up to 2**15 (FlashAttention-4)
 
 
-def make_softmax(spec: Spec, LAZY: bool = False) -> tuple[Any, Any, Any]:
-    """(update, optimistic, finish). With LAZY a maximum moves only when it has to, so that alpha is 1 in most steps.
+def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
+    """(update, optimistic, finish). A maximum moves only when it has to, so that alpha is 1 in most steps.
 
     acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1): scores become probabilities,
     alpha is what older sums and outputs must be multiplied by.
@@ -44,11 +44,10 @@ def make_softmax(spec: Spec, LAZY: bool = False) -> tuple[Any, Any, Any]:
         scale = float32(1) if SCALED else a.softmax_scale
         new = row_max(acc_s, max0, max1)
         new0, new1 = quad_max(new[0]), quad_max(new[1])
-        if LAZY:
-            if (new0 - max0) * scale <= LAZY_LIMIT:
-                new0 = max0
-            if (new1 - max1) * scale <= LAZY_LIMIT:
-                new1 = max1
+        if (new0 - max0) * scale <= LAZY_LIMIT:
+            new0 = max0
+        if (new1 - max1) * scale <= LAZY_LIMIT:
+            new1 = max1
         ms0, ms1 = finite(new0) * scale, finite(new1) * scale       # a row that saw nothing yet: exp2(-inf - 0) = 0
         alpha0, alpha1 = exp2(max0 * scale - ms0), exp2(max1 * scale - ms1)
         acc_s = exp2_minus(acc_s, scale, ms0, ms1)
