@@ -291,12 +291,12 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
 
 def compile_one(case: Case, family: str, arch: str, with_lse: bool, backward: bool, key: str) -> str | None:
     """In a worker process: one kernel into the cache. What goes wrong is raised again by the test that needs it."""
-    from fastattn.gpu.compile import cubin
+    from fastattn.gpu.compile import binary
 
     for source in sources_of(case, family, arch, with_lse, backward):
         if source.key == key:
             try:
-                cubin(source, arch)
+                binary(source, arch)
             except Exception as error:
                 return f"{key}: {error}"
     return None

@@ -26,7 +26,7 @@ from fastattn.buffers import ITEMSIZE, View
 from fastattn.gpu import schedule
 
 MODULES = ("inline", "mask", "dropout", "scalar", "schedule", "packed", "preprocess", "threads", "pairs", "dbias", "forward_simt",
-           "backward_simt", "transform")
+           "launch_simt", "backward_simt", "transform")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 
 
@@ -175,7 +175,7 @@ class Machine:
 
     def load(self, source: Any, ordinal: int) -> Any:
         """compile.load: a kernel that runs here."""
-        kernel, names = source.make(), [name for name, _ in source.fields]
+        (kernel, shared_memory), names = source.make(), [name for name, _ in source.fields]
         arguments = namedtuple("arguments", names)  # type: ignore[misc]
 
         def launch(grid: int, values: list[Any], stream: int) -> None:
@@ -185,7 +185,7 @@ class Machine:
                 self.block = Block(source.threads)
                 self.block.run(kernel, arguments(*values))
                 used = max(self.block.shared, default=0)
-                assert used < max(source.shared_memory, 1), f"{source.key} uses {used} bytes of {source.shared_memory}"
+                assert used < max(shared_memory, 1), f"{source.key} uses {used} bytes of {shared_memory}"
         return SimpleNamespace(launch=launch)
 
     # -------------------------------------------------------- instructions

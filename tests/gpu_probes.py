@@ -40,7 +40,7 @@ class Probe:
 
     def source(self, name: str) -> compiler.Source:
         fields = tuple((field[:-2], field[-1]) for field in FIELDS.split())
-        return compiler.Source(f"test {name}", self.make, fields, self.threads, self.shared)
+        return compiler.Source(f"test {name}", lambda: (self.make(), self.shared), fields, self.threads)
 
 
 PROBES: dict[str, Probe] = {}

@@ -129,17 +129,17 @@ def test_explain_without_the_gpu_packages(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_threads_launch_while_a_call_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of an explained call are noted in its thread; a call in another gets its own."""
     pytest.importorskip("numba.cuda")
-    from fastattn.gpu import forward_sm80
+    from fastattn.gpu import launch_sm80
 
     loaded: list[Any] = []
-    original = forward_sm80.prepare
+    original = launch_sm80.prepare
 
     def prepare(*arguments: Any) -> Any:
-        other = threading.Thread(target=lambda: forward_sm80.load_kernel("of another call", 0))
+        other = threading.Thread(target=lambda: launch_sm80.load_kernel("of another call", 0))
         other.start()
         other.join()
         return original(*arguments)
-    monkeypatch.setattr(forward_sm80, "load_kernel", lambda *what: loaded.append(what))
-    monkeypatch.setattr(forward_sm80, "prepare", prepare)
+    monkeypatch.setattr(launch_sm80, "load_kernel", lambda *what: loaded.append(what))
+    monkeypatch.setattr(launch_sm80, "prepare", prepare)
     found = explain(attention, *arrays(), device="sm_80")
     assert loaded == [("of another call", 0)] and len(found.kernels) == 1

@@ -37,7 +37,7 @@ def _kernel(a):
     store_b32(uint64(a.dst + uint64(4 * cuda.threadIdx.x)), int32(a.n))
 
 
-SOURCE = compiler.Source("test cache", lambda: _kernel, (("dst", "l"), ("n", "i")), 32, 0)
+SOURCE = compiler.Source("test cache", lambda: (_kernel, 48), (("dst", "l"), ("n", "i")), 32)
 
 
 @pytest.fixture
@@ -64,26 +64,26 @@ def entries(folder: Path) -> list[Path]:
 
 def test_a_hit_compiles_nothing(folder: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastattn"):
-        first = compiler.cubin(SOURCE, ARCH)
+        first = compiler.binary(SOURCE, ARCH).code
     assert first[:4] == b"\x7fELF" and builds == [SOURCE.key] and len(entries(folder)) == 1
     assert re.search(rf"compiling {SOURCE.key} for {ARCH}", caplog.text) and re.search(r"compiled in [\d.]+ s, \d+ registers", caplog.text)
     assert {record.levelname for record in caplog.records} == {"INFO"}
     caplog.clear()
     with caplog.at_level(logging.INFO, "fastattn"):
-        assert compiler.cubin(SOURCE, ARCH) == first
+        assert compiler.binary(SOURCE, ARCH).code == first
     assert len(builds) == 1 and not caplog.records
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:20], lambda data: data[:-1], lambda data: data[:-1] + b"?",
                                     lambda data: b"\0" * len(data)], ids=["empty", "short", "truncated", "changed", "zeros"])
 def test_a_damaged_entry_is_compiled_again(damage: Any, folder: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    compiler.cubin(SOURCE, ARCH)
+    compiler.binary(SOURCE, ARCH)
     [entry] = entries(folder)
     entry.write_bytes(damage(entry.read_bytes()))
-    again = compiler.cubin(SOURCE, ARCH)
+    again = compiler.binary(SOURCE, ARCH).code
     assert again[:4] == b"\x7fELF" and len(builds) == 2
     assert "damaged" in caplog.text and str(entry) in caplog.text
-    assert compiler.cubin(SOURCE, ARCH) == again and len(builds) == 2
+    assert compiler.binary(SOURCE, ARCH).code == again and len(builds) == 2
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str],
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     """A file stands where the folder should be: as good as read-only, also for root."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file" / "cache"))
-    assert compiler.cubin(SOURCE, ARCH)[:4] == b"\x7fELF"
+    assert compiler.binary(SOURCE, ARCH).code[:4] == b"\x7fELF"
     assert "cannot write the kernel cache" in caplog.text and len(builds) == 1
 
 
@@ -100,14 +100,14 @@ def test_a_read_only_folder(folder: Path, builds: list[str], caplog: pytest.LogC
     folder.chmod(0o500)
     if os.access(folder, os.W_OK):
         pytest.skip("root writes anywhere")
-    assert compiler.cubin(SOURCE, ARCH)[:4] == b"\x7fELF" and "cannot write" in caplog.text
+    assert compiler.binary(SOURCE, ARCH).code[:4] == b"\x7fELF" and "cannot write" in caplog.text
 
 
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "replace", full)
-    assert compiler.cubin(SOURCE, ARCH)[:4] == b"\x7fELF" and "No space left" in caplog.text
+    assert compiler.binary(SOURCE, ARCH).code[:4] == b"\x7fELF" and "No space left" in caplog.text
     assert not list(folder.glob("*.cubin"))
 
 
@@ -120,19 +120,19 @@ def test_entries_appear_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         renamed.append((Path(a).read_bytes(), str(b)))
         replace_file(a, b)
     monkeypatch.setattr(os, "replace", noted)
-    code = compiler.cubin(SOURCE, ARCH)
+    code = compiler.binary(SOURCE, ARCH).code
     [(data, path)] = renamed
-    assert data[32:] == code and entries(folder) == [Path(path)]
+    assert data[36:] == code and int.from_bytes(data[32:36], "little") == 48 and entries(folder) == [Path(path)]
 
 
 def test_eight_at_once(folder: Path) -> None:
     """Threads here and processes beside: all get the same code."""
     script = ("import hashlib, test_gpu_cache as t; from fastattn.gpu import compile as c; "
-              "print(hashlib.sha256(c.cubin(t.SOURCE, t.ARCH)).hexdigest())")
+              "print(hashlib.sha256(c.binary(t.SOURCE, t.ARCH).code).hexdigest())")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     others = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     with ThreadPoolExecutor(5) as pool:
-        assert len(set(pool.map(lambda _: compiler.cubin(SOURCE, ARCH), range(5)))) == 1
+        assert len(set(pool.map(lambda _: compiler.binary(SOURCE, ARCH).code, range(5)))) == 1
     said = [other.communicate(timeout=120)[0] for other in others]
     assert len(set(said)) == 1 and len(said[0].strip()) == 64
     assert len(entries(folder)) == 1
@@ -193,7 +193,7 @@ def test_precompile_without_a_gpu(folder: Path, plain_want: None, capsys: pytest
     assert re.search(rf"2 kernels for sm_80 in {folder}", said.out)
     d = precompile.absent_device("sm_80")
     for source in precompile.sources(*precompile.Want("float16", 64, packed=True).call(), d):
-        compiler.cubin(source, "sm_80")
+        compiler.binary(source, "sm_80")
     assert builds == [] and len(entries(folder)) == 2
 
 
@@ -234,6 +234,17 @@ def test_precompile_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.parametrize("given", ["sm_90a", "sm_90", "90", "9.0", " SM_90A "])
 def test_arch_names(given: str) -> None:
     assert precompile.parse_arch(given) == "sm_90a"
+
+
+def test_a_forward_whose_kernel_is_kept_needs_no_numba() -> None:
+    """A second process's first call would spend most of its time importing it."""
+    script = ("import sys; from fastattn import gpu; from fastattn.gpu import precompile\n"
+              "for family in gpu.FAMILIES:\n"
+              "    with gpu.use(family):\n"
+              "        found = precompile.sources(*precompile.Want('float16', causal=True).call(), precompile.absent_device('sm_90a'))\n"
+              "        print(found[0].key.split()[0], {'numba', 'llvmlite'} & set(sys.modules))")
+    said = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert said.stdout.splitlines() == [f"forward_{family} set()" for family in gpu.FAMILIES], said.stderr
 
 
 def test_a_want_finds_the_kernels_of_its_family() -> None:

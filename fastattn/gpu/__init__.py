@@ -2,18 +2,16 @@
 
 Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony);
 each meets the same helpers: mask, scores, softmax, dropout, schedule. Then preprocess.py and backward_*.py, in the same order.
-compile.py makes machine code of them.
+launch_*.py say what each forward takes and launch it; compile.py makes machine code of the kernels.
 """
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from contextlib import AbstractContextManager
 from functools import cache, reduce
 from operator import or_
 from typing import Any
-
-import cuda.core  # noqa: F401
-import numba.cuda  # noqa: F401  both here, so that where one is missing the api says what to install
 
 from ..buffers import Grads, View
 from ..engine import FAMILIES
@@ -23,6 +21,11 @@ from ..registry import families_in_use, use_engine
 from .device import Device, current, device
 from .packed import most_tiles
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
+
+# looked for, not imported: a kernel in the cache needs neither. The api says what to install where one is missing.
+for _package in ("numba", "numba_cuda", "cuda.core"):
+    if importlib.util.find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}")
 
 __all__ = ["FAMILIES", "backward", "choose", "family", "forward", "refuses", "use"]
 
@@ -37,9 +40,13 @@ def use(*families: str) -> AbstractContextManager[None]:
 
 @cache
 def family(which: str, direction: str = "forward") -> Any:
-    """The module of a kernel family for one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call, spec,
-    device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""
-    return importlib.import_module(f".{direction}_{which}", __name__)
+    """The module that launches a kernel family in one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call,
+    spec, device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""
+    try:
+        return importlib.import_module(f".{'launch' if direction == 'forward' else direction}_{which}", __name__)
+    except ImportError as error:        # Numba is there and does not load, say beside a newer NumPy
+        raise ImportError(f"the {direction} of {which} cannot be loaded ({error}); it needs numba-cuda and cuda-core: "
+                          "pip install 'fastattn[gpu]'.") from error
 
 
 def refuses(which: str, call: AnyCall, d: Device) -> str | None:

@@ -194,15 +194,15 @@ def arguments_dkdv(spec: Spec) -> Arguments:
 @lru_cache(maxsize=1024)
 def source_dq(spec: Spec) -> Source:
     tile = tile_dq(spec)
-    return Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: make_dq(spec, tile), arguments_dq(spec).fields, tile.threads,
-                  places_of(spec, tile).size)
+    return Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: (make_dq(spec, tile), places_of(spec, tile).size),
+                  arguments_dq(spec).fields, tile.threads)
 
 
 @lru_cache(maxsize=1024)
 def source_dkdv(spec: Spec, dk: bool, dv: bool) -> Source:
     tile, what = tile_dkdv(spec), "dk" * dk + "dv" * dv
-    return Source(f"backward_simt {what} {spec.text} | {tile.text}", lambda: make_dkdv(spec, tile, dk, dv), arguments_dkdv(spec).fields,
-                  tile.threads, places_of(spec, tile).size)
+    return Source(f"backward_simt {what} {spec.text} | {tile.text}", lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size),
+                  arguments_dkdv(spec).fields, tile.threads)
 
 
 def refuses(call: BackwardCall, d: Device) -> str | None:

@@ -378,9 +378,8 @@ def arguments_of(spec: Spec) -> Arguments:
 
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: BackwardConfigSm80) -> Source:
-    _, shared_memory = make_backward(spec, config)
-    return Source(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config)[0], arguments_of(spec).fields,
-                  32 * config.warps, shared_memory, config.blocks_per_sm)
+    return Source(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments_of(spec).fields,
+                  32 * config.warps, config.blocks_per_sm)
 
 
 def refuses(call: BackwardCall, d: Device) -> str | None:

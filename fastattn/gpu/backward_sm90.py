@@ -393,9 +393,8 @@ def arguments_of(spec: Spec) -> Arguments:
 
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: BackwardConfig) -> Source:
-    _, shared_memory = make_backward(spec, config)
-    return Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config)[0], arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS), shared_memory)
+    return Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments_of(spec).fields,
+                  128 * (1 + CONSUMERS))
 
 
 def wide(p: Problem) -> bool:

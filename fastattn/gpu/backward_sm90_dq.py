@@ -327,9 +327,8 @@ def arguments_of(spec: Spec) -> Arguments:
 
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: QueryConfig) -> Source:
-    _, shared_memory = make_dq(spec, config)
-    return Source(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config)[0], arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS), shared_memory)
+    return Source(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config), arguments_of(spec).fields,
+                  128 * (1 + CONSUMERS))
 
 
 def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:

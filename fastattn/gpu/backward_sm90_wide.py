@@ -307,9 +307,8 @@ def arguments_of(spec: Spec) -> Arguments:
 
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: WideConfig) -> Source:
-    _, shared_memory = make_wide(spec, config)
-    return Source(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config)[0], arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS), shared_memory)
+    return Source(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config), arguments_of(spec).fields,
+                  128 * (1 + CONSUMERS))
 
 
 def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tuple[int, int, int, int], d: Device, stream: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
@@ -31,18 +31,25 @@ _LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # of
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A kernel to be compiled: `make()` returns the Python function, which takes one named tuple of `fields`.
+    """A kernel to be compiled: `make()` returns the Python function, which takes one named tuple of `fields`, and the bytes of shared
+    memory that a launch asks for. It is not called where the kernel is in the cache, so that Numba need not be imported.
 
     `key` says which kernel it is (Spec and Config as text); fields are (name, letter): l pointer, q int64, i int32, I uint32,
     f float32, d float64. `registers` is a cap per thread at launch, 0 for none.
     """
 
     key: str
-    make: Callable[[], Any]
+    make: Callable[[], tuple[Any, int]]
     fields: tuple[tuple[str, str], ...]
     threads: int
-    shared_memory: int
     blocks_per_sm: int = 1
+
+
+class Binary(NamedTuple):
+    """What the cache holds of a kernel."""
+
+    code: bytes
+    shared_memory: int
 
 
 @cache
@@ -76,8 +83,8 @@ def _cache_path(source: Source, arch: str) -> Path:
     return cache_folder() / f"{key}.cubin"
 
 
-def _read(path: Path) -> bytes | None:
-    """A cached cubin; None where there is none or it is damaged."""
+def _read(path: Path) -> Binary | None:
+    """A cached kernel; None where there is none or it is damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -85,16 +92,17 @@ def _read(path: Path) -> bytes | None:
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         log.warning("fastattn: %s is damaged and is compiled again", path)
         return None
-    return data[32:]
+    return Binary(data[36:], int.from_bytes(data[32:36], "little"))
 
 
-def _write(path: Path, cubin: bytes) -> None:
+def _write(path: Path, binary: Binary) -> None:
     """Atomically; a cache that cannot be written costs time only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
+                payload = binary.shared_memory.to_bytes(4, "little") + binary.code
+                file.write(hashlib.sha256(payload).digest() + payload)
                 file.flush()
                 os.replace(file.name, path)
             except OSError:
@@ -104,33 +112,38 @@ def _write(path: Path, cubin: bytes) -> None:
         log.warning("fastattn: cannot write the kernel cache %s: %s", path, error)
 
 
-def cubin(source: Source, arch: str) -> bytes:
+def binary(source: Source, arch: str) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled; a warning where it will be slow."""
     with _lock:
         path = _cache_path(source, arch)
-        code = _read(path)
-        if code is None:
+        found = _read(path)
+        if found is None:
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
             code, report = build(source, arch)
             for problem in complaints(report):      # another compiler than those the tests know: slower, not wrong
                 log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
-            _write(path, code)
-        return code
+            found = Binary(code, source.make()[1])
+            _write(path, found)
+        return found
 
 
 def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
     """Compile without the cache: (machine code, or PTX text for output="ptx", and the compiler's report)."""
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-    from numba import cuda
+    try:
+        from cuda.core import Linker, LinkerOptions, ObjectCode
+        from numba import cuda
+    except ImportError as error:
+        raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda and "
+                          "cuda-core: pip install 'fastattn[gpu]'.") from error
 
     number = arch.removeprefix("sm_").rstrip("a")
     capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
     collected = gc.isenabled()
     gc.disable()        # a sixth of the time: Numba makes millions of small objects, and next to no garbage
     try:
-        ltoir, _ = cuda.compile(source.make(), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
+        ltoir, _ = cuda.compile(source.make()[0], _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
                                 output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
     finally:
         if collected:
@@ -189,13 +202,14 @@ class Kernel:
             offset += size
         self._local = threading.local()
         with current(d), relaxed():
-            library = check(driver.cuLibraryLoadData(cubin(source, d.arch), None, None, 0, None, None, 0), "cuLibraryLoadData")
+            code, self._shared_memory = binary(source, d.arch)
+            library = check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
             [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(driver.cuKernelSetAttribute(attribute, source.shared_memory, kernel, ordinal), "cuKernelSetAttribute")
+            check(driver.cuKernelSetAttribute(attribute, self._shared_memory, kernel, ordinal), "cuKernelSetAttribute")
             self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
         self._launch, self._check = driver.cuLaunchKernel, check
-        self._threads, self._shared_memory = source.threads, source.shared_memory
+        self._threads = source.threads
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
         """Enqueue `grid` blocks. The device's context must be current."""

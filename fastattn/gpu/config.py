@@ -9,6 +9,39 @@ SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_120"
 
 
 @dataclass(frozen=True, slots=True)
+class ConfigSimt:
+    """One tiling of forward_simt: block_m query rows x block_n keys a step, copied in slices of `slice_dim` columns of head_dim; `loads` in
+    flight per thread."""
+
+    block_m: int
+    block_n: int
+    slice_dim: int
+    threads: int = 256
+    loads: int = 8
+    blocks_per_sm: int = 1
+
+    @property
+    def text(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.slice_dim} threads {self.threads} loads {self.loads} blocks {self.blocks_per_sm}"
+
+
+def block_m_simt(compute: str, head_dim_v: int) -> int:
+    """Rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
+    rows = 64 if head_dim_v <= 256 else 32
+    return rows // 2 if compute == "float64" else rows
+
+
+def forward_simt(spec: Spec) -> ConfigSimt:
+    """Shared memory stays under the 99 KB of consumer cards. Two blocks an SM, 128 registers a thread, where that compiles without spills:
+    not with features' addresses, nor with a small head_dim, whose loops the compiler unrolls."""
+    block_m = block_m_simt("float64" if spec.dtype == "float64" else "float32", spec.head_dim_v)
+    features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
+    if spec.dtype == "float64":
+        return ConfigSimt(block_m, 64, 64)
+    return ConfigSimt(block_m, 64, 128, blocks_per_sm=2 if spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features else 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
 

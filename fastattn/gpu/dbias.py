@@ -157,8 +157,8 @@ def arguments_of(spec: Spec) -> Arguments:
 @lru_cache(maxsize=1024)
 def source(spec: Spec, used: bool) -> Source:
     tile = tile_of(spec)
-    return Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}", lambda: make_dbias(spec, tile, used), arguments_of(spec).fields,
-                  tile.threads, places_of(spec, tile).size)
+    return Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
+                  lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments_of(spec).fields, tile.threads)
 
 
 def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int, lse_factor: float = LOG2) -> None:

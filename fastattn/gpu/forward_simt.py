@@ -21,60 +21,23 @@ gets the score -inf, and a key that no row of the tile sees counts as V = 0: wha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint8, uint64
 
-from .compile import Source
-from .compile import load as load_kernel
-from .device import Device
+from .config import ConfigSimt
 from .inline import inline
 from .mask import diagonal_of, make_bounds
-from .packed import most_tiles, table
 from .ptx.memory import load_b32, shared_address, store_shared_b32
 from .ptx.scalar import store, store_shared
 from .scalar import compute_of, make_dropout, make_score, make_softmax
 from .schedule import ENTRY, make_num_tiles, make_tile_at
 from .smem import Smem
-from .spec import Arguments, Call, Launch, Spec
-from .threads import MOST_BLOCKS, WIDE, Tile, make_column, make_load, make_outer_product, make_product
+from .spec import Spec
+from .threads import WIDE, Tile, make_column, make_load, make_outer_product, make_product
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """block_m query rows x block_n keys a step, copied in slices of `slice_dim` columns of head_dim; `loads` in flight per thread."""
-
-    block_m: int
-    block_n: int
-    slice_dim: int
-    threads: int = 256
-    loads: int = 8
-    blocks_per_sm: int = 1
-
-    @property
-    def text(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.slice_dim} threads {self.threads} loads {self.loads} blocks {self.blocks_per_sm}"
-
-
-def block_m_of(compute: str, head_dim_v: int) -> int:
-    """Rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
-    rows = 64 if head_dim_v <= 256 else 32
-    return rows // 2 if compute == "float64" else rows
-
-
-def config_of(spec: Spec) -> Config:
-    """Shared memory stays under the 99 KB of consumer cards. Two blocks an SM, 128 registers a thread, where that compiles without spills:
-    not with features' addresses, nor with a small head_dim, whose loops the compiler unrolls."""
-    block_m = block_m_of(compute_of(spec)[0], spec.head_dim_v)
-    features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
-    if spec.dtype == "float64":
-        return Config(block_m, 64, 64)
-    return Config(block_m, 64, 128, blocks_per_sm=2 if spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features else 1)
-
-
-def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
+def make_forward(spec: Spec, config: ConfigSimt) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     BLOCK_M, BLOCK_N, THREADS = config.block_m, config.block_n, config.threads
     tile = Tile(BLOCK_M, BLOCK_N, config.slice_dim, THREADS, config.loads)
@@ -213,35 +176,3 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             epilogue(a, acc_o, row_max, row_sum, of_no_sequence(a, t), x, y, batch, head, q_start, row0, seqlen_q)
 
     return kernel, smem.size
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    letter = "d" if spec.dtype == "float64" else "f"
-    return Arguments(spec, f"table:l tiles:i head_group:i scale:{letter} cap:{letter} keep:{letter}", ("q", "k", "v", "out"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: Config) -> Source:
-    _, shared_memory = make_forward(spec, config)
-    return Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config)[0], arguments_of(spec).fields,
-                  config.threads, shared_memory, config.blocks_per_sm)
-
-
-def refuses(call: Call, d: Device) -> str | None:
-    """None, but for more tiles than a grid has blocks."""
-    tiles = most_tiles(call, block_m_of(call.problem.compute_dtype, call.problem.head_dim_v))
-    return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
-
-
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
-    p, config = call.problem, config_of(spec)
-    kernel, values, tiles = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call), most_tiles(call, config.block_m)
-    own = tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0
-
-    def launch(call: Call, stream: int) -> None:
-        with table(call, config.block_m, d.ordinal, stream) as sequences:
-            kernel.launch(tiles, values(call, (sequences, *own)), stream)
-    return launch

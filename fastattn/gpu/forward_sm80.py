@@ -15,21 +15,15 @@ reading them for every 16 takes longer than multiplying. (Design: FlashAttention
 """
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from . import config as configs
-from .compile import Source
-from .compile import load as load_kernel
 from .config import ConfigSm80
-from .device import Device
 from .dropout import make_dropout
 from .fragments import join, keep_below, keep_interval, make_pack, part, scale_rows, zeros
 from .inline import inline
 from .mask import diagonal_of, make_bounds
-from .packed import head_group, most_tiles, table
 from .ptx import cp_async, mma
 from .ptx.cp_async import load_shared_b64, store_shared_b64
 from .ptx.memory import load_shared_b32, shared_address, store_f32, store_shared_b32
@@ -39,9 +33,7 @@ from .schedule import make_num_tiles, make_tile_at, make_unowned
 from .scores import make_score
 from .smem import ALIGN, Smem, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Launch, Spec, whole_chunks
-
-OWN = "table:l tiles:i head_group:i"
+from .spec import Spec
 
 
 def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
@@ -328,43 +320,3 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         epilogue(a, base, acc_o, stats)
 
     return kernel, smem.size - ALIGN + 128      # two blocks of 49 KiB fit 100 KiB, of 50 KiB not
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("q", "k", "v", "out"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: ConfigSm80) -> Source:
-    _, shared_memory = make_forward(spec, config)
-    return Source(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config)[0], arguments_of(spec).fields,
-                  32 * config.warps, shared_memory, config.blocks_per_sm)
-
-
-def refuses(call: Call, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
-    p = call.problem
-    if int(d.arch.removeprefix("sm_").rstrip("a")) < 80:
-        return f"it needs sm_80, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
-    if 0 in call.operands.k.shape:
-        return "there are no keys"
-    return None
-
-
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
-    o = call.operands
-    config = configs.forward_sm80(spec, d.arch, whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v), whole_chunks(call.out))
-    kernel, values = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call)
-    tiles, heads = most_tiles(call, config.block_m), head_group(call)
-
-    def launch(call: Call, stream: int) -> None:
-        with table(call, config.block_m, d.ordinal, stream) as sequences:
-            kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
-    return launch

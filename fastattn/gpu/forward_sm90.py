@@ -15,23 +15,16 @@ and another's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, float32, int32, uint8, uint64
 
-from ..buffers import View
-from . import config as configs
-from .compile import Source
-from .compile import load as load_kernel
-from .config import Config, feature_weight
-from .device import Device, capturing
+from .config import Config
 from .dropout import make_dropout
 from .epilogue import OUT_PANEL, make_epilogue
 from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros, zeros_packed
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
-from .packed import head_group, most_tiles, table
 from .ptx import mbarrier, tma, wgmma
 from .ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32
 from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
@@ -40,11 +33,7 @@ from .schedule import make_num_tiles
 from .scores import make_score
 from .smem import Smem, copy_rows, make_clear, panels
 from .softmax import NEG_INF, make_softmax
-from .spec import Arguments, Call, Launch, Spec, make_spec
-from .tensormap import fits, form, tensor_maps
-from .workspace import counter
-
-OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
+from .spec import Spec
 
 
 def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
@@ -361,63 +350,3 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 tma.wait_all()
 
     return kernel, smem.size
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("out",))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: Config) -> Source:
-    _, shared_memory = make_forward(spec, config)
-    return Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config)[0], arguments_of(spec).fields,
-                  128 * (1 + config.block_m // 64), shared_memory)
-
-
-@lru_cache(maxsize=1024)
-def _choice(spec: Spec, seqlen_k: int) -> tuple[Config, Source, Arguments]:
-    config = configs.forward_sm90(spec, seqlen_k)
-    return config, source(spec, config), arguments_of(spec)
-
-
-def refuses(call: Call, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
-    p, o = call.problem, call.operands
-    if d.arch != "sm_90a":
-        return f"it needs sm_90a, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
-    for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
-        reason = fits(x)
-        if reason is not None:
-            return f"{name}: {reason}"
-    if max(p.head_dim, p.head_dim_v) > 192 and feature_weight(make_spec(p, o, False)) > 1:
-        return "several features at head_dim over 192 do not fit its registers"
-    return None
-
-
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
-    config, kernel_source, arguments = _choice(spec, call.problem.seqlen_k)
-    kernel, values = load_kernel(kernel_source, d.ordinal), arguments.bound(call)
-    tiles, heads = most_tiles(call, config.block_m), head_group(call)
-    grid, block_m, block_n = min(tiles, d.num_sms), config.block_m, config.block_n
-
-    def boxes(call: Call) -> tuple[tuple[View, int], ...]:
-        o = call.operands
-        return (o.q, block_m), (o.k, block_n), (o.v, block_n), (call.out, 64)
-    forms = tuple(form(x, rows) for x, rows in boxes(call))
-
-    def launch(call: Call, stream: int, sequences: int = 0) -> None:
-        captured = capturing(stream)
-        maps = tensor_maps(boxes(call), captured, forms)
-        kernel.launch(grid, values(call, (*maps, counter(d.ordinal, captured), sequences, tiles, heads)), stream)
-
-    def launch_packed(call: Call, stream: int) -> None:
-        with table(call, block_m, d.ordinal, stream) as sequences:
-            launch(call, stream, sequences)
-    return launch_packed if spec.packed else launch

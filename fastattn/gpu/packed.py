@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from .compile import load
-from .schedule import plan_packed, table_bytes
 from .spec import AnyCall
 from .workspace import temporary
 
@@ -28,6 +27,8 @@ _NO_TABLE = nullcontext(0)
 
 @contextmanager
 def _packed_table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool) -> Iterator[int]:
+    from .schedule import plan_packed, table_bytes  # here, with Numba, which a dense problem does without
+
     p = call.problem
     source, blocks = plan_packed(p.seqused_k, block, by_keys), most_blocks(call, block, by_keys)
     heads = p.num_heads_k if by_keys else p.num_heads

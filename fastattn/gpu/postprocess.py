@@ -65,7 +65,7 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
 def _round(spec: Spec, dim: int, vector: int, whole: bool) -> tuple[Source, Arguments]:
     arguments = Arguments(spec, OWN, ("dq",))
     key = f"round_dq {spec.text} dim {dim}" + " vector" * vector + " whole" * whole
-    return Source(key, lambda: make_round(spec, dim, vector, whole), arguments.fields, THREADS, 0), arguments
+    return Source(key, lambda: (make_round(spec, dim, vector, whole), 0), arguments.fields, THREADS), arguments
 
 
 def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, d: Device, stream: int, vector: bool = True) -> None:
@@ -100,8 +100,8 @@ def make_round_dbias(dtype: str) -> Any:
 @cache
 def _round_dbias(dtype: str) -> Source:
     fields = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
-    return Source(f"round_dbias {dtype}", lambda: make_round_dbias(dtype),
-                  tuple((name, letter) for name, _, letter in (field.partition(":") for field in fields.split())), THREADS, 0)
+    return Source(f"round_dbias {dtype}", lambda: (make_round_dbias(dtype), 0),
+                  tuple((name, letter) for name, _, letter in (field.partition(":") for field in fields.split())), THREADS)
 
 
 @contextmanager

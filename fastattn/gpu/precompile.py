@@ -23,12 +23,12 @@ from ..problem import Operands, make_problem
 from . import compile as compiler
 from . import config
 from .device import ARCHITECTURES, Device
-from .schedule import plan_packed
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
-SHARED = "preprocess", "postprocess", "dbias", "backward_sm90_dq", "backward_sm90_wide"     # launch kernels, beside a family's own module
+# modules that launch kernels of a backward, beside a family's own
+SHARED = "preprocess", "postprocess", "dbias", "backward_sm90_dq", "backward_sm90_wide"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,8 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
     @contextlib.contextmanager
     def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> Iterator[int]:
         if call.problem.packed:
+            from .schedule import plan_packed
+
             found.append(plan_packed(call.problem.seqused_k, block, by_keys))
         yield 0
 
@@ -122,7 +124,8 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
     def replaced(original: Any, replacement: Any) -> Any:
         return lambda *values, **more: (replacement if threading.get_ident() == this else original)(*values, **more)
     with _replacing, contextlib.ExitStack() as stack:
-        for where in (module, *(importlib.import_module(f".{name}", __package__) for name in SHARED)):
+        shared = () if isinstance(call, Call) else SHARED
+        for where in (module, *(importlib.import_module(f".{name}", __package__) for name in shared)):
             for name in absent.keys() & vars(where).keys():
                 original = getattr(where, name)
                 stack.callback(setattr, where, name, original)
@@ -156,7 +159,7 @@ def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
     for source in needed:
         start, failed = time.perf_counter(), None
         try:
-            compiler.cubin(source, arch)
+            compiler.binary(source, arch)
         except Exception as error:       # whatever the compilers raise belongs to this kernel; the others go on
             failed = f"{type(error).__name__}: {error}"
         results.append(Built(source.key, arch, time.perf_counter() - start, failed))

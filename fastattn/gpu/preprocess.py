@@ -207,7 +207,7 @@ def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
 def _preprocess(spec: Spec, whole: bool, dlse: bool, accum: bool) -> tuple[Source, Arguments]:
     arguments = Arguments(spec, OWN.format(f="d" if spec.dtype == "float64" else "f"), ("dout", "out"))
     key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " accum" * accum
-    return Source(key, lambda: make_preprocess(spec, whole, dlse, accum), arguments.fields, THREADS, 0), arguments
+    return Source(key, lambda: (make_preprocess(spec, whole, dlse, accum), 0), arguments.fields, THREADS), arguments
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def make_dsinks(spec: Spec) -> Any:
 def _dsinks(spec: Spec) -> tuple[Source, Arguments]:
     f = "d" if spec.dtype == "float64" else "f"
     arguments = Arguments(spec, f"row_lse:l row_delta:l rows:i lse_unit:{f} dsinks:l dsinks_head:q")
-    return Source(f"dsinks {spec.text}", lambda: make_dsinks(spec), arguments.fields, SINK_THREADS, 0), arguments
+    return Source(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), arguments.fields, SINK_THREADS), arguments
 
 
 def dsinks(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int, lse_factor: float = LOG2) -> None:

@@ -211,5 +211,5 @@ def plan_packed(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Source:
                     store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
 
     fields = "table:l " + LENGTHS + "batch:i num_heads:i total_q:i blocks:i"
-    return Source(f"plan_packed {'BLOCK_N' if BY_KEYS else 'BLOCK_M'} {BLOCK}" + " seqused_k" * USED, lambda: kernel,
-                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS, 0)
+    return Source(f"plan_packed {'BLOCK_N' if BY_KEYS else 'BLOCK_M'} {BLOCK}" + " seqused_k" * USED, lambda: (kernel, 0),
+                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS)

@@ -307,19 +307,19 @@ def _fields(text: str, dtype: str) -> tuple[tuple[str, str], ...]:
 @cache
 def transform_source(dtype: str, whole: bool, packed: bool) -> Source:
     key = f"transform {dtype}" + " whole" * whole + " packed" * packed
-    return Source(key, lambda: make_transform(dtype, whole, packed), _fields(FORWARD, dtype), THREADS, 0)
+    return Source(key, lambda: (make_transform(dtype, whole, packed), 0), _fields(FORWARD, dtype), THREADS)
 
 
 @cache
 def transform_backward_source(dtype: str, whole: bool, packed: bool) -> Source:
     key = f"transform_backward {dtype}" + " whole" * whole + " packed" * packed
-    return Source(key, lambda: make_transform_backward(dtype, whole, packed), _fields(BACKWARD, dtype), THREADS, 0)
+    return Source(key, lambda: (make_transform_backward(dtype, whole, packed), 0), _fields(BACKWARD, dtype), THREADS)
 
 
 @cache
 def sum_rows_source(dtype: str) -> Source:
     fields = _fields("partial:l rows:i columns:i to:l to_dim:q", dtype)
-    return Source(f"sum_rows {dtype}", lambda: make_sum_rows(dtype), fields, SUM_THREADS, 0)
+    return Source(f"sum_rows {dtype}", lambda: (make_sum_rows(dtype), 0), fields, SUM_THREADS)
 
 
 def _blocks(rows: int, block_rows: int, columns: int) -> tuple[int, int]:
