@@ -23,7 +23,6 @@ from unittest import mock
 import numpy as np
 
 from fastattn.buffers import ITEMSIZE, View
-from fastattn.gpu import schedule
 
 MODULES = ("inline", "mask", "dropout", "scalar", "schedule", "packed", "preprocess", "threads", "pairs", "dbias", "forward_simt",
            "launch_simt", "backward_simt", "transform")
@@ -289,8 +288,6 @@ def emulated(memory: Memory) -> Iterator[Machine]:
     machine = Machine(memory)
     names = machine.names()
     with contextlib.ExitStack() as stack:
-        schedule.plan_packed.cache_clear()      # it makes its kernel at once, of the helpers that are there
-        stack.callback(schedule.plan_packed.cache_clear)
         for module in [importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES]:    # all before any is changed
             for name, value in list(vars(module).items()):
                 if name in names:

@@ -94,9 +94,9 @@ def test_the_table_has_every_tile_once(by_keys: bool, used: bool) -> None:
         for x in (cu_q, cu_k, used_k):
             memory.allow(_view(x))
         blocks = (total_k if by_keys else total_q) // block + min(batch + 1, total_k if by_keys else total_q)
-        with emulated(memory) as machine, memory.temporary(schedule.table_bytes(batch, blocks), 0, 0) as table:
+        with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0, 0) as table:
             lengths = [word for x in (cu_q, cu_k, used_k) for word in ((x.ctypes.data, 4) if x is not None else (0, 0))]
-            plan = machine.load(schedule.plan_packed(used, block, by_keys), 0)
+            plan = machine.load(packed.plan_packed(used, block, by_keys), 0)
             plan.launch(1, [table, *lengths, total_k, batch, heads, total_q, blocks], 0)
             spec = Spec("float32", 16, 16, packed=True)
             tile_at, num_tiles = schedule.make_tile_at(spec, block, by_keys), schedule.make_num_tiles(spec)

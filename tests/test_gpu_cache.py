@@ -242,9 +242,11 @@ def test_a_forward_whose_kernel_is_kept_needs_no_numba() -> None:
               "for family in gpu.FAMILIES:\n"
               "    with gpu.use(family):\n"
               "        found = precompile.sources(*precompile.Want('float16', causal=True).call(), precompile.absent_device('sm_90a'))\n"
-              "        print(found[0].key.split()[0], {'numba', 'llvmlite'} & set(sys.modules))")
+              "        want = precompile.Want('float16', causal=True, packed=True)\n"
+              "        found += precompile.sources(*want.call(), precompile.absent_device('sm_90a'))\n"
+              "        print(*(source.key.split()[0] for source in found), {'numba', 'llvmlite'} & set(sys.modules))")
     said = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert said.stdout.splitlines() == [f"forward_{family} set()" for family in gpu.FAMILIES], said.stderr
+    assert said.stdout.splitlines() == [f"forward_{family} forward_{family} plan_packed set()" for family in gpu.FAMILIES], said.stderr
 
 
 def test_a_want_finds_the_kernels_of_its_family() -> None:

@@ -20,13 +20,13 @@ from .compile import load as load_kernel
 from .device import Device
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
-from .packed import lengths
+from .packed import LENGTHS, lengths
 from .pairs import make_pairs, make_put_tile, own_fields, own_values, places_of
 from .preprocess import LOG2, Rows, make_first_row
 from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store, store_shared
 from .scalar import compute_of, make_score
-from .schedule import LENGTHS, make_sequence_at
+from .schedule import make_sequence_at
 from .spec import Arguments, BackwardCall, Spec
 from .threads import WIDE, Tile
 

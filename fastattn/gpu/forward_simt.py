@@ -28,10 +28,11 @@ from numba import cuda, int32, int64, uint8, uint64
 from .config import ConfigSimt
 from .inline import inline
 from .mask import diagonal_of, make_bounds
+from .packed import ENTRY
 from .ptx.memory import load_b32, shared_address, store_shared_b32
 from .ptx.scalar import store, store_shared
 from .scalar import compute_of, make_dropout, make_score, make_softmax
-from .schedule import ENTRY, make_num_tiles, make_tile_at
+from .schedule import make_num_tiles, make_tile_at
 from .smem import Smem
 from .spec import Spec
 from .threads import WIDE, Tile, make_column, make_load, make_outer_product, make_product

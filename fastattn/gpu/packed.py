@@ -3,15 +3,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
-from .compile import load
+from .compile import Source, load
 from .spec import AnyCall
 from .workspace import temporary
 
+ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, keys with unused ones, one spare
+PLAN_THREADS = 1024
+LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q total_k:i "   # fields of make_sequence_at
+
+
+def table_bytes(batch: int, blocks: int) -> int:
+    """Of a table with at most `blocks` blocks of rows (keys) in all."""
+    return (batch + 1) * ENTRY + 16 + 4 * blocks
+
+
+@cache
+def plan_packed(used: bool, block: int, by_keys: bool = False) -> Source:
+    """The kernel that writes the table for blocks of so many rows (keys)."""
+    def kernel() -> tuple[Any, int]:
+        from .schedule import make_plan  # here, with Numba
+
+        return make_plan(used, block, by_keys), 0
+    fields = f"table:l {LENGTHS} batch:i num_heads:i total_q:i blocks:i"
+    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used, kernel,
+                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS)
+
 
 def lengths(call: AnyCall) -> list[Any]:
-    """Values of schedule.LENGTHS: where a packed problem's lengths are. Zeros for a dense one."""
+    """Values of LENGTHS: where a packed problem's lengths are. Zeros for a dense one."""
     o = call.operands
     words = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
     return [*words, call.problem.total_k or 0]
@@ -27,8 +49,6 @@ _NO_TABLE = nullcontext(0)
 
 @contextmanager
 def _packed_table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool) -> Iterator[int]:
-    from .schedule import plan_packed, table_bytes  # here, with Numba, which a dense problem does without
-
     p = call.problem
     source, blocks = plan_packed(p.seqused_k, block, by_keys), most_blocks(call, block, by_keys)
     heads = p.num_heads_k if by_keys else p.num_heads

@@ -23,6 +23,7 @@ from ..problem import Operands, make_problem
 from . import compile as compiler
 from . import config
 from .device import ARCHITECTURES, Device
+from .packed import plan_packed
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
@@ -112,8 +113,6 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
     @contextlib.contextmanager
     def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> Iterator[int]:
         if call.problem.packed:
-            from .schedule import plan_packed
-
             found.append(plan_packed(call.problem.seqused_k, block, by_keys))
         yield 0
 

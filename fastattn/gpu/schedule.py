@@ -1,23 +1,20 @@
 """Which tile of query rows, or BY_KEYS of keys, a block works on next: number -> (block, head, batch, where its rows and keys are).
 
-Dense problems compute it. Packed ones look it up in a table that `plan_packed` writes on the device, so that cumulative lengths are
-never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, and for each block of
-rows (keys) the number of its entry.
+Dense problems compute it. Packed ones look it up in a table that the kernel of `make_plan` writes on the device (packed.py), so that
+cumulative lengths are never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, and
+for each block of rows (keys) the number of its entry.
 """
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint64
 
-from .compile import Source
 from .inline import divide, inline
+from .packed import ENTRY, PLAN_THREADS
 from .ptx.memory import load_b32, store_b32
 from .spec import Spec
 
-ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, keys with unused ones, one spare
-PLAN_THREADS = 1024
 SORTED = 4096       # sequences up to which the table is sorted: ranks are counted, n * n / 1024 steps
 
 
@@ -101,9 +98,6 @@ def make_unowned(spec: Spec) -> Any:
     return in_last_entry
 
 
-LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q total_k:i "   # fields of make_sequence_at
-
-
 @inline
 def length_at(pointer, i, step, total):
     """Element i of cumulative lengths `step` bytes apart, little-endian, so that its low half will do for an int64; lengths that lie are
@@ -127,13 +121,7 @@ def make_sequence_at(USED: bool) -> Any:
     return sequence_at
 
 
-def table_bytes(batch: int, blocks: int) -> int:
-    """Of a table with at most `blocks` blocks of rows (keys) in all."""
-    return (batch + 1) * ENTRY + 16 + 4 * blocks
-
-
-@cache
-def plan_packed(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Source:
+def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
     """The kernel that writes the table: one block. USED: there is a seqused_k. num_heads: the heads that have tiles."""
     THREADS = PLAN_THREADS
     sequence_at = make_sequence_at(USED)
@@ -209,7 +197,4 @@ def plan_packed(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Source:
             for j in range(thread & 31, divide(tiles_of(a, i), a.num_heads), 32):
                 if block + j < a.blocks:
                     store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
-
-    fields = "table:l " + LENGTHS + "batch:i num_heads:i total_q:i blocks:i"
-    return Source(f"plan_packed {'BLOCK_N' if BY_KEYS else 'BLOCK_M'} {BLOCK}" + " seqused_k" * USED, lambda: (kernel, 0),
-                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS)
+    return kernel
