@@ -29,14 +29,14 @@ from .compile import load as load_kernel
 from .device import Device
 from .inline import inline
 from .mask import diagonal_of, make_bounds, make_query_bounds
-from .packed import most_tiles, table
+from .packed import MOST_BLOCKS, most_tiles, table
 from .pairs import make_accumulate, make_pairs, make_put_tile, own_fields, own_values, places_of
 from .preprocess import NATURAL, dsinks, make_first_row, padded_rows, preprocessed
 from .ptx.memory import shared_address
 from .scalar import compute_of, make_score
 from .schedule import make_num_tiles, make_tile_at
 from .spec import Arguments, BackwardCall, Spec
-from .threads import MOST_BLOCKS, WIDE, Tile, make_store
+from .threads import WIDE, Tile, make_store
 
 
 def tile_of(spec: Spec, columns_of_sums: int) -> Tile:

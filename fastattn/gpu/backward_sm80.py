@@ -34,7 +34,7 @@ from .fragments import join, make_pack, make_unpack, part, scale_seen_rows, zero
 from .gradients import PIECE, exp2_columns, load_columns, make_dropout_transposed, multiply
 from .inline import inline
 from .mask import make_key_bounds
-from .packed import head_group, most_tiles, table
+from .packed import MOST_BLOCKS, head_group, most_tiles, table
 from .postprocess import round_dq
 from .preprocess import dsinks, make_first_row, padded_rows, preprocessed
 from .ptx import cp_async, mma
@@ -47,7 +47,6 @@ from .scores import make_cap_of, make_score
 from .smem import ALIGN, Smem, panels
 from .spec import Arguments, BackwardCall, Spec, whole_chunks
 
-MOST = 2**31 - 1        # blocks of a grid, and what 32 bits count
 OWN = "row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
 
 
@@ -398,9 +397,9 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
     if dq.strides[-1] != dq.itemsize and dq.shape[-1] > 1:
         return "dq: its last axis is not contiguous"
     tiles = most_tiles(call, 32, by_keys=True)
-    if tiles > MOST:
+    if tiles > MOST_BLOCKS:
         return f"it has {tiles} tiles of 32 keys, over 2**31 - 1"
-    return None if padded_rows(call) <= MOST else f"it has {padded_rows(call)} query rows with padding, over 2**31 - 1"
+    return None if padded_rows(call) <= MOST_BLOCKS else f"it has {padded_rows(call)} query rows with padding, over 2**31 - 1"
 
 
 def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:

@@ -8,10 +8,8 @@ from .compile import Source
 from .compile import load as load_kernel
 from .config import ConfigSimt, block_m_simt, forward_simt
 from .device import Device
-from .packed import most_tiles, table
+from .packed import MOST_BLOCKS, most_tiles, table
 from .spec import Arguments, Call, Launch, Spec
-
-MOST_BLOCKS = 2**31 - 1     # of a flat grid
 
 
 @lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from .spec import Arguments, Call, Launch, Spec, whole_chunks
 
 OWN = "table:l tiles:i head_group:i"
 
+
 @lru_cache(maxsize=1024)
 def arguments_of(spec: Spec) -> Arguments:
     return Arguments(spec, OWN, ("q", "k", "v", "out"))

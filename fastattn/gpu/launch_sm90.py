@@ -16,6 +16,7 @@ from .workspace import counter
 
 OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 
+
 @lru_cache(maxsize=1024)
 def arguments_of(spec: Spec) -> Arguments:
     return Arguments(spec, OWN, ("out",))

@@ -12,6 +12,7 @@ from .workspace import temporary
 
 ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, keys with unused ones, one spare
 PLAN_THREADS = 1024
+MOST_BLOCKS = 2**31 - 1     # of a flat grid, and what 32 bits count
 LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q total_k:i "   # fields of make_sequence_at
 
 

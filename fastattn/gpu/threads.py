@@ -20,7 +20,6 @@ from .scalar import compute_of
 from .spec import Spec
 
 WIDE = 16                   # threads that share a line: half a warp
-MOST_BLOCKS = 2**31 - 1     # of a flat grid
 
 
 @dataclass(frozen=True, slots=True)
