@@ -45,7 +45,7 @@ from .ptx.sync import thread_index
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import ALIGN, Smem, panels
-from .spec import Arguments, BackwardCall, Spec, whole_chunks
+from .spec import Arguments, BackwardCall, Spec, unfit, whole_chunks
 
 OWN = "row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
 
@@ -386,10 +386,8 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
     p, dq = call.problem, call.grads.dq
     if int(d.arch.removeprefix("sm_").rstrip("a")) < 80:
         return f"it needs sm_80, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
+    if (reason := unfit(p)) is not None:
+        return reason
     if call.deterministic:
         return "its sums of dq come in any order"
     if call.grads.dbias is not None:

@@ -46,7 +46,7 @@ from .ptx.sync import barrier, decrease_registers, fence_async, increase_registe
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
-from .spec import Arguments, BackwardCall, Spec, make_spec
+from .spec import Arguments, BackwardCall, Spec, make_spec, unfit
 from .tensormap import fits, tensor_maps
 
 CONSUMERS, BLOCK_N = 2, 128
@@ -407,10 +407,8 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
     p, o, g = call.problem, call.operands, call.grads
     if d.arch != "sm_90a":
         return f"it needs sm_90a, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
+    if (reason := unfit(p)) is not None:
+        return reason
     if feature_weight(make_spec(p, o, False)) > 1:
         return "several features do not fit its registers"
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("dout", call.dout), ("dq", g.dq), ("dk", g.dk), ("dv", g.dv)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -35,7 +36,7 @@ class Source:
     memory that a launch asks for. It is not called where the kernel is in the cache, so that Numba need not be imported.
 
     `key` says which kernel it is (Spec and Config as text); fields are (name, letter): l pointer, q int64, i int32, I uint32,
-    f float32, d float64. `registers` is a cap per thread at launch, 0 for none.
+    f float32, d float64. `blocks_per_sm` bounds the registers of a thread.
     """
 
     key: str
@@ -43,6 +44,11 @@ class Source:
     fields: tuple[tuple[str, str], ...]
     threads: int
     blocks_per_sm: int = 1
+
+
+def late(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module of this package, imported when it is called: with Numba, which a kernel in the cache does without."""
+    return lambda *arguments: getattr(importlib.import_module(f".{module}", __package__), function)(*arguments)
 
 
 class Binary(NamedTuple):

@@ -25,16 +25,16 @@ class ConfigSimt:
         return f"{self.block_m}x{self.block_n}x{self.slice_dim} threads {self.threads} loads {self.loads} blocks {self.blocks_per_sm}"
 
 
-def block_m_simt(compute: str, head_dim_v: int) -> int:
+def block_m_simt(dtype: str, head_dim_v: int) -> int:
     """Rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
     rows = 64 if head_dim_v <= 256 else 32
-    return rows // 2 if compute == "float64" else rows
+    return rows // 2 if dtype == "float64" else rows
 
 
 def forward_simt(spec: Spec) -> ConfigSimt:
     """Shared memory stays under the 99 KB of consumer cards. Two blocks an SM, 128 registers a thread, where that compiles without spills:
     not with features' addresses, nor with a small head_dim, whose loops the compiler unrolls."""
-    block_m = block_m_simt("float64" if spec.dtype == "float64" else "float32", spec.head_dim_v)
+    block_m = block_m_simt(spec.dtype, spec.head_dim_v)
     features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
     if spec.dtype == "float64":
         return ConfigSimt(block_m, 64, 64)

@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
-from .compile import Source
+from .compile import Source, late
 from .compile import load as load_kernel
 from .config import ConfigSimt, block_m_simt, forward_simt
 from .device import Device
 from .packed import MOST_BLOCKS, most_tiles, table
 from .spec import Arguments, Call, Launch, Spec
+
+make_forward = late("forward_simt", "make_forward")
 
 
 @lru_cache(maxsize=1024)
@@ -18,22 +19,15 @@ def arguments_of(spec: Spec) -> Arguments:
     return Arguments(spec, f"table:l tiles:i head_group:i scale:{letter} cap:{letter} keep:{letter}", ("q", "k", "v", "out"))
 
 
-def _kernel(spec: Spec, config: ConfigSimt) -> tuple[Any, int]:
-    """Imported here, with Numba, because a kernel in the cache needs neither."""
-    from .forward_simt import make_forward
-
-    return make_forward(spec, config)
-
-
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: ConfigSimt) -> Source:
-    return Source(f"forward_simt {spec.text} | {config.text}", lambda: _kernel(spec, config), arguments_of(spec).fields,
+    return Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
                   config.threads, config.blocks_per_sm)
 
 
 def refuses(call: Call, d: Device) -> str | None:
     """None, but for more tiles than a grid has blocks."""
-    tiles = most_tiles(call, block_m_simt(call.problem.compute_dtype, call.problem.head_dim_v))
+    tiles = most_tiles(call, block_m_simt(call.problem.dtype, call.problem.head_dim_v))
     return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
 
 

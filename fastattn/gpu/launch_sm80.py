@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
-from .compile import Source
+from .compile import Source, late
 from .compile import load as load_kernel
 from .config import ConfigSm80, forward_sm80
 from .device import Device
 from .packed import head_group, most_tiles, table
-from .spec import Arguments, Call, Launch, Spec, whole_chunks
+from .spec import Arguments, Call, Launch, Spec, unfit, whole_chunks
 
+make_forward = late("forward_sm80", "make_forward")
 OWN = "table:l tiles:i head_group:i"
 
 
@@ -19,16 +19,9 @@ def arguments_of(spec: Spec) -> Arguments:
     return Arguments(spec, OWN, ("q", "k", "v", "out"))
 
 
-def _kernel(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
-    """Imported here, with Numba, because a kernel in the cache needs neither."""
-    from .forward_sm80 import make_forward
-
-    return make_forward(spec, config)
-
-
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: ConfigSm80) -> Source:
-    return Source(f"forward_sm80 {spec.text} | {config.text}", lambda: _kernel(spec, config), arguments_of(spec).fields,
+    return Source(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
                   32 * config.warps, config.blocks_per_sm)
 
 
@@ -37,10 +30,8 @@ def refuses(call: Call, d: Device) -> str | None:
     p = call.problem
     if int(d.arch.removeprefix("sm_").rstrip("a")) < 80:
         return f"it needs sm_80, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
+    if (reason := unfit(p)) is not None:
+        return reason
     if 0 in call.operands.k.shape:
         return "there are no keys"
     return None

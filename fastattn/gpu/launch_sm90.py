@@ -2,18 +2,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from ..buffers import View
-from .compile import Source
+from .compile import Source, late
 from .compile import load as load_kernel
 from .config import Config, feature_weight, forward_sm90
 from .device import Device, capturing
 from .packed import head_group, most_tiles, table
-from .spec import Arguments, Call, Launch, Spec, make_spec
+from .spec import Arguments, Call, Launch, Spec, make_spec, unfit
 from .tensormap import fits, form, tensor_maps
 from .workspace import counter
 
+make_forward = late("forward_sm90", "make_forward")
 OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 
 
@@ -22,16 +22,9 @@ def arguments_of(spec: Spec) -> Arguments:
     return Arguments(spec, OWN, ("out",))
 
 
-def _kernel(spec: Spec, config: Config) -> tuple[Any, int]:
-    """Imported here, with Numba, because a kernel in the cache needs neither."""
-    from .forward_sm90 import make_forward
-
-    return make_forward(spec, config)
-
-
 @lru_cache(maxsize=1024)
 def source(spec: Spec, config: Config) -> Source:
-    return Source(f"forward_sm90 {spec.text} | {config.text}", lambda: _kernel(spec, config), arguments_of(spec).fields,
+    return Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
                   128 * (1 + config.block_m // 64))
 
 
@@ -46,10 +39,8 @@ def refuses(call: Call, d: Device) -> str | None:
     p, o = call.problem, call.operands
     if d.arch != "sm_90a":
         return f"it needs sm_90a, this is {d.arch}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return f"it has no {p.dtype} products"
-    if max(p.head_dim, p.head_dim_v) > 256:
-        return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256"
+    if (reason := unfit(p)) is not None:
+        return reason
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
         reason = fits(x)
         if reason is not None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
-from .compile import Source, load
+from .compile import Source, late, load
 from .spec import AnyCall
 from .workspace import temporary
 
@@ -21,15 +21,15 @@ def table_bytes(batch: int, blocks: int) -> int:
     return (batch + 1) * ENTRY + 16 + 4 * blocks
 
 
+make_plan = late("schedule", "make_plan")
+
+
 @cache
 def plan_packed(used: bool, block: int, by_keys: bool = False) -> Source:
     """The kernel that writes the table for blocks of so many rows (keys)."""
-    def kernel() -> tuple[Any, int]:
-        from .schedule import make_plan  # here, with Numba
-
-        return make_plan(used, block, by_keys), 0
     fields = f"table:l {LENGTHS} batch:i num_heads:i total_q:i blocks:i"
-    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used, kernel,
+    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used,
+                  lambda: (make_plan(used, block, by_keys), 0),
                   tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS)
 
 

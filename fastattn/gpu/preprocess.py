@@ -37,7 +37,7 @@ from .workspace import temporary
 
 PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
 THREADS = 256
-BLOCK_ROWS = 128            # of a block of the grid: long enough that starting it costs little; it divides PADDING
+BLOCK_ROWS = PADDING        # of a block of the grid: long enough that starting it costs little, and of one sequence
 ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
 NATURAL = 1.0               # units of lse, as factors of the caller's
 LOG2 = LOG2E

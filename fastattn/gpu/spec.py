@@ -119,6 +119,13 @@ def _stride(x: View | None, axis: int) -> int:
     return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
 
 
+def unfit(p: Problem) -> str | None:
+    """None, or why no kernel of the tensor cores takes the problem."""
+    if p.dtype not in ("float16", "bfloat16"):
+        return f"it has no {p.dtype} products"
+    return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256" if max(p.head_dim, p.head_dim_v) > 256 else None
+
+
 def whole_chunks(x: View) -> bool:
     """Whether every row is made of contiguous, aligned pieces of 16 bytes."""
     return (x.ptr % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and (x.strides[-1] == x.itemsize or x.shape[-1] == 1)

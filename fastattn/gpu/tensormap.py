@@ -51,11 +51,12 @@ class _Maps:
         self.stream, self.lock = private_stream(), threading.Lock()
         self.staging = int(check(driver.cuMemAllocHost(128), "cuMemAllocHost"))
 
-    def add(self, kept: dict[Any, int], key: Any, x: View, rows: int) -> int:
-        """Device address of the map of x, from now on in `kept`: captured or newer."""
+    def add(self, key: Any, x: View, rows: int, captured: bool) -> int:
+        """Device address of the map of x, from now on with the captured or the newer ones."""
         with self.lock:
+            kept = self.captured if captured else self.newer
             address = kept.get(key)     # another thread's meanwhile
-            if address is None and kept is not self.captured:
+            if address is None and not captured:
                 address = self.older.pop(key, None)
             if address is None:
                 with relaxed():
@@ -110,7 +111,7 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
     kept = maps.captured if captured else maps.newer
     for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
         key = x.ptr, number
-        found.append(kept.get(key) or maps.add(kept, key, x, rows))
+        found.append(kept.get(key) or maps.add(key, x, rows, captured))
     return found
 
 
