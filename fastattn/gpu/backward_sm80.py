@@ -410,7 +410,7 @@ def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
     with preprocessed(call, spec, d, stream, accum_dim=dim) as rows:
         if tiles:
             with table(call, config.block_n, d.ordinal, stream, True) as sequences:
-                own = (rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call), p.num_heads_k,
+                own = (rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
                        p.score.softmax_scale)
                 load_kernel(source(plain, config), d.ordinal).launch(tiles, arguments_of(plain).values(call, own), stream)
         round_dq(call, spec, rows, dim, d, stream, config.vector)

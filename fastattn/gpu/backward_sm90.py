@@ -6,9 +6,9 @@
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
 
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
-    KV_FULL, Q_FULL[s], DO_FULL[s]    copy engine -> consumers: the bytes are there
-    Q_EMPTY[s], DO_EMPTY[s]           consumers -> producer: the place is free
-    DS_FULL                           consumers -> each other: all of dS is stored
+    K_FULL, V_FULL, Q_FULL[s], DO_FULL[s]     copy engine -> consumers: the bytes are there
+    Q_EMPTY[s], DO_EMPTY[s]                   consumers -> producer: the place is free
+    DS_FULL                                   consumers -> each other: all of dS is stored
 
 dQ of a query block gets a part from every key block: each warp stores its 16 x 64 sums, which the copy engine adds to float32 memory one
 step later, and postprocess.py rounds the total. A warp that asks for a product is held up until those before it have begun, so a product is
@@ -33,7 +33,17 @@ from .compile import load as load_kernel
 from .config import BackwardConfig, backward_sm90, feature_weight
 from .device import Device, capturing
 from .fragments import join, make_pack, make_unpack, part, scale_rows, zeros
-from .gradients import PIECE, exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_store, multiply, store_piece
+from .gradients import (
+    PIECE,
+    exp2_columns,
+    load_columns,
+    make_add_dbias,
+    make_dropout_transposed,
+    make_kept_tile,
+    make_store,
+    multiply,
+    store_piece,
+)
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles, table
@@ -64,7 +74,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     K, V, Q, DO = smem.take(KV_BYTES), smem.take(KV_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * Q_BYTES)
     DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
     LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
-    KV_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, Q_STAGES, Q_STAGES, 2, 2))
+    K_FULL, V_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, 1, Q_STAGES, Q_STAGES, 2, 2))
     DS_FULL = smem.barriers(1)
     ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
     WARPS, OWN_BARRIER = 4 * CONSUMERS, 1
@@ -83,15 +93,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
+    keep_tile, kept_tile = make_kept_tile(smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
     def load(a, base, lane, m_min, m_max, head_k, plane, batch, q_start, k_row, seqlen_q, keys):
         """Lane 0 asks for tiles. A packed sequence's last blocks are cleaned by the warp, which the consumers wait for in their place."""
         if lane == 0:
-            mbarrier.arrive_expect(base + KV_FULL, int32(2 * KV_BYTES))
-            copy_rows(base, a.map_k, KV_FULL, K, KV_PANEL, PANELS, k_row, head_k, plane)
-            copy_rows(base, a.map_v, KV_FULL, V, KV_PANEL, PANELS, k_row, head_k, plane)
+            mbarrier.arrive_expect(base + K_FULL, int32(KV_BYTES))
+            copy_rows(base, a.map_k, K_FULL, K, KV_PANEL, PANELS, k_row, head_k, plane)
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
             line = first_row(a, batch, head, q_start)
@@ -105,6 +115,9 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
                     tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
+                    if j == 0:      # V behind what the first product needs
+                        mbarrier.arrive_expect(base + V_FULL, int32(KV_BYTES))
+                        copy_rows(base, a.map_v, V_FULL, V, KV_PANEL, PANELS, k_row, head_k, plane)
                 mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))
                 if lane == 0:
                     mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + ROW_BYTES))
@@ -112,8 +125,9 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     tma.bulk_load(base + DELTA + other * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full_do)
                 if PACKED:
                     if j == 0 and keys < BLOCK_N:
-                        mbarrier.wait(base + KV_FULL, int32(0))
+                        mbarrier.wait(base + K_FULL, int32(0))
                         clear_keys(int32(base + K), keys, lane)
+                        mbarrier.wait(base + V_FULL, int32(0))
                         clear_keys(int32(base + V), keys, lane)
                         cleaned(base + KEYS_CLEAN, lane)
                     if (m + 1) * BLOCK_M > seqlen_q:
@@ -188,7 +202,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     @inline
     def hold(base):
         """A wait that was over long ago, which keeps what stands before it there: see backward_sm90_dq."""
-        mbarrier.wait(base + KV_FULL, int32(0))
+        mbarrier.wait(base + K_FULL, int32(0))
 
     @inline
     def dropped(a, p, key, query, plane):
@@ -261,6 +275,8 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                     store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
             if HALVES:
                 lses = load_columns(int32(lse_at + 2 * BLOCK_M), COUNT_PART)
+            if FIRST:
+                mbarrier.wait(base + V_FULL, int32(0))
             mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
             wgmma.fence()
             if CROWDED:
@@ -309,7 +325,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         place = (int32(n_block * BLOCK_N + w * 64), batch, q_start, seqlen_q, seqlen_k)
         head = int32(head_k * a.group)
         walk = (int32(0), int32(0), int32(0), head, m_min, int32(-1), prepare(a, batch, head))
-        mbarrier.wait(base + KV_FULL, int32(0))
+        mbarrier.wait(base + K_FULL, int32(0))
         if PACKED:
             if (n_block + 1) * BLOCK_N > seqlen_k:
                 mbarrier.wait(base + KEYS_CLEAN, int32(0))
@@ -337,23 +353,28 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & 127)
-        t = int32(cuda.blockIdx.x)
-        if t < num_tiles(a):
-            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, _ = tile_at(a, t)
+        t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0
+        n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # on its way meanwhile
+        if leads:
+            for map_ in (a.map_k, a.map_q, a.map_v, a.map_dout):
+                tma.prefetch_map(map_)
+            mbarrier.init(base + K_FULL, int32(1))
+            mbarrier.init(base + V_FULL, int32(1))
+            for s in range(Q_STAGES):
+                mbarrier.init(base + Q_FULL + 8 * s, int32(1))
+                mbarrier.init(base + Q_EMPTY + 8 * s, int32(WARPS))
+            for s in range(2):
+                mbarrier.init(base + DO_FULL + 8 * s, int32(1))
+                mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
+            mbarrier.init(base + KEYS_CLEAN, int32(1))
+            mbarrier.init(base + DS_FULL, int32(CONSUMERS))
+        if t < tiles:
             first, plane = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = uniform(m_min), uniform(m_max)
-            if cuda.threadIdx.x == 0:
-                mbarrier.init(base + KV_FULL, int32(1))
-                for s in range(Q_STAGES):
-                    mbarrier.init(base + Q_FULL + 8 * s, int32(1))
-                    mbarrier.init(base + Q_EMPTY + 8 * s, int32(WARPS))
-                for s in range(2):
-                    mbarrier.init(base + DO_FULL + 8 * s, int32(1))
-                    mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
-                mbarrier.init(base + KEYS_CLEAN, int32(1))
-                mbarrier.init(base + DS_FULL, int32(CONSUMERS))
+            if leads:
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
+                keep_tile(base, n_block, head_k, batch, k_start, keys)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -370,7 +391,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 if m_min < m_max:
                     acc_dk, acc_dv = consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start,
                                              seqlen_q, seqlen_k)
-                n_block, head_k, batch, _, _, k_start, _, keys = tile_at(a, opaque(t))      # again: the loop needs the registers
+                n_block, head_k, batch, k_start, keys = kept_tile(base)
                 key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
                 if DROPOUT:
                     acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
@@ -379,8 +400,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
                 to_k = int64(a.dk) + plane * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
                 store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, keys)
-                if lane == 0:
-                    tma.wait_all()
+                tma.wait_read()     # what is left of dQ has left shared memory, which ends with the block
 
     return kernel, smem.size
 
@@ -446,6 +466,6 @@ def launch_both(call: BackwardCall, spec: Spec, config: BackwardConfig, rows: Ro
     """Enqueue this file's kernel; arguments as in backward_sm90_wide.launch."""
     p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call),
+    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
            p.num_heads_k, p.score.softmax_scale, *sums)
     load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

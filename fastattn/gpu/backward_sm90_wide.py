@@ -26,7 +26,7 @@ from .compile import load as load_kernel
 from .config import WideConfig, wide_sm90
 from .device import Device, capturing
 from .fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
-from .gradients import exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_store, multiply
+from .gradients import exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_kept_tile, make_store, multiply
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles
@@ -71,6 +71,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
     next_stage, next_do = make_next_stage(Q_STAGES), make_next_stage(DO_STAGES)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_M, PANELS_V, 32)
+    keep_tile, kept_tile = make_kept_tile(smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
@@ -256,7 +257,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & 127)
         t = int32(cuda.blockIdx.x)
         if t < num_tiles(a):
-            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, _ = tile_at(a, t)
+            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
             first, plane = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = uniform(m_min), uniform(m_max)
@@ -270,6 +271,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
+                keep_tile(base, n_block, head_k, batch, k_start, keys)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -284,7 +286,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 if m_min < m_max:
                     acc = consume(a, base, w, thread, lane, m_min, uniform(full_min), uniform(full_max), m_max, n_block, head_k, batch,
                                   seqlen_q, seqlen_k)
-                n_block, head_k, batch, _, _, k_start, _, keys = tile_at(a, opaque(t))      # again: the loop needs the registers
+                n_block, head_k, batch, k_start, keys = kept_tile(base)
                 key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
                 if DK:
                     acc = scale_rows(acc, a.grad_scale, a.grad_scale)
@@ -316,7 +318,7 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tup
     preprocess.preprocessed; `sequences`: the table by keys in blocks of BLOCK_N; `sums`: of postprocess.dbias_sums."""
     o, tiles = call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, BLOCK_M)
-    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call),
+    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call, True),
            call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
     spec = replace(spec, deterministic=False)
     for part in (replace(spec, dbias=None), "dv"), (spec, "dk"):

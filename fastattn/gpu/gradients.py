@@ -18,8 +18,9 @@ from .inline import inline
 from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
 from .ptx.asm import F32, I32, I64, literals, pack, unpack
 from .ptx.matrix import emit_transpose
-from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector
+from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector, load_shared_b32, store_shared_b32
 from .ptx.sync import opaque
+from .smem import Smem
 from .spec import Spec
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
@@ -94,6 +95,26 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
 
 
 # ---------------------------------------------------------------- of Hopper's kernels by keys
+def make_kept_tile(smem: Smem) -> tuple[Any, Any]:
+    """keep_tile(base, n_block, head_k, batch, k_start, keys), by one thread at the start, and kept_tile(base), which gives them back at the
+    end: the loop between has no registers for them."""
+    PLACE = smem.take(20, 4)
+
+    @inline
+    def keep_tile(base, n_block, head_k, batch, k_start, keys):
+        store_shared_b32(base + PLACE, n_block)
+        store_shared_b32(base + PLACE + 4, head_k)
+        store_shared_b32(base + PLACE + 8, batch)
+        store_shared_b32(base + PLACE + 12, k_start)
+        store_shared_b32(base + PLACE + 16, keys)
+
+    @inline
+    def kept_tile(base):
+        return (load_shared_b32(base + PLACE), load_shared_b32(base + PLACE + 4), load_shared_b32(base + PLACE + 8),
+                load_shared_b32(base + PLACE + 12), load_shared_b32(base + PLACE + 16))
+    return keep_tile, kept_tile
+
+
 def make_store(spec: Spec, DIM: int) -> Any:
     """store(acc, pointer, by_row, dim, lane, key, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`."""
     to_half = make_pack(spec.dtype)

@@ -18,7 +18,7 @@ LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step
 
 def table_bytes(batch: int, blocks: int) -> int:
     """Of a table with at most `blocks` blocks of rows (keys) in all."""
-    return (batch + 1) * ENTRY + 16 + 4 * blocks
+    return (batch + 2 + blocks) * ENTRY
 
 
 make_plan = late("schedule", "make_plan")
@@ -74,10 +74,14 @@ def most_tiles(call: AnyCall, block: int, by_keys: bool = False) -> int:
 L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
 
 
-def head_group(call: AnyCall) -> int:
-    """Heads whose tiles are taken together (schedule.py): under a mask, so that long tiles of all of them start first."""
+def head_group(call: AnyCall, by_keys: bool = False) -> int:
+    """Heads whose tiles are taken together (schedule.py): under a mask, so that long tiles of all of them start first. Tiles of keys read
+    and add up much more for a head, and long sequences go first anyway: packed, two heads were better than more (docs/performance.md)."""
     p = call.problem
-    if p.mask.left is None and p.mask.right is None and not p.packed:
+    masked = p.mask.left is not None or p.mask.right is not None
+    if not masked and (by_keys or not p.packed):
         return 1
+    if by_keys and p.packed:
+        return min(2, p.num_heads_k)
     kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
     return max(1, min(L2_BYTES // max(kv_bytes, 1) * p.group, 16 * p.group, p.num_heads * (1 if p.packed else p.batch)))

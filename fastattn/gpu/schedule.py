@@ -1,8 +1,8 @@
 """Which tile of query rows, or BY_KEYS of keys, a block works on next: number -> (block, head, batch, where its rows and keys are).
 
 Dense problems compute it. Packed ones look it up in a table that the kernel of `make_plan` writes on the device (packed.py), so that
-cumulative lengths are never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, and
-for each block of rows (keys) the number of its entry.
+cumulative lengths are never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, the
+number of tiles, and for each block of rows (keys) a copy of its entry, which a tile finds with one wait for memory.
 """
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     Heads go in groups of a.head_group whose K and V fit the L2 cache; inside a group the last rows, which have most keys under
     a causal mask, come first. BY_KEYS: n_block, a key head of a.num_heads_k, the same, and last how many keys the sequence has with
     those past seqused_k, whose gradients are 0; the first keys, which most rows see, come first.
+
+    Where there is a bias, batch entries of a head are neighbours: most often they share it, and what is read (or summed, in dbias) for
+    one is still in the L2 cache for the others.
     """
-    PACKED = spec.packed
+    PACKED, BIAS = spec.packed, spec.bias is not None
 
     @inline
     def in_group(r, blocks, heads, head_group):
@@ -45,33 +48,38 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
             return a.num_heads
 
     @inline
-    def entry(a, i, field):
-        return load_b32(uint64(a.table + uint64(i * ENTRY + field * 4)))
+    def split(a, plane, heads):
+        """(head, batch) of one of heads * a.batch."""
+        if BIAS:
+            head = divide(plane, a.batch)
+            return head, int32(plane - head * a.batch)
+        else:
+            batch = divide(plane, heads)
+            return int32(plane - batch * heads), batch
 
     @inline
     def tile_at(a, t):
         if PACKED:
             heads = heads_of(a)
-            i = load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16) + uint64(4 * divide(t, heads))))
-            length = entry(a, i, 6 if BY_KEYS else 1)
-            block, head = in_group(int32(t - entry(a, i, 5)), divide(int32(length + BLOCK - 1), BLOCK), heads, a.head_group)
-            if BY_KEYS:
-                return block, head, entry(a, i, 4), entry(a, i, 0), entry(a, i, 1), entry(a, i, 2), entry(a, i, 3), length
-            else:
-                return block, head, entry(a, i, 4), entry(a, i, 0), length, entry(a, i, 2), entry(a, i, 3)
+            at = uint64(a.table + uint64((a.batch + 2 + divide(t, heads)) * ENTRY))
+            q_start, seqlen_q, k_start, seqlen_k = load_b32(at), load_b32(at + 4), load_b32(at + 8), load_b32(at + 12)
+            batch, first, keys = load_b32(at + 16), load_b32(at + 20), load_b32(at + 24)
+            length = keys if BY_KEYS else seqlen_q
+            block, head = in_group(int32(t - first), divide(int32(length + BLOCK - 1), BLOCK), heads, a.head_group)
         else:
             heads, length = heads_of(a), a.seqlen_k if BY_KEYS else a.seqlen_q
-            block, head = in_group(t, divide(int32(length + BLOCK - 1), BLOCK), int32(heads * a.batch), a.head_group)
-            batch = divide(head, heads)
-            if BY_KEYS:
-                return block, int32(head - batch * heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
-            else:
-                return block, int32(head - batch * heads), batch, int32(0), a.seqlen_q, int32(0), a.seqlen_k
+            block, plane = in_group(t, divide(int32(length + BLOCK - 1), BLOCK), int32(heads * a.batch), a.head_group)
+            head, batch = split(a, plane, heads)
+            q_start, seqlen_q, k_start, seqlen_k, keys = int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
+        if BY_KEYS:
+            return block, head, batch, q_start, seqlen_q, k_start, seqlen_k, keys
+        else:
+            return block, head, batch, q_start, seqlen_q, k_start, seqlen_k
     return tile_at
 
 
 def make_num_tiles(spec: Spec) -> Any:
-    """num_tiles(a): for packed problems the table's last word."""
+    """num_tiles(a): for packed problems the word behind the table's entries."""
     if not spec.packed:
         @inline
         def given(a):
@@ -181,7 +189,7 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
         cuda.syncthreads()
         if thread == 0:
             before = int32(0)
-            for i in range(THREADS):
+            for i in range(min(THREADS, a.batch + 1)):      # the rest have no entries
                 mine = sums[i]
                 sums[i] = before
                 before += mine
@@ -192,9 +200,11 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
             put(a, i, 5, first)
             first += tiles_of(a, i)
         cuda.syncthreads()
-        for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp writes the blocks of an entry
+        word = thread & 7
+        for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp copies an entry for its blocks, a lane one of its words
+            value = load_b32(uint64(a.table + uint64(i * ENTRY + 4 * word)))
             block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + 20))), a.num_heads)
-            for j in range(thread & 31, divide(tiles_of(a, i), a.num_heads), 32):
-                if block + j < a.blocks:
-                    store_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY + 16 + 4 * (block + j))), int32(i))
+            end = min(block + divide(tiles_of(a, i), a.num_heads), a.blocks)
+            for j in range(block + ((thread & 31) >> 3), end, 4):
+                put(a, a.batch + 2 + j, word, value)
     return kernel
