@@ -415,11 +415,11 @@ def _position(x, row, col, factor):
 _apply = f.elementwise(_position)
 add("fragments.elementwise", "fma", on_fragment(lambda acc, lane, row, col, n: _apply(acc, row, col, (float32(0.5),))),
     expect(lambda x, r, c: x + 0.5 * (100 * r + c), rtol=1e-6))
-_drop = f.make_dropout(philox)
+_draw = f.make_draw(philox, COUNT, EARLY=True)
 DROPOUT = Dropout(0.3, 0x0123_4567_89AB_CDEF, 5)
 THRESHOLD = DROPOUT.threshold
-add("fragments.make_dropout", "mul", on_fragment(lambda acc, lane, row, col, n: _drop(
-    acc, int32(2), int32(3), lane, n, uint32(5), uint32(0x89AB_CDEF), uint32(0x0123_4567), uint32(THRESHOLD << 16))),
+add("fragments.drop fragments.make_draw sync.emit_opaque", "mul; mov.b32", on_fragment(lambda acc, lane, row, col, n: f.drop(
+    acc, _draw(int32(2), int32(3), lane, n, uint32(5), uint32(0x89AB_CDEF), uint32(0x0123_4567)), uint32(THRESHOLD << 16))),
     expect(lambda x, r, c: np.where(keep_mask(DROPOUT, range(4), 7, 48, 48 + C)[3, 4][32:, 48:], x, 0), n=3 * 7 + 4))
 
 

@@ -111,7 +111,7 @@ def bulk() -> Any:
         base = begin(1)
         if cuda.threadIdx.x == 0:
             mbarrier.arrive_expect(int32(base + BAR), int32(1024))
-            tma.bulk_load(base, a.src, int32(1024), int32(base + BAR))
+            tma.load_rows(base, a.map_a, int32(base + BAR), int32(300), int32(1))
             mbarrier.wait(int32(base + BAR), int32(0))
             for _ in range(2):
                 tma.reduce_add_f32_if(int32(1), a.dst, base, int32(1024))
@@ -121,9 +121,15 @@ def bulk() -> Any:
     return kernel
 
 
-add("tma.bulk_load tma.reduce_add_f32_if",
-    "cp.async.bulk.shared::cluster.global.mbarrier; cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", bulk,
-    lambda launch: same(launch(np.arange(256, dtype=np.float32), dst=np.ones(256, np.float32)), 1 + 2 * np.arange(256)), shared=SHARED)
+def check_bulk(launch: Any) -> None:
+    x = np.arange(2 * 512, dtype=np.float32).reshape(2, 512)
+    expected = np.concatenate([1 + 2 * x[1, 300:], np.ones(44)])      # 0 is added where the line has ended
+    same(launch(x, dst=np.ones(256, np.float32), maps=[("src", 256)]), expected)
+
+
+add("tma.load_rows tma.reduce_add_f32_if",
+    "cp.async.bulk.tensor.2d.shared::cluster.global; cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", bulk, check_bulk,
+    shared=SHARED)
 
 
 # ---------------------------------------------------------------- wgmma

@@ -88,7 +88,7 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
     from cuda.bindings import driver
 
     from fastattn.gpu.device import check, current, device
-    from fastattn.gpu.tensormap import tensor_maps
+    from fastattn.gpu.tensormap import row_map, tensor_maps
 
     source, arrays = PROBES[name].source(name), {"src": src, "other": other, "dst": dst}
     with current(device(0)):
@@ -103,7 +103,10 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
             x = arrays[which]
             assert x is not None
             place = View(places[which], x.shape, contiguous(x.shape, x.itemsize), x.dtype.name, ("cuda", 0))
-            [addresses[k]] = tensor_maps(((place, rows),), False)
+            if x.dtype == np.float32:
+                addresses[k] = row_map(place.ptr, x.shape[1], x.strides[0], rows, 0, False)
+            else:
+                [addresses[k]] = tensor_maps(((place, rows),), False)
         compiler.Kernel(source, 0).launch(1, [*places.values(), *addresses, n], 1)
         assert dst is not None
         result = np.empty_like(dst)

@@ -60,7 +60,7 @@ from .spec import Arguments, BackwardCall, Spec, make_spec, unfit
 from .tensormap import fits, tensor_maps
 
 CONSUMERS, BLOCK_N = 2, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
+OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
        "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
 
 
@@ -107,14 +107,14 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             line = first_row(a, batch, head, q_start)
             m = m_min
             while m < m_max:
-                row, at = int32(q_start + m * BLOCK_M), uint64(4 * (line + m * BLOCK_M))
+                row, at = int32(q_start + m * BLOCK_M), int32(line + m * BLOCK_M)
                 other = int32(j & 1)
                 full, full_do = int32(Q_FULL + 8 * stage), int32(DO_FULL + 8 * other)
                 mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
                 if lane == 0:
                     mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
-                    tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
+                    tma.load_rows(base + LSE + stage * ROW_BYTES, a.map_rows, base + full, at, int32(0))
                     if j == 0:      # V behind what the first product needs
                         mbarrier.arrive_expect(base + V_FULL, int32(KV_BYTES))
                         copy_rows(base, a.map_v, V_FULL, V, KV_PANEL, PANELS, k_row, head_k, plane)
@@ -122,7 +122,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 if lane == 0:
                     mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + ROW_BYTES))
                     copy_rows(base, a.map_dout, full_do, DO + other * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
-                    tma.bulk_load(base + DELTA + other * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full_do)
+                    tma.load_rows(base + DELTA + other * ROW_BYTES, a.map_rows, base + full_do, at, int32(1))
                 if PACKED:
                     if j == 0 and keys < BLOCK_N:
                         mbarrier.wait(base + K_FULL, int32(0))
@@ -356,7 +356,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
         t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # on its way meanwhile
         if leads:
-            for map_ in (a.map_k, a.map_q, a.map_v, a.map_dout):
+            for map_ in (a.map_k, a.map_q, a.map_rows, a.map_v, a.map_dout):
                 tma.prefetch_map(map_)
             mbarrier.init(base + K_FULL, int32(1))
             mbarrier.init(base + V_FULL, int32(1))
@@ -466,6 +466,7 @@ def launch_both(call: BackwardCall, spec: Spec, config: BackwardConfig, rows: Ro
     """Enqueue this file's kernel; arguments as in backward_sm90_wide.launch."""
     p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
-           p.num_heads_k, p.score.softmax_scale, *sums)
+    captured = capturing(stream)
+    own = (*tensor_maps(boxes, captured), rows.map(call, config.block_m, d, captured), rows.accum, rows.count, sequences, tiles,
+           head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
     load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

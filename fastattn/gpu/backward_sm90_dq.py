@@ -91,7 +91,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
-    dropout = make_dropout(spec)
+    draw, dropout = make_dropout(spec, COUNT_S)
     next_stage, next_stage_v = make_next_stage(STAGES), make_next_stage(STAGES_V)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_first_row(spec)
     clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS, PANELS_V))
@@ -227,7 +227,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
                 release(base + K_EMPTY + 8 * before, thread)
             acc_dp = wait_dp(acc_dp)
             release(base + V_EMPTY + 8 * stage_v, thread)
-            acc_dp = dropout(a, acc_dp, row, column, int32(batch * a.num_heads + head))
+            acc_dp = dropout(a, acc_dp, draw(a, row, column, int32(batch * a.num_heads + head)))
             acc_s = grad_rows(acc_s, acc_dp, a.keep_scale if DROPOUT else float32(1), delta0, delta1)
             if SOFTCAP:
                 acc_s = multiply(acc_s, slopes(cap_slope))

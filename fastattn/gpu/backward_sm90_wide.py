@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda, float32, int32, int64, uint8, uint64
+from numba import cuda, float32, int32, int64, uint8
 
 from .compile import Source
 from .compile import load as load_kernel
@@ -41,7 +41,7 @@ from .spec import Arguments, BackwardCall, Spec
 from .tensormap import tensor_maps
 
 CONSUMERS, BLOCK_M, BLOCK_N = 2, 64, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
+OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
        "sums:l sums_batch:q sums_head:q sums_row:i")
 
 
@@ -85,15 +85,15 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
             line = first_row(a, batch, head, q_start)
             m = m_min
             while m < m_max:
-                row, at, full = int32(q_start + m * BLOCK_M), uint64(4 * (line + m * BLOCK_M)), int32(Q_FULL + 8 * stage)
+                row, at, full = int32(q_start + m * BLOCK_M), int32(line + m * BLOCK_M), int32(Q_FULL + 8 * stage)
                 full_do = int32(DO_FULL + 8 * stage_do)
                 mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
                 if lane == 0:
                     mbarrier.arrive_expect(base + full, int32(Q_ARRIVE))
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
-                    tma.bulk_load(base + LSE + stage * ROW_BYTES, uint64(a.row_lse + at), int32(ROW_BYTES), base + full)
+                    tma.load_rows(base + LSE + stage * ROW_BYTES, a.map_rows, base + full, at, int32(0))
                     if DK:
-                        tma.bulk_load(base + DELTA + stage * ROW_BYTES, uint64(a.row_delta + at), int32(ROW_BYTES), base + full)
+                        tma.load_rows(base + DELTA + stage * ROW_BYTES, a.map_rows, base + full, at, int32(1))
                         if first:
                             mbarrier.arrive_expect(base + V_FULL, int32(V_BYTES))
                             copy_rows(base, a.map_v, V_FULL, V, KV_PANEL, PANELS_V, k_row, head_k, plane)
@@ -318,7 +318,8 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tup
     preprocess.preprocessed; `sequences`: the table by keys in blocks of BLOCK_N; `sums`: of postprocess.dbias_sums."""
     o, tiles = call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, BLOCK_M)
-    own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call, True),
+    captured = capturing(stream)
+    own = (*tensor_maps(boxes, captured), rows.map(call, BLOCK_M, d, captured), rows.count, sequences, tiles, head_group(call, True),
            call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
     spec = replace(spec, deterministic=False)
     for part in (replace(spec, dbias=None), "dv"), (spec, "dk"):

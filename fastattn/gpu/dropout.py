@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import int32, uint32, uint64
 
-from .fragments import make_dropout as make_drop
+from .fragments import drop, make_draw
 from .inline import inline
 from .spec import Spec
 
@@ -21,17 +21,29 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def make_dropout(spec: Spec) -> Any:
-    """p = dropout(a, p, row, col, plane): `row` and `col` the thread's first, `plane` = batch * num_heads + head; p when absent."""
+def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any]:
+    """Of a fragment of COUNT registers, nothing when absent; EARLY as in make_draw:
+
+    words = draw(a, row, col, plane)        `row` and `col` the thread's first, `plane` = batch * num_heads + head
+    p = dropout(a, p, words)
+    """
     if not spec.dropout:
         @inline
-        def nothing(a, p, row, col, plane):
+        def no_words(a, row, col, plane):
+            return int32(0)
+
+        @inline
+        def nothing(a, p, words):
             return p
-        return nothing
-    drop = make_drop(philox)
+        return no_words, nothing
+    draw_words = make_draw(philox, COUNT, EARLY)
 
     @inline
-    def dropout(a, p, row, col, plane):
+    def draw(a, row, col, plane):
         lane = int32(((row & 7) << 2) | ((col & 7) >> 1))
-        return drop(p, int32(row >> 4), int32(col >> 4), lane, plane, a.offset, a.seed_low, a.seed_high, a.threshold)
-    return dropout
+        return draw_words(int32(row >> 4), int32(col >> 4), lane, plane, a.offset, a.seed_low, a.seed_high)
+
+    @inline
+    def dropout(a, p, words):
+        return drop(p, words, a.threshold)
+    return draw, dropout

@@ -53,7 +53,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
-    dropout = make_dropout(spec)
+    draw, dropout = make_dropout(spec, COUNT_S // TILES)
     update, optimistic, finish = make_softmax(spec)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)
     SINKS, OPTIMISTIC = spec.sinks is not None, config.optimistic
@@ -173,7 +173,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             if MASKED:
                 acc_s = keep(a, acc_s, row, column, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-            acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+            acc_s = dropout(a, acc_s, draw(a, row, column, int32(batch * a.num_heads + head)))
             return to_half(acc_s), (max0, max1, sum0, sum1), (alpha0, alpha1)
 
         @inline
@@ -193,8 +193,8 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
             s0, part00, part01, lags0 = optimistic(a, part(acc_s, 0, 2), max00, max01)
             s1, part10, part11, lags1 = optimistic(a, part(acc_s, 1, 2), max10, max11)
             plane = int32(batch * a.num_heads + head)
-            p = join(to_half(dropout(a, s0, row, column, plane)), to_half(dropout(a, s1, int32(row + 16), column, plane)))
-            return p, (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
+            s0, s1 = dropout(a, s0, draw(a, row, column, plane)), dropout(a, s1, draw(a, int32(row + 16), column, plane))
+            return join(to_half(s0), to_half(s1)), (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
 
         @inline
         def step(a, base, q, slope, acc_o, stats, stage, n_block, n_min):

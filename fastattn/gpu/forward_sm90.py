@@ -60,7 +60,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
-    dropout = make_dropout(spec)
+    draw, dropout = make_dropout(spec, COUNT_S, EARLY=True)      # beside the product of S
     num_tiles = make_num_tiles(spec)
     update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
@@ -214,6 +214,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
             acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, True)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            words = draw(a, row, column, int32(batch * a.num_heads + head))
             acc_s = wgmma.wait_all_but_one(acc_s)
             # each wait for O stands in both branches: in straight code the assembler moves it up, before the softmax that should run
             # beside the product
@@ -226,14 +227,14 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     acc_o = wgmma.wait_all(acc_o)
                     sum0, sum1 = sum0 + part0, sum1 + part1
                 release_k(base, stage, n_block, n_min, lane)
-                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                acc_s = dropout(a, acc_s, words)
             else:
                 release_k(base, stage, n_block, n_min, lane)
                 acc_s = scores(a, acc_s, early, column, tile)
                 if MASKED:
                     acc_s = keep(acc_s, rows, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
                     acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
                 else:
@@ -307,6 +308,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                     mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
                 acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, had != 0)
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+                words = draw(a, row, column, int32(batch * a.num_heads + head))
                 acc_s = wgmma.wait_all_but_one(acc_s)
                 if lane == 0 and more != 0:
                     mbarrier.arrive(base + K_EMPTY + 8 * stage)
@@ -316,7 +318,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
                     acc_s = keep(acc_s, rows, column)
                 acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
-                acc_s = dropout(a, acc_s, row, column, int32(batch * a.num_heads + head))
+                acc_s = dropout(a, acc_s, words)
                 if had != 0:
                     acc_o = wgmma.wait_all(acc_o)
                     p = to_half(acc_s)

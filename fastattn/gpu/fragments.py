@@ -15,7 +15,7 @@ from numba.cuda.typing import signature
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from .ptx.asm import F32, I32, I64, literals, pack, unpack
 from .ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
-from .ptx.sync import emit_shuffle_xor
+from .ptx.sync import emit_opaque, emit_shuffle_xor
 
 NEG_INF = F32(float("-inf"))
 PAIR = types.UniTuple(types.float32, 2)
@@ -333,36 +333,41 @@ def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
     return signature(acc, acc, tile), generate
 
 
-def make_dropout(philox: Any) -> Any:
-    """acc = drop(acc, row16, col16, lane, plane, offset, key0, key1, threshold): 0 where the definition in philox.py drops.
+def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
+    """words = draw(row16, col16, lane, plane, offset, key0, key1): what philox.py draws for a fragment of COUNT registers, 16 bits each.
 
-    `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head;
-    `threshold` is shifted left by 16. One Philox call gives the eight registers of each 16 x 16 piece.
+    `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head. One Philox
+    call gives the four words of each 16 x 16 piece, eight registers. EARLY: drawn where the call stands, not where the words are needed.
     """
-    words = types.UniTuple(types.uint32, 4)
-    sig = signature(words, *[types.uint32] * 6)
+    sig = signature(types.UniTuple(types.uint32, 4), *[types.uint32] * 6)
 
     @intrinsic
-    def drop(typingctx: Any, acc: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any,
-             threshold: Any) -> Any:
+    def draw(typingctx: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            row16, col16, lane, plane, offset, key0, key1, threshold = args[1:]
+            row16, col16, lane, plane, offset, key0, key1 = args
             call = call_scalar(context, builder, philox, sig)
             row = builder.add(builder.shl(row16, I32(3)), builder.lshr(lane, I32(2)))
-            thread = builder.and_(lane, I32(3))
-            out: list[Any] = []
-            registers = unpack(builder, args[0], acc.count)
-            for piece in range(acc.count // 8):
+            thread, words = builder.and_(lane, I32(3)), list[Any]()
+            for piece in range(COUNT // 8):
                 column = builder.add(builder.shl(builder.add(col16, I32(piece)), I32(2)), thread)
-                random = unpack(builder, call([row, column, plane, offset, key0, key1]), 4)
-                for k in range(8):
-                    word = random[row_of(k) // 4 + k // 4]
-                    lane16 = word if k % 2 else builder.shl(word, I32(16))
-                    keep = builder.icmp_unsigned(">=", lane16, threshold)
-                    out.append(builder.select(keep, registers[8 * piece + k], F32(0.0)))
-            return pack(builder, out)
-        return signature(acc, acc, *[types.int32] * 4, *[types.uint32] * 4), generate
-    return drop
+                words += unpack(builder, call([row, column, plane, offset, key0, key1]), 4)
+            return pack(builder, [emit_opaque(builder, x) if EARLY else x for x in words])
+        return signature(types.UniTuple(types.uint32, COUNT // 2), *[types.int32] * 4, *[types.uint32] * 3), generate
+    return draw
+
+
+@intrinsic
+def drop(typingctx: Any, acc: Any, words: Any, threshold: Any) -> Any:
+    """0 where the definition in philox.py drops; words by make_draw, `threshold` shifted left by 16."""
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        drawn, out = unpack(builder, args[1], words.count), list[Any]()
+        for n, x in enumerate(unpack(builder, args[0], acc.count)):
+            k = n % 8
+            word = drawn[n // 8 * 4 + row_of(k) // 4 + k // 4]
+            lane16 = word if k % 2 else builder.shl(word, I32(16))
+            out.append(builder.select(builder.icmp_unsigned(">=", lane16, args[2]), x, F32(0.0)))
+        return pack(builder, out)
+    return signature(acc, acc, words, types.uint32), generate
 
 
 def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:

@@ -116,8 +116,8 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
             found.append(plan_packed(call.problem.seqused_k, block, by_keys))
         yield 0
 
-    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes), "counter": lambda *_: 0,
-              "capturing": lambda *_: False, "clear": lambda *_: None,
+    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes),
+              "row_map": lambda *_: 0, "counter": lambda *_: 0, "capturing": lambda *_: False, "clear": lambda *_: None,
               "temporary": lambda *_: contextlib.nullcontext(0)}
 
     def replaced(original: Any, replacement: Any) -> Any:

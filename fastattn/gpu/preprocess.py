@@ -33,6 +33,7 @@ from .ptx.scalar import load_chunk, load_if, store
 from .scalar import WARP, compute_of
 from .schedule import length_at
 from .spec import LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
+from .tensormap import row_map
 from .workspace import temporary
 
 PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
@@ -51,6 +52,10 @@ class Rows:
     delta: int
     accum: int
     count: int
+
+    def map(self, call: AnyCall, block_m: int, d: Device, captured: bool) -> int:
+        """The tensor map of float32 lse (line 0) and delta (line 1), for boxes of block_m rows."""
+        return row_map(self.lse, self.count * num_lines(call), self.delta - self.lse, block_m, d.ordinal, captured)
 
 
 # ---------------------------------------------------------------- where rows are

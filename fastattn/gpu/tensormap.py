@@ -1,16 +1,17 @@
 """Tensor maps, by which the bulk copy engine finds tiles (CUDA driver API, cuTensorMapEncodeTiled), kept on the device.
 
-Axes are (head_dim, row, head, batch); a box is 64 elements (128 bytes, swizzled) by `rows`. What lies outside the tensor is read
-as 0 and not written. Maps live in device memory of our own and are kept by (pointer, shape, strides, rows). A new one is copied there
-on a private stream that the host waits for, some 20 us once: no order with the caller's streams is needed then, and a graph that is
-being captured does not contain the copy.
+Axes are (head_dim, row, head, batch); a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, line) of float32 numbers, lse
+and delta, whose boxes are `rows` of one line. What lies outside the tensor is read as 0 and not written. Maps live in device memory of our
+own and are kept by (pointer, shape, strides, rows). A new one is copied there on a private stream that the host waits for, some 20 us
+once: no order with the caller's streams is needed then, and a graph that is being captured does not contain the copy.
 """
 from __future__ import annotations
 
 import ctypes
 import itertools
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 from cuda.bindings import driver
@@ -51,8 +52,8 @@ class _Maps:
         self.stream, self.lock = private_stream(), threading.Lock()
         self.staging = int(check(driver.cuMemAllocHost(128), "cuMemAllocHost"))
 
-    def add(self, key: Any, x: View, rows: int, captured: bool) -> int:
-        """Device address of the map of x, from now on with the captured or the newer ones."""
+    def add(self, key: Any, encode: Callable[[], int], captured: bool) -> int:
+        """Device address of the map that `encode` makes on the host, from now on with the captured or the newer ones."""
         with self.lock:
             kept = self.captured if captured else self.newer
             address = kept.get(key)     # another thread's meanwhile
@@ -60,7 +61,7 @@ class _Maps:
                 address = self.older.pop(key, None)
             if address is None:
                 with relaxed():
-                    address = self.place(_encode(x, rows))
+                    address = self.place(encode())
             kept[key] = address
             if len(self.newer) >= _MOST:
                 self.free += self.older.values()
@@ -111,8 +112,15 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
     kept = maps.captured if captured else maps.newer
     for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
         key = x.ptr, number
-        found.append(kept.get(key) or maps.add(key, x, rows, captured))
+        found.append(kept.get(key) or maps.add(key, partial(_encode, x, rows), captured))
     return found
+
+
+def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captured: bool) -> int:
+    """Device address of the map of two lines of `count` float32, which start `apart` bytes from each other, for boxes of so many rows."""
+    maps, key = _maps(ordinal), (address, _number("lines", count, apart, rows))
+    kept = maps.captured if captured else maps.newer
+    return kept.get(key) or maps.add(key, partial(_encode_rows, address, count, apart, rows), captured)
 
 
 def _encode(x: View, rows: int) -> int:
@@ -120,13 +128,22 @@ def _encode(x: View, rows: int) -> int:
     shape, strides = (x.shape, x.strides) if len(x.shape) == 4 else ((1, *x.shape), (x.strides[0] * x.shape[0], *x.strides))
     batch, length, heads, dim = shape
     by_batch, by_row, by_head, _ = (s if n > 1 else 16 for s, n in zip(strides, shape, strict=True))
-    kind = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_DTYPES[x.dtype]}")
+    return _encoded(_DTYPES[x.dtype], x.ptr, (dim, length, heads, batch), (by_row, by_head, by_batch), (PANEL, rows, 1, 1), "128B")
+
+
+def _encode_rows(address: int, count: int, apart: int, rows: int) -> int:
+    return _encoded("FLOAT32", address, (count, 2), (apart,), (rows, 1), "NONE")
+
+
+def _encoded(kind: str, address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> int:
+    """Address of an encoded map; the fastest axis comes first, and its stride is not named."""
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     encoded = check(driver.cuTensorMapEncodeTiled(
-        kind, 4, x.ptr, [u64(n) for n in (dim, length, heads, batch)], [u64(s) for s in (by_row, by_head, by_batch)],
-        [u32(n) for n in (PANEL, rows, 1, 1)], [u32(1)] * 4, driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B, driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE), f"cuTensorMapEncodeTiled of {x.shape}, strides {x.strides}")
+        getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"), len(shape), address, [u64(n) for n in shape],
+        [u64(n) for n in strides], [u32(n) for n in box], [u32(1)] * len(shape), driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE), f"cuTensorMapEncodeTiled of {shape}, strides {strides}")
     _kept.map = encoded        # its memory must outlive the caller's copy
     return int(encoded.getPtr())
 

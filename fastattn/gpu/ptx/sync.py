@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .asm import F32, emit, instruction
+from .asm import F32, I32, emit, instruction
 
 # barrier(number, threads): wait for all; arrive(number, threads): go on
 barrier = instruction("bar.sync $0, $1;", "rr")
@@ -32,6 +32,11 @@ def increase_registers(count: int) -> Any:
 
 def decrease_registers(count: int) -> Any:
     return instruction(f"setmaxnreg.dec.sync.aligned.u32 {count};")
+
+
+def emit_opaque(builder: Any, value: Any) -> Any:
+    """A 32-bit value of which the compiler knows only that it is made here: it is not made later, where it is needed."""
+    return emit(builder, I32, "mov.b32 $0, $1;", "=r,r", [value])
 
 
 def emit_shuffle_xor(builder: Any, value: Any, distance: int) -> Any:

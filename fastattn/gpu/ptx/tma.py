@@ -1,6 +1,6 @@
-"""The bulk copy engine (PTX ISA 9.7.9.25 to 27): tiles between global and shared memory by tensor map, and flat bulk copies.
+"""The bulk copy engine (PTX ISA 9.7.9.25 to 27): tiles between global and shared memory by tensor map, and flat bulk sums.
 
-Tensor maps have four axes here: (head_dim, row, head, batch), see gpu/tensormap.py.
+Tensor maps have four axes here: (head_dim, row, head, batch), or two: (row, line), see gpu/tensormap.py.
 """
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .asm import instruction
 # load(shared, map, barrier, dim, row, head, batch)
 load = instruction("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
                    " [$0], [$1, {$3, $4, $5, $6}], [$2];", "rlrrrrr")
+# load_rows(shared, map, barrier, row, line): of a map of two axes
+load_rows = instruction("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$3, $4}], [$2];", "rlrrr")
 # store(map, shared, dim, row, head, batch); elements outside the tensor are not written
 store = instruction("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [$0, {$2, $3, $4, $5}], [$1];", "lrrrrr")
 # prefetch(map, dim, row, head, batch): a box into the L2 cache
@@ -17,8 +19,6 @@ prefetch_map = instruction("prefetch.tensormap [$0];", "l")
 commit = instruction("cp.async.bulk.commit_group;")
 wait_read = instruction("cp.async.bulk.wait_group.read 0;")     # until the stores so far have read shared memory
 wait_all = instruction("cp.async.bulk.wait_group 0;")           # until the stores so far are in global memory
-# bulk_load(shared, global, bytes, barrier) and reduce_add_f32_if(flag, global, shared, bytes): 16-byte aligned, sizes too
-bulk_load = instruction("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];", "rlrr")
-# where the flag is not 0, and without a branch
+# reduce_add_f32_if(flag, global, shared, bytes): 16-byte aligned, sizes too; where the flag is not 0, and without a branch
 reduce_add_f32_if = instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; "
                                 "@p cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$1], [$2], $3; }", "rlrr")
