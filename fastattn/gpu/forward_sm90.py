@@ -60,7 +60,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S)
-    draw, dropout = make_dropout(spec, COUNT_S, EARLY=True)      # beside the product of S
+    draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # beside the product of S
     num_tiles = make_num_tiles(spec)
     update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)

@@ -16,6 +16,7 @@ from ..streams import check
 from .device import private_stream, relaxed
 
 _COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
+_KEPT = 1 << 30            # bytes of temporary memory kept when a program synchronises: mapping 0.5 GB again takes as long as a small backward
 
 
 class _Device:
@@ -31,8 +32,8 @@ class _Device:
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties.location.id = ordinal
         self.pool = check(driver.cuMemPoolCreate(properties), "cuMemPoolCreate")
-        threshold, kept = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, driver.cuuint64_t(64 << 20)
-        check(driver.cuMemPoolSetAttribute(self.pool, threshold, kept), "cuMemPoolSetAttribute")    # bytes kept when a program synchronises
+        threshold, kept = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, driver.cuuint64_t(_KEPT)
+        check(driver.cuMemPoolSetAttribute(self.pool, threshold, kept), "cuMemPoolSetAttribute")
 
 
 _devices: dict[int, _Device] = {}
