@@ -236,10 +236,10 @@ def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
         to = int64(a.dqkv) + int64(c) * (VECTOR * SIZE)
         pitch = int64(3 * width) * SIZE
         acc = load(uint64(a.dqkv), int32(0))                # zeros
+        b = sequence_of(a, int64(int64(tile) * (LOOPS * BLOCK_ROWS) + warp * ROWS))     # searched for once, from there on it follows
         for n in range(LOOPS):
             row = int64((int64(tile) * LOOPS + n) * BLOCK_ROWS + warp * ROWS)
             if row < a.rows:
-                b = sequence_of(a, row)
                 froms, insides = cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int32)
                 for i in range(ROWS):
                     froms[i], insides[i] = int64(0), int32(0)
