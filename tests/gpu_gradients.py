@@ -105,7 +105,7 @@ add("memory.emit_add_if", "@p red.relaxed.gpu.global.add.f32", scattered, check_
 
 
 _draw = g.make_draw(COUNT)
-add("matrix.emit_transpose fragments.call_scalar", "movmatrix.sync.aligned.m8n8.trans.b16",
+add("matrix.emit_transpose", "movmatrix.sync.aligned.m8n8.trans.b16",
     on_fragment(lambda acc, lane, row, col, n: g.mark_dropped(acc, _draw(
         int32(3), int32(2), lane, n, uint32(5), uint32(0x89AB_CDEF), uint32(0x0123_4567)), uint32(THRESHOLD << 16))),
     expect(lambda x, r, c: np.where(keep_mask(DROPOUT, range(4), 7, 48 + C, 48)[3, 4][48:, 32:].T, x, -x), n=3 * 7 + 4),

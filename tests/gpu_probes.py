@@ -16,6 +16,7 @@ from problems import NUMPY
 from fastattn.gpu import compile as compiler
 from fastattn.gpu import fragments as f
 from fastattn.gpu.dropout import philox
+from fastattn.gpu.inline import inline
 from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
 from fastattn.philox import keep_mask
 from fastattn.problem import Dropout
@@ -60,7 +61,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 # ---------------------------------------------------------------- scalars
 def inlined(function: Any) -> Any:
     """A lambda as something that kernels can call; intrinsics are that already."""
-    return cuda.jit(device=True, inline="always")(function) if isinstance(function, FunctionType) else function
+    return inline(function) if isinstance(function, FunctionType) else function
 
 
 def unary(function: Any) -> Callable[[], Any]:
@@ -349,13 +350,13 @@ def as_matrix(registers: Array) -> Array:
     return m
 
 
-@cuda.jit(device=True, inline="always")
+@inline
 def load(pointer, lane):
     at = uint64(pointer + uint64(4 * ((lane >> 2) * C + (lane & 3) * 2)))
     return _to_float(_gather(at, uint64(at + uint64(32 * C)), int64(4), int32(C), int32(C), COUNT))
 
 
-@cuda.jit(device=True, inline="always")
+@inline
 def save(pointer, lane, acc):
     for k in range(COUNT):
         memory.store_f32(uint64(pointer + uint64(4 * (32 * k + lane))), acc[k])

@@ -10,6 +10,7 @@ from numba import cuda, int32, int64, uint8, uint64
 from problems import NUMPY
 
 from fastattn.gpu import fragments as f
+from fastattn.gpu.inline import inline
 from fastattn.gpu.ptx import cp_async, matrix, mbarrier, memory, mma, sync, tma, wgmma
 
 PANEL = 64 * 128            # bytes of 64 rows of 64 columns
@@ -18,7 +19,7 @@ SHARED = BAR + 16 + 1024
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 
 
-@cuda.jit(device=True, inline="always")
+@inline
 def begin(arrivals):
     """The base of shared memory, 1024-byte aligned, with a barrier at BAR."""
     base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
@@ -133,13 +134,13 @@ add("tma.load_rows tma.reduce_add_f32_if",
 
 
 # ---------------------------------------------------------------- wgmma
-@cuda.jit(device=True, inline="always")
+@inline
 def two_panels(map_, base, to):
     for p in range(2):
         tma.load(int32(base + to + p * PANEL), map_, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
 
 
-@cuda.jit(device=True, inline="always")
+@inline
 def save_at(pointer, at, acc, count):
     for k in range(count):
         memory.store_f32(uint64(pointer + uint64(4 * (32 * (at + k) + (cuda.threadIdx.x & 31)))), acc[k])

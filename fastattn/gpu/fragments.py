@@ -12,6 +12,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
+from .inline import Compiled
 from .ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from .ptx.asm import F32, I32, I64, literals, pack, unpack
 from .ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
@@ -188,16 +189,6 @@ def make_pack(dtype: str, positive: bool = False) -> Any:
     return to_half
 
 
-def call_scalar(context: Any, builder: Any, f: Any, sig: Any) -> Any:
-    """A scalar Python function, compiled into the kernel; returns call(arguments)."""
-    compiled = context.compile_subroutine(builder, f, sig)
-    descriptor = getattr(compiled, "fndesc", compiled)
-
-    def call(arguments: list[Any]) -> Any:
-        return context.call_internal_no_propagate(builder, descriptor, sig, arguments)[1]
-    return call
-
-
 def elementwise(f: Any) -> Any:
     """acc = apply(acc, row, col, extra): f(x, row, column, *extra) on every element; row and col are the thread's first.
 
@@ -205,13 +196,15 @@ def elementwise(f: Any) -> Any:
     """
     @intrinsic
     def apply(typingctx: Any, acc: Any, row: Any, col: Any, extra: Any) -> Any:
-        sig = signature(types.float32, types.float32, types.int32, types.int32, *extra.types)
+        scalar = Compiled(f, (types.float32, types.int32, types.int32, *extra.types), types.float32)
 
-        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            call = call_scalar(context, builder, f, sig)
-            rest = [builder.extract_value(args[3], i) for i in range(len(extra.types))]
-            return pack(builder, [call([x, builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k))), *rest])
-                                  for k, x in enumerate(unpack(builder, args[0], acc.count))])
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            rest = unpack(builder, args[3], len(extra.types))
+            out = []
+            for k, x in enumerate(unpack(builder, args[0], acc.count)):
+                place = builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k)))
+                out.append(scalar.call(builder, [x, *place, *rest]))
+            return pack(builder, out)
         return signature(acc, acc, types.int32, types.int32, extra), generate
     return apply
 
@@ -339,18 +332,17 @@ def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
     `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head. One Philox
     call gives the four words of each 16 x 16 piece, eight registers. EARLY: drawn where the call stands, not where the words are needed.
     """
-    sig = signature(types.UniTuple(types.uint32, 4), *[types.uint32] * 6)
-
     @intrinsic
     def draw(typingctx: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        random = Compiled(philox, (types.uint32,) * 6, types.UniTuple(types.uint32, 4))
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             row16, col16, lane, plane, offset, key0, key1 = args
-            call = call_scalar(context, builder, philox, sig)
             row = builder.add(builder.shl(row16, I32(3)), builder.lshr(lane, I32(2)))
             thread, words = builder.and_(lane, I32(3)), list[Any]()
             for piece in range(COUNT // 8):
                 column = builder.add(builder.shl(builder.add(col16, I32(piece)), I32(2)), thread)
-                words += unpack(builder, call([row, column, plane, offset, key0, key1]), 4)
+                words += unpack(builder, random.call(builder, [row, column, plane, offset, key0, key1]), 4)
             return pack(builder, [emit_opaque(builder, x) if EARLY else x for x in words])
         return signature(types.UniTuple(types.uint32, COUNT // 2), *[types.int32] * 4, *[types.uint32] * 3), generate
     return draw

@@ -13,8 +13,8 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .dropout import philox
-from .fragments import call_scalar, col_of, make_pack, row_of, store_rows, store_whole_rows
-from .inline import inline
+from .fragments import col_of, make_pack, row_of, store_rows, store_whole_rows
+from .inline import Compiled, inline
 from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
 from .ptx.asm import F32, I32, I64, literals, pack, unpack
 from .ptx.matrix import emit_transpose
@@ -154,16 +154,16 @@ def make_draw(COUNT: int) -> Any:
     bits each; those of register 2 j are the lower half of word j. One Philox call gives 16 x 16 pairs; movmatrix turns its words."""
     @intrinsic
     def draw(typingctx: Any, query16: Any, key16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
-        sig = signature(types.UniTuple(types.uint32, 4), *[types.uint32] * 6)
+        random = Compiled(philox, (types.uint32,) * 6, types.UniTuple(types.uint32, 4))
 
-        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             query16, key16, lane, plane, offset, key0, key1 = args
-            call = call_scalar(context, builder, philox, sig)
             column = builder.add(builder.shl(key16, I32(2)), builder.and_(lane, I32(3)))
             words = []
             for piece in range(COUNT // 8):
                 row = builder.add(builder.shl(builder.add(query16, I32(piece)), I32(3)), builder.lshr(lane, I32(2)))
-                words += [emit_transpose(builder, x) for x in unpack(builder, call([row, column, plane, offset, key0, key1]), 4)]
+                drawn = random.call(builder, [row, column, plane, offset, key0, key1])
+                words += [emit_transpose(builder, x) for x in unpack(builder, drawn, 4)]
             return pack(builder, words)
         return signature(types.UniTuple(types.int32, COUNT // 2), *[types.int32] * 4, *[types.uint32] * 3), generate
     return draw

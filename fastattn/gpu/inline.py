@@ -1,15 +1,120 @@
-"""`inline`: a helper that becomes part of the kernel that calls it. (A device function of Numba's asks for a driver to compile.)
-`divide`: 32-bit division; Numba's // works in 64 bits, which is a long subroutine."""
+"""`inline`: a helper that becomes part of the kernel that calls it. `divide`: 32-bit division; Numba's // works in 64 bits, which is long.
+
+Numba types and lowers a helper once for each list of argument types, into the kernel's own module, and the optimizer inlines it. Numba's
+own inline="always" copies the callee at every call instead: a compile takes twice the time (docs/performance.md, "Compile time"). A device
+function of Numba's asks for a driver. What this takes of Numba's machinery is all here.
+"""
 from __future__ import annotations
 
+import inspect
+import itertools
 from typing import Any
 
-from numba import cuda
+from llvmlite import ir
 from numba.cuda import types
+from numba.cuda.compiler import CUDATranslateBytecode
+from numba.cuda.core import typed_passes, untyped_passes
+from numba.cuda.core.bytecode import FunctionIdentity
+from numba.cuda.core.callconv import CUDACABICallConv
+from numba.cuda.core.compiler import CompilerBase
+from numba.cuda.core.compiler_machinery import PassManager
+from numba.cuda.core.funcdesc import PythonFunctionDescriptor
+from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.descriptor import cuda_target
 from numba.cuda.extending import intrinsic
+from numba.cuda.lowering import CUDALower
 from numba.cuda.typing import signature
 
-inline: Any = cuda.jit(device=True, inline="always")
+from .ptx.asm import intrinsic_of
+
+_numbers = itertools.count()
+# Those of Numba's passes that change anything here: helpers have no closures, `with`, raises, array expressions or unrolled literals
+_PASSES = PassManager("fastattn")
+for _each in (CUDATranslateBytecode, untyped_passes.FixupArgs, untyped_passes.IRProcessing, untyped_passes.RewriteSemanticConstants,
+              untyped_passes.DeadBranchPrune, untyped_passes.GenericRewrites, untyped_passes.ReconstructSSA,
+              typed_passes.NopythonTypeInference, typed_passes.PreLowerStripPhis, typed_passes.IRLegalization):
+    _PASSES.add_pass(_each, _each.__name__)
+_PASSES.finalize()
+
+
+class _Convention(CUDACABICallConv):  # type: ignore[misc]
+    """Arguments and the result are plain values, tuples too: no pointers, no status, nothing for the optimizer to take apart."""
+
+    def get_function_type(self, restype: Any, argtypes: Any) -> Any:
+        return ir.FunctionType(self.get_return_type(restype), [self.context.get_value_type(t) for t in argtypes])
+
+    def decorate_function(self, fn: Any, args: Any, fe_argtypes: Any, noalias: bool = False) -> None:
+        pass
+
+    def decode_arguments(self, builder: Any, argtypes: Any, func: Any) -> Any:
+        return func.args
+
+    def return_value(self, builder: Any, retval: Any) -> None:
+        builder.ret(retval)
+
+    def return_user_exc(self, builder: Any, *exception: Any, **where: Any) -> None:
+        builder.unreachable()       # an index out of a tuple, a range with step 0
+
+
+class _Module:
+    """What stands for a library of Numba's: all helpers of a kernel go into its module."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def create_ir_module(self, name: str) -> Any:
+        return self.module
+
+    def add_ir_module(self, module: Any) -> None:
+        pass
+
+
+class Compiled:
+    """A Python function for one list of argument types. `result` is inferred where it is not given."""
+
+    def __init__(self, function: Any, arguments: Any, result: Any = None) -> None:
+        self._given = function, arguments, result
+        self._name = f"{function.__name__.strip('<>')}.{next(_numbers)}"
+        self._state = self._typed()
+        self.result = self._state.return_type
+
+    def _typed(self) -> Any:
+        function, arguments, result = self._given
+        flags = ConfigStack().top()
+        state = CompilerBase(cuda_target.typing_context, cuda_target.target_context, None, arguments, result, flags, {}).state
+        state.func_id = FunctionIdentity.from_function(function)
+        untyped_passes.ExtractByteCode().run_pass(state)
+        _PASSES.run(state)
+        return state
+
+    def call(self, builder: Any, arguments: Any) -> Any:
+        """A call; the first one in a module puts the function there."""
+        if self._name not in builder.module.globals:
+            self._lower(builder.module)
+        value = builder.call(builder.module.globals[self._name], arguments)
+        return cuda_target.target_context.get_returned_value(builder, self.result, value)
+
+    def _lower(self, module: Any) -> None:
+        state, self._state = self._state or self._typed(), None     # a kernel needs it once, and it is large
+        descriptor = PythonFunctionDescriptor.from_specialized_function(
+            state.func_ir, state.typemap, state.return_type, state.calltypes, mangler=lambda *_, **__: self._name, inline=True,
+            noalias=False, abi_tags=(), abi_info=None, call_conv=_Convention(state.targetctx))
+        CUDALower(state.targetctx, _Module(module), descriptor, state.func_ir).lower()
+        module.globals[self._name].linkage = "internal"
+
+
+def inline(function: Any) -> Any:
+    """`function`, to be called by kernels and by other helpers."""
+    def typing(typingctx: Any, *given: Any) -> Any:
+        compiled = Compiled(function, given)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return compiled.call(builder, args)
+        return signature(compiled.result, *given), generate
+    typing.__name__ = function.__name__
+    helper = intrinsic_of(typing, inspect.signature(function).parameters)
+    helper.py_func = function
+    return helper
 
 
 @intrinsic

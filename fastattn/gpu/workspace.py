@@ -16,7 +16,7 @@ from ..streams import check
 from .device import private_stream, relaxed
 
 _COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
-_KEPT = 1 << 30            # bytes of temporary memory kept when a program synchronises: mapping 0.5 GB again takes as long as a small backward
+_KEPT = 1 << 30            # bytes of temporary memory kept when a program synchronises: mapping half of it again can take a millisecond
 
 
 class _Device:

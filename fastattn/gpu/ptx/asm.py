@@ -6,6 +6,7 @@ fragments and unroll while they build the IR. Everything that knows Numba's intr
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -40,9 +41,13 @@ def instruction(text: str, operands: str = "", result: str = "", pure: bool = Fa
             value = emit(builder, llvm_result, text, constraints, list(args), side_effect=not pure)
             return value if result else context.get_dummy_value()
         return signature(numba_result, *accepted), generate
-    # Numba reads the number of parameters from the signature
-    names = ["typingctx", *(f"operand{k}" for k in range(len(operands)))]
-    typing.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])  # type: ignore[attr-defined]
+    return intrinsic_of(typing, [f"operand{k}" for k in range(len(operands))])
+
+
+def intrinsic_of(typing: Any, names: Iterable[str]) -> Any:
+    """An intrinsic with parameters of these names: Numba reads their number from the signature."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    typing.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("typingctx", *names)])
     return intrinsic(typing)
 
 
