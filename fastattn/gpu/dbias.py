@@ -25,6 +25,7 @@ from .pairs import make_pairs, make_put_tile, own_fields, own_values, places_of
 from .preprocess import LOG2, Rows, make_first_row
 from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store, store_shared
+from .ptx.sync import opaque
 from .scalar import compute_of, make_score
 from .schedule import make_sequence_at
 from .spec import Arguments, BackwardCall, Spec
@@ -121,15 +122,21 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
             if row < a.bias_rows and col < a.bias_cols:
                 store_element(uint64(pointer + row * a.dbias_by_row + col * a.dbias_by_col), get(number(base, line, column))[0])
 
+    @inline
+    def own_tile(a):
+        """(batch, head, block of rows, block of columns) of dbias that are this block's; opaque: a second call computes them again."""
+        t, rows, cols = opaque(int32(cuda.blockIdx.x)), opaque(a.bias_rows), opaque(a.bias_cols)
+        n_tiles, m_tiles = divide(int32(cols + BLOCK_N - 1), BLOCK_N), divide(int32(rows + BLOCK_M - 1), BLOCK_M)
+        rest = divide(t, n_tiles)
+        plane = divide(rest, m_tiles)
+        batch = divide(plane, a.heads)
+        return batch, int32(plane - batch * a.heads), int32(rest - plane * m_tiles), int32(t - rest * n_tiles)
+
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
-        t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        thread = int32(cuda.threadIdx.x)
         x, y = int32(thread % WIDE), int32(thread // WIDE)
-        n_tiles, m_tiles = divide(int32(a.bias_cols + BLOCK_N - 1), BLOCK_N), divide(int32(a.bias_rows + BLOCK_M - 1), BLOCK_M)
-        rest = divide(t, n_tiles)
-        n_tile, plane = int32(t - rest * n_tiles), divide(rest, m_tiles)
-        m_tile, bias_batch = int32(rest - plane * m_tiles), divide(plane, a.heads)
-        bias_head = int32(plane - bias_batch * a.heads)
+        bias_batch, bias_head, m_tile, n_tile = own_tile(a)
         acc = cuda.local.array((ROWS, COLS), REAL)
         for i in range(ROWS):
             for j in range(COLS):
@@ -144,6 +151,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         put_tile(base, acc, x, y)
         cuda.syncthreads()
         add_up(a, base, thread)
+        bias_batch, bias_head, m_tile, n_tile = own_tile(a)      # again: until here they need no registers
         store_tile(a, base, bias_batch, bias_head, int32(m_tile * BLOCK_M), int32(n_tile * BLOCK_N), thread)
     return kernel
 
