@@ -33,7 +33,7 @@ are NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's; the host never wa
 Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, D_v of its own, head sizes to 512 on the CPU, scales as
 numbers, errors instead of asserts. Rows that see nothing are 0.
 
-Source: vLLM, vllm/attention/ops/triton_flash_attention.py, version 0.9.
+Source: vLLM, vllm/attention/ops/triton_flash_attention.py.
 """
 from __future__ import annotations
 

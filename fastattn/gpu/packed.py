@@ -82,6 +82,7 @@ def head_group(call: AnyCall, by_keys: bool = False) -> int:
     if not masked and (by_keys or not p.packed):
         return 1
     if by_keys and p.packed:
-        return min(2, p.num_heads_k)
+        return 2
     kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
-    return max(1, min(L2_BYTES // max(kv_bytes, 1) * p.group, 16 * p.group, p.num_heads * (1 if p.packed else p.batch)))
+    heads, share = (p.num_heads_k, 1) if by_keys else (p.num_heads, p.group)      # share: query heads whose K and V are the same
+    return max(1, min(L2_BYTES // max(kv_bytes, 1) * share, 16 * share, heads * (1 if p.packed else p.batch)))
