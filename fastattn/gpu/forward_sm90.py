@@ -54,7 +54,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     PACKED, LEFT, MASKED_ALWAYS = spec.packed, spec.left, spec.left or spec.right
     TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
     OPTIMISTIC = config.optimistic
-    TURNS = config.turns and CONSUMERS > 1
+    TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -134,6 +134,9 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
 
     @inline
     def q_rows(base, w):
+        """Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and the assembler would use none of them."""
+        if FEW_UNIFORM:
+            w = opaque(w)
         return wgmma.k_major(base + Q + w * 64 * 128)
 
     @inline
