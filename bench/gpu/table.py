@@ -163,6 +163,10 @@ def _grid(cases: Mapping[str, Mapping[str, Row]]) -> str:
         ratio = next((row for row in found.values() if "|" in row.implementation and row.value), None)
         text = rate(found.get("fastattn")) + (f" ({ratio.value:.2f})" if ratio and ratio.value else "")
         cells.setdefault((first.passes, first.dtype, head_dim, first.features), {})[int(seqlen)] = text
+    def place(key: tuple[str, ...]) -> tuple[object, ...]:      # children finish in any order
+        passes, dtype, head_dim, features = key
+        return passes != "forward", dtype != "bfloat16", int(head_dim), features != "full"
+    cells = dict(sorted(cells.items(), key=lambda item: place(item[0])))
     seqlens = sorted({seqlen for line in cells.values() for seqlen in line})
     header = ("", "dtype", "head_dim", "mask", *map(str, seqlens))
     return pipes([header, *((*key, *(line.get(seqlen, "") for seqlen in seqlens)) for key, line in cells.items())])
