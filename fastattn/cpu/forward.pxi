@@ -221,16 +221,16 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
     cdef const Kernels* g = c.g
     cdef int real = 1 if g.real == 8 else 0
     cdef long i, head, row
-    cdef double top, total, sink, factor, m
+    cdef double top, total, sink, factor, rounding, m
     for i in range(t.rows):
         head, row = t.head + i // t.nq, t.s.q0 + t.m0 + i % t.nq
         m, total = load_element(w.row_max + i * g.real, real), load_element(w.row_sum + i * g.real, real)
-        factor = exp(g.rounding_of_unit(m, c2(c)))
+        factor, rounding = 1.0, g.rounding_of_unit(m, c2(c))
         if not c.scored:
             m *= c.scale if real else <float>c.scale    # as backward multiplies the scores
         top = m
         if c.sinks != NULL:
-            sink = c.sinks[head]
+            sink, factor, rounding = c.sinks[head], exp(rounding), 0.0
             if sink > m:
                 top, factor = sink, factor * exp(m - sink)
         total *= factor
@@ -239,6 +239,7 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
         factor = 0.0 if total == 0 else factor * c.keep_scale / total
         g.store_row(at(&c.out, t.b, row, head), c.out.dim, c.out.dtype, w.O + i * c.ldv * g.real, factor, c.head_dim_v)
         if c.lse.ptr != NULL:
+            total *= exp(rounding)
             store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY and total == 0 else top + log(total))
 
 

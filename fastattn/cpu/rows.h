@@ -50,8 +50,13 @@ static void name(store_row)(char *dst, long stride, int dtype, const void *from,
     }
 #endif
 #if REAL_BITS == 32
-    else if (dtype == DT_BF16)
+    else if (dtype == DT_BF16) {
+#if defined(__AVX512F__)
+      for (; j + 16 <= n; j += 16) _mm256_storeu_si256((__m256i *)(dst + 2 * j), floats_to_bf16((__m512)(LOAD(src + j) * SPLAT(scale))));
+#else
       for (; j < n; j++) ((unaligned16 *)dst)[j].x = float_to_bf16(src[j] * scale);
+#endif
+    }
 #endif
   }
   for (; j < n; j++) store_element(dst + j * stride, dtype, src[j] * scale);
