@@ -34,6 +34,7 @@ class Plan:
     splits: int
     split_keys: int
     folded: bool
+    all_heads: bool
     few: bool
     direct: bool
 
@@ -78,13 +79,18 @@ def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads
     few = p.seqlen_q <= FEW_ROWS and (task_rows <= FEW_ROWS or vector < PAIRS)
     direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
+    # rows of K and V lie head by head: one stream of memory for a task that has all heads, pieces of it for one that has one
+    all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and p.seqlen_k >= 2 * SPLIT_KEYS
+                 and o.k.strides[2] < o.k.strides[1])
+    if all_heads:
+        heads, block_m = 1, max(p.seqlen_q, 1)
     tasks = p.batch * -(-p.seqlen_q // SHORT_M) * heads
     splits = 1
     if 0 < tasks < MIN_TASKS and p.seqlen_k >= 2 * SPLIT_KEYS:
         splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
     split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
     splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
-    return Plan(order, first_block, block_m, splits, split_keys, folded, few, direct)
+    return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
 
 
 def threads_for(p: Problem, threads: int) -> int:

@@ -194,7 +194,7 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
  * memory. They start at 0 and C is added last: a chain that went on over all tiles would round more. MR, NV, MODE and B's
  * dtype are compile-time constants, so the branches on them vanish. Strides of A and C are in elements, of B in bytes. */
 enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16) };
-#define AHEAD 48 /* rows of K and V in place that are asked for in advance */
+#define AHEAD 16 /* rows of K and V in place that are asked for in advance */
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
                                  REAL *C, long ldc, const REAL *rescale) {
