@@ -8,6 +8,7 @@
 #
 # A panel's scores (6 rows x 256 keys) stay in L1. Work per tile is chosen by the rows' key intervals, so causal and windowed problems
 # visit only what they need. With few rows, K and V are read in place (`direct`) and the keys are split over tasks; splits merge by lse.
+# Where the rows of all heads lie side by side, such a task has all of them (`all_heads`), so that memory is read in its order.
 
 cdef enum:
     STREAM_KEYS = 16                    # of a tile where a task has all heads: 16, 32 and 64 keys read memory at 1.3, 1.1 and 1 times the speed
