@@ -231,12 +231,12 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     ROWS(DECLARE)
     for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
       vec x0 = name(load_as)(k0 + at, dtype), x1 = name(load_as)(k1 + at, dtype), x2 = x1, x3 = x1;
-      __builtin_prefetch(k0 + AHEAD * row + at);
-      __builtin_prefetch(k1 + AHEAD * row + at);
+      __builtin_prefetch(k0 + AHEAD(row) * row + at);
+      __builtin_prefetch(k1 + AHEAD(row) * row + at);
       if (DOT_KEYS > 2) {
         x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
-        __builtin_prefetch(k2 + AHEAD * row + at);
-        __builtin_prefetch(k3 + AHEAD * row + at);
+        __builtin_prefetch(k2 + AHEAD(row) * row + at);
+        __builtin_prefetch(k3 + AHEAD(row) * row + at);
       }
       ROWS(STEP)
     }
