@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,18 @@ def test_a_few_queries(heads: int, heads_k: int, seqlen_q: int, dtype: str, plan
                 causal=True, mask=(2, heads, seqlen_q, 700), sinks=True, memory="transposed")
     judged(case.make(), backward=False)
     assert plans[0].direct == in_place(dtype)
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize(("heads", "heads_k", "seqlen_q"), [(8, 2, 1), (6, 3, 4), (5, 5, 2)])
+@pytest.mark.parametrize("features", [
+    {}, {"mask": (1, 1, 1, 2500)},
+    {"sinks": True, "dropout_p": 0.2, "alibi": "heads", "softcap": 4.0, "window": (2100, 0), "bias": (2, 1, 1, 2500)}])
+def test_decode_of_all_heads_at_once(features: dict[str, Any], heads: int, heads_k: int, seqlen_q: int, dtype: str,
+                                     plans: list[plan.Plan]) -> None:
+    case = Case("heads", dtype, num_heads=heads, num_heads_k=heads_k, seqlen_q=seqlen_q, seqlen_k=2500, head_dim=64, head_dim_v=128)
+    judged(replace(case, **features).make(), backward=False)
+    assert plans[0].all_heads == (in_place(dtype) and "mask" not in features) and plans[0].splits > 1
 
 
 @pytest.mark.parametrize("dtype", NUMPY)

@@ -53,8 +53,8 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
     vector, half = _engine.vector_length(p.dtype)
     threads = plan.threads_for(p, get_num_threads())
     cut = plan.plan_forward(p, o, vector, half, threads)
-    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.few, cut.direct,
-                    threads)
+    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.all_heads, cut.few,
+                    cut.direct, threads)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:

@@ -124,6 +124,13 @@ ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char 
  * those of float16 are exact), 6 for three */
 #define COUNT_OF(PARTS) ((PARTS) * ((PARTS) + 1) / 2)
 static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+/* C = AB; C += AB, a sum that starts at 0; C += AB, the sums of C going on: no pass over C, and good enough for a C that ends as bfloat16 */
+enum { STORED, ADDED, CONTINUED };
+ALWAYS_INLINE void pairs_rescale(long rows, float *C, long ldc, long n, const float *rescale) {
+  for (long r = 0; r < rows; r++)
+    if (rescale[r] != 1)
+      for (long d = 0; d < n; d += 16) _mm512_storeu_ps(C + r * ldc + d, _mm512_loadu_ps(C + r * ldc + d) * _mm512_set1_ps(rescale[r]));
+}
 #if HAVE_AMX
 static void amx_begin(void) {
   struct { uint8_t palette, start, reserved[14]; uint16_t colsb[16]; uint8_t rows[16]; } config __attribute__((aligned(64)));
@@ -141,17 +148,24 @@ ALWAYS_INLINE void add_block(float *C, long ldc, const float *T, const float *re
     _mm512_storeu_ps(C + 16, _mm512_loadu_ps(C + 16) * s + _mm512_loadu_ps(T + 16));
   }
 }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+ALWAYS_INLINE void pairs_product(const int MODE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {
   float block[32 * 32] __attribute__((aligned(64)));
   for (long i = 0; i < rows; i += 32)
     for (long j = 0; j < n; j += 32) {
-      float *c = ACCUMULATE ? block : C + i * ldc + j;
-      const long ld = ACCUMULATE ? 32 : ldc;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      float *c = MODE == ADDED ? block : C + i * ldc + j;
+      const long ld = MODE == ADDED ? 32 : ldc;
+      if (MODE == CONTINUED) {
+        _tile_loadd(0, c, 4 * ld);
+        _tile_loadd(1, c + 16, 4 * ld);
+        _tile_loadd(2, c + 16 * ld, 4 * ld);
+        _tile_loadd(3, c + 16 * ld + 16, 4 * ld);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
       for (int p = 6 - COUNT; p < 6; p++) {
         const bf16 *a = A + i * lda + PRODUCTS[p][0] * a_part, *b = B + j / 16 * group + PRODUCTS[p][1] * b_part;
         for (long t = t0; t < t1; t += 32) {
@@ -169,7 +183,7 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long row
       _tile_stored(1, c + 16, 4 * ld);
       _tile_stored(2, c + 16 * ld, 4 * ld);
       _tile_stored(3, c + 16 * ld + 16, 4 * ld);
-      if (ACCUMULATE) add_block(C + i * ldc + j, ldc, block, rescale ? rescale + i : 0, 32);
+      if (MODE == ADDED) add_block(C + i * ldc + j, ldc, block, rescale ? rescale + i : 0, 32);
     }
 }
 #else
@@ -214,17 +228,15 @@ ALWAYS_INLINE void pairs_dot(const int MR, const int NV, const int ACCUMULATE, l
 #undef FINAL
 #undef ADD
 }
-ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
+ALWAYS_INLINE void pairs_product(const int MODE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {
   (void)COUNT, (void)a_part, (void)b_part;
-  for (long r = 0; rescale && r < rows; r++)
-    if (rescale[r] != 1)
-      for (long d = 0; d < n; d += 16) _mm512_storeu_ps(C + r * ldc + d, _mm512_loadu_ps(C + r * ldc + d) * _mm512_set1_ps(rescale[r]));
+  if (rescale) pairs_rescale(rows, C, ldc, n, rescale);
   for (long i = 0; i < rows; i += 6)
     for (long j = 0; j < n; j += 64) {
       const bf16 *a = A + i * lda, *b = B + j / 16 * group;
       float *c = C + i * ldc + j;
-#define DOT(R) (n - j < 64 ? pairs_dot(R, 2, ACCUMULATE, t0, t1, a, lda, b, group, c, ldc) : pairs_dot(R, 4, ACCUMULATE, t0, t1, a, lda, b, group, c, ldc))
+#define DOT(R) (n - j < 64 ? pairs_dot(R, 2, MODE != STORED, t0, t1, a, lda, b, group, c, ldc) : pairs_dot(R, 4, MODE != STORED, t0, t1, a, lda, b, group, c, ldc))
       switch (rows - i) {
         case 1: DOT(1); break;
         case 2: DOT(2); break;
@@ -243,12 +255,14 @@ ALWAYS_INLINE void pairs_product(const int ACCUMULATE, const int COUNT, long row
 #define WHOLE(rows) (HAVE_AMX ? ((rows) + 31) / 32 * 32 : (rows))
 ALWAYS_INLINE void pairs_scores(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
   const long ld = (n_dim + 31) / 32 * 32;
-  pairs_product(0, PARTS == 2 ? 4 : COUNT_OF(PARTS), WHOLE(mr), 0, ld, A, PARTS * lda, lda, columns + PARTS * first * ld, PARTS * 16 * ld, 16 * ld, S + first, lds,
+  pairs_product(STORED, PARTS == 2 ? 4 : COUNT_OF(PARTS), WHOLE(mr), 0, ld, A, PARTS * lda, lda, columns + PARTS * first * ld, PARTS * 16 * ld, 16 * ld, S + first, lds,
                 (last - first + 31) / 32 * 32, 0);
 }
 ALWAYS_INLINE void pairs_weighted_sum(const int PARTS, long mr, long first, long last, const bf16 *P, long ldp, const bf16 *V, long ldv, long capacity,
                                       float *O, long ldo, const float *rescale) {
-  pairs_product(1, COUNT_OF(PARTS), WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V, PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
+  if (HAVE_AMX && PARTS == 1) pairs_rescale(mr, O, ldo, ldv, rescale);
+  pairs_product(HAVE_AMX && PARTS == 1 ? CONTINUED : ADDED, COUNT_OF(PARTS), WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V,
+                PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
 }
 /* 2^x to 7.5e-8, which a bfloat16 P does not see and a float32 sum of thousands barely does */
 ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
@@ -291,35 +305,56 @@ ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const 
  * `scores` and `softmax`. Whether a row is among them is decided by that row alone. lo, hi: each row's keys, minus n0 those of the tile. */
 #define CHUNK 64            /* 32, 64 and 128 differ by 2 %; 256 loses half of the gain */
 #define AHEAD_OF_MAXIMUM 7 /* bits: below 8 the exponent of a row's largest score rounds to 2.4e-7, which lse does not feel; it would with 16 or 24 */
+/* Of a tile: maxima of rows that have none yet, rescale, and what to subtract from a row's scores times c2: 0 while it has seen nothing; NaN makes it lag. */
+ALWAYS_INLINE void optimistic_bases(long mr, const float *S, long width, float c2, float *row_max, float *row_sum, float *rescale, float *base) {
+  const float ahead = AHEAD_OF_MAXIMUM / c2 < 1e36f ? AHEAD_OF_MAXIMUM / c2 : 1e36f;
+  const __m512 limit = _mm512_set1_ps(1e37f), nothing = _mm512_set1_ps(-INFINITY);
+  int fresh = 0;
+  for (long r = 0; r < mr; r += 16) {
+    const __m512 top = _mm512_mask_loadu_ps(_mm512_setzero_ps(), (__mmask16)(mr - r < 16 ? (1 << (mr - r)) - 1 : 0xffff), row_max + r);
+    _mm512_storeu_ps(base + r, top);
+    _mm512_storeu_ps(rescale + r, _mm512_set1_ps(1));
+    fresh |= _mm512_cmp_ps_mask(top, nothing, _CMP_EQ_OQ);
+  }
+  if (fresh) {
+    float peak[MAX_PANEL];
+    for (long r = 0; r < mr; r++) peak[r] = row_max[r] == -INFINITY ? row_peak_f32(S + r * CHUNK, 0, width) + ahead : -INFINITY;
+    for (long r = mr; r % 16; r++) peak[r] = 0;
+    raise_maxima_f32(mr, peak, c2, row_max, row_sum, rescale, base);
+  }
+  for (long r = 0; r < mr; r += 16) {
+    const __m512 b = _mm512_loadu_ps(base + r);
+    _mm512_storeu_ps(base + r, _mm512_mask_mul_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(_mm512_abs_ps(b), limit, _CMP_LT_OQ), b, _mm512_set1_ps(c2)));
+  }
+}
+/* The sums of 16 vectors, in their order. */
+ALWAYS_INLINE __m512 sums_of_rows(const float (*s)[16]) {
+#define EVERY_FOURTH(k) by_row_f32((vec_f32)_mm512_load_ps(s[k]), (vec_f32)_mm512_load_ps(s[4 + k]), (vec_f32)_mm512_load_ps(s[8 + k]), (vec_f32)_mm512_load_ps(s[12 + k]))
+  return fold_f32(fold_f32(EVERY_FOURTH(0), EVERY_FOURTH(1)), fold_f32(EVERY_FOURTH(2), EVERY_FOURTH(3)));
+#undef EVERY_FOURTH
+}
 ALWAYS_INLINE uint32_t pairs_optimistic(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last,
                                         const long *lo, const long *hi, long n0, float *S, bf16 *P, long ldp, double c2, float *row_max,
                                         float *row_sum, float *rescale) {
-  float peak[MAX_PANEL], base[MAX_PANEL] __attribute__((aligned(64))), sums[MAX_PANEL][16] __attribute__((aligned(64)));
+  float keys[MAX_PANEL], base[MAX_PANEL], sums[MAX_PANEL][16] __attribute__((aligned(64)));
   const long ld = (n_dim + 31) / 32 * 32;
-  const float ahead = (float)(AHEAD_OF_MAXIMUM / c2 < 1e36 ? AHEAD_OF_MAXIMUM / c2 : 1e36);
-  const __m512 c = _mm512_set1_ps((float)c2), limit = _mm512_set1_ps(1e37f);
   uint32_t lagging = 0;
   int cut = 0;
-  for (long r = 0; r < mr; r++) cut |= (lo[r] - n0 > first) | (hi[r] - n0 < last);
+  for (long r = 0; r < mr; r++) {
+    const long begin = lo[r] - n0 > first ? lo[r] - n0 : first, end = hi[r] - n0 < last ? hi[r] - n0 : last;
+    keys[r] = end > begin ? (float)(end - begin) : 0;
+    cut |= end - begin < last - first;
+  }
   for (long j = first, width; j < last; j += width) {
     width = last - j < CHUNK ? last - j : CHUNK;
     pairs_scores(PARTS, mr, n_dim, A, lda, columns + PARTS * j * ld, 0, width, S, CHUNK);
     for (long r = 0; cut && r < mr; r++) fill_outside_f32(S + r * CHUNK, 0, lo[r] - n0 - j, hi[r] - n0 - j, width, -INFINITY);
-    if (j == first) {
-      for (long r = 0; r < mr; r++) peak[r] = row_max[r] == -INFINITY ? row_peak_f32(S + r * CHUNK, 0, width) + ahead : -INFINITY;
-      for (long r = mr; r % 16; r++) peak[r] = 0;
-      raise_maxima_f32(mr, peak, (float)c2, row_max, row_sum, rescale, base);
-      for (long r = 0; r < mr; r += 16) { /* 0 while a row has seen nothing; NaN makes a row lag */
-        __m512 b = _mm512_load_ps(base + r);
-        __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(b), limit, _CMP_LT_OQ);
-        _mm512_store_ps(base + r, _mm512_mask_mul_ps(_mm512_set1_ps(NAN), finite, b, c));
-      }
-      memset(sums, 0, sizeof sums);
-    }
+    if (j == first) optimistic_bases(mr, S, width, (float)c2, row_max, row_sum, rescale, base);
     for (long r = 0; r < mr; r++) {
       const float *s = S + r * CHUNK;
       bf16 *to = P + r * PARTS * ldp + j;
-      __m512 b = _mm512_set1_ps(base[r]), sum = _mm512_load_ps(sums[r]), sum1 = _mm512_setzero_ps();
+      const __m512 b = _mm512_set1_ps(base[r]), c = _mm512_set1_ps((float)c2);
+      __m512 sum = j == first ? _mm512_setzero_ps() : _mm512_load_ps(sums[r]), sum1 = _mm512_setzero_ps();
       for (long i = 0; i < width; i += 32) {
         __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), c, b), y = _mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16), c, b);
         __m512 p = PARTS > 1 ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = PARTS > 1 ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
@@ -330,12 +365,15 @@ ALWAYS_INLINE uint32_t pairs_optimistic(const int PARTS, long mr, long n_dim, co
       _mm512_store_ps(sums[r], sum + sum1);
     }
   }
-  for (long r = 0; r < mr; r++) {
-    const long begin = lo[r] - n0 > first ? lo[r] - n0 : first, end = hi[r] - n0 < last ? hi[r] - n0 : last;
-    const float keys = end > begin ? (float)(end - begin) : 0, sum = _mm512_reduce_add_ps(_mm512_load_ps(sums[r]));
+  for (long r = 0; r < mr; r += 16) {
+    const __mmask16 rows = (__mmask16)(mr - r < 16 ? (1 << (mr - r)) - 1 : 0xffff);
+    const __m512 sum = sums_of_rows(sums + r), n = _mm512_loadu_ps(keys + r), old = _mm512_maskz_loadu_ps(rows, row_sum + r);
     /* equal scores add up to the number of keys and a rounding */
-    if (sum <= 1.015625f * keys && (row_max[r] > -INFINITY || keys == 0)) row_sum[r] += sum;
-    else lagging |= (uint32_t)1 << r;
+    __mmask16 good = _mm512_cmp_ps_mask(sum, n * _mm512_set1_ps(1.015625f), _CMP_LE_OQ);
+    good &= _mm512_cmp_ps_mask(_mm512_maskz_loadu_ps(rows, row_max + r), _mm512_set1_ps(-INFINITY), _CMP_GT_OQ) |
+            _mm512_cmp_ps_mask(n, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    _mm512_mask_storeu_ps(row_sum + r, rows & good, old + sum);
+    lagging |= (uint32_t)(__mmask16)(rows & ~good) << r;
   }
   return lagging;
 }
@@ -448,8 +486,8 @@ ALWAYS_INLINE void pairs_key_gradients(const int PARTS, const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + 32) end++;
     if (begin >= end) continue;
     const long t0 = begin / 32 * 32, t1 = (end + 31) / 32 * 32;
-    pairs_product(1, COUNT_OF(PARTS), w->ldv, t0, t1, SCRATCH_DO_T(w), lda, GRAD_M, SCRATCH_P(w) + j * lda, group, 16 * GRAD_M, (float *)w->dV + j, GRAD_N, 32, 0);
-    pairs_product(1, COUNT_OF(PARTS), w->ldq, t0, t1, SCRATCH_Q_T(w), lda, GRAD_M, SCRATCH_DS(w) + j * lda, group, 16 * GRAD_M, (float *)w->dK + j, GRAD_N, 32, 0);
+    pairs_product(ADDED, COUNT_OF(PARTS), w->ldv, t0, t1, SCRATCH_DO_T(w), lda, GRAD_M, SCRATCH_P(w) + j * lda, group, 16 * GRAD_M, (float *)w->dV + j, GRAD_N, 32, 0);
+    pairs_product(ADDED, COUNT_OF(PARTS), w->ldq, t0, t1, SCRATCH_Q_T(w), lda, GRAD_M, SCRATCH_DS(w) + j * lda, group, 16 * GRAD_M, (float *)w->dK + j, GRAD_N, 32, 0);
   }
 }
 #define PAIRS_BACKWARD(KIND, PARTS)                                                                     \

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from ..problem import Operands, Problem
 
-BLOCK_M = (384, 192, 96)   # query rows of a task: the largest that leaves TASKS_PER_THREAD; packing K and V costs 2 %, 5 %, 9 % of it
-TASKS_PER_THREAD = 6
+BLOCK_BYTES = 1 << 21  # float32 Q and O of a task's rows, to stay in L2; as many as leave TASKS_PER_THREAD: each packs K and V
+BLOCK_M = 96         # but at least so many rows, and a multiple of it: whole panels of 6 and of 32 rows, the same ones in any block
+TASKS_PER_THREAD = 4
+SHORT_M = 192        # query rows times heads of a group that are one task, and rows that count as one where keys are split
 FEW_ROWS = 8         # up to this many rows scores are dot products: no transposed K; and of a whole group, K and V in place if they can be
 MIN_TASKS = 32       # below it, long key ranges are split, at least SPLIT_KEYS each
 SPLIT_KEYS = 1024
@@ -32,6 +34,7 @@ class Plan:
     splits: int
     split_keys: int
     folded: bool
+    all_heads: bool
     few: bool
     direct: bool
 
@@ -46,16 +49,26 @@ def _blocks(lengths: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], 
     return order.astype(np.int64), np.concatenate([[0], np.cumsum(-(-lengths[order] // block))]).astype(np.int64)
 
 
+def _block_rows(seqlen_q: int, limit: int) -> int:
+    """Rows of a block: a sequence in equal parts, none much over the limit."""
+    blocks = -(-seqlen_q // limit)
+    return min(_round_up(-(-seqlen_q // blocks), BLOCK_M), _round_up(seqlen_q, 32))
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads: int) -> Plan:
     """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place.
 
     A row's result does not depend on the block it is in, so block_m may follow the number of threads; the splits may not.
     """
-    folded = p.group > 1 and p.seqlen_q * p.group <= BLOCK_M[1]
+    folded = p.group > 1 and p.seqlen_q * p.group <= SHORT_M
     heads = p.num_heads_k if folded else p.num_heads
     rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
-    block_m = next((m for m in BLOCK_M if rows * heads >= m * threads * TASKS_PER_THREAD), BLOCK_M[-1])
-    block_m = min(block_m if not folded else BLOCK_M[1], -(-max(p.seqlen_q, 1) // 32) * 32)
+    balanced, fitting = rows * heads // (threads * TASKS_PER_THREAD), BLOCK_BYTES // (4 * (p.head_dim + p.head_dim_v))
+    block_m = _block_rows(max(p.seqlen_q, 1), max(min(balanced, fitting), BLOCK_M))
     if p.total_q is None:
         order, first_block = _dense_blocks(p.batch, p.seqlen_q, block_m)
     else:
@@ -66,13 +79,18 @@ def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads
     few = p.seqlen_q <= FEW_ROWS and (task_rows <= FEW_ROWS or vector < PAIRS)
     direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
-    tasks = p.batch * -(-p.seqlen_q // BLOCK_M[1]) * heads
+    # rows of K and V lie head by head: one stream of memory for a task that has all heads, pieces of it for one that has one
+    all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and p.seqlen_k >= 2 * SPLIT_KEYS
+                 and o.k.strides[2] < o.k.strides[1])
+    if all_heads:
+        heads, block_m = 1, max(p.seqlen_q, 1)
+    tasks = p.batch * -(-p.seqlen_q // SHORT_M) * heads
     splits = 1
     if 0 < tasks < MIN_TASKS and p.seqlen_k >= 2 * SPLIT_KEYS:
         splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
     split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
     splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
-    return Plan(order, first_block, block_m, splits, split_keys, folded, few, direct)
+    return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
 
 
 def threads_for(p: Problem, threads: int) -> int:

@@ -194,7 +194,8 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
  * memory. They start at 0 and C is added last: a chain that went on over all tiles would round more. MR, NV, MODE and B's
  * dtype are compile-time constants, so the branches on them vanish. Strides of A and C are in elements, of B in bytes. */
 enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16) };
-#define AHEAD 48 /* rows of K and V in place that are asked for in advance */
+/* rows of K and V in place that are asked for in advance: fewer where other heads' rows lie between them, which the task reads first */
+#define AHEAD(row) ((row) > 1024 ? 16 : 48)
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
                                  REAL *C, long ldc, const REAL *rescale) {
@@ -225,7 +226,7 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
   ROWS(DECLARE)
   for (long k = 0; k < K; k++, B += ldb) {
     if (MODE >= name(IN_PLACE))
-      for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(B + AHEAD * ldb + byte);
+      for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(B + AHEAD(ldb) * ldb + byte);
     vec b0 = name(load_as)(B, dtype), b1 = b0, b2 = b0, b3 = b0;
     if (NV > 1) b1 = name(load_as)(B + step, dtype);
     if (NV > 2) b2 = name(load_as)(B + 2 * step, dtype);

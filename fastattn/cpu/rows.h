@@ -50,8 +50,13 @@ static void name(store_row)(char *dst, long stride, int dtype, const void *from,
     }
 #endif
 #if REAL_BITS == 32
-    else if (dtype == DT_BF16)
+    else if (dtype == DT_BF16) {
+#if defined(__AVX512F__)
+      for (; j + 16 <= n; j += 16) _mm256_storeu_si256((__m256i *)(dst + 2 * j), floats_to_bf16((__m512)(LOAD(src + j) * SPLAT(scale))));
+#else
       for (; j < n; j++) ((unaligned16 *)dst)[j].x = float_to_bf16(src[j] * scale);
+#endif
+    }
 #endif
   }
   for (; j < n; j++) store_element(dst + j * stride, dtype, src[j] * scale);
@@ -226,12 +231,12 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     ROWS(DECLARE)
     for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
       vec x0 = name(load_as)(k0 + at, dtype), x1 = name(load_as)(k1 + at, dtype), x2 = x1, x3 = x1;
-      __builtin_prefetch(k0 + AHEAD * row + at);
-      __builtin_prefetch(k1 + AHEAD * row + at);
+      __builtin_prefetch(k0 + AHEAD(row) * row + at);
+      __builtin_prefetch(k1 + AHEAD(row) * row + at);
       if (DOT_KEYS > 2) {
         x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
-        __builtin_prefetch(k2 + AHEAD * row + at);
-        __builtin_prefetch(k3 + AHEAD * row + at);
+        __builtin_prefetch(k2 + AHEAD(row) * row + at);
+        __builtin_prefetch(k3 + AHEAD(row) * row + at);
       }
       ROWS(STEP)
     }

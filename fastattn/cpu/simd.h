@@ -58,6 +58,14 @@ ALWAYS_INLINE uint16_t float_to_bf16(float f) {
   uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return (u & 0x7fffffffu) > 0x7f800000u ? (uint16_t)((u >> 16) | 0x40u) : (uint16_t)rounded;
 }
+#if defined(__AVX512F__)
+ALWAYS_INLINE __m256i floats_to_bf16(__m512 f) {
+  const __m512i u = (__m512i)f, high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), quiet));
+}
+#endif
 #if defined(__F16C__)
 ALWAYS_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 ALWAYS_INLINE uint16_t float_to_half(float f) { return _cvtss_sh(f, 0); }
