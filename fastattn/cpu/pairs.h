@@ -421,11 +421,12 @@ PAIRS_KERNELS(three_parts, 3)
 #endif
 
 /* ------------------------------------------------------------------ backward: dV^T += dO^T P and dK^T += Q^T dS
- * A block's reals become operands: P and dS as pairs of query rows (columns are keys), dS as rows too, dO and Q transposed. */
-ALWAYS_INLINE void pairs_of_rows(const int PARTS, bf16 *dst, const float *src, long rows, long n) {
+ * A block's reals become operands: P and dS as pairs of query rows (columns are keys), dS as rows too, dO and Q transposed. 32 rows from
+ * row i0 at a time, of P and dS the columns [first, last), which some of them see. */
+ALWAYS_INLINE void pairs_of_rows(const int PARTS, bf16 *dst, const float *src, long i0, long rows, long first, long last) {
   bf16 a[PARTS][32] __attribute__((aligned(64))), b[PARTS][32] __attribute__((aligned(64)));
-  for (long i = 0; i < (rows + 31) / 32 * 32; i += 2)
-    for (long j = 0; j < n; j += 32) {
+  for (long i = i0; i < i0 + 32; i += 2)
+    for (long j = first; j < last; j += 32) {
       const float *x = src + i * GRAD_N + j, *y = x + GRAD_N;
       const __mmask16 upper = i < rows ? 0xffff : 0, lower = i + 1 < rows ? 0xffff : 0;
       split(PARTS, _mm512_maskz_loadu_ps(upper, x), _mm512_maskz_loadu_ps(upper, x + 16), a[0], 32);
@@ -436,9 +437,9 @@ ALWAYS_INLINE void pairs_of_rows(const int PARTS, bf16 *dst, const float *src, l
       }
     }
 }
-ALWAYS_INLINE void rows_of(const int PARTS, bf16 *dst, const float *src, long rows, long n) {
-  for (long i = 0; i < (rows + 31) / 32 * 32; i++)
-    for (long j = 0; j < n; j += 32) {
+ALWAYS_INLINE void rows_of(const int PARTS, bf16 *dst, const float *src, long i0, long rows, long first, long last) {
+  for (long i = i0; i < i0 + 32; i++)
+    for (long j = first; j < last; j += 32) {
       const __mmask16 inside = i < rows ? 0xffff : 0;
       split(PARTS, _mm512_maskz_loadu_ps(inside, src + i * GRAD_N + j), _mm512_maskz_loadu_ps(inside, src + i * GRAD_N + j + 16),
             dst + i * PARTS * GRAD_N + j, GRAD_N);
@@ -468,12 +469,20 @@ static long pairs_scratch(long ldq, long ldv, long parts) { return 2 * parts * (
 
 /* Returns dS as rows, the operand of dQ += dS K. */
 ALWAYS_INLINE const void *pairs_operands(const int PARTS, const GradBlock *w) {
-  const long rows = (w->rows + 31) / 32 * 32, keys = (w->keys + 31) / 32 * 32;
+  const long rows = (w->rows + 31) / 32 * 32;
   transpose_rows(PARTS, SCRATCH_DO_T(w), (const bf16 *)w->dO, w->ldv, rows);
   transpose_rows(PARTS, SCRATCH_Q_T(w), (const bf16 *)w->Q, w->ldq, rows);
-  pairs_of_rows(PARTS, SCRATCH_P(w), (const float *)w->P, w->rows, keys);
-  pairs_of_rows(PARTS, SCRATCH_DS(w), (const float *)w->dS, w->rows, keys);
-  rows_of(PARTS, SCRATCH_DS_ROWS(w), (const float *)w->dS, w->rows, keys);
+  for (long i = 0; i < rows; i += 32) {
+    long lo = w->keys, hi = 0;
+    for (long r = i; r < i + 32 && r < w->rows; r++) {
+      lo = w->lo[r] < w->hi[r] && w->lo[r] < lo ? w->lo[r] : lo;
+      hi = w->lo[r] < w->hi[r] && w->hi[r] > hi ? w->hi[r] : hi;
+    }
+    const long first = lo / 32 * 32, last = (hi + 31) / 32 * 32;
+    pairs_of_rows(PARTS, SCRATCH_P(w), (const float *)w->P, i, w->rows, first, last);
+    pairs_of_rows(PARTS, SCRATCH_DS(w), (const float *)w->dS, i, w->rows, first, last);
+    rows_of(PARTS, SCRATCH_DS_ROWS(w), (const float *)w->dS, i, w->rows, first, last);
+  }
   return SCRATCH_DS_ROWS(w);
 }
 /* dV^T [ldv][GRAD_N] += dO^T P and dK^T += Q^T dS, 32 keys at a time, over the query rows that see them */
