@@ -12,6 +12,7 @@
 #include "undefine.h"
 #include "dropout.h"
 #include "pairs.h"
+#include "pairs_backward.h"
 
 /* seen[j] |= mask[j] for keys [first, last) of a tile; returns whether this row sees any */
 static int mark_seen(uint8_t *seen, const char *mask, long stride, long first, long last) {
