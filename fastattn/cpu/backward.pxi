@@ -86,7 +86,7 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
 
 
 cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
-    """Rows of one head and sequence, before (delta) or after (dQ from its float sum to the caller's array)."""
+    """Rows of one head and sequence, before (delta, and zeros for the sums of dQ) or after (dQ from its float sum to the caller's array)."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long heads = (f.head_k1 - f.head_k0) * c.group
@@ -98,6 +98,8 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
     if a == NULL:
         c.failed[0] = 1
         return
+    if not finish:
+        memset(dq_row(f, &s, b, head, 0), 0, round_up(s.nq, 32) * c.ldq * g.real)
     for i in range(s.nq):
         if finish:
             g.store_row(at(&c.dq, b, s.q0 + i, head), c.dq.dim, c.dq.dtype, dq_row(f, &s, b, head, i), c.scale, c.head_dim)
@@ -307,7 +309,7 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, bi
     cdef Backward f
     cdef int failed = 0
     cdef list alive = []
-    cdef int8_t[::1] memory, deltas = delta.reshape(-1).view(np.int8)
+    cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
     cdef int[::1] turns
     memset(&f, 0, sizeof(f))
     fill(&f.c, p, o, True, alive)
@@ -336,9 +338,10 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, bi
         f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
         heads = (head_k1 - head_k0) * f.c.group
         f.turn_rows = rows // GRAD_M + (b1 - b0) + 1
-        memory = np.zeros(max(heads * rows * f.c.ldq * f.c.g.real, 1), np.int8)
         turns = np.zeros(heads * f.turn_rows, np.intc)
-        f.dq_sum, f.turns = <char*>&memory[0], &turns[0]
+        f.dq_sum, f.turns = call_workspace(heads * rows * f.c.ldq * f.c.g.real), &turns[0]
+        if f.dq_sum == NULL:
+            raise MemoryError("fastattn: no memory for the sums of dq")
         with nogil:
             run_backward(&f, threads)
         if failed:

@@ -58,6 +58,7 @@ cdef extern from "workspace.h" nogil:
     int in_forked_child
     int workspace_setup()
     char* workspace(size_t size)
+    char* call_workspace(size_t size)
     const long REDZONE
     void poison(const char* begin, const char* end)
     void await_turn(const int* counter, int turn)

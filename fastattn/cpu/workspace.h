@@ -22,17 +22,23 @@ static void poison(const char *begin, const char *end) { (void)begin, (void)end;
 static void unpoison(const char *begin, size_t bytes) { (void)begin, (void)bytes; }
 #endif
 
-static pthread_key_t workspace_key;
+enum { OF_THREAD, OF_CALL, WORKSPACES }; /* a thread's own, and what all threads of a call share, which belongs to the one that calls */
+static pthread_key_t workspace_keys[WORKSPACES];
 static int in_forked_child;
 
 static void workspace_free(void *p) { free((char *)p - 64); }
 static void workspace_forked(void) { in_forked_child = 1; }
 
 /* once, at import */
-static int workspace_setup(void) { return pthread_key_create(&workspace_key, workspace_free) || pthread_atfork(0, 0, workspace_forked); }
+static int workspace_setup(void) {
+  for (int which = 0; which < WORKSPACES; which++)
+    if (pthread_key_create(&workspace_keys[which], workspace_free)) return 1;
+  return pthread_atfork(0, 0, workspace_forked);
+}
 
-/* At least `bytes` of memory, 64-byte aligned, this thread's own; kept for its next call and freed when the thread ends. */
-static char *workspace(size_t bytes) {
+/* At least `bytes` of memory, 64-byte aligned; kept for this thread's next call, as fresh pages cost more than most tiles, and freed when it ends. */
+static char *kept_memory(int which, size_t bytes) {
+  const pthread_key_t workspace_key = workspace_keys[which];
   char *p = (char *)pthread_getspecific(workspace_key);
   if (p) unpoison(p, ((workspace_header *)(void *)(p - 64))->size);
   if (p && ((workspace_header *)(void *)(p - 64))->size >= bytes) return p;
@@ -45,6 +51,8 @@ static char *workspace(size_t bytes) {
   pthread_setspecific(workspace_key, base + 64);
   return base + 64;
 }
+static char *workspace(size_t bytes) { return kept_memory(OF_THREAD, bytes); }
+static char *call_workspace(size_t bytes) { return kept_memory(OF_CALL, bytes); }
 
 /* Waits until *counter == turn. Whoever advances it started before us, so this ends. */
 static void await_turn(const int *counter, int turn) {
