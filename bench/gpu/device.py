@@ -77,9 +77,14 @@ class Device:
             return None
 
     def extra_megabytes(self, call: Callable[[], Any]) -> float:
-        """Peak of a call beyond what is there before and what it returns: torch's allocations, and what others took and kept."""
+        """Peak of a call beyond what is there before and what it returns: torch's allocations, and what fastattn and others took from the
+        driver. What torch and fastattn keep of earlier calls is given back first."""
+        from fastattn.gpu import workspace
+
         cuda = self.torch.cuda
-        cuda.empty_cache()
+        self.release()
+        self.synchronize()
+        workspace.trim(0)
         cuda.reset_peak_memory_stats()
         before, free, reserved = cuda.memory_allocated(), cuda.mem_get_info()[0], cuda.memory_reserved()
         result = call()

@@ -65,6 +65,11 @@ def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
         check(driver.cuMemFreeAsync(memory, stream), "cuMemFreeAsync")
 
 
+def trim(ordinal: int) -> None:
+    """Gives the driver back what is kept and not in use."""
+    check(driver.cuMemPoolTrimTo(_device(ordinal).pool, 0), "cuMemPoolTrimTo")
+
+
 def clear(memory: int, size: int, stream: int) -> None:
     """Enqueue writing `size` zero bytes."""
     check(driver.cuMemsetD8Async(memory, 0, size, stream), "cuMemsetD8Async")
