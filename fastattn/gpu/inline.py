@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import itertools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from llvmlite import ir
-from numba.cuda import types
+from numba.cuda import cgutils, types
 from numba.cuda.compiler import CUDATranslateBytecode
 from numba.cuda.core import typed_passes, untyped_passes
 from numba.cuda.core.bytecode import FunctionIdentity
@@ -69,6 +70,33 @@ class _Module:
         pass
 
 
+class _Typing:
+    """Numba's typing context, which remembers what it found for a function and argument types: a kernel has thousands of calls, of some
+    hundred kinds, and to look one up again goes through NumPy's rules for an operator and all of Numba's registries for an intrinsic."""
+
+    def __init__(self) -> None:
+        self._found: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()       # a kernel's own helpers go with it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cuda_target.typing_context, name)
+
+    def resolve_function_type(self, function: Any, arguments: Any, keywords: Any) -> Any:
+        resolve = cuda_target.typing_context.resolve_function_type
+        if keywords or not isinstance(function, types.Type):
+            return resolve(function, arguments, keywords)
+        known = self._found.setdefault(function, {})
+        found = known.get(arguments)
+        if found is None:
+            found = known[arguments] = resolve(function, arguments, keywords)
+        return found
+
+
+class _Lower(CUDALower):  # type: ignore[misc]
+    def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
+        """Without a debugger's description of the variable, for whose size LLVM reads a module."""
+        return cgutils.alloca_once(self.builder, lltype, name=name)
+
+
 class Compiled:
     """A Python function for one list of argument types. `result` is inferred where it is not given."""
 
@@ -81,7 +109,7 @@ class Compiled:
     def _typed(self) -> Any:
         function, arguments, result = self._given
         flags = ConfigStack().top()
-        state = CompilerBase(cuda_target.typing_context, cuda_target.target_context, None, arguments, result, flags, {}).state
+        state = CompilerBase(_TYPING, cuda_target.target_context, None, arguments, result, flags, {}).state
         state.func_id = FunctionIdentity.from_function(function)
         untyped_passes.ExtractByteCode().run_pass(state)
         _PASSES.run(state)
@@ -99,8 +127,11 @@ class Compiled:
         descriptor = PythonFunctionDescriptor.from_specialized_function(
             state.func_ir, state.typemap, state.return_type, state.calltypes, mangler=lambda *_, **__: self._name, inline=True,
             noalias=False, abi_tags=(), abi_info=None, call_conv=_Convention(state.targetctx))
-        CUDALower(state.targetctx, _Module(module), descriptor, state.func_ir).lower()
+        _Lower(state.targetctx, _Module(module), descriptor, state.func_ir).lower()
         module.globals[self._name].linkage = "internal"
+
+
+_TYPING = _Typing()
 
 
 def inline(function: Any) -> Any:
