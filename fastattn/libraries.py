@@ -78,7 +78,7 @@ def _torch(torch: Any) -> Library:
         return Home(number, streams.normal(raw(number)), mark)
 
     def empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
-        tensor = torch.empty(shape, dtype=dtypes[dtype], device=x.device)
+        tensor = x.new_empty(shape, dtype=dtypes[dtype])
         strides = in_bytes(tensor.stride(), buffers.ITEMSIZE[dtype])
         place = View(tensor.data_ptr(), shape, strides, dtype, ("cuda", stream.device), tensor)
         current = streams.normal(raw(stream.device))

@@ -105,6 +105,9 @@ class Tensor:
     def is_neg(self) -> bool:
         return self.negative
 
+    def new_empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return Tensor(shape, dtype, 0x9000, self.number)
+
     def record_stream(self, stream: Any) -> None:
         self.recorded.append(stream)
 
@@ -120,7 +123,6 @@ def torch_streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     cuda = types.SimpleNamespace(default_stream=lambda n: ("default", n), Stream=TorchStream)
     torch = types.SimpleNamespace(_C=types.SimpleNamespace(_cuda_getCurrentRawStream=current.__getitem__), cuda=cuda,
                                   version=types.SimpleNamespace(hip=None), **{name: name for name in ITEMSIZE})
-    torch.empty = lambda shape, dtype, device: Tensor(shape, dtype, 0x9000, int(device[-1]))
     monkeypatch.setitem(buffers._libraries, Tensor, libraries._torch(torch))
     return current
 
