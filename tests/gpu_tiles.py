@@ -50,16 +50,22 @@ add("mbarrier.init mbarrier.fence_init mbarrier.arrive mbarrier.wait",
     threads=128, shared=SHARED)
 
 
-def box() -> Any:
+def box(HINTED: bool = False) -> Any:
     """64 x 64 elements from row 10 of head 1, batch 1, as they lie in shared memory."""
     def kernel(a):
         i = int32(cuda.threadIdx.x)
         base = begin(1)
         if i == 0:
             tma.prefetch_map(a.map_a)
-            tma.prefetch(a.map_a, int32(0), int32(10), int32(1), int32(1))
+            if HINTED:
+                tma.prefetch_hinted(a.map_a, int32(0), int32(10), int32(1), int32(1), tma.evict_first())
+            else:
+                tma.prefetch(a.map_a, int32(0), int32(10), int32(1), int32(1))
             mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
-            tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(10), int32(1), int32(1))
+            if HINTED:
+                tma.load_hinted(base, a.map_a, int32(base + BAR), int32(0), int32(10), int32(1), int32(1), tma.evict_last())
+            else:
+                tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(10), int32(1), int32(1))
         mbarrier.wait(int32(base + BAR), int32(0))
         for k in range(PANEL // 512):
             memory.store_b32(uint64(a.dst + uint64(4 * (128 * k + i))), memory.load_shared_b32(int32(base + 4 * (128 * k + i))))
@@ -78,9 +84,13 @@ def check_box(launch: Any) -> None:
 add("tma.load tma.prefetch_map tma.prefetch mbarrier.arrive_expect",
     "cp.async.bulk.tensor.4d.shared::cluster.global; prefetch.tensormap; cp.async.bulk.prefetch.tensor.4d; mbarrier.arrive.expect_tx",
     box, check_box, threads=128, shared=SHARED)
+add("tma.load_hinted tma.prefetch_hinted tma.evict_first tma.evict_last",
+    "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint; cp.async.bulk.prefetch.tensor.4d; "
+    "createpolicy.fractional.L2::evict_first; createpolicy.fractional.L2::evict_last",
+    lambda: box(True), check_box, threads=128, shared=SHARED)
 
 
-def box_back() -> Any:
+def box_back(HINTED: bool = False) -> Any:
     """Loaded whole, stored from row 5 on: only what is inside the tensor is written."""
     def kernel(a):
         base = begin(1)
@@ -88,7 +98,10 @@ def box_back() -> Any:
             mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
             tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(0), int32(0), int32(0))
             mbarrier.wait(int32(base + BAR), int32(0))
-            tma.store(a.map_b, base, int32(0), int32(5), int32(1), int32(0))
+            if HINTED:
+                tma.store_hinted(a.map_b, base, int32(0), int32(5), int32(1), int32(0), tma.evict_first())
+            else:
+                tma.store(a.map_b, base, int32(0), int32(5), int32(1), int32(0))
             tma.commit()
             tma.wait_read()
             tma.wait_all()
@@ -105,6 +118,8 @@ def check_box_back(launch: Any) -> None:
 add("tma.store tma.commit tma.wait_read tma.wait_all",
     "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group; cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; "
     "cp.async.bulk.wait_group 0", box_back, check_box_back, shared=SHARED)
+add("tma.store_hinted", "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint", lambda: box_back(True), check_box_back,
+    shared=SHARED)
 
 
 def bulk() -> Any:

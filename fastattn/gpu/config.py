@@ -50,6 +50,7 @@ class Config:
     `turns`: consumer warpgroups issue their products one after another, so that one's softmax runs beside another's products.
     `optimistic`: blocks without a structural mask are exponentiated under the maximum so far; their own is only looked for where that
     overflows.
+    `hints`: in the L2 cache Q and the output make room first, K and V, which other tiles read too, last.
     """
 
     block_m: int
@@ -58,6 +59,7 @@ class Config:
     out_panels: int = 4
     turns: bool = False
     optimistic: bool = True
+    hints: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
@@ -75,7 +77,7 @@ class Config:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}"
-                + " optimistic" * self.optimistic + " turns" * self.turns)
+                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints)
 
 
 def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
@@ -97,9 +99,11 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     if dim <= 192:
         return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=True, optimistic=again)
     if heavy:
-        return Config(128, 32, out_panels=2, optimistic=False)
+        return Config(128, 32, out_panels=2, optimistic=False, hints=True)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
-    return Config(128, 80, out_panels=0, turns=True) if plain and seqlen_k >= LONG else Config(128, 64, out_panels=2, optimistic=plain)
+    if plain and seqlen_k >= LONG:
+        return Config(128, 80, out_panels=0, turns=True, hints=True)
+    return Config(128, 64, out_panels=2, optimistic=plain, hints=True)
 
 
 def feature_weight(spec: Spec) -> int:

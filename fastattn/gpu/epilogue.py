@@ -28,7 +28,7 @@ def make_epilogue(spec: Spec, config: Config, OUT: int, finish: Any, get: Any, T
     """
     BLOCK_M, HEAD_DIM_V, PANELS_V = config.block_m, spec.head_dim_v, panels(spec.head_dim_v)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
-    OUT_PANELS = min(config.out_panels, PANELS_V)
+    OUT_PANELS, HINTS = min(config.out_panels, PANELS_V), config.hints
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
     assert DIRECT or PANELS_V <= 2 * OUT_PANELS
     to_half = make_pack(spec.dtype)
@@ -49,7 +49,11 @@ def make_epilogue(spec: Spec, config: Config, OUT: int, finish: Any, get: Any, T
             barrier(int32(OUT_BARRIER + w), int32(128))
             if thread == 0:
                 for p in range(PANELS_HERE):
-                    tma.store(a.map_out, int32(place + p * OUT_PANEL), int32((FIRST + p) * 64), row, head, batch)
+                    panel, column = int32(place + p * OUT_PANEL), int32((FIRST + p) * 64)
+                    if HINTS:
+                        tma.store_hinted(a.map_out, panel, column, row, head, batch, tma.evict_first())
+                    else:
+                        tma.store(a.map_out, panel, column, row, head, batch)
                 tma.commit()
         return store_round
 

@@ -9,7 +9,7 @@
     TILE_FULL[r], TILE_EMPTY[r]       tile records: the producer is up to two tiles ahead
 
 A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs; key blocks go from
-last to first. The first block of a tile is such a step too: it runs beside the last product of the tile before, whose epilogue follows.
+last to first. A tile begins with S of its first block and ends with P V of its last and the epilogue, during which Q of the next arrives.
 What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind products, its own
 and another's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
@@ -22,7 +22,7 @@ from numba import cuda, float32, int32, uint8, uint64
 from .config import Config
 from .dropout import make_dropout
 from .epilogue import OUT_PANEL, make_epilogue
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros, zeros_packed
+from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
 from .ptx import mbarrier, tma, wgmma
@@ -31,7 +31,7 @@ from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_re
 from .records import RECORDS, make_records
 from .schedule import make_num_tiles
 from .scores import make_score
-from .smem import Smem, copy_rows, make_clear, panels
+from .smem import Smem, make_clear, make_copy_rows, panels
 from .softmax import NEG_INF, make_softmax
 from .spec import Spec
 
@@ -42,7 +42,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
     Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    COUNT_S, COUNT_P, COUNT_O = BLOCK_N // 2, BLOCK_N // 4, spec.head_dim_v // 2
+    COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
     STAGE_BITS = STAGES.bit_length() - 1
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
@@ -62,6 +62,8 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S)
     draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # beside the product of S
     num_tiles = make_num_tiles(spec)
+    HINTS = config.hints
+    copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
     update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
     epilogue = make_epilogue(spec, config, OUT, finish, get, TILE_EMPTY)
@@ -79,14 +81,24 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
         mbarrier.wait(base + K_EMPTY + 8 * stage, free)
         mbarrier.arrive_expect(base + K_FULL + 8 * stage, int32(K_BYTES))
-        copy_rows(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head, batch)
+        copy_kv(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head, batch)
 
     @inline
     def load_v(a, base, it, row, head, batch):
         stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
         mbarrier.wait(base + V_EMPTY + 8 * stage, free)
         mbarrier.arrive_expect(base + V_FULL + 8 * stage, int32(V_BYTES))
-        copy_rows(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head, batch)
+        copy_kv(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head, batch)
+
+    @inline
+    def prefetch_q(a, base, i):
+        """Asks for Q of the i-th tile in the L2 cache: behind all copies of the tile before, because the copy engine works in order."""
+        row, head, plane = int32(word(base, i, 3) + word(base, i, 0) * BLOCK_M), word(base, i, 1), int32(0) if PACKED else word(base, i, 2)
+        for p in range(PANELS):
+            if HINTS:
+                tma.prefetch_hinted(a.map_q, int32(p * 64), row, head, plane, tma.evict_first())
+            else:
+                tma.prefetch(a.map_q, int32(p * 64), row, head, plane)
 
     @inline
     def load(a, base):
@@ -102,6 +114,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 it = int32(it + 1)
             going = t < tiles
             if going:
+                prefetch_q(a, base, i)
                 t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
                 m_block, head, q_start, k_start = word(base, i, 0), word(base, i, 1), word(base, i, 3), word(base, i, 7)
                 n_min, n_max = tile_blocks(a, m_block, word(base, i, 4), word(base, i, 5))
@@ -110,7 +123,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
                 load_k(a, base, it, row, head_k, plane)
                 mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
                 mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
-                copy_rows(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
+                copy_q(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
                 load_v(a, base, it, row, head_k, plane)
                 it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last block to come here leaves the counter as it was found
@@ -191,19 +204,39 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
 
     @inline
-    def issue(base, w, acc_o, p, stage, before, parity, had):
-        """S of the block in `stage`, then O += P V of the one `before`, whose V is waited for where there `had` been one."""
+    def issue_first(base, w, stage):
+        """S of a tile's first block, alone."""
         wait_turn(w)
         wgmma.fence()
         acc_s = qk(zeros(COUNT_S), q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
         wgmma.commit()
-        if had:
-            mbarrier.wait(base + V_FULL + 8 * before, parity)
+        pass_turn(w)
+        return acc_s
+
+    @inline
+    def issue(base, w, acc_o, p, stage, before, parity):
+        """S of the block in `stage`, then O += P V of the one `before`."""
+        wait_turn(w)
+        wgmma.fence()
+        acc_s = qk(zeros(COUNT_S), q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+        wgmma.commit()
+        mbarrier.wait(base + V_FULL + 8 * before, parity)
         wgmma.fence()
         acc_o = pv(acc_o, p, v_stage(base, before))
         wgmma.commit()
         pass_turn(w)
         return acc_s, acc_o
+
+    @inline
+    def issue_last(base, w, acc_o, p, stage, parity):
+        """O += P V of a tile's last block, alone."""
+        mbarrier.wait(base + V_FULL + 8 * stage, parity)
+        wait_turn(w)
+        wgmma.fence()
+        acc_o = pv(acc_o, p, v_stage(base, stage))
+        wgmma.commit()
+        pass_turn(w)
+        return acc_o
 
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
@@ -215,7 +248,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             stage = int32(it & (STAGES - 1))
             column = int32(n_block * BLOCK_N + col)
             mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, True)
+            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
             words = draw(a, row, column, int32(batch * a.num_heads + head))
             acc_s = wgmma.wait_all_but_one(acc_s)
@@ -291,66 +324,50 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
             col = int32((lane & 3) * 2)
-            it, i, had = int32(-1), int32(0), int32(0)      # it: the last block whose scores were issued
-            acc_o, p = zeros(COUNT_O), zeros_packed(COUNT_P)
-            max0, max1, sum0, sum1 = NEG_INF, NEG_INF, float32(0), float32(0)
+            it, i = int32(-1), int32(0)      # it: the last block whose scores were issued
             if w == CONSUMERS - 1:
                 pass_turn(w)
             mbarrier.wait(base + TILE_FULL, int32(0))
-            more = get(base, i, 6)
-            while more | had != 0:
+            while get(base, i, 6) != 0:
                 tile, n_max, fast_min, fast_max = coordinates(a, base, i, w, thread, lane)
                 head, batch, seqlen_q, seqlen_k, row, rows, _, n_min = tile
                 n_block = int32(n_max - 1)
                 column = int32(n_block * BLOCK_N + col)
-                before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
                 it = int32(it + 1)
-                stage = int32(it & (STAGES - 1))
-                if more != 0:
-                    mbarrier.wait(base + Q_FULL, int32(i & 1))
-                    mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-                acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity, had != 0)
+                stage, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
+                mbarrier.wait(base + Q_FULL, int32(i & 1))
+                mbarrier.wait(base + K_FULL + 8 * stage, parity)
+                acc_s = issue_first(base, w, stage)
                 early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
                 words = draw(a, row, column, int32(batch * a.num_heads + head))
-                acc_s = wgmma.wait_all_but_one(acc_s)
-                if lane == 0 and more != 0:
-                    mbarrier.arrive(base + K_EMPTY + 8 * stage)
-                    if n_block == n_min:
-                        mbarrier.arrive(base + Q_EMPTY)
+                acc_s = wgmma.wait_all(acc_s)
+                release_k(base, stage, n_block, n_min, lane)
                 acc_s = scores(a, acc_s, early, column, tile)
                 if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
                     acc_s = keep(acc_s, rows, column)
-                acc_s, new0, new1, part0, part1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
-                acc_s = dropout(a, acc_s, words)
-                if had != 0:
-                    acc_o = wgmma.wait_all(acc_o)
-                    p = to_half(acc_s)
-                    if lane == 0:
-                        mbarrier.arrive(base + V_EMPTY + 8 * before)
-                    epilogue(a, base, acc_o, max0, max1, sum0, sum1, int32(i - 1), w, thread, lane, col)
-                else:
-                    acc_o = wgmma.wait_all(acc_o)
-                    p = to_half(acc_s)
-                acc_o = zeros(COUNT_O)
-                max0, max1, sum0, sum1, had = new0, new1, part0, part1, more
-                if more != 0:
-                    if PACKED:
-                        if seqlen_k - n_block * BLOCK_N < BLOCK_N:
-                            mbarrier.wait(base + V_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
-                            clear_v(int32(base + V + stage * V_BYTES), int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
-                            fence_async()
-                            barrier(int32(V_BARRIER), int32(THREADS))
-                    while n_block > n_min:
-                        n_block = int32(n_block - 1)
-                        if (n_block >= fast_min) & (n_block < fast_max):
-                            acc_o, p, max0, max1, sum0, sum1, it = step_fast(
-                                a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
-                        else:
-                            acc_o, p, max0, max1, sum0, sum1, it = step_slow(
-                                a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
-                    i = int32(i + 1)
-                    mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
-                    more = get(base, i, 6)
+                acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
+                acc_o, p = zeros(COUNT_O), to_half(dropout(a, acc_s, words))
+                if PACKED:
+                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
+                        mbarrier.wait(base + V_FULL + 8 * stage, parity)
+                        clear_v(int32(base + V + stage * V_BYTES), int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
+                        fence_async()
+                        barrier(int32(V_BARRIER), int32(THREADS))
+                while n_block > n_min:
+                    n_block = int32(n_block - 1)
+                    if (n_block >= fast_min) & (n_block < fast_max):
+                        acc_o, p, max0, max1, sum0, sum1, it = step_fast(
+                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                    else:
+                        acc_o, p, max0, max1, sum0, sum1, it = step_slow(
+                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                stage = int32(it & (STAGES - 1))
+                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1)))
+                if lane == 0:
+                    mbarrier.arrive(base + V_EMPTY + 8 * stage)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
+                i = int32(i + 1)
+                mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
             if thread == 0:
                 tma.wait_all()
 

@@ -10,11 +10,11 @@ from typing import Any
 from numba import int32
 
 from .inline import inline
-from .ptx import mbarrier, tma
+from .ptx import mbarrier
 from .ptx.memory import load_shared_b32, store_shared_b32
 from .ptx.sync import uniform
 from .schedule import make_tile_at, make_unowned
-from .smem import Smem, panels
+from .smem import Smem
 from .spec import Spec
 
 RECORDS = 4
@@ -23,7 +23,6 @@ RECORDS = 4
 def make_records(spec: Spec, BLOCK_M: int, smem: Smem) -> tuple[Any, ...]:
     """(put_tile, word, get, FULL, EMPTY), with the places of all records taken from `smem`."""
     FULL, EMPTY, TILE = smem.barriers(RECORDS), smem.barriers(RECORDS), smem.take(RECORDS * 32, 16)
-    PACKED, PANELS = spec.packed, panels(spec.head_dim)
     tile_at, unowned = make_tile_at(spec, BLOCK_M), make_unowned(spec)
 
     @inline
@@ -38,7 +37,7 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem) -> tuple[Any, ...]:
 
     @inline
     def put_tile(a, base, i, t, tiles):
-        """The i-th tile's record; its last word is 0 where there is none, 2 for rows of no sequence. Its Q is asked for in the L2 cache."""
+        """The i-th tile's record; its last word is 0 where there is none, 2 for rows of no sequence."""
         slot = int32(i & (RECORDS - 1))
         record = int32(base + TILE + 32 * slot)
         mbarrier.wait(base + EMPTY + 8 * slot, int32(((i >> 2) & 1) ^ 1))
@@ -46,8 +45,6 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem) -> tuple[Any, ...]:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start)
             store_shared_b32(record + 24, unowned(a, t))
-            for p in range(PANELS):
-                tma.prefetch(a.map_q, int32(p * 64), int32(q_start + m_block * BLOCK_M), head, int32(0) if PACKED else batch)
         else:
             put_words(record, int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0))
             store_shared_b32(record + 24, int32(0))

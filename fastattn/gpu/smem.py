@@ -40,11 +40,20 @@ def panels(dim: int) -> int:
     return -(-dim // 64)
 
 
-@inline
-def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
-    """Ask the copy engine for `count` panels (a constant) of the box of rows at `row`, which the barrier `full` waits for."""
-    for p in range(count):
-        tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+def make_copy_rows(policy: Any = None) -> Any:
+    """copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch): asks the copy engine for `count` panels (a constant) of the
+    box of rows at `row`, which the barrier `full` waits for. `policy` says how long they stay in the L2 cache: tma.evict_first, _last."""
+    @inline
+    def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
+        for p in range(count):
+            if policy is None:
+                tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+            else:
+                tma.load_hinted(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch, policy())
+    return copy_rows
+
+
+copy_rows = make_copy_rows()
 
 
 def make_clear(ROWS: int, PANELS: int, THREADS: int) -> Any:
