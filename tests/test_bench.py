@@ -358,7 +358,8 @@ def test_a_lost_child_costs_one_case(fault: str, why: str, tmp_path: Path, monke
     assert [row.case for row in results.read_csv(tmp_path / "gpu.csv")] == [case.name for case in chosen]
 
 
-def test_children_share_kernels_and_measure_one_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("held", "wanted"), [("EX", "EX"), ("EX", "SH"), ("SH", "EX")])     # who measures, EX; who compiles, SH
+def test_children_share_kernels_and_measure_one_at_a_time(held: str, wanted: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from bench.gpu import worker as gpu_worker
 
@@ -367,8 +368,9 @@ def test_children_share_kernels_and_measure_one_at_a_time(tmp_path: Path) -> Non
     assert len({(case.head_dim, case.causal) for case in parts[0]}) == 1
     path, done = tmp_path / "lock", threading.Event()
     with path.open("w") as mine, path.open("w") as others:
-        fcntl.flock(mine, fcntl.LOCK_EX)
-        thread = threading.Thread(target=lambda: (gpu_worker.wait(others, lambda answer: None), done.set()))
+        fcntl.flock(mine, getattr(fcntl, f"LOCK_{held}"))
+        kind = getattr(fcntl, f"LOCK_{wanted}")
+        thread = threading.Thread(target=lambda: (gpu_worker.wait(others, kind, lambda answer: None), done.set()))
         thread.start()
         assert not done.wait(0.3)
         fcntl.flock(mine, fcntl.LOCK_UN)

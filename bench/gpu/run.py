@@ -1,7 +1,7 @@
 """The parent: gives the cases to children, writes each row as it comes, and goes on with a new child past a case that broke one.
 
 Cases that share kernels share a child. Children compile side by side, which is most of the time (25 s for each variant of
-FlashAttention-4), and measure one after another.
+FlashAttention-4), and measure one after another while none compiles.
 """
 from __future__ import annotations
 

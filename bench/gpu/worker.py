@@ -84,22 +84,8 @@ class Bench:
         yield from (self._rival(case, name, entries["fastattn"], entry) for name, entry in entries.items() if name != "fastattn")
         yield from (self._best(case, bar.against, entries) for bar in case.bars if "|" in bar.against)
 
-    def compile(self, case: Case) -> None:
-        """A first call of everybody in a case, for the kernels that it compiles; who fails says so when the case is measured."""
-        if case.group == "memory":      # it is large
-            return
-        x = rivals.make_inputs(case, self.device.name)
-        for name in ("fastattn", *case.against):
-            if not rivals.missing(name):
-                with contextlib.suppress(Exception):
-                    self._make(case, x, name).call()
-        del x
-        self.device.release()
-
     def _make(self, case: Case, x: Inputs, name: str) -> Runner:
-        if name == "fastattn":
-            return rivals.make_fastattn(case, x, self.engine)
-        return rivals.make_plain(case, x, self.engine) if name == "plain" else rivals.MAKERS[name](case, x, name)
+        return make_runner(case, x, name, self.engine)
 
     def _entry(self, case: Case, x: Inputs, name: str, reference: Reference | None) -> Entry:
         """The first call, into poisoned memory, and its errors; whoever fails is left out with the reason."""
@@ -209,6 +195,25 @@ class Bench:
                         lse_error=entry.errors.get("lse"), gigabytes=gigabytes, clock_mhz=entry.clock_mhz)
 
 
+def make_runner(case: Case, x: Inputs, name: str, engine: str | None = None) -> Runner:
+    if name == "fastattn":
+        return rivals.make_fastattn(case, x, engine)
+    return rivals.make_plain(case, x, engine) if name == "plain" else rivals.MAKERS[name](case, x, name)
+
+
+def compile_ahead(case: Case, device: Any) -> None:
+    """A first call of everybody in a case, for the kernels that it compiles; who fails says so when the case is measured."""
+    if case.group == "memory":      # it is large
+        return
+    x = rivals.make_inputs(case, device.name)
+    for name in ("fastattn", *case.against):
+        if not rivals.missing(name):
+            with contextlib.suppress(Exception):
+                make_runner(case, x, name).call()
+    del x
+    device.release()
+
+
 def right(entry: Entry, case: Case) -> bool:
     """Whether every error is one of rounding; NaN never is."""
     limits = {"lse": check.LSE_LIMIT}
@@ -228,16 +233,17 @@ def has_backward(device: str) -> str | None:
 def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any) -> None:
     """Every case of the job that fits before job["until"] (seconds since 1970), answers through `say`."""
     cases = [Case.from_json(case) for case in job["cases"]]
-    bench = Bench(device, device.where(), Budget(**job["budget"]))
     why = has_backward(device.name) if any(case.alone for case in cases) else None
     if why:
         say({"say": f"the backward cases are left out: {why}"})
         cases = [case for case in cases if not case.alone]
     with open(job["lock"], "w") if job.get("lock") else contextlib.nullcontext() as lock:
         if lock is not None:
+            wait(lock, fcntl.LOCK_SH, say)
             for case in cases:
-                bench.compile(case)
-            wait(lock, say)
+                compile_ahead(case, device)
+            wait(lock, fcntl.LOCK_EX, say)
+        bench = Bench(device, device.where(), Budget(**job["budget"]))      # where() measures, too
         for number, case in enumerate(cases):
             if time.time() > job["until"]:
                 say({"say": f"out of time: {len(cases) - number} cases not run, from {case.name}"})
@@ -250,12 +256,13 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any)
     say({"end": True})
 
 
-def wait(lock: IO[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """Until no other child has the device; it is free again when this one ends, however it ends."""
+def wait(lock: IO[str], kind: int, say: Callable[[dict[str, Any]], None]) -> None:
+    """LOCK_SH: until no other child measures; LOCK_EX: and none compiles, which runs kernels and so disturbs. Who has a lock changes it or
+    ends, however it ends."""
     start = said = time.perf_counter()
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             time.sleep(0.05)
