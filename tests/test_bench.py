@@ -296,6 +296,8 @@ def gpu_rows(ratio: float = 1.02) -> list[Row]:
                   results.make_row(WHERE, case, "cuDNN|FA4", time=time_, measure="speedup", value=Spread(ratio, ratio, ratio))]
     decode = next(case for case in gpu_cases.forward_cases() if case.group == "decode")
     found += [results.make_row(WHERE, decode, "fastattn", time=Spread(1e-5, 1e-5, 1e-5), gigabytes=3355.4),
+              *(results.make_row(WHERE, decode, name, time=Spread(1e-5, 1e-5, 1e-5), measure="speedup", value=Spread(value, value, value))
+                for name, value in (("cuDNN", 0.8), ("flash", 0.5))),
               results.make_row(WHERE, shrunk(decode), "fastattn", note="failed: RuntimeError: no")]
     return found + gpu_table.geometric_means(found)
 
@@ -307,7 +309,8 @@ def test_gpu_csv_table_and_plot(tmp_path: Path) -> None:
     assert gpu_table.console(again) == gpu_table.console(found) and again[0].clock_mhz == 1980 and again[2].error is None
     _, _, cell, _, decode, failed, mean = gpu_table.console(found).splitlines()
     assert cell.split()[-7:] == ["550", "550", "1.02x", ">=", "0.95x", "0.97x", "pass"]
-    assert "3355 GB/s" in decode and failed.endswith("FAILED") and "failed: RuntimeError" in failed
+    assert "3355 GB/s" in decode and "0.50x" in decode and "0.80x" not in decode       # the ratio to the fastest
+    assert failed.endswith("FAILED") and "failed: RuntimeError" in failed
     assert " ".join(mean.split()) == "geometric mean fwd over 2 cells of the grid 1.02x >= 1.00x pass"
     assert "FA4: not installed: FA4 (2x, first fwd bf16 grid full (2,16,8192,128))" in gpu_table.notes(found)
     assert gpu_table.closing(found) == "3 pass, 1 FAILED, 1 not measured"

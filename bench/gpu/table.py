@@ -36,13 +36,14 @@ def rate(row: Row | None) -> str:
 
 
 def best(found: Mapping[str, Row]) -> Row | None:
-    """The row whose ratio stands for a case: the one with a bar and a value, else the first with a value."""
+    """The row whose ratio stands for a case: the one with a bar and a value, else that of the fastest rival."""
     rows = [row for row in found.values() if row.implementation != "fastattn"]
     barred = [row for row in rows if row.needs]
     own = found.get("fastattn")
     if own is not None and own.measure in ("host", "memory"):
         return own
-    return next((row for row in (*barred, *rows) if row.value is not None), barred[0] if barred else None)
+    found_rows = [row for row in barred if row.value is not None] or [row for row in rows if row.value is not None]
+    return min(found_rows, key=lambda row: row.value or 0.0, default=barred[0] if barred else None)
 
 
 def shown(found: Mapping[str, Row]) -> list[Row]:
