@@ -33,7 +33,7 @@ _numbers = itertools.count()
 _PASSES = PassManager("fastattn")
 for _each in (CUDATranslateBytecode, untyped_passes.FixupArgs, untyped_passes.IRProcessing, untyped_passes.RewriteSemanticConstants,
               untyped_passes.DeadBranchPrune, untyped_passes.GenericRewrites, untyped_passes.ReconstructSSA,
-              typed_passes.NopythonTypeInference, typed_passes.PreLowerStripPhis, typed_passes.IRLegalization):
+              typed_passes.NopythonTypeInference, typed_passes.PreLowerStripPhis):
     _PASSES.add_pass(_each, _each.__name__)
 _PASSES.finalize()
 
@@ -95,6 +95,13 @@ class _Lower(CUDALower):  # type: ignore[misc]
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
         """Without a debugger's description of the variable, for whose size LLVM reads a module."""
         return cgutils.alloca_once(self.builder, lltype, name=name)
+
+    def lower_binop(self, resty: Any, expr: Any, op: Any) -> Any:
+        """Without looking first for operators that have a way of their own for constants, as powers have."""
+        sig, op = self.fndesc.calltypes[expr], self.context.typing_context.resolve_value_type(op)
+        operands = [self.context.cast(self.builder, self.loadvar(x.name), self.typeof(x.name), t)
+                    for x, t in zip((expr.lhs, expr.rhs), sig.args, strict=True)]
+        return self.context.cast(self.builder, self.context.get_function(op, sig)(self.builder, operands), sig.return_type, resty)
 
 
 class Compiled:
