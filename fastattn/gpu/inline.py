@@ -18,7 +18,6 @@ from numba.cuda.core import typed_passes, untyped_passes
 from numba.cuda.core.bytecode import FunctionIdentity
 from numba.cuda.core.callconv import CUDACABICallConv
 from numba.cuda.core.compiler import CompilerBase
-from numba.cuda.core.compiler_machinery import PassManager
 from numba.cuda.core.funcdesc import PythonFunctionDescriptor
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.descriptor import cuda_target
@@ -29,13 +28,6 @@ from numba.cuda.typing import signature
 from .ptx.asm import intrinsic_of
 
 _numbers = itertools.count()
-# Those of Numba's passes that change anything here: helpers have no closures, `with`, raises, array expressions or unrolled literals
-_PASSES = PassManager("fastattn")
-for _each in (CUDATranslateBytecode, untyped_passes.FixupArgs, untyped_passes.IRProcessing, untyped_passes.RewriteSemanticConstants,
-              untyped_passes.DeadBranchPrune, untyped_passes.GenericRewrites, untyped_passes.ReconstructSSA,
-              typed_passes.NopythonTypeInference, typed_passes.PreLowerStripPhis):
-    _PASSES.add_pass(_each, _each.__name__)
-_PASSES.finalize()
 
 
 class _Convention(CUDACABICallConv):  # type: ignore[misc]
@@ -104,6 +96,20 @@ class _Lower(CUDALower):  # type: ignore[misc]
         return self.context.cast(self.builder, self.context.get_function(op, sig)(self.builder, operands), sig.return_type, resty)
 
 
+def _compile(state: Any) -> None:
+    """Bytecode to typed instructions: those of Numba's passes that change anything here, and once instead of after each what tidies between
+    them. Helpers have no closures, `with`, raises, array expressions or unrolled literals, and nobody asks how long a variable lives."""
+    for each in (untyped_passes.ExtractByteCode, CUDATranslateBytecode, untyped_passes.FixupArgs, untyped_passes.IRProcessing):
+        each().run_pass(state)
+    untyped_passes.rewrite_semantic_constants(state.func_ir, state.args)
+    untyped_passes.dead_branch_prune(state.func_ir, state.args)
+    untyped_passes.rewrites.rewrite_registry.apply("before-inference", state)
+    state.func_ir = untyped_passes.reconstruct_ssa(state.func_ir)
+    state.func_ir._definitions = untyped_passes.build_definitions(state.func_ir.blocks)
+    typed_passes.NopythonTypeInference().run_pass(state)
+    state.func_ir = typed_passes.PreLowerStripPhis()._strip_phi_nodes(state.func_ir)
+
+
 class Compiled:
     """A Python function for one list of argument types. `result` is inferred where it is not given."""
 
@@ -118,8 +124,7 @@ class Compiled:
         flags = ConfigStack().top()
         state = CompilerBase(_TYPING, cuda_target.target_context, None, arguments, result, flags, {}).state
         state.func_id = FunctionIdentity.from_function(function)
-        untyped_passes.ExtractByteCode().run_pass(state)
-        _PASSES.run(state)
+        _compile(state)
         return state
 
     def call(self, builder: Any, arguments: Any) -> Any:
