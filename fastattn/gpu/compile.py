@@ -140,6 +140,8 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
     try:
         from cuda.core import Linker, LinkerOptions, ObjectCode
         from numba import cuda
+
+        from .inline import kernel_of
     except ImportError as error:
         raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda and "
                           "cuda-core: pip install 'fastattn[gpu]'.") from error
@@ -149,7 +151,7 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
     collected = gc.isenabled()
     gc.disable()        # a sixth of the time: Numba makes millions of small objects, and next to no garbage
     try:
-        ltoir, _ = cuda.compile(source.make()[0], _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
+        ltoir, _ = cuda.compile(kernel_of(source.make()[0]), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
                                 output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
     finally:
         if collected:

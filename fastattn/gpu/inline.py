@@ -160,6 +160,17 @@ def inline(function: Any) -> Any:
     return helper
 
 
+def kernel_of(function: Any) -> Any:
+    """A kernel of one named tuple, of the same name, which does nothing but call `function` as a helper: what Numba does to kernels takes
+    longer, and here there is next to nothing to do it to."""
+    body = inline(function)
+
+    def kernel(a: Any) -> None:
+        body(a)
+    kernel.__module__, kernel.__qualname__ = function.__module__, function.__qualname__
+    return kernel
+
+
 @intrinsic
 def divide(typingctx: Any, x: Any, y: Any) -> Any:
     """x // y of int32, x >= 0 and y > 0."""
