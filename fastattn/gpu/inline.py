@@ -97,9 +97,9 @@ class _Lower(CUDALower):  # type: ignore[misc]
 
 
 def _compile(state: Any) -> None:
-    """Bytecode to typed instructions: those of Numba's passes that change anything here, and once instead of after each what tidies between
-    them. Helpers have no closures, `with`, raises, array expressions or unrolled literals, and nobody asks how long a variable lives."""
-    for each in (untyped_passes.ExtractByteCode, CUDATranslateBytecode, untyped_passes.FixupArgs, untyped_passes.IRProcessing):
+    """Bytecode to typed instructions: those of Numba's passes that change anything here, without what tidies between them. Helpers have no
+    closures, `with`, raises, array expressions or unrolled literals, and nobody asks how long a variable lives."""
+    for each in (untyped_passes.ExtractByteCode, CUDATranslateBytecode, untyped_passes.FixupArgs):
         each().run_pass(state)
     untyped_passes.rewrite_semantic_constants(state.func_ir, state.args)
     untyped_passes.dead_branch_prune(state.func_ir, state.args)
