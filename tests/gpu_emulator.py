@@ -138,6 +138,17 @@ class Block:
         return self.arrays.setdefault(n, [math.nan] * shape) if shape else None
 
 
+class Index:
+    """threadIdx or blockIdx."""
+
+    def __init__(self, x: Callable[[], int]) -> None:
+        self._x = x
+
+    @property
+    def x(self) -> int:
+        return self._x()
+
+
 class Machine:
     """One emulated device: the fake instructions, and what stands for numba.cuda."""
 
@@ -149,14 +160,6 @@ class Machine:
     @property
     def cuda(self) -> Any:
         machine = self
-
-        class Index:
-            def __init__(self, x: Callable[[], int]) -> None:
-                self._x = x
-
-            @property
-            def x(self) -> int:
-                return self._x()
 
         def local(shape: Any, kind: Any) -> Any:
             return np.full(shape, math.nan) if kind is real else np.zeros(shape, np.int64)
@@ -286,12 +289,18 @@ def exp(x: float) -> float:
 @contextlib.contextmanager
 def emulated(memory: Memory) -> Iterator[Machine]:
     machine = Machine(memory)
-    names = machine.names()
+    with replaced(MODULES, machine.names()):
+        yield machine
+
+
+@contextlib.contextmanager
+def replaced(modules: tuple[str, ...], names: dict[str, Any]) -> Iterator[None]:
+    """Names that the modules of fastattn.gpu import stand for something else; other helpers are the functions they are made of."""
     with contextlib.ExitStack() as stack:
-        for module in [importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES]:    # all before any is changed
+        for module in [importlib.import_module(f"fastattn.gpu.{name}") for name in modules]:    # all before any is changed
             for name, value in list(vars(module).items()):
                 if name in names:
                     stack.enter_context(mock.patch.object(module, name, names[name]))
                 elif hasattr(value, "py_func"):
                     stack.enter_context(mock.patch.object(module, name, value.py_func))
-        yield machine
+        yield

@@ -8,18 +8,16 @@ problem.py; tables of packed sequences from the kernel that writes them (gpu_emu
 """
 from __future__ import annotations
 
-import importlib
 import random
 import threading
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-from gpu_emulator import Memory, emulated, int32
+from gpu_emulator import Index, Memory, emulated, int32, replaced
 
 MODULES = ("forward_sm90", "epilogue", "records", "smem")
 Place = namedtuple("Place", "row head batch")       # what a box of the copy engine begins with
@@ -325,7 +323,7 @@ class Play:
                 return self.at_rest(acc), 1.0, 1.0, int(self.random.random() < 0.1)
             return update, optimistic, lambda *_: (1.0, 1.0, 0.0, 0.0)
         cuda = SimpleNamespace(
-            threadIdx=_Index(lambda: self.local.agent.thread), blockIdx=_Index(lambda: self.local.agent.block.index),
+            threadIdx=Index(lambda: self.local.agent.thread), blockIdx=Index(lambda: self.local.agent.block.index),
             gridDim=SimpleNamespace(x=len(self.blocks)), shared=SimpleNamespace(array=nothing),
             syncthreads=lambda: self.meet("all", 32 * (len(self.agents) // len(self.blocks))))
         mbarrier = SimpleNamespace(init=self.init, fence_init=nothing, arrive=self.arrive_at, arrive_expect=self.arrive_at, wait=self.wait)
@@ -355,24 +353,8 @@ def nothing(*_: Any) -> None:
     pass
 
 
-class _Index:
-    def __init__(self, x: Callable[[], int]) -> None:
-        self._x = x
-
-    @property
-    def x(self) -> int:
-        return self._x()
-
-
 @contextmanager
-def playing(play: Play, memory: Memory) -> Iterator[Any]:
+def playing(play: Play, memory: Memory) -> Iterator[None]:
     """Inside, the modules of the Hopper forward use the play's instructions, those of the schedule the emulator's."""
-    with emulated(memory) as machine, ExitStack() as stack:
-        names = play.names()
-        for module in [importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES]:
-            for name, value in list(vars(module).items()):
-                if name in names:
-                    stack.enter_context(mock.patch.object(module, name, names[name]))
-                elif hasattr(value, "py_func"):
-                    stack.enter_context(mock.patch.object(module, name, value.py_func))
-        yield machine
+    with emulated(memory), replaced(MODULES, play.names()):
+        yield

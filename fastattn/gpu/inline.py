@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from llvmlite import ir
 from numba.cuda import cgutils, types
@@ -64,10 +63,8 @@ class _Module:
 
 class _Typing:
     """Numba's typing context, which remembers what it found for a function and argument types: a kernel has thousands of calls, of some
-    hundred kinds, and to look one up again goes through NumPy's rules for an operator and all of Numba's registries for an intrinsic."""
-
-    def __init__(self) -> None:
-        self._found: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()       # a kernel's own helpers go with it
+    hundred kinds, and to look one up again goes through NumPy's rules for an operator and all of Numba's registries for an intrinsic.
+    It is remembered in the function's type itself, which keeps there what lowering asks for: two that are equal do not share that."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda_target.typing_context, name)
@@ -76,7 +73,7 @@ class _Typing:
         resolve = cuda_target.typing_context.resolve_function_type
         if keywords or not isinstance(function, types.Type):
             return resolve(function, arguments, keywords)
-        known = self._found.setdefault(function, {})
+        known = vars(function).setdefault("_fastattn_found", {})
         found = known.get(arguments)
         if found is None:
             found = known[arguments] = resolve(function, arguments, keywords)
@@ -90,7 +87,8 @@ class _Lower(CUDALower):  # type: ignore[misc]
 
     def lower_binop(self, resty: Any, expr: Any, op: Any) -> Any:
         """Without looking first for operators that have a way of their own for constants, as powers have."""
-        sig, op = self.fndesc.calltypes[expr], self.context.typing_context.resolve_value_type(op)
+        op = self.context.typing_context.resolve_value_type(op)
+        sig = _TYPING.resolve_function_type(op, self.fndesc.calltypes[expr].args, {})
         operands = [self.context.cast(self.builder, self.loadvar(x.name), self.typeof(x.name), t)
                     for x, t in zip((expr.lhs, expr.rhs), sig.args, strict=True)]
         return self.context.cast(self.builder, self.context.get_function(op, sig)(self.builder, operands), sig.return_type, resty)
