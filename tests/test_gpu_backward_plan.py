@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,10 @@ from problems import BY_NAME, Case, Inputs
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-from gpu_emulator import Memory, emulated
+from gpu_emulator import MODULES, Memory, emulated, replaced
 
 from fastattn import Grads, UnsupportedError, buffers, gpu
+from fastattn.buffers import View
 from fastattn.gpu import backward_simt, mask, packed, precompile, preprocess, schedule
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
@@ -171,6 +175,36 @@ def test_emulated_hidden_nan() -> None:
         results.append(run(inputs)[0])
     for x, y in zip(*results, strict=True):
         assert x is None or np.array_equal(x, y)
+
+
+@pytest.mark.parametrize(("family", "deterministic"), [("sm90", False), ("sm90", True), ("sm80", False), ("simt", False), ("simt", True)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_extra_memory_is_linear(head_dim: int, family: str, deterministic: bool) -> None:
+    """At most 1.3 of dq in float32, and delta and lse, with 65536 queries."""
+    held, most = 0, 0
+
+    @contextmanager
+    def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
+        nonlocal held, most
+        held += size
+        most = max(most, held)
+        yield 1 << 20
+        held -= size
+    kernel = SimpleNamespace(launch=lambda *_: None)
+    names: dict[str, Any] = {
+        "temporary": temporary, "load_kernel": lambda *_: kernel, "load": lambda *_: kernel, "clear": lambda *_: None,
+        "tensor_maps": lambda boxes, *_: [0] * len(boxes), "row_map": lambda *_: 0, "capturing": lambda _: False, "counter": lambda *_: 0}
+    q = View(1 << 20, (1, 65536, 16, head_dim), (65536 * 32 * head_dim, 32 * head_dim, 2 * head_dim, 2), "bfloat16", ("cuda", 0))
+    lse = View(1 << 20, (1, 16, 65536), (1 << 22, 1 << 18, 4), "float32", ("cuda", 0))
+    problem, o = make_problem("test", Operands(q, q, q), packed=False, causal=True)
+    call = BackwardCall(problem, o, q, q, lse, None, Grads(q, q, q), deterministic)
+    module, device = gpu.family(family, "backward"), precompile.absent_device("sm_90a")
+    assert module.refuses(call, device) is None
+    with replaced((*(name for name in MODULES if name != "inline"), "postprocess", "backward_sm80", "backward_sm90", "backward_sm90_wide",
+                   "backward_sm90_dq"), names):
+        module.launch(call, make_backward_spec(call), device, 0)
+    rows = 16 * 65536
+    assert held == 0 and 2 * 4 * rows <= most <= 1.3 * 4 * rows * head_dim + 2 * 4 * rows
 
 
 def test_choice_of_families() -> None:

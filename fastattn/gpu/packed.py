@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from .compile import Source, late, load
+from .config import SHORT
 from .spec import AnyCall
 from .workspace import temporary
 
@@ -72,7 +73,6 @@ def most_tiles(call: AnyCall, block: int, by_keys: bool = False) -> int:
 
 
 L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
-FEW_KEYS = 1536             # of which more heads are taken together, so that the last tiles are short ones (docs/performance.md)
 
 
 def head_group(call: AnyCall, by_keys: bool = False) -> int:
@@ -86,5 +86,5 @@ def head_group(call: AnyCall, by_keys: bool = False) -> int:
         return 2
     kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
     heads, share = (p.num_heads_k, 1) if by_keys else (p.num_heads, p.group)      # share: query heads whose K and V are the same
-    most = 32 if p.seqlen_k < FEW_KEYS and not by_keys else 16
+    most = 32 if p.seqlen_k < SHORT and not by_keys else 16     # the more, the more short tiles are last (docs/performance.md)
     return max(1, min(L2_BYTES // max(kv_bytes, 1) * share, most * share, heads * (1 if p.packed else p.batch)))
