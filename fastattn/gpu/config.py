@@ -89,13 +89,15 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
     # looking for a block's maximum after all asks for all that its scores are made of: with these some registers spill
     again = spec.alibi is None and not several and (spec.bias is None or spec.bias_pairs)
+    with_mask = spec.mask and num_features(spec) > 1        # the mask beside another
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            return Config(128, 64 if several else 128, turns=True, optimistic=again)
+            return Config(128, 64 if several else 96 if with_mask else 128, turns=True, optimistic=again)
         return Config(192, 128, turns=True, optimistic=again)
     if dim <= 128:
-        only_dropout = spec.dropout and not spec.mask and spec.bias is None     # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
-        return Config(128, 64 if several else 112 if only_dropout else 96 if heavy else 128, turns=True, optimistic=again)
+        if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
+            return Config(128, 112, turns=True, optimistic=again)
+        return Config(128, 64 if several else 80 if with_mask else 96 if heavy else 128, turns=True, optimistic=again)
     if dim <= 192:
         return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=True, optimistic=again)
     if heavy:
@@ -103,7 +105,12 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     if plain and seqlen_k >= LONG:
         return Config(128, 80, out_panels=0, turns=True, hints=True)
-    return Config(128, 64, out_panels=2, optimistic=plain, hints=True)
+    return Config(128, 48 if spec.alibi and spec.packed else 64, out_panels=2, optimistic=plain, hints=True)
+
+
+def num_features(spec: Spec) -> int:
+    """Of those that take registers."""
+    return spec.dropout + spec.softcap + spec.mask + (spec.alibi is not None) + (spec.bias is not None)
 
 
 def feature_weight(spec: Spec) -> int:
@@ -143,9 +150,10 @@ class BackwardConfig:
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
-    if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap:      # with them, some registers spill
+    several = num_features(spec) > 1
+    if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and several):   # they spill
         return BackwardConfig(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
-    return BackwardConfig(128, 64, crowded=spec.dropout and (spec.alibi is not None or spec.packed))
+    return BackwardConfig(128, 64, crowded=several or (spec.dropout and spec.packed))
 
 
 @dataclass(frozen=True, slots=True)
