@@ -19,7 +19,6 @@ from typing import Any
 
 from gpu_emulator import Index, Memory, emulated, int32, replaced
 
-MODULES = ("forward_sm90", "epilogue", "records", "smem")
 Place = namedtuple("Place", "row head batch")       # what a box of the copy engine begins with
 
 
@@ -32,6 +31,7 @@ class Fragment:
     k: Place | None = None
     keys: tuple[Place, ...] = ()
     flying: bool = False
+    at: Any = None      # of the backward: the place in lines of lse, delta and sums
 
 
 @dataclass(eq=False)
@@ -104,11 +104,13 @@ class Agent:
 class Play:
     """One launch of a kernel made for `config`: `stored` has (tensor's row, head, plane, column) -> keys that went into it."""
 
-    def __init__(self, config: Any, head_dim_v: int, blocks: int, seed: int) -> None:
-        self.config, self.panels_v, self.random = config, -(-head_dim_v // 64), random.Random(seed)
+    modules: tuple[str, ...] = ("forward_sm90", "epilogue", "records", "smem")
+
+    def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int]) -> None:
+        self.config, self.panels_v, self.random, self.boxes = config, -(-head_dim_v // 64), random.Random(seed), boxes
         self.haste = self.random.choice((0.0, 0.02, 0.3))       # of the copy engine; 0: a copy comes when nobody can go on without
-        self.blocks = [Block(index) for index in range(blocks)]
-        self.agents = [Agent(thread, block) for block in self.blocks for thread in (0, *range(128, 128 + 2 * config.block_m, 32))]
+        self.blocks = [Block(index) for index in blocks]
+        self.agents = [Agent(thread, block) for block in self.blocks for thread in (0, *range(128, 128 + 128 * consumers, 32))]
         self.copies: list[Copy] = []
         self.counters: Counter[int] = Counter()
         self.turn, self.error = threading.Semaphore(0), None
@@ -196,8 +198,10 @@ class Play:
 
     # ------------------------------------------------------------ the copy engine
     def load(self, to: int, tensor: str, barrier: int, column: int, row: int, head: int, batch: int, policy: Any = None) -> None:
-        agent = self.pause()
-        end = to + 128 * (self.config.block_m if tensor == "q" else self.config.block_n)
+        self.copy(to, 128 * self.boxes[tensor], (tensor, column, Place(row, head, batch)), barrier)
+
+    def copy(self, to: int, size: int, what: Any, barrier: int) -> None:
+        agent, end = self.pause(), to + size
         self.unread(agent.block, to, end)
         panel = next((p for p in agent.block.panels if p.start < end and to < p.end), None)
         if panel is None:
@@ -205,7 +209,7 @@ class Play:
             agent.block.panels.append(panel)
         assert (panel.start, panel.end) == (to, end) and all(copy.panel is not panel for copy in self.copies), "a copy over a copy"
         panel.what = None
-        self.copies.append(Copy(panel, (tensor, column, Place(row, head, batch)), agent.block.barriers[barrier]))
+        self.copies.append(Copy(panel, what, agent.block.barriers[barrier]))
 
     def store(self, tensor: str, place: int, column: int, row: int, head: int, batch: int, policy: Any = None) -> None:
         agent = self.pause()
@@ -227,15 +231,22 @@ class Play:
     def unread(self, block: Block, start: int, end: int) -> None:
         assert not any(low < end and start < high for low, high, _ in block.reads), f"[{start}, {end}) is overwritten while it is read"
 
+    def lies(self, block: Block, start: int, size: int) -> Any:
+        panel = next((p for p in block.panels if p.start <= start and start + size <= p.end), None)
+        assert panel is not None and panel.what is not None, f"[{start}, {start + size}) is read before it is there"
+        return panel.what
+
     def read(self, agent: Agent, start: int, size: int, column: int) -> tuple[str, Place]:
         """What lies there, from now on read by the agent's open products."""
-        panel = next((p for p in agent.block.panels if p.start <= start and start + size <= p.end), None)
-        assert panel is not None and panel.what is not None, f"[{start}, {start + size}) is read before it is there"
-        assert panel.what[1] == column
+        tensor, first, place = self.lies(agent.block, start, size)
+        assert first == column
+        self.reads(agent, start, size)
+        return tensor, place
+
+    def reads(self, agent: Agent, start: int, size: int) -> None:
         reading = (start, start + size, object())
         agent.block.reads.append(reading)
         agent.open.append(reading)
-        return panel.what[0], panel.what[2]
 
     # ------------------------------------------------------------ products and fragments
     def qk(self, acc: Fragment, q: int, k: int, depth: int, q_rows: int, k_rows: int) -> Fragment:
@@ -324,7 +335,7 @@ class Play:
             return update, optimistic, lambda *_: (1.0, 1.0, 0.0, 0.0)
         cuda = SimpleNamespace(
             threadIdx=Index(lambda: self.local.agent.thread), blockIdx=Index(lambda: self.local.agent.block.index),
-            gridDim=SimpleNamespace(x=len(self.blocks)), shared=SimpleNamespace(array=nothing),
+            gridDim=SimpleNamespace(x=len(self.blocks)), shared=SimpleNamespace(array=nothing), syncwarp=nothing,
             syncthreads=lambda: self.meet("all", 32 * (len(self.agents) // len(self.blocks))))
         mbarrier = SimpleNamespace(init=self.init, fence_init=nothing, arrive=self.arrive_at, arrive_expect=self.arrive_at, wait=self.wait)
         tma = SimpleNamespace(load=self.load, load_hinted=self.load, store=self.store, store_hinted=self.store, prefetch=nothing,
@@ -345,7 +356,7 @@ class Play:
             "make_pack": lambda dtype: self.to_half, "scale_rows": same, "scale_seen_rows": same,
             "keep_below": same, "keep_interval": same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "make_softmax": softmax,
-            "make_score": lambda spec, n: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
+            "make_score": lambda *_: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
             "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 
@@ -356,5 +367,5 @@ def nothing(*_: Any) -> None:
 @contextmanager
 def playing(play: Play, memory: Memory) -> Iterator[None]:
     """Inside, the modules of the Hopper forward use the play's instructions, those of the schedule the emulator's."""
-    with emulated(memory), replaced(MODULES, play.names()):
+    with emulated(memory), replaced(play.modules, play.names()):
         yield

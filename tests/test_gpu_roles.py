@@ -41,7 +41,8 @@ def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
     """A launch of two blocks; `change` edits the kernel's text first."""
     spec = make_spec(call.problem, call.operands, False)
     config: Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
-    made, memory = Play(config, spec.head_dim_v, 2, seed), Memory()
+    boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
+    made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.block_m // 64, boxes), Memory()
     arguments = launch_sm90.arguments_of(spec)
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
