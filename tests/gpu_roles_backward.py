@@ -112,8 +112,8 @@ class BackwardPlay(Play):
 
     def names(self) -> dict[str, Any]:
         names = super().names()
-        names["tma"].__dict__.update(load_rows=self.load_rows, reduce_add_f32_if=self.add_piece, prefetch_map=nothing)
-        names["wgmma"].__dict__.update(make_grad_products=lambda dtype: (self.dsk, self.dsq), wait_all_but_two=self.landed(2))
+        vars(names["tma"]).update(load_rows=self.load_rows, reduce_add_f32_if=self.add_piece, prefetch_map=nothing)
+        names["wgmma"].make_grad_products = lambda dtype: (self.dsk, self.dsq)
 
         def bounds(spec: Any, block_m: int) -> tuple[Any, ...]:
             key_bounds, limits_of, _ = mask.make_key_bounds(spec, block_m)

@@ -2,7 +2,6 @@
 its output once, and nobody waits for ever or touches what is another's."""
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import namedtuple
 from dataclasses import replace
@@ -15,7 +14,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from gpu_emulator import Memory
-from gpu_roles import Play, playing
+from gpu_roles import Play, edited, playing
 
 from fastattn.buffers import View, contiguous
 from fastattn.gpu import forward_sm90, launch_sm90, packed
@@ -47,14 +46,7 @@ def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
     with playing(made, memory), packed.table(call, config.block_m, 0, 0) as table:
-        make = forward_sm90.make_forward
-        if change is not None:
-            text = inspect.getsource(make)
-            assert text.count(change[0]) == 1
-            scope = dict(vars(forward_sm90))
-            exec(compile("from __future__ import annotations\n" + text.replace(*change), "changed", "exec"), scope)
-            make = scope["make_forward"]
-        kernel, _ = make(spec, config)
+        kernel, _ = edited(forward_sm90.make_forward, change)(spec, config)
         own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call)
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     assert not any(made.counters.values()), "the counter is not as it was found"

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import itertools
 from collections import namedtuple
 from dataclasses import replace
@@ -15,7 +14,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from gpu_emulator import Memory
-from gpu_roles import playing
+from gpu_roles import edited, playing
 from gpu_roles_backward import BackwardPlay
 from test_gpu_roles import Sequence, view, whole
 
@@ -57,14 +56,7 @@ def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> li
         for block in range(count):
             made.append(BackwardPlay(config, block, seed * 100 + block))
             with playing(made[-1], memory):
-                make = backward_sm90.make_backward
-                if change is not None:
-                    text = inspect.getsource(make)
-                    assert text.count(change[0]) == 1
-                    scope = dict(vars(backward_sm90))
-                    exec(compile("from __future__ import annotations\n" + text.replace(*change), "changed", "exec"), scope)
-                    make = scope["make_backward"]
-                made[-1].run(make(spec, config)[0], values)
+                made[-1].run(edited(backward_sm90.make_backward, change)(spec, config)[0], values)
     return made
 
 

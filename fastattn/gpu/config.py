@@ -150,10 +150,10 @@ class BackwardConfig:
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
-    several = num_features(spec) > 1
-    if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and several):   # they spill
+    two = num_features(spec) > 1
+    if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
         return BackwardConfig(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
-    return BackwardConfig(128, 64, crowded=several or (spec.dropout and spec.packed))
+    return BackwardConfig(128, 64, crowded=two or (spec.dropout and spec.packed))
 
 
 @dataclass(frozen=True, slots=True)

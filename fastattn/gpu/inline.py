@@ -80,6 +80,9 @@ class _Typing:
         return found
 
 
+_TYPING = _Typing()
+
+
 class _Lower(CUDALower):  # type: ignore[misc]
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
         """Without a debugger's description of the variable, for whose size LLVM reads a module."""
@@ -139,9 +142,6 @@ class Compiled:
             noalias=False, abi_tags=(), abi_info=None, call_conv=_Convention(state.targetctx))
         _Lower(state.targetctx, _Module(module), descriptor, state.func_ir).lower()
         module.globals[self._name].linkage = "internal"
-
-
-_TYPING = _Typing()
 
 
 def inline(function: Any) -> Any:
