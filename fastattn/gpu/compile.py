@@ -6,6 +6,7 @@ Nothing here but `load` needs a GPU or a driver.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -18,7 +19,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,29 +138,36 @@ def binary(source: Source, arch: str) -> Binary:
 
 def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
     """Compile without the cache: (machine code, or PTX text for output="ptx", and the compiler's report)."""
-    try:
-        from cuda.core import Linker, LinkerOptions, ObjectCode
-        from numba import cuda
+    with _no_collection():
+        try:
+            from cuda.core import Linker, LinkerOptions, ObjectCode
+            from numba import cuda
 
-        from .inline import kernel_of
-    except ImportError as error:
-        raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda and "
-                          "cuda-core: pip install 'fastattn[gpu]'.") from error
+            from .inline import kernel_of
+        except ImportError as error:
+            raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda "
+                              "and cuda-core: pip install 'fastattn[gpu]'.") from error
 
-    number = arch.removeprefix("sm_").rstrip("a")
-    capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
-    collected = gc.isenabled()
-    gc.disable()        # a sixth of the time: Numba makes millions of small objects, and next to no garbage
-    try:
+        number = arch.removeprefix("sm_").rstrip("a")
+        capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
         ltoir, _ = cuda.compile(kernel_of(source.make()[0]), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
                                 output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
-    finally:
-        if collected:
-            gc.enable()
     options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx")
     linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
     code = bytes(linker.link(output).code)
     return code, f"{linker.get_info_log()}\n{linker.get_error_log()}"
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Numba makes millions of small objects, and next to no garbage: a sixth of the time."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _signature(source: Source) -> Any:

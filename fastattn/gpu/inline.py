@@ -6,18 +6,21 @@ function of Numba's asks for a driver. What this takes of Numba's machinery is a
 """
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba.cuda import cgutils, types
-from numba.cuda.compiler import CUDATranslateBytecode
-from numba.cuda.core import typed_passes, untyped_passes
+from numba.cuda.compiler import CUDABytecodeInterpreter
+from numba.cuda.core import interpreter, typed_passes, untyped_passes
 from numba.cuda.core.bytecode import FunctionIdentity
 from numba.cuda.core.callconv import CUDACABICallConv
-from numba.cuda.core.compiler import CompilerBase
+from numba.cuda.core.compiler import StateDict, _CompileStatus, _make_subtarget
 from numba.cuda.core.funcdesc import PythonFunctionDescriptor
+from numba.cuda.core.rewrites.static_getitem import RewriteConstGetitems
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.descriptor import cuda_target
 from numba.cuda.extending import intrinsic
@@ -27,6 +30,23 @@ from numba.cuda.typing import signature
 from .ptx.asm import intrinsic_of
 
 _numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Numba goes through all of its registries for each intrinsic that it types; in here it does not."""
+    own = vars(cuda_target.target_context)
+    before = own.get("refresh", cuda_target.target_context.refresh)
+    own["refresh"] = lambda: None
+    try:
+        yield
+    finally:
+        own["refresh"] = before
+
+
+_refresh = cuda_target.target_context.refresh
+with _settled():
+    _refresh()      # the first time, which else does so a hundred times
 
 
 class _Convention(CUDACABICallConv):  # type: ignore[misc]
@@ -97,14 +117,24 @@ class _Lower(CUDALower):  # type: ignore[misc]
         return self.context.cast(self.builder, self.context.get_function(op, sig)(self.builder, operands), sig.return_type, resty)
 
 
+class _Interpreter(CUDABytecodeInterpreter):  # type: ignore[misc]
+    def post_process(self, peepholes: Any, func_ir: Any) -> Any:
+        """Only what f(*a) and (*a, b) need."""
+        return interpreter.peep_hole_call_function_ex_to_call_function_kw(interpreter.peep_hole_list_to_tuple(func_ir))
+
+
 def _compile(state: Any) -> None:
     """Bytecode to typed instructions: those of Numba's passes that change anything here, without what tidies between them. Helpers have no
     closures, `with`, raises, array expressions or unrolled literals, and nobody asks how long a variable lives."""
-    for each in (untyped_passes.ExtractByteCode, CUDATranslateBytecode, untyped_passes.FixupArgs):
-        each().run_pass(state)
+    untyped_passes.ExtractByteCode().run_pass(state)
+    state.func_ir = _Interpreter(state.func_id).interpret(state.bc)
+    untyped_passes.FixupArgs().run_pass(state)
     untyped_passes.rewrite_semantic_constants(state.func_ir, state.args)
     untyped_passes.dead_branch_prune(state.func_ir, state.args)
-    untyped_passes.rewrites.rewrite_registry.apply("before-inference", state)
+    rewrite, blocks = RewriteConstGetitems(), state.func_ir.blocks
+    for label, block in blocks.items():
+        if rewrite.match(state.func_ir, block, None, None):
+            blocks[label] = rewrite.apply()
     state.func_ir = untyped_passes.reconstruct_ssa(state.func_ir)
     state.func_ir._definitions = untyped_passes.build_definitions(state.func_ir.blocks)
     typed_passes.NopythonTypeInference().run_pass(state)
@@ -123,9 +153,11 @@ class Compiled:
     def _typed(self) -> Any:
         function, arguments, result = self._given
         flags = ConfigStack().top()
-        state = CompilerBase(_TYPING, cuda_target.target_context, None, arguments, result, flags, {}).state
-        state.func_id = FunctionIdentity.from_function(function)
-        _compile(state)
+        state = StateDict(typingctx=_TYPING, targetctx=_make_subtarget(cuda_target.target_context, flags), flags=flags, locals={},
+                          func_id=FunctionIdentity.from_function(function), args=arguments, return_type=result,
+                          status=_CompileStatus(can_fallback=False))
+        with _settled():
+            _compile(state)
         return state
 
     def call(self, builder: Any, arguments: Any) -> Any:
