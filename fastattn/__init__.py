@@ -8,7 +8,7 @@ How a call flows, file by file:
     attention(q, k, v, causal=True, ...)
         |
     api.py          the public functions; nothing is computed here
-        |
+        |           (a dense forward in CUDA memory that comes again goes from here to its kernel: repeat.py)
     buffers.py      each array -> View: pointer, shape, strides, dtype, device; no copy
         |           layout "bhsd" is a permutation of strides, so engines know one layout
     problem.py      make_problem: every check of every argument, then the frozen Problem (what to compute)

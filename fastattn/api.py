@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import repeat
 from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view
 from .errors import UnsupportedError, message
 from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
@@ -56,9 +57,17 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tup
     lse is the natural log of the softmax's denominator, (batch, num_heads, seqlen_q), float32 (float64 for float64
     input). `out` may be given and is returned. Other keywords and errors: see this module's docstring.
     """
-    call = "attention"
+    call, key = "attention", None
+    if bias is None and mask is None and alibi_slopes is None and sinks is None and out is None and stream is None:
+        key, known = repeat.look(q, k, v, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, layout, return_lse,
+                                          engine))
+        if known is not None:
+            result = known.again(q, k, v, call, engine)
+            if result is not None:
+                return result
     on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
+                    key=key)
 
 
 def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool | str = False,
@@ -181,7 +190,7 @@ def _problem(call: str, layout: str, o: Operands, packed: bool, *options: Any) -
 
 def _forward(call: str, layout: str, engine: str | None, on: Stream | None, q: Any, o: Operands, out: Any, return_lse: bool, causal: Any,
              window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
-             max_seqlen_k: Any = None, packed: bool = False) -> Any:
+             max_seqlen_k: Any = None, packed: bool = False, key: Any = None) -> Any:
     problem, o = _problem(call, layout, o, packed, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
                           max_seqlen_k)
     shape = _swapped(problem.out_shape, layout)
@@ -189,7 +198,10 @@ def _forward(call: str, layout: str, engine: str | None, on: Stream | None, q: A
     chosen = choose(call, engine, o.q.device)
     output = allocate(q, shape, problem.dtype, on) if given is None else given
     lse = allocate(q, problem.lse_shape, problem.lse_dtype, on) if return_lse else None
-    chosen.forward(problem, o, _canonical(output.view, layout), None if lse is None else lse.view, None if on is None else on.handle)
+    place, lse_place = _canonical(output.view, layout), None if lse is None else lse.view
+    chosen.forward(problem, o, place, lse_place, None if on is None else on.handle)
+    if key is not None and on is not None:
+        repeat.remember(key, chosen, problem, o, place, shape, lse_place, q)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 

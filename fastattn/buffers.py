@@ -143,12 +143,22 @@ def overlap(a: View, b: View) -> bool:
 
 
 # ---------------------------------------------------------------- any array -> View
+class Quick(NamedTuple):
+    """The same for arrays in CUDA memory of a kind that is known already, without checks: repeat.py."""
+
+    form: Callable[[Any], Any]                              # all that a View says but the address, to be compared; None: host memory
+    address: Callable[[Any], int]
+    stream: Callable[[Any], int]                            # its library's current one on its device; 0: none, or not to be used
+    empty: Callable[[Any, tuple[int, ...], str], tuple[Any, int]]   # beside an array; with its address
+
+
 class Library(NamedTuple):
     """How one kind of array is read and made; libraries.py has those that are known by name."""
 
     view: Callable[[Any, str, str, Stream | None], View]
     home: Callable[[Any], Home | None]                      # None: host memory
     empty: Callable[[Any, tuple[int, ...], str, Stream], Output]    # in CUDA memory
+    quick: Quick | None = None
 
 
 def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View:
@@ -176,6 +186,12 @@ def resolve(stream: Any, q: Any, call: str) -> Stream | None:
 
 
 _libraries: dict[type, Library] = {}                        # by the type of the array, as they come
+
+
+def quick(x: Any) -> Quick | None:
+    """How arrays of x's type are read without checks, once one was read with them."""
+    known = _libraries.get(type(x))
+    return None if known is None else known.quick
 
 
 def _library(x: Any, call: str, argument: str) -> Library:

@@ -27,6 +27,7 @@ class Engine:
     backward: Callable[..., None] | None = field(repr=False)
     supports: Supports = field(repr=False)
     built_in: bool = False
+    prepare: Callable[..., Any] | None = field(default=None, repr=False)    # problem, operands, out, lse -> a repeat.Launch, or None
 
     def refuses(self, problem: Problem, direction: str) -> str | None:
         """None, or why it does not take the problem ("forward" or "backward")."""
@@ -107,7 +108,10 @@ def families(*names: str) -> Engine:
 
     def backward(problem: Problem, *where: Any) -> None:
         load("gpu", problem.call).backward(problem, *where, names)
-    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True)
+
+    def prepare(problem: Problem, *where: Any) -> Any:
+        return load("gpu", problem.call).prepare(problem, *where, names)
+    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True, prepare)
 
 
 BUILT_IN = {"cpu": _host("cpu"), "reference": _host("reference")} | {name: families(name) for name in FAMILIES}

@@ -6,6 +6,7 @@ here: a library whose array came in is loaded. JAX and all others come by DLPack
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import buffers, streams
-from .buffers import CPU, DLPACK, EXPECTED, INTERFACE, Library, Output, View, cannot, contiguous, dtype_name, requires_grad
+from .buffers import CPU, DLPACK, EXPECTED, INTERFACE, Library, Output, Quick, View, cannot, contiguous, dtype_name, requires_grad
 from .errors import message
 from .streams import PER_THREAD, Home, Stream
 
@@ -77,10 +78,14 @@ def _torch(torch: Any) -> Library:
         number = x.get_device()
         return Home(number, streams.normal(raw(number)), mark)
 
+    def new(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        wanted = dtypes[dtype]
+        tensor = x.new_empty(shape) if x.dtype is wanted else x.new_empty(shape, dtype=wanted)
+        return tensor, tensor.data_ptr()
+
     def empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
-        tensor = x.new_empty(shape, dtype=dtypes[dtype])
-        strides = in_bytes(tensor.stride(), buffers.ITEMSIZE[dtype])
-        place = View(tensor.data_ptr(), shape, strides, dtype, ("cuda", stream.device), tensor)
+        tensor, ptr = new(x, shape, dtype)
+        place = View(ptr, shape, in_bytes(tensor.stride(), buffers.ITEMSIZE[dtype]), dtype, ("cuda", stream.device), tensor)
         current = streams.normal(raw(stream.device))
         if current == stream.handle:
             return Output(place, tensor)
@@ -93,7 +98,13 @@ def _torch(torch: Any) -> Library:
             return filled
         return Output(place, tensor, finish)
 
-    return Library(view, home, empty)
+    def form(x: Any) -> Any:
+        return (x.dtype, x.shape, x.stride(), x.get_device(), x.requires_grad, x.is_neg()) if x.is_cuda else None
+
+    def current(x: Any) -> int:
+        return streams.normal(raw(x.get_device())) if x.is_cuda else 0
+
+    return Library(view, home, empty, None if is_hip else Quick(form, operator.methodcaller("data_ptr"), current, new))
 
 
 # ---------------------------------------------------------------- CuPy
@@ -121,10 +132,24 @@ def _cupy(cupy: Any) -> Library:
             if current(stream.device) != stream.handle:     # memory of our stream's pool is used again in our stream's order
                 foreign = getattr(cupy.cuda.Stream, "from_external", None)
                 inside.enter_context(foreign(stream) if foreign else cupy.cuda.ExternalStream(stream.handle, stream.device))
-            array = cupy.empty(shape, buffers.numpy_dtype(dtype))
-        return Output(View(array.data.ptr, shape, array.strides, dtype, ("cuda", stream.device), array), array)
+            array, ptr = new(x, shape, dtype)
+        return Output(View(ptr, shape, array.strides, dtype, ("cuda", stream.device), array), array)
 
-    return Library(view, home, empty)
+    def new(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        array = cupy.empty(shape, buffers.numpy_dtype(dtype))
+        return array, array.data.ptr
+
+    def form(x: Any) -> Any:
+        return x.dtype, x.shape, x.strides, x.data.device_id
+
+    def address(x: Any) -> int:
+        return x.data.ptr  # type: ignore[no-any-return]
+
+    def here(x: Any) -> int:
+        number = x.data.device_id
+        return current(number) if cupy.cuda.runtime.getDevice() == number else 0    # else `new` would be on another device
+
+    return Library(view, home, empty, Quick(form, address, here, new))
 
 
 # ---------------------------------------------------------------- Numba

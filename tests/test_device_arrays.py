@@ -11,7 +11,7 @@ import pytest
 from fake_cuda import Cuda, Driver, Speaker, installed, waits
 
 import fastattn
-from fastattn import buffers, dlpack, libraries
+from fastattn import buffers, dlpack, libraries, registry, repeat
 from fastattn.buffers import ITEMSIZE, allocate, view
 from fastattn.device_array import DeviceArray
 from fastattn.streams import Stream
@@ -105,8 +105,8 @@ class Tensor:
     def is_neg(self) -> bool:
         return self.negative
 
-    def new_empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return Tensor(shape, dtype, 0x9000, self.number)
+    def new_empty(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+        return Tensor(shape, dtype or self.dtype, 0x9000, self.number)
 
     def record_stream(self, stream: Any) -> None:
         self.recorded.append(stream)
@@ -421,3 +421,114 @@ def test_zero_sizes(driver: Driver, engine: Recorder) -> None:
 def test_merge_states_is_for_the_host(driver: Driver) -> None:
     with pytest.raises(fastattn.UnsupportedError, match=r"merge_states\(\): outs\[0\] is a CUDA array"):
         fastattn.merge_states([Cuda(driver, Q)], [Cuda(driver, (2, 4, 6))])
+
+
+# ---------------------------------------------------------------- calls that come again
+class Prepared(Recorder):
+    """An engine that tells what it launches, and notes which calls came to it the long way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long = 0
+
+    def forward(self, problem: Any, *where: Any) -> None:
+        self.long += 1
+        super().forward(problem, *where)
+
+    def prepare(self, problem: Any, operands: Any, out: Any, lse: Any) -> Any:
+        return lambda *where: self.calls.append((problem, *where))
+
+
+@pytest.fixture
+def prepared(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    engine = Prepared()
+    monkeypatch.setattr(repeat, "_known", {})
+    monkeypatch.setattr(registry, "_runs", {(None, "cuda"): engine})
+    return engine
+
+
+def seen(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an engine is given, as numbers: views without their owners."""
+    problem, o, out, lse, stream = call
+    return problem, *[x and (x.ptr, x.shape, x.strides, x.dtype, x.device) for x in (o.q, o.k, o.v, o.bias, o.mask, out, lse)], stream
+
+
+@pytest.mark.parametrize("keywords", [{}, {"return_lse": True}, {"layout": "bhsd"}, {"causal": True, "window": (3, None), "softcap": 2.0},
+                                      {"dropout_p": 0.5, "seed": 3}])
+def test_calls_that_come_again(torch_streams: dict[int, int], prepared: Prepared, keywords: dict[str, Any]) -> None:
+    """The third call does not go the long way; engine and caller get the same, and the stream is the current one."""
+    shapes = ((2, 4, 6, 8), (2, 2, 9, 8)) if keywords.get("layout") else (Q, K)
+    for n in range(4):
+        q, k, v = (Tensor(shape, ptr=ptr) for shape, ptr in zip((shapes[0], *shapes[1:] * 2), (0x1000, 0x2000, 0x3000), strict=True))
+        result = fastattn.attention(q, k, v, **keywords)
+        out, lse = result if keywords.get("return_lse") else (result, None)
+        assert isinstance(out, Tensor) and (out.shape, out.dtype) == (q.shape, "bfloat16")
+        assert lse is None or (lse.shape, lse.dtype) == ((2, 4, 6), "float32")
+        assert prepared.long == min(n + 1, 2) and seen(prepared.calls[-1]) == seen(prepared.calls[0])
+    torch_streams[0] = 0x60
+    fastattn.attention(Tensor(shapes[0], ptr=0x5000), k, v, **keywords)
+    assert prepared.long == 2 and prepared.calls[-1][1].q.ptr == 0x5000 and prepared.calls[-1][-1] == 0x60
+
+
+def test_what_is_not_quite_the_same_goes_the_long_way(torch_streams: dict[int, int], prepared: Prepared) -> None:
+    q, k, v, usual = Tensor(Q), Tensor(K), Tensor(K), {"causal": True, "window": (1, None), "softmax_scale": 1.0}
+    for _ in range(3):
+        fastattn.attention(q, k, v, **usual)
+    assert prepared.long == 2
+    for changes in ({"causal": 1}, {"window": (1.0, None)}, {"softmax_scale": True}, {"causal": [True]},
+                    {"window": [1.0, None]}, {"layout": "thd"}, {"layout": ["bshd"]}, {"dropout_p": False}, {"engine": "nobody"},
+                    {"engine": ["cpu"]}, {"engine": "cpu"}):
+        with pytest.raises((TypeError, ValueError)):
+            fastattn.attention(q, k, v, **(usual | changes))
+
+    class Sparse(Tensor):
+        def stride(self) -> tuple[int, ...]:
+            raise RuntimeError("sparse tensors do not have strides")
+
+    class Transformed(Tensor):
+        def data_ptr(self) -> int:
+            raise RuntimeError("cannot access data pointer")
+    for kind in (Sparse, Transformed):
+        buffers._libraries[kind] = buffers._libraries[Tensor]
+        with pytest.raises(TypeError, match=r"\(Tensor\)|cannot be exported"):
+            fastattn.attention(*[kind(shape) for shape in (Q, K, K)], **usual)
+        del buffers._libraries[kind]
+    monkey = Tensor(K)
+    monkey.data_ptr = Transformed.data_ptr.__get__(monkey)  # type: ignore[method-assign]
+    for x, error in ((monkey, "cannot access data pointer"), (Tensor(K, ptr=0), "no memory of its own"), (Tensor(K, "float16"), "dtype"),
+                     (Tensor(K, device=1), "device")):
+        with pytest.raises((TypeError, ValueError), match=error):
+            fastattn.attention(q, k, x, **usual)
+    for name in ("requires_grad", "negative"):
+        x = Tensor(K)
+        setattr(x, name, True)
+        with pytest.raises(TypeError):
+            fastattn.attention(q, k, x, **usual)
+    assert prepared.long == 2 and len(prepared.calls) == 3
+    fastattn.attention(q, k, Tensor(K, ptr=0x1008), **usual)            # aligned to less
+    fastattn.attention(q, k, v, **usual, stream=0x70)
+    assert fastattn.attention(q, k, v, **usual, out=(out := Tensor(Q, ptr=0x8000))) is out
+    fastattn.attention(q, k, v, **usual, mask=Tensor((6, 9), "bool"))
+    assert prepared.long == 6 and prepared.calls[-3][-1] == 0x70
+    with fastattn.register_engine("other", (other := Recorder()).forward, None, other.supports).activate():
+        fastattn.attention(q, k, v, **usual)
+    assert prepared.long == 6 and len(other.calls) == 1
+
+
+def test_few_calls_are_remembered(torch_streams: dict[int, int], prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "MOST", 10)
+    q, k = Tensor(Q), Tensor(K)
+    for seed in range(25):
+        fastattn.attention(q, k, k, dropout_p=0.5, seed=seed)
+        assert len(repeat._known) <= 10 and not any(repeat._known.values())
+    assert [call[0].dropout.seed for call in prepared.calls] == list(range(25))
+    for _ in range(3):
+        fastattn.attention(q, k, k)
+    assert prepared.long == 27 and len(prepared.calls) == 28
+
+
+def test_explain_sees_calls_that_come_again(torch_streams: dict[int, int], prepared: Prepared) -> None:
+    q, k = Tensor(Q), Tensor(K)
+    for _ in range(3):
+        fastattn.attention(q, k, k)
+    assert fastattn.explain(fastattn.attention, q, k, k, device="cpu").engine == "cpu" and len(prepared.calls) == 3

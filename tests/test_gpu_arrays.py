@@ -14,7 +14,7 @@ import pytest
 from gpu import requires_gpu, requires_two_gpus
 
 import fastattn
-from fastattn import buffers, streams
+from fastattn import buffers, repeat, streams
 from fastattn.buffers import numpy_dtype
 from fastattn.device_array import DeviceArray
 from fastattn.streams import Stream
@@ -93,6 +93,35 @@ def test_cupy(dtype: str) -> None:
     assert isinstance(out, cupy.ndarray) and out.dtype == q.dtype and out.device == q.device and lse.dtype == np.float32
     close(cupy.asnumpy(out), wanted, dtype)
     close(cupy.asnumpy(lse), wanted_lse, dtype)
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("keywords", [{}, {"return_lse": True, "causal": True}, {"layout": "bhsd", "return_lse": True},
+                                      {"dropout_p": 0.3, "seed": 7}, {"engine": "sm80"}, {"engine": "simt"}], ids=str)
+def test_calls_that_come_again(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third on they take the short way: other arrays, streams and alignments, and a graph."""
+    bhsd = keywords.get("layout") == "bhsd"
+    give = to_torch if library == "torch" else to_cupy
+    asked = {name: x for name, x in keywords.items() if name != "engine"}
+    monkeypatch.setattr(repeat, "_known", {})
+
+    def once(seed: int, shift: int = 0) -> None:
+        arrays = host(seed=seed)
+        inputs = [give([np.concatenate([np.zeros(shift, a.dtype), a.ravel()])])[0][shift:].reshape(a.shape) for a in arrays]
+        result = fastattn.attention(*[x.swapaxes(1, 2) for x in inputs] if bhsd else inputs, **keywords)
+        out, lse = result if keywords.get("return_lse") else (result, None)
+        wanted, wanted_lse = expected(arrays, **{name: x for name, x in asked.items() if name not in ("layout", "return_lse")})
+        close(numbers(out.swapaxes(1, 2) if bhsd else out), wanted, "float16")
+        if lse is not None:
+            close(numbers(lse), wanted_lse, "float16")
+    for seed in range(5):
+        once(seed)
+    assert len([x for x in repeat._known.values() if x]) == 1
+    for shift in (1, 8, 3):
+        once(5, shift)
+    module = pytest.importorskip(library)
+    with module.cuda.stream(module.cuda.Stream()) if library == "torch" else module.cuda.Stream(non_blocking=True):
+        once(6)
 
 
 def _jax() -> Any:

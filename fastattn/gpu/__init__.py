@@ -27,7 +27,7 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
-__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "refuses", "use"]
+__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "prepare", "refuses", "use"]
 
 
 def use(*families: str) -> AbstractContextManager[None]:
@@ -80,6 +80,19 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None, s
     call = Call(problem, operands, out, lse)
     with current(d):
         _prepared(call, d, families)(call, stream)
+
+
+def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, families: tuple[str, ...] = FAMILIES) -> Any:
+    """What `forward` does with such operands at any addresses of their alignment: a function of operands, out, lse and stream."""
+    d = device(out.device[1])
+    if 0 in out.shape:
+        return None
+    launch = _prepared(Call(problem, operands, out, lse), d, families)
+
+    def run(operands: Operands, out: View, lse: View | None, stream: int) -> None:
+        with current(d):
+            launch(Call(problem, operands, out, lse), stream)
+    return run
 
 
 _launches: dict[Any, tuple[Problem, Launch]] = {}

@@ -108,11 +108,11 @@ def form(x: View, rows: int) -> int:
 def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
     """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows; `captured`: for work that is being
     captured into a graph. `forms` are those of the boxes, where the caller has them."""
-    maps, found = _maps(boxes[0][0].device[1]), []
+    maps, forms = _maps(boxes[0][0].device[1]), forms or tuple([form(x, rows) for x, rows in boxes])
     kept = maps.captured if captured else maps.newer
-    for (x, rows), number in zip(boxes, forms or [form(x, rows) for x, rows in boxes], strict=True):
-        key = x.ptr, number
-        found.append(kept.get(key) or maps.add(key, partial(_encode, x, rows), captured))
+    found = [kept.get((box[0].ptr, number), 0) for box, number in zip(boxes, forms, strict=True)]
+    if not all(found):
+        found = [maps.add((x.ptr, number), partial(_encode, x, rows), captured) for (x, rows), number in zip(boxes, forms, strict=True)]
     return found
 
 
