@@ -70,7 +70,31 @@ def _large() -> Iterator[Case]:
                   softcap=9.0)
 
 
-LARGE = list(_large())
+def _decode() -> Iterator[Case]:
+    """Few queries and many keys: the keys are split (launch_decode.py)."""
+    base = Case("decode", "bfloat16", num_heads=8, num_heads_k=2, seqlen_q=1, seqlen_k=1000, head_dim=128, causal=True)
+    for dim, dim_v in ((64, 64), (128, 64), (64, 128), (128, 128)):
+        for dtype in HALVES:
+            yield replace(base, name=f"decode_{dim}_{dim_v}_{dtype}", head_dim=dim, head_dim_v=dim_v, dtype=dtype, seqlen_q=3)
+    for dim in (64, 128):
+        for keys in (256, 257, 511, 4099):
+            yield replace(base, name=f"decode_{dim}_{keys}", head_dim=dim, seqlen_k=keys, causal=False, dtype="float16")
+    changes: dict[str, dict[str, Any]] = {
+        "window": {"window": (300, None)}, "window_both": {"window": (100, 50), "causal": False, "seqlen_q": 4},
+        "narrow": {"window": (3, 0)}, "top_left": {"causal": "top_left", "seqlen_q": 4}, "softcap": {"softcap": 5.0},
+        "sinks": {"sinks": True, "seqlen_q": 2},
+        "huge": {"softmax_scale": 40.0}, "negative": {"softmax_scale": -0.1}, "zero_scale": {"softmax_scale": 0.0},
+        "multi_head": {"num_heads": 3, "num_heads_k": 3, "seqlen_q": 16}, "multi_query": {"num_heads": 16, "num_heads_k": 1},
+        "odd_group": {"num_heads": 10, "num_heads_k": 2, "seqlen_q": 3},
+        "many": {"batch": 70, "num_heads": 6, "num_heads_k": 6, "seqlen_k": 300},
+        "long": {"batch": 1, "seqlen_k": 40000}, "bhsd": {"layout": "bhsd"}, "transposed": {"memory": "transposed", "seqlen_q": 2},
+        "all": {"window": (700, None), "softcap": 9.0, "sinks": True, "seqlen_q": 4}}
+    for (name, settings), dim in itertools.product(changes.items(), (64, 128)):
+        yield replace(base, name=f"decode_{name}_{dim}", **{**settings, "head_dim": dim})
+
+
+DECODE = list(_decode())
+LARGE = [*_large(), *DECODE]
 SMALL = [replace(case, name=f"small_{case.name}") for case in (
     Case("plain", "bfloat16", batch=1, seqlen_q=130, head_dim=64),
     Case("causal", "float16", batch=1, seqlen_q=150, head_dim=128, causal=True),

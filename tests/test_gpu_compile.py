@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -141,6 +141,16 @@ def _backward(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, want("float64", 512, **EVERYTHING), "everything")
 
 
+def _decode() -> Iterator[Job]:
+    """Few queries and many keys, for few key heads and for many: plain, and with all that these kernels do."""
+    shape: dict[str, Any] = {"seqlen_q": 2, "seqlen_k": 8192, "num_heads": 32, "num_heads_k": 8}
+    for arch, dim, (batch, few) in itertools.product(ARCHS, (64, 128), ((1, "few"), (64, "many"))):
+        yield Job("sm80", arch, _want("bfloat16", dim, lse=False, batch=batch, **shape), f"decode_{few}")
+        yield Job("sm80", arch, _want("float16", dim, window=(100, 5), softcap=True, sinks="float32", batch=batch, **shape),
+                  f"decode_all_{few}")
+    yield Job("sm80", "sm_90a", _want("bfloat16", 128, 64, causal=True, **shape), "decode_causal")
+
+
 def _everything_there_is() -> Iterator[Job]:
     """The full list: every dtype, head size and variant, every feature alone at three sizes."""
     for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
@@ -151,7 +161,6 @@ def _everything_there_is() -> Iterator[Job]:
                         yield Job(family, arch, _want(dtype, dim, lse=lse, **settings), name)
                 yield Job(family, arch, _want(dtype, dim, **EVERYTHING), "everything")
                 yield Job(family, arch, _want(dtype, dim, **EVERYTHING, packed=True, seqused=True), "everything_packed")
-            yield Job(family, arch, replace(_want(dtype, 128), seqlen_q=1, num_heads=32, num_heads_k=8, batch=1, seqlen_k=16384), "decode")
             for dim, dim_v in UNEQUAL:
                 yield Job(family, arch, _want(dtype, dim, dim_v, causal=True), "causal")
             for dim in (64, 128, 256):
@@ -163,6 +172,7 @@ def _everything_there_is() -> Iterator[Job]:
 def _ci() -> Iterator[Job]:
     """What fits into CI: a Hopper kernel takes three seconds with its PTX."""
     yield from _pairs()
+    yield from _decode()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     for dim in (64, 128, 256):
         yield Job("sm90", "sm_90a", _want(half, dim, causal=True), "causal")

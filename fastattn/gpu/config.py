@@ -108,6 +108,31 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
     return Config(128, 48 if spec.alibi and spec.packed else 64, out_panels=2, optimistic=plain, hints=True)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """One tiling of forward_decode: each of `warps` goes through every warps-th piece of `keys` keys of a split. `overhead`: what a block
+    costs besides its steps, in steps."""
+
+    keys: int
+    warps: int = 4
+    blocks_per_sm: int = 2
+    overhead: int = 4
+
+    def __post_init__(self) -> None:
+        assert self.keys % 16 == 0
+
+    @property
+    def text(self) -> str:
+        return f"{self.keys} keys warps {self.warps} blocks {self.blocks_per_sm}"
+
+
+def forward_decode(spec: Spec, few: bool) -> DecodeConfig:
+    """Two steps of K and V take 128 registers a thread at head_dim 128, and so do two of twice the keys at 64. `few`: not more key heads,
+    over the batch, than multiprocessors. Then one block of eight warps on each: half as many splits to be merged."""
+    keys = 16 if max(spec.head_dim, spec.head_dim_v) > 64 else 32
+    return DecodeConfig(keys, 8, 1) if few else DecodeConfig(keys)
+
+
 def num_features(spec: Spec) -> int:
     """Of those that take registers."""
     return spec.dropout + spec.softcap + spec.mask + (spec.alibi is not None) + (spec.bias is not None)

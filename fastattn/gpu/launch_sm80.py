@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from . import launch_decode
 from .compile import Source, late
 from .compile import load as load_kernel
 from .config import ConfigSm80, forward_sm80
@@ -39,6 +40,8 @@ def refuses(call: Call, d: Device) -> str | None:
 
 def prepare(call: Call, spec: Spec, d: Device) -> Launch:
     """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
+    if launch_decode.takes(call, spec):
+        return launch_decode.prepare(call, spec, d)
     o = call.operands
     config = forward_sm80(spec, d.arch, whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v), whole_chunks(call.out))
     kernel, values = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..buffers import View
+from . import launch_decode
 from .compile import Source, late
 from .compile import load as load_kernel
 from .config import Config, feature_weight, forward_sm90
@@ -52,6 +53,8 @@ def refuses(call: Call, d: Device) -> str | None:
 
 def prepare(call: Call, spec: Spec, d: Device) -> Launch:
     """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
+    if launch_decode.takes(call, spec):
+        return launch_decode.prepare(call, spec, d)
     config, kernel_source, arguments = _choice(spec, call.problem.seqlen_k)
     kernel, values = load_kernel(kernel_source, d.ordinal), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)

@@ -117,13 +117,13 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
         yield 0
 
     absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes),
-              "row_map": lambda *_: 0, "counter": lambda *_: 0, "capturing": lambda *_: False, "clear": lambda *_: None,
-              "temporary": lambda *_: contextlib.nullcontext(0)}
+              "row_map": lambda *_: 0, "counter": lambda *_: 0, "arrivals": lambda *_: 0, "capturing": lambda *_: False,
+              "clear": lambda *_: None, "temporary": lambda *_: contextlib.nullcontext(0)}
 
     def replaced(original: Any, replacement: Any) -> Any:
         return lambda *values, **more: (replacement if threading.get_ident() == this else original)(*values, **more)
     with _replacing, contextlib.ExitStack() as stack:
-        shared = () if isinstance(call, Call) else SHARED
+        shared = ("launch_decode",) if isinstance(call, Call) else SHARED
         for where in (module, *(importlib.import_module(f".{name}", __package__) for name in shared)):
             for name in absent.keys() & vars(where).keys():
                 original = getattr(where, name)
@@ -203,10 +203,12 @@ def arch_here() -> str:
 
 
 LENGTHS = 512, 2048, 4096, 16384      # of dense calls: tiles are chosen by length
+DECODE: tuple[dict[str, Any], ...] = tuple({"seqlen_q": 1, "seqlen_k": 4096, "num_heads_k": 4, "batch": batch} for batch in (1, 128))
 
 
 def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
-    """Dense and packed calls with each feature, forward ones with lse and without. A feature is a name of FEATURES, or several with '+'."""
+    """Dense and packed calls with each feature, forward ones with lse and without, and of one query. A feature is a name of FEATURES, or
+    several with '+'."""
     wants = []
     for feature in features:
         unknown = [name for name in feature.split("+") if name not in FEATURES]
@@ -218,6 +220,9 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
         lses = (False,) if "backward" in settings else (False, True)
         wants += [Want(dtype, dim, packed=packed, lse=lse, seqlen_q=seqlen, **settings) for dtype in dtypes for dim in head_dims
                   for packed in (False, True) for lse in lses for seqlen in ((4096,) if packed else LENGTHS)]
+        if "backward" not in settings:
+            wants += [Want(dtype, dim, lse=lse, **settings, **shape) for dtype in dtypes for dim in head_dims for lse in lses
+                      for shape in DECODE]
     return wants
 
 

@@ -16,7 +16,7 @@ from .ptx.memory import load_scalar
 from .spec import LOG2E, Spec
 
 NEG_INF = float32(-math.inf)
-_LN2, _LOG2E = float32(math.log(2)), float32(LOG2E)
+LN2, LOG2 = float32(math.log(2)), float32(LOG2E)      # of a natural logarithm's unit and of log2's
 
 
 LAG_LIMIT = float32(2**13)      # of a thread's sum of a row in one step, hence of each probability: float16 holds 2**15
@@ -69,12 +69,12 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         top = maximum * scale
         factor = float32(1)
         if SINKS:
-            sink = load_sink(a.sinks + head * a.sinks_head) * _LOG2E
+            sink = load_sink(a.sinks + head * a.sinks_head) * LOG2
             new = max(top, sink)
             factor = exp2(top - finite(new))
             total = total * factor + exp2(sink - finite(new))
             top = new
-        lse = (top + log2(total)) * _LN2 if total != float32(0) else NEG_INF
+        lse = (top + log2(total)) * LN2 if total != float32(0) else NEG_INF
         if DROPOUT:
             factor = factor * a.keep_scale
         return (factor / total if total != float32(0) else float32(0)), lse

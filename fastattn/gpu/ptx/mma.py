@@ -59,7 +59,7 @@ def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Call
     return load
 
 
-def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
+def multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
     """acc (16 x 8, four registers) + A (16 x 16, four) B (16 x 8, two)."""
     text = (f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[dtype]}.{KIND[dtype]}.f32 "
             "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};")
@@ -89,7 +89,7 @@ def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Call
         for half, pair in enumerate((b[:2], b[2:])):
             for tile in range(tiles):
                 at = tile * count + 8 * j + 4 * half
-                acc[at:at + 4] = _multiply(builder, dtype, acc[at:at + 4], a[tile], pair)
+                acc[at:at + 4] = multiply(builder, dtype, acc[at:at + 4], a[tile], pair)
     return acc
 
 

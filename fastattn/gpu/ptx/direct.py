@@ -1,0 +1,120 @@
+"""mma.sync with operands straight from global memory: no shared memory, no barrier, each thread's loads 16 bytes (PTX ISA 9.7.14.5.8).
+
+What a product sums over may come in any order, the same for both operands, and its columns may have any names. So lane 4 g + c reads whole
+chunks of 8 elements where the instruction's figure has pairs: of Q and K the chunks c, c + 4, ... of a row, whose first four elements stand
+for the columns (2 c, 2 c + 1, 2 c + 8, 2 c + 9) of a step of 16 and whose last four for those of the next; of V the chunks g, g + 8, ... of
+the keys (2 c, 2 c + 1, 2 c + 8, 2 c + 9), whose elements are the lane's column in eight products. K and V are then read in runs of 64 and
+128 bytes.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from .asm import I32, I64, emit, literals, pack, unpack
+from .memory import emit_store_shared_vector
+from .mma import multiply
+
+
+def _load(builder: Any, address: Any, offset: int) -> list[Any]:
+    """Four words at an address that is a multiple of 16; they are read once, so the first-level cache need not keep them."""
+    text = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,l", [address])
+    return [builder.extract_value(value, k) for k in range(4)]
+
+
+def _row(builder: Any, base: Any, by_row: Any, row: Any, last: Any) -> Any:
+    """Address of a row, of the last one where there is none."""
+    row = builder.select(builder.icmp_signed("<", row, last), row, last)
+    return builder.add(base, builder.mul(builder.sext(row, I64), by_row))
+
+
+@intrinsic
+def load_rows(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, tiles: Any, chunks: Any) -> Any:
+    """A lane's part of `tiles` times 8 rows of Q or K from its own first, `row`, on; base: of chunk c in row 0."""
+    count, wide = literals(tiles, chunks)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        base, by_row, row, last = args[:4]
+        words = []
+        for t in range(count):
+            at = _row(builder, base, by_row, builder.add(row, I32(8 * t)), last)
+            for j in range(wide):
+                words += _load(builder, at, 64 * j)
+        return pack(builder, words)
+    return signature(types.UniTuple(types.int32, 4 * count * wide), types.uint64, types.int64, types.int32, types.int32, tiles,
+                     chunks), generate
+
+
+@intrinsic
+def load_columns(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, groups: Any, chunks: Any) -> Any:
+    """A lane's part of `groups` times 16 rows of V, of which `row` is its own first; base: of chunk g in row 0."""
+    count, wide = literals(groups, chunks)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        base, by_row, row, last = args[:4]
+        words = []
+        for u in range(count):
+            for offset in (0, 1, 8, 9):
+                at = _row(builder, base, by_row, builder.add(row, I32(16 * u + offset)), last)
+                for h in range(wide):
+                    words += _load(builder, at, 128 * h)
+        return pack(builder, words)
+    return signature(types.UniTuple(types.int32, 16 * count * wide), types.uint64, types.int64, types.int32, types.int32, groups,
+                     chunks), generate
+
+
+def make_products(dtype: str) -> tuple[Any, Any]:
+    """(qk, pv) for 16 rows: acc_s = qk(acc_s, q0, q1, k), q0 and q1 of `load_rows` with a lane's rows g and g + 8;
+    acc_o = pv(acc_o, p, v), p packed, the columns of acc_o in the order that `store_output` undoes."""
+    @intrinsic
+    def qk(typingctx: Any, acc: Any, q0: Any, q1: Any, k: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers, words = unpack(builder, args[0], acc.count), unpack(builder, args[3], k.count)
+            first, second = unpack(builder, args[1], q0.count), unpack(builder, args[2], q1.count)
+            for at in range(0, q0.count, 2):            # a step of 16 columns
+                a = [first[at], second[at], first[at + 1], second[at + 1]]
+                for t in range(acc.count // 4):
+                    b = words[t * q0.count + at:t * q0.count + at + 2]
+                    registers[4 * t:4 * t + 4] = multiply(builder, dtype, registers[4 * t:4 * t + 4], a, b)
+            return pack(builder, registers)
+        return signature(acc, acc, q0, q1, k), generate
+
+    @intrinsic
+    def pv(typingctx: Any, acc: Any, p: Any, v: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers, a, words = (unpack(builder, x, n.count) for x, n in zip(args, (acc, p, v), strict=True))
+            wide = acc.count // 32                      # chunks of a row
+            for u in range(p.count // 4):               # 16 keys
+                rows = [words[(4 * u + r) * 4 * wide:(4 * u + r + 1) * 4 * wide] for r in range(4)]
+                for tile in range(8 * wide):
+                    word, selector = tile // 2, (0x7632 if tile % 2 else 0x5410)
+                    b = [emit(builder, I32, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", [rows[r][word], rows[r + 1][word]], False)
+                         for r in (0, 2)]
+                    registers[4 * tile:4 * tile + 4] = multiply(builder, dtype, registers[4 * tile:4 * tile + 4], a[4 * u:4 * u + 4], b)
+            return pack(builder, registers)
+        return signature(acc, acc, p, v), generate
+    return qk, pv
+
+
+@intrinsic
+def store_output(typingctx: Any, acc: Any, address: Any, pitch: Any) -> Any:
+    """acc_o of pv as rows of float32 in shared memory; address: of column 16 c in the lane's row g; `pitch`: bytes from row to row."""
+    [row_bytes] = literals(pitch)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for h in range(acc.count // 32):
+            for row in range(2):
+                # dims 64 h + 16 c + i are column 2 c of product i, the eight after them column 2 c + 1
+                line = [registers[4 * (8 * h + i) + 2 * row + column] for column in range(2) for i in range(8)]
+                for at in range(0, 16, 4):
+                    emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 256 * h + 4 * at, line[at:at + 4])
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.int32, pitch), generate
+
+
