@@ -1,8 +1,8 @@
 """The GPU engine: Numba kernels in three families, and the choice between them.
 
-Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony);
-each meets the same helpers: mask, scores, softmax, dropout, schedule. Then preprocess.py and backward_*.py, in the same order.
-launch_*.py say what each forward takes and launch it; compile.py makes machine code of the kernels.
+Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony),
+forward_decode.py (few queries, whose keys are split); each meets the same helpers: mask, scores, softmax, dropout, schedule. Then
+preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code.
 """
 from __future__ import annotations
 
