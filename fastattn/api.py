@@ -35,7 +35,8 @@ import numpy as np
 
 from . import repeat
 from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view
-from .errors import UnsupportedError, message
+from .engine import load
+from .errors import message
 from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
 from .registry import choose
 from .streams import Stream
@@ -274,8 +275,9 @@ def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dr
     return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
 
 
-def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["bshd", "bhsd", "thd"] = "bshd") -> tuple[Any, Any]:
-    """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, CPU arrays.
+def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["bshd", "bhsd", "thd"] = "bshd",
+                 stream: Any = None) -> tuple[Any, Any]:
+    """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, on one device.
 
     out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf) adds nothing, whatever its out holds. Give sinks
     to one of the parts only. Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
@@ -285,18 +287,22 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
         raise check.value("layout", f"is {layout!r}", "'bshd', 'bhsd' or 'thd'")
     if len(outs) == 0 or len(outs) != len(lses):
         raise check.value("lses", f"has {len(lses)} parts", f"one for each of at least one out, {len(outs)}")
-    out_views = [_canonical(view(x, call, f"outs[{n}]"), layout) for n, x in enumerate(outs)]
-    lse_views = [view(x, call, f"lses[{n}]") for n, x in enumerate(lses)]
+    on = resolve(stream, outs[0], call)
+    out_views = [_canonical(view(x, call, f"outs[{n}]", on), layout) for n, x in enumerate(outs)]
+    lse_views = [view(x, call, f"lses[{n}]", on) for n, x in enumerate(lses)]
     first, rank = out_views[0], 3 if layout == "thd" else 4
     if len(first.shape) != rank:
         raise check.value("outs[0]", f"has shape {first.shape}", f"{rank} axes for layout {layout!r}")
     check.dtype("outs[0]", first, ("float32", "float64", "float16", "bfloat16"))
-    compute = "float64" if first.dtype == "float64" else "float32"
+    compute, lse_shape = "float64" if first.dtype == "float64" else "float32", (*first.shape[:-3], first.shape[-2], first.shape[-3])
     for n, (out, lse) in enumerate(zip(out_views, lse_views, strict=True)):
         check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
-        check_array(call, f"lses[{n}]", lse, (*first.shape[:-3], first.shape[-2], first.shape[-3]), compute, first.device)
-    if first.device[0] != "cpu":
-        raise UnsupportedError(f"{call}(): outs[0] is a CUDA array, and the GPU engine has no merge_states yet.")
+        check_array(call, f"lses[{n}]", lse, lse_shape, compute, first.device)
+    if on is not None:
+        merge = load("gpu", call).merge_states
+        result, lse_result = allocate(outs[0], _swapped(first.shape, layout), first.dtype, on), allocate(lses[0], lse_shape, compute, on)
+        merge(out_views, lse_views, _canonical(result.view, layout), lse_result.view, on.handle)
+        return result.finish(), lse_result.finish()
     lse_arrays = [x.numpy() for x in lse_views]
     peak = np.maximum.reduce(lse_arrays)
     peak = np.where(peak == -np.inf, 0, peak)
@@ -307,7 +313,7 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
         weight = weight.swapaxes(-1, -2)[..., None]
         total_out += np.where(weight == 0, 0, weight * out.numpy().astype(compute))
     result = allocate(outs[0], _swapped(first.shape, layout), first.dtype)
-    lse_result = allocate(lses[0], peak.shape, compute)
+    lse_result = allocate(lses[0], lse_shape, compute)
     divisor = np.where(total == 0, 1, total).swapaxes(-1, -2)[..., None]
     _canonical(result.view, layout).numpy()[...] = total_out / divisor
     with np.errstate(divide="ignore"):

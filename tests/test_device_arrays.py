@@ -14,6 +14,7 @@ import fastattn
 from fastattn import buffers, dlpack, libraries, registry, repeat
 from fastattn.buffers import ITEMSIZE, allocate, view
 from fastattn.device_array import DeviceArray
+from fastattn.engine import _loaded as loaded
 from fastattn.streams import Stream
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
@@ -418,9 +419,28 @@ def test_zero_sizes(driver: Driver, engine: Recorder) -> None:
     assert fastattn.attention(q, k, k).shape == (2, 6, 4, 8) and engine.calls[-1][1].k.device == ("cuda", 1)
 
 
-def test_merge_states_is_for_the_host(driver: Driver) -> None:
-    with pytest.raises(fastattn.UnsupportedError, match=r"merge_states\(\): outs\[0\] is a CUDA array"):
-        fastattn.merge_states([Cuda(driver, Q)], [Cuda(driver, (2, 4, 6))])
+def test_merge_states(driver: Driver, torch_streams: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU engine is given; its kernels are in test_gpu_merge.py."""
+    calls: list[Any] = []
+    monkeypatch.setitem(loaded, "gpu", types.SimpleNamespace(merge_states=lambda *where: calls.append(where)))
+    parts = [Tensor((2, 4, 6, 8), ptr=ptr) for ptr in (0x1000, 0x2000)]
+    lses = [Tensor((2, 4, 6), "float32", ptr=ptr) for ptr in (0x3000, 0x4000)]
+    torch_streams[0] = 0x60
+    out, lse = fastattn.merge_states(parts, lses, layout="bhsd")
+    assert isinstance(out, Tensor) and (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 4, 6, 8), "bfloat16", (2, 4, 6), "float32")
+    [(outs, given_lses, place, lse_place, stream)] = calls
+    assert [(x.ptr, x.shape, x.strides) for x in outs] == [(ptr, (2, 6, 4, 8), (384, 16, 96, 2)) for ptr in (0x1000, 0x2000)]
+    assert [x.ptr for x in given_lses] == [0x3000, 0x4000] and stream == 0x60
+    assert (place.shape, place.strides, lse_place.shape) == ((2, 6, 4, 8), (384, 16, 96, 2), (2, 4, 6))
+    fastattn.merge_states(parts, lses, layout="bhsd", stream=0x70)
+    assert calls[-1][-1] == 0x70 and waits(driver) == [(0x70, 0x60), (0x60, 0x70), (0x60, 0x70)]
+    with pytest.raises(ValueError, match=r"lses\[1\] is on device \('cuda', 1\)"):
+        fastattn.merge_states(parts, [lses[0], Tensor((2, 4, 6), "float32", device=1)], layout="bhsd")
+    with pytest.raises(ValueError, match=r"outs\[1\] is on device \('cpu', 0\)"):
+        fastattn.merge_states([Cuda(driver, Q), np.zeros(Q, np.float32)], [Cuda(driver, (2, 4, 6))] * 2)
+    with pytest.raises(ValueError, match="stream is 112; expected None, because q is in host memory"):
+        fastattn.merge_states([np.zeros(Q, np.float32)], [np.zeros((2, 4, 6), np.float32)], stream=0x70)
+    assert len(calls) == 2
 
 
 # ---------------------------------------------------------------- calls that come again

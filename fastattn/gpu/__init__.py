@@ -18,6 +18,7 @@ from ..engine import FAMILIES
 from ..errors import refused
 from ..problem import Operands, Problem
 from ..registry import families_in_use, use_engine
+from .compile import late
 from .device import Device, current, device
 from .packed import most_tiles
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
@@ -27,7 +28,7 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
-__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "prepare", "refuses", "use"]
+__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "merge_states", "prepare", "refuses", "use"]
 
 
 def use(*families: str) -> AbstractContextManager[None]:
@@ -116,6 +117,9 @@ def _prepared(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
 def _prepare(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
     spec = make_spec(call.problem, call.operands, call.lse is not None)
     return choose(call, d, families).prepare(call, spec, d)  # type: ignore[no-any-return]
+
+
+merge_states = late("merge", "merge_states")     # outs, lses, out, lse, stream
 
 
 _choices: dict[Any, tuple[Problem, Any, Spec]] = {}

@@ -27,7 +27,7 @@ from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store_shared
 from .ptx.sync import any_lane
 from .scores import make_score
-from .smem import Smem
+from .smem import ALIGN, Smem
 from .softmax import NEG_INF, make_softmax
 from .spec import Spec
 
@@ -165,4 +165,4 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         if a.splits > 1:
             combine(a, base, thread, plane, batch, head_k, rows)
 
-    return kernel, smem.size - 1024 + 16
+    return kernel, smem.size - ALIGN + 16
