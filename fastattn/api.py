@@ -280,7 +280,8 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
     """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, on one device.
 
     out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf) adds nothing, whatever its out holds. Give sinks
-    to one of the parts only. Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+    to one of the parts only. `stream`: as for attention, CUDA arrays only. Source: Milakov, Gimelshein, "Online normalizer calculation
+    for softmax", 2018.
     """
     call, check = "merge_states", Check("merge_states")
     if layout not in ("bshd", "bhsd", "thd"):

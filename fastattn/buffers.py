@@ -144,7 +144,7 @@ def overlap(a: View, b: View) -> bool:
 
 # ---------------------------------------------------------------- any array -> View
 class Quick(NamedTuple):
-    """The same for arrays in CUDA memory of a kind that is known already, without checks: repeat.py."""
+    """How arrays of one type in CUDA memory are read and made where nothing has to be checked any more (repeat.py)."""
 
     form: Callable[[Any], Any]                              # all that a View says but the address, to be compared; None: host memory
     address: Callable[[Any], int]

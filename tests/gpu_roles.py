@@ -355,7 +355,7 @@ class Play:
             "store_b32": self.counters.__setitem__, "store_shared_b32": put, "store_shared_zero16": self.clear,
             "load_shared_b32": lambda address: self.pause().block.words[address], "zeros": lambda n: Fragment("0"),
             "make_pack": lambda dtype: self.to_half, "scale_rows": same, "scale_seen_rows": same,
-            "keep_below": same, "keep_interval": same, "store_panels": self.store_panels, "store_rows": self.store_rows,
+            "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "make_softmax": softmax,
             "make_score": lambda *_: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
             "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}

@@ -1,6 +1,8 @@
 """Few queries for many keys: which calls the kernels for it run, how the keys are split. test_gpu_forward.py runs the cases."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from gpu import requires_gpu
@@ -8,7 +10,7 @@ from gpu_cases import DECODE, device_arguments, for_family, sources_of, to_host
 from problems import Case
 
 import fastattn
-from fastattn.gpu import config, launch_decode
+from fastattn.gpu import config, launch_decode, workspace
 from fastattn.gpu.precompile import Want, absent_device, sources
 
 
@@ -36,7 +38,7 @@ def test_other_calls_are_not_split(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])
 def test_splits_cover_the_keys(keys: int) -> None:
-    for tiling in (config.DecodeConfig(16), config.DecodeConfig(32), config.DecodeConfig(16, 8, 1)):
+    for tiling in (config.DecodeConfig(16), config.DecodeConfig(32)):
         step = tiling.keys * tiling.warps
         for planes in (1, 8, 100, 132, 133, 1000, 100_000):
             count, each = launch_decode.split_keys(planes, keys, tiling, 132)
@@ -45,7 +47,7 @@ def test_splits_cover_the_keys(keys: int) -> None:
 
 
 def test_splits_fill_the_device() -> None:
-    for tiling in (config.DecodeConfig(16), config.DecodeConfig(16, 8, 1)):
+    for tiling in (config.DecodeConfig(16), config.DecodeConfig(32)):
         slots = 132 * tiling.blocks_per_sm
         for planes in (1, 2, 8, 32, 100, 132):
             blocks = planes * launch_decode.split_keys(planes, 65536, tiling, 132)[0]
@@ -53,12 +55,17 @@ def test_splits_fill_the_device() -> None:
         assert launch_decode.split_keys(5000, 300, tiling, 132)[0] == 1      # enough without
 
 
-def test_tilings() -> None:
-    """Few key heads: a block on each multiprocessor; many: two. A block that runs alone merges nothing."""
-    for batch, text in ((1, "16 keys warps 8 blocks 1"), (16, "16 keys warps 8 blocks 1"), (17, "16 keys warps 4 blocks 2")):
-        call = Want(seqlen_q=1, seqlen_k=8192, num_heads=32, num_heads_k=8, batch=batch).call()
-        [source] = sources(*call, absent_device("sm_90a"))
-        assert source.key.endswith(text)
+def test_places_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that launches find and leave: half of them for graphs, each place long before it comes again."""
+    monkeypatch.setattr(workspace, "private_stream", lambda: 7)
+    cleared = []
+    monkeypatch.setattr(workspace, "driver", SimpleNamespace(
+        cuMemAlloc=lambda size: (0, 4096), cuMemsetD8Async=lambda *where: (cleared.append(where) or 0,),
+        cuStreamSynchronize=lambda stream: (0,)))
+    zeros = workspace._Zeros(64, 8)
+    assert cleared == [(4096, 0, 512, 7)]
+    assert [zeros.take(False) for _ in range(5)] == [4096, 4160, 4224, 4288, 4096]
+    assert [zeros.take(True) for _ in range(5)] == [4352, 4416, 4480, 4544, 4352]
 
 
 @requires_gpu

@@ -31,8 +31,6 @@ from .device import Device, capturing
 from .dropout import make_dropout
 from .fragments import (
     exp2_minus,
-    keep_below,
-    keep_interval,
     make_pack,
     make_unpack,
     row_of,
@@ -44,7 +42,7 @@ from .fragments import (
 )
 from .gradients import multiply
 from .inline import divide, inline
-from .mask import diagonal_of, make_bounds
+from .mask import diagonal_of, make_bounds, make_keep
 from .packed import head_group, most_tiles, table
 from .preprocess import Rows, make_first_row
 from .ptx import mbarrier, wgmma
@@ -84,11 +82,11 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
     Q, DO, K, V = smem.take(Q_BYTES), smem.take(DO_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES_V * V_BYTES)
     Q_FULL, DO_FULL, K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(n) for n in (1, 1, STAGES, STAGES, STAGES_V, STAGES_V))
     WARPS, THREADS, CLEAR_BARRIER = 4 * CONSUMERS, 128 * CONSUMERS, 1
-    LEFT, PACKED, SCALED, DROPOUT, SOFTCAP = spec.left, spec.packed, spec.scaled, spec.dropout, spec.softcap
+    PACKED, SCALED, DROPOUT, SOFTCAP = spec.packed, spec.scaled, spec.dropout, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
-    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    (row_bounds, block_bounds), keep_rows = make_bounds(spec, BLOCK_N), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, dropout = make_dropout(spec, COUNT_S)
@@ -119,10 +117,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
         lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
-        if LEFT:
-            return keep_interval(acc_s, int32(lo0 - column), int32(hi0 - column), int32(lo1 - column), int32(hi1 - column))
-        else:
-            return keep_below(acc_s, int32(hi0 - column), int32(hi1 - column))
+        return keep_rows(acc_s, (lo0, hi0, lo1, hi1), column)
 
     @inline
     def thread_row(row0, thread):

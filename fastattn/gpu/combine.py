@@ -13,12 +13,19 @@ from .inline import divide, inline
 from .ptx.arith import exp2, log2
 from .ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_scalar, load_shared_b32, store_f32, store_shared_b32
 from .ptx.scalar import load_chunk, load_shared, store, store_shared
-from .softmax import LN2, LOG2, NEG_INF
-from .spec import Spec
+from .softmax import LN2, NEG_INF
+from .spec import LOG2E, Spec
+
+_LOG2E = float32(LOG2E)
 
 
-def make_put(spec: Spec) -> Any:
-    """put(a, batch, head_k, r, column, values, lse): four columns of row r of a key head, finished, and with the first ones its lse."""
+@inline
+def share(lse, top):
+    """What a result with this lse counts for beside one with the lse `top`."""
+    return exp2(lse - top) if lse != NEG_INF else float32(0)
+
+
+def _make_put(spec: Spec) -> Any:
     LSE, SINKS = spec.lse, spec.sinks is not None
     load_sink, store_out = load_scalar(spec.sinks or "float32"), store(spec.dtype, "float32")
 
@@ -26,13 +33,13 @@ def make_put(spec: Spec) -> Any:
     def with_sink(a, head, lse):
         """(lse with the sink, what the row is multiplied by)."""
         if SINKS:
-            sink = load_sink(uint64(a.sinks + head * a.sinks_head)) * LOG2
+            sink = load_sink(uint64(a.sinks + head * a.sinks_head)) * _LOG2E
             top = max(lse, sink)
             if top == NEG_INF:
                 return NEG_INF, float32(0)
-            share = exp2(lse - top)
-            total = share + exp2(sink - top)
-            return top + log2(total), share / total
+            mine = exp2(lse - top)
+            total = mine + exp2(sink - top)
+            return top + log2(total), mine / total
         else:
             return lse, float32(1)
 
@@ -52,14 +59,15 @@ def make_put(spec: Spec) -> Any:
     return put
 
 
-def make_combine(spec: Spec, THREADS: int, LSE_PARTS: int) -> tuple[Any, Any]:
-    """(put_part, combine), for a block of THREADS; LSE_PARTS: a place in shared memory for the lse of all splits and rows, and a word.
+def make_combine(spec: Spec, THREADS: int, LSE_PARTS: int) -> tuple[Any, Any, Any]:
+    """(put, put_part, combine), for a block of THREADS; LSE_PARTS: a place in shared memory for the lse of all splits and rows, and a word.
 
+    put(a, batch, head_k, r, column, values, lse): four columns of row r of a key head, finished, and with the first ones its lse.
     put_part(a, split, plane, rows, r, column, values, lse): four columns of a split's row r, for the block that merges.
     combine(a, base, thread, plane, batch, head_k, rows): after all of these, by all threads; does it where this block is the last.
     """
     HEAD_DIM_V = spec.head_dim_v
-    put, load = make_put(spec), load_chunk("float32")
+    put, load = _make_put(spec), load_chunk("float32")
     read, put_shared = load_shared("float32", 1), store_shared("float32")
 
     @inline
@@ -93,10 +101,6 @@ def make_combine(spec: Spec, THREADS: int, LSE_PARTS: int) -> tuple[Any, Any]:
     @inline
     def part(base, n):
         return read(int32(base + LSE_PARTS + 4 * n))[0]
-
-    @inline
-    def share(lse, top):
-        return exp2(lse - top) if lse != NEG_INF else float32(0)
 
     @inline
     def one(at, left):
@@ -161,4 +165,4 @@ def make_combine(spec: Spec, THREADS: int, LSE_PARTS: int) -> tuple[Any, Any]:
                 values, lse = merged(a, base, plane, rows, r, column)
                 put(a, batch, head_k, r, column, values, lse)
                 i = int32(i + THREADS)
-    return put_part, combine
+    return put, put_part, combine

@@ -152,8 +152,7 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
         capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
         ltoir, _ = cuda.compile(kernel_of(source.make()[0]), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
                                 output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
-    # without the linker's own cache, which exists beside a driver, is shared by all processes, and has no report the second time
-    options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx", no_cache=True)
+    options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx")
     linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
     code = bytes(linker.link(output).code)
     return code, f"{linker.get_info_log()}\n{linker.get_error_log()}"

@@ -126,11 +126,9 @@ class DecodeConfig:
         return f"{self.keys} keys warps {self.warps} blocks {self.blocks_per_sm}"
 
 
-def forward_decode(spec: Spec, few: bool) -> DecodeConfig:
-    """Two steps of K and V take 128 registers a thread at head_dim 128, and so do two of twice the keys at 64. `few`: not more key heads,
-    over the batch, than multiprocessors. Then one block of eight warps on each: half as many splits to be merged."""
-    keys = 16 if max(spec.head_dim, spec.head_dim_v) > 64 else 32
-    return DecodeConfig(keys, 8, 1) if few else DecodeConfig(keys)
+def forward_decode(spec: Spec) -> DecodeConfig:
+    """Two steps of K and V take 128 registers a thread at head_dim 128, and so do two of twice the keys at 64."""
+    return DecodeConfig(16 if max(spec.head_dim, spec.head_dim_v) > 64 else 32)
 
 
 def num_features(spec: Spec) -> int:

@@ -15,14 +15,14 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from .combine import make_combine, make_put
+from .combine import make_combine, share
 from .config import DecodeConfig
-from .fragments import keep_below, keep_interval, make_pack, quad_sum, scale_rows, zeros
+from .fragments import make_pack, quad_sum, scale_rows, zeros
 from .inline import divide, inline
 from .launch_decode import MOST_SPLITS, ROWS
-from .mask import diagonal_of, make_bounds
+from .mask import diagonal_of, make_bounds, make_keep
 from .ptx import direct
-from .ptx.arith import exp2, log2
+from .ptx.arith import log2
 from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store_shared
 from .ptx.sync import any_lane
@@ -37,7 +37,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     KEYS, WARPS, HEAD_DIM_V = config.keys, config.warps, spec.head_dim_v
     TILES, GROUPS, CHUNKS, CHUNKS_V = KEYS // 8, KEYS // 16, spec.head_dim // 32, spec.head_dim_v // 64
     COUNT_S, COUNT_O = KEYS // 2, spec.head_dim_v // 2
-    LEFT, SCALED = spec.left, spec.scaled
+    SCALED, keep = spec.scaled, make_keep(spec)
     PITCH = 4 * HEAD_DIM_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
     smem = Smem()
     OUT, TOP, TOTAL = smem.take(WARPS * ROWS * PITCH, 16), smem.take(WARPS * ROWS * 4, 16), smem.take(WARPS * ROWS * 4, 16)
@@ -47,7 +47,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     row_bounds, _ = make_bounds(spec, KEYS)
     _, _, score = make_score(spec, COUNT_S)
     update, _, _ = make_softmax(spec)
-    put_out, (put_part, combine) = make_put(spec), make_combine(spec, 32 * WARPS, OUT)
+    put_out, put_part, combine = make_combine(spec, 32 * WARPS, OUT)
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
 
     @inline
@@ -63,13 +63,6 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """Keys [lo, hi) of this split that row r sees."""
         lo, hi = row_bounds(a, divide(r, a.group), diagonal_of(a, a.seqlen_q, a.seqlen_k), a.seqlen_k)
         return int32(max(lo, first)), int32(min(hi, end))
-
-    @inline
-    def keep(acc_s, rows, column):
-        if LEFT:
-            return keep_interval(acc_s, rows[0] - column, rows[1] - column, rows[2] - column, rows[3] - column)
-        else:
-            return keep_below(acc_s, rows[1] - column, rows[3] - column)
 
     @inline
     def rescale(acc_o, alpha0, alpha1):
@@ -98,8 +91,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     @inline
     def factor(base, w, row, top):
         """What a warp's O and sum of a row count for under the maximum of all; 0 where it saw nothing."""
-        mine = read(int32(base + TOP + (w * ROWS + row) * 4))[0]
-        return exp2(mine - top) if mine != NEG_INF else float32(0)
+        return share(read(int32(base + TOP + (w * ROWS + row) * 4))[0], top)
 
     @inline
     def result(base, row, column):
@@ -108,9 +100,9 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         inverse = float32(1) / total if total != float32(0) else float32(0)
         out0, out1, out2, out3 = float32(0), float32(0), float32(0), float32(0)
         for n in range(WARPS):
-            share = factor(base, int32(n), row, top) * inverse
+            part = factor(base, int32(n), row, top) * inverse
             x = read4(int32(base + OUT + (n * ROWS + row) * PITCH + 4 * column))
-            out0, out1, out2, out3 = out0 + share * x[0], out1 + share * x[1], out2 + share * x[2], out3 + share * x[3]
+            out0, out1, out2, out3 = out0 + part * x[0], out1 + part * x[1], out2 + part * x[2], out3 + part * x[3]
         return (out0, out1, out2, out3), top + log2(total) if total != float32(0) else NEG_INF
 
     def kernel(a):

@@ -21,9 +21,9 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from .config import ConfigSm80
 from .dropout import make_dropout
-from .fragments import join, keep_below, keep_interval, make_pack, part, scale_rows, zeros
+from .fragments import join, make_pack, part, scale_rows, zeros
 from .inline import inline
-from .mask import diagonal_of, make_bounds
+from .mask import diagonal_of, make_bounds, make_keep
 from .ptx import cp_async, mma
 from .ptx.cp_async import load_shared_b64, store_shared_b64
 from .ptx.memory import load_shared_b32, shared_address, store_f32, store_shared_b32
@@ -51,7 +51,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     qk, pv = mma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
-    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    (row_bounds, block_bounds), keep_rows = make_bounds(spec, BLOCK_N), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES)
     draw, dropout = make_dropout(spec, COUNT_S // TILES)
     update, optimistic, finish = make_softmax(spec)
@@ -82,10 +82,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
         """The structural mask; `column` is the thread's first."""
         lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
         lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
-        if LEFT:
-            return keep_interval(acc_s, lo0 - column, hi0 - column, lo1 - column, hi1 - column)
-        else:
-            return keep_below(acc_s, hi0 - column, hi1 - column)
+        return keep_rows(acc_s, (lo0, hi0, lo1, hi1), column)
 
     @inline
     def scale_tiles(acc_o, alphas):

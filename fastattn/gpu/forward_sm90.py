@@ -22,9 +22,9 @@ from numba import cuda, float32, int32, uint8, uint64
 from .config import Config
 from .dropout import make_dropout
 from .epilogue import OUT_PANEL, make_epilogue
-from .fragments import keep_below, keep_interval, make_pack, scale_rows, zeros
+from .fragments import make_pack, scale_rows, zeros
 from .inline import divide, inline
-from .mask import diagonal_of, make_bounds
+from .mask import diagonal_of, make_bounds, make_keep
 from .ptx import mbarrier, tma, wgmma
 from .ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32
 from .ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
@@ -51,14 +51,14 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
     Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
     K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
     WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, LEFT, MASKED_ALWAYS = spec.packed, spec.left, spec.left or spec.right
+    PACKED, MASKED_ALWAYS = spec.packed, spec.left or spec.right
     TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
     OPTIMISTIC = config.optimistic
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
-    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    (row_bounds, block_bounds), keep = make_bounds(spec, BLOCK_N), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S)
     draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # beside the product of S
     num_tiles = make_num_tiles(spec)
@@ -136,14 +136,6 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
         lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
         return lo0, hi0, lo1, hi1
-
-    @inline
-    def keep(acc_s, rows, column):
-        """The structural mask; `column` is the thread's first."""
-        if LEFT:
-            return keep_interval(acc_s, rows[0] - column, rows[1] - column, rows[2] - column, rows[3] - column)
-        else:
-            return keep_below(acc_s, rows[1] - column, rows[3] - column)
 
     @inline
     def q_rows(base, w):

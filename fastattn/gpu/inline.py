@@ -6,10 +6,8 @@ function of Numba's asks for a driver. What this takes of Numba's machinery is a
 """
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -30,23 +28,6 @@ from numba.cuda.typing import signature
 from .ptx.asm import intrinsic_of
 
 _numbers = itertools.count()
-
-
-@contextlib.contextmanager
-def _settled() -> Iterator[None]:
-    """Numba goes through all of its registries for each intrinsic that it types; in here it does not."""
-    own = vars(cuda_target.target_context)
-    before = own.get("refresh", cuda_target.target_context.refresh)
-    own["refresh"] = lambda: None
-    try:
-        yield
-    finally:
-        own["refresh"] = before
-
-
-_refresh = cuda_target.target_context.refresh
-with _settled():
-    _refresh()      # the first time, which else does so a hundred times
 
 
 class _Convention(CUDACABICallConv):  # type: ignore[misc]
@@ -156,8 +137,7 @@ class Compiled:
         state = StateDict(typingctx=_TYPING, targetctx=_make_subtarget(cuda_target.target_context, flags), flags=flags, locals={},
                           func_id=FunctionIdentity.from_function(function), args=arguments, return_type=result,
                           status=_CompileStatus(can_fallback=False))
-        with _settled():
-            _compile(state)
+        _compile(state)
         return state
 
     def call(self, builder: Any, arguments: Any) -> Any:

@@ -26,8 +26,8 @@ def takes(call: Call, spec: Spec) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _kernel(spec: Spec, few: bool) -> tuple[DecodeConfig, Source, Arguments]:
-    config, arguments = forward_decode(spec, few), Arguments(spec, OWN, ("q", "k", "v", "out"))
+def _kernel(spec: Spec) -> tuple[DecodeConfig, Source, Arguments]:
+    config, arguments = forward_decode(spec), Arguments(spec, OWN, ("q", "k", "v", "out"))
     return config, Source(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
                           32 * config.warps, config.blocks_per_sm), arguments
 
@@ -50,10 +50,9 @@ def split_keys(planes: int, keys: int, config: DecodeConfig, num_sms: int) -> tu
 
 def prepare(call: Call, spec: Spec, d: Device) -> Launch:
     """Enqueues the kernel for this call, or one that differs in addresses only."""
-    p = call.problem
+    config, source, arguments = _kernel(spec)
+    kernel, values, p = load_kernel(source, d.ordinal), arguments.bound(call), call.problem
     planes, lines = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
-    config, source, arguments = _kernel(spec, planes <= d.num_sms)
-    kernel, values = load_kernel(source, d.ordinal), arguments.bound(call)
     limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
     if first >= end:        # no row sees any key

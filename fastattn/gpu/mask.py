@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import int32
 
-from .fragments import keep_from, keep_interval
+from .fragments import keep_below, keep_from, keep_interval
 from .inline import divide, inline
 from .spec import FAR, Spec
 
@@ -46,6 +46,20 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
         return n_min, full_min, full_max, n_max
 
     return row_bounds, block_bounds
+
+
+def make_keep(spec: Spec) -> Any:
+    """keep(acc_s, rows, column): scores inside the intervals rows = (lo0, hi0, lo1, hi1) of the thread's two rows, others -inf; `column`
+    is its first."""
+    LEFT = spec.left
+
+    @inline
+    def keep(acc_s, rows, column):
+        if LEFT:
+            return keep_interval(acc_s, rows[0] - column, rows[1] - column, rows[2] - column, rows[3] - column)
+        else:
+            return keep_below(acc_s, rows[1] - column, rows[3] - column)
+    return keep
 
 
 def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:

@@ -203,7 +203,7 @@ def arch_here() -> str:
 
 
 LENGTHS = 512, 2048, 4096, 16384      # of dense calls: tiles are chosen by length
-DECODE: tuple[dict[str, Any], ...] = tuple({"seqlen_q": 1, "seqlen_k": 4096, "num_heads_k": 4, "batch": batch} for batch in (1, 128))
+DECODE: dict[str, Any] = {"seqlen_q": 1, "seqlen_k": 4096, "num_heads_k": 4}
 
 
 def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
@@ -221,8 +221,7 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
         wants += [Want(dtype, dim, packed=packed, lse=lse, seqlen_q=seqlen, **settings) for dtype in dtypes for dim in head_dims
                   for packed in (False, True) for lse in lses for seqlen in ((4096,) if packed else LENGTHS)]
         if "backward" not in settings:
-            wants += [Want(dtype, dim, lse=lse, **settings, **shape) for dtype in dtypes for dim in head_dims for lse in lses
-                      for shape in DECODE]
+            wants += [Want(dtype, dim, lse=lse, **settings, **DECODE) for dtype in dtypes for dim in head_dims for lse in lses]
     return wants
 
 

@@ -16,7 +16,7 @@ from .ptx.memory import load_scalar
 from .spec import LOG2E, Spec
 
 NEG_INF = float32(-math.inf)
-LN2, LOG2 = float32(math.log(2)), float32(LOG2E)      # of a natural logarithm's unit and of log2's
+LN2, _LOG2E = float32(math.log(2)), float32(LOG2E)
 
 
 LAG_LIMIT = float32(2**13)      # of a thread's sum of a row in one step, hence of each probability: float16 holds 2**15
@@ -69,7 +69,7 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         top = maximum * scale
         factor = float32(1)
         if SINKS:
-            sink = load_sink(a.sinks + head * a.sinks_head) * LOG2
+            sink = load_sink(a.sinks + head * a.sinks_head) * _LOG2E
             new = max(top, sink)
             factor = exp2(top - finite(new))
             total = total * factor + exp2(sink - finite(new))

@@ -15,26 +15,28 @@ from cuda.bindings import driver
 from ..streams import check
 from .device import private_stream, relaxed
 
-_COUNTERS = 1 << 16        # per device, 8 bytes each; the upper half is for launches that are captured into graphs
-_ARRIVALS = 1024           # per device, of MOST_ARRIVALS words each; the upper half again for graphs
-MOST_ARRIVALS = 2048
+_COUNTERS, _ARRIVALS = 1 << 16, 1 << 10        # places per device
+MOST_ARRIVALS = 2048       # groups of blocks in a launch, each of which counts the blocks that are done
 _KEPT = 1 << 30            # bytes of temporary memory kept when a program synchronises: mapping half of it again can take a millisecond
 
 
-def _zeros(size: int) -> int:
-    """Address of `size` bytes of zeros that are kept; once per device and process, before the first launch."""
-    memory, stream = int(check(driver.cuMemAlloc(size), "cuMemAlloc")), private_stream()
-    check(driver.cuMemsetD8Async(memory, 0, size, stream), "cuMemsetD8Async")
-    check(driver.cuStreamSynchronize(stream), "cuStreamSynchronize")
-    return memory
+class _Zeros:
+    """`count` places of `size` bytes, all 0 whenever no kernel uses them, taken in turn, the upper half by launches that are captured into
+    graphs: two launches share one only if count / 2 launches apart and running at the same time."""
+
+    def __init__(self, size: int, count: int) -> None:
+        self.memory, stream = int(check(driver.cuMemAlloc(size * count), "cuMemAlloc")), private_stream()
+        check(driver.cuMemsetD8Async(self.memory, 0, size * count, stream), "cuMemsetD8Async")
+        check(driver.cuStreamSynchronize(stream), "cuStreamSynchronize")       # once per device and process, before the first launch
+        self.size, self.next, self.next_captured = size, itertools.cycle(range(count // 2)), itertools.cycle(range(count // 2, count))
+
+    def take(self, captured: bool) -> int:
+        return self.memory + self.size * next(self.next_captured if captured else self.next)
 
 
 class _Device:
-    """Counters are used in turn: two launches share one only if 32768 launches apart and running at the same time."""
-
     def __init__(self, ordinal: int) -> None:
-        self.memory = _zeros(8 * _COUNTERS)
-        self.next, self.next_captured = itertools.cycle(range(_COUNTERS // 2)), itertools.cycle(range(_COUNTERS // 2, _COUNTERS))
+        self.counters, self.arrivals = _Zeros(8, _COUNTERS), _Zeros(4 * MOST_ARRIVALS, _ARRIVALS)
         properties = driver.CUmemPoolProps()
         properties.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -58,28 +60,12 @@ def _device(ordinal: int) -> _Device:
 
 def counter(ordinal: int, captured: bool) -> int:
     """Address of two int32 zeros for one launch, which must leave them zero. A captured launch keeps its own."""
-    d = _device(ordinal)
-    return d.memory + 8 * next(d.next_captured if captured else d.next)
-
-
-class _Arrivals:
-    """Words by which the blocks of a launch count who is done, all 0 between launches, taken in turn as the tile counters are."""
-
-    def __init__(self, ordinal: int) -> None:
-        self.memory = _zeros(4 * MOST_ARRIVALS * _ARRIVALS)
-        self.next, self.next_captured = itertools.cycle(range(_ARRIVALS // 2)), itertools.cycle(range(_ARRIVALS // 2, _ARRIVALS))
-
-
-_arrivals: dict[int, _Arrivals] = {}
+    return _device(ordinal).counters.take(captured)
 
 
 def arrivals(ordinal: int, captured: bool) -> int:
     """Address of MOST_ARRIVALS int32 zeros for one launch, which must leave them zero."""
-    found = _arrivals.get(ordinal)
-    if found is None:
-        with _lock, relaxed():
-            found = _arrivals.get(ordinal) or _arrivals.setdefault(ordinal, _Arrivals(ordinal))
-    return found.memory + 4 * MOST_ARRIVALS * next(found.next_captured if captured else found.next)
+    return _device(ordinal).arrivals.take(captured)
 
 
 @contextmanager

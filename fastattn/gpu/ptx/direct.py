@@ -8,6 +8,7 @@ the keys (2 c, 2 c + 1, 2 c + 8, 2 c + 9), whose elements are the lane's column 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -33,39 +34,30 @@ def _row(builder: Any, base: Any, by_row: Any, row: Any, last: Any) -> Any:
     return builder.add(base, builder.mul(builder.sext(row, I64), by_row))
 
 
-@intrinsic
-def load_rows(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, tiles: Any, chunks: Any) -> Any:
-    """A lane's part of `tiles` times 8 rows of Q or K from its own first, `row`, on; base: of chunk c in row 0."""
-    count, wide = literals(tiles, chunks)
+def _make_load(rows_of: Callable[[int], list[int]], apart: int) -> Any:
+    """load(base, by_row, row, last, count, chunks): of each row that rows_of(count) counts from `row`, `chunks` chunks, `apart` bytes from
+    one to the next; `base`: address of the first one in row 0."""
+    @intrinsic
+    def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any) -> Any:
+        n, wide = literals(count, chunks)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        base, by_row, row, last = args[:4]
-        words = []
-        for t in range(count):
-            at = _row(builder, base, by_row, builder.add(row, I32(8 * t)), last)
-            for j in range(wide):
-                words += _load(builder, at, 64 * j)
-        return pack(builder, words)
-    return signature(types.UniTuple(types.int32, 4 * count * wide), types.uint64, types.int64, types.int32, types.int32, tiles,
-                     chunks), generate
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            base, by_row, row, last = args[:4]
+            words = []
+            for offset in rows_of(n):
+                at = _row(builder, base, by_row, builder.add(row, I32(offset)), last)
+                for j in range(wide):
+                    words += _load(builder, at, apart * j)
+            return pack(builder, words)
+        result = types.UniTuple(types.int32, 4 * len(rows_of(n)) * wide)
+        return signature(result, types.uint64, types.int64, types.int32, types.int32, count, chunks), generate
+    return load
 
 
-@intrinsic
-def load_columns(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, groups: Any, chunks: Any) -> Any:
-    """A lane's part of `groups` times 16 rows of V, of which `row` is its own first; base: of chunk g in row 0."""
-    count, wide = literals(groups, chunks)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        base, by_row, row, last = args[:4]
-        words = []
-        for u in range(count):
-            for offset in (0, 1, 8, 9):
-                at = _row(builder, base, by_row, builder.add(row, I32(16 * u + offset)), last)
-                for h in range(wide):
-                    words += _load(builder, at, 128 * h)
-        return pack(builder, words)
-    return signature(types.UniTuple(types.int32, 16 * count * wide), types.uint64, types.int64, types.int32, types.int32, groups,
-                     chunks), generate
+# a lane's part of `count` times 8 rows of Q or K: `row` is g or its like, `base` of chunk c
+load_rows = _make_load(lambda count: [8 * t for t in range(count)], 64)
+# of `count` times 16 rows of V: `row` is 2 c or its like, `base` of chunk g
+load_columns = _make_load(lambda count: [16 * u + k for u in range(count) for k in (0, 1, 8, 9)], 128)
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
@@ -116,5 +108,3 @@ def store_output(typingctx: Any, acc: Any, address: Any, pitch: Any) -> Any:
                     emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 256 * h + 4 * at, line[at:at + 4])
         return context.get_dummy_value()
     return signature(types.none, acc, types.int32, pitch), generate
-
-
