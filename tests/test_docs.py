@@ -1,0 +1,57 @@
+"""The documentation: every relative link of every Markdown page leads to a file, and its #anchor to a heading."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("docs", "fastattn", "tests", "bench", "examples")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).glob("**/*.md"))])
+CODE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1`*[ ]*$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
+OUTSIDE = re.compile(r"^[a-z][a-z0-9+.-]*:", re.IGNORECASE)     # https:, mailto:
+
+
+def links(text: str) -> list[str]:
+    """Targets of inline links; what looks like one in code is none."""
+    return LINK.findall(CODE.sub("", text))
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of headings: lower case, punctuation dropped, spaces as hyphens, -1, -2, ... where a heading repeats."""
+    found: set[str] = set()
+    seen: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *#* *$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(f"{name}-{seen[name]}" if name in seen else name)
+        seen[name] = seen.get(name, 0) + 1
+    return found
+
+
+def broken(page: Path) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    wrong = []
+    for link in links(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if OUTSIDE.match(link):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            wrong.append(link)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    """The check itself: missing files and headings are found; addresses, code and what exists are not."""
+    (tmp_path / "other.md").write_text("# A heading, with `code`\n## Twice\n## Twice\n")
+    page = tmp_path / "page.md"
+    page.write_text("# Here\n[a](other.md) [b](other.md#a-heading-with-code) [c](#here) [d](https://example.com/x) `[e](gone.md)`\n"
+                    "```\n[f](gone.md)\n```\n[g](other.md#twice-1) [h](gone.md) [i](other.md#gone) [j](#gone \"title\")\n")
+    assert broken(page) == ["gone.md", "other.md#gone", "#gone"]
