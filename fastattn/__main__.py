@@ -1,4 +1,5 @@
-"""`python -m fastattn`: show-config (the default) prints what a bug report needs, precompile fills the GPU engine's kernel cache."""
+"""`python -m fastattn`: show-config (the default) prints what a bug report needs, precompile fills the GPU engine's kernel cache, cache
+shows it or removes what is in it."""
 from __future__ import annotations
 
 import argparse
@@ -17,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("show-config", help="versions, devices, instruction set, cache folder")
     pre = commands.add_parser("precompile", help="compile GPU kernels into the cache, for the device here or for another architecture",
                               description="Compiles GPU kernels into the cache, so that no later call waits for the compiler. Needs no GPU "
-                                          "when --arch is given. The cache is moved by copying its folder (FASTATTN_CACHE).")
+                                          "when --arch is given. FASTATTN_CACHE names the folder; one that root filled serves all users.")
     pre.add_argument("--arch", type=_words, default=[], help="sm_80, sm_89, sm_90a, sm_120, comma-separated; default: the device here")
     pre.add_argument("--head-dim", type=_words, default=["64", "128"], help="comma-separated, default 64,128")
     pre.add_argument("--dtype", type=_words, default=["float16", "bfloat16"], help="comma-separated, default float16,bfloat16")
@@ -25,6 +26,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="comma-separated, default full,causal; also window, dropout, softcap, alibi, sinks, mask, bias, several at once "
                           "as causal+alibi, and their backward as backward+causal. Each dense and packed, forward with lse and without")
     pre.add_argument("--processes", type=int, default=None, help="compilers at once, default: one a processor")
+    kept = commands.add_parser("cache", help="folder, entries and size of the kernel cache", description="Shows where compiled kernels are "
+                               "kept, how many there are and how large they are (limit: FASTATTN_CACHE_MB, default 512).")
+    kept.add_argument("--clear", action="store_true", help="remove them; they are compiled again when they are needed")
     return parser
 
 
@@ -51,10 +55,31 @@ def _precompile(given: argparse.Namespace) -> int:
         raise SystemExit(str(error)) from error
 
 
+def _cache(clear: bool) -> int:
+    """Of each folder where kernels are looked for; the last one is the user's own, and only that is cleared."""
+    try:
+        from .gpu import cache
+    except ImportError as error:
+        raise SystemExit(f"cache needs the packages of the GPU engine ({error}): pip install 'fastattn[gpu]'.") from error
+    folders, status = cache.folders(), 0
+    for folder in folders:
+        clears = clear and folder == folders[-1]
+        try:
+            found = (cache.clear if clears else cache.entries)(folder)
+        except OSError as error:
+            print(f"{folder}: not used: {error}")
+            status = 1
+        else:
+            print(f"{folder}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:.1f} MB{' removed' if clears else ''}")
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if given.command == "precompile":
         return _precompile(given)
+    if given.command == "cache":
+        return _cache(given.clear)
     show_config()
     return 0
 

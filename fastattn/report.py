@@ -59,10 +59,10 @@ def _cuda() -> dict[str, str]:
     except (ImportError, RuntimeError) as error:
         config["cuda driver"] += f" ({error})"
     try:
-        from .gpu import compile as compiler
+        from .gpu import cache
 
         config["gpu engine"] = "numba-cuda"
-        config["cache folder"] = str(compiler.cache_folder())
+        config["cache folder"] = cache.described()
     except (ImportError, RuntimeError, AttributeError) as error:    # numba-cuda fails so where NumPy is too new for it
         config["gpu engine"] = f"not available ({error}); pip install 'fastattn[gpu]' brings its packages"
     return config

@@ -2,14 +2,16 @@
 
 Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony),
 forward_decode.py (few queries, whose keys are split); each meets the same helpers: mask, scores, softmax, dropout, schedule. Then
-preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code.
+preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code, cache.py
+keeps it.
 """
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from contextlib import AbstractContextManager
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -39,7 +41,7 @@ def use(*families: str) -> AbstractContextManager[None]:
     return use_engine(*families, "cpu")
 
 
-@cache
+@functools.cache
 def family(which: str, direction: str = "forward") -> Any:
     """The module that launches a kernel family in one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call,
     spec, device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""

@@ -1,4 +1,4 @@
-"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, a disk cache, loading and launching.
+"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching; cache.py keeps it on disk.
 
 Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not see changes in other
 files. Neither is the PTX route, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md).
@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import hashlib
 import importlib
 import importlib.metadata
 import logging
-import os
 import re
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from . import cache
+from .cache import Binary
 
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
@@ -52,14 +53,7 @@ def late(module: str, function: str) -> Callable[..., Any]:
     return lambda *arguments: getattr(importlib.import_module(f".{module}", __package__), function)(*arguments)
 
 
-class Binary(NamedTuple):
-    """What the cache holds of a kernel."""
-
-    code: bytes
-    shared_memory: int
-
-
-@cache
+@functools.cache
 def _fingerprint() -> str:
     """Of all GPU sources and of the compilers: whatever changes the machine code."""
     digest = hashlib.sha256()
@@ -74,56 +68,16 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """FASTATTN_CACHE, or fastattn in the user's cache folder."""
-    folder, caches = os.environ.get("FASTATTN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if folder or caches:
-        return Path(folder) if folder else Path(caches or "", "fastattn")
-    try:
-        return Path.home() / ".cache" / "fastattn"
-    except RuntimeError:        # a user without a home
-        return Path(tempfile.gettempdir(), f"fastattn-{os.getuid()}")
-
-
-def _cache_path(source: Source, arch: str) -> Path:
-    key = hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
-    return cache_folder() / f"{key}.cubin"
-
-
-def _read(path: Path) -> Binary | None:
-    """A cached kernel; None where there is none or it is damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        log.warning("fastattn: %s is damaged and is compiled again", path)
-        return None
-    return Binary(data[36:], int.from_bytes(data[32:36], "little"))
-
-
-def _write(path: Path, binary: Binary) -> None:
-    """Atomically; a cache that cannot be written costs time only."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                payload = binary.shared_memory.to_bytes(4, "little") + binary.code
-                file.write(hashlib.sha256(payload).digest() + payload)
-                file.flush()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        log.warning("fastattn: cannot write the kernel cache %s: %s", path, error)
+def _key(source: Source, arch: str) -> str:
+    """What an entry of the cache is called."""
+    return hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
 
 
 def binary(source: Source, arch: str) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled; a warning where it will be slow."""
     with _lock:
-        path = _cache_path(source, arch)
-        found = _read(path)
+        key = _key(source, arch)
+        found = cache.read(key)
         if found is None:
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
@@ -132,8 +86,14 @@ def binary(source: Source, arch: str) -> Binary:
                 log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
             found = Binary(code, source.make()[1])
-            _write(path, found)
+            cache.write(key, found)
         return found
+
+
+def cached(source: Source, arch: str) -> bool:
+    """Compile a kernel into the cache where it is not yet there; whether it is there now."""
+    binary(source, arch)
+    return cache.read(_key(source, arch)) is not None
 
 
 def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:

@@ -20,8 +20,8 @@ from typing import Any
 from .. import gpu
 from ..buffers import ITEMSIZE, Grads, View, contiguous
 from ..problem import Operands, make_problem
+from . import cache, config
 from . import compile as compiler
-from . import config
 from .device import ARCHITECTURES, Device
 from .packed import plan_packed
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
@@ -158,7 +158,7 @@ def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
     for source in needed:
         start, failed = time.perf_counter(), None
         try:
-            compiler.binary(source, arch)
+            failed = None if compiler.cached(source, arch) else "the cache does not keep it: the log says why"
         except Exception as error:       # whatever the compilers raise belongs to this kernel; the others go on
             failed = f"{type(error).__name__}: {error}"
         results.append(Built(source.key, arch, time.perf_counter() - start, failed))
@@ -238,13 +238,16 @@ def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built
 
 
 def command(archs: list[str], head_dims: list[int], dtypes: list[str], features: list[str], processes: int | None) -> int:
-    """`python -m fastattn precompile`: the exit status, 1 where a kernel failed."""
-    wants = wants_of(head_dims, dtypes, features)
+    """`python -m fastattn precompile`: the exit status, 1 where a kernel failed. ValueError: unknown features, a refused folder."""
+    wants, folder = wants_of(head_dims, dtypes, features), cache.folders()[-1]
+    refusal = cache.refusal(folder)
+    if refusal:
+        raise ValueError(f"{folder} is not used as a kernel cache: {refusal}.")
     start, kernels, failed = time.perf_counter(), 0, list[Built]()
     for built in _progress(build_all(wants, archs, processes=processes), len(wants) * len(archs)):
         kernels += len(built)
         failed += [b for b in built if b.error is not None]
-    print(f"{kernels - len(failed)} kernels for {', '.join(archs)} in {compiler.cache_folder()}, {time.perf_counter() - start:.0f} s")
+    print(f"{kernels - len(failed)} kernels for {', '.join(archs)} in {folder}, {time.perf_counter() - start:.0f} s")
     for b in failed:
         print(f"failed: {b.key} for {b.arch}: {b.error}")
     return 1 if failed else 0
