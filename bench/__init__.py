@@ -13,5 +13,11 @@ How a run flows, file by file:
     table.py        the table on the terminal, and the README's table between its markers
     plot.py         the PNG
 
+`python -m bench paired OLD_TREE` measures an older tree of fastattn against this one, by turns:
+
+    paired.py           a process for each tree; their rounds -> ratios, the table
+        |
+    paired_worker.py    the child: the fastattn of its tree, a turn at a time
+
 case.py says what is measured. case, timing, results, table, plot and machine know nothing of CPUs or GPUs.
 """

@@ -1,10 +1,11 @@
-"""`python -m bench cpu` and `python -m bench gpu`: measure, write CSV and PNG, print the table; `--help` for the rest."""
+"""`python -m bench cpu` and `python -m bench gpu`: measure, write CSV and PNG, print the table. `python -m bench paired OLD_TREE`: two
+trees of fastattn side by side. `--help` for the rest."""
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from . import cpu, plot, results, table
+from . import cpu, machine, paired, plot, results, table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
@@ -14,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    if options.update_readme and options.only:
+    if getattr(options, "update_readme", False) and options.only:
         raise SystemExit("--update-readme writes the whole table; it does not go with --only")
     options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.")
-    targets = parser.add_subparsers(required=True, metavar="cpu|gpu")
+    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|paired")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor")
     length = target.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a third of the cases, fewer rounds")
@@ -42,14 +43,32 @@ def _parser() -> argparse.ArgumentParser:
                         "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
+
+    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, by turns in one run")
+    target.add_argument("old", type=Path, metavar="OLD_TREE", help="a folder with the older fastattn, its CPU engine built in place")
+    target.add_argument("--new", type=Path, default=ROOT, metavar="TREE", help="(default: this one); OLD_TREE itself shows the noise")
+    target.add_argument("--gpu", dest="on", action="store_const", const="gpu", default="cpu", help="the GPU's grid, device time; bar 1 %%")
+    target.add_argument("--cpu", dest="on", action="store_const", const="cpu", help="the CPU's cases, wall time; bar 2 %% (default)")
+    target.add_argument("--backward", action="store_true", help="on a GPU: the backward's cases instead of the forward's")
+    length = target.add_mutually_exclusive_group()
+    length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer cases")
+    length.add_argument("--long", dest="mode", action="store_const", const="long", help="on a CPU: 16384 keys too")
+    target.add_argument("--threads", type=int, help="on a CPU (default: the processors this process may use)")
+    target.add_argument("--csv", type=Path, metavar="PATH", help="write the table there, too")
+    _choice(target)
+    target.set_defaults(mode="full", run=_paired)
     return parser
 
 
 def _common(target: argparse.ArgumentParser) -> None:
-    target.add_argument("--only", metavar="PATTERN", help="cases whose name contains this regular expression")
-    target.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    _choice(target)
     target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV")
     target.add_argument("--update-readme", action="store_true", help="rewrite the README's table from the CSV")
+
+
+def _choice(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--only", metavar="PATTERN", help="cases whose name contains this regular expression")
+    target.add_argument("--list", action="store_true", help="print the names of the cases and stop")
 
 
 def _cpu(options: argparse.Namespace) -> None:
@@ -106,6 +125,27 @@ def report_gpu(path: Path, update_readme: bool) -> None:
     print(f"{gpu_table.console(rows)}\n\n{gpu_table.closing(rows)}", flush=True)
     if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
         raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+
+
+def _paired(options: argparse.Namespace) -> None:
+    """The table last; exit status 1 if a cell is over the bar or was not measured."""
+    chosen = paired.select(options.on, options.mode, options.only, options.backward)
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    trees = paired.tree(options.old), paired.tree(options.new)
+    if options.on == "gpu":
+        gpu.check_device()
+    work, bar = machine.OtherWork(), paired.BARS[options.on]
+    cells = paired.run(trees, chosen, options.on, options.threads)
+    others = work.processors() or 0.0
+    if options.csv:
+        paired.write_csv(cells, options.csv)
+    if options.on == "cpu" and others > results.BUSY:
+        print(table.busy(others))
+    print(f"\nold: {trees[0]}\nnew: {trees[1]}\n\n{paired.table(cells, bar)}", flush=True)
+    if any(cell.note or cell.over(bar) for cell in cells):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ TRIES = 3  # measurements of a pair while other processes are at work
 MODES: dict[Mode, tuple[Mode, ...]] = {"quick": ("quick",), "full": ("quick", "full"), "long": ("quick", "full", "long")}
 BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, seconds=0.6), "full": Budget(), "long": Budget()}
 PACKAGES = ("numpy", "torch", "onnxruntime")
+# Each of these rules a different thread pool: OpenMP of fastattn and torch, NumPy's BLAS, torch's BLAS.
+THREADS = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 # (batch, num_heads, seqlen, head_dim)
 SMALL, BASE, BATCHED, WIDE = (1, 8, 512, 64), (1, 8, 2048, 64), (4, 16, 1024, 64), (1, 8, 4096, 128)
@@ -165,8 +167,7 @@ class Runs:
 
 def child(job: dict[str, Any], threads: int) -> Any:
     """Run worker.py on a job: its answer, or "failed: ..." as a string."""
-    # Each of these rules a different thread pool: OpenMP of fastattn and torch, NumPy's BLAS, torch's BLAS.
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    counts = dict.fromkeys(THREADS, str(threads))
     try:
         done = subprocess.run([sys.executable, "-m", f"{__package__}.worker"], input=json.dumps(job), env=os.environ | counts,
                               cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)

@@ -47,13 +47,14 @@ class OtherWork:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds of wall clock, of all processors at work (user, nice, system, irq, softirq, steal), and of this process."""
+        """Seconds of wall clock, of all processors at work (user, nice, system, irq, softirq, steal), and of this process
+        with its children that ended."""
         try:
             line = Path("/proc/stat").read_text().split(None, 9)
         except OSError:
             return None
         ticks = sum(int(line[field]) for field in (1, 2, 3, 6, 7, 8))
-        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time() + sum(os.times()[2:4])
 
 
 def version(package: str) -> str | None:

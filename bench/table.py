@@ -67,7 +67,11 @@ def _also(row: Row) -> str:
 def warning(rows: Iterable[Row]) -> str:
     """A sentence where other processes worked during the measurement, else nothing."""
     worst = max((row.others or 0.0 for row in rows), default=0.0)
-    return f"WARNING: other processes kept up to {worst:.1f} processors busy; these numbers mean little." if worst > BUSY else ""
+    return busy(worst) if worst > BUSY else ""
+
+
+def busy(processors: float) -> str:
+    return f"WARNING: other processes kept up to {processors:.1f} processors busy; these numbers mean little."
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -60,11 +60,11 @@ def alternate(first: Call, second: Call | None, budget: Budget, timer: Timer = w
     end = time.perf_counter() + budget.seconds
     while len(samples[0]) < budget.rounds or time.perf_counter() < end:
         for call, one, kept in zip(calls, seconds, samples, strict=False):
-            kept.append(_turn(call, one, budget, timer))
+            kept.append(turn(call, one, budget, timer))
     return samples[0], samples[1]
 
 
-def _turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
+def turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
     """Median of one turn's calls. Short calls settle by running, long ones by waiting awake: a sleep lets the core's clock drop."""
     end = time.perf_counter() + budget.settle
     while time.perf_counter() < end:

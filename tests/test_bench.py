@@ -366,7 +366,7 @@ def test_children_share_kernels_and_measure_one_at_a_time(held: str, wanted: str
     pytest.importorskip("torch")
     from bench.gpu import worker as gpu_worker
 
-    parts = list(gpu_run._by_kernels(gpu_cases.forward_cases()))
+    parts = list(gpu_run.by_kernels(gpu_cases.forward_cases()))
     assert sum(map(len, parts)) == len(gpu_cases.forward_cases()) and len(parts[0]) == 6
     assert len({(case.head_dim, case.causal) for case in parts[0]}) == 1
     path, done = tmp_path / "lock", threading.Event()

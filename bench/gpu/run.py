@@ -90,7 +90,7 @@ def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = 
     with RowFile(path) as file, path.with_suffix(".log").open("w") as log, tempfile.NamedTemporaryFile() as lock:
         keeper = _Keeper(len(chosen), file, rows)
         job = {"budget": asdict(BUDGETS[mode]), "until": until, "lock": lock.name if jobs > 1 else None}
-        parts = list(_by_kernels(shared)) if jobs > 1 else [shared]
+        parts = list(by_kernels(shared)) if jobs > 1 else [shared]
         with ThreadPoolExecutor(jobs) as pool:
             for _ in pool.map(lambda part: _measure(part, job, keeper, log, patience), parts):
                 pass
@@ -100,7 +100,7 @@ def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = 
     return rows
 
 
-def _by_kernels(chosen: Sequence[Case]) -> Iterator[list[Case]]:
+def by_kernels(chosen: Sequence[Case]) -> Iterator[list[Case]]:
     """Cases in groups that need the same kernels, or nearly."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in chosen:

@@ -117,10 +117,8 @@ class Bench:
 
     def _time(self, case: Case, x: Inputs, entries: dict[str, Entry]) -> None:
         """Everybody in turns; over several sets of inputs where one would stay in the cache."""
-        size = rivals.input_bytes(case)
-        sets = 1 if size > 2 * self.device.l2_bytes else min(MOST_SETS, -(-3 * self.device.l2_bytes // size))
         present = {name: entry for name, entry in entries.items() if entry.runner}
-        more = [rivals.make_inputs(case, self.device.name, number) for number in range(1, sets)]
+        more = more_inputs(case, self.device)
         turns: list[Callable[[], float]] = []
         for name, entry in present.items():
             assert entry.runner
@@ -199,6 +197,13 @@ def make_runner(case: Case, x: Inputs, name: str, engine: str | None = None) -> 
     if name == "fastattn":
         return rivals.make_fastattn(case, x, engine)
     return rivals.make_plain(case, x, engine) if name == "plain" else rivals.MAKERS[name](case, x, name)
+
+
+def more_inputs(case: Case, device: Any) -> list[Inputs]:
+    """Further sets of inputs, where one would stay in the cache."""
+    size = rivals.input_bytes(case)
+    sets = 1 if size > 2 * device.l2_bytes else min(MOST_SETS, -(-3 * device.l2_bytes // size))
+    return [rivals.make_inputs(case, device.name, number) for number in range(1, sets)]
 
 
 def compile_ahead(case: Case, device: Any) -> None:

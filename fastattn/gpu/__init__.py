@@ -2,8 +2,8 @@
 
 Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony),
 forward_decode.py (few queries, whose keys are split); each meets the same helpers: mask, scores, softmax, dropout, schedule. Then
-preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code, cache.py
-keeps it.
+preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code,
+cache.py keeps it.
 """
 from __future__ import annotations
 
