@@ -62,15 +62,15 @@ class Judge:
         self.rival = inputs.map(_to_float32) if self.dtype == "float64" else inputs
         self.shrink = EPS["float64"] / EPS["float32"] if self.dtype == "float64" else 1.0
         self.naive = self.rival.forward("naive")
-        sizes = [1 + _norm(x) for x in (*self.exact_inputs.args[:3], self.exact_inputs.dout)]
+        sizes = [1 + norm(x) for x in (*self.exact_inputs.args[:3], self.exact_inputs.dout)]
         self.nothing = NOTHING["float64" if self.dtype == "float64" else "float32"] * float(np.prod(sizes))
 
     def forward(self, out: Any, lse: Any) -> None:
         compute = "float64" if self.dtype == "float64" else "float32"
-        self._check("out", out, self.exact[0], self.naive[0], self.dtype, _norm(self.exact[0]))
+        self._check("out", out, self.exact[0], self.naive[0], self.dtype, norm(self.exact[0]))
         # a logit's rounding is absolute: q.k may cancel
         size = np.sqrt(np.isfinite(self.exact[1]).sum())
-        self._check("lse", lse, self.exact[1], self.naive[1], compute, _norm(self.exact[1]) + float(size))
+        self._check("lse", lse, self.exact[1], self.naive[1], compute, norm(self.exact[1]) + float(size))
 
     def backward(self, grads: Grads) -> None:
         exact = self.exact_inputs.backward(*self.exact, "reference")
@@ -79,7 +79,7 @@ class Judge:
             assert (got is None) == (e is None), f"{name} is {type(got)}"
             if got is not None:
                 # out is given in the input's dtype, and all gradients inherit its rounding through delta
-                self._check(name, got, e, n, np.asarray(got).dtype.name, _norm(e) + _norm(terms), self.dtype)
+                self._check(name, got, e, n, np.asarray(got).dtype.name, norm(e) + norm(terms), self.dtype)
 
     def _terms(self) -> Grads:
         """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""
@@ -95,20 +95,30 @@ class Judge:
         return terms._replace(dbias=positive.dbias, dsinks=positive.dsinks)
 
     def _check(self, name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None) -> None:
-        got = np.asarray(got)
-        assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
-        assert got.dtype.name == dtype, f"{name} has dtype {got.dtype}, expected {dtype}"
-        error, rival = distance(got, exact), distance(naive, exact) * self.shrink
-        # two roundings of the arithmetic on top: with few elements the rival may just have been lucky
-        allowed = FACTOR * rival + (max(EPS[dtype], EPS[rounding or dtype]) + 2 * EPS["float32"] * self.shrink) * size + self.nothing
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (naive {rival:.3e}, exact norm {_norm(exact):.3e})"
+        close(name, got, exact, naive, dtype, size, rounding, self.shrink, self.nothing)
+
+
+def close(name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None, shrink: float = 1.0,
+          nothing: float = 0.0) -> None:
+    """The rule: AssertionError where `got` is of another shape or dtype, or farther from `exact` than the naive rival allows.
+
+    `size` is the norm that a rounding of the result is taken of, in `dtype` or, if that is coarser, in `rounding`. `shrink`: the rival's
+    precision is that much worse than `got`'s. `nothing`: what may be lost where probabilities count as 0.
+    """
+    got = np.asarray(got)
+    assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
+    assert got.dtype.name == dtype, f"{name} has dtype {got.dtype}, expected {dtype}"
+    error, rival = distance(got, exact), distance(naive, exact) * shrink
+    # two roundings of the arithmetic on top: with few elements the rival may just have been lucky
+    allowed = FACTOR * rival + (max(EPS[dtype], EPS[rounding or dtype]) + 2 * EPS["float32"] * shrink) * size + nothing
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (naive {rival:.3e}, exact norm {norm(exact):.3e})"
 
 
 def _to_float32(x: Array) -> Array:
     return x.astype(np.float32) if x.dtype == np.float64 else x
 
 
-def _norm(x: Array) -> float:
+def norm(x: Array) -> float:
     x = np.asarray(x, np.float64)
     return float(np.linalg.norm(x[np.isfinite(x)]))
 

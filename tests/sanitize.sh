@@ -3,7 +3,7 @@
 #
 #   bash tests/sanitize.sh [LEVEL ...]     default: x86_64_v3 and the best level of this CPU
 #
-# PYTHON names an interpreter with the package's dependencies and pytest, hypothesis, cython, setuptools (default: .venv/bin/python if there).
+# PYTHON names an interpreter with the package's dependencies and pytest, cython, setuptools (default: .venv/bin/python if there).
 # Leaks are not looked for: CPython frees little of what it holds when it ends, and would be reported instead of us.
 set -euo pipefail
 cd "$(dirname "$0")/.."

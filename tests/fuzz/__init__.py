@@ -1,0 +1,22 @@
+"""The project's fuzzer: random problems over the whole space of the public functions, judged by a formula of its own.
+
+    python -m tests.fuzz --seconds 60                   CPU, every instruction-set level of this machine
+    python -m tests.fuzz --device cuda --seconds 300    kernels drawn as (family, dtype, head sizes, features), 32 problems each
+
+spec.py     Spec: one problem as plain data, and `make`, its arguments
+draw.py     `draw(seed, index)`: a random Spec
+values.py   numbers that are hard: ties of huge scores, powers of two at the edge of the range, denormals
+memory.py   the same numbers with other strides, offsets and NaN between the rows
+formula.py  attention in float64 and how far off a right result may be; shares no code with the package
+judge.py    runs one Spec and says what is wrong
+shrink.py   the smallest Spec that is wrong still
+device.py   where arrays live: the host, or a GPU by torch, CuPy or DLPack
+run.py      processes, crashes, hangs, the report
+found.py    problems that were wrong once: tests/test_fuzz.py runs them every time
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))      # problems.py and compare.py, which the tests import by these names

@@ -1,0 +1,36 @@
+"""Problems that were wrong once, as the fuzzer printed them. tests/test_fuzz.py runs each, on every level by way of test_levels.py."""
+from __future__ import annotations
+
+from .spec import Spec
+
+FOUND: list[Spec] = [
+    # the product of a huge score and log2(e) rounded by itself, beside the exact one of a fused multiply-add: the difference overflowed
+    Spec(seed=158413035, head_dim=1, head_dim_v=6, bias=(1, 1, 1), bias_values="large_all"),
+    Spec(seed=1396832328, dtype="float16", head_dim=1, head_dim_v=1, bias=(1, 1), bias_values="large_rows"),
+    Spec(seed=146922689, seqlen_k=2, head_dim=6, head_dim_v=1, bias=(1, 1, 1, 1), values="one_hot"),
+    Spec(seed=1577934732, batch=2, seqlen_q=2, head_dim=1, head_dim_v=1, values="huge_integers"),
+    Spec(seed=112873203, seqlen_k=13, head_dim=32, head_dim_v=1, values="equal_keys"),
+    Spec(seed=1915593308, dtype="bfloat16", head_dim=1, head_dim_v=1, softmax_scale=1e30),
+    # the backward packed rows of K that no row of the tile attends: infinities there reached dq
+    Spec(seed=1831805870, dtype="bfloat16", head_dim=1, head_dim_v=1, lengths_q=(2,), lengths_k=(3,), beyond=(7, 0), causal="top_left",
+         hidden="inf", backward=True),
+    Spec(seed=1803267757, dtype="bfloat16", seqlen_q=9, seqlen_k=10, head_dim=1, head_dim_v=1, window=(0, 4), hidden="inf", backward=True),
+    # dout of a row that attends nothing but a sink reached dsinks
+    Spec(seed=1220257255, seqlen_q=2, head_dim=1, head_dim_v=1, causal=True, sinks="normal", hidden="nan", backward=True),
+    Spec(seed=1362768413, dtype="float64", head_dim=1, head_dim_v=1, mask=(1, 1, 1), sinks="normal", hidden="nan", backward=True),
+    # a scale that is 0 in float32
+    Spec(seed=292696776, dtype="float16", head_dim=1, head_dim_v=1, softmax_scale=1e-46),
+    # no heads
+    Spec(seed=557392864, num_heads=0, head_dim=1, head_dim_v=1, backward=True),
+    # the slope of a saturated softcap, times a large key
+    Spec(seed=1901049279, dtype="float16", seqlen_k=5, head_dim=1, head_dim_v=1, softmax_scale=1e20, softcap=1000.0, backward=True),
+    Spec(seed=1904368287, seqlen_k=2, head_dim=1, head_dim_v=1, softcap=50.0, values="one_hot", backward=True),
+    # merge_states of a part whose lse is +inf
+    Spec(seed=1168789432, call="merge", head_dim=1, head_dim_v=1),
+    # ALiBi counts from the mask's diagonal
+    Spec(seed=1952853668, dtype="float16", seqlen_q=3, head_dim=1, head_dim_v=1, causal="top_left", alibi="batch"),
+    # lse of a huge score, rounded to float32, in the reference's backward
+    Spec(seed=1717381308, dtype="bfloat16", head_dim=5, head_dim_v=1, values="huge", backward=True, engine="reference"),
+    Spec(seed=1887327925, seqlen_q=2, head_dim=2, head_dim_v=1, values="equal_keys", backward=True, engine="reference"),
+    Spec(seed=1842653505, dtype="bfloat16", head_dim=4, head_dim_v=1, softmax_scale=316227766.01683795, backward=True, engine="reference"),
+]
