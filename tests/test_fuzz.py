@@ -75,7 +75,7 @@ def test_problems_of_a_gpu_are_right_ones() -> None:
     """Drawn as for a GPU, run on the host."""
     for index in range(0, 1000, 25):
         spec = replace(draw(3, index, "cuda"), engine=None, library="numpy", hidden=None)
-        if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 200_000:
+        if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 50_000:
             assert complaints(spec) == [], spec
 
 
@@ -85,9 +85,9 @@ def test_other_libraries_arrays() -> None:
     from tests.fuzz.gpu import Gpu
 
     there = Gpu("cpu")
-    for index in range(0, 1000, 25):
+    for index in range(0, 1000, 50):
         spec = replace(draw(4, index, "cuda"), engine=None, values="normal", softmax_scale=None, bias_values="normal", causal=False)
-        if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 200_000 and spec.call != "merge":
+        if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 20_000 and spec.call != "merge":
             assert complaints(spec, there) == [], spec
 
 

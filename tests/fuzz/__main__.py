@@ -39,7 +39,8 @@ def main() -> int:
                      processes=given.processes, say=lambda line: print(line, flush=True))
     for finding in report.findings:
         print(run.show(finding, seed, given.device))
-    print(report.last_line())
+    for line in [*report.summary(), report.last_line()]:
+        print(line)
     return 1 if report.findings else 0
 
 

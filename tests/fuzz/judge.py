@@ -110,6 +110,9 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
     s = x.spec
     function: Any = fastattn.attention_varlen_backward if s.packed else fastattn.attention_backward
     dout, q, k, v, out, lse = (there.arrays[name] for name in ("dout", "q", "k", "v", "out", "lse"))
+    host_out, host_lse = swapped(s, device.get(out)), device.get(lse)
+    if s.memory != "plain":
+        out, lse = _held_otherwise(x, host_out, host_lse, device)
     device.poison()
     grads = device.call(s, function, dout, q, k, v, out, lse, *there.lengths, **there.options, engine=s.engine,
                         need_dbias=s.need_dbias, deterministic=s.deterministic)
@@ -119,7 +122,6 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
         found.append(f"gradients are {sorted(got)}")
     for name in ("dq", "dk", "dv"):
         got[name] = swapped(s, got[name])
-    host_out, host_lse = swapped(s, device.get(out)), device.get(lse)
     right = formula.backward(x, host_out, host_lse)
     if not s.need_dbias:
         right.pop("dbias", None)
@@ -132,6 +134,14 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
             if y is not None and device.get(y).tobytes() != device.get(getattr(grads, name)).tobytes():
                 found.append(f"{name}: other bits in the second of two deterministic runs")
     return found
+
+
+def _held_otherwise(x: Inputs, out: Array, lse: Array, device: Device) -> tuple[Any, Any]:
+    """out and lse in other memory; NaN in rows of no sequence where hidden places hold it."""
+    s, out, lse = x.spec, out.copy(), lse.copy()
+    if s.packed and s.hidden is not None and x.cu_q is not None:
+        out[x.cu_q[-1]:], lse[:, x.cu_q[-1]:] = float(s.hidden), float(s.hidden)
+    return device.lay(s, swapped(s, out)), device.lay(s, lse)
 
 
 def _parts(x: Inputs, device: Device) -> list[str]:

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .draw import PER_KERNEL, draw
+from .draw import PER_KERNEL, draw, kernel
 from .shrink import shrink
 from .spec import Spec
 
@@ -53,6 +54,14 @@ class Report:
     refused: int = 0
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+    kernels: Counter[str] = field(default_factory=Counter)      # on a GPU: by family
+    reasons: Counter[str] = field(default_factory=Counter)      # why problems were refused
+    broken: bool = False                                        # workers cannot start
+
+    def summary(self) -> list[str]:
+        """What kernels ran and what was refused, a line each."""
+        kernels = ", ".join(f"{count} of {family}" for family, count in self.kernels.most_common())
+        return [f"kernels: {kernels}"] * bool(kernels) + [f"refused {count}: {reason}" for reason, count in self.reasons.most_common(8)]
 
     def last_line(self) -> str:
         return (f"{self.count} problems in {self.seconds:.0f} s, {self.refused} refused, {len(self.findings)} wrong "
@@ -117,15 +126,14 @@ def work(seed: int, device: str) -> None:
 
 # ---------------------------------------------------------------- the run
 class Worker:
-    """A process and what it says. `at` is the problem that it is at, None between pieces."""
+    """A process, and a queue of what it says; None when it has ended."""
 
     def __init__(self, seed: int, device: str, level: str) -> None:
-        self.level, self.at, self.shrinking = level, None, False    # type: tuple[str, int | None, bool]
-        environment = os.environ | {"MALLOC_PERTURB_": "128"}       # memory that nothing has written holds 0x7F: huge numbers
-        if device == "cpu":
-            environment |= {"FASTATTN_ISA": level, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"}
-        else:
-            environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self.level = level
+        # memory that nothing has written holds 0x7F: huge numbers
+        environment = os.environ | {"MALLOC_PERTURB_": "128", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2" if level else "1"}
+        if level:
+            environment["FASTATTN_ISA"] = level
         self.process = subprocess.Popen([*COMMAND, "--worker", "--seed", str(seed), "--device", device], cwd=ROOT, env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -185,17 +193,24 @@ def kernel_cache(device: str) -> Iterator[None]:
 def _run(seed: int, device: str, levels: list[str], problems: int | None, seconds: float | None, processes: int, say: Any) -> Report:
     report, lock, start = Report(seed, device), threading.Lock(), time.monotonic()
     end = None if seconds is None else start + seconds
-    todo = pieces(levels, device, problems, processes)
+    # a GPU's families refuse some: those do not count
+    todo = pieces(levels, device, None if device == "cuda" else problems, processes)
     shown = [start]
+
+    def over() -> bool:
+        late = end is not None and time.monotonic() > end
+        return late or report.broken or (device == "cuda" and problems is not None and report.count >= problems)
 
     def slot() -> None:
         workers = dict[str, Worker]()          # one for each level
         while True:
             with lock:
-                piece = None if end is not None and time.monotonic() > end else next(todo, None)
+                piece = None if over() else next(todo, None)
             if piece is None:
                 break
             level, first, last = piece
+            if device == "cuda":
+                report.kernels[kernel(seed, first // PER_KERNEL)["family"]] += 1
             while first < last:
                 if level not in workers:
                     workers[level] = Worker(seed, device, level)
@@ -203,7 +218,7 @@ def _run(seed: int, device: str, levels: list[str], problems: int | None, second
                 first = hear(workers[level], first, last, seed, device, report, lock, end)
                 if workers[level].process.poll() is not None:
                     del workers[level]
-                if end is not None and time.monotonic() > end:
+                if over():
                     break
             with lock:
                 if time.monotonic() - shown[0] > 30:
@@ -236,12 +251,13 @@ def hear(worker: Worker, first: int, last: int, seed: int, device: str, report: 
         what = {} if line is None else json.loads(line)
         with lock:
             if line is None:
+                worker.stop()
                 if at is None:
-                    code = worker.process.poll()
-                    report.findings.append(Finding(first, worker.level, "", [f"a worker ended before its first problem, status {code}"]))
+                    report.broken = True
+                    how = f"a worker ended before its first problem, status {worker.process.returncode}"
+                    report.findings.append(Finding(first, worker.level, "", [how]))
                     return last
                 if finding is None or finding.index != at:              # else it died while its problem was made smaller
-                    worker.stop()
                     how = f"hangs for {TIMEOUT[device]:.0f} s" if hung else f"ended its process, status {worker.process.returncode}"
                     report.findings.append(Finding(at, worker.level, str(draw(seed, at, device)), [how], True))
                 return int(at) + 1
@@ -251,6 +267,7 @@ def hear(worker: Worker, first: int, last: int, seed: int, device: str, report: 
             elif "refused" in what:
                 report.refused += 1
                 report.count -= 1
+                report.reasons[what["reason"][-160:]] += 1
             elif "wrong" in what:
                 finding = Finding(what["wrong"], worker.level, what["spec"], what["complaints"])
                 report.findings.append(finding)
