@@ -32,12 +32,14 @@ class Refused(Exception):
 
 def complaints(spec: Spec, device: Device) -> list[str]:
     """What is wrong, a line each; none where the call is right. Refused is raised through."""
-    device.poison()
     try:
+        device.poison()
         x = make(spec)
         found = {"attention": _attention, "parts": _parts, "merge": _merge}[spec.call](x, device)
         device.finish()
     except UnsupportedError as error:
+        if spec.library == "numpy":             # the host's engine takes everything
+            return [f"refused: {error}"]
         raise Refused(str(error)) from error
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -59,6 +61,7 @@ def poisoned_results() -> Iterator[None]:
         return output
     places = [module for name, module in list(sys.modules.items()) if name.startswith("fastattn") and
               getattr(module, "allocate", None) is original]
+    assert places, "results are allocated elsewhere now"
     for module in places:
         module.allocate = allocate  # type: ignore[attr-defined]
     try:
