@@ -9,7 +9,8 @@ Rules that every engine shares and that this file defines:
 - Every element of an output is written. Rows of a packed output that belong to no sequence (cu_seqlens ends before the
   total) get out = 0, lse = -inf, gradients 0; so do the gradients of keys past seqused_k.
 - The backward takes out and lse as they are given: over a part of the keys, with out and lse of all keys, it gives that
-  part's share of the gradients. delta = sum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse).
+  part's share of the gradients. delta = sum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse). Where the lse given
+  is the call's own but for its rounding, P is the softmax: at scores of 1e10 that rounding is in the hundreds.
 """
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ name = "reference"
 @dataclass(frozen=True, slots=True)
 class Precision:
     """The arithmetic. The specification is float64; the tests' naive rival computes in float32 with P and dS rounded to
-    `operand`, the dtype in which a plain implementation hands them to its second matrix product."""
+    `operand`, the dtype in which a plain implementation hands them to its second matrix product, and, as an engine does,
+    takes its backward's P from the rounded lse (`from_lse`)."""
 
     compute: str = "float64"
     operand: str | None = None
+    from_lse: bool = False
 
     def array(self, view: View) -> Array:
         return view.numpy().astype(self.compute)
@@ -114,6 +117,27 @@ def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
     return np.where(keep, problem.dropout.keep_scale, 0.0).astype(p.compute)
 
 
+def _normaliser(S: Array, sinks: Array | None) -> tuple[Array, Array]:
+    """row_max and row_sum (num_heads, seqlen_q), with the sinks (num_heads, 1): the softmax is exp(S - row_max) / row_sum. A row without
+    a score above -inf has 0 and 0."""
+    row_max = S.max(axis=2, initial=-np.inf)
+    if sinks is not None:
+        row_max = np.maximum(row_max, sinks)
+    row_max = np.where(row_max == -np.inf, 0, row_max).astype(S.dtype)
+    row_sum = np.exp(S - row_max[:, :, None]).sum(axis=2)
+    if sinks is not None:
+        row_sum = row_sum + np.exp(sinks - row_max)
+    return row_max, row_sum
+
+
+def _share(own: Array, lse: Array, rounding: float, terms: int) -> Array:
+    """exp(own - lse): the part that a row's own keys have in the softmax of which `lse` is given. 1 where the two differ by less than lse's
+    relative `rounding`. More keys make an lse larger only, so below its own lse the given one is another kernel's, whose scores are sums of
+    `terms` rounded products."""
+    gap, unit = own - lse, rounding * np.abs(lse)
+    return np.asarray(np.exp(np.where((gap > -unit) & (gap < terms * unit), 0, gap)))
+
+
 @np.errstate(all="ignore")
 def forward(problem: Problem, o: Operands, out: View, lse: View | None, precision: Precision = FLOAT64) -> None:
     """Write out, and lse (natural log) if asked for. Shapes as in Problem.out_shape and Problem.lse_shape."""
@@ -127,14 +151,8 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
         q_s, k_s, v_s = _by_head(q, s.rows_q), _by_head(k, s.rows_k, problem.group), _by_head(v, s.rows_k, problem.group)
         visible = _visible(problem, o, s)
         S, _ = _scores(problem, o, s, q_s, k_s, visible, p)
-        row_max = S.max(axis=2, initial=-np.inf)
-        if sinks is not None:
-            row_max = np.maximum(row_max, sinks)
-        row_max = np.where(row_max == -np.inf, 0, row_max).astype(p.compute)
+        row_max, row_sum = _normaliser(S, sinks)
         P = np.exp(S - row_max[:, :, None])
-        row_sum = P.sum(axis=2)
-        if sinks is not None:
-            row_sum = row_sum + np.exp(sinks - row_max)
         P = np.where(row_sum[:, :, None] == 0, 0, P / row_sum[:, :, None]) * _keep(problem, s, p)
         v_s = np.where(np.logical_or.reduce(visible, axis=1)[:, :, None], v_s, 0)
         out_array[s.rows_q] = (p.rounded(P) @ v_s).swapaxes(0, 1)
@@ -151,6 +169,8 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias = None if grads.dbias is None or o.bias is None else np.zeros(o.bias.shape, p.compute)
     dsinks = np.zeros(problem.num_heads, p.compute)
+    sinks = None if o.sinks is None else p.array(o.sinks)[:, None]
+    rounding = float(np.finfo(lse.dtype).eps)
     for s in sequences(problem, o):
         visible = _visible(problem, o, s)
         sees, seen = (np.logical_or.reduce(visible, axis=axis)[:, :, None] for axis in (2, 1))
@@ -160,14 +180,19 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
         S, slope = _scores(problem, o, s, q_s, k_s, visible, p)
         keep = _keep(problem, s, p)
         alive = visible & (lse_s != -np.inf)[:, :, None]    # a row whose scores are all -inf is an empty row too
-        P = np.where(alive, np.exp(S - lse_s[:, :, None]), 0)
+        row_max, row_sum = _normaliser(S, sinks)
+        if p.from_lse:
+            top, factor = lse_s, np.ones_like(lse_s)
+        else:
+            top, factor = row_max, _share(row_max + np.log(row_sum), lse_s, rounding, problem.head_dim) / np.where(row_sum == 0, 1, row_sum)
+        P = np.where(alive, np.exp(S - top[:, :, None]) * factor[:, :, None], 0)
         delta = (dout_s * out_s).sum(axis=2)
         dP = dout_s @ v_s.swapaxes(1, 2) * keep
         dS = np.where(alive, P * (dP + (dlse_s - delta)[:, :, None]), 0)
         if dbias is not None:
             dbias[s.b, :, :s.seqlen_q, :s.seqlen_k] += dS
-        if o.sinks is not None:
-            dsinks += np.where(lse_s == -np.inf, 0, np.exp(p.array(o.sinks)[:, None] - lse_s) * (dlse_s - delta)).sum(axis=1)
+        if sinks is not None:
+            dsinks += np.where(lse_s == -np.inf, 0, np.exp(sinks - top) * factor * (dlse_s - delta)).sum(axis=1)
         dS = p.rounded(dS * slope) * dS.dtype.type(problem.score.softmax_scale)
         dq[s.rows_q] = (dS @ k_s).swapaxes(0, 1)
         dk[s.rows_k] = _sum_group(problem, dS.swapaxes(1, 2) @ q_s)

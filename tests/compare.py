@@ -36,7 +36,7 @@ class _Naive:
     @staticmethod
     def _precision(problem: Problem) -> reference.Precision:
         low = problem.dtype if problem.dtype in ("float16", "bfloat16") else None
-        return reference.Precision("float32", low)
+        return reference.Precision("float32", low, from_lse=True)
 
     @classmethod
     def forward(cls, problem: Problem, o: Operands, out: View, lse: View | None, stream: None) -> None:
