@@ -71,7 +71,7 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
     sums = _dbias_sums(p, grads.dbias, real)
     vector, _ = _engine.vector_length(p.dtype)
     waves = plan.plan_backward(p, o, -(-p.head_dim // vector) * vector)
-    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, p.seqlen_q <= plan.FEW_ROWS,
+    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, plan.few_rows(p, vector),
                      plan.threads_for(p, get_num_threads()))
     if sums is not None:
         to = grads.dbias.numpy()
@@ -83,11 +83,12 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
 
 
 def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:
-    """-sum over rows of exp(sink - lse) delta: the sink is a logit whose value is zero. Rows that see nothing and no sink have lse -inf."""
+    """-sum over rows of exp(sink - lse) delta: the sink is a logit whose value is zero. Rows that see nothing and no sink have lse -inf.
+    The sink is rounded as lse is, so that it is never larger."""
     heads = lse.ndim - 2
-    logit = sinks.astype(np.float64).reshape(-1, 1)
-    rows = np.where(np.isinf(lse), np.inf, lse)
-    return -(np.exp(logit - rows) * delta).sum(axis=tuple(i for i in range(lse.ndim) if i != heads))
+    logit = sinks.astype(lse.dtype).astype(np.float64).reshape(-1, 1)
+    terms = np.where(np.isinf(lse), 0, np.exp(logit - np.where(np.isinf(lse), np.inf, lse)) * delta)
+    return -terms.sum(axis=tuple(i for i in range(lse.ndim) if i != heads))
 
 
 def _dbias_sums(p: Problem, dbias: View | None, real: Any) -> Any:

@@ -33,7 +33,7 @@ cdef struct GradWork:
     char* dO                            # [GRAD_M][ldv]
     char* P                             # [GRAD_M][GRAD_N]
     char* dS
-    char* tanh                          # [GRAD_N], one row
+    char* slope                         # of the softcap, [GRAD_N], one row
     char* bias
     char* scratch                       # what grad_operands and key_row need
     char* bias_sum                      # [GRAD_M]
@@ -57,7 +57,7 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.dO = carve(&memory, GRAD_M * c.ldv * g.operand)
     w.P = carve(&memory, GRAD_M * GRAD_N * g.real)
     w.dS = carve(&memory, GRAD_M * GRAD_N * g.real)
-    w.tanh = carve(&memory, GRAD_N * g.real)
+    w.slope = carve(&memory, GRAD_N * g.real)
     w.bias = carve(&memory, GRAD_N * g.real)
     w.scratch = carve(&memory, max(pairs_scratch(c.ldq, c.ldv, g.operand // 2), 16 * max(c.ldq, c.ldv) * g.real) if g.grad_operands != NULL else 0)
     w.bias_sum = carve(&memory, GRAD_M * g.real)
@@ -85,6 +85,18 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
     return f.dq_sum + ((head - f.head_k0 * f.c.group) * f.rows + first_row(f, s, b) + row) * f.c.ldq * f.c.g.real
 
 
+cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row) noexcept nogil:
+    """Whether the masks leave the row a key."""
+    cdef long lo, hi, j
+    row_interval(c, row, s.nq, s.nk, &lo, &hi)
+    if c.mask.ptr == NULL:
+        return lo < hi
+    for j in range(lo, hi):
+        if at(&c.mask, b, row, head)[j * c.mask.dim]:
+            return True
+    return False
+
+
 cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
     """Rows of one head and sequence, before (delta, and zeros for the sums of dQ) or after (dQ from its float sum to the caller's array)."""
     cdef const Call* c = &f.c
@@ -107,6 +119,8 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
         g.load_row(a, c.ldv, at(&c.dout, b, s.q0 + i, head), c.dout.dim, c.dout.dtype, c.head_dim_v)
         g.load_row(a + c.ldv * g.real, c.ldv, at(&c.out, b, s.q0 + i, head), c.out.dim, c.out.dtype, c.head_dim_v)
         delta = g.dot_row(a, a + c.ldv * g.real, c.ldv)
+        if delta - delta != 0 and not attends(c, &s, b, head, i):       # NaN in the dout of a row whose out is 0
+            delta = 0
         if f.dlse.ptr != NULL:
             delta -= load_element(at(&f.dlse, b, s.q0 + i, head), f.dlse.dtype)
         store_element(delta_at(f, b, head, s.q0 + i), real, delta)
@@ -161,7 +175,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
             store_element(w.bias_sum + i * g.real, real, 0)
             continue
         if c.scored or c.mask.ptr != NULL:
-            score(c, b, head, m0 + i, s, n0, first, hi, last, p, w.bias, w.tanh)
+            score(c, b, head, m0 + i, s, n0, first, hi, last, p, w.bias, w.slope)
         if w.lo[i] > first or w.hi[i] < last:
             g.fill_outside(p, first, w.lo[i], w.hi[i], last, -INFINITY)
             g.fill_outside(ds, first, w.lo[i], w.hi[i], last, 0)
@@ -175,7 +189,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
                 store_element(w.bias_sum + i * g.real, real, 0)
                 g.add_row(w.bias_sum + i * g.real, 0, ds, w.lo[i], w.hi[i])
         if c.softcap > 0:
-            g.uncap_row(ds, w.tanh, first, last)
+            g.uncap_row(ds, w.slope, first, last)
         g.fill_outside(p, 0, first, last, width, 0)
         g.fill_outside(ds, 0, first, last, width, 0)
 
@@ -221,18 +235,21 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef Sequence s = sequence_of(c, b)
-    cdef long n = min(GRAD_N, s.nk - n0), head, m, m0, nq, i0, lo, hi, unused, j
+    cdef long n = min(GRAD_N, s.nk - n0), head, m, m0, nq, i0, lo, hi, unused, first, last, j
     cdef GradBlock block
     cdef const char* dS
     if n <= 0:
         return
     mark_keys(f, &s, w, b, head_k, n0, n)
+    row_interval(c, 0, s.nq, s.nk, &lo, &unused)            # both bounds rise with the row: the keys of all rows are one interval
+    row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
+    first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
     if f.few:
-        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, n, c.head_dim_v, w.seen)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.seen)
     else:
-        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, c.head_dim, w.seen)
-        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, 0, n, c.head_dim_v, w.seen)
-    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, 0, n, GRAD_N, c.head_dim, w.seen)
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, c.head_dim_v, w.seen)
+    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, GRAD_N, c.head_dim, w.seen)
     memset(w.dK, 0, GRAD_N * c.ldq * g.real)
     memset(w.dV, 0, GRAD_N * c.ldv * g.real)
     block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch

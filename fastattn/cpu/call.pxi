@@ -33,7 +33,7 @@ cdef extern from "kernels.h" nogil:
         const void* (*key_row)(const void* G, long ld, long j, void* scratch) noexcept nogil
         void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, int dtype, long first, long last, void* S, long lds) noexcept nogil
         void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
-        void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* tanh_out) noexcept nogil
+        void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* slope_out) noexcept nogil
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
         uint32_t (*optimistic)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, const long* lo, const long* hi, long n0, void* S, void* P, long ldp, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
@@ -41,7 +41,7 @@ cdef extern from "kernels.h" nogil:
         double (*rounding_of_unit)(double m, double c2) noexcept nogil
         void (*drop_row)(void* row, const uint64_t* keep, long first, long last) noexcept nogil
         void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const uint64_t* keep, double keep_scale) noexcept nogil
-        void (*uncap_row)(void* grad, const void* tanh_in, long first, long last) noexcept nogil
+        void (*uncap_row)(void* grad, const void* slope, long first, long last) noexcept nogil
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
@@ -82,7 +82,7 @@ cdef struct Call:
     const double* slopes                # (batch, heads)
     const double* sinks                 # (heads,)
     double scale, softcap, keep_scale
-    bint scored                         # the scores need a pass before the softmax; else the scale is folded into its exponent
+    bint scored                         # the scores need a pass before the softmax; else the scale, a positive normal float, is folded into its exponent
     long left, right
     bint top_left, dropout
     uint64_t seed
@@ -205,7 +205,7 @@ cdef void fill(Call* c, p, o, bint in_parts, list alive) except *:
         c.used_k = integers(o.seqused_k, alive)
     c.slopes, c.sinks = doubles(o.alibi_slopes, alive), doubles(o.sinks, alive)
     c.scale, c.softcap, c.keep_scale = score.softmax_scale, score.softcap or 0.0, 1.0
-    c.scored = c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or c.scale <= 0
+    c.scored = c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or not 1e-37 < c.scale * LOG2E < 1e38
     c.left = unlimited if mask.left is None else mask.left
     c.right = unlimited if mask.right is None else mask.right
     c.top_left = mask.top_left

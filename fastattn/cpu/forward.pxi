@@ -142,14 +142,14 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
 
 
 cdef void score(const Call* c, long b, long head, long row, const Sequence* s, long n0, long first, long hi, long last, char* S, char* bias,
-                char* tanh_out) noexcept nogil:
+                char* slope_out) noexcept nogil:
     """One row of S from dot products to scores, [first, last) of the tile at key n0; bias and mask have columns up to hi."""
     cdef const Kernels* g = c.g
     cdef double slope = c.slopes[b * c.heads + head] if c.slopes != NULL else 0.0
     if c.bias.ptr != NULL:
         g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
     if c.scored:
-        g.score_row(S, first, last, c.scale, c.softcap, slope, row + s.nk - s.nq - n0, bias if c.bias.ptr != NULL else NULL, tanh_out)
+        g.score_row(S, first, last, c.scale, c.softcap, slope, row + s.nk - s.nq - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
 

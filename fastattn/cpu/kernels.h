@@ -47,7 +47,7 @@ typedef struct {
   void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds);
   void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
                      const void *rescale);
-  void (*score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *tanh_out);
+  void (*score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *slope_out);
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);
   void (*fill_outside)(void *row, long first, long lo, long hi, long last, double value);
   uint32_t (*optimistic)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, const long *lo, const long *hi, long n0,
@@ -56,7 +56,7 @@ typedef struct {
   double (*rounding_of_unit)(double m, double c2);
   void (*drop_row)(void *row, const uint64_t *keep, long first, long last);
   void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale);
-  void (*uncap_row)(void *grad, const void *tanh_in, long first, long last);
+  void (*uncap_row)(void *grad, const void *slope, long first, long last);
   void (*add_row)(void *to, long stride, const void *from, long first, long last);
   double (*dot_row)(const void *a, const void *b, long n);
   void (*add_scaled)(void *to, const void *from, double factor, long n);

@@ -274,11 +274,11 @@ ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
   p = p * f + _mm512_set1_ps(0.99999992506358772f);
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100), _CMP_NLT_UQ), p, x);
 }
-ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int HUGE_BASE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
-  __m512 b = _mm512_set1_ps(HUGE_BASE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
+ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int DIFFERENCE, const float *S, bf16 *P, long ldp, long first, long last, float base, float c2) {
+  __m512 b = _mm512_set1_ps(DIFFERENCE ? base : base * c2), c = _mm512_set1_ps(c2), sum = _mm512_setzero_ps(), sum1 = sum;
   for (long j = first; j < last; j += 32) {
-    __m512 x = (__m512)exponent_f32(HUGE_BASE, (vec_f32)_mm512_loadu_ps(S + j), (vec_f32)b, (vec_f32)c);
-    __m512 y = (__m512)exponent_f32(HUGE_BASE, (vec_f32)_mm512_loadu_ps(S + j + 16), (vec_f32)b, (vec_f32)c);
+    __m512 x = (__m512)exponent_f32(DIFFERENCE, (vec_f32)_mm512_loadu_ps(S + j), (vec_f32)b, (vec_f32)c);
+    __m512 y = (__m512)exponent_f32(DIFFERENCE, (vec_f32)_mm512_loadu_ps(S + j + 16), (vec_f32)b, (vec_f32)c);
     __m512 p = PARTS > 1 ? (__m512)exp2_f32((vec_f32)x) : exp2_coarse(x), p1 = PARTS > 1 ? (__m512)exp2_f32((vec_f32)y) : exp2_coarse(y);
     sum += p;
     sum1 += p1;
@@ -295,8 +295,8 @@ ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const 
   raise_maxima_f32(mr, peak, (float)c2, row_max, row_sum, rescale, base);
   for (long r = 0; r < mr; r++)
     if (rows >> r & 1)
-      row_sum[r] += is_huge_f32(base[r]) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
-                                         : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
+      row_sum[r] += difference_first_f32(base[r], (float)c2) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
+                                                          : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
 }
 /* Scores and softmax of a tile at once, CHUNK keys at a time, under a maximum that the rows have from earlier keys, or take from the tile's first chunk
  * and AHEAD_OF_MAXIMUM bits above it: scores stay in L1, there is no pass for maxima and nothing to rescale. P, O and row_sum are floating point, so a
@@ -305,10 +305,11 @@ ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const 
  * `scores` and `softmax`. Whether a row is among them is decided by that row alone. lo, hi: each row's keys, minus n0 those of the tile. */
 #define CHUNK 64            /* 32, 64 and 128 differ by 2 %; 256 loses half of the gain */
 #define AHEAD_OF_MAXIMUM 7 /* bits: below 8 the exponent of a row's largest score rounds to 2.4e-7, which lse does not feel; it would with 16 or 24 */
-/* Of a tile: maxima of rows that have none yet, rescale, and what to subtract from a row's scores times c2: 0 while it has seen nothing; NaN makes it lag. */
+/* Of a tile: maxima of rows that have none yet, rescale, and what to subtract from a row's scores times c2: 0 while it has seen nothing; NaN, which makes
+ * it lag, where the difference has to be formed first. */
 ALWAYS_INLINE void optimistic_bases(long mr, const float *S, long width, float c2, float *row_max, float *row_sum, float *rescale, float *base) {
   const float ahead = AHEAD_OF_MAXIMUM / c2 < 1e36f ? AHEAD_OF_MAXIMUM / c2 : 1e36f;
-  const __m512 limit = _mm512_set1_ps(1e37f), nothing = _mm512_set1_ps(-INFINITY);
+  const __m512 limit = _mm512_set1_ps(DIFFERENCE_FIRST), nothing = _mm512_set1_ps(-INFINITY);
   int fresh = 0;
   for (long r = 0; r < mr; r += 16) {
     const __m512 top = _mm512_mask_loadu_ps(_mm512_setzero_ps(), (__mmask16)(mr - r < 16 ? (1 << (mr - r)) - 1 : 0xffff), row_max + r);
@@ -318,13 +319,13 @@ ALWAYS_INLINE void optimistic_bases(long mr, const float *S, long width, float c
   }
   if (fresh) {
     float peak[MAX_PANEL];
-    for (long r = 0; r < mr; r++) peak[r] = row_max[r] == -INFINITY ? row_peak_f32(S + r * CHUNK, 0, width) + ahead : -INFINITY;
+    for (long r = 0; r < mr; r++) peak[r] = row_max[r] == -INFINITY ? fminf(row_peak_f32(S + r * CHUNK, 0, width) + ahead, FLT_MAX) : -INFINITY;
     for (long r = mr; r % 16; r++) peak[r] = 0;
     raise_maxima_f32(mr, peak, c2, row_max, row_sum, rescale, base);
   }
   for (long r = 0; r < mr; r += 16) {
-    const __m512 b = _mm512_loadu_ps(base + r);
-    _mm512_storeu_ps(base + r, _mm512_mask_mul_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(_mm512_abs_ps(b), limit, _CMP_LT_OQ), b, _mm512_set1_ps(c2)));
+    const __m512 u = _mm512_loadu_ps(base + r) * _mm512_set1_ps(c2);
+    _mm512_storeu_ps(base + r, _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(_mm512_abs_ps(u), limit, _CMP_LT_OQ), u));
   }
 }
 /* The sums of 16 vectors, in their order. */

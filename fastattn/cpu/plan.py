@@ -59,12 +59,27 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def _folded(p: Problem) -> bool:
+    """Whether a task has the query rows of a whole group."""
+    return p.group > 1 and p.seqlen_q * p.group <= SHORT_M
+
+
+def _task_rows(p: Problem) -> int:
+    return p.seqlen_q * (p.group if _folded(p) else 1)
+
+
+def few_rows(p: Problem, vector: int) -> bool:
+    """Whether scores are dot products with rows of K. One rule for the forward and the backward: P = exp(S - lse) needs the S of which
+    lse is, to the bit where scores are huge."""
+    return p.seqlen_q <= FEW_ROWS and (_task_rows(p) <= FEW_ROWS or vector < PAIRS)
+
+
 def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads: int) -> Plan:
     """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place.
 
     A row's result does not depend on the block it is in, so block_m may follow the number of threads; the splits may not.
     """
-    folded = p.group > 1 and p.seqlen_q * p.group <= SHORT_M
+    folded = _folded(p)
     heads = p.num_heads_k if folded else p.num_heads
     rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
     balanced, fitting = rows * heads // (threads * TASKS_PER_THREAD), BLOCK_BYTES // (4 * (p.head_dim + p.head_dim_v))
@@ -75,8 +90,7 @@ def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads
         assert o.cu_seqlens_q is not None
         order, first_block = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
     item = o.k.itemsize
-    task_rows = p.seqlen_q * (p.group if folded else 1)
-    few = p.seqlen_q <= FEW_ROWS and (task_rows <= FEW_ROWS or vector < PAIRS)
+    task_rows, few = _task_rows(p), few_rows(p, vector)
     direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
     # rows of K and V lie head by head: one stream of memory for a task that has all heads, pieces of it for one that has one

@@ -42,21 +42,19 @@ ALWAYS_INLINE vec name(rounded)(vec x) {
 #endif
   return x;
 }
-/* a b - c, with the product rounded or not as FUSES says: not left to the compiler, because lse depends on it */
+/* a b - c in one rounding, where FUSES says that there is such an instruction: not left to the compiler, because lse depends on it */
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define FUSES 1
-#else
-#define FUSES 0
-#endif
 ALWAYS_INLINE vec name(multiply_subtract)(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
   return REAL_BITS == 32 ? (vec)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c) : (vec)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif FUSES
-  return REAL_BITS == 32 ? (vec)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c) : (vec)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
-  return name(rounded)(a * b) - c;
+  return REAL_BITS == 32 ? (vec)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c) : (vec)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #endif
 }
+#else
+#define FUSES 0
+#endif
 /* max(a, b); b when a is NaN or both are */
 ALWAYS_INLINE vec name(vmax)(vec a, vec b) {
 #if defined(__AVX512F__)
@@ -164,6 +162,28 @@ ALWAYS_INLINE vec name(tanh)(vec x) {
   vec small = p * z * x + x;
   return name(choose)((ivec)(a < SPLAT((REAL)0.625)), small, (vec)((ivec)large | sign));
 #endif
+}
+
+ALWAYS_INLINE int name(any)(ivec where) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)where, (__m512i)where) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)where, (__m256i)where);
+#else
+  return (((const int64_t *)&where)[0] | ((const int64_t *)&where)[1]) != 0;
+#endif
+}
+/* 1 - t^2, t = tanh(x). Near 1 that would be the rounding of t: beyond |x| = 1, which scores under a softcap seldom reach, it is 4 e / (1 + e)^2 with
+ * e = exp(-2 |x|). */
+ALWAYS_INLINE vec name(slope_of_tanh)(vec x, vec t) {
+  const vec size = (vec)((ivec)x & ~(ivec)SPLAT((REAL)-0.0));
+  const ivec far = (ivec)(size > SPLAT(1));
+  vec slope = SPLAT(1) - t * t;
+  if (name(any)(far)) {
+    const vec e = name(exp2)(size * SPLAT((REAL)-2.8853900817779268)), d = SPLAT(1) + e;
+    slope = name(choose)(far, SPLAT(4) * e / (d * d), slope);
+  }
+  return slope;
 }
 
 /* One vector of a tensor in place: elements of `dtype` (a constant after inlining) widened to REAL. */

@@ -292,11 +292,12 @@ static void name(direct_sum)(long mr, long first, long last, const void *P, long
 }
 
 /* ------------------------------------------------------------------ score and mask, one row in L1
- * s = softcap(s * scale) - slope * |distance - j| + bias[j]; the tanh of the cap is kept for backward when asked. */
-static void name(score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *tanh_out) {
-  REAL *s = (REAL *)row, *t = (REAL *)tanh_out;
+ * s = softcap(s * scale) - slope * |distance - j| + bias[j]; the slope of the cap is kept for backward when asked. */
+static void name(score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *slope_out) {
+  REAL *s = (REAL *)row, *slopes = (REAL *)slope_out;
   const REAL *b = (const REAL *)bias;
-  const vec factor = SPLAT((REAL)(softcap > 0 ? scale / softcap : scale)), cap = SPLAT((REAL)softcap), m = SPLAT((REAL)slope);
+  const double most = REAL_BITS == 32 ? FLT_MAX : DBL_MAX; /* infinity times a product of 0 would be NaN */
+  const vec factor = SPLAT((REAL)fmin(fmax(softcap > 0 ? scale / softcap : scale, -most), most)), cap = SPLAT((REAL)softcap), m = SPLAT((REAL)slope);
   const ivec sign_bit = (ivec)SPLAT((REAL)-0.0);
   vec away;                                /* distance - j, exact: integers */
   for (long i = 0; i < VL; i++) away[i] = (REAL)(distance - (double)(first + i));
@@ -304,7 +305,7 @@ static void name(score_row)(void *row, long first, long last, double scale, doub
     vec x = LOAD(s + j) * factor;
     if (softcap > 0) {
       vec c = name(tanh)(x);
-      if (t) STORE(t + j, c);
+      if (slopes) STORE(slopes + j, name(slope_of_tanh)(x, c));
       x = c * cap;
     }
     if (slope != 0) x -= m * (vec)((ivec)away & ~sign_bit);
@@ -326,17 +327,31 @@ static void name(fill_outside)(void *row, long first, long lo, long hi, long las
   for (long j = hi > first ? hi : first; j < last; j++) s[j] = (REAL)value;
 }
 
-/* A score near the largest float (a bias of finfo.min, say) overflows when multiplied before the maximum is subtracted. */
-ALWAYS_INLINE int name(is_huge)(REAL base) { return !(base > (REAL)-1e37 && base < (REAL)1e37); }
-/* of P; b is the base, times c unless huge */
-ALWAYS_INLINE vec name(exponent)(const int HUGE_BASE, vec s, vec b, vec c) {
-  if (HUGE_BASE) return (s - b) * c;
-  return name(multiply_subtract)(s, c, b);
+/* The exponent of P is s c - u in one instruction, with u = base c rounded, while |base c| is below DIFFERENCE_FIRST (simd.h). All P of a row then have
+ * the factor 2^residue, residue = base c - u, at most 2^-9. Beyond, the residue would reach any number of bits and base c may overflow, so the exponent
+ * is (s - base) c, which has no residue at any size. Without a fused instruction that costs the same, and is always done. */
+ALWAYS_INLINE int name(difference_first)(REAL base, REAL c) {
+  return !FUSES || !(base * c > -(REAL)DIFFERENCE_FIRST && base * c < (REAL)DIFFERENCE_FIRST);
+}
+ALWAYS_INLINE vec name(residue)(vec base, vec c) {
+#if FUSES
+  const vec u = base * c, limit = SPLAT(DIFFERENCE_FIRST);
+  return (vec)((ivec)name(multiply_subtract)(base, c, u) & (ivec)(u > -limit) & (ivec)(u < limit));
+#else
+  return (vec){0};
+#endif
+}
+/* of P; b is the base, or u */
+ALWAYS_INLINE vec name(exponent)(const int DIFFERENCE, vec s, vec b, vec c) {
+#if FUSES
+  if (!DIFFERENCE) return name(multiply_subtract)(s, c, b);
+#endif
+  return (s - b) * c;
 }
 /* P = 2^((s - base) c2) over [first, last) in place; returns the sum */
-ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, long last, REAL base, REAL c2) {
-  vec b = SPLAT(HUGE_BASE ? base : base * c2), c = SPLAT(c2), sum = {0}, sum1 = {0};
-#define EXPONENTIAL(at) name(exp2)(name(exponent)(HUGE_BASE, LOAD(s + (at)), b, c))
+ALWAYS_INLINE REAL name(exponentials)(const int DIFFERENCE, REAL *s, long first, long last, REAL base, REAL c2) {
+  vec b = SPLAT(DIFFERENCE ? base : base * c2), c = SPLAT(c2), sum = {0}, sum1 = {0};
+#define EXPONENTIAL(at) name(exp2)(name(exponent)(DIFFERENCE, LOAD(s + (at)), b, c))
   long j = first;
   for (; j + VL < last; j += 2 * VL) {
     vec p = EXPONENTIAL(j), p1 = EXPONENTIAL(j + VL);
@@ -354,16 +369,10 @@ ALWAYS_INLINE REAL name(exponentials)(const int HUGE_BASE, REAL *s, long first, 
   return name(reduce_add)(sum + sum1);
 }
 
-/* P is 2^(s c2 - m c2) with m c2 rounded but, where multiply_subtract fuses, s c2 exact: a factor that out does not see and lse must not (5e-4 at
- * scores of 10^4). Its logarithm, to be added to that of a sum of P. */
+/* The factor 2^residue is one that out does not see and lse must not (5e-4 at scores of 10^4). Minus its logarithm, to be added to that of a sum of P. */
 static double name(rounding_of_unit)(double m, double c2) {
-#if FUSES
-  const REAL rounded = (REAL)m * (REAL)c2;
-  if (!name(is_huge)((REAL)m)) return -0.69314718055994531 * fma(m, (REAL)c2, -(double)rounded);
-#endif
-  (void)m;
-  (void)c2;
-  return 0;
+  const REAL u = (REAL)m * (REAL)c2;
+  return name(difference_first)((REAL)m, (REAL)c2) ? 0 : -0.69314718055994531 * fma(m, (REAL)c2, -(double)u);
 }
 /* ------------------------------------------------------------------ softmax, online
  * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
@@ -383,10 +392,9 @@ ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
 ALWAYS_INLINE void name(raise_maxima)(long mr, const REAL *peak, REAL c2, REAL *row_max, REAL *row_sum, REAL *rescale, REAL *base) {
   for (long r = 0; r < mr; r += VL) {
     vec old = LOAD(row_max + r), top = VMAX(LOAD(peak + r), old), nothing = SPLAT((REAL)-INFINITY);
-    vec b = name(choose)((ivec)(top == nothing), (vec){0}, top), c = SPLAT(c2), limit = SPLAT((REAL)1e37);
-    vec exponent = name(rounded)(old * c) - name(rounded)(b * c); /* of what `exponentials` subtracted and will subtract */
-    ivec huge = (ivec)(old <= -limit) | (ivec)(old >= limit) | (ivec)(b <= -limit) | (ivec)(b >= limit);
-    vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)(name(choose)(huge, (old - b) * c, exponent)));
+    vec b = name(choose)((ivec)(top == nothing), (vec){0}, top), c = SPLAT(c2);
+    vec exponent = (old - b) * c + (name(residue)(b, c) - name(residue)(old, c)); /* of what `exponentials` subtracted and will subtract */
+    vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)(exponent));
     if (r + VL <= mr) {
       STORE(row_max + r, top);
       STORE(row_sum + r, LOAD(row_sum + r) * factor);
@@ -407,8 +415,8 @@ static void name(softmax)(long mr, uint32_t rows, void *S, long lds, void *P, lo
   for (long r = mr; r % VL; r++) peak[r] = 0;
   name(raise_maxima)(mr, peak, (REAL)c2, (REAL *)row_max, l, (REAL *)rescale, base);
   for (long r = 0; r < mr; r++)
-    l[r] += name(is_huge)(base[r]) ? name(exponentials)(1, s + r * lds, first, last, base[r], (REAL)c2)
-                                   : name(exponentials)(0, s + r * lds, first, last, base[r], (REAL)c2);
+    l[r] += name(difference_first)(base[r], (REAL)c2) ? name(exponentials)(1, s + r * lds, first, last, base[r], (REAL)c2)
+                                                      : name(exponentials)(0, s + r * lds, first, last, base[r], (REAL)c2);
 }
 /* v where the keep bits from column j say so (j a multiple of VL), else 0 */
 ALWAYS_INLINE vec name(kept)(vec v, const uint64_t *keep, long j) {
@@ -430,25 +438,30 @@ static void name(drop_row)(void *row, const uint64_t *keep, long first, long las
  * In: s (scores / scale) and dp (dO V^T). Out: P in place of s (dropped when `keep`), and in place of dp the gradient of the score,
  * dS = P (keep_scale keep dP - delta). P = exp(s scale - lse), where s scale is rounded as lse is: a key that takes all of its row has the
  * difference 0, P = 1; fused, it would be the rounding of lse, 5e-4 at scores of 10^4. A row that sees nothing has lse = -inf and no
- * probability. */
-static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale) {
-  REAL *s = (REAL *)score, *dp = (REAL *)dprob;
-  vec c = SPLAT((REAL)scale), base = SPLAT((REAL)(lse == -INFINITY ? INFINITY : lse)), d = SPLAT((REAL)delta), log2e = SPLAT((REAL)1.4426950408889634);
-  const vec ks = SPLAT((REAL)keep_scale);
+ * probability. CAPPED: P is at most 1. The lse of another kernel may be a few roundings below the largest score, which at scores of 10^10 are thousands. */
+ALWAYS_INLINE void name(gradients)(const int CAPPED, REAL *s, REAL *dp, long first, long last, REAL scale, REAL lse, REAL delta, const uint64_t *keep,
+                                   REAL keep_scale) {
+  const vec c = SPLAT(scale), base = SPLAT(lse), d = SPLAT(delta), log2e = SPLAT((REAL)1.4426950408889634), ks = SPLAT(keep_scale);
   for (long j = first; j < last; j += VL) {
-    vec p = name(exp2)((name(rounded)(LOAD(s + j) * c) - base) * log2e), g = LOAD(dp + j);
+    vec x = (name(rounded)(LOAD(s + j) * c) - base) * log2e, g = LOAD(dp + j);
+    if (CAPPED) x = name(choose)((ivec)(x > (vec){0}), (vec){0}, x); /* NaN stays NaN */
+    vec p = name(exp2)(x);
     STORE(s + j, keep ? name(kept)(p * ks, keep, j) : p);
     if (keep) g = name(kept)(g * ks, keep, j);
     STORE(dp + j, p * (g - d));
   }
 }
-/* through the softcap: dS *= 1 - tanh^2; a 0 stays one, even where a hidden score made the tanh NaN */
-static void name(uncap_row)(void *grad, const void *tanh_in, long first, long last) {
+static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale) {
+  const REAL base = (REAL)(lse == -INFINITY ? INFINITY : lse);
+  if (fabs(lse) < DIFFERENCE_FIRST) name(gradients)(0, (REAL *)score, (REAL *)dprob, first, last, (REAL)scale, base, (REAL)delta, keep, (REAL)keep_scale);
+  else name(gradients)(1, (REAL *)score, (REAL *)dprob, first, last, (REAL)scale, base, (REAL)delta, keep, (REAL)keep_scale);
+}
+/* through the softcap: dS *= its slope; a 0 stays one, even where a hidden score made the slope NaN */
+static void name(uncap_row)(void *grad, const void *slope, long first, long last) {
   REAL *g = (REAL *)grad;
-  const REAL *t = (const REAL *)tanh_in;
   for (long j = first; j < last; j += VL) {
-    vec x = LOAD(g + j), c = LOAD(t + j);
-    STORE(g + j, name(choose)((ivec)(x == (vec){0}), (vec){0}, x * (SPLAT(1) - c * c)));
+    vec x = LOAD(g + j);
+    STORE(g + j, name(choose)((ivec)(x == (vec){0}), (vec){0}, x * LOAD((const REAL *)slope + j)));
   }
 }
 /* dbias[j] += dS[j]; one element takes the sum when the bias is broadcast over keys (stride 0) */

@@ -3,6 +3,7 @@
  * gcc vector extensions carry the arithmetic (so SSE2, AVX2, AVX-512 and NEON share one text); intrinsics appear only where
  * the extensions have no word: max, power-of-two scaling, transposes, half-precision conversion. */
 #pragma once
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@
 #define MAX_PANEL 32 /* rows of any panel; the arrays of one number per row have room for whole vectors */
 #define GRAD_M 96       /* backward: query rows of a block, P and dS (96 x 192) stay in L2 */
 #define GRAD_N 192      /* and keys of a tile */
+#define DIFFERENCE_FIRST 65536 /* |score| in bits from which the maximum is subtracted before the product with the scale: see exponent in rows.h */
 #define BLOCK_N 256 /* keys in a forward tile; divisible by 16 (dropout blocks) and by every packed width */
 
 /* One block of the backward pass: P and dS [GRAD_M][GRAD_N] reals, packed Q and dO, the tile's gradients, each row's keys [lo, hi). */
