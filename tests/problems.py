@@ -80,6 +80,7 @@ class Case:
     bias: tuple[int, ...] | None = None
     bias_dtype: str | None = None               # dtype when None
     bias_inf: bool = False                      # some -inf, and row 1 all -inf
+    bias_size: float = 1.0                      # standard deviation
     mask: tuple[int, ...] | None = None
     sinks: bool = False
     dropout_p: float = 0.0
@@ -152,7 +153,7 @@ class _Draw:
             shape = (c.num_heads,) if c.alibi == "heads" else (batch, c.num_heads)
             features["alibi_slopes"] = random.uniform(0.02, 0.5, shape).astype(np.float32)
         if c.bias is not None:
-            bias = random.standard_normal(c.bias).astype(NUMPY[c.bias_dtype or c.dtype])
+            bias = (c.bias_size * random.standard_normal(c.bias)).astype(NUMPY[c.bias_dtype or c.dtype])
             if c.bias_inf:
                 bias[random.random(c.bias) < 0.2] = -np.inf
                 bias[..., 1 % max(c.bias[-2], 1):1 % max(c.bias[-2], 1) + 1, :] = -np.inf
@@ -265,6 +266,9 @@ def _scores() -> Iterator[Case]:
     yield Case("bias_bfloat16", "bfloat16", bias=(2, 37, 37), causal=True)
     yield Case("bias_float16", "float16", bias=(1, 1, 37, 37))
     yield Case("bias_float64", "float64", bias=(2, 2, 37, 37), bias_dtype="float32")
+    yield Case("bias_huge", bias=(2, 37, 300), bias_size=1e10, seqlen_k=300, dlse=True)
+    yield Case("bias_huge_bfloat16", "bfloat16", bias=(37, 37), bias_dtype="float32", bias_size=1e30, sinks=True, causal=True)
+    yield Case("scale_huge", softmax_scale=1e9, seqlen_k=300)
     yield Case("bias_inf", bias=(2, 2, 37, 37), bias_inf=True, dlse=True)
     yield Case("bias_inf_sinks", bias=(37, 37), bias_inf=True, sinks=True)
     yield Case("sinks", sinks=True, dlse=True)

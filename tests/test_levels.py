@@ -21,7 +21,7 @@ LEFT_OUT = "not reference_agrees and not test_reference and not of_the_day and n
 def test_level(level: str) -> None:
     if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is None and "FASTATTN_LEVELS" in os.environ:
         pytest.skip("not built: FASTATTN_LEVELS")
-    tests = ["tests/test_engines.py", "tests/test_cpu.py", "tests/test_fuzz.py"]
+    tests = ["tests/test_engines.py", "tests/test_cpu.py", "tests/test_huge_scores.py", "tests/test_fuzz.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", LEFT_OUT]
     environment = os.environ | {"FASTATTN_ISA": level, "FASTATTN_FUZZ": "0.2"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
