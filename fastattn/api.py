@@ -56,7 +56,8 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tup
     v (batch, seqlen_k, num_heads_k, head_dim_v) -> out (batch, seqlen_q, num_heads, head_dim_v), or (out, lse).
 
     lse is the natural log of the softmax's denominator, (batch, num_heads, seqlen_q), float32 (float64 for float64
-    input). `out` may be given and is returned. Other keywords and errors: see this module's docstring.
+    input). `out` may be given and is returned; a call that raises may have written parts of it. Other keywords and errors:
+    see this module's docstring.
     """
     call, key = "attention", None
     if bias is None and mask is None and alibi_slopes is None and sinks is None and out is None and stream is None:

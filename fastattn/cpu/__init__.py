@@ -10,10 +10,11 @@ import os
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..buffers import Grads, View, numpy_dtype
 from ..problem import Operands, Problem
-from . import levels, plan
+from . import dbias, levels, plan
 from .threads import get_num_threads, set_num_threads
 
 __all__ = ["backward", "forward", "get_num_threads", "instruction_set", "name", "set_num_threads", "supports"]
@@ -45,38 +46,45 @@ def supports(problem: Problem) -> str | None:
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
     """Writes out, and lse where wanted. Rows of a packed output that belong to no sequence become 0 and -inf."""
-    p, o = problem, operands
-    if problem.packed:
-        _clear_unowned(o.cu_seqlens_q, out, 0)
+    p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
+    if lengths.cu_q is not None:
+        _clear_unowned(lengths.cu_q, out, 0)
         if lse is not None:
-            _clear_unowned(o.cu_seqlens_q, lse, 1)
+            _clear_unowned(lengths.cu_q, lse, 1)
     vector, half = _engine.vector_length(p.dtype)
     threads = plan.threads_for(p, get_num_threads())
-    cut = plan.plan_forward(p, o, vector, half, threads)
-    _engine.forward(p, o, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded, cut.all_heads, cut.few,
-                    cut.direct, threads)
+    cut = plan.plan_forward(p, o, lengths, vector, half, threads)
+    _engine.forward(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
+                    cut.all_heads, cut.few, cut.direct, threads)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
     """Writes dq, dk, dv, and dbias and dsinks where their Views are there. Always deterministic."""
-    p, o = problem, operands
-    if p.packed:
-        _clear_unowned(o.cu_seqlens_q, grads.dq, 0)
+    p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
+    if lengths.cu_q is not None and lengths.cu_k is not None:
+        _clear_unowned(lengths.cu_q, grads.dq, 0)
         for x in (grads.dk, grads.dv):
-            if o.seqused_k is not None:
+            if lengths.used_k is not None:
                 x.numpy()[...] = 0
-            _clear_unowned(o.cu_seqlens_k, x, 0)
+            _clear_unowned(lengths.cu_k, x, 0)
     real = numpy_dtype(p.compute_dtype)
     delta = np.zeros(p.lse_shape, real)
-    sums = _dbias_sums(p, grads.dbias, real)
+    way, itself = dbias.way_of(p, grads.dbias)
+    rows, sums, place = None, None, grads.dbias
+    if way == "rows":
+        rows, place = np.zeros(p.lse_shape, real), None
+    elif itself:
+        grads.dbias.numpy()[...] = 0
+    elif grads.dbias is not None:
+        sums, place = dbias.reals(grads.dbias.shape, p)
     vector, _ = _engine.vector_length(p.dtype)
-    waves = plan.plan_backward(p, o, -(-p.head_dim // vector) * vector)
-    _engine.backward(p, o, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, sums, delta, waves, plan.few_rows(p, vector),
-                     plan.threads_for(p, get_num_threads()))
+    waves = plan.plan_backward(p, lengths, -(-p.head_dim // vector) * vector)
+    _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
+                     plan.few_rows(p, lengths.longest_q, vector), plan.threads_for(p, get_num_threads()))
+    if rows is not None:
+        dbias.add_rows(rows, lengths, grads.dbias)
     if sums is not None:
-        to = grads.dbias.numpy()
-        axes = tuple(i for i, n in enumerate(to.shape) if n == 1)
-        to[...] = sums.sum(axis=axes, keepdims=True) if axes else sums
+        grads.dbias.numpy()[...] = sums
     if grads.dsinks is not None:
         assert o.sinks is not None
         grads.dsinks.numpy()[...] = _dsinks(o.sinks.numpy(), lse.numpy(), delta)
@@ -91,20 +99,9 @@ def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:
     return -terms.sum(axis=tuple(i for i in range(lse.ndim) if i != heads))
 
 
-def _dbias_sums(p: Problem, dbias: View | None, real: Any) -> Any:
-    """Zeros that the kernels add dS into: dbias's own shape, but when it is broadcast over keys one number per query row, summed after."""
-    if dbias is None:
-        return None
-    shape = dbias.shape
-    if shape[3] == 1 and p.seqlen_k > 1:
-        shape = (p.batch, p.num_heads, p.seqlen_q, 1)
-    return np.zeros(shape, real)
-
-
-def _clear_unowned(cu_seqlens: View | None, x: View, axis: int) -> None:
+def _clear_unowned(cu_seqlens: NDArray[np.int64], x: View, axis: int) -> None:
     """Rows after the last sequence: 0, or -inf where `axis` 1 says that x is an lse (heads, rows)."""
-    assert cu_seqlens is not None
-    end = int(cu_seqlens.numpy()[-1])
+    end = int(cu_seqlens[-1])
     if end < x.shape[axis]:
         a = x.numpy()
         if axis:

@@ -17,9 +17,12 @@ cdef struct Backward:
     char* dq_sum                        # reals, [heads of the wave][rows][ldq]
     int* turns                          # [heads of the wave][blocks of rows]
     long turn_rows
-    char* dbias                         # reals; element strides, 0 where the bias is broadcast
-    long dbias_batch, dbias_head, dbias_row, dbias_col
+    bint dbias_once                     # nothing is broadcast: each element of dbias is one dS, rounded; else reals that dS are added to
+    char* dbias_rows                    # bias broadcast over keys: reals, sums of dS laid out as delta
+    Tensor shared                       # dbias, where it has a pass of its own; c.dbias is then NULL
     long together                       # pairs of sequence and key head that run side by side
+    long pairs, chunks                  # those of the wave, and groups of `together`
+    long* first_task                    # of each chunk, and of all
     bint few                            # scores and dP are dot products with rows of K and V
     bint all_batch, all_heads           # one task takes every sequence, every key head, because they share dbias
 
@@ -43,9 +46,15 @@ cdef struct GradWork:
     uint64_t* keep                      # [GRAD_M][GRAD_N / 64] bits
     uint8_t* seen                       # [GRAD_N] keys that the boolean mask shows to some row; NULL without one
     uint8_t* sees                       # [GRAD_M] rows that see some key of the tile
+    Tensor dbias                        # where dS goes: c.dbias or, in the pass of dbias, dbias_sum
+    char* dbias_sum                     # [DBIAS_M][GRAD_N] reals
 
 
-cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogil:
+cdef enum:
+    DBIAS_M = 768                       # rows of a task of dbias, which pack a tile of K and V once: 600 KB of sums, in L2
+
+
+cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) noexcept nogil:
     cdef const Kernels* g = c.g
     cdef Memory memory = Memory(start, start)
     w.K = carve(&memory, GRAD_N * c.ldq * g.operand)
@@ -67,7 +76,23 @@ cdef long backward_memory(const Call* c, char* start, GradWork* w) noexcept nogi
     w.keep = <uint64_t*>carve(&memory, GRAD_M * GRAD_N // 8 if c.dropout else 0)
     w.seen = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
     w.sees = <uint8_t*>carve(&memory, GRAD_M)
+    w.dbias = c.dbias
+    w.dbias_sum = carve(&memory, DBIAS_M * GRAD_N * g.real if shared else 0)
     return memory.next - start
+
+
+cdef bint open_memory(const Backward* f, GradWork* w) noexcept nogil:
+    """This thread's; False when there is none."""
+    cdef const Call* c = &f.c
+    cdef bint shared = f.shared.ptr != NULL
+    cdef char* memory = task_memory(backward_memory(c, shared, NULL, w), c.stop)
+    cdef long i
+    if memory == NULL:
+        return False
+    backward_memory(c, shared, memory, w)
+    for i in range(c.g.panel):
+        store_element(w.ones + i * c.g.real, 1 if c.g.real == 8 else 0, 1.0)
+    return True
 
 
 cdef inline long first_row(const Backward* f, const Sequence* s, long b) noexcept nogil:
@@ -105,10 +130,9 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
     cdef long b = f.b0 + number // heads, head = f.head_k0 * c.group + number % heads, i
     cdef Sequence s = sequence_of(c, b)
     cdef int real = 1 if g.real == 8 else 0
-    cdef char* a = workspace(2 * c.ldv * g.real)
+    cdef char* a = task_memory(2 * c.ldv * g.real, c.stop)
     cdef double delta
     if a == NULL:
-        c.failed[0] = 1
         return
     if not finish:
         memset(dq_row(f, &s, b, head, 0), 0, round_up(s.nq, 32) * c.ldq * g.real)
@@ -124,6 +148,14 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
         if f.dlse.ptr != NULL:
             delta -= load_element(at(&f.dlse, b, s.q0 + i, head), f.dlse.dtype)
         store_element(delta_at(f, b, head, s.q0 + i), real, delta)
+
+
+cdef void begin_rows(const void* call, long number) noexcept nogil:
+    rows_task(<const Backward*>call, number, False)
+
+
+cdef void finish_rows(const void* call, long number) noexcept nogil:
+    rows_task(<const Backward*>call, number, True)
 
 
 cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
@@ -181,26 +213,29 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
             g.fill_outside(ds, first, w.lo[i], w.hi[i], last, 0)
         g.grad_row(p, ds, first, last, 1.0 if c.scored else c.scale, load_element(row, c.lse.dtype),
                    load_element(delta_at(f, b, head, s.q0 + m0 + i), real), w.keep + i * (GRAD_N // 64) if c.dropout else NULL, c.keep_scale)
-        if f.dbias != NULL:
-            if f.dbias_col:
-                row = f.dbias + (b * f.dbias_batch + head * f.dbias_head + (m0 + i) * f.dbias_row + n0) * g.real
-                g.add_row(row, 1, ds, w.lo[i], w.hi[i])
+        if w.dbias.ptr != NULL:
+            row = at(&w.dbias, b, m0 + i, head) + n0 * w.dbias.dim
+            if f.dbias_once:
+                g.store_row(row + w.lo[i] * w.dbias.dim, w.dbias.dim, w.dbias.dtype, ds + w.lo[i] * g.real, 1.0, w.hi[i] - w.lo[i])
             else:
-                store_element(w.bias_sum + i * g.real, real, 0)
-                g.add_row(w.bias_sum + i * g.real, 0, ds, w.lo[i], w.hi[i])
+                g.add_row(row, 1, ds, w.lo[i], w.hi[i])
+        elif f.dbias_rows != NULL:
+            store_element(w.bias_sum + i * g.real, real, 0)
+            g.add_row(w.bias_sum + i * g.real, 0, ds, w.lo[i], w.hi[i])
         if c.softcap > 0:
             g.uncap_row(ds, w.slope, first, last)
         g.fill_outside(p, 0, first, last, width, 0)
         g.fill_outside(ds, 0, first, last, width, 0)
 
 
-cdef void add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n, long turn, const char* dS) noexcept nogil:
-    """dQ += dS K for the block, when the tiles before this one have added theirs; dS as operand rows."""
+cdef bint add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n, long turn, const char* dS) noexcept nogil:
+    """dQ += dS K for the block, when the tiles before this one have added theirs; dS as operand rows. False when the call is stopped."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long i, i0, lo, hi
     cdef int* counter = f.turns + (head - f.head_k0 * c.group) * f.turn_rows + first_row(f, s, b) // GRAD_M + (b - f.b0) + m0 // GRAD_M
-    await_turn(counter, <int>turn)
+    if not await_turn(counter, <int>turn, c.stop):
+        return False
     i0 = 0
     while i0 < nq:
         lo, hi = n, 0
@@ -211,21 +246,21 @@ cdef void add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long
             g.weighted_sum(min(g.panel, nq - i0), lo, hi, dS + i0 * GRAD_N * g.operand, GRAD_N, w.K_rows, c.ldq, GRAD_N, dq_row(f, s, b, head, m0 + i0),
                            c.ldq, w.ones)
         i0 += g.panel
-    if f.dbias != NULL and not f.dbias_col:
-        for i in range(nq):
-            g.add_row(f.dbias + (b * f.dbias_batch + head * f.dbias_head + (m0 + i) * f.dbias_row) * g.real, 1, w.bias_sum + i * g.real, 0, 1)
+    if f.dbias_rows != NULL:
+        g.add_row(f.dbias_rows + (delta_at(f, b, head, s.q0 + m0) - f.delta), 1, w.bias_sum, 0, nq)
     pass_turn(counter)
+    return True
 
 
-cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head_k, long n0, long n) noexcept nogil:
-    """Which keys of the tile the boolean mask shows to some row of some head of the group."""
+cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head0, long heads, long m0, long m1, long n0, long n) noexcept nogil:
+    """Which keys of the tile the boolean mask shows to some row from m0 to m1 of some of these heads."""
     cdef const Call* c = &f.c
     cdef long head, i, lo, hi
     if w.seen == NULL:
         return
     memset(w.seen, 0, GRAD_N)
-    for head in range(head_k * c.group, (head_k + 1) * c.group):
-        for i in range(s.nq):
+    for head in range(head0, head0 + heads):
+        for i in range(m0, m1):
             row_interval(c, i, s.nq, s.nk, &lo, &hi)
             mark_seen(w.seen, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
 
@@ -240,7 +275,7 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     cdef const char* dS
     if n <= 0:
         return
-    mark_keys(f, &s, w, b, head_k, n0, n)
+    mark_keys(f, &s, w, b, head_k * c.group, c.group, 0, s.nq, n0, n)
     row_interval(c, 0, s.nq, s.nk, &lo, &unused)            # both bounds rise with the row: the keys of all rows are one interval
     row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
     first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
@@ -262,6 +297,8 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
             row_interval(c, m0 + nq - 1, s.nq, s.nk, &unused, &hi)
             if lo >= hi or lo >= n0 + n or hi <= n0:
                 continue
+            if stopped_in_task(c.stop):
+                return
             load_block(f, &s, w, b, head, m0, nq, n0, n)
             i0 = 0
             while i0 < nq:
@@ -269,7 +306,8 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
                 i0 += g.panel
             block.rows = nq
             dS = <const char*>g.grad_operands(&block) if g.grad_operands != NULL else w.dS
-            add_dq(f, &s, w, b, head, m0, nq, n, n0 // GRAD_N - lo // GRAD_N, dS)
+            if not add_dq(f, &s, w, b, head, m0, nq, n, n0 // GRAD_N - lo // GRAD_N, dS):
+                return
             g.key_gradients(&block)
     for j in range(n):
         g.store_row(at(&c.dk, b, s.k0 + n0 + j, head_k), c.dk.dim, c.dk.dtype, g.key_row(w.dK, c.ldq, j, w.scratch), c.scale, c.head_dim)
@@ -277,60 +315,142 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
         g.store_row(at(&c.dv, b, s.k0 + n0 + j, head_k), c.dv.dim, c.dv.dtype, g.key_row(w.dV, c.ldv, j, w.scratch), 1.0, c.head_dim_v)
 
 
-cdef void backward_task(const Backward* f, long number) noexcept nogil:
+cdef void backward_task(const void* call, long number) noexcept nogil:
     """Task `number`: a few (sequence, key head) pairs at a time, so that their rows stay in the cache; their tiles in key order, so that a tile
     never waits for a later task."""
-    cdef const Call* c = &f.c
-    cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = 1 if f.all_heads else f.head_k1 - f.head_k0
-    cdef long tiles = round_up(c.seqlen_k, GRAD_N) // GRAD_N, first = number // (f.together * tiles) * f.together
-    cdef long together = min(f.together, nb * nh - first), rest = number - first * tiles, pair = first + rest % together
+    cdef const Backward* f = <const Backward*>call
+    cdef long low = 0, high = f.chunks, middle
+    while high - low > 1:
+        middle = (low + high) // 2
+        if f.first_task[middle] <= number:
+            low = middle
+        else:
+            high = middle
+    cdef long nh = 1 if f.all_heads else f.head_k1 - f.head_k0
+    cdef long together = min(f.together, f.pairs - low * f.together), rest = number - f.first_task[low], pair = low * f.together + rest % together
     cdef long n0 = rest // together * GRAD_N, b = f.b0 + pair // nh, head_k = f.head_k0 + pair % nh, i, j
     cdef GradWork w
-    cdef char* memory = workspace(backward_memory(c, NULL, &w))
-    if memory == NULL:
-        c.failed[0] = 1
+    if not open_memory(f, &w):
         return
-    backward_memory(c, memory, &w)
-    for i in range(c.g.panel):
-        store_element(w.ones + i * c.g.real, 1 if c.g.real == 8 else 0, 1.0)
     amx_begin()
     for i in range(f.b0 if f.all_batch else b, f.b1 if f.all_batch else b + 1):
         for j in range(f.head_k0 if f.all_heads else head_k, f.head_k1 if f.all_heads else head_k + 1):
+            if stopped_in_task(f.c.stop):
+                break
             tile_task(f, i, j, n0, &w)
     amx_end()
 
 
-cdef void run_backward(const Backward* f, int threads) noexcept nogil:
-    cdef long t, rows = (f.b1 - f.b0) * (f.head_k1 - f.head_k0) * f.c.group
-    cdef long tiles = round_up(f.c.seqlen_k, GRAD_N) // GRAD_N
-    cdef long tasks = tiles * (1 if f.all_batch else f.b1 - f.b0) * (1 if f.all_heads else f.head_k1 - f.head_k0)
-    if threads <= 1 or in_forked_child:
-        for t in range(rows):
-            rows_task(f, t, False)
-        for t in range(tasks):
-            backward_task(f, t)
-        for t in range(rows):
-            rows_task(f, t, True)
+cdef void shared_block(const Backward* f, long b, long head, long m, long n0, GradWork* w) noexcept nogil:
+    """dS of a sequence and head, DBIAS_M rows from m and the tile at key n0, into the sums of dbias."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef Sequence s = sequence_of(c, b)
+    cdef long n = min(GRAD_N, s.nk - n0), end = min(m + DBIAS_M, s.nq), head_k = head // c.group, m0 = m, nq, i0, lo, hi, unused
+    if n <= 0 or end <= m:
         return
-    for t in prange(rows, schedule="dynamic", chunksize=1, num_threads=threads):
-        rows_task(f, t, False)
-    for t in prange(tasks, schedule="dynamic", chunksize=1, num_threads=threads):
-        backward_task(f, t)
-    for t in prange(rows, schedule="dynamic", chunksize=1, num_threads=threads):
-        rows_task(f, t, True)
+    row_interval(c, m, s.nq, s.nk, &lo, &unused)
+    row_interval(c, end - 1, s.nq, s.nk, &unused, &hi)
+    lo, hi = max(lo - n0, 0), min(hi - n0, n)
+    if lo >= hi:
+        return
+    mark_keys(f, &s, w, b, head, 1, m, end, n0, n)
+    if f.few:
+        g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, n, c.head_dim, w.seen)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, n, c.head_dim_v, w.seen)
+    else:
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, c.head_dim, w.seen)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.seen)
+    while m0 < end and not stopped_in_task(c.stop):
+        nq = min(GRAD_M, end - m0)
+        load_block(f, &s, w, b, head, m0, nq, n0, n)
+        i0 = 0
+        while i0 < nq:
+            grad_step(f, &s, w, b, head, m0, i0, min(g.panel, nq - i0), n0, n)
+            i0 += g.panel
+        m0 += nq
 
 
-def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, bint few, int threads):
-    """Gradients of a Problem. dbias_sum: reals, (batch, heads, rows, keys) with length 1 where broadcast, or None. delta: reals shaped as lse,
-    left for dsinks. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
+cdef long shared_heads(const Backward* f) noexcept nogil:
+    return f.c.heads if f.shared.head else 1
+
+
+cdef long shared_tasks(const Backward* f) noexcept nogil:
+    return (f.c.batch if f.shared.batch else 1) * shared_heads(f) * ((f.c.seqlen_q + DBIAS_M - 1) // DBIAS_M) * ((f.c.seqlen_k + GRAD_N - 1) // GRAD_N)
+
+
+cdef void shared_task(const void* call, long number) noexcept nogil:
+    """A piece of a dbias that sequences or heads share, in a pass of its own: sums of reals for all of it could be larger than dbias."""
+    cdef const Backward* f = <const Backward*>call
+    cdef const Kernels* g = f.c.g
+    cdef long tiles = (f.c.seqlen_k + GRAD_N - 1) // GRAD_N, blocks = (f.c.seqlen_q + DBIAS_M - 1) // DBIAS_M, plane = number // (tiles * blocks)
+    cdef long n0 = number % tiles * GRAD_N, m = number // tiles % blocks * DBIAS_M, b = plane // shared_heads(f), head = plane % shared_heads(f), i, j
+    cdef GradWork w
+    if not open_memory(f, &w):
+        return
+    memset(w.dbias_sum, 0, DBIAS_M * GRAD_N * g.real)
+    w.dbias.row, w.dbias.dim, w.dbias.ptr = GRAD_N * g.real, g.real, w.dbias_sum - (m * GRAD_N + n0) * g.real
+    amx_begin()
+    for i in range(b if f.shared.batch else 0, b + 1 if f.shared.batch else f.c.batch):
+        for j in range(head if f.shared.head else 0, head + 1 if f.shared.head else f.c.heads):
+            shared_block(f, i, j, m, n0, &w)
+    amx_end()
+    for i in range(min(DBIAS_M, f.c.seqlen_q - m)):
+        g.store_row(at(&f.shared, b, m + i, head) + n0 * f.shared.dim, f.shared.dim, f.shared.dtype, w.dbias_sum + i * GRAD_N * g.real, 1.0,
+                    min(GRAD_N, f.c.seqlen_k - n0))
+
+
+cdef long wave_memory(Backward* f, char* start) noexcept nogil:
+    """What the threads share in a wave."""
+    cdef long heads = (f.head_k1 - f.head_k0) * f.c.group
+    cdef Memory memory = Memory(start, start)
+    f.dq_sum = carve(&memory, heads * f.rows * f.c.ldq * f.c.g.real)
+    f.turns = <int*>carve(&memory, heads * f.turn_rows * sizeof(int))
+    f.first_task = <long*>carve(&memory, (f.chunks + 1) * sizeof(long))
+    return memory.next - start
+
+
+cdef bint open_wave(Backward* f) noexcept nogil:
+    """The wave's memory, its turns and how its tiles are numbered; False when there is no memory."""
+    cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = 1 if f.all_heads else f.head_k1 - f.head_k0, chunk, b, last, keys
+    f.pairs = nb * nh
+    f.chunks = (f.pairs + f.together - 1) // f.together
+    f.turn_rows = f.rows // GRAD_M + (f.b1 - f.b0) + 1
+    cdef char* memory = call_memory(wave_memory(f, NULL), f.c.stop)
+    if memory == NULL:
+        return False
+    wave_memory(f, memory)
+    memset(f.turns, 0, (f.head_k1 - f.head_k0) * f.c.group * f.turn_rows * sizeof(int))
+    f.first_task[0] = 0
+    for chunk in range(f.chunks):
+        last = min((chunk + 1) * f.together, f.pairs)
+        keys = 0
+        for b in range(f.b0 if f.all_batch else f.b0 + chunk * f.together // nh, f.b1 if f.all_batch else f.b0 + (last - 1) // nh + 1):
+            keys = max(keys, sequence_of(&f.c, b).nk)
+        f.first_task[chunk + 1] = f.first_task[chunk] + (keys + GRAD_N - 1) // GRAD_N * (last - chunk * f.together)
+    return True
+
+
+cdef void run_wave(Backward* f, int threads) noexcept nogil:
+    if not open_wave(f):
+        return
+    cdef long rows = (f.b1 - f.b0) * (f.head_k1 - f.head_k0) * f.c.group, tasks = f.first_task[f.chunks]
+    threads = team_size(threads, max(rows, tasks))
+    run_tasks(begin_rows, f, rows, threads, f.c.stop)
+    run_tasks(backward_task, f, tasks, threads, f.c.stop)
+    run_tasks(finish_rows, f, rows, threads, f.c.stop)
+
+
+def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads):
+    """Gradients of a Problem. way: see dbias.Way; dbias: the View it speaks of, four axes; dbias_rows: reals shaped as lse, for Way.ROWS.
+    delta: reals shaped as lse, left for dsinks. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
     cdef Backward f
-    cdef int failed = 0
+    cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
-    cdef int[::1] turns
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, True, alive)
-    f.c.failed, f.together, f.few = &failed, threads, few
+    fill(&f.c, p, o, lengths, &stop, alive)
+    f.together, f.few = threads, few
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     packed = p.total_q is not None
@@ -342,24 +462,27 @@ def backward(p, o, dout, out, lse, dlse, dq, dk, dv, dbias_sum, delta, waves, bi
         f.delta = <char*>&deltas[0]
     f.delta_batch, f.delta_head = (0, delta.shape[1]) if packed else (delta.shape[1] * delta.shape[2], delta.shape[2])
     cdef int8_t[::1] sums
-    if dbias_sum is not None and dbias_sum.size:
-        sums = dbias_sum.reshape(-1).view(np.int8)
-        f.dbias = <char*>&sums[0]
-        f.dbias_batch, f.dbias_head, f.dbias_row, f.dbias_col = [
-            0 if n == 1 else s // dbias_sum.itemsize for s, n in zip(dbias_sum.strides, dbias_sum.shape)]
-        f.all_batch = f.dbias_batch == 0 and f.dbias_col != 0 and p.batch > 1
-        f.all_heads = f.dbias_head == 0 and f.dbias_col != 0 and p.num_heads > 1
+    if dbias_rows is not None and dbias_rows.size:
+        sums = dbias_rows.reshape(-1).view(np.int8)
+        f.dbias_rows = <char*>&sums[0]
+    cdef Tensor gradient = tensor(dbias, "bhrd")
+    if dbias is not None:
+        # strides of axes of length 1 mean nothing
+        gradient.batch, gradient.head, gradient.row = [0 if n == 1 else s for n, s in zip(dbias.shape[:3], dbias.strides[:3])]
+    if way == "pass":
+        f.shared = gradient
+    else:
+        f.c.dbias, f.dbias_once = gradient, way == "once"
+        f.all_batch = way == "sums" and gradient.batch == 0 and p.batch > 1
+        f.all_heads = way == "sums" and gradient.head == 0 and p.num_heads > 1
     for b0, b1, head_k0, head_k1, rows in waves:
-        rows += 32 * (b1 - b0 + 1)
         f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
         f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
-        heads = (head_k1 - head_k0) * f.c.group
-        f.turn_rows = rows // GRAD_M + (b1 - b0) + 1
-        turns = np.zeros(heads * f.turn_rows, np.intc)
-        f.dq_sum, f.turns = call_workspace(heads * rows * f.c.ldq * f.c.g.real), &turns[0]
-        if f.dq_sum == NULL:
-            raise MemoryError("fastattn: no memory for the sums of dq")
         with nogil:
-            run_backward(&f, threads)
-        if failed:
-            raise MemoryError("fastattn: no memory for a thread's workspace")
+            run_wave(&f, threads)
+        if is_stopped(&stop):
+            break
+    with nogil:
+        if f.shared.ptr != NULL:
+            run_tasks(shared_task, &f, shared_tasks(&f), team_size(threads, shared_tasks(&f)), &stop)
+    end_call(&stop)

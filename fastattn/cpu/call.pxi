@@ -1,8 +1,10 @@
 # The C view of one call: tensors as pointer and byte strides, numbers of the Problem, and the rows of one task.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, INT64_MAX
 from libc.math cimport exp, log, INFINITY
 from libc.string cimport memset
-from cython.parallel cimport prange
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF, Py_DECREF
+import threading
 import numpy as np
 
 cdef extern from "kernels.h" nogil:
@@ -54,15 +56,28 @@ cdef extern from "kernels.h" nogil:
     int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)
     void keep_tile(uint64_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
-cdef extern from "workspace.h" nogil:
-    int in_forked_child
-    int workspace_setup()
-    char* workspace(size_t size)
-    char* call_workspace(size_t size)
+cdef extern from "tasks.h" nogil:
+    int tasks_setup()
+    void trim_workspace(int which)
+    const int OF_CALL, NO_MEMORY, INTERRUPTED
+    const int64_t LOOK_NS
     const long REDZONE
     void poison(const char* begin, const char* end)
-    void await_turn(const int* counter, int turn)
+    ctypedef struct Stop:
+        int state
+        int64_t next_look
+        void* raised
+    int64_t now()
+    void begin_call(Stop* stop, void (*look)(Stop*) noexcept nogil)
+    void stop_call(Stop* stop, int why)
+    int is_stopped(const Stop* stop)
+    int stopped_in_task(Stop* stop)
+    char* task_memory(size_t size, Stop* stop)
+    char* call_memory(size_t size, Stop* stop)
+    int await_turn(const int* counter, int turn, Stop* stop)
     void pass_turn(int* counter)
+    int team_size(int threads, long tasks)
+    void run_tasks(void (*task)(const void* call, long number) noexcept nogil, const void* call, long tasks, int threads, Stop* stop)
 
 cdef double LOG2E = 1.4426950408889634
 
@@ -76,6 +91,7 @@ cdef struct Call:
     long batch, heads, heads_k, group, seqlen_q, seqlen_k, head_dim, head_dim_v
     Tensor q, k, v, out, lse, bias, mask
     Tensor dout, dq, dk, dv, dbias
+    Stop* stop
     const int64_t* cu_q                 # NULL for a dense problem
     const int64_t* cu_k
     const int64_t* used_k
@@ -88,7 +104,6 @@ cdef struct Call:
     uint64_t seed
     uint32_t offset, threshold
     long ldq, ldv                       # padded head_dim and head_dim_v of packed rows
-    int* failed
 
 cdef struct Sequence:
     long q0, nq, k0, nk                 # first row and length of queries and keys
@@ -144,16 +159,18 @@ cdef inline char* carve(Memory* memory, long size) noexcept nogil:
 cdef dict DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4}
 
 
-cdef Tensor tensor(view, axes):
+cdef Tensor tensor(view, str axes):
     """A View with `axes` naming its axes in order, e.g. "brhd"; axes it lacks have stride 0."""
     cdef Tensor x
+    cdef Py_UCS4 axis
+    cdef long i
     memset(&x, 0, sizeof(x))
     if view is None:
         return x
     cdef size_t ptr = view.ptr
     x.ptr = <char*>ptr
     x.dtype = DTYPE[view.dtype]
-    strides = view.strides
+    cdef tuple strides = view.strides
     for i, axis in enumerate(axes):
         if axis == "b":
             x.batch = strides[i]
@@ -166,10 +183,34 @@ cdef Tensor tensor(view, axes):
     return x
 
 
-cdef const int64_t* integers(view, list alive) except? NULL:
-    if view is None:
+cdef void look(Stop* stop) noexcept nogil:
+    """Runs the handlers of signals that came. Other threads than the main one have none and do not look again."""
+    with gil:
+        try:
+            PyErr_CheckSignals()
+            stop.next_look = now() + LOOK_NS if threading.get_ident() == threading.main_thread().ident else INT64_MAX
+        except BaseException as error:
+            Py_INCREF(error)
+            stop.raised = <void*>error
+            stop_call(stop, INTERRUPTED)
+
+
+cdef void end_call(Stop* stop) except *:
+    """MemoryError, or what a signal's handler raised, where that stopped the call."""
+    trim_workspace(OF_CALL)
+    if stop.state == NO_MEMORY:
+        raise MemoryError("fastattn: no memory for a thread's workspace")
+    if stop.raised != NULL:
+        error = <object>stop.raised
+        Py_DECREF(error)
+        raise error
+
+
+cdef const int64_t* integers(array, list alive) except? NULL:
+    """Of an array that nobody else writes, e.g. one of plan.Lengths."""
+    if array is None:
         return NULL
-    cdef const int64_t[::1] a = np.ascontiguousarray(view.numpy(), dtype=np.int64)
+    cdef const int64_t[::1] a = array
     alive.append(a)
     return &a[0] if a.shape[0] else NULL
 
@@ -187,12 +228,15 @@ cdef void use_kernels(Call* c, const Kernels* g) noexcept:
     c.ldq, c.ldv = round_up(c.head_dim, g.align), round_up(c.head_dim_v, g.align)
 
 
-cdef void fill(Call* c, p, o, bint in_parts, list alive) except *:
-    """`c` from a Problem and its Operands; `alive` keeps what its pointers need."""
+cdef void fill(Call* c, p, o, lengths, Stop* stop, list alive) except *:
+    """`c` from a Problem, its Operands and plan.Lengths; `alive` keeps what its pointers need."""
     memset(c, 0, sizeof(Call))
+    begin_call(stop, look)
+    c.stop = stop
+    longest_q, longest_k, cu_q, cu_k, used_k = lengths
     cdef long unlimited = 1 << 40
     c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k
-    c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v
+    c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = longest_q, longest_k, p.head_dim, p.head_dim_v
     axes = "rhd" if p.total_q is not None else "brhd"
     c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes), tensor(o.v, axes)
     score, mask, drop = p.score, p.mask, p.dropout
@@ -200,9 +244,7 @@ cdef void fill(Call* c, p, o, bint in_parts, list alive) except *:
         c.bias = tensor(o.bias, "bhrd")
     if o.mask is not None:
         c.mask = tensor(o.mask, "bhrd")
-    if p.total_q is not None:
-        c.cu_q, c.cu_k = integers(o.cu_seqlens_q, alive), integers(o.cu_seqlens_k, alive)
-        c.used_k = integers(o.seqused_k, alive)
+    c.cu_q, c.cu_k, c.used_k = integers(cu_q, alive), integers(cu_k, alive), integers(used_k, alive)
     c.slopes, c.sinks = doubles(o.alibi_slopes, alive), doubles(o.sinks, alive)
     c.scale, c.softcap, c.keep_scale = score.softmax_scale, score.softcap or 0.0, 1.0
     c.scored = c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or not 1e-37 < c.scale * LOG2E < 1e38
@@ -211,4 +253,4 @@ cdef void fill(Call* c, p, o, bint in_parts, list alive) except *:
     c.top_left = mask.top_left
     if drop is not None:
         c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
-    use_kernels(c, kernels_for(DTYPE[p.dtype], in_parts))
+    use_kernels(c, kernels_for(DTYPE[p.dtype], True))

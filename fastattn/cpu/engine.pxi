@@ -4,7 +4,7 @@ include "forward.pxi"
 include "backward.pxi"
 include "transform.pxi"
 
-if workspace_setup():
+if tasks_setup():
     raise ImportError("fastattn: pthread setup failed")
 
 

@@ -251,7 +251,8 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
             store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY and total == 0 else top + log(total))
 
 
-cdef void forward_task(const Forward* f, long number) noexcept nogil:
+cdef void forward_task(const void* call, long number) noexcept nogil:
+    cdef const Forward* f = <const Forward*>call
     cdef const Kernels* g = f.c.g
     cdef Task t
     cdef Work w
@@ -261,9 +262,8 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
         return
     rows = f.block_m * t.heads
     size = forward_memory(f, rows, NULL, &w)
-    cdef char* memory = workspace(size)
+    cdef char* memory = task_memory(size, f.c.stop)
     if memory == NULL:
-        f.c.failed[0] = 1
         return
     forward_memory(f, rows, memory, &w)
     if f.splits > 1:
@@ -274,6 +274,8 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
     load_queries(f, &t, &w)
     n0 = t.key_begin // f.tile * f.tile
     while n0 < t.key_end:
+        if n0 % g.block_n == 0 and stopped_in_task(f.c.stop):
+            break
         load_tile(f, &t, &w, n0)
         i0 = 0
         while i0 < t.rows:
@@ -282,12 +284,13 @@ cdef void forward_task(const Forward* f, long number) noexcept nogil:
             i0 += mr
         n0 += f.tile
     amx_end()
-    if f.splits == 1:
+    if f.splits == 1 and not is_stopped(f.c.stop):
         epilogue(f, &t, &w)
 
 
-cdef void merge_task(const Forward* f, long number) noexcept nogil:
+cdef void merge_task(const void* call, long number) noexcept nogil:
     """The splits of one task, in order: their maxima agree, then sums and O add up."""
+    cdef const Forward* f = <const Forward*>call
     cdef const Kernels* g = f.c.g
     cdef int real = 1 if g.real == 8 else 0
     cdef Task t
@@ -297,7 +300,10 @@ cdef void merge_task(const Forward* f, long number) noexcept nogil:
     cdef char* part
     if not make_task(f, number * f.splits, &t):
         return
-    forward_memory(f, f.block_m * t.heads, workspace(forward_memory(f, f.block_m * t.heads, NULL, &w)), &w)
+    cdef char* memory = task_memory(forward_memory(f, f.block_m * t.heads, NULL, &w), f.c.stop)
+    if memory == NULL:
+        return
+    forward_memory(f, f.block_m * t.heads, memory, &w)
     memset(w.O, 0, t.rows * f.c.ldv * g.real)
     row_max = round_up(t.rows, g.panel) * f.c.ldv
     for i in range(t.rows):
@@ -317,28 +323,20 @@ cdef void merge_task(const Forward* f, long number) noexcept nogil:
 
 
 cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
-    cdef long t
-    if threads <= 1 or in_forked_child:
-        for t in range(tasks * f.splits):
-            forward_task(f, t)
-    else:
-        for t in prange(tasks * f.splits, schedule="dynamic", chunksize=1, num_threads=threads):
-            forward_task(f, t)
-    if f.splits > 1 and not f.c.failed[0]:
-        for t in range(tasks):
-            merge_task(f, t)
+    run_tasks(forward_task, f, tasks * f.splits, team_size(threads, tasks * f.splits), f.c.stop)
+    if f.splits > 1:
+        run_tasks(merge_task, f, tasks, 1, f.c.stop)
 
 
-def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
+def forward(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
             bint all_heads, bint few, bint direct, int threads):
     """out, lse of a Problem. The arguments after lse are the plan: see plan.py."""
     cdef Forward f
-    cdef int failed = 0
+    cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] partial
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, True, alive)
-    f.c.failed = &failed
+    fill(&f.c, p, o, lengths, &stop, alive)
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
     f.sequences, f.block_m, f.splits, f.split_keys = order.shape[0], block_m, splits, split_keys
@@ -357,5 +355,4 @@ def forward(p, o, out, lse, const int64_t[::1] order, const int64_t[::1] first_b
         f.partial = <char*>&partial[0]
     with nogil:
         run_forward(&f, tasks, threads)
-    if failed:
-        raise MemoryError("fastattn: no memory for a thread's workspace")
+    end_call(&stop)

@@ -4,8 +4,10 @@ Whatever can change a rounding (the key tiles and splits) depends on the Problem
 of threads."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,32 @@ SPLIT_KEYS = 1024
 SERIAL_FLOPS = 2e6   # about 20 us on one core: not worth waking threads
 PAIRS = 32           # elements of a vector of bfloat16 pairs, whose products are cheaper than dot products from a panel of rows on
 HALF = ("float16", "bfloat16")
+
+
+class Lengths(NamedTuple):
+    """Where the sequences are, read once and for the whole call: the caller's arrays may change while it runs. None: a dense problem.
+
+    The longest are those that are there, whatever max_seqlen_q and max_seqlen_k say: no work and no memory is in proportion to these.
+    """
+
+    longest_q: int
+    longest_k: int
+    cu_q: NDArray[np.int64] | None = None
+    cu_k: NDArray[np.int64] | None = None
+    used_k: NDArray[np.int64] | None = None
+
+
+_dense_lengths = lru_cache(maxsize=256)(Lengths)
+
+
+def read_lengths(p: Problem, o: Operands) -> Lengths:
+    if p.total_q is None:
+        return _dense_lengths(p.seqlen_q, p.seqlen_k)
+    assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
+    cu_q, cu_k = np.array(o.cu_seqlens_q.numpy(), np.int64), np.array(o.cu_seqlens_k.numpy(), np.int64)
+    used = None if o.seqused_k is None else np.array(o.seqused_k.numpy(), np.int64)
+    keys = np.diff(cu_k) if used is None else used
+    return Lengths(int(np.diff(cu_q).max(initial=0)), int(keys.max(initial=0)), cu_q, cu_k, used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,51 +87,51 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _folded(p: Problem) -> bool:
+def _folded(p: Problem, seqlen_q: int) -> bool:
     """Whether a task has the query rows of a whole group."""
-    return p.group > 1 and p.seqlen_q * p.group <= SHORT_M
+    return p.group > 1 and seqlen_q * p.group <= SHORT_M
 
 
-def _task_rows(p: Problem) -> int:
-    return p.seqlen_q * (p.group if _folded(p) else 1)
+def _task_rows(p: Problem, seqlen_q: int) -> int:
+    return seqlen_q * (p.group if _folded(p, seqlen_q) else 1)
 
 
-def few_rows(p: Problem, vector: int) -> bool:
+def few_rows(p: Problem, seqlen_q: int, vector: int) -> bool:
     """Whether scores are dot products with rows of K. One rule for the forward and the backward: P = exp(S - lse) needs the S of which
     lse is, to the bit where scores are huge."""
-    return p.seqlen_q <= FEW_ROWS and (_task_rows(p) <= FEW_ROWS or vector < PAIRS)
+    return seqlen_q <= FEW_ROWS and (_task_rows(p, seqlen_q) <= FEW_ROWS or vector < PAIRS)
 
 
-def plan_forward(p: Problem, o: Operands, vector: int, reads_half: bool, threads: int) -> Plan:
+def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_half: bool, threads: int) -> Plan:
     """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place.
 
     A row's result does not depend on the block it is in, so block_m may follow the number of threads; the splits may not.
     """
-    folded = _folded(p)
+    seqlen_q, seqlen_k = lengths.longest_q, lengths.longest_k
+    folded = _folded(p, seqlen_q)
     heads = p.num_heads_k if folded else p.num_heads
     rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
     balanced, fitting = rows * heads // (threads * TASKS_PER_THREAD), BLOCK_BYTES // (4 * (p.head_dim + p.head_dim_v))
-    block_m = _block_rows(max(p.seqlen_q, 1), max(min(balanced, fitting), BLOCK_M))
-    if p.total_q is None:
-        order, first_block = _dense_blocks(p.batch, p.seqlen_q, block_m)
+    block_m = _block_rows(max(seqlen_q, 1), max(min(balanced, fitting), BLOCK_M))
+    if lengths.cu_q is None:
+        order, first_block = _dense_blocks(p.batch, seqlen_q, block_m)
     else:
-        assert o.cu_seqlens_q is not None
-        order, first_block = _blocks(np.diff(o.cu_seqlens_q.numpy().astype(np.int64)), block_m)
+        order, first_block = _blocks(np.diff(lengths.cu_q), block_m)
     item = o.k.itemsize
-    task_rows, few = _task_rows(p), few_rows(p, vector)
+    task_rows, few = _task_rows(p, seqlen_q), few_rows(p, seqlen_q, vector)
     direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
     # rows of K and V lie head by head: one stream of memory for a task that has all heads, pieces of it for one that has one
-    all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and p.seqlen_k >= 2 * SPLIT_KEYS
+    all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and seqlen_k >= 2 * SPLIT_KEYS
                  and o.k.strides[2] < o.k.strides[1])
     if all_heads:
-        heads, block_m = 1, max(p.seqlen_q, 1)
-    tasks = p.batch * -(-p.seqlen_q // SHORT_M) * heads
+        heads, block_m = 1, max(seqlen_q, 1)
+    tasks = p.batch * -(-seqlen_q // SHORT_M) * heads
     splits = 1
-    if 0 < tasks < MIN_TASKS and p.seqlen_k >= 2 * SPLIT_KEYS:
-        splits = min(-(-MIN_TASKS // tasks), p.seqlen_k // SPLIT_KEYS)
-    split_keys = -(-p.seqlen_k // splits // 256) * 256 if splits > 1 else max(p.seqlen_k, 1)
-    splits = -(-p.seqlen_k // split_keys) if splits > 1 else 1
+    if 0 < tasks < MIN_TASKS and seqlen_k >= 2 * SPLIT_KEYS:
+        splits = min(-(-MIN_TASKS // tasks), seqlen_k // SPLIT_KEYS)
+    split_keys = -(-seqlen_k // splits // 256) * 256 if splits > 1 else max(seqlen_k, 1)
+    splits = -(-seqlen_k // split_keys) if splits > 1 else 1
     return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
 
 
@@ -116,20 +144,30 @@ def threads_for(p: Problem, threads: int) -> int:
 WAVE_BYTES = 32 << 20   # float sums of dQ held at once
 
 
-def plan_backward(p: Problem, o: Operands, padded_head_dim: int) -> list[tuple[int, int, int, int, int]]:
-    """Waves (b0, b1, head_k0, head_k1, rows): sequences and key heads whose dQ sums fit WAVE_BYTES, `rows` query rows per head."""
-    if p.total_q is None:
-        lengths = np.full(p.batch, p.seqlen_q, np.int64)
-    else:
-        assert o.cu_seqlens_q is not None
-        lengths = np.diff(o.cu_seqlens_q.numpy().astype(np.int64))
-    row_bytes = p.group * padded_head_dim * (8 if p.dtype == "float64" else 4)
+Wave = tuple[int, int, int, int, int]
+
+
+def plan_backward(p: Problem, lengths: Lengths, padded_head_dim: int) -> Sequence[Wave]:
+    """Waves (b0, b1, head_k0, head_k1, rows): sequences and key heads whose dQ sums fit WAVE_BYTES, `rows` of these sums per head."""
+    row_bytes = max(p.group, 1) * padded_head_dim * (8 if p.dtype == "float64" else 4)
+    if lengths.cu_q is None:
+        return _dense_waves(p.batch, lengths.longest_q, p.num_heads_k, row_bytes)
+    return _waves(np.diff(lengths.cu_q), p.num_heads_k, row_bytes)
+
+
+@lru_cache(maxsize=256)
+def _dense_waves(batch: int, seqlen_q: int, heads_k: int, row_bytes: int) -> Sequence[Wave]:
+    return _waves(np.full(batch, seqlen_q, np.int64), heads_k, row_bytes)
+
+
+def _waves(lengths: NDArray[np.int64], heads_k: int, row_bytes: int) -> Sequence[Wave]:
+    """A sequence's rows start and end at multiples of 32, and a wave's first one may start up to 31 rows late."""
+    ends = np.concatenate([[0], np.cumsum(lengths + 32)])
     waves, b0 = [], 0
-    while b0 < p.batch:
-        ends = np.cumsum(lengths[b0:])
-        b1 = b0 + max(1, int(np.searchsorted(ends, WAVE_BYTES // row_bytes, side="right")))
-        rows = int(ends[b1 - b0 - 1])
-        heads = max(1, WAVE_BYTES // max(rows * row_bytes, 1))
-        waves += [(b0, b1, h, min(h + heads, p.num_heads_k), rows) for h in range(0, p.num_heads_k, heads)]
+    while b0 < len(lengths):
+        b1 = max(b0 + 1, int(np.searchsorted(ends, ends[b0] + WAVE_BYTES // row_bytes, side="right")) - 1)
+        rows = int(ends[b1] - ends[b0]) + 32
+        heads = max(1, WAVE_BYTES // (rows * row_bytes))
+        waves += [(b0, b1, h, min(h + heads, heads_k), rows) for h in range(0, heads_k, heads)]
         b0 = b1
     return waves

@@ -1,8 +1,14 @@
-"""How many threads a call uses: what the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise."""
+"""How many threads a call uses: what the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise.
+
+At most MAX_THREADS; fewer where the system makes no more, or where there are fewer tasks than that (tasks.h)."""
 from __future__ import annotations
 
 import operator
 import os
+
+from ..errors import message
+
+MAX_THREADS = 1024      # more than any machine of today has processors; OpenMP keeps its list of a team on the stack
 
 
 def _cgroup_limit() -> float:
@@ -24,9 +30,9 @@ def _cgroup_limit() -> float:
 def _default() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+        return min(int(asked), MAX_THREADS)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cpus, max(1.0, _cgroup_limit()))))
+    return max(1, int(min(cpus, max(1.0, _cgroup_limit()), MAX_THREADS)))
 
 
 _threads = _default()
@@ -38,12 +44,12 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most `n` threads a call, from now on, in this process. Results do not depend on it. ValueError when n < 1."""
+    """Use at most `n` threads a call, from 1 to 1024, from now on, in this process. Results do not depend on it. ValueError for other n."""
     global _threads
     try:
         count = 0 if isinstance(n, bool) else operator.index(n)
     except TypeError:
         count = 0
-    if count < 1:
-        raise ValueError(f"set_num_threads(): n is {n!r}; expected an integer of at least 1.")
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(message("set_num_threads", "n", f"is {n!r}", f"an integer from 1 to {MAX_THREADS}"))
     _threads = count

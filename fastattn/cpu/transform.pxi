@@ -28,7 +28,8 @@ cdef struct Transform:
     int stream
 
 
-cdef void transform_task(const Transform* f, long number) noexcept nogil:
+cdef void transform_task(const void* call, long number) noexcept nogil:
+    cdef const Transform* f = <const Transform*>call
     cdef long tiles = (f.seqlen + TILE - 1) // TILE, b = number // tiles, t0 = (number - b * tiles) * TILE, part, h, column
     cdef long rows = min(TILE, f.seqlen - t0), row = f.head_dim * f.size, there = rows
     cdef const char* x = f.qkv.ptr + b * f.qkv.batch + t0 * f.qkv.row
@@ -60,7 +61,8 @@ cdef long sequence_at(const Transform* f, long row) noexcept nogil:
     return low
 
 
-cdef void transform_backward_task(const Transform* f, long number) noexcept nogil:
+cdef void transform_backward_task(const void* call, long number) noexcept nogil:
+    cdef const Transform* f = <const Transform*>call
     cdef long row = number * GROUP, end = min(row + GROUP, f.rows), b, start, stop, part
     cdef char* sums = f.sums + number * 3 * f.num_heads * f.head_dim * f.real
     cdef HeadRows x
@@ -85,24 +87,9 @@ cdef void transform_backward_task(const Transform* f, long number) noexcept nogi
             row += 1
 
 
-cdef void run_transform(const Transform* f, long tasks, bint backward, int threads) noexcept nogil:
-    cdef long t
-    if threads <= 1 or in_forked_child:
-        for t in range(tasks):
-            if backward:
-                transform_backward_task(f, t)
-            else:
-                transform_task(f, t)
-    else:
-        for t in prange(tasks, schedule="dynamic", chunksize=2, num_threads=threads):
-            if backward:
-                transform_backward_task(f, t)
-            else:
-                transform_task(f, t)
-
-
-cdef void fill_transform(Transform* f, heads, cu_seqlens, double scale, list alive) except *:
+cdef void fill_transform(Transform* f, heads, cu_seqlens, double scale, Stop* stop, list alive) except *:
     memset(f, 0, sizeof(Transform))
+    begin_call(stop, look)
     f.batch, f.num_heads, f.seqlen, f.head_dim = heads[0].shape
     for i in range(3):
         f.heads[i] = tensor(heads[i], "bhrd")
@@ -112,27 +99,32 @@ cdef void fill_transform(Transform* f, heads, cu_seqlens, double scale, list ali
 
 
 def transform(qkv, bias, cu_seqlens, heads, double scale, bint stream, int threads):
-    """Writes q, k and v (`heads`, contiguous Views). bias: contiguous, in the dtype of the arithmetic. `stream`: writes go past the caches."""
+    """Writes q, k and v (`heads`, contiguous Views). bias: contiguous, in the dtype of the arithmetic. cu_seqlens: int64, nobody else's.
+    `stream`: writes go past the caches."""
     cdef Transform f
+    cdef Stop stop
     cdef list alive = []
-    fill_transform(&f, heads, cu_seqlens, scale, alive)
+    fill_transform(&f, heads, cu_seqlens, scale, &stop, alive)
     f.qkv, f.stream = tensor(qkv, "brd" if cu_seqlens is None else "rd"), stream
     f.bias = tensor(bias, "d").ptr
     cdef long tasks = f.batch * ((f.seqlen + TILE - 1) // TILE)
     with nogil:
-        run_transform(&f, tasks, False, threads)
+        run_tasks(transform_task, &f, tasks, team_size(threads, tasks), &stop)
+    end_call(&stop)
 
 
 def transform_backward(heads, cu_seqlens, dqkv, double scale, int threads):
     """Writes dqkv (rows, columns), contiguous, and returns the sums of each GROUP of its rows, (groups, columns)."""
     cdef Transform f
+    cdef Stop stop
     cdef list alive = []
-    fill_transform(&f, heads, cu_seqlens, scale, alive)
+    fill_transform(&f, heads, cu_seqlens, scale, &stop, alive)
     f.qkv, f.rows = tensor(dqkv, "rd"), dqkv.shape[0]
     cdef long tasks = (f.rows + GROUP - 1) // GROUP
     sums = np.zeros((tasks, dqkv.shape[1]), np.float64 if f.real == 8 else np.float32)
     cdef size_t address = sums.ctypes.data
     f.sums = <char*>address
     with nogil:
-        run_transform(&f, tasks, True, threads)
+        run_tasks(transform_backward_task, &f, tasks, team_size(threads, tasks), &stop)
+    end_call(&stop)
     return sums

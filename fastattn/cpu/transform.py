@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import buffers
 from ..buffers import View, numpy_dtype
@@ -22,6 +23,11 @@ def _threads(size: int) -> int:
     return 1 if size < SERIAL_BYTES else get_num_threads()
 
 
+def _copied(cu_seqlens: View | None) -> NDArray[np.int64] | None:
+    """Read once: the caller's array may change during the call."""
+    return None if cu_seqlens is None else np.array(cu_seqlens.numpy(), np.int64)
+
+
 def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View, v: View, scale: float) -> None:
     """Writes q = (q + bias) * scale, k + bias and v + bias, (batch, num_heads, seqlen, head_dim), from qkv (batch, seqlen, 3 * width), or
     with cu_seqlens from packed rows (total, 3 * width), zeros after each sequence's end. q, k and v are contiguous."""
@@ -29,12 +35,12 @@ def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View
     bias = np.ascontiguousarray(qkv_bias.numpy().astype(real))
     size, row = _bytes(q, k, v), q.shape[-1] * q.itemsize
     stream = size >= STREAM_BYTES and row % 16 == 0 and all(x.ptr % 16 == 0 for x in (q, k, v))
-    _engine.transform(qkv, buffers.view(bias, "transform", "bias"), cu_seqlens, (q, k, v), scale, stream, _threads(size))
+    _engine.transform(qkv, buffers.view(bias, "transform", "bias"), _copied(cu_seqlens), (q, k, v), scale, stream, _threads(size))
 
 
 def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float) -> None:
     """Writes dqkv, contiguous rows of the forward's qkv, 0 where they are of no sequence, and dqkv_bias, their sum (float32 in groups of
     rows, then float64). dq, dk and dv have any strides."""
     rows = View(dqkv.ptr, (math.prod(dqkv.shape[:-1]), dqkv.shape[-1]), dqkv.strides[-2:], dqkv.dtype, dqkv.device, dqkv.owner)
-    sums = _engine.transform_backward((dq, dk, dv), cu_seqlens, rows, scale, _threads(_bytes(dqkv)))
+    sums = _engine.transform_backward((dq, dk, dv), _copied(cu_seqlens), rows, scale, _threads(_bytes(dqkv)))
     dqkv_bias.numpy()[...] = sums.sum(axis=0, dtype=np.float64).astype(numpy_dtype(dqkv_bias.dtype))
