@@ -27,7 +27,7 @@ export PYTHONMALLOC=malloc FASTATTN_LEVELS="${levels[*]}" FASTATTN_FUZZ=0.2
 status=0
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
-  FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_engines.py tests/test_errors.py tests/test_cpu.py tests/test_fuzz.py tests/test_compat_multi_head.py \
+  FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_engines.py tests/test_errors.py tests/test_cpu.py tests/test_cpu_limits.py tests/test_fuzz.py tests/test_compat_multi_head.py \
     -k "not reference_agrees and not test_reference" || status=1
 done
 exit $status
