@@ -2,15 +2,18 @@
 
 Common keywords of the four attention functions (shapes for layout="bshd"; "bhsd" swaps heads and sequence):
 
-causal         False; True or "bottom_right": key j <= i + seqlen_k - seqlen_q; "top_left": key j <= i
-window         (left, right) keys around the diagonal, inclusive, None = no limit
+causal         False; True or "bottom_right": key j <= d; "top_left": the same with the other diagonal. d, the key on which row i stands, is
+               i + seqlen_k - seqlen_q, with "top_left" i
+window         (left, right) keys around the diagonal d, inclusive, None = no limit
 softmax_scale  default 1 / sqrt(head_dim)
 softcap        scores become softcap * tanh(score / softcap)
-alibi_slopes   (num_heads,) or (batch, num_heads): adds -slope * |i + seqlen_k - seqlen_q - j|
+alibi_slopes   (num_heads,) or (batch, num_heads): adds -slope * |d - j|
 bias           additive, broadcasts to (batch, num_heads, seqlen_q, seqlen_k); q's dtype or float32; -inf allowed
-mask           bool, same shapes, True = may attend
+mask           bool, same shapes, True = may attend. Two axes are always (seqlen_q, seqlen_k): a mask of padding keys (batch, seqlen_k) is
+               given as mask[:, None, None, :], or it counts as rows of queries where batch == seqlen_q
 sinks          (num_heads,) logits that join the softmax's denominator only
-dropout_p, seed, offset   Philox dropout of the probabilities, see philox.py; the backward takes the same three
+dropout_p, seed, offset   Philox dropout of the probabilities, see philox.py; the backward takes the same three. dropout_p counts in
+               steps of 1 / 65536: below 7.6e-6, half a step, nothing is dropped
 stream         CUDA arrays only: all work of the call is put on it, behind what q's library has on its current stream; an int,
                or a stream of cuda.core, torch, CuPy, Numba, or anything with __cuda_stream__. None: the current stream of
                q's library where it can be known (torch, CuPy; the one that q's __cuda_array_interface__ names), else the legacy
@@ -23,35 +26,42 @@ DLPack; a DeviceArray, which speaks DLPack, where q has no library). Lengths on 
 checked, and max_seqlen_q and max_seqlen_k are the totals unless given. In a CUDA graph capture results come from torch's or
 CuPy's pools, or are given as `out`.
 
+Options (causal to offset, max_seqlen_q, max_seqlen_k) are values: a number may come as a NumPy scalar or a 0-d array or tensor in host
+memory, and is what that holds when the call is made. On a device it is refused, because the host would wait, and so is a tensor that
+requires grad while torch records.
+
 Errors: ValueError and TypeError for wrong arguments, UnsupportedError where no engine has the combination, ImportError
 where the compiled CPU engine or the packages of the GPU engine are missing.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import numpy as np
 
 from . import repeat
-from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view
+from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view, written
 from .engine import load
 from .errors import message
-from .problem import Check, Operands, Problem, check_array, make_dropout, make_problem
+from .memo import Recent
+from .problem import Check, Operands, Options, Problem, check_array, make_dropout, problem_of, read_options
 from .registry import choose
+from .signature import strict, unknown_arguments
 from .streams import Stream
 
 Layout = Literal["bshd", "bhsd"]
 Packed = Literal["thd"]
-_problems: dict[Any, Problem] = {}
+_problems: Recent[Any, Problem] = Recent()
 
 
 # ---------------------------------------------------------------- the four functions
-def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+@strict
+def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
               mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
               layout: Layout = "bshd", out: Any = None, return_lse: bool = False, stream: Any = None,
-              engine: str | None = None) -> Any:
+              engine: str | None = None, **unknown: Never) -> Any:
     """softmax(scores) @ v: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_k, head_dim) and
     v (batch, seqlen_k, num_heads_k, head_dim_v) -> out (batch, seqlen_q, num_heads, head_dim_v), or (out, lse).
 
@@ -59,43 +69,50 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool | str = False, window: tup
     input). `out` may be given and is returned; a call that raises may have written parts of it. Other keywords and errors:
     see this module's docstring.
     """
+    if more or unknown:
+        raise unknown_arguments(attention, more, unknown)
     call, key = "attention", None
+    if type(return_lse) is not bool:
+        return_lse = bool(return_lse)
+    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
     if bias is None and mask is None and alibi_slopes is None and sinks is None and out is None and stream is None:
-        key, known = repeat.look(q, k, v, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, layout, return_lse,
-                                          engine))
+        key, known = repeat.look(q, k, v, (options, layout, return_lse, engine))
         if known is not None:
             result = known.again(q, k, v, call, engine)
             if result is not None:
                 return result
     on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
-                    key=key)
+    return _forward(call, layout, engine, options, on, o, q, out, return_lse, key)
 
 
-def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool | str = False,
+@strict
+def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *more: Never, causal: bool | str = False,
                        window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
                        softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
                        sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
                        layout: Layout = "bshd", dlse: Any = None, need_dbias: bool = False, deterministic: bool = False,
-                       stream: Any = None, engine: str | None = None) -> Grads:
+                       stream: Any = None, engine: str | None = None, **unknown: Never) -> Grads:
     """Grads(dq, dk, dv, dbias, dsinks) of `attention` for dout, and dlse where lse was used too; out and lse as it gave them.
 
     Each gradient has its input's shape, layout and dtype. dbias (bias's own shape) only when need_dbias, dsinks only when
     sinks were given. `deterministic` asks for the same bits in every run, at a price on the GPU; the CPU engine gives them always.
     """
+    if more or unknown:
+        raise unknown_arguments(attention_backward, more, unknown)
     call = "attention_backward"
+    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
     on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _backward(call, layout, engine, on, deterministic, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
-                     softmax_scale, softcap, dropout_p, seed, offset)
+    return _backward(call, layout, engine, options, on, o, (dout, q, k, v, out, lse, dlse, bias, sinks), need_dbias, deterministic)
 
 
-def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None = None,
+@strict
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
                      max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
                      window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
                      softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
                      sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
                      layout: Packed = "thd", out: Any = None, return_lse: bool = False, stream: Any = None,
-                     engine: str | None = None) -> Any:
+                     engine: str | None = None, **unknown: Never) -> Any:
     """`attention` of sequences packed along one axis: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_k, ...)
     -> out (total_q, num_heads, head_dim_v), or (out, lse) with lse (num_heads, total_q).
 
@@ -103,25 +120,30 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     seqused_k (sequences,): only that many of its keys exist. bias and mask broadcast to (sequences, num_heads,
     max_seqlen_q, max_seqlen_k) and are indexed inside each sequence. Rows of no sequence: out 0, lse -inf.
     """
+    if more or unknown:
+        raise unknown_arguments(attention_varlen, more, unknown)
     call = "attention_varlen"
+    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
     on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _forward(call, layout, engine, on, q, o, out, return_lse, causal, window, softmax_scale, softcap, dropout_p, seed, offset,
-                    max_seqlen_q, max_seqlen_k, True)
+    return _forward(call, layout, engine, options, on, o, q, out, return_lse)
 
 
-def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
+@strict
+def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never,
                               max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_k: Any = None,
                               causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
                               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None,
                               bias: Any = None, mask: Any = None, sinks: Any = None, dropout_p: float = 0.0,
                               seed: int | None = None, offset: int = 0, layout: Packed = "thd", dlse: Any = None,
                               need_dbias: bool = False, deterministic: bool = False, stream: Any = None,
-                              engine: str | None = None) -> Grads:
+                              engine: str | None = None, **unknown: Never) -> Grads:
     """Grads of `attention_varlen`; see attention_backward. Rows of no sequence and keys past seqused_k have gradient 0."""
+    if more or unknown:
+        raise unknown_arguments(attention_varlen_backward, more, unknown)
     call = "attention_varlen_backward"
+    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
     on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _backward(call, layout, engine, on, deterministic, (dout, q, k, v, out, lse, dlse, bias, sinks), o, need_dbias, causal, window,
-                     softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, True)
+    return _backward(call, layout, engine, options, on, o, (dout, q, k, v, out, lse, dlse, bias, sinks), need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- the flow they share
@@ -158,52 +180,41 @@ def _canonical(x: View, layout: str) -> View:
     return View(x.ptr, (batch, seqlen, heads, dim), (a, c, b, d), x.dtype, x.device, x.owner, x.readonly)
 
 
-def _problem(call: str, layout: str, o: Operands, packed: bool, *options: Any) -> tuple[Problem, Operands]:
-    """make_problem, remembered where nothing but shapes, dtypes, devices and `options` decides: 1 us for 6, and an engine may know
-    a Problem again by its identity. `options` are causal, window, softmax_scale, softcap, dropout_p, seed, offset and both max_seqlens."""
+def _problem(call: str, layout: str, o: Operands, options: Options) -> tuple[Problem, Operands]:
+    """problem_of, remembered where nothing but shapes, dtypes, devices and options decides: 1 us for 6, and an engine may know a Problem
+    again by its identity."""
     key: Any = None
-    if o.bias is None and o.mask is None and o.alibi_slopes is None and o.sinks is None and not (packed and o.q.device[0] == "cpu"):
-        # types too, because 1 == 1.0 == True; repr because that holds inside a window as well
+    if o.plain and not (o.packed and o.q.device[0] == "cpu"):
         q, k, v = o.q, o.k, o.v
-        key = (call, options, *map(type, options), options[1] and repr(options[1]), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
-               q.device, k.device, v.device)
-        if packed:
+        key = (call, options, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        if o.packed:
             key += tuple([(x.shape, x.dtype, x.device) for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
-        try:
-            found = _problems.get(key)
-        except TypeError:                                   # an option that is no number, say a list
-            found = key = None
+        found = _problems.get(key)
         if found is not None:
             return found, o
-    causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k = options
     try:
-        problem, o = make_problem(call, o, packed=packed, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
-                                  dropout_p=dropout_p, seed=seed, offset=offset, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        problem, o = problem_of(call, o, options)
     except (TypeError, ValueError) as error:
         if layout == "bhsd":
             error.add_note("Shapes in this message are in the order (batch, seqlen, num_heads, head_dim).")
         raise
     if key is not None:
-        if len(_problems) >= 1000:                          # a new seed each step
-            _problems.clear()
         _problems[key] = problem
     return problem, o
 
 
-def _forward(call: str, layout: str, engine: str | None, on: Stream | None, q: Any, o: Operands, out: Any, return_lse: bool, causal: Any,
-             window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any, max_seqlen_q: Any = None,
-             max_seqlen_k: Any = None, packed: bool = False, key: Any = None) -> Any:
-    problem, o = _problem(call, layout, o, packed, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
-                          max_seqlen_k)
+def _forward(call: str, layout: str, engine: str | None, options: Options, on: Stream | None, o: Operands, q: Any, out: Any,
+             return_lse: bool, key: Any = None) -> Any:
+    problem, ready = _problem(call, layout, o, options)
     shape = _swapped(problem.out_shape, layout)
     given = None if out is None else _given_out(call, out, shape, problem, o, on)
     chosen = choose(call, engine, o.q.device)
     output = allocate(q, shape, problem.dtype, on) if given is None else given
     lse = allocate(q, problem.lse_shape, problem.lse_dtype, on) if return_lse else None
     place, lse_place = _canonical(output.view, layout), None if lse is None else lse.view
-    chosen.forward(problem, o, place, lse_place, None if on is None else on.handle)
+    chosen.forward(problem, ready, place, lse_place, None if on is None else on.handle)
     if key is not None and on is not None:
-        repeat.remember(key, chosen, problem, o, place, shape, lse_place, q)
+        repeat.remember(key, chosen, problem, ready, place, shape, lse_place, q)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 
@@ -215,15 +226,13 @@ def _given_out(call: str, out: Any, shape: tuple[int, ...], problem: Problem, o:
         x = getattr(o, name)
         if x is not None and overlap(place, x):
             raise ValueError(message(call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
-    return Output(place, out)
+    return Output(place, out, written(out))
 
 
-def _backward(call: str, layout: str, engine: str | None, on: Stream | None, deterministic: bool, arrays: tuple[Any, ...], o: Operands,
-              need_dbias: bool, causal: Any, window: Any, softmax_scale: Any, softcap: Any, dropout_p: Any, seed: Any, offset: Any,
-              max_seqlen_q: Any = None, max_seqlen_k: Any = None, packed: bool = False) -> Grads:
+def _backward(call: str, layout: str, engine: str | None, options: Options, on: Stream | None, o: Operands, arrays: tuple[Any, ...],
+              need_dbias: bool, deterministic: bool) -> Grads:
     dout, q, k, v, out, lse, dlse, bias, sinks = arrays
-    problem, broadcast = _problem(call, layout, o, packed, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
-                                  max_seqlen_k)
+    problem, ready = _problem(call, layout, o, options)
     if need_dbias and bias is None:
         raise ValueError(message(call, "need_dbias", "is True", "a bias, whose gradient it asks for", "pass bias= or need_dbias=False"))
     shape, device = _swapped(problem.out_shape, layout), o.q.device
@@ -243,7 +252,7 @@ def _backward(call: str, layout: str, engine: str | None, on: Stream | None, det
         dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype, on)
     places = Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
                    None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
-    chosen.backward(problem, broadcast, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view, places,
+    chosen.backward(problem, ready, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view, places,
                     None if on is None else on.handle, bool(deterministic))
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
                  None if dsinks is None else dsinks.finish())
@@ -270,7 +279,8 @@ def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dr
     check = Check("dropout_mask")
     shape = [check.integer(name, n, 0, 2**31 - 1) for name, n in (("batch", batch), ("num_heads", num_heads), ("seqlen_q", seqlen_q),
                                                                  ("seqlen_k", seqlen_k))]
-    dropout = make_dropout(check, dropout_p, seed, offset)
+    options = read_options(check.call, False, None, None, None, dropout_p, seed, offset)
+    dropout = make_dropout(check, options.dropout_p, options.seed, options.offset)
     if dropout is None:
         return np.ones(shape, bool)
     return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
@@ -280,9 +290,9 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
                  stream: Any = None) -> tuple[Any, Any]:
     """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, on one device.
 
-    out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf) adds nothing, whatever its out holds. Give sinks
-    to one of the parts only. `stream`: as for attention, CUDA arrays only. Source: Milakov, Gimelshein, "Online normalizer calculation
-    for softmax", 2018.
+    out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf, or +inf, which is how FlashAttention marks it) adds nothing,
+    whatever its out holds. Give sinks to one of the parts only. `stream`: as for attention, CUDA arrays only.
+    Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     call, check = "merge_states", Check("merge_states")
     if layout not in ("bshd", "bhsd", "thd"):
@@ -305,19 +315,22 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
         result, lse_result = allocate(outs[0], _swapped(first.shape, layout), first.dtype, on), allocate(lses[0], lse_shape, compute, on)
         merge(out_views, lse_views, _canonical(result.view, layout), lse_result.view, on.handle)
         return result.finish(), lse_result.finish()
-    lse_arrays = [x.numpy() for x in lse_views]
-    peak = np.maximum.reduce(lse_arrays)
-    peak = np.where(peak == -np.inf, 0, peak)
-    total_out, total = np.zeros(first.shape, compute), np.zeros_like(peak)
-    for out, part in zip(out_views, lse_arrays, strict=True):
-        weight = np.exp(part - peak)
-        total += weight
-        weight = weight.swapaxes(-1, -2)[..., None]
-        total_out += np.where(weight == 0, 0, weight * out.numpy().astype(compute))
     result = allocate(outs[0], _swapped(first.shape, layout), first.dtype)
     lse_result = allocate(lses[0], lse_shape, compute)
-    divisor = np.where(total == 0, 1, total).swapaxes(-1, -2)[..., None]
-    _canonical(result.view, layout).numpy()[...] = total_out / divisor
-    with np.errstate(divide="ignore"):
-        lse_result.view.numpy()[...] = peak + np.log(total)
+    _merge(out_views, lse_views, _canonical(result.view, layout), lse_result.view)
     return result.finish(), lse_result.finish()
+
+
+@np.errstate(all="ignore")
+def _merge(outs: list[View], lses: list[View], out: View, lse: View) -> None:
+    parts = [np.where(x.numpy() == np.inf, -np.inf, x.numpy()) for x in lses]
+    peak = np.maximum.reduce(parts)
+    peak = np.where(peak == -np.inf, 0, peak)
+    weights = [np.exp(part - peak) for part in parts]
+    total = sum(weights)
+    divisor, merged = np.where(total == 0, 1, total), np.zeros(out.shape, lse.dtype)
+    for x, weight in zip(outs, weights, strict=True):       # of sum 1: what is finite stays finite
+        share = (weight / divisor).swapaxes(-1, -2)[..., None]
+        merged += np.where(share == 0, 0, share * x.numpy().astype(lse.dtype))
+    out.numpy()[...] = merged
+    lse.numpy()[...] = peak + np.log(total)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import dlpack, streams
+from . import dlpack, streams, words
 from .errors import message
 from .streams import Home, Stream
 
@@ -23,7 +24,7 @@ CPU: Device = ("cpu", 0)
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 _NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name != "bfloat16"}
 _DTYPES: dict[str, np.dtype[Any]] = {name: dtype for dtype, name in _NAMES.items()}
-EXPECTED = "float32, float64, float16, bfloat16, bool, int32 or int64 in this machine's byte order"
+FLOATS, LENGTHS = ("float32", "float64", "float16", "bfloat16"), ("int32", "int64")
 
 
 class Grads(NamedTuple):
@@ -156,9 +157,10 @@ class Library(NamedTuple):
     """How one kind of array is read and made; libraries.py has those that are known by name."""
 
     view: Callable[[Any, str, str, Stream | None], View]
-    home: Callable[[Any], Home | None]                      # None: host memory
+    home: Callable[[Any, str], Home | None]                 # of an array in a call, whose first it is; None: host memory
     empty: Callable[[Any, tuple[int, ...], str, Stream], Output]    # in CUDA memory
     quick: Quick | None = None
+    written: Callable[[Any], Any] | None = None             # tells the library that an array's memory was written to; gives the array
 
 
 def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View:
@@ -174,14 +176,14 @@ def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View
         name = _NAMES.get(x.dtype)
         flags = x.flags
         if name is None or not flags.aligned or type(x) is not np.ndarray:
-            name = _slow_numpy(x, call, argument)
+            x, name = _slow_numpy(x, call, argument)
         return View(x.__array_interface__["data"][0], x.shape, x.strides, name, CPU, x, not flags.writeable)
     return _library(x, call, argument).view(x, call, argument, stream)
 
 
 def resolve(stream: Any, q: Any, call: str) -> Stream | None:
     """The stream that a call with this q runs on; None in host memory. Errors: see streams.resolve."""
-    home = None if isinstance(q, np.ndarray) else _library(q, call, "q").home(q)
+    home = None if isinstance(q, np.ndarray) else _library(q, call, "q").home(q, call)
     return streams.resolve(stream, home, call)
 
 
@@ -205,12 +207,41 @@ def _library(x: Any, call: str, argument: str) -> Library:
     if known is not None:
         _libraries[type(x)] = known
         return known
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+    stand_in = words.transformed(x)
+    if stand_in is not None:
+        raise TypeError(message(call, argument, stand_in[0], "an array", stand_in[1]))
+    if _has(x, "__dlpack__") and _has(x, "__dlpack_device__"):
         return DLPACK
-    if hasattr(x, "__cuda_array_interface__"):
+    if _has(x, "__cuda_array_interface__"):
         return INTERFACE
-    raise TypeError(message(call, argument, f"is a {type(x).__name__}", "a NumPy array or an array that speaks DLPack",
-                            f"np.asarray({argument}) makes one of numbers"))
+    hint = f"{argument}.compute() gives one" if words.root(x) == "dask" else f"np.asarray({argument}) makes one of numbers"
+    raise TypeError(message(call, argument, f"is {words.kind(x)}", "a NumPy array or an array that speaks DLPack", hint))
+
+
+def _has(x: Any, name: str) -> bool:
+    """Whether x has an attribute; also where asking raises, which its reader will tell."""
+    try:
+        return hasattr(x, name)
+    except _EXPORT_ERRORS:
+        return True
+
+
+def in_device_memory(x: Any) -> bool:
+    """Whether a number in x is on a device, where reading it would stop the host."""
+    if isinstance(x, np.ndarray):
+        return False
+    try:
+        if hasattr(x, "__dlpack_device__"):
+            return dlpack.DEVICES.get(int(x.__dlpack_device__()[0])) != "cpu"
+        return hasattr(x, "__cuda_array_interface__")
+    except _EXPORT_ERRORS:
+        return False
+
+
+def written(x: Any) -> Callable[[Any], Any] | None:
+    """How x's library is told that its memory was written to, once x was read; None where it need not be."""
+    known = _libraries.get(type(x))
+    return None if known is None else known.written
 
 
 def small(x: Any, dtype: str | None, call: str, argument: str, stream: Stream | None = None) -> View:
@@ -223,49 +254,67 @@ def small(x: Any, dtype: str | None, call: str, argument: str, stream: Stream | 
                                 f"make it once, as torch.tensor({argument}, device='cuda') or cupy.asarray({argument}) do"))
     try:
         a = np.asarray(x)
-    except (ValueError, OverflowError):
-        raise TypeError(message(call, argument, f"is a {type(x).__name__} of unequal parts", "numbers")) from None
+    except Exception:                                       # what it holds may raise anything
+        raise TypeError(message(call, argument, f"is {words.kind(x)} of unequal parts", "numbers")) from None
     if a.dtype.kind in "iuf" and dtype is not None:
         a = a.astype(numpy_dtype(dtype))
+    elif a.dtype.kind not in "iuf" or a.dtype.kind == "u":
+        has = f"is {words.kind(x)} of numbers beyond int64" if a.dtype.kind == "u" else f"is {words.shown(x)}"
+        raise TypeError(message(call, argument, has, "numbers"))
     return view(a, call, argument)
 
 
-def _slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> str:
-    """The dtype name of an ndarray off the fast path: bfloat16 seen first, subclasses; else the error that fits."""
+def _slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> tuple[np.ndarray[Any, Any], str]:
+    """An ndarray off the fast path, and its dtype's name: bfloat16 seen first, subclasses as the plain array that they are over the same
+    memory; else the error that fits."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(message(call, argument, "is a masked array", "a plain array",
                                 f"pass {argument}.data, and what may be attended in mask="))
+    x = np.asarray(x)                                       # a subclass may say anything of itself
     dtype = x.dtype
-    if dtype.name == "bfloat16" and dtype == numpy_dtype("bfloat16"):
-        name: str | None = "bfloat16"
-    else:
-        name = _NAMES.get(dtype)
-    if name is None:
-        if not dtype.isnative:
-            hint = f"{argument}.astype({argument}.dtype.newbyteorder('=')) works"
-            raise TypeError(message(call, argument, f"has dtype {dtype.name} in the other byte order ({dtype.str})", EXPECTED, hint))
-        hint = f"{argument}.astype(np.float32) works if it holds real numbers"
-        raise TypeError(message(call, argument, f"has dtype {dtype.name}", EXPECTED, hint))
+    if not dtype.isnative:
+        hint = f"{argument}.astype({argument}.dtype.newbyteorder('=')) works"
+        raise TypeError(message(call, argument, f"has dtype {dtype.name} in the other byte order ({dtype.str})",
+                                f"{' or '.join(_takes(argument))} in this machine's byte order", hint))
+    name = dtype_name(dtype, call, argument, x)
     if not x.flags.aligned:
         raise ValueError(message(call, argument, f"is misaligned (strides {x.strides})",
                                  f"addresses and strides that are multiples of {dtype.itemsize} bytes",
                                  f"np.require({argument}, requirements='A') makes an aligned copy"))
-    return name
+    return x, name
 
 
 # ---------------------------------------------------------------- DLPack and the CUDA Array Interface
-def dtype_name(dtype: np.dtype[Any], call: str, argument: str) -> str:
-    """The name of a dtype that another library's array says it has; TypeError for one that no argument takes."""
+def _takes(argument: str) -> tuple[str, ...]:
+    """The dtypes of an argument, by its name: cumulative and used lengths, mask, all others."""
+    return LENGTHS if argument.startswith(("cu_", "seqused")) else ("bool",) if argument == "mask" else FLOATS
+
+
+def wrong_dtype(name: str, call: str, argument: str, x: Any) -> TypeError:
+    """The error for a dtype that no argument takes, with the cast that x's library has."""
+    takes = _takes(argument)
+    hint = words.cast(argument, x, takes[0])
+    if hint and name.startswith(("object", "complex", "str", "bytes", "void")):
+        hint += " if it holds real numbers"
+    if hint and argument == "bias":
+        hint += f", and a mask of what may be attended goes in mask=, as {words.cast(argument, x, 'bool').removesuffix(' works')}"
+    return TypeError(message(call, argument, f"has dtype {name}", " or ".join(takes), hint))
+
+
+def dtype_name(dtype: np.dtype[Any], call: str, argument: str, x: Any) -> str:
+    """The name of the dtype that an array x has; TypeError for one that no argument takes."""
     name = _NAMES.get(dtype)
     if name is None and dtype.name == "bfloat16" and dtype == numpy_dtype("bfloat16"):
         return "bfloat16"
     if name is None:
-        raise TypeError(message(call, argument, f"has dtype {dtype.name}", EXPECTED))
+        raise wrong_dtype(dtype.name, call, argument, x)
     return name
 
 
 def cannot(x: Any, why: object, call: str, argument: str) -> TypeError:
-    """The error for an array whose memory its library does not give."""
+    """The error for an array whose memory its library does not give. What is missing, memory or a package, is told as it is."""
+    if isinstance(why, (ImportError, MemoryError)):
+        raise why
     return TypeError(message(call, argument, f"({type(x).__name__}) cannot be exported: {why}", "an array that speaks DLPack"))
 
 
@@ -274,12 +323,12 @@ def requires_grad(call: str, argument: str) -> TypeError:
                              f"pass {argument}.detach(), and call the backward function with the gradient"))
 
 
-_EXPORT_ERRORS = (BufferError, RuntimeError, TypeError, ValueError)
+_EXPORT_ERRORS = (Exception,)                               # whatever another library's code raises
 
 
 def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> View:
     """The View of a DLPack producer, which makes our stream wait for its own work. The capsule lives in `owner`."""
-    if getattr(x, "requires_grad", False) is True:
+    if words.in_graph(x):
         raise requires_grad(call, argument)
     try:
         number, index = map(int, x.__dlpack_device__())
@@ -296,22 +345,45 @@ def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
                 capsule = x.__dlpack__(max_version=(1, 0), **keywords)
             except TypeError:                               # a producer older than DLPack 1.0
                 capsule = x.__dlpack__(**keywords)
-        tensor, readonly = dlpack.opened(capsule)
+        d = dlpack.described(capsule)
     except _EXPORT_ERRORS as error:
         raise cannot(x, error, call, argument) from error
-    name = dlpack.DTYPES.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
-    if name is None:
-        kind_name = dlpack.KINDS.get(tensor.code, f"code {tensor.code}, bits ")
-        raise TypeError(message(call, argument, f"has dtype {kind_name}{tensor.bits}", EXPECTED))
-    shape = tuple(tensor.shape[:tensor.ndim])
-    size = ITEMSIZE[name]
-    strides = tuple([s * size for s in tensor.strides[:tensor.ndim]]) if tensor.strides else contiguous(shape, size)
+    if d.dtype not in ITEMSIZE:
+        raise wrong_dtype(d.dtype, call, argument, x)
     device = (kind, index) if kind == "cuda" else CPU
-    readonly = readonly or type(x).__module__.startswith("jax")     # immutable, whether or not the capsule says so
-    return View((tensor.data or 0) + tensor.byte_offset, shape, strides, name, device, (x, capsule), readonly)
+    if dlpack.DEVICES.get(d.device[0]) != kind or (kind == "cuda" and d.device[1] != index):
+        has = f"is on DLPack device {d.device} by its capsule and {(number, index)} by __dlpack_device__"
+        raise ValueError(message(call, argument, has, "one device"))
+    size = ITEMSIZE[d.dtype]
+    strides = None if d.strides is None else tuple([s * size for s in d.strides])
+    readonly = d.readonly or words.root(x) in ("jax", "jaxlib")     # immutable, whether or not the capsule says so
+    return _possible(View(d.ptr, d.shape, strides or (), d.dtype, device, (x, capsule), readonly), strides is None, call, argument)
 
 
-def _dlpack_home(x: Any) -> Home | None:
+def _possible(x: View, packed: bool, call: str, argument: str) -> View:
+    """x, or ValueError where no memory can be what another library says of it; `packed` gives it the strides of a contiguous array."""
+    size, where = x.itemsize, "an array in memory"
+    if any(n < 0 for n in x.shape):
+        raise ValueError(message(call, argument, f"has shape {x.shape}", "lengths of 0 or more"))
+    if packed:
+        x.strides = contiguous(x.shape, size)
+    if len(x.strides) != len(x.shape):
+        raise ValueError(message(call, argument, f"has strides {x.strides} for shape {x.shape}", "one for each axis"))
+    low, high = x.bytes_range()
+    span = size * math.prod([max(n, 1) for n in x.shape])
+    if high >= 2**64 or max(high - low, span, *map(abs, x.strides), 0) >= 2**63:
+        raise ValueError(message(call, argument, f"has shape {x.shape} and strides {x.strides} in bytes, beyond any memory", where))
+    if 0 in x.shape:
+        return x
+    if x.ptr == 0 or low < 0:
+        raise ValueError(message(call, argument, f"has elements, shape {x.shape}, at address {low}", where))
+    if x.ptr % size or any(s % size for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        raise ValueError(message(call, argument, f"is misaligned (address {x.ptr:#x}, strides {x.strides})",
+                                 f"addresses and strides that are multiples of {size} bytes", "a copy of it is aligned"))
+    return x
+
+
+def _dlpack_home(x: Any, call: str) -> Home | None:
     """The producer waits on whatever stream it is given, so without the caller's word it is the legacy default one."""
     try:
         number, index = map(int, x.__dlpack_device__())
@@ -320,31 +392,79 @@ def _dlpack_home(x: Any) -> Home | None:
     return Home(index, streams.LEGACY) if dlpack.DEVICES.get(number) == "cuda" else None
 
 
+class _Wrong(Exception):
+    """What is wrong with a __cuda_array_interface__: the entry, what it is, what was expected."""
+
+
+def _interface(x: Any) -> tuple[int, bool, tuple[int, ...], tuple[int, ...] | None, str, bool, int | None]:
+    """(pointer, read-only, shape, strides, type string, whether there is a mask, stream) of a __cuda_array_interface__, each of its type;
+    _Wrong where one is not."""
+    said = x.__cuda_array_interface__
+    if not isinstance(said, dict):
+        raise _Wrong("", f"is {words.kind(said)}", "a dictionary")
+    for name in ("shape", "typestr", "data", "version"):
+        if name not in said:
+            raise _Wrong(name, "is missing", "shape, typestr, data and version")
+
+    def integer(name: str, n: Any, low: int = -2**63, high: int = 2**63 - 1) -> int:
+        try:
+            plain = operator.index(n)
+        except TypeError:
+            raise _Wrong(name, f"is {words.shown(said[name])}", "integers" if name in ("shape", "strides") else "an integer") from None
+        if isinstance(n, bool) or not low <= plain <= high:
+            raise _Wrong(name, f"is {words.shown(said[name])}", f"at least {low}" if plain < low else f"at most {high}")
+        return plain
+
+    def integers(name: str) -> tuple[int, ...]:
+        if not isinstance(said[name], (tuple, list)):
+            raise _Wrong(name, f"is {words.shown(said[name])}", "a tuple of integers")
+        return tuple([integer(name, n) for n in said[name]])
+    integer("version", said["version"], 0, 3)
+    data = said["data"]
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise _Wrong("data", f"is {words.shown(data)}", "a pair (pointer, read-only)")
+    typestr, stream = said["typestr"], said.get("stream")
+    if not isinstance(typestr, str):
+        raise _Wrong("typestr", f"is {words.shown(typestr)}", "a string")
+    return (0 if data[0] is None else integer("data", data[0], 0, 2**64 - 1), bool(data[1]), integers("shape"),
+            None if said.get("strides") is None else integers("strides"), typestr, said.get("mask") is not None,
+            None if stream is None else integer("stream", stream, 0, 2**64 - 1))
+
+
 def _from_interface(x: Any, call: str, argument: str, stream: Stream | None) -> View:
     """The View of a CUDA array without DLPack. The interface does not name the device, so the driver is asked."""
-    interface = x.__cuda_array_interface__
-    dtype = np.dtype(interface["typestr"])
-    name = _NAMES.get(dtype)
+    try:
+        ptr, readonly, shape, strides, typestr, masked, producer = _interface(x)
+        dtype = np.dtype(typestr)
+    except _Wrong as wrong:
+        entry, has, expected = wrong.args
+        has = f"has a __cuda_array_interface__ whose {entry} {has}" if entry else f"has a __cuda_array_interface__ that {has}"
+        raise TypeError(message(call, argument, has, expected)) from None
+    except _EXPORT_ERRORS as error:
+        raise cannot(x, error, call, argument) from error
     if dtype.kind == "V" and dtype.itemsize == 2:
-        raise TypeError(message(call, argument, f"has type string {interface['typestr']!r} in __cuda_array_interface__, which has no code "
-                                "for bfloat16", EXPECTED, "an array that speaks DLPack (torch, CuPy, JAX) can say that it is bfloat16"))
-    if name is None or interface.get("mask") is not None:
-        raise TypeError(message(call, argument, f"has dtype {dtype.str}" if name is None else "has a mask", EXPECTED))
-    shape = tuple(interface["shape"])
-    strides = interface.get("strides")
-    ptr = interface["data"][0] or 0
+        raise TypeError(message(call, argument, f"has type string {typestr!r} in __cuda_array_interface__, which has no code for bfloat16",
+                                " or ".join(_takes(argument)),
+                                "an array that speaks DLPack (torch, CuPy, JAX) can say that it is bfloat16"))
+    if masked:
+        raise TypeError(message(call, argument, "has a mask", "a plain array", "what may be attended goes in mask="))
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise wrong_dtype(dtype.str, call, argument, x)
+    place = _possible(View(ptr, shape, strides or (), name, ("cuda", 0), x, readonly), strides is None, call, argument)
     number = streams.device_of(ptr) if ptr else 0 if stream is None else stream.device
-    producer = interface.get("stream")
+    place.device = "cuda", number
     if producer is not None and stream is not None and stream.device == number:
         streams.wait(stream, streams.normal(producer))
-    return View(ptr, shape, contiguous(shape, dtype.itemsize) if strides is None else tuple(strides), name, ("cuda", number), x,
-                bool(interface["data"][1]))
+    return place
 
 
-def _interface_home(x: Any) -> Home:
-    interface = x.__cuda_array_interface__
-    ptr = interface["data"][0]
-    return Home(streams.device_of(ptr) if ptr else 0, streams.normal(interface.get("stream") or 0))
+def _interface_home(x: Any, call: str) -> Home:
+    try:
+        ptr, *_, producer = _interface(x)
+    except _EXPORT_ERRORS:
+        return Home(0, streams.LEGACY)                      # the reader says what is wrong
+    return Home(streams.device_of(ptr) if ptr else 0, streams.normal(producer or 0))
 
 
 def contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

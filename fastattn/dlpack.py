@@ -5,7 +5,7 @@ Source: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x).
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,12 @@ class ManagedVersioned(ctypes.Structure):
 DTYPES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16", (6, 8): "bool",
           (0, 32): "int32", (0, 64): "int64"}
 CODES = {name: code for code, name in DTYPES.items()}
-KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
+_KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
+_SMALL = ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+          "float8_e8m0fnu", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn")     # codes 7 and on
 DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}       # 3 is pinned host memory, 13 CUDA managed memory
 CPU, CUDA = 1, 2
+MOST_AXES = 64
 _READONLY = 1
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
@@ -41,14 +44,49 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.p
 
 def opened(capsule: Any) -> tuple[Tensor, bool]:
     """The tensor of a capsule and whether it is read-only. The capsule is not marked as used: it must outlive the memory's use,
-    and its own destructor gives the memory back. BufferError for a version that nobody knows."""
+    and its own destructor gives the memory back. BufferError for a version that nobody knows and for what is no capsule, or one that
+    somebody has used."""
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
             raise BufferError(f"speaks DLPack {managed.major}.{managed.minor}")
         return managed.tensor, bool(managed.flags & _READONLY)
+    if not _capsule_is(capsule, b"dltensor"):
+        raise BufferError(f"gave {capsule!r}, which is no DLPack capsule, or one that was used")
     # the old protocol has no read-only flag, and JAX's arrays are immutable: inputs yes, outputs no
     return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), True
+
+
+class Described(NamedTuple):
+    """What a capsule says, checked; strides in elements, None where there are none."""
+
+    ptr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: str                                              # of DTYPES, else a name for errors
+    device: tuple[int, int]
+    readonly: bool
+
+
+def described(capsule: Any) -> Described:
+    """A capsule's tensor as plain values. BufferError for what no array can have. Whether it fits in memory is for View's reader to say."""
+    t, readonly = opened(capsule)
+    if not 0 <= t.ndim <= MOST_AXES:
+        raise BufferError(f"says it has {t.ndim} axes")
+    if t.ndim and not t.shape:
+        raise BufferError(f"has {t.ndim} axes, and a NULL pointer for their lengths")
+    strides = tuple(t.strides[:t.ndim]) if t.strides else None
+    return Described((t.data or 0) + t.byte_offset, tuple(t.shape[:t.ndim]) if t.ndim else (), strides, _dtype(t.code, t.bits, t.lanes),
+                     (t.device_type, t.device_id), readonly)
+
+
+def _dtype(code: int, bits: int, lanes: int) -> str:
+    name = DTYPES.get((code, bits)) if lanes == 1 else None
+    if name is None:
+        small = 7 <= code < 7 + len(_SMALL)
+        name = _SMALL[code - 7] if small else f"{_KINDS.get(code, f'of code {code}, bits ')}{bits}"
+        name = name if lanes == 1 else f"{name} in vectors of {lanes}"
+    return name
 
 
 class _Raw:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import buffers, streams
-from .buffers import CPU, DLPACK, EXPECTED, INTERFACE, Library, Output, Quick, View, cannot, contiguous, dtype_name, requires_grad
+from . import buffers, streams, words
+from .buffers import CPU, DLPACK, INTERFACE, Library, Output, Quick, View, cannot, contiguous, dtype_name, requires_grad, wrong_dtype
 from .errors import message
 from .streams import PER_THREAD, Home, Stream
 
@@ -23,6 +23,8 @@ def find(x: Any) -> Library | None:
     """The library of x by its type, if it is one of these."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(x, torch.Tensor):
+        if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):     # asking for its address already warns
+            return Library(_stand_in, lambda x, call: None, buffers.empty_device_array)
         return _torch(torch)
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _cupy(cupy)
@@ -32,9 +34,9 @@ def find(x: Any) -> Library | None:
     if modules[0].startswith("cuda.core.") and type(x).__name__ == "StridedMemoryView":
         return Library(_memory_view, _memory_view_home, buffers.empty_device_array)
     if modules[0].startswith("cuda.core.") and type(x).__name__ == "Buffer":
-        return Library(_bare_buffer, lambda x: None, buffers.empty_device_array)
+        return Library(_bare_buffer, lambda x, call: None, buffers.empty_device_array)
     if modules[0].startswith("fastattn.") and type(x).__name__ == "DeviceArray":
-        return Library(_device_array, lambda x: Home(x.stream.device, x.stream.handle), buffers.empty_device_array)
+        return Library(_device_array, lambda x, call: Home(x.stream.device, x.stream.handle), buffers.empty_device_array)
     return None
 
 
@@ -44,24 +46,30 @@ def _torch(torch: Any) -> Library:
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
     mark, is_hip = "torch", torch.version.hip is not None
+    forward_ad, modes, traced = torch.autograd.forward_ad, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
     @lru_cache(4096)
     def in_bytes(strides: tuple[int, ...], size: int) -> tuple[int, ...]:
         return tuple([s * size for s in strides])
 
     def view(x: Any, call: str, argument: str, stream: Stream | None) -> View:
-        if x.requires_grad:
+        if forward_ad._current_level >= 0:
+            _stand_in(x, call, argument, stream)
+        if x.requires_grad and torch.is_grad_enabled():
+            _stand_in(x, call, argument, stream)
             raise requires_grad(call, argument)
         known = names.get(x.dtype)
         if known is None:
-            raise TypeError(message(call, argument, f"has dtype {str(x.dtype).removeprefix('torch.')}", EXPECTED))
+            raise wrong_dtype(str(x.dtype).removeprefix("torch."), call, argument, x)
         name, size = known
         on_device = x.is_cuda
         if is_hip or not (on_device or x.is_cpu):
-            return DLPACK.view(x, call, argument, stream)  # on a device whose name the DLPack reader puts in its error
+            _stand_in(x, call, argument, stream)
+            return DLPACK.view(x.detach(), call, argument, stream)      # on a device whose name the DLPack reader puts in its error
         try:
             ptr, shape, strides = x.data_ptr(), tuple(x.shape), in_bytes(x.stride(), size)
         except RuntimeError as error:                       # sparse, functorch's wrappers, ...
+            _stand_in(x, call, argument, stream)
             raise cannot(x, error, call, argument) from error
         if x.is_neg() or (ptr == 0 and 0 not in shape):
             raise cannot(x, "it is a lazy negation; x.resolve_neg() works" if x.is_neg() else "it has no memory of its own", call, argument)
@@ -72,7 +80,9 @@ def _torch(torch: Any) -> Library:
             streams.wait(stream, streams.normal(raw(number)))
         return View(ptr, shape, strides, name, ("cuda", number), x)
 
-    def home(x: Any) -> Home | None:
+    def home(x: Any, call: str) -> Home | None:
+        if modes() or traced() is not None:
+            _stand_in(x, call, "q", None)
         if is_hip or not x.is_cuda:
             return None
         number = x.get_device()
@@ -99,12 +109,28 @@ def _torch(torch: Any) -> Library:
         return Output(place, tensor, finish)
 
     def form(x: Any) -> Any:
-        return (x.dtype, x.shape, x.stride(), x.get_device(), x.requires_grad, x.is_neg()) if x.is_cuda else None
+        if not x.is_cuda:
+            return None
+        in_graph = x.requires_grad and torch.is_grad_enabled()
+        return x.dtype, x.shape, x.stride(), x.get_device(), in_graph, x.is_neg()
 
     def current(x: Any) -> int:
-        return streams.normal(raw(x.get_device())) if x.is_cuda else 0
+        if modes() or forward_ad._current_level >= 0 or traced() is not None or not x.is_cuda:
+            return 0
+        return streams.normal(raw(x.get_device()))
 
-    return Library(view, home, empty, None if is_hip else Quick(form, operator.methodcaller("data_ptr"), current, new))
+    def written(x: Any) -> Any:
+        torch.autograd.graph.increment_version(x)           # so that a graph that has saved x says so in its backward
+        return x
+
+    return Library(view, home, empty, None if is_hip else Quick(form, operator.methodcaller("data_ptr"), current, new), written)
+
+
+def _stand_in(x: Any, call: str, argument: str, stream: Stream | None) -> Any:
+    """TypeError where x is no array in memory that only this call sees."""
+    found = words.transformed(x)
+    if found is not None:
+        raise TypeError(message(call, argument, found[0], "an array in memory of its own", found[1]))
 
 
 # ---------------------------------------------------------------- CuPy
@@ -119,9 +145,9 @@ def _cupy(cupy: Any) -> Library:
         number = memory.device_id
         if stream is not None and stream.ordered_by is not mark and stream.device == number:
             streams.wait(stream, current(number))
-        return View(memory.ptr, x.shape, x.strides, dtype_name(x.dtype, call, argument), ("cuda", number), x)
+        return View(memory.ptr, x.shape, x.strides, dtype_name(x.dtype, call, argument, x), ("cuda", number), x)
 
-    def home(x: Any) -> Home:
+    def home(x: Any, call: str) -> Home:
         number = x.data.device_id
         return Home(number, current(number), mark)
 
@@ -173,13 +199,13 @@ def _memory_view(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
     if x.dtype is None:
         raise TypeError(message(call, argument, "is a StridedMemoryView without a dtype", "one with a dtype",
                                 "StridedMemoryView.from_buffer(buffer, shape, dtype=...) takes one"))
-    name = dtype_name(x.dtype, call, argument)
+    name = dtype_name(x.dtype, call, argument, x)
     size, shape = buffers.ITEMSIZE[name], tuple(x.shape)
     strides = contiguous(shape, size) if x.strides is None else tuple([s * size for s in x.strides])
     return View(x.ptr, shape, strides, name, CPU if x.device_id < 0 else ("cuda", x.device_id), x, bool(x.readonly))
 
 
-def _memory_view_home(x: Any) -> Home | None:
+def _memory_view_home(x: Any, call: str) -> Home | None:
     return None if x.device_id < 0 else Home(x.device_id, streams.LEGACY)
 
 

@@ -1,8 +1,8 @@
 """A dense forward that comes again with other addresses: from `attention` straight to its kernel: 11 us of Python instead of 14.
 
 What a call does is decided by the types, dtypes, shapes, strides and devices of q, k and v, by the alignment of their memory and by its
-keywords. The second such call leaves here, under all of these, what the engine launched on the long way (api.py). Later ones read three
-addresses, allocate, and launch that. Whatever is not quite the same goes the long way, and gets its errors there.
+options, as plain values. The second such call leaves here, under all of these, what the engine launched on the long way (api.py). Later
+ones read three addresses, allocate, and launch that. Whatever is not quite the same goes the long way, and gets its errors there.
 """
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .buffers import Quick, View, quick
+from .memo import Recent
 from .problem import Operands, Problem
 from .registry import choose
 
-MOST = 1000
 Launch = Callable[[Operands, View, View | None, int], None]     # of operands, out, lse and a stream
 
 
@@ -53,11 +53,11 @@ class Known(NamedTuple):
         return out, lse
 
 
-_known: dict[Any, Known | None] = {}        # None: seen once
+_known: Recent[Any, Known | None] = Recent()    # None: seen once
 
 
 def look(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Known | None]:
-    """The key of a call, None where it cannot go this way, and what is known of it. `options`: its keywords, a window second."""
+    """The key of a call, None where it cannot go this way, and what is known of it. `options`: plain values that decide what it does."""
     read = quick(q)
     if read is None or type(k) is not type(q) or type(v) is not type(q):
         return None, None
@@ -66,21 +66,18 @@ def look(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Known |
         of_q = form(q)
         if of_q is None:
             return None, None
-        # types too, because 1 == 1.0 == True; repr, because that holds inside a window as well
-        key = type(q), of_q, form(k), form(v), options, *map(type, options), options[1] and repr(options[1])
+        key = type(q), of_q, form(k), form(v), options
         return key, _known.get(key)
-    except (RuntimeError, TypeError):       # a sparse tensor; an option that has no hash
+    except (RuntimeError, TypeError):       # a sparse tensor; an engine that has no hash
         return None, None
 
 
 def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: View, out_shape: tuple[int, ...], lse: View | None, q: Any) -> None:
     """After such a call, the second time: what it launched, where the engine tells. A new seed each step is never seen twice."""
     prepare, read, known = getattr(engine, "prepare", None), quick(q), _known.get(key)
-    if prepare is None or read is None or (known is not None and known.engine is engine):
+    if prepare is None or read is None or not o.plain or (known is not None and known.engine is engine):
         return
     if key not in _known:
-        if len(_known) >= MOST:
-            _known.clear()
         _known[key] = None
         return
     launch = prepare(problem, o, out, lse)

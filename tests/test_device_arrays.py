@@ -11,10 +11,11 @@ import pytest
 from fake_cuda import Cuda, Driver, Speaker, installed, waits
 
 import fastattn
-from fastattn import buffers, dlpack, libraries, registry, repeat
+from fastattn import buffers, dlpack, libraries, memo, registry, repeat
 from fastattn.buffers import ITEMSIZE, allocate, view
 from fastattn.device_array import DeviceArray
 from fastattn.engine import _loaded as loaded
+from fastattn.memo import Recent
 from fastattn.streams import Stream
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
@@ -92,7 +93,7 @@ class Tensor:
 
     def __init__(self, shape: tuple[int, ...], dtype: str = "bfloat16", ptr: int = 0x1000, device: int = 0) -> None:
         self.shape, self.dtype, self.ptr, self.number, self.device = shape, dtype, ptr, device, f"cuda:{device}"
-        self.requires_grad, self.is_cuda, self.is_cpu, self.negative, self.recorded = False, True, False, False, []
+        self.requires_grad, self.is_cuda, self.is_cpu, self.negative, self.recorded, self._version = False, True, False, False, [], 0
 
     def data_ptr(self) -> int:
         return self.ptr
@@ -122,8 +123,12 @@ def torch_streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Makes Tensor a torch tensor; the current stream of each device."""
     current = {0: 0, 1: 0}
     cuda = types.SimpleNamespace(default_stream=lambda n: ("default", n), Stream=TorchStream)
-    torch = types.SimpleNamespace(_C=types.SimpleNamespace(_cuda_getCurrentRawStream=current.__getitem__), cuda=cuda,
-                                  version=types.SimpleNamespace(hip=None), **{name: name for name in ITEMSIZE})
+    inside = types.SimpleNamespace(_cuda_getCurrentRawStream=current.__getitem__, _len_torch_dispatch_stack=lambda: 0,
+                                   _get_tracing_state=lambda: None)
+    autograd = types.SimpleNamespace(forward_ad=types.SimpleNamespace(_current_level=-1), graph=types.SimpleNamespace(
+        increment_version=lambda x: setattr(x, "_version", x._version + 1)))
+    torch = types.SimpleNamespace(_C=inside, cuda=cuda, version=types.SimpleNamespace(hip=None), autograd=autograd,
+                                  is_grad_enabled=lambda: True, **{name: name for name in ITEMSIZE})
     monkeypatch.setitem(buffers._libraries, Tensor, libraries._torch(torch))
     return current
 
@@ -462,7 +467,7 @@ class Prepared(Recorder):
 @pytest.fixture
 def prepared(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     engine = Prepared()
-    monkeypatch.setattr(repeat, "_known", {})
+    monkeypatch.setattr(repeat, "_known", Recent())
     monkeypatch.setattr(registry, "_runs", {(None, "cuda"): engine})
     return engine
 
@@ -527,7 +532,7 @@ def test_what_is_not_quite_the_same_goes_the_long_way(torch_streams: dict[int, i
     assert prepared.long == 2 and len(prepared.calls) == 3
     fastattn.attention(q, k, Tensor(K, ptr=0x1008), **usual)            # aligned to less
     fastattn.attention(q, k, v, **usual, stream=0x70)
-    assert fastattn.attention(q, k, v, **usual, out=(out := Tensor(Q, ptr=0x8000))) is out
+    assert fastattn.attention(q, k, v, **usual, out=(out := Tensor(Q, ptr=0x8000))) is out and out._version == 1
     fastattn.attention(q, k, v, **usual, mask=Tensor((6, 9), "bool"))
     assert prepared.long == 6 and prepared.calls[-3][-1] == 0x70
     with fastattn.register_engine("other", (other := Recorder()).forward, None, other.supports).activate():
@@ -535,8 +540,24 @@ def test_what_is_not_quite_the_same_goes_the_long_way(torch_streams: dict[int, i
     assert prepared.long == 6 and len(other.calls) == 1
 
 
+@pytest.mark.parametrize("name, before, after", [("softmax_scale", 0.25, 1.0), ("softcap", 1.0, 2.0), ("dropout_p", 0.25, 0.5),
+                                                 ("seed", 1, 2), ("offset", 0, 1), ("causal", False, True), ("window", [2, 0], [0, 3])])
+def test_options_changed_in_place(torch_streams: dict[int, int], prepared: Prepared, name: str, before: Any, after: Any) -> None:
+    """A replayed launch is that of the option's value now, whatever object holds it."""
+    q, k, usual = Tensor(Q), Tensor(K), {"dropout_p": 0.5, "seed": 7}
+    holder, plain = np.array(before), lambda x: tuple(x) if isinstance(x, list) else x
+    for value in (before, after, before):
+        holder[...] = value
+        for _ in range(3):
+            fastattn.attention(q, k, k, **(usual | {name: holder}))
+            found = prepared.calls[-1][0]
+            fastattn.attention(q, k, k, **(usual | {name: plain(value)}))
+            assert prepared.calls[-1][0] is found
+    assert len({id(call[0]) for call in prepared.calls}) == 2 and prepared.long == 4
+
+
 def test_few_calls_are_remembered(torch_streams: dict[int, int], prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeat, "MOST", 10)
+    monkeypatch.setattr(memo, "MOST", 10)
     q, k = Tensor(Q), Tensor(K)
     for seed in range(25):
         fastattn.attention(q, k, k, dropout_p=0.5, seed=seed)

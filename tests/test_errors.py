@@ -1,6 +1,7 @@
 """Every bad input gets its error, by message: the call, the argument, what it has, what was expected; nothing is written."""
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -61,14 +62,15 @@ DENSE: dict[str, Bad] = {
     "v_shape": ({"v": _array((2, 8, 2, 8))}, ValueError, "v has shape (2, 8, 2, 8); expected k's shape but for the last axis, (2, 9, 2)"),
     # dtypes and kinds
     "dtype_mix": ({"v": _array(K, np.float16)}, TypeError,
-      "v has dtype float16; expected q's dtype, float32; cast with v.astype(float32)."),
-    "dtype_int": ({"q": _array(Q, np.int32)}, TypeError, "q has dtype int32; expected float32 or float64 or float16 or bfloat16."),
-    "dtype_int8": ({"q": _array(Q, np.int8)}, TypeError, "q has dtype int8; expected float32, float64, float16, bfloat16, bool"),
-    "dtype_complex": ({"q": _array(Q, complex)}, TypeError, "q has dtype complex128; expected float32, float64"),
+      "v has dtype float16; expected q's dtype, float32; v.astype(q.dtype) works."),
+    "dtype_int": ({"q": _array(Q, np.int32)}, TypeError,
+      "q has dtype int32; expected float32 or float64 or float16 or bfloat16; q.astype(np.float32) works."),
+    "dtype_int8": ({"q": _array(Q, np.int8)}, TypeError,
+      "q has dtype int8; expected float32 or float64 or float16 or bfloat16; q.astype(np.float32) works."),
+    "dtype_complex": ({"q": _array(Q, complex)}, TypeError, "q has dtype complex128; expected float32 or float64"),
     "dtype_float8": ({"q": _array(Q, ml_dtypes.float8_e4m3fn)}, TypeError, "q has dtype float8_e4m3fn; expected float32"),
     "object": ({"k": _object()}, TypeError,
-      ("k has dtype object; expected float32, float64, float16, bfloat16, bool, int32 or int64 in this "
-               "machine's byte order; k.astype(np.float32) works if it holds real numbers.")),
+      "k has dtype object; expected float32 or float64 or float16 or bfloat16; k.astype(np.float32) works if it holds real numbers."),
     "big_endian": ({"v": _array(K, ">f4")}, TypeError, "v has dtype float32 in the other byte order (>f4); expected float32"),
     "big_endian_hint": ({"v": _array(K, ">f4")}, TypeError, "v.astype(v.dtype.newbyteorder('=')) works."),
     "list": ({"q": [[[[1.0]]]]}, TypeError, "q is a list; expected a NumPy array or an array that speaks DLPack; np.asarray(q) makes one"),
@@ -104,7 +106,8 @@ DENSE: dict[str, Bad] = {
       ("bias has shape (4, 6, 8); expected a shape that broadcasts to (batch, num_heads, "
                    "seqlen_q, seqlen_k) = (2, 4, 6, 9).")),
     "bias_rank": ({"bias": _array((1, 2, 4, 6, 9))}, ValueError, "bias has shape (1, 2, 4, 6, 9)"),
-    "bias_dtype": ({"bias": _array((6, 9), np.float64)}, TypeError, "bias has dtype float64; expected float32."),
+    "bias_dtype": ({"bias": _array((6, 9), np.float64)}, TypeError,
+      "bias has dtype float64; expected float32; bias.astype(np.float32) works."),
     "bias_list": ({"bias": [0.0]}, TypeError, "bias is a list; expected a NumPy array"),
     "mask_dtype": ({"mask": _array((6, 9))}, TypeError,
       ("mask has dtype float32; expected bool, True where a query may attend; an additive "
@@ -132,7 +135,8 @@ PACKED: dict[str, Bad] = {
     "rank": ({"q": _array(Q)}, ValueError,
       "attention_varlen(): q has 4 axes, shape (2, 6, 4, 8); expected 3 axes (total, num_heads, head_dim)"),
     "layout": ({"layout": "bshd"}, ValueError, "layout is 'bshd'; expected 'thd'; attention takes 'bshd' and 'bhsd'."),
-    "cu_dtype": ({"cu_seqlens_q": np.array([0.0, 4, 10])}, TypeError, "cu_seqlens_q has dtype float64; expected int32 or int64."),
+    "cu_dtype": ({"cu_seqlens_q": np.array([0.0, 4, 10])}, TypeError,
+      "cu_seqlens_q has dtype float64; expected int32 or int64; cu_seqlens_q.astype(np.int32) works."),
     "cu_rank": ({"cu_seqlens_q": np.array([[0, 4, 10]])}, ValueError, "cu_seqlens_q has shape (1, 3); expected one axis"),
     "cu_empty": ({"cu_seqlens_q": np.array([], np.int32)}, ValueError, "cu_seqlens_q has shape (0,)"),
     "cu_none": ({"cu_seqlens_k": None}, TypeError, "cu_seqlens_k is a NoneType"),
@@ -145,7 +149,8 @@ PACKED: dict[str, Bad] = {
     "max_small": ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q is 5; expected at least the longest sequence of cu_seqlens_q, 6."),
     "max_negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k is -1; expected an integer"),
     "used_shape": ({"seqused_k": [1, 2, 3]}, ValueError, "seqused_k has shape (3,); expected (number of sequences,) = (2,)."),
-    "used_dtype": ({"seqused_k": np.ones(2)}, TypeError, "seqused_k has dtype float64; expected int32 or int64."),
+    "used_dtype": ({"seqused_k": np.ones(2)}, TypeError,
+      "seqused_k has dtype float64; expected int32 or int64; seqused_k.astype(np.int32) works."),
     "used_beyond": ({"seqused_k": [8, 1]}, ValueError, "seqused_k has 8 for sequence 0; expected a count from 0 to its length, 7."),
     "used_negative": ({"seqused_k": [1, -1]}, ValueError, "seqused_k has -1 for sequence 1; expected a count from 0 to its length, 5."),
     "bias": ({"bias": _array((2, 4, 6, 12))}, ValueError, "broadcasts to (batch, num_heads, max_seqlen_q, max_seqlen_k) = (2, 4, 6, 7)"),
@@ -153,9 +158,10 @@ PACKED: dict[str, Bad] = {
 BACKWARD: dict[str, Bad] = {
     "dout_shape": ({"dout": _array((2, 6, 4, 7))}, ValueError,
       "attention_backward(): dout has shape (2, 6, 4, 7); expected the shape = (2, 6, 4, 8)."),
-    "dout_dtype": ({"dout": _array(Q, np.float64)}, TypeError, "dout has dtype float64; expected float32."),
+    "dout_dtype": ({"dout": _array(Q, np.float64)}, TypeError, "dout has dtype float64; expected float32; dout.astype(np.float32) works."),
     "out_shape": ({"out": _array((2, 6, 8))}, ValueError, "out has shape (2, 6, 8)"),
-    "lse_dtype": ({"lse": _array((2, 4, 6), np.float64)}, TypeError, "lse has dtype float64; expected float32."),
+    "lse_dtype": ({"lse": _array((2, 4, 6), np.float64)}, TypeError,
+      "lse has dtype float64; expected float32; lse.astype(np.float32) works."),
     "lse_shape": ({"lse": _array((2, 6, 4))}, ValueError, "lse has shape (2, 6, 4); expected the shape = (2, 4, 6)."),
     "lse_none": ({"lse": None}, TypeError, "lse is a NoneType"),
     "dlse_shape": ({"dlse": _array((2, 4, 7))}, ValueError, "dlse has shape (2, 4, 7)"),
@@ -209,6 +215,78 @@ def test_the_packed_backward_checks_the_same(name: str) -> None:
     arguments = _packed() | {"dout": _array((10, 4, 8)), "out": _array((10, 4, 8)), "lse": _array((4, 10))} | changes
     with pytest.raises(error, match=re.escape(text.removeprefix("attention_varlen(): "))):
         fastattn.attention_varlen_backward(**arguments)
+
+
+def _of_torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+MESSAGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "mask_uint8": (lambda: {"mask": _array((6, 9), np.uint8)}, "mask has dtype uint8; expected bool; mask.astype(bool) works."),
+    "mask_int32": (lambda: {"mask": _array((6, 9), np.int32)}, "expected bool, True where a query may attend; mask.astype(bool) works."),
+    "mask_padding": (lambda: {"mask": _array((2, 9), bool)},
+                     "= (2, 4, 6, 9); mask[:, None, None, :] gives one of (batch, keys) these axes."),
+    "bias_bool": (lambda: {"bias": _array((6, 9), bool)}, "expected float32; a boolean mask goes in mask=, True where a query may attend."),
+    "bias_uint8": (lambda: {"bias": _array((6, 9), np.uint8)},
+                   "bias.astype(np.float32) works, and a mask of what may be attended goes in mask=, as bias.astype(bool)."),
+    "bias_float64": (lambda: {"bias": _array((6, 9), np.float64)}, "expected float32; bias.astype(np.float32) works."),
+    "bfloat16": (lambda: {"q": _array(Q, ml_dtypes.bfloat16)},
+                 "k has dtype float32; expected q's dtype, bfloat16; k.astype(q.dtype) works."),
+    "uint8": (lambda: {"q": _array(Q, np.uint8)}, "expected float32 or float64 or float16 or bfloat16; q.astype(np.float32) works."),
+    "float8": (lambda: {"k": _array(K, ml_dtypes.float8_e5m2)}, "k has dtype float8_e5m2; expected float32 or float64 or float16"),
+    "window_array": (lambda: {"window": np.array([3, 0, 1])}, "window is array([3, 0, 1]); expected a pair (left, right) of counts"),
+    "window_floats": (lambda: {"window": np.array([3.0, 0.0])}, "window is 3.0; expected an integer in"),
+    "causal_array": (lambda: {"causal": np.tril(_array((6, 9), bool))}, "or 'top_left'; an array of what may be attended goes in mask=."),
+    "huge": (lambda: {"softmax_scale": 10**400}, "softmax_scale is an integer of 1329 bits, beyond float64; expected a finite number."),
+    "huge_window": (lambda: {"window": (10**5000, 0)}, "window is an integer of 16610 bits; expected an integer in [0, 2147483647]"),
+    "dask": (lambda: {"q": type("Array", (), {"__module__": "dask.array.core"})()},
+             "q is a dask array; expected a NumPy array or an array that speaks DLPack; q.compute() gives one."),
+    "torch_dtype": (lambda: {"q": _of_torch().ones(Q), "k": _of_torch().ones(K).half()},
+                    "k has dtype float16; expected q's dtype, float32; k.to(q.dtype) works."),
+    "torch_uint8": (lambda: {"q": _of_torch().ones(Q, dtype=_of_torch().uint8)}, "q.to(torch.float32) works."),
+    "torch_mask": (lambda: {"mask": _of_torch().ones(6, 9, dtype=_of_torch().uint8)}, "mask.bool() works."),
+    "torch_bias": (lambda: {"bias": _of_torch().ones(6, 9, dtype=_of_torch().float64)}, "bias.to(torch.float32) works."),
+    "is_causal": (lambda: {"is_causal": True}, "is_causal is no keyword of it; here it is causal=; fastattn.compat.sdpa and"),
+    "attn_mask": (lambda: {"attn_mask": None}, "here it is mask= (boolean) or bias= (additive);"),
+    "scale": (lambda: {"scale": 1.0}, "here it is softmax_scale=;"),
+    "casual": (lambda: {"casual": True}, "casual is no keyword of it; here it is causal=;"),
+    "wombat": (lambda: {"wombat": 1}, "wombat is no keyword of it; it has causal, window, softmax_scale,"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_say_what_would_work(name: str) -> None:
+    make, text = MESSAGES[name]
+    backward = {"dout": _array(Q), "out": _array(Q), "lse": _array((2, 4, 6))}
+    for function, arguments in ((fastattn.attention, _dense()), (fastattn.attention_backward, _dense() | backward)):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            function(**(arguments | make()))
+        assert text in str(caught.value) and str(caught.value).startswith(f"{function.__name__}(): "), str(caught.value)
+
+
+def test_messages_about_lengths() -> None:
+    torch = _of_torch()
+    for cu, text in ((np.array([0, 4, 10], np.int16), "cu_seqlens_q.astype(np.int32) works."),
+                     (np.array([0, 4, 10], np.uint32), "cu_seqlens_q.astype(np.int32) works."),
+                     (torch.tensor([0, 4, 10], dtype=torch.int16), "cu_seqlens_q.to(torch.int32) works.")):
+        with pytest.raises(TypeError, match=rf"cu_seqlens_q has dtype u?int\d\d; expected int32 or int64; .*{re.escape(text)}"):
+            fastattn.attention_varlen(**(_packed() | {"cu_seqlens_q": cu}))
+
+
+def test_positional_arguments_that_are_too_many() -> None:
+    q, k = _array(Q), _array(K)
+    dense: Any = fastattn.attention
+    packed: Any = fastattn.attention_varlen
+    for call, text in ((lambda: dense(q, k, k, None), "attention(): 4 positional arguments are given; expected 3, q, k, v; all others go"),
+                       (lambda: packed(*_packed().values(), 6, 7), "attention_varlen(): 7 positional arguments are given; expected 5")):
+        with pytest.raises(TypeError, match=re.escape(text)):
+            call()
+
+
+def test_signatures_are_clean() -> None:
+    for function in (fastattn.attention, fastattn.attention_backward, fastattn.attention_varlen, fastattn.attention_varlen_backward):
+        kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+        assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask"])

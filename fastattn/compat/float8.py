@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import words
 from ..buffers import _library, numpy_dtype, requires_grad, view
 from ..errors import message
 from ..problem import DTYPES
@@ -129,7 +130,7 @@ def read_scale(call: Call, argument: str, x: Any, of: str, operand: Any, heads: 
         raise TypeError(message(call.name, name, f"is {x!r}", expected))
     if math.prod(x.shape) not in (1, heads):
         raise call.value(name, f"has shape {tuple(x.shape)}", expected)
-    if getattr(x, "requires_grad", False) is True:
+    if words.in_graph(x):
         raise requires_grad(call.name, name)
     if name_of(x, call, name) not in DTYPES:
         raise TypeError(message(call.name, name, f"has dtype {name_of(x, call, name)}", " or ".join(DTYPES)))
@@ -148,7 +149,7 @@ def read_scale(call: Call, argument: str, x: Any, of: str, operand: Any, heads: 
 
 def device(x: Any, call: Call, argument: str) -> int | None:
     """The number of x's CUDA device; None in host memory."""
-    home = None if isinstance(x, np.ndarray) else _library(x, call.name, argument).home(x)
+    home = None if isinstance(x, np.ndarray) else _library(x, call.name, argument).home(x, call.name)
     return None if home is None else home.device
 
 

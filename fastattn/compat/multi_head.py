@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..buffers import View, small, view
-from ..problem import DTYPES, Check, check_array
+from ..problem import DTYPES, Check, check_array, cumulative
 from .arrays import count, is_boolean, namespace, zeros
 from .probabilities import encode
 from .transform import padded, transform_bias_rescale_qkv, transform_bias_rescale_qkv_backward
@@ -167,16 +167,11 @@ def _plan(call: Call, query: Any, key: Any, value: Any, embed_dim: int, num_head
 
 
 def _longest(check: Check, cu_seqlens: Any, max_seqlen: int | None, like: View) -> tuple[int, int]:
-    """(sequences, longest); the rest is checked by attention_varlen."""
+    """(sequences, longest)."""
     cu = small(cu_seqlens, None, check.call, "cu_seqlens") if like.device[0] == "cpu" else view(cu_seqlens, check.call, "cu_seqlens")
-    if len(cu.shape) != 1 or cu.shape[0] < 1:
-        raise check.value("cu_seqlens", f"has shape {cu.shape}", "one axis, (number of sequences + 1,)")
-    if max_seqlen is not None:
-        return cu.shape[0] - 1, check.integer("max_seqlen", max_seqlen, 0, 2**31 - 1)
-    if cu.device[0] != "cpu":
+    if cu.device[0] != "cpu" and max_seqlen is None:
         raise check.value("max_seqlen", "is None", "the longest sequence, because cu_seqlens is on a device")
-    lengths = cu.numpy()
-    return cu.shape[0] - 1, int((lengths[1:] - lengths[:-1]).max(initial=0))
+    return cumulative(check, "cu_seqlens", cu, like.shape[0], max_seqlen, "max_seqlen")[1:]
 
 
 def _seen(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int, T: int) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..buffers import View, allocate, resolve, small, view
 from ..engine import load
-from ..problem import DTYPES, Check, _lengths, check_array
+from ..problem import DTYPES, Check, check_array, cumulative
 from ..streams import Stream
 
 PADDED = 8          # ragged sequences are padded to a multiple of it
@@ -123,8 +123,7 @@ def _sequences(check: Check, cu_seqlens: Any, total: int, longest: int | None, l
         raise check.value("max_seqlen", "is None", "the longest sequence, because cu_seqlens is on a device",
                           "the results' shape depends on it")
     check.integer("total", total, 0, 2**31 - 1)
-    batch, longest = _lengths(check, "cu_seqlens", cu, total, longest, "max_seqlen")
-    return cu, batch, longest
+    return cumulative(check, "cu_seqlens", cu, total, longest, "max_seqlen")
 
 
 def _last(check: Check, cu_seqlens: Any, on: Stream | None) -> int:

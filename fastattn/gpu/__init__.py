@@ -18,6 +18,7 @@ from typing import Any
 from ..buffers import Grads, View
 from ..engine import FAMILIES
 from ..errors import refused
+from ..memo import Recent
 from ..problem import Operands, Problem
 from ..registry import families_in_use, use_engine
 from .compile import late
@@ -98,20 +99,18 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, f
     return run
 
 
-_launches: dict[Any, tuple[Problem, Launch]] = {}
+_launches: Recent[Any, tuple[Problem, Launch]] = Recent()
 
 
 def _prepared(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
     """The chosen family's launch, remembered for a Problem that the api knows again, where only addresses may differ: 25 us."""
     p, o, out = call.problem, call.operands, call.out
-    if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
+    if not o.plain:
         return _prepare(call, d, families)
     key = (id(p), d.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, out.ptr % 16,
            call.lse is None, families)
     found = _launches.get(key)
     if found is None or found[0] is not p:
-        if len(_launches) >= 1000:
-            _launches.clear()
         found = _launches[key] = p, _prepare(call, d, families)
     return found[1]
 
@@ -124,7 +123,7 @@ def _prepare(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
 merge_states = late("merge", "merge_states")     # outs, lses, out, lse, stream
 
 
-_choices: dict[Any, tuple[Problem, Any, Spec]] = {}
+_choices: Recent[Any, tuple[Problem, Any, Spec]] = Recent()
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: int,
@@ -140,14 +139,12 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
 def _chosen_backward(call: BackwardCall, d: Device, families: tuple[str, ...]) -> tuple[Any, Spec]:
     """choose and make_backward_spec, remembered as in _prepared."""
     p, o, g = call.problem, call.operands, call.grads
-    if o.bias is not None or o.mask is not None or o.alibi_slopes is not None or o.sinks is not None:
+    if not o.plain:
         return choose(call, d, families), make_backward_spec(call)
     views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
     pointers = reduce(or_, (x.ptr for x in views))
     key = (id(p), d.ordinal, *(x.strides for x in views), pointers % 16, call.deterministic, families)
     found = _choices.get(key)
     if found is None or found[0] is not p:
-        if len(_choices) >= 1000:
-            _choices.clear()
         found = _choices[key] = p, choose(call, d, families), make_backward_spec(call)
     return found[1], found[2]

@@ -1,0 +1,46 @@
+"""Keywords and positions that a function does not have: what they are called here."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MASK = "mask= (boolean) or bias= (additive)"
+_HERE = {
+    "is_causal": "causal=", "attn_mask": _MASK, "attention_mask": _MASK, "attn_bias": "bias=", "scale": "softmax_scale=",
+    "sm_scale": "softmax_scale=", "scaling": "softmax_scale=", "dropout": "dropout_p=", "p_dropout": "dropout_p=",
+    "window_size": "window= (None for no limit, not -1)", "sliding_window": "window=", "logits_soft_cap": "softcap=",
+    "alibi": "alibi_slopes=", "slopes": "alibi_slopes=", "s_aux": "sinks=", "learnable_sink": "sinks=",
+    "return_attn_probs": "return_lse=", "philox_seed": "seed=", "philox_offset": "offset=",
+    "cu_seqlens": "cu_seqlens_q and cu_seqlens_k", "max_seqlen": "max_seqlen_q= and max_seqlen_k=",
+    "key_padding_mask": "mask=, True where a query may attend, as mask[:, None, None, :]", "backend": "engine=",
+    "enable_gqa": "nothing: fewer key heads than query heads just work"
+}
+_COMPAT = "fastattn.compat.sdpa and fastattn.compat.flash_attn take other libraries' names"
+
+
+def strict(function: F) -> F:
+    """The function as it is, with a signature that does not show the `*more` and `**unknown` that `unknown_arguments` reports. Both are
+    of type Never: a type checker refuses what they would take."""
+    shown = inspect.signature(function)
+    named = [p for p in shown.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    function.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
+    return function
+
+
+def unknown_arguments(function: Callable[..., Any], more: tuple[Any, ...], unknown: Mapping[str, Any]) -> TypeError:
+    """The error for positional arguments that are too many, and for keywords that the function has not."""
+    parameters = inspect.signature(function).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    call = function.__name__
+    if more:
+        return TypeError(f"{call}(): {len(positional) + len(more)} positional arguments are given; expected {len(positional)}, "
+                         f"{', '.join(positional)}; all others go by keyword, {_MASK} among them; {_COMPAT}.")
+    import difflib
+
+    name = next(iter(unknown))
+    close = difflib.get_close_matches(name, parameters, 1)
+    here = _HERE.get(name) or (f"{close[0]}=" if close else "")
+    hint = f"here it is {here}" if here else f"it has {', '.join(p for p in parameters if p not in positional)}"
+    return TypeError(f"{call}(): {name} is no keyword of it; {hint}; {_COMPAT}.")

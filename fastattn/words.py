@@ -1,0 +1,101 @@
+"""Other libraries' arrays in errors: what a caller would write there, and what frameworks pass while they transform a function.
+
+Nothing is imported here: a library whose array came in is loaded.
+"""
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def root(x: Any) -> str:
+    """The top package of x's type: "numpy", "torch", "jaxlib"."""
+    return type(x).__module__.partition(".")[0]
+
+
+def kind(x: Any) -> str:
+    """`a list`, `a dask array`, `a pandas DataFrame`."""
+    name = type(x).__name__
+    if root(x) not in ("builtins", "numpy", "__main__"):
+        name = f"{root(x)} {'array' if name == 'Array' else name}"
+    return f"a {name}"
+
+
+def shown(x: Any) -> str:
+    """repr of a value in one short line."""
+    if isinstance(x, int) and abs(x) > 10**40:
+        return f"an integer of {x.bit_length()} bits"
+    text = " ".join(repr(x.item() if isinstance(x, np.generic) else x).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---------------------------------------------------------------- casts
+def cast(argument: str, x: Any, dtype: str) -> str:
+    """`k.to(torch.float16) works`, as x's library writes it; "" for a library that is not known."""
+    if isinstance(x, tuple):                                # a View's owner: an array and its capsule
+        x = x[0]
+    library = {"torch": "torch", "numpy": "np", "ml_dtypes": "np", "cupy": "cupy", "jax": "jnp", "jaxlib": "jnp"}.get(root(x), "")
+    if library == "torch":
+        return f"{argument}.bool() works" if dtype == "bool" else f"{argument}.to(torch.{dtype}) works"
+    if not library:
+        return ""
+    if dtype == "bfloat16" and library != "jnp":
+        library = "ml_dtypes"
+    return f"{argument}.astype({dtype if dtype == 'bool' else f'{library}.{dtype}'}) works"
+
+
+def like(argument: str, x: Any, other: str) -> str:
+    """`k.to(q.dtype) works`; "" for a library that is not known."""
+    words = cast(argument, x, "float32")
+    return f"{words.partition('(')[0]}({other}.dtype) works" if words else ""
+
+
+# ---------------------------------------------------------------- graphs and stand-ins
+def in_graph(x: Any) -> bool:
+    """Whether torch records what is done with x, because it requires grad. Under no_grad and in inference_mode nothing is recorded."""
+    if getattr(x, "requires_grad", False) is not True:
+        return False
+    torch: Any = sys.modules.get("torch")
+    return torch is None or not isinstance(x, torch.Tensor) or bool(torch.is_grad_enabled())
+
+
+def transformed(x: Any) -> tuple[str, str] | None:
+    """(what x is, what would work) where a framework transforms or records the call, so that x is no array, or what happens to its memory
+    would go unseen; None for an array."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return _transformed_by_torch(torch, x)
+    if any(base.__name__ == "Tracer" and base.__module__.partition(".")[0] == "jax" for base in type(x).__mro__):
+        return ("is a JAX tracer, which stands for an array inside jit, grad, vmap or scan",
+                "jax.custom_vjp over jax.pure_callback makes a function of it that JAX can transform, see examples/jax_custom_vjp.py")
+    return None
+
+
+_OPERATOR = "torch.library.custom_op makes an operator of the call"
+_FUNCTION = "a torch.autograd.Function makes an operation of it, see examples/torch_autograd.py"
+
+
+def _transformed_by_torch(torch: Any, x: Any) -> tuple[str, str] | None:
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(x):
+        return "is a tensor inside torch.vmap", "a call outside it takes the batch as an axis"
+    if functorch.is_functorch_wrapped_tensor(x):
+        return "is a tensor inside torch.func (grad, vjp, jvp or functionalize)", _FUNCTION
+    if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):
+        return "is a FakeTensor, a shape without memory", f"{_OPERATOR}, with a rule for these"
+    if x.is_meta:
+        return "is on torch's meta device, where arrays have no memory", "fastattn.explain takes shapes without memory from a Problem"
+    if torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        return ("carries a forward-mode tangent (torch.autograd.forward_ad), which fastattn would drop",
+                "unpack_dual(...).primal is without it")
+    if torch._C._get_tracing_state() is not None:
+        return "is recorded by torch.jit.trace, which does not see what fastattn does", _OPERATOR
+    if torch._C._len_torch_dispatch_stack():
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+        for mode in map(type, _get_current_dispatch_mode_stack()):
+            if mode.__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"):
+                return f"is used under {mode.__name__} (make_fx, torch.export), which does not see what fastattn does", _OPERATOR
+    return None
