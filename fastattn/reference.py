@@ -97,7 +97,7 @@ def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visi
         S, slope = tanh * cap, 1 - tanh * tanh
     if o.alibi_slopes is not None:
         i, j = np.arange(s.seqlen_q)[:, None], np.arange(s.seqlen_k)
-        distance = np.abs(i + s.seqlen_k - s.seqlen_q - j).astype(p.compute)
+        distance = np.abs(problem.mask.diagonal(i, s.seqlen_q, s.seqlen_k) - j).astype(p.compute)
         S = S - p.array(o.alibi_slopes)[s.b][:, None, None] * distance
     if o.bias is not None:
         S = S + o.bias.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k].astype(p.compute)

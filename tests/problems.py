@@ -254,8 +254,13 @@ def _scores() -> Iterator[Case]:
         yield Case(f"scale_large_few_queries_{dtype}", dtype, num_heads=6, num_heads_k=2, seqlen_q=3, seqlen_k=383, head_dim=255,
                    softmax_scale=0.26, causal=True)
         yield Case(f"scale_large_{dtype}", dtype, seqlen_q=9, seqlen_k=300, head_dim=255, softmax_scale=0.26)
-    yield Case("alibi_far", alibi="heads", seqlen_q=5, seqlen_k=900, head_dim=24, causal="top_left")   # every key is far: scores of -100
-    yield Case("alibi_under_sink", alibi="heads", seqlen_q=3, seqlen_k=600, causal="top_left", window=(33, None), sinks=True)
+    yield Case("alibi_far", alibi="heads", seqlen_q=900, seqlen_k=5, head_dim=24)       # most rows are far from every key: scores of -100
+    yield Case("alibi_under_sink", alibi="heads", seqlen_q=600, seqlen_k=3, sinks=True)
+    for seqlen_q, seqlen_k in ((20, 45), (45, 20), (5, 300)):
+        yield Case(f"alibi_top_left_{seqlen_q}_{seqlen_k}", alibi="batch", seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal="top_left")
+    yield Case("alibi_top_left_window_float16", "float16", alibi="heads", seqlen_q=70, seqlen_k=150, head_dim=64, causal="top_left",
+               window=(40, None))
+    yield Case("alibi_top_left_packed", alibi="heads", lengths_q=(13, 0, 33, 1, 20), lengths_k=(20, 5, 0, 17, 60), causal="top_left")
     yield Case("softcap", softcap=2.0)
     yield Case("softcap_bfloat16", "bfloat16", softcap=1.0, causal=True, head_dim=64)
     yield Case("alibi_heads", alibi="heads", seqlen_q=30, seqlen_k=51)

@@ -121,9 +121,14 @@ cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
     return s
 
 
+cdef inline long diagonal_of(const Call* c, long row, long nq, long nk) noexcept nogil:
+    """The key on which a row stands: masks, windows and ALiBi count from it."""
+    return row if c.top_left else row + nk - nq
+
+
 cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long* hi) noexcept nogil:
     """problem.row_bounds in C; no limit is a distance larger than any sequence."""
-    cdef long diagonal = row if c.top_left else row + nk - nq
+    cdef long diagonal = diagonal_of(c, row, nq, nk)
     lo[0] = min(max(diagonal - c.left, 0), nk)
     hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), nk))
 

@@ -149,7 +149,7 @@ cdef void score(const Call* c, long b, long head, long row, const Sequence* s, l
     if c.bias.ptr != NULL:
         g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
     if c.scored:
-        g.score_row(S, first, last, c.scale, c.softcap, slope, row + s.nk - s.nq - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
+        g.score_row(S, first, last, c.scale, c.softcap, slope, diagonal_of(c, row, s.nq, s.nk) - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
 

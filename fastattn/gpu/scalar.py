@@ -11,6 +11,7 @@ from numba import cuda, float32, float64, int32, uint32, uint64
 
 from .dropout import philox as philox_words
 from .inline import inline
+from .mask import diagonal_of
 from .ptx.scalar import load_flag, load_if, store_shared
 from .spec import Spec
 
@@ -53,8 +54,8 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
         if SOFTCAP:
             tanh = math.tanh(s / a.cap)
             s, rate = a.cap * tanh, REAL(1) - tanh * tanh
-        if ALIBI:       # the diagonal of the bottom right corner, whatever the mask's is
-            s = s - slope * REAL(int32(abs(int32(row + seqlen_k - seqlen_q - col))))
+        if ALIBI:       # from the mask's diagonal
+            s = s - slope * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
             s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))

@@ -31,7 +31,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
-    acc_s = score(a, acc_s, early, slope, row, col, diagonal)
+    acc_s = score(a, acc_s, early, slope, row, col, corner): `corner`, seqlen_k - seqlen_q, is the key of row 0 on the bottom-right diagonal
     """
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
@@ -85,8 +85,9 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
         return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
 
     @inline
-    def score(a, acc_s, early, slope, row, col, diagonal):
+    def score(a, acc_s, early, slope, row, col, corner):
         if SCALED:
+            diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's, see diagonal_of
             scale, cap = a.softmax_scale, float32(0)
             if SOFTCAP:
                 scale, cap = float32(2) * a.softmax_scale / a.softcap, a.softcap * _LOG2E
