@@ -44,7 +44,7 @@ def cudnn_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, ou
     call = Call("cudnn_attention_backward", CUM_SEQ)
     packed = cut(call, query, key, 2, cum_seq_q, cum_seq_k, max_q, max_k)
     grads = backward(call, grad_out, query, key, value, out, logsumexp, packed, layout="bhsd", dropout_p=dropout_p,
-                     causal="top_left" if is_causal else False, softmax_scale=scale, bias=attn_bias, seed=philox_seed,
+                     causal="top_left" if call.flag("causal", is_causal) else False, softmax_scale=scale, bias=attn_bias, seed=philox_seed,
                      offset=philox_offset, need_dbias=need_dbias, deterministic=deterministic)
     return grads[:4] if need_dbias else grads[:3]
 
@@ -57,7 +57,7 @@ def _forward(call: Call, query: Any, key: Any, value: Any, packed: Lengths | Non
              offset: int) -> ScaledDotProductResult:
     out, lse, drawn, offset, debug_mask = operator_forward(
         call, query, key, value, packed, layout="bhsd", compute_lse=compute_log_sumexp, debug_mask=return_debug_mask, dropout_p=dropout_p,
-        causal="top_left" if is_causal else False, softmax_scale=scale, bias=attn_bias, seed=seed, offset=offset)
+        causal="top_left" if call.flag("causal", is_causal) else False, softmax_scale=scale, bias=attn_bias, seed=seed, offset=offset)
     if packed is None:
         packed = Lengths(None, None, *(shape_of(x, call.name, "query")[2] for x in (query, key)))
     return ScaledDotProductResult(out, lse, *packed[:4], drawn, offset, debug_mask)

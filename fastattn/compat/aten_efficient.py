@@ -89,7 +89,7 @@ def scaled_dot_product_efficient_attention(query: Any, key: Any, value: Any, att
     seqlen_k). A batch above 65535 works with dropout too. logsumexp (batch, heads, seqlen_q) or None."""
     call = Call("scaled_dot_product_efficient_attention", NAMES)
     results = operator_forward(call, query, key, value, None, layout="bhsd", compute_lse=compute_log_sumexp, debug_mask=False,
-                               bias=attn_bias, dropout_p=dropout_p, causal=_CAUSAL[bool(is_causal)], softmax_scale=scale, seed=seed,
+                               bias=attn_bias, dropout_p=dropout_p, causal=_from_top_left(call, is_causal), softmax_scale=scale, seed=seed,
                                offset=offset)
     return ScaledDotProductEfficientResult(*results[:4])
 
@@ -105,13 +105,15 @@ def scaled_dot_product_efficient_attention_backward(grad_out: Any, query: Any, k
     if len(grad_input_mask) != 4:
         raise call.value("grad_input_mask", f"is {grad_input_mask!r}", "four bools, for query, key, value and attn_bias")
     grads = backward(call, grad_out, query, key, value, out, logsumexp, None, layout="bhsd", dropout_p=dropout_p,
-                     causal=_CAUSAL[bool(is_causal)], softmax_scale=scale, bias=attn_bias, seed=philox_seed, offset=philox_offset,
+                     causal=_from_top_left(call, is_causal), softmax_scale=scale, bias=attn_bias, seed=philox_seed, offset=philox_offset,
                      need_dbias=bool(grad_input_mask[3]), deterministic=deterministic)
     dq, dk, dv, dbias = (grad if wanted else None for grad, wanted in zip(grads[:4], grad_input_mask, strict=True))
     return dq, dk, dv, dbias
 
 
 def _masks(call: Call, custom_mask_type: Any, window_size: Any) -> dict[str, Any]:
+    custom_mask_type = call.plain("custom_mask_type", custom_mask_type, "0, 1 or 2")
+    window_size = call.plain("window_size", window_size, "a count of keys")
     if custom_mask_type not in _CAUSAL:
         raise call.value("custom_mask_type", f"is {custom_mask_type!r}", "0 (none), 1 (causal from top-left) or 2 (from bottom-right)")
     if window_size is None or window_size <= 0:
@@ -119,6 +121,10 @@ def _masks(call: Call, custom_mask_type: Any, window_size: Any) -> dict[str, Any
     if custom_mask_type == CustomMaskType.NoCustomMask:
         raise call.value("window_size", f"is {window_size} with custom_mask_type 0", "type 1 or 2, from whose diagonal it counts")
     return {"causal": _CAUSAL[custom_mask_type], "window": (window_size - 1, None)}
+
+
+def _from_top_left(call: Call, is_causal: Any) -> bool | str:
+    return "top_left" if call.flag("causal", is_causal) else False
 
 
 def _flat(call: Call, name: str, x: Any, packed: Any) -> Any:

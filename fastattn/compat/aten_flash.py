@@ -42,9 +42,10 @@ def flash_attention_forward(query: Any, key: Any, value: Any, cum_seq_q: Any, cu
     Errors: ValueError and TypeError that name the argument. Source: _flash_attention_forward, see aten.py.
     """
     call = Call("flash_attention_forward", CUM_SEQ)
+    causal = call.flag("causal", is_causal)
     packed = cut(call, query, key, 1, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k)
     return FlashResult(*operator_forward(call, query, key, value, packed, layout="bshd", compute_lse=True, debug_mask=return_debug_mask,
-                                         dropout_p=dropout_p, causal=bool(is_causal), softmax_scale=scale, alibi_slopes=alibi_slopes,
+                                         dropout_p=dropout_p, causal=causal, softmax_scale=scale, alibi_slopes=alibi_slopes,
                                          window=window(call, "window_size_left, window_size_right", window_size_left, window_size_right),
                                          bias=attn_bias, seed=seed, offset=offset))
 
@@ -57,8 +58,9 @@ def flash_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, ou
     """(dq, dk, dv) of flash_attention_forward for grad_out (of out's shape), and dbias as a fourth with need_dbias=True; out, logsumexp,
     philox_seed and philox_offset are the forward's, the other arguments the same. seqused_k, ALiBi and bias are not in the original."""
     call = Call("flash_attention_backward", CUM_SEQ)
+    causal = call.flag("causal", is_causal)
     packed = cut(call, query, key, 1, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k)
-    grads = backward(call, grad_out, query, key, value, out, logsumexp, packed, dropout_p=dropout_p, causal=bool(is_causal),
+    grads = backward(call, grad_out, query, key, value, out, logsumexp, packed, dropout_p=dropout_p, causal=causal,
                      softmax_scale=scale, window=window(call, "window_size_left, window_size_right", window_size_left, window_size_right),
                      alibi_slopes=alibi_slopes, bias=attn_bias, seed=philox_seed, offset=philox_offset, need_dbias=need_dbias,
                      deterministic=deterministic)
@@ -71,8 +73,9 @@ def scaled_dot_product_flash_attention(query: Any, key: Any, value: Any, dropout
     """flash_attention_forward for (batch, heads, seqlen, head_dim), causal bottom-right as there; cum_seq are None, max_q and max_k the
     lengths."""
     call = Call("scaled_dot_product_flash_attention", NAMES)
+    causal = call.flag("causal", is_causal)
     out, lse, drawn, offset, debug_mask = operator_forward(call, query, key, value, None, layout="bhsd", compute_lse=True,
-                                                           debug_mask=return_debug_mask, dropout_p=dropout_p, causal=bool(is_causal),
+                                                           debug_mask=return_debug_mask, dropout_p=dropout_p, causal=causal,
                                                            softmax_scale=scale, seed=seed, offset=offset)
     max_q, max_k = (shape_of(x, call.name, "query")[2] for x in (query, key))
     return ScaledDotProductResult(out, lse, None, None, max_q, max_k, drawn, offset, debug_mask)
@@ -84,8 +87,9 @@ def scaled_dot_product_flash_attention_backward(grad_out: Any, query: Any, key: 
                                                 deterministic: bool = False) -> tuple[Any, Any, Any]:
     """(dq, dk, dv) of scaled_dot_product_flash_attention, whose results these arguments are; cum_seq_q and cum_seq_k must be None."""
     call = Call("scaled_dot_product_flash_attention_backward", CUM_SEQ)
+    causal = call.flag("causal", is_causal)
     if cut(call, query, key, 2, cum_seq_q, cum_seq_k, max_q, max_k) is not None:
         raise call.value("cum_seq_q", "is given", "None, because these arrays are dense", "flash_attention_backward takes packed ones")
-    grads = backward(call, grad_out, query, key, value, out, logsumexp, None, layout="bhsd", dropout_p=dropout_p, causal=bool(is_causal),
+    grads = backward(call, grad_out, query, key, value, out, logsumexp, None, layout="bhsd", dropout_p=dropout_p, causal=causal,
                      softmax_scale=scale, seed=philox_seed, offset=philox_offset, deterministic=deterministic)
     return grads.dq, grads.dk, grads.dv

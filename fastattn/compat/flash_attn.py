@@ -30,7 +30,7 @@ from typing import Any, TypedDict, Unpack
 
 from .arrays import namespace, shape_of
 from .probabilities import encode
-from .translate import Call, Lengths, backward, draw_seed, forward, pair, window
+from .translate import Call, Lengths, backward, dropout, forward, pair, window
 
 _NAMES = {"lse": "softmax_lse", "window": "window_size"}
 _OPEN = (-1, -1)
@@ -77,7 +77,7 @@ def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens
         raise Call("flash_attn_varlen_func").value("block_table", "is given", "None, because keys in pages are not read in place",
                                                    "gather the pages of each sequence into k and v")
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
-    return _forward("flash_attn_varlen_func", q, k, v, Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), return_attn_probs,
+    return _forward("flash_attn_varlen_func", q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), return_attn_probs,
                     *options)
 
 
@@ -89,7 +89,7 @@ def flash_attn_varlen_kvpacked_func(q: Any, kv: Any, cu_seqlens_q: Any, cu_seqle
     """flash_attn_varlen_func with k and v in one array, kv[:, 0] and kv[:, 1]; nothing is copied."""
     call = "flash_attn_varlen_kvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
-    return _forward(call, q, *_unpack(call, "kv", kv, 2, 4), Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+    return _forward(call, q, *_unpack(call, "kv", kv, 2, 4), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
                     return_attn_probs, *options)
 
 
@@ -100,7 +100,7 @@ def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: int,
     """flash_attn_varlen_func with q, k and v in one array, qkv[:, 0] and so on; nothing is copied."""
     call = "flash_attn_varlen_qkvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
-    return _forward(call, *_unpack(call, "qkv", qkv, 3, 4), Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), return_attn_probs,
+    return _forward(call, *_unpack(call, "qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), return_attn_probs,
                     *options)
 
 
@@ -147,14 +147,14 @@ def flash_attn_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_lse: An
 def flash_attn_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
                                max_seqlen_q: int, max_seqlen_k: int, **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
     """(dq, dk, dv) of flash_attn_varlen_func; see flash_attn_backward. Rows of no sequence have gradient 0."""
-    packed = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _backward("flash_attn_varlen_backward", dout, q, k, v, out, softmax_lse, packed, **options)
 
 
 def flash_attn_varlen_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
                                         max_seqlen_q: int, max_seqlen_k: int, **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
     """(dq, dkv) of flash_attn_varlen_kvpacked_func, dkv stacked by a copy; see flash_attn_backward."""
-    call, packed = "flash_attn_varlen_kvpacked_backward", Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call, packed = "flash_attn_varlen_kvpacked_backward", (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     k, v = _unpack(call, "kv", kv, 2, 4)
     dq, *rest = _backward(call, dout, q, k, v, out, softmax_lse, packed, **options)
     return dq, *_pack(call, kv, rest, 2)
@@ -163,7 +163,7 @@ def flash_attn_varlen_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, so
 def flash_attn_varlen_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_lse: Any, cu_seqlens: Any, max_seqlen: int,
                                          **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
     """(dqkv,) of flash_attn_varlen_qkvpacked_func, stacked by a copy; see flash_attn_backward."""
-    call, packed = "flash_attn_varlen_qkvpacked_backward", Lengths(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    call, packed = "flash_attn_varlen_qkvpacked_backward", (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     q, k, v = _unpack(call, "qkv", qkv, 3, 4)
     return _pack(call, qkv, _backward(call, dout, q, k, v, out, softmax_lse, packed, **options), 3)
 
@@ -184,26 +184,30 @@ def _pack(call: str, like: Any, grads: Any, parts: int) -> tuple[Any, ...]:
 
 def _options(call: Call, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Any, softcap: float, alibi_slopes: Any,
              bias: Any, seed: int | None, offset: int) -> dict[str, Any]:
-    return {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": bool(causal), "softcap": softcap if softcap else None,
+    return {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": call.flag("causal", causal),
+            "softcap": call.plain("softcap", softcap, "a number, 0 for no cap") or None,
             "window": window(call, "window_size", *pair(call, "window_size", window_size)), "alibi_slopes": alibi_slopes, "bias": bias,
             "seed": seed, "offset": offset}
 
 
-def _forward(name: str, q: Any, k: Any, v: Any, packed: Lengths | None, return_attn_probs: bool, *arguments: Any) -> Any:
+def _forward(name: str, q: Any, k: Any, v: Any, lengths: tuple[Any, ...] | None, return_attn_probs: bool, *arguments: Any) -> Any:
     call = Call(name, _NAMES)
     options = _options(call, *arguments)
-    options["seed"] = draw_seed(q, options["dropout_p"], options["seed"])
+    options |= dropout(call, q, options["dropout_p"], options["seed"], options["offset"])
+    packed = None if lengths is None else Lengths.read(call, *lengths)
     out, lse = forward(call, q, k, v, packed, return_lse=return_attn_probs, **options)
     if not return_attn_probs:
         return out
     return out, lse, encode(call, q, k, packed, "bshd", **options) if options["dropout_p"] else None
 
 
-def _backward(name: str, dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, packed: Lengths | None, *, dropout_p: float = 0.0,
-              softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = _OPEN, softcap: float = 0.0,
+def _backward(name: str, dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, lengths: tuple[Any, ...] | None, *,
+              dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+              window_size: tuple[int, int] = _OPEN, softcap: float = 0.0,
               alibi_slopes: Any = None, deterministic: bool = False, bias: Any = None, need_dbias: bool = False, seed: int | None = None,
               offset: int = 0) -> tuple[Any, ...]:
     call = Call(name, _NAMES)
     options = _options(call, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
+    packed = None if lengths is None else Lengths.read(call, *lengths)
     grads = backward(call, dout, q, k, v, out, softmax_lse, packed, need_dbias=need_dbias, deterministic=deterministic, **options)
     return grads[:4] if need_dbias else grads[:3]

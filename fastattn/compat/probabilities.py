@@ -40,6 +40,7 @@ def encoded_softmax(q: Any, k: Any, *, causal: bool | str = False, window: tuple
 def encode(call: Call, q: Any, k: Any, packed: Lengths | None, layout: str, *, dropout_p: float = 0.0, seed: int | None = None,
            offset: int = 0, **options: Any) -> Any:
     """`encoded_softmax` on behalf of another call; options are the other keywords of fastattn.attention."""
+    dropout_p = call.plain("dropout_p", dropout_p, "a probability in [0, 1]")
     xp, shape = namespace(q, call.name, "q"), shape_of(k, call.name, "k")
     rank, keys = (4, 2 if layout == "bhsd" else 1) if packed is None else (3, 0)       # k's axis of keys
     if len(shape) != rank:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .arrays import Shape, broadcast_shape, count, fit, fold, is_boolean, lead, shape_of
-from .translate import TORCH, Call, backward, draw_seed, forward
+from .translate import TORCH, Call, backward, dropout, forward
 
 _NAMES = {**TORCH, "bias": "attn_mask", "mask": "attn_mask"}
 _FORWARD = Call("scaled_dot_product_attention", _NAMES)
@@ -48,9 +48,10 @@ def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: An
     Source: torch.nn.functional.scaled_dot_product_attention, PyTorch 2.13.
     """
     call = _FORWARD
-    p = _plan(call, query, key, value, attn_mask, is_causal, enable_gqa)
+    is_causal = call.flag("causal", is_causal)
+    p = _plan(call, query, key, value, attn_mask, is_causal, call.flag("enable_gqa", enable_gqa))
     q, k, v = (p.fit(call, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
-    options = p.options(call, attn_mask, dropout_p, is_causal, scale, draw_seed(query, dropout_p, seed), offset)
+    options = p.options(call, attn_mask, is_causal, scale, dropout(call, query, dropout_p, seed, offset))
     out, lse = forward(call, q, k, v, None, layout="bhsd", return_lse=return_lse, **options)
     out = out if tuple(out.shape) == p.out else out.reshape(p.out)
     if not return_lse:
@@ -70,10 +71,11 @@ def scaled_dot_product_attention_backward(grad_out: Any, query: Any, key: Any, v
     same bits in every run, see fastattn.attention_backward. Errors as in the forward.
     """
     call = _BACKWARD
-    p = _plan(call, query, key, value, attn_mask, is_causal, enable_gqa)
+    is_causal = call.flag("causal", is_causal)
+    p = _plan(call, query, key, value, attn_mask, is_causal, call.flag("enable_gqa", enable_gqa))
     q, k, v = (p.fit(call, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     grad_out, out, lse = p.result(call, "grad_out", grad_out), p.result(call, "out", out), p.result(call, "lse", lse)
-    options = p.options(call, attn_mask, dropout_p, is_causal, scale, seed, offset)
+    options = p.options(call, attn_mask, is_causal, scale, {"dropout_p": dropout_p, "seed": seed, "offset": offset})
     need = need_dmask and options.get("bias") is not None
     grads = backward(call, grad_out, q, k, v, out, lse, None, layout="bhsd", need_dbias=need, deterministic=deterministic, **options)
     dq, dk, dv = (p.fold(call, name, x) for name, x in (("query", grads.dq), ("key", grads.dk), ("value", grads.dv)))
@@ -104,11 +106,9 @@ class _Plan:
         flat = (self.batch_size, self.heads, *shape[len(shape) - axes:])
         return fit(x, flat, flat, flat, call.name, name)
 
-    def options(self, call: Call, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, seed: int | None,
-                offset: int) -> dict[str, Any]:
+    def options(self, call: Call, attn_mask: Any, is_causal: bool, scale: float | None, dropped: dict[str, Any]) -> dict[str, Any]:
         """fastattn's keywords; the mask's dtype says whether it is added or selects."""
-        options: dict[str, Any] = {"causal": "top_left" if is_causal else False, "softmax_scale": scale, "dropout_p": dropout_p,
-                                   "seed": seed, "offset": offset}
+        options: dict[str, Any] = {"causal": "top_left" if is_causal else False, "softmax_scale": scale, **dropped}
         if attn_mask is not None:
             options["mask" if is_boolean(attn_mask) else "bias"] = self.fit(call, "attn_mask", attn_mask)
         return options
@@ -117,7 +117,7 @@ class _Plan:
 def _plan(call: Call, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, enable_gqa: bool) -> _Plan:
     q, k, v = (shape_of(x, call.name, name) for name, x in (("query", query), ("key", key), ("value", value)))
     mask = None if attn_mask is None else shape_of(attn_mask, call.name, "attn_mask")
-    return _plan_of_shapes(call.name, q, k, v, mask, bool(is_causal), bool(enable_gqa))
+    return _plan_of_shapes(call.name, q, k, v, mask, is_causal, enable_gqa)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -1,4 +1,5 @@
-"""What all signatures share: the names of a call, the lengths of packed arrays, windows with -1, seeds, and the two calls into fastattn."""
+"""What all signatures share: the names of a call, its options as plain values, the lengths of packed arrays, windows with -1, seeds, and
+the two calls into fastattn."""
 from __future__ import annotations
 
 import re
@@ -7,9 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .. import words
 from ..api import attention, attention_backward, attention_varlen, attention_varlen_backward
 from ..buffers import Grads
 from ..errors import message
+from ..problem import Check
 
 TORCH = {"q": "query", "k": "key", "v": "value", "dout": "grad_out", "softmax_scale": "scale", "causal": "is_causal", "bias": "attn_bias"}
 
@@ -22,6 +25,20 @@ class Call(NamedTuple):
 
     def value(self, argument: str, has: object, expected: str, hint: str = "") -> ValueError:
         return ValueError(message(self.name, argument, has, expected, hint))
+
+    def plain(self, argument: str, x: Any, expected: str) -> Any:
+        """An option that is read here, as the Python number that it is now; arrays and tensors that hold one as in fastattn.attention."""
+        return x if x is None or type(x) in (bool, int, float) else Check(self.name).scalar(self.names.get(argument, argument), x, expected)
+
+    def flag(self, argument: str, x: Any) -> bool:
+        x = self.plain(argument, x, "True or False")
+        if isinstance(x, str):
+            raise TypeError(message(self.name, self.names.get(argument, argument), f"is {x!r}", "True or False"))
+        return bool(x)
+
+    def length(self, argument: str, x: Any) -> int | None:
+        """A length, or None."""
+        return x if x is None or type(x) is int else Check(self.name).integer(self.names.get(argument, argument), x, 0, 2**31 - 1)
 
     def run(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         """function(...); an error of its argument checks is told in the words of this call."""
@@ -46,6 +63,13 @@ class Lengths(NamedTuple):
     max_seqlen_k: int | None = None
     seqused_k: Any = None
 
+    @classmethod
+    def read(cls, call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any = None, max_seqlen_k: Any = None,
+             seqused_k: Any = None) -> Lengths:
+        """With maxima that are plain numbers."""
+        longest_q, longest_k = call.length("max_seqlen_q", max_seqlen_q), call.length("max_seqlen_k", max_seqlen_k)
+        return cls(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, seqused_k)
+
     def keywords(self) -> dict[str, Any]:
         return {"max_seqlen_q": self.max_seqlen_q, "max_seqlen_k": self.max_seqlen_k, "seqused_k": self.seqused_k}
 
@@ -56,33 +80,35 @@ def lengths(call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, *rest: Any) -> Len
         given, missing = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
         given, missing = (call.names.get(name, name) for name in (given, missing))
         raise call.value(missing, "is None", f"cumulative lengths, because {given} is given", "both for packed arrays, none for dense ones")
-    return None if cu_seqlens_q is None else Lengths(cu_seqlens_q, cu_seqlens_k, *rest)
+    return None if cu_seqlens_q is None else Lengths.read(call, cu_seqlens_q, cu_seqlens_k, *rest)
 
 
 def window(call: Call, argument: str, left: Any, right: Any) -> tuple[int | None, int | None] | None:
     """fastattn's window from counts of keys to both sides of the diagonal where -1 or None is no limit."""
-    sides = [None if side is None or side == -1 else side for side in (left, right)]
+    expected = "counts of keys, -1 for no limit"
+    sides = [call.plain(argument, side, expected) for side in (left, right)]
+    sides = [None if side == -1 else side for side in sides]
     for side in sides:
         if isinstance(side, int) and side < 0:
-            raise call.value(argument, f"is {(left, right)}", "counts of keys, -1 for no limit")
+            raise call.value(argument, f"is {(left, right)}", expected)
     return None if sides == [None, None] else (sides[0], sides[1])
 
 
 def pair(call: Call, argument: str, x: Any) -> tuple[Any, Any]:
-    if not isinstance(x, (tuple, list)) or len(x) != 2:
-        raise call.value(argument, f"is {x!r}", "a pair (left, right), -1 for no limit")
+    if getattr(x, "shape", None) != (2,) and not (isinstance(x, (tuple, list)) and len(x) == 2):
+        raise call.value(argument, f"is {words.shown(x)}", "a pair (left, right), -1 for no limit")
     return x[0], x[1]
 
 
-def draw_seed(q: Any, dropout_p: Any, seed: int | None) -> int | None:
-    """The seed, or a fresh one where dropout needs one: of torch's CPU generator for torch tensors, so that torch.manual_seed
-    decides, else from the operating system. The host draws it, the device is not asked."""
-    if seed is not None or not dropout_p:
-        return seed
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and isinstance(q, torch.Tensor):
-        return int(torch.randint(2**63 - 1, ()))
-    return secrets.randbits(63)
+def dropout(call: Call, q: Any, dropout_p: Any, seed: Any, offset: Any) -> dict[str, Any]:
+    """fastattn's keywords of dropout as plain values, with a fresh seed where it needs one: of torch's CPU generator for torch tensors, so
+    that torch.manual_seed decides, else from the operating system. The host draws it, the device is not asked."""
+    dropout_p = call.plain("dropout_p", dropout_p, "a probability in [0, 1]")
+    seed, offset = call.plain("seed", seed, "an integer"), call.plain("offset", offset, "an integer")
+    if seed is None and dropout_p:
+        torch: Any = sys.modules.get("torch")
+        seed = int(torch.randint(2**63 - 1, ())) if torch is not None and isinstance(q, torch.Tensor) else secrets.randbits(63)
+    return {"dropout_p": dropout_p, "seed": seed, "offset": offset}
 
 
 def forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layout: str = "bshd", return_lse: bool = True,

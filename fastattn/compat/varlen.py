@@ -72,9 +72,9 @@ def _translate(call: Call, query: Any, key: Any, cu_seq_q: Any, cu_seq_k: Any, m
         if cu is None:
             raise call.value(name, "is None", "cumulative lengths (N + 1,)", "scaled_dot_product_attention takes dense arrays")
     shape_q, shape_k = shape_of(query, call.name, "query"), shape_of(key, call.name, "key")
-    if not enable_gqa and len(shape_q) == len(shape_k) == 3 and shape_q[1] != shape_k[1]:
+    if not call.flag("enable_gqa", enable_gqa) and len(shape_q) == len(shape_k) == 3 and shape_q[1] != shape_k[1]:
         raise call.value("key", f"has {shape_k[1]} heads", f"query's {shape_q[1]}",
                          "enable_gqa=True lets groups of query heads share a key head")
-    options = {"causal": bool(is_causal), "window": window(call, "window_size", *pair(call, "window_size", window_size)),
+    options = {"causal": call.flag("causal", is_causal), "window": window(call, "window_size", *pair(call, "window_size", window_size)),
                "softmax_scale": scale, "bias": attn_bias, "alibi_slopes": alibi_slopes}
-    return Lengths(cu_seq_q, cu_seq_k, max_q, max_k, seqused_k), options
+    return Lengths.read(call, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k), options

@@ -37,7 +37,7 @@ Source: vLLM, vllm/attention/ops/triton_flash_attention.py.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,13 +206,14 @@ class _Widened(NamedTuple):
 
 
 def _attend(call: Call, q: Any, k: Any, v: Any, o: Any, m: MetaData) -> tuple[Any, Any]:
+    m = _plain(call, m)
     packed = lengths(call, m.cu_seqlens_q, m.cu_seqlens_k, m.max_seqlens_q or None, m.max_seqlens_k or None)
     layout = _layout(call, m, packed)
     _check_sizes(call, q, k, v, m, layout)
     eight_bit = _mode(call, q, k, v, m)
     work, after = "float16" if eight_bit == "qkv" else name_of(q, call, "q"), 2 if layout == "bhsd" else 1
     name = _output_name(call, o, m, work, eight_bit)
-    options = {"causal": bool(m.causal), "softmax_scale": m.sm_scale, "bias": m.bias, "alibi_slopes": m.alibi_slopes}
+    options = {"causal": m.causal, "softmax_scale": m.sm_scale, "bias": m.bias, "alibi_slopes": m.alibi_slopes}
     result = Scale()
     if eight_bit:
         for argument in ("bias", "alibi_slopes"):
@@ -226,6 +227,14 @@ def _attend(call: Call, q: Any, k: Any, v: Any, o: Any, m: MetaData) -> tuple[An
     if not direct:
         out = _finished(out, o, result, name, after, m.o_scale is not None or name == NAME)
     return out, encode(call, q, k, packed, layout, **options) if m.return_encoded_softmax else None
+
+
+def _plain(call: Call, m: MetaData) -> MetaData:
+    """The MetaData with numbers that are plain values."""
+    counts = ("max_seqlens_q", "max_seqlens_k", "seqlen_q", "seqlen_k", "alibi_batch", "alibi_nheads")
+    numbers: dict[str, Any] = {name: call.length(name, getattr(m, name)) for name in counts}
+    return replace(m, sm_scale=Check(call.name).number("sm_scale", m.sm_scale, "a finite number"), causal=call.flag("causal", m.causal),
+                   **numbers)
 
 
 def _layout(call: Call, m: MetaData, packed: Lengths | None) -> str:
@@ -317,14 +326,13 @@ def _widened(call: Call, q: Any, k: Any, v: Any, m: MetaData, mode: str, work: s
     result = Scale().times(v_scale, heads)
     if m.o_scale is not None:
         result = result.times(read_scale(call, "o_scale", m.o_scale, "q", q, 1).inverse(), heads)
-    sm_scale = Check(call.name).number("sm_scale", m.sm_scale, "a finite number")
     one = Scale()
     if mode == "kv":
         wide_k = widen(k, work, Scale(tensor=k_scale.tensor), after)
-        return _Widened(q, wide_k, widen(v, work, one, after), sm_scale * k_scale.number, result)
+        return _Widened(q, wide_k, widen(v, work, one, after), m.sm_scale * k_scale.number, result)
     both = read_scale(call, "q_descale", m.q_descale, "q", q, heads).times(k_scale, heads)
     wide_q = widen(q, work, Scale(tensor=both.tensor), after)
-    return _Widened(wide_q, widen(k, work, one, after), widen(v, work, one, after), sm_scale * both.number, result)
+    return _Widened(wide_q, widen(k, work, one, after), widen(v, work, one, after), m.sm_scale * both.number, result)
 
 
 def _check_output(call: Call, o: Any, q: Any, shape: Shape) -> None:
