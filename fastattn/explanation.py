@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Never
 
-from . import registry
+from . import api, registry
 from .buffers import CPU, ITEMSIZE, Device, Grads, View, contiguous
 from .engine import BUILT_IN, FAMILIES, Engine, load
 from .errors import message
@@ -57,8 +57,9 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
 
     call        attention, attention_backward, attention_varlen, attention_varlen_backward or a function that calls one of them (of
                 fastattn.compat, say), with the arguments that it would be called with; its first attention call is explained. Results are
-                allocated as in the call, because their place decides too, and let go. Or a Problem, its operands taken for
-                contiguous; then `engine` is the one keyword.
+                allocated as in the call, because their place decides too, and let go. attention_backward and attention_varlen_backward
+                take the forward's arrays alone, too: dout, out and lse are then taken for what the forward would give. Or a Problem, its
+                operands taken for contiguous; then `engine` is the one keyword.
     device      explain it for this memory: "cpu", or CUDA memory of an architecture, "sm_90a", "sm_80", ..., which needs no GPU but the
                 packages of the GPU engine. None: where the arrays are; a Problem needs one.
 
@@ -76,7 +77,7 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
             raise ValueError(message("explain", "device", "is None", "'cpu' or an architecture, 'sm_90a', because a Problem has none"))
         seen = _assumed(call, named)
     else:
-        seen = _caught(call, arguments, keywords)
+        seen = _backward_of_inputs(call, arguments, keywords) or _caught(call, arguments, keywords)
     memory, d, where = _device(device, seen)
     asked, by = registry.order(seen.problem.call, seen.engine, registry.in_use(), memory)
     reasons, taken = dict[str, str](), None
@@ -111,6 +112,34 @@ def _caught(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict
     name = getattr(call, "__name__", repr(call))
     raise TypeError(message("explain", "call", f"is {name}, which called no attention", "fastattn.attention, attention_backward, "
                             "attention_varlen, attention_varlen_backward, or a function that calls one"))
+
+
+def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Seen | None:
+    """The call of a backward from the arguments of its forward; None where call is none, or dout, out or lse is given too."""
+    forward: Callable[..., Any]
+    arrays: tuple[str, ...]
+    if call is api.attention_backward:
+        forward, arrays = api.attention, ("q", "k", "v")
+    elif call is api.attention_varlen_backward:
+        forward, arrays = api.attention_varlen, ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    else:
+        return None
+    named = [name for name in arrays if name in keywords]
+    if not {"dout", "out", "lse"}.isdisjoint(keywords) or len(arguments) + len(named) != len(arrays):
+        return None
+    own = {name: keywords.get(name) for name in ("dlse", "need_dbias", "deterministic")}
+    seen = _caught(forward, arguments, {name: x for name, x in keywords.items() if name not in own} | {"return_lse": True})
+    o, out, lse, stream = seen.where
+
+    def new(x: View, shape: tuple[int, ...]) -> View:
+        return View(1 << 20, shape, contiguous(shape, x.itemsize), x.dtype, x.device)
+    dbias = None
+    if own["need_dbias"] and o.bias is not None:            # 1 where bias broadcasts
+        dbias = new(o.bias, tuple([1 if s == 0 else n for n, s in zip(o.bias.shape, o.bias.strides, strict=True)]))
+    dq, dk, dv = (new(x, x.shape) for x in (o.q, o.k, o.v))
+    grads = Grads(dq, dk, dv, dbias, None if o.sinks is None else new(o.sinks, o.sinks.shape))
+    where = (o, out, out, lse, None if own["dlse"] is None else lse, grads, stream, bool(own["deterministic"]))
+    return _Seen(seen.engine, "backward", replace(seen.problem, call=call.__name__), where)
 
 
 def _assumed(p: Problem, engine: str | None) -> _Seen:

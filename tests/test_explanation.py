@@ -118,6 +118,22 @@ def test_a_problem_is_explained_like_its_call(case: Case) -> None:
         assert (by_problem.engine, by_problem.config) == (by_call.engine, by_call.config)
 
 
+def test_a_backward_is_explained_from_its_inputs() -> None:
+    pytest.importorskip("numba.cuda")
+    q, k, v = arrays()
+    lse, bias = np.ones((q.shape[0], q.shape[2], q.shape[1]), np.float32), np.ones((1, q.shape[1], k.shape[1]), q.dtype)
+    for device in ("sm_90a", "sm_80", "cpu"):
+        for keywords in ({"causal": True}, {"bias": bias, "need_dbias": True},
+                         {"deterministic": True, "sinks": np.ones(q.shape[2], np.float32)}):
+            short = explain(attention_backward, q, k, v, **keywords, device=device)
+            assert short == explain(attention_backward, q, q, k, v, q, lse, **keywords, device=device)
+    packed, cu, lse = [np.ones((140, 4, 64), np.float16)] * 3, [0, 70, 140], np.ones((4, 140), np.float32)
+    short = explain(fastattn.attention_varlen_backward, *packed, cu, cu_seqlens_k=cu, device="sm_90a")
+    assert short == explain(fastattn.attention_varlen_backward, packed[0], *packed, packed[0], lse, cu, cu, device="sm_90a")
+    with pytest.raises(TypeError, match="missing"):
+        explain(attention_backward, q, k)
+
+
 def test_explain_without_the_gpu_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastattn.engine._loaded", {})
     monkeypatch.setattr("fastattn.engine._MODULES", {"gpu": ".no_such_module", "cpu": ".no_such_module"})
