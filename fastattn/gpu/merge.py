@@ -30,7 +30,7 @@ def make_add_part(dtype: str) -> Any:
     """The kernel."""
     wide = dtype == "float64"
     compute, REAL, SIZE = ("float64", float64, 8) if wide else ("float32", float32, 4)
-    NEG_INF = REAL(-math.inf)
+    INF, NEG_INF = REAL(math.inf), REAL(-math.inf)
     load, load_real, put, put_real = load_if(dtype, compute), load_if(compute, compute), store(dtype, compute), store(compute, compute)
 
     @inline
@@ -52,6 +52,8 @@ def make_add_part(dtype: str) -> Any:
         new, before = load_real(at, int32(1)), load_real(uint64(int64(a.sum_lse) + int64(line) * SIZE), int32(1 - a.first))
         if a.first != 0:
             before = NEG_INF
+        if new == INF:      # FlashAttention's mark of a row that saw nothing
+            new = NEG_INF
         share0, share1, lse = weights(before, new)
         cuda.syncthreads()      # all have read the sum's lse
         part = int64(a.part) + batch * a.part_batch + row * a.part_row + head * a.part_head
