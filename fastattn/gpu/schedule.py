@@ -147,9 +147,14 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
         store_b32(uint64(a.table + uint64(i * ENTRY + field * 4)), int32(value))
 
     @inline
-    def tiles_of(a, i):
+    def blocks_of(a, i):
         length = load_b32(uint64(a.table + uint64(i * ENTRY + (24 if BY_KEYS else 4))))
-        return int32(divide(int32(length + BLOCK - 1), BLOCK) * a.num_heads)
+        return divide(int32(length + BLOCK - 1), BLOCK)
+
+    @inline
+    def added(a, total, blocks):
+        """Never beyond what the table has room for, where lengths that lie say so: sums stay inside 32 bits."""
+        return int32(min(int64(total) + int64(blocks), int64(a.blocks)))
 
     def kernel(a):
         thread = int32(cuda.threadIdx.x)
@@ -179,12 +184,12 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
             put(a, a.batch, 4, 0)
             put(a, a.batch, 6, a.total_k - end_k)
         cuda.syncthreads()
-        # first tiles: each thread sums a stretch of entries, then they are shifted by the stretches before
+        # first blocks: each thread sums a stretch of entries, then they are shifted by the stretches before
         share = (a.batch + 1 + THREADS - 1) // THREADS
         begin, end = min(thread * share, a.batch + 1), min((thread + 1) * share, a.batch + 1)
         total = int32(0)
         for i in range(begin, end):
-            total += tiles_of(a, i)
+            total = added(a, total, blocks_of(a, i))
         sums[thread] = total
         cuda.syncthreads()
         if thread == 0:
@@ -192,19 +197,19 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
             for i in range(min(THREADS, a.batch + 1)):      # the rest have no entries
                 mine = sums[i]
                 sums[i] = before
-                before += mine
-            put(a, a.batch + 1, 0, min(before, a.blocks * a.num_heads))
+                before = added(a, before, mine)
+            put(a, a.batch + 1, 0, before * a.num_heads)
         cuda.syncthreads()
         first = sums[thread]
         for i in range(begin, end):
-            put(a, i, 5, first)
-            first += tiles_of(a, i)
+            put(a, i, 5, first * a.num_heads)
+            first = added(a, first, blocks_of(a, i))
         cuda.syncthreads()
         word = thread & 7
         for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp copies an entry for its blocks, a lane one of its words
             value = load_b32(uint64(a.table + uint64(i * ENTRY + 4 * word)))
             block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + 20))), a.num_heads)
-            end = min(block + divide(tiles_of(a, i), a.num_heads), a.blocks)
+            end = added(a, block, blocks_of(a, i))
             for j in range(block + ((thread & 31) >> 3), end, 4):
                 put(a, a.batch + 2 + j, word, value)
     return kernel
