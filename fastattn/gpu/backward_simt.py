@@ -31,7 +31,7 @@ from .inline import inline
 from .mask import diagonal_of, make_bounds, make_query_bounds
 from .packed import MOST_BLOCKS, most_tiles, table
 from .pairs import make_accumulate, make_pairs, make_put_tile, own_fields, own_values, places_of
-from .preprocess import NATURAL, dsinks, make_first_row, padded_rows, preprocessed
+from .preprocess import dsinks, make_first_row, padded_rows, preprocessed
 from .ptx.memory import shared_address
 from .scalar import compute_of, make_score
 from .schedule import make_num_tiles, make_tile_at
@@ -216,8 +216,8 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
 def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
     """Enqueue preprocess, dkdv, dq, and dbias and dsinks where they are wanted."""
     p, plain = call.problem, replace(spec, sinks=None, dbias=None, deterministic=False)
-    with preprocessed(call, spec, d, stream, NATURAL) as rows:
-        own = own_values(call, rows, NATURAL)
+    with preprocessed(call, spec, d, stream, log2=False) as rows:
+        own = own_values(call, rows)
         block = tile_dkdv(plain).lines
         tiles = most_tiles(call, block, by_keys=True)
         if tiles:
@@ -231,5 +231,5 @@ def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
             with table(call, block, d.ordinal, stream) as sequences:
                 values = arguments_dq(plain).values(call, (sequences, tiles, p.group, *own))
                 load_kernel(source_dq(plain), d.ordinal).launch(tiles, values, stream)
-        dbias.launch(call, spec, rows, d, stream, NATURAL)
-        dsinks(call, spec, rows, d, stream, NATURAL)
+        dbias.launch(call, spec, rows, d, stream)
+        dsinks(call, spec, rows, d, stream)

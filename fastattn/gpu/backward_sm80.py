@@ -31,7 +31,7 @@ from .compile import load as load_kernel
 from .config import BackwardConfigSm80
 from .device import Device
 from .fragments import join, make_pack, make_unpack, part, scale_seen_rows, zeros
-from .gradients import PIECE, exp2_columns, load_columns, make_dropout_transposed, multiply
+from .gradients import PIECE, exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import MOST_BLOCKS, head_group, most_tiles, table
@@ -45,9 +45,10 @@ from .ptx.sync import thread_index
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import ALIGN, Smem, panels
+from .softmax import make_log2_scale
 from .spec import Arguments, BackwardCall, Spec, unfit, whole_chunks
 
-OWN = "row_lse:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
+OWN = "row_lse:l row_log2:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
 
 
 def pieces(dim: int, step: int) -> int:
@@ -72,7 +73,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
     Q, DO = smem.take(STAGES * Q_BYTES), smem.take(STAGES * DO_BYTES)
     DS, P = smem.take(DS_BYTES), smem.take(DS_BYTES if SPLIT > 1 else 0)
     LSE, DELTA, TILE = smem.take(STAGES * ROW_BYTES, 128), smem.take(STAGES * ROW_BYTES, 128), smem.take(80, 16)
-    SCALED, SOFTCAP, DROPOUT = spec.scaled, spec.softcap, spec.dropout
+    SOFTCAP, DROPOUT = spec.softcap, spec.dropout
     VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: of 16 bytes of lse, and of delta
     LANE_BYTES, EARLY, LATER = 16 if VECTOR else 4, STAGES == 2 and SPLIT > 1, STAGES == 2 and SPLIT == 1
     qk, pv = mma.make_products(spec.dtype)
@@ -82,6 +83,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
@@ -159,7 +161,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
             byte = int32((thread & (COPIES - 1)) * 16)
             at = uint64(uint64(4 * (first_row(a, noted(base, 0), head, noted(base, 1)) + int64(row))) + uint64(byte))
             if thread < COPIES:
-                copy16(int32(base + LSE + stage * ROW_BYTES + byte), uint64(a.row_lse + at))
+                copy16(int32(base + LSE + stage * ROW_BYTES + byte), uint64(a.row_log2 + at))
             else:
                 copy16(int32(base + DELTA + stage * ROW_BYTES + byte), uint64(a.row_delta + at))
 
@@ -201,7 +203,7 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
                                   + (thread_index() & 31) * 4 + tile * 2 * LINE), LINE)
 
     @inline
-    def probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at):
+    def probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at, far):
         """P^T of 16 keys, negative where dropout drops it, and the slopes of the softcap."""
         batch, seqlen_q, seqlen_k = noted(base, 0), noted(base, 2), noted(base, 3)
         if SOFTCAP:
@@ -211,7 +213,10 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
         acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
         if (m < noted(base, 6)) | (m >= noted(base, 7)):
             acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-        p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, load_columns(lse_at, COUNT_S))
+        if far != 0:
+            at = uint64(4 * (first_row(a, batch, head, noted(base, 1)) + int64(query)))
+            acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+        p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
         return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
 
     @inline
@@ -244,17 +249,18 @@ def make_backward(spec: Spec, config: BackwardConfigSm80) -> tuple[Any, int]:
         lse_at, delta_at = int32(base + LSE + rows), int32(base + DELTA + rows)
         early = fetch(a, noted(base, 0), head, query, key, noted(base, 2), noted(base, 3))
         acc_s = products_s(base, stage)
+        far = any_far(int32(base + LSE + stage * ROW_BYTES))
         if TILES == 1:
-            of_scores = probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at)
+            of_scores = probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at, far)
             p_half, ds = gradients(a, of_scores, products_dp(base, stage), delta_at)
             store_scores(base, DS, ds, 0)
             if SPLIT > 1:
                 store_scores(base, P, p_half, 0)
             return p_half, ds
         else:
-            first = probabilities(a, base, part(acc_s, 0, 2), early, slope, head, m, key, query, lse_at)
+            first = probabilities(a, base, part(acc_s, 0, 2), early, slope, head, m, key, query, lse_at, far)
             early = fetch(a, noted(base, 0), head, query, int32(key + 16), noted(base, 2), noted(base, 3))
-            second = probabilities(a, base, part(acc_s, 1, 2), early, slope, head, m, int32(key + 16), query, lse_at)
+            second = probabilities(a, base, part(acc_s, 1, 2), early, slope, head, m, int32(key + 16), query, lse_at, far)
             acc_dp = products_dp(base, stage)
             half0, ds0 = gradients(a, first, part(acc_dp, 0, 2), delta_at)
             half1, ds1 = gradients(a, second, part(acc_dp, 1, 2), delta_at)
@@ -410,7 +416,7 @@ def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
     with preprocessed(call, spec, d, stream, accum_dim=dim) as rows:
         if tiles:
             with table(call, config.block_n, d.ordinal, stream, True) as sequences:
-                own = (rows.lse, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
+                own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
                        p.score.softmax_scale)
                 load_kernel(source(plain, config), d.ordinal).launch(tiles, arguments_of(plain).values(call, own), stream)
         round_dq(call, spec, rows, dim, d, stream, config.vector)

@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda, float32, int32, int64, uint8, uint64
+from numba import cuda, int32, int64, uint8, uint64
 
 from ..problem import Problem
 from . import backward_sm90_dq, backward_sm90_wide, dbias
@@ -38,8 +38,10 @@ from .gradients import (
     exp2_columns,
     load_columns,
     make_add_dbias,
+    make_any_far,
     make_dropout_transposed,
     make_kept_tile,
+    make_near,
     make_store,
     multiply,
     store_piece,
@@ -56,11 +58,12 @@ from .ptx.sync import barrier, decrease_registers, fence_async, increase_registe
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
+from .softmax import make_log2_scale
 from .spec import Arguments, BackwardCall, Spec, make_spec, unfit
 from .tensormap import fits, tensor_maps
 
 CONSUMERS, BLOCK_N = 2, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
+OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
        "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
 
 
@@ -78,7 +81,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     DS_FULL = smem.barriers(1)
     ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
     WARPS, OWN_BARRIER = 4 * CONSUMERS, 1
-    PACKED, SCALED, DROPOUT, PRODUCERS = spec.packed, spec.scaled, spec.dropout, 32 if spec.packed else 1
+    PACKED, DROPOUT, PRODUCERS = spec.packed, spec.dropout, 32 if spec.packed else 1
     SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
     CROWDED, HALVES, SOFTCAP = config.crowded, config.halves, spec.softcap
     COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
@@ -89,11 +92,12 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     next_stage, store, add_dbias = make_next_stage(Q_STAGES), make_store(spec, DIM), make_add_dbias(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
+    any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
-    keep_tile, kept_tile = make_kept_tile(smem)
+    keep_tile, kept_tile, _ = make_kept_tile(smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
@@ -232,6 +236,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             wgmma.fence()
             acc_s = products_s(base, w, zeros(COUNT_S), stage)
             wgmma.commit()
+            far = any_far(int32(base + LSE + stage * ROW_BYTES))
             if not FIRST:
                 if SUM_DQ:
                     mbarrier.wait(base + DS_FULL, int32(other ^ 1))
@@ -260,7 +265,10 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            scale, plane = float32(1) if SCALED else a.softmax_scale, int32(batch * a.num_heads + head)
+            if far != 0:
+                at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
+                acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+            scale, plane = log2_scale(a), int32(batch * a.num_heads + head)
             if HALVES:
                 left = exp2_columns(part(acc_s, 0, 2), scale, lses)
             else:
@@ -374,7 +382,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
-                keep_tile(base, n_block, head_k, batch, k_start, keys)
+                keep_tile(base, n_block, head_k, batch, k_start, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -467,6 +475,6 @@ def launch_both(call: BackwardCall, spec: Spec, config: BackwardConfig, rows: Ro
     p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
     captured = capturing(stream)
-    own = (*tensor_maps(boxes, captured), rows.map(call, config.block_m, d, captured), rows.accum, rows.count, sequences, tiles,
+    own = (*tensor_maps(boxes, captured), rows.map(call, config.block_m, d, captured), rows.lse, rows.accum, rows.count, sequences, tiles,
            head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
     load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

@@ -40,7 +40,7 @@ from .fragments import (
     zeros,
     zeros_packed,
 )
-from .gradients import multiply
+from .gradients import make_near, multiply
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds, make_keep
 from .packed import head_group, most_tiles, table
@@ -48,17 +48,18 @@ from .preprocess import Rows, make_first_row
 from .ptx import mbarrier, wgmma
 from .ptx.arith import emit_fma
 from .ptx.asm import F32, pack, unpack
-from .ptx.memory import load_f32, shared_address
-from .ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
+from .ptx.memory import load_f32, load_shared_b32, shared_address, store_shared_b32
+from .ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import Smem, copy_rows, make_clear, make_next_stage, panels
-from .spec import Arguments, BackwardCall, Spec
+from .softmax import make_log2_scale
+from .spec import FAR_LSE, Arguments, BackwardCall, Spec
 from .tensormap import tensor_maps
 
 CONSUMERS, BLOCK_M = 2, 128
-OWN = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
-INF = float32(float("inf"))
+OWN = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
+INF, FAR = float32(float("inf")), float32(FAR_LSE)
 
 
 @intrinsic
@@ -81,13 +82,15 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
     smem = Smem()
     Q, DO, K, V = smem.take(Q_BYTES), smem.take(DO_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES_V * V_BYTES)
     Q_FULL, DO_FULL, K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(n) for n in (1, 1, STAGES, STAGES, STAGES_V, STAGES_V))
+    Q_START = smem.take(4, 4)       # of the sequence
     WARPS, THREADS, CLEAR_BARRIER = 4 * CONSUMERS, 128 * CONSUMERS, 1
-    PACKED, SCALED, DROPOUT, SOFTCAP = spec.packed, spec.scaled, spec.dropout, spec.softcap
+    PACKED, DROPOUT, SOFTCAP = spec.packed, spec.dropout, spec.softcap
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     (row_bounds, block_bounds), keep_rows = make_bounds(spec, BLOCK_N), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
+    (_, near_rows), log2_scale = make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, dropout = make_dropout(spec, COUNT_S)
     next_stage, next_stage_v = make_next_stage(STAGES), make_next_stage(STAGES_V)
@@ -214,7 +217,10 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
             if (n_block < full_min) | (n_block >= full_max):
                 acc_s = keep(a, acc_s, row, column, seqlen_q, seqlen_k)
-            acc_s = exp2_minus(acc_s, float32(1) if SCALED else a.softmax_scale, lse0, lse1)
+            if any_lane(int32(1) if lse0 == FAR or lse1 == FAR else int32(0)) != 0:
+                at = uint64(a.row_lse + uint64(4 * (first_row(a, batch, head, load_shared_b32(base + Q_START)) + row)))
+                acc_s = near_rows(a, acc_s, (lse0, lse1), (load_f32(at), load_f32(uint64(at + uint64(32)))))
+            acc_s = exp2_minus(acc_s, log2_scale(a), lse0, lse1)
             if NEXT:
                 hold(base)
             if BETWEEN:
@@ -292,6 +298,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
                 for s in range(STAGES_V):
                     mbarrier.init(base + V_FULL + 8 * s, int32(1))
                     mbarrier.init(base + V_EMPTY + 8 * s, int32(WARPS))
+                store_shared_b32(base + Q_START, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -306,7 +313,7 @@ def make_dq(spec: Spec, config: QueryConfig) -> tuple[Any, int]:
                 lse0, lse1, acc_dq = INF, INF, zeros(COUNT_DQ)
                 if n_min < n_max:
                     at = uint64(4 * (first_row(a, batch, head, q_start) + row))
-                    lse0, lse1 = load_f32(uint64(a.row_lse + at)), load_f32(uint64(a.row_lse + at + uint64(32)))
+                    lse0, lse1 = load_f32(uint64(a.row_log2 + at)), load_f32(uint64(a.row_log2 + at + uint64(32)))
                     delta0, delta1 = load_f32(uint64(a.row_delta + at)), load_f32(uint64(a.row_delta + at + uint64(32)))
                     acc_dq = consume(a, base, w, thread, m_block, n_min, n_max, head, batch, seqlen_q, seqlen_k, lse0, lse1, delta0, delta1)
                 store(a, acc_dq, lse0, lse1, plane, head, q_start, row, seqlen_q, thread)
@@ -334,6 +341,6 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -
     tiles = most_tiles(call, BLOCK_M)
     with table(call, BLOCK_M, d.ordinal, stream) as sequences:
         boxes = (o.q, BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, BLOCK_M)
-        own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.delta, rows.count, sequences, tiles, head_group(call),
+        own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count, sequences, tiles, head_group(call),
                call.problem.score.softmax_scale)
         kernel.launch(tiles, arguments_of(spec).values(call, own), stream)

@@ -19,14 +19,24 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda, float32, int32, int64, uint8
+from numba import cuda, int32, int64, uint8, uint64
 
 from .compile import Source
 from .compile import load as load_kernel
 from .config import WideConfig, wide_sm90
 from .device import Device, capturing
 from .fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
-from .gradients import exp2_columns, load_columns, make_add_dbias, make_dropout_transposed, make_kept_tile, make_store, multiply
+from .gradients import (
+    exp2_columns,
+    load_columns,
+    make_add_dbias,
+    make_any_far,
+    make_dropout_transposed,
+    make_kept_tile,
+    make_near,
+    make_store,
+    multiply,
+)
 from .inline import inline
 from .mask import make_key_bounds
 from .packed import head_group, most_tiles
@@ -37,11 +47,12 @@ from .ptx.sync import decrease_registers, increase_registers, opaque, uniform
 from .schedule import make_num_tiles, make_tile_at
 from .scores import make_cap_of, make_score
 from .smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage, panels
+from .softmax import make_log2_scale
 from .spec import Arguments, BackwardCall, Spec
 from .tensormap import tensor_maps
 
 CONSUMERS, BLOCK_M, BLOCK_N = 2, 64, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
+OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
        "sums:l sums_batch:q sums_head:q sums_row:i")
 
 
@@ -59,19 +70,20 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
     K_FULL, V_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, 1, Q_STAGES, Q_STAGES, DO_STAGES, DO_STAGES))
     ROWS_CLEAN, PRODUCERS = smem.barriers(2), 32 if spec.packed else 1
     WARPS, Q_ARRIVE = 4 * CONSUMERS, Q_BYTES + (2 if DK else 1) * ROW_BYTES
-    PACKED, SCALED, DROPOUT, SOFTCAP, SUM_DBIAS = spec.packed, spec.scaled, spec.dropout, spec.softcap, spec.dbias is not None and DK
+    PACKED, DROPOUT, SOFTCAP, SUM_DBIAS = spec.packed, spec.dropout, spec.softcap, spec.dbias is not None and DK
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
+    any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
     next_stage, next_do = make_next_stage(Q_STAGES), make_next_stage(DO_STAGES)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_M, PANELS_V, 32)
-    keep_tile, kept_tile = make_kept_tile(smem)
+    keep_tile, kept_tile, kept_q_start = make_kept_tile(smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
@@ -180,14 +192,18 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 acc = add(base, acc, half, before, stage_do)
                 wgmma.commit()
             early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+            far = any_far(int32(base + LSE + stage * ROW_BYTES))
             acc_s = wait_s(acc_s)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max):
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            lses = load_columns(int32(base + LSE + stage * ROW_BYTES + 4 * col), COUNT_S)
-            p = exp2_columns(acc_s, float32(1) if SCALED else a.softmax_scale, lses)
+            lse_at = int32(base + LSE + stage * ROW_BYTES + 4 * col)
+            if far != 0:
+                at = uint64(4 * (first_row(a, batch, head, kept_q_start(base)) + int64(query)))
+                acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+            p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
             p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
             if NEXT:
                 hold(base)
@@ -271,7 +287,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
-                keep_tile(base, n_block, head_k, batch, k_start, keys)
+                keep_tile(base, n_block, head_k, batch, k_start, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -319,8 +335,8 @@ def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tup
     o, tiles = call.operands, most_tiles(call, BLOCK_N, True)
     boxes = (o.q, BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, BLOCK_M)
     captured = capturing(stream)
-    own = (*tensor_maps(boxes, captured), rows.map(call, BLOCK_M, d, captured), rows.count, sequences, tiles, head_group(call, True),
-           call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
+    own = (*tensor_maps(boxes, captured), rows.map(call, BLOCK_M, d, captured), rows.lse, rows.count, sequences, tiles,
+           head_group(call, True), call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
     spec = replace(spec, deterministic=False)
     for part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
         kernel = load_kernel(source(part[0], wide_sm90(*part)), d.ordinal)

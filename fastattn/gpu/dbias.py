@@ -22,7 +22,7 @@ from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
 from .packed import LENGTHS, lengths
 from .pairs import make_pairs, make_put_tile, own_fields, own_values, places_of
-from .preprocess import LOG2, Rows, make_first_row
+from .preprocess import Rows, make_first_row
 from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store, store_shared
 from .ptx.sync import opaque
@@ -169,13 +169,13 @@ def source(spec: Spec, used: bool) -> Source:
                   lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments_of(spec).fields, tile.threads)
 
 
-def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int, lse_factor: float = LOG2) -> None:
-    """Enqueue writing all of grads.dbias, where it is wanted. `lse_factor` is that of `preprocessed`."""
+def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
+    """Enqueue writing all of grads.dbias, where it is wanted."""
     x = call.grads.dbias
     if x is None or 0 in x.shape:
         return
     spec = replace(spec, sinks=None, deterministic=False)
     tile = tile_of(spec)
-    own = (x.ptr, *x.strides, *x.shape, *own_values(call, rows, lse_factor), *(lengths(call) if spec.packed else ()))
+    own = (x.ptr, *x.strides, *x.shape, *own_values(call, rows), *(lengths(call) if spec.packed else ()))
     tiles = x.shape[0] * x.shape[1] * -(-x.shape[2] // tile.lines) * -(-x.shape[3] // tile.columns)
     load_kernel(source(spec, call.problem.seqused_k), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

@@ -2,7 +2,7 @@
 
     block           one key head, one split of the keys; its rows are the queries of all heads that share the key head, 16 at most
     warp            16 or 32 keys at a time: S = Q K^T, softmax, O += P V, on its own; K and V go from memory to registers
-    shared memory   at the end: O of each warp | its maxima and sums, then the lse of all splits
+    shared memory   at the end: O of each warp | its maxima and sums, then those of all splits
 
 A step issues the loads of the step after it as soon as registers are free, K's behind S, V's behind O, so that memory never waits. The
 warps' results are added up in shared memory, those of the splits by the last block that is done (combine.py).
@@ -15,20 +15,19 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from .combine import make_combine, share
+from .combine import make_combine
 from .config import DecodeConfig
 from .fragments import make_pack, quad_sum, scale_rows, zeros
 from .inline import divide, inline
 from .launch_decode import MOST_SPLITS, ROWS
 from .mask import diagonal_of, make_bounds, make_keep
 from .ptx import direct
-from .ptx.arith import log2
 from .ptx.memory import shared_address
 from .ptx.scalar import load_shared, store_shared
 from .ptx.sync import any_lane
 from .scores import make_score
 from .smem import ALIGN, Smem
-from .softmax import NEG_INF, make_softmax
+from .softmax import NEG_INF, make_decay, make_softmax
 from .spec import Spec
 
 
@@ -37,11 +36,11 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     KEYS, WARPS, HEAD_DIM_V = config.keys, config.warps, spec.head_dim_v
     TILES, GROUPS, CHUNKS, CHUNKS_V = KEYS // 8, KEYS // 16, spec.head_dim // 32, spec.head_dim_v // 64
     COUNT_S, COUNT_O = KEYS // 2, spec.head_dim_v // 2
-    SCALED, keep = spec.scaled, make_keep(spec)
+    keep, decay = make_keep(spec), make_decay(spec)
     PITCH = 4 * HEAD_DIM_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
     smem = Smem()
     OUT, TOP, TOTAL = smem.take(WARPS * ROWS * PITCH, 16), smem.take(WARPS * ROWS * 4, 16), smem.take(WARPS * ROWS * 4, 16)
-    assert ROWS * MOST_SPLITS * 4 <= TOP, "combine's place is O's"
+    assert ROWS * MOST_SPLITS * 8 <= TOP, "combine's place is O's"
     qk, pv = direct.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     row_bounds, _ = make_bounds(spec, KEYS)
@@ -71,39 +70,38 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return acc_o
 
     @inline
-    def note(base, w, row, lane, maximum, total, scale):
-        """A row's maximum, in units of log2, and sum, for all warps."""
+    def note(base, w, row, lane, maximum, total):
+        """A row's maximum and sum, for all warps."""
         total = quad_sum(total)
         if (lane & 3) == 0:
-            put(int32(base + TOP + (w * ROWS + row) * 4), maximum * scale)
+            put(int32(base + TOP + (w * ROWS + row) * 4), maximum)
             put(int32(base + TOTAL + (w * ROWS + row) * 4), total)
 
     @inline
-    def whole(base, row):
+    def whole(a, base, row):
         """(maximum, sum) of a row over all warps."""
         top, total = NEG_INF, float32(0)
         for w in range(WARPS):
             top = max(top, read(int32(base + TOP + (w * ROWS + row) * 4))[0])
         for w in range(WARPS):
-            total += read(int32(base + TOTAL + (w * ROWS + row) * 4))[0] * factor(base, w, row, top)
+            total += read(int32(base + TOTAL + (w * ROWS + row) * 4))[0] * factor(a, base, w, row, top)
         return top, total
 
     @inline
-    def factor(base, w, row, top):
+    def factor(a, base, w, row, top):
         """What a warp's O and sum of a row count for under the maximum of all; 0 where it saw nothing."""
-        return share(read(int32(base + TOP + (w * ROWS + row) * 4))[0], top)
+        return decay(a, read(int32(base + TOP + (w * ROWS + row) * 4))[0], top)
 
     @inline
-    def result(base, row, column):
-        """Four columns of a row of this block's keys, divided by the sum, and its lse in units of log2."""
-        top, total = whole(base, row)
-        inverse = float32(1) / total if total != float32(0) else float32(0)
+    def result(a, base, row, column):
+        """Four columns of a row of this block's keys, its maximum and its sum."""
+        top, total = whole(a, base, row)
         out0, out1, out2, out3 = float32(0), float32(0), float32(0), float32(0)
         for n in range(WARPS):
-            part = factor(base, int32(n), row, top) * inverse
+            part = factor(a, base, int32(n), row, top)
             x = read4(int32(base + OUT + (n * ROWS + row) * PITCH + 4 * column))
             out0, out1, out2, out3 = out0 + part * x[0], out1 + part * x[1], out2 + part * x[2], out3 + part * x[3]
-        return (out0, out1, out2, out3), top + log2(total) if total != float32(0) else NEG_INF
+        return (out0, out1, out2, out3), top, total
 
     def kernel(a):
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
@@ -139,20 +137,19 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
                 acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v)
                 v = direct.load_columns(v_base, a.v_row, int32(coming + 2 * c), last, GROUPS, CHUNKS_V)
                 key = coming
-        scale = float32(1) if SCALED else a.softmax_scale
-        note(base, w, g, lane, max0, sum0, scale)
-        note(base, w, int32(g + 8), lane, max1, sum1, scale)
+        note(base, w, g, lane, max0, sum0)
+        note(base, w, int32(g + 8), lane, max1, sum1)
         direct.store_output(acc_o, int32(base + OUT + (w * ROWS + g) * PITCH + 64 * c), PITCH)
         cuda.syncthreads()
         i = thread
         while i < rows * (HEAD_DIM_V // 4):
             row = divide(i, int32(HEAD_DIM_V // 4))
             column = int32((i - row * (HEAD_DIM_V // 4)) * 4)
-            values, lse = result(base, row, column)
+            values, maximum, total = result(a, base, row, column)
             if a.splits == 1:
-                put_out(a, batch, head_k, row, column, values, lse)
+                put_out(a, batch, head_k, row, column, values, maximum, total)
             else:
-                put_part(a, split, plane, rows, row, column, values, lse)
+                put_part(a, split, plane, rows, row, column, values, maximum, total)
             i = int32(i + 32 * WARPS)
         if a.splits > 1:
             combine(a, base, thread, plane, batch, head_k, rows)

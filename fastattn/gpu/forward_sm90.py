@@ -292,7 +292,7 @@ def make_forward(spec: Spec, config: Config) -> tuple[Any, int]:
         return tile, n_max, fast_min, fast_max
 
     def kernel(a):
-        base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
+        base = opaque(int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024))     # opaque: not made again
         warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
         thread = int32(cuda.threadIdx.x & 127)
         if cuda.threadIdx.x == 0:

@@ -129,6 +129,14 @@ def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> An
 
 
 @intrinsic
+def minus_rows(typingctx: Any, acc: Any, shift0: Any, shift1: Any) -> Any:
+    """Each row minus its number."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fsub(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
 def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
     """Each row times its factor."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -210,12 +218,21 @@ def elementwise(f: Any) -> Any:
 
 
 @intrinsic
-def add_rows(typingctx: Any, acc: Any, other: Any, factor: Any) -> Any:
-    """acc + factor * other, both float32 fragments."""
+def add(typingctx: Any, acc: Any, other: Any) -> Any:
+    """acc + other, both float32 fragments."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, [emit_fma(builder, y, args[2], x) for x, y in
+        return pack(builder, [builder.fadd(x, y) for x, y in
                               zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
-    return signature(acc, acc, acc, types.float32), generate
+    return signature(acc, acc, acc), generate
+
+
+@intrinsic
+def scale_add(typingctx: Any, acc: Any, scale: Any, other: Any) -> Any:
+    """acc * scale + other, rounded once."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [emit_fma(builder, x, args[1], y) for x, y in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[2], acc.count), strict=True)])
+    return signature(acc, acc, types.float32, acc), generate
 
 
 def make_gather(dtype: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import float32, int32, int64, uint32, uint64
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
@@ -15,13 +16,13 @@ from numba.cuda.typing import signature
 from .dropout import philox
 from .fragments import col_of, make_pack, row_of, store_rows, store_whole_rows
 from .inline import Compiled, inline
-from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max
-from .ptx.asm import F32, I32, I64, literals, pack, unpack
+from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max, emit_min_nan, emit_product, reciprocal
+from .ptx.asm import F32, I32, I64, VOID, emit, instruction, literals, pack, unpack
 from .ptx.matrix import emit_transpose
-from .ptx.memory import emit_add_if, emit_load_shared_pair, emit_store_shared_vector, load_shared_b32, store_shared_b32
-from .ptx.sync import opaque
+from .ptx.memory import emit_add_if, emit_load_pair, emit_load_shared_pair, emit_store_shared_vector, load_shared_b32, store_shared_b32
+from .ptx.sync import opaque, thread_index
 from .smem import Smem
-from .spec import Spec
+from .spec import FAR_LSE, Spec
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
 
@@ -94,25 +95,106 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
     return signature(types.none, acc, types.uint64, types.uint64, types.int64, types.int32, types.int32), generate
 
 
-# ---------------------------------------------------------------- of Hopper's kernels by keys
-def make_kept_tile(smem: Smem) -> tuple[Any, Any]:
-    """keep_tile(base, n_block, head_k, batch, k_start, keys), by one thread at the start, and kept_tile(base), which gives them back at the
-    end: the loop between has no registers for them."""
-    PLACE = smem.take(20, 4)
+# ---------------------------------------------------------------- far rows
+# Their lse is too large for the one instruction that makes an exponent of a score: its product with log2(e), and the score's, are rounded.
+# What that instruction gets instead is what gives the difference of score and lse, at most 0, and FAR_LSE, which is next to nothing. The
+# score is rounded as the forward rounds a row's maximum, so that this has P = 1 where the sum had no room in lse.
+def _emit_near(builder: Any, x: Any, scale: Any, inverse: Any, lse: Any, far: Any) -> Any:
+    """x, or where `far` is true what is to be taken for it: (x * scale - lse) * inverse, at most 0. NaN stays NaN."""
+    difference = builder.fsub(emit_product(builder, x, scale), lse)
+    return builder.select(far, builder.fmul(emit_min_nan(builder, difference, F32(0.0)), inverse), x)
+
+
+@intrinsic
+def near_columns(typingctx: Any, acc: Any, scale: Any, inverse: Any, place: Any, address: Any) -> Any:
+    """Scores with those of far columns changed. `place`: of the lse in units of log2 of the thread's first column in shared memory;
+    `address`: of the lse itself in global memory."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, out = unpack(builder, args[0], acc.count), list[Any]()
+        for k in range(0, acc.count, 4):
+            far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in emit_load_shared_pair(builder, args[3], 8 * k)]
+            lse = emit_load_pair(builder, args[4], 8 * k)
+            out += [_emit_near(builder, x, args[1], args[2], lse[n % 2], far[n % 2]) for n, x in enumerate(registers[k:k + 4])]
+            emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # one after the other: there are no registers for all
+        return pack(builder, out)
+    return signature(acc, acc, types.float32, types.float32, types.int32, types.uint64), generate
+
+
+@intrinsic
+def near_rows(typingctx: Any, acc: Any, scale: Any, inverse: Any, rows: Any, lses: Any) -> Any:
+    """The same where rows are queries: `rows` and `lses`, of two each, are lse in units of log2 and lse itself."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in unpack(builder, args[3], 2)]
+        lse = unpack(builder, args[4], 2)
+        return pack(builder, [_emit_near(builder, x, args[1], args[2], lse[row_of(k) // 8], far[row_of(k) // 8])
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32, rows, lses), generate
+
+
+def make_any_far(BLOCK_M: int) -> Any:
+    """any_far(place): 1 where any of BLOCK_M rows is far, whose lse in units of log2 are at `place` in shared memory; else 0."""
+    WORDS = BLOCK_M // 32
+    letters = "abcd"[:WORDS]
+    tests = "".join(f" setp.eq{'.or' * (k > 0)}.b32 p, {x}, 0x{np.float32(FAR_LSE).view(np.uint32):08X}{', p' * (k > 0)};"
+                    for k, x in enumerate(letters))
+    vector = f"ld.shared.v{WORDS}.b32 {{{', '.join(letters)}}}" if WORDS > 1 else "ld.shared.b32 a"
+    any_far_word = instruction(f"{{ .reg .pred p; .reg .b32 {', '.join(letters)}; {vector}, [$1];{tests} vote.sync.any.pred p, p, -1; "
+                               "selp.b32 $0, 1, 0, p; }", "r", "r")
 
     @inline
-    def keep_tile(base, n_block, head_k, batch, k_start, keys):
+    def any_far(place):
+        return any_far_word(int32(place + (thread_index() & 31) * (4 * WORDS)))
+    return any_far
+
+
+def make_near(spec: Spec) -> tuple[Any, Any]:
+    """(near_columns, near_rows) without scale and inverse."""
+    SCALED = spec.scaled
+
+    @inline
+    def factors(a):
+        """From a score to units of lse, and from there to what gives an exponent of 2."""
+        if SCALED:
+            return float32(1), float32(1)
+        else:
+            return a.softmax_scale, reciprocal(a.softmax_scale)
+
+    @inline
+    def columns_near(a, acc, place, address):
+        scale, inverse = factors(a)
+        return near_columns(acc, scale, inverse, place, address)
+
+    @inline
+    def rows_near(a, acc, rows, lses):
+        scale, inverse = factors(a)
+        return near_rows(acc, scale, inverse, rows, lses)
+    return columns_near, rows_near
+
+
+# ---------------------------------------------------------------- of Hopper's kernels by keys
+def make_kept_tile(smem: Smem) -> tuple[Any, Any, Any]:
+    """keep_tile(base, n_block, head_k, batch, k_start, keys, q_start), by one thread at the start, and kept_tile(base), which gives all but
+    the last back at the end: the loop between has no registers for them. kept_q_start(base) gives that one."""
+    PLACE = smem.take(24, 4)
+
+    @inline
+    def keep_tile(base, n_block, head_k, batch, k_start, keys, q_start):
         store_shared_b32(base + PLACE, n_block)
         store_shared_b32(base + PLACE + 4, head_k)
         store_shared_b32(base + PLACE + 8, batch)
         store_shared_b32(base + PLACE + 12, k_start)
         store_shared_b32(base + PLACE + 16, keys)
+        store_shared_b32(base + PLACE + 20, q_start)
 
     @inline
     def kept_tile(base):
         return (load_shared_b32(base + PLACE), load_shared_b32(base + PLACE + 4), load_shared_b32(base + PLACE + 8),
                 load_shared_b32(base + PLACE + 12), load_shared_b32(base + PLACE + 16))
-    return keep_tile, kept_tile
+
+    @inline
+    def kept_q_start(base):
+        return load_shared_b32(base + PLACE + 20)
+    return keep_tile, kept_tile, kept_q_start
 
 
 def make_store(spec: Spec, DIM: int) -> Any:

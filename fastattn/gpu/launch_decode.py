@@ -15,7 +15,7 @@ ROWS = 16               # query rows of a tile: of all heads that share a key he
 FEW_KEYS = 256          # below, a tile of the other forwards is done as soon
 MOST_SPLITS = 128
 make_forward = late("forward_decode", "make_forward")
-OWN = "part:l part_lse:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
+OWN = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
 
 
 def takes(call: Call, spec: Spec) -> bool:
@@ -66,6 +66,6 @@ def prepare(call: Call, spec: Spec, d: Device) -> Launch:
 
     def launch_split(call: Call, stream: int) -> None:
         arrived = arrivals(d.ordinal, capturing(stream))
-        with temporary(out_bytes + 4 * splits * lines, d.ordinal, stream) as part:
+        with temporary(out_bytes + 8 * splits * lines, d.ordinal, stream) as part:
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own)), stream)
     return launch if splits == 1 else launch_split

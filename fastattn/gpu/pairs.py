@@ -28,7 +28,7 @@ from .smem import Smem
 from .spec import BackwardCall, Spec
 from .threads import WIDE, Tile, make_load, make_outer_product, make_product
 
-OWN = "row_lse:l row_delta:l rows:i lse_unit:{f} scale:{f} cap:{f} keep:{f} "
+OWN = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "
 
 
 def own_fields(spec: Spec) -> str:
@@ -36,10 +36,10 @@ def own_fields(spec: Spec) -> str:
     return OWN.format(f="d" if spec.dtype == "float64" else "f")
 
 
-def own_values(call: BackwardCall, rows: Rows, lse_factor: float) -> tuple[Any, ...]:
-    """Their values; lse_factor as given to `preprocessed`."""
+def own_values(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
+    """Their values."""
     p = call.problem
-    return (rows.lse, rows.delta, rows.count, 1.0 / lse_factor, p.score.softmax_scale, p.score.softcap or 0.0,
+    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0,
             p.dropout.keep_scale if p.dropout else 0.0)
 
 
@@ -137,6 +137,11 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
             return REAL(1)
 
     @inline
+    def not_above(s, lse):
+        """s - lse, which is 0 at most but for rounding. NaN stays NaN."""
+        return REAL(0) if s > lse else s - lse
+
+    @inline
     def pairs(a, base, acc_s, acc_dp, pointers, place, full, slope, thread, x, y):
         if not FOR_BIAS and thread < COLUMNS:
             store_shared_b32(int32(base + SEEN + thread * 4), int32(0))
@@ -144,7 +149,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
         batch, head, row0, col0, seqlen_q, seqlen_k, first = place
         for r in range(OUTER):
             row = int32(row0 + x + r * WIDE) if TRANSPOSED else int32(row0 + y + r * HIGH)
-            lse = load_real(uint64(int64(a.row_lse) + (first + row) * SIZE), int32(1)) * a.lse_unit
+            lse = load_real(uint64(int64(a.row_lse) + (first + row) * SIZE), int32(1))
             delta = load_real(uint64(int64(a.row_delta) + (first + row) * SIZE), int32(1))
             lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for c in range(INNER):
@@ -153,7 +158,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
                 s, rate = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
                 keep, p, ds = kept(base, i, j, x, y), REAL(0), REAL(0)
                 if (full != 0 or visible(a, batch, head, row, col, seqlen_q, lo, hi)) and lse != INF:
-                    p = math.exp(s - lse)
+                    p = math.exp(not_above(s, lse))
                     ds = p * (acc_dp[i, j] * keep - delta)
                     if not FOR_BIAS:
                         ds = ds * rate

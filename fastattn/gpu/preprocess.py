@@ -1,16 +1,16 @@
 """What every backward does first: delta of each query row, and lse where tiles of rows can be copied blindly.
 
-    delta = sum(dout * out) - dlse          lse in the caller's of two units          of each row, float32 (float64 for float64 problems)
+    delta = sum(dout * out) - dlse          lse, and for some lse in units of log2     of each row, float32 (float64 for float64 problems)
 
-Both go to lines of rows in temporary memory, a line for each (batch, head); packed: for each head, with all sequences one after the
+They go to lines of rows in temporary memory, a line for each (batch, head); packed: for each head, with all sequences one after the
 other. A sequence starts at a multiple of PADDING and its rows are followed by rows that are nobody's up to the next one, so that a
 tile of rows, if its size divides PADDING, may be read whole:
 
     dense     line batch * num_heads + head, of ceil(seqlen_q / PADDING) * PADDING rows; the sequence starts at row 0
     packed    line head; sequence b starts at row padded_start(q_start, b), rows of no sequence count as one sequence more
 
-Rows that are nobody's and rows that saw nothing have lse = +inf and delta = 0: exp(s - lse) is 0 there whatever else memory holds.
-dsinks, too, needs nothing but these two.
+Rows that are nobody's and rows that saw nothing have lse = +inf and delta = 0: exp(s - lse) is 0 there whatever else memory holds. In
+units of log2, far rows have FAR_LSE: gradients.py says why. dsinks, too, needs nothing but lse and delta.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .ptx.memory import store_zero16
 from .ptx.scalar import load_chunk, load_if, store
 from .scalar import WARP, compute_of
 from .schedule import length_at
-from .spec import LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
+from .spec import FAR_EXPONENT, FAR_LSE, LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
 from .tensormap import row_map
 from .workspace import temporary
 
@@ -40,22 +40,22 @@ PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
 THREADS = 256
 BLOCK_ROWS = PADDING        # of a block of the grid: long enough that starting it costs little, and of one sequence
 ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
-NATURAL = 1.0               # units of lse, as factors of the caller's
-LOG2 = LOG2E
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Addresses of lse, delta and, where asked for, of the zeroed float32 sums of dq (lines, count, accum_dim); `count` rows a line."""
+    """Addresses of lse, delta and, where asked for, of lse in units of log2 and of the zeroed float32 sums of dq (lines, count, accum_dim);
+    `count` rows a line."""
 
     lse: int
+    log2: int
     delta: int
     accum: int
     count: int
 
     def map(self, call: AnyCall, block_m: int, d: Device, captured: bool) -> int:
-        """The tensor map of float32 lse (line 0) and delta (line 1), for boxes of block_m rows."""
-        return row_map(self.lse, self.count * num_lines(call), self.delta - self.lse, block_m, d.ordinal, captured)
+        """The tensor map of float32 lse in units of log2 (line 0) and delta (line 1), for boxes of block_m rows."""
+        return row_map(self.log2, self.count * num_lines(call), self.delta - self.log2, block_m, d.ordinal, captured)
 
 
 # ---------------------------------------------------------------- where rows are
@@ -118,11 +118,11 @@ def make_row_at(spec: Spec) -> Any:
 
 
 # ---------------------------------------------------------------- delta and lse
-OWN = ("out_lse:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_factor:{f} lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
+OWN = ("out_lse:l out_log2:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
        "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
 
 
-def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool) -> Any:
+def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool) -> Any:
     """The kernel. A block takes BLOCK_ROWS rows of a line; neighbouring lanes share a row, 16 bytes each at a time when WHOLE: rows of
     dout and out are aligned pieces of 16 bytes."""
     PACKED = spec.packed
@@ -155,6 +155,14 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool) -> Any:
             else:
                 total += product(load_element(uint64(dout + dim * a.dout_dim), there), load_element(uint64(out + dim * a.out_dim), there))
         return total
+
+    @inline
+    def in_log2(lse):
+        """NaN and infinities stay what they are."""
+        x = lse * REAL(LOG2E)
+        if abs(lse) < REAL(1e-30):      # as small as FAR_LSE
+            x = REAL(0)
+        return REAL(FAR_LSE) if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF else x
 
     @inline
     def sum_lanes(x):
@@ -192,7 +200,10 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, ACCUM: bool) -> Any:
                     lse = lses[i]
                     nothing = insides[i] == 0 or lse == -INF
                     # a row whose lse is +inf or NaN has NaN gradients; +inf itself means here that it saw nothing
-                    put(uint64(int64(a.out_lse) + at * SIZE), INF if nothing else lse * a.lse_factor + (lse - lse))
+                    lse = INF if nothing else lse + (lse - lse)
+                    put(uint64(int64(a.out_lse) + at * SIZE), lse)
+                    if IN_LOG2:
+                        put(uint64(int64(a.out_log2) + at * SIZE), in_log2(lse))
                     put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else delta - dlses[i])
                 if ACCUM:
                     if p < a.rows:
@@ -209,31 +220,31 @@ def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def _preprocess(spec: Spec, whole: bool, dlse: bool, accum: bool) -> tuple[Source, Arguments]:
-    arguments = Arguments(spec, OWN.format(f="d" if spec.dtype == "float64" else "f"), ("dout", "out"))
-    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " accum" * accum
-    return Source(key, lambda: (make_preprocess(spec, whole, dlse, accum), 0), arguments.fields, THREADS), arguments
+def _preprocess(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool) -> tuple[Source, Arguments]:
+    arguments = Arguments(spec, OWN, ("dout", "out"))
+    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum
+    return Source(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0), arguments.fields, THREADS), arguments
 
 
 @contextmanager
-def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, lse_factor: float = LOG2,
-                 accum_dim: int = 0) -> Iterator[Rows]:
+def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, log2: bool = True, accum_dim: int = 0) -> Iterator[Rows]:
     """Enqueue the kernel; its results, and `accum_dim` zeroed columns of float32 a row, are there for work enqueued inside the `with`.
 
-    lse_factor: LOG2 for kernels that take exp2(s * softmax_scale * LOG2E - lse), NATURAL for those that take exp(s - lse).
+    log2: for kernels that take exp2(s * log2_scale - lse), with lse in units of log2, instead of exp(s - lse).
     """
     p, o = call.problem, call.operands
     rows, lines = padded_rows(call), num_lines(call)
     size = 8 if p.dtype == "float64" else 4
     each = -(-rows * lines * size // 256) * 256
-    with temporary(max(2 * each + 4 * accum_dim * rows * lines, 256), d.ordinal, stream) as memory:
-        where = Rows(memory, memory + each, memory + 2 * each if accum_dim else 0, rows)
+    with temporary(max((2 + log2) * each + 4 * accum_dim * rows * lines, 256), d.ordinal, stream) as memory:
+        lse = memory + 2 * each if log2 else memory
+        where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
-        source, arguments = _preprocess(plain, whole, call.dlse is not None, accum_dim > 0)
+        source, arguments = _preprocess(plain, whole, call.dlse is not None, log2, accum_dim > 0)
         chunks = -(-rows // BLOCK_ROWS)
         cu = o.cu_seqlens_q
-        own = (where.lse, where.delta, where.accum, 4 * accum_dim, rows, chunks, lse_factor, *_line_strides(call.lse, p.packed),
+        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_line_strides(call.lse, p.packed),
                *_line_strides(call.dlse, p.packed), *((cu.ptr, cu.strides[0]) if cu else (0, 0)))
         if lines and chunks:
             load_kernel(source, d.ordinal).launch(lines * chunks, arguments.values(call, own), stream)
@@ -261,7 +272,7 @@ def make_dsinks(spec: Spec) -> Any:
             for row in range(thread, a.rows, SINK_THREADS):
                 lse = load_real(uint64(int64(a.row_lse) + (at + row) * SIZE), int32(1))
                 delta = load_real(uint64(int64(a.row_delta) + (at + row) * SIZE), int32(1))
-                total -= math.exp(sink - lse * a.lse_unit) * delta
+                total -= (REAL(1) if sink > lse else math.exp(sink - lse)) * delta      # lse is the sink or more, but for rounding
         sums[thread] = total
         cuda.syncthreads()
         half = int32(SINK_THREADS // 2)
@@ -277,16 +288,15 @@ def make_dsinks(spec: Spec) -> Any:
 
 @lru_cache(maxsize=256)
 def _dsinks(spec: Spec) -> tuple[Source, Arguments]:
-    f = "d" if spec.dtype == "float64" else "f"
-    arguments = Arguments(spec, f"row_lse:l row_delta:l rows:i lse_unit:{f} dsinks:l dsinks_head:q")
+    arguments = Arguments(spec, "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q")
     return Source(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), arguments.fields, SINK_THREADS), arguments
 
 
-def dsinks(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int, lse_factor: float = LOG2) -> None:
-    """Enqueue writing grads.dsinks, where it is wanted. `lse_factor` is that of `preprocessed`."""
+def dsinks(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
+    """Enqueue writing grads.dsinks, where it is wanted."""
     x = call.grads.dsinks
     if x is None or call.problem.num_heads == 0:
         return
     source, arguments = _dsinks(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
-    own = (rows.lse, rows.delta, rows.count, 1.0 / lse_factor, x.ptr, x.strides[0])
+    own = (rows.lse, rows.delta, rows.count, x.ptr, x.strides[0])
     load_kernel(source, d.ordinal).launch(call.problem.num_heads, arguments.values(call, own), stream)

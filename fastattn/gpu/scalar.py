@@ -12,7 +12,7 @@ from numba import cuda, float32, float64, int32, uint32, uint64
 from .dropout import philox as philox_words
 from .inline import inline
 from .mask import diagonal_of
-from .ptx.scalar import load_flag, load_if, store_shared
+from .ptx.scalar import load_flag, load_if, rounded_product, store_shared
 from .spec import Spec
 
 WARP = 0xFFFFFFFF
@@ -35,6 +35,7 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
     SOFTCAP, ALIBI, BIAS, MASK = spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     compute, REAL, _ = compute_of(spec)
     load_slope, load_bias = load_if(spec.alibi or compute, compute), load_if(spec.bias or compute, compute)
+    product = rounded_product(compute)      # what is subtracted from a score, its row's maximum or lse, is made of rounded ones
 
     @inline
     def prepare(a, batch, head):
@@ -50,10 +51,10 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
 
     @inline
     def score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k):
-        s, rate = s * a.scale, REAL(1)
+        s, rate = product(s, a.scale), REAL(1)
         if SOFTCAP:
             tanh = math.tanh(s / a.cap)
-            s, rate = a.cap * tanh, REAL(1) - tanh * tanh
+            s, rate = product(a.cap, tanh), REAL(1) - tanh * tanh
         if ALIBI:       # from the mask's diagonal
             s = s - slope * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
         if BIAS:

@@ -1,4 +1,7 @@
-"""From dot products to scores, in units of log2: softmax_scale, softcap, ALiBi, bias and the boolean mask, each only where asked for."""
+"""From dot products to scores: softmax_scale, softcap, ALiBi, bias and the boolean mask, each only where asked for.
+
+Scores are in units of natural log: a bias of the least finite number stays finite. What makes exponents of 2 of them comes later.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 from numba import float32, int32, uint64
 
 from .fragments import (
-    add_rows,
+    add,
     elementwise,
     keep_nonzero,
     make_gather,
@@ -15,6 +18,7 @@ from .fragments import (
     make_pack,
     make_unpack,
     make_unpack_whole,
+    scale_add,
 )
 from .inline import inline
 from .ptx.arith import exp2, reciprocal
@@ -22,6 +26,12 @@ from .ptx.memory import load_scalar
 from .spec import LOG2E, Spec
 
 _LOG2E = float32(LOG2E)
+
+
+@inline
+def cap_scale(a):
+    """What makes 2 x / softcap, in units of log2, of a product x."""
+    return float32(2) * _LOG2E * (a.softmax_scale / a.softcap)
 
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False) -> tuple[Any, Any, Any]:
@@ -44,7 +54,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     def element(s, row, col, scale, cap, slope):
         s = s * (cap if CAPPED else scale)
         if SOFTCAP and not CAPPED:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale and cap hold the factors of log2
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale is cap_scale
             s = cap * (float32(1) - float32(2) * reciprocal(exp2(s) + float32(1)))
         if ALIBI:
             s = s - slope * float32(int32(abs(int32(row - col))))
@@ -54,7 +64,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     @inline
     def prepare(a, batch, head):
         if ALIBI:
-            return load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head)) * _LOG2E
+            return load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head))
         else:
             return float32(0)
 
@@ -90,13 +100,15 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
             diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's, see diagonal_of
             scale, cap = a.softmax_scale, float32(0)
             if SOFTCAP:
-                scale, cap = float32(2) * a.softmax_scale / a.softcap, a.softcap * _LOG2E
-            if TRANSPOSED:
+                scale, cap = cap_scale(a), a.softcap
+            if BIAS and not SOFTCAP and not ALIBI:
+                acc_s = scale_add(acc_s, scale, bias_float(early[0], col))
+            elif TRANSPOSED:
                 acc_s = scale_elements(acc_s, col, int32(row + diagonal), (scale, cap, slope))      # |row - col| is the same
             else:
                 acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
-        if BIAS:
-            acc_s = add_rows(acc_s, bias_float(early[0], col), _LOG2E)
+        if BIAS and (SOFTCAP or ALIBI):
+            acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:
             acc_s = keep_nonzero(acc_s, early[1])
         return acc_s
@@ -120,8 +132,7 @@ def make_cap_of(spec: Spec) -> Any:
 
     @inline
     def cap_of(a, acc_s):
-        scale = float32(2) * a.softmax_scale / a.softcap
-        acc_r = falls(acc_s, int32(0), int32(0), (scale,))
+        acc_r = falls(acc_s, int32(0), int32(0), (cap_scale(a),))
         return tanhs(acc_r, int32(0), int32(0), ()), to_half(slopes(acc_r, int32(0), int32(0), ()))
     return cap_of
 

@@ -15,6 +15,8 @@ from ..buffers import Grads, View
 from ..problem import Operands, Problem
 
 LOG2E = math.log2(math.e)
+FAR_EXPONENT = 2.0**12      # beyond it, exponents of 2 are taken of differences of scores: their own rounding would change results
+FAR_LSE = 2.0**-126         # in place of an lse in units of log2: of a far row, whose exponents are differences to the lse itself
 FAR = 2**30          # windows beyond it are no limit: sums with a position stay inside 32 bits
 
 
@@ -22,9 +24,9 @@ FAR = 2**30          # windows beyond it are no limit: sums with a position stay
 class Spec:
     """Head sizes are padded to multiples of 16. `left` and `right`: whether rows have those limits.
 
-    `scaled`: scores are not q.k times a positive factor, so they are computed before the maximum is taken; then softcap, alibi and
-    bias apply. alibi, bias and sinks hold their operand's dtype. `bias_pairs`: two neighbours of a 16-bit bias can be read at once,
-    `bias_whole`: eight.
+    `scaled`: scores are not q.k times a positive factor, or times one so small or large that products of it leave float32, so they are
+    computed before the maximum is taken; then softcap, alibi and bias apply. alibi, bias and sinks hold their operand's dtype.
+    `bias_pairs`: two neighbours of a 16-bit bias can be read at once, `bias_whole`: eight.
     `lse`: whether the forward writes it. Of the backward alone are `dbias`, the dtype that its sums are stored in where it is wanted,
     and `deterministic`, the same bits every run. A kernel whose code does not depend on a field is made of a Spec without it.
     """
@@ -64,7 +66,7 @@ def _pad(n: int) -> int:
 
 def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
     s = p.score
-    scaled = s.softmax_scale < 1e-30 or s.softcap is not None or s.alibi or s.bias is not None
+    scaled = not 1e-30 <= s.softmax_scale <= 1e30 or s.softcap is not None or s.alibi or s.bias is not None
     pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
              and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
     whole = (pairs and o.bias is not None and o.bias.ptr % 16 == 0 and all(stride % 16 == 0 for stride in o.bias.strides[:3])
@@ -156,7 +158,8 @@ def _score_operand(name: str, view: Callable[[AnyCall], View | None]) -> tuple[s
 
 def _features(spec: Spec) -> list[tuple[str, Values]]:
     return [
-        ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
+        ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale,)),
+        *_group(not spec.scaled, "log2_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
         *_group(spec.left, "left:i", lambda c: (min(c.problem.mask.left or 0, FAR),)),
         *_group(spec.right, "right:i", lambda c: (min(c.problem.mask.right or 0, FAR),)),
         ("top_left:i", lambda c: (int(c.problem.mask.top_left),)),

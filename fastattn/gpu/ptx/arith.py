@@ -8,12 +8,23 @@ from .asm import F32, I32, emit, instruction
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    # 1 ulp
+# a product that is rounded, never made one instruction with a sum that follows
+product = instruction("mul.rn.f32 $0, $1, $2;", "ff", "f", pure=True)
 fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # a NaN operand loses
 CONVERT = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 
 def emit_max(builder: Any, a: Any, b: Any) -> Any:
     return emit(builder, F32, "max.f32 $0, $1, $2;", "=f,f,f", [a, b], side_effect=False)
+
+
+def emit_min_nan(builder: Any, a: Any, b: Any) -> Any:
+    """The smaller one; NaN where one is NaN."""
+    return emit(builder, F32, "min.NaN.f32 $0, $1, $2;", "=f,f,f", [a, b], side_effect=False)
+
+
+def emit_product(builder: Any, a: Any, b: Any) -> Any:
+    return emit(builder, F32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], side_effect=False)
 
 
 def emit_exp2(builder: Any, a: Any) -> Any:

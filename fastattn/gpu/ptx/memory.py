@@ -65,6 +65,12 @@ def emit_load_shared_pair(builder: Any, address: Any, offset: int) -> list[Any]:
     return [builder.extract_value(value, k) for k in range(2)]
 
 
+def emit_load_pair(builder: Any, address: Any, offset: int) -> list[Any]:
+    """Two neighbouring float32 at a global address, a multiple of 8, and a constant."""
+    value = emit(builder, ir.LiteralStructType([F32, F32]), f"ld.global.v2.f32 {{$0, $1}}, [$2+{offset}];", "=f,=f,l,~{memory}", [address])
+    return [builder.extract_value(value, k) for k in range(2)]
+
+
 def emit_store_shared_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
     """Four float32 at a shared address, a multiple of 16, and a constant."""
     emit(builder, VOID, f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])

@@ -28,6 +28,13 @@ load_flag = instruction("{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p
 
 
 @cache
+def rounded_product(compute: str) -> Any:
+    """x * y of the arithmetic, rounded: never made one instruction with a sum that follows."""
+    letter = _LETTER[compute]
+    return instruction(f"mul.rn.{_BITS[compute]} $0, $1, $2;", 2 * letter, letter, pure=True)
+
+
+@cache
 def load_if(dtype: str, compute: str) -> Any:
     """load(address, inside): an element of `dtype` in global memory, 0 and no access where `inside` is 0."""
     bits, guard = _BITS[dtype], ".reg .pred p; setp.ne.b32 p, $2, 0;"
