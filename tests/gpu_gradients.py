@@ -30,6 +30,7 @@ from numba import cuda, float32, int32, int64, uint32, uint64
 from fastattn.gpu import fragments as f
 from fastattn.gpu import gradients as g
 from fastattn.gpu.ptx import mbarrier, memory, mma, scalar, sync, tma, wgmma
+from fastattn.gpu.spec import FAR_LSE
 from fastattn.philox import keep_mask
 
 add("fragments.keep_from", "selp",
@@ -59,6 +60,40 @@ def check_columns(launch: Any) -> None:
 
 add("memory.emit_load_shared_pair sync.warp", "ld.shared.v2.f32; bar.warp.sync", columns, check_columns, shared=SHARED,
     name="gradients.columns")
+
+
+def far_columns() -> Any:
+    """near_columns of lse 8 x the first C numbers of `other`, every fourth column far, and near_rows of the same numbers by row."""
+    any_far = g.make_any_far(32)
+
+    def kernel(a):
+        base, lane = begin(1), int32(cuda.threadIdx.x)
+        for i in range(lane, C, 32):
+            memory.store_shared_b32(int32(base + 4 * i), memory.load_b32(uint64(a.other + uint64(4 * (C + i)))))
+        sync.warp()
+        acc, mine = load(a.src, lane), int32(base + 8 * (lane & 3))
+        if any_far(base) == a.n:
+            acc = g.near_columns(acc, float32(3), float32(0.5), mine, uint64(a.other + uint64(8 * (lane & 3))))
+        row = int32(lane >> 2)
+        far = memory.load_f32(uint64(a.other + uint64(4 * (C + row)))), memory.load_f32(uint64(a.other + uint64(4 * (C + row + 8))))
+        lse = memory.load_f32(uint64(a.other + uint64(4 * row))), memory.load_f32(uint64(a.other + uint64(4 * (row + 8))))
+        save(a.dst, lane, g.near_rows(acc, float32(3), float32(0.5), far, lse))
+    return kernel
+
+
+def check_far(launch: Any) -> None:
+    x, lse, far = normal(16, C), normal(C, seed=1), np.arange(C) % 4 == 1
+    lse[9] = np.nan
+    marked = np.where(far, np.float32(FAR_LSE), np.float32(1))
+    got = as_matrix(launch(x, np.r_[lse, marked].astype(np.float32), dst=np.zeros((COUNT, 32), np.float32), n=1))
+
+    def near(x: Array, lse: Array, far: Array) -> Array:
+        return np.where(far, np.minimum(x * np.float32(3) - lse, 0) * np.float32(0.5), x)
+    same(got, near(near(x, lse, far), lse[:16, None], far[:16, None]))
+
+
+add("memory.emit_load_pair arith.emit_min_nan arith.emit_product", "ld.global.v2.f32; min.NaN.f32; mul.rn.f32; vote.sync.any.pred",
+    far_columns, check_far, shared=SHARED, name="gradients.far_columns")
 
 
 def piece() -> Any:

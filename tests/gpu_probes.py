@@ -90,6 +90,15 @@ add("arith.exp2 arith.emit_exp2", "ex2.approx.ftz.f32", unary(arith.exp2),
 add("arith.log2", "lg2.approx.ftz.f32", unary(arith.log2), check_unary(np.r_[1, 2, np.geomspace(1e-6, 1e9, 30)], np.log2, 4, 2.0**-22))
 add("arith.reciprocal", "rcp.approx.ftz.f32", unary(arith.reciprocal),
     check_unary(np.r_[1, -3, np.geomspace(1e-9, 1e9, 30)], np.reciprocal, 2))
+
+
+def square_less(product: Any) -> Any:
+    """2**12 + 1 squared is 2**24 + 2**13 + 1: the last bit is lost where the product is rounded."""
+    return lambda x: product(x, x) - float32(2**24 + 2**13)
+
+
+for _name, _product in (("arith.product", arith.product), ("scalar.rounded_product", scalar.rounded_product("float32"))):
+    add(_name, "mul.rn.f32", unary(square_less(_product)), check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x, 0), name=_name)
 add("memory.load_f32 memory.store_f32", "ld.global.f32; st.global.f32", unary(lambda x: x),
     lambda launch: same(launch(normal(32), dst=normal(32)), normal(32)))
 
@@ -124,6 +133,15 @@ for _n, _any in ((17, 1), (32, 0)):
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_thread_{_any}")
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
+
+
+def far_lane(x: float) -> Any:
+    """any_far where lane n has x, the others minus infinity."""
+    return lambda i, word, n: sync.any_far(float32(0), float32(x) if i == n else float32(-np.inf), float32(1), float32(4096))
+
+
+for _x, _any in ((4000.0, 0), (-1e30, 1), (np.inf, 0), (-np.inf, 0)):
+    add("sync.any_far", "vote.sync.any.pred", words(far_lane(_x)), on_words(lambda x, any_=_any: any_, 20), name=f"sync.any_far_{_x}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
 add("sync.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: sync.thread_index()), on_words(lambda x: np.arange(32)))
 
@@ -387,8 +405,8 @@ minus_inf = np.float32(-np.inf)
 add("fragments.make_gather fragments.make_unpack", "ld.global.b32", on_fragment(lambda acc, lane, row, col, n: acc),
     expect(lambda x, r, c: x))
 add("fragments.zeros", "st.global", on_fragment(lambda acc, lane, row, col, n: f.zeros(COUNT)), expect(lambda x, r, c: 0 * x))
-add("fragments.zeros_packed", "st.global", on_fragment(lambda acc, lane, row, col, n: f.add_rows(
-    acc, _to_float(f.zeros_packed(COUNT)), float32(2))), expect(lambda x, r, c: x))
+add("fragments.zeros_packed", "st.global", on_fragment(lambda acc, lane, row, col, n: f.add(
+    acc, _to_float(f.zeros_packed(COUNT)))), expect(lambda x, r, c: x))
 add("fragments.scale_rows", "mul", on_fragment(lambda acc, lane, row, col, n: f.scale_rows(acc, float32(row), float32(row + 8))),
     expect(lambda x, r, c: x * r.astype(np.float32)))
 add("fragments.scale_seen_rows", "selp", on_fragment(lambda acc, lane, row, col, n: f.scale_seen_rows(
@@ -404,9 +422,14 @@ add("fragments.keep_interval", "selp", on_fragment(
     lambda acc, lane, row, col, n: f.keep_interval(acc, int32(row - col), int32(row + n - col), int32(row + 8 - col),
                                                    int32(row + 8 + n - col))),
     expect(lambda x, r, c: np.where((r <= c) & (c < r + 20), x, minus_inf), n=20))
-add("fragments.add_rows", "fma.rn.f32",
-    on_fragment(lambda acc, lane, row, col, n: f.add_rows(acc, f.scale_rows(acc, float32(2), float32(4)), float32(8))),
-    expect(lambda x, r, c: x * np.where(r < 8, 17, 33), rtol=3e-7))
+add("fragments.add", "add",
+    on_fragment(lambda acc, lane, row, col, n: f.add(acc, f.scale_rows(acc, float32(2), float32(4)))),
+    expect(lambda x, r, c: x * np.where(r < 8, 3, 5), rtol=3e-7))
+add("fragments.scale_add", "fma.rn.f32",
+    on_fragment(lambda acc, lane, row, col, n: f.scale_add(acc, float32(8), f.scale_rows(acc, float32(2), float32(4)))),
+    expect(lambda x, r, c: x * np.where(r < 8, 10, 12), rtol=3e-7))
+add("fragments.minus_rows", "sub", on_fragment(lambda acc, lane, row, col, n: f.minus_rows(acc, float32(row), float32(row + 8))),
+    expect(lambda x, r, c: x - r.astype(np.float32)))
 
 
 def _position(x, row, col, factor):

@@ -30,6 +30,12 @@ class BackwardPlay(Play):
         _, line, row = self.lies(self.pause().block, address, 4)
         return line, row
 
+    def any_far(self, place: int) -> int:
+        """No row is far; but its lse must have arrived."""
+        _, line, _ = self.lies(self.pause().block, place, 4)
+        assert line == 0
+        return 0
+
     # ------------------------------------------------------------ products
     def qk(self, acc: Fragment, a: int, b: int, depth: int, a_rows: int, b_rows: int) -> Fragment:
         agent, panels = self.pause(), range(depth // 64)
@@ -130,4 +136,5 @@ class BackwardPlay(Play):
             "make_cap_of": lambda spec: lambda a, acc: (self.at_rest(acc), None), "make_unpack": lambda *_: lambda x: x,
             "multiply": lambda acc, other: self.at_rest(acc), "load_columns": self.load_columns, "exp2_columns": self.exponentials,
             "make_dropout_transposed": lambda *_: (nothing, lambda a, p, words: p, self.to_half, self.gradient),
-            "store_panels": self.store_panels, "store_piece": self.store_piece}
+            "store_panels": self.store_panels, "store_piece": self.store_piece,
+            "make_any_far": lambda *_: self.any_far, "make_near": lambda *_: (nothing, nothing), "make_log2_scale": lambda *_: nothing}

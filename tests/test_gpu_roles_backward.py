@@ -49,7 +49,7 @@ def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> li
     with playing(BackwardPlay(config, 0, seed), memory), packed.table(call, 128, 0, 0, True) as table:
         heads = call.problem.num_heads_k
         tiles = packed.most_tiles(call, 128, True)
-        own = ("q", "k", "v", "dout", "rows", 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads, 1.0, 0, 0, 0, 0)
+        own = ("q", "k", "v", "dout", "rows", 0, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads, 1.0, 0, 0, 0, 0)
         values = namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.values(call, own))  # type: ignore[misc]
         # blocks past the end look at an entry that is not there before they know, and go
         count = ctypes.c_int32.from_address(table + (call.problem.batch + 1) * packed.ENTRY).value if call.problem.packed else tiles
