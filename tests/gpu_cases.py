@@ -66,6 +66,9 @@ def _large() -> Iterator[Case]:
         yield replace(packed, name=f"large_packed_{dim}", head_dim=dim)
         yield replace(packed, name=f"large_packed_full_{dim}", head_dim=dim, causal=False, spare=5, dtype="float16")
     yield replace(packed, name="large_packed_used", used_k=(250, 40, 0, 130, 0), num_heads=4, num_heads_k=1, window=(200, 10))
+    for dim, dim_v in ((160, None), (192, 128), (256, None)):        # gradients of keys past seqused_k, in a tile with used ones and alone
+        yield replace(packed, name=f"large_packed_used_{dim}", used_k=(250, 40, 0, 1, 0), head_dim=dim, head_dim_v=dim_v, spare=7)
+    yield replace(packed, name="large_packed_used_dropout", used_k=(250, 3, 1, 130, 0), head_dim=256, dropout_p=0.2, dtype="float16")
     yield replace(packed, name="large_packed_all", alibi="batch", bias=(5, 1, 300, 700), mask=(1, 2, 1, 700), sinks=True, dropout_p=0.1,
                   softcap=9.0)
 

@@ -125,7 +125,7 @@ class BackwardPlay(Play):
             key_bounds, limits_of, _ = mask.make_key_bounds(spec, block_m)
             return key_bounds, limits_of, self.at_rest
 
-        def put(acc: Fragment, pointer: int, by_row: int, dim: int, lane: int, key: int, end: int) -> None:
+        def put(acc: Fragment, pointer: int, by_row: int, dim: int, lane: int, key: int, used: int, end: int) -> None:
             self.results.append((self.at_rest(acc).kind, pointer, key, end, acc.keys))
 
         def first(spec: Any, *_: Any) -> Callable[..., Any]:

@@ -27,9 +27,9 @@ from gpu_cases import (
     on_device,
     pairs,
     to_host,
-    torch,
     wanted,
 )
+from gpu_poison import poison
 from problems import BY_NAME, CASES, Case, Inputs
 
 import fastattn
@@ -45,16 +45,13 @@ REFUSED: dict[tuple[str, str], str] = {}
 
 
 def backward(inputs: Inputs, out: Array, lse: Array, family: str, deterministic: bool = False) -> Grads:
-    """The gradients of the family, written into memory that held NaN where the library hands freed memory out again."""
+    """The gradients of the family, written into memory that held NaN."""
     (q, k, v, *lengths), kwargs = device_arguments(inputs)
     function: Any = fastattn.attention_varlen_backward if inputs.packed else fastattn.attention_backward
     dout, out_there, lse_there = on_device(inputs.dout), on_device(out), on_device(lse)
     dlse = None if inputs.dlse is None else on_device(inputs.dlse)
     bias = inputs.kwargs.get("bias")
-    if torch() is not None:
-        old = [torch().full(tuple(x.shape), float("nan"), device="cuda", dtype=getattr(torch(), x.dtype.name))
-               for x in (*inputs.args[:3], bias) if x is not None]
-        del old
+    poison()
     with gpu.use(*wanted(family)):
         grads = function(dout, q, k, v, out_there, lse_there, *lengths, **kwargs, dlse=dlse, need_dbias=bias is not None,
                          deterministic=deterministic)

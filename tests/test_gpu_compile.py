@@ -6,14 +6,16 @@ are compiled first, in as many processes as there are processors.
 """
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import itertools
 import multiprocessing
 import os
+import random
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -28,13 +30,10 @@ from fastattn.gpu import precompile
 from fastattn.gpu.precompile import Want
 
 FULL = os.environ.get("FASTATTN_COMPILE") == "full"
-ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_120")
+ARCHS, HALVES = ("sm_80", "sm_89", "sm_90a", "sm_120"), ("float16", "bfloat16")
 EVERYTHING: dict[str, Any] = {"causal": True, "window": (100, None), "softcap": True, "alibi": "float32", "bias": "float32", "mask": True,
                               "sinks": "float32", "dropout": True, "num_heads_k": 4}
-FEATURES: dict[str, dict[str, Any]] = {
-    "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "bias": {"bias": "float32"}, "bias_half": {"bias": "half"},
-    "mask": {"mask": True}, "sinks": {"sinks": "float32"}, "dropout": {"dropout": True},
-}
+FEATURES: dict[str, dict[str, Any]] = precompile.SCORE_FEATURES | {"bias_half": {"bias": "half"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": (100, 0)}, "packed": {"packed": True},
     "packed_causal": {"packed": True, "causal": True},
@@ -198,6 +197,56 @@ def _ci() -> Iterator[Job]:
     yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
     yield from (job for job in _backward_sm90() if job.id.endswith(("64-causal-backward", "128-causal-backward", "256-causal-backward",
                                                                     "-bias-backward", "-softcap-backward", "128-deterministic-backward")))
+
+
+# ---------------------------------------------------------------- and kernels that nobody chose
+SAMPLES = int(os.environ.get("FASTATTN_SAMPLES", "40"))
+SEED = int(os.environ.get("FASTATTN_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
+SAMPLE_ARCHS = {"sm90": ("sm_90a",), "sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"), "simt": ARCHS}
+
+
+def draw_job(draw: random.Random) -> Job:
+    """A kernel of the whole space that its family takes: architecture, direction, dtype, head sizes, features, masks, lengths."""
+    while True:
+        family = draw.choice(("sm90", "sm90", "sm80", "simt"))
+        arch, want = draw.choice(SAMPLE_ARCHS[family]), _draw_want(draw, family == "simt")
+        try:
+            with gpu.use(family):
+                gpu.choose(want.call()[0], precompile.absent_device(arch))
+        except UnsupportedError:
+            continue
+        return Job(family, arch, want, "sample")
+
+
+def _draw_want(draw: random.Random, plain_threads: bool) -> Want:
+    def flip(p: float) -> bool:
+        return draw.random() < p
+
+    def head_dim() -> int:
+        most = 512 if plain_threads and flip(0.2) else 256
+        return draw.choice((draw.randint(1, most), draw.randrange(8, most + 1, 8), draw.randrange(16, most + 1, 16)))
+    dtype = draw.choice((*HALVES, "float32", "float64") if plain_threads else HALVES)
+    dim, heads = head_dim(), draw.choice((4, 16))
+    settings: dict[str, Any] = {}
+    for name in draw.sample(sorted(precompile.SCORE_FEATURES), draw.choice((0, 1, 1, 2, 2, 3, 4, 6))):
+        settings |= precompile.SCORE_FEATURES[name]
+    if "bias" in settings and dtype in HALVES and flip(0.6):
+        settings["bias"] = dtype
+    backward, packed, few = flip(0.5), flip(0.4), flip(0.1)
+    if few:     # the keys are split
+        settings |= {"seqlen_q": draw.randint(1, 4), "seqlen_k": 4096}
+    else:       # bias is read in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length
+        settings |= {"seqlen_q": 1024, "seqlen_k": draw.choice((4096, 1024, 4098, 1023))}
+    window = draw.choice((None, None, (100, None), (100, 0), (100, 50), (None, 50)))
+    return Want(dtype, dim, head_dim() if flip(0.25) else None, causal=draw.choice((False, True, True)), window=window, packed=packed,
+                seqused=packed and flip(0.5), lse=not backward and flip(0.5), num_heads=heads,
+                num_heads_k=draw.choice((heads, 1, heads // 2)), backward=backward, deterministic=backward and flip(0.2), **settings)
+
+
+def _samples() -> list[Job]:
+    """SAMPLES of them, of the day's seed. One that fails becomes a named job above: its Want is in the test's name and message."""
+    draw = random.Random(SEED)
+    return [replace(draw_job(draw), what=f"sample_{SEED}_{n}") for n in range(SAMPLES)]
 
 
 def _jobs() -> list[Job]:

@@ -25,6 +25,7 @@ from gpu_cases import (
     torch,
     wanted,
 )
+from gpu_poison import poison
 from problems import CASES, Case, Inputs
 
 from fastattn import UnsupportedError, gpu
@@ -35,12 +36,11 @@ __all__ = ["LARGE", "Judge", "device_arguments", "families_here", "for_family", 
 
 
 def forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
-    """(out, lse) of the family, written into memory that held NaN."""
+    """(out, lse) of the family, written into memory that held NaN, as does all that it is given besides."""
     args, kwargs = device_arguments(inputs)
     q, v = inputs.args[0], inputs.args[2]
     out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))
-    if torch() is not None:
-        torch().full(out.shape[:-1], float("nan"), device="cuda")      # its memory is lse's next
+    poison()
     with gpu.use(*wanted(family)):
         given, lse = function_of(inputs)(*args, **kwargs, out=out, return_lse=True)
     assert given is out

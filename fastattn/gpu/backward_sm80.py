@@ -394,6 +394,8 @@ def refuses(call: BackwardCall, d: Device) -> str | None:
         return f"it needs sm_80, this is {d.arch}"
     if (reason := unfit(p)) is not None:
         return reason
+    if 0 in call.operands.q.shape:
+        return "there are no query rows"
     if call.deterministic:
         return "its sums of dq come in any order"
     if call.grads.dbias is not None:

@@ -97,7 +97,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
-    keep_tile, kept_tile, _ = make_kept_tile(smem)
+    keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
@@ -382,7 +382,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
-                keep_tile(base, n_block, head_k, batch, k_start, keys, q_start)
+                keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -399,15 +399,15 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
                 if m_min < m_max:
                     acc_dk, acc_dv = consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start,
                                              seqlen_q, seqlen_k)
-                n_block, head_k, batch, k_start, keys = kept_tile(base)
+                n_block, head_k, batch, k_start, used, keys = kept_tile(base)
                 key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
                 if DROPOUT:
                     acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
                 to_v = int64(a.dv) + plane * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
-                store(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, keys)
+                store(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, used, keys)
                 acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
                 to_k = int64(a.dk) + plane * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
-                store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, keys)
+                store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, used, keys)
                 tma.wait_read()     # what is left of dQ has left shared memory, which ends with the block
 
     return kernel, smem.size

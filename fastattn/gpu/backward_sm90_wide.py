@@ -83,12 +83,12 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
     next_stage, next_do = make_next_stage(Q_STAGES), make_next_stage(DO_STAGES)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_M, PANELS_V, 32)
-    keep_tile, kept_tile, kept_q_start = make_kept_tile(smem)
+    keep_tile, kept_tile, kept_q_start = make_kept_tile(spec, smem)
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
     def load(a, base, lane, m_min, m_max, head_k, plane, batch, q_start, k_row, seqlen_q):
-        """As in backward_sm90. Keys past the end need no cleaning: they spoil only their own rows, which are not stored."""
+        """As in backward_sm90. Keys past the end need no cleaning: they spoil only their own rows, which are stored as 0."""
         if lane == 0:
             mbarrier.arrive_expect(base + K_FULL, int32(K_BYTES))
             copy_rows(base, a.map_k, K_FULL, K, KV_PANEL, PANELS, k_row, head_k, plane)
@@ -287,7 +287,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                     mbarrier.init(base + DO_FULL + 8 * s, int32(1))
                     mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
                 init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
-                keep_tile(base, n_block, head_k, batch, k_start, keys, q_start)
+                keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
@@ -302,17 +302,17 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
                 if m_min < m_max:
                     acc = consume(a, base, w, thread, lane, m_min, uniform(full_min), uniform(full_max), m_max, n_block, head_k, batch,
                                   seqlen_q, seqlen_k)
-                n_block, head_k, batch, k_start, keys = kept_tile(base)
+                n_block, head_k, batch, k_start, used, keys = kept_tile(base)
                 key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
                 if DK:
                     acc = scale_rows(acc, a.grad_scale, a.grad_scale)
                     to = int64(a.dk) + plane * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
-                    store(acc, to, a.dk_row, a.head_dim, lane, key, keys)
+                    store(acc, to, a.dk_row, a.head_dim, lane, key, used, keys)
                 else:
                     if DROPOUT:
                         acc = scale_rows(acc, a.keep_scale, a.keep_scale)
                     to = int64(a.dv) + plane * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
-                    store(acc, to, a.dv_row, a.head_dim_v, lane, key, keys)
+                    store(acc, to, a.dv_row, a.head_dim_v, lane, key, used, keys)
 
     return kernel, smem.size
 

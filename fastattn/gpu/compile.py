@@ -188,7 +188,10 @@ class Kernel:
         self._threads = source.threads
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
-        """Enqueue `grid` blocks. The device's context must be current."""
+        """Enqueue `grid` blocks, in one dimension of up to 2**31 - 1. A block writes what it owns, so with none there is nothing to write, and
+        the driver refuses an empty grid. The device's context must be current."""
+        if grid == 0:
+            return
         local = self._local
         try:
             buffer, pointers, address = local.buffer, local.pointers, local.address

@@ -14,7 +14,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from .dropout import philox
-from .fragments import col_of, make_pack, row_of, store_rows, store_whole_rows
+from .fragments import col_of, make_pack, row_of, scale_seen_rows, store_rows, store_whole_rows
 from .inline import Compiled, inline
 from .ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max, emit_min_nan, emit_product, reciprocal
 from .ptx.asm import F32, I32, I64, VOID, emit, instruction, literals, pack, unpack
@@ -172,24 +172,30 @@ def make_near(spec: Spec) -> tuple[Any, Any]:
 
 
 # ---------------------------------------------------------------- of Hopper's kernels by keys
-def make_kept_tile(smem: Smem) -> tuple[Any, Any, Any]:
-    """keep_tile(base, n_block, head_k, batch, k_start, keys, q_start), by one thread at the start, and kept_tile(base), which gives all but
-    the last back at the end: the loop between has no registers for them. kept_q_start(base) gives that one."""
-    PLACE = smem.take(24, 4)
+def make_kept_tile(spec: Spec, smem: Smem) -> tuple[Any, Any, Any]:
+    """keep_tile(base, n_block, head_k, batch, k_start, used, keys, q_start), by one thread at the start, and kept_tile(base), which gives all
+    but the last back at the end: the loop between has no registers for them. kept_q_start(base) gives that one. `keys` of the sequence, the
+    first `used` of which take part: all, if dense."""
+    PACKED = spec.packed
+    PLACE = smem.take(28 if PACKED else 24, 4)
 
     @inline
-    def keep_tile(base, n_block, head_k, batch, k_start, keys, q_start):
+    def keep_tile(base, n_block, head_k, batch, k_start, used, keys, q_start):
         store_shared_b32(base + PLACE, n_block)
         store_shared_b32(base + PLACE + 4, head_k)
         store_shared_b32(base + PLACE + 8, batch)
         store_shared_b32(base + PLACE + 12, k_start)
         store_shared_b32(base + PLACE + 16, keys)
         store_shared_b32(base + PLACE + 20, q_start)
+        if PACKED:
+            store_shared_b32(base + PLACE + 24, used)
 
     @inline
     def kept_tile(base):
+        keys = load_shared_b32(base + PLACE + 16)
+        used = load_shared_b32(base + PLACE + 24) if PACKED else keys
         return (load_shared_b32(base + PLACE), load_shared_b32(base + PLACE + 4), load_shared_b32(base + PLACE + 8),
-                load_shared_b32(base + PLACE + 12), load_shared_b32(base + PLACE + 16))
+                load_shared_b32(base + PLACE + 12), used, keys)
 
     @inline
     def kept_q_start(base):
@@ -198,11 +204,14 @@ def make_kept_tile(smem: Smem) -> tuple[Any, Any, Any]:
 
 
 def make_store(spec: Spec, DIM: int) -> Any:
-    """store(acc, pointer, by_row, dim, lane, key, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`."""
-    to_half = make_pack(spec.dtype)
+    """store(acc, pointer, by_row, dim, lane, key, used, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`. Keys from
+    `used` on get 0, selected: their rows of K and V, which took part in the products, may hold anything."""
+    PACKED, to_half = spec.packed, make_pack(spec.dtype)
 
     @inline
-    def store(acc, pointer, by_row, dim, lane, key, end):
+    def store(acc, pointer, by_row, dim, lane, key, used, end):
+        if PACKED:
+            acc = scale_seen_rows(acc, float32(1) if key < used else float32(0), float32(1) if key + 8 < used else float32(0))
         packed, col = to_half(acc), int32((lane & 3) * 2)
         address = uint64(pointer + key * by_row + 2 * col)
         next_row = uint64(address + uint64(8 * by_row))

@@ -107,8 +107,8 @@ def _round_dbias(dtype: str) -> Source:
 @contextmanager
 def dbias_sums(x: View | None, d: Device, stream: int) -> Iterator[tuple[int, int, int, int]]:
     """(address, batch, head and row strides in bytes) of zeroed float32 sums of dbias's shape, strides 0 along axes of length 1; they are
-    rounded to x by work enqueued at the end of the `with`. Zeros where x is None."""
-    if x is None:
+    rounded to x by work enqueued at the end of the `with`. Zeros where x is None or has no element."""
+    if x is None or 0 in x.shape:
         yield 0, 0, 0, 0
         return
     batch, heads, rows, cols = x.shape

@@ -177,10 +177,13 @@ def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, 
 
 
 # ---------------------------------------------------------------- the command
+# what a call may have besides its masks by position, as a Want says it: of one list, for the command and for whoever draws kernels at random
+SCORE_FEATURES: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": True}, "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"},
+    "mask": {"mask": True}, "bias": {"bias": "float32"},
+}
 FEATURES: dict[str, dict[str, Any]] = {
-    "full": {}, "causal": {"causal": True}, "window": {"window": (1024, 0)}, "dropout": {"dropout": True}, "softcap": {"softcap": True},
-    "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"}, "mask": {"mask": True}, "bias": {"bias": "float32"},
-    "backward": {"backward": True},
+    "full": {}, "causal": {"causal": True}, "window": {"window": (1024, 0)}, **SCORE_FEATURES, "backward": {"backward": True},
 }
 
 

@@ -236,7 +236,7 @@ def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, log2: b
     rows, lines = padded_rows(call), num_lines(call)
     size = 8 if p.dtype == "float64" else 4
     each = -(-rows * lines * size // 256) * 256
-    with temporary(max((2 + log2) * each + 4 * accum_dim * rows * lines, 256), d.ordinal, stream) as memory:
+    with temporary((2 + log2) * each + 4 * accum_dim * rows * lines, d.ordinal, stream) as memory:
         lse = memory + 2 * each if log2 else memory
         where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)

@@ -363,7 +363,7 @@ def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, 
     tiles = grid // side
     d = device(dqkv.device[1])
     real = 8 if dq.dtype == "float64" else 4
-    with current(d), temporary(max(tiles * width * real, 256), d.ordinal, stream) as partial:
+    with current(d), temporary(tiles * width * real, d.ordinal, stream) as partial:
         lengths = (0, 0) if cu_seqlens is None else (cu_seqlens.ptr, cu_seqlens.strides[0])
         grads = [n for x in (dq, dk, dv) for n in (x.ptr, *x.strides)]
         values = [dqkv.ptr, partial, *grads, rows, seqlen, num_heads, head_dim, columns, side, scale, *lengths, batch]

@@ -70,9 +70,9 @@ def arrivals(ordinal: int, captured: bool) -> int:
 
 @contextmanager
 def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
-    """Address of `size` bytes for the work enqueued on `stream` inside the block."""
+    """Address of `size` bytes, possibly none, for the work enqueued on `stream` inside the block."""
     d = _device(ordinal)
-    memory = check(driver.cuMemAllocFromPoolAsync(size, d.pool, stream), "cuMemAllocFromPoolAsync")
+    memory = check(driver.cuMemAllocFromPoolAsync(max(size, 1), d.pool, stream), "cuMemAllocFromPoolAsync")
     try:
         yield int(memory)
     finally:
