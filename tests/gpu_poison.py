@@ -38,7 +38,7 @@ def _synchronize() -> None:
 
 @cache
 def _default_pool(ordinal: int) -> Any:
-    """The driver's default pool, made to keep its memory when the program synchronises: what it gives back to the driver loses the poison."""
+    """The driver's default pool, made to keep its memory when the program synchronises: what goes back to the driver loses the poison."""
     driver = streams.driver()
     pool = streams.check(driver.cuDeviceGetDefaultMemPool(ordinal), "cuDeviceGetDefaultMemPool")
     kept = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD

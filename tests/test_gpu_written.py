@@ -1,5 +1,5 @@
 """Every element of every result is written, whatever lengths, used keys, empty tiles, heads and sequences there are, and no launch has an
-empty grid. Kernels on plain threads run in Python (gpu_emulator.py) on memory that holds NaN; with a GPU, every family does (gpu_poison.py).
+empty grid. Kernels on plain threads run in Python (gpu_emulator.py) on memory that holds NaN; with a GPU, all families (gpu_poison.py).
 """
 from __future__ import annotations
 

@@ -188,8 +188,8 @@ class Kernel:
         self._threads = source.threads
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
-        """Enqueue `grid` blocks, in one dimension of up to 2**31 - 1. A block writes what it owns, so with none there is nothing to write, and
-        the driver refuses an empty grid. The device's context must be current."""
+        """Enqueue `grid` blocks, in one dimension, which holds 2**31 - 1. A block writes what it owns: with none there is nothing to write,
+        and the driver refuses an empty grid. The device's context must be current."""
         if grid == 0:
             return
         local = self._local

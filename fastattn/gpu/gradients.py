@@ -204,8 +204,8 @@ def make_kept_tile(spec: Spec, smem: Smem) -> tuple[Any, Any, Any]:
 
 
 def make_store(spec: Spec, DIM: int) -> Any:
-    """store(acc, pointer, by_row, dim, lane, key, used, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`. Keys from
-    `used` on get 0, selected: their rows of K and V, which took part in the products, may hold anything."""
+    """store(acc, pointer, by_row, dim, lane, key, used, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`. Keys
+    from `used` on get 0, selected: their rows of K and V, which took part in the products, may hold anything."""
     PACKED, to_half = spec.packed, make_pack(spec.dtype)
 
     @inline

@@ -177,7 +177,7 @@ def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, 
 
 
 # ---------------------------------------------------------------- the command
-# what a call may have besides its masks by position, as a Want says it: of one list, for the command and for whoever draws kernels at random
+# what a call may have besides its masks by position, as a Want says it: one list, for the command and for what draws kernels at random
 SCORE_FEATURES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": True}, "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"},
     "mask": {"mask": True}, "bias": {"bias": "float32"},
