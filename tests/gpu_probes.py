@@ -495,11 +495,12 @@ def check_quads(launch: Any) -> None:
 add("fragments.quad_max fragments.quad_sum sync.emit_shuffle_xor", "shfl.sync.bfly.b32", quads, check_quads)
 
 
-def gathers(dtype: str, pairs: bool) -> Callable[[], Any]:
-    """A 10 x 37 tile of an operand of `dtype` with rows of 44: what lies outside is not read and is 0; a mask becomes -inf."""
+def gathers(dtype: str, pairs: bool, squeeze: bool = False) -> Callable[[], Any]:
+    """A 10 x 37 tile of an operand of `dtype` with rows of 44: what lies outside is not read and is 0; a mask becomes -inf. Squeezed:
+    packed as it arrives, a mask in two halves."""
     size = 1 if dtype == "bool" else NUMPY[dtype].itemsize
     gather, plain = f.make_gather_pairs() if pairs else None, f.make_gather(dtype)
-    to_float = f.make_unpack("float32" if dtype == "bool" else dtype, pairs)
+    to_float = f.make_unpack("float32" if dtype == "bool" else dtype, pairs or squeeze)
 
     def make() -> Any:
         def kernel(a):
@@ -511,8 +512,13 @@ def gathers(dtype: str, pairs: bool) -> Callable[[], Any]:
                 tile = gather(at, uint64(at + uint64(8 * 44 * size)), limit0, limit1, COUNT)
             else:
                 tile = plain(at, uint64(at + uint64(8 * 44 * size)), int64(size), limit0, limit1, COUNT)
-            if dtype == "bool":
+            if dtype == "bool" and squeeze:
+                words = f.join(f.bits_of(f.part(tile, 0, 2)), f.bits_of(f.part(tile, 1, 2)))
+                save(a.dst, lane, f.keep_bits(load(a.src, lane), words))
+            elif dtype == "bool":
                 save(a.dst, lane, f.keep_nonzero(load(a.src, lane), tile))
+            elif squeeze:
+                save(a.dst, lane, to_float(f.pairs_of(tile)))
             else:
                 save(a.dst, lane, to_float(tile))
         return kernel
@@ -534,6 +540,9 @@ for _dtype in ("float32", *HALVES, "bool"):
     add("fragments.make_gather fragments.make_unpack fragments.keep_nonzero memory.emit_load_if memory.halves memory.half_to_float",
         {"float32": "@p ld.global.b32", "bool": "@p ld.global.u8"}.get(_dtype, "@p ld.global.u16"), gathers(_dtype, False),
         check_gathers(_dtype, 37), name=f"fragments.gather_{_dtype}")
+for _dtype in (*HALVES, "bool"):
+    add("fragments.pairs_of fragments.bits_of fragments.keep_bits", "@p ld.global.u8" if _dtype == "bool" else "@p ld.global.u16",
+        gathers(_dtype, False, squeeze=True), check_gathers(_dtype, 37), name=f"fragments.squeeze_{_dtype}")
 for _dtype in HALVES:
     add("fragments.make_gather_pairs fragments.make_unpack", "@p ld.global.b32", gathers(_dtype, True), check_gathers(_dtype, 38),
         name=f"fragments.gather_pairs_{_dtype}")

@@ -1,6 +1,7 @@
 """Every shipped kernel compiled to machine code, without a GPU: no spill, no local memory, no serialized wgmma, no float64 arithmetic.
 
-Shipped are the kernels that each family's table picks for a list of calls: CI's has those used most, and all features together;
+Shipped are the kernels that each family's table picks for a list of calls: CI's has those used most, all features together, and 40 calls
+drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws so many (-k sample: only these), FASTATTN_SEED repeats a day's;
 FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All that are selected (-k sm_90a, -k "sm80 and everything")
 are compiled first, in as many processes as there are processors.
 """
@@ -119,14 +120,33 @@ def _backward_sm90() -> Iterator[Job]:
     yield job(128, "softcap_deterministic", softcap=True, deterministic=True)
 
 
+def _found() -> Iterator[Job]:
+    """Kernels that spilled when they were drawn at random: one of each kind."""
+    both: dict[str, Any] = {"bias": "float16", "mask": True, "lse": False}
+    window: dict[str, Any] = {"window": (100, 50)}
+    yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, dropout=True, packed=True, **window), "mask_dropout_packed")
+    yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, softcap=True, packed=True, **window), "mask_softcap_packed")
+    for dim in (128, 192, 256):
+        yield Job("sm90", "sm_90a", _want("float16", dim, backward=True, **both, **window), "bias_mask_window")
+    yield Job("sm90", "sm_90a", _want("float16", 128, backward=True, packed=True, **both, **window), "bias_mask_packed")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 192, lse=False, softcap=True, dropout=True, packed=True, backward=True, **window),
+              "softcap_dropout_packed")
+    yield Job("sm80", "sm_80", _want("float16", 256, dropout=True, **both, **window), "bias_mask_dropout")
+    for dim in (192, 256):
+        yield Job("sm80", "sm_80", _want("float16", dim, dropout=True, backward=True, dbias=False, **both, **window), "bias_mask_dropout")
+    yield Job("simt", "sm_80", _want("float16", 32, backward=True, **both, softcap=True, dropout=True, alibi="float32"), "small_many")
+    yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, dropout=True), "small_dropout")
+    yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, packed=True, seqused=True, causal=True, softcap=True,
+                                     bias="float16"), "small_packed_softcap")
+
+
 def _pairs() -> Iterator[Job]:
-    """Hopper: two features together. Backward, a bias beside a mask is left out: it spills 4 or 8 bytes, over 128 columns up to 72."""
+    """Hopper: two features together."""
     for (one, other), dim in itertools.product(itertools.combinations(("softcap", "alibi", "bias_half", "mask", "dropout"), 2), (64, 128)):
         settings, name = FEATURES[one] | FEATURES[other], f"{one}_{other}"
         if dim == 128:
             yield Job("sm90", "sm_90a", _want("bfloat16", dim, packed=True, causal=True, **settings), name)
-        if name != "bias_half_mask":
-            yield Job("sm90", "sm_90a", _want("float16", dim, lse=False, backward=True, causal=True, **settings), name)
+        yield Job("sm90", "sm_90a", _want("float16", dim, lse=False, backward=True, causal=True, **settings), name)
 
 
 def _backward(arch: str, short: bool) -> Iterator[Job]:
@@ -170,6 +190,7 @@ def _everything_there_is() -> Iterator[Job]:
 def _ci() -> Iterator[Job]:
     """What fits into CI: a Hopper kernel takes three seconds with its PTX."""
     yield from _pairs()
+    yield from _found()
     yield from _decode()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     for dim in (64, 128, 256):
@@ -244,13 +265,13 @@ def _draw_want(draw: random.Random, plain_threads: bool) -> Want:
 
 
 def _samples() -> list[Job]:
-    """SAMPLES of them, of the day's seed. One that fails becomes a named job above: its Want is in the test's name and message."""
+    """SAMPLES of them, of the seed. One that fails says its Want, with which it becomes a named job above."""
     draw = random.Random(SEED)
     return [replace(draw_job(draw), what=f"sample_{SEED}_{n}") for n in range(SAMPLES)]
 
 
 def _jobs() -> list[Job]:
-    jobs = [*_ci()]
+    jobs = [*_ci(), *_samples()]
     if FULL:
         jobs += [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
@@ -324,7 +345,18 @@ def test_shipped_kernel(job: Job, results: dict[str, Any], record_property: Any)
     for result in found:
         record_property(result.key, result.registers)
     wrong = [f"{r.key} for {r.arch} ({r.registers}): {'; '.join(r.wrong)}" for r in found if r.wrong]
-    assert not wrong, "\n".join(wrong)
+    assert not wrong, "\n".join([*wrong, f"Job({job.family!r}, {job.arch!r}, {job.want}, ...); FASTATTN_SEED={SEED}"])
+
+
+def test_samples_are_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same kernels for the same seed, all families, both directions."""
+    with capsys.disabled():
+        print(f"\nrandom kernels: FASTATTN_SEED={SEED} FASTATTN_SAMPLES={SAMPLES}")
+    one, other = ([draw_job(random.Random(seed)) for _ in range(2)] for seed in (1, 2))
+    assert one[0] == one[1] != other[0]
+    draw = random.Random(1)
+    drawn = [draw_job(draw) for _ in range(60)]
+    assert {job.family for job in drawn} == set(gpu.FAMILIES) and {job.want.backward for job in drawn} == {True, False}
 
 
 def test_float64_is_found() -> None:

@@ -26,6 +26,7 @@ from numba import cuda, int32, int64, uint8
 from . import dbias
 from .compile import Source
 from .compile import load as load_kernel
+from .config import lines_simt
 from .device import Device
 from .inline import inline
 from .mask import diagonal_of, make_bounds, make_query_bounds
@@ -44,7 +45,7 @@ def tile_of(spec: Spec, columns_of_sums: int) -> Tile:
     where it can, because with twice as many the features of some problems spill. Shared memory stays under 99 KB."""
     wide = spec.dtype == "float64"
     most = (4096 if wide else 16384) // columns_of_sums
-    lines = max(16, min(32 if wide else 64, 1 << most.bit_length() - 1 if most else 0))
+    lines = max(16, min(lines_simt(spec), 1 << most.bit_length() - 1 if most else 0))
     return Tile(lines, 64, 64 if wide else 128)
 
 

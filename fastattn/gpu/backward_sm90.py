@@ -91,7 +91,7 @@ def make_backward(spec: Spec, config: BackwardConfig) -> tuple[Any, int]:
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     next_stage, store, add_dbias = make_next_stage(Q_STAGES), make_store(spec, DIM), make_add_dbias(spec)
-    prepare, fetch, score = make_score(spec, COUNT_S, True)
+    prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)

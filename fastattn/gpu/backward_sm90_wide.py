@@ -75,7 +75,7 @@ def make_wide(spec: Spec, config: WideConfig) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
-    prepare, fetch, score = make_score(spec, COUNT_S, True)
+    prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)

@@ -41,6 +41,15 @@ def forward_simt(spec: Spec) -> ConfigSimt:
     return ConfigSimt(block_m, 64, 128, blocks_per_sm=2 if spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features else 1)
 
 
+def lines_simt(spec: Spec) -> int:
+    """Most lines of a tile of backward_simt and dbias. Of few columns the compiler makes straight code of the loops over them and keeps
+    more at once: with features, 64 lines would spill 4 to 136 bytes, with most of them 32 lines would spill 12."""
+    small = max(spec.head_dim, spec.head_dim_v) < 64
+    if small and num_features(spec) > 2:
+        return 16
+    return 32 if spec.dtype == "float64" or (small and num_features(spec) > 0) else 64
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """One tiling of forward_sm90: block_m query rows (64 per consumer warpgroup), block_n keys, `stages` of K and V in flight.
@@ -98,8 +107,9 @@ def forward_sm90(spec: Spec, seqlen_k: int = 1 << 30) -> Config:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
             return Config(128, 112, turns=True, optimistic=again)
         return Config(128, 64 if several else 80 if with_mask else 96 if heavy else 128, turns=True, optimistic=again)
-    if dim <= 192:
-        return Config(128, 32 if several else 64 if heavy else 96, out_panels=2, turns=True, optimistic=again)
+    if dim <= 192:          # a mask beside another feature spills 4 to 28 bytes at 64 keys, and where the maximum is looked for again
+        return Config(128, 32 if several else 48 if with_mask else 64 if heavy else 96, out_panels=2, turns=True,
+                      optimistic=again and not with_mask)
     if heavy:
         return Config(128, 32, out_panels=2, optimistic=False, hints=True)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
@@ -145,6 +155,12 @@ def feature_weight(spec: Spec) -> int:
 SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
 
 
+def squeeze(spec: Spec, pieces: int = 1) -> int:
+    """For a bias beside a mask, whose elements take more registers than there are: 4 to 72 bytes would spill. Packing them takes
+    arithmetic, which the one or the other alone does without."""
+    return pieces if spec.mask and spec.bias is not None else 0
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardConfig:
     """One tiling of backward_sm90: 128 keys, head sizes padded to `dim`, block_m query rows a step, `q_stages` of Q (two of dO).
@@ -152,7 +168,8 @@ class BackwardConfig:
     `crowded`: dQ of the block before leaves before the scores are touched, and the product of dV ends before dP is asked for, so that
     features find registers.
     `halves`: P is computed for one half of the queries before dP is asked for and for the other half after, so that the registers of S, P
-    and dP are never all taken.
+    and dP are never all taken. `squeeze`: elements of bias and mask are packed as they arrive, two and 32 to a register, in so many
+    pieces, one after the other; 0: they are not.
     """
 
     dim: int
@@ -160,6 +177,7 @@ class BackwardConfig:
     q_stages: int = 3
     crowded: bool = False
     halves: bool = False
+    squeeze: int = 0
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup makes one panel of dQ"
@@ -168,7 +186,7 @@ class BackwardConfig:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x128 dim {self.dim} stages {self.q_stages}" + " crowded" * self.crowded
-                + " halves" * self.halves)
+                + " halves" * self.halves + (f" squeeze {self.squeeze}" if self.squeeze else ""))
 
 
 def backward_sm90(spec: Spec) -> BackwardConfig:
@@ -176,7 +194,7 @@ def backward_sm90(spec: Spec) -> BackwardConfig:
     two = num_features(spec) > 1
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
         return BackwardConfig(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
-    return BackwardConfig(128, 64, crowded=two or (spec.dropout and spec.packed))
+    return BackwardConfig(128, 64, crowded=two or (spec.dropout and spec.packed), squeeze=squeeze(spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +202,8 @@ class ConfigSm80:
     """One tiling of forward_sm80: `warps` with 16 * tiles query rows each, block_n keys a step, `stages` of K and V.
 
     `keep_q`: Q in registers rather than read from shared memory in every step. `optimistic`: as Config's; K must still be there for
-    another try, and it is written for 32 rows a warp. `whole`: rows of q, k and v are aligned pieces of 16 bytes (`whole_out`: of out);
-    not a choice but a property of the operands, that the code depends on.
+    another try, and it is written for 32 rows a warp. `squeeze`: as BackwardConfig's. `whole`: rows of q, k and v are aligned pieces of
+    16 bytes (`whole_out`: of out); not a choice but a property of the operands, that the code depends on.
     """
 
     warps: int
@@ -195,6 +213,7 @@ class ConfigSm80:
     blocks_per_sm: int = 2
     keep_q: bool = False
     optimistic: bool = False
+    squeeze: int = 0
     whole: bool = True
     whole_out: bool = True
 
@@ -210,8 +229,8 @@ class ConfigSm80:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} warps {self.warps} stages {self.stages} blocks {self.blocks_per_sm}"
-                + " keep_q" * self.keep_q + " optimistic" * self.optimistic + " elements" * (not self.whole)
-                + " out_elements" * (not self.whole_out))
+                + " keep_q" * self.keep_q + " optimistic" * self.optimistic + (f" squeeze {self.squeeze}" if self.squeeze else "")
+                + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
 
 
 def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ConfigSm80:
@@ -220,7 +239,7 @@ def forward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = Tr
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     many = {"whole": whole, "whole_out": whole_out}
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
-        return ConfigSm80(4, 1, 64 if room > 160 and whole and not heavy else 32, 1, 1, **many)
+        return ConfigSm80(4, 1, 64 if room > 160 and whole and not heavy else 32, 1, 1, squeeze=squeeze(spec), **many)
     if heavy or not whole:
         return ConfigSm80(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
     if dim > 64:
@@ -287,7 +306,9 @@ def backward_sm80(spec: Spec, arch: str, whole: bool = True, whole_out: bool = T
         return BackwardConfigSm80(8, 1, 1, 32, **many) if several else BackwardConfigSm80(8, 2, 2, 64, **many)
     if room <= 99:              # 68 KiB
         return BackwardConfigSm80(4, 1, 2, 32, 1, **many)
-    return BackwardConfigSm80(8, 1, 2, 64, 2 if dim <= 192 or room > 200 else 1, **many)
+    stages = 2 if dim <= 192 or room > 200 else 1
+    several = feature_weight(spec) > 1 or (spec.mask and spec.bias is not None)     # spills 4 to 36 bytes at 64 queries
+    return BackwardConfigSm80(8, 1, 2, 32 if several else 64, stages, **many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +345,7 @@ def query_sm90(spec: Spec) -> QueryConfig:
     if weight > 0 or spec.softcap:
         if size == 3:
             return QueryConfig(48, 2, 2, behind=False)
-        return QueryConfig((80, 64, 64)[size], behind=not (size == 2 and spec.bias is not None))
+        return QueryConfig((80, 64, 48 if spec.softcap and weight > 0 else 64)[size], behind=not (size == 2 and spec.bias is not None))
     block_n = ((112 if spec.dropout else 128, 96, 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
     if size == 3:
         return QueryConfig(block_n, 2, 1, behind=False)
@@ -337,6 +358,7 @@ class WideConfig:
 
     Of "dk": `behind`: the product of dK of the block before is the last of a step, and dS is computed beside it; else it comes right after
     that of S, which gives Q's place back earlier. `late`: dP is asked for when P is there and dK's product has ended: fewer registers.
+    Of both: `squeeze`, as BackwardConfig's.
     """
 
     part: str
@@ -344,6 +366,7 @@ class WideConfig:
     do_stages: int
     behind: bool = False
     late: bool = False
+    squeeze: int = 0
 
     def __post_init__(self) -> None:
         assert self.part in ("dk", "dv") and not (self.part == "dv" and (self.behind or self.late))
@@ -353,7 +376,8 @@ class WideConfig:
 
     @property
     def text(self) -> str:
-        return f"{self.part} 64x128 stages {self.q_stages} {self.do_stages}" + " behind" * self.behind + " late" * self.late
+        return (f"{self.part} 64x128 stages {self.q_stages} {self.do_stages}" + " behind" * self.behind + " late" * self.late
+                + (f" squeeze {self.squeeze}" if self.squeeze else ""))
 
 
 def wide_sm90(spec: Spec, part: str) -> WideConfig:
@@ -361,8 +385,9 @@ def wide_sm90(spec: Spec, part: str) -> WideConfig:
     16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer stages."""
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
     if part == "dv":
-        return WideConfig(part, 2, 2)
+        return WideConfig(part, 2, 2, squeeze=squeeze(spec, 2))     # in one piece 4 bytes spill at head_dim 256
     crowded = spec.bias is not None or spec.mask or spec.softcap
     if columns == 4:
-        return WideConfig(part, 2, 1 if columns_v == 4 else 2, late=True)
-    return WideConfig(part, 3, 1 if columns + columns_v == 7 else 2, behind=not crowded, late=spec.dbias is not None)
+        return WideConfig(part, 2, 1 if columns_v == 4 else 2, late=True, squeeze=squeeze(spec))
+    return WideConfig(part, 3, 1 if columns + columns_v == 7 else 2, behind=not crowded, late=spec.dbias is not None,
+                      squeeze=squeeze(spec))

@@ -17,6 +17,7 @@ from numba import cuda, int32, int64, uint8, uint64
 
 from .compile import Source
 from .compile import load as load_kernel
+from .config import lines_simt
 from .device import Device
 from .inline import divide, inline
 from .mask import diagonal_of, make_bounds
@@ -37,7 +38,7 @@ OWN = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q ba
 def tile_of(spec: Spec) -> Tile:
     """Three tiles of numbers in registers: 48 a thread, float64 24 of twice the size."""
     wide = spec.dtype == "float64"
-    return Tile(32 if wide else 64, 64, 64 if wide else 128)
+    return Tile(lines_simt(spec), 64, 64 if wide else 128)
 
 
 def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:

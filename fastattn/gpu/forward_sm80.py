@@ -52,7 +52,7 @@ def make_forward(spec: Spec, config: ConfigSm80) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
     (row_bounds, block_bounds), keep_rows = make_bounds(spec, BLOCK_N), make_keep(spec)
-    prepare, fetch, score = make_score(spec, COUNT_S // TILES)
+    prepare, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
     draw, dropout = make_dropout(spec, COUNT_S // TILES)
     update, optimistic, finish = make_softmax(spec)
     tile_at, num_tiles, unowned = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec)

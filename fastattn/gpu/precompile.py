@@ -57,6 +57,7 @@ class Want:
     num_heads: int = 16
     num_heads_k: int | None = None
     backward: bool = False                  # with dbias where there is a bias; lse is then given, not wanted
+    dbias: bool = True                      # of a backward with a bias
     deterministic: bool = False
 
     def call(self) -> tuple[AnyCall, Spec]:
@@ -86,7 +87,8 @@ class Want:
         out, lse = array(self.dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
         if not self.backward:
             return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)
-        call = BackwardCall(problem, o, out, out, lse, None, Grads(o.q, o.k, o.v, o.bias, o.sinks), self.deterministic)
+        grads = Grads(o.q, o.k, o.v, o.bias if self.dbias else None, o.sinks)
+        call = BackwardCall(problem, o, out, out, lse, None, grads, self.deterministic)
         return call, make_backward_spec(call)
 
 

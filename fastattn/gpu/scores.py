@@ -10,7 +10,10 @@ from numba import float32, int32, uint64
 
 from .fragments import (
     add,
+    bits_of,
     elementwise,
+    join,
+    keep_bits,
     keep_nonzero,
     make_gather,
     make_gather_pairs,
@@ -18,6 +21,7 @@ from .fragments import (
     make_pack,
     make_unpack,
     make_unpack_whole,
+    pairs_of,
     scale_add,
 )
 from .inline import inline
@@ -34,10 +38,10 @@ def cap_scale(a):
     return float32(2) * _LOG2E * (a.softmax_scale / a.softcap)
 
 
-def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False) -> tuple[Any, Any, Any]:
+def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
     and `col` are the thread's first query and key all the same. TRANSPOSED or CAPPED, the backward's: a softcap takes what `cap_of` gave
-    instead of the products.
+    instead of the products. SQUEEZE: elements of bias and mask are packed as they arrive, in so many pieces of the fragment.
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
@@ -46,9 +50,12 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     CAPPED = SOFTCAP and (TRANSPOSED or CAPPED)
-    bias_tile, bias_float = _score_tile(spec.bias or "float32", COUNT, spec.bias_pairs and not TRANSPOSED,
-                                        spec.bias_whole and not TRANSPOSED and COUNT % 16 == 0)
-    mask_tile, _ = _score_tile("bool", COUNT)
+    PAIRS = spec.bias_pairs and not TRANSPOSED
+    bias_tile, bias_float = _score_tile(spec.bias or "float32", COUNT, PAIRS, spec.bias_whole and PAIRS and COUNT % 16 == 0)
+    if SQUEEZE and not PAIRS and spec.bias in ("float16", "bfloat16"):
+        bias_tile, bias_float = _squeezed_tile(spec.bias, COUNT, SQUEEZE, pairs_of), _score_tile(spec.bias, COUNT, pairs=True)[1]
+    mask_tile = _squeezed_tile("bool", COUNT, SQUEEZE, bits_of) if SQUEEZE else _score_tile("bool", COUNT)[0]
+    keep_mask = keep_bits if SQUEEZE else keep_nonzero
     load_slope = load_scalar(spec.alibi or "float32")
 
     def element(s, row, col, scale, cap, slope):
@@ -92,7 +99,11 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     def fetch(a, batch, head, row, col, seqlen_q, seqlen_k):
         if PACKED:      # the operands end at the maxima that the caller gave, which the lengths on the device may exceed
             seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
-        return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
+        if SQUEEZE:         # the mask first: the bias finds its registers free again
+            mask = fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
+            return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), mask
+        else:
+            return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
 
     @inline
     def score(a, acc_s, early, slope, row, col, corner):
@@ -110,7 +121,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
         if BIAS and (SOFTCAP or ALIBI):
             acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:
-            acc_s = keep_nonzero(acc_s, early[1])
+            acc_s = keep_mask(acc_s, early[1])
         return acc_s
 
     return prepare, fetch, score
@@ -162,3 +173,19 @@ def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False
         else:
             return unpack(tile)
     return tile, to_float
+
+
+def _squeezed_tile(dtype: str, COUNT: int, PIECES: int, squeeze: Any) -> Any:
+    """tile as by _score_tile, loaded one piece after the other: each is packed, by pairs_of or bits_of, before the next takes registers."""
+    load, _ = _score_tile(dtype, COUNT // PIECES)
+
+    @inline
+    def tile(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k):
+        first = squeeze(load(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k))
+        if PIECES == 1:
+            return first
+        else:
+            other = load(pointer, by_batch, by_head, by_row, by_col, batch, head, row, int32(col + COUNT), seqlen_q, seqlen_k)
+            return join(first, squeeze(other))
+    assert PIECES in (1, 2) and COUNT <= 32 * PIECES
+    return tile
