@@ -38,7 +38,8 @@ OWN = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q ba
 def tile_of(spec: Spec) -> Tile:
     """Three tiles of numbers in registers: 48 a thread, float64 24 of twice the size."""
     wide = spec.dtype == "float64"
-    return Tile(lines_simt(spec), 64, 64 if wide else 128)
+    many = spec.packed and spec.softcap         # spills 4 to 136 bytes at 64 lines
+    return Tile(min(lines_simt(spec), 32 if many else 64), 64, 64 if wide else 128)
 
 
 def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
