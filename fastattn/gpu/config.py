@@ -194,7 +194,8 @@ def backward_sm90(spec: Spec) -> BackwardConfig:
     two = num_features(spec) > 1
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
         return BackwardConfig(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
-    return BackwardConfig(128, 64, crowded=two or (spec.dropout and spec.packed), squeeze=squeeze(spec))
+    crowded = two or (spec.dropout and spec.packed) or (spec.softcap and spec.right)        # others spill
+    return BackwardConfig(128, 64, crowded=crowded, squeeze=squeeze(spec))
 
 
 @dataclass(frozen=True, slots=True)

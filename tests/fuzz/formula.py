@@ -255,7 +255,10 @@ def forward(x: Inputs) -> dict[str, Value]:
 
 @np.errstate(all="ignore")
 def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
-    """dq, dk, dv, dbias and dsinks for out and lse as the call gave them; P = exp(S - lse), at most 1."""
+    """dq, dk, dv, dbias and dsinks for out and lse as the call gave them; P = exp(S - lse), at most 1.
+
+    The reference takes an lse that is its own up to rounding as if it had not been rounded, so there scores count from the row's largest.
+    """
     s, r = x.spec, rounding(x.spec.dtype)
     dq, dk, dv = (Value(*(np.zeros(a.shape) for _ in range(3))) for a in (x.q, x.k, x.v))
     dbias = None if x.bias is None else Value(*(np.zeros(s.full) for _ in range(3)))
@@ -269,7 +272,11 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         level = lse[at_lse].astype(real)
         dout, o = (np.where(a.sees, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
         dlse = np.zeros(level.shape) if x.dlse is None else x.dlse[at_lse].astype(real)
-        f = scores(s, x.scale, a, r.eps, r.real)
+        f, sinks = scores(s, x.scale, a, r.eps, r.real), a.sinks
+        if s.engine == "reference":
+            zero = _largest(f.x, sinks)
+            f, sinks = f._replace(x=f.x - zero[:, :, None]), None if sinks is None else sinks - zero
+            level = logsumexp(f.x, sinks)
         # lse's rounding, until it is that of a key: then a tie's distance to it is one exact subtraction
         off_lse = 4 * r.eps * np.where(np.isfinite(level), np.abs(level), 0)[:, :, None]
         tied = 8 * r.eps * (1 + np.abs(f.x - level[:, :, None])) + np.where(off_lse < 4, off_lse, 0)
@@ -290,11 +297,11 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         if dbias is not None:
             for array, value in zip(dbias, (dS, off, size), strict=True):
                 array[n, :, :value.shape[1], :value.shape[2]] = value
-        if a.sinks is not None:
+        if sinks is not None:
             level_s = np.where(level == -np.inf, np.inf, level)
-            weight = np.exp(np.minimum(a.sinks - level_s, 0))
-            wide = r.eps * (4 * np.abs(a.sinks) + 4 * np.where(np.isfinite(level), np.abs(level), 0) + 8)
-            most, least = (np.exp(np.minimum(a.sinks - level_s + sign * wide, 0)) for sign in (1, -1))
+            weight = np.exp(np.minimum(sinks - level_s, 0))
+            wide = r.eps * (4 * np.abs(sinks) + 4 * np.where(np.isfinite(level), np.abs(level), 0) + 8)
+            most, least = (np.exp(np.minimum(sinks - level_s + sign * wide, 0)) for sign in (1, -1))
             off_w = np.maximum(most - weight, weight - least)
             for array, value in zip(dsinks, (weight * fall[:, :, 0], off_w * np.abs(fall[:, :, 0]) + (weight + off_w) * off_fall[:, :, 0],
                                              weight * np.abs(fall[:, :, 0])), strict=True):
