@@ -357,7 +357,7 @@ class Play:
             "make_pack": lambda dtype: self.to_half, "scale_rows": same, "scale_seen_rows": same,
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "make_softmax": softmax,
-            "make_score": lambda *_: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
+            "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
             "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 
