@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 def _precompile(given: argparse.Namespace) -> int:
     try:
         from .gpu import precompile
-        from .gpu.compile import build  # noqa: F401
+        from .gpu.runtime.compile import build  # noqa: F401
         for package in ("numba.cuda", "cuda.core"):
             __import__(package)
     except ImportError as error:
@@ -58,7 +58,7 @@ def _precompile(given: argparse.Namespace) -> int:
 def _cache(clear: bool) -> int:
     """Of each folder where kernels are looked for; the last one is the user's own, and only that is cleared."""
     try:
-        from .gpu import cache
+        from .gpu.runtime import cache
     except ImportError as error:
         raise SystemExit(f"cache needs the packages of the GPU engine ({error}): pip install 'fastattn[gpu]'.") from error
     folders, status = cache.folders(), 0

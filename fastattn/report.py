@@ -59,7 +59,7 @@ def _cuda() -> dict[str, str]:
     except (ImportError, RuntimeError) as error:
         config["cuda driver"] += f" ({error})"
     try:
-        from .gpu import cache
+        from .gpu.runtime import cache
 
         config["gpu engine"] = "numba-cuda"
         config["cache folder"] = cache.described()

@@ -132,7 +132,7 @@ def must_take(case: Case, family: str) -> bool:
 
 def families_here(families: tuple[str, ...] = gpu.FAMILIES) -> list[str]:
     """Those of `families` that this device has, and "any", the engine's own choice."""
-    from fastattn.gpu.device import device
+    from fastattn.gpu.runtime.device import device
     return ["any", *(family for family in families if family != "sm90" or device_count() == 0 or device(0).arch == "sm_90a")]
 
 
@@ -318,7 +318,7 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
 
 def compile_one(case: Case, family: str, arch: str, with_lse: bool, backward: bool, key: str) -> str | None:
     """In a worker process: one kernel into the cache. What goes wrong is raised again by the test that needs it."""
-    from fastattn.gpu.compile import binary
+    from fastattn.gpu.runtime.compile import binary
 
     for source in sources_of(case, family, arch, with_lse, backward):
         if source.key == key:
@@ -334,7 +334,7 @@ _prepared: list[bool] = []
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels(request: pytest.FixtureRequest) -> None:
-    from fastattn.gpu.device import device
+    from fastattn.gpu.runtime.device import device
 
     if device_count() == 0 or _prepared:
         return

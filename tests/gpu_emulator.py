@@ -24,8 +24,8 @@ import numpy as np
 
 from fastattn.buffers import ITEMSIZE, View
 
-MODULES = ("inline", "mask", "dropout", "scalar", "schedule", "packed", "preprocess", "threads", "pairs", "dbias", "forward_simt",
-           "launch_simt", "backward_simt", "transform", "merge")
+MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "runtime.packed", "rows.preprocess", "simt.threads",
+           "simt.pairs", "simt.dbias", "simt.forward", "simt.launch", "simt.backward", "rows.transform", "rows.merge")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 
 

@@ -27,10 +27,10 @@ from gpu_probes import (
 from gpu_tiles import BAR, KIND, PANEL, SHARED, begin, save_at, two_panels
 from numba import cuda, float32, int32, int64, uint32, uint64
 
-from fastattn.gpu import fragments as f
-from fastattn.gpu import gradients as g
 from fastattn.gpu.ptx import mbarrier, memory, mma, scalar, sync, tma, wgmma
 from fastattn.gpu.spec import FAR_LSE
+from fastattn.gpu.tile import fragments as f
+from fastattn.gpu.tile import gradients as g
 from fastattn.philox import keep_mask
 
 add("fragments.keep_from", "selp",

@@ -13,11 +13,11 @@ import numpy as np
 from numba import cuda, float32, int32, int64, uint8, uint32, uint64
 from problems import NUMPY
 
-from fastattn.gpu import compile as compiler
-from fastattn.gpu import fragments as f
-from fastattn.gpu.dropout import philox
-from fastattn.gpu.inline import inline
+from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
+from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.tile import fragments as f
+from fastattn.gpu.tile.dropout import philox
 from fastattn.philox import keep_mask
 from fastattn.problem import Dropout
 

@@ -9,9 +9,9 @@ from gpu_probes import COL, COUNT, HALVES, ROW, Array, C, add, as_matrix, load, 
 from numba import cuda, int32, int64, uint8, uint64
 from problems import NUMPY
 
-from fastattn.gpu import fragments as f
-from fastattn.gpu.inline import inline
+from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import cp_async, direct, matrix, mbarrier, memory, mma, scalar, sync, tma, wgmma
+from fastattn.gpu.tile import fragments as f
 
 PANEL = 64 * 128            # bytes of 64 rows of 64 columns
 BAR = 8 * PANEL             # where a probe's barrier lies, behind its tiles

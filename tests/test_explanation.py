@@ -145,7 +145,7 @@ def test_explain_without_the_gpu_packages(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_threads_launch_while_a_call_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of an explained call are noted in its thread; a call in another gets its own."""
     pytest.importorskip("numba.cuda")
-    from fastattn.gpu import launch_sm80
+    from fastattn.gpu.sm80 import launch as launch_sm80
 
     loaded: list[Any] = []
     original = launch_sm80.prepare

@@ -22,8 +22,12 @@ from gpu_emulator import MODULES, Memory, emulated, replaced
 
 from fastattn import Grads, UnsupportedError, buffers, gpu
 from fastattn.buffers import View
-from fastattn.gpu import backward_simt, mask, packed, precompile, preprocess, schedule
+from fastattn.gpu import precompile
+from fastattn.gpu.rows import preprocess
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.simt import backward as backward_simt
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
+from fastattn.gpu.tile import mask, schedule
 from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
 
 LIMITS = [(left, right, top_left) for left, right in itertools.product((None, 0, 3, 40), (None, 0, 5, 100)) for top_left in (False, True)]
@@ -200,8 +204,8 @@ def test_extra_memory_is_linear(head_dim: int, family: str, deterministic: bool)
     call = BackwardCall(problem, o, q, q, lse, None, Grads(q, q, q), deterministic)
     module, device = gpu.family(family, "backward"), precompile.absent_device("sm_90a")
     assert module.refuses(call, device) is None
-    with replaced((*(name for name in MODULES if name != "inline"), "postprocess", "backward_sm80", "backward_sm90", "backward_sm90_wide",
-                   "backward_sm90_dq"), names):
+    with replaced((*(name for name in MODULES if name != "dsl.inline"), "rows.postprocess", "sm80.backward", "sm90.backward", "sm90.backward_wide",
+                   "sm90.backward_dq"), names):
         module.launch(call, make_backward_spec(call), device, 0)
     rows = 16 * 65536
     assert held == 0 and 2 * 4 * rows <= most <= 1.3 * 4 * rows * head_dim + 2 * 4 * rows
@@ -209,7 +213,7 @@ def test_extra_memory_is_linear(head_dim: int, family: str, deterministic: bool)
 
 def test_choice_of_families() -> None:
     call, _ = precompile.Want("bfloat16", backward=True, deterministic=True).call()
-    assert gpu.choose(call, precompile.absent_device("sm_90a")).__name__.endswith("backward_sm90")
+    assert gpu.choose(call, precompile.absent_device("sm_90a")).__name__.endswith("sm90.backward")
     older = precompile.absent_device("sm_80")
     assert gpu.choose(call, older) is backward_simt
     with gpu.use("sm90", "sm80"), pytest.raises(UnsupportedError, match=r"sm90: it needs sm_90a.*sm80: its sums of dq come in any order"):

@@ -29,9 +29,10 @@ from numba import cuda, int32, uint64
 import fastattn
 from fastattn import __main__ as command
 from fastattn import gpu, streams
-from fastattn.gpu import cache, precompile
-from fastattn.gpu import compile as compiler
+from fastattn.gpu import precompile
 from fastattn.gpu.ptx.memory import store_b32
+from fastattn.gpu.runtime import cache
+from fastattn.gpu.runtime import compile as compiler
 
 ROOT = Path(__file__).parents[1]
 ARCH = "sm_80"

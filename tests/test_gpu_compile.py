@@ -26,9 +26,9 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from fastattn import UnsupportedError, gpu
-from fastattn.gpu import compile as compiler
 from fastattn.gpu import precompile
 from fastattn.gpu.precompile import Want
+from fastattn.gpu.runtime import compile as compiler
 
 FULL = os.environ.get("FASTATTN_COMPILE") == "full"
 ARCHS, HALVES = ("sm_80", "sm_89", "sm_90a", "sm_120"), ("float16", "bfloat16")

@@ -10,8 +10,10 @@ from gpu_cases import DECODE, device_arguments, for_family, sources_of, to_host
 from problems import Case
 
 import fastattn
-from fastattn.gpu import config, launch_decode, workspace
+from fastattn.gpu.decode import launch as launch_decode
+from fastattn.gpu.decode.config import DecodeConfig
 from fastattn.gpu.precompile import Want, absent_device, sources
+from fastattn.gpu.runtime import workspace
 
 
 def kernels_of(case: Case, family: str, arch: str) -> list[str]:
@@ -38,7 +40,7 @@ def test_other_calls_are_not_split(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])
 def test_splits_cover_the_keys(keys: int) -> None:
-    for tiling in (config.DecodeConfig(16), config.DecodeConfig(32)):
+    for tiling in (DecodeConfig(16), DecodeConfig(32)):
         step = tiling.keys * tiling.warps
         for planes in (1, 8, 100, 132, 133, 1000, 100_000):
             count, each = launch_decode.split_keys(planes, keys, tiling, 132)
@@ -47,7 +49,7 @@ def test_splits_cover_the_keys(keys: int) -> None:
 
 
 def test_splits_fill_the_device() -> None:
-    for tiling in (config.DecodeConfig(16), config.DecodeConfig(32)):
+    for tiling in (DecodeConfig(16), DecodeConfig(32)):
         slots = 132 * tiling.blocks_per_sm
         for planes in (1, 2, 8, 32, 100, 132):
             blocks = planes * launch_decode.split_keys(planes, 65536, tiling, 132)[0]

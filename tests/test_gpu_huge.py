@@ -26,8 +26,11 @@ from gpu_emulator import Memory, emulated, replaced
 
 import fastattn
 from fastattn import UnsupportedError, buffers, gpu
-from fastattn.gpu import merge, packed, precompile, preprocess, schedule, softmax
+from fastattn.gpu import precompile
+from fastattn.gpu.rows import merge, preprocess
+from fastattn.gpu.runtime import packed
 from fastattn.gpu.spec import FAR_LSE, LOG2E, BackwardCall, Spec, make_backward_spec
+from fastattn.gpu.tile import schedule, softmax
 from fastattn.problem import Operands, make_problem
 
 Array = np.ndarray[Any, Any]
@@ -58,7 +61,7 @@ FRAGMENTS = {      # a fragment is two rows; one thread has all of a row
 def softmax_of(scores: Array, v: Array, scale: float, scaled: bool, tiles: int, hurry: bool) -> tuple[Array, Array]:
     """out and lse of two rows, tile by tile as a kernel does it; `hurry`: the optimistic step first."""
     a = SimpleNamespace(softmax_scale=F(scale), log2_scale=F(scale * LOG2E))
-    with replaced(("softmax",), FRAGMENTS), np.errstate(all="ignore"):
+    with replaced(("tile.softmax",), FRAGMENTS), np.errstate(all="ignore"):
         update, optimistic, finish = softmax.make_softmax(Spec("float16", 64, 64, scaled=scaled))
         state, out = (F(-np.inf), F(-np.inf), F(0), F(0)), np.zeros((2, v.shape[1]), F)
         for acc, part in zip(np.split(scores.astype(F), tiles, 1), np.split(v, tiles), strict=True):
@@ -242,7 +245,7 @@ def run(inputs: Inputs, family: str) -> None:
 
 
 def supported(family: str) -> bool:
-    from fastattn.gpu.device import device
+    from fastattn.gpu.runtime.device import device
     return family != "sm90" or device_count() == 0 or device(0).arch == "sm_90a"
 
 

@@ -25,8 +25,9 @@ import gpu_gradients
 from gpu_probes import PROBES, Array
 
 from fastattn.buffers import View, contiguous
-from fastattn.gpu import compile as compiler
-from fastattn.gpu import fragments, ptx
+from fastattn.gpu import ptx
+from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.tile import fragments
 
 NAMES = list(PROBES)
 assert gpu_gradients.PANEL
@@ -87,8 +88,8 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
     """What the probe's kernel makes of dst. `maps`: (array, rows of a box) for map_a, map_b and map_c."""
     from cuda.bindings import driver
 
-    from fastattn.gpu.device import check, current, device
-    from fastattn.gpu.tensormap import row_map, tensor_maps
+    from fastattn.gpu.runtime.device import check, current, device
+    from fastattn.gpu.runtime.tensormap import row_map, tensor_maps
 
     source, arrays = PROBES[name].source(name), {"src": src, "other": other, "dst": dst}
     with current(device(0)):
@@ -121,7 +122,7 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers(name: str) -> None:
-    from fastattn.gpu.device import device
+    from fastattn.gpu.runtime.device import device
 
     hopper = name.split(".")[0] in ("tma", "wgmma", "mbarrier", "matrix") or name == "sync.barrier_arrive"
     if hopper and device(0).arch != "sm_90a":

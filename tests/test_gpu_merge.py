@@ -19,8 +19,8 @@ from gpu_emulator import Memory, emulated
 
 import fastattn
 from fastattn import buffers
-from fastattn.gpu import compile as compiler
-from fastattn.gpu import merge
+from fastattn.gpu.rows import merge
+from fastattn.gpu.runtime import compile as compiler
 
 Array = np.ndarray[Any, Any]
 DTYPES = ["float16", "bfloat16", "float32", "float64"]

@@ -17,9 +17,11 @@ from gpu_emulator import Memory
 from gpu_roles import Play, edited, playing
 
 from fastattn.buffers import View, contiguous
-from fastattn.gpu import forward_sm90, launch_sm90, packed
-from fastattn.gpu.config import Config
-from fastattn.gpu.config import forward_sm90 as tiling
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.sm90 import forward as forward_sm90
+from fastattn.gpu.sm90 import launch as launch_sm90
+from fastattn.gpu.sm90.config import ForwardSm90Config
+from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
 from fastattn.problem import Operands, Problem, make_problem, row_bounds
 
@@ -39,7 +41,7 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
 def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
     """A launch of two blocks; `change` edits the kernel's text first."""
     spec = make_spec(call.problem, call.operands, False)
-    config: Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
+    config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
     made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.block_m // 64, boxes), Memory()
     arguments = launch_sm90.arguments_of(spec)

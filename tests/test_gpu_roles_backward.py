@@ -19,9 +19,10 @@ from gpu_roles_backward import BackwardPlay
 from test_gpu_roles import Sequence, view, whole
 
 from fastattn import Grads
-from fastattn.gpu import backward_sm90, packed
-from fastattn.gpu.config import backward_sm90 as tiling
-from fastattn.gpu.preprocess import padded_rows
+from fastattn.gpu.rows.preprocess import padded_rows
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.sm90 import backward as backward_sm90
+from fastattn.gpu.sm90.config import choose_backward as tiling
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.problem import Operands, make_problem, row_bounds
 

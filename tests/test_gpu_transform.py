@@ -29,8 +29,8 @@ from fastattn.compat.multi_head import (
     transform_bias_rescale_qkv_backward,
 )
 from fastattn.cpu import transform as cpu_transform
-from fastattn.gpu import compile as compiler
-from fastattn.gpu import transform
+from fastattn.gpu.rows import transform
+from fastattn.gpu.runtime import compile as compiler
 
 Array = np.ndarray[Any, Any]
 

@@ -23,8 +23,13 @@ from test_gpu_backward_plan import run
 
 import fastattn
 from fastattn import UnsupportedError, buffers, gpu, streams
-from fastattn.gpu import backward_sm80, compile, gradients, launch_simt, postprocess, precompile, workspace
+from fastattn.gpu import precompile
+from fastattn.gpu.rows import postprocess
+from fastattn.gpu.runtime import compile, workspace
+from fastattn.gpu.simt import launch as launch_simt
+from fastattn.gpu.sm80 import backward as backward_sm80
 from fastattn.gpu.spec import Call, Spec, make_spec
+from fastattn.gpu.tile import gradients
 from fastattn.problem import Operands, make_problem
 
 SMALL: dict[str, Any] = {"seqlen_q": 9, "head_dim": 5, "num_heads": 2, "num_heads_k": 1}
@@ -90,7 +95,7 @@ def test_keys_past_the_used_ones_are_stored_as_zeros() -> None:
     names = {"make_pack": lambda *_: lambda acc: acc, "store_rows": lambda *values: stored.append(values),
              "scale_seen_rows": lambda acc, *factors: tuple(x * factor if factor else 0.0 for x, factor in zip(acc, factors, strict=True)),
              "inline": lambda f: f, "int32": int, "uint64": int, "float32": float}
-    with replaced(("gradients",), names):
+    with replaced(("tile.gradients",), names):
         for packed in (True, False):
             store = gradients.make_store(Spec("float16", 128, 128, packed=packed), 128)
             store((2.0, float("nan")), 0, 256, 100, 0, 40, 48, 60)

@@ -79,7 +79,7 @@ class Device:
     def extra_megabytes(self, call: Callable[[], Any]) -> float:
         """Peak of a call beyond what is there before and what it returns: torch's allocations, and what fastattn and others took from the
         driver. What torch and fastattn keep of earlier calls is given back first."""
-        from fastattn.gpu import workspace
+        from fastattn.gpu.runtime import workspace
 
         cuda = self.torch.cuda
         self.release()

@@ -87,7 +87,8 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
         grads.dbias.numpy()[...] = sums
     if grads.dsinks is not None:
         assert o.sinks is not None
-        grads.dsinks.numpy()[...] = _dsinks(o.sinks.numpy(), *(x if lengths.cu_q is None else x[:, :lengths.cu_q[-1]] for x in (lse.numpy(), delta)))
+        end = None if lengths.cu_q is None else lengths.cu_q[-1]       # rows of no sequence come after it
+        grads.dsinks.numpy()[...] = _dsinks(o.sinks.numpy(), lse.numpy()[..., :end], delta[..., :end])
 
 
 def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:

@@ -21,9 +21,9 @@ from ..errors import refused
 from ..memo import Recent
 from ..problem import Operands, Problem
 from ..registry import families_in_use, use_engine
-from .compile import late
-from .device import Device, current, device
-from .packed import most_tiles
+from .runtime.compile import late
+from .runtime.device import Device, current, device
+from .runtime.packed import most_tiles
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
 
 # looked for, not imported: a kernel in the cache needs neither. The api says what to install where one is missing.
@@ -47,7 +47,7 @@ def family(which: str, direction: str = "forward") -> Any:
     """The module that launches a kernel family in one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call,
     spec, device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""
     try:
-        return importlib.import_module(f".{'launch' if direction == 'forward' else direction}_{which}", __name__)
+        return importlib.import_module(f".{which}.{'launch' if direction == 'forward' else direction}", __name__)
     except ImportError as error:        # Numba is there and does not load, say beside a newer NumPy
         raise ImportError(f"the {direction} of {which} cannot be loaded ({error}); it needs numba-cuda and cuda-core: "
                           "pip install 'fastattn[gpu]'.") from error
@@ -120,7 +120,7 @@ def _prepare(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
     return choose(call, d, families).prepare(call, spec, d)  # type: ignore[no-any-return]
 
 
-merge_states = late("merge", "merge_states")     # outs, lses, out, lse, stream
+merge_states = late("rows.merge", "merge_states")     # outs, lses, out, lse, stream
 
 
 _choices: Recent[Any, tuple[Problem, Any, Spec]] = Recent()

@@ -20,16 +20,17 @@ from typing import Any
 from .. import gpu
 from ..buffers import ITEMSIZE, Grads, View, contiguous
 from ..problem import Operands, make_problem
-from . import cache, config
-from . import compile as compiler
-from .device import ARCHITECTURES, Device
-from .packed import plan_packed
+from . import config
+from .runtime import cache
+from .runtime import compile as compiler
+from .runtime.device import ARCHITECTURES, Device
+from .runtime.packed import plan_packed
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
 # modules that launch kernels of a backward, beside a family's own
-SHARED = "preprocess", "postprocess", "dbias", "backward_sm90_dq", "backward_sm90_wide"
+SHARED = "rows.preprocess", "rows.postprocess", "simt.dbias", "sm90.backward_dq", "sm90.backward_wide"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
     def replaced(original: Any, replacement: Any) -> Any:
         return lambda *values, **more: (replacement if threading.get_ident() == this else original)(*values, **more)
     with _replacing, contextlib.ExitStack() as stack:
-        shared = ("launch_decode",) if isinstance(call, Call) else SHARED
+        shared = ("decode.launch",) if isinstance(call, Call) else SHARED
         for where in (module, *(importlib.import_module(f".{name}", __package__) for name in shared)):
             for name in absent.keys() & vars(where).keys():
                 original = getattr(where, name)
@@ -200,7 +201,7 @@ def parse_arch(text: str) -> str:
 
 def arch_here() -> str:
     """Of device 0. LookupError where there is none, or no driver."""
-    from .device import device
+    from .runtime.device import device
     try:
         return device(0).arch
     except RuntimeError as error:

@@ -105,7 +105,7 @@ class Gpu(Device):
         if self.cupy is not None:
             blocks += [self.cupy.full(size, memory.POISON, self.cupy.uint8) for size in BLOCKS]
         del blocks
-        from fastattn.gpu import workspace
+        from fastattn.gpu.runtime import workspace
 
         d = streams.driver()
         with streams.on_device(0), contextlib.ExitStack() as until:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .asm import F32, I32, emit, instruction
+from ..dsl.asm import F32, I32, emit, instruction
 
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)

@@ -12,7 +12,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import I32, I64, VOID, emit, instruction, literals
+from ..dsl.asm import I32, I64, VOID, emit, instruction, literals
 
 wait_all = instruction("cp.async.wait_all;")         # until this thread's copies so far have landed; others' after a barrier
 copy16 = instruction("cp.async.cg.shared.global [$0], [$1], 16;", "rl")        # (to, from), both multiples of 16

@@ -16,7 +16,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import I32, I64, emit, literals, pack, unpack
+from ..dsl.asm import I32, I64, emit, literals, pack, unpack
 from .memory import emit_store_shared_vector
 from .mma import multiply
 

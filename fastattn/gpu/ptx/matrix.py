@@ -8,7 +8,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import I32, VOID, emit, literals, unpack
+from ..dsl.asm import I32, VOID, emit, literals, unpack
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """mbarrier: barriers in shared memory that count arrivals and bytes in flight (PTX ISA 9.7.13.15). Addresses are shared, 32-bit."""
 from __future__ import annotations
 
-from .asm import instruction
+from ..dsl.asm import instruction
 
 # init(address, arrivals); one thread, then fence_init before anyone uses it
 init = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "rr")

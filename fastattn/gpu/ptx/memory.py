@@ -8,7 +8,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import F32, I16, I32, I64, VOID, emit, instruction
+from ..dsl.asm import F32, I16, I32, I64, VOID, emit, instruction
 
 load_f32 = instruction("ld.global.f32 $0, [$1];", "l", "f")
 load_f64 = instruction("ld.global.f64 $0, [$1];", "l", "d")

@@ -16,8 +16,8 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ..inline import inline
-from .asm import F32, I32, VOID, emit, emit_many, literals, pack, unpack
+from ..dsl.asm import F32, I32, VOID, emit, emit_many, literals, pack, unpack
+from ..dsl.inline import inline
 from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}

@@ -12,7 +12,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import F32, F64, I32, emit, instruction, pack
+from ..dsl.asm import F32, F64, I32, emit, instruction, pack
 from .memory import half_to_float, halves
 
 _LETTER = {"float32": "f", "float64": "d"}

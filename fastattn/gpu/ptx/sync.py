@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .asm import F32, I32, emit, instruction
+from ..dsl.asm import F32, I32, emit, instruction
 
 # barrier(number, threads): wait for all; arrive(number, threads): go on
 barrier = instruction("bar.sync $0, $1;", "rr")

@@ -4,7 +4,7 @@ Tensor maps have four axes here: (head_dim, row, head, batch), or two: (row, lin
 """
 from __future__ import annotations
 
-from .asm import instruction
+from ..dsl.asm import instruction
 
 # load(shared, map, barrier, dim, row, head, batch)
 load = instruction("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"

@@ -11,7 +11,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from .asm import F32, I32, I64, emit_many, instruction, literals, pack, unpack
+from ..dsl.asm import F32, I32, I64, emit_many, instruction, literals, pack, unpack
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 SWIZZLE_128B = 1 << 62

@@ -1,0 +1,149 @@
+"""Merging the results of key splits: each has the maximum of its rows, and sums and outputs under it (Milakov and Gimelshein 2018).
+
+No kernel of its own, which would start when all others have ended: the last block of a key head that comes here does it for that head.
+Which one that is changes from run to run, the order of the sums does not.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda, float32, int32, int64, uint64
+
+from ..dsl.inline import divide, inline
+from ..ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_shared_b32, store_f32, store_shared_b32
+from ..ptx.scalar import load_chunk, load_shared, store, store_shared
+from ..spec import Spec
+from ..tile.softmax import NEG_INF, make_decay, make_finish_row
+
+
+def _make_put(spec: Spec) -> Any:
+    LSE, store_out, finish_row = spec.lse, store(spec.dtype, "float32"), make_finish_row(spec)
+
+    @inline
+    def put(a, batch, head_k, r, column, values, maximum, total):
+        row = divide(r, a.group)
+        head = int32(head_k * a.group + r - row * a.group)
+        factor, lse = finish_row(a, head, maximum, total)
+        at = uint64(a.out + uint64(batch * a.out_batch + row * a.out_row + head * a.out_head + column * a.out_dim))
+        for n in range(4):
+            store_out(at, values[n] * factor)
+            at = uint64(at + uint64(a.out_dim))
+        if LSE:
+            if column == 0:
+                line = (int64(batch) * a.num_heads + head) * a.seqlen_q + row
+                store_f32(uint64(a.lse + uint64(line * 4)), lse)
+    return put
+
+
+def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
+    """(put, put_part, combine), for a block of THREADS; PARTS: a place in shared memory for the maxima and sums of all splits and rows.
+
+    put(a, batch, head_k, r, column, values, maximum, total): four columns of row r of a key head, to be finished, and with the first ones
+    its lse.
+    put_part(a, split, plane, rows, r, column, values, maximum, total): four columns of a split's row r, for the block that merges.
+    combine(a, base, thread, plane, batch, head_k, rows): after all of these, by all threads; does it where this block is the last.
+    """
+    HEAD_DIM_V = spec.head_dim_v
+    put, load, decay = _make_put(spec), load_chunk("float32"), make_decay(spec)
+    read, put_shared = load_shared("float32", 1), store_shared("float32")
+
+    @inline
+    def line_of(a, split, plane, rows):
+        """Number of a split's first row, of those of all splits and planes."""
+        return int64(split) * int64(a.lines) + int64(plane * rows)
+
+    @inline
+    def put_part(a, split, plane, rows, r, column, values, maximum, total):
+        line = line_of(a, split, plane, rows) + r
+        at = uint64(a.part + uint64((line * HEAD_DIM_V + column) * 4))
+        for n in range(4):
+            store_f32(uint64(at + uint64(4 * n)), values[n])
+        if column == 0:
+            store_f32(uint64(a.part_rows + uint64(line * 8)), maximum)
+            store_f32(uint64(a.part_rows + uint64(line * 8 + 4)), total)
+
+    @inline
+    def is_last(a, base, thread, plane):
+        """Whether all other splits of the plane are written; for all threads, and after their own writes."""
+        fence_gpu()
+        cuda.syncthreads()
+        if thread == 0:
+            before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(a.splits - 1))     # the last one leaves 0
+            store_shared_b32(base + PARTS, before)
+        cuda.syncthreads()
+        found = load_shared_b32(base + PARTS)
+        fence_gpu()
+        cuda.syncthreads()
+        return found == a.splits - 1
+
+    @inline
+    def maximum_of(base, n):
+        return read(int32(base + PARTS + 8 * n))[0]
+
+    @inline
+    def total_of(base, n):
+        return read(int32(base + PARTS + 8 * n + 4))[0]
+
+    @inline
+    def one(at, left):
+        return load(at, int32(1) if left > 0 else int32(0))
+
+    @inline
+    def four(at, by_split, left):
+        """Of four splits, zeros where there are no more."""
+        return (one(at, left), one(uint64(at + by_split), int32(left - 1)), one(uint64(at + uint64(2) * by_split), int32(left - 2)),
+                one(uint64(at + uint64(3) * by_split), int32(left - 3)))
+
+    @inline
+    def add(a, base, out, x, n, left, top):
+        weight = decay(a, maximum_of(base, n), top) if left > 0 else float32(0)
+        return out[0] + weight * x[0], out[1] + weight * x[1], out[2] + weight * x[2], out[3] + weight * x[3]
+
+    @inline
+    def add_four(a, base, out, x, n, left, top):
+        out = add(a, base, out, x[0], n, left, top)
+        out = add(a, base, out, x[1], int32(n + 1), int32(left - 1), top)
+        out = add(a, base, out, x[2], int32(n + 2), int32(left - 2), top)
+        return add(a, base, out, x[3], int32(n + 3), int32(left - 3), top)
+
+    @inline
+    def merged(a, base, plane, rows, r, column):
+        """Four columns of a row, its maximum and its sum."""
+        first = int32(r * a.splits)
+        top, total = NEG_INF, float32(0)
+        for n in range(a.splits):
+            top = max(top, maximum_of(base, int32(first + n)))
+        for n in range(a.splits):
+            total += total_of(base, int32(first + n)) * decay(a, maximum_of(base, int32(first + n)), top)
+        out = (float32(0), float32(0), float32(0), float32(0))
+        at = uint64(a.part + uint64(((line_of(a, 0, plane, rows) + r) * HEAD_DIM_V + column) * 4))
+        by_split = uint64(int64(a.lines) * (HEAD_DIM_V * 4))
+        n = int32(0)
+        while n < a.splits:         # eight on their way at a time
+            left = int32(a.splits - n)
+            x, y = four(at, by_split, left), four(uint64(at + uint64(4) * by_split), by_split, int32(left - 4))
+            out = add_four(a, base, out, x, int32(first + n), left, top)
+            out = add_four(a, base, out, y, int32(first + n + 4), int32(left - 4), top)
+            at = uint64(at + uint64(8) * by_split)
+            n = int32(n + 8)
+        return out, top, total
+
+    @inline
+    def combine(a, base, thread, plane, batch, head_k, rows):
+        if is_last(a, base, thread, plane):
+            i = thread
+            while i < rows * a.splits:      # row by row
+                r = divide(i, a.splits)
+                line = line_of(a, int32(i - r * a.splits), plane, rows) + r
+                put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(line * 8))))
+                put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(line * 8 + 4))))
+                i = int32(i + THREADS)
+            cuda.syncthreads()
+            i = thread
+            while i < rows * (HEAD_DIM_V // 4):
+                r = divide(i, int32(HEAD_DIM_V // 4))
+                column = int32((i - r * (HEAD_DIM_V // 4)) * 4)
+                values, maximum, total = merged(a, base, plane, rows, r, column)
+                put(a, batch, head_k, r, column, values, maximum, total)
+                i = int32(i + THREADS)
+    return put, put_part, combine

@@ -1,0 +1,302 @@
+"""What every backward does first: delta of each query row, and lse where tiles of rows can be copied blindly.
+
+    delta = sum(dout * out) - dlse          lse, and for some lse in units of log2     of each row, float32 (float64 for float64 problems)
+
+They go to lines of rows in temporary memory, a line for each (batch, head); packed: for each head, with all sequences one after the
+other. A sequence starts at a multiple of PADDING and its rows are followed by rows that are nobody's up to the next one, so that a
+tile of rows, if its size divides PADDING, may be read whole:
+
+    dense     line batch * num_heads + head, of ceil(seqlen_q / PADDING) * PADDING rows; the sequence starts at row 0
+    packed    line head; sequence b starts at row padded_start(q_start, b), rows of no sequence count as one sequence more
+
+Rows that are nobody's and rows that saw nothing have lse = +inf and delta = 0: exp(s - lse) is 0 there whatever else memory holds. In
+units of log2, far rows have FAR_LSE: gradients.py says why. dsinks, too, needs nothing but lse and delta.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, int32, int64, uint64
+
+from ...buffers import ITEMSIZE, View
+from ..dsl.inline import divide, inline
+from ..ptx.memory import store_zero16
+from ..ptx.scalar import load_chunk, load_if, store
+from ..runtime.compile import Source
+from ..runtime.compile import load as load_kernel
+from ..runtime.device import Device
+from ..runtime.tensormap import row_map
+from ..runtime.workspace import temporary
+from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
+from ..tile.scalar import WARP, compute_of
+from ..tile.schedule import length_at
+
+PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
+THREADS = 256
+BLOCK_ROWS = PADDING        # of a block of the grid: long enough that starting it costs little, and of one sequence
+ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Addresses of lse, delta and, where asked for, of lse in units of log2 and of the zeroed float32 sums of dq (lines, count, accum_dim);
+    `count` rows a line."""
+
+    lse: int
+    log2: int
+    delta: int
+    accum: int
+    count: int
+
+    def map(self, call: AnyCall, block_m: int, d: Device, captured: bool) -> int:
+        """The tensor map of float32 lse in units of log2 (line 0) and delta (line 1), for boxes of block_m rows."""
+        return row_map(self.log2, self.count * num_lines(call), self.delta - self.log2, block_m, d.ordinal, captured)
+
+
+# ---------------------------------------------------------------- where rows are
+def padded_rows(call: AnyCall) -> int:
+    """Rows of a line."""
+    p = call.problem
+    if p.packed:
+        return ((p.total_q or 0) + PADDING * (p.batch + 1)) // PADDING * PADDING
+    return -(-p.seqlen_q // PADDING) * PADDING
+
+
+def num_lines(call: AnyCall) -> int:
+    p = call.problem
+    return p.num_heads * (1 if p.packed else p.batch)
+
+
+def make_padded_start(PADDING: int) -> Any:
+    """padded_start(q_start, batch): the row of a line where a packed sequence starts. Neighbours never meet: the next one starts at
+    least PADDING later than the last multiple of it before this one's end."""
+    @inline
+    def padded_start(q_start, batch):
+        return int32(divide(int32(q_start + PADDING * batch), PADDING) * PADDING)
+    return padded_start
+
+
+def make_first_row(spec: Spec) -> Any:
+    """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Fields: rows (of a line)."""
+    PACKED, padded_start = spec.packed, make_padded_start(PADDING)
+
+    @inline
+    def first_row(a, batch, head, q_start):
+        if PACKED:
+            return int64(head) * int64(a.rows) + int64(padded_start(q_start, batch))
+        else:
+            return (int64(batch) * int64(a.num_heads) + int64(head)) * int64(a.rows)
+    return first_row
+
+
+def make_row_at(spec: Spec) -> Any:
+    """row_at(a, p): row p of a line -> row of the arrays, how many rows from there on exist, and 1 if they are of a sequence, else 0."""
+    PACKED, padded_start = spec.packed, make_padded_start(PADDING)
+
+    @inline
+    def row_at(a, p):
+        if PACKED:      # the last sequence that starts before; number a.batch are rows of none
+            low, high = int32(0), int32(a.batch)
+            while low < high:
+                middle = int32((low + high + 1) >> 1)
+                if padded_start(length_at(a.cu_seqlens_q, middle, a.q_step, a.total_q), middle) <= p:
+                    low = middle
+                else:
+                    high = int32(middle - 1)
+            start = length_at(a.cu_seqlens_q, low, a.q_step, a.total_q)
+            end = length_at(a.cu_seqlens_q, int32(low + 1), a.q_step, a.total_q) if low < a.batch else a.total_q
+            row = int32(start + p - padded_start(start, low))
+            return row, int32(end - row), int32(low < a.batch)
+        else:
+            return p, int32(a.seqlen_q - p), int32(1)
+    return row_at
+
+
+# ---------------------------------------------------------------- delta and lse
+OWN = ("out_lse:l out_log2:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
+       "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
+
+
+def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool) -> Any:
+    """The kernel. A block takes BLOCK_ROWS rows of a line; neighbouring lanes share a row, 16 bytes each at a time when WHOLE: rows of
+    dout and out are aligned pieces of 16 bytes."""
+    PACKED = spec.packed
+    compute, REAL, SIZE = compute_of(spec)
+    VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
+    CHUNKS = -(-spec.head_dim_v // VECTOR)
+    LANES = min(32, 1 << (CHUNKS - 1).bit_length())
+    PASS, INF = THREADS // LANES, REAL(math.inf)
+    AT_ONCE = min(ROWS_AT_ONCE, BLOCK_ROWS // PASS)
+    load_element, load_vector, load_real, put = load_if(spec.dtype, compute), load_chunk(spec.dtype), load_if(compute, compute), \
+        store(compute, compute)
+    row_at = make_row_at(spec)
+
+    @inline
+    def product(dout, out):
+        """Selected: a row that saw nothing has out = 0, whatever its dout holds."""
+        return dout * out if out != REAL(0) else REAL(0)
+
+    @inline
+    def part_of(a, dout, out, inside, lane):
+        """This lane's share of sum(dout * out)."""
+        total = REAL(0)
+        for first in range(0, CHUNKS, LANES):
+            dim = int32((first + lane) * VECTOR)
+            there = int32((inside != 0) & (dim < a.head_dim_v))
+            if WHOLE:
+                x, y = load_vector(uint64(dout + 16 * (first + lane)), there), load_vector(uint64(out + 16 * (first + lane)), there)
+                for e in range(VECTOR):
+                    total += product(x[e], y[e])
+            else:
+                total += product(load_element(uint64(dout + dim * a.dout_dim), there), load_element(uint64(out + dim * a.out_dim), there))
+        return total
+
+    @inline
+    def in_log2(lse):
+        """NaN and infinities stay what they are."""
+        x = lse * REAL(LOG2E)
+        if abs(lse) < REAL(1e-30):      # as small as FAR_LSE
+            x = REAL(0)
+        return REAL(FAR_LSE) if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF else x
+
+    @inline
+    def sum_lanes(x):
+        step = int32(LANES // 2)
+        while step > 0:
+            x += cuda.shfl_xor_sync(WARP, x, step)
+            step = int32(step >> 1)
+        return x
+
+    def kernel(a):
+        t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        rest = divide(t, a.num_heads)                       # heads side by side: their rows are neighbours in memory
+        head, batch = int32(t - rest * a.num_heads), divide(rest, a.chunks)
+        p0 = int32((rest - batch * a.chunks) * BLOCK_ROWS)
+        line = int64(head) if PACKED else int64(batch) * int64(a.num_heads) + int64(head)
+        lane, first = int32(thread % LANES), int32(p0 + thread // LANES)
+        dout, out = int64(a.dout) + batch * a.dout_batch + head * a.dout_head, int64(a.out) + batch * a.out_batch + head * a.out_head
+        lse_in, dlse = int64(a.lse_in) + batch * a.lse_batch + head * a.lse_head, int64(a.dlse) + batch * a.dlse_batch + head * a.dlse_head
+        row0, count0, owned = row_at(a, p0)                 # a block's rows are all of one sequence
+        rows, insides = cuda.local.array(AT_ONCE, int32), cuda.local.array(AT_ONCE, int32)
+        parts, lses, dlses = cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL)
+        for i0 in range(0, BLOCK_ROWS // PASS, AT_ONCE):
+            for i in range(AT_ONCE):
+                behind = int32(first - p0 + (i0 + i) * PASS)
+                rows[i], insides[i] = int32(row0 + behind), int32((behind < count0) & (owned != 0))
+            for i in range(AT_ONCE):                        # all lanes of a row, before its products: one wait for all of it
+                lses[i] = load_real(uint64(lse_in + rows[i] * a.lse_row), insides[i])
+                dlses[i] = load_real(uint64(dlse + rows[i] * a.dlse_row), insides[i]) if DLSE else REAL(0)
+            for i in range(AT_ONCE):
+                parts[i] = part_of(a, dout + rows[i] * a.dout_row, out + rows[i] * a.out_row, insides[i], lane)
+            for i in range(AT_ONCE):
+                p = int32(first + (i0 + i) * PASS)
+                delta, at = sum_lanes(parts[i]), line * int64(a.rows) + int64(p)
+                if lane == 0 and p < a.rows:
+                    lse = lses[i]
+                    nothing = insides[i] == 0 or lse == -INF
+                    # a row whose lse is +inf or NaN has NaN gradients; +inf itself means here that it saw nothing
+                    lse = INF if nothing else lse + (lse - lse)
+                    put(uint64(int64(a.out_lse) + at * SIZE), lse)
+                    if IN_LOG2:
+                        put(uint64(int64(a.out_log2) + at * SIZE), in_log2(lse))
+                    put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else delta - dlses[i])
+                if ACCUM:
+                    if p < a.rows:
+                        for byte in range(16 * lane, a.accum_row, 16 * LANES):
+                            store_zero16(uint64(int64(a.out_accum) + at * a.accum_row + byte))
+    return kernel
+
+
+def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
+    """Pointer, batch, head and row strides of lse or dlse."""
+    if x is None:
+        return 0, 0, 0, 0
+    return (x.ptr, 0, *x.strides) if packed else (x.ptr, *x.strides)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=256)
+def _preprocess(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool) -> tuple[Source, Arguments]:
+    arguments = Arguments(spec, OWN, ("dout", "out"))
+    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum
+    return Source(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0), arguments.fields, THREADS), arguments
+
+
+@contextmanager
+def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, log2: bool = True, accum_dim: int = 0) -> Iterator[Rows]:
+    """Enqueue the kernel; its results, and `accum_dim` zeroed columns of float32 a row, are there for work enqueued inside the `with`.
+
+    log2: for kernels that take exp2(s * log2_scale - lse), with lse in units of log2, instead of exp(s - lse).
+    """
+    p, o = call.problem, call.operands
+    rows, lines = padded_rows(call), num_lines(call)
+    size = 8 if p.dtype == "float64" else 4
+    each = -(-rows * lines * size // 256) * 256
+    with temporary((2 + log2) * each + 4 * accum_dim * rows * lines, d.ordinal, stream) as memory:
+        lse = memory + 2 * each if log2 else memory
+        where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
+        plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
+        whole = whole_chunks(call.dout) and whole_chunks(call.out)
+        source, arguments = _preprocess(plain, whole, call.dlse is not None, log2, accum_dim > 0)
+        chunks = -(-rows // BLOCK_ROWS)
+        cu = o.cu_seqlens_q
+        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_line_strides(call.lse, p.packed),
+               *_line_strides(call.dlse, p.packed), *((cu.ptr, cu.strides[0]) if cu else (0, 0)))
+        if lines and chunks:
+            load_kernel(source, d.ordinal).launch(lines * chunks, arguments.values(call, own), stream)
+        yield where
+
+
+# ---------------------------------------------------------------- dsinks
+SINK_THREADS = 1024
+
+
+def make_dsinks(spec: Spec) -> Any:
+    """The kernel: a block a head sums -exp(sink - lse) * delta over its rows, in the same order every time."""
+    PACKED = spec.packed
+    compute, REAL, SIZE = compute_of(spec)
+    assert spec.sinks is not None
+    load_sink, load_real, put = load_if(spec.sinks, compute), load_if(compute, compute), store(spec.sinks, compute)
+
+    def kernel(a):
+        head, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        sums = cuda.shared.array(SINK_THREADS, REAL)
+        sink = load_sink(uint64(int64(a.sinks) + head * a.sinks_head), int32(1))
+        total = REAL(0)
+        for batch in range(1 if PACKED else a.batch):
+            at = (int64(batch) * int64(a.num_heads) + int64(head)) * int64(a.rows)
+            for row in range(thread, a.rows, SINK_THREADS):
+                lse = load_real(uint64(int64(a.row_lse) + (at + row) * SIZE), int32(1))
+                delta = load_real(uint64(int64(a.row_delta) + (at + row) * SIZE), int32(1))
+                total -= (REAL(1) if sink > lse else math.exp(sink - lse)) * delta      # lse is the sink or more, but for rounding
+        sums[thread] = total
+        cuda.syncthreads()
+        half = int32(SINK_THREADS // 2)
+        while half > 0:
+            if thread < half:
+                sums[thread] += sums[thread + half]
+            cuda.syncthreads()
+            half = int32(half >> 1)
+        if thread == 0:
+            put(uint64(int64(a.dsinks) + head * a.dsinks_head), sums[0])
+    return kernel
+
+
+@lru_cache(maxsize=256)
+def _dsinks(spec: Spec) -> tuple[Source, Arguments]:
+    arguments = Arguments(spec, "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q")
+    return Source(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), arguments.fields, SINK_THREADS), arguments
+
+
+def dsinks(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
+    """Enqueue writing grads.dsinks, where it is wanted."""
+    x = call.grads.dsinks
+    if x is None or call.problem.num_heads == 0:
+        return
+    source, arguments = _dsinks(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
+    own = (rows.lse, rows.delta, rows.count, x.ptr, x.strides[0])
+    load_kernel(source, d.ordinal).launch(call.problem.num_heads, arguments.values(call, own), stream)

@@ -1,0 +1,373 @@
+"""transform_bias_rescale_qkv and its backward on the GPU: one pass over memory each way.
+
+    qkv (batch, seqlen, 3 * num_heads * head_dim)   <->   q, k, v (batch, num_heads, seqlen, head_dim)
+
+A warp takes 32 vectors of 16 bytes, 512 bytes side by side, of ROWS rows, whose loads travel together; which of q, k and v its columns
+are, their head and their bias are found once. A block is WARPS such stretches of rows, one below the other. Where head_dim, an address
+or a stride is no multiple of 16 bytes, a vector is one element. Packed: the rows of qkv of one sequence after the other.
+
+The backward takes LOOPS such blocks of rows and leaves their sum, which a second kernel adds up: always in the same order.
+"""
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from numba import cuda, float32, float64, int32, int64, uint64
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ...buffers import ITEMSIZE, View
+from ...errors import UnsupportedError
+from ..dsl.asm import I32, I64, pack, unpack
+from ..dsl.inline import divide, inline
+from ..ptx.arith import emit_pack_half
+from ..ptx.memory import emit_store16_if
+from ..ptx.scalar import load_chunk, load_if, store
+from ..runtime.compile import Source
+from ..runtime.compile import load as load_kernel
+from ..runtime.device import current, device
+from ..runtime.workspace import temporary
+from ..spec import whole_chunks
+from ..tile.schedule import length_at
+
+WARPS = 8
+THREADS = 32 * WARPS
+ROWS = 4                    # 16 KB of loads in flight a block, 80 KB a multiprocessor; bandwidth times latency of an H200 is about 30
+BLOCK_ROWS = WARPS * ROWS
+LOOPS = 4                   # the backward's partial sums are then 1/64 of dqkv, twice that for 16-bit dtypes
+SUM_WARPS = 32
+SUM_THREADS = 32 * SUM_WARPS
+
+
+# ---------------------------------------------------------------- vectors: tuples of 8, 4, 2 or 1 numbers
+@intrinsic
+def add_chunk(typingctx: Any, x: Any, y: Any) -> Any:
+    """x + y, number by number."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pairs = zip(unpack(builder, args[0], x.count), unpack(builder, args[1], x.count), strict=True)
+        return pack(builder, [builder.fadd(a, b) for a, b in pairs])
+    return signature(x, x, x), generate
+
+
+@intrinsic
+def scale_chunk(typingctx: Any, x: Any, factor: Any) -> Any:
+    """x * factor."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fmul(a, args[1]) for a in unpack(builder, args[0], x.count)])
+    return signature(x, x, x.dtype), generate
+
+
+@cache
+def store_chunk(dtype: str) -> Any:
+    """put(address, x): the tuple that load_chunk gives, rounded, to 16 bytes at an aligned global address."""
+    @intrinsic
+    def put(typingctx: Any, address: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            numbers = unpack(builder, args[1], x.count)
+            if dtype == "float64":
+                wide = [builder.bitcast(n, I64) for n in numbers]
+                words = [builder.trunc(half, I32) for n in wide for half in (n, builder.lshr(n, I64(32)))]
+            elif dtype == "float32":
+                words = [builder.bitcast(n, I32) for n in numbers]
+            else:
+                words = [emit_pack_half(builder, numbers[k], numbers[k + 1], dtype) for k in range(0, 8, 2)]
+            emit_store16_if(builder, I32(1), args[0], words)
+            return context.get_dummy_value()
+        return signature(types.none, types.uint64, x), generate
+    return put
+
+
+def make_access(dtype: str, WHOLE: bool) -> tuple[Any, Any]:
+    """(load, put): x = load(address, inside), zeros and no access where `inside` is 0; put(address, x)."""
+    if WHOLE:
+        return load_chunk(dtype), store_chunk(dtype)
+    compute = compute_of(dtype)
+    load_one, put_one = load_if(dtype, compute), store(dtype, compute)
+
+    @inline
+    def load(address, inside):
+        return (load_one(address, inside),)
+
+    @inline
+    def put(address, x):
+        put_one(address, x[0])
+    return load, put
+
+
+def compute_of(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+# ---------------------------------------------------------------- what both directions share
+def make_column(VECTOR: int) -> Any:
+    """column_of(a, c) -> which of q, k and v vector c of a row belongs to, the head, and its first number's place in it."""
+    @inline
+    def column_of(a, c):
+        width, element = int32(a.num_heads * a.head_dim), int32(c * VECTOR)
+        part = int32(int32(element >= width) + int32(element >= 2 * width))
+        rest = int32(element - part * width)
+        head = divide(rest, a.head_dim)
+        return part, head, int32(rest - head * a.head_dim)
+    return column_of
+
+
+@inline
+def select(part, q, k, v):
+    return q if part == 0 else (k if part == 1 else v)
+
+
+# ---------------------------------------------------------------- forward
+FORWARD = ("qkv:l qkv_batch:q qkv_row:q qkv_dim:q bias:l bias_dim:q q:l k:l v:l rows:q seqlen:i num_heads:i head_dim:i columns:i "
+           "column_blocks:i scale:{f} cu_seqlens:l cu_step:q total:i")
+
+
+def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
+    """The kernel. Rows are those of q, k and v, sequence after sequence, with their padding; `columns` are vectors of a row of qkv."""
+    SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
+    REAL = float64 if dtype == "float64" else float32
+    load, put = make_access(dtype, WHOLE)
+    column_of = make_column(VECTOR)
+
+    @inline
+    def source(a, b, t):
+        """Address of row t of sequence b in qkv, and whether it is there."""
+        if PACKED:
+            start = length_at(a.cu_seqlens, b, a.cu_step, a.total)
+            end = length_at(a.cu_seqlens, int64(b + 1), a.cu_step, a.total)
+            return int64(a.qkv) + (start + int64(t)) * a.qkv_row, int32(t < end - start)
+        else:
+            return int64(a.qkv) + b * a.qkv_batch + t * a.qkv_row, int32(1)
+
+    def kernel(a):
+        block, lane, warp = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
+        tile = divide(block, a.column_blocks)
+        c, row = int32((block - tile * a.column_blocks) * 32 + lane), int64(int64(tile) * BLOCK_ROWS + warp * ROWS)
+        if c < a.columns:
+            if row < a.rows:
+                part, head, dim = column_of(a, c)
+                bias = load(uint64(int64(a.bias) + int64(c) * VECTOR * a.bias_dim), int32(1))
+                factor = a.scale if part == 0 else REAL(1)
+                out = int64(select(part, a.q, a.k, a.v)) + int64(dim) * SIZE
+                b = int64(row // int64(a.seqlen))
+                t = int32(row - b * int64(a.seqlen))
+                froms, tos, insides = cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int32)
+                for i in range(ROWS):
+                    froms[i], tos[i], insides[i] = int64(0), int64(0), int32(0)
+                    if row + i < a.rows:
+                        at, inside = source(a, b, t)
+                        froms[i], insides[i] = at + int64(c) * VECTOR * a.qkv_dim, inside
+                        tos[i] = out + ((b * a.num_heads + head) * a.seqlen + t) * int64(a.head_dim * SIZE)
+                    t = int32(t + 1)
+                    if t == a.seqlen:
+                        t, b = int32(0), int64(b + 1)
+                x0, x1 = load(uint64(froms[0]), insides[0]), load(uint64(froms[1]), insides[1])
+                x2, x3 = load(uint64(froms[2]), insides[2]), load(uint64(froms[3]), insides[3])
+                write(tos[0], x0, bias, factor, insides[0])
+                write(tos[1], x1, bias, factor, insides[1])
+                write(tos[2], x2, bias, factor, insides[2])
+                write(tos[3], x3, bias, factor, insides[3])
+
+    @inline
+    def write(to, x, bias, factor, inside):
+        """A row's end: (x + bias) * factor, zeros in the padding, nothing past the last row."""
+        if to != 0:
+            if inside != 0:
+                put(uint64(to), scale_chunk(add_chunk(x, bias), factor))
+            elif PACKED:
+                put(uint64(to), x)      # zeros
+    return kernel
+
+
+# ---------------------------------------------------------------- backward
+BACKWARD = ("dqkv:l partial:l dq:l dq_batch:q dq_head:q dq_row:q dq_dim:q dk:l dk_batch:q dk_head:q dk_row:q dk_dim:q "
+            "dv:l dv_batch:q dv_head:q dv_row:q dv_dim:q rows:q seqlen:i num_heads:i head_dim:i columns:i column_blocks:i scale:{f} "
+            "cu_seqlens:l cu_step:q batch:i")
+
+
+def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
+    """The kernel. Rows are those of dqkv, contiguous; a block leaves the float32 (float64) sum of its LOOPS * BLOCK_ROWS rows."""
+    SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
+    compute = compute_of(dtype)
+    REAL, REAL_SIZE = (float64, 8) if compute == "float64" else (float32, 4)
+    load, put = make_access(dtype, WHOLE)
+    put_real, column_of, SHARED = store(compute, compute), make_column(VECTOR), THREADS * VECTOR
+
+    @inline
+    def cumulative(a, b):
+        return int64(length_at(a.cu_seqlens, b, a.cu_step, int32(a.rows)))
+
+    @inline
+    def sequence_of(a, row):
+        """The last sequence that starts at `row` or before; a.batch where the row is of none."""
+        if PACKED:
+            low, high = int32(0), int32(a.batch)
+            while low < high:
+                middle = int32((low + high + 1) >> 1)
+                if cumulative(a, middle) <= row:
+                    low = middle
+                else:
+                    high = int32(middle - 1)
+            return int64(low)
+        else:
+            return int64(row // int64(a.seqlen))
+
+    @inline
+    def start_of(a, b):
+        if PACKED:
+            return cumulative(a, b)
+        else:
+            return b * int64(a.seqlen)
+
+    def kernel(a):
+        block, lane, warp = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
+        sums = cuda.shared.array(SHARED, REAL)
+        tile = divide(block, a.column_blocks)
+        first = int32((block - tile * a.column_blocks) * 32)
+        c, width = int32(first + lane), int32(a.num_heads * a.head_dim)
+        part, head, dim = column_of(a, c)
+        inside = int32(c < a.columns)
+        factor = a.scale if part == 0 else REAL(1)
+        batch, by_row = select(part, a.dq_batch, a.dk_batch, a.dv_batch), select(part, a.dq_row, a.dk_row, a.dv_row)
+        at = int64(select(part, a.dq, a.dk, a.dv)) + head * select(part, a.dq_head, a.dk_head, a.dv_head) \
+            + dim * select(part, a.dq_dim, a.dk_dim, a.dv_dim)
+        to = int64(a.dqkv) + int64(c) * (VECTOR * SIZE)
+        pitch = int64(3 * width) * SIZE
+        acc = load(uint64(a.dqkv), int32(0))                # zeros
+        b = sequence_of(a, int64(int64(tile) * (LOOPS * BLOCK_ROWS) + warp * ROWS))     # searched for once, from there on it follows
+        for n in range(LOOPS):
+            row = int64((int64(tile) * LOOPS + n) * BLOCK_ROWS + warp * ROWS)
+            if row < a.rows:
+                froms, insides = cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int32)
+                for i in range(ROWS):
+                    froms[i], insides[i] = int64(0), int32(0)
+                    if row + i < a.rows:
+                        while b < a.batch and start_of(a, int64(b + 1)) <= row + i:
+                            b = int64(b + 1)
+                        if b < a.batch:
+                            t = int64(row + i - start_of(a, b))
+                            froms[i], insides[i] = at + b * batch + t * by_row, int32(inside & int32(t < a.seqlen))
+                x0, x1 = load(uint64(froms[0]), insides[0]), load(uint64(froms[1]), insides[1])
+                x2, x3 = load(uint64(froms[2]), insides[2]), load(uint64(froms[3]), insides[3])
+                acc = add_chunk(acc, write(a, to + row * pitch, x0, factor, int32(inside & int32(row < a.rows))))
+                acc = add_chunk(acc, write(a, to + (row + 1) * pitch, x1, factor, int32(inside & int32(row + 1 < a.rows))))
+                acc = add_chunk(acc, write(a, to + (row + 2) * pitch, x2, factor, int32(inside & int32(row + 2 < a.rows))))
+                acc = add_chunk(acc, write(a, to + (row + 3) * pitch, x3, factor, int32(inside & int32(row + 3 < a.rows))))
+        for e in range(VECTOR):
+            sums[(warp * 32 + lane) * VECTOR + e] = acc[e]
+        cuda.syncthreads()
+        for column in range(int32(cuda.threadIdx.x), 32 * VECTOR, THREADS):
+            total = REAL(0)
+            for w in range(WARPS):
+                total += sums[w * 32 * VECTOR + column]
+            element = int32(first * VECTOR + column)
+            if element < 3 * width:
+                put_real(uint64(int64(a.partial) + (int64(tile) * (3 * width) + element) * REAL_SIZE), total)
+
+    @inline
+    def write(a, to, x, factor, inside):
+        x = scale_chunk(x, factor)
+        if inside != 0:
+            put(uint64(to), x)
+        return x
+    return kernel
+
+
+def make_sum_rows(dtype: str) -> Any:
+    """The kernel that sums the rows of the partial sums, 32 columns a block, and rounds them to `dtype`."""
+    compute = compute_of(dtype)
+    REAL, SIZE = (float64, 8) if compute == "float64" else (float32, 4)
+    load_real, put = load_if(compute, compute), store(dtype, compute)
+
+    def kernel(a):
+        lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
+        sums = cuda.shared.array(SUM_THREADS, REAL)
+        column, total = int32(int32(cuda.blockIdx.x) * 32 + lane), REAL(0)
+        for row in range(warp, a.rows, SUM_WARPS):
+            total += load_real(uint64(int64(a.partial) + (int64(row) * a.columns + column) * SIZE), int32(column < a.columns))
+        sums[warp * 32 + lane] = total
+        cuda.syncthreads()
+        if warp == 0:
+            if column < a.columns:
+                total = REAL(0)
+                for w in range(SUM_WARPS):
+                    total += sums[w * 32 + lane]
+                put(uint64(int64(a.to) + column * a.to_dim), total)
+    return kernel
+
+
+# ---------------------------------------------------------------- compile and launch
+def _fields(text: str, dtype: str) -> tuple[tuple[str, str], ...]:
+    text = text.format(f="d" if dtype == "float64" else "f")
+    return tuple((name, letter) for name, _, letter in (field.partition(":") for field in text.split()))
+
+
+@cache
+def transform_source(dtype: str, whole: bool, packed: bool) -> Source:
+    key = f"transform {dtype}" + " whole" * whole + " packed" * packed
+    return Source(key, lambda: (make_transform(dtype, whole, packed), 0), _fields(FORWARD, dtype), THREADS)
+
+
+@cache
+def transform_backward_source(dtype: str, whole: bool, packed: bool) -> Source:
+    key = f"transform_backward {dtype}" + " whole" * whole + " packed" * packed
+    return Source(key, lambda: (make_transform_backward(dtype, whole, packed), 0), _fields(BACKWARD, dtype), THREADS)
+
+
+@cache
+def sum_rows_source(dtype: str) -> Source:
+    fields = _fields("partial:l rows:i columns:i to:l to_dim:q", dtype)
+    return Source(f"sum_rows {dtype}", lambda: (make_sum_rows(dtype), 0), fields, SUM_THREADS)
+
+
+def _blocks(rows: int, block_rows: int, columns: int) -> tuple[int, int]:
+    """Blocks of the grid, and how many of them lie side by side."""
+    side = -(-columns // 32)
+    grid = -(-rows // block_rows) * side
+    if grid >= 2**31:
+        raise UnsupportedError(f"transform_bias_rescale_qkv(): {grid} blocks of {block_rows} rows, more than 2**31 - 1.")
+    return grid, side
+
+
+def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View, v: View, scale: float, stream: int) -> None:
+    """Enqueues writing q = (q + bias) * scale, k + bias and v + bias, (batch, num_heads, seqlen, head_dim), from qkv (batch, seqlen, 3 *
+    width), or with cu_seqlens from packed rows (total, 3 * width), zeros after each sequence's end. q, k and v are contiguous."""
+    batch, num_heads, seqlen, head_dim = q.shape
+    if 0 in q.shape:
+        return
+    size = qkv.itemsize
+    whole = head_dim * size % 16 == 0 and whole_chunks(qkv) and whole_chunks(qkv_bias) and all(x.ptr % 16 == 0 for x in (q, k, v))
+    columns, rows = 3 * num_heads * head_dim * (size if whole else 16) // 16, batch * seqlen
+    grid, side = _blocks(rows, BLOCK_ROWS, columns)
+    strides = qkv.strides if cu_seqlens is None else (0, *qkv.strides)
+    lengths = (0, 0, 0) if cu_seqlens is None else (cu_seqlens.ptr, cu_seqlens.strides[0], qkv.shape[0])
+    values = [qkv.ptr, *strides, qkv_bias.ptr, qkv_bias.strides[0], q.ptr, k.ptr, v.ptr, rows, seqlen, num_heads, head_dim, columns, side,
+              scale, *lengths]
+    d = device(q.device[1])
+    with current(d):
+        load_kernel(transform_source(qkv.dtype, whole, cu_seqlens is not None), d.ordinal).launch(grid, values, stream)
+
+
+def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float, stream: int) -> None:
+    """Enqueues writing dqkv, contiguous rows of the forward's qkv, 0 where they are of no sequence, and dqkv_bias, their sum: float32, in
+    an order that only the shape decides. dq, dk and dv have any strides."""
+    batch, num_heads, seqlen, head_dim = dq.shape
+    size, width, rows = dq.itemsize, dqkv.shape[-1], math.prod(dqkv.shape[:-1])
+    if width == 0:
+        return
+    whole = head_dim * size % 16 == 0 and all(whole_chunks(x) for x in (dq, dk, dv)) and dqkv.ptr % 16 == 0
+    columns = width * (size if whole else 16) // 16
+    grid, side = _blocks(rows, LOOPS * BLOCK_ROWS, columns)
+    tiles = grid // side
+    d = device(dqkv.device[1])
+    real = 8 if dq.dtype == "float64" else 4
+    with current(d), temporary(tiles * width * real, d.ordinal, stream) as partial:
+        lengths = (0, 0) if cu_seqlens is None else (cu_seqlens.ptr, cu_seqlens.strides[0])
+        grads = [n for x in (dq, dk, dv) for n in (x.ptr, *x.strides)]
+        values = [dqkv.ptr, partial, *grads, rows, seqlen, num_heads, head_dim, columns, side, scale, *lengths, batch]
+        if grid:
+            load_kernel(transform_backward_source(dq.dtype, whole, cu_seqlens is not None), d.ordinal).launch(grid, values, stream)
+        values = [partial, tiles, width, dqkv_bias.ptr, dqkv_bias.strides[0]]
+        load_kernel(sum_rows_source(dq.dtype), d.ordinal).launch(-(-width // 32), values, stream)

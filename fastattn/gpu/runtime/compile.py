@@ -1,0 +1,219 @@
+"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching; cache.py keeps it on disk.
+
+Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not see changes in other
+files. Neither is the PTX route, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md).
+Nothing here but `load` needs a GPU or a driver.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import cache
+from .cache import Binary
+
+log = logging.getLogger("fastattn")
+_PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
+_lock = threading.RLock()
+_LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # of a field -> of struct
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A kernel to be compiled: `make()` returns the Python function, which takes one named tuple of `fields`, and the bytes of shared
+    memory that a launch asks for. It is not called where the kernel is in the cache, so that Numba need not be imported.
+
+    `key` says which kernel it is (Spec and Config as text); fields are (name, letter): l pointer, q int64, i int32, I uint32,
+    f float32, d float64. `blocks_per_sm` bounds the registers of a thread.
+    """
+
+    key: str
+    make: Callable[[], tuple[Any, int]]
+    fields: tuple[tuple[str, str], ...]
+    threads: int
+    blocks_per_sm: int = 1
+
+
+def late(module: str, function: str) -> Callable[..., Any]:
+    """Lazily import a function of a module of fastattn.gpu, named from there. It pulls in Numba, which a cached kernel does without."""
+    return lambda *arguments: getattr(importlib.import_module(f"..{module}", __package__), function)(*arguments)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of all GPU sources and of the compilers: whatever changes the machine code."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent.parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for package in _PACKAGES:
+        try:
+            digest.update(f"{package}={importlib.metadata.version(package)}\n".encode())
+        except importlib.metadata.PackageNotFoundError:
+            digest.update(f"{package}=?\n".encode())
+    return digest.hexdigest()
+
+
+def _key(source: Source, arch: str) -> str:
+    """What an entry of the cache is called."""
+    return hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
+
+
+def binary(source: Source, arch: str) -> Binary:
+    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled; a warning where it will be slow."""
+    with _lock:
+        key = _key(source, arch)
+        found = cache.read(key)
+        if found is None:
+            log.info("fastattn: compiling %s for %s", source.key, arch)
+            start = time.perf_counter()
+            code, report = build(source, arch)
+            for problem in complaints(report):      # another compiler than those the tests know: slower, not wrong
+                log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
+            log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
+            found = Binary(code, source.make()[1])
+            cache.write(key, found)
+        return found
+
+
+def cached(source: Source, arch: str) -> bool:
+    """Compile a kernel into the cache where it is not yet there; whether it is there now."""
+    binary(source, arch)
+    return cache.read(_key(source, arch)) is not None
+
+
+def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
+    """Compile without the cache: (machine code, or PTX text for output="ptx", and the compiler's report)."""
+    with _no_collection():
+        try:
+            from cuda.core import Linker, LinkerOptions, ObjectCode
+            from numba import cuda
+
+            from ..dsl.inline import kernel_of
+        except ImportError as error:
+            raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda "
+                              "and cuda-core: pip install 'fastattn[gpu]'.") from error
+
+        number = arch.removeprefix("sm_").rstrip("a")
+        capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
+        ltoir, _ = cuda.compile(kernel_of(source.make()[0]), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
+                                output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
+    options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx")
+    linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
+    code = bytes(linker.link(output).code)
+    return code, f"{linker.get_info_log()}\n{linker.get_error_log()}"
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Numba makes millions of small objects, and next to no garbage: a sixth of the time."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
+
+
+def _signature(source: Source) -> Any:
+    from collections import namedtuple
+
+    from numba.cuda import types
+    kinds = {"l": types.uint64, "q": types.int64, "i": types.int32, "I": types.uint32, "f": types.float32, "d": types.float64}
+    arguments = namedtuple("Arguments", [name for name, _ in source.fields])  # type: ignore[misc]
+    letters = [kinds[letter] for _, letter in source.fields]
+    if len(set(letters)) == 1:
+        return types.void(types.NamedUniTuple(letters[0], len(letters), arguments))
+    return types.void(types.NamedTuple(letters, arguments))
+
+
+def complaints(report: str) -> list[str]:
+    """What a shipped kernel must not have: spills, local memory, warnings that cost wgmma its speed."""
+    found = [line.strip() for line in report.splitlines()
+             if re.search(r"C75(04|08|12)", line) or ("C7519" in line and "serialized" in line)]
+    for kind, pattern in (("bytes of stack", r"(\d+) bytes stack frame"), ("bytes of spills", r"(\d+) bytes spill stores")):
+        worst = max((int(n) for n in re.findall(pattern, report)), default=0)
+        if worst:
+            found.append(f"{worst} {kind}")
+    return found
+
+
+def registers(report: str) -> str:
+    match = re.search(r"Used (\d+) registers", report)
+    return f"{match.group(1)} registers" if match else "registers unknown"
+
+
+# ---------------------------------------------------------------- on a device
+class Kernel:
+    """A loaded kernel: `launch(grid, values, stream)` with the values of its fields in order."""
+
+    def __init__(self, source: Source, ordinal: int) -> None:
+        from cuda.bindings import driver
+
+        from ...streams import check
+        from .device import current, device, relaxed
+        d = device(ordinal)
+        self.source, self.ordinal = source, ordinal
+        self._struct = struct.Struct("@" + "".join(_LETTERS[letter] for _, letter in source.fields))
+        offset, self._offsets = 0, []
+        for _, letter in source.fields:
+            size = struct.calcsize(_LETTERS[letter])
+            offset = -(-offset // size) * size
+            self._offsets.append(offset)
+            offset += size
+        self._local = threading.local()
+        with current(d), relaxed():
+            code, self._shared_memory = binary(source, d.arch)
+            library = check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
+            [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuKernelSetAttribute(attribute, self._shared_memory, kernel, ordinal), "cuKernelSetAttribute")
+            self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
+        self._launch, self._check = driver.cuLaunchKernel, check
+        self._threads = source.threads
+
+    def launch(self, grid: int, values: list[Any], stream: int) -> None:
+        """Enqueue `grid` blocks, in one dimension, which holds 2**31 - 1. A block writes what it owns: with none there is nothing to write,
+        and the driver refuses an empty grid. The device's context must be current."""
+        if grid == 0:
+            return
+        local = self._local
+        try:
+            buffer, pointers, address = local.buffer, local.pointers, local.address
+        except AttributeError:
+            buffer = local.buffer = ctypes.create_string_buffer(self._struct.size)
+            start = ctypes.addressof(buffer)
+            pointers = local.pointers = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
+            address = local.address = ctypes.addressof(pointers)
+        self._struct.pack_into(buffer, 0, *values)
+        result = self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared_memory, stream, address, 0)
+        if result[0]:
+            self._check(result, f"launch of {self.source.key}")
+
+
+_loaded: dict[tuple[str, int], Kernel] = {}
+
+
+def load(source: Source, ordinal: int) -> Kernel:
+    """The kernel on device `ordinal`, compiled and loaded on first use."""
+    key = (source.key, ordinal)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _loaded.get(key) or _loaded.setdefault(key, Kernel(source, ordinal))
+    return kernel

@@ -1,0 +1,90 @@
+"""Packed problems on the device: the table of their sequences (schedule.py), written before the kernel that reads it."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+from ..config import SHORT
+from ..spec import AnyCall
+from .compile import Source, late, load
+from .workspace import temporary
+
+ENTRY = 32          # bytes of a table entry: q_start, seqlen_q, k_start, seqlen_k, batch, first tile, keys with unused ones, one spare
+PLAN_THREADS = 1024
+MOST_BLOCKS = 2**31 - 1     # of a flat grid, and what 32 bits count
+LENGTHS = "cu_seqlens_q:l q_step:q cu_seqlens_k:l k_step:q seqused_k:l used_step:q total_k:i "   # fields of make_sequence_at
+
+
+def table_bytes(batch: int, blocks: int) -> int:
+    """Of a table with at most `blocks` blocks of rows (keys) in all."""
+    return (batch + 2 + blocks) * ENTRY
+
+
+make_plan = late("tile.schedule", "make_plan")
+
+
+@cache
+def plan_packed(used: bool, block: int, by_keys: bool = False) -> Source:
+    """The kernel that writes the table for blocks of so many rows (keys)."""
+    fields = f"table:l {LENGTHS} batch:i num_heads:i total_q:i blocks:i"
+    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used,
+                  lambda: (make_plan(used, block, by_keys), 0),
+                  tuple((name, letter) for name, _, letter in (f.partition(":") for f in fields.split())), PLAN_THREADS)
+
+
+def lengths(call: AnyCall) -> list[Any]:
+    """Values of LENGTHS: where a packed problem's lengths are. Zeros for a dense one."""
+    o = call.operands
+    words = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
+    return [*words, call.problem.total_k or 0]
+
+
+def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> AbstractContextManager[int]:
+    """Address of the table for tiles of `block` rows (keys), valid for work enqueued inside the `with`; 0 for a dense problem."""
+    return _packed_table(call, block, ordinal, stream, by_keys) if call.problem.packed else _NO_TABLE
+
+
+_NO_TABLE = nullcontext(0)
+
+
+@contextmanager
+def _packed_table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool) -> Iterator[int]:
+    p = call.problem
+    source, blocks = plan_packed(p.seqused_k, block, by_keys), most_blocks(call, block, by_keys)
+    heads = p.num_heads_k if by_keys else p.num_heads
+    with temporary(table_bytes(p.batch, blocks), ordinal, stream) as memory:
+        load(source, ordinal).launch(1, [memory, *lengths(call), p.batch, heads, p.total_q, blocks], stream)
+        yield memory
+
+
+def most_blocks(call: AnyCall, block: int, by_keys: bool = False) -> int:
+    """Blocks of rows (keys) of a packed problem, at most: only the device knows its lengths."""
+    total = (call.problem.total_k if by_keys else call.problem.total_q) or 0
+    return total // block + min(call.problem.batch + 1, total)
+
+
+def most_tiles(call: AnyCall, block: int, by_keys: bool = False) -> int:
+    """Tiles of a dense problem; an upper bound for a packed one."""
+    p = call.problem
+    heads, length = (p.num_heads_k, p.seqlen_k) if by_keys else (p.num_heads, p.seqlen_q)
+    return heads * (most_blocks(call, block, by_keys) if p.packed else p.batch * -(-length // block))
+
+
+L2_BYTES = 32 << 20        # of K and V that heads in flight together may take
+
+
+def head_group(call: AnyCall, by_keys: bool = False) -> int:
+    """Heads whose tiles are taken together (schedule.py): under a mask, so that long tiles of all of them start first. Tiles of keys read
+    and add up much more for a head, and long sequences go first anyway: packed, two heads were better than more (docs/performance.md)."""
+    p = call.problem
+    masked = p.mask.left is not None or p.mask.right is not None
+    if not masked and (by_keys or not p.packed):
+        return 1
+    if by_keys and p.packed:
+        return 2
+    kv_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * 2
+    heads, share = (p.num_heads_k, 1) if by_keys else (p.num_heads, p.group)      # share: query heads whose K and V are the same
+    most = 32 if p.seqlen_k < SHORT and not by_keys else 16     # the more, the more short tiles are last (docs/performance.md)
+    return max(1, min(L2_BYTES // max(kv_bytes, 1) * share, most * share, heads * (1 if p.packed else p.batch)))

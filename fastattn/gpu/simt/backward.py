@@ -1,0 +1,236 @@
+"""Backward with plain threads: any dtype, any head_dim, any strides, any architecture. The one to read first.
+
+    P = exp(score(Q K^T) - lse)    dP = dO V^T    dS = P (dP - delta)           dQ = dS K    dK = dS^T Q    dV = P^T dO
+
+Two kernels after preprocess.py, each of whose blocks owns what it writes, so that nothing is added atomically and every run gives the
+same bits; the price is that both compute P and dS:
+
+    dq      a block owns a tile of query rows and loops over the blocks of keys that they see: dQ += dS K
+    dkdv    a block owns a tile of keys of a key head and loops over the query heads of its group and the blocks of query rows that see
+            the keys. Its tiles are transposed: lines are keys, so that dK += dS^T Q and dV += P^T dO are products like the other
+
+    per step        pairs.py: P and dS in registers, operands in slices of head_dim
+                    then the tile through shared memory, times slices of rows with all of head_dim
+
+dbias is a kernel of its own (dbias.py), as is dsinks (preprocess.py). Gradients of rows and keys of no sequence, and of keys past
+seqused_k, are written as 0.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, int32, int64, uint8
+
+from ..dsl.inline import inline
+from ..ptx.memory import shared_address
+from ..rows.preprocess import dsinks, make_first_row, padded_rows, preprocessed
+from ..runtime.compile import Source
+from ..runtime.compile import load as load_kernel
+from ..runtime.device import Device
+from ..runtime.packed import MOST_BLOCKS, most_tiles, table
+from ..spec import Arguments, BackwardCall, Spec
+from ..tile.mask import diagonal_of, make_bounds, make_query_bounds
+from ..tile.scalar import compute_of, make_score
+from ..tile.schedule import make_num_tiles, make_tile_at
+from . import dbias
+from .config import lines_of
+from .pairs import make_accumulate, make_pairs, make_put_tile, own_fields, own_values, places_of
+from .threads import WIDE, Tile, make_store
+
+
+def tile_of(spec: Spec, columns_of_sums: int) -> Tile:
+    """A tile whose lines own `columns_of_sums` columns of gradients: as many lines as keep these at 64 registers a thread, float64 at 32
+    where it can, because with twice as many the features of some problems spill. Shared memory stays under 99 KB."""
+    wide = spec.dtype == "float64"
+    most = (4096 if wide else 16384) // columns_of_sums
+    lines = max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0))
+    return Tile(lines, 64, 64 if wide else 128)
+
+
+@lru_cache(maxsize=1024)
+def tile_dq(spec: Spec) -> Tile:
+    return tile_of(spec, spec.head_dim)
+
+
+def parts_of(spec: Spec) -> tuple[tuple[bool, bool], ...]:
+    """(dk, dv) of each launch of dkdv: both at once, but one after the other for the largest float64 heads, whose sums would spill."""
+    both = spec.dtype != "float64" or spec.head_dim + spec.head_dim_v <= 512
+    return ((True, True),) if both else ((True, False), (False, True))
+
+
+@lru_cache(maxsize=1024)
+def tile_dkdv(spec: Spec) -> Tile:
+    return tile_of(spec, spec.head_dim + spec.head_dim_v)
+
+
+# ---------------------------------------------------------------- dq
+def make_dq(spec: Spec, tile: Tile) -> Any:
+    """The kernel. One tile of `lines` query rows a block."""
+    BLOCK_M, BLOCK_N, ROWS, COLS, OUTS, MASK = tile.lines, tile.columns, tile.rows, tile.cols, spec.head_dim // WIDE, spec.mask
+    REAL = compute_of(spec)[1]
+    pairs, put_tile, accumulate = make_pairs(spec, tile, False), make_put_tile(spec, tile), make_accumulate(spec, tile, spec.head_dim)
+    store_rows, first_row = make_store(spec, tile, spec.head_dim), make_first_row(spec)
+    _, block_bounds = make_bounds(spec, BLOCK_N)
+    prepare, _, _ = make_score(spec)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+
+    @inline
+    def step(a, base, acc_dq, pointers, place, n_block, full, slope, thread, x, y):
+        """One block of keys; pointers of k and v are those of the sequence's first key."""
+        q, k, v, dout = pointers
+        batch, head, row0, seqlen_q, seqlen_k, first = place
+        col0 = int32(n_block * BLOCK_N)
+        k, v = k + col0 * a.k_row, v + col0 * a.v_row
+        acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
+        pairs(a, base, acc_s, acc_dp, (q, k, v, dout), (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+        put_tile(base, acc_dp, x, y)
+        accumulate(acc_dq, base, k, a.k_row, a.k_dim, seqlen_k - col0, a.head_dim, thread, x, y)
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        x, y = int32(thread % WIDE), int32(thread // WIDE)
+        if t < num_tiles(a):
+            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
+            row0, head_k = int32(m_block * BLOCK_M), int32(head // a.group)
+            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
+            dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + (q_start + row0) * a.dout_row
+            dq = int64(a.dq) + batch * a.dq_batch + head * a.dq_head + (q_start + row0) * a.dq_row
+            k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
+            v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
+            slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+            acc_dq = cuda.local.array((ROWS, OUTS), REAL)
+            for i in range(ROWS):
+                for c in range(OUTS):
+                    acc_dq[i, c] = REAL(0)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            for n_block in range(n_min, n_max):
+                full = int32(not MASK and full_min <= n_block and n_block < full_max)
+                step(a, base, acc_dq, (q, k, v, dout), (batch, head, row0, seqlen_q, seqlen_k, first), n_block, full, slope, thread, x, y)
+            rows = int32(seqlen_q - row0)
+            store_rows(acc_dq, a.scale, dq, a.dq_row, a.dq_dim, rows, rows, a.head_dim, x, y)
+    return kernel
+
+
+# ---------------------------------------------------------------- dk and dv
+def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
+    """The kernel, for both or one of dk and dv. One tile of `lines` keys of a key head a block; columns are query rows."""
+    BLOCK_N, BLOCK_M, ROWS, COLS, MASK = tile.lines, tile.columns, tile.rows, tile.cols, spec.mask
+    OUTS, OUTS_V = spec.head_dim // WIDE, spec.head_dim_v // WIDE
+    REAL = compute_of(spec)[1]
+    pairs, put_tile = make_pairs(spec, tile, True), make_put_tile(spec, tile)
+    accumulate_dk, accumulate_dv = make_accumulate(spec, tile, spec.head_dim), make_accumulate(spec, tile, spec.head_dim_v)
+    store_dk, store_dv, first_row = make_store(spec, tile, spec.head_dim), make_store(spec, tile, spec.head_dim_v), make_first_row(spec)
+    query_bounds = make_query_bounds(spec, BLOCK_M)
+    prepare, _, _ = make_score(spec)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
+
+    @inline
+    def step(a, base, acc_dk, acc_dv, pointers, place, m_block, full, slope, thread, x, y):
+        """One block of query rows of one head; pointers of q and dout are those of the sequence's first row."""
+        q, k, v, dout = pointers
+        batch, head, col0, seqlen_q, seqlen_k, first = place
+        row0 = int32(m_block * BLOCK_M)
+        q, dout = q + row0 * a.q_row, dout + row0 * a.dout_row
+        acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
+        pairs(a, base, acc_s, acc_dp, (q, k, v, dout), (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+        if DV:
+            put_tile(base, acc_s, x, y)
+            accumulate_dv(acc_dv, base, dout, a.dout_row, a.dout_dim, seqlen_q - row0, a.head_dim_v, thread, x, y)
+            cuda.syncthreads()
+        if DK:
+            put_tile(base, acc_dp, x, y)
+            accumulate_dk(acc_dk, base, q, a.q_row, a.q_dim, seqlen_q - row0, a.head_dim, thread, x, y)
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        x, y = int32(thread % WIDE), int32(thread // WIDE)
+        if t < num_tiles(a):
+            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, all_keys = tile_at(a, t)
+            col0 = int32(n_block * BLOCK_N)
+            k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + (k_start + col0) * a.k_row
+            v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + (k_start + col0) * a.v_row
+            acc_dk, acc_dv = cuda.local.array((ROWS, OUTS), REAL), cuda.local.array((ROWS, OUTS_V), REAL)
+            for i in range(ROWS):
+                for c in range(OUTS):
+                    acc_dk[i, c] = REAL(0)
+                for c in range(OUTS_V):
+                    acc_dv[i, c] = REAL(0)
+            if col0 < seqlen_k:
+                last = int32(min(col0 + BLOCK_N, seqlen_k) - 1)
+                m_min, full_min, full_max, m_max = query_bounds(a, col0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_q)
+                for member in range(a.group):
+                    head = int32(head_k * a.group + member)
+                    q = int64(a.q) + batch * a.q_batch + head * a.q_head + q_start * a.q_row
+                    dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + q_start * a.dout_row
+                    slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+                    for m_block in range(m_min, m_max):
+                        full = int32(not MASK and full_min <= m_block and m_block < full_max)
+                        step(a, base, acc_dk, acc_dv, (q, k, v, dout), (batch, head, col0, seqlen_q, seqlen_k, first), m_block, full, slope,
+                             thread, x, y)
+            if DK:
+                dk = int64(a.dk) + batch * a.dk_batch + head_k * a.dk_head + (k_start + col0) * a.dk_row
+                store_dk(acc_dk, a.scale, dk, a.dk_row, a.dk_dim, all_keys - col0, seqlen_k - col0, a.head_dim, x, y)
+            if DV:
+                dv = int64(a.dv) + batch * a.dv_batch + head_k * a.dv_head + (k_start + col0) * a.dv_row
+                store_dv(acc_dv, REAL(1), dv, a.dv_row, a.dv_dim, all_keys - col0, seqlen_k - col0, a.head_dim_v, x, y)
+    return kernel
+
+
+# ---------------------------------------------------------------- launch
+@lru_cache(maxsize=1024)
+def arguments_dq(spec: Spec) -> Arguments:
+    return Arguments(spec, "table:l tiles:i head_group:i " + own_fields(spec), ("q", "k", "v", "dout", "dq"))
+
+
+@lru_cache(maxsize=1024)
+def arguments_dkdv(spec: Spec) -> Arguments:
+    return Arguments(spec, "table:l tiles:i head_group:i num_heads_k:i " + own_fields(spec), ("q", "k", "v", "dout", "dk", "dv"))
+
+
+@lru_cache(maxsize=1024)
+def source_dq(spec: Spec) -> Source:
+    tile = tile_dq(spec)
+    return Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: (make_dq(spec, tile), places_of(spec, tile).size),
+                  arguments_dq(spec).fields, tile.threads)
+
+
+@lru_cache(maxsize=1024)
+def source_dkdv(spec: Spec, dk: bool, dv: bool) -> Source:
+    tile, what = tile_dkdv(spec), "dk" * dk + "dv" * dv
+    return Source(f"backward_simt {what} {spec.text} | {tile.text}", lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size),
+                  arguments_dkdv(spec).fields, tile.threads)
+
+
+def refuses(call: BackwardCall, d: Device) -> str | None:
+    """None, but for more tiles than a grid has blocks, or more rows than 32 bits count."""
+    tiles = max(most_tiles(call, 16), most_tiles(call, 16, by_keys=True))
+    if tiles > MOST_BLOCKS:
+        return f"it has {tiles} tiles of 16 rows or keys, over 2**31 - 1"
+    return None if padded_rows(call) <= MOST_BLOCKS else f"it has {padded_rows(call)} query rows with padding, over 2**31 - 1"
+
+
+def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
+    """Enqueue preprocess, dkdv, dq, and dbias and dsinks where they are wanted."""
+    p, plain = call.problem, replace(spec, sinks=None, dbias=None, deterministic=False)
+    with preprocessed(call, spec, d, stream, log2=False) as rows:
+        own = own_values(call, rows)
+        block = tile_dkdv(plain).lines
+        tiles = most_tiles(call, block, by_keys=True)
+        if tiles:
+            with table(call, block, d.ordinal, stream, by_keys=True) as sequences:
+                values = arguments_dkdv(plain).values(call, (sequences, tiles, 1, p.num_heads_k, *own))
+                for part in parts_of(plain):
+                    load_kernel(source_dkdv(plain, *part), d.ordinal).launch(tiles, values, stream)
+        block = tile_dq(plain).lines
+        tiles = most_tiles(call, block)
+        if tiles:
+            with table(call, block, d.ordinal, stream) as sequences:
+                values = arguments_dq(plain).values(call, (sequences, tiles, p.group, *own))
+                load_kernel(source_dq(plain), d.ordinal).launch(tiles, values, stream)
+        dbias.launch(call, spec, rows, d, stream)
+        dsinks(call, spec, rows, d, stream)

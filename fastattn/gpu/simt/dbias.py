@@ -1,0 +1,183 @@
+"""dbias with plain threads, for every family: dS summed over the axes that the bias is broadcast over, always in the same order.
+
+A block owns a tile of dbias itself, in registers, and loops over everything the tile is broadcast over, computing dS again (pairs.py):
+
+    for each sequence, head, block of query rows, block of keys that shares the tile's elements:    acc += dS
+
+Then, where dbias has one row or one column, the tile's are added up through shared memory. Nothing is atomic and there is no
+workspace; elements that no sequence of a packed problem reaches become 0.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda, int32, int64, uint8, uint64
+
+from ..dsl.inline import divide, inline
+from ..ptx.memory import shared_address
+from ..ptx.scalar import load_shared, store, store_shared
+from ..ptx.sync import opaque
+from ..rows.preprocess import Rows, make_first_row
+from ..runtime.compile import Source
+from ..runtime.compile import load as load_kernel
+from ..runtime.device import Device
+from ..runtime.packed import LENGTHS, lengths
+from ..spec import Arguments, BackwardCall, Spec
+from ..tile.mask import diagonal_of, make_bounds
+from ..tile.scalar import compute_of, make_score
+from ..tile.schedule import make_sequence_at
+from .config import lines_of
+from .pairs import make_pairs, make_put_tile, own_fields, own_values, places_of
+from .threads import WIDE, Tile
+
+OWN = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q batches:i heads:i bias_rows:i bias_cols:i "
+
+
+def tile_of(spec: Spec) -> Tile:
+    """Three tiles of numbers in registers: 48 a thread, float64 24 of twice the size."""
+    wide = spec.dtype == "float64"
+    many = spec.packed and spec.softcap         # spills 4 to 136 bytes at 64 lines
+    return Tile(min(lines_of(spec), 32 if many else 64), 64, 64 if wide else 128)
+
+
+def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
+    """The kernel. One tile of dbias a block."""
+    BLOCK_M, BLOCK_N, ROWS, COLS, PITCH_P, MASK = tile.lines, tile.columns, tile.rows, tile.cols, tile.pitch_p, spec.mask
+    PACKED, THREADS, P = spec.packed, tile.threads, places_of(spec, tile).p
+    compute, REAL, SIZE = compute_of(spec)
+    assert spec.dbias is not None
+    get, put, store_element = load_shared(compute, 1), store_shared(compute), store(spec.dbias, compute)
+    pairs, put_tile, first_row, sequence_at = make_pairs(spec, tile, False, True), make_put_tile(spec, tile), make_first_row(spec), \
+        make_sequence_at(USED)
+    _, block_bounds = make_bounds(spec, BLOCK_N)
+    prepare, _, _ = make_score(spec)
+
+    @inline
+    def sequence(a, batch):
+        if PACKED:
+            return sequence_at(a, batch)
+        else:
+            return int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
+
+    @inline
+    def part_of(length, n, own):
+        """Indices [begin, end) of an axis that a tile shares: all of them where dbias has one, else the tile's own `n`."""
+        return (int32(0), int32(length)) if own == 1 else (int32(n), int32(min(n + 1, length)))
+
+    @inline
+    def add_head(a, base, acc, batch, head, where, mine, thread, x, y):
+        """dS of one head of one sequence."""
+        q_start, seqlen_q, k_start, seqlen_k = where
+        m_tile, n_tile = mine
+        head_k = int32(head // a.group)
+        q = int64(a.q) + batch * a.q_batch + head * a.q_head + q_start * a.q_row
+        dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + q_start * a.dout_row
+        k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
+        v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
+        slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+        acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
+        m_begin, m_end = part_of(divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), m_tile, a.bias_rows)
+        n_begin, n_end = part_of(divide(int32(seqlen_k + BLOCK_N - 1), BLOCK_N), n_tile, a.bias_cols)
+        for m_block in range(m_begin, m_end):
+            row0 = int32(m_block * BLOCK_M)
+            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            for n_block in range(max(n_min, n_begin), min(n_max, n_end)):
+                col0 = int32(n_block * BLOCK_N)
+                full = int32(not MASK and full_min <= n_block and n_block < full_max)
+                pointers = (q + row0 * a.q_row, k + col0 * a.k_row, v + col0 * a.v_row, dout + row0 * a.dout_row)
+                pairs(a, base, acc_s, acc_dp, pointers, (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+                for i in range(ROWS):
+                    for j in range(COLS):
+                        acc[i, j] += acc_dp[i, j]
+
+    @inline
+    def number(base, line, column):
+        return int32(base + P + (line * PITCH_P + column) * SIZE)
+
+    @inline
+    def add_up(a, base, thread):
+        """The tile of numbers: lines into the first where dbias has one row, columns into the first where it has one column."""
+        if a.bias_rows == 1:
+            if thread < BLOCK_N:
+                total = REAL(0)
+                for line in range(BLOCK_M):
+                    total += get(number(base, line, thread))[0]
+                put(number(base, 0, thread), total)
+            cuda.syncthreads()
+        if a.bias_cols == 1:
+            if thread < BLOCK_M:
+                total = REAL(0)
+                for column in range(BLOCK_N):
+                    total += get(number(base, thread, column))[0]
+                put(number(base, thread, 0), total)
+            cuda.syncthreads()
+
+    @inline
+    def store_tile(a, base, batch, head, row0, col0, thread):
+        pointer = int64(a.dbias) + batch * a.dbias_by_batch + head * a.dbias_by_head
+        for n in range(thread, BLOCK_M * BLOCK_N, THREADS):
+            line, column = int32(n // BLOCK_N), int32(n % BLOCK_N)
+            row, col = int32(row0 + line), int32(col0 + column)
+            if row < a.bias_rows and col < a.bias_cols:
+                store_element(uint64(pointer + row * a.dbias_by_row + col * a.dbias_by_col), get(number(base, line, column))[0])
+
+    @inline
+    def own_tile(a):
+        """(batch, head, block of rows, block of columns) of dbias that are this block's; opaque: a second call computes them again."""
+        t, rows, cols = opaque(int32(cuda.blockIdx.x)), opaque(a.bias_rows), opaque(a.bias_cols)
+        n_tiles, m_tiles = divide(int32(cols + BLOCK_N - 1), BLOCK_N), divide(int32(rows + BLOCK_M - 1), BLOCK_M)
+        rest = divide(t, n_tiles)
+        plane = divide(rest, m_tiles)
+        batch = divide(plane, a.heads)
+        return batch, int32(plane - batch * a.heads), int32(rest - plane * m_tiles), int32(t - rest * n_tiles)
+
+    def kernel(a):
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        thread = int32(cuda.threadIdx.x)
+        x, y = int32(thread % WIDE), int32(thread // WIDE)
+        bias_batch, bias_head, m_tile, n_tile = own_tile(a)
+        acc = cuda.local.array((ROWS, COLS), REAL)
+        for i in range(ROWS):
+            for j in range(COLS):
+                acc[i, j] = REAL(0)
+        batch_begin, batch_end = part_of(a.batch, bias_batch, a.batches)
+        head_begin, head_end = part_of(a.num_heads, bias_head, a.heads)
+        for batch in range(batch_begin, batch_end):
+            q_start, seqlen_q, k_start, seqlen_k, _ = sequence(a, batch)
+            for head in range(head_begin, head_end):
+                add_head(a, base, acc, int32(batch), int32(head), (q_start, seqlen_q, k_start, seqlen_k), (m_tile, n_tile), thread, x, y)
+        cuda.syncthreads()
+        put_tile(base, acc, x, y)
+        cuda.syncthreads()
+        add_up(a, base, thread)
+        bias_batch, bias_head, m_tile, n_tile = own_tile(a)      # again: until here they need no registers
+        store_tile(a, base, bias_batch, bias_head, int32(m_tile * BLOCK_M), int32(n_tile * BLOCK_N), thread)
+    return kernel
+
+
+# ---------------------------------------------------------------- launch
+@lru_cache(maxsize=1024)
+def arguments_of(spec: Spec) -> Arguments:
+    return Arguments(spec, OWN + own_fields(spec) + (LENGTHS if spec.packed else ""), ("q", "k", "v", "dout"))
+
+
+@lru_cache(maxsize=1024)
+def source(spec: Spec, used: bool) -> Source:
+    tile = tile_of(spec)
+    return Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
+                  lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments_of(spec).fields, tile.threads)
+
+
+def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
+    """Enqueue writing all of grads.dbias, where it is wanted."""
+    x = call.grads.dbias
+    if x is None or 0 in x.shape:
+        return
+    spec = replace(spec, sinks=None, deterministic=False)
+    tile = tile_of(spec)
+    own = (x.ptr, *x.strides, *x.shape, *own_values(call, rows), *(lengths(call) if spec.packed else ()))
+    tiles = x.shape[0] * x.shape[1] * -(-x.shape[2] // tile.lines) * -(-x.shape[3] // tile.columns)
+    load_kernel(source(spec, call.problem.seqused_k), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

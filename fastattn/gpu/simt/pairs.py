@@ -1,0 +1,202 @@
+"""P and dS of a tile of pairs with plain threads: what the kernels of backward_simt and dbias have in common.
+
+    S = Q K^T    P = exp(score(S) - lse)    dP = dO V^T    dS = P (dP - delta)          dropout: P and dP times 0 or keep_scale
+
+A tile has lines of query rows and columns of keys, or TRANSPOSED lines of keys and columns of query rows. Both products stay in
+registers (threads.py); operands come in slices of head_dim:
+
+    shared memory   A: slice of the lines' operand | B: slice of the columns' | P: one tile of numbers | seen: which columns are alive
+
+A pair is alive where no mask hides it and its row saw something. Dead pairs have P = dS = 0, selected, not multiplied; in the product
+that follows, a column without a pair that is alive counts as 0: whatever such rows and keys hold, NaN included, does not matter.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cuda, int32, int64, uint64
+
+from ..dsl.inline import inline
+from ..ptx.memory import store_shared_b32
+from ..ptx.scalar import load_if, load_shared, store_shared
+from ..rows.preprocess import Rows
+from ..spec import BackwardCall, Spec
+from ..tile.mask import diagonal_of, make_bounds
+from ..tile.scalar import compute_of, make_dropout, make_score
+from ..tile.smem import Smem
+from .threads import WIDE, Tile, make_load, make_outer_product, make_product
+
+OWN = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "
+
+
+def own_fields(spec: Spec) -> str:
+    """The fields that `pairs` reads besides those of Arguments(spec, strided=("q", "k", "v", "dout"))."""
+    return OWN.format(f="d" if spec.dtype == "float64" else "f")
+
+
+def own_values(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
+    """Their values."""
+    p = call.problem
+    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0,
+            p.dropout.keep_scale if p.dropout else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Offsets in shared memory, and its size."""
+
+    a: int
+    b: int
+    p: int
+    seen: int
+    size: int
+
+
+def places_of(spec: Spec, tile: Tile) -> Places:
+    _, _, size = compute_of(spec)
+    vector, dims, smem = 16 // size, (spec.head_dim, spec.head_dim_v), Smem()
+    pitch = tile.slices(max(dims))[1] + vector
+    a = smem.take(tile.lines * pitch * size, 16)
+    b = smem.take(max(tile.columns * pitch, *(tile.slice_elements(dim, vector) for dim in dims)) * size, 16)
+    p, seen = smem.take(tile.lines * tile.pitch_p * size, 16), smem.take(tile.columns * 4, 16)
+    return Places(a, b, p, seen, smem.size)
+
+
+def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False) -> Any:
+    """pairs(a, base, acc_s, acc_dp, pointers, place, full, slope, thread, x, y): acc_s becomes what dropout leaves of P, acc_dp dS.
+
+    pointers: q, k, v and dout at the tile's first row and key. place: batch, head, row0, col0, seqlen_q, seqlen_k, and the index of the
+    sequence's row 0 in lse and delta. full: 1 where every row sees every key, which spares the mask. dS comes with the softcap's
+    derivative, as dq and dk need it, and `seen` is complete after the next barrier; neither FOR_BIAS, because dbias is dS itself.
+    """
+    A, B, P, SEEN = (getattr(places_of(spec, tile), name) for name in ("a", "b", "p", "seen"))
+    LINES, COLUMNS, ROWS, COLS, HIGH, PITCH_P = tile.lines, tile.columns, tile.rows, tile.cols, tile.high, tile.pitch_p
+    _, SLICE = tile.slices(max(spec.head_dim, spec.head_dim_v))
+    OUTER, INNER = (COLS, ROWS) if TRANSPOSED else (ROWS, COLS)      # of a thread: query rows, keys
+    BY_ROW, BY_COL = (1, PITCH_P) if TRANSPOSED else (PITCH_P, 1)
+    BLOCK_M, BLOCK_N = (COLUMNS, LINES) if TRANSPOSED else (LINES, COLUMNS)
+    compute, REAL, SIZE = compute_of(spec)
+    VECTOR, DROPOUT, INF = 16 // SIZE, spec.dropout, REAL(math.inf)
+    load_a, load_b = (make_load(spec, tile, n, SLICE, SLICE + VECTOR, False) for n in (LINES, COLUMNS))
+    multiply = make_product(spec, tile, SLICE)
+    load_real, get, put = load_if(compute, compute), load_shared(compute, 1), store_shared(compute)
+    row_bounds, _ = make_bounds(spec, BLOCK_N)
+    _, score, visible = make_score(spec)
+    dropout = make_dropout(spec, BLOCK_M, BLOCK_N, BY_ROW, BY_COL, tile.threads)
+
+    @inline
+    def clear(acc):
+        for i in range(ROWS):
+            for j in range(COLS):
+                acc[i, j] = REAL(0)
+
+    @inline
+    def fill_keep(a, base, x, y):
+        """The tile of numbers full of keep_scale; dropout then puts zeros in it."""
+        if DROPOUT:
+            for i in range(ROWS):
+                for j in range(COLS):
+                    put(int32(base + P + ((y + i * HIGH) * PITCH_P + x + j * WIDE) * SIZE), a.keep)
+
+    @inline
+    def products(a, base, acc_s, acc_dp, pointers, place, thread, x, y):
+        """S, then dP: one text, so that it is compiled once."""
+        q, k, v, dout = pointers
+        batch, head, row0, col0, seqlen_q, seqlen_k, _ = place
+        rows, keys = seqlen_q - row0, seqlen_k - col0
+        for which in range(2):
+            clear(acc_dp)
+            m, m_row, m_dim = (q, a.q_row, a.q_dim) if which == 0 else (dout, a.dout_row, a.dout_dim)
+            n, n_row, n_dim = (k, a.k_row, a.k_dim) if which == 0 else (v, a.v_row, a.v_dim)
+            dims = a.head_dim if which == 0 else a.head_dim_v
+            for dim0 in range(0, dims, SLICE):
+                cuda.syncthreads()
+                if which == 1 and dim0 == 0:
+                    dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)
+                if TRANSPOSED:
+                    load_a(base + A, n, n_row, n_dim, keys, dim0, dims, base, thread)
+                    load_b(base + B, m, m_row, m_dim, rows, dim0, dims, base, thread)
+                else:
+                    load_a(base + A, m, m_row, m_dim, rows, dim0, dims, base, thread)
+                    load_b(base + B, n, n_row, n_dim, keys, dim0, dims, base, thread)
+                cuda.syncthreads()
+                multiply(acc_dp, base + A, base + B, x, y, dims - dim0)
+            if which == 0:
+                fill_keep(a, base, x, y)
+                for i in range(ROWS):
+                    for j in range(COLS):
+                        acc_s[i, j] = acc_dp[i, j]
+
+    @inline
+    def kept(base, i, j, x, y):
+        if DROPOUT:
+            return get(int32(base + P + ((y + i * HIGH) * PITCH_P + x + j * WIDE) * SIZE))[0]
+        else:
+            return REAL(1)
+
+    @inline
+    def not_above(s, lse):
+        """s - lse, which is 0 at most but for rounding. NaN stays NaN."""
+        return REAL(0) if s > lse else s - lse
+
+    @inline
+    def pairs(a, base, acc_s, acc_dp, pointers, place, full, slope, thread, x, y):
+        if not FOR_BIAS and thread < COLUMNS:
+            store_shared_b32(int32(base + SEEN + thread * 4), int32(0))
+        products(a, base, acc_s, acc_dp, pointers, place, thread, x, y)
+        batch, head, row0, col0, seqlen_q, seqlen_k, first = place
+        for r in range(OUTER):
+            row = int32(row0 + x + r * WIDE) if TRANSPOSED else int32(row0 + y + r * HIGH)
+            lse = load_real(uint64(int64(a.row_lse) + (first + row) * SIZE), int32(1))
+            delta = load_real(uint64(int64(a.row_delta) + (first + row) * SIZE), int32(1))
+            lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            for c in range(INNER):
+                col = int32(col0 + y + c * HIGH) if TRANSPOSED else int32(col0 + x + c * WIDE)
+                i, j = (c, r) if TRANSPOSED else (r, c)
+                s, rate = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
+                keep, p, ds = kept(base, i, j, x, y), REAL(0), REAL(0)
+                if (full != 0 or visible(a, batch, head, row, col, seqlen_q, lo, hi)) and lse != INF:
+                    p = math.exp(not_above(s, lse))
+                    ds = p * (acc_dp[i, j] * keep - delta)
+                    if not FOR_BIAS:
+                        ds = ds * rate
+                        store_shared_b32(int32(base + SEEN + (x + j * WIDE) * 4), int32(1))
+                acc_s[i, j], acc_dp[i, j] = p * keep, ds
+    return pairs
+
+
+def make_put_tile(spec: Spec, tile: Tile) -> Any:
+    """put_tile(base, acc, x, y): registers to the tile of numbers in shared memory."""
+    P, PITCH_P, HIGH, ROWS, COLS = places_of(spec, tile).p, tile.pitch_p, tile.high, tile.rows, tile.cols
+    compute, _, SIZE = compute_of(spec)
+    put = store_shared(compute)
+
+    @inline
+    def put_tile(base, acc, x, y):
+        for i in range(ROWS):
+            for j in range(COLS):
+                put(int32(base + P + ((y + i * HIGH) * PITCH_P + x + j * WIDE) * SIZE), acc[i, j])
+    return put_tile
+
+
+def make_accumulate(spec: Spec, tile: Tile, DIM: int) -> Any:
+    """accumulate(acc, base, pointer, by_row, by_dim, left, dims, thread, x, y): acc += T X.
+
+    T is the tile of numbers, X the `left` rows at `pointer` that belong to its columns, DIM wide with `dims` real columns; rows whose
+    column is not `seen` count as 0.
+    """
+    places, COLUMNS = places_of(spec, tile), tile.columns
+    B, P, SEEN, VECTOR = places.b, places.p, places.seen, 16 // compute_of(spec)[2]
+    COUNT = tile.keys(DIM, VECTOR)
+    load, multiply = make_load(spec, tile, COUNT, DIM, DIM, True), make_outer_product(spec, tile, DIM)
+
+    @inline
+    def accumulate(acc, base, pointer, by_row, by_dim, left, dims, thread, x, y):
+        for n0 in range(0, COLUMNS, COUNT):
+            cuda.syncthreads()
+            load(base + B, pointer + n0 * by_row, by_row, by_dim, left - n0, 0, dims, base + SEEN + n0 * 4, thread)
+            cuda.syncthreads()
+            multiply(acc, base + P, base + B, x, y, n0, left - n0)
+    return accumulate

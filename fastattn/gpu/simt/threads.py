@@ -1,0 +1,189 @@
+"""What kernels on plain threads are made of: tiles of numbers in shared memory, and products of them in registers.
+
+The threads of a block form a grid, WIDE wide; thread (x, y) owns lines y, y + HIGH, ... of a product. `acc[i, j]` is line y + i * HIGH and
+column x + j * WIDE of a product of two tiles, `acc[i, c]` the same line and column `column(c, x)` of a product that is `outs` * WIDE wide.
+Numbers are float32, or float64 for float64 arrays: elements are converted when they are copied to shared memory, where a row of
+head_dim ends with 16 bytes of nothing so that threads in neighbouring rows use different banks.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cuda, int32, uint64
+
+from ..dsl.inline import inline
+from ..ptx.memory import load_shared_b32
+from ..ptx.scalar import load_if, load_shared, store, store_shared
+from ..spec import Spec
+from ..tile.scalar import compute_of
+
+WIDE = 16                   # threads that share a line: half a warp
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`lines` x `columns` scores, and what is copied for them: slices of `slice_dim` columns of head_dim, `loads` a thread in flight."""
+
+    lines: int
+    columns: int
+    slice_dim: int
+    threads: int = 256
+    loads: int = 8
+
+    @property
+    def text(self) -> str:
+        return f"{self.lines}x{self.columns}x{self.slice_dim} threads {self.threads} loads {self.loads}"
+
+    @property
+    def high(self) -> int:
+        return self.threads // WIDE
+
+    @property
+    def rows(self) -> int:
+        """Lines of a thread."""
+        return self.lines // self.high
+
+    @property
+    def cols(self) -> int:
+        """Columns of a thread."""
+        return self.columns // WIDE
+
+    @property
+    def pitch_p(self) -> int:
+        """Elements from line to line of a tile of probabilities in shared memory."""
+        return self.columns + 16
+
+    def slices(self, dim: int) -> tuple[int, int]:
+        """How many slices `dim` columns of head_dim are, and how wide each."""
+        count = -(-dim // self.slice_dim)
+        return count, -(-dim // count // 16) * 16
+
+    def keys(self, dim: int, vector: int) -> int:
+        """Rows of a slice that has all `dim` columns."""
+        return min(self.columns, max(vector, 1 << (self.columns * self.slice_dim // dim).bit_length() - 1))
+
+    def slice_elements(self, dim: int, vector: int) -> int:
+        """Elements in shared memory of a slice with all `dim` columns; the copying threads may go past its end."""
+        return -(-self.keys(dim, vector) * dim // self.threads) * self.threads
+
+
+def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDEN: bool) -> Any:
+    """load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread): LINES rows of WIDTH elements to shared memory, by all threads.
+
+    Rows from `lines` on and columns from `dims` on are 0, and so are, when HIDDEN, rows that the words at `seen` do not mark.
+    """
+    compute, REAL, SIZE = compute_of(spec)
+    load_element, put = load_if(spec.dtype, compute), store_shared(compute)
+    THREADS, LOADS, COUNT = tile.threads, tile.loads, LINES * WIDTH
+    EVEN = COUNT % (LOADS * THREADS) == 0
+
+    @inline
+    def load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread):
+        x = cuda.local.array(LOADS, REAL)
+        for first in range(0, COUNT, LOADS * THREADS):
+            for i in range(LOADS):
+                n = int32(first + i * THREADS + thread)
+                line, d = int32(n // WIDTH), int32(n % WIDTH)
+                inside = (line < lines) & (dim0 + d < dims)         # not `and`: a branch would part the loads
+                if HIDDEN:
+                    inside = inside & (load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0)
+                x[i] = load_element(uint64(pointer + line * by_line + (dim0 + d) * by_dim), int32(inside))
+            for i in range(LOADS):
+                n = int32(first + i * THREADS + thread)
+                if EVEN or n < COUNT:
+                    put(int32(to + (n // WIDTH * STRIDE + n % WIDTH) * SIZE), x[i])
+    return load
+
+
+def make_product(spec: Spec, tile: Tile, SLICE: int) -> Any:
+    """multiply(acc, a, b, x, y, dims): acc += A B^T over the `dims` columns of head_dim that are left, at most SLICE.
+
+    A (lines) and B (columns) lie at the shared addresses a and b, rows SLICE + 16 bytes apart.
+    """
+    compute, REAL, SIZE = compute_of(spec)
+    VECTOR, HIGH, ROWS, COLS = 16 // SIZE, tile.high, tile.rows, tile.cols
+    PITCH, get_vector = SLICE + VECTOR, load_shared(compute, VECTOR)
+
+    @inline
+    def multiply(acc, a_at, b_at, x, y, dims):
+        a, b = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array((COLS, VECTOR), REAL)
+        for d in range(0, min(SLICE, dims), VECTOR):
+            for i in range(ROWS):
+                part = get_vector(int32(a_at + ((y + i * HIGH) * PITCH + d) * SIZE))
+                for e in range(VECTOR):
+                    a[i, e] = part[e]
+            for j in range(COLS):
+                part = get_vector(int32(b_at + ((x + j * WIDE) * PITCH + d) * SIZE))
+                for e in range(VECTOR):
+                    b[j, e] = part[e]
+            for i in range(ROWS):
+                for j in range(COLS):
+                    some = a[i, 0] * b[j, 0]        # a sum of sums: one chain over head_dim rounds three times as much
+                    for e in range(1, VECTOR):
+                        some += a[i, e] * b[j, e]
+                    acc[i, j] += some
+    return multiply
+
+
+def neighbours(dim: int, vector: int) -> int:
+    """Columns side by side that a thread has of a product `dim` wide."""
+    return math.gcd(dim // WIDE, vector)
+
+
+def make_outer_product(spec: Spec, tile: Tile, DIM: int) -> Any:
+    """multiply(acc, p, v, x, y, n0, left): acc += P V over the `left` columns of P that are left, at most a slice of V.
+
+    P is a tile of probabilities at shared address p, V rows n0 and on of DIM elements at v.
+    """
+    compute, REAL, SIZE = compute_of(spec)
+    VECTOR, HIGH, ROWS, OUTS, PITCH = 16 // SIZE, tile.high, tile.rows, DIM // WIDE, tile.pitch_p
+    NEIGHBOURS, COUNT = neighbours(DIM, VECTOR), tile.keys(DIM, VECTOR)
+    get_vector, get_neighbours = load_shared(compute, VECTOR), load_shared(compute, NEIGHBOURS)
+
+    @inline
+    def multiply(acc, p_at, v_at, x, y, n0, left):
+        p, v = cuda.local.array((ROWS, VECTOR), REAL), cuda.local.array(OUTS, REAL)
+        for n in range(0, min(COUNT, left), VECTOR):
+            for i in range(ROWS):
+                part = get_vector(int32(p_at + ((y + i * HIGH) * PITCH + n0 + n) * SIZE))
+                for e in range(VECTOR):
+                    p[i, e] = part[e]
+            for e in range(VECTOR):
+                for c in range(0, OUTS, NEIGHBOURS):
+                    part = get_neighbours(int32(v_at + ((n + e) * DIM + c * WIDE + x * NEIGHBOURS) * SIZE))
+                    for f in range(NEIGHBOURS):
+                        v[c + f] = part[f]
+                for i in range(ROWS):
+                    for c in range(OUTS):
+                        acc[i, c] += p[i, e] * v[c]
+    return multiply
+
+
+def make_column(spec: Spec, DIM: int) -> Any:
+    """column(c, x): the column of a product DIM wide that a thread's acc[:, c] is."""
+    NEIGHBOURS = neighbours(DIM, 16 // compute_of(spec)[2])
+
+    @inline
+    def column(c, x):
+        return int32(c // NEIGHBOURS * NEIGHBOURS * WIDE + x * NEIGHBOURS + c % NEIGHBOURS)
+    return column
+
+
+def make_store(spec: Spec, tile: Tile, DIM: int) -> Any:
+    """put(acc, factor, pointer, by_line, by_dim, lines, real, dims, x, y): acc * factor to the first `lines` lines and `dims` columns of
+    an array at `pointer`; lines from `real` on become 0."""
+    compute, REAL, _ = compute_of(spec)
+    HIGH, ROWS, OUTS, column, store_element = tile.high, tile.rows, DIM // WIDE, make_column(spec, DIM), store(spec.dtype, compute)
+
+    @inline
+    def put(acc, factor, pointer, by_line, by_dim, lines, real, dims, x, y):
+        for i in range(ROWS):
+            line = int32(y + i * HIGH)
+            if line < lines:
+                for c in range(OUTS):
+                    col = column(c, x)
+                    if col < dims:
+                        store_element(uint64(pointer + line * by_line + col * by_dim), acc[i, c] * factor if line < real else REAL(0))
+    return put

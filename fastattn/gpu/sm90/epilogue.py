@@ -1,0 +1,110 @@
+"""What a consumer warpgroup of forward_sm90 does with a finished tile: 64 rows of the output and their lse."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import int32, uint64
+
+from ..dsl.inline import inline
+from ..ptx import mbarrier, tma
+from ..ptx.matrix import store_panels
+from ..ptx.memory import store_f32
+from ..ptx.sync import barrier, fence_async, opaque
+from ..spec import Spec
+from ..tile.fragments import make_pack, scale_seen_rows, store_rows, store_whole_rows
+from ..tile.smem import panels
+from ..tile.softmax import NEG_INF
+from .config import ForwardSm90Config
+from .records import RECORDS
+
+OUT_PANEL = 64 * 128     # bytes: 64 rows of 64 columns
+OUT_BARRIER = 1     # the first of the named barriers, one for each consumer
+
+
+def make_epilogue(spec: Spec, config: ForwardSm90Config, OUT: int, finish: Any, get: Any, TILE_EMPTY: int) -> Any:
+    """epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col) for the i-th tile, whose record may be used again then.
+
+    OUT is the place in shared memory of config.out_panels panels for each warpgroup.
+    """
+    BLOCK_M, HEAD_DIM_V, PANELS_V = config.block_m, spec.head_dim_v, panels(spec.head_dim_v)
+    PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
+    OUT_PANELS, HINTS = min(config.out_panels, PANELS_V), config.hints
+    TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
+    assert DIRECT or PANELS_V <= 2 * OUT_PANELS
+    to_half = make_pack(spec.dtype)
+
+    def make_round(FIRST):
+        PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
+
+        @inline
+        def store_round(a, base, packed, w, thread, lane, row, head, batch):
+            """Panels from FIRST on, as many as there is room for, through shared memory and the copy engine."""
+            place = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
+            own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
+            if thread == 0:
+                tma.wait_read()
+            barrier(int32(OUT_BARRIER + w), int32(128))
+            store_panels(packed, int32(place + own_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL, PANELS_HERE, FIRST)
+            fence_async()
+            barrier(int32(OUT_BARRIER + w), int32(128))
+            if thread == 0:
+                for p in range(PANELS_HERE):
+                    panel, column = int32(place + p * OUT_PANEL), int32((FIRST + p) * 64)
+                    if HINTS:
+                        tma.store_hinted(a.map_out, panel, column, row, head, batch, tma.evict_first())
+                    else:
+                        tma.store(a.map_out, panel, column, row, head, batch)
+                tma.commit()
+        return store_round
+
+    store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
+
+    @inline
+    def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
+        """Output rows of a warpgroup: through shared memory and the copy engine; from the registers where there is no room for that, or
+        where a packed tile is not full."""
+        packed = to_half(acc_o)
+        row0 = int32(m_block * BLOCK_M + w * 64)
+        plane = int32(0) if PACKED else batch
+        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
+            address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
+            rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+            if a.head_dim_v == HEAD_DIM_V:
+                store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
+            else:
+                store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
+        else:
+            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+            if TWO_ROUNDS:
+                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+
+    @inline
+    def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
+        if LSE:
+            if (lane & 3) == 0:
+                if PACKED:
+                    at = uint64(a.lse + uint64(4) * uint64(head * a.total_q + q_start + row))
+                else:
+                    at = uint64(a.lse + uint64(4) * (uint64(batch * a.num_heads + head) * uint64(a.seqlen_q) + uint64(row)))
+                if row < seqlen_q:
+                    store_f32(at, lse0)
+                if row + 8 < seqlen_q:
+                    store_f32(at + uint64(32), lse1)
+
+    @inline
+    def epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col):
+        """Output and lse of the i-th tile, whose coordinates are read again."""
+        m_block, head, batch, q_start, seqlen_q = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3), get(base, i, 4)
+        thread = opaque(thread)     # what follows from it is computed here, not kept in registers through the loop
+        row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        if PACKED and SINKS:
+            if get(base, i, 6) == 2:
+                lse0, lse1 = NEG_INF, NEG_INF
+        acc_o = scale_seen_rows(acc_o, scale0, scale1)
+        store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
+        store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
+        if lane == 0:
+            mbarrier.arrive(base + TILE_EMPTY + 8 * (i & (RECORDS - 1)))
+
+    return epilogue

@@ -1,0 +1,49 @@
+"""Dropout on the device: Philox4x32-10 as philox.py defines it, applied to accumulator fragments."""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import int32, uint32, uint64
+
+from ..dsl.inline import inline
+from ..spec import Spec
+from .fragments import drop, make_draw
+
+
+def philox(c0, c1, c2, c3, k0, k1):
+    """Four words for the counter (c0, c1, c2, c3) and the key (k0, k1), all uint32."""
+    for _ in range(10):
+        p0 = uint64(c0) * uint64(0xD2511F53)
+        p1 = uint64(c2) * uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = uint32(uint32(p1 >> uint64(32)) ^ c1 ^ k0), uint32(p1), uint32(uint32(p0 >> uint64(32)) ^ c3 ^ k1), uint32(p0)
+        k0 = uint32(k0 + uint32(0x9E3779B9))
+        k1 = uint32(k1 + uint32(0xBB67AE85))
+    return c0, c1, c2, c3
+
+
+def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any]:
+    """Of a fragment of COUNT registers, nothing when absent; EARLY as in make_draw:
+
+    words = draw(a, row, col, plane)        `row` and `col` the thread's first, `plane` = batch * num_heads + head
+    p = dropout(a, p, words)
+    """
+    if not spec.dropout:
+        @inline
+        def no_words(a, row, col, plane):
+            return int32(0)
+
+        @inline
+        def nothing(a, p, words):
+            return p
+        return no_words, nothing
+    draw_words = make_draw(philox, COUNT, EARLY)
+
+    @inline
+    def draw(a, row, col, plane):
+        lane = int32(((row & 7) << 2) | ((col & 7) >> 1))
+        return draw_words(int32(row >> 4), int32(col >> 4), lane, plane, a.offset, a.seed_low, a.seed_high)
+
+    @inline
+    def dropout(a, p, words):
+        return drop(p, words, a.threshold)
+    return draw, dropout

@@ -1,0 +1,459 @@
+"""Accumulator fragments: what a thread holds of a warp's 16 x N tile, the same for mma.sync and wgmma.
+
+Register k of a fragment lies in row `row + 8 * (k / 2 % 2)` and column `col + 8 * (k / 4) + k % 2`, where row = lane / 4 and
+col = 2 * (lane % 4) are the thread's first (PTX ISA 9.7.14.5.8, figure of the m16n8 accumulator). A fragment is a tuple of
+registers; a packed one has two 16-bit values in each. `elementwise` makes a plain scalar function work on all of it.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ..dsl.asm import F32, I32, I64, literals, pack, unpack
+from ..dsl.inline import Compiled
+from ..ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
+from ..ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
+from ..ptx.sync import emit_opaque, emit_shuffle_xor
+
+NEG_INF = F32(float("-inf"))
+PAIR = types.UniTuple(types.float32, 2)
+
+
+def row_of(k: int) -> int:
+    """0 or 8: the row of register k after the thread's first."""
+    return 8 * (k // 2 % 2)
+
+
+def col_of(k: int) -> int:
+    return 8 * (k // 4) + k % 2
+
+
+@intrinsic
+def zeros(typingctx: Any, count: Any) -> Any:
+    """A fragment of `count` float32 zeros."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [F32(0.0)] * n)
+    return signature(types.UniTuple(types.float32, n), count), generate
+
+
+@intrinsic
+def zeros_packed(typingctx: Any, count: Any) -> Any:
+    """A packed fragment of `count` registers of zeros."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [I32(0)] * n)
+    return signature(types.UniTuple(types.int32, n), count), generate
+
+
+@intrinsic
+def part(typingctx: Any, fragment: Any, index: Any, count: Any) -> Any:
+    """Part number `index` of `count` equal ones: of a fragment's columns, or of a tuple of fragments."""
+    i, parts = literals(index, count)
+    n = fragment.count // parts
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], fragment.count)[i * n:(i + 1) * n])
+    return signature(types.UniTuple(fragment.dtype, n), fragment, index, count), generate
+
+
+@intrinsic
+def join(typingctx: Any, first: Any, second: Any) -> Any:
+    """The fragment of which these are the parts."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], first.count) + unpack(builder, args[1], second.count))
+    return signature(types.UniTuple(first.dtype, first.count + second.count), first, second), generate
+
+
+@intrinsic
+def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
+    """This thread's maxima of its two rows, and of max0 and max1."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows: list[Any] = []
+        registers = unpack(builder, args[0], acc.count)
+        for r, start in ((0, args[1]), (2, args[2])):
+            # two chains a row, one of them from `start`: half the latency of one
+            chains: list[Any] = [start, None]
+            for i, k in enumerate(range(r, acc.count, 4)):
+                for x in registers[k:k + 2]:
+                    chains[i % 2] = x if chains[i % 2] is None else emit_max(builder, chains[i % 2], x)
+            rows.append(chains[0] if chains[1] is None else emit_max(builder, *chains))
+        return pack(builder, rows)
+    return signature(PAIR, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def row_sum(typingctx: Any, acc: Any) -> Any:
+    """This thread's sums of its two rows."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, rows = unpack(builder, args[0], acc.count), []
+        for r in (0, 2):
+            terms = [registers[k + i] for k in range(r, acc.count, 4) for i in (0, 1)]
+            while len(terms) > 1:
+                terms = [builder.fadd(*terms[j:j + 2]) if j + 1 < len(terms) else terms[j] for j in range(0, len(terms), 2)]
+            rows.append(terms[0])
+        return pack(builder, rows)
+    return signature(PAIR, acc), generate
+
+
+def _quad(combine: Any) -> Any:
+    @intrinsic
+    def reduce(typingctx: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = args[0]
+            for distance in (1, 2):
+                value = combine(builder, value, emit_shuffle_xor(builder, value, distance))
+            return value
+        return signature(types.float32, types.float32), generate
+    return reduce
+
+
+# over the four threads that share a row
+quad_max = _quad(emit_max)
+quad_sum = _quad(lambda builder, a, b: builder.fadd(a, b))
+
+
+@intrinsic
+def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> Any:
+    """exp2(acc * scale - max) with the maximum of each row."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        minus = [builder.fsub(F32(-0.0), x) for x in args[2:]]
+        registers = unpack(builder, args[0], acc.count)
+        return pack(builder, [emit_exp2(builder, emit_fma(builder, x, args[1], minus[row_of(k) // 8])) for k, x in enumerate(registers)])
+    return signature(acc, acc, types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def minus_rows(typingctx: Any, acc: Any, shift0: Any, shift1: Any) -> Any:
+    """Each row minus its number."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fsub(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
+    """Each row times its factor."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fmul(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def scale_seen_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
+    """As scale_rows, but a factor of 0 gives 0 whatever the row holds: it saw nothing, and its tile may hold NaN."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        nothing = [builder.fcmp_ordered("==", scale, F32(0.0)) for scale in args[1:]]
+        return pack(builder, [builder.select(nothing[row_of(k) // 8], F32(0.0), builder.fmul(x, args[1 + row_of(k) // 8]))
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.float32, types.float32), generate
+
+
+@intrinsic
+def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: Any) -> Any:
+    """acc where lo <= column < hi, else -inf; bounds per row, counted from the thread's first column."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        out = []
+        for k, x in enumerate(unpack(builder, args[0], acc.count)):
+            lo, hi = args[1 + row_of(k) // 4:3 + row_of(k) // 4]
+            column = I32(col_of(k))
+            inside = builder.and_(builder.icmp_signed("<=", lo, column), builder.icmp_signed("<", column, hi))
+            out.append(builder.select(inside, x, NEG_INF))
+        return pack(builder, out)
+    return signature(acc, acc, *[types.int32] * 4), generate
+
+
+@intrinsic
+def keep_below(typingctx: Any, acc: Any, hi0: Any, hi1: Any) -> Any:
+    """acc where column < hi, else -inf; as keep_interval where rows have no lower bound."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.select(builder.icmp_signed("<", I32(col_of(k)), args[1 + row_of(k) // 8]), x, NEG_INF)
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.int32, types.int32), generate
+
+
+@intrinsic
+def keep_from(typingctx: Any, acc: Any, lo0: Any, lo1: Any) -> Any:
+    """acc where lo <= column, else -inf; as keep_interval where rows have no upper bound."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.select(builder.icmp_signed("<=", args[1 + row_of(k) // 8], I32(col_of(k))), x, NEG_INF)
+                              for k, x in enumerate(unpack(builder, args[0], acc.count))])
+    return signature(acc, acc, types.int32, types.int32), generate
+
+
+def make_pack(dtype: str, positive: bool = False) -> Any:
+    """packed = to_half(acc): rounded to 16-bit `dtype`, ready as the A operand of the next product; `positive`: negative ones become 0."""
+    @intrinsic
+    def to_half(typingctx: Any, acc: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            x = unpack(builder, args[0], acc.count)
+            return pack(builder, [emit_pack_half(builder, x[k], x[k + 1], dtype, positive) for k in range(0, acc.count, 2)])
+        return signature(types.UniTuple(types.int32, acc.count // 2), acc), generate
+    return to_half
+
+
+def elementwise(f: Any) -> Any:
+    """acc = apply(acc, row, col, extra): f(x, row, column, *extra) on every element; row and col are the thread's first.
+
+    f is a plain function of float32, int32, int32 and the types of the tuple `extra`; it is inlined for each register.
+    """
+    @intrinsic
+    def apply(typingctx: Any, acc: Any, row: Any, col: Any, extra: Any) -> Any:
+        scalar = Compiled(f, (types.float32, types.int32, types.int32, *extra.types), types.float32)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            rest = unpack(builder, args[3], len(extra.types))
+            out = []
+            for k, x in enumerate(unpack(builder, args[0], acc.count)):
+                place = builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k)))
+                out.append(scalar.call(builder, [x, *place, *rest]))
+            return pack(builder, out)
+        return signature(acc, acc, types.int32, types.int32, extra), generate
+    return apply
+
+
+@intrinsic
+def add(typingctx: Any, acc: Any, other: Any) -> Any:
+    """acc + other, both float32 fragments."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.fadd(x, y) for x, y in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
+    return signature(acc, acc, acc), generate
+
+
+@intrinsic
+def scale_add(typingctx: Any, acc: Any, scale: Any, other: Any) -> Any:
+    """acc * scale + other, rounded once."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [emit_fma(builder, x, args[1], y) for x, y in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[2], acc.count), strict=True)])
+    return signature(acc, acc, types.float32, acc), generate
+
+
+def make_gather(dtype: str) -> Any:
+    """tile = gather(pointer0, pointer1, stride, limit0, limit1, count): elements of a score-shaped operand, as 32-bit registers.
+
+    `pointer0` and `pointer1` are the addresses of the thread's two rows at its first column, `stride` the bytes between columns,
+    `limit` the columns of a row that exist, counted from there; the others are not read and are 0. Unpacked later by
+    `make_unpack`, so that the loads can be issued early.
+    """
+    size = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}[dtype]
+
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, stride: Any, limit0: Any, limit1: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for k in range(n):
+                column = col_of(k)
+                pointer = builder.add(args[row_of(k) // 8], builder.mul(args[2], I64(column)))
+                inside = builder.icmp_signed("<", I32(column), args[3 + row_of(k) // 8])
+                out.append(emit_load_if(builder, inside, pointer, size))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n), types.uint64, types.uint64, types.int64, types.int32, types.int32, count), generate
+    return gather
+
+
+def make_gather_pairs() -> Any:
+    """As make_gather for 16-bit elements at stride 2: two columns a load. Needs even strides and 4-byte alignment of rows."""
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for k in range(0, n, 2):
+                pointer = builder.add(args[row_of(k) // 8], I64(2 * col_of(k)))
+                inside = builder.icmp_signed("<", I32(col_of(k)), args[2 + row_of(k) // 8])
+                out.append(emit_load_if(builder, inside, pointer, 4))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 2, count), generate
+    return gather
+
+
+def make_gather_whole() -> Any:
+    """As make_gather for 16-bit elements at stride 2, eight columns a load: of 32, thread t of a quad reads columns 8 t to 8 t + 7 and
+    make_unpack_whole hands them out. `col` is the thread's first column. Needs rows of aligned 16-byte pieces, and 32 n columns."""
+    @intrinsic
+    def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, col: Any, count: Any) -> Any:
+        [n] = literals(count)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out: list[Any] = []
+            start = builder.mul(builder.and_(args[4], I32(6)), I32(3))      # from the thread's first column 2 t to its piece's 8 t
+            for r in (0, 1):
+                pointer = builder.add(args[r], builder.zext(builder.mul(start, I32(2)), I64))
+                for first in range(0, 2 * n, 32):       # 2 n columns
+                    inside = builder.icmp_signed("<", builder.add(start, I32(first)), args[2 + r])
+                    out += emit_load16_if(builder, inside, builder.add(pointer, I64(2 * first)))
+            return pack(builder, out)
+        return signature(types.UniTuple(types.int32, n // 2), *[types.uint64] * 2, *[types.int32] * 3, count), generate
+    return gather
+
+
+def make_unpack_whole(dtype: str) -> Any:
+    """acc = unpack(tile, col): what make_gather_whole read, as float32."""
+    @intrinsic
+    def to_float(typingctx: Any, tile: Any, col: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            words, thread = unpack(builder, args[0], tile.count), builder.and_(builder.lshr(args[1], I32(1)), I32(3))
+            half = tile.count // 2
+            rows = [[word for j in range(r * half, (r + 1) * half, 4) for word in transpose_quad(builder, thread, words[j:j + 4])]
+                    for r in (0, 1)]
+            out = []
+            for pair in zip(*rows, strict=True):
+                for word in pair:
+                    out += [half_to_float(builder, x, dtype) for x in halves(builder, word)]
+            return pack(builder, out)
+        return signature(types.UniTuple(types.float32, 2 * tile.count), tile, types.int32), generate
+    return to_float
+
+
+def make_unpack(dtype: str, pairs: bool) -> Any:
+    """acc = unpack(tile): what make_gather read, as float32."""
+    @intrinsic
+    def to_float(typingctx: Any, tile: Any) -> Any:
+        n = tile.count * (2 if pairs else 1)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out: list[Any] = []
+            for word in unpack(builder, args[0], tile.count):
+                if dtype == "float32":
+                    out.append(builder.bitcast(word, F32))
+                else:
+                    low, high = halves(builder, word)
+                    out += [half_to_float(builder, x, dtype) for x in ((low, high) if pairs else (low,))]
+            return pack(builder, out)
+        return signature(types.UniTuple(types.float32, n), tile), generate
+    return to_float
+
+
+@intrinsic
+def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
+    """acc where the boolean tile holds True, else -inf."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [builder.select(builder.icmp_unsigned("!=", keep, I32(0)), x, NEG_INF) for x, keep in
+                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
+    return signature(acc, acc, tile), generate
+
+
+@intrinsic
+def bits_of(typingctx: Any, tile: Any) -> Any:
+    """Bit k of one word: whether element k, of 32 at most, is not 0."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = I32(0)
+        for k, x in enumerate(unpack(builder, args[0], tile.count)):
+            word = builder.or_(word, builder.select(builder.icmp_signed("!=", x, I32(0)), _bit(k), I32(0)))
+        return pack(builder, [emit_opaque(builder, word)])      # or the elements themselves would be kept
+    return signature(types.UniTuple(types.int32, 1), tile), generate
+
+
+@intrinsic
+def pairs_of(typingctx: Any, tile: Any) -> Any:
+    """Elements of 16 bits, one a register, as make_gather_pairs has them: two a register."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = unpack(builder, args[0], tile.count)
+        return pack(builder, [emit_opaque(builder, builder.or_(x[k], builder.shl(x[k + 1], I32(16)))) for k in range(0, tile.count, 2)])
+    return signature(types.UniTuple(types.int32, tile.count // 2), tile), generate
+
+
+@intrinsic
+def keep_bits(typingctx: Any, acc: Any, words: Any) -> Any:
+    """acc where its bit is set, else -inf; `words` by bits_of, of equal parts of the fragment."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits, out, each = unpack(builder, args[1], words.count), [], acc.count // words.count
+        for k, x in enumerate(unpack(builder, args[0], acc.count)):
+            out.append(builder.select(builder.icmp_signed("!=", builder.and_(bits[k // each], _bit(k % each)), I32(0)), x, NEG_INF))
+        return pack(builder, out)
+    return signature(acc, acc, words), generate
+
+
+def _bit(k: int) -> Any:
+    return I32((1 << k) - (1 << 32 if k == 31 else 0))
+
+
+def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
+    """words = draw(row16, col16, lane, plane, offset, key0, key1): what philox.py draws for a fragment of COUNT registers, 16 bits each.
+
+    `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head. One Philox
+    call gives the four words of each 16 x 16 piece, eight registers. EARLY: drawn where the call stands, not where the words are needed.
+    """
+    @intrinsic
+    def draw(typingctx: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
+        random = Compiled(philox, (types.uint32,) * 6, types.UniTuple(types.uint32, 4))
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            row16, col16, lane, plane, offset, key0, key1 = args
+            row = builder.add(builder.shl(row16, I32(3)), builder.lshr(lane, I32(2)))
+            thread, words = builder.and_(lane, I32(3)), list[Any]()
+            for piece in range(COUNT // 8):
+                column = builder.add(builder.shl(builder.add(col16, I32(piece)), I32(2)), thread)
+                words += unpack(builder, random.call(builder, [row, column, plane, offset, key0, key1]), 4)
+            return pack(builder, [emit_opaque(builder, x) if EARLY else x for x in words])
+        return signature(types.UniTuple(types.uint32, COUNT // 2), *[types.int32] * 4, *[types.uint32] * 3), generate
+    return draw
+
+
+@intrinsic
+def drop(typingctx: Any, acc: Any, words: Any, threshold: Any) -> Any:
+    """0 where the definition in philox.py drops; words by make_draw, `threshold` shifted left by 16."""
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        drawn, out = unpack(builder, args[1], words.count), list[Any]()
+        for n, x in enumerate(unpack(builder, args[0], acc.count)):
+            k = n % 8
+            word = drawn[n // 8 * 4 + row_of(k) // 4 + k // 4]
+            lane16 = word if k % 2 else builder.shl(word, I32(16))
+            out.append(builder.select(builder.icmp_unsigned(">=", lane16, args[2]), x, F32(0.0)))
+        return pack(builder, out)
+    return signature(acc, acc, words, types.uint32), generate
+
+
+def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
+    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3."""
+    words = list(words)
+    for distance, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
+        odd = builder.icmp_unsigned("!=", builder.and_(lane, I32(distance)), I32(0))
+        for i, j in pairs:
+            received = emit_shuffle_xor(builder, builder.select(odd, words[i], words[j]), distance)
+            words[i], words[j] = builder.select(odd, received, words[i]), builder.select(odd, words[j], received)
+    return words
+
+
+@intrinsic
+def store_whole_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, lane: Any) -> Any:
+    """A packed fragment to two rows of global memory, where keep0 and keep1; addresses of the thread's first column, rows 16-byte aligned.
+
+    The threads of a quad exchange words, so that each has 16 bytes of a row: a quarter of the time that stores of 4 bytes take.
+    """
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, thread = unpack(builder, args[0], packed.count), builder.and_(args[5], I32(3))
+        for r in (0, 1):
+            words = registers[r::2]
+            address = builder.add(args[1 + r], builder.mul(builder.zext(thread, I64), I64(12)))     # piece t, from column 2 t
+            for j in range(0, len(words), 4):
+                count, keep = min(4, len(words) - j), args[3 + r]
+                if count < 4:
+                    keep = builder.select(builder.icmp_unsigned("<", thread, I32(count)), keep, I32(0))
+                pieces = transpose_quad(builder, thread, words[j:j + 4] + [I32(0)] * (4 - count))
+                emit_store16_if(builder, keep, builder.add(address, I64(16 * j)), pieces)
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
+
+
+@intrinsic
+def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
+    """As store_whole_rows, element by element: only `columns` of them from the thread's first exist; any alignment."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        keep = [builder.icmp_unsigned("!=", x, I32(0)) for x in args[3:5]]
+        for j, word in enumerate(unpack(builder, args[0], packed.count)):
+            row, col = row_of(2 * j) // 8, col_of(2 * j)
+            inside = [builder.zext(builder.and_(keep[row], builder.icmp_signed("<", I32(col + i), args[5])), I32) for i in (0, 1)]
+            emit_store_halves_if(builder, inside[0], inside[1], builder.add(args[1 + row], I64(2 * col)), word)
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate

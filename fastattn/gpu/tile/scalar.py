@@ -1,0 +1,160 @@
+"""The features as arithmetic on one pair and one row, in units of natural log: what kernels on plain threads apply to their registers.
+
+The same lines as reference.py. scores.py and softmax.py say them for fragments, in units of log2.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import cuda, float32, float64, int32, uint32, uint64
+
+from ..dsl.inline import inline
+from ..ptx.scalar import load_flag, load_if, rounded_product, store_shared
+from ..spec import Spec
+from .dropout import philox as philox_words
+from .mask import diagonal_of
+
+WARP = 0xFFFFFFFF
+philox = inline(philox_words)
+
+
+def compute_of(spec: Spec) -> tuple[str, Any, int]:
+    """(dtype of the arithmetic, its Numba type, its bytes)."""
+    return ("float64", float64, 8) if spec.dtype == "float64" else ("float32", float32, 4)
+
+
+def make_score(spec: Spec) -> tuple[Any, Any, Any]:
+    """(prepare, score, visible) of one pair.
+
+    slope = prepare(a, batch, head): the ALiBi slope.
+    s, rate = score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k): from a dot product to a score, and what the softcap makes
+    of a small change: d score / d (scale * dot product).
+    visible(a, batch, head, row, col, seqlen_q, lo, hi): no mask hides the pair; keys [lo, hi) are its row's.
+    """
+    SOFTCAP, ALIBI, BIAS, MASK = spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
+    compute, REAL, _ = compute_of(spec)
+    load_slope, load_bias = load_if(spec.alibi or compute, compute), load_if(spec.bias or compute, compute)
+    product = rounded_product(compute)      # what is subtracted from a score, its row's maximum or lse, is made of rounded ones
+
+    @inline
+    def prepare(a, batch, head):
+        if ALIBI:
+            return load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head), int32(1))
+        else:
+            return REAL(0)
+
+    @inline
+    def operand_has(a, row, col):
+        """bias and mask end at the maxima that the caller of a packed problem gave, which lengths on the device may exceed."""
+        return (row < a.seqlen_q) & (col < a.seqlen_k)
+
+    @inline
+    def score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k):
+        s, rate = product(s, a.scale), REAL(1)
+        if SOFTCAP:
+            tanh = math.tanh(s / a.cap)
+            s, rate = product(a.cap, tanh), REAL(1) - tanh * tanh
+        if ALIBI:       # from the mask's diagonal
+            s = s - slope * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
+        if BIAS:
+            address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
+            s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))
+        return s, rate
+
+    @inline
+    def visible(a, batch, head, row, col, seqlen_q, lo, hi):
+        inside = (lo <= col) & (col < hi) & (row < seqlen_q)
+        if MASK:
+            address = uint64(a.mask + batch * a.mask_batch + head * a.mask_head + row * a.mask_row + col * a.mask_col)
+            return load_flag(address, int32(inside & operand_has(a, row, col))) != 0
+        else:
+            return inside
+
+    return prepare, score, visible
+
+
+def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
+    """(max16, sum16, finish): reductions over the 16 threads that share a row, and a row's end.
+
+    scale, lse = finish(a, head, row_max, row_sum, nobody): the factor of the output row, 0 for a row that saw nothing. `nobody`: the
+    row belongs to no sequence, so that it has no sink either.
+    """
+    SINKS, DROPOUT = spec.sinks is not None, spec.dropout
+    compute, REAL, _ = compute_of(spec)
+    NEG_INF = REAL(-math.inf)
+    load_sink = load_if(spec.sinks or compute, compute)
+
+    @inline
+    def finite(x):
+        return REAL(0) if x == NEG_INF else x
+
+    @inline
+    def max16(x):
+        x = max(x, cuda.shfl_xor_sync(WARP, x, 8))
+        x = max(x, cuda.shfl_xor_sync(WARP, x, 4))
+        x = max(x, cuda.shfl_xor_sync(WARP, x, 2))
+        return max(x, cuda.shfl_xor_sync(WARP, x, 1))
+
+    @inline
+    def sum16(x):
+        x = x + cuda.shfl_xor_sync(WARP, x, 8)
+        x = x + cuda.shfl_xor_sync(WARP, x, 4)
+        x = x + cuda.shfl_xor_sync(WARP, x, 2)
+        return x + cuda.shfl_xor_sync(WARP, x, 1)
+
+    @inline
+    def finish(a, head, row_max, row_sum, nobody):
+        empty, factor = row_sum == REAL(0), REAL(1)
+        if SINKS:
+            sink = NEG_INF if nobody else load_sink(uint64(a.sinks + head * a.sinks_head), int32(1))
+            new = max(row_max, sink)
+            factor = math.exp(row_max - finite(new))
+            row_sum = row_sum * factor + math.exp(sink - finite(new))
+            row_max = new
+        lse = NEG_INF if row_sum == REAL(0) else row_max + math.log(row_sum)
+        if DROPOUT:
+            factor = factor * a.keep
+        return (REAL(0) if empty else factor / row_sum), lse
+
+    return max16, sum16, finish
+
+
+def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: int, THREADS: int) -> Any:
+    """dropout(a, p, row0, col0, plane, thread): zeros in the tile P of shared memory, whose query rows are BY_ROW elements apart and
+    whose keys BY_COL.
+
+    Each thread takes the eight elements of a Philox call (philox.py): rows r, r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a
+    16 x 16 piece. `plane` is batch * num_heads + head. Nothing where there is no dropout.
+    """
+    compute, REAL, SIZE = compute_of(spec)
+    put = store_shared(compute)
+    CALLS = BLOCK_M * BLOCK_N // 8
+
+    if not spec.dropout:
+        @inline
+        def nothing(a, p, row0, col0, plane, thread):
+            pass
+        return nothing
+
+    @inline
+    def drop(address, word, threshold):
+        if uint32(word << uint32(16)) < threshold:
+            put(address, REAL(0))
+        if word < threshold:
+            put(int32(address + BY_COL * SIZE), REAL(0))
+
+    @inline
+    def dropout(a, p, row0, col0, plane, thread):
+        for call in range(thread, CALLS, THREADS):
+            row, col = int32(call // (BLOCK_N // 4)), int32(call % (BLOCK_N // 4))      # of the counter, inside the tile
+            w0, w1, w2, w3 = philox(uint32((row0 >> 1) + row), uint32((col0 >> 2) + col), uint32(plane), a.offset, a.seed_low, a.seed_high)
+            at = int32(p + (((row >> 3) * 16 + (row & 7)) * BY_ROW + ((col >> 2) * 16 + (col & 3) * 2) * BY_COL) * SIZE)
+            drop(at, w0, a.threshold)
+            drop(int32(at + 8 * BY_COL * SIZE), w1, a.threshold)
+            drop(int32(at + 8 * BY_ROW * SIZE), w2, a.threshold)
+            drop(int32(at + 8 * (BY_ROW + BY_COL) * SIZE), w3, a.threshold)
+    return dropout
+
+
+__all__ = ["compute_of", "make_dropout", "make_score", "make_softmax"]
