@@ -204,8 +204,8 @@ def test_extra_memory_is_linear(head_dim: int, family: str, deterministic: bool)
     call = BackwardCall(problem, o, q, q, lse, None, Grads(q, q, q), deterministic)
     module, device = gpu.family(family, "backward"), precompile.absent_device("sm_90a")
     assert module.refuses(call, device) is None
-    with replaced((*(name for name in MODULES if name != "dsl.inline"), "rows.postprocess", "sm80.backward", "sm90.backward", "sm90.backward_wide",
-                   "sm90.backward_dq"), names):
+    kernels = "rows.postprocess", "sm80.backward", "sm90.backward", "sm90.backward_wide", "sm90.backward_dq"
+    with replaced((*(name for name in MODULES if name != "dsl.inline"), *kernels), names):
         module.launch(call, make_backward_spec(call), device, 0)
     rows = 16 * 65536
     assert held == 0 and 2 * 4 * rows <= most <= 1.3 * 4 * rows * head_dim + 2 * 4 * rows
@@ -219,7 +219,7 @@ def test_choice_of_families() -> None:
     with gpu.use("sm90", "sm80"), pytest.raises(UnsupportedError, match=r"sm90: it needs sm_90a.*sm80: its sums of dq come in any order"):
         gpu.choose(call, older)
     forward, _ = precompile.Want("bfloat16").call()
-    assert gpu.choose(forward, older).__name__.endswith("launch_sm80")
+    assert gpu.choose(forward, older).__name__.endswith("sm80.launch")
 
 
 def test_precompile_finds_the_backward() -> None:

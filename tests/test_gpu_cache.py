@@ -144,7 +144,7 @@ def test_entries_appear_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_eight_at_once(folder: Path) -> None:
     """Threads here and processes beside: all get the same code."""
-    script = ("import hashlib, test_gpu_cache as t; from fastattn.gpu import compile as c; "
+    script = ("import hashlib, test_gpu_cache as t; from fastattn.gpu.runtime import compile as c; "
               "print(hashlib.sha256(c.binary(t.SOURCE, t.ARCH).code).hexdigest())")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     others = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -506,7 +506,7 @@ def test_precompile_says_what_is_wrong(arguments: list[str], said: str) -> None:
 
 
 def test_precompile_needs_a_device_or_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = importlib.import_module("fastattn.gpu.device")
+    device = importlib.import_module("fastattn.gpu.runtime.device")
 
     def absent(ordinal: int) -> Any:
         raise streams.CudaError("cuInit failed: no device")
