@@ -1,5 +1,5 @@
 """`python -m fastattn`: show-config (the default) prints what a bug report needs, precompile fills the GPU engine's kernel cache, cache
-shows it or removes what is in it."""
+shows or clears it."""
 from __future__ import annotations
 
 import argparse
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     pre = commands.add_parser("precompile", help="compile GPU kernels into the cache, for the device here or for another architecture",
                               description="Compiles GPU kernels into the cache, so that no later call waits for the compiler. Needs no GPU "
                                           "when --arch is given. FASTATTN_CACHE names the folder; one that root filled serves all users.")
-    pre.add_argument("--arch", type=_words, default=[], help="sm_80, sm_89, sm_90a, sm_120, comma-separated; default: the device here")
+    pre.add_argument("--arch", type=_words, default=[], help=f"{_known_archs()}; comma-separated, default: the device here")
     pre.add_argument("--head-dim", type=_words, default=["64", "128"], help="comma-separated, default 64,128")
     pre.add_argument("--dtype", type=_words, default=["float16", "bfloat16"], help="comma-separated, default float16,bfloat16")
     pre.add_argument("--features", type=_words, default=["full", "causal"],
@@ -30,6 +30,23 @@ def _parser() -> argparse.ArgumentParser:
                                "kept, how many there are and how large they are (limit: FASTATTN_CACHE_MB, default 512).")
     kept.add_argument("--clear", action="store_true", help="remove them; they are compiled again when they are needed")
     return parser
+
+
+def _known_archs() -> str:
+    """Names of all architectures, for the help text; an example where the GPU engine's packages are missing."""
+    try:
+        from .gpu.runtime.arch import ARCHITECTURES
+    except ImportError:
+        return "sm_90a, for example"
+    return ", ".join(ARCHITECTURES)
+
+
+def _arch(text: str) -> str:
+    from .gpu.runtime.arch import parse_arch
+    try:
+        return parse_arch(text).name
+    except ValueError as error:
+        raise ValueError(f"--arch {error}") from error
 
 
 def _precompile(given: argparse.Namespace) -> int:
@@ -49,14 +66,14 @@ def _precompile(given: argparse.Namespace) -> int:
     if given.processes is not None and given.processes < 1:
         raise SystemExit(f"--processes {given.processes}: expected 1 or more.")
     try:
-        archs = [precompile.parse_arch(text) for text in given.arch] or [precompile.arch_here()]
+        archs = [_arch(text) for text in given.arch] or [precompile.arch_here()]
         return precompile.command(archs, dims, given.dtype, given.features, given.processes)
     except (LookupError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
 
 def _cache(clear: bool) -> int:
-    """Of each folder where kernels are looked for; the last one is the user's own, and only that is cleared."""
+    """Show or clear the folders where kernels are looked for. Only the last one, the user's own, is cleared."""
     try:
         from .gpu.runtime import cache
     except ImportError as error:

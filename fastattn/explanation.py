@@ -173,10 +173,11 @@ def _device(device: str | None, seen: _Seen) -> tuple[Device, Any, str]:
     except ImportError as error:
         return ("cuda", 0), error, str(device)
     from .gpu import precompile
+    from .gpu.runtime.arch import ARCHITECTURES, parse_arch
     try:
-        arch = precompile.parse_arch(str(device))
+        arch = parse_arch(str(device)).name
     except ValueError:
-        raise ValueError(message("explain", "device", f"is {device!r}", f"'cpu' or one of {', '.join(precompile.PROCESSORS)}")) from None
+        raise ValueError(message("explain", "device", f"is {device!r}", f"'cpu' or one of {', '.join(ARCHITECTURES)}")) from None
     return ("cuda", 0), precompile.absent_device(arch), arch
 
 

@@ -1,7 +1,7 @@
 """Kernels on plain threads run in Python, without a GPU: the text of the kernel itself, one Python thread for each of a block's.
 
 Inside `emulated()` the helpers of the GPU modules are ordinary functions, instructions are replaced by reads and writes of host memory, and
-loading a kernel gives one that runs here. Numbers are Python's, so it checks what is computed and from where, not rounding. It also
+a kernel that `Machine.launcher` loads runs here. Numbers are Python's, so it checks what is computed and from where, not rounding. It also
 checks what a GPU would not say: accesses outside the arrays, shared memory that was never written or that two threads use between
 the same barriers, vectors that are not aligned.
 """
@@ -23,9 +23,11 @@ from unittest import mock
 import numpy as np
 
 from fastattn.buffers import ITEMSIZE, View
+from fastattn.gpu.precompile import absent_device
+from fastattn.gpu.runtime.launcher import Listing
 
-MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "runtime.packed", "rows.preprocess", "simt.threads",
-           "simt.pairs", "simt.dbias", "simt.forward", "simt.launch", "simt.backward", "rows.transform", "rows.merge")
+MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
+           "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 
 
@@ -41,7 +43,7 @@ class Memory:
             bisect.insort(self.ranges, x.bytes_range())
 
     @contextlib.contextmanager
-    def temporary(self, size: int, ordinal: int, stream: int) -> Iterator[int]:
+    def temporary(self, size: int, stream: int) -> Iterator[int]:
         array = np.full(size + 256, 0xFF, np.uint8)             # NaN in every float
         self.kept.append(array)
         address = -(-array.ctypes.data // 256) * 256
@@ -175,8 +177,12 @@ class Machine:
                                local=SimpleNamespace(array=local), shared=SimpleNamespace(array=lambda *a: machine.block.array(*a)),
                                syncthreads=lambda: machine.block.barrier(), shfl_xor_sync=shuffle)
 
-    def load(self, source: Any, ordinal: int) -> Any:
-        """compile.load: a kernel that runs here."""
+    def launcher(self, arch: str = "sm_80") -> Any:
+        """A Launcher whose kernels run here."""
+        return _Launcher(self, arch)
+
+    def load(self, source: Any) -> Any:
+        """A kernel that runs here."""
         (kernel, shared_memory), names = source.make(), [name for name, _ in source.fields]
         arguments = namedtuple("arguments", names)  # type: ignore[misc]
 
@@ -264,10 +270,22 @@ class Machine:
                 "load_b32": self.load_b32, "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
                 "store_shared": store_shared, "rounded_product": lambda compute: lambda x, y: x * y,
                 "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
-                "store_shared_b32": lambda at, value: self.block.put(at, value), "load": self.load, "load_kernel": self.load,
-                "temporary": self.memory.temporary, "store_chunk": self.store_chunk,
+                "store_shared_b32": lambda at, value: self.block.put(at, value),
+                "store_chunk": self.store_chunk,
                 "add_chunk": lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
                 "scale_chunk": lambda x, factor: tuple(a * factor for a in x)}
+
+
+class _Launcher(Listing):
+    def __init__(self, machine: Machine, arch: str) -> None:
+        super().__init__(absent_device(arch))
+        self.machine = machine
+
+    def load(self, source: Any) -> Any:
+        return self.machine.load(source)
+
+    def temporary(self, size: int, stream: int) -> Any:
+        return self.machine.memory.temporary(size, stream)
 
 
 def int32(x: Any) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-from gpu_emulator import Index, Memory, emulated, int32, replaced
+from gpu_emulator import Index, Machine, Memory, emulated, int32, replaced
 
 Place = namedtuple("Place", "row head batch")       # what a box of the copy engine begins with
 
@@ -377,7 +377,7 @@ def nothing(*_: Any) -> None:
 
 
 @contextmanager
-def playing(play: Play, memory: Memory) -> Iterator[None]:
+def playing(play: Play, memory: Memory) -> Iterator[Machine]:
     """Inside, the modules of the Hopper forward use the play's instructions, those of the schedule the emulator's."""
-    with emulated(memory), replaced(play.modules, play.names()):
-        yield
+    with emulated(memory) as machine, replaced(play.modules, play.names()):
+        yield machine

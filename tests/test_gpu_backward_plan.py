@@ -7,7 +7,6 @@ import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,15 @@ from problems import BY_NAME, Case, Inputs
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-from gpu_emulator import MODULES, Memory, emulated, replaced
+from gpu_emulator import Memory, emulated
 
 from fastattn import Grads, UnsupportedError, buffers, gpu
 from fastattn.buffers import View
 from fastattn.gpu import precompile
+from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.rows import preprocess
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.simt import backward as backward_simt
+from fastattn.gpu.runtime.launcher import Listing
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.gpu.tile import mask, schedule
 from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
@@ -102,9 +102,9 @@ def test_the_table_has_every_tile_once(by_keys: bool, used: bool) -> None:
         for x in (cu_q, cu_k, used_k):
             memory.allow(_view(x))
         blocks = (total_k if by_keys else total_q) // block + min(batch + 1, total_k if by_keys else total_q)
-        with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0, 0) as table:
+        with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0) as table:
             lengths = [word for x in (cu_q, cu_k, used_k) for word in ((x.ctypes.data, 4) if x is not None else (0, 0))]
-            plan = machine.load(packed.plan_packed(used, block, by_keys), 0)
+            plan = machine.load(packed.plan_packed(used, block, by_keys))
             plan.launch(1, [table, *lengths, total_k, batch, heads, total_q, blocks], 0)
             spec = Spec("float32", 16, 16, packed=True)
             tile_at, num_tiles = schedule.make_tile_at(spec, block, by_keys), schedule.make_num_tiles(spec)
@@ -155,7 +155,7 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
     for x in (*(getattr(o, name) for name in o.__slots__), call.dout, call.out, call.lse, call.dlse, *places):
         memory.allow(x)
     with emulated(memory) as machine:
-        backward_simt.launch(call, make_backward_spec(call), precompile.absent_device("sm_80"), 0)
+        gpu.family("simt").backward(call, make_backward_spec(call), machine.launcher(), 0)
     return grads, machine.launched
 
 
@@ -187,39 +187,34 @@ def test_extra_memory_is_linear(head_dim: int, family: str, deterministic: bool)
     """At most 1.3 of dq in float32, and delta and lse, with 65536 queries."""
     held, most = 0, 0
 
-    @contextmanager
-    def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
-        nonlocal held, most
-        held += size
-        most = max(most, held)
-        yield 1 << 20
-        held -= size
-    kernel = SimpleNamespace(launch=lambda *_: None)
-    names: dict[str, Any] = {
-        "temporary": temporary, "load_kernel": lambda *_: kernel, "load": lambda *_: kernel, "clear": lambda *_: None,
-        "tensor_maps": lambda boxes, *_: [0] * len(boxes), "row_map": lambda *_: 0, "capturing": lambda _: False, "counter": lambda *_: 0}
+    class Counting(Listing):
+        @contextmanager
+        def temporary(self, size: int, stream: int) -> Iterator[int]:
+            nonlocal held, most
+            held += size
+            most = max(most, held)
+            yield 1 << 20
+            held -= size
     q = View(1 << 20, (1, 65536, 16, head_dim), (65536 * 32 * head_dim, 32 * head_dim, 2 * head_dim, 2), "bfloat16", ("cuda", 0))
     lse = View(1 << 20, (1, 16, 65536), (1 << 22, 1 << 18, 4), "float32", ("cuda", 0))
     problem, o = make_problem("test", Operands(q, q, q), packed=False, causal=True)
     call = BackwardCall(problem, o, q, q, lse, None, Grads(q, q, q), deterministic)
-    module, device = gpu.family(family, "backward"), precompile.absent_device("sm_90a")
+    module, device = gpu.family(family), precompile.absent_device("sm_90a")
     assert module.refuses(call, device) is None
-    kernels = "rows.postprocess", "sm80.backward", "sm90.backward", "sm90.backward_wide", "sm90.backward_dq"
-    with replaced((*(name for name in MODULES if name != "dsl.inline"), *kernels), names):
-        module.launch(call, make_backward_spec(call), device, 0)
+    module.backward(call, make_backward_spec(call), Counting(device), 0)
     rows = 16 * 65536
     assert held == 0 and 2 * 4 * rows <= most <= 1.3 * 4 * rows * head_dim + 2 * 4 * rows
 
 
 def test_choice_of_families() -> None:
     call, _ = precompile.Want("bfloat16", backward=True, deterministic=True).call()
-    assert gpu.choose(call, precompile.absent_device("sm_90a")).__name__.endswith("sm90.backward")
+    assert gpu.choose(call, precompile.absent_device("sm_90a")) is gpu.family("sm90")
     older = precompile.absent_device("sm_80")
-    assert gpu.choose(call, older) is backward_simt
+    assert gpu.choose(call, older) is gpu.family("simt")
     with gpu.use("sm90", "sm80"), pytest.raises(UnsupportedError, match=r"sm90: it needs sm_90a.*sm80: its sums of dq come in any order"):
         gpu.choose(call, older)
     forward, _ = precompile.Want("bfloat16").call()
-    assert gpu.choose(forward, older).__name__.endswith("sm80.launch")
+    assert gpu.choose(forward, older) is gpu.family("sm80")
 
 
 def test_precompile_finds_the_backward() -> None:
@@ -246,7 +241,7 @@ def test_kernels_of_hopper(head_dim: int, deterministic: bool, expected: list[st
 
 def test_rows_count_for_dense_and_packed() -> None:
     dense, _ = precompile.Want(seqlen_q=130, batch=2, num_heads=3, backward=True).call()
-    assert preprocess.padded_rows(dense) == 256 and preprocess.num_lines(dense) == 6
+    assert rows_launch.padded_rows(dense) == 256 and rows_launch.num_lines(dense) == 6
     many, _ = precompile.Want(packed=True, seqlen_q=130, batch=2, num_heads=3, backward=True).call()
-    assert preprocess.padded_rows(many) == (260 + 3 * 128) // 128 * 128 and preprocess.num_lines(many) == 3
+    assert rows_launch.padded_rows(many) == (260 + 3 * 128) // 128 * 128 and rows_launch.num_lines(many) == 3
     assert packed.most_tiles(many, 64, by_keys=True) == 3 * (260 // 64 + 3)

@@ -33,6 +33,8 @@ from fastattn.gpu import precompile
 from fastattn.gpu.ptx.memory import store_b32
 from fastattn.gpu.runtime import cache
 from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.runtime.arch import ARCHITECTURES, arch_of, arch_of_number, parse_arch
+from fastattn.gpu.runtime.launcher import Listing
 
 ROOT = Path(__file__).parents[1]
 ARCH = "sm_80"
@@ -568,17 +570,37 @@ def test_only_the_users_own_folder_is_cleared(folder: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("given", ["sm_90a", "sm_90", "90", "9.0", " SM_90A "])
 def test_arch_names(given: str) -> None:
-    assert precompile.parse_arch(given) == "sm_90a"
+    assert parse_arch(given).name == "sm_90a"
 
 
-def test_a_forward_whose_kernel_is_kept_needs_no_numba() -> None:
+def test_an_unknown_arch_names_all_that_are_known() -> None:
+    with pytest.raises(ValueError, match="sm_75: kernels are compiled for sm_80, sm_86, sm_89, sm_90a, sm_120"):
+        parse_arch("sm_75")
+    with pytest.raises(ValueError, match="new: kernels"):
+        parse_arch("new")
+    with pytest.raises(SystemExit, match="--arch 7.5: kernels are compiled for"):
+        command.main(["precompile", "--arch", "7.5"])
+
+
+def test_other_architectures_are_what_their_name_says() -> None:
+    known = [arch_of(name) for name in ARCHITECTURES]
+    assert [(arch.name, arch_of_number(arch.number)) for arch in known] == list(zip(ARCHITECTURES, known, strict=True))
+    newer = arch_of_number(103)
+    assert (newer.name, newer.capability, arch_of("sm_103"), newer.shared_memory) == ("sm_103", (10, 3), newer, 99)
+
+
+def test_a_call_whose_kernels_are_kept_needs_no_numba() -> None:
     """A second process's first call would spend most of its time importing it."""
-    script = ("import sys; from fastattn import gpu; from fastattn.gpu import precompile\n"
+    script = ("import contextlib, sys; from fastattn import gpu; from fastattn.gpu import precompile\n"
               "for family in gpu.FAMILIES:\n"
               "    with gpu.use(family):\n"
               "        found = precompile.sources(*precompile.Want('float16', causal=True).call(), precompile.absent_device('sm_90a'))\n"
               "        want = precompile.Want('float16', causal=True, packed=True)\n"
               "        found += precompile.sources(*want.call(), precompile.absent_device('sm_90a'))\n"
+              "        for more in {}, {'bias': 'float16', 'sinks': 'float32'}, {'deterministic': True}, {'head_dim': 256, 'packed': True}:\n"
+              "            want = precompile.Want('float16', backward=True, **more)\n"
+              "            with contextlib.suppress(NotImplementedError):\n"
+              "                assert len(precompile.sources(*want.call(), precompile.absent_device('sm_90a'))) >= 3\n"
               "        print(*(source.key.split()[0] for source in found), {'numba', 'llvmlite'} & set(sys.modules))")
     said = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert said.stdout.splitlines() == [f"forward_{family} forward_{family} plan_packed set()" for family in gpu.FAMILIES], said.stderr
@@ -601,5 +623,5 @@ def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.Monke
     d, o, aligned = precompile.absent_device("sm_80"), call.operands, 1 << 20
     for q, out, expected in ((aligned, aligned, 1), (aligned + 16, aligned, 1), (aligned + 8, aligned, 2), (aligned, aligned + 8, 3)):
         moved = replace(call, operands=replace(o, q=replace(o.q, ptr=q)), out=replace(call.out, ptr=out))
-        gpu._prepared(moved, d, ("sm80",))
+        gpu._launch_of(moved, Listing(d), ("sm80",))
         assert len(made) == expected

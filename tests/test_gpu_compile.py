@@ -365,6 +365,7 @@ def test_float64_is_found() -> None:
 
 @pytest.mark.parametrize("line", ["ptxas info : (C7504) Potential Performance Loss: 'setmaxnreg' ignored",
                                   "ptxas info : (C7508) Potential Performance Loss", "ptxas info : (C7512) Potential Performance Loss",
+                                  "ptxas info : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized",
                                   "ptxas info : (C7519) Potential Performance Loss: wgmma.mma_async instructions are serialized",
                                   "ptxas . 8 bytes stack frame, 0 bytes spill stores", "ptxas . 0 bytes stack frame, 4 bytes spill stores"])
 def test_complaints_are_found(line: str) -> None:

@@ -11,7 +11,7 @@ from problems import Case
 
 import fastattn
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import DecodeConfig
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import workspace
 
@@ -40,16 +40,16 @@ def test_other_calls_are_not_split(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])
 def test_splits_cover_the_keys(keys: int) -> None:
-    for tiling in (DecodeConfig(16), DecodeConfig(32)):
+    for tiling in (DecodeConfig(keys=16), DecodeConfig(keys=32)):
         step = tiling.keys * tiling.warps
         for planes in (1, 8, 100, 132, 133, 1000, 100_000):
             count, each = launch_decode.split_keys(planes, keys, tiling, 132)
-            assert 1 <= count <= launch_decode.MOST_SPLITS and each % step == 0
+            assert 1 <= count <= MOST_SPLITS and each % step == 0
             assert (count - 1) * each < keys <= count * each
 
 
 def test_splits_fill_the_device() -> None:
-    for tiling in (DecodeConfig(16), DecodeConfig(32)):
+    for tiling in (DecodeConfig(keys=16), DecodeConfig(keys=32)):
         slots = 132 * tiling.blocks_per_sm
         for planes in (1, 2, 8, 32, 100, 132):
             blocks = planes * launch_decode.split_keys(planes, 65536, tiling, 132)[0]

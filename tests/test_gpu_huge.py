@@ -6,7 +6,6 @@ of a sum, equal keys have P = 1 each.
 """
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +25,7 @@ from gpu_emulator import Memory, emulated, replaced
 
 import fastattn
 from fastattn import UnsupportedError, buffers, gpu
-from fastattn.gpu import precompile
-from fastattn.gpu.rows import merge, preprocess
+from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.spec import FAR_LSE, LOG2E, BackwardCall, Spec, make_backward_spec
 from fastattn.gpu.tile import schedule, softmax
@@ -125,7 +123,7 @@ def test_lse_of_far_rows() -> None:
         memory.allow(view)
     problem, o = make_problem("test", Operands(*views[:1] * 3), packed=False)
     call = BackwardCall(problem, o, views[0], views[0], views[1], None, fastattn.Grads(*views[:1] * 3, None, None), False)
-    with emulated(memory), preprocess.preprocessed(call, make_backward_spec(call), precompile.absent_device("sm_90a"), 0) as rows:
+    with emulated(memory) as machine, rows_launch.preprocessed(call, make_backward_spec(call), machine.launcher("sm_90a"), 0) as rows:
         natural, log2 = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(at)).copy() for at in (rows.lse, rows.log2))
     np.testing.assert_array_equal(natural, [*lse[0, 0, :6], np.inf, np.nan, np.nan])
     np.testing.assert_allclose(log2, [0.5 * LOG2E, -2800 * LOG2E, *[FAR_LSE] * 3, 0, np.inf, np.nan, np.nan], rtol=1e-6)
@@ -139,10 +137,10 @@ def test_plan_of_lengths_that_lie(by_keys: bool) -> None:
     cu = np.tile(np.array([0, total], np.int64), batch // 2 + 1)[:batch + 1]
     blocks, memory = 50, Memory()
     memory.allow(buffers.view(cu, "test", "x"))
-    with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0, 0) as table, \
+    with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0) as table, \
             mock.patch.object(schedule, "SORTED", 0):
         lengths = [cu.ctypes.data, 8, cu.ctypes.data, 8, 0, 0]
-        machine.load(packed.plan_packed(False, block, by_keys), 0).launch(1, [table, *lengths, total, batch, heads, total, blocks], 0)
+        machine.load(packed.plan_packed(False, block, by_keys)).launch(1, [table, *lengths, total, batch, heads, total, blocks], 0)
         a = SimpleNamespace(table=table, batch=batch, num_heads=heads, num_heads_k=heads, head_group=1)
         spec = Spec("float32", 16, 16, packed=True)
         assert schedule.make_num_tiles(spec)(a) == blocks * heads
@@ -164,9 +162,8 @@ def test_merge_counts_infinite_lse_as_empty() -> None:
         memory, views = Memory(), [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
-        with emulated(memory), mock.patch.object(merge, "device", lambda n: SimpleNamespace(ordinal=n)), \
-                mock.patch.object(merge, "current", lambda d: contextlib.nullcontext()):
-            merge.merge_states(views[:2], views[2:4], views[4], views[5], 0)
+        with emulated(memory) as machine:
+            rows_launch.merge_states(views[:2], views[2:4], views[4], views[5], machine.launcher(), 0)
         expected[mark] = out, lse
     for x, y in zip(*expected.values(), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -1,10 +1,7 @@
 """merge_states on the GPU: its kernel compiled for every architecture and run in Python (gpu_emulator.py); with a GPU, torch's tensors."""
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +16,10 @@ from gpu_emulator import Memory, emulated
 
 import fastattn
 from fastattn import buffers
-from fastattn.gpu.rows import merge
+from fastattn.gpu.precompile import absent_device
+from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.runtime.launcher import Listing
 
 Array = np.ndarray[Any, Any]
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -30,7 +29,7 @@ EPS = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled(dtype: str, arch: str) -> None:
-    _, report = compiler.build(merge.source(dtype), arch)
+    _, report = compiler.build(rows_launch.merge_source(dtype), arch)
     assert compiler.complaints(report) == []
 
 
@@ -59,9 +58,8 @@ def test_in_python(dtype: str, count: int) -> None:
         views = [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
-        with emulated(memory) as machine, mock.patch.object(merge, "device", lambda n: SimpleNamespace(ordinal=n)), \
-                mock.patch.object(merge, "current", lambda d: contextlib.nullcontext()):
-            merge.merge_states(views[:count], views[count:2 * count], views[-2], views[-1], 0)
+        with emulated(memory) as machine:
+            rows_launch.merge_states(views[:count], views[count:2 * count], views[-2], views[-1], machine.launcher(), 0)
         assert machine.launched == [f"merge {dtype}"] * count
         expected, expected_lse = fastattn.merge_states(outs, lses, layout="thd" if len(shape) == 3 else "bshd")
         np.testing.assert_allclose(out.astype(np.float64), expected.astype(np.float64), rtol=EPS[dtype], atol=EPS[dtype])
@@ -72,7 +70,9 @@ def test_in_python(dtype: str, count: int) -> None:
 def test_nothing_to_do() -> None:
     empty = buffers.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
     lse = buffers.view(np.zeros((2, 3, 0), np.float32), "test", "x")
-    merge.merge_states([empty], [lse], empty, lse, 0)
+    launcher = Listing(absent_device("sm_90a"))
+    rows_launch.merge_states([empty], [lse], empty, lse, launcher, 0)
+    assert not launcher.sources
 
 
 @requires_gpu

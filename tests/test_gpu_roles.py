@@ -44,10 +44,10 @@ def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
     config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
     made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.block_m // 64, boxes), Memory()
-    arguments = launch_sm90.arguments_of(spec)
+    arguments = launch_sm90.forward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
-    with playing(made, memory), packed.table(call, config.block_m, 0, 0) as table:
+    with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         kernel, _ = edited(forward_sm90.make_forward, change)(spec, config)
         own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call)
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]

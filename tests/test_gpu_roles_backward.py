@@ -19,9 +19,10 @@ from gpu_roles_backward import BackwardPlay
 from test_gpu_roles import Sequence, view, whole
 
 from fastattn import Grads
-from fastattn.gpu.rows.preprocess import padded_rows
+from fastattn.gpu.rows.launch import padded_rows
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import backward as backward_sm90
+from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90.config import choose_backward as tiling
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.problem import Operands, make_problem, row_bounds
@@ -44,10 +45,11 @@ def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> li
     """A launch, block by block; `change` edits the kernel's text first."""
     spec = make_backward_spec(call)
     config, memory, made = replace(tiling(spec), **tuning), Memory(), []
-    arguments = backward_sm90.arguments_of(spec)
+    arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
-    with playing(BackwardPlay(config, 0, seed), memory), packed.table(call, 128, 0, 0, True) as table:
+    with (playing(BackwardPlay(config, 0, seed), memory) as machine,
+          packed.table(call, 128, machine.launcher(), 0, True) as table):
         heads = call.problem.num_heads_k
         tiles = packed.most_tiles(call, 128, True)
         own = ("q", "k", "v", "dout", "rows", 0, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads, 1.0, 0, 0, 0, 0)

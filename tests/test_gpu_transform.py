@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +27,7 @@ from fastattn.compat.multi_head import (
     transform_bias_rescale_qkv_backward,
 )
 from fastattn.cpu import transform as cpu_transform
-from fastattn.gpu.rows import transform
+from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import compile as compiler
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +43,7 @@ COMPILED = [("bfloat16", True, False, "sm_90a"), ("bfloat16", True, True, "sm_90
 @pytest.mark.parametrize(("dtype", "whole", "packed", "arch"), COMPILED)
 def test_compiled(dtype: str, whole: bool, packed: bool, arch: str) -> None:
     """No spill, no local memory, 16 bytes at a time where rows allow it, no float64 arithmetic but on float64."""
-    for source in (transform.transform_source(dtype, whole, packed), transform.transform_backward_source(dtype, whole, packed)):
+    for source in (rows_launch.transform_source(dtype, whole, packed), rows_launch.transform_backward_source(dtype, whole, packed)):
         _, report = compiler.build(source, arch)
         assert compiler.complaints(report) == [], source.key
         text = compiler.build(source, arch, output="ptx")[0].decode()
@@ -56,7 +54,7 @@ def test_compiled(dtype: str, whole: bool, packed: bool, arch: str) -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_the_sum_of_the_bias_is_compiled(dtype: str) -> None:
-    assert compiler.complaints(compiler.build(transform.sum_rows_source(dtype), "sm_90a")[1]) == []
+    assert compiler.complaints(compiler.build(rows_launch.sum_rows_source(dtype), "sm_90a")[1]) == []
 
 
 # ---------------------------------------------------------------- without a GPU: the kernels in Python
@@ -65,8 +63,7 @@ def in_python(*arrays: Array) -> Any:
     memory = Memory()
     for x in arrays:
         memory.allow(buffers.view(x, "test", "x"))
-    with emulated(memory) as machine, mock.patch.object(transform, "device", lambda n: SimpleNamespace(ordinal=n)), \
-            mock.patch.object(transform, "current", lambda d: contextlib.nullcontext()):
+    with emulated(memory) as machine:
         yield machine
 
 
@@ -117,8 +114,8 @@ def test_in_python(name: str, packed: bool) -> None:
     scale = dim**-0.5
     with in_python(qkv, bias, cu, *heads_, *grads, dqkv, dbias) as machine:
         length_view = views(cu)[0] if packed else None
-        transform.forward(*views(qkv, bias), length_view, *views(*heads_), scale, 0)
-        transform.backward(*views(*grads), length_view, *views(dqkv, dbias), scale, 0)
+        rows_launch.transform(*views(qkv, bias), length_view, *views(*heads_), scale, machine.launcher(), 0)
+        rows_launch.transform_backward(*views(*grads), length_view, *views(dqkv, dbias), scale, machine.launcher(), 0)
     assert [key.split()[0] for key in machine.launched] == ["transform", "transform_backward", "sum_rows"]
     assert all(("whole" in key) == vectors for key in machine.launched[:2]), machine.launched
     for got, expected in zip((*heads_, dqkv, dbias), (*real[0], *real[1]), strict=True):
@@ -133,8 +130,8 @@ def test_many_rows_in_python() -> None:
     out = [aligned((2, heads, T, dim), np.float32) for _ in range(3)]
     dqkv, dbias = aligned(qkv.shape, np.float32), aligned(bias.shape, np.float32)
     with in_python(qkv, bias, *out, dqkv, dbias):
-        transform.forward(*views(qkv, bias), None, *views(*out), 0.25, 0)
-        transform.backward(*views(*out), None, *views(dqkv, dbias), 0.25, 0)
+        rows_launch.transform(*views(qkv, bias), None, *views(*out), 0.25, machine.launcher(), 0)
+        rows_launch.transform_backward(*views(*out), None, *views(dqkv, dbias), 0.25, machine.launcher(), 0)
     exact = split(wide(qkv) + wide(bias), heads) * factors(dim)
     for x, e in zip(out, exact, strict=True):
         np.testing.assert_allclose(x, e, rtol=1e-6, atol=1e-6)

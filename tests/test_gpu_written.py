@@ -4,8 +4,8 @@ empty grid. Kernels on plain threads run in Python (gpu_emulator.py) on memory t
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,10 +24,9 @@ from test_gpu_backward_plan import run
 import fastattn
 from fastattn import UnsupportedError, buffers, gpu, streams
 from fastattn.gpu import precompile
-from fastattn.gpu.rows import postprocess
+from fastattn.gpu.rows.launch import dbias_sums
 from fastattn.gpu.runtime import compile, workspace
-from fastattn.gpu.simt import launch as launch_simt
-from fastattn.gpu.sm80 import backward as backward_sm80
+from fastattn.gpu.runtime.launcher import Listing
 from fastattn.gpu.spec import Call, Spec, make_spec
 from fastattn.gpu.tile import gradients
 from fastattn.problem import Operands, make_problem
@@ -69,8 +68,8 @@ def emulated_forward(inputs: Inputs) -> tuple[Any, Any]:
     for x in (*(getattr(o, name) for name in o.__slots__), call.out, call.lse):
         memory.allow(x)
     if out.size:
-        with emulated(memory):
-            launch_simt.prepare(call, make_spec(problem, o, True), precompile.absent_device("sm_80"))(call, 0)
+        with emulated(memory) as machine:
+            gpu.family("simt").prepare(call, make_spec(problem, o, True), machine.launcher())(call, 0)
     return out, lse
 
 
@@ -113,17 +112,18 @@ def test_no_launch_of_an_empty_grid() -> None:
 
 def test_empty_dbias_needs_no_sums() -> None:
     empty = np.empty((1, 2, 0, 5), np.float32)
-    with replaced(("postprocess",), {"temporary": None, "clear": None, "load_kernel": None}), \
-            postprocess.dbias_sums(view(empty), SimpleNamespace(ordinal=0), 0) as sums:       # type: ignore[arg-type]
+    launcher = Listing(precompile.absent_device("sm_90a"))
+    with mock.patch.object(launcher, "temporary") as temporary, dbias_sums(view(empty), launcher, 0) as sums:
         assert sums == (0, 0, 0, 0)
+    assert not temporary.called and not launcher.sources
 
 
 def test_tensor_cores_refuse_what_has_no_query() -> None:
     call, _ = precompile.Want("float16", 64, backward=True).call()
     q = replace(call.operands.q, shape=(4, 4096, 0, 64))
     nothing = replace(call, operands=replace(call.operands, q=q))
-    assert backward_sm80.refuses(call, precompile.absent_device("sm_80")) is None
-    assert backward_sm80.refuses(nothing, precompile.absent_device("sm_80")) == "there are no query rows"
+    assert gpu.family("sm80").refuses(call, precompile.absent_device("sm_80")) is None
+    assert gpu.family("sm80").refuses(nothing, precompile.absent_device("sm_80")) == "there are no query rows"
 
 
 # ---------------------------------------------------------------- on a device

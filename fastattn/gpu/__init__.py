@@ -1,19 +1,15 @@
-"""The GPU engine: Numba kernels in three families, and the choice between them.
+"""The GPU engine: Numba kernels in three families, and the choice between them. README.md is the map.
 
-Reading order: spec.py (what is compiled), forward_simt.py (threads), forward_sm80.py (tensor cores), forward_sm90.py (asynchrony),
-forward_decode.py (few queries, whose keys are split); each meets the same helpers: mask, scores, softmax, dropout, schedule. Then
-preprocess.py and backward_*.py, in the same order. launch_*.py say what each forward takes and launch it; compile.py makes machine code,
-cache.py keeps it.
+A call is a Problem and where its operands are (spec.Call, spec.BackwardCall). The first family in use that does not refuse it runs it:
+its launch.py enqueues the kernels, which runtime/ compiles, keeps in the disk cache and loads.
 """
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 from contextlib import AbstractContextManager
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, Protocol
 
 from ..buffers import Grads, View
 from ..engine import FAMILIES
@@ -21,9 +17,13 @@ from ..errors import refused
 from ..memo import Recent
 from ..problem import Operands, Problem
 from ..registry import families_in_use, use_engine
-from .runtime.compile import late
+from .rows import launch as rows
 from .runtime.device import Device, current, device
-from .runtime.packed import most_tiles
+from .runtime.launcher import Launcher, on_device
+from .runtime.packed import MOST_BLOCKS, most_tiles
+from .simt import launch as simt
+from .sm80 import launch as sm80
+from .sm90 import launch as sm90
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
 
 # looked for, not imported: a kernel in the cache needs neither. The api says what to install where one is missing.
@@ -31,7 +31,28 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
-__all__ = ["FAMILIES", "backward", "choose", "family", "forward", "merge_states", "prepare", "refuses", "use"]
+__all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare", "refuses", "use"]
+
+
+class Family(Protocol):
+    """What a family's launch.py has. None of it imports Numba where the kernels are in the cache."""
+
+    def refuses(self, call: AnyCall, d: Device) -> str | None:
+        """None, or why the family does not run the call."""
+
+    def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
+        """What enqueues this forward, or one that differs in addresses of the same alignment only."""
+
+    def backward(self, call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
+        """Enqueue the kernels of this backward."""
+
+
+_FAMILIES: dict[str, Family] = {"sm90": sm90, "sm80": sm80, "simt": simt}
+
+
+def family(which: str) -> Family:
+    """The kernel family of this name."""
+    return _FAMILIES[which]
 
 
 def use(*families: str) -> AbstractContextManager[None]:
@@ -42,56 +63,41 @@ def use(*families: str) -> AbstractContextManager[None]:
     return use_engine(*families, "cpu")
 
 
-@functools.cache
-def family(which: str, direction: str = "forward") -> Any:
-    """The module that launches a kernel family in one direction. It has refuses(call, device) -> reason or None. Forward, prepare(call,
-    spec, device) gives a launch(call, stream); backward, there is launch(call, spec, device, stream)."""
-    try:
-        return importlib.import_module(f".{which}.{'launch' if direction == 'forward' else direction}", __name__)
-    except ImportError as error:        # Numba is there and does not load, say beside a newer NumPy
-        raise ImportError(f"the {direction} of {which} cannot be loaded ({error}); it needs numba-cuda and cuda-core: "
-                          "pip install 'fastattn[gpu]'.") from error
-
-
 def refuses(which: str, call: AnyCall, d: Device) -> str | None:
-    """None, or why a kernel family does not take the call."""
+    """None, or why a kernel family does not run the call."""
     tiles = most_tiles(call, 64)
-    if tiles >= 2**31:
+    if tiles > MOST_BLOCKS:
         return f"it has {tiles} tiles of 64 query rows, over 2**31 - 1"
-    return family(which, _direction(call)).refuses(call, d)  # type: ignore[no-any-return]
+    return _FAMILIES[which].refuses(call, d)
 
 
-def _direction(call: AnyCall) -> str:
-    return "backward" if isinstance(call, BackwardCall) else "forward"
-
-
-def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Any:
-    """The module of the first of `families` (None: those of use_engine) that takes the call; UnsupportedError says why none does."""
+def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
+    """The first of `families` (None: those of use_engine) that runs the call. UnsupportedError says why none does."""
     reasons = {}
     for which in families or families_in_use():
         reason = refuses(which, call, d)
         if reason is None:
-            return family(which, _direction(call))
+            return _FAMILIES[which]
         reasons[which] = reason
     raise refused(call.problem.call, reasons, f" on {d.name} ({d.arch})")
 
 
+# ---------------------------------------------------------------- calls
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int, families: tuple[str, ...] = FAMILIES) -> None:
-    """Enqueues writing out, and lse where wanted, on `stream`. Rows of a packed output that belong to no sequence become 0 and -inf."""
-    d = device(out.device[1])
+    """Enqueue writing out, and lse if it is wanted. Rows of a packed output that belong to no sequence become 0 and -inf."""
     if 0 in out.shape and (lse is None or 0 in lse.shape):
         return
-    call = Call(problem, operands, out, lse)
-    with current(d):
-        _prepared(call, d, families)(call, stream)
+    launcher, call = on_device(out.device[1]), Call(problem, operands, out, lse)
+    with current(launcher.device):
+        _launch_of(call, launcher, families)(call, stream)
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, families: tuple[str, ...] = FAMILIES) -> Any:
     """What `forward` does with such operands at any addresses of their alignment: a function of operands, out, lse and stream."""
-    d = device(out.device[1])
     if 0 in out.shape:
         return None
-    launch = _prepared(Call(problem, operands, out, lse), d, families)
+    launcher = on_device(out.device[1])
+    launch, d = _launch_of(Call(problem, operands, out, lse), launcher, families), launcher.device
 
     def run(operands: Operands, out: View, lse: View | None, stream: int) -> None:
         with current(d):
@@ -99,52 +105,57 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, f
     return run
 
 
+def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: int,
+             deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
+    """Enqueue writing the gradients. Rows of no sequence and keys past seqused_k get gradients 0."""
+    launcher = on_device(dout.device[1])
+    call = BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic)
+    with current(launcher.device):
+        _launch_of(call, launcher, families)(call, stream)
+
+
+def merge_states(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
+    """rows.launch.merge_states on the device of `out`."""
+    launcher = on_device(out.device[1])
+    with current(launcher.device):
+        rows.merge_states(outs, lses, out, lse, launcher, stream)
+
+
+# ---------------------------------------------------------------- what is remembered
 _launches: Recent[Any, tuple[Problem, Launch]] = Recent()
 
 
-def _prepared(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
-    """The chosen family's launch, remembered for a Problem that the api knows again, where only addresses may differ: 25 us."""
-    p, o, out = call.problem, call.operands, call.out
+def _launch_of(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> Launch:
+    """What enqueues the call: remembered for plain operands, where only addresses may differ next time. That saves 25 us.
+
+    The key has the Problem's id, because hashing a Problem takes longer than all the rest. That is safe: an entry holds its Problem, so no
+    other can have the same id while the entry is there, and `is` finds out when the entry is another Problem's.
+    """
+    p, o = call.problem, call.operands
     if not o.plain:
-        return _prepare(call, d, families)
-    key = (id(p), d.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, out.ptr % 16,
-           call.lse is None, families)
+        return _prepare(call, launcher, families)
+    key: tuple[Any, ...]
+    if isinstance(call, Call):
+        out = call.out
+        key = (id(p), launcher.device.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16,
+               out.ptr % 16, call.lse is None, families)
+    else:
+        g = call.grads
+        views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
+        key = (id(p), launcher.device.ordinal, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16, call.deterministic,
+               families)
     found = _launches.get(key)
     if found is None or found[0] is not p:
-        found = _launches[key] = p, _prepare(call, d, families)
+        found = _launches[key] = p, _prepare(call, launcher, families)
     return found[1]
 
 
-def _prepare(call: Call, d: Device, families: tuple[str, ...]) -> Launch:
-    spec = make_spec(call.problem, call.operands, call.lse is not None)
-    return choose(call, d, families).prepare(call, spec, d)  # type: ignore[no-any-return]
+def _prepare(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> Launch:
+    chosen = choose(call, launcher.device, families)
+    if isinstance(call, Call):
+        return chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)
+    spec = make_backward_spec(call)
 
-
-merge_states = late("rows.merge", "merge_states")     # outs, lses, out, lse, stream
-
-
-_choices: Recent[Any, tuple[Problem, Any, Spec]] = Recent()
-
-
-def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: int,
-             deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
-    """Enqueues writing the gradients on `stream`. Rows of no sequence and keys past seqused_k get gradients 0."""
-    d = device(dout.device[1])
-    call = BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic)
-    with current(d):
-        module, spec = _chosen_backward(call, d, families)
-        module.launch(call, spec, d, stream)
-
-
-def _chosen_backward(call: BackwardCall, d: Device, families: tuple[str, ...]) -> tuple[Any, Spec]:
-    """choose and make_backward_spec, remembered as in _prepared."""
-    p, o, g = call.problem, call.operands, call.grads
-    if not o.plain:
-        return choose(call, d, families), make_backward_spec(call)
-    views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
-    pointers = reduce(or_, (x.ptr for x in views))
-    key = (id(p), d.ordinal, *(x.strides for x in views), pointers % 16, call.deterministic, families)
-    found = _choices.get(key)
-    if found is None or found[0] is not p:
-        found = _choices[key] = p, choose(call, d, families), make_backward_spec(call)
-    return found[1], found[2]
+    def launch(call: BackwardCall, stream: int) -> None:
+        chosen.backward(call, spec, launcher, stream)
+    return launch

@@ -1,26 +1,26 @@
-"""What the families' tilings share: limits of architectures, and how many registers a problem's features take."""
+"""What the families' tilings share: how many registers a problem's features take, and where sequences count as short or long."""
 from __future__ import annotations
 
 from .spec import Spec
 
-SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_120": 99}      # KiB a block may ask for
+SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
 
 
 def num_features(spec: Spec) -> int:
-    """Of those that take registers."""
+    """Number of features that take registers."""
     return spec.dropout + spec.softcap + spec.mask + (spec.alibi is not None) + (spec.bias is not None)
 
 
 def feature_weight(spec: Spec) -> int:
-    """0: features cost no registers to speak of, 1: one value more for every score, 2: several."""
+    """0: the features take next to no registers. 1: one more value for every score. 2: several."""
     values = spec.dropout + spec.mask + (spec.bias is not None) * (1 if spec.bias_pairs else 2)
     return 0 if values == 0 else 1 if values + spec.softcap + (spec.alibi is not None) <= 2 else 2
 
 
-SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
-
-
 def squeeze(spec: Spec, pieces: int = 1) -> int:
-    """For a bias beside a mask, whose elements take more registers than there are: 4 to 72 bytes would spill. Packing them takes
-    arithmetic, which the one or the other alone does without."""
+    """Pieces in which elements of bias and mask are packed; 0: they are not.
+
+    A bias and a mask together take more registers than there are: 4 to 72 bytes would spill. Packing costs arithmetic, so either alone
+    stays unpacked.
+    """
     return pieces if spec.mask and spec.bias is not None else 0

@@ -1,41 +1,34 @@
-"""Kernels compiled ahead of use, for the device here or for an architecture that is elsewhere; nothing here needs a GPU or a driver.
+"""Compile kernels ahead of use, for the device here or for another architecture. Nothing here needs a GPU or a driver.
 
 A `Want` is a call without memory, forward or backward. Its kernels are found the way a real call finds them (make_problem, choose, the
-family's table), so what is put into the cache is what calls will look up.
+family's launch), so the cache gets exactly the entries that calls will look up.
 """
 from __future__ import annotations
 
-import contextlib
-import importlib
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from .. import gpu
 from ..buffers import ITEMSIZE, Grads, View, contiguous
 from ..problem import Operands, make_problem
-from . import config
 from .runtime import cache
 from .runtime import compile as compiler
-from .runtime.device import ARCHITECTURES, Device
-from .runtime.packed import plan_packed
+from .runtime.arch import ARCHITECTURES
+from .runtime.device import Device, device
+from .runtime.launcher import Listing
 from .spec import AnyCall, BackwardCall, Call, Spec, make_backward_spec, make_spec
 
-PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_120": 170}     # of A100, A10, L40, H100, RTX 5090
 HERE = ("cuda", 0)
-# modules that launch kernels of a backward, beside a family's own
-SHARED = "rows.preprocess", "rows.postprocess", "simt.dbias", "sm90.backward_dq", "sm90.backward_wide"
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A call, as far as it changes which kernel runs. alibi, bias and sinks are their operand's dtype; None where absent."""
+    """The properties of a call that decide which kernels run. alibi, bias and sinks are their operand's dtype, None if absent."""
 
     dtype: str = "bfloat16"
     head_dim: int = 128
@@ -62,7 +55,7 @@ class Want:
     deterministic: bool = False
 
     def call(self) -> tuple[AnyCall, Spec]:
-        """The call with addresses that are never used."""
+        """The call and its Spec, with addresses that are never used."""
         dim_v, heads_k = self.head_dim_v or self.head_dim, self.num_heads_k or self.num_heads
         keys = self.seqlen_q if self.seqlen_k is None else self.seqlen_k
         rows: tuple[int, ...] = (self.batch * self.seqlen_q,) if self.packed else (self.batch, self.seqlen_q)
@@ -93,56 +86,32 @@ class Want:
         return call, make_backward_spec(call)
 
 
-def absent_device(arch: str) -> Device:
-    """A device of this architecture, as far as choosing kernels needs one."""
-    return Device(0, arch, PROCESSORS[arch], config.SHARED_MEMORY[arch] * 1024, f"a device of {arch}", 0)
-
-
-_replacing = threading.Lock()
+def absent_device(name: str) -> Device:
+    """A device of the architecture `name` ("sm_90a"), as far as choosing kernels needs one."""
+    arch = ARCHITECTURES[name]
+    return Device(0, name, arch.processors, arch.shared_memory * 1024, f"a device of {name}", 0)
 
 
 def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
-    """All kernels that the call launches, found by launching it without a device. UnsupportedError where no family in use takes it.
+    """All kernels that the call launches, in order: it is launched with a launcher that only lists them.
 
-    What a launch asks for is replaced in the family's module and the shared ones: kernels are noted, not loaded, addresses are 0. Only
-    for this thread: others go on launching.
+    Raises
+    ------
+    UnsupportedError
+        No family in use runs the call.
     """
-    module, found, this = gpu.choose(call, d), list[compiler.Source](), threading.get_ident()
-
-    def note(source: compiler.Source, ordinal: int) -> Any:
-        found.append(source)
-        return SimpleNamespace(launch=lambda *_: None)
-
-    @contextlib.contextmanager
-    def table(call: AnyCall, block: int, ordinal: int, stream: int, by_keys: bool = False) -> Iterator[int]:
-        if call.problem.packed:
-            found.append(plan_packed(call.problem.seqused_k, block, by_keys))
-        yield 0
-
-    absent = {"load_kernel": note, "table": table, "tensor_maps": lambda boxes, *_: [0] * len(boxes),
-              "row_map": lambda *_: 0, "counter": lambda *_: 0, "arrivals": lambda *_: 0, "capturing": lambda *_: False,
-              "clear": lambda *_: None, "temporary": lambda *_: contextlib.nullcontext(0)}
-
-    def replaced(original: Any, replacement: Any) -> Any:
-        return lambda *values, **more: (replacement if threading.get_ident() == this else original)(*values, **more)
-    with _replacing, contextlib.ExitStack() as stack:
-        shared = ("decode.launch",) if isinstance(call, Call) else SHARED
-        for where in (module, *(importlib.import_module(f".{name}", __package__) for name in shared)):
-            for name in absent.keys() & vars(where).keys():
-                original = getattr(where, name)
-                stack.callback(setattr, where, name, original)
-                setattr(where, name, replaced(original, absent[name]))
-        if isinstance(call, Call):
-            module.prepare(call, spec, d)(call, 0)
-        else:
-            module.launch(call, spec, d, 0)
-    return found
+    family, launcher = gpu.choose(call, d), Listing(d)
+    if isinstance(call, Call):
+        family.prepare(call, spec, launcher)(call, 0)
+    else:
+        family.backward(call, spec, launcher, 0)
+    return launcher.sources
 
 
 # ---------------------------------------------------------------- many at once
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What became of one kernel: `error` is None when its machine code is in the cache."""
+    """The result of compiling one kernel: `error` is None when its machine code is in the cache."""
 
     key: str
     arch: str
@@ -151,7 +120,7 @@ class Built:
 
 
 def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
-    """In a worker process: the kernels of one call into the cache."""
+    """In a worker process: compile the kernels of one call into the cache."""
     results = []
     try:
         with gpu.use(*families):
@@ -162,7 +131,7 @@ def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
         start, failed = time.perf_counter(), None
         try:
             failed = None if compiler.cached(source, arch) else "the cache does not keep it: the log says why"
-        except Exception as error:       # whatever the compilers raise belongs to this kernel; the others go on
+        except Exception as error:       # whatever the compilers raise concerns this kernel only
             failed = f"{type(error).__name__}: {error}"
         results.append(Built(source.key, arch, time.perf_counter() - start, failed))
     return results
@@ -170,7 +139,7 @@ def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
 
 def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, ...] = gpu.FAMILIES,
               processes: int | None = None) -> Iterator[list[Built]]:
-    """Compile the kernels of every Want for every architecture in parallel processes; one list a Want, as they finish."""
+    """Compile the kernels of every Want for every architecture in parallel processes. Yields one list for each of these, as they finish."""
     jobs = [(want, arch, families) for want in wants for arch in archs]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(processes or usable, len(jobs))
@@ -180,7 +149,7 @@ def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, 
 
 
 # ---------------------------------------------------------------- the command
-# what a call may have besides its masks by position, as a Want says it: one list, for the command and for what draws kernels at random
+# score features as keywords of a Want: one list, for the command and for the tests that draw kernels at random
 SCORE_FEATURES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": True}, "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"},
     "mask": {"mask": True}, "bias": {"bias": "float32"},
@@ -190,31 +159,23 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_arch(text: str) -> str:
-    """"sm_90a" of sm_90a, sm_90, 90 or 9.0. ValueError for what kernels are not compiled for."""
-    arch = "sm_" + text.strip().lower().removeprefix("sm_").replace(".", "").rstrip("af")
-    arch += "a" if arch == "sm_90" else ""
-    if arch not in PROCESSORS:
-        raise ValueError(f"--arch {text}: kernels are compiled for {', '.join(ARCHITECTURES)}.")
-    return arch
-
-
 def arch_here() -> str:
-    """Of device 0. LookupError where there is none, or no driver."""
-    from .runtime.device import device
+    """The architecture of device 0. LookupError: there is no device, or no driver."""
     try:
         return device(0).arch
     except RuntimeError as error:
         raise LookupError(f"no CUDA device here ({error}); name an architecture: --arch sm_90a.") from error
 
 
-LENGTHS = 512, 2048, 4096, 16384      # of dense calls: tiles are chosen by length
+LENGTHS = 512, 2048, 4096, 16384      # keys of dense calls: tiles are chosen by length
 DECODE: dict[str, Any] = {"seqlen_q": 1, "seqlen_k": 4096, "num_heads_k": 4}
 
 
 def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable[str]) -> list[Want]:
-    """Dense and packed calls with each feature, forward ones with lse and without, and of one query. A feature is a name of FEATURES, or
-    several with '+'."""
+    """Dense and packed calls with each feature; forward calls with lse and without, and with one query.
+
+    A feature is a name of FEATURES, or several joined by "+". ValueError: unknown name.
+    """
     wants = []
     for feature in features:
         unknown = [name for name in feature.split("+") if name not in FEATURES]
@@ -232,7 +193,7 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
 
 
 def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built]]:
-    """With tqdm's bar where it is installed, else a counted line each."""
+    """Pass the results on and show progress: tqdm's bar where it is installed, else a numbered line for each."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -244,7 +205,7 @@ def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built
 
 
 def command(archs: list[str], head_dims: list[int], dtypes: list[str], features: list[str], processes: int | None) -> int:
-    """`python -m fastattn precompile`: the exit status, 1 where a kernel failed. ValueError: unknown features, a refused folder."""
+    """`python -m fastattn precompile`: the exit status, 1 if a kernel failed. ValueError: unknown features, a refused folder."""
     wants, folder = wants_of(head_dims, dtypes, features), cache.folders()[-1]
     refusal = cache.refusal(folder)
     if refusal:

@@ -109,7 +109,7 @@ def make_backward_spec(c: BackwardCall) -> Spec:
 
 
 AnyCall = Call | BackwardCall
-Launch = Callable[[Call, int], None]      # of a call and a stream
+Launch = Callable[[Any, int], None]       # enqueues a call of the kind that it was prepared for, on a stream
 Values = Callable[[AnyCall], tuple[Any, ...]]
 _VIEWS: dict[str, Callable[[Any], View]] = {
     **{name: attrgetter(f"operands.{name}") for name in ("q", "k", "v")}, **{name: attrgetter(name) for name in ("out", "dout")},

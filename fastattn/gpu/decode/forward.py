@@ -27,8 +27,7 @@ from ..tile.scores import make_score
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine
-from .config import DecodeConfig
-from .launch import MOST_SPLITS, ROWS
+from .config import MOST_SPLITS, ROWS, DecodeConfig
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:

@@ -6,24 +6,13 @@ up to 1, and their lse. The first finds none, the last rounds.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 from numba import cuda, float32, float64, int32, int64, uint64
 
-from ...buffers import View
-from ...errors import UnsupportedError
 from ..dsl.inline import divide, inline
 from ..ptx.scalar import load_if, store
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import current, device
-from ..runtime.workspace import temporary
-
-THREADS = 128
-FIELDS = ("part:l part_batch:q part_row:q part_head:q part_dim:q part_lse:l part_lse_batch:q part_lse_head:q part_lse_row:q "
-          "sum:l sum_lse:l out:l out_batch:q out_row:q out_head:q out_dim:q lse:l lse_batch:q lse_head:q lse_row:q "
-          "first:i last:i rows:i heads:i dim:i")
+from .config import MERGE_THREADS as THREADS
 
 
 def make_add_part(dtype: str) -> Any:
@@ -73,31 +62,3 @@ def make_add_part(dtype: str) -> Any:
             else:
                 put_real(uint64(int64(a.sum_lse) + int64(line) * SIZE), lse)
     return kernel
-
-
-@cache
-def source(dtype: str) -> Source:
-    fields = tuple((name, letter) for name, _, letter in (field.partition(":") for field in FIELDS.split()))
-    return Source(f"merge {dtype}", lambda: (make_add_part(dtype), 0), fields, THREADS)
-
-
-def merge_states(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
-    """Enqueues writing out (batch, rows, heads, dim) and lse (batch, heads, rows) from parts of the same shapes, or without the axis of
-    the batch."""
-    shape = (1,) * (4 - len(out.shape)) + out.shape
-    lines, real = math.prod(shape[:3]), lse.itemsize
-    if lines >= 2**31:
-        raise UnsupportedError(f"merge_states(): {lines} rows, more than 2**31 - 1.")
-    if 0 in shape[:3]:
-        return
-
-    def strides(x: View, axes: int) -> tuple[int, ...]:
-        return (0,) * (axes - len(x.strides)) + x.strides
-    d, out_bytes = device(out.device[1]), lines * shape[3] * real
-    with current(d), temporary(out_bytes + lines * real, d.ordinal, stream) as memory:
-        kernel = load_kernel(source(out.dtype), d.ordinal)
-        result = out.ptr, *strides(out, 4), lse.ptr, *strides(lse, 3)
-        for n, (part, part_lse) in enumerate(zip(outs, lses, strict=True)):
-            values = [part.ptr, *strides(part, 4), part_lse.ptr, *strides(part_lse, 3), memory, memory + out_bytes, *result, int(n == 0),
-                      int(n == len(outs) - 1), *shape[1:]]
-            kernel.launch(lines, values, stream)

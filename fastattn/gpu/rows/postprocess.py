@@ -5,29 +5,19 @@ piece, in registers the fragment that was stored, and writes rows of dq. dbias: 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint64
 
-from ...buffers import View
 from ..dsl.inline import divide
 from ..ptx.memory import load_f32
 from ..ptx.mma import load_sums
 from ..ptx.scalar import store
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device
-from ..runtime.workspace import clear, temporary
-from ..spec import Arguments, BackwardCall, Spec, whole_chunks
+from ..spec import Spec
 from ..tile.fragments import make_pack, scale_rows, store_rows, store_whole_rows
 from ..tile.gradients import PIECE
-from .preprocess import Rows, make_row_at, num_lines
-
-THREADS = 256
-OWN = "accum:l rows:i pieces:q grad_scale:f cu_seqlens_q:l q_step:q"
+from .config import ROUND_THREADS as THREADS
+from .preprocess import make_row_at
 
 
 def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
@@ -61,24 +51,6 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
     return kernel
 
 
-@lru_cache(maxsize=256)
-def _round(spec: Spec, dim: int, vector: int, whole: bool) -> tuple[Source, Arguments]:
-    arguments = Arguments(spec, OWN, ("dq",))
-    key = f"round_dq {spec.text} dim {dim}" + " vector" * vector + " whole" * whole
-    return Source(key, lambda: (make_round(spec, dim, vector, whole), 0), arguments.fields, THREADS), arguments
-
-
-def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, d: Device, stream: int, vector: bool = True) -> None:
-    """Enqueue writing grads.dq from the sums in `rows.accum`."""
-    cu, dq = call.operands.cu_seqlens_q, call.grads.dq
-    pieces = num_lines(call) * rows.count * dim // 1024
-    if pieces:
-        source, arguments = _round(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
-                                   whole_chunks(dq) and dq.shape[-1] == dim)
-        own = (rows.accum, rows.count, pieces, call.problem.score.softmax_scale, *((cu.ptr, cu.strides[0]) if cu else (0, 0)))
-        load_kernel(source, d.ordinal).launch(-(-pieces // (THREADS // 32)), arguments.values(call, own), stream)
-
-
 # ---------------------------------------------------------------- dbias
 def make_round_dbias(dtype: str) -> Any:
     """The kernel: a block writes one row (batch, head, row) of dbias."""
@@ -95,26 +67,3 @@ def make_round_dbias(dtype: str) -> Any:
         for col in range(int32(cuda.threadIdx.x), a.bias_cols, THREADS):
             put(uint64(to + col * a.dbias_col), load_f32(uint64(source + 4 * int64(col))))
     return kernel
-
-
-@cache
-def _round_dbias(dtype: str) -> Source:
-    fields = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
-    return Source(f"round_dbias {dtype}", lambda: (make_round_dbias(dtype), 0),
-                  tuple((name, letter) for name, _, letter in (field.partition(":") for field in fields.split())), THREADS)
-
-
-@contextmanager
-def dbias_sums(x: View | None, d: Device, stream: int) -> Iterator[tuple[int, int, int, int]]:
-    """(address, batch, head and row strides in bytes) of zeroed float32 sums of dbias's shape, strides 0 along axes of length 1; they are
-    rounded to x by work enqueued at the end of the `with`. Zeros where x is None or has no element."""
-    if x is None or 0 in x.shape:
-        yield 0, 0, 0, 0
-        return
-    batch, heads, rows, cols = x.shape
-    size = 4 * batch * heads * rows * cols
-    with temporary(size, d.ordinal, stream) as memory:
-        clear(memory, size, stream)
-        yield memory, 4 * heads * rows * cols * (batch > 1), 4 * rows * cols * (heads > 1), 4 * cols
-        values = [memory, heads, rows, cols, x.ptr, *x.strides]
-        load_kernel(_round_dbias(x.dtype), d.ordinal).launch(batch * heads * rows, values, stream)

@@ -15,63 +15,25 @@ units of log2, far rows have FAR_LSE: gradients.py says why. dsinks, too, needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint64
 
-from ...buffers import ITEMSIZE, View
+from ...buffers import ITEMSIZE
 from ..dsl.inline import divide, inline
 from ..ptx.memory import store_zero16
 from ..ptx.scalar import load_chunk, load_if, store
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device
-from ..runtime.tensormap import row_map
-from ..runtime.workspace import temporary
-from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, AnyCall, Arguments, BackwardCall, Spec, whole_chunks
+from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, Spec
 from ..tile.scalar import WARP, compute_of
 from ..tile.schedule import length_at
+from .config import PADDING, SINK_THREADS
+from .config import PREPROCESS_ROWS as BLOCK_ROWS
+from .config import PREPROCESS_THREADS as THREADS
 
-PADDING = 128               # rows: tiles of 128, 64, 32 and 16 fit
-THREADS = 256
-BLOCK_ROWS = PADDING        # of a block of the grid: long enough that starting it costs little, and of one sequence
 ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Addresses of lse, delta and, where asked for, of lse in units of log2 and of the zeroed float32 sums of dq (lines, count, accum_dim);
-    `count` rows a line."""
-
-    lse: int
-    log2: int
-    delta: int
-    accum: int
-    count: int
-
-    def map(self, call: AnyCall, block_m: int, d: Device, captured: bool) -> int:
-        """The tensor map of float32 lse in units of log2 (line 0) and delta (line 1), for boxes of block_m rows."""
-        return row_map(self.log2, self.count * num_lines(call), self.delta - self.log2, block_m, d.ordinal, captured)
-
-
 # ---------------------------------------------------------------- where rows are
-def padded_rows(call: AnyCall) -> int:
-    """Rows of a line."""
-    p = call.problem
-    if p.packed:
-        return ((p.total_q or 0) + PADDING * (p.batch + 1)) // PADDING * PADDING
-    return -(-p.seqlen_q // PADDING) * PADDING
-
-
-def num_lines(call: AnyCall) -> int:
-    p = call.problem
-    return p.num_heads * (1 if p.packed else p.batch)
-
-
 def make_padded_start(PADDING: int) -> Any:
     """padded_start(q_start, batch): the row of a line where a packed sequence starts. Neighbours never meet: the next one starts at
     least PADDING later than the last multiple of it before this one's end."""
@@ -118,10 +80,6 @@ def make_row_at(spec: Spec) -> Any:
 
 
 # ---------------------------------------------------------------- delta and lse
-OWN = ("out_lse:l out_log2:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
-       "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
-
-
 def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool) -> Any:
     """The kernel. A block takes BLOCK_ROWS rows of a line; neighbouring lanes share a row, 16 bytes each at a time when WHOLE: rows of
     dout and out are aligned pieces of 16 bytes."""
@@ -212,49 +170,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
     return kernel
 
 
-def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
-    """Pointer, batch, head and row strides of lse or dlse."""
-    if x is None:
-        return 0, 0, 0, 0
-    return (x.ptr, 0, *x.strides) if packed else (x.ptr, *x.strides)  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=256)
-def _preprocess(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool) -> tuple[Source, Arguments]:
-    arguments = Arguments(spec, OWN, ("dout", "out"))
-    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum
-    return Source(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0), arguments.fields, THREADS), arguments
-
-
-@contextmanager
-def preprocessed(call: BackwardCall, spec: Spec, d: Device, stream: int, log2: bool = True, accum_dim: int = 0) -> Iterator[Rows]:
-    """Enqueue the kernel; its results, and `accum_dim` zeroed columns of float32 a row, are there for work enqueued inside the `with`.
-
-    log2: for kernels that take exp2(s * log2_scale - lse), with lse in units of log2, instead of exp(s - lse).
-    """
-    p, o = call.problem, call.operands
-    rows, lines = padded_rows(call), num_lines(call)
-    size = 8 if p.dtype == "float64" else 4
-    each = -(-rows * lines * size // 256) * 256
-    with temporary((2 + log2) * each + 4 * accum_dim * rows * lines, d.ordinal, stream) as memory:
-        lse = memory + 2 * each if log2 else memory
-        where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
-        plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
-        whole = whole_chunks(call.dout) and whole_chunks(call.out)
-        source, arguments = _preprocess(plain, whole, call.dlse is not None, log2, accum_dim > 0)
-        chunks = -(-rows // BLOCK_ROWS)
-        cu = o.cu_seqlens_q
-        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_line_strides(call.lse, p.packed),
-               *_line_strides(call.dlse, p.packed), *((cu.ptr, cu.strides[0]) if cu else (0, 0)))
-        if lines and chunks:
-            load_kernel(source, d.ordinal).launch(lines * chunks, arguments.values(call, own), stream)
-        yield where
-
-
 # ---------------------------------------------------------------- dsinks
-SINK_THREADS = 1024
-
-
 def make_dsinks(spec: Spec) -> Any:
     """The kernel: a block a head sums -exp(sink - lse) * delta over its rows, in the same order every time."""
     PACKED = spec.packed
@@ -284,19 +200,3 @@ def make_dsinks(spec: Spec) -> Any:
         if thread == 0:
             put(uint64(int64(a.dsinks) + head * a.dsinks_head), sums[0])
     return kernel
-
-
-@lru_cache(maxsize=256)
-def _dsinks(spec: Spec) -> tuple[Source, Arguments]:
-    arguments = Arguments(spec, "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q")
-    return Source(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), arguments.fields, SINK_THREADS), arguments
-
-
-def dsinks(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
-    """Enqueue writing grads.dsinks, where it is wanted."""
-    x = call.grads.dsinks
-    if x is None or call.problem.num_heads == 0:
-        return
-    source, arguments = _dsinks(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
-    own = (rows.lse, rows.delta, rows.count, x.ptr, x.strides[0])
-    load_kernel(source, d.ordinal).launch(call.problem.num_heads, arguments.values(call, own), stream)

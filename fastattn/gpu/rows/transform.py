@@ -10,7 +10,6 @@ The backward takes LOOPS such blocks of rows and leaves their sum, which a secon
 """
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -19,27 +18,18 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ...buffers import ITEMSIZE, View
-from ...errors import UnsupportedError
+from ...buffers import ITEMSIZE
 from ..dsl.asm import I32, I64, pack, unpack
 from ..dsl.inline import divide, inline
 from ..ptx.arith import emit_pack_half
 from ..ptx.memory import emit_store16_if
 from ..ptx.scalar import load_chunk, load_if, store
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import current, device
-from ..runtime.workspace import temporary
-from ..spec import whole_chunks
 from ..tile.schedule import length_at
-
-WARPS = 8
-THREADS = 32 * WARPS
-ROWS = 4                    # 16 KB of loads in flight a block, 80 KB a multiprocessor; bandwidth times latency of an H200 is about 30
-BLOCK_ROWS = WARPS * ROWS
-LOOPS = 4                   # the backward's partial sums are then 1/64 of dqkv, twice that for 16-bit dtypes
-SUM_WARPS = 32
-SUM_THREADS = 32 * SUM_WARPS
+from .config import LOOPS, SUM_THREADS, SUM_WARPS
+from .config import TRANSFORM_BLOCK_ROWS as BLOCK_ROWS
+from .config import TRANSFORM_ROWS as ROWS
+from .config import TRANSFORM_THREADS as THREADS
+from .config import TRANSFORM_WARPS as WARPS
 
 
 # ---------------------------------------------------------------- vectors: tuples of 8, 4, 2 or 1 numbers
@@ -120,10 +110,6 @@ def select(part, q, k, v):
 
 
 # ---------------------------------------------------------------- forward
-FORWARD = ("qkv:l qkv_batch:q qkv_row:q qkv_dim:q bias:l bias_dim:q q:l k:l v:l rows:q seqlen:i num_heads:i head_dim:i columns:i "
-           "column_blocks:i scale:{f} cu_seqlens:l cu_step:q total:i")
-
-
 def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
     """The kernel. Rows are those of q, k and v, sequence after sequence, with their padding; `columns` are vectors of a row of qkv."""
     SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
@@ -182,11 +168,6 @@ def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
 
 # ---------------------------------------------------------------- backward
-BACKWARD = ("dqkv:l partial:l dq:l dq_batch:q dq_head:q dq_row:q dq_dim:q dk:l dk_batch:q dk_head:q dk_row:q dk_dim:q "
-            "dv:l dv_batch:q dv_head:q dv_row:q dv_dim:q rows:q seqlen:i num_heads:i head_dim:i columns:i column_blocks:i scale:{f} "
-            "cu_seqlens:l cu_step:q batch:i")
-
-
 def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
     """The kernel. Rows are those of dqkv, contiguous; a block leaves the float32 (float64) sum of its LOOPS * BLOCK_ROWS rows."""
     SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
@@ -296,78 +277,3 @@ def make_sum_rows(dtype: str) -> Any:
                     total += sums[w * 32 + lane]
                 put(uint64(int64(a.to) + column * a.to_dim), total)
     return kernel
-
-
-# ---------------------------------------------------------------- compile and launch
-def _fields(text: str, dtype: str) -> tuple[tuple[str, str], ...]:
-    text = text.format(f="d" if dtype == "float64" else "f")
-    return tuple((name, letter) for name, _, letter in (field.partition(":") for field in text.split()))
-
-
-@cache
-def transform_source(dtype: str, whole: bool, packed: bool) -> Source:
-    key = f"transform {dtype}" + " whole" * whole + " packed" * packed
-    return Source(key, lambda: (make_transform(dtype, whole, packed), 0), _fields(FORWARD, dtype), THREADS)
-
-
-@cache
-def transform_backward_source(dtype: str, whole: bool, packed: bool) -> Source:
-    key = f"transform_backward {dtype}" + " whole" * whole + " packed" * packed
-    return Source(key, lambda: (make_transform_backward(dtype, whole, packed), 0), _fields(BACKWARD, dtype), THREADS)
-
-
-@cache
-def sum_rows_source(dtype: str) -> Source:
-    fields = _fields("partial:l rows:i columns:i to:l to_dim:q", dtype)
-    return Source(f"sum_rows {dtype}", lambda: (make_sum_rows(dtype), 0), fields, SUM_THREADS)
-
-
-def _blocks(rows: int, block_rows: int, columns: int) -> tuple[int, int]:
-    """Blocks of the grid, and how many of them lie side by side."""
-    side = -(-columns // 32)
-    grid = -(-rows // block_rows) * side
-    if grid >= 2**31:
-        raise UnsupportedError(f"transform_bias_rescale_qkv(): {grid} blocks of {block_rows} rows, more than 2**31 - 1.")
-    return grid, side
-
-
-def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View, v: View, scale: float, stream: int) -> None:
-    """Enqueues writing q = (q + bias) * scale, k + bias and v + bias, (batch, num_heads, seqlen, head_dim), from qkv (batch, seqlen, 3 *
-    width), or with cu_seqlens from packed rows (total, 3 * width), zeros after each sequence's end. q, k and v are contiguous."""
-    batch, num_heads, seqlen, head_dim = q.shape
-    if 0 in q.shape:
-        return
-    size = qkv.itemsize
-    whole = head_dim * size % 16 == 0 and whole_chunks(qkv) and whole_chunks(qkv_bias) and all(x.ptr % 16 == 0 for x in (q, k, v))
-    columns, rows = 3 * num_heads * head_dim * (size if whole else 16) // 16, batch * seqlen
-    grid, side = _blocks(rows, BLOCK_ROWS, columns)
-    strides = qkv.strides if cu_seqlens is None else (0, *qkv.strides)
-    lengths = (0, 0, 0) if cu_seqlens is None else (cu_seqlens.ptr, cu_seqlens.strides[0], qkv.shape[0])
-    values = [qkv.ptr, *strides, qkv_bias.ptr, qkv_bias.strides[0], q.ptr, k.ptr, v.ptr, rows, seqlen, num_heads, head_dim, columns, side,
-              scale, *lengths]
-    d = device(q.device[1])
-    with current(d):
-        load_kernel(transform_source(qkv.dtype, whole, cu_seqlens is not None), d.ordinal).launch(grid, values, stream)
-
-
-def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float, stream: int) -> None:
-    """Enqueues writing dqkv, contiguous rows of the forward's qkv, 0 where they are of no sequence, and dqkv_bias, their sum: float32, in
-    an order that only the shape decides. dq, dk and dv have any strides."""
-    batch, num_heads, seqlen, head_dim = dq.shape
-    size, width, rows = dq.itemsize, dqkv.shape[-1], math.prod(dqkv.shape[:-1])
-    if width == 0:
-        return
-    whole = head_dim * size % 16 == 0 and all(whole_chunks(x) for x in (dq, dk, dv)) and dqkv.ptr % 16 == 0
-    columns = width * (size if whole else 16) // 16
-    grid, side = _blocks(rows, LOOPS * BLOCK_ROWS, columns)
-    tiles = grid // side
-    d = device(dqkv.device[1])
-    real = 8 if dq.dtype == "float64" else 4
-    with current(d), temporary(tiles * width * real, d.ordinal, stream) as partial:
-        lengths = (0, 0) if cu_seqlens is None else (cu_seqlens.ptr, cu_seqlens.strides[0])
-        grads = [n for x in (dq, dk, dv) for n in (x.ptr, *x.strides)]
-        values = [dqkv.ptr, partial, *grads, rows, seqlen, num_heads, head_dim, columns, side, scale, *lengths, batch]
-        if grid:
-            load_kernel(transform_backward_source(dq.dtype, whole, cu_seqlens is not None), d.ordinal).launch(grid, values, stream)
-        values = [partial, tiles, width, dqkv_bias.ptr, dqkv_bias.strides[0]]
-        load_kernel(sum_rows_source(dq.dtype), d.ordinal).launch(-(-width // 32), values, stream)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cache
+from .arch import arch_of
 from .cache import Binary
 
 log = logging.getLogger("fastattn")
@@ -46,6 +47,11 @@ class Source:
     fields: tuple[tuple[str, str], ...]
     threads: int
     blocks_per_sm: int = 1
+
+
+def fields_of(text: str) -> tuple[tuple[str, str], ...]:
+    """The fields of a Source that a text names: "table:l tiles:i" gives (("table", "l"), ("tiles", "i"))."""
+    return tuple((name, letter) for name, _, letter in (field.partition(":") for field in text.split()))
 
 
 def late(module: str, function: str) -> Callable[..., Any]:
@@ -108,8 +114,8 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
             raise ImportError(f"{source.key.split()[0]} is not in the kernel cache and cannot be compiled ({error}); that needs numba-cuda "
                               "and cuda-core: pip install 'fastattn[gpu]'.") from error
 
-        number = arch.removeprefix("sm_").rstrip("a")
-        capability = (int(number[:-1]), int(number[-1]), *(["a"] if arch.endswith("a") else []))
+        target = arch_of(arch)
+        capability = (*target.capability, *target.suffix)
         ltoir, _ = cuda.compile(kernel_of(source.make()[0]), _signature(source), device=False, abi="numba", cc=capability, fastmath=False,
                                 output="ltoir", launch_bounds=(source.threads, source.blocks_per_sm))
     options = LinkerOptions(arch=arch, link_time_optimization=True, ptxas_options=["-v"], ptx=output == "ptx")
@@ -145,7 +151,7 @@ def _signature(source: Source) -> Any:
 def complaints(report: str) -> list[str]:
     """What a shipped kernel must not have: spills, local memory, warnings that cost wgmma its speed."""
     found = [line.strip() for line in report.splitlines()
-             if re.search(r"C75(04|08|12)", line) or ("C7519" in line and "serialized" in line)]
+             if re.search(r"C75(04|08|12|14)", line) or (re.search(r"C75\d\d", line) and "serialized" in line)]
     for kind, pattern in (("bytes of stack", r"(\d+) bytes stack frame"), ("bytes of spills", r"(\d+) bytes spill stores")):
         worst = max((int(n) for n in re.findall(pattern, report)), default=0)
         if worst:

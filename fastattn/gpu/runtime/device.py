@@ -1,4 +1,4 @@
-"""The CUDA devices: what a device is, which is current, streams of our own."""
+"""CUDA devices: what a device is, which context is current, private streams."""
 from __future__ import annotations
 
 import contextlib
@@ -9,11 +9,13 @@ from functools import cache
 from cuda.bindings import driver
 
 from ...streams import check
+from .arch import arch_of_number
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU: its ordinal, architecture ("sm_90a"), multiprocessors and shared memory a block may ask for."""
+    """One GPU: ordinal, name of its Arch ("sm_90a"), number of multiprocessors, bytes of shared memory a thread block may use, name of the
+    product, and the address of its primary context."""
 
     ordinal: int
     arch: str
@@ -23,16 +25,9 @@ class Device:
     context: int
 
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
-
-
-def arch_name(major: int, minor: int) -> str:
-    """The target kernels are compiled for: sm_90a has wgmma; the others run code of their own architecture."""
-    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
-
-
 @cache
 def device(ordinal: int) -> Device:
+    """The CUDA device `ordinal`; its primary context is kept."""
     check(driver.cuInit(0), "cuInit")
     handle = check(driver.cuDeviceGet(ordinal), f"cuDeviceGet({ordinal})")
     kinds = driver.CUdevice_attribute
@@ -41,12 +36,12 @@ def device(ordinal: int) -> Device:
         return int(check(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), handle), name))
     context = check(driver.cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain")
     name = check(driver.cuDeviceGetName(100, handle), "cuDeviceGetName").split(b"\0")[0].decode()
-    return Device(ordinal, arch_name(attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")),
-                  attribute("MULTIPROCESSOR_COUNT"), attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"), name, int(context))
+    arch = arch_of_number(10 * attribute("COMPUTE_CAPABILITY_MAJOR") + attribute("COMPUTE_CAPABILITY_MINOR"))
+    return Device(ordinal, arch.name, attribute("MULTIPROCESSOR_COUNT"), attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"), name, int(context))
 
 
-class current:      # a context manager, and a class because a generator takes a microsecond
-    """Makes a device's primary context current where it is not."""
+class current:      # a context manager, and a class because a generator costs a microsecond
+    """Make a device's primary context current inside the `with`."""
 
     __slots__ = ("_context", "_pushed")
 
@@ -65,7 +60,7 @@ class current:      # a context manager, and a class because a generator takes a
 
 @contextlib.contextmanager
 def relaxed() -> Iterator[None]:
-    """Allocations and copies on streams of our own are allowed inside, also while the caller captures a graph on this thread."""
+    """Allow allocations and copies on private streams inside, even while this thread captures a graph."""
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = check(driver.cuThreadExchangeStreamCaptureMode(mode), "cuThreadExchangeStreamCaptureMode")
     try:
@@ -75,7 +70,7 @@ def relaxed() -> Iterator[None]:
 
 
 def private_stream() -> int:
-    """A stream for work of our own that waits for nobody."""
+    """A private non-blocking stream."""
     return int(check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
 
 

@@ -1,28 +1,29 @@
-"""Small device memory that kernels need besides their operands: tile counters, and temporary tables.
+"""Small device memory that kernels need besides their operands: tile counters, and temporary memory.
 
-Nothing here waits for the caller's work: counters are zero whenever no kernel uses them, because the last block to finish leaves them
-so, and temporary memory is allocated and freed in stream order.
+Nothing here waits for the caller's work. Counters are zero whenever no kernel uses them, because the last block to finish resets them.
+Temporary memory is allocated and freed in stream order.
 """
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from cuda.bindings import driver
 
 from ...streams import check
 from .device import private_stream, relaxed
 
-_COUNTERS, _ARRIVALS = 1 << 16, 1 << 10        # places per device
-MOST_ARRIVALS = 2048       # groups of blocks in a launch, each of which counts the blocks that are done
-_KEPT = 1 << 30            # bytes of temporary memory kept when a program synchronises: mapping half of it again can take a millisecond
+_COUNTERS, _ARRIVALS = 1 << 16, 1 << 10        # slots per device
+MOST_ARRIVALS = 2048       # groups of blocks in a launch; each group counts its finished blocks
+_KEPT = 1 << 30            # bytes of temporary memory kept across synchronisations: mapping half of it again can take a millisecond
 
 
 class _Zeros:
-    """`count` places of `size` bytes, all 0 whenever no kernel uses them, taken in turn, the upper half by launches that are captured into
-    graphs: two launches share one only if count / 2 launches apart and running at the same time."""
+    """`count` slots of `size` bytes, all 0 whenever no kernel uses them, handed out round robin.
+
+    Launches captured into graphs get the upper half. Two launches share a slot only if they run at the same time and count / 2 launches
+    lie between them.
+    """
 
     def __init__(self, size: int, count: int) -> None:
         self.memory, stream = int(check(driver.cuMemAlloc(size * count), "cuMemAlloc")), private_stream()
@@ -59,8 +60,8 @@ def _device(ordinal: int) -> _Device:
 
 
 def counter(ordinal: int, captured: bool) -> int:
-    """Address of two int32 zeros for one launch, which must leave them zero. A captured launch keeps its own."""
-    return _device(ordinal).counters.take(captured)
+    """Address of two int32 zeros for one launch, which must leave them zero. A captured launch gets one of its own."""
+    return (_devices.get(ordinal) or _device(ordinal)).counters.take(captured)
 
 
 def arrivals(ordinal: int, captured: bool) -> int:
@@ -68,19 +69,25 @@ def arrivals(ordinal: int, captured: bool) -> int:
     return _device(ordinal).arrivals.take(captured)
 
 
-@contextmanager
-def temporary(size: int, ordinal: int, stream: int) -> Iterator[int]:
+class temporary:     # a context manager, and a class because a generator costs a microsecond
     """Address of `size` bytes, possibly none, for the work enqueued on `stream` inside the block."""
-    d = _device(ordinal)
-    memory = check(driver.cuMemAllocFromPoolAsync(max(size, 1), d.pool, stream), "cuMemAllocFromPoolAsync")
-    try:
-        yield int(memory)
-    finally:
-        check(driver.cuMemFreeAsync(memory, stream), "cuMemFreeAsync")
+
+    __slots__ = ("_memory", "_ordinal", "_size", "_stream")
+
+    def __init__(self, size: int, ordinal: int, stream: int) -> None:
+        self._size, self._ordinal, self._stream = size, ordinal, stream
+
+    def __enter__(self) -> int:
+        pool = _device(self._ordinal).pool
+        self._memory = check(driver.cuMemAllocFromPoolAsync(max(self._size, 1), pool, self._stream), "cuMemAllocFromPoolAsync")
+        return int(self._memory)
+
+    def __exit__(self, *_: object) -> None:
+        check(driver.cuMemFreeAsync(self._memory, self._stream), "cuMemFreeAsync")
 
 
 def trim(ordinal: int) -> None:
-    """Gives the driver back what is kept and not in use."""
+    """Return unused temporary memory to the driver."""
     check(driver.cuMemPoolTrimTo(_device(ordinal).pool, 0), "cuMemPoolTrimTo")
 
 

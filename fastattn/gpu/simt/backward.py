@@ -17,52 +17,20 @@ seqused_k, are written as 0.
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint8
 
 from ..dsl.inline import inline
 from ..ptx.memory import shared_address
-from ..rows.preprocess import dsinks, make_first_row, padded_rows, preprocessed
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device
-from ..runtime.packed import MOST_BLOCKS, most_tiles, table
-from ..spec import Arguments, BackwardCall, Spec
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.mask import diagonal_of, make_bounds, make_query_bounds
 from ..tile.scalar import compute_of, make_score
 from ..tile.schedule import make_num_tiles, make_tile_at
-from . import dbias
-from .config import lines_of
-from .pairs import make_accumulate, make_pairs, make_put_tile, own_fields, own_values, places_of
-from .threads import WIDE, Tile, make_store
-
-
-def tile_of(spec: Spec, columns_of_sums: int) -> Tile:
-    """A tile whose lines own `columns_of_sums` columns of gradients: as many lines as keep these at 64 registers a thread, float64 at 32
-    where it can, because with twice as many the features of some problems spill. Shared memory stays under 99 KB."""
-    wide = spec.dtype == "float64"
-    most = (4096 if wide else 16384) // columns_of_sums
-    lines = max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0))
-    return Tile(lines, 64, 64 if wide else 128)
-
-
-@lru_cache(maxsize=1024)
-def tile_dq(spec: Spec) -> Tile:
-    return tile_of(spec, spec.head_dim)
-
-
-def parts_of(spec: Spec) -> tuple[tuple[bool, bool], ...]:
-    """(dk, dv) of each launch of dkdv: both at once, but one after the other for the largest float64 heads, whose sums would spill."""
-    both = spec.dtype != "float64" or spec.head_dim + spec.head_dim_v <= 512
-    return ((True, True),) if both else ((True, False), (False, True))
-
-
-@lru_cache(maxsize=1024)
-def tile_dkdv(spec: Spec) -> Tile:
-    return tile_of(spec, spec.head_dim + spec.head_dim_v)
+from .config import WIDE, Tile
+from .pairs import make_accumulate, make_pairs, make_put_tile
+from .threads import make_store
 
 
 # ---------------------------------------------------------------- dq
@@ -179,58 +147,3 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
                 dv = int64(a.dv) + batch * a.dv_batch + head_k * a.dv_head + (k_start + col0) * a.dv_row
                 store_dv(acc_dv, REAL(1), dv, a.dv_row, a.dv_dim, all_keys - col0, seqlen_k - col0, a.head_dim_v, x, y)
     return kernel
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_dq(spec: Spec) -> Arguments:
-    return Arguments(spec, "table:l tiles:i head_group:i " + own_fields(spec), ("q", "k", "v", "dout", "dq"))
-
-
-@lru_cache(maxsize=1024)
-def arguments_dkdv(spec: Spec) -> Arguments:
-    return Arguments(spec, "table:l tiles:i head_group:i num_heads_k:i " + own_fields(spec), ("q", "k", "v", "dout", "dk", "dv"))
-
-
-@lru_cache(maxsize=1024)
-def source_dq(spec: Spec) -> Source:
-    tile = tile_dq(spec)
-    return Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: (make_dq(spec, tile), places_of(spec, tile).size),
-                  arguments_dq(spec).fields, tile.threads)
-
-
-@lru_cache(maxsize=1024)
-def source_dkdv(spec: Spec, dk: bool, dv: bool) -> Source:
-    tile, what = tile_dkdv(spec), "dk" * dk + "dv" * dv
-    return Source(f"backward_simt {what} {spec.text} | {tile.text}", lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size),
-                  arguments_dkdv(spec).fields, tile.threads)
-
-
-def refuses(call: BackwardCall, d: Device) -> str | None:
-    """None, but for more tiles than a grid has blocks, or more rows than 32 bits count."""
-    tiles = max(most_tiles(call, 16), most_tiles(call, 16, by_keys=True))
-    if tiles > MOST_BLOCKS:
-        return f"it has {tiles} tiles of 16 rows or keys, over 2**31 - 1"
-    return None if padded_rows(call) <= MOST_BLOCKS else f"it has {padded_rows(call)} query rows with padding, over 2**31 - 1"
-
-
-def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue preprocess, dkdv, dq, and dbias and dsinks where they are wanted."""
-    p, plain = call.problem, replace(spec, sinks=None, dbias=None, deterministic=False)
-    with preprocessed(call, spec, d, stream, log2=False) as rows:
-        own = own_values(call, rows)
-        block = tile_dkdv(plain).lines
-        tiles = most_tiles(call, block, by_keys=True)
-        if tiles:
-            with table(call, block, d.ordinal, stream, by_keys=True) as sequences:
-                values = arguments_dkdv(plain).values(call, (sequences, tiles, 1, p.num_heads_k, *own))
-                for part in parts_of(plain):
-                    load_kernel(source_dkdv(plain, *part), d.ordinal).launch(tiles, values, stream)
-        block = tile_dq(plain).lines
-        tiles = most_tiles(call, block)
-        if tiles:
-            with table(call, block, d.ordinal, stream) as sequences:
-                values = arguments_dq(plain).values(call, (sequences, tiles, p.group, *own))
-                load_kernel(source_dq(plain), d.ordinal).launch(tiles, values, stream)
-        dbias.launch(call, spec, rows, d, stream)
-        dsinks(call, spec, rows, d, stream)

@@ -2,15 +2,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..config import num_features
 from ..spec import Spec
 
+WIDE = 16                   # threads that share a line of a tile: half a warp
+BLOCK_N = 64                # keys of a step
 
-@dataclass(frozen=True, slots=True)
+
+# ---------------------------------------------------------------- forward
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SimtConfig:
-    """One tiling of choose_forward: block_m query rows x block_n keys a step, copied in slices of `slice_dim` columns of head_dim;
-    `loads` in flight per thread."""
+    """A tiling of the forward.
+
+    Parameters
+    ----------
+    block_m, block_n
+        Query rows of a tile and keys of a step.
+    slice_dim
+        Columns of head_dim that are copied to shared memory at a time.
+    threads
+        Of a thread block.
+    loads
+        Loads in flight per thread.
+    blocks_per_sm
+        Thread blocks of a multiprocessor, which bound the registers of a thread.
+    """
 
     block_m: int
     block_n: int
@@ -25,25 +43,119 @@ class SimtConfig:
 
 
 def block_m_of(dtype: str, head_dim_v: int) -> int:
-    """Rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
+    """Query rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
     rows = 64 if head_dim_v <= 256 else 32
     return rows // 2 if dtype == "float64" else rows
 
 
 def choose_forward(spec: Spec) -> SimtConfig:
-    """Shared memory stays under the 99 KB of consumer cards. Two blocks an SM, 128 registers a thread, where that compiles without spills:
-    not with features' addresses, nor with a small head_dim, whose loops the compiler unrolls."""
+    """Shared memory stays under the 99 KB of consumer cards.
+
+    Two blocks a multiprocessor leave 128 registers a thread. They are chosen where that compiles without spills: not with the addresses of
+    features, nor with a small head_dim, whose loops the compiler unrolls.
+    """
     block_m = block_m_of(spec.dtype, spec.head_dim_v)
     features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
     if spec.dtype == "float64":
-        return SimtConfig(block_m, 64, 64)
-    return SimtConfig(block_m, 64, 128, blocks_per_sm=2 if spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features else 1)
+        return SimtConfig(block_m=block_m, block_n=BLOCK_N, slice_dim=64)
+    two = spec.head_dim >= 64 and 64 <= spec.head_dim_v <= 128 and not features
+    return SimtConfig(block_m=block_m, block_n=BLOCK_N, slice_dim=128, blocks_per_sm=2 if two else 1)
+
+
+# ---------------------------------------------------------------- backward
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile of `lines` x `columns` scores. Operands are copied in slices of `slice_dim` columns of head_dim, with `loads` loads in
+    flight per thread."""
+
+    lines: int
+    columns: int
+    slice_dim: int
+    threads: int = 256
+    loads: int = 8
+
+    @property
+    def text(self) -> str:
+        return f"{self.lines}x{self.columns}x{self.slice_dim} threads {self.threads} loads {self.loads}"
+
+    @property
+    def high(self) -> int:
+        return self.threads // WIDE
+
+    @property
+    def rows(self) -> int:
+        """Lines of a thread."""
+        return self.lines // self.high
+
+    @property
+    def cols(self) -> int:
+        """Columns of a thread."""
+        return self.columns // WIDE
+
+    @property
+    def pitch_p(self) -> int:
+        """Elements from line to line of a tile of probabilities in shared memory."""
+        return self.columns + 16
+
+    def slices(self, dim: int) -> tuple[int, int]:
+        """(number of slices that `dim` columns of head_dim make, width of each)."""
+        count = -(-dim // self.slice_dim)
+        return count, -(-dim // count // 16) * 16
+
+    def keys(self, dim: int, vector: int) -> int:
+        """Rows of a slice that has all `dim` columns."""
+        return min(self.columns, max(vector, 1 << (self.columns * self.slice_dim // dim).bit_length() - 1))
+
+    def slice_elements(self, dim: int, vector: int) -> int:
+        """Elements in shared memory of a slice with all `dim` columns, rounded up to what the copying threads write."""
+        return -(-self.keys(dim, vector) * dim // self.threads) * self.threads
 
 
 def lines_of(spec: Spec) -> int:
-    """Most lines of a tile of backward_simt and dbias. Of few columns the compiler makes straight code of the loops over them and keeps
-    more at once: with features, 64 lines would spill 4 to 136 bytes, with most of them 32 lines would spill 12."""
+    """Most lines of a tile of the backward and of dbias.
+
+    With a small head_dim the compiler unrolls the loops over its columns and keeps more values live: with features, 64 lines would spill
+    4 to 136 bytes; with most of them, 32 lines would spill 12.
+    """
     small = max(spec.head_dim, spec.head_dim_v) < 64
     if small and num_features(spec) > 2:
         return 16
     return 32 if spec.dtype == "float64" or (small and num_features(spec) > 0) else 64
+
+
+def _tile(spec: Spec, lines: int) -> Tile:
+    return Tile(lines, BLOCK_N, 64 if spec.dtype == "float64" else 128)
+
+
+def _tile_of_sums(spec: Spec, columns: int) -> Tile:
+    """A tile whose lines own `columns` columns of gradients, with as many lines as keep these at 64 registers a thread.
+
+    float64: 32 numbers, of twice the size, where possible, because with twice as many the features of some problems spill. Shared memory
+    stays under 99 KB.
+    """
+    most = (4096 if spec.dtype == "float64" else 16384) // columns
+    return _tile(spec, max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0)))
+
+
+@lru_cache(maxsize=1024)
+def tile_dq(spec: Spec) -> Tile:
+    """The tile of dq: lines are query rows."""
+    return _tile_of_sums(spec, spec.head_dim)
+
+
+@lru_cache(maxsize=1024)
+def tile_dkdv(spec: Spec) -> Tile:
+    """The tile of dk and dv: lines are keys."""
+    return _tile_of_sums(spec, spec.head_dim + spec.head_dim_v)
+
+
+def parts_dkdv(spec: Spec) -> tuple[tuple[bool, bool], ...]:
+    """(dk, dv) of each launch of dkdv: both at once, but one after the other for the largest float64 heads, whose sums would spill."""
+    both = spec.dtype != "float64" or spec.head_dim + spec.head_dim_v <= 512
+    return ((True, True),) if both else ((True, False), (False, True))
+
+
+def tile_dbias(spec: Spec) -> Tile:
+    """The tile of dbias: three tiles of numbers in registers, 48 a thread, float64 24 of twice the size."""
+    spills = spec.packed and spec.softcap       # 4 to 136 bytes at 64 lines
+    return _tile(spec, min(lines_of(spec), 32 if spills else 64))

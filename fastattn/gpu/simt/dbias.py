@@ -9,8 +9,6 @@ workspace; elements that no sequence of a packed problem reaches become 0.
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint8, uint64
@@ -19,27 +17,13 @@ from ..dsl.inline import divide, inline
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store, store_shared
 from ..ptx.sync import opaque
-from ..rows.preprocess import Rows, make_first_row
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device
-from ..runtime.packed import LENGTHS, lengths
-from ..spec import Arguments, BackwardCall, Spec
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.mask import diagonal_of, make_bounds
 from ..tile.scalar import compute_of, make_score
 from ..tile.schedule import make_sequence_at
-from .config import lines_of
-from .pairs import make_pairs, make_put_tile, own_fields, own_values, places_of
-from .threads import WIDE, Tile
-
-OWN = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q batches:i heads:i bias_rows:i bias_cols:i "
-
-
-def tile_of(spec: Spec) -> Tile:
-    """Three tiles of numbers in registers: 48 a thread, float64 24 of twice the size."""
-    wide = spec.dtype == "float64"
-    many = spec.packed and spec.softcap         # spills 4 to 136 bytes at 64 lines
-    return Tile(min(lines_of(spec), 32 if many else 64), 64, 64 if wide else 128)
+from .config import WIDE, Tile
+from .pairs import make_pairs, make_put_tile, places_of
 
 
 def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
@@ -156,28 +140,3 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         bias_batch, bias_head, m_tile, n_tile = own_tile(a)      # again: until here they need no registers
         store_tile(a, base, bias_batch, bias_head, int32(m_tile * BLOCK_M), int32(n_tile * BLOCK_N), thread)
     return kernel
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN + own_fields(spec) + (LENGTHS if spec.packed else ""), ("q", "k", "v", "dout"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, used: bool) -> Source:
-    tile = tile_of(spec)
-    return Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
-                  lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments_of(spec).fields, tile.threads)
-
-
-def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
-    """Enqueue writing all of grads.dbias, where it is wanted."""
-    x = call.grads.dbias
-    if x is None or 0 in x.shape:
-        return
-    spec = replace(spec, sinks=None, deterministic=False)
-    tile = tile_of(spec)
-    own = (x.ptr, *x.strides, *x.shape, *own_values(call, rows), *(lengths(call) if spec.packed else ()))
-    tiles = x.shape[0] * x.shape[1] * -(-x.shape[2] // tile.lines) * -(-x.shape[3] // tile.columns)
-    load_kernel(source(spec, call.problem.seqused_k), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

@@ -34,8 +34,8 @@ from ..tile.mask import diagonal_of, make_bounds
 from ..tile.scalar import compute_of, make_dropout, make_score, make_softmax
 from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.smem import Smem
-from .config import SimtConfig
-from .threads import WIDE, Tile, make_column, make_load, make_outer_product, make_product
+from .config import WIDE, SimtConfig, Tile
+from .threads import make_column, make_load, make_outer_product, make_product
 
 
 def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:

@@ -1,43 +1,122 @@
-"""Launching forward_simt: what it takes, its tiling, its arguments. Without Numba, as all that a call runs through: see compile.Source."""
+"""Launches of the kernels on plain threads: fields, forward, backward, dbias of every family. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
+from ..rows.launch import Rows, dsinks, preprocessed, refuses_rows
 from ..runtime.compile import Source, late
-from ..runtime.compile import load as load_kernel
 from ..runtime.device import Device
-from ..runtime.packed import MOST_BLOCKS, most_tiles, table
-from ..spec import Arguments, Call, Launch, Spec
-from .config import SimtConfig, block_m_of, choose_forward
+from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.packed import LENGTHS, MOST_BLOCKS, lengths, most_tiles, table
+from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec
+from .config import SimtConfig, block_m_of, choose_forward, parts_dkdv, tile_dbias, tile_dkdv, tile_dq
 
-make_forward = late("simt.forward", "make_forward")
-
-
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    letter = "d" if spec.dtype == "float64" else "f"
-    return Arguments(spec, f"table:l tiles:i head_group:i scale:{letter} cap:{letter} keep:{letter}", ("q", "k", "v", "out"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: SimtConfig) -> Source:
-    return Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
-                  config.threads, config.blocks_per_sm)
+make_forward, places_of = late("simt.forward", "make_forward"), late("simt.pairs", "places_of")
+make_dq, make_dkdv, make_dbias = late("simt.backward", "make_dq"), late("simt.backward", "make_dkdv"), late("simt.dbias", "make_dbias")
+FORWARD = "table:l tiles:i head_group:i scale:{f} cap:{f} keep:{f}"
+PAIRS = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "      # what pairs.py reads, of every kernel of the backward
+DQ = "table:l tiles:i head_group:i "
+DKDV = "table:l tiles:i head_group:i num_heads_k:i "
+DBIAS = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q batches:i heads:i bias_rows:i bias_cols:i "
+LEAST_LINES = 16            # of a tile of the backward
 
 
-def refuses(call: Call, d: Device) -> str | None:
-    """None, but for more tiles than a grid has blocks."""
+def _of(text: str, spec: Spec) -> str:
+    """Fields in the dtype of the arithmetic."""
+    return text.format(f="d" if spec.dtype == "float64" else "f")
+
+
+def refuses(call: AnyCall, d: Device) -> str | None:
+    """None, but for more tiles than a grid has blocks, or more rows than int32 counts."""
+    if isinstance(call, BackwardCall):
+        tiles = max(most_tiles(call, LEAST_LINES), most_tiles(call, LEAST_LINES, by_keys=True))
+        if tiles > MOST_BLOCKS:
+            return f"it has {tiles} tiles of {LEAST_LINES} rows or keys, over 2**31 - 1"
+        return refuses_rows(call)
     tiles = most_tiles(call, block_m_of(call.problem.dtype, call.problem.head_dim_v))
     return None if tiles <= MOST_BLOCKS else f"it has {tiles} tiles of query rows, over 2**31 - 1"
 
 
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
+# ---------------------------------------------------------------- forward
+@lru_cache(maxsize=PROGRAMS)
+def forward_program(spec: Spec, config: SimtConfig) -> Program:
+    arguments = Arguments(spec, _of(FORWARD, spec), ("q", "k", "v", "out"))
+    return Program(Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
+                          config.threads, config.blocks_per_sm), arguments)
+
+
+def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
     p, config = call.problem, choose_forward(spec)
-    kernel, values, tiles = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call), most_tiles(call, config.block_m)
+    program, block_m, tiles = forward_program(spec, config), config.block_m, most_tiles(call, config.block_m)
+    kernel, values = launcher.load(program.source), program.arguments.bound(call)
     own = tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0
 
     def launch(call: Call, stream: int) -> None:
-        with table(call, config.block_m, d.ordinal, stream) as sequences:
+        with table(call, block_m, launcher, stream) as sequences:
             kernel.launch(tiles, values(call, (sequences, *own)), stream)
     return launch
+
+
+# ---------------------------------------------------------------- backward
+@lru_cache(maxsize=PROGRAMS)
+def dq_program(spec: Spec) -> Program:
+    arguments, tile = Arguments(spec, DQ + _of(PAIRS, spec), ("q", "k", "v", "dout", "dq")), tile_dq(spec)
+    return Program(Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: (make_dq(spec, tile), places_of(spec, tile).size),
+                          arguments.fields, tile.threads), arguments)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def dkdv_program(spec: Spec, dk: bool, dv: bool) -> Program:
+    arguments, tile = Arguments(spec, DKDV + _of(PAIRS, spec), ("q", "k", "v", "dout", "dk", "dv")), tile_dkdv(spec)
+    return Program(Source(f"backward_simt {'dk' * dk + 'dv' * dv} {spec.text} | {tile.text}",
+                          lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size), arguments.fields, tile.threads), arguments)
+
+
+def _values_of_pairs(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
+    """Values of the fields PAIRS."""
+    p = call.problem
+    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0)
+
+
+def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
+    """Enqueue the kernels: lse and delta of rows, dk and dv, dq, dbias, dsinks."""
+    p, plain = call.problem, replace(spec, sinks=None, dbias=None, deterministic=False)
+    with preprocessed(call, spec, launcher, stream, log2=False) as rows:
+        own = _values_of_pairs(call, rows)
+        block = tile_dkdv(plain).lines
+        tiles = most_tiles(call, block, by_keys=True)
+        if tiles:
+            with table(call, block, launcher, stream, by_keys=True) as sequences:
+                for part in parts_dkdv(plain):
+                    dkdv_program(plain, *part).launch(launcher, tiles, call, (sequences, tiles, 1, p.num_heads_k, *own), stream)
+        block = tile_dq(plain).lines
+        tiles = most_tiles(call, block)
+        if tiles:
+            with table(call, block, launcher, stream) as sequences:
+                dq_program(plain).launch(launcher, tiles, call, (sequences, tiles, p.group, *own), stream)
+        dbias(call, spec, rows, launcher, stream)
+        dsinks(call, spec, rows, launcher, stream)
+
+
+# ---------------------------------------------------------------- dbias, for every family
+@lru_cache(maxsize=PROGRAMS)
+def dbias_program(spec: Spec, used: bool) -> Program:
+    arguments = Arguments(spec, DBIAS + _of(PAIRS, spec) + (LENGTHS if spec.packed else ""), ("q", "k", "v", "dout"))
+    tile = tile_dbias(spec)
+    return Program(Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
+                          lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments.fields, tile.threads), arguments)
+
+
+def dbias(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
+    """Enqueue writing all of grads.dbias, if there is one."""
+    x = call.grads.dbias
+    if x is None or 0 in x.shape:
+        return
+    spec = replace(spec, sinks=None, deterministic=False)
+    tile = tile_dbias(spec)
+    own = (x.ptr, *x.strides, *x.shape, *_values_of_pairs(call, rows), *(lengths(call) if spec.packed else ()))
+    tiles = x.shape[0] * x.shape[1] * -(-x.shape[2] // tile.lines) * -(-x.shape[3] // tile.columns)
+    dbias_program(spec, call.problem.seqused_k).launch(launcher, tiles, call, own, stream)

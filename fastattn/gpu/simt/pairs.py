@@ -21,26 +21,12 @@ from numba import cuda, int32, int64, uint64
 from ..dsl.inline import inline
 from ..ptx.memory import store_shared_b32
 from ..ptx.scalar import load_if, load_shared, store_shared
-from ..rows.preprocess import Rows
-from ..spec import BackwardCall, Spec
+from ..spec import Spec
 from ..tile.mask import diagonal_of, make_bounds
 from ..tile.scalar import compute_of, make_dropout, make_score
 from ..tile.smem import Smem
-from .threads import WIDE, Tile, make_load, make_outer_product, make_product
-
-OWN = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "
-
-
-def own_fields(spec: Spec) -> str:
-    """The fields that `pairs` reads besides those of Arguments(spec, strided=("q", "k", "v", "dout"))."""
-    return OWN.format(f="d" if spec.dtype == "float64" else "f")
-
-
-def own_values(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
-    """Their values."""
-    p = call.problem
-    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0,
-            p.dropout.keep_scale if p.dropout else 0.0)
+from .config import WIDE, Tile
+from .threads import make_load, make_outer_product, make_product
 
 
 @dataclass(frozen=True, slots=True)

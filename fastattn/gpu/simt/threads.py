@@ -8,7 +8,6 @@ head_dim ends with 16 bytes of nothing so that threads in neighbouring rows use 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from numba import cuda, int32, uint64
@@ -18,55 +17,7 @@ from ..ptx.memory import load_shared_b32
 from ..ptx.scalar import load_if, load_shared, store, store_shared
 from ..spec import Spec
 from ..tile.scalar import compute_of
-
-WIDE = 16                   # threads that share a line: half a warp
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """`lines` x `columns` scores, and what is copied for them: slices of `slice_dim` columns of head_dim, `loads` a thread in flight."""
-
-    lines: int
-    columns: int
-    slice_dim: int
-    threads: int = 256
-    loads: int = 8
-
-    @property
-    def text(self) -> str:
-        return f"{self.lines}x{self.columns}x{self.slice_dim} threads {self.threads} loads {self.loads}"
-
-    @property
-    def high(self) -> int:
-        return self.threads // WIDE
-
-    @property
-    def rows(self) -> int:
-        """Lines of a thread."""
-        return self.lines // self.high
-
-    @property
-    def cols(self) -> int:
-        """Columns of a thread."""
-        return self.columns // WIDE
-
-    @property
-    def pitch_p(self) -> int:
-        """Elements from line to line of a tile of probabilities in shared memory."""
-        return self.columns + 16
-
-    def slices(self, dim: int) -> tuple[int, int]:
-        """How many slices `dim` columns of head_dim are, and how wide each."""
-        count = -(-dim // self.slice_dim)
-        return count, -(-dim // count // 16) * 16
-
-    def keys(self, dim: int, vector: int) -> int:
-        """Rows of a slice that has all `dim` columns."""
-        return min(self.columns, max(vector, 1 << (self.columns * self.slice_dim // dim).bit_length() - 1))
-
-    def slice_elements(self, dim: int, vector: int) -> int:
-        """Elements in shared memory of a slice with all `dim` columns; the copying threads may go past its end."""
-        return -(-self.keys(dim, vector) * dim // self.threads) * self.threads
+from .config import WIDE, Tile
 
 
 def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDEN: bool) -> Any:

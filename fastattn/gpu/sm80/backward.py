@@ -19,8 +19,6 @@ dQ of a query block gets a part from every key block: float32 sums in memory, ad
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
@@ -31,13 +29,8 @@ from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
 from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store_tiles, tiles_lane, tiles_lane_trans
 from ..ptx.sync import thread_index
-from ..rows.postprocess import round_dq
-from ..rows.preprocess import dsinks, make_first_row, padded_rows, preprocessed
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device
-from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
-from ..spec import Arguments, BackwardCall, Spec, unfit, whole_chunks
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.fragments import join, make_pack, make_unpack, part, scale_seen_rows, zeros
 from ..tile.gradients import PIECE, exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
@@ -45,9 +38,7 @@ from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
-from .config import BackwardSm80Config, choose_backward
-
-OWN = "row_lse:l row_log2:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
+from .config import BackwardSm80Config
 
 
 def pieces(dim: int, step: int) -> int:
@@ -372,53 +363,3 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         epilogue(a, base, acc_dk, acc_dv)
 
     return kernel, smem.size - ALIGN + 128
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("q", "k", "v", "dout", "dk", "dv"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: BackwardSm80Config) -> Source:
-    return Source(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments_of(spec).fields,
-                  32 * config.warps, config.blocks_per_sm)
-
-
-def refuses(call: BackwardCall, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
-    p, dq = call.problem, call.grads.dq
-    if int(d.arch.removeprefix("sm_").rstrip("a")) < 80:
-        return f"it needs sm_80, this is {d.arch}"
-    if (reason := unfit(p)) is not None:
-        return reason
-    if 0 in call.operands.q.shape:
-        return "there are no query rows"
-    if call.deterministic:
-        return "its sums of dq come in any order"
-    if call.grads.dbias is not None:
-        return "it has no dbias"
-    if dq.strides[-1] != dq.itemsize and dq.shape[-1] > 1:
-        return "dq: its last axis is not contiguous"
-    tiles = most_tiles(call, 32, by_keys=True)
-    if tiles > MOST_BLOCKS:
-        return f"it has {tiles} tiles of 32 keys, over 2**31 - 1"
-    return None if padded_rows(call) <= MOST_BLOCKS else f"it has {padded_rows(call)} query rows with padding, over 2**31 - 1"
-
-
-def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernels: delta and lse of rows, the gradients, dq from its sums, dsinks where they are wanted."""
-    p, o, g = call.problem, call.operands, call.grads
-    plain = replace(spec, sinks=None, dbias=None, deterministic=False)
-    config = choose_backward(plain, d.arch, all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout)),
-                                   whole_chunks(g.dk) and whole_chunks(g.dv))
-    tiles, dim = most_tiles(call, config.block_n, True), 64 * panels(spec.head_dim)
-    with preprocessed(call, spec, d, stream, accum_dim=dim) as rows:
-        if tiles:
-            with table(call, config.block_n, d.ordinal, stream, True) as sequences:
-                own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
-                       p.score.softmax_scale)
-                load_kernel(source(plain, config), d.ordinal).launch(tiles, arguments_of(plain).values(call, own), stream)
-        round_dq(call, spec, rows, dim, d, stream, config.vector)
-        dsinks(call, spec, rows, d, stream)

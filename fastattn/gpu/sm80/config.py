@@ -1,19 +1,39 @@
-"""Tilings of the mma.sync kernels, per architecture: every number with its constraint, and the measurement that chose it."""
+"""Tilings of the mma.sync kernels, for each architecture: every number with its constraint, and the measurement that chose it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import SHARED_MEMORY, feature_weight, squeeze
+from ..config import feature_weight, squeeze
+from ..runtime.arch import arch_of
 from ..spec import Spec
 
+WARP = 32                   # threads
+PANEL = 64                  # columns of a panel of shared memory: rows of 128 bytes
 
-@dataclass(frozen=True, slots=True)
+
+# ---------------------------------------------------------------- forward
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardSm80Config:
-    """One tiling of choose_forward: `warps` with 16 * tiles query rows each, block_n keys a step, `stages` of K and V.
+    """A tiling of the forward.
 
-    `keep_q`: Q in registers rather than read from shared memory in every step. `optimistic`: as Config's; K must still be there for
-    another try, and it is written for 32 rows a warp. `squeeze`: as BackwardConfig's. `whole`: rows of q, k and v are aligned pieces of
-    16 bytes (`whole_out`: of out); not a choice but a property of the operands, that the code depends on.
+    Parameters
+    ----------
+    warps, tiles
+        Warps of a thread block, with 16 * tiles query rows each.
+    block_n
+        Keys of a step.
+    stages
+        Stages of K and V.
+    blocks_per_sm
+        Thread blocks of a multiprocessor, which bound the registers of a thread.
+    keep_q
+        Q stays in registers instead of being read from shared memory in every step.
+    optimistic
+        As in ForwardSm90Config. Needs K to be there for the fallback; written for 32 rows a warp.
+    squeeze
+        As in BackwardSm90Config.
+    whole, whole_out
+        Rows of q, k and v (of out) are aligned pieces of 16 bytes. Not a choice but a property of the operands that the code depends on.
     """
 
     warps: int
@@ -45,26 +65,40 @@ class ForwardSm80Config:
 
 def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ForwardSm80Config:
     """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they fit."""
-    dim, room = max(spec.head_dim, spec.head_dim_v), SHARED_MEMORY.get(arch, 99)
+    dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
-    many = {"whole": whole, "whole_out": whole_out}
+    rows = {"whole": whole, "whole_out": whole_out}
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
-        return ForwardSm80Config(4, 1, 64 if room > 160 and whole and not heavy else 32, 1, 1, squeeze=squeeze(spec), **many)
+        return ForwardSm80Config(warps=4, tiles=1, block_n=64 if room > 160 and whole and not heavy else 32, stages=1, blocks_per_sm=1,
+                                 squeeze=squeeze(spec), **rows)
     if heavy or not whole:
-        return ForwardSm80Config(4, 1, 64 if dim > 64 or room > 160 else 32, 1, 2, **many)
-    if dim > 64:
-        return ForwardSm80Config(4, 2, 64 if room > 200 else 48 if room > 160 else 32, 1, 2, **many)      # 64 spill on sm_80
-    return ForwardSm80Config(4, 2, 64, 2, 2, optimistic=True, **many)
+        return ForwardSm80Config(warps=4, tiles=1, block_n=64 if dim > 64 or room > 160 else 32, stages=1, **rows)
+    if dim > 64:        # 64 keys spill on sm_80
+        return ForwardSm80Config(warps=4, tiles=2, block_n=64 if room > 200 else 48 if room > 160 else 32, stages=1, **rows)
+    return ForwardSm80Config(warps=4, tiles=2, block_n=64, optimistic=True, **rows)
 
 
-@dataclass(frozen=True, slots=True)
+# ---------------------------------------------------------------- backward
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardSm80Config:
-    """One tiling of choose_backward: `warps`, of which `split` share 16 * tiles keys, block_m queries a step, `stages` of Q and dO.
+    """A tiling of the backward.
 
-    split 1: a warp has whole rows of P^T and dS^T and feeds them to the products of dV and dK out of its registers. More: it has a part
-    of the queries of its keys' scores, and a part of the columns of their gradients; all of P and dS goes through shared memory.
-    `vector`: sums of dq take four numbers an instruction (sm_90 and later). `whole`: rows of q, k, v and dout are aligned pieces of 16
-    bytes (`whole_out`: of dk and dv); not choices but properties of the device and the operands, that the code depends on.
+    Parameters
+    ----------
+    warps, tiles, split
+        Warps of a thread block; `split` of them share 16 * tiles keys. With split 1 a warp has whole rows of P^T and dS^T and feeds them to
+        the MMAs of dV and dK out of its registers. Otherwise it has a part of the queries of its keys' scores and a part of the columns of
+        their gradients, and all of P and dS goes through shared memory.
+    block_m
+        Query rows of a step.
+    stages
+        Stages of Q and dO.
+    blocks_per_sm
+        As in ForwardSm80Config.
+    vector
+        Sums of dq take four numbers an instruction: sm_90 and later. A property of the device.
+    whole, whole_out
+        Rows of q, k, v and dout (of dk and dv) are aligned pieces of 16 bytes. A property of the operands.
     """
 
     warps: int
@@ -79,7 +113,7 @@ class BackwardSm80Config:
 
     def __post_init__(self) -> None:
         assert self.warps in (4, 8) and self.tiles in (1, 2) and self.stages in (1, 2)
-        assert self.block_m in (32, 64, 128), "tiles of padded rows"
+        assert self.block_m in (32, 64, 128), "divides rows.config.PADDING"
         assert self.split in (1, 2, 4) and self.block_m % (16 * self.split) == 0, "a warp has 16 queries at least"
         assert self.block_m % (4 * self.warps) == 0 and self.block_n % (8 * self.warps) == 0, "every thread copies as many rows"
 
@@ -89,7 +123,7 @@ class BackwardSm80Config:
 
     @property
     def columns_apart(self) -> int:
-        """Warps that share rows of dQ, 16 of every 16 * columns_apart columns each; 32 rows a warp where there are so many."""
+        """Warps that share rows of dQ; each has 16 of every 16 * columns_apart columns. 32 rows a warp where there are enough."""
         return min(4, 32 * self.warps // self.block_m)
 
     @property
@@ -102,20 +136,26 @@ class BackwardSm80Config:
 def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> BackwardSm80Config:
     """Chosen by registers (none spilled) and shared memory. dK and dV take tiles * (head_dim + head_dim_v) / (2 * split) registers a
     thread, S and dP tiles * block_m / (2 * split) each."""
-    dim, room = max(spec.head_dim, spec.head_dim_v), SHARED_MEMORY.get(arch, 99)
+    dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None or not whole
-    many = {"vector": int(arch.removeprefix("sm_").rstrip("a")) >= 90, "whole": whole, "whole_out": whole_out}
+    rows = {"vector": arch_of(arch).number >= 90, "whole": whole, "whole_out": whole_out}
     if dim <= 64:
         if heavy:               # 97 KiB
-            return BackwardSm80Config(8, 2, 2, 64, **many)
-        return BackwardSm80Config(4, 2, 1, 32, 2 if room > 99 else 1, 2, **many)       # 57 or 48.5 KiB: two blocks hide their waits
+            return BackwardSm80Config(warps=8, tiles=2, split=2, block_m=64, **rows)
+        # 57 or 48.5 KiB: two blocks hide each other's waits
+        return BackwardSm80Config(warps=4, tiles=2, split=1, block_m=32, stages=2 if room > 99 else 1, blocks_per_sm=2, **rows)
     if dim <= 128:              # 161 KiB
         if room <= 99:
-            return BackwardSm80Config(8, 1, 1, 32, 1, **many)
-        several = feature_weight(spec) > 1      # spills a few registers at 64 queries on sm_80
-        return BackwardSm80Config(8, 1, 1, 32, **many) if several else BackwardSm80Config(8, 2, 2, 64, **many)
+            return BackwardSm80Config(warps=8, tiles=1, split=1, block_m=32, stages=1, **rows)
+        if feature_weight(spec) > 1:        # spills a few registers at 64 queries on sm_80
+            return BackwardSm80Config(warps=8, tiles=1, split=1, block_m=32, **rows)
+        return BackwardSm80Config(warps=8, tiles=2, split=2, block_m=64, **rows)
     if room <= 99:              # 68 KiB
-        return BackwardSm80Config(4, 1, 2, 32, 1, **many)
-    stages = 2 if dim <= 192 or room > 200 else 1
+        return BackwardSm80Config(warps=4, tiles=1, split=2, block_m=32, stages=1, **rows)
     several = feature_weight(spec) > 1 or (spec.mask and spec.bias is not None)     # spills 4 to 36 bytes at 64 queries
-    return BackwardSm80Config(8, 1, 2, 32 if several else 64, stages, **many)
+    return BackwardSm80Config(warps=8, tiles=1, split=2, block_m=32 if several else 64, stages=2 if dim <= 192 or room > 200 else 1, **rows)
+
+
+def dq_columns(spec: Spec) -> int:
+    """Columns of the float32 sums of dq: whole panels."""
+    return -(-spec.head_dim // PANEL) * PANEL

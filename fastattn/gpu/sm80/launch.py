@@ -1,53 +1,97 @@
-"""Launching forward_sm80: what it takes, its tiling, its arguments. Without Numba, as all that a call runs through: see compile.Source."""
+"""Launches of the mma.sync kernels: what the family accepts, fields, forward, backward. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
-from ..decode import launch as launch_decode
+from ..decode import launch as decode
+from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
+from ..runtime.arch import arch_of
 from ..runtime.compile import Source, late
-from ..runtime.compile import load as load_kernel
 from ..runtime.device import Device
-from ..runtime.packed import head_group, most_tiles, table
-from ..spec import Arguments, Call, Launch, Spec, unfit, whole_chunks
-from .config import ForwardSm80Config, choose_forward
+from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
+from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
+from .config import WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
 
-make_forward = late("sm80.forward", "make_forward")
-OWN = "table:l tiles:i head_group:i"
-
-
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("q", "k", "v", "out"))
+make_forward, make_backward = late("sm80.forward", "make_forward"), late("sm80.backward", "make_backward")
+FORWARD = "table:l tiles:i head_group:i"
+BACKWARD = "row_lse:l row_log2:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
+LEAST_KEYS = 32             # of a tile of the backward
 
 
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: ForwardSm80Config) -> Source:
-    return Source(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
-                  32 * config.warps, config.blocks_per_sm)
-
-
-def refuses(call: Call, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
-    p = call.problem
-    if int(d.arch.removeprefix("sm_").rstrip("a")) < 80:
+def refuses(call: AnyCall, d: Device) -> str | None:
+    """None, or why this family does not run the call."""
+    if arch_of(d.arch).number < 80:
         return f"it needs sm_80, this is {d.arch}"
-    if (reason := unfit(p)) is not None:
+    if (reason := unfit(call.problem)) is not None:
         return reason
-    if 0 in call.operands.k.shape:
-        return "there are no keys"
-    return None
+    if isinstance(call, BackwardCall):
+        return _refuses_backward(call)
+    return "there are no keys" if 0 in call.operands.k.shape else None
 
 
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
-    if launch_decode.takes(call, spec):
-        return launch_decode.prepare(call, spec, d)
+def _refuses_backward(call: BackwardCall) -> str | None:
+    dq = call.grads.dq
+    if 0 in call.operands.q.shape:
+        return "there are no query rows"
+    if call.deterministic:
+        return "its sums of dq come in any order"
+    if call.grads.dbias is not None:
+        return "it has no dbias"
+    if dq.strides[-1] != dq.itemsize and dq.shape[-1] > 1:
+        return "dq: its last axis is not contiguous"
+    tiles = most_tiles(call, LEAST_KEYS, by_keys=True)
+    if tiles > MOST_BLOCKS:
+        return f"it has {tiles} tiles of {LEAST_KEYS} keys, over 2**31 - 1"
+    return refuses_rows(call)
+
+
+# ---------------------------------------------------------------- forward
+@lru_cache(maxsize=PROGRAMS)
+def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
+    arguments = Arguments(spec, FORWARD, ("q", "k", "v", "out"))
+    return Program(Source(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
+                          WARP * config.warps, config.blocks_per_sm), arguments)
+
+
+def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
+    if decode.accepts(call, spec):
+        return decode.prepare(call, spec, launcher)
     o = call.operands
-    config = choose_forward(spec, d.arch, whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v), whole_chunks(call.out))
-    kernel, values = load_kernel(source(spec, config), d.ordinal), arguments_of(spec).bound(call)
-    tiles, heads = most_tiles(call, config.block_m), head_group(call)
+    whole = whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v)
+    config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out))
+    program = forward_program(spec, config)
+    kernel, values = launcher.load(program.source), program.arguments.bound(call)
+    block_m, tiles, heads = config.block_m, most_tiles(call, config.block_m), head_group(call)
 
     def launch(call: Call, stream: int) -> None:
-        with table(call, config.block_m, d.ordinal, stream) as sequences:
+        with table(call, block_m, launcher, stream) as sequences:
             kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
     return launch
+
+
+# ---------------------------------------------------------------- backward
+@lru_cache(maxsize=PROGRAMS)
+def backward_program(spec: Spec, config: BackwardSm80Config) -> Program:
+    arguments = Arguments(spec, BACKWARD, ("q", "k", "v", "dout", "dk", "dv"))
+    return Program(Source(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments.fields,
+                          WARP * config.warps, config.blocks_per_sm), arguments)
+
+
+def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
+    """Enqueue the kernels: lse and delta of rows, the gradients, dq from its sums, dsinks."""
+    p, o, g = call.problem, call.operands, call.grads
+    plain = replace(spec, sinks=None, dbias=None, deterministic=False)
+    config = choose_backward(plain, launcher.device.arch, all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout)),
+                             whole_chunks(g.dk) and whole_chunks(g.dv))
+    tiles, columns = most_tiles(call, config.block_n, True), dq_columns(spec)
+    with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
+        if tiles:
+            with table(call, config.block_n, launcher, stream, True) as sequences:
+                own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
+                       p.score.softmax_scale)
+                backward_program(plain, config).launch(launcher, tiles, call, own, stream)
+        round_dq(call, spec, rows, columns, launcher, stream, config.vector)
+        dsinks(call, spec, rows, launcher, stream)

@@ -20,28 +20,17 @@ asked for where arithmetic follows that it does not feed:
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint8, uint64
 
-from ...problem import Problem
-from ..config import feature_weight
 from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import shared_address
 from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, thread_index, uniform, warp
-from ..rows.postprocess import dbias_sums, round_dq
-from ..rows.preprocess import Rows, dsinks, make_first_row, preprocessed
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device, capturing
-from ..runtime.packed import head_group, most_tiles, table
-from ..runtime.tensormap import fits, tensor_maps
-from ..simt import dbias
-from ..spec import Arguments, BackwardCall, Spec, make_spec, unfit
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.fragments import join, make_pack, make_unpack, part, scale_rows, zeros
 from ..tile.gradients import (
     PIECE,
@@ -61,13 +50,7 @@ from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
 from ..tile.softmax import make_log2_scale
-from . import backward_dq as backward_sm90_dq
-from . import backward_wide as backward_sm90_wide
-from .config import BackwardSm90Config, choose_backward
-
-CONSUMERS, BLOCK_N = 2, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
-       "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
+from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 
 
 def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
@@ -414,70 +397,3 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 tma.wait_read()     # what is left of dQ has left shared memory, which ends with the block
 
     return kernel, smem.size
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("dk", "dv"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: BackwardSm90Config) -> Source:
-    return Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS))
-
-
-def wide(p: Problem) -> bool:
-    """Whether dK and dV come from backward_sm90_wide and dQ from backward_sm90_dq, as this file's kernel has no registers for them."""
-    return max(p.head_dim, p.head_dim_v) > 128
-
-
-def refuses(call: BackwardCall, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
-    p, o, g = call.problem, call.operands, call.grads
-    if d.arch != "sm_90a":
-        return f"it needs sm_90a, this is {d.arch}"
-    if (reason := unfit(p)) is not None:
-        return reason
-    if feature_weight(make_spec(p, o, False)) > 1:
-        return "several features do not fit its registers"
-    for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("dout", call.dout), ("dq", g.dq), ("dk", g.dk), ("dv", g.dv)):
-        reason = fits(x)
-        if reason is not None:
-            return f"{name}: {reason}"
-    return None
-
-
-def launch(call: BackwardCall, spec: Spec, d: Device, stream: int) -> None:
-    """Enqueue the kernels: delta and lse of rows, the gradients, then what is made of sums. Deterministic and wide calls make dq by
-    itself."""
-    p, g = call.problem, call.grads
-    elements = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
-                and p.score.softcap is None)
-    own_spec = replace(spec, sinks=None, dbias="float32" if elements else None)
-    config, by_itself = choose_backward(own_spec), call.deterministic or wide(p)
-    with (preprocessed(call, spec, d, stream, accum_dim=0 if by_itself else config.dim) as rows,
-          table(call, BLOCK_N, d.ordinal, stream, True) as sequences, dbias_sums(g.dbias if elements else None, d, stream) as sums):
-        if wide(p):
-            backward_sm90_wide.launch(call, own_spec, rows, sequences, sums, d, stream)
-        else:
-            launch_both(call, own_spec, config, rows, sequences, sums, d, stream)
-        if by_itself:
-            backward_sm90_dq.launch(call, own_spec, rows, d, stream)
-        else:
-            round_dq(call, spec, rows, config.dim, d, stream)
-        if g.dbias is not None and not elements:
-            dbias.launch(call, spec, rows, d, stream)
-        dsinks(call, spec, rows, d, stream)
-
-
-def launch_both(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int,
-                sums: tuple[int, int, int, int], d: Device, stream: int) -> None:
-    """Enqueue this file's kernel; arguments as in backward_sm90_wide.launch."""
-    p, o, tiles = call.problem, call.operands, most_tiles(call, BLOCK_N, True)
-    boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    captured = capturing(stream)
-    own = (*tensor_maps(boxes, captured), rows.map(call, config.block_m, d, captured), rows.lse, rows.accum, rows.count, sequences, tiles,
-           head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
-    load_kernel(source(spec, config), d.ordinal).launch(tiles, arguments_of(spec).values(call, own), stream)

@@ -15,8 +15,6 @@ forward, Shah et al. 2024, with dO V^T in the softmax's place.)
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
@@ -30,13 +28,8 @@ from ..ptx import mbarrier, wgmma
 from ..ptx.arith import emit_fma
 from ..ptx.memory import load_f32, load_shared_b32, shared_address, store_shared_b32
 from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
-from ..rows.preprocess import Rows, make_first_row
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device, capturing
-from ..runtime.packed import head_group, most_tiles, table
-from ..runtime.tensormap import tensor_maps
-from ..spec import FAR_LSE, Arguments, BackwardCall, Spec
+from ..rows.preprocess import make_first_row
+from ..spec import FAR_LSE, Spec
 from ..tile.dropout import make_dropout
 from ..tile.fragments import exp2_minus, make_pack, make_unpack, row_of, scale_seen_rows, store_rows, store_whole_rows, zeros, zeros_packed
 from ..tile.gradients import make_near, multiply
@@ -45,10 +38,9 @@ from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import Smem, copy_rows, make_clear, make_next_stage, panels
 from ..tile.softmax import make_log2_scale
-from .config import DqSm90Config, choose_dq
+from .config import CONSUMERS, DqSm90Config
+from .config import DQ_BLOCK_M as BLOCK_M
 
-CONSUMERS, BLOCK_M = 2, 128
-OWN = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
 INF, FAR = float32(float("inf")), float32(FAR_LSE)
 
 
@@ -309,28 +301,3 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
                 store(a, acc_dq, lse0, lse1, plane, head, q_start, row, seqlen_q, thread)
 
     return kernel, smem.size
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("dq",))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: DqSm90Config) -> Source:
-    return Source(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config), arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS))
-
-
-def launch(call: BackwardCall, spec: Spec, rows: Rows, d: Device, stream: int) -> None:
-    """Enqueue writing grads.dq. `rows`: lse in units of log2 and delta, from preprocess.preprocessed with its own padding."""
-    o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
-    config = choose_dq(spec)
-    kernel = load_kernel(source(spec, config), d.ordinal)
-    tiles = most_tiles(call, BLOCK_M)
-    with table(call, BLOCK_M, d.ordinal, stream) as sequences:
-        boxes = (o.q, BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, BLOCK_M)
-        own = (*tensor_maps(boxes, capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count, sequences, tiles, head_group(call),
-               call.problem.score.softmax_scale)
-        kernel.launch(tiles, arguments_of(spec).values(call, own), stream)

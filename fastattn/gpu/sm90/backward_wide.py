@@ -15,8 +15,6 @@ A step issues S of its block, then the gradient's product of the block before ou
 """
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from numba import cuda, int32, int64, uint8, uint64
@@ -25,13 +23,8 @@ from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.memory import shared_address
 from ..ptx.sync import decrease_registers, increase_registers, opaque, uniform
-from ..rows.preprocess import Rows, make_first_row
-from ..runtime.compile import Source
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device, capturing
-from ..runtime.packed import head_group, most_tiles
-from ..runtime.tensormap import tensor_maps
-from ..spec import Arguments, BackwardCall, Spec
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
 from ..tile.gradients import (
     exp2_columns,
@@ -49,11 +42,8 @@ from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage, panels
 from ..tile.softmax import make_log2_scale
-from .config import WideSm90Config, choose_wide
-
-CONSUMERS, BLOCK_M, BLOCK_N = 2, 64, 128
-OWN = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
-       "sums:l sums_batch:q sums_head:q sums_row:i")
+from .config import BLOCK_N, CONSUMERS, WideSm90Config
+from .config import WIDE_BLOCK_M as BLOCK_M
 
 
 def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
@@ -315,29 +305,3 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                     store(acc, to, a.dv_row, a.head_dim_v, lane, key, used, keys)
 
     return kernel, smem.size
-
-
-# ---------------------------------------------------------------- launch
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("dk", "dv"))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: WideSm90Config) -> Source:
-    return Source(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config), arguments_of(spec).fields,
-                  128 * (1 + CONSUMERS))
-
-
-def launch(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: tuple[int, int, int, int], d: Device, stream: int) -> None:
-    """Enqueue writing grads.dk and grads.dv, and adding up dbias where `spec` has it. `rows`: lse in units of log2 and delta, from
-    preprocess.preprocessed; `sequences`: the table by keys in blocks of BLOCK_N; `sums`: of postprocess.dbias_sums."""
-    o, tiles = call.operands, most_tiles(call, BLOCK_N, True)
-    boxes = (o.q, BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, BLOCK_M)
-    captured = capturing(stream)
-    own = (*tensor_maps(boxes, captured), rows.map(call, BLOCK_M, d, captured), rows.lse, rows.count, sequences, tiles,
-           head_group(call, True), call.problem.num_heads_k, call.problem.score.softmax_scale, *sums)
-    spec = replace(spec, deterministic=False)
-    for part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
-        kernel = load_kernel(source(part[0], choose_wide(*part)), d.ordinal)
-        kernel.launch(tiles, arguments_of(part[0]).values(call, own), stream)

@@ -1,77 +1,201 @@
-"""Launching forward_sm90: what it takes, its tiling, its arguments. Without Numba, as all that a call runs through: see compile.Source."""
+"""Launches of the Hopper kernels: what the family accepts, fields, forward, backward. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ...buffers import View
+from ...problem import Problem
 from ..config import feature_weight
-from ..decode import launch as launch_decode
+from ..decode import launch as decode
+from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq
 from ..runtime.compile import Source, late
-from ..runtime.compile import load as load_kernel
-from ..runtime.device import Device, capturing
+from ..runtime.device import Device
+from ..runtime.launcher import PROGRAMS, Launcher, Program
 from ..runtime.packed import head_group, most_tiles, table
-from ..runtime.tensormap import fits, form, tensor_maps
-from ..runtime.workspace import counter
-from ..spec import Arguments, Call, Launch, Spec, make_spec, unfit
-from .config import ForwardSm90Config, choose_forward
+from ..runtime.tensormap import fits, form
+from ..simt.launch import dbias
+from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
+from .config import (
+    BLOCK_N,
+    CONSUMERS,
+    DQ_BLOCK_M,
+    OUT_ROWS,
+    WARPGROUP,
+    WIDE_BLOCK_M,
+    BackwardSm90Config,
+    DqSm90Config,
+    ForwardSm90Config,
+    WideSm90Config,
+    choose_backward,
+    choose_dq,
+    choose_forward,
+    choose_wide,
+)
 
-make_forward = late("sm90.forward", "make_forward")
-OWN = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
+make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
+make_dq, make_wide = late("sm90.backward_dq", "make_dq"), late("sm90.backward_wide", "make_wide")
+
+FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
+BACKWARD = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
+            "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
+WIDE = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
+        "sums:l sums_batch:q sums_head:q sums_row:i")
+DQ = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
+BACKWARD_THREADS = WARPGROUP * (1 + CONSUMERS)
+Sums = tuple[int, int, int, int]        # rows.launch.dbias_sums
 
 
-@lru_cache(maxsize=1024)
-def arguments_of(spec: Spec) -> Arguments:
-    return Arguments(spec, OWN, ("out",))
-
-
-@lru_cache(maxsize=1024)
-def source(spec: Spec, config: ForwardSm90Config) -> Source:
-    return Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments_of(spec).fields,
-                  128 * (1 + config.block_m // 64))
-
-
-@lru_cache(maxsize=1024)
-def _choice(spec: Spec, seqlen_k: int) -> tuple[ForwardSm90Config, Source, Arguments]:
-    config = choose_forward(spec, seqlen_k)
-    return config, source(spec, config), arguments_of(spec)
-
-
-def refuses(call: Call, d: Device) -> str | None:
-    """None, or why this family does not take the call."""
+def refuses(call: AnyCall, d: Device) -> str | None:
+    """None, or why this family does not run the call."""
     p, o = call.problem, call.operands
     if d.arch != "sm_90a":
         return f"it needs sm_90a, this is {d.arch}"
     if (reason := unfit(p)) is not None:
         return reason
-    for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
-        reason = fits(x)
-        if reason is not None:
-            return f"{name}: {reason}"
+    if isinstance(call, BackwardCall):
+        g = call.grads
+        if feature_weight(make_spec(p, o, False)) > 1:
+            return "several features do not fit its registers"
+        return _unreadable({"q": o.q, "k": o.k, "v": o.v, "dout": call.dout, "dq": g.dq, "dk": g.dk, "dv": g.dv})
+    if (reason := _unreadable({"q": o.q, "k": o.k, "v": o.v, "out": call.out})) is not None:
+        return reason
     if max(p.head_dim, p.head_dim_v) > 192 and feature_weight(make_spec(p, o, False)) > 1:
         return "several features at head_dim over 192 do not fit its registers"
     return None
 
 
-def prepare(call: Call, spec: Spec, d: Device) -> Launch:
-    """Enqueues the kernel for this call, or one that differs in addresses only, and before it the table of a packed problem."""
-    if launch_decode.takes(call, spec):
-        return launch_decode.prepare(call, spec, d)
-    config, kernel_source, arguments = _choice(spec, call.problem.seqlen_k)
-    kernel, values = load_kernel(kernel_source, d.ordinal), arguments.bound(call)
+def _unreadable(views: dict[str, View]) -> str | None:
+    """None, or the first of the views that TMA cannot address, and why."""
+    for name, x in views.items():
+        reason = fits(x)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+# ---------------------------------------------------------------- forward
+@lru_cache(maxsize=PROGRAMS)
+def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
+    arguments, threads = Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.block_m // 64)
+    return Program(Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields, threads),
+                   arguments)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _choice(spec: Spec, seqlen_k: int) -> tuple[ForwardSm90Config, Program]:
+    config = choose_forward(spec, seqlen_k)
+    return config, forward_program(spec, config)
+
+
+def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
+    if decode.accepts(call, spec):
+        return decode.prepare(call, spec, launcher)
+    config, program = _choice(spec, call.problem.seqlen_k)
+    kernel, values = launcher.load(program.source), program.arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
-    grid, block_m, block_n = min(tiles, d.num_sms), config.block_m, config.block_n
+    grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
+    capturing, tensor_maps, counter = launcher.capturing, launcher.tensor_maps, launcher.counter
 
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
-        return (o.q, block_m), (o.k, block_n), (o.v, block_n), (call.out, 64)
+        return (o.q, block_m), (o.k, block_n), (o.v, block_n), (call.out, OUT_ROWS)
     forms = tuple(form(x, rows) for x, rows in boxes(call))
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
         captured = capturing(stream)
         maps = tensor_maps(boxes(call), captured, forms)
-        kernel.launch(grid, values(call, (*maps, counter(d.ordinal, captured), sequences, tiles, heads)), stream)
+        kernel.launch(grid, values(call, (*maps, counter(captured), sequences, tiles, heads)), stream)
 
     def launch_packed(call: Call, stream: int) -> None:
-        with table(call, block_m, d.ordinal, stream) as sequences:
+        with table(call, block_m, launcher, stream) as sequences:
             launch(call, stream, sequences)
     return launch_packed if spec.packed else launch
+
+
+# ---------------------------------------------------------------- backward
+@lru_cache(maxsize=PROGRAMS)
+def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
+    arguments = Arguments(spec, BACKWARD, ("dk", "dv"))
+    return Program(Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments.fields,
+                          BACKWARD_THREADS), arguments)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def wide_program(spec: Spec, config: WideSm90Config) -> Program:
+    arguments = Arguments(spec, WIDE, ("dk", "dv"))
+    return Program(Source(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config), arguments.fields,
+                          BACKWARD_THREADS), arguments)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def dq_program(spec: Spec, config: DqSm90Config) -> Program:
+    arguments = Arguments(spec, DQ, ("dq",))
+    return Program(Source(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config), arguments.fields,
+                          BACKWARD_THREADS), arguments)
+
+
+def is_wide(p: Problem) -> bool:
+    """Whether each gradient has a kernel of its own, because no kernel has registers for all of them."""
+    return max(p.head_dim, p.head_dim_v) > 128
+
+
+def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
+    """Enqueue the kernels: lse and delta of rows, the gradients, then what is rounded from sums.
+
+    One kernel computes all gradients, adding up dQ in memory. Deterministic and wide calls have a kernel for dQ alone.
+    """
+    p, g = call.problem, call.grads
+    # dbias of every score is added up by the kernel of dK; a broadcast one is computed by simt's kernel
+    in_kernel = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
+                 and p.score.softcap is None)
+    own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None)
+    config, dq_alone = choose_backward(own_spec), call.deterministic or is_wide(p)
+    with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
+          table(call, BLOCK_N, launcher, stream, True) as sequences,
+          dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums):
+        if is_wide(p):
+            _launch_wide(call, own_spec, rows, sequences, sums, launcher, stream)
+        else:
+            _launch_backward(call, own_spec, config, rows, sequences, sums, launcher, stream)
+        if dq_alone:
+            _launch_dq(call, own_spec, rows, launcher, stream)
+        else:
+            round_dq(call, spec, rows, config.dim, launcher, stream)
+        if g.dbias is not None and not in_kernel:
+            dbias(call, spec, rows, launcher, stream)
+        dsinks(call, spec, rows, launcher, stream)
+
+
+def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int, sums: Sums,
+                     launcher: Launcher, stream: int) -> None:
+    """Enqueue writing dk and dv, adding dq up in rows.accum and dbias, if `spec` has it, in `sums`. `sequences`: table by BLOCK_N keys."""
+    p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
+    boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
+    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.accum, rows.count,
+           sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    backward_program(spec, config).launch(launcher, tiles, call, own, stream)
+
+
+def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: Sums, launcher: Launcher, stream: int) -> None:
+    """Enqueue writing dv, then dk, the latter adding dbias up in `sums`, if `spec` has it. `sequences`: the table by BLOCK_N keys."""
+    p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
+    boxes = (o.q, WIDE_BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, WIDE_BLOCK_M)
+    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, WIDE_BLOCK_M, launcher, captured), rows.lse, rows.count, sequences, tiles,
+           head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    spec = replace(spec, deterministic=False)
+    for of_part, part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
+        wide_program(of_part, choose_wide(of_part, part)).launch(launcher, tiles, call, own, stream)
+
+
+def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
+    """Enqueue writing dq."""
+    o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
+    config = choose_dq(spec)
+    tiles = most_tiles(call, DQ_BLOCK_M)
+    with table(call, DQ_BLOCK_M, launcher, stream) as sequences:
+        boxes = (o.q, DQ_BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, DQ_BLOCK_M)
+        own = (*launcher.tensor_maps(boxes, launcher.capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count, sequences, tiles,
+               head_group(call), call.problem.score.softmax_scale)
+        dq_program(spec, config).launch(launcher, tiles, call, own, stream)

@@ -1,0 +1,24 @@
+"""Sizes of the memory-bound kernels that work on one row at a time."""
+from __future__ import annotations
+
+# preprocess: delta and lse of each query row
+PADDING = 128               # rows of lse, delta and the sums of dq are padded to a multiple: tiles of 128, 64, 32 and 16 fit
+PREPROCESS_THREADS = 256
+PREPROCESS_ROWS = PADDING   # per thread block: enough to amortise its start-up; never spans two sequences
+SINK_THREADS = 1024         # dsinks: one block a head
+
+# postprocess: float32 sums to gradients
+ROUND_THREADS = 256
+SUMS_OF_PIECE = 1024        # float32 that a warp rounds at a time: 16 rows by 64 columns, tile/gradients.py's PIECE
+
+# merge_states
+MERGE_THREADS = 128
+
+# transform_bias_rescale_qkv
+TRANSFORM_WARPS = 8
+TRANSFORM_THREADS = 32 * TRANSFORM_WARPS
+TRANSFORM_ROWS = 4          # per warp: 80 KB of loads in flight a multiprocessor; an H200 needs about 30 (bandwidth times latency)
+TRANSFORM_BLOCK_ROWS = TRANSFORM_WARPS * TRANSFORM_ROWS
+LOOPS = 4                   # blocks of rows of a backward block: its partial sums are then 1/64 of dqkv, twice that for 16-bit dtypes
+SUM_WARPS = 32
+SUM_THREADS = 32 * SUM_WARPS
