@@ -154,5 +154,6 @@ def test_nothing_is_loaded_for_an_explanation(call: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(tensormap, "driver", None)
     for arch in ("sm_80", "sm_90a"):
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: explain(call, *arrays(), device=arch), range(8)))
+            waiting = [pool.submit(explain, call, *arrays(), device=arch) for _ in range(8)]
+            found = [each.result() for each in waiting]
         assert len(found[0].kernels) == (1 if call is attention else 3) and all(one == found[0] for one in found)

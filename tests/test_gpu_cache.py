@@ -578,7 +578,7 @@ def test_an_unknown_arch_names_all_that_are_known() -> None:
         parse_arch("sm_75")
     with pytest.raises(ValueError, match="new: kernels"):
         parse_arch("new")
-    with pytest.raises(SystemExit, match="--arch 7.5: kernels are compiled for"):
+    with pytest.raises(SystemExit, match=r"--arch 7\.5: kernels are compiled for"):
         command.main(["precompile", "--arch", "7.5"])
 
 
@@ -597,7 +597,8 @@ def test_a_call_whose_kernels_are_kept_needs_no_numba() -> None:
               "        found = precompile.sources(*precompile.Want('float16', causal=True).call(), precompile.absent_device('sm_90a'))\n"
               "        want = precompile.Want('float16', causal=True, packed=True)\n"
               "        found += precompile.sources(*want.call(), precompile.absent_device('sm_90a'))\n"
-              "        for more in {}, {'bias': 'float16', 'sinks': 'float32'}, {'deterministic': True}, {'head_dim': 256, 'packed': True}:\n"
+              "        for more in ({}, {'bias': 'float16', 'sinks': 'float32'}, {'deterministic': True},\n"
+              "                     {'packed': True, 'head_dim': 256}):\n"
               "            want = precompile.Want('float16', backward=True, **more)\n"
               "            with contextlib.suppress(NotImplementedError):\n"
               "                assert len(precompile.sources(*want.call(), precompile.absent_device('sm_90a'))) >= 3\n"
@@ -620,8 +621,8 @@ def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.Monke
     made: list[object] = []
     monkeypatch.setattr(gpu, "_prepare", lambda *call: made.append(call))
     call, _ = precompile.Want("float16", 64).call()
-    d, o, aligned = precompile.absent_device("sm_80"), call.operands, 1 << 20
+    launcher, o, aligned = Listing(precompile.absent_device("sm_80")), call.operands, 1 << 20
     for q, out, expected in ((aligned, aligned, 1), (aligned + 16, aligned, 1), (aligned + 8, aligned, 2), (aligned, aligned + 8, 3)):
         moved = replace(call, operands=replace(o, q=replace(o.q, ptr=q)), out=replace(call.out, ptr=out))
-        gpu._launch_of(moved, Listing(d), ("sm80",))
+        gpu._launch_of(moved, launcher, ("sm80",))
         assert len(made) == expected

@@ -27,6 +27,7 @@ from fastattn.compat.multi_head import (
     transform_bias_rescale_qkv_backward,
 )
 from fastattn.cpu import transform as cpu_transform
+from fastattn.gpu import transform
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import compile as compiler
 
@@ -129,7 +130,7 @@ def test_many_rows_in_python() -> None:
     qkv, bias = (copy_of(x) for x in drawn("float32", (2, T, 3 * heads * dim), (3 * heads * dim,)))
     out = [aligned((2, heads, T, dim), np.float32) for _ in range(3)]
     dqkv, dbias = aligned(qkv.shape, np.float32), aligned(bias.shape, np.float32)
-    with in_python(qkv, bias, *out, dqkv, dbias):
+    with in_python(qkv, bias, *out, dqkv, dbias) as machine:
         rows_launch.transform(*views(qkv, bias), None, *views(*out), 0.25, machine.launcher(), 0)
         rows_launch.transform_backward(*views(*out), None, *views(dqkv, dbias), 0.25, machine.launcher(), 0)
     exact = split(wide(qkv) + wide(bias), heads) * factors(dim)

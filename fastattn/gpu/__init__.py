@@ -137,12 +137,12 @@ def _launch_of(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> 
     key: tuple[Any, ...]
     if isinstance(call, Call):
         out = call.out
-        key = (id(p), launcher.device.ordinal, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16,
+        key = (id(p), launcher, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16,
                out.ptr % 16, call.lse is None, families)
     else:
         g = call.grads
         views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
-        key = (id(p), launcher.device.ordinal, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16, call.deterministic,
+        key = (id(p), launcher, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16, call.deterministic,
                families)
     found = _launches.get(key)
     if found is None or found[0] is not p:
