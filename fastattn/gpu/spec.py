@@ -1,6 +1,6 @@
-"""What is compiled and what it is called with: the Spec of a Problem, and the run-time arguments of its kernels.
+"""What is compiled, and what it is called with: the Spec of a Problem, and the run-time arguments of its kernels.
 
-A Spec has only what changes the code: which features are there, dtypes, padded head sizes. Numbers (scale, window, p, seed, lengths,
+A Spec has only what changes the code: which features there are, dtypes, padded head sizes. Numbers (scale, window, p, seed, lengths,
 strides) are arguments, so that one kernel serves them all.
 """
 from __future__ import annotations
@@ -15,20 +15,40 @@ from ..buffers import Grads, View
 from ..problem import Operands, Problem
 
 LOG2E = math.log2(math.e)
-FAR_EXPONENT = 2.0**12      # beyond it, exponents of 2 are taken of differences of scores: their own rounding would change results
-FAR_LSE = 2.0**-126         # in place of an lse in units of log2: of a far row, whose exponents are differences to the lse itself
-FAR = 2**30          # windows beyond it are no limit: sums with a position stay inside 32 bits
+FAR_EXPONENT = 2.0**12      # a row with larger exponents is far: exp2 gets differences of scores, because a rounded product is too coarse
+FAR_LSE = 2.0**-126         # marks a far row: stands in place of its lse in units of log2; kernels subtract the lse itself from the scores
+FAR = 2**30                 # wider windows are cut to it: the sum of a limit and a position stays inside 32 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Head sizes are padded to multiples of 16. `left` and `right`: whether rows have those limits.
+    """What changes a kernel's code. A kernel that does not depend on a field is made from a Spec without it.
 
-    `scaled`: scores are not q.k times a positive factor, or times one so small or large that products of it leave float32, so they are
-    computed before the maximum is taken; then softcap, alibi and bias apply. alibi, bias and sinks hold their operand's dtype.
-    `bias_pairs`: two neighbours of a 16-bit bias can be read at once, `bias_whole`: eight.
-    `lse`: whether the forward writes it. Of the backward alone are `dbias`, the dtype that its sums are stored in where it is wanted,
-    and `deterministic`, the same bits every run. A kernel whose code does not depend on a field is made of a Spec without it.
+    Parameters
+    ----------
+    dtype
+        Of q, k, v and out.
+    head_dim, head_dim_v
+        Padded to multiples of 16.
+    left, right
+        Whether rows have these limits.
+    packed
+        Sequences are packed: cu_seqlens.
+    scaled
+        Scores are computed before their maximum is taken, because they are not q.k times a positive factor of moderate size: softcap,
+        alibi or bias, or a softmax_scale whose products leave float32.
+    softcap, mask, dropout
+        Whether there are any.
+    alibi, bias, sinks
+        The operand's dtype, None if absent.
+    bias_pairs, bias_whole
+        Two (eight) neighbours of a 16-bit bias can be read at once.
+    lse
+        The forward writes it.
+    dbias
+        Of the backward: the dtype in which dbias is stored, None if it is not wanted.
+    deterministic
+        Of the backward: the same bits every run.
     """
 
     dtype: str
@@ -52,7 +72,7 @@ class Spec:
 
     @property
     def text(self) -> str:
-        """Short and unique: d128 causal ..."""
+        """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
@@ -65,20 +85,22 @@ def _pad(n: int) -> int:
 
 
 def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
+    """The Spec of a forward that writes lse or not."""
     s = p.score
     scaled = not 1e-30 <= s.softmax_scale <= 1e30 or s.softcap is not None or s.alibi or s.bias is not None
     pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
              and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
     whole = (pairs and o.bias is not None and o.bias.ptr % 16 == 0 and all(stride % 16 == 0 for stride in o.bias.strides[:3])
              and p.seqlen_k % 8 == 0)
-    return Spec(p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), p.mask.left is not None, p.mask.right is not None, p.packed, scaled,
-                s.softcap is not None, o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, s.bias, pairs, whole, s.mask,
-                o.sinks.dtype if o.sinks else None, p.dropout is not None, lse)
+    return Spec(
+        p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), left=p.mask.left is not None, right=p.mask.right is not None, packed=p.packed,
+        scaled=scaled, softcap=s.softcap is not None, alibi=o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, bias=s.bias,
+        bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse)
 
 
 @dataclass(slots=True)
 class Call:
-    """One forward: the Problem and where everything is. Never changed once made, as an Operands."""
+    """One forward: the Problem and where everything is. Never changed once made."""
 
     problem: Problem
     operands: Operands
@@ -88,9 +110,9 @@ class Call:
 
 @dataclass(slots=True)
 class BackwardCall:
-    """One backward, never changed once made.
+    """One backward. Never changed once made.
 
-    `grads` are Views, canonical as the operands; dbias has four axes, of length 1 where bias broadcasts.
+    `grads` are canonical Views, as the operands; dbias has four axes, of length 1 where bias broadcasts.
     """
 
     problem: Problem
@@ -104,6 +126,7 @@ class BackwardCall:
 
 
 def make_backward_spec(c: BackwardCall) -> Spec:
+    """The Spec of a backward."""
     return replace(make_spec(c.problem, c.operands, False), dbias=c.grads.dbias.dtype if c.grads.dbias else None,
                    deterministic=c.deterministic)
 
@@ -122,14 +145,14 @@ def _stride(x: View | None, axis: int) -> int:
 
 
 def unfit(p: Problem) -> str | None:
-    """None, or why no kernel of the tensor cores takes the problem."""
+    """None, or why no tensor-core kernel runs the problem."""
     if p.dtype not in ("float16", "bfloat16"):
         return f"it has no {p.dtype} products"
     return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256" if max(p.head_dim, p.head_dim_v) > 256 else None
 
 
 def whole_chunks(x: View) -> bool:
-    """Whether every row is made of contiguous, aligned pieces of 16 bytes."""
+    """Whether every row consists of contiguous, aligned pieces of 16 bytes."""
     return (x.ptr % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 and (x.strides[-1] == x.itemsize or x.shape[-1] == 1)
             and all(stride % 16 == 0 for stride, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1))
 
@@ -178,7 +201,7 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
 def _dropout_values(c: AnyCall) -> tuple[Any, ...]:
     d = c.problem.dropout
     assert d is not None
-    # compared with 16 bits in the upper half of a word; p = 1 keeps lane 65535, and keep_scale 0 removes it
+    # compared with 16 random bits in the upper half of a word; with p = 1 the value 65535 is kept, and keep_scale 0 makes it 0
     return min(d.threshold, 65535) << 16, d.keep_scale, d.seed & 0xFFFFFFFF, d.seed >> 32, d.offset
 
 
@@ -188,10 +211,16 @@ def _sizes(c: AnyCall) -> tuple[Any, ...]:
 
 
 class Arguments:
-    """The run-time arguments of a kernel: `fields` for compiling it, `values(call, *own)` for a launch.
+    """The run-time arguments of a kernel: `fields` for compiling it, `values(call, own)` for a launch.
 
-    `own` are the kernel's own fields ("counter:l tiles:i"), first in order; `strided` names the views it addresses itself: q, k, v, out
-    and, of a BackwardCall, dout, dq, dk, dv.
+    Parameters
+    ----------
+    spec
+        Decides which operands and numbers there are.
+    own
+        The kernel's own fields ("counter:l tiles:i"), which come first; compile.Source explains the letters.
+    strided
+        The views whose pointer and strides the kernel gets: q, k, v, out and, of a BackwardCall, dout, dq, dk, dv.
     """
 
     def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = ()) -> None:
@@ -202,11 +231,12 @@ class Arguments:
         self._groups = [(values, ":l" in text) for text, values in groups]
 
     def values(self, call: AnyCall, own: tuple[Any, ...] = ()) -> list[Any]:
+        """Values of `fields` for a call. `own`: those of the kernel's own fields."""
         return self.bound(call)(call, own)
 
     def bound(self, call: AnyCall) -> Callable[[AnyCall, tuple[Any, ...]], list[Any]]:
-        """values(call, own) for this call and those that differ from it in addresses only; the rest is not looked up again."""
-        parts: list[Any] = []       # tuples of what stays, functions of the rest
+        """`values` for this call and those that differ from it in addresses only. Everything but addresses is looked up once."""
+        parts: list[Any] = []       # tuples of what stays, functions of what does not
         for group, pointers in self._groups:
             if pointers:
                 parts.append(group)

@@ -1,7 +1,7 @@
 """How a PTX instruction becomes a function that kernels call: Numba intrinsics over LLVM inline assembly.
 
-A register fragment is a homogeneous tuple, an SSA value: it cannot fall into local memory. Intrinsics take and return whole
-fragments and unroll while they build the IR. Everything that knows Numba's intrinsic machinery is here and in gpu/fragments.py.
+A register fragment is a homogeneous tuple, which is an SSA value: it cannot end up in local memory. Intrinsics get and return whole
+fragments, and unroll their loops while they build the IR.
 """
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ _OPERANDS = {"r": (types.int32, I32), "l": (types.uint64, I64), "f": (types.floa
 
 
 def emit(builder: Any, result: Any, text: str, constraints: str, operands: list[Any], side_effect: bool = True) -> Any:
-    """One inline assembly call; its operand types are those of `operands`."""
+    """One inline assembly call with the types of `operands`."""
     function = ir.FunctionType(result, [x.type for x in operands])
     return builder.call(ir.InlineAsm(function, text, constraints, side_effect=side_effect), operands)
 
 
 def instruction(text: str, operands: str = "", result: str = "", pure: bool = False) -> Any:
-    """An intrinsic of one PTX text. `operands` and `result` are constraint letters: r int32, l uint64, f float32, d float64.
+    """An intrinsic that is one PTX instruction.
 
-    $0 is the result where there is one, then the operands follow. Pure instructions may be moved or dropped by the compiler;
-    the others are ordered with memory.
+    Parameters
+    ----------
+    text
+        The instruction. $0 is the result if there is one, then the operands follow.
+    operands, result
+        Constraint letters: r int32, l uint64, f float32, d float64.
+    pure
+        The compiler may move or drop it. Otherwise it stays in order with memory accesses.
     """
     accepted = [_OPERANDS[c][0] for c in operands]
     numba_result, llvm_result = _OPERANDS[result] if result else (types.none, VOID)
@@ -45,14 +51,14 @@ def instruction(text: str, operands: str = "", result: str = "", pure: bool = Fa
 
 
 def intrinsic_of(typing: Any, names: Iterable[str]) -> Any:
-    """An intrinsic with parameters of these names: Numba reads their number from the signature."""
+    """An intrinsic with parameters of these names. Numba reads their number from the signature."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     typing.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("typingctx", *names)])
     return intrinsic(typing)
 
 
 def literals(*given: Any) -> list[int]:
-    """Values of arguments that must be constants captured by the kernel."""
+    """Values of arguments that must be constants in the kernel's closure."""
     for x in given:
         if not isinstance(x, types.IntegerLiteral):
             raise RequireLiteralValue(x)

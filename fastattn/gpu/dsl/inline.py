@@ -1,8 +1,8 @@
-"""`inline`: a helper that becomes part of the kernel that calls it. `divide`: 32-bit division; Numba's // works in 64 bits, which is long.
+"""`inline`: a helper that becomes part of the kernel that calls it. `divide`: 32-bit division; Numba's // works in 64 bits, which is slow.
 
-Numba types and lowers a helper once for each list of argument types, into the kernel's own module, and the optimizer inlines it. Numba's
-own inline="always" copies the callee at every call instead: a compile takes twice the time (docs/performance.md, "Compile time"). A device
-function of Numba's asks for a driver. What this takes of Numba's machinery is all here.
+A helper is typed and lowered once for each list of argument types, into the kernel's own module, and LLVM's optimizer inlines it. Numba's
+own inline="always" copies the callee at every call instead, which doubles the compile time (docs/performance.md, "Compile time"). A device
+function of Numba's needs a driver. Everything that depends on Numba's internals is in this file.
 """
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _numbers = itertools.count()
 
 
 class _Convention(CUDACABICallConv):  # type: ignore[misc]
-    """Arguments and the result are plain values, tuples too: no pointers, no status, nothing for the optimizer to take apart."""
+    """Calling convention: arguments and the result are plain values, also tuples. No pointers and no status that the optimizer would have
+    to remove."""
 
     def get_function_type(self, restype: Any, argtypes: Any) -> Any:
         return ir.FunctionType(self.get_return_type(restype), [self.context.get_value_type(t) for t in argtypes])
@@ -50,7 +51,7 @@ class _Convention(CUDACABICallConv):  # type: ignore[misc]
 
 
 class _Module:
-    """What stands for a library of Numba's: all helpers of a kernel go into its module."""
+    """In place of Numba's library of code: all helpers of a kernel go into the kernel's module."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -63,9 +64,12 @@ class _Module:
 
 
 class _Typing:
-    """Numba's typing context, which remembers what it found for a function and argument types: a kernel has thousands of calls, of some
-    hundred kinds, and to look one up again goes through NumPy's rules for an operator and all of Numba's registries for an intrinsic.
-    It is remembered in the function's type itself, which keeps there what lowering asks for: two that are equal do not share that."""
+    """Numba's typing context with a cache of the signature for a function and its argument types.
+
+    A kernel has thousands of calls of some hundred kinds, and each look-up goes through NumPy's rules for an operator, or all of Numba's
+    registries for an intrinsic. Cached on the type object, because lowering reads state from that object and equal type objects do not
+    share it.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda_target.typing_context, name)
@@ -86,11 +90,11 @@ _TYPING = _Typing()
 
 class _Lower(CUDALower):  # type: ignore[misc]
     def alloca_lltype(self, name: str, lltype: Any, datamodel: Any = None) -> Any:
-        """Without a debugger's description of the variable, for whose size LLVM reads a module."""
+        """Without debug information of the variable, whose size costs LLVM a parse of a module."""
         return cgutils.alloca_once(self.builder, lltype, name=name)
 
     def lower_binop(self, resty: Any, expr: Any, op: Any) -> Any:
-        """Without looking first for operators that have a way of their own for constants, as powers have."""
+        """Without the look-up of special cases for constant operands, which only powers have."""
         op = self.context.typing_context.resolve_value_type(op)
         sig = _TYPING.resolve_function_type(op, self.fndesc.calltypes[expr].args, {})
         operands = [self.context.cast(self.builder, self.loadvar(x.name), self.typeof(x.name), t)
@@ -105,8 +109,10 @@ class _Interpreter(CUDABytecodeInterpreter):  # type: ignore[misc]
 
 
 def _compile(state: Any) -> None:
-    """Bytecode to typed instructions: those of Numba's passes that change anything here, without what tidies between them. Helpers have no
-    closures, `with`, raises, array expressions or unrolled literals, and nobody asks how long a variable lives."""
+    """Bytecode to typed instructions: only the passes of Numba that change anything here.
+
+    Helpers contain no inner functions, `with`, raises, array expressions or unrolled literals, and lifetimes of variables are not needed.
+    """
     untyped_passes.ExtractByteCode().run_pass(state)
     state.func_ir = _Interpreter(state.func_id).interpret(state.bc)
     untyped_passes.FixupArgs().run_pass(state)
@@ -123,7 +129,7 @@ def _compile(state: Any) -> None:
 
 
 class Compiled:
-    """A Python function for one list of argument types. `result` is inferred where it is not given."""
+    """A Python function for one list of argument types. `result` is its type, inferred if None."""
 
     def __init__(self, function: Any, arguments: Any, result: Any = None) -> None:
         self._given = function, arguments, result
@@ -141,7 +147,7 @@ class Compiled:
         return state
 
     def call(self, builder: Any, arguments: Any) -> Any:
-        """A call; the first one in a module puts the function there."""
+        """Emit a call. The first one in a module adds the function to it."""
         if self._name not in builder.module.globals:
             self._lower(builder.module)
         value = builder.call(builder.module.globals[self._name], arguments)
@@ -171,8 +177,10 @@ def inline(function: Any) -> Any:
 
 
 def kernel_of(function: Any) -> Any:
-    """A kernel of one named tuple, of the same name, which does nothing but call `function` as a helper: what Numba does to kernels takes
-    longer, and here there is next to nothing to do it to."""
+    """A kernel of the same name that does nothing but call `function` as a helper, with its one argument, a named tuple.
+
+    Numba compiles a kernel's own code more slowly than a helper's; this way there is next to none.
+    """
     body = inline(function)
 
     def kernel(a: Any) -> None:

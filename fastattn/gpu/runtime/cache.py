@@ -1,11 +1,11 @@
-"""The disk cache of compiled kernels: one file a kernel, in folders that nobody else can write.
+"""The disk cache of compiled kernels: one file a kernel, in folders that only the user or root can write.
 
-Machine code that is loaded runs as the user, so an entry is as trustworthy as those who could have written it. A folder or a file that
-belongs to neither the user nor root, or that others can write, is refused with one warning. What is opened is what is checked: folders are
-walked descriptor by descriptor from the root, because a name can mean something else a moment later.
+Loaded machine code runs as the user, so an entry is as trustworthy as those who could have written it. A folder or a file that belongs to
+neither the user nor root, or that others can write, is refused with one warning. Folders are walked descriptor by descriptor from the
+root: what is checked is what is opened, although a name can mean something else a moment later.
 
-An entry is a header and the code. The header has a hash of both and of the entry's name, so damage, another length or another kernel's
-entry under this name is seen. Entries are renamed into place when they are complete, and removed, least recently used first, above a limit.
+An entry is a header and the code. The header has a hash of both and of the entry's name, which detects damage, another length, and another
+kernel's entry under this name. Entries are renamed into place when they are complete. Above a limit, the least recently used are removed.
 """
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ WRITES_BETWEEN_CHECKS = 64  # of that limit; the first write of a process checks
 DAY, HOUR = 86400.0, 3600.0
 MOST_LINKS = 40             # on the way to a folder, as in the kernel
 ROOT = 0
-_PLACE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC       # opens a folder that can be walked through but not listed, and a link itself
+_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC        # also opens a folder that cannot be listed, and a link itself
 
 _warned: set[str] = set()
 _writes = 0
 
 
 class Binary(NamedTuple):
-    """What the cache holds of a kernel."""
+    """A compiled kernel."""
 
     code: bytes
-    shared_memory: int      # bytes that a launch asks for
+    shared_memory: int      # bytes of dynamic shared memory of a launch
 
 
 class Entry(NamedTuple):
-    """A file of the cache: seconds since 1970 when it was last used, to a day."""
+    """A file of the cache. `used`: when it was last used, in seconds since 1970, exact to a day."""
 
     name: str
     size: int
@@ -56,14 +56,14 @@ class Entry(NamedTuple):
 
 
 class RefusedError(OSError):
-    """Somebody else could have written this folder or file; the text says who, and what would work."""
+    """Other users could have written this folder or file. The text says why, and what would work."""
 
 
 # ---------------------------------------------------------------- where
 def folders() -> list[Path]:
     """Where kernels are looked for, in this order; new ones go into the last.
 
-    FASTATTN_CACHE, else fastattn in the user's cache folder. A FASTATTN_CACHE that is root's is a shared one: the user's own follows it.
+    FASTATTN_CACHE, else fastattn in the user's cache folder. A FASTATTN_CACHE that belongs to root is shared: the user's own comes second.
     """
     given = _given()
     if given is None:
@@ -78,12 +78,12 @@ def _given() -> Path | None:
 
 @cache
 def _absolute(text: str) -> Path:
-    """Once: a relative folder stays where it was when it was first used, wherever the process goes later."""
+    """Computed once: a relative folder stays where it was at its first use, even if the process changes its folder later."""
     return Path(os.path.abspath(text))
 
 
 def _own() -> Path:
-    """XDG_CACHE_HOME counts where it is absolute, as its specification says."""
+    """The user's own folder. A relative XDG_CACHE_HOME is ignored, as its specification says."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if caches.is_absolute():
         return caches / "fastattn"
@@ -96,7 +96,7 @@ def _own() -> Path:
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether it is root's, and the user another."""
+    """Whether the folder belongs to root and the user is not root."""
     try:
         with _opened(path) as folder:
             return os.fstat(folder).st_uid != os.geteuid()
@@ -107,11 +107,11 @@ def _is_shared(path: Path) -> bool:
 # ---------------------------------------------------------------- who could have written it
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A descriptor of a folder that only the user or root can write or put another in place of. RefusedError says why not.
+    """A descriptor of a folder that only the user or root can write or replace. RefusedError says why there is none.
 
-    Folders above it may be sticky, as /tmp is: there, nobody moves what is not his own. Links that the user or root made are followed.
+    Folders above it may be sticky, as /tmp is: only an entry's owner can move it there. Links that the user or root made are followed.
     """
-    at, seen, left, links = os.open("/", _PLACE | os.O_DIRECTORY), Path("/"), [*reversed(path.parts[1:])], 0
+    at, seen, left, links = os.open("/", _PATH | os.O_DIRECTORY), Path("/"), [*reversed(path.parts[1:])], 0
     try:
         trusted = {ROOT, os.geteuid(), os.fstat(at).st_uid}     # in a user namespace root's folders may show another owner
         while left:
@@ -124,7 +124,7 @@ def _opened(path: Path) -> Iterator[int]:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
                 left += reversed(target.parts)
                 continue
-            below = os.open(name, _PLACE | os.O_DIRECTORY, dir_fd=at)
+            below = os.open(name, _PATH | os.O_DIRECTORY, dir_fd=at)
             os.close(at)
             at, seen = below, seen / name
         _check(os.fstat(at), seen, {ROOT, os.geteuid()})
@@ -134,8 +134,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _link(folder: int, name: str, path: Path, trusted: set[int]) -> Path | None:
-    """Where `name` in a folder leads if it is a link."""
-    descriptor = os.open(name, _PLACE, dir_fd=folder)       # of the link itself
+    """The target of `name` in a folder, None if it is not a link."""
+    descriptor = os.open(name, _PATH, dir_fd=folder)       # of the link itself
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISLNK(status.st_mode):
@@ -160,7 +160,7 @@ def _check_owner(status: os.stat_result, path: Path, trusted: set[int]) -> None:
 
 
 def _warn_once(kind: str, text: str) -> None:
-    """One of each kind a process: it holds for every kernel."""
+    """Log one warning of each kind in a process: it concerns every kernel."""
     if kind not in _warned:
         _warned.add(kind)
         log.warning("fastattn: %s", text)
@@ -175,7 +175,7 @@ def _complain(what: str, path: Path, error: OSError) -> None:
 
 # ---------------------------------------------------------------- entries
 def read(key: str) -> Binary | None:
-    """The kernel of a key (64 hexadecimal digits); None where there is none, where it is damaged, and where it is refused."""
+    """The kernel of a key (64 hexadecimal digits), None if there is none, it is damaged or refused."""
     for path in folders():
         try:
             with _opened(path) as folder:
@@ -193,7 +193,7 @@ def read(key: str) -> Binary | None:
 
 
 def _content(folder: int, path: Path, name: str) -> bytes:
-    """Of an entry that only the user or root can have written. It is marked as used, once a day."""
+    """Content of an entry that only the user or root can have written. The entry is marked as used, once a day."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
@@ -223,7 +223,7 @@ def _packed(key: str, binary: Binary) -> bytes:
 
 
 def _unpacked(key: str, data: bytes) -> Binary | None:
-    """None where it is not the whole entry of this key."""
+    """The kernel in an entry, None if it is not the whole entry of this key."""
     if len(data) <= HEADER.size:
         return None
     magic, digest, length, shared_memory = HEADER.unpack_from(data)
@@ -232,7 +232,7 @@ def _unpacked(key: str, data: bytes) -> Binary | None:
 
 
 def write(key: str, binary: Binary) -> None:
-    """Into the last folder, atomically; a cache that cannot be written costs time only."""
+    """Write a kernel to the last folder, atomically. A cache that cannot be written costs time only."""
     global _writes
     path = folders()[-1]
     try:
@@ -247,7 +247,7 @@ def write(key: str, binary: Binary) -> None:
 
 
 def _make(path: Path, mode: int) -> None:
-    """A folder and those above it, less what the umask takes away."""
+    """Make a folder and those above it."""
     try:
         path.mkdir(mode)
     except FileNotFoundError:
@@ -259,7 +259,7 @@ def _make(path: Path, mode: int) -> None:
 
 
 def _put(folder: int, name: str, data: bytes) -> None:
-    """Under a name of its own, renamed when it is complete. Everybody may read it where the folder lets them: a cache can be shared."""
+    """Write a file under another name and rename it when it is complete. All users may read it, because a cache can be shared."""
     unfinished = f"{name}.{os.urandom(8).hex()}"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
     try:
@@ -273,7 +273,7 @@ def _put(folder: int, name: str, data: bytes) -> None:
 
 # ---------------------------------------------------------------- how much
 def _limit() -> int:
-    """Bytes: FASTATTN_CACHE_MB, or LIMIT_MB."""
+    """Most bytes of a folder's entries: FASTATTN_CACHE_MB, or LIMIT_MB."""
     text = os.environ.get("FASTATTN_CACHE_MB", str(LIMIT_MB))
     if not text.isdecimal():
         _warn_once("limit", f"FASTATTN_CACHE_MB is {text!r}; expected a number of megabytes. {LIMIT_MB} are used.")
@@ -282,7 +282,7 @@ def _limit() -> int:
 
 
 def _listed(folder: int, pattern: re.Pattern[str]) -> list[Entry]:
-    """The files of a folder that have such a name. Links are no files."""
+    """The files of a folder whose name matches. Links do not count."""
     listing, found = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder), list[Entry]()
     try:
         with os.scandir(listing) as files:
@@ -297,13 +297,13 @@ def _listed(folder: int, pattern: re.Pattern[str]) -> list[Entry]:
 
 
 def _remove(folder: int, entry: Entry) -> None:
-    """Who has it open goes on reading it."""
+    """Remove an entry. A process that has it open can still read it."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(entry.name, dir_fd=folder)
 
 
 def _remove_oldest(folder: int, limit: int) -> None:
-    """Least recently used first, until `limit` bytes are left; and what a process that was killed did not finish."""
+    """Remove entries, least recently used first, until `limit` bytes are left, and unfinished ones of processes that were killed."""
     for entry in _listed(folder, UNFINISHED):
         if time.time() - entry.used > HOUR:
             _remove(folder, entry)
@@ -317,7 +317,7 @@ def _remove_oldest(folder: int, limit: int) -> None:
 
 
 def entries(path: Path) -> list[Entry]:
-    """Of one folder, none where there is no folder. OSError where it cannot be read, RefusedError where it is refused."""
+    """Entries of one folder, none if it does not exist. OSError: it cannot be read; RefusedError: it is refused."""
     try:
         with _opened(path) as folder:
             return _listed(folder, ENTRY)
@@ -326,7 +326,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def clear(path: Path) -> list[Entry]:
-    """Remove all entries of one folder, unfinished ones too, and nothing else; the entries that went. OSError as for `entries`."""
+    """Remove all entries of one folder, unfinished ones too, and nothing else. Returns what was removed. Raises what `entries` raises."""
     try:
         with _opened(path) as folder:
             found = _listed(folder, ENTRY)
@@ -347,5 +347,5 @@ def refusal(path: Path) -> str | None:
 
 
 def described() -> str:
-    """The folders in their order, and why one is not used."""
+    """The folders in their order, with the reason if one is not used."""
     return ", then ".join(f"{path} (not used: {why})" if (why := refusal(path)) else str(path) for path in folders())

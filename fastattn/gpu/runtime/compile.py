@@ -1,8 +1,8 @@
-"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching; cache.py keeps it on disk.
+"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching. cache.py keeps it on disk.
 
-Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not see changes in other
-files. Neither is the PTX route, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md).
-Nothing here but `load` needs a GPU or a driver.
+Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not notice changes in other files.
+Neither is its route over PTX, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md). Numba is imported
+only to compile: a kernel in the cache is launched without it. Nothing here but `load` needs a GPU or a driver.
 """
 from __future__ import annotations
 
@@ -30,16 +30,26 @@ from .cache import Binary
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
 _lock = threading.RLock()
-_LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # of a field -> of struct
+_LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # letter of a field -> letter of struct
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A kernel to be compiled: `make()` returns the Python function, which takes one named tuple of `fields`, and the bytes of shared
-    memory that a launch asks for. It is not called where the kernel is in the cache, so that Numba need not be imported.
+    """A kernel to be compiled.
 
-    `key` says which kernel it is (Spec and Config as text); fields are (name, letter): l pointer, q int64, i int32, I uint32,
-    f float32, d float64. `blocks_per_sm` bounds the registers of a thread.
+    Parameters
+    ----------
+    key
+        Which kernel it is: its name, Spec and Config as text.
+    make
+        Returns the Python function, which has one named tuple of `fields` as its argument, and the bytes of dynamic shared memory of a
+        launch. Not called where the kernel is in the cache, so that Numba need not be imported.
+    fields
+        (name, letter) of each argument: l pointer, q int64, i int32, I uint32, f float32, d float64.
+    threads
+        Of a thread block.
+    blocks_per_sm
+        Thread blocks of a multiprocessor, which bound the registers of a thread.
     """
 
     key: str
@@ -55,13 +65,16 @@ def fields_of(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def late(module: str, function: str) -> Callable[..., Any]:
-    """Lazily import a function of a module of fastattn.gpu, named from there. It pulls in Numba, which a cached kernel does without."""
+    """A kernel factory that is imported when it is called: `function` of the module fastattn.gpu.`module`.
+
+    Importing it pulls in Numba, which a cached kernel does not need.
+    """
     return lambda *arguments: getattr(importlib.import_module(f"..{module}", __package__), function)(*arguments)
 
 
 @functools.cache
 def _fingerprint() -> str:
-    """Of all GPU sources and of the compilers: whatever changes the machine code."""
+    """Hash of everything that changes machine code: all GPU sources, and the versions of the compilers."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent.parent
     for path in sorted(folder.rglob("*.py")):
@@ -75,12 +88,12 @@ def _fingerprint() -> str:
 
 
 def _key(source: Source, arch: str) -> str:
-    """What an entry of the cache is called."""
+    """Name of a kernel's cache entry."""
     return hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
 
 
 def binary(source: Source, arch: str) -> Binary:
-    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled; a warning where it will be slow."""
+    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be slow."""
     with _lock:
         key = _key(source, arch)
         found = cache.read(key)
@@ -88,7 +101,7 @@ def binary(source: Source, arch: str) -> Binary:
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
             code, report = build(source, arch)
-            for problem in complaints(report):      # another compiler than those the tests know: slower, not wrong
+            for problem in complaints(report):      # a compiler that the tests do not know: slower, not wrong
                 log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
             found = Binary(code, source.make()[1])
@@ -97,13 +110,19 @@ def binary(source: Source, arch: str) -> Binary:
 
 
 def cached(source: Source, arch: str) -> bool:
-    """Compile a kernel into the cache where it is not yet there; whether it is there now."""
+    """Compile a kernel into the cache if it is not there yet. Returns whether it is there now."""
     binary(source, arch)
     return cache.read(_key(source, arch)) is not None
 
 
 def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
-    """Compile without the cache: (machine code, or PTX text for output="ptx", and the compiler's report)."""
+    """Compile without the cache.
+
+    Returns
+    -------
+    (code, report)
+        Machine code, or PTX text for output="ptx", and what the compiler says about it.
+    """
     with _no_collection():
         try:
             from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -126,7 +145,7 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Numba makes millions of small objects, and next to no garbage: a sixth of the time."""
+    """No garbage collection inside: Numba makes millions of small objects and next to no garbage. Saves a sixth of the time."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -149,7 +168,7 @@ def _signature(source: Source) -> Any:
 
 
 def complaints(report: str) -> list[str]:
-    """What a shipped kernel must not have: spills, local memory, warnings that cost wgmma its speed."""
+    """What a shipped kernel must not have: spills, local memory, ignored setmaxnreg, serialized wgmma."""
     found = [line.strip() for line in report.splitlines()
              if re.search(r"C75(04|08|12|14)", line) or (re.search(r"C75\d\d", line) and "serialized" in line)]
     for kind, pattern in (("bytes of stack", r"(\d+) bytes stack frame"), ("bytes of spills", r"(\d+) bytes spill stores")):
@@ -194,8 +213,11 @@ class Kernel:
         self._threads = source.threads
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
-        """Enqueue `grid` blocks, in one dimension, which holds 2**31 - 1. A block writes what it owns: with none there is nothing to write,
-        and the driver refuses an empty grid. The device's context must be current."""
+        """Enqueue `grid` thread blocks in one dimension, at most 2**31 - 1, with the values of the kernel's fields in order.
+
+        Nothing is launched for an empty grid, which the driver refuses: every block writes what it owns, so there is nothing to write.
+        The device's context must be current.
+        """
         if grid == 0:
             return
         local = self._local

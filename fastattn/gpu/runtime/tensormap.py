@@ -1,9 +1,10 @@
-"""Tensor maps, by which the bulk copy engine finds tiles (CUDA driver API, cuTensorMapEncodeTiled), kept on the device.
+"""Tensor maps: descriptors by which TMA, the bulk copy engine, addresses tiles (CUDA driver API, cuTensorMapEncodeTiled).
 
-Axes are (head_dim, row, head, batch); a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, line) of float32 numbers, lse
-and delta, whose boxes are `rows` of one line. What lies outside the tensor is read as 0 and not written. Maps live in device memory of our
-own and are kept by (pointer, shape, strides, rows). A new one is copied there on a private stream that the host waits for, some 20 us
-once: no order with the caller's streams is needed then, and a graph that is being captured does not contain the copy.
+Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, 2) float32 of lse and
+delta, and a box is `rows` of one of the two. TMA reads what lies outside the tensor as 0 and does not write it.
+
+Maps are kept in device memory by pointer, shape, strides and rows. A new one is copied there on a private stream that the host waits for:
+some 20 us, once. So no order with the caller's streams is needed, and a graph that is being captured does not contain the copy.
 """
 from __future__ import annotations
 
@@ -20,14 +21,15 @@ from ...buffers import View
 from ...streams import check
 from .device import private_stream, relaxed
 
-_CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each
-_MOST = 32768                  # of a device in one generation, more than the maps of all launches that can be pending
+_MAP_BYTES = 128
+_CHUNK = 4096                  # maps that are allocated at a time
+_MOST = 32768                  # maps of a device in one generation: more than those of all launches that can be pending
 _DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 PANEL = 64                     # elements of a 128-byte row
 
 
 def fits(x: View) -> str | None:
-    """None, or why the copy engine cannot read this (batch, row, head, dim) or (row, head, dim) view in place."""
+    """None, or why TMA cannot address this (batch, row, head, dim) or (row, head, dim) view."""
     if x.strides[-1] != x.itemsize and x.shape[-1] > 1:
         return "its last axis is not contiguous"
     if x.ptr % 16:
@@ -40,8 +42,10 @@ def fits(x: View) -> str | None:
 
 
 class _Maps:
-    """Of one device: addresses by key. What a captured graph uses is never given up. The others are of two generations: one found in the
-    older moves to the newer, and when that is full the older one's memory is used again. Finding one is a look-up, without a lock.
+    """The maps of one device: addresses by key.
+
+    Maps of captured graphs are kept for ever. The others are in two generations: a map found in the older one moves to the newer one, and
+    when that is full, the older one's memory is reused. Finding a map in the newer one takes a dictionary look-up and no lock.
     """
 
     def __init__(self) -> None:
@@ -50,13 +54,13 @@ class _Maps:
         self.captured: dict[Any, int] = {}
         self.free: list[int] = []
         self.stream, self.lock = private_stream(), threading.Lock()
-        self.staging = int(check(driver.cuMemAllocHost(128), "cuMemAllocHost"))
+        self.staging = int(check(driver.cuMemAllocHost(_MAP_BYTES), "cuMemAllocHost"))
 
     def add(self, key: Any, encode: Callable[[], int], captured: bool) -> int:
-        """Device address of the map that `encode` makes on the host, from now on with the captured or the newer ones."""
+        """Device address of the map that `encode` makes on the host. It is kept with the captured maps or in the newer generation."""
         with self.lock:
             kept = self.captured if captured else self.newer
-            address = kept.get(key)     # another thread's meanwhile
+            address = kept.get(key)     # another thread may have added it meanwhile
             if address is None and not captured:
                 address = self.older.pop(key, None)
             if address is None:
@@ -71,11 +75,11 @@ class _Maps:
     def place(self, encoded: int) -> int:
         """Device address of a copy of the map at host address `encoded`."""
         if not self.free:
-            chunk = int(check(driver.cuMemAlloc(_CHUNK * 128), "cuMemAlloc"))
-            self.free += range(chunk, chunk + _CHUNK * 128, 128)
+            chunk = int(check(driver.cuMemAlloc(_CHUNK * _MAP_BYTES), "cuMemAlloc"))
+            self.free += range(chunk, chunk + _CHUNK * _MAP_BYTES, _MAP_BYTES)
         address = self.free.pop()
-        ctypes.memmove(self.staging, encoded, 128)
-        check(driver.cuMemcpyHtoDAsync(address, self.staging, 128, self.stream), "cuMemcpyHtoDAsync")
+        ctypes.memmove(self.staging, encoded, _MAP_BYTES)
+        check(driver.cuMemcpyHtoDAsync(address, self.staging, _MAP_BYTES, self.stream), "cuMemcpyHtoDAsync")
         check(driver.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
         return address
 
@@ -101,13 +105,22 @@ def _number(*form: Any) -> int:
 
 
 def form(x: View, rows: int) -> int:
-    """A number for all of a box that is not its address: a key that is quick to look up."""
+    """Interned number of a box's shape, strides, dtype and rows, but not its address: a cheap dictionary key."""
     return _number(x.shape, x.strides, x.dtype, rows)
 
 
 def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
-    """Device addresses of the maps of views that `fit`, all on one device, for boxes of so many rows; `captured`: for work that is being
-    captured into a graph. `forms` are those of the boxes, where the caller has them."""
+    """Device addresses of the maps of some views, all on one device.
+
+    Parameters
+    ----------
+    boxes
+        Views that `fits` accepts, and the rows of a box of each.
+    captured
+        The maps are for work that is being captured into a graph.
+    forms
+        `form` of each box, if the caller has them.
+    """
     maps, forms = _maps(boxes[0][0].device[1]), forms or tuple([form(x, rows) for x, rows in boxes])
     kept = maps.captured if captured else maps.newer
     found = [kept.get((box[0].ptr, number), 0) for box, number in zip(boxes, forms, strict=True)]
@@ -117,14 +130,14 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
 
 
 def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captured: bool) -> int:
-    """Device address of the map of two lines of `count` float32, which start `apart` bytes from each other, for boxes of so many rows."""
+    """Device address of the map of two rows of `count` float32, which start `apart` bytes from each other, for boxes of `rows` numbers."""
     maps, key = _maps(ordinal), (address, _number("lines", count, apart, rows))
     kept = maps.captured if captured else maps.newer
     return kept.get(key) or maps.add(key, partial(_encode_rows, address, count, apart, rows), captured)
 
 
 def _encode(x: View, rows: int) -> int:
-    """Address of an encoded map."""
+    """Host address of the encoded map of a view."""
     shape, strides = (x.shape, x.strides) if len(x.shape) == 4 else ((1, *x.shape), (x.strides[0] * x.shape[0], *x.strides))
     batch, length, heads, dim = shape
     by_batch, by_row, by_head, _ = (s if n > 1 else 16 for s, n in zip(strides, shape, strict=True))
@@ -136,7 +149,7 @@ def _encode_rows(address: int, count: int, apart: int, rows: int) -> int:
 
 
 def _encoded(kind: str, address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: str) -> int:
-    """Address of an encoded map; the fastest axis comes first, and its stride is not named."""
+    """Host address of an encoded map. The fastest axis comes first; its stride is not given."""
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     encoded = check(driver.cuTensorMapEncodeTiled(
         getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"), len(shape), address, [u64(n) for n in shape],
@@ -144,7 +157,7 @@ def _encoded(kind: str, address: int, shape: tuple[int, ...], strides: tuple[int
         getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE), f"cuTensorMapEncodeTiled of {shape}, strides {strides}")
-    _kept.map = encoded        # its memory must outlive the caller's copy
+    _kept.map = encoded        # must live until the caller has copied it
     return int(encoded.getPtr())
 
 
