@@ -8,7 +8,6 @@ are compiled first, in as many processes as there are processors.
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -277,8 +276,7 @@ def _jobs() -> list[Job]:
                  *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm80(), *_backward_sm90(),
                  *_everything_there_is()]
-    there = {family for family in gpu.FAMILIES if importlib.util.find_spec(f"fastattn.gpu.forward_{family}")}
-    return list({job.id: job for job in jobs if job.family in there}.values())
+    return list({job.id: job for job in jobs}.values())
 
 
 JOBS = _jobs()
