@@ -1,5 +1,5 @@
-"""`python -m fastattn`: show-config (the default) prints what a bug report needs, precompile fills the GPU engine's kernel cache, cache
-shows or clears it."""
+"""`python -m fastattn`: show-config (the default) prints what a bug report needs, precompile fills the GPU engine's
+kernel cache, cache shows or clears it."""
 from __future__ import annotations
 
 import argparse

@@ -1,7 +1,7 @@
 """The GPU engine: Numba kernels in three families, and the choice between them. README.md is the map.
 
-A call is a Problem and where its operands are (spec.Call, spec.BackwardCall). The first family in use that does not refuse it runs it:
-its launch.py enqueues the kernels, which runtime/ compiles, keeps in the disk cache and loads.
+A call is a Problem and where its operands are (spec.Call, spec.BackwardCall). The first family in use that does not
+refuse it runs it: its launch.py enqueues the kernels, which runtime/ compiles, keeps in the disk cache and loads.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def family(which: str) -> Family:
 
 
 def use(*families: str) -> AbstractContextManager[None]:
-    """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Calls in host memory stay as they are."""
+    """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Host memory keeps its engine."""
     unknown = [f for f in families if f not in FAMILIES]
     if unknown or not families:
         raise ValueError(f"use(): {', '.join(map(repr, unknown)) or 'nothing'} given, the kernel families are {', '.join(FAMILIES)}")
@@ -84,7 +84,7 @@ def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) ->
 
 # ---------------------------------------------------------------- calls
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int, families: tuple[str, ...] = FAMILIES) -> None:
-    """Enqueue writing out, and lse if it is wanted. Rows of a packed output that belong to no sequence become 0 and -inf."""
+    """Enqueue writing out, and lse if it is wanted. Packed rows that belong to no sequence become 0 and -inf."""
     if 0 in out.shape and (lse is None or 0 in lse.shape):
         return
     launcher, call = on_device(out.device[1]), Call(problem, operands, out, lse)
@@ -93,7 +93,13 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None, s
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, families: tuple[str, ...] = FAMILIES) -> Any:
-    """What `forward` does with such operands at any addresses of their alignment: a function of operands, out, lse and stream."""
+    """What `forward` does with such operands at any addresses of their alignment.
+
+    Returns
+    -------
+    run(operands, out, lse, stream)
+        None for an empty output.
+    """
     if 0 in out.shape:
         return None
     launcher = on_device(out.device[1])
@@ -126,10 +132,11 @@ _launches: Recent[Any, tuple[Problem, Launch]] = Recent()
 
 
 def _launch_of(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> Launch:
-    """What enqueues the call: remembered for plain operands, where only addresses may differ next time. That saves 25 us.
+    """What enqueues the call. It is remembered for plain operands, where only addresses differ next time: saves 25 us.
 
-    The key has the Problem's id, because hashing a Problem takes longer than all the rest. That is safe: an entry holds its Problem, so no
-    other can have the same id while the entry is there, and `is` finds out when the entry is another Problem's.
+    The key has the Problem's id, because hashing a Problem takes longer than all the rest. That is safe: an entry holds
+    its Problem, so no other can have the same id while the entry is there, and `is` finds out when the entry is another
+    Problem's.
     """
     p, o = call.problem, call.operands
     if not o.plain:

@@ -1,4 +1,4 @@
-"""What the families' tilings share: how many registers a problem's features take, and where sequences count as short or long."""
+"""What the families' tilings share: how many registers features take, which sequences count as short or long."""
 from __future__ import annotations
 
 from .spec import Spec
@@ -20,7 +20,7 @@ def feature_weight(spec: Spec) -> int:
 def squeeze(spec: Spec, pieces: int = 1) -> int:
     """Pieces in which elements of bias and mask are packed; 0: they are not.
 
-    A bias and a mask together take more registers than there are: 4 to 72 bytes would spill. Packing costs arithmetic, so either alone
-    stays unpacked.
+    A bias and a mask together take more registers than there are: 4 to 72 bytes would spill. Packing costs arithmetic,
+    so either alone stays unpacked.
     """
     return pieces if spec.mask and spec.bias is not None else 0

@@ -1,7 +1,7 @@
 """Compile kernels ahead of use, for the device here or for another architecture. Nothing here needs a GPU or a driver.
 
-A `Want` is a call without memory, forward or backward. Its kernels are found the way a real call finds them (make_problem, choose, the
-family's launch), so the cache gets exactly the entries that calls will look up.
+A `Want` is a call without memory, forward or backward. Its kernels are found the way a real call finds them
+(make_problem, choose, the family's launch), so the cache gets exactly the entries that calls will look up.
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ HERE = ("cuda", 0)
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """The properties of a call that decide which kernels run. alibi, bias and sinks are their operand's dtype, None if absent."""
+    """The properties of a call that decide which kernels run. alibi, bias and sinks are their operand's dtype, None if
+    absent."""
 
     dtype: str = "bfloat16"
     head_dim: int = 128
@@ -139,7 +140,8 @@ def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
 
 def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, ...] = gpu.FAMILIES,
               processes: int | None = None) -> Iterator[list[Built]]:
-    """Compile the kernels of every Want for every architecture in parallel processes. Yields one list for each of these, as they finish."""
+    """Compile the kernels of every Want for every architecture in parallel processes. Yields one list for each of
+    these, as they finish."""
     jobs = [(want, arch, families) for want in wants for arch in archs]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(processes or usable, len(jobs))
@@ -205,7 +207,8 @@ def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built
 
 
 def command(archs: list[str], head_dims: list[int], dtypes: list[str], features: list[str], processes: int | None) -> int:
-    """`python -m fastattn precompile`: the exit status, 1 if a kernel failed. ValueError: unknown features, a refused folder."""
+    """`python -m fastattn precompile`: the exit status, 1 if a kernel failed. ValueError: unknown features, a refused
+    folder."""
     wants, folder = wants_of(head_dims, dtypes, features), cache.folders()[-1]
     refusal = cache.refusal(folder)
     if refusal:

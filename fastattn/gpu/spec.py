@@ -1,7 +1,7 @@
 """What is compiled, and what it is called with: the Spec of a Problem, and the run-time arguments of its kernels.
 
-A Spec has only what changes the code: which features there are, dtypes, padded head sizes. Numbers (scale, window, p, seed, lengths,
-strides) are arguments, so that one kernel serves them all.
+A Spec has only what changes the code: which features there are, dtypes, padded head sizes. Numbers (scale, window, p,
+seed, lengths, strides) are arguments, so that one kernel serves them all.
 """
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Spec:
     packed
         Sequences are packed: cu_seqlens.
     scaled
-        Scores are computed before their maximum is taken, because they are not q.k times a positive factor of moderate size: softcap,
-        alibi or bias, or a softmax_scale whose products leave float32.
+        Scores are computed before their maximum is taken, because they are not q.k times a positive factor of moderate
+        size: softcap, alibi or bias, or a softmax_scale whose products leave float32.
     softcap, mask, dropout
         Whether there are any.
     alibi, bias, sinks
@@ -140,7 +140,8 @@ _VIEWS: dict[str, Callable[[Any], View]] = {
 
 
 def _stride(x: View | None, axis: int) -> int:
-    """Bytes between neighbours of a canonical view's axis, counted from the last; 0 for an axis that packed arrays do not have."""
+    """Bytes between neighbours of a canonical view's axis, counted from the last; 0 for an axis that packed arrays do
+    not have."""
     return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
 
 
@@ -235,7 +236,8 @@ class Arguments:
         return self.bound(call)(call, own)
 
     def bound(self, call: AnyCall) -> Callable[[AnyCall, tuple[Any, ...]], list[Any]]:
-        """`values` for this call and those that differ from it in addresses only. Everything but addresses is looked up once."""
+        """`values` for this call and those that differ from it in addresses only. Everything but addresses is looked up
+        once."""
         parts: list[Any] = []       # tuples of what stays, functions of what does not
         for group, pointers in self._groups:
             if pointers:

@@ -1,4 +1,4 @@
-"""Launches of the split-key kernel: which calls it runs, how their keys are split. Without Numba: see runtime/compile.py."""
+"""Launches of the split-key kernel: which calls it runs, how keys are split. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
 from functools import lru_cache
@@ -16,7 +16,8 @@ FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:
 
 
 def accepts(call: Call, spec: Spec) -> bool:
-    """Whether this kernel runs a call of a tensor-core family: few queries, many keys, no features but masks by position and a softcap."""
+    """Whether this kernel runs a call of a tensor-core family: few queries, many keys, no features but masks by
+    position and a softcap."""
     p, o = call.problem, call.operands
     return (p.seqlen_q * p.group <= ROWS and p.seqlen_k >= FEW_KEYS and not p.packed and {p.head_dim, p.head_dim_v} <= {64, 128}
             and num_features(spec) == spec.softcap and all(whole_chunks(x) for x in (o.q, o.k, o.v)))

@@ -1,7 +1,7 @@
 """How a PTX instruction becomes a function that kernels call: Numba intrinsics over LLVM inline assembly.
 
-A register fragment is a homogeneous tuple, which is an SSA value: it cannot end up in local memory. Intrinsics get and return whole
-fragments, and unroll their loops while they build the IR.
+A register fragment is a homogeneous tuple, which is an SSA value: it cannot end up in local memory. Intrinsics get and
+return whole fragments, and unroll their loops while they build the IR.
 """
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`inline`: a helper that becomes part of the kernel that calls it. `divide`: 32-bit division; Numba's // works in 64 bits, which is slow.
+"""`inline`: a helper that becomes part of the kernel that calls it. `divide`: 32-bit division; Numba's // uses 64 bits.
 
-A helper is typed and lowered once for each list of argument types, into the kernel's own module, and LLVM's optimizer inlines it. Numba's
-own inline="always" copies the callee at every call instead, which doubles the compile time (docs/performance.md, "Compile time"). A device
-function of Numba's needs a driver. Everything that depends on Numba's internals is in this file.
+A helper is typed and lowered once for each list of argument types, into the kernel's own module, and LLVM's optimizer
+inlines it. Numba's own inline="always" copies the callee at every call instead, which doubles the compile time
+(docs/performance.md, "Compile time"). A device function of Numba's needs a driver. Everything that depends on Numba's
+internals is in this file.
 """
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _numbers = itertools.count()
 
 
 class _Convention(CUDACABICallConv):  # type: ignore[misc]
-    """Calling convention: arguments and the result are plain values, also tuples. No pointers and no status that the optimizer would have
-    to remove."""
+    """Calling convention: arguments and the result are plain values, also tuples. No pointers and no status that the
+    optimizer would have to remove."""
 
     def get_function_type(self, restype: Any, argtypes: Any) -> Any:
         return ir.FunctionType(self.get_return_type(restype), [self.context.get_value_type(t) for t in argtypes])
@@ -66,9 +67,9 @@ class _Module:
 class _Typing:
     """Numba's typing context with a cache of the signature for a function and its argument types.
 
-    A kernel has thousands of calls of some hundred kinds, and each look-up goes through NumPy's rules for an operator, or all of Numba's
-    registries for an intrinsic. Cached on the type object, because lowering reads state from that object and equal type objects do not
-    share it.
+    A kernel has thousands of calls of some hundred kinds, and each look-up goes through NumPy's rules for an operator,
+    or all of Numba's registries for an intrinsic. Cached on the type object, because lowering reads state from that
+    object and equal type objects do not share it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +112,8 @@ class _Interpreter(CUDABytecodeInterpreter):  # type: ignore[misc]
 def _compile(state: Any) -> None:
     """Bytecode to typed instructions: only the passes of Numba that change anything here.
 
-    Helpers contain no inner functions, `with`, raises, array expressions or unrolled literals, and lifetimes of variables are not needed.
+    Helpers contain no inner functions, `with`, raises, array expressions or unrolled literals, and lifetimes of
+    variables are not needed.
     """
     untyped_passes.ExtractByteCode().run_pass(state)
     state.func_ir = _Interpreter(state.func_id).interpret(state.bc)
@@ -177,7 +179,7 @@ def inline(function: Any) -> Any:
 
 
 def kernel_of(function: Any) -> Any:
-    """A kernel of the same name that does nothing but call `function` as a helper, with its one argument, a named tuple.
+    """A kernel of the same name that only calls `function` as a helper, with its one argument, a named tuple.
 
     Numba compiles a kernel's own code more slowly than a helper's; this way there is next to none.
     """

@@ -1,4 +1,5 @@
-"""Launches of the kernels that work on one row at a time: what every family's backward starts and ends with, merge_states, the transform.
+"""Launches of the kernels that work on one row at a time: what every family's backward starts and ends with,
+merge_states, the transform.
 
 None of this imports Numba: a kernel that is in the cache is launched without it.
 """
@@ -222,8 +223,8 @@ def merge_source(dtype: str) -> Source:
 
 
 def merge_states(outs: list[View], lses: list[View], out: View, lse: View, launcher: Launcher, stream: int) -> None:
-    """Enqueue writing out (batch, rows, heads, dim) and lse (batch, heads, rows) from parts of the same shapes, or all without the batch
-    axis."""
+    """Enqueue writing out (batch, rows, heads, dim) and lse (batch, heads, rows) from parts of the same shapes, or all
+    without the batch axis."""
     shape = (1,) * (4 - len(out.shape)) + out.shape
     lines, real = math.prod(shape[:3]), lse.itemsize
     if lines > MOST_BLOCKS:
@@ -275,7 +276,8 @@ def _blocks(rows: int, block_rows: int, columns: int) -> tuple[int, int]:
 
 
 def _vectors(width: int, size: int, whole: bool) -> int:
-    """Vectors of a row of `width` elements: 16 bytes each, or one element each where rows are not made of aligned 16 bytes."""
+    """Vectors of a row of `width` elements: 16 bytes each, or one element each where rows are not made of aligned 16
+    bytes."""
     return width * (size if whole else 16) // 16
 
 
@@ -283,7 +285,8 @@ def transform(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: Vi
               stream: int) -> None:
     """Enqueue writing q = (q + bias) * scale, k + bias and v + bias, contiguous (batch, num_heads, seqlen, head_dim).
 
-    From qkv (batch, seqlen, 3 * width), or with cu_seqlens from packed rows (total, 3 * width); then rows past a sequence's end are zeros.
+    From qkv (batch, seqlen, 3 * width), or with cu_seqlens from packed rows (total, 3 * width); then rows past a
+    sequence's end are zeros.
     """
     batch, num_heads, seqlen, head_dim = q.shape
     if 0 in q.shape:
@@ -301,7 +304,8 @@ def transform(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: Vi
 
 def transform_backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float,
                        launcher: Launcher, stream: int) -> None:
-    """Enqueue writing dqkv, contiguous rows of the forward's qkv, and dqkv_bias, their sum. dq, dk and dv have any strides.
+    """Enqueue writing dqkv, contiguous rows of the forward's qkv, and dqkv_bias, their sum. dq, dk and dv have any
+    strides.
 
     Rows of no sequence become 0. The sum is float32 (float64), in an order that only the shape decides.
     """

@@ -49,7 +49,8 @@ _BY_NUMBER = {arch.number: arch for arch in ARCHITECTURES.values()}
 
 
 def arch_of_number(number: int) -> Arch:
-    """The architecture of this number. One that is not in the table runs code of its own number and has the least shared memory."""
+    """The architecture of this number. One that is not in the table runs code of its own number and has the least
+    shared memory."""
     return _BY_NUMBER.get(number) or Arch(number=number, shared_memory=LEAST, processors=1)
 
 

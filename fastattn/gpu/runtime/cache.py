@@ -1,11 +1,13 @@
 """The disk cache of compiled kernels: one file a kernel, in folders that only the user or root can write.
 
-Loaded machine code runs as the user, so an entry is as trustworthy as those who could have written it. A folder or a file that belongs to
-neither the user nor root, or that others can write, is refused with one warning. Folders are walked descriptor by descriptor from the
-root: what is checked is what is opened, although a name can mean something else a moment later.
+Loaded machine code runs as the user, so an entry is as trustworthy as those who could have written it. A folder or a
+file that belongs to neither the user nor root, or that others can write, is refused with one warning. Folders are
+walked descriptor by descriptor from the root: what is checked is what is opened, although a name can mean something
+else a moment later.
 
-An entry is a header and the code. The header has a hash of both and of the entry's name, which detects damage, another length, and another
-kernel's entry under this name. Entries are renamed into place when they are complete. Above a limit, the least recently used are removed.
+An entry is a header and the code. The header has a hash of both and of the entry's name, which detects damage, another
+length, and another kernel's entry under this name. Entries are renamed into place when they are complete. Above a
+limit, the least recently used are removed.
 """
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ class RefusedError(OSError):
 def folders() -> list[Path]:
     """Where kernels are looked for, in this order; new ones go into the last.
 
-    FASTATTN_CACHE, else fastattn in the user's cache folder. A FASTATTN_CACHE that belongs to root is shared: the user's own comes second.
+    FASTATTN_CACHE, else fastattn in the user's cache folder. A FASTATTN_CACHE that belongs to root is shared: the
+    user's own comes second.
     """
     given = _given()
     if given is None:
@@ -78,7 +81,8 @@ def _given() -> Path | None:
 
 @cache
 def _absolute(text: str) -> Path:
-    """Computed once: a relative folder stays where it was at its first use, even if the process changes its folder later."""
+    """Computed once: a relative folder stays where it was at its first use, even if the process changes its folder
+    later."""
     return Path(os.path.abspath(text))
 
 
@@ -109,7 +113,8 @@ def _is_shared(path: Path) -> bool:
 def _opened(path: Path) -> Iterator[int]:
     """A descriptor of a folder that only the user or root can write or replace. RefusedError says why there is none.
 
-    Folders above it may be sticky, as /tmp is: only an entry's owner can move it there. Links that the user or root made are followed.
+    Folders above it may be sticky, as /tmp is: only an entry's owner can move it there. Links that the user or root
+    made are followed.
     """
     at, seen, left, links = os.open("/", _PATH | os.O_DIRECTORY), Path("/"), [*reversed(path.parts[1:])], 0
     try:
@@ -259,7 +264,8 @@ def _make(path: Path, mode: int) -> None:
 
 
 def _put(folder: int, name: str, data: bytes) -> None:
-    """Write a file under another name and rename it when it is complete. All users may read it, because a cache can be shared."""
+    """Write a file under another name and rename it when it is complete. All users may read it, because a cache can be
+    shared."""
     unfinished = f"{name}.{os.urandom(8).hex()}"
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
     try:
@@ -303,7 +309,8 @@ def _remove(folder: int, entry: Entry) -> None:
 
 
 def _remove_oldest(folder: int, limit: int) -> None:
-    """Remove entries, least recently used first, until `limit` bytes are left, and unfinished ones of processes that were killed."""
+    """Remove entries, least recently used first, until `limit` bytes are left, and unfinished ones of processes that
+    were killed."""
     for entry in _listed(folder, UNFINISHED):
         if time.time() - entry.used > HOUR:
             _remove(folder, entry)
@@ -326,7 +333,8 @@ def entries(path: Path) -> list[Entry]:
 
 
 def clear(path: Path) -> list[Entry]:
-    """Remove all entries of one folder, unfinished ones too, and nothing else. Returns what was removed. Raises what `entries` raises."""
+    """Remove all entries of one folder, unfinished ones too, and nothing else. Returns what was removed. Raises what
+    `entries` raises."""
     try:
         with _opened(path) as folder:
             found = _listed(folder, ENTRY)

@@ -1,8 +1,10 @@
-"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching. cache.py keeps it on disk.
+"""From a Python kernel to machine code: Numba to LTO-IR, nvJitLink to a cubin, loading and launching. cache.py keeps it
+on disk.
 
-Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not notice changes in other files.
-Neither is its route over PTX, where the linker ignores setmaxnreg and serializes every wgmma (docs/performance.md). Numba is imported
-only to compile: a kernel in the cache is launched without it. Nothing here but `load` needs a GPU or a driver.
+Numba's dispatcher is not used: it costs 37 us a call, has no opt-in shared memory, and its cache does not notice
+changes in other files. Neither is its route over PTX, where the linker ignores setmaxnreg and serializes every wgmma
+(docs/performance.md). Numba is imported only to compile: a kernel in the cache is launched without it. Nothing here but
+`load` needs a GPU or a driver.
 """
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ class Source:
     key
         Which kernel it is: its name, Spec and Config as text.
     make
-        Returns the Python function, which has one named tuple of `fields` as its argument, and the bytes of dynamic shared memory of a
-        launch. Not called where the kernel is in the cache, so that Numba need not be imported.
+        Returns the Python function, which has one named tuple of `fields` as its argument, and the bytes of dynamic
+        shared memory of a launch. Not called where the kernel is in the cache, so that Numba need not be imported.
     fields
         (name, letter) of each argument: l pointer, q int64, i int32, I uint32, f float32, d float64.
     threads
@@ -93,7 +95,8 @@ def _key(source: Source, arch: str) -> str:
 
 
 def binary(source: Source, arch: str) -> Binary:
-    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be slow."""
+    """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be
+    slow."""
     with _lock:
         key = _key(source, arch)
         found = cache.read(key)
@@ -145,7 +148,8 @@ def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: Numba makes millions of small objects and next to no garbage. Saves a sixth of the time."""
+    """No garbage collection inside: Numba makes millions of small objects and next to no garbage. Saves a sixth of the
+    time."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -213,10 +217,11 @@ class Kernel:
         self._threads = source.threads
 
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
-        """Enqueue `grid` thread blocks in one dimension, at most 2**31 - 1, with the values of the kernel's fields in order.
+        """Enqueue `grid` thread blocks in one dimension, at most 2**31 - 1, with the values of the kernel's fields in
+        order.
 
-        Nothing is launched for an empty grid, which the driver refuses: every block writes what it owns, so there is nothing to write.
-        The device's context must be current.
+        Nothing is launched for an empty grid, which the driver refuses: every block writes what it owns, so there is
+        nothing to write. The device's context must be current.
         """
         if grid == 0:
             return

@@ -14,8 +14,8 @@ from .arch import arch_of_number
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU: ordinal, name of its Arch ("sm_90a"), number of multiprocessors, bytes of shared memory a thread block may use, name of the
-    product, and the address of its primary context."""
+    """One GPU: ordinal, name of its Arch ("sm_90a"), number of multiprocessors, bytes of shared memory a thread block
+    may use, name of the product, and the address of its primary context."""
 
     ordinal: int
     arch: str

@@ -1,7 +1,7 @@
 """What a launch needs besides its call: loaded kernels, temporary memory, counters and tensor maps.
 
-A family's launch.py gets all of that from a Launcher. There are two: `OnDevice` launches, `Listing` only notes which kernels a call
-would launch, for `explain` and `precompile`; it needs no device and no driver.
+A family's launch.py gets all of that from a Launcher. There are two: `OnDevice` launches, `Listing` only notes which
+kernels a call would launch, for `explain` and `precompile`; it needs no device and no driver.
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class LoadedKernel(Protocol):
 
 
 class Launcher(Protocol):
-    """Where a family's kernels are launched, and what they need there. `captured`: the stream is being captured into a graph."""
+    """Where a family's kernels are launched, and what they need there. `captured`: the stream is being captured into a
+    graph."""
 
     @property
     def device(self) -> Device:
@@ -47,10 +48,12 @@ class Launcher(Protocol):
         """Whether the stream is being captured into a graph."""
 
     def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
-        """Addresses of the TMA descriptors of views, for boxes of so many rows. `forms`: the boxes' tensormap.form, if known."""
+        """Addresses of the TMA descriptors of views, for boxes of so many rows. `forms`: the boxes' tensormap.form, if
+        known."""
 
     def row_map(self, address: int, count: int, apart: int, rows: int, captured: bool) -> int:
-        """Address of the TMA descriptor of two rows of `count` float32, `apart` bytes from each other, for boxes of `rows` numbers."""
+        """Address of the TMA descriptor of two rows of `count` float32, `apart` bytes from each other, for boxes of
+        `rows` numbers."""
 
     def counter(self, captured: bool) -> int:
         """Address of two int32 zeros for one launch, which must leave them zero."""
@@ -60,7 +63,8 @@ class Launcher(Protocol):
 
 
 class OnDevice:
-    """The Launcher of a real device. The device's context must be current when its methods are called, but for `load`."""
+    """The Launcher of a real device. The device's context must be current when its methods are called, but for
+    `load`."""
 
     capturing = staticmethod(devices.capturing)
     clear = staticmethod(workspace.clear)

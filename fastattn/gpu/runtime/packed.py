@@ -1,4 +1,5 @@
-"""Packed problems on the device: the table of sequences that tile/schedule.py reads, written by a kernel of its own before each launch."""
+"""Packed problems on the device: the table of sequences that tile/schedule.py reads, written by a kernel of its own
+before each launch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def lengths(call: AnyCall) -> list[Any]:
 
 
 def table(call: AnyCall, block: int, launcher: Launcher, stream: int, by_keys: bool = False) -> AbstractContextManager[int]:
-    """Address of the table for tiles of `block` rows (keys), valid for work enqueued inside the `with`; 0 for a dense problem."""
+    """Address of the table for tiles of `block` rows (keys), valid for work enqueued inside the `with`; 0 for a dense
+    problem."""
     return _packed_table(call, block, launcher, stream, by_keys) if call.problem.packed else _NO_TABLE
 
 
@@ -76,10 +78,11 @@ L2_BYTES = 32 << 20        # of K and V of all heads in flight: what stays in th
 
 
 def head_group(call: AnyCall, by_keys: bool = False) -> int:
-    """Number of heads scheduled together (tile/schedule.py). Under a mask, the longest tiles of the whole group then start first.
+    """Number of heads scheduled together (tile/schedule.py). Under a mask, the longest tiles of the whole group then
+    start first.
 
-    Tiles of keys move much more memory for a head, and the schedule starts long sequences first anyway: for packed problems two heads
-    measured better than more (docs/performance.md).
+    Tiles of keys move much more memory for a head, and the schedule starts long sequences first anyway: for packed
+    problems two heads measured better than more (docs/performance.md).
     """
     p = call.problem
     masked = p.mask.left is not None or p.mask.right is not None

@@ -1,10 +1,13 @@
-"""Tensor maps: descriptors by which TMA, the bulk copy engine, addresses tiles (CUDA driver API, cuTensorMapEncodeTiled).
+"""Tensor maps: descriptors by which TMA, the bulk copy engine, addresses tiles (CUDA driver API,
+cuTensorMapEncodeTiled).
 
-Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, 2) float32 of lse and
-delta, and a box is `rows` of one of the two. TMA reads what lies outside the tensor as 0 and does not write it.
+Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, 2)
+float32 of lse and delta, and a box is `rows` of one of the two. TMA reads what lies outside the tensor as 0 and does
+not write it.
 
-Maps are kept in device memory by pointer, shape, strides and rows. A new one is copied there on a private stream that the host waits for:
-some 20 us, once. So no order with the caller's streams is needed, and a graph that is being captured does not contain the copy.
+Maps are kept in device memory by pointer, shape, strides and rows. A new one is copied there on a private stream that
+the host waits for: some 20 us, once. So no order with the caller's streams is needed, and a graph that is being
+captured does not contain the copy.
 """
 from __future__ import annotations
 
@@ -44,8 +47,9 @@ def fits(x: View) -> str | None:
 class _Maps:
     """The maps of one device: addresses by key.
 
-    Maps of captured graphs are kept for ever. The others are in two generations: a map found in the older one moves to the newer one, and
-    when that is full, the older one's memory is reused. Finding a map in the newer one takes a dictionary look-up and no lock.
+    Maps of captured graphs are kept for ever. The others are in two generations: a map found in the older one moves to
+    the newer one, and when that is full, the older one's memory is reused. Finding a map in the newer one takes a
+    dictionary look-up and no lock.
     """
 
     def __init__(self) -> None:
@@ -57,7 +61,8 @@ class _Maps:
         self.staging = int(check(driver.cuMemAllocHost(_MAP_BYTES), "cuMemAllocHost"))
 
     def add(self, key: Any, encode: Callable[[], int], captured: bool) -> int:
-        """Device address of the map that `encode` makes on the host. It is kept with the captured maps or in the newer generation."""
+        """Device address of the map that `encode` makes on the host. It is kept with the captured maps or in the newer
+        generation."""
         with self.lock:
             kept = self.captured if captured else self.newer
             address = kept.get(key)     # another thread may have added it meanwhile
@@ -130,7 +135,8 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
 
 
 def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captured: bool) -> int:
-    """Device address of the map of two rows of `count` float32, which start `apart` bytes from each other, for boxes of `rows` numbers."""
+    """Device address of the map of two rows of `count` float32, which start `apart` bytes from each other, for boxes of
+    `rows` numbers."""
     maps, key = _maps(ordinal), (address, _number("lines", count, apart, rows))
     kept = maps.captured if captured else maps.newer
     return kept.get(key) or maps.add(key, partial(_encode_rows, address, count, apart, rows), captured)

@@ -1,7 +1,7 @@
 """Small device memory that kernels need besides their operands: tile counters, and temporary memory.
 
-Nothing here waits for the caller's work. Counters are zero whenever no kernel uses them, because the last block to finish resets them.
-Temporary memory is allocated and freed in stream order.
+Nothing here waits for the caller's work. Counters are zero whenever no kernel uses them, because the last block to
+finish resets them. Temporary memory is allocated and freed in stream order.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _KEPT = 1 << 30            # bytes of temporary memory kept across synchronisati
 class _Zeros:
     """`count` slots of `size` bytes, all 0 whenever no kernel uses them, handed out round robin.
 
-    Launches captured into graphs get the upper half. Two launches share a slot only if they run at the same time and count / 2 launches
-    lie between them.
+    Launches captured into graphs get the upper half. Two launches share a slot only if they run at the same time and
+    count / 2 launches lie between them.
     """
 
     def __init__(self, size: int, count: int) -> None:

@@ -43,7 +43,8 @@ class SimtConfig:
 
 
 def block_m_of(dtype: str, head_dim_v: int) -> int:
-    """Query rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems spill."""
+    """Query rows of a tile, so that O takes at most 64 registers a thread: with 128 the features of some problems
+    spill."""
     rows = 64 if head_dim_v <= 256 else 32
     return rows // 2 if dtype == "float64" else rows
 
@@ -51,8 +52,8 @@ def block_m_of(dtype: str, head_dim_v: int) -> int:
 def choose_forward(spec: Spec) -> SimtConfig:
     """Shared memory stays under the 99 KB of consumer cards.
 
-    Two blocks a multiprocessor leave 128 registers a thread. They are chosen where that compiles without spills: not with the addresses of
-    features, nor with a small head_dim, whose loops the compiler unrolls.
+    Two blocks a multiprocessor leave 128 registers a thread. They are chosen where that compiles without spills: not
+    with the addresses of features, nor with a small head_dim, whose loops the compiler unrolls.
     """
     block_m = block_m_of(spec.dtype, spec.head_dim_v)
     features = spec.softcap or spec.alibi or spec.bias or spec.mask or spec.dropout
@@ -65,8 +66,8 @@ def choose_forward(spec: Spec) -> SimtConfig:
 # ---------------------------------------------------------------- backward
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile of `lines` x `columns` scores. Operands are copied in slices of `slice_dim` columns of head_dim, with `loads` loads in
-    flight per thread."""
+    """A tile of `lines` x `columns` scores. Operands are copied in slices of `slice_dim` columns of head_dim, with
+    `loads` loads in flight per thread."""
 
     lines: int
     columns: int
@@ -114,8 +115,8 @@ class Tile:
 def lines_of(spec: Spec) -> int:
     """Most lines of a tile of the backward and of dbias.
 
-    With a small head_dim the compiler unrolls the loops over its columns and keeps more values live: with features, 64 lines would spill
-    4 to 136 bytes; with most of them, 32 lines would spill 12.
+    With a small head_dim the compiler unrolls the loops over its columns and keeps more values live: with features, 64
+    lines would spill 4 to 136 bytes; with most of them, 32 lines would spill 12.
     """
     small = max(spec.head_dim, spec.head_dim_v) < 64
     if small and num_features(spec) > 2:
@@ -130,8 +131,8 @@ def _tile(spec: Spec, lines: int) -> Tile:
 def _tile_of_sums(spec: Spec, columns: int) -> Tile:
     """A tile whose lines own `columns` columns of gradients, with as many lines as keep these at 64 registers a thread.
 
-    float64: 32 numbers, of twice the size, where possible, because with twice as many the features of some problems spill. Shared memory
-    stays under 99 KB.
+    float64: 32 numbers, of twice the size, where possible, because with twice as many the features of some problems
+    spill. Shared memory stays under 99 KB.
     """
     most = (4096 if spec.dtype == "float64" else 16384) // columns
     return _tile(spec, max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0)))
@@ -150,7 +151,8 @@ def tile_dkdv(spec: Spec) -> Tile:
 
 
 def parts_dkdv(spec: Spec) -> tuple[tuple[bool, bool], ...]:
-    """(dk, dv) of each launch of dkdv: both at once, but one after the other for the largest float64 heads, whose sums would spill."""
+    """(dk, dv) of each launch of dkdv: both at once, but one after the other for the largest float64 heads, whose sums
+    would spill."""
     both = spec.dtype != "float64" or spec.head_dim + spec.head_dim_v <= 512
     return ((True, True),) if both else ((True, False), (False, True))
 

@@ -1,4 +1,5 @@
-"""Launches of the kernels on plain threads: fields, forward, backward, dbias of every family. Without Numba: see runtime/compile.py."""
+"""Launches of the kernels on plain threads: fields, forward, backward, dbias of every family. Without Numba: see
+runtime/compile.py."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -48,7 +49,8 @@ def forward_program(spec: Spec, config: SimtConfig) -> Program:
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
+    problem."""
     p, config = call.problem, choose_forward(spec)
     program, block_m, tiles = forward_program(spec, config), config.block_m, most_tiles(call, config.block_m)
     kernel, values = launcher.load(program.source), program.arguments.bound(call)

@@ -1,4 +1,5 @@
-"""Tilings of the mma.sync kernels, for each architecture: every number with its constraint, and the measurement that chose it."""
+"""Tilings of the mma.sync kernels, for each architecture: every number with its constraint, and the measurement that
+chose it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class ForwardSm80Config:
     squeeze
         As in BackwardSm90Config.
     whole, whole_out
-        Rows of q, k and v (of out) are aligned pieces of 16 bytes. Not a choice but a property of the operands that the code depends on.
+        Rows of q, k and v (of out) are aligned pieces of 16 bytes. Not a choice but a property of the operands that the
+        code depends on.
     """
 
     warps: int
@@ -64,7 +66,8 @@ class ForwardSm80Config:
 
 
 def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> ForwardSm80Config:
-    """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they fit."""
+    """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they
+    fit."""
     dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     rows = {"whole": whole, "whole_out": whole_out}
@@ -86,9 +89,9 @@ class BackwardSm80Config:
     Parameters
     ----------
     warps, tiles, split
-        Warps of a thread block; `split` of them share 16 * tiles keys. With split 1 a warp has whole rows of P^T and dS^T and feeds them to
-        the MMAs of dV and dK out of its registers. Otherwise it has a part of the queries of its keys' scores and a part of the columns of
-        their gradients, and all of P and dS goes through shared memory.
+        Warps of a thread block; `split` of them share 16 * tiles keys. With split 1 a warp has whole rows of P^T and
+        dS^T and feeds them to the MMAs of dV and dK out of its registers. Otherwise it has a part of the queries of its
+        keys' scores and a part of the columns of their gradients, and all of P and dS goes through shared memory.
     block_m
         Query rows of a step.
     stages
@@ -123,7 +126,8 @@ class BackwardSm80Config:
 
     @property
     def columns_apart(self) -> int:
-        """Warps that share rows of dQ; each has 16 of every 16 * columns_apart columns. 32 rows a warp where there are enough."""
+        """Warps that share rows of dQ; each has 16 of every 16 * columns_apart columns. 32 rows a warp where there are
+        enough."""
         return min(4, 32 * self.warps // self.block_m)
 
     @property
@@ -134,8 +138,8 @@ class BackwardSm80Config:
 
 
 def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True) -> BackwardSm80Config:
-    """Chosen by registers (none spilled) and shared memory. dK and dV take tiles * (head_dim + head_dim_v) / (2 * split) registers a
-    thread, S and dP tiles * block_m / (2 * split) each."""
+    """Chosen by registers (none spilled) and shared memory. dK and dV take tiles * (head_dim + head_dim_v) / (2 *
+    split) registers a thread, S and dP tiles * block_m / (2 * split) each."""
     dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None or not whole
     rows = {"vector": arch_of(arch).number >= 90, "whole": whole, "whole_out": whole_out}

@@ -1,4 +1,5 @@
-"""Launches of the mma.sync kernels: what the family accepts, fields, forward, backward. Without Numba: see runtime/compile.py."""
+"""Launches of the mma.sync kernels: what the family accepts, fields, forward, backward. Without Numba: see
+runtime/compile.py."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -56,7 +57,8 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
+    problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
     o = call.operands

@@ -26,12 +26,14 @@ class ForwardSm90Config:
     stages
         Stages of K and V in flight.
     out_panels
-        Panels of 64 columns of the output that fit in shared memory at once, for each warpgroup. 0: the output goes from registers to
-        global memory, 16 bytes a thread at a time.
+        Panels of 64 columns of the output that fit in shared memory at once, for each warpgroup. 0: the output goes
+        from registers to global memory, 16 bytes a thread at a time.
     turns
-        FlashAttention-3's ping-pong: consumer warpgroups issue their MMAs one after another, so that one's softmax overlaps another's MMAs.
+        FlashAttention-3's ping-pong: consumer warpgroups issue their MMAs one after another, so that one's softmax
+        overlaps another's MMAs.
     optimistic
-        Blocks without a structural mask are exponentiated under the maximum so far. Their own maximum is computed only if that overflows.
+        Blocks without a structural mask are exponentiated under the maximum so far. Their own maximum is computed only
+        if that overflows.
     hints
         L2 eviction priorities: Q and the output are evicted first, K and V, which other tiles read too, last.
     """
@@ -67,7 +69,8 @@ class ForwardSm90Config:
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     """The widest key blocks that registers allow: features that hold another value for every score need narrower ones.
 
-    Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (160 with three consumers).
+    Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (160 with
+    three consumers).
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
@@ -108,14 +111,14 @@ class BackwardSm90Config:
     q_stages
         Stages of Q; dO has two.
     crowded
-        For features that need registers: dQ of the previous block is stored before the scores are touched, and the MMA of dV ends before
-        that of dP is issued.
+        For features that need registers: dQ of the previous block is stored before the scores are touched, and the MMA
+        of dV ends before that of dP is issued.
     halves
-        P is computed for one half of the queries before the MMA of dP is issued and for the other half after it, so that the registers of
-        S, P and dP are never all live.
+        P is computed for one half of the queries before the MMA of dP is issued and for the other half after it, so
+        that the registers of S, P and dP are never all live.
     squeeze
-        Pieces in which elements of bias and mask are packed as they arrive, two and 32 to a register, one piece after the other. 0: they
-        are not packed.
+        Pieces in which elements of bias and mask are packed as they arrive, two and 32 to a register, one piece after
+        the other. 0: they are not packed.
     """
 
     dim: int
@@ -136,7 +139,8 @@ class BackwardSm90Config:
 
 
 def choose_backward(spec: Spec) -> BackwardSm90Config:
-    """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
+    """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
+    240."""
     two = num_features(spec) > 1
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
         return BackwardSm90Config(dim=64, block_m=128, crowded=spec.bias is not None, halves=spec.bias is None)
@@ -156,8 +160,8 @@ class DqSm90Config:
     stages, stages_v
         Stages of K and of V.
     behind
-        The MMA of dQ of the previous block is the last of a step and overlaps the computation of dS. Otherwise it comes right after that
-        of S, which frees K's stage earlier.
+        The MMA of dQ of the previous block is the last of a step and overlaps the computation of dS. Otherwise it comes
+        right after that of S, which frees K's stage earlier.
     """
 
     block_n: int
@@ -177,9 +181,9 @@ class DqSm90Config:
 def choose_dq(spec: Spec) -> DqSm90Config:
     """The widest blocks without spilled registers, for all features of a class together.
 
-    S and dP take block_n / 2 registers a thread each, dS block_n / 4, dQ head_dim / 2, bias and mask up to block_n / 2 each, softcap
-    block_n / 4, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n a column of a stage of K and V, columns rounded up to
-    64, of 227 KB: over 128 columns there is no room for all stages.
+    S and dP take block_n / 2 registers a thread each, dS block_n / 4, dQ head_dim / 2, bias and mask up to block_n / 2
+    each, softcap block_n / 4, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n a column of a stage of
+    K and V, columns rounded up to 64, of 227 KB: over 128 columns there is no room for all stages.
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2 if dim <= 192 else 3
@@ -209,8 +213,8 @@ class WideSm90Config:
     q_stages, do_stages
         Stages of Q and of dO.
     behind
-        Of "dk" only. The MMA of dK of the previous block is the last of a step and overlaps the computation of dS. Otherwise it comes right
-        after that of S, which frees Q's stage earlier.
+        Of "dk" only. The MMA of dK of the previous block is the last of a step and overlaps the computation of dS.
+        Otherwise it comes right after that of S, which frees Q's stage earlier.
     late
         Of "dk" only. The MMA of dP is issued when P is computed and dK's MMA has ended: fewer registers.
     squeeze
@@ -239,8 +243,9 @@ class WideSm90Config:
 def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     """The most stages that fit.
 
-    S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, bias and mask 32 each, of 240. Shared memory:
-    16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer stages.
+    S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, bias and mask 32 each, of
+    240. Shared memory: 16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192
+    columns, fewer stages.
     """
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
     if part == "dv":

@@ -1,4 +1,5 @@
-"""Launches of the Hopper kernels: what the family accepts, fields, forward, backward. Without Numba: see runtime/compile.py."""
+"""Launches of the Hopper kernels: what the family accepts, fields, forward, backward. Without Numba: see
+runtime/compile.py."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -89,7 +90,8 @@ def _choice(spec: Spec, seqlen_k: int) -> tuple[ForwardSm90Config, Program]:
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed problem."""
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
+    problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
     config, program = _choice(spec, call.problem.seqlen_k)
@@ -170,7 +172,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 
 def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int, sums: Sums,
                      launcher: Launcher, stream: int) -> None:
-    """Enqueue writing dk and dv, adding dq up in rows.accum and dbias, if `spec` has it, in `sums`. `sequences`: table by BLOCK_N keys."""
+    """Enqueue writing dk and dv, adding dq up in rows.accum and dbias, if `spec` has it, in `sums`. `sequences`: table
+    by BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
     own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.accum, rows.count,
@@ -179,7 +182,8 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
 
 
 def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: Sums, launcher: Launcher, stream: int) -> None:
-    """Enqueue writing dv, then dk, the latter adding dbias up in `sums`, if `spec` has it. `sequences`: the table by BLOCK_N keys."""
+    """Enqueue writing dv, then dk, the latter adding dbias up in `sums`, if `spec` has it. `sequences`: the table by
+    BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     boxes = (o.q, WIDE_BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, WIDE_BLOCK_M)
     own = (*launcher.tensor_maps(boxes, captured), rows.map(call, WIDE_BLOCK_M, launcher, captured), rows.lse, rows.count, sequences, tiles,
