@@ -241,7 +241,7 @@ def test_kernels_of_hopper(head_dim: int, deterministic: bool, expected: list[st
 
 def test_rows_count_for_dense_and_packed() -> None:
     dense, _ = precompile.Want(seqlen_q=130, batch=2, num_heads=3, backward=True).call()
-    assert rows_launch.padded_rows(dense) == 256 and rows_launch.num_lines(dense) == 6
+    assert rows_launch.padded_rows(dense) == 256 and rows_launch.batch_heads(dense) == 6
     many, _ = precompile.Want(packed=True, seqlen_q=130, batch=2, num_heads=3, backward=True).call()
-    assert rows_launch.padded_rows(many) == (260 + 3 * 128) // 128 * 128 and rows_launch.num_lines(many) == 3
+    assert rows_launch.padded_rows(many) == (260 + 3 * 128) // 128 * 128 and rows_launch.batch_heads(many) == 3
     assert packed.most_tiles(many, 64, by_keys=True) == 3 * (260 // 64 + 3)

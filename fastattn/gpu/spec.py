@@ -16,7 +16,7 @@ from ..problem import Operands, Problem
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # a row with larger exponents is far: exp2 gets differences of scores, because a rounded product is too coarse
-FAR_LSE = 2.0**-126         # marks a far row: stands in place of its lse in units of log2; kernels subtract the lse itself from the scores
+FAR_LSE = 2.0**-126         # marks a far row instead of its lse in units of log2: kernels subtract the lse itself from its scores
 FAR = 2**30                 # wider windows are cut to it: the sum of a limit and a position stays inside 32 bits
 
 

@@ -30,10 +30,10 @@ def forward_program(spec: Spec, config: DecodeConfig) -> Program:
                           WARP * config.warps, config.blocks_per_sm), arguments)
 
 
-def split_keys(planes: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:
+def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:
     """(number of splits, keys of each) for which the last thread block is estimated to end first.
 
-    `planes`: batch times key heads. Time is counted in steps of `config.keys` keys a warp.
+    `key_heads`: of the whole batch. Time is counted in steps of `config.keys` keys a warp.
     """
     step, slots = config.keys * config.warps, num_sms * config.blocks_per_sm
 
@@ -43,8 +43,8 @@ def split_keys(planes: int, keys: int, config: DecodeConfig, num_sms: int) -> tu
 
     def time(count: int) -> int:
         count, steps = divided(count)
-        return -(-planes * count // slots) * (steps + config.overhead)
-    most = min(MOST_SPLITS, -(-keys // step)) if planes <= MOST_ARRIVALS else 1
+        return -(-key_heads * count // slots) * (steps + config.overhead)
+    most = min(MOST_SPLITS, -(-keys // step)) if key_heads <= MOST_ARRIVALS else 1
     count, steps = divided(min(range(1, most + 1), key=time))
     return count, steps * step
 
@@ -54,20 +54,20 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     config, p = choose_decode(spec), call.problem
     program = forward_program(spec, config)
     kernel, values = launcher.load(program.source), program.arguments.bound(call)
-    planes, lines = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
+    key_heads, rows = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
     limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
     if first >= end:        # no row attends any key
         first, end = 0, 1
-    splits, keys = split_keys(planes, end - first, config, launcher.device.num_sms)
-    grid, own = planes * splits, (lines, splits, keys, first, end, p.num_heads_k)
-    out_bytes = 4 * splits * lines * p.head_dim_v       # of the splits' outputs; then their maxima and sums
+    splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
+    grid, own = key_heads * splits, (rows, splits, keys, first, end, p.num_heads_k)
+    out_bytes = 4 * splits * rows * p.head_dim_v       # of the splits' outputs; then their maxima and sums
 
     def launch(call: Call, stream: int) -> None:
         kernel.launch(grid, values(call, (0, 0, 0, *own)), stream)
 
     def launch_split(call: Call, stream: int) -> None:
         arrived = launcher.arrivals(launcher.capturing(stream))
-        with launcher.temporary(out_bytes + 8 * splits * lines, stream) as part:
+        with launcher.temporary(out_bytes + 8 * splits * rows, stream) as part:
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own)), stream)
     return launch if splits == 1 else launch_split

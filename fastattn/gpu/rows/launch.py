@@ -64,7 +64,7 @@ class Rows:
     lse, delta
         One number a row, float32 (float64 for float64 problems).
     log2
-        lse in units of log2; 0 if it was not asked for.
+        lse in units of log2; 0 if it is not computed.
     accum
         Zeroed float32 sums of dq, a row of them for each query row; 0 if there are none.
     count
@@ -79,7 +79,7 @@ class Rows:
 
     def map(self, call: AnyCall, block_m: int, launcher: Launcher, captured: bool) -> int:
         """The tensor map of lse in units of log2 (row 0) and delta (row 1), for boxes of block_m numbers."""
-        return launcher.row_map(self.log2, self.count * num_lines(call), self.delta - self.log2, block_m, captured)
+        return launcher.row_map(self.log2, self.count * batch_heads(call), self.delta - self.log2, block_m, captured)
 
 
 def padded_rows(call: AnyCall) -> int:
@@ -90,8 +90,8 @@ def padded_rows(call: AnyCall) -> int:
     return -(-p.seqlen_q // PADDING) * PADDING
 
 
-def num_lines(call: AnyCall) -> int:
-    """How many times padded_rows there are: number of (batch, head); packed: of heads."""
+def batch_heads(call: AnyCall) -> int:
+    """How many times there are padded_rows: number of (batch, head); packed: of heads."""
     p = call.problem
     return p.num_heads * (1 if p.packed else p.batch)
 
@@ -102,7 +102,7 @@ def refuses_rows(call: BackwardCall) -> str | None:
     return None if rows <= MOST_BLOCKS else f"it has {rows} query rows with padding, over 2**31 - 1"
 
 
-def _line_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
+def _row_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
     """Pointer, batch, head and row strides of lse or dlse."""
     if x is None:
         return 0, 0, 0, 0
@@ -135,20 +135,20 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
         Columns of float32 sums of dq that are zeroed for each row.
     """
     p = call.problem
-    rows, lines = padded_rows(call), num_lines(call)
+    rows, heads = padded_rows(call), batch_heads(call)
     size = 8 if p.dtype == "float64" else 4
-    each = -(-rows * lines * size // 256) * 256
-    with launcher.temporary((2 + log2) * each + 4 * accum_dim * rows * lines, stream) as memory:
+    each = -(-rows * heads * size // 256) * 256
+    with launcher.temporary((2 + log2) * each + 4 * accum_dim * rows * heads, stream) as memory:
         lse = memory + 2 * each if log2 else memory
         where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
         program = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0)
         chunks = -(-rows // PREPROCESS_ROWS)
-        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_line_strides(call.lse, p.packed),
-               *_line_strides(call.dlse, p.packed), *_lengths_q(call))
-        if lines and chunks:
-            program.launch(launcher, lines * chunks, call, own, stream)
+        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_row_strides(call.lse, p.packed),
+               *_row_strides(call.dlse, p.packed), *_lengths_q(call))
+        if heads and chunks:
+            program.launch(launcher, heads * chunks, call, own, stream)
         yield where
 
 
@@ -182,7 +182,7 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
     `vector`: whether the sums of a lane are next to each other, as mma.add_sums leaves them on sm_90 and later.
     """
     dq = call.grads.dq
-    pieces = num_lines(call) * rows.count * dim // SUMS_OF_PIECE
+    pieces = batch_heads(call) * rows.count * dim // SUMS_OF_PIECE
     if pieces:
         program = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
                                 whole_chunks(dq) and dq.shape[-1] == dim)
@@ -226,22 +226,22 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, launc
     """Enqueue writing out (batch, rows, heads, dim) and lse (batch, heads, rows) from parts of the same shapes, or all
     without the batch axis."""
     shape = (1,) * (4 - len(out.shape)) + out.shape
-    lines, real = math.prod(shape[:3]), lse.itemsize
-    if lines > MOST_BLOCKS:
-        raise UnsupportedError(f"merge_states(): {lines} rows, more than 2**31 - 1.")
+    rows, real = math.prod(shape[:3]), lse.itemsize
+    if rows > MOST_BLOCKS:
+        raise UnsupportedError(f"merge_states(): {rows} rows, more than 2**31 - 1.")
     if 0 in shape[:3]:
         return
 
     def strides(x: View, axes: int) -> tuple[int, ...]:
         return (0,) * (axes - len(x.strides)) + x.strides
-    out_bytes = lines * shape[3] * real
-    with launcher.temporary(out_bytes + lines * real, stream) as memory:
+    out_bytes = rows * shape[3] * real
+    with launcher.temporary(out_bytes + rows * real, stream) as memory:
         kernel = launcher.load(merge_source(out.dtype))
         result = out.ptr, *strides(out, 4), lse.ptr, *strides(lse, 3)
         for n, (part, part_lse) in enumerate(zip(outs, lses, strict=True)):
             values = [part.ptr, *strides(part, 4), part_lse.ptr, *strides(part_lse, 3), memory, memory + out_bytes, *result, int(n == 0),
                       int(n == len(outs) - 1), *shape[1:]]
-            kernel.launch(lines, values, stream)
+            kernel.launch(rows, values, stream)
 
 
 # ---------------------------------------------------------------- transform_bias_rescale_qkv

@@ -116,13 +116,13 @@ def _opened(path: Path) -> Iterator[int]:
     Folders above it may be sticky, as /tmp is: only an entry's owner can move it there. Links that the user or root
     made are followed.
     """
-    at, seen, left, links = os.open("/", _PATH | os.O_DIRECTORY), Path("/"), [*reversed(path.parts[1:])], 0
+    at, walked, left, links = os.open("/", _PATH | os.O_DIRECTORY), Path("/"), [*reversed(path.parts[1:])], 0
     try:
         trusted = {ROOT, os.geteuid(), os.fstat(at).st_uid}     # in a user namespace root's folders may show another owner
         while left:
-            _check(os.fstat(at), seen, trusted, sticky=True)
+            _check(os.fstat(at), walked, trusted, sticky=True)
             name = left.pop()
-            target = _link(at, name, seen, trusted)
+            target = _link(at, name, walked, trusted)
             if target is not None:
                 links += 1
                 if links > MOST_LINKS:
@@ -131,8 +131,8 @@ def _opened(path: Path) -> Iterator[int]:
                 continue
             below = os.open(name, _PATH | os.O_DIRECTORY, dir_fd=at)
             os.close(at)
-            at, seen = below, seen / name
-        _check(os.fstat(at), seen, {ROOT, os.geteuid()})
+            at, walked = below, walked / name
+        _check(os.fstat(at), walked, {ROOT, os.geteuid()})
         yield at
     finally:
         os.close(at)

@@ -70,14 +70,14 @@ class _Maps:
                 address = self.older.pop(key, None)
             if address is None:
                 with relaxed():
-                    address = self.place(encode())
+                    address = self.copy(encode())
             kept[key] = address
             if len(self.newer) >= _MOST:
                 self.free += self.older.values()
                 self.newer, self.older = {}, self.newer
             return address
 
-    def place(self, encoded: int) -> int:
+    def copy(self, encoded: int) -> int:
         """Device address of a copy of the map at host address `encoded`."""
         if not self.free:
             chunk = int(check(driver.cuMemAlloc(_CHUNK * _MAP_BYTES), "cuMemAlloc"))
@@ -137,7 +137,7 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
 def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captured: bool) -> int:
     """Device address of the map of two rows of `count` float32, which start `apart` bytes from each other, for boxes of
     `rows` numbers."""
-    maps, key = _maps(ordinal), (address, _number("lines", count, apart, rows))
+    maps, key = _maps(ordinal), (address, _number("rows", count, apart, rows))
     kept = maps.captured if captured else maps.newer
     return kept.get(key) or maps.add(key, partial(_encode_rows, address, count, apart, rows), captured)
 

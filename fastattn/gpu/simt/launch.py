@@ -1,5 +1,4 @@
-"""Launches of the kernels on plain threads: fields, forward, backward, dbias of every family. Without Numba: see
-runtime/compile.py."""
+"""Launches of the kernels on plain threads: refuses, forward, backward, and dbias of every family. Without Numba."""
 from __future__ import annotations
 
 from dataclasses import replace

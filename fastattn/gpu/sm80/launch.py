@@ -1,5 +1,4 @@
-"""Launches of the mma.sync kernels: what the family accepts, fields, forward, backward. Without Numba: see
-runtime/compile.py."""
+"""Launches of the mma.sync kernels: refuses, forward, backward. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
 from dataclasses import replace
