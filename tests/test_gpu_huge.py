@@ -51,7 +51,7 @@ def _fragment_exp2(acc: Array, scale: Any, *minus: Any) -> Array:
 
 FRAGMENTS = {      # a fragment is two rows; one thread has all of a row
     "float32": F, "int32": int, "inline": lambda f: f, "exp2": _exp2, "log2": lambda x: F(np.log2(x)), "product": lambda x, y: F(x) * F(y),
-    "any_far": lambda x, y, scale, limit: int(any(np.isfinite(m) and abs(m * scale) > limit for m in (x, y))),
+    "any_beyond": lambda x, y, limit: int(max(abs(x), abs(y)) > limit),
     "quad_max": lambda x: x, "quad_sum": lambda x: x, "exp2_minus": _fragment_exp2, "row_sum": lambda acc: acc.sum(1, dtype=F),
     "row_max": lambda acc, *before: np.maximum(acc.max(1), np.array(before, F)),
     "minus_rows": lambda acc, *shifts: acc - np.array(shifts, F)[:, None],
