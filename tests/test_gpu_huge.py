@@ -291,6 +291,20 @@ def test_products(family: str, dtype: str, causal: bool) -> None:
 
 @requires_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales(family: str, causal: bool) -> None:
+    """Negative ones, that make scores of products themselves, and large ones: many blocks of keys, whose maxima come late."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    for dtype in dtypes(family):
+        for scale in (-1.0, 4.0, -0.125, 1e-31, -1e-31):
+            for rows, dim in ((17, 64), (130, 64), (130, 128), (130, 32)):
+                run(make(family, dtype, 5, rows=rows, keys=534, dim=dim, causal=causal, softmax_scale=scale), family)
+
+
+@requires_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["sm90", "sm80", "simt"])
