@@ -157,7 +157,7 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     for n, (first, last) in enumerate(pairwise(bounds)):
         options = {name: y for name, y in there.options.items() if name not in ("dlse", "sinks")} | {"engine": s.engine}
         for name in ("bias", "mask"):
-            if name in options and options[name].shape[-1:] not in ((), (1,)):
+            if name in options and getattr(x, name).shape[-1:] not in ((), (1,)):
                 options[name] = options[name][..., first:last]
         if n == 0 and "sinks" in there.options:
             options["sinks"] = there.options["sinks"]
