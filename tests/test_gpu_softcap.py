@@ -17,8 +17,8 @@ from gpu_emulator import replaced
 
 import fastattn
 from fastattn import gpu
-from fastattn.gpu import scores
 from fastattn.gpu.spec import Spec
+from fastattn.gpu.tile import scores
 
 Array = np.ndarray[Any, Any]
 F = np.float32
@@ -46,7 +46,7 @@ def test_capped_scores(cap: float, scale: float) -> None:
     x = products.astype(np.float64) * np.float64(F(scale)) / np.float64(F(cap))
     exact, slope = np.float64(F(cap)) * np.tanh(x), 1 / np.cosh(np.minimum(abs(x), 300)) ** 2
     a = SimpleNamespace(softcap=F(cap), softmax_scale=F(scale))
-    with replaced(("scores",), LINES), np.errstate(all="ignore"):
+    with replaced(("tile.scores",), LINES), np.errstate(all="ignore"):
         forward = scores.make_cap()(a, products)
         backward, got_slope = scores.make_cap_of(Spec("float16", 64, 64, softcap=True, scaled=True))(a, products)
     np.testing.assert_array_less(abs(forward - exact), 12 * EPS * abs(exact) + 4 * EPS * min(cap, 64) + 1e-37)

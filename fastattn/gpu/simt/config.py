@@ -42,8 +42,9 @@ def choose_forward(spec: Spec) -> SimtConfig:
 
 def lines_of(spec: Spec) -> int:
     """Most lines of a tile of backward_simt and dbias. Of few columns the compiler makes straight code of the loops over them and keeps
-    more at once: with features, 64 lines would spill 4 to 136 bytes, with most of them 32 lines would spill 12."""
-    small = max(spec.head_dim, spec.head_dim_v) < 64
-    if small and num_features(spec) > 2:
+    more at once: with features, and of 16-bit numbers, 64 lines would spill 4 to 136 bytes; with most features, of float64 with two, 32
+    lines would spill 12."""
+    small, wide = max(spec.head_dim, spec.head_dim_v) < 64, spec.dtype == "float64"
+    if small and num_features(spec) > (1 if wide else 2):
         return 16
-    return 32 if spec.dtype == "float64" or (small and num_features(spec) > 0) else 64
+    return 32 if wide or (small and (num_features(spec) > 0 or spec.dtype != "float32")) else 64

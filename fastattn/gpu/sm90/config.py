@@ -58,7 +58,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     with_mask = spec.mask and num_features(spec) > 1        # the mask beside another
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            return ForwardSm90Config(128, 64 if several else 96 if with_mask else 128, turns=True, optimistic=again)
+            narrow = with_mask or (spec.mask and spec.packed)       # 108 to 292 bytes would spill
+            return ForwardSm90Config(128, 64 if several else 96 if narrow else 128, turns=True, optimistic=again)
         return ForwardSm90Config(192, 128, turns=True, optimistic=again)
     if dim <= 128:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
@@ -107,8 +108,12 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of 240."""
     two = num_features(spec) > 1
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
-        return BackwardSm90Config(64, 128, crowded=spec.bias is not None, halves=spec.bias is None)
-    crowded = two or (spec.dropout and spec.packed) or (spec.softcap and spec.right)        # others spill
+        plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
+        crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
+        return BackwardSm90Config(64, 128, crowded=crowded, halves=not crowded)
+    # others spill: of a bias all but dense ones that every row sees all of, or of 16 bits with dbias
+    several = spec.packed or ((spec.left or spec.right) and (spec.dbias is None or spec.bias == "float32"))
+    crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     return BackwardSm90Config(128, 64, crowded=crowded, squeeze=squeeze(spec))
 
 
@@ -146,7 +151,8 @@ def choose_dq(spec: Spec) -> DqSm90Config:
     if weight > 0 or spec.softcap:
         if size == 3:
             return DqSm90Config(48, 2, 2, behind=False)
-        return DqSm90Config((80, 64, 48 if spec.softcap and weight > 0 else 64)[size], behind=not (size == 2 and spec.bias is not None))
+        both = weight > 0 and (spec.softcap or (spec.mask and spec.bias is not None))
+        return DqSm90Config((80, 64, 48 if both else 64)[size], behind=not (size == 2 and spec.bias is not None))
     block_n = ((112 if spec.dropout else 128, 96, 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
     if size == 3:
         return DqSm90Config(block_n, 2, 1, behind=False)
@@ -185,10 +191,11 @@ def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     """S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, bias and mask 32 each, of 240. Shared memory:
     16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer stages."""
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
+    packs = 1 if spec.mask and spec.softcap else squeeze(spec, 2 if part == "dv" else 1)     # in one piece 4 bytes spill at head_dim 256
     if part == "dv":
-        return WideSm90Config(part, 2, 2, squeeze=squeeze(spec, 2))     # in one piece 4 bytes spill at head_dim 256
+        return WideSm90Config(part, 2, 2, squeeze=packs)
     crowded = spec.bias is not None or spec.mask or spec.softcap
     if columns == 4:
-        return WideSm90Config(part, 2, 1 if columns_v == 4 else 2, late=True, squeeze=squeeze(spec))
+        return WideSm90Config(part, 2, 1 if columns_v == 4 else 2, late=True, squeeze=packs)
     return WideSm90Config(part, 3, 1 if columns + columns_v == 7 else 2, behind=not crowded, late=spec.dbias is not None,
-                      squeeze=squeeze(spec))
+                      squeeze=packs)
