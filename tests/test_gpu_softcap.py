@@ -61,7 +61,7 @@ def test_capped_scores(cap: float, scale: float) -> None:
 @pytest.mark.parametrize("family", ["sm90", "sm80", "simt", "decode"])
 def test_on_a_gpu(family: str, cap: float) -> None:
     """Against float64: lse and out, then dq, of scores of a tenth of the cap at most."""
-    from fastattn.gpu.device import device
+    from fastattn.gpu.runtime.device import device
     if family == "sm90" and device_count() and device(0).arch != "sm_90a":
         pytest.skip("no sm90 here")
     draw = np.random.default_rng(1)
