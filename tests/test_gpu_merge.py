@@ -40,7 +40,8 @@ def parts_of(dtype: str, shape: tuple[int, ...], count: int) -> tuple[list[Array
     outs = [draw.standard_normal(shape).astype(np.float32).astype(NUMPY[dtype]) for _ in range(count)]
     lses = [(20 * draw.standard_normal((*shape[:-3], shape[-2], shape[-3]))).astype(compute) for _ in range(count)]
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        unseen = [np.s_[..., 0, 0]] + [np.s_[..., -1, 1]] * (n % 2) + [np.s_[..., 0, 2]] * (n > 0)
+        rows = lse.shape[-1]
+        unseen = [np.s_[..., 0, 0]] + [np.s_[..., -1, 1 % rows]] * (n % 2) + [np.s_[..., 0, 2 % rows]] * (n > 0)
         for at in unseen:
             lse[at] = -np.inf
             out.swapaxes(-2, -3)[at] = np.nan
