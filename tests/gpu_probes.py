@@ -136,12 +136,12 @@ for _n, _any in ((17, 1), (32, 0)):
 
 
 def far_lane(x: float) -> Any:
-    """any_far where lane n has x, the others minus infinity."""
-    return lambda i, word, n: sync.any_far(float32(0), float32(x) if i == n else float32(-np.inf), float32(1), float32(4096))
+    """any_beyond where lane n has x, the others 0."""
+    return lambda i, word, n: sync.any_beyond(float32(0), float32(x) if i == n else float32(0), float32(4096))
 
 
-for _x, _any in ((4000.0, 0), (-1e30, 1), (np.inf, 0), (-np.inf, 0)):
-    add("sync.any_far", "vote.sync.any.pred", words(far_lane(_x)), on_words(lambda x, any_=_any: any_, 20), name=f"sync.any_far_{_x}")
+for _x, _any in ((4000.0, 0), (-1e30, 1), (np.inf, 1), (-np.inf, 1)):
+    add("sync.any_beyond", "vote.sync.any.pred", words(far_lane(_x)), on_words(lambda x, any_=_any: any_, 20), name=f"sync.any_beyond_{_x}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
 add("sync.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: sync.thread_index()), on_words(lambda x: np.arange(32)))
 

@@ -128,8 +128,13 @@ def test_arrays_of_no_library(kind: str, library: str, monkeypatch: pytest.Monke
             assert there.get(array).tobytes() == x.tobytes()
             found = getattr(array, "bare", array)
             assert found.strides == x.strides
+            for index in ((..., slice(1, 3)), (slice(None), slice(2, 3)), (slice(1, 1),)):
+                np.testing.assert_array_equal(there.get(array[index]), x[index])
             place = there.place(spec, (2, 3, 4), dtype, kind)
             assert np.isnan(there.get(place.array).astype(np.float32)).all() and place.untouched()
+        for name in ("bool", "int32", "int64", "bfloat16"):
+            empty = there._copy(Spec(library=library), np.empty((2, 0, 3), NUMPY.get(name, name)))
+            assert there.get(empty).shape == (2, 0, 3)
         assert driver is not None
 
 

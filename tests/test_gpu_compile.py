@@ -130,11 +130,21 @@ def _found() -> Iterator[Job]:
     yield Job("sm90", "sm_90a", _want("float16", 128, backward=True, packed=True, **both, **window), "bias_mask_packed")
     yield Job("sm90", "sm_90a", _want("bfloat16", 192, lse=False, softcap=True, dropout=True, packed=True, backward=True, **window),
               "softcap_dropout_packed")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 48, mask=True, packed=True, **window), "mask_packed")
+    for dim, what, settings in ((16, "mask", {"mask": True}), (64, "plain_deterministic", {"deterministic": True}),
+                                (128, "softcap_window", {"softcap": True, "packed": True, "window": (100, None)}),
+                                (128, "bias_whole_packed", {"bias": "bfloat16", "packed": True}),
+                                (128, "bias_float32", {"bias": "float32", "causal": True}),
+                                (256, "mask_softcap_packed", {"mask": True, "softcap": True, "packed": True, **window})):
+        yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings), what)
     yield Job("sm80", "sm_80", _want("float16", 256, dropout=True, **both, **window), "bias_mask_dropout")
     for dim in (192, 256):
         yield Job("sm80", "sm_80", _want("float16", dim, dropout=True, backward=True, dbias=False, **both, **window), "bias_mask_dropout")
     yield Job("simt", "sm_80", _want("float16", 32, backward=True, **both, softcap=True, dropout=True, alibi="float32"), "small_many")
     yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, dropout=True), "small_dropout")
+    yield Job("simt", "sm_90a", _want("bfloat16", 16, 32, lse=False, backward=True, causal=True), "small")
+    yield Job("simt", "sm_80", _want("float64", 8, lse=False, backward=True, packed=True, seqused=True, causal=True, alibi="float32",
+                                     bias="float32"), "small_float64")
     yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, packed=True, seqused=True, causal=True, softcap=True,
                                      bias="float16"), "small_packed_softcap")
 

@@ -49,7 +49,7 @@ def _fragment_exp2(acc: Array, scale: Any, *minus: Any) -> Array:
 
 FRAGMENTS = {      # a fragment is two rows; one thread has all of a row
     "float32": F, "int32": int, "inline": lambda f: f, "exp2": _exp2, "log2": lambda x: F(np.log2(x)), "product": lambda x, y: F(x) * F(y),
-    "any_far": lambda x, y, scale, limit: int(any(np.isfinite(m) and abs(m * scale) > limit for m in (x, y))),
+    "any_beyond": lambda x, y, limit: int(max(abs(x), abs(y)) > limit),
     "quad_max": lambda x: x, "quad_sum": lambda x: x, "exp2_minus": _fragment_exp2, "row_sum": lambda acc: acc.sum(1, dtype=F),
     "row_max": lambda acc, *before: np.maximum(acc.max(1), np.array(before, F)),
     "minus_rows": lambda acc, *shifts: acc - np.array(shifts, F)[:, None],
@@ -284,6 +284,20 @@ def test_products(family: str, dtype: str, causal: bool) -> None:
     inputs.args[0][:], inputs.args[1][:] = 5e4, 5e4
     inputs.dout[:] = 0
     run(inputs, family)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales(family: str, causal: bool) -> None:
+    """Negative ones, that make scores of products themselves, and large ones: many blocks of keys, whose maxima come late."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    for dtype in dtypes(family):
+        for scale in (-1.0, 4.0, -0.125, 1e-31, -1e-31):
+            for rows, dim in ((17, 64), (130, 64), (130, 128), (130, 32)):
+                run(make(family, dtype, 5, rows=rows, keys=534, dim=dim, causal=causal, softmax_scale=scale), family)
 
 
 @requires_gpu

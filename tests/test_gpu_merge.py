@@ -39,7 +39,8 @@ def parts_of(dtype: str, shape: tuple[int, ...], count: int) -> tuple[list[Array
     outs = [draw.standard_normal(shape).astype(np.float32).astype(NUMPY[dtype]) for _ in range(count)]
     lses = [(20 * draw.standard_normal((*shape[:-3], shape[-2], shape[-3]))).astype(compute) for _ in range(count)]
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        unseen = [np.s_[..., 0, 0]] + [np.s_[..., -1, 1]] * (n % 2) + [np.s_[..., 0, 2]] * (n > 0)
+        rows = lse.shape[-1]
+        unseen = [np.s_[..., 0, 0]] + [np.s_[..., -1, 1 % rows]] * (n % 2) + [np.s_[..., 0, 2 % rows]] * (n > 0)
         for at in unseen:
             lse[at] = -np.inf
             out.swapaxes(-2, -3)[at] = np.nan
@@ -67,6 +68,24 @@ def test_in_python(dtype: str, count: int) -> None:
         assert np.isnan(wide[..., 1::2].astype(np.float64)).all()
 
 
+def test_large_lse() -> None:
+    """Equal and unequal lse that have no room for the log of a sum: three equal parts count a third each, in any order."""
+    draw = np.random.default_rng(0)
+    for size in (1e5, 1e9, 1e30, -1e30):
+        outs = [draw.standard_normal((3, 2, 4)).astype(np.float32) for _ in range(3)]
+        lses = [np.full((2, 3), size, np.float32) for _ in range(3)]
+        lses[1][1] -= abs(size) / 1e5                # 1 at least
+        out, lse, memory = np.full((3, 2, 4), np.nan, np.float32), np.full((2, 3), np.nan, np.float32), Memory()
+        views = [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        for x in views:
+            memory.allow(x)
+        with emulated(memory) as machine:
+            rows_launch.merge_states(views[:3], views[3:6], views[6], views[7], machine.launcher(), 0)
+        expected, expected_lse = fastattn.merge_states(outs, lses, layout="thd")
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-6)
+
+
 def test_nothing_to_do() -> None:
     empty = buffers.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
     lse = buffers.view(np.zeros((2, 3, 0), np.float32), "test", "x")
@@ -81,6 +100,19 @@ def test_nothing_to_do() -> None:
 def test_on_a_gpu(dtype: str) -> None:
     for shape, count in (((2, 130, 3, 64), 2), ((1, 5, 2, 7), 4), ((3, 1, 8, 512), 3)):
         outs, lses = parts_of(dtype, shape, count)
+        out, lse = fastattn.merge_states([on_device(x) for x in outs], [on_device(x) for x in lses])
+        expected, expected_lse = fastattn.merge_states(outs, lses)
+        np.testing.assert_allclose(to_host(out).astype(np.float64), expected.astype(np.float64), rtol=EPS[dtype], atol=EPS[dtype])
+        np.testing.assert_allclose(to_host(lse), expected_lse, rtol=1e-6)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_lse_on_a_gpu(dtype: str) -> None:
+    for size in (1.0, 1e5, 1e9, 1e30):
+        outs, lses = parts_of(dtype, (2, 30, 3, 16), 4)
+        lses = [np.where(np.isinf(x), x, x.dtype.type(size)) if n % 2 else x * x.dtype.type(size / 20) for n, x in enumerate(lses)]
         out, lse = fastattn.merge_states([on_device(x) for x in outs], [on_device(x) for x in lses])
         expected, expected_lse = fastattn.merge_states(outs, lses)
         np.testing.assert_allclose(to_host(out).astype(np.float64), expected.astype(np.float64), rtol=EPS[dtype], atol=EPS[dtype])

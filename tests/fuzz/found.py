@@ -33,4 +33,19 @@ FOUND: list[Spec] = [
     Spec(seed=1717381308, dtype="bfloat16", head_dim=5, head_dim_v=1, values="huge", backward=True, engine="reference"),
     Spec(seed=1887327925, seqlen_q=2, head_dim=2, head_dim_v=1, values="equal_keys", backward=True, engine="reference"),
     Spec(seed=1842653505, dtype="bfloat16", head_dim=4, head_dim_v=1, softmax_scale=316227766.01683795, backward=True, engine="reference"),
+    # a share of dq overflowed where the sum of all did not: nothing to complain about
+    Spec(seed=1395501358, call="parts", dtype="float16", batch=2, seqlen_q=4, seqlen_k=4, softmax_scale=4.0, values="equal_keys",
+         backward=True, parts=(2,)),
+    # on a GPU: three parts whose lse has no room for the log of a sum
+    Spec(seed=1718754155, call="merge", dtype="float16", seqlen_q=4, head_dim=1, parts=(0, 0, 0)),
+    Spec(seed=1474269275, call="merge", dtype="float64", head_dim=1, head_dim_v=2, parts=(0, 0, 0)),
+    # on a GPU: tanh of a small number was rounded as one of 1 is
+    Spec(seed=249404535, dtype="bfloat16", seqlen_q=2, softcap=1000.0, backward=True),
+    Spec(seed=1268589393, dtype="float16", seqlen_q=3, head_dim=1, head_dim_v=1, softcap=1000.0, backward=True),
+    # on a GPU: a negative scale beside full blocks of keys
+    Spec(seed=1725007743, dtype="bfloat16", seqlen_k=66, softmax_scale=-1.0),
+    # no keys, no rows, no sequences, beside a mask
+    Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
+    Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),
+    Spec(seed=1722862434, head_dim=1, head_dim_v=1, lengths_q=(), used_k=()),
 ]

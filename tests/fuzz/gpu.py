@@ -26,36 +26,49 @@ Array = np.ndarray[Any, Any]
 BLOCKS = (1 << 12, 1 << 16, 1 << 20, 1 << 20, 1 << 24)      # bytes: what is poisoned before each problem
 
 
-class Bare:
-    """Memory on device 0 that no library has: it speaks DLPack, and `Named` the CUDA Array Interface alone."""
+class Bytes:
+    """Memory on device 0 that no library has."""
 
-    def __init__(self, raw: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> None:
-        self.shape, self.strides, self.dtype, self.bytes = shape, strides, dtype, raw.size
-        d = streams.driver()
+    def __init__(self, raw: Array) -> None:
+        self.count, d = raw.size, streams.driver()
         with streams.on_device(0):
-            self.memory = int(streams.check(d.cuMemAlloc(max(raw.size, 1)), "cuMemAlloc"))
+            self.start = int(streams.check(d.cuMemAlloc(max(raw.size, 1)), "cuMemAlloc"))
             if raw.size:
-                streams.check(d.cuMemcpyHtoD(self.memory, raw.ctypes.data, raw.size), "cuMemcpyHtoD")
-        self.ptr = self.memory + offset
+                streams.check(d.cuMemcpyHtoD(self.start, raw.ctypes.data, raw.size), "cuMemcpyHtoD")
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception), streams.on_device(0):
-            streams.driver().cuMemFree(self.memory)
+            streams.driver().cuMemFree(self.start)
+
+    def raw(self) -> Array:
+        """What it holds, once all work is done."""
+        host = np.empty(self.count, np.uint8)
+        with streams.on_device(0):
+            streams.check(streams.driver().cuCtxSynchronize(), "cuCtxSynchronize")
+            if host.size:
+                streams.check(streams.driver().cuMemcpyDtoH(host.ctypes.data, self.start, host.size), "cuMemcpyDtoH")
+        return host
+
+
+class Bare:
+    """An array in Bytes: it speaks DLPack, and `Named` the CUDA Array Interface alone."""
+
+    def __init__(self, memory: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> None:
+        self.memory, self.offset, self.shape, self.strides, self.dtype = memory, offset, shape, strides, dtype
+        self.ptr = memory.start + offset
+
+    def __getitem__(self, index: Any) -> Bare:
+        """A slice: the same memory."""
+        whole = np.lib.stride_tricks.as_strided(np.empty(1, numpy_dtype(self.dtype)), self.shape, self.strides)
+        some = whole[index]
+        first, there = (x.__array_interface__["data"][0] for x in (whole, some))
+        return Bare(self.memory, self.offset + there - first, some.shape, some.strides, self.dtype)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, 0
 
     def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **_: Any) -> Any:
         return dlpack.capsule(self, self.ptr, self.shape, self.strides, self.dtype, 0, max_version)
-
-    def raw(self) -> Array:
-        """Its bytes, once all work is done."""
-        host = np.empty(self.bytes, np.uint8)
-        with streams.on_device(0):
-            streams.check(streams.driver().cuCtxSynchronize(), "cuCtxSynchronize")
-            if host.size:
-                streams.check(streams.driver().cuMemcpyDtoH(host.ctypes.data, self.memory, host.size), "cuMemcpyDtoH")
-        return host
 
 
 class Named:
@@ -66,8 +79,16 @@ class Named:
         self.__cuda_array_interface__ = {"version": 3, "shape": bare.shape, "strides": bare.strides, "typestr": NUMPY_NAMES[bare.dtype],
                                          "data": (bare.ptr, False), "stream": None}
 
+    def __getitem__(self, index: Any) -> Named:
+        return Named(self.bare[index])
+
 
 NUMPY_NAMES = {name: np.dtype(name).str for name in ("float32", "float64", "float16", "int32", "int64")} | {"bool": "|b1"}
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """bfloat16 and integers too."""
+    return NUMPY[name] if name in NUMPY else np.dtype(name)
 
 
 class Gpu(Device):
@@ -159,10 +180,11 @@ class Gpu(Device):
         if s.library == "cupy" and self.cupy is not None and (dtype in self.cupy_dtypes or dtype not in NUMPY):
             if 0 in shape:
                 return self.cupy.empty(shape, like.dtype), lambda: raw
-            there = self.cupy.asarray(raw)
-            return self.cupy.ndarray(shape, like.dtype, there.data + offset, strides), lambda: np.asarray(self.cupy.asnumpy(there))
-        bare = Bare(raw, offset, shape, strides, dtype)
-        return Named(bare) if s.library == "interface" and dtype in NUMPY_NAMES else bare, bare.raw
+            held = self.cupy.asarray(raw)
+            return self.cupy.ndarray(shape, like.dtype, held.data + offset, strides), lambda: np.asarray(self.cupy.asnumpy(held))
+        there = Bytes(raw)
+        bare = Bare(there, offset, shape, strides, dtype)
+        return Named(bare) if s.library == "interface" and dtype in NUMPY_NAMES else bare, there.raw
 
     def get(self, x: Any) -> Array:
         if isinstance(x, self.torch.Tensor):
@@ -173,7 +195,7 @@ class Gpu(Device):
             return np.asarray(self.cupy.asnumpy(x))
         if isinstance(x, (Bare, Named)):
             bare = x.bare if isinstance(x, Named) else x
-            return _strided(bare.raw(), bare.ptr - bare.memory, bare.shape, bare.strides, bare.dtype)
+            return _strided(bare.memory.raw(), bare.offset, bare.shape, bare.strides, bare.dtype)
         if isinstance(x, np.ndarray):
             return x
         host = np.empty(x.shape, NUMPY[x.dtype])                # a DeviceArray
@@ -245,6 +267,6 @@ class Gpu(Device):
 def _strided(raw: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Array:
     """An ndarray in bytes."""
     if 0 in shape:
-        return np.empty(shape, NUMPY[dtype])
+        return np.empty(shape, numpy_dtype(dtype))
     place = View(raw.ctypes.data + offset, shape, strides, dtype, owner=raw)
     return place.numpy()

@@ -157,7 +157,7 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     for n, (first, last) in enumerate(pairwise(bounds)):
         options = {name: y for name, y in there.options.items() if name not in ("dlse", "sinks")} | {"engine": s.engine}
         for name in ("bias", "mask"):
-            if name in options and options[name].shape[-1:] not in ((), (1,)):
+            if name in options and getattr(x, name).shape[-1:] not in ((), (1,)):
                 options[name] = options[name][..., first:last]
         if n == 0 and "sinks" in there.options:
             options["sinks"] = there.options["sinks"]
@@ -177,10 +177,13 @@ def _parts(x: Inputs, device: Device) -> list[str]:
               for k, v, options in pieces]
     gradients = formula.backward(x, swapped(s, device.get(out)), device.get(lse))
     got = {name: np.concatenate([swapped(s, device.get(getattr(share, name))) for share in shares], axis=1) for name in ("dk", "dv")}
-    got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.dtype])  # type: ignore[union-attr]
+    with np.errstate(all="ignore"):
+        got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.dtype])  # type: ignore[union-attr]
     value = gradients["dq"]
-    wanted = {"dk": gradients["dk"], "dv": gradients["dv"],
-              "dq": value._replace(allowed=value.allowed + len(shares) * EPS[s.dtype] * value.size)}
+    allowed = value.allowed + len(shares) * EPS[s.dtype] * value.size
+    # a share may be as large as the sum of its terms, and overflow where the sum of all shares does not
+    allowed = np.where(value.size > values.LARGEST[s.dtype] / 4, np.inf, allowed)
+    wanted = {"dk": gradients["dk"], "dv": gradients["dv"], "dq": value._replace(allowed=allowed)}
     if "sinks" in there.options:
         got["dsinks"], wanted["dsinks"] = device.get(shares[0].dsinks), gradients["dsinks"]
     return _judged(x, got, wanted, None) + unchanged(x, there, device)

@@ -23,12 +23,9 @@ opaque = instruction("mov.b32 $0, $1;", "r", "r")
 thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 # 1 where any lane of the warp has a nonzero value, else 0; the same for the whole warp
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
-# any_far(x, y, scale, limit): 1 where any lane of the warp has an x or y that is finite and, times scale, beyond +-limit, else 0; the same
-# for the whole warp
-any_far = instruction("{ .reg .pred p, q; .reg .f32 x, y; mul.f32 x, $1, $3; mul.f32 y, $2, $3; abs.f32 x, x; abs.f32 y, y; "
-                      "setp.gt.f32 p, x, $4; setp.gt.f32 q, y, $4; abs.f32 x, $1; abs.f32 y, $2; setp.neu.and.f32 p, x, 0f7F800000, p; "
-                      "setp.neu.and.f32 q, y, 0f7F800000, q; or.pred p, p, q; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
-                      "ffff", "r")
+# any_beyond(x, y, limit): 1 where any lane of the warp has an x or y beyond +-limit, else 0; the same for the whole warp
+any_beyond = instruction("{ .reg .pred p; .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; setp.gt.f32 p, x, $3; setp.gt.or.f32 p, y, $3, p; "
+                         "vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "fff", "r")
 
 
 def increase_registers(count: int) -> Any:

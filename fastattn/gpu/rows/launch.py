@@ -44,7 +44,7 @@ DSINKS = "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q"
 ROUND = "accum:l rows:i pieces:q grad_scale:f cu_seqlens_q:l q_step:q"
 ROUND_DBIAS = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
 MERGE = ("part:l part_batch:q part_row:q part_head:q part_dim:q part_lse:l part_lse_batch:q part_lse_head:q part_lse_row:q "
-         "sum:l sum_lse:l out:l out_batch:q out_row:q out_head:q out_dim:q lse:l lse_batch:q lse_head:q lse_row:q "
+         "sum:l sum_top:l out:l out_batch:q out_row:q out_head:q out_dim:q lse:l lse_batch:q lse_head:q lse_row:q "
          "first:i last:i rows:i heads:i dim:i")
 TRANSFORM = ("qkv:l qkv_batch:q qkv_row:q qkv_dim:q bias:l bias_dim:q q:l k:l v:l rows:q seqlen:i num_heads:i head_dim:i columns:i "
              "column_blocks:i scale:{f} cu_seqlens:l cu_step:q total:i")
@@ -235,7 +235,7 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, launc
     def strides(x: View, axes: int) -> tuple[int, ...]:
         return (0,) * (axes - len(x.strides)) + x.strides
     out_bytes = rows * shape[3] * real
-    with launcher.temporary(out_bytes + rows * real, stream) as memory:
+    with launcher.temporary(out_bytes + 2 * rows * real, stream) as memory:
         kernel = launcher.load(merge_source(out.dtype))
         result = out.ptr, *strides(out, 4), lse.ptr, *strides(lse, 3)
         for n, (part, part_lse) in enumerate(zip(outs, lses, strict=True)):

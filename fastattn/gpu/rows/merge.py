@@ -1,7 +1,9 @@
 """merge_states on the GPU: partial results over disjoint keys become one, out = sum(exp(lse_n - lse) out_n) (Milakov and Gimelshein 2018).
 
 A launch for each part, which a block for each row adds to the sum so far: rows in the arithmetic's dtype, scaled so that their weights add
-up to 1, and their lse. The first finds none, the last rounds.
+up to 1, and the log of their total weight in two numbers, the largest lse and the sum of exp(lse_n - largest). One number would not do: a
+large lse has no room for the log of a sum, and the next part would count as much as all before it. The first launch finds no sum, the last
+rounds.
 """
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ def make_add_part(dtype: str) -> Any:
     load, load_real, put, put_real = load_if(dtype, compute), load_if(compute, compute), store(dtype, compute), store(compute, compute)
 
     @inline
-    def weights(before, new):
-        """(the sum's, the part's, the lse of both)."""
+    def weights(before, total, new):
+        """(the sum's, the part's, the largest lse, the sum of exp(lse_n - largest)); `before` and `total`: those two so far."""
         top = max(before, new)
         if top == NEG_INF:
-            return REAL(0), REAL(0), NEG_INF
-        share0, share1 = math.exp(before - top), math.exp(new - top)
+            return REAL(0), REAL(0), NEG_INF, REAL(0)
+        share0, share1 = total * math.exp(before - top), math.exp(new - top)
         total = share0 + share1
-        return share0 / total, share1 / total, top + math.log(total)
+        return share0 / total, share1 / total, top, total
 
     def kernel(a):
         thread, line = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
@@ -38,13 +40,14 @@ def make_add_part(dtype: str) -> Any:
         batch = divide(plane, a.rows)
         row, head = int32(plane - batch * a.rows), int32(line - plane * a.heads)
         at = uint64(int64(a.part_lse) + batch * a.part_lse_batch + head * a.part_lse_head + row * a.part_lse_row)
-        new, before = load_real(at, int32(1)), load_real(uint64(int64(a.sum_lse) + int64(line) * SIZE), int32(1 - a.first))
+        state = uint64(int64(a.sum_top) + int64(line) * (2 * SIZE))
+        new, before = load_real(at, int32(1)), load_real(state, int32(1 - a.first))
         if a.first != 0:
             before = NEG_INF
         if new == INF:      # FlashAttention's mark of a row that saw nothing
             new = NEG_INF
-        share0, share1, lse = weights(before, new)
-        cuda.syncthreads()      # all have read the sum's lse
+        share0, share1, top, total = weights(before, load_real(uint64(state + SIZE), int32(1 - a.first)), new)
+        cuda.syncthreads()      # all have read them
         part = int64(a.part) + batch * a.part_batch + row * a.part_row + head * a.part_head
         out = int64(a.out) + batch * a.out_batch + row * a.out_row + head * a.out_head
         for column in range(thread, a.dim, THREADS):
@@ -58,7 +61,9 @@ def make_add_part(dtype: str) -> Any:
                 put_real(place, x)
         if thread == 0:
             if a.last != 0:
+                lse = NEG_INF if total == REAL(0) else top + math.log(total)
                 put_real(uint64(int64(a.lse) + batch * a.lse_batch + head * a.lse_head + row * a.lse_row), lse)
             else:
-                put_real(uint64(int64(a.sum_lse) + int64(line) * SIZE), lse)
+                put_real(state, top)
+                put_real(uint64(state + SIZE), total)
     return kernel

@@ -184,11 +184,19 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             return join(p0, p1), (stat0, stat1), (alpha0, alpha1)
 
         @inline
-        def hurried(a, acc_s, stats, head, batch, row, column):
+        def scores(a, acc_s, slope, head, batch, row, column, seqlen_q, seqlen_k):
+            """Of 16 rows."""
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+            return score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
+
+        @inline
+        def hurried(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k):
             """P of 32 rows under the maxima so far, the sums that result, and whether it is of no use (softmax.py)."""
             (max00, max01, sum00, sum01), (max10, max11, sum10, sum11) = stats
-            s0, part00, part01, lags0 = optimistic(a, part(acc_s, 0, 2), max00, max01)
-            s1, part10, part11, lags1 = optimistic(a, part(acc_s, 1, 2), max10, max11)
+            s0 = scores(a, part(acc_s, 0, 2), slope, head, batch, row, column, seqlen_q, seqlen_k)
+            s0, part00, part01, lags0 = optimistic(a, s0, max00, max01)
+            s1 = scores(a, part(acc_s, 1, 2), slope, head, batch, int32(row + 16), column, seqlen_q, seqlen_k)
+            s1, part10, part11, lags1 = optimistic(a, s1, max10, max11)
             plane = int32(batch * a.num_heads + head)
             s0, s1 = dropout(a, s0, draw(a, row, column, plane)), dropout(a, s1, draw(a, int32(row + 16), column, plane))
             return join(to_half(s0), to_half(s1)), (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
@@ -215,7 +223,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
                 p, stat, alpha = probabilities(a, acc_s, stats[0], early, slope, head, batch, row, column, seqlen_q, seqlen_k)
                 acc_o, stats = rescale(acc_o, (alpha, alpha)), (stat, stat)
             elif FAST:
-                p, sums, lags = hurried(a, acc_s, stats, head, batch, row, column)
+                p, sums, lags = hurried(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k)
                 if any_lane(lags) != 0:
                     acc_s = qk(zeros(COUNT_S), operand_q(base, q), k_at, TILES, HEAD_DIM, Q_PANEL, KV_PANEL)
                     p, stats, alphas = both(a, acc_s, stats, slope, head, batch, row, column, seqlen_q, seqlen_k)

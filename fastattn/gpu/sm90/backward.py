@@ -222,7 +222,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             wgmma.fence()
             acc_s = products_s(base, w, zeros(COUNT_S), stage)
             wgmma.commit()
-            far = any_far(int32(base + LSE + stage * ROW_BYTES))
             if not FIRST:
                 if SUM_DQ:
                     mbarrier.wait(base + DS_FULL, int32(other ^ 1))
@@ -237,6 +236,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             lse_at = int32(base + LSE + stage * ROW_BYTES + 4 * col)
             if HALVES:
                 lses = load_columns(lse_at, COUNT_PART)
+            far = any_far(int32(base + LSE + stage * ROW_BYTES))        # here, where all that runs beside S has been issued
             if FIRST:
                 acc_s = wgmma.wait_all(acc_s)
             else:
@@ -249,11 +249,11 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
-            if (m < full_min) | (m >= full_max):
+            if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-            if far != 0:
-                at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
-                acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+                if far != 0:
+                    at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
+                    acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
             scale, plane = log2_scale(a), int32(batch * a.num_heads + head)
             if HALVES:
                 left = exp2_columns(part(acc_s, 0, 2), scale, lses)

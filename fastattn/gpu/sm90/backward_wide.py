@@ -187,12 +187,12 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
-            if (m < full_min) | (m >= full_max):
-                acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
             lse_at = int32(base + LSE + stage * ROW_BYTES + 4 * col)
-            if far != 0:
-                at = uint64(4 * (first_row(a, batch, head, kept_q_start(base)) + int64(query)))
-                acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+            if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
+                acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+                if far != 0:
+                    at = uint64(4 * (first_row(a, batch, head, kept_q_start(base)) + int64(query)))
+                    acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
             p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
             p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
             if NEXT:

@@ -79,7 +79,9 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     with_mask = spec.mask and num_features(spec) > 1        # the mask and another feature
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            return ForwardSm90Config(block_m=128, block_n=64 if several else 96 if with_mask else 128, turns=True, optimistic=optimistic)
+            narrow = with_mask or (spec.mask and spec.packed)       # 108 to 292 bytes would spill
+            block_n = 64 if several else 96 if narrow else 128
+            return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
         return ForwardSm90Config(block_m=192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
@@ -143,8 +145,12 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     240."""
     two = num_features(spec) > 1
     if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
-        return BackwardSm90Config(dim=64, block_m=128, crowded=spec.bias is not None, halves=spec.bias is None)
-    crowded = two or (spec.dropout and spec.packed) or (spec.softcap and spec.right)        # others spill
+        plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
+        crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
+        return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded)
+    # others spill: of calls with a bias the packed ones and those masked by position, but for a 16-bit bias with dbias
+    several = spec.packed or ((spec.left or spec.right) and (spec.dbias is None or spec.bias == "float32"))
+    crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=squeeze(spec))
 
 
@@ -193,7 +199,8 @@ def choose_dq(spec: Spec) -> DqSm90Config:
     if weight > 0 or spec.softcap:
         if size == 3:
             return DqSm90Config(block_n=48, stages=2, stages_v=2, behind=False)
-        block_n = (80, 64, 48 if spec.softcap and weight > 0 else 64)[size]
+        both = weight > 0 and (spec.softcap or (spec.mask and spec.bias is not None))
+        block_n = (80, 64, 48 if both else 64)[size]
         return DqSm90Config(block_n=block_n, behind=not (size == 2 and spec.bias is not None))
     block_n = ((112 if spec.dropout else 128, 96, 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
     if size == 3:
@@ -248,10 +255,12 @@ def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     columns, fewer stages.
     """
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
+    # of dV, in one piece 4 bytes spill at head_dim 256
+    pieces = 1 if spec.mask and spec.softcap else squeeze(spec, 2 if part == "dv" else 1)
     if part == "dv":
-        return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=squeeze(spec, 2))     # in one piece 4 bytes spill at head_dim 256
+        return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=pieces)
     crowded = spec.bias is not None or spec.mask or spec.softcap
     if columns == 4:
-        return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=squeeze(spec))
+        return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=pieces)
     return WideSm90Config(part=part, q_stages=3, do_stages=1 if columns + columns_v == 7 else 2, behind=not crowded,
-                          late=spec.dbias is not None, squeeze=squeeze(spec))
+                          late=spec.dbias is not None, squeeze=pieces)

@@ -31,17 +31,43 @@ from .fragments import (
 
 _LOG2E = float32(LOG2E)
 
+# softcap * tanh(x), x = softmax_scale * product / softcap, for u = 2 x log2(e), which exp2(u) = exp(2 x) takes:
+#     1 - tanh(x) = 2 / (exp(2 x) + 1), exact where tanh is near 1; where it is near 0 tanh is off by half a unit in the last place of 1
+#     tanh(x) / x = 1 + u**2 p(u**2) for |x| < 0.55, to 4e-8
+# Times a softcap of 64 at most, that of 1 is not seen. A larger one has the second line where it holds, which takes nine instructions more.
+WIDE_CAP, _NEAR = float32(64), float32(0.55 * 2 * LOG2E)
+_P0, _P1, _P2, _P3 = (float32(c) for c in (-4.003730044e-2, 1.921838033e-3, -9.129619866e-5, 3.425789373e-6))
+
 
 @inline
 def cap_scale(a):
-    """What makes 2 x / softcap, in units of log2, of a product x."""
+    """What makes u of a product."""
     return float32(2) * _LOG2E * (a.softmax_scale / a.softcap)
+
+
+def capped(s, row, col, scale, cap):
+    """cap * tanh(x) of a product, for a cap of 64 at most."""
+    return cap - float32(2) * cap * reciprocal(exp2(s * scale) + float32(1))
+
+
+def capped_wide(s, row, col, scale, cap, softmax_scale):
+    """The same for any cap."""
+    u, x = s * scale, s * softmax_scale
+    v = u * u
+    near = x + x * (v * (_P0 + v * (_P1 + v * (_P2 + v * _P3))))
+    far = float32(0.5) * cap - cap * reciprocal(exp2(u) + float32(1))       # a half, so that the largest cap does not overflow
+    return near if abs(u) < _NEAR else far + far
+
+
+@inline
+def is_wide(a):
+    return a.softcap > WIDE_CAP
 
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
-    and `col` are the thread's first query and key all the same. TRANSPOSED or CAPPED, the backward's: a softcap takes what `cap_of` gave
-    instead of the products. SQUEEZE: elements of bias and mask are packed as they arrive, in so many pieces of the fragment.
+    and `col` are the thread's first query and key all the same. TRANSPOSED or CAPPED, the backward's: `cap_of` has made capped scores of
+    the products. SQUEEZE: elements of bias and mask are packed as they arrive, in so many pieces of the fragment.
 
     tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
@@ -58,15 +84,12 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     keep_mask = keep_bits if SQUEEZE else keep_nonzero
     load_slope = load_scalar(spec.alibi or "float32")
 
-    def element(s, row, col, scale, cap, slope):
-        s = s * (cap if CAPPED else scale)
-        if SOFTCAP and not CAPPED:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale is cap_scale
-            s = cap * (float32(1) - float32(2) * reciprocal(exp2(s) + float32(1)))
-        if ALIBI:
-            s = s - slope * float32(int32(abs(int32(row - col))))
-        return s
-    scale_elements = elementwise(element)
+    def scaled(s, row, col, scale):
+        return s * scale
+
+    def away(s, row, col, slope):
+        return s - slope * float32(int32(abs(int32(row - col))))
+    scale_elements, cap_elements, less_alibi = elementwise(scaled), make_cap(), elementwise(away)
 
     @inline
     def prepare(a, batch, head):
@@ -107,17 +130,19 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     @inline
     def score(a, acc_s, early, slope, row, col, corner):
-        if SCALED:
+        if SOFTCAP:
+            if not CAPPED:
+                acc_s = cap_elements(a, acc_s)
+        elif BIAS and not ALIBI:
+            acc_s = scale_add(acc_s, a.softmax_scale, bias_float(early[0], col))
+        elif SCALED:
+            acc_s = scale_elements(acc_s, row, col, (a.softmax_scale,))
+        if ALIBI:
             diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's, see diagonal_of
-            scale, cap = a.softmax_scale, float32(0)
-            if SOFTCAP:
-                scale, cap = cap_scale(a), a.softcap
-            if BIAS and not SOFTCAP and not ALIBI:
-                acc_s = scale_add(acc_s, scale, bias_float(early[0], col))
-            elif TRANSPOSED:
-                acc_s = scale_elements(acc_s, col, int32(row + diagonal), (scale, cap, slope))      # |row - col| is the same
+            if TRANSPOSED:
+                acc_s = less_alibi(acc_s, col, int32(row + diagonal), (slope,))     # |row - col| is the same
             else:
-                acc_s = scale_elements(acc_s, int32(row + diagonal), col, (scale, cap, slope))
+                acc_s = less_alibi(acc_s, int32(row + diagonal), col, (slope,))
         if BIAS and (SOFTCAP or ALIBI):
             acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:
@@ -127,24 +152,50 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     return prepare, fetch, score
 
 
-def make_cap_of(spec: Spec) -> Any:
-    """acc_s, slope = cap_of(a, acc_s): tanh(softmax_scale * product / softcap) and its slope, 1 - tanh**2, in 16 bits."""
-    to_half = make_pack("float16")
+def make_cap() -> Any:
+    """acc_s = cap(a, acc_s): products to capped scores."""
+    narrow, wide = elementwise(capped), elementwise(capped_wide)
 
-    def fall(s, row, col, scale):       # 1 - tanh(x) = 2 / (exp(2 x) + 1), exact where tanh is near 1
+    @inline
+    def cap(a, acc_s):
+        if is_wide(a):
+            acc_s = wide(acc_s, int32(0), int32(0), (cap_scale(a), a.softcap, a.softmax_scale))
+        else:
+            acc_s = narrow(acc_s, int32(0), int32(0), (cap_scale(a), a.softcap))
+        return acc_s
+    return cap
+
+
+def make_cap_of(spec: Spec) -> Any:
+    """acc_s, slope = cap_of(a, acc_s): products to capped scores, and tanh's slope, 1 - tanh**2, in 16 bits."""
+    to_half, UNIT = make_pack("float16"), float32(2**-64)
+
+    def fall(s, row, col, scale):       # 1 - tanh
         return float32(2) * reciprocal(exp2(s * scale) + float32(1))
 
     def slope_of(r, row, col):
         return r * (float32(2) - r)
 
-    def tanh_of(r, row, col):
-        return float32(1) - r
-    falls, slopes, tanhs = elementwise(fall), elementwise(slope_of), elementwise(tanh_of)
+    def slope_at(s, row, col, cap, inverse):        # of a capped score; both and cap in units of 2**64, so that the inverse is no denormal
+        r = (cap - abs(s * UNIT)) * inverse
+        return r * (float32(2) - r)
+
+    def risen(r, row, col, cap):
+        return cap - cap * r
+    falls, slopes, rises, slopes_at, wide = (elementwise(f) for f in (fall, slope_of, risen, slope_at, capped_wide))
 
     @inline
     def cap_of(a, acc_s):
-        acc_r = falls(acc_s, int32(0), int32(0), (cap_scale(a),))
-        return tanhs(acc_r, int32(0), int32(0), ()), to_half(slopes(acc_r, int32(0), int32(0), ()))
+        nowhere, scale = int32(0), cap_scale(a)
+        if is_wide(a):
+            cap = a.softcap * UNIT
+            acc_s = wide(acc_s, nowhere, nowhere, (scale, a.softcap, a.softmax_scale))
+            slope = to_half(slopes_at(acc_s, nowhere, nowhere, (cap, reciprocal(cap))))
+        else:
+            acc_s = falls(acc_s, nowhere, nowhere, (scale,))
+            slope = to_half(slopes(acc_s, nowhere, nowhere, ()))
+            acc_s = rises(acc_s, nowhere, nowhere, (a.softcap,))
+        return acc_s, slope
     return cap_of
 
 

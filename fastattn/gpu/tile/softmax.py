@@ -14,7 +14,7 @@ from numba import float32, int32
 from ..dsl.inline import inline
 from ..ptx.arith import exp2, log2, product
 from ..ptx.memory import load_scalar
-from ..ptx.sync import any_far
+from ..ptx.sync import any_beyond
 from ..spec import FAR_EXPONENT, LOG2E, Spec
 from .fragments import exp2_minus, minus_rows, quad_max, quad_sum, row_max, row_sum
 
@@ -81,6 +81,12 @@ def make_finish_row(spec: Spec) -> Any:
     return finish_row
 
 
+@inline
+def far_maximum(maximum, exponent):
+    """A row's maximum where its exponent is far, else 0: what is subtracted from the row's scores before they are scaled."""
+    return maximum if abs(exponent) > FAR else float32(0)
+
+
 def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
     """(update, optimistic, finish). A maximum moves only when it has to, so that alpha is 1 in most steps.
 
@@ -93,21 +99,10 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
     log2_scale, finish_row = make_log2_scale(spec), make_finish_row(spec)
 
     @inline
-    def shift_of(a, maximum):
-        """What is subtracted from a row's scores first: its maximum, of all four threads, where that is far."""
-        maximum = finite(quad_max(maximum))
-        return maximum if abs(maximum * log2_scale(a)) > FAR else float32(0)
-
-    @inline
     def update(a, acc_s, max0, max1, sum0, sum1):
-        scale, shift0, shift1 = log2_scale(a), float32(0), float32(0)
+        scale = log2_scale(a)
         new = row_max(acc_s, max0, max1)
-        new0, new1 = new[0], new[1]
-        if any_far(new0, new1, scale, FAR) != 0:
-            shift0, shift1 = shift_of(a, new0), shift_of(a, new1)
-            acc_s = minus_rows(acc_s, shift0, shift1)
-            max0, max1, new0, new1 = max0 - shift0, max1 - shift1, new0 - shift0, new1 - shift1
-        new0, new1 = quad_max(new0), quad_max(new1)
+        new0, new1 = quad_max(new[0]), quad_max(new[1])
         if (new0 - max0) * scale <= LAZY_LIMIT:
             new0 = max0
         if (new1 - max1) * scale <= LAZY_LIMIT:
@@ -115,9 +110,16 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         # a row that saw nothing yet: exp2(-inf - 0) = 0
         ms0, ms1 = product(finite(new0), scale), product(finite(new1), scale)
         alpha0, alpha1 = exp2(product(max0, scale) - ms0), exp2(product(max1, scale) - ms1)
+        if any_beyond(ms0, ms1, FAR) != 0:      # far rows: the difference first
+            shift0, shift1 = far_maximum(new0, ms0), far_maximum(new1, ms1)
+            acc_s = minus_rows(acc_s, shift0, shift1)
+            if shift0 != float32(0):
+                ms0, alpha0 = float32(0), exp2((max0 - shift0) * scale)
+            if shift1 != float32(0):
+                ms1, alpha1 = float32(0), exp2((max1 - shift1) * scale)
         acc_s = exp2_minus(acc_s, scale, ms0, ms1)
         part = row_sum(acc_s)
-        return acc_s, new0 + shift0, new1 + shift1, sum0 * alpha0 + part[0], sum1 * alpha1 + part[1], alpha0, alpha1
+        return acc_s, new0, new1, sum0 * alpha0 + part[0], sum1 * alpha1 + part[1], alpha0, alpha1
 
     @inline
     def optimistic(a, acc_s, max0, max1):
