@@ -5,8 +5,8 @@ from functools import lru_cache
 
 from ...problem import row_bounds
 from ..config import num_features
-from ..runtime.compile import Source, late
-from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.compile import late
+from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.workspace import MOST_ARRIVALS
 from ..spec import Arguments, Call, Launch, Spec, whole_chunks
 from .config import FEW_KEYS, MOST_SPLITS, ROWS, WARP, DecodeConfig, choose_decode
@@ -25,9 +25,8 @@ def accepts(call: Call, spec: Spec) -> bool:
 
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
-    arguments = Arguments(spec, FORWARD, ("q", "k", "v", "out"))
-    return Program(Source(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
-                          WARP * config.warps, config.blocks_per_sm), arguments)
+    return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
+                   Arguments(spec, FORWARD, ("q", "k", "v", "out")), WARP * config.warps, config.blocks_per_sm)
 
 
 def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:
@@ -52,8 +51,8 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only."""
     config, p = choose_decode(spec), call.problem
-    program = forward_program(spec, config)
-    kernel, values = launcher.load(program.source), program.arguments.bound(call)
+    source, arguments = forward_program(spec, config)
+    kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
     limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from ...buffers import View
 from ...errors import UnsupportedError
 from ..runtime.compile import Source, fields_of, late
-from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS
 from ..spec import AnyCall, Arguments, BackwardCall, Spec, whole_chunks
 from .config import (
@@ -35,8 +35,8 @@ WARP = 32
 make_preprocess, make_dsinks = late("rows.preprocess", "make_preprocess"), late("rows.preprocess", "make_dsinks")
 make_round, make_round_dbias = late("rows.postprocess", "make_round"), late("rows.postprocess", "make_round_dbias")
 make_add_part = late("rows.merge", "make_add_part")
-make_transform, make_transform_backward = late("rows.transform", "make_transform"), late("rows.transform", "make_transform_backward")
-make_sum_rows = late("rows.transform", "make_sum_rows")
+make_transform, make_sum_rows = late("rows.transform", "make_transform"), late("rows.transform", "make_sum_rows")
+make_transform_backward = late("rows.transform", "make_transform_backward")
 
 PREPROCESS = ("out_lse:l out_log2:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
               "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
@@ -117,14 +117,14 @@ def _lengths_q(call: BackwardCall) -> tuple[int, int]:
 
 @lru_cache(maxsize=PROGRAMS)
 def preprocess_program(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool) -> Program:
-    arguments = Arguments(spec, PREPROCESS, ("dout", "out"))
     key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum
-    return Program(Source(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0), arguments.fields, PREPROCESS_THREADS),
-                   arguments)
+    return program(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0),
+                   Arguments(spec, PREPROCESS, ("dout", "out")), PREPROCESS_THREADS)
 
 
 @contextmanager
-def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int, log2: bool = True, accum_dim: int = 0) -> Iterator[Rows]:
+def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int, log2: bool = True,
+                 accum_dim: int = 0) -> Iterator[Rows]:
     """Enqueue the kernel that every backward starts with. Its results are valid for work enqueued inside the `with`.
 
     Parameters
@@ -143,19 +143,18 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
         where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
-        program = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0)
+        kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0)
         chunks = -(-rows // PREPROCESS_ROWS)
         own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_row_strides(call.lse, p.packed),
                *_row_strides(call.dlse, p.packed), *_lengths_q(call))
         if heads and chunks:
-            program.launch(launcher, heads * chunks, call, own, stream)
+            kernel.launch(launcher, heads * chunks, call, own, stream)
         yield where
 
 
 @lru_cache(maxsize=PROGRAMS)
 def dsinks_program(spec: Spec) -> Program:
-    arguments = Arguments(spec, DSINKS)
-    return Program(Source(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), arguments.fields, SINK_THREADS), arguments)
+    return program(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), Arguments(spec, DSINKS), SINK_THREADS)
 
 
 def dsinks(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
@@ -163,20 +162,20 @@ def dsinks(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, strea
     x = call.grads.dsinks
     if x is None or call.problem.num_heads == 0:
         return
-    program = dsinks_program(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
+    kernel = dsinks_program(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
     own = (rows.lse, rows.delta, rows.count, x.ptr, x.strides[0])
-    program.launch(launcher, call.problem.num_heads, call, own, stream)
+    kernel.launch(launcher, call.problem.num_heads, call, own, stream)
 
 
 # ---------------------------------------------------------------- float32 sums to gradients
 @lru_cache(maxsize=PROGRAMS)
 def round_program(spec: Spec, dim: int, vector: int, whole: bool) -> Program:
-    arguments = Arguments(spec, ROUND, ("dq",))
     key = f"round_dq {spec.text} dim {dim}" + " vector" * vector + " whole" * whole
-    return Program(Source(key, lambda: (make_round(spec, dim, vector, whole), 0), arguments.fields, ROUND_THREADS), arguments)
+    return program(key, lambda: (make_round(spec, dim, vector, whole), 0), Arguments(spec, ROUND, ("dq",)), ROUND_THREADS)
 
 
-def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Launcher, stream: int, vector: bool = True) -> None:
+def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Launcher, stream: int,
+             vector: bool = True) -> None:
     """Enqueue writing grads.dq from the sums in `rows.accum`, `dim` columns a row.
 
     `vector`: whether the sums of a lane are next to each other, as mma.add_sums leaves them on sm_90 and later.
@@ -184,10 +183,10 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
     dq = call.grads.dq
     pieces = batch_heads(call) * rows.count * dim // SUMS_OF_PIECE
     if pieces:
-        program = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
-                                whole_chunks(dq) and dq.shape[-1] == dim)
+        kernel = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
+                               whole_chunks(dq) and dq.shape[-1] == dim)
         own = (rows.accum, rows.count, pieces, call.problem.score.softmax_scale, *_lengths_q(call))
-        program.launch(launcher, -(-pieces // (ROUND_THREADS // WARP)), call, own, stream)
+        kernel.launch(launcher, -(-pieces // (ROUND_THREADS // WARP)), call, own, stream)
 
 
 @cache

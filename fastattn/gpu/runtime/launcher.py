@@ -5,6 +5,7 @@ kernels a call would launch, for `explain` and `precompile`; it needs no device 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -47,7 +48,8 @@ class Launcher(Protocol):
     def capturing(self, stream: int) -> bool:
         """Whether the stream is being captured into a graph."""
 
-    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
+    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool,
+                    forms: tuple[int, ...] | None = None) -> list[int]:
         """Addresses of the TMA descriptors of views, for boxes of so many rows. `forms`: the boxes' tensormap.form, if
         known."""
 
@@ -115,7 +117,8 @@ class Listing:
     def capturing(self, stream: int) -> bool:
         return False
 
-    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
+    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool,
+                    forms: tuple[int, ...] | None = None) -> list[int]:
         return [0] * len(boxes)
 
     def row_map(self, address: int, count: int, apart: int, rows: int, captured: bool) -> int:
@@ -142,3 +145,9 @@ class Program(NamedTuple):
     def launch(self, launcher: Launcher, grid: int, call: AnyCall, own: tuple[Any, ...], stream: int) -> None:
         """Enqueue it for a call. `own`: values of the kernel's own fields, which come first."""
         launcher.load(self.source).launch(grid, self.arguments.values(call, own), stream)
+
+
+def program(key: str, make: Callable[[], tuple[Any, int]], arguments: Arguments, threads: int,
+            blocks_per_sm: int = 1) -> Program:
+    """The Program of a Source with these fields, see there."""
+    return Program(Source(key, make, arguments.fields, threads, blocks_per_sm), arguments)

@@ -6,17 +6,18 @@ from functools import lru_cache
 from typing import Any
 
 from ..rows.launch import Rows, dsinks, preprocessed, refuses_rows
-from ..runtime.compile import Source, late
+from ..runtime.compile import late
 from ..runtime.device import Device
-from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import LENGTHS, MOST_BLOCKS, lengths, most_tiles, table
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec
 from .config import SimtConfig, block_m_of, choose_forward, parts_dkdv, tile_dbias, tile_dkdv, tile_dq
 
 make_forward, places_of = late("simt.forward", "make_forward"), late("simt.pairs", "places_of")
-make_dq, make_dkdv, make_dbias = late("simt.backward", "make_dq"), late("simt.backward", "make_dkdv"), late("simt.dbias", "make_dbias")
+make_dq, make_dkdv = late("simt.backward", "make_dq"), late("simt.backward", "make_dkdv")
+make_dbias = late("simt.dbias", "make_dbias")
 FORWARD = "table:l tiles:i head_group:i scale:{f} cap:{f} keep:{f}"
-PAIRS = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "      # what pairs.py reads, of every kernel of the backward
+PAIRS = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "      # of every kernel of the backward: what pairs.py reads
 DQ = "table:l tiles:i head_group:i "
 DKDV = "table:l tiles:i head_group:i num_heads_k:i "
 DBIAS = "dbias:l dbias_by_batch:q dbias_by_head:q dbias_by_row:q dbias_by_col:q batches:i heads:i bias_rows:i bias_cols:i "
@@ -42,17 +43,17 @@ def refuses(call: AnyCall, d: Device) -> str | None:
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: SimtConfig) -> Program:
-    arguments = Arguments(spec, _of(FORWARD, spec), ("q", "k", "v", "out"))
-    return Program(Source(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
-                          config.threads, config.blocks_per_sm), arguments)
+    return program(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config),
+                   Arguments(spec, _of(FORWARD, spec), ("q", "k", "v", "out")), config.threads, config.blocks_per_sm)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
     problem."""
     p, config = call.problem, choose_forward(spec)
-    program, block_m, tiles = forward_program(spec, config), config.block_m, most_tiles(call, config.block_m)
-    kernel, values = launcher.load(program.source), program.arguments.bound(call)
+    source, arguments = forward_program(spec, config)
+    kernel, values = launcher.load(source), arguments.bound(call)
+    block_m, tiles = config.block_m, most_tiles(call, config.block_m)
     own = tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0
 
     def launch(call: Call, stream: int) -> None:
@@ -64,22 +65,25 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def dq_program(spec: Spec) -> Program:
-    arguments, tile = Arguments(spec, DQ + _of(PAIRS, spec), ("q", "k", "v", "dout", "dq")), tile_dq(spec)
-    return Program(Source(f"backward_simt dq {spec.text} | {tile.text}", lambda: (make_dq(spec, tile), places_of(spec, tile).size),
-                          arguments.fields, tile.threads), arguments)
+    tile = tile_dq(spec)
+    return program(f"backward_simt dq {spec.text} | {tile.text}",
+                   lambda: (make_dq(spec, tile), places_of(spec, tile).size),
+                   Arguments(spec, DQ + _of(PAIRS, spec), ("q", "k", "v", "dout", "dq")), tile.threads)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def dkdv_program(spec: Spec, dk: bool, dv: bool) -> Program:
-    arguments, tile = Arguments(spec, DKDV + _of(PAIRS, spec), ("q", "k", "v", "dout", "dk", "dv")), tile_dkdv(spec)
-    return Program(Source(f"backward_simt {'dk' * dk + 'dv' * dv} {spec.text} | {tile.text}",
-                          lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size), arguments.fields, tile.threads), arguments)
+    tile = tile_dkdv(spec)
+    return program(f"backward_simt {'dk' * dk + 'dv' * dv} {spec.text} | {tile.text}",
+                   lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size),
+                   Arguments(spec, DKDV + _of(PAIRS, spec), ("q", "k", "v", "dout", "dk", "dv")), tile.threads)
 
 
 def _values_of_pairs(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
     """Values of the fields PAIRS."""
     p = call.problem
-    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0)
+    return (rows.lse, rows.delta, rows.count, p.score.softmax_scale, p.score.softcap or 0.0,
+            p.dropout.keep_scale if p.dropout else 0.0)
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
@@ -91,8 +95,9 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
         tiles = most_tiles(call, block, by_keys=True)
         if tiles:
             with table(call, block, launcher, stream, by_keys=True) as sequences:
+                values = sequences, tiles, 1, p.num_heads_k, *own
                 for part in parts_dkdv(plain):
-                    dkdv_program(plain, *part).launch(launcher, tiles, call, (sequences, tiles, 1, p.num_heads_k, *own), stream)
+                    dkdv_program(plain, *part).launch(launcher, tiles, call, values, stream)
         block = tile_dq(plain).lines
         tiles = most_tiles(call, block)
         if tiles:
@@ -105,10 +110,10 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 # ---------------------------------------------------------------- dbias, for every family
 @lru_cache(maxsize=PROGRAMS)
 def dbias_program(spec: Spec, used: bool) -> Program:
-    arguments = Arguments(spec, DBIAS + _of(PAIRS, spec) + (LENGTHS if spec.packed else ""), ("q", "k", "v", "dout"))
-    tile = tile_dbias(spec)
-    return Program(Source(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
-                          lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size), arguments.fields, tile.threads), arguments)
+    tile, own = tile_dbias(spec), DBIAS + _of(PAIRS, spec) + (LENGTHS if spec.packed else "")
+    return program(f"dbias {spec.text}{' seqused_k' * used} | {tile.text}",
+                   lambda: (make_dbias(spec, tile, used), places_of(spec, tile).size),
+                   Arguments(spec, own, ("q", "k", "v", "dout")), tile.threads)
 
 
 def dbias(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:

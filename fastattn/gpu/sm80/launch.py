@@ -7,9 +7,9 @@ from functools import lru_cache
 from ..decode import launch as decode
 from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
 from ..runtime.arch import arch_of
-from ..runtime.compile import Source, late
+from ..runtime.compile import late
 from ..runtime.device import Device
-from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
 from .config import WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
@@ -50,9 +50,8 @@ def _refuses_backward(call: BackwardCall) -> str | None:
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
-    arguments = Arguments(spec, FORWARD, ("q", "k", "v", "out"))
-    return Program(Source(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields,
-                          WARP * config.warps, config.blocks_per_sm), arguments)
+    return program(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config),
+                   Arguments(spec, FORWARD, ("q", "k", "v", "out")), WARP * config.warps, config.blocks_per_sm)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -63,8 +62,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     o = call.operands
     whole = whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v)
     config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out))
-    program = forward_program(spec, config)
-    kernel, values = launcher.load(program.source), program.arguments.bound(call)
+    source, arguments = forward_program(spec, config)
+    kernel, values = launcher.load(source), arguments.bound(call)
     block_m, tiles, heads = config.block_m, most_tiles(call, config.block_m), head_group(call)
 
     def launch(call: Call, stream: int) -> None:
@@ -76,9 +75,9 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm80Config) -> Program:
-    arguments = Arguments(spec, BACKWARD, ("q", "k", "v", "dout", "dk", "dv"))
-    return Program(Source(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments.fields,
-                          WARP * config.warps, config.blocks_per_sm), arguments)
+    return program(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config),
+                   Arguments(spec, BACKWARD, ("q", "k", "v", "dout", "dk", "dv")), WARP * config.warps,
+                   config.blocks_per_sm)
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
@@ -91,8 +90,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
         if tiles:
             with table(call, config.block_n, launcher, stream, True) as sequences:
-                own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
-                       p.score.softmax_scale)
+                own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
+                       p.num_heads_k, p.score.softmax_scale)
                 backward_program(plain, config).launch(launcher, tiles, call, own, stream)
         round_dq(call, spec, rows, columns, launcher, stream, config.vector)
         dsinks(call, spec, rows, launcher, stream)

@@ -9,9 +9,9 @@ from ...problem import Problem
 from ..config import feature_weight
 from ..decode import launch as decode
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq
-from ..runtime.compile import Source, late
+from ..runtime.compile import late
 from ..runtime.device import Device
-from ..runtime.launcher import PROGRAMS, Launcher, Program
+from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import fits, form
 from ..simt.launch import dbias
@@ -77,9 +77,8 @@ def _unreadable(views: dict[str, View]) -> str | None:
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
-    arguments, threads = Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.block_m // 64)
-    return Program(Source(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config), arguments.fields, threads),
-                   arguments)
+    return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
+                   Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.block_m // 64))
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -93,8 +92,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
-    config, program = _choice(spec, call.problem.seqlen_k)
-    kernel, values = launcher.load(program.source), program.arguments.bound(call)
+    config, (source, arguments) = _choice(spec, call.problem.seqlen_k)
+    kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
     capturing, tensor_maps, counter = launcher.capturing, launcher.tensor_maps, launcher.counter
@@ -118,23 +117,20 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
-    arguments = Arguments(spec, BACKWARD, ("dk", "dv"))
-    return Program(Source(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), arguments.fields,
-                          BACKWARD_THREADS), arguments)
+    return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
+                   Arguments(spec, BACKWARD, ("dk", "dv")), BACKWARD_THREADS)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def wide_program(spec: Spec, config: WideSm90Config) -> Program:
-    arguments = Arguments(spec, WIDE, ("dk", "dv"))
-    return Program(Source(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config), arguments.fields,
-                          BACKWARD_THREADS), arguments)
+    return program(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config),
+                   Arguments(spec, WIDE, ("dk", "dv")), BACKWARD_THREADS)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def dq_program(spec: Spec, config: DqSm90Config) -> Program:
-    arguments = Arguments(spec, DQ, ("dq",))
-    return Program(Source(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config), arguments.fields,
-                          BACKWARD_THREADS), arguments)
+    return program(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config),
+                   Arguments(spec, DQ, ("dq",)), BACKWARD_THREADS)
 
 
 def is_wide(p: Problem) -> bool:
@@ -175,18 +171,19 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
     by BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.accum, rows.count,
-           sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.accum,
+           rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
     backward_program(spec, config).launch(launcher, tiles, call, own, stream)
 
 
-def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: Sums, launcher: Launcher, stream: int) -> None:
+def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: Sums, launcher: Launcher,
+                 stream: int) -> None:
     """Enqueue writing dv, then dk, the latter adding dbias up in `sums`, if `spec` has it. `sequences`: the table by
     BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     boxes = (o.q, WIDE_BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, WIDE_BLOCK_M)
-    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, WIDE_BLOCK_M, launcher, captured), rows.lse, rows.count, sequences, tiles,
-           head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, WIDE_BLOCK_M, launcher, captured), rows.lse, rows.count,
+           sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
     spec = replace(spec, deterministic=False)
     for of_part, part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
         wide_program(of_part, choose_wide(of_part, part)).launch(launcher, tiles, call, own, stream)
@@ -199,6 +196,6 @@ def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, s
     tiles = most_tiles(call, DQ_BLOCK_M)
     with table(call, DQ_BLOCK_M, launcher, stream) as sequences:
         boxes = (o.q, DQ_BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, DQ_BLOCK_M)
-        own = (*launcher.tensor_maps(boxes, launcher.capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count, sequences, tiles,
-               head_group(call), call.problem.score.softmax_scale)
+        own = (*launcher.tensor_maps(boxes, launcher.capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count,
+               sequences, tiles, head_group(call), call.problem.score.softmax_scale)
         dq_program(spec, config).launch(launcher, tiles, call, own, stream)
