@@ -31,7 +31,8 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
-__all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare", "refuses", "use"]
+__all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare", "refuses",
+           "use"]
 
 
 class Family(Protocol):
@@ -59,7 +60,8 @@ def use(*families: str) -> AbstractContextManager[None]:
     """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Host memory keeps its engine."""
     unknown = [f for f in families if f not in FAMILIES]
     if unknown or not families:
-        raise ValueError(f"use(): {', '.join(map(repr, unknown)) or 'nothing'} given, the kernel families are {', '.join(FAMILIES)}")
+        given = ", ".join(map(repr, unknown)) or "nothing"
+        raise ValueError(f"use(): {given} given, the kernel families are {', '.join(FAMILIES)}")
     return use_engine(*families, "cpu")
 
 
@@ -83,7 +85,8 @@ def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) ->
 
 
 # ---------------------------------------------------------------- calls
-def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int, families: tuple[str, ...] = FAMILIES) -> None:
+def forward(problem: Problem, operands: Operands, out: View, lse: View | None, stream: int,
+            families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueue writing out, and lse if it is wanted. Packed rows that belong to no sequence become 0 and -inf."""
     if 0 in out.shape and (lse is None or 0 in lse.shape):
         return
@@ -92,7 +95,8 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None, s
         _launch_of(call, launcher, families)(call, stream)
 
 
-def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, families: tuple[str, ...] = FAMILIES) -> Any:
+def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
+            families: tuple[str, ...] = FAMILIES) -> Any:
     """What `forward` does with such operands at any addresses of their alignment.
 
     Returns
@@ -111,8 +115,8 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None, f
     return run
 
 
-def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: int,
-             deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
+def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
+             stream: int, deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueue writing the gradients. Rows of no sequence and keys past seqused_k get gradients 0."""
     launcher = on_device(dout.device[1])
     call = BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic)
@@ -149,8 +153,8 @@ def _launch_of(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> 
     else:
         g = call.grads
         views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
-        key = (id(p), launcher, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16, call.deterministic,
-               families)
+        key = (id(p), launcher, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16,
+               call.deterministic, families)
     found = _launches.get(key)
     if found is None or found[0] is not p:
         found = _launches[key] = p, _prepare(call, launcher, families)

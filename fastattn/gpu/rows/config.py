@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 # preprocess: delta and lse of each query row
-PADDING = 128               # rows of lse, delta and the sums of dq are padded to a multiple: tiles of 128, 64, 32 and 16 fit
+PADDING = 128               # lse, delta and sums of dq are padded to a multiple: tiles of 128, 64, 32 and 16 rows fit
 PREPROCESS_THREADS = 256
 PREPROCESS_ROWS = PADDING   # per thread block: enough to amortise its start-up; never spans two sequences
 SINK_THREADS = 1024         # dsinks: one block a head
@@ -17,8 +17,8 @@ MERGE_THREADS = 128
 # transform_bias_rescale_qkv
 TRANSFORM_WARPS = 8
 TRANSFORM_THREADS = 32 * TRANSFORM_WARPS
-TRANSFORM_ROWS = 4          # per warp: 80 KB of loads in flight a multiprocessor; an H200 needs about 30 (bandwidth times latency)
+TRANSFORM_ROWS = 4          # per warp: 80 KB in flight a multiprocessor; an H200 needs 30 (bandwidth times latency)
 TRANSFORM_BLOCK_ROWS = TRANSFORM_WARPS * TRANSFORM_ROWS
-LOOPS = 4                   # blocks of rows of a backward block: its partial sums are then 1/64 of dqkv, twice that for 16-bit dtypes
+LOOPS = 4                   # blocks of rows of a backward block: partial sums are 1/64 of dqkv, for 16-bit dtypes 1/32
 SUM_WARPS = 32
 SUM_THREADS = 32 * SUM_WARPS

@@ -72,12 +72,13 @@ def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = 
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     rows = {"whole": whole, "whole_out": whole_out}
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
-        return ForwardSm80Config(warps=4, tiles=1, block_n=64 if room > 160 and whole and not heavy else 32, stages=1, blocks_per_sm=1,
-                                 squeeze=squeeze(spec), **rows)
+        block_n = 64 if room > 160 and whole and not heavy else 32
+        return ForwardSm80Config(warps=4, tiles=1, block_n=block_n, stages=1, blocks_per_sm=1, squeeze=squeeze(spec), **rows)
     if heavy or not whole:
         return ForwardSm80Config(warps=4, tiles=1, block_n=64 if dim > 64 or room > 160 else 32, stages=1, **rows)
     if dim > 64:        # 64 keys spill on sm_80
-        return ForwardSm80Config(warps=4, tiles=2, block_n=64 if room > 200 else 48 if room > 160 else 32, stages=1, **rows)
+        block_n = 64 if room > 200 else 48 if room > 160 else 32
+        return ForwardSm80Config(warps=4, tiles=2, block_n=block_n, stages=1, **rows)
     return ForwardSm80Config(warps=4, tiles=2, block_n=64, optimistic=True, **rows)
 
 
@@ -147,7 +148,8 @@ def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool =
         if heavy:               # 97 KiB
             return BackwardSm80Config(warps=8, tiles=2, split=2, block_m=64, **rows)
         # 57 or 48.5 KiB: two blocks hide each other's waits
-        return BackwardSm80Config(warps=4, tiles=2, split=1, block_m=32, stages=2 if room > 99 else 1, blocks_per_sm=2, **rows)
+        stages = 2 if room > 99 else 1
+        return BackwardSm80Config(warps=4, tiles=2, split=1, block_m=32, stages=stages, blocks_per_sm=2, **rows)
     if dim <= 128:              # 161 KiB
         if room <= 99:
             return BackwardSm80Config(warps=8, tiles=1, split=1, block_m=32, stages=1, **rows)
@@ -157,7 +159,8 @@ def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool =
     if room <= 99:              # 68 KiB
         return BackwardSm80Config(warps=4, tiles=1, split=2, block_m=32, stages=1, **rows)
     several = feature_weight(spec) > 1 or (spec.mask and spec.bias is not None)     # spills 4 to 36 bytes at 64 queries
-    return BackwardSm80Config(warps=8, tiles=1, split=2, block_m=32 if several else 64, stages=2 if dim <= 192 or room > 200 else 1, **rows)
+    stages = 2 if dim <= 192 or room > 200 else 1
+    return BackwardSm80Config(warps=8, tiles=1, split=2, block_m=32 if several else 64, stages=stages, **rows)
 
 
 def dq_columns(spec: Spec) -> int:

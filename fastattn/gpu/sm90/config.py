@@ -74,7 +74,7 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
-    # The fallback of `optimistic` recomputes the scores and so keeps every operand of them live. With these features that spills.
+    # The fallback of `optimistic` recomputes the scores and so keeps all their operands live. With these that spills.
     optimistic = spec.alibi is None and not several and (spec.bias is None or spec.bias_pairs)
     with_mask = spec.mask and num_features(spec) > 1        # the mask and another feature
     if dim <= 64:
@@ -90,13 +90,15 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
     if dim <= 192:          # the mask and another feature spill 4 to 28 bytes at 64 keys, and in the fallback of `optimistic`
         block_n = 32 if several else 48 if with_mask else 64 if heavy else 96
-        return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True, optimistic=optimistic and not with_mask)
+        return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True,
+                                 optimistic=optimistic and not with_mask)
     if heavy:
         return ForwardSm90Config(block_m=128, block_n=32, out_panels=2, optimistic=False, hints=True)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     if plain and seqlen_k >= LONG:
         return ForwardSm90Config(block_m=128, block_n=80, out_panels=0, turns=True, hints=True)
-    return ForwardSm90Config(block_m=128, block_n=48 if spec.alibi and spec.packed else 64, out_panels=2, optimistic=plain, hints=True)
+    block_n = 48 if spec.alibi and spec.packed else 64
+    return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
 
 
 # ---------------------------------------------------------------- backward, head_dim to 128
@@ -144,7 +146,8 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
     240."""
     two = num_features(spec) > 1
-    if max(spec.head_dim, spec.head_dim_v) <= 64 and spec.dbias is None and not spec.softcap and not (spec.mask and two):     # they spill
+    spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
+    if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
         return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded)
