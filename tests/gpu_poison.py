@@ -21,7 +21,7 @@ def poison(ordinal: int = 0) -> None:
     driver = streams.driver()
     with streams.on_device(ordinal):
         _synchronize()
-        for pool in (_default_pool(ordinal), workspace._device(ordinal).pool):
+        for pool in (_default_pool(ordinal), workspace.small_memory(ordinal).pool):
             streams.check(driver.cuMemPoolTrimTo(pool, 0), "cuMemPoolTrimTo")       # no block of it survives beside the poisoned one
             memory = streams.check(driver.cuMemAllocFromPoolAsync(ROOM, pool, streams.LEGACY), "cuMemAllocFromPoolAsync")
             streams.check(driver.cuMemsetD8Async(memory, BYTE, ROOM, streams.LEGACY), "cuMemsetD8Async")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 from ...buffers import View
@@ -85,10 +85,14 @@ class OnDevice:
         return tensormap.row_map(address, count, apart, rows, self.device.ordinal, captured)
 
     def counter(self, captured: bool) -> int:
-        return workspace.counter(self.device.ordinal, captured)
+        return self._memory.counters.take(captured)
 
     def arrivals(self, captured: bool) -> int:
-        return workspace.arrivals(self.device.ordinal, captured)
+        return self._memory.arrivals.take(captured)
+
+    @cached_property
+    def _memory(self) -> workspace.SmallMemory:
+        return workspace.small_memory(self.device.ordinal)
 
 
 @cache

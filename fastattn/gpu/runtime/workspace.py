@@ -32,10 +32,17 @@ class _Zeros:
         self.size, self.next, self.next_captured = size, itertools.cycle(range(count // 2)), itertools.cycle(range(count // 2, count))
 
     def take(self, captured: bool) -> int:
+        """Address of a slot."""
         return self.memory + self.size * next(self.next_captured if captured else self.next)
 
 
-class _Device:
+class SmallMemory:
+    """What a device keeps for kernels.
+
+    `counters`: two int32 zeros a slot. `arrivals`: MOST_ARRIVALS int32 zeros a slot. A launch that takes a slot must
+    leave it zero. `pool`: the memory pool of `temporary`.
+    """
+
     def __init__(self, ordinal: int) -> None:
         self.counters, self.arrivals = _Zeros(8, _COUNTERS), _Zeros(4 * MOST_ARRIVALS, _ARRIVALS)
         properties = driver.CUmemPoolProps()
@@ -47,26 +54,17 @@ class _Device:
         check(driver.cuMemPoolSetAttribute(self.pool, threshold, kept), "cuMemPoolSetAttribute")
 
 
-_devices: dict[int, _Device] = {}
+_devices: dict[int, SmallMemory] = {}
 _lock = threading.Lock()
 
 
-def _device(ordinal: int) -> _Device:
+def small_memory(ordinal: int) -> SmallMemory:
+    """The SmallMemory of CUDA device `ordinal`, whose context must be current the first time."""
     found = _devices.get(ordinal)
     if found is None:
         with _lock, relaxed():
-            found = _devices.get(ordinal) or _devices.setdefault(ordinal, _Device(ordinal))
+            found = _devices.get(ordinal) or _devices.setdefault(ordinal, SmallMemory(ordinal))
     return found
-
-
-def counter(ordinal: int, captured: bool) -> int:
-    """Address of two int32 zeros for one launch, which must leave them zero. A captured launch gets one of its own."""
-    return (_devices.get(ordinal) or _device(ordinal)).counters.take(captured)
-
-
-def arrivals(ordinal: int, captured: bool) -> int:
-    """Address of MOST_ARRIVALS int32 zeros for one launch, which must leave them zero."""
-    return _device(ordinal).arrivals.take(captured)
 
 
 class temporary:     # a context manager, and a class because a generator costs a microsecond
@@ -78,7 +76,7 @@ class temporary:     # a context manager, and a class because a generator costs 
         self._size, self._ordinal, self._stream = size, ordinal, stream
 
     def __enter__(self) -> int:
-        pool = _device(self._ordinal).pool
+        pool = small_memory(self._ordinal).pool
         self._memory = check(driver.cuMemAllocFromPoolAsync(max(self._size, 1), pool, self._stream), "cuMemAllocFromPoolAsync")
         return int(self._memory)
 
@@ -88,7 +86,7 @@ class temporary:     # a context manager, and a class because a generator costs 
 
 def trim(ordinal: int) -> None:
     """Return unused temporary memory to the driver."""
-    check(driver.cuMemPoolTrimTo(_device(ordinal).pool, 0), "cuMemPoolTrimTo")
+    check(driver.cuMemPoolTrimTo(small_memory(ordinal).pool, 0), "cuMemPoolTrimTo")
 
 
 def clear(memory: int, size: int, stream: int) -> None:
