@@ -23,7 +23,7 @@ from fastattn.gpu.tile import scores
 Array = np.ndarray[Any, Any]
 F = np.float32
 EPS = 2.0**-24
-CAPS = (1e-3, 1.0, 50.0, 64.0, 65.0, 128.0, 1e3, 1e5, 1e9, 1e30, 3e38)
+CAPS = (1e-3, 1.0, 50.0, 64.0, 65.0, 128.0, 1e3, 1e5, 1e9, 1e30, 1.5e38)
 
 
 def _each(f: Any) -> Any:
