@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .inputs import Inputs
 
 Array = np.ndarray[Any, Any]
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}    # what an operand may lose
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}    # what a result may lose
 
 
 class Value(NamedTuple):
@@ -127,12 +127,15 @@ def steps(n: int) -> float:
     return 4 + n / 8
 
 
+def lost(a: Array, b: Array, smallest: float) -> Array:
+    """Of a @ b^T by underflow: operands and products below the arithmetic's smallest normal number may count as 0."""
+    return smallest * (np.abs(a).sum(axis=2)[:, :, None] + np.abs(b).sum(axis=2)[:, None, :] + a.shape[2])
+
+
 def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
     dot, size = a.q @ a.k.swapaxes(1, 2), np.abs(a.q) @ np.abs(a.k).swapaxes(1, 2)
     x = dot * scale
-    lost = SMALLEST[s.dtype if s.dtype != "float16" else "float32"]
-    lost = lost * (np.abs(a.q).sum(axis=2)[:, :, None] + np.abs(a.k).sum(axis=2)[:, None, :])
-    error = abs(scale) * (steps(s.head_dim) * eps * size + lost) + 2 * eps * np.abs(x)
+    error = abs(scale) * (steps(s.head_dim) * eps * size + lost(a.q, a.k, SMALLEST[real])) + 2 * eps * np.abs(x)
     unit = _lowest_bit(a.q).min(axis=2, initial=np.inf)[:, :, None] * _lowest_bit(a.k).min(axis=2, initial=np.inf)[:, None, :]
     exact = (size * eps <= unit) & (x.astype(real) == x) & (unit * min(abs(scale), 1) > SMALLEST[real])
     exact |= size == 0
@@ -310,12 +313,14 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         size, dS = size * f.slope, dS * f.slope
         scale, many_k, many_q = abs(x.scale), steps(a.k.shape[1]) * r.eps, steps(a.q.shape[1]) * r.eps
         k_size, q_size = np.abs(a.k), np.abs(a.q)
-        _add(dq, rows_q, x.scale * (dS @ a.k), scale * ((off + many_k * np.abs(dS)) @ k_size), scale * (size @ k_size), 1)
         flip = (0, 2, 1)
+        # a large scale, which comes last, shows what underflow lost
+        off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.sees
+        _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
-        _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * ((off_t + many_q * np.abs(dS_t)) @ q_size),
-             scale * (size.transpose(flip) @ q_size), group)
+        off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * a.seen.any(axis=1)[:, :, None]
+        _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * off_dk, scale * (size.transpose(flip) @ q_size), group)
         kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.seen + many_q * P) * keep
         d_size = np.abs(dout)
         _add(dv, rows_k, kept.transpose(flip) @ dout, off_kept.transpose(flip) @ d_size, kept.transpose(flip) @ d_size, group)

@@ -48,4 +48,14 @@ FOUND: list[Spec] = [
     Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
     Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),
     Spec(seed=1722862434, head_dim=1, head_dim_v=1, lengths_q=(), used_k=()),
+    # no fault of the engine: the allowance had no underflow of dS q and dS k before a large scale, one pair's rounding, or a small softcap
+    Spec(seed=1257924516, seqlen_k=2, head_dim=3, head_dim_v=1, softmax_scale=-1000000000.0, values="denormal", backward=True),
+    Spec(seed=202490786, seqlen_k=2, head_dim=1, head_dim_v=1, softmax_scale=316227766.01683795, values="denormal", backward=True),
+    Spec(seed=71873934, seqlen_k=3, head_dim=1, head_dim_v=1, softmax_scale=-1000000000.0, values="denormal", backward=True),
+    Spec(seed=1608797626, batch=3, num_heads=6, num_heads_k=2, seqlen_q=2, seqlen_k=127, head_dim=64, head_dim_v=64,
+         softmax_scale=-1000000000.0, alibi="heads", sinks="normal", values="denormal", hidden="nan", backward=True),
+    Spec(seed=2067544246, seqlen_q=24, head_dim=416, head_dim_v=416, causal=True, backward=True),
+    Spec(seed=492113561, num_heads=3, num_heads_k=3, seqlen_q=12, seqlen_k=2, head_dim=84, head_dim_v=1, softcap=0.01, backward=True),
+    Spec(seed=834313362, dtype="float64", num_heads=9, num_heads_k=3, head_dim=32, head_dim_v=32, lengths_q=(9,), lengths_k=(9,), beyond=(0, 9),
+         causal="top_left", softmax_scale=0.3, softcap=0.01, hidden="inf", repeats=("q1",), backward=True),
 ]

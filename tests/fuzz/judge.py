@@ -23,7 +23,7 @@ from .spec import Spec
 
 Array = np.ndarray[Any, Any]
 ORDINARY = ("normal", "integers", "zero")       # values for which the naive rival's error is a measure
-MANY = 32                                       # elements of a result: of fewer it may just have been lucky
+MANY = 32                                       # elements of a result, and pairs: of fewer it may just have been lucky
 
 
 class Refused(Exception):
@@ -212,10 +212,13 @@ def _merge(x: Inputs, device: Device) -> list[str]:
 
 # ---------------------------------------------------------------- what is right
 def _ordinary(x: Inputs) -> bool:
-    """Whether one naive run's error is a measure: scores of ordinary size. Of large ones it is luck, and depends on a sum's order."""
+    """Whether one naive run's error is a measure: scores of ordinary size, and many. Of large ones it is luck, and depends on a sum's order;
+    a small softcap makes them large. Where one pair attends, its one rounding is all of the error of dq and dk."""
     s = x.spec
+    cap = 1.0 if s.softcap is None else min(s.softcap, 1.0)
+    pairs = sum(int(formula.visible(s, x.mask, n).sum()) for n in range(s.sequences))
     return (s.values in ORDINARY and s.bias_values in ("normal", "inf") and s.sinks != "large" and s.alibi is None
-            and s.dropout_p < 0.95 and abs(x.scale) * s.head_dim**0.5 <= 2)
+            and s.dropout_p < 0.95 and abs(x.scale) * s.head_dim**0.5 <= 2 * cap and pairs >= MANY)
 
 
 def _judged(x: Inputs, got: dict[str, Array], right: dict[str, Value], naive: dict[str, Array] | None) -> list[str]:
