@@ -319,7 +319,8 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
-        off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * a.seen.any(axis=1)[:, :, None]
+        by_key = a.seen.any(axis=1)[:, :, None]
+        off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * by_key
         _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * off_dk, scale * (size.transpose(flip) @ q_size), group)
         kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.seen + many_q * P) * keep
         d_size = np.abs(dout)

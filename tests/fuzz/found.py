@@ -48,7 +48,12 @@ FOUND: list[Spec] = [
     Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
     Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),
     Spec(seed=1722862434, head_dim=1, head_dim_v=1, lengths_q=(), used_k=()),
-    # no fault of the engine: the allowance had no underflow of dS q and dS k before a large scale, one pair's rounding, or a small softcap
+    # no fault of the engine: shares of dq beyond float16 whose sum is inside it
+    Spec(seed=416483255, call="parts", dtype="float16", batch=2, seqlen_q=63, seqlen_k=2, head_dim=48, head_dim_v=30, softmax_scale=-1.0,
+         values="equal_keys", backward=True, dlse=True, parts=(0, 1)),
+    Spec(seed=1268190880, call="parts", dtype="float16", batch=2, num_heads=24, num_heads_k=3, seqlen_q=97, seqlen_k=15, head_dim=128,
+         head_dim_v=128, softmax_scale=-1.0, mask_density=0.5, sinks="normal", values="equal_keys", backward=True, parts=(7,)),
+    # nor here: the allowance had no underflow of dS q and dS k before a large scale, one pair's rounding, or a small softcap
     Spec(seed=1257924516, seqlen_k=2, head_dim=3, head_dim_v=1, softmax_scale=-1000000000.0, values="denormal", backward=True),
     Spec(seed=202490786, seqlen_k=2, head_dim=1, head_dim_v=1, softmax_scale=316227766.01683795, values="denormal", backward=True),
     Spec(seed=71873934, seqlen_k=3, head_dim=1, head_dim_v=1, softmax_scale=-1000000000.0, values="denormal", backward=True),
@@ -56,6 +61,6 @@ FOUND: list[Spec] = [
          softmax_scale=-1000000000.0, alibi="heads", sinks="normal", values="denormal", hidden="nan", backward=True),
     Spec(seed=2067544246, seqlen_q=24, head_dim=416, head_dim_v=416, causal=True, backward=True),
     Spec(seed=492113561, num_heads=3, num_heads_k=3, seqlen_q=12, seqlen_k=2, head_dim=84, head_dim_v=1, softcap=0.01, backward=True),
-    Spec(seed=834313362, dtype="float64", num_heads=9, num_heads_k=3, head_dim=32, head_dim_v=32, lengths_q=(9,), lengths_k=(9,), beyond=(0, 9),
-         causal="top_left", softmax_scale=0.3, softcap=0.01, hidden="inf", repeats=("q1",), backward=True),
+    Spec(seed=834313362, dtype="float64", num_heads=9, num_heads_k=3, head_dim=32, head_dim_v=32, lengths_q=(9,), lengths_k=(9,),
+         beyond=(0, 9), causal="top_left", softmax_scale=0.3, softcap=0.01, hidden="inf", repeats=("q1",), backward=True),
 ]

@@ -181,8 +181,8 @@ def _parts(x: Inputs, device: Device) -> list[str]:
         got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.dtype])  # type: ignore[union-attr]
     value = gradients["dq"]
     allowed = value.allowed + len(shares) * EPS[s.dtype] * value.size
-    # a share may be as large as the sum of its terms, and overflow where the sum of all shares does not
-    allowed = np.where(value.size > values.LARGEST[s.dtype] / 4, np.inf, allowed)
+    # shares that cancel may each be beyond the dtype: only a sum of terms inside it is determined
+    allowed = np.where(value.size + allowed > values.LARGEST[s.dtype], np.inf, allowed)
     wanted = {"dk": gradients["dk"], "dv": gradients["dv"], "dq": value._replace(allowed=allowed)}
     if "sinks" in there.options:
         got["dsinks"], wanted["dsinks"] = device.get(shares[0].dsinks), gradients["dsinks"]
@@ -212,8 +212,8 @@ def _merge(x: Inputs, device: Device) -> list[str]:
 
 # ---------------------------------------------------------------- what is right
 def _ordinary(x: Inputs) -> bool:
-    """Whether one naive run's error is a measure: scores of ordinary size, and many. Of large ones it is luck, and depends on a sum's order;
-    a small softcap makes them large. Where one pair attends, its one rounding is all of the error of dq and dk."""
+    """Whether one naive run's error is a measure: many scores of ordinary size. Of large ones it is luck, and depends on a sum's order; a
+    small softcap makes them large. Where one pair attends, its one rounding is all of the error of dq and dk."""
     s = x.spec
     cap = 1.0 if s.softcap is None else min(s.softcap, 1.0)
     pairs = sum(int(formula.visible(s, x.mask, n).sum()) for n in range(s.sequences))
