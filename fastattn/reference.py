@@ -3,8 +3,9 @@
 Rules that every engine shares and that this file defines:
 
 - A pair that a mask hides is selected away, never added: what its score would be, NaN included, does not matter.
-- Keys past seqused_k and rows outside the sequences are never read, and a key that no row of a head may see does not reach
-  that head's results, even if it is NaN.
+- Keys past seqused_k and rows outside the sequences are never read, and a key that no row of any query head that shares the
+  key head may see reaches no result, even if it is NaN. (Here that holds for each query head by itself. Engines load a key
+  once for all of them, and multiply it by 0 where it is hidden.)
 - A row that sees nothing has out = 0, lse = -inf and gradients 0; with a sink its lse is the sink.
 - Every element of an output is written. Rows of a packed output that belong to no sequence (cu_seqlens ends before the
   total) get out = 0, lse = -inf, gradients 0; so do the gradients of keys past seqused_k.

@@ -345,6 +345,21 @@ def test_a_key_past_the_diagonal(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_key_that_no_query_head_of_its_group_attends(engine: str) -> None:
+    """Each query head has a mask of its own; what decides is whether one that shares the key head attends the key."""
+    inputs = Case("group", batch=1, num_heads=4, num_heads_k=2, seqlen_q=40, seqlen_k=90, mask=(1, 4, 40, 90)).make()
+    inputs.kwargs["mask"][:, :2, :, 30:50] = False
+    inputs.kwargs["mask"][:, 2, :, 35] = False
+    out, lse = inputs.forward(engine)
+    expected = out, lse, *inputs.backward(out, lse, engine)[:3]
+    for x in inputs.args[1:3]:
+        x[:, 30:50, 0] = np.nan
+    out, lse = inputs.forward(engine)
+    for x, y in zip((out, lse, *inputs.backward(out, lse, engine)[:3]), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
 def test_dsinks_of_a_row_that_attends_nothing(engine: str) -> None:
     """Its dout may be NaN; its lse is the sink, whose gradient is dlse."""
     inputs = Case("dsinks", mask=(2, 1, 37, 37), sinks=True, dlse=True).make()
