@@ -356,6 +356,7 @@ def test_a_maximum_that_no_sequence_has(most: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@not_sanitized
 def test_one_long_sequence_among_many() -> None:
     """Work is in proportion to the keys there are, not to the longest sequence times the number of sequences."""
     many = 50_000
