@@ -22,8 +22,8 @@ def printed(code: str) -> str:
 
 
 def test_import_is_quick() -> None:
-    """What it adds to NumPy's own import, the best of five: under 0.15 s."""
-    code = "import time, numpy; start = time.perf_counter(); import fastattn; print(time.perf_counter() - start)"
+    """What it adds to NumPy's own import, the best of five: under 0.15 s of CPU time, which a busy machine leaves as it is."""
+    code = "import time, numpy; start = time.process_time(); import fastattn; print(time.process_time() - start)"
     seconds = min(float(printed(code)) for _ in range(5))
     assert seconds < 0.15, f"import fastattn takes {seconds:.3f} s"
 
