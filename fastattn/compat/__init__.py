@@ -1,17 +1,21 @@
-"""Other libraries' attention signatures over fastattn's public functions: they translate arguments and call, and compute nothing.
+"""Attention functions of other libraries, under their own names and signatures, over fastattn's public functions.
 
-sdpa.py         torch.nn.functional.scaled_dot_product_attention, and its backward
-varlen.py       torch.nn.attention.varlen.varlen_attn, and its backward
-flash_attn.py   flash_attn_func and its packed and varlen relatives, and their backwards
-aten.py         PyTorch's ATen level: flash, memory-efficient and cuDNN forward and backward, dropout mask, encoded softmax
-multi_head.py   ... and above it: transform_bias_rescale_qkv (transform.py) and native_multi_head_attention, with their backwards
-vllm.py         vLLM's triton_attention and its MetaData: 8-bit operands, 8-bit keys and values, quantisation; forward, as the original
+They translate arguments, call, and compute nothing themselves.
 
-translate.py holds what they share, arrays.py the few array operations, probabilities.py the encoded softmax, float8.py 8-bit
-arrays and their scales. Arrays are what
-fastattn takes: NumPy, torch, CuPy, JAX, anything on the CPU with DLPack, CUDA arrays; results are of the caller's kind. Nothing
-is imported before it is asked for: `from fastattn.compat.sdpa import scaled_dot_product_attention`. docs/parity.md says what lives where.
+sdpa.py         torch.nn.functional.scaled_dot_product_attention
+varlen.py       torch.nn.attention.varlen.varlen_attn
+flash_attn.py   flash_attn_func and its kvpacked, qkvpacked and varlen forms
+aten.py         PyTorch's ATen level: flash, memory-efficient and cuDNN operators, dropout mask, encoded softmax
+multi_head.py   ATen's multi-head attention: native_multi_head_attention, transform_bias_rescale_qkv (transform.py)
+vllm.py         vLLM's triton_attention and its MetaData: 8-bit operands, quantisation; forward only, as the original
 
-Errors quote the function and the argument by the names of the signature that was called.
+All but vllm.py have a backward too. Shared: translate.py (names, options, lengths), arrays.py (the few array
+operations), probabilities.py (the encoded softmax), float8.py (8-bit arrays and their scales).
+
+Arrays are those that fastattn takes: NumPy, torch, CuPy, JAX, anything on the CPU with DLPack, CUDA arrays. Results are
+of the caller's kind. Nothing is imported before it is used:
+`from fastattn.compat.sdpa import scaled_dot_product_attention`. docs/parity.md lists every function.
+
+Errors name the function and the argument as the called signature does.
 """
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The few array operations that translation needs, in the caller's own library: NumPy, torch, CuPy, JAX, or another array namespace.
+"""The few array operations that translation needs, in the caller's own library.
 
-Only what changes shape, never data, on the way in: `fit` gives a view wherever the array's own reshape does, and what is already in
-shape is passed through untouched, so a plain CUDA array that knows no operation works as long as none is needed.
+That is NumPy, torch, CuPy, JAX, or another array namespace. On the way in only shapes change, never data: `fit` gives a
+view wherever the array's own reshape does. An array that already has its shape is passed through untouched, so a plain
+CUDA array without any operations works as long as none is needed.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 def namespace(x: Any, call: str, argument: str) -> Any:
-    """The module with the functions of x's library; TypeError for an array without one."""
+    """The module with the array functions of x's library. TypeError if there is none."""
     library = sys.modules.get(type(x).__module__.partition(".")[0])
     if library is not None and all(hasattr(library, name) for name in ("concatenate", "where", "broadcast_to")):
         return library
@@ -25,7 +26,7 @@ def namespace(x: Any, call: str, argument: str) -> Any:
 
 
 def shape_of(x: Any, call: str, argument: str) -> Shape:
-    """The shape as a plain tuple; TypeError where x is no array."""
+    """The shape as a plain tuple. TypeError if x is no array."""
     try:
         return tuple(x.shape) if hasattr(x, "shape") else tuple(x.__cuda_array_interface__["shape"])
     except (AttributeError, TypeError):
@@ -33,28 +34,33 @@ def shape_of(x: Any, call: str, argument: str) -> Shape:
 
 
 def is_boolean(x: Any) -> bool:
-    """Whether the dtype is bool, for any library's way to say so."""
+    """Whether the dtype is bool, however the library spells it."""
     dtype = x.dtype if hasattr(x, "dtype") else x.__cuda_array_interface__["typestr"]
     return str(dtype).rpartition(".")[2] in ("bool", "|b1")
 
 
 def fit(x: Any, before: Shape, full: Shape, flat: Shape, call: str, argument: str) -> Any:
-    """x seen with shape `before`, broadcast to `full`, seen with shape `flat`. A view where the library's reshape gives one (always
-    when nothing is broadcast between axes that are merged and x is contiguous there), else the library's copy."""
+    """x reshaped to `before`, broadcast to `full`, reshaped to `flat`.
+
+    A view where the library's reshape gives one, else the library's copy. It is always a view if x is contiguous and no
+    broadcast axis is merged with another.
+    """
     shape = shape_of(x, call, argument)
     if shape == flat:
         return x
     if not hasattr(x, "reshape"):
         raise TypeError(f"{call}(): {argument} is a {type(x).__name__} of shape {shape} without a reshape method; expected the shape "
-                        f"{flat} that the kernels see.")
+                        f"{flat}, as which the kernels read it.")
     if before != full:
         x = namespace(x, call, argument).broadcast_to(x.reshape(before), full)
     return x.reshape(flat)
 
 
 def fold(grad: Any, shape: Shape, before: Shape, full: Shape, call: str, argument: str) -> Any:
-    """The gradient of an array of `shape` from the gradient of what `fit` made of it: sums over the axes that were broadcast, in
-    float32 (float64 for float64) and rounded once."""
+    """Gradient of an array of `shape`, from the gradient of what `fit` made of it.
+
+    Sums over the axes that were broadcast, in float32 (float64 for float64), and rounds once.
+    """
     if tuple(grad.shape) == shape:
         return grad
     axes = tuple(axis for axis, (m, n) in enumerate(zip(before, full, strict=True)) if m != n)
@@ -66,7 +72,7 @@ def fold(grad: Any, shape: Shape, before: Shape, full: Shape, call: str, argumen
 
 
 def broadcast_shape(*shapes: Shape) -> Shape | None:
-    """NumPy's rules, also for torch and others; None where the shapes do not go together."""
+    """The broadcast shape by NumPy's rules, for any library. None if the shapes do not broadcast."""
     rank = max(map(len, shapes), default=0)
     result = []
     for axis in zip(*[(1,) * (rank - len(shape)) + shape for shape in shapes], strict=True):
@@ -78,16 +84,17 @@ def broadcast_shape(*shapes: Shape) -> Shape | None:
 
 
 def lead(shape: Shape, rank: int) -> Shape:
-    """`shape` with ones in front, `rank` axes."""
+    """`shape` with leading axes of 1, up to `rank` axes."""
     return (1,) * (rank - len(shape)) + shape
 
 
 def count(shape: Shape) -> int:
+    """Number of elements."""
     return math.prod(shape)
 
 
 def positions(like: Any, n: int, call: str, argument: str) -> Any:
-    """0 to n - 1 as integers on the device of `like`."""
+    """0 to n - 1 as integers, on the device of `like`."""
     xp = namespace(like, call, argument)
     if xp.__name__ == "torch":
         return xp.arange(n, device=like.device)
@@ -105,5 +112,8 @@ def zeros(like: Any, shape: Shape, call: str, argument: str) -> Any:
 
 
 def _device(xp: Any, like: Any) -> Any:
-    """CuPy makes arrays on its current device; the others have one device or move arrays by themselves."""
+    """Context in which xp makes arrays on the device of `like`.
+
+    Only CuPy needs one, because it allocates on its current device.
+    """
     return like.device if xp.__name__ == "cupy" else contextlib.nullcontext()

@@ -1,19 +1,30 @@
 """PyTorch's ATen level, the operators below scaled_dot_product_attention, as functions on any array.
 
-flash          (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim); causal is bottom-right       aten_flash.py
-efficient      the same layouts, an additive bias and a custom mask type                                         aten_efficient.py
-cudnn          (batch, heads, seqlen, head_dim) or packed (total, heads, head_dim); causal is top-left           aten_cudnn.py
-scaled_dot_product_{flash,efficient,cudnn}_attention: the same three for (batch, heads, seqlen, head_dim)
+flash (aten_flash.py)
+    (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim); causal is bottom-right
+efficient (aten_efficient.py)
+    the same layouts, with an additive bias and a custom mask type
+cudnn (aten_cudnn.py)
+    (batch, heads, seqlen, head_dim), or packed (total, heads, head_dim); causal is top-left
+scaled_dot_product_{flash,efficient,cudnn}_attention
+    the same three for (batch, heads, seqlen, head_dim)
 
-Each forward returns, beside out, what its backward needs: logsumexp (natural log, float32, (batch, heads, seqlen_q) or packed
-(heads, total_q), never padded) and philox_seed and philox_offset. These two are Python integers: the host draws them, and nothing waits for
-the device. They may be given by the keywords seed and offset. The debug mask is the encoded softmax, (batch, heads, seqlen_q, seqlen_k)
-in query's dtype: probabilities, negative where dropped; it is made when asked for, with any dropout_p, O(seqlen_q * seqlen_k) memory.
+Besides out, each forward returns what its backward needs:
 
-Two differences from the originals are on purpose: out of a row that sees nothing is 0 and its logsumexp -inf, whichever operator it is;
-and a batch above 65535 works with dropout too, because dropout is addressed by position. dropout_mask is what
-_fill_mem_eff_dropout_mask_ is for: the mask itself, (batch, heads, seqlen_q, seqlen_k) bool, True = kept, where the original fills in the
-random numbers to be compared with dropout_p.
+logsumexp
+    natural log, float32, (batch, heads, seqlen_q) or packed (heads, total_q), never padded
+philox_seed, philox_offset
+    Python integers. The host draws them, so nothing waits for a device. The keywords seed and offset set them.
+debug mask, if requested
+    the encoded softmax, (batch, heads, seqlen_q, seqlen_k), query's dtype: probabilities, negative where dropped. It
+    works with any dropout_p and takes O(seqlen_q * seqlen_k) memory.
+
+What differs from the originals:
+
+- A row that attends nothing has out 0 and logsumexp -inf, in every operator.
+- A batch above 65535 works with dropout too, because dropout is addressed by position.
+- dropout_mask stands for _fill_mem_eff_dropout_mask_. It returns the mask itself, (batch, heads, seqlen_q, seqlen_k)
+  bool, True = kept. The original returns random numbers that are to be compared with dropout_p.
 
 Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu and attention_backward.cu, native_functions.yaml.
 """

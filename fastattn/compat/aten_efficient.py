@@ -1,4 +1,7 @@
-"""The memory-efficient operators of aten.py: _efficient_attention_forward, _scaled_dot_product_efficient_attention and their backwards."""
+"""The memory-efficient operators of aten.py.
+
+They are _efficient_attention_forward, _scaled_dot_product_efficient_attention and their backwards.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ _NAMES = {**NAMES, "bias": "bias", "seqused_k": "seqlen_k"}
 
 
 class CustomMaskType(IntEnum):
-    """No structural mask, or causal with the diagonal from the top-left or into the bottom-right corner."""
+    """No structural mask, causal with the diagonal from the top-left corner, or causal into the bottom-right one."""
 
     NoCustomMask = 0
     CausalFromTopLeft = 1
@@ -24,6 +27,7 @@ _CAUSAL: dict[int, bool | str] = {0: False, 1: "top_left", 2: "bottom_right"}
 
 
 class EfficientResult(NamedTuple):
+    """What efficient_attention_forward returns; fields as in aten.py."""
     out: Any
     logsumexp: Any
     philox_seed: int
@@ -33,6 +37,7 @@ class EfficientResult(NamedTuple):
 
 
 class ScaledDotProductEfficientResult(NamedTuple):
+    """What scaled_dot_product_efficient_attention returns; fields as in aten.py."""
     out: Any
     logsumexp: Any
     philox_seed: int
@@ -43,13 +48,49 @@ def efficient_attention_forward(query: Any, key: Any, value: Any, bias: Any, cu_
                                 max_seqlen_k: int | None, dropout_p: float, custom_mask_type: int, compute_log_sumexp: bool = False, *,
                                 scale: float | None = None, seqlen_k: Any = None, window_size: int | None = None,
                                 seed: int | None = None, offset: int = 0) -> EfficientResult:
-    """query (batch, seqlen_q, heads, head_dim), key (batch, seqlen_k, heads_k, head_dim), value (batch, seqlen_k, heads_k, head_dim_v);
-    with cu_seqlens (sequences + 1,) packed: (1, total, heads, head_dim) or (total, heads, head_dim) -> EfficientResult.
+    """ATen's _efficient_attention_forward.
 
-    bias is added: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k), where an axis of 1
-    broadcasts. custom_mask_type is a CustomMaskType; window_size, with a causal one, is how many keys up to its diagonal a row sees
-    (None, 0 or less: all). seqlen_k (sequences,): that many keys of each sequence count. logsumexp is None unless asked for, (batch, heads,
-    seqlen_q) or packed (heads, total_q). Source: _efficient_attention_forward, see aten.py.
+    Parameters
+    ----------
+    query : array
+        (batch, seqlen_q, heads, head_dim); packed (1, total_q, heads, head_dim) or (total_q, heads, head_dim).
+    key, value : array
+        (batch, seqlen_k, heads_k, head_dim), (batch, seqlen_k, heads_k, head_dim_v); packed as query.
+    bias : array or None
+        Additive: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k). An axis
+        of 1 broadcasts.
+    cu_seqlens_q, cu_seqlens_k : array or None
+        (sequences + 1,) int32 or int64 for packed arrays, else None.
+    max_seqlen_q, max_seqlen_k : int or None
+        The longest sequences. For dense arrays the lengths, or None.
+    dropout_p : float
+        Probability of dropping a pair.
+    custom_mask_type : int
+        A CustomMaskType.
+    compute_log_sumexp : bool
+        Return logsumexp; the backward needs it.
+    scale : float, optional
+        Factor of the scores. Default 1 / sqrt(head_dim).
+    seqlen_k : array, optional
+        (sequences,): how many keys of each packed sequence are used.
+    window_size : int, optional
+        With a causal mask type: how many keys, up to its diagonal, a row attends. None, 0 or less: all.
+    seed, offset : int, optional
+        Dropout's seed and offset. Without a seed one is drawn. Not in the original.
+
+    Returns
+    -------
+    EfficientResult
+        logsumexp is (batch, heads, seqlen_q), packed (heads, total_q), or None unless compute_log_sumexp.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument.
+
+    Notes
+    -----
+    Source: _efficient_attention_forward, see aten.py.
     """
     call = Call("efficient_attention_forward", _NAMES)
     packed = cut(call, query, key, 1, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_k)
@@ -67,10 +108,26 @@ def efficient_attention_backward(grad_out: Any, query: Any, key: Any, value: Any
                                  philox_offset: int, custom_mask_type: int, bias_requires_grad: bool, *, scale: float | None = None,
                                  seqlen_k: Any = None, window_size: int | None = None,
                                  deterministic: bool = False) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dbias) of efficient_attention_forward; dbias has bias's shape, None unless bias_requires_grad. out, logsumexp,
-    philox_seed and philox_offset are the forward's (compute_log_sumexp=True), the other arguments the same.
+    """ATen's _efficient_attention_backward.
 
-    Not here: num_splits_key (it tunes the original's kernel; fastattn chooses) and shared_storage_dqdkdv (the gradients are new arrays).
+    Parameters
+    ----------
+    grad_out : array
+        Gradient of out, of its shape.
+    out, logsumexp, philox_seed, philox_offset
+        Results of efficient_attention_forward with compute_log_sumexp=True.
+    bias_requires_grad : bool
+        Compute bias's gradient too.
+    deterministic : bool
+        The same bits in every run. Not in the original.
+
+    All other parameters are those of efficient_attention_forward. Two of the original's are missing: num_splits_key tunes its
+    kernel, and shared_storage_dqdkdv chooses the memory layout of the gradients. Here gradients are new arrays.
+
+    Returns
+    -------
+    tuple of array
+        (dq, dk, dv, dbias). dbias has bias's shape, or is None unless bias_requires_grad.
     """
     call = Call("efficient_attention_backward", _NAMES)
     packed = cut(call, query, key, 1, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_k)
@@ -85,8 +142,32 @@ def efficient_attention_backward(grad_out: Any, query: Any, key: Any, value: Any
 def scaled_dot_product_efficient_attention(query: Any, key: Any, value: Any, attn_bias: Any, compute_log_sumexp: bool,
                                            dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
                                            seed: int | None = None, offset: int = 0) -> ScaledDotProductEfficientResult:
-    """query (batch, heads, seqlen_q, head_dim) and so on; causal is top-left aligned, attn_bias broadcasts to (batch, heads, seqlen_q,
-    seqlen_k). A batch above 65535 works with dropout too. logsumexp (batch, heads, seqlen_q) or None."""
+    """ATen's _scaled_dot_product_efficient_attention.
+
+    Parameters
+    ----------
+    query : array
+        (batch, heads, seqlen_q, head_dim).
+    key, value : array
+        (batch, heads_k, seqlen_k, head_dim), (batch, heads_k, seqlen_k, head_dim_v).
+    attn_bias : array or None
+        Additive, broadcasts to (batch, heads, seqlen_q, seqlen_k).
+    compute_log_sumexp : bool
+        Return logsumexp; the backward needs it.
+    dropout_p : float
+        Probability of dropping a pair. A batch above 65535 works with dropout too, which the original refuses.
+    is_causal : bool
+        Causal mask, top-left aligned.
+    scale : float, optional
+        Factor of the scores. Default 1 / sqrt(head_dim).
+    seed, offset : int, optional
+        Dropout's seed and offset. Without a seed one is drawn. Not in the original.
+
+    Returns
+    -------
+    ScaledDotProductEfficientResult
+        logsumexp is (batch, heads, seqlen_q), or None unless compute_log_sumexp.
+    """
     call = Call("scaled_dot_product_efficient_attention", NAMES)
     results = operator_forward(call, query, key, value, None, layout="bhsd", compute_lse=compute_log_sumexp, debug_mask=False,
                                bias=attn_bias, dropout_p=dropout_p, causal=_from_top_left(call, is_causal), softmax_scale=scale, seed=seed,
@@ -99,8 +180,11 @@ def scaled_dot_product_efficient_attention_backward(grad_out: Any, query: Any, k
                                                     grad_input_mask: Sequence[bool], is_causal: bool = False, *,
                                                     scale: float | None = None,
                                                     deterministic: bool = False) -> tuple[Any, Any, Any, Any]:
-    """(dq, dk, dv, dbias) of scaled_dot_product_efficient_attention; None where grad_input_mask (four bools, in this order) says that
-    it is not wanted."""
+    """ATen's _scaled_dot_product_efficient_attention_backward -> (dq, dk, dv, dbias).
+
+    grad_input_mask is four bools, for query, key, value and attn_bias: a gradient is None where it is False. `deterministic`
+    is not in the original.
+    """
     call = Call("scaled_dot_product_efficient_attention_backward", NAMES)
     if len(grad_input_mask) != 4:
         raise call.value("grad_input_mask", f"is {grad_input_mask!r}", "four bools, for query, key, value and attn_bias")
@@ -128,13 +212,13 @@ def _from_top_left(call: Call, is_causal: Any) -> bool | str:
 
 
 def _flat(call: Call, name: str, x: Any, packed: Any) -> Any:
-    """Packed arrays in the original's (1, total, heads, dim) lose the 1."""
+    """Drop the leading axis of 1 that the original's packed arrays have: (1, total, heads, dim)."""
     shape = shape_of(x, call.name, name)
     return x.reshape(shape[1:]) if packed is not None and len(shape) == 4 and shape[0] == 1 else x
 
 
 def _like(result: Any, x: Any, flat: Any) -> Any:
-    """The 1 again, where _flat took it from x."""
+    """Put back the leading axis of 1 that _flat dropped from x."""
     return result if flat is x else result.reshape((1, *result.shape))
 
 
@@ -143,7 +227,7 @@ def _shaped(grad: Any, bias: Any) -> Any:
 
 
 def _bias(call: Call, bias: Any, query: Any, packed: Any) -> Any:
-    """A bias of three axes is (batch * heads, ...) here; other shapes broadcast by the usual rules."""
+    """A bias of three axes is (batch * heads, ...) here. Other shapes broadcast by the usual rules."""
     if bias is None:
         return None
     shape, shape_q = shape_of(bias, call.name, "bias"), shape_of(query, call.name, "query")

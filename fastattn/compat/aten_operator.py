@@ -1,4 +1,4 @@
-"""What the operators of aten.py share: a forward that also returns seed, offset and debug mask, and the check of redundant arguments."""
+"""What the operators of aten.py share: the forward with seed, offset and debug mask, and checks of redundant arguments."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +13,10 @@ CUM_SEQ = {**NAMES, "cu_seqlens_q": "cum_seq_q", "cu_seqlens_k": "cum_seq_k", "m
 
 def operator_forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layout: str, compute_lse: bool, debug_mask: bool,
                      seed: int | None, offset: int, **options: Any) -> tuple[Any, Any, int, int, Any]:
-    """(out, logsumexp, philox_seed, philox_offset, debug mask); None for what was not asked for, seed 0 where nothing is dropped."""
+    """(out, logsumexp, philox_seed, philox_offset, debug mask).
+
+    logsumexp and debug mask are None unless requested. The seed is 0 if there is no dropout.
+    """
     options |= dropout(call, q, options["dropout_p"], seed, offset)
     out, lse = forward(call, q, k, v, packed, layout=layout, return_lse=compute_lse, **options)
     encoded = encode(call, q, k, packed, layout, **options) if debug_mask else None
@@ -22,7 +25,10 @@ def operator_forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None,
 
 def cut(call: Call, query: Any, key: Any, axis: int, cu_seqlens_q: Any, cu_seqlens_k: Any, max_q: int | None, max_k: int | None,
         seqused_k: Any = None) -> Lengths | None:
-    """Lengths of packed arrays; None for dense ones, whose max_q and max_k may only repeat the lengths that the arrays have at `axis`."""
+    """Lengths of packed arrays; None for dense ones.
+
+    max_q and max_k of dense arrays must equal the lengths at `axis`, or be None.
+    """
     packed = lengths(call, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seqused_k)
     if packed is not None:
         return packed

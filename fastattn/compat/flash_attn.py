@@ -7,22 +7,11 @@ Shapes, dense and packed:
     qkv (batch, seqlen, 3, nheads, headdim) or (total, 3, nheads, headdim)
     softmax_lse (batch, nheads, seqlen_q) or (nheads, total_q), float32; S_dmask (batch, nheads, seqlen_q, seqlen_k), q's dtype
 
-Arguments of all:
+Beyond the original: float32 and float64, the CPU, head sizes that are no multiple of 8, ALiBi and softcap with dropout, a
+bias, and v with a head size of its own. A row that attends nothing has out 0, lse -inf and gradients 0 (the original's lse is
++inf).
 
-dropout_p, seed, offset    fastattn's Philox; without a seed a fresh one is drawn, and the backwards need the forward's
-softmax_scale              default 1 / sqrt(headdim)
-causal, window_size        bottom-right aligned; window_size=(left, right) counts keys from the diagonal, inclusive, -1 = no limit
-softcap                    0.0 = off
-alibi_slopes               (nheads,) or (batch, nheads)
-deterministic              the backward's; the forward gives the same bits in every run in any case
-return_attn_probs          -> (out, softmax_lse, S_dmask); S_dmask is the encoded softmax with dropout, None without, as in the original
-bias                       additive, broadcasts to (batch, nheads, seqlen_q, seqlen_k), packed to the maxima and indexed inside
-                           each sequence; not in the original, its gradient with need_dbias=True in the backwards
-
-Beyond the original: float32 and float64, the CPU, head sizes that are no multiple of 8, ALiBi and softcap with dropout, v of another
-head size. A row that may see nothing has out 0 and lse -inf (the original: +inf), and gradients 0.
-
-Errors: ValueError and TypeError that name the argument. Source: Dao-AILab/flash-attention, flash_attn_interface.py, version 2.8.
+Source: Dao-AILab/flash-attention, flash_attn_interface.py, version 2.8.
 """
 from __future__ import annotations
 
@@ -40,7 +29,47 @@ _OPEN = (-1, -1)
 def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
                     window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
                     return_attn_probs: bool = False, *, bias: Any = None, seed: int | None = None, offset: int = 0) -> Any:
-    """out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask). Shapes and arguments: this module's docstring."""
+    """flash_attn.flash_attn_func.
+
+    Parameters
+    ----------
+    q : array
+        (batch, seqlen_q, nheads, headdim).
+    k, v : array
+        (batch, seqlen_k, nheads_k, headdim). nheads is a multiple of nheads_k. v's headdim may differ.
+    dropout_p : float
+        Probability of dropping a pair.
+    softmax_scale : float, optional
+        Factor of the scores. Default 1 / sqrt(headdim).
+    causal : bool
+        Causal mask, bottom-right aligned.
+    window_size : tuple of int
+        (left, right): keys before and after the diagonal, inclusive, -1 = no limit. Bottom-right aligned.
+    softcap : float
+        Scores become softcap * tanh(score / softcap). 0.0 = off.
+    alibi_slopes : array, optional
+        (nheads,) or (batch, nheads).
+    deterministic : bool
+        Of the backward. The forward gives the same bits in every run in any case.
+    return_attn_probs : bool
+        Return softmax_lse and S_dmask too.
+    bias : array, optional
+        Additive, broadcasts to (batch, nheads, seqlen_q, seqlen_k). Not in the original.
+    seed, offset : int, optional
+        Dropout's seed and offset; the original uses torch's generator. Without a seed one is drawn. Pass one if a backward
+        follows.
+
+    Returns
+    -------
+    array, or tuple
+        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask). S_dmask is the encoded softmax with dropout
+        and None without, as in the original.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument.
+    """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward("flash_attn_func", q, k, v, None, return_attn_probs, *options)
 
@@ -49,7 +78,17 @@ def flash_attn_kvpacked_func(q: Any, kv: Any, dropout_p: float = 0.0, softmax_sc
                              window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None,
                              deterministic: bool = False, return_attn_probs: bool = False, *, bias: Any = None, seed: int | None = None,
                              offset: int = 0) -> Any:
-    """flash_attn_func with k and v in one array, kv[:, :, 0] and kv[:, :, 1]; nothing is copied."""
+    """flash_attn.flash_attn_kvpacked_func: flash_attn_func with k and v in one array, read in place.
+
+    Parameters
+    ----------
+    q : array
+        (batch, seqlen_q, nheads, headdim).
+    kv : array
+        (batch, seqlen_k, 2, nheads_k, headdim): k is kv[:, :, 0], v is kv[:, :, 1].
+
+    All other parameters and the results are those of flash_attn_func.
+    """
     call = "flash_attn_kvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward(call, q, *_unpack(call, "kv", kv, 2, 5), None, return_attn_probs, *options)
@@ -59,7 +98,15 @@ def flash_attn_qkvpacked_func(qkv: Any, dropout_p: float = 0.0, softmax_scale: f
                               window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None,
                               deterministic: bool = False, return_attn_probs: bool = False, *, bias: Any = None, seed: int | None = None,
                               offset: int = 0) -> Any:
-    """flash_attn_func with q, k and v in one array, qkv[:, :, 0] and so on; nothing is copied."""
+    """flash_attn.flash_attn_qkvpacked_func: flash_attn_func with q, k and v in one array, read in place.
+
+    Parameters
+    ----------
+    qkv : array
+        (batch, seqlen, 3, nheads, headdim): q is qkv[:, :, 0], k is qkv[:, :, 1], v is qkv[:, :, 2].
+
+    All other parameters and the results are those of flash_attn_func.
+    """
     call = "flash_attn_qkvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward(call, *_unpack(call, "qkv", qkv, 3, 5), None, return_attn_probs, *options)
@@ -71,8 +118,35 @@ def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens
                            window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None,
                            deterministic: bool = False, return_attn_probs: bool = False, block_table: None = None, *, bias: Any = None,
                            seed: int | None = None, offset: int = 0) -> Any:
-    """out (total_q, nheads, headdim), or (out, softmax_lse, S_dmask), of sequences packed along the first axis; cu_seqlens
-    (batch + 1,) int32 or int64. block_table, paged keys, must be None: gather the pages first."""
+    """flash_attn.flash_attn_varlen_func: attention inside each of the packed sequences.
+
+    Parameters
+    ----------
+    q : array
+        (total_q, nheads, headdim), the sequences one after the other.
+    k, v : array
+        (total_k, nheads_k, headdim).
+    cu_seqlens_q, cu_seqlens_k : array
+        (batch + 1,) int32 or int64: where each sequence begins.
+    max_seqlen_q, max_seqlen_k : int
+        The longest sequences.
+    block_table : None
+        Paged keys are not supported: gather the pages of each sequence first.
+    bias : array, optional
+        Additive, broadcasts to (batch, nheads, max_seqlen_q, max_seqlen_k), indexed inside each sequence. Not in the original.
+
+    All other parameters are those of flash_attn_func.
+
+    Returns
+    -------
+    array, or tuple
+        out (total_q, nheads, headdim), or (out, softmax_lse, S_dmask) with softmax_lse (nheads, total_q).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument.
+    """
     if block_table is not None:
         raise Call("flash_attn_varlen_func").value("block_table", "is given", "None, because keys in pages are not read in place",
                                                    "gather the pages of each sequence into k and v")
@@ -86,7 +160,15 @@ def flash_attn_varlen_kvpacked_func(q: Any, kv: Any, cu_seqlens_q: Any, cu_seqle
                                     window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None,
                                     deterministic: bool = False, return_attn_probs: bool = False, *, bias: Any = None,
                                     seed: int | None = None, offset: int = 0) -> Any:
-    """flash_attn_varlen_func with k and v in one array, kv[:, 0] and kv[:, 1]; nothing is copied."""
+    """flash_attn.flash_attn_varlen_kvpacked_func: flash_attn_varlen_func with k and v in one array, read in place.
+
+    Parameters
+    ----------
+    kv : array
+        (total_k, 2, nheads_k, headdim): k is kv[:, 0], v is kv[:, 1].
+
+    All other parameters and the results are those of flash_attn_varlen_func.
+    """
     call = "flash_attn_varlen_kvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward(call, q, *_unpack(call, "kv", kv, 2, 4), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
@@ -97,7 +179,19 @@ def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: int,
                                      softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = _OPEN,
                                      softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
                                      return_attn_probs: bool = False, *, bias: Any = None, seed: int | None = None, offset: int = 0) -> Any:
-    """flash_attn_varlen_func with q, k and v in one array, qkv[:, 0] and so on; nothing is copied."""
+    """flash_attn.flash_attn_varlen_qkvpacked_func: flash_attn_varlen_func with q, k and v in one array, read in place.
+
+    Parameters
+    ----------
+    qkv : array
+        (total, 3, nheads, headdim): q is qkv[:, 0], k is qkv[:, 1], v is qkv[:, 2].
+    cu_seqlens : array
+        (batch + 1,) int32 or int64: where each sequence begins.
+    max_seqlen : int
+        The longest sequence.
+
+    All other parameters and the results are those of flash_attn_varlen_func.
+    """
     call = "flash_attn_varlen_qkvpacked_func"
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward(call, *_unpack(call, "qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), return_attn_probs,
@@ -106,7 +200,7 @@ def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: int,
 
 # ---------------------------------------------------------------- backward
 class BackwardOptions(TypedDict, total=False):
-    """The keywords of every backward, with the forward's meaning and defaults; need_dbias asks for bias's gradient too."""
+    """Keywords of every backward: meaning and defaults as in the forward. need_dbias requests bias's gradient too."""
 
     dropout_p: float
     softmax_scale: float | None
@@ -123,14 +217,39 @@ class BackwardOptions(TypedDict, total=False):
 
 def flash_attn_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any,
                         **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dq, dk, dv) of flash_attn_func for dout; with need_dbias=True dbias, of bias's shape, comes last. out and softmax_lse are what the
-    forward gave with return_attn_probs=True and the same arguments; each gradient has its argument's shape and dtype."""
+    """Gradients of flash_attn_func. flash_attn has no function for this; there it is autograd.
+
+    Parameters
+    ----------
+    dout : array
+        Gradient of out, of its shape.
+    q, k, v : array
+        Those of the forward.
+    out, softmax_lse : array
+        Results of the forward with return_attn_probs=True.
+    **options
+        The forward's keywords. With dropout_p, seed and offset are needed.
+    need_dbias : bool
+        Compute bias's gradient too.
+    deterministic : bool
+        The same bits in every run.
+
+    Returns
+    -------
+    tuple of array
+        (dq, dk, dv), with dbias last if need_dbias, each of its argument's shape and dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument.
+    """
     return _backward("flash_attn_backward", dout, q, k, v, out, softmax_lse, None, **options)
 
 
 def flash_attn_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, softmax_lse: Any,
                                  **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dq, dkv) of flash_attn_kvpacked_func, dkv stacked by a copy; see flash_attn_backward."""
+    """Gradients of flash_attn_kvpacked_func -> (dq, dkv). dkv is stacked by a copy. See flash_attn_backward."""
     call = "flash_attn_kvpacked_backward"
     k, v = _unpack(call, "kv", kv, 2, 5)
     dq, *rest = _backward(call, dout, q, k, v, out, softmax_lse, None, **options)
@@ -138,7 +257,7 @@ def flash_attn_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, softmax_l
 
 
 def flash_attn_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_lse: Any, **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dqkv,) of flash_attn_qkvpacked_func, stacked by a copy; see flash_attn_backward."""
+    """Gradients of flash_attn_qkvpacked_func -> (dqkv,), stacked by a copy. See flash_attn_backward."""
     call = "flash_attn_qkvpacked_backward"
     q, k, v = _unpack(call, "qkv", qkv, 3, 5)
     return _pack(call, qkv, _backward(call, dout, q, k, v, out, softmax_lse, None, **options), 3)
@@ -146,14 +265,14 @@ def flash_attn_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_lse: An
 
 def flash_attn_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
                                max_seqlen_q: int, max_seqlen_k: int, **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dq, dk, dv) of flash_attn_varlen_func; see flash_attn_backward. Rows of no sequence have gradient 0."""
+    """Gradients of flash_attn_varlen_func -> (dq, dk, dv). Rows of no sequence have gradient 0. See flash_attn_backward."""
     packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _backward("flash_attn_varlen_backward", dout, q, k, v, out, softmax_lse, packed, **options)
 
 
 def flash_attn_varlen_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, softmax_lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
                                         max_seqlen_q: int, max_seqlen_k: int, **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dq, dkv) of flash_attn_varlen_kvpacked_func, dkv stacked by a copy; see flash_attn_backward."""
+    """Gradients of flash_attn_varlen_kvpacked_func -> (dq, dkv). dkv is stacked by a copy. See flash_attn_backward."""
     call, packed = "flash_attn_varlen_kvpacked_backward", (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     k, v = _unpack(call, "kv", kv, 2, 4)
     dq, *rest = _backward(call, dout, q, k, v, out, softmax_lse, packed, **options)
@@ -162,7 +281,7 @@ def flash_attn_varlen_kvpacked_backward(dout: Any, q: Any, kv: Any, out: Any, so
 
 def flash_attn_varlen_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_lse: Any, cu_seqlens: Any, max_seqlen: int,
                                          **options: Unpack[BackwardOptions]) -> tuple[Any, ...]:
-    """(dqkv,) of flash_attn_varlen_qkvpacked_func, stacked by a copy; see flash_attn_backward."""
+    """Gradients of flash_attn_varlen_qkvpacked_func -> (dqkv,), stacked by a copy. See flash_attn_backward."""
     call, packed = "flash_attn_varlen_qkvpacked_backward", (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     q, k, v = _unpack(call, "qkv", qkv, 3, 4)
     return _pack(call, qkv, _backward(call, dout, q, k, v, out, softmax_lse, packed, **options), 3)
@@ -170,7 +289,7 @@ def flash_attn_varlen_qkvpacked_backward(dout: Any, qkv: Any, out: Any, softmax_
 
 # ---------------------------------------------------------------- what they share
 def _unpack(call: str, argument: str, packed: Any, parts: int, rank: int) -> tuple[Any, ...]:
-    """q, k and v, or k and v, as views of the array that holds them along its third axis from the end."""
+    """q, k and v, or k and v, as views of the array that stacks them on its third axis from the end."""
     shape = shape_of(packed, call, argument)
     if len(shape) != rank or shape[-3] != parts:
         raise Call(call).value(argument, f"has shape {shape}", f"{rank} axes (..., {parts}, nheads, headdim)")
@@ -178,7 +297,7 @@ def _unpack(call: str, argument: str, packed: Any, parts: int, rank: int) -> tup
 
 
 def _pack(call: str, like: Any, grads: Any, parts: int) -> tuple[Any, ...]:
-    """The first `parts` gradients stacked as _unpack found their arguments, then the others."""
+    """The first `parts` gradients stacked as _unpack's argument was, then the others."""
     return namespace(like, call, "dout").stack(list(grads[:parts]), -3), *grads[parts:]
 
 

@@ -1,8 +1,10 @@
 """float8_e4m3fn and its scales in the caller's own library: what attention needs around 8-bit operands.
 
-No engine multiplies 8-bit numbers: every one of them is exactly a float16 and a bfloat16, so operands are widened and the ordinary
-kernels do the rest. A scale is a number or a tensor of 1 element or of one element per head. In host memory its value is read, and what
-all heads share becomes a Python number, which goes into softmax_scale without a rounding; on a device it stays there, because reading it
+No engine multiplies 8-bit numbers. Each of them is exactly a float16 and a bfloat16, so operands are widened and the
+ordinary kernels do the rest.
+
+A scale is a number, or a tensor of 1 element or of one element per head. In host memory its value is read. A value that all
+heads share becomes a Python number and goes into softmax_scale without a rounding. On a device it stays there: reading it
 would stop the host and break the capture of a CUDA graph.
 """
 from __future__ import annotations
@@ -26,12 +28,12 @@ HALF_MAX = 65504.0
 
 # ---------------------------------------------------------------- dtypes
 def dtype_name(dtype: Any) -> str:
-    """"float16" of torch's, NumPy's, ml_dtypes' or JAX's way to say so."""
+    """The dtype's plain name, such as "float16", from torch's, NumPy's, ml_dtypes' or JAX's spelling."""
     return str(np.dtype(dtype) if isinstance(dtype, type) else dtype).rpartition(".")[2]
 
 
 def name_of(x: Any, call: Call, argument: str) -> str:
-    """The name of an array's dtype; TypeError for the 8-bit floats that are not this one."""
+    """The name of an array's dtype. TypeError for 8-bit floats other than float8_e4m3fn."""
     try:
         name = dtype_name(x.dtype if hasattr(x, "dtype") else np.dtype(x.__cuda_array_interface__["typestr"]))
     except (AttributeError, TypeError):
@@ -42,7 +44,7 @@ def name_of(x: Any, call: Call, argument: str) -> str:
 
 
 def library(x: Any, call: Call, argument: str) -> Any:
-    """The module of x's library; TypeError where that has no float8_e4m3fn (CuPy, Numba and bare CUDA arrays)."""
+    """The module of x's library. TypeError if it has no float8_e4m3fn (CuPy, Numba and bare CUDA arrays)."""
     try:
         xp = namespace(x, call.name, argument)
     except TypeError:
@@ -55,7 +57,7 @@ def library(x: Any, call: Call, argument: str) -> Any:
 
 
 def kind(x: Any) -> str:
-    """"cupy ndarray"."""
+    """Library and type for error messages, such as "cupy ndarray"."""
     return f"{type(x).__module__.partition('.')[0]} {type(x).__name__}"
 
 
@@ -87,13 +89,13 @@ def wide(name: str) -> str:
 
 # ---------------------------------------------------------------- scales
 class Scale(NamedTuple):
-    """number * tensor, the tensor (1,) or (heads,) in float32 in the operand's library and on its device, None for 1."""
+    """number * tensor. The tensor is (1,) or (heads,) float32, in the operand's library and on its device; None means 1."""
 
     number: float = 1.0
     tensor: Any = None
 
     def times(self, other: Scale, heads: int) -> Scale:
-        """The product for each of `heads` query heads; scales of key heads count for all query heads that share one."""
+        """The product for each of `heads` query heads. A key head's scale is used for all query heads that share it."""
         ours, theirs = _repeat(self.tensor, heads), _repeat(other.tensor, heads)
         tensor = theirs if ours is None else ours if theirs is None else ours * theirs
         return Scale(self.number * other.number, tensor)
@@ -106,7 +108,7 @@ class Scale(NamedTuple):
         return Scale(1.0 / self.number, None if self.tensor is None else 1.0 / self.tensor)
 
     def apply(self, x: Any, axes: int) -> Any:
-        """x * scale, heads being the axis that has `axes` axes behind it."""
+        """x * scale. The heads are the axis followed by `axes` axes."""
         if self.tensor is None:
             return x if self.number == 1.0 else x * self.number
         return x * (self.tensor * self.number).reshape((-1,) + (1,) * axes)
@@ -120,8 +122,10 @@ def _repeat(tensor: Any, heads: int) -> Any:
 
 
 def read_scale(call: Call, argument: str, x: Any, of: str, operand: Any, heads: int) -> Scale:
-    """The Scale of an operand, the argument `of`, with that many heads, from a number or from a tensor of 1 or `heads` elements. Positive
-    and finite where it can be read. Errors: ValueError and TypeError that name `argument`."""
+    """The Scale of the operand that is the argument `of` and has `heads` heads, from a number or a tensor of 1 or `heads` elements.
+
+    It must be positive and finite, as far as it can be read. ValueError and TypeError name `argument`.
+    """
     name = call.names.get(argument, argument)
     if isinstance(x, (int, float, np.number)) and not isinstance(x, bool):
         return Scale(float(_positive(call, name, np.asarray([x], np.float64))[0]))
@@ -148,7 +152,7 @@ def read_scale(call: Call, argument: str, x: Any, of: str, operand: Any, heads: 
 
 
 def device(x: Any, call: Call, argument: str) -> int | None:
-    """The number of x's CUDA device; None in host memory."""
+    """The number of x's CUDA device. None in host memory."""
     home = None if isinstance(x, np.ndarray) else _library(x, call.name, argument).home(x, call.name)
     return None if home is None else home.device
 
@@ -162,8 +166,10 @@ def _positive(call: Call, name: str, values: np.ndarray[Any, Any]) -> np.ndarray
 
 # ---------------------------------------------------------------- arrays
 def widen(x: Any, name: str, scale: Scale, axes: int) -> Any:
-    """x, 8-bit, in the 16-bit (or longer) dtype of that name: exact without a scale; with one the product is float32, saturated and
-    rounded once."""
+    """An 8-bit x in the wider dtype of that name.
+
+    Exact without a scale. With one the product is computed in float32, saturated and rounded once.
+    """
     if scale.is_one:
         return cast(x, name)
     y = scale.apply(cast(x, wide(name)), axes)

@@ -1,12 +1,18 @@
-"""ATen's level of multi-head attention: _transform_bias_rescale_qkv and _native_multi_head_attention for any array, and their backwards.
+"""ATen's multi-head attention for any array: _native_multi_head_attention, _transform_bias_rescale_qkv, and their backwards.
 
     x (B, T, D) -> x @ qkv_weight.T -> transform_bias_rescale_qkv -> attention -> out @ proj_weight.T + proj_bias
 
-The projections are the caller's BLAS: NumPy's, CuPy's, torch's `@`, or what `matmul=` names (nvmath.linalg.advanced.matmul, say). Between
-them are kernels of fastattn: no scores, no padding and no mask are written to memory. Ragged input is packed (total, D) with cu_seqlens.
+The projections are done by the caller's BLAS: `@` of NumPy, CuPy or torch, or the function passed as `matmul=` (say,
+nvmath.linalg.advanced.matmul). Between them run fastattn's kernels: no scores, padding or masks are written to memory. Ragged
+input is packed, (total, D), with cu_seqlens.
 
-Differences from the original, on purpose: a query that may see nothing attends to nothing (weights 0, out proj_bias; there NaN); masks
-must be boolean, and work with ragged input too; head sizes and dtypes are all of fastattn.attention's; there is a backward.
+What differs from the original:
+
+- A query that attends nothing has weights 0 and out proj_bias. There it has NaN.
+- Masks must be boolean. They work with ragged input too.
+- All head sizes and dtypes of fastattn.attention work.
+- There is a backward.
+
 Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu and attention.cpp.
 """
 from __future__ import annotations
@@ -32,8 +38,11 @@ MatMul = Callable[[Any, Any], Any]
 
 
 class Saved(NamedTuple):
-    """What the backward needs of the forward: q (scaled), k, v and out (B, T, num_head, head_dim), lse (B, num_head, T); packed
-    (total, num_head, head_dim) and (num_head, total)."""
+    """What the backward needs of the forward.
+
+    q (scaled), k, v and out are (B, T, num_head, head_dim), lse (B, num_head, T); packed (total, num_head, head_dim) and
+    (num_head, total).
+    """
 
     q: Any
     k: Any
@@ -43,8 +52,11 @@ class Saved(NamedTuple):
 
 
 class MultiHeadGrads(NamedTuple):
-    """Gradients in the shape and dtype of what they belong to. Where one array was given as query, key and value, dquery is its whole
-    gradient and the next two are None; where key and value were one, dkey is theirs and dvalue None."""
+    """Gradients in the shape and dtype of their arguments.
+
+    If one array was passed as query, key and value, dquery is its whole gradient, and dkey and dvalue are None. If key and
+    value were one array, dkey is its gradient and dvalue is None.
+    """
 
     dquery: Any
     dkey: Any
@@ -59,18 +71,50 @@ def multi_head_attention(query: Any, key: Any, value: Any, embed_dim: int, num_h
                          proj_weight: Any, proj_bias: Any, mask: Any = None, need_weights: bool = True, average_attn_weights: bool = True,
                          mask_type: int | None = None, *, cu_seqlens: Any = None, max_seqlen: int | None = None,
                          matmul: MatMul | None = None, return_saved: bool = False) -> tuple[Any, ...]:
-    """(out, weights), or (out, weights, saved) with return_saved=True, which the backward takes. weights is None unless need_weights.
+    """ATen's _native_multi_head_attention.
 
-    query, key, value (B, T, D) of one shape, D = embed_dim; where they are one array it takes one product, where key and value are, two.
-    qkv_weight (3 * D, D), qkv_bias (3 * D,), proj_weight (D, D), proj_bias (D,). out (B, T, D). weights (B, T, T), the mean over the heads,
-    or (B, num_head, T, T) with average_attn_weights=False: O(T * T) memory, made on the side; they have no gradient.
-    mask: boolean, True = may NOT attend. mask_type 0: (T, T), 1: (B, T), padding keys, 2: (B, num_head, T, T), whose first two axes may
-    be 1; None means 2.
+    Parameters
+    ----------
+    query, key, value : array
+        (B, T, D) of one shape, D = embed_dim; or ragged (total, D) with cu_seqlens. One array for all three takes one
+        projection; one array for key and value, two.
+    embed_dim, num_head : int
+        D, and a divisor of it.
+    qkv_weight, qkv_bias : array
+        (3 * D, D) and (3 * D,).
+    proj_weight, proj_bias : array
+        (D, D) and (D,).
+    mask : array, optional
+        Boolean, True = may NOT attend. Ragged: T is max_seqlen.
+    need_weights, average_attn_weights : bool
+        Return the weights, and their mean over the heads. They take O(T * T) memory and have no gradient.
+    mask_type : int, optional
+        0: mask is (T, T). 1: (B, T), padding keys. 2 or None: (B, num_head, T, T), whose first two axes may be 1.
+    cu_seqlens : array, optional
+        (sequences + 1,) for ragged input; B is then the number of sequences. The original takes nested tensors.
+    max_seqlen : int, optional
+        The longest sequence. None reads it from cu_seqlens, which must then be in host memory.
+    matmul : callable, optional
+        matmul(a, b): the product of (M, K) and (K, N) matrices. None is a @ b, for NumPy's 16-bit dtypes computed in float32
+        and rounded once. Not in the original.
+    return_saved : bool
+        Return what the backward needs. Not in the original.
 
-    Ragged: query, key and value (total, D) with cu_seqlens (sequences + 1,); B is then the sequences, T of masks is max_seqlen (None: the
-    longest, read in host memory), and T of weights is that rounded up to a multiple of 8, zeros outside a sequence. out (total, D); rows of
-    no sequence are proj_bias. matmul(a, b): the product of (M, K) and (K, N) matrices; None is a @ b (in float32 for NumPy's 16-bit dtypes,
-    rounded once). Errors: ValueError, TypeError and UnsupportedError of the arguments.
+    Returns
+    -------
+    tuple
+        (out, weights), or (out, weights, saved). out is of query's shape; rows of no sequence are proj_bias. weights is
+        (B, T, T), or (B, num_head, T, T) with average_attn_weights=False, or None unless need_weights. Ragged: their T is
+        max_seqlen rounded up to a multiple of 8, zeros outside a sequence.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError
+        Arguments that do not go together, or that no engine supports.
+
+    Notes
+    -----
+    Source: native_multi_head_attention_cuda, see this module's docstring.
     """
     call = _FORWARD
     weights_ = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
@@ -99,9 +143,28 @@ def multi_head_attention_backward(grad_out: Any, saved: Saved, query: Any, key: 
                                   qkv_weight: Any, proj_weight: Any, mask: Any = None, mask_type: int | None = None, *,
                                   cu_seqlens: Any = None, max_seqlen: int | None = None, matmul: MatMul | None = None,
                                   deterministic: bool = False) -> MultiHeadGrads:
-    """Gradients of out, for grad_out of its shape; `saved` and all other arguments as in the forward. The weights have no gradient.
+    """Gradients of multi_head_attention's out. ATen has no function for this.
 
-    Sums over rows are float32 (float64 for float64). `deterministic`: see fastattn.attention_backward. Errors as in the forward.
+    Parameters
+    ----------
+    grad_out : array
+        Gradient of out, of its shape.
+    saved : Saved
+        The forward's, with return_saved=True.
+    deterministic : bool
+        The same bits in every run; see fastattn.attention_backward.
+
+    All other parameters are those of the forward.
+
+    Returns
+    -------
+    MultiHeadGrads
+        Sums over rows are float32 (float64 for float64).
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError
+        As the forward.
     """
     call = _BACKWARD
     weights = {"qkv_weight": qkv_weight, "proj_weight": proj_weight}
@@ -167,7 +230,7 @@ def _plan(call: Call, query: Any, key: Any, value: Any, embed_dim: int, num_head
 
 
 def _longest(check: Check, cu_seqlens: Any, max_seqlen: int | None, like: View) -> tuple[int, int]:
-    """(sequences, longest)."""
+    """(number of sequences, the longest)."""
     cu = small(cu_seqlens, None, check.call, "cu_seqlens") if like.device[0] == "cpu" else view(cu_seqlens, check.call, "cu_seqlens")
     if cu.device[0] != "cpu" and max_seqlen is None:
         raise check.value("max_seqlen", "is None", "the longest sequence, because cu_seqlens is on a device")
@@ -175,7 +238,7 @@ def _longest(check: Check, cu_seqlens: Any, max_seqlen: int | None, like: View) 
 
 
 def _seen(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int, T: int) -> Any:
-    """fastattn's mask, True = may attend, on axes that broadcast to (B, num_head, T, T)."""
+    """fastattn's mask, True = may attend, with axes that broadcast to (B, num_head, T, T)."""
     if mask is None:
         if mask_type is not None:
             raise check.value("mask_type", f"is {mask_type}", "None, because there is no mask")
@@ -195,7 +258,7 @@ def _seen(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int
 
 
 def _weights(call: Call, q: Any, k: Any, p: _Plan, average: bool) -> Any:
-    """The probabilities, their mean over the heads where asked for; packed ones padded with zeros to a multiple of 8."""
+    """The probabilities, or their mean over the heads. Packed ones are padded with zeros to a multiple of 8."""
     packed = p.packed
     weights = encode(call, q, k, packed, "bshd" if packed is None else "thd", **p.options)
     xp = namespace(weights, call.name, "query")
@@ -216,7 +279,7 @@ def _wide(xp: Any, x: Any) -> Any:
 
 
 def _flat(x: Any) -> Any:
-    """A matrix of the rows."""
+    """x as a matrix of its rows."""
     return x if len(x.shape) == 2 else x.reshape(count(tuple(x.shape[:-1])), x.shape[-1])
 
 
@@ -241,11 +304,11 @@ def _product(x: Any, weight: Any, bias: Any, matmul: MatMul | None) -> Any:
 
 
 def _transposed_product(x: Any, y: Any, matmul: MatMul | None) -> Any:
-    """The sum over rows of x (..., N) and y (..., K): x.T @ y -> (N, K)."""
+    """x.T @ y over all rows of x (..., N) and y (..., K) -> (N, K)."""
     return _product(_flat(x).T, _flat(y).T, None, matmul)
 
 
 def _row_sum(x: Any) -> Any:
-    """The sum over all but the last axis, rounded once."""
+    """The sum over all axes but the last, rounded once."""
     xp = namespace(x, "multi_head_attention_backward", "grad_out")
     return xp.asarray(_flat(x).sum(axis=0, dtype=_wide(xp, x)), dtype=x.dtype)

@@ -1,11 +1,12 @@
-"""The encoded softmax: attention's probabilities, with the sign carrying dropout's decision (negative: dropped).
+"""The encoded softmax: attention's probabilities, negative where dropout drops them.
 
-It is read off the attention kernels themselves: where v holds columns of the identity, `out` is the probabilities in those columns,
-so every mask, bias, window and length counts here exactly as it does there, on any device. The columns go through in blocks of
-BLOCK. With dropout there are two calls a block: one without it for the values, and one with all scores equal for the signs, because
-there the zeros are what was dropped.
+The attention kernels themselves compute it. If v holds columns of the identity matrix, `out` holds those columns of P. So
+every mask, bias, window and length counts exactly as it does in attention, on any device. The columns are computed in
+blocks of BLOCK keys. With dropout each block takes two calls: one without dropout for the values, and one with all scores
+equal for the signs, because its zeros are the dropped elements.
 
-Memory O(L * S), because the result is; time that of S / BLOCK attention calls, twice that with dropout. For debugging and tests.
+Memory is O(L * S), the size of the result. Time is that of S / BLOCK attention calls, twice that with dropout. It is meant
+for debugging and tests.
 """
 from __future__ import annotations
 
@@ -24,11 +25,34 @@ def encoded_softmax(q: Any, k: Any, *, causal: bool | str = False, window: tuple
                     mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
                     layout: Literal["bshd", "bhsd", "thd"] = "bshd", cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
                     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_k: Any = None) -> Any:
-    """P of the call fastattn.attention(q, k, v, ...) with the same keywords -> (batch, num_heads, seqlen_q, seqlen_k), q's dtype.
+    """P of the call fastattn.attention(q, k, v, ...), or attention_varlen, with the same keywords.
 
-    |P| are the probabilities before dropout, rows that see nothing are 0; where dropout drops, P is negative (or -0.0). With
-    cu_seqlens, layout "thd", that of fastattn.attention_varlen -> (sequences, num_heads, max_seqlen_q, max_seqlen_k), 0 outside
-    a sequence, and both maxima must be given. Errors: those of the fastattn call.
+    Parameters
+    ----------
+    q, k : array
+        As in fastattn.attention.
+    causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset
+        As in fastattn.attention.
+    layout : str
+        "bshd" or "bhsd"; "thd" with cu_seqlens.
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k
+        As in fastattn.attention_varlen, but both maxima are needed: they are axes of the result.
+
+    Returns
+    -------
+    array
+        (batch, num_heads, seqlen_q, seqlen_k), packed (sequences, num_heads, max_seqlen_q, max_seqlen_k), in q's dtype. The
+        magnitudes are the probabilities before dropout. Where dropout drops, the value is negative, or -0.0. Rows that attend
+        nothing are 0, and so is what lies outside a sequence.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError
+        As the fastattn function.
+
+    Notes
+    -----
+    It is what flash_attn calls S_dmask and PyTorch the debug mask of its flash operator.
     """
     packed = lengths(_CALL, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k)
     if (layout == "thd") != (packed is not None):
@@ -39,7 +63,7 @@ def encoded_softmax(q: Any, k: Any, *, causal: bool | str = False, window: tuple
 
 def encode(call: Call, q: Any, k: Any, packed: Lengths | None, layout: str, *, dropout_p: float = 0.0, seed: int | None = None,
            offset: int = 0, **options: Any) -> Any:
-    """`encoded_softmax` on behalf of another call; options are the other keywords of fastattn.attention."""
+    """`encoded_softmax` for another call, whose name errors carry. options: the other keywords of fastattn.attention."""
     dropout_p = call.plain("dropout_p", dropout_p, "a probability in [0, 1]")
     xp, shape = namespace(q, call.name, "q"), shape_of(k, call.name, "k")
     rank, keys = (4, 2 if layout == "bhsd" else 1) if packed is None else (3, 0)       # k's axis of keys
@@ -56,7 +80,7 @@ def encode(call: Call, q: Any, k: Any, packed: Lengths | None, layout: str, *, d
         place = _inside(xp, positions(q, shape[0], call.name, "q"), packed.cu_seqlens_k)
 
     def columns(first: int, **keywords: Any) -> Any:
-        """The probabilities of keys first to first + BLOCK: (batch, num_heads, seqlen_q, BLOCK), packed (num_heads, total_q, BLOCK)."""
+        """P for keys first to first + BLOCK: (batch, num_heads, seqlen_q, BLOCK), packed (num_heads, total_q, BLOCK)."""
         width = min(BLOCK, max(-(-(seqlen_k - first) // STEP), 1) * STEP)              # columns past the last key are 0 and cut off below
         block = positions(q, width, call.name, "q") + first
         identity = xp.asarray(place[:, None] == block[None, :], dtype=q.dtype)         # (keys, BLOCK)
@@ -78,7 +102,7 @@ def encode(call: Call, q: Any, k: Any, packed: Lengths | None, layout: str, *, d
 
 
 def _inside(xp: Any, rows: Any, cu_seqlens: Any) -> Any:
-    """The place of each packed row in its sequence."""
+    """The index of each packed row in its sequence."""
     cu = xp.asarray(cu_seqlens, dtype=rows.dtype)
     return rows - cu[xp.searchsorted(cu, rows, side="right") - 1]
 

@@ -1,17 +1,22 @@
 """torch.nn.functional.scaled_dot_product_attention for any array, and its backward as a function.
 
-Shapes, N... any number of leading batch axes (none too, and they broadcast as torch's do), H heads:
+Shapes. N... is any number of leading batch axes, none too; they broadcast as torch's do. H is the number of heads.
 
-    query (N..., H, L, E)    key (N..., H or H_k, S, E)    value (N..., H or H_v, S, E_v)    attn_mask broadcasts to (N..., H, L, S)
+    query (N..., H, L, E)    key (N..., H or H_k, S, E)    value (N..., H or H_v, S, E_v)    attn_mask to (N..., H, L, S)
     out   (N..., H, L, E_v)  lse (N..., H, L)
 
-(H, L, E) is one batch entry, (L, E) one head. Semantics are those of torch 2.13: is_causal is aligned top-left also where L != S,
-True in a boolean mask may attend, a float mask (query's dtype or float32) is added, a row that may see nothing gives 0 and no NaN,
-and fewer key heads than query heads need enable_gqa (a single head broadcasts without). E and E_v from 1 to 256 on every engine,
-no multiple of 8 asked for; E != E_v is fine.
+(H, L, E) is one batch entry, (L, E) one head. E and E_v are from 1 to 256 on every engine, independent, and need not be
+multiples of 8.
 
-No copy is made of query, key, value and mask, except by the array's own reshape where leading axes cannot be merged in place,
-and where axes are broadcast beside axes that are not.
+The rules are those of torch 2.13:
+
+- is_causal is aligned top-left, also where L != S.
+- In a boolean mask True may attend. A float mask, of query's dtype or float32, is added to the scores.
+- A row that attends nothing gives 0, not NaN.
+- Fewer key heads than query heads need enable_gqa. A single head broadcasts without it.
+
+query, key, value and attn_mask are read in place. There are two exceptions, where the array's own reshape copies: leading
+axes that cannot be merged in place, and arrays of which some leading axes are broadcast and others are not.
 """
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ _BACKWARD = Call("scaled_dot_product_attention_backward", _NAMES)
 
 
 class SdpaGrads(NamedTuple):
-    """Gradients in the shape and dtype of what they belong to; dmask is None but for a float mask."""
+    """Gradients in the shape and dtype of their arguments. dmask is None unless the mask is a float one."""
 
     dq: Any
     dk: Any
@@ -40,11 +45,44 @@ class SdpaGrads(NamedTuple):
 def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
                                  scale: float | None = None, enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
                                  return_lse: bool = False) -> Any:
-    """softmax(scale * query @ key.T + attn_mask) @ value -> out, or (out, lse) with return_lse=True; lse is what the backward needs.
+    """softmax(scale * query @ key.T + attn_mask) @ value, as torch.nn.functional.scaled_dot_product_attention.
 
-    Dropout is fastattn's Philox of (seed, offset) and the position; without a seed a fresh one is drawn: from torch's CPU
-    generator for torch tensors, else from the operating system. Give one where the backward is to follow.
-    Errors: ValueError for shapes that do not go together and for attn_mask beside is_causal, TypeError for dtypes.
+    Parameters
+    ----------
+    query : array
+        (N..., H, L, E). N... is any number of batch axes, which broadcast.
+    key, value : array
+        (N..., H_k, S, E), (N..., H_v, S, E_v).
+    attn_mask : array, optional
+        Boolean, True = may attend; or float, added to the scores. Broadcasts to (N..., H, L, S).
+    dropout_p : float
+        Probability of dropping a pair.
+    is_causal : bool
+        Causal mask, top-left aligned. Not together with attn_mask.
+    scale : float, optional
+        Factor of the scores. Default 1 / sqrt(E).
+    enable_gqa : bool
+        Let groups of query heads share a key head.
+    seed, offset : int, optional
+        Dropout's seed and offset. Without a seed one is drawn: from torch's CPU generator for torch tensors, else from the
+        operating system. Pass one if a backward follows. Not in the original.
+    return_lse : bool
+        Return lse too, which the backward needs. Not in the original.
+
+    Returns
+    -------
+    array, or tuple of array
+        out (N..., H, L, E_v), or (out, lse) with lse (N..., H, L).
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not go together; attn_mask together with is_causal.
+    TypeError
+        Unsupported dtypes.
+
+    Notes
+    -----
     Source: torch.nn.functional.scaled_dot_product_attention, PyTorch 2.13.
     """
     call = _FORWARD
@@ -63,12 +101,30 @@ def scaled_dot_product_attention_backward(grad_out: Any, query: Any, key: Any, v
                                           dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                                           enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
                                           need_dmask: bool = True, deterministic: bool = False) -> SdpaGrads:
-    """(dq, dk, dv, dmask) for grad_out, of out's shape (N..., H, L, E_v); out and lse (N..., H, L) are what
-    `scaled_dot_product_attention(..., return_lse=True)` gave for the same other arguments.
+    """Gradients of scaled_dot_product_attention. torch has no function for this; there it is autograd.
 
-    Each gradient has the shape of its argument: summed over what was broadcast. dmask only for a float mask, and not with
-    need_dmask=False, which saves its time. dropout_p > 0 needs the seed and offset of the forward. `deterministic` asks for the
-    same bits in every run, see fastattn.attention_backward. Errors as in the forward.
+    Parameters
+    ----------
+    grad_out : array
+        Gradient of out, (N..., H, L, E_v).
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, offset
+        Those of the forward. With dropout seed and offset are needed.
+    out, lse : array
+        Results of `scaled_dot_product_attention(..., return_lse=True)`.
+    need_dmask : bool
+        Compute the gradient of a float mask. False saves its time.
+    deterministic : bool
+        The same bits in every run; see fastattn.attention_backward.
+
+    Returns
+    -------
+    SdpaGrads
+        (dq, dk, dv, dmask), each of its argument's shape, summed over what was broadcast.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As the forward.
     """
     call = _BACKWARD
     is_causal = call.flag("causal", is_causal)
@@ -84,8 +140,10 @@ def scaled_dot_product_attention_backward(grad_out: Any, query: Any, key: Any, v
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How each argument becomes one of four axes (batch, heads, sequence, dim). `shapes` holds, by argument, its own shape, that
-    with ones where it broadcasts, what it broadcasts to, and the four axes."""
+    """How each argument becomes (batch, heads, sequence, dim).
+
+    `shapes` maps an argument to four shapes: its own, with ones where it broadcasts, broadcast, and on four axes.
+    """
 
     batch_size: int
     heads: int
@@ -99,7 +157,7 @@ class _Plan:
         return fold(grad, *self.shapes[name][:3], call.name, name)
 
     def result(self, call: Call, name: str, x: Any) -> Any:
-        """grad_out, out or lse (one axis less), of the forward's shape, on four axes (three)."""
+        """grad_out, out or lse, which must have the forward's shape, on four axes (lse: three)."""
         shape, axes = (self.out[:-1], 1) if name == "lse" else (self.out, 2)
         if shape_of(x, call.name, name) != shape:
             raise call.value(name, f"has shape {tuple(x.shape)}", f"the forward's, {shape}")
@@ -107,7 +165,7 @@ class _Plan:
         return fit(x, flat, flat, flat, call.name, name)
 
     def options(self, call: Call, attn_mask: Any, is_causal: bool, scale: float | None, dropped: dict[str, Any]) -> dict[str, Any]:
-        """fastattn's keywords; the mask's dtype says whether it is added or selects."""
+        """fastattn's keywords. The mask's dtype decides whether it is `mask` or `bias`."""
         options: dict[str, Any] = {"causal": "top_left" if is_causal else False, "softmax_scale": scale, **dropped}
         if attn_mask is not None:
             options["mask" if is_boolean(attn_mask) else "bias"] = self.fit(call, "attn_mask", attn_mask)
@@ -122,7 +180,7 @@ def _plan(call: Call, query: Any, key: Any, value: Any, attn_mask: Any, is_causa
 
 @functools.lru_cache(maxsize=1000)
 def _plan_of_shapes(call_name: str, q: Shape, k: Shape, v: Shape, mask: Shape | None, is_causal: bool, enable_gqa: bool) -> _Plan:
-    """Made once for each combination of shapes: 30 us, as long as a small problem takes."""
+    """Memoised for each combination of shapes: making it takes 30 us, as long as a small problem."""
     call, own = Call(call_name, _NAMES), {"query": q, "key": k, "value": v}
     least, rank = 3 if enable_gqa else 2, max(max(map(len, own.values())), 3)
     for name, shape in own.items():
@@ -150,8 +208,10 @@ def _plan_of_shapes(call_name: str, q: Shape, k: Shape, v: Shape, mask: Shape | 
 
 
 def _heads(call: Call, own: dict[str, Shape], rank: int, enable_gqa: bool) -> tuple[int | None, int]:
-    """Heads of out, None where query's, key's and value's do not go together, and those of key and value that the kernels see:
-    the least that both divide, so that nothing is repeated in the usual case."""
+    """(heads of out, heads of key and value as passed to fastattn). The first is None if the head counts do not go together.
+
+    The second is the least common multiple of key's and value's heads, so usually nothing is repeated.
+    """
     heads_q, heads_k, heads_v = (lead(shape, rank)[-3] for shape in own.values())
     if not enable_gqa:
         both = broadcast_shape((heads_q,), (heads_k,), (heads_v,))
@@ -163,7 +223,7 @@ def _heads(call: Call, own: dict[str, Shape], rank: int, enable_gqa: bool) -> tu
 
 
 def _mask_shapes(call: Call, shape: Shape, batch: Shape, out: Shape, is_causal: bool) -> tuple[Shape, Shape, Shape, Shape]:
-    """The leading axes of a mask: kept as they are where fastattn broadcasts them itself, merged where there are several."""
+    """The shapes of a mask, as in _Plan.shapes. A single batch axis is left to fastattn's broadcasting; several are merged."""
     if is_causal:
         raise call.value("attn_mask", "is given beside is_causal=True", "one of the two", "attn_mask & tril(ones(L, S)) is both")
     if len(shape) > len(out):

@@ -1,12 +1,12 @@
-"""ATen's _transform_bias_rescale_qkv for any array, and its backward: what stands between the fused projection and attention.
+"""ATen's _transform_bias_rescale_qkv for any array, and its backward: the step from a fused projection to attention.
 
 Shapes, D = num_heads * head_dim:
 
     dense    qkv (batch, T, 3 * D)                                  ->  q, k, v (batch, num_heads, T, head_dim)
     ragged   qkv (total, 3 * D), cu_seqlens (sequences + 1,)        ->  q, k, v (sequences, num_heads, T, head_dim)
 
-Ragged sequences are padded with zeros to T, the longest rounded up to a multiple of 8. Arithmetic is float32 (float64 for float64) and
-each result is rounded once. One pass over memory in each direction, on the CPU and on CUDA devices.
+Ragged sequences are padded with zeros to T, the longest length rounded up to a multiple of 8. Arithmetic is float32 (float64
+for float64), and each result is rounded once. Each direction is one pass over memory, on the CPU and on CUDA devices.
 
 Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu.
 """
@@ -26,13 +26,35 @@ PADDED = 8          # ragged sequences are padded to a multiple of it
 
 def transform_bias_rescale_qkv(qkv: Any, qkv_bias: Any, num_heads: int, *, cu_seqlens: Any = None, max_seqlen: int | None = None,
                                stream: Any = None) -> tuple[Any, Any, Any]:
-    """q = (q + bias) / sqrt(head_dim), k + bias and v + bias of qkv's three parts, split to (batch, num_heads, T, head_dim), contiguous.
+    """Split qkv into q, k and v, add the bias, and scale q by 1 / sqrt(head_dim), as ATen's _transform_bias_rescale_qkv.
 
-    qkv (batch, T, 3 * D), or packed (total, 3 * D) with cu_seqlens (sequences + 1,), int32 or int64; any strides. qkv_bias (3 * D,), of
-    qkv's dtype. max_seqlen: the longest sequence; None reads it from cu_seqlens, which is possible in host memory only. Lengths on a
-    device are not read by the host: a sequence longer than max_seqlen there is cut. `stream` as in fastattn.attention.
+    Parameters
+    ----------
+    qkv : array
+        (batch, T, 3 * D), or packed (total, 3 * D) with cu_seqlens. Any strides.
+    qkv_bias : array
+        (3 * D,), of qkv's dtype.
+    num_heads : int
+        A divisor of D.
+    cu_seqlens : array, optional
+        (sequences + 1,) int32 or int64. The original takes a nested tensor instead.
+    max_seqlen : int, optional
+        The longest sequence. None reads it from cu_seqlens, which must then be in host memory. Lengths on a device are not
+        read by the host: there a sequence longer than max_seqlen is cut off.
+    stream : optional
+        As in fastattn.attention.
 
-    Errors: ValueError and TypeError for what does not go together; UnsupportedError, ImportError as fastattn.attention.
+    Returns
+    -------
+    tuple of array
+        q = (q + bias) / sqrt(head_dim), k + bias, v + bias: (batch, num_heads, T, head_dim), contiguous.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not go together.
+    UnsupportedError, ImportError
+        As fastattn.attention.
     """
     check = Check("transform_bias_rescale_qkv")
     x, on = _first(check, "qkv", qkv, stream)
@@ -60,11 +82,29 @@ def transform_bias_rescale_qkv(qkv: Any, qkv_bias: Any, num_heads: int, *, cu_se
 
 def transform_bias_rescale_qkv_backward(dq: Any, dk: Any, dv: Any, *, cu_seqlens: Any = None, total: int | None = None,
                                         stream: Any = None) -> tuple[Any, Any]:
-    """(dqkv, dqkv_bias) from the gradients of q, k and v, each (batch, num_heads, T, head_dim) with any strides, of one dtype.
+    """Gradients of transform_bias_rescale_qkv. ATen has no function for this.
 
-    dqkv (batch, T, 3 * D), or with cu_seqlens (total, 3 * D), where gradients of padding are not read and rows of no sequence become 0.
-    total: qkv's rows; None reads the last of cu_seqlens, which is possible in host memory only. dqkv_bias (3 * D,) is the sum over
-    the rows of the unrounded dqkv, the same bits every time. Errors as in the forward.
+    Parameters
+    ----------
+    dq, dk, dv : array
+        (batch, num_heads, T, head_dim), of one dtype, any strides.
+    cu_seqlens : array, optional
+        The forward's. Gradients of padding are not read.
+    total : int, optional
+        qkv's rows. None reads the last element of cu_seqlens, which must then be in host memory.
+    stream : optional
+        As in fastattn.attention.
+
+    Returns
+    -------
+    tuple of array
+        dqkv (batch, T, 3 * D), or (total, 3 * D) with rows of no sequence 0; and dqkv_bias (3 * D,), the sum of the unrounded
+        dqkv over its rows, with the same bits in every run.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError
+        As the forward.
     """
     check = Check("transform_bias_rescale_qkv_backward")
     first, on = _first(check, "dq", dq, stream)
@@ -92,7 +132,7 @@ def transform_bias_rescale_qkv_backward(dq: Any, dk: Any, dv: Any, *, cu_seqlens
 
 
 def padded(longest: int) -> int:
-    """The T of ragged sequences."""
+    """The padded length T of ragged sequences."""
     return -(-longest // PADDED) * PADDED
 
 
@@ -101,7 +141,7 @@ def _scale(shape: tuple[int, ...]) -> float:
 
 
 def _first(check: Check, name: str, array: Any, stream: Any) -> tuple[View, Stream | None]:
-    """The View of the array that decides dtype, device and stream."""
+    """The View of the array that decides dtype, device and stream, and that stream."""
     view(array, check.call, name)       # whatever is wrong with it is told by its name
     on = resolve(stream, array, check.call)
     x = view(array, check.call, name, on)
@@ -115,7 +155,7 @@ def _rank(check: Check, name: str, x: View, rank: int, axes: str) -> None:
 
 
 def _sequences(check: Check, cu_seqlens: Any, total: int, longest: int | None, like: View, on: Stream | None) -> tuple[View, int, int]:
-    """(cu_seqlens, sequences, the longest of them)."""
+    """(cu_seqlens, number of sequences, the longest of them)."""
     cu = small(cu_seqlens, None, check.call, "cu_seqlens", on)
     if cu.device != like.device:
         raise check.value("cu_seqlens", f"is on device {cu.device}", f"the other arrays' device, {like.device}")
@@ -137,7 +177,7 @@ def _last(check: Check, cu_seqlens: Any, on: Stream | None) -> int:
 
 
 def _run(check: Check, direction: str, on: Stream | None, *arguments: Any) -> None:
-    """forward or backward of the engine's transform.py."""
+    """Call `forward` or `backward` of the engine's transform.py."""
     engine = load("cpu" if on is None else "gpu", check.call)
     run = getattr(importlib.import_module(".transform", engine.__name__), direction)
     run(*arguments) if on is None else run(*arguments, on.handle)

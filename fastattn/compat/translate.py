@@ -1,5 +1,8 @@
-"""What all signatures share: the names of a call, its options as plain values, the lengths of packed arrays, windows with -1, seeds, and
-the two calls into fastattn."""
+"""What all signatures share.
+
+That is: the names of a call, its options as plain values, lengths of packed arrays, windows with -1, seeds, and the two
+calls into fastattn.
+"""
 from __future__ import annotations
 
 import re
@@ -18,7 +21,7 @@ TORCH = {"q": "query", "k": "key", "v": "value", "dout": "grad_out", "softmax_sc
 
 
 class Call(NamedTuple):
-    """The function that the user called, and its words for fastattn's arguments where they differ."""
+    """The function that the user called, and its names for fastattn's arguments where they differ."""
 
     name: str
     names: dict[str, str] = {}      # noqa: RUF012
@@ -27,7 +30,7 @@ class Call(NamedTuple):
         return ValueError(message(self.name, argument, has, expected, hint))
 
     def plain(self, argument: str, x: Any, expected: str) -> Any:
-        """An option that is read here, as the Python number that it is now; arrays and tensors that hold one as in fastattn.attention."""
+        """An option as a Python number, read now. Arrays and tensors of one number count as in fastattn.attention."""
         return x if x is None or type(x) in (bool, int, float) else Check(self.name).scalar(self.names.get(argument, argument), x, expected)
 
     def flag(self, argument: str, x: Any) -> bool:
@@ -41,7 +44,7 @@ class Call(NamedTuple):
         return x if x is None or type(x) is int else Check(self.name).integer(self.names.get(argument, argument), x, 0, 2**31 - 1)
 
     def run(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-        """function(...); an error of its argument checks is told in the words of this call."""
+        """function(...). Errors of its argument checks are rephrased with this call's names."""
         try:
             return function(*args, **keywords)
         except (TypeError, ValueError, NotImplementedError, ImportError) as error:
@@ -55,7 +58,7 @@ class Call(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """How packed arrays are cut into sequences, as attention_varlen takes it."""
+    """How packed arrays are divided into sequences; fields as in attention_varlen."""
 
     cu_seqlens_q: Any
     cu_seqlens_k: Any
@@ -66,7 +69,7 @@ class Lengths(NamedTuple):
     @classmethod
     def read(cls, call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any = None, max_seqlen_k: Any = None,
              seqused_k: Any = None) -> Lengths:
-        """With maxima that are plain numbers."""
+        """Lengths whose maxima are plain numbers."""
         longest_q, longest_k = call.length("max_seqlen_q", max_seqlen_q), call.length("max_seqlen_k", max_seqlen_k)
         return cls(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, seqused_k)
 
@@ -75,7 +78,7 @@ class Lengths(NamedTuple):
 
 
 def lengths(call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, *rest: Any) -> Lengths | None:
-    """Lengths, or None for dense arrays, where both cu_seqlens are None; ValueError where only one is given."""
+    """Lengths of packed arrays. None for dense arrays, which have neither cu_seqlens; ValueError if one of the two is missing."""
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         given, missing = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
         given, missing = (call.names.get(name, name) for name in (given, missing))
@@ -84,7 +87,7 @@ def lengths(call: Call, cu_seqlens_q: Any, cu_seqlens_k: Any, *rest: Any) -> Len
 
 
 def window(call: Call, argument: str, left: Any, right: Any) -> tuple[int | None, int | None] | None:
-    """fastattn's window from counts of keys to both sides of the diagonal where -1 or None is no limit."""
+    """fastattn's window from counts of keys before and after the diagonal, where -1 or None is no limit."""
     expected = "counts of keys, -1 for no limit"
     sides = [call.plain(argument, side, expected) for side in (left, right)]
     sides = [None if side == -1 else side for side in sides]
@@ -101,8 +104,11 @@ def pair(call: Call, argument: str, x: Any) -> tuple[Any, Any]:
 
 
 def dropout(call: Call, q: Any, dropout_p: Any, seed: Any, offset: Any) -> dict[str, Any]:
-    """fastattn's keywords of dropout as plain values, with a fresh seed where it needs one: of torch's CPU generator for torch tensors, so
-    that torch.manual_seed decides, else from the operating system. The host draws it, the device is not asked."""
+    """fastattn's keywords of dropout as plain values, with a fresh seed if one is needed.
+
+    The host draws it, so no device is read: from torch's CPU generator for torch tensors, which torch.manual_seed seeds, else
+    from the operating system.
+    """
     dropout_p = call.plain("dropout_p", dropout_p, "a probability in [0, 1]")
     seed, offset = call.plain("seed", seed, "an integer"), call.plain("offset", offset, "an integer")
     if seed is None and dropout_p:
@@ -113,7 +119,7 @@ def dropout(call: Call, q: Any, dropout_p: Any, seed: Any, offset: Any) -> dict[
 
 def forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layout: str = "bshd", return_lse: bool = True,
             **options: Any) -> tuple[Any, Any]:
-    """(out, lse) of attention, or of attention_varlen for packed arrays; lse is None unless asked for."""
+    """(out, lse) of attention, or of attention_varlen for packed arrays. lse is None unless requested."""
     if packed is None:
         result = call.run(attention, q, k, v, layout=layout, return_lse=return_lse, **options)
     else:
@@ -124,7 +130,7 @@ def forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layou
 
 def backward(call: Call, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, packed: Lengths | None, *, layout: str = "bshd",
              **options: Any) -> Grads:
-    """Grads of `forward` with the same options."""
+    """Gradients of `forward` with the same options."""
     if packed is None:
         grads: Grads = call.run(attention_backward, dout, q, k, v, out, lse, layout=layout, **options)
     else:

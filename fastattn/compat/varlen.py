@@ -5,8 +5,8 @@ Shapes, N sequences packed along the first axis:
     query (T_q, H, D)    key (T_k, H_k, D)    value (T_k, H_k, D_v)    cu_seq_q, cu_seq_k (N + 1,) int32 or int64
     out   (T_q, H, D_v)  lse (H, T_q), float32 (float64 for float64 input)
 
-Beyond the original: every dtype and D from 1 to 256 on every engine, D_v of its own, ALiBi and an additive bias with its gradient,
-seqused_k in the backward too, and all of it on the CPU.
+Beyond the original: every dtype, D from 1 to 256 on every engine, a D_v of its own, ALiBi, an additive bias with its
+gradient, seqused_k in the backward too, and all of it on the CPU.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORWARD, _BACKWARD = Call("varlen_attn", _NAMES), Call("varlen_attn_backward", 
 
 
 class AuxRequest(NamedTuple):
-    """What varlen_attn returns beside out: lse where lse is True."""
+    """What varlen_attn returns besides out: lse if `lse` is True."""
 
     lse: bool = False
 
@@ -30,15 +30,50 @@ def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, 
                 is_causal: bool = False, return_aux: AuxRequest | None = None, *, scale: float | None = None,
                 window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Any = None, attn_bias: Any = None,
                 alibi_slopes: Any = None) -> Any:
-    """Attention inside each of the packed sequences -> out, or (out, lse) with return_aux=AuxRequest(lse=True).
+    """Attention inside each of the packed sequences, as torch.nn.attention.varlen.varlen_attn.
 
-    window_size (left, right) counts keys from the diagonal, inclusive, -1 = no limit; is_causal is right = 0. The diagonal is
-    bottom-right aligned in each sequence. Fewer key heads than query heads need enable_gqa. max_q and max_k are the longest
-    sequences (None: read from cu_seq where it is in host memory, else the totals). attn_bias broadcasts to (N, H, max_q, max_k)
-    and is indexed inside each sequence; alibi_slopes (H,) or (N, H). Rows that see nothing: out 0, lse -inf.
+    Parameters
+    ----------
+    query, key, value : array
+        (T_q, H, D), (T_k, H_k, D), (T_k, H_k, D_v), the sequences one after the other.
+    cu_seq_q, cu_seq_k : array
+        (N + 1,) int32 or int64: where each of the N sequences begins.
+    max_q, max_k : int or None
+        The longest sequences. None: found in cu_seq in host memory; on a device the totals are taken.
+    is_causal : bool
+        The same as 0 keys after the diagonal. The diagonal is bottom-right aligned in each sequence.
+    return_aux : AuxRequest, optional
+        AuxRequest(lse=True) returns lse too.
+    scale : float, optional
+        Factor of the scores. Default 1 / sqrt(D).
+    window_size : tuple of int
+        (left, right): keys before and after the diagonal, inclusive, -1 = no limit.
+    enable_gqa : bool
+        Let groups of query heads share a key head.
+    seqused_k : array, optional
+        (N,): how many keys of each sequence are used.
+    attn_bias : array, optional
+        Additive, broadcasts to (N, H, max_q, max_k), indexed inside each sequence. Not in the original.
+    alibi_slopes : array, optional
+        (H,) or (N, H). Not in the original.
 
-    Errors: ValueError for shapes, head counts and lengths, TypeError for dtypes. Not here: block_table (paged keys; gather the pages
-    first) and num_splits (results do not depend on how keys are split; fastattn chooses).
+    Returns
+    -------
+    array, or tuple of array
+        out (T_q, H, D_v), or (out, lse). Rows that attend nothing: out 0, lse -inf.
+
+    Raises
+    ------
+    ValueError
+        Shapes, head counts and lengths that do not go together.
+    TypeError
+        Unsupported dtypes.
+
+    Notes
+    -----
+    Two arguments of the original are missing. block_table (paged keys): gather the pages first. num_splits: it changes no
+    result, and fastattn chooses it.
+
     Source: torch.nn.attention.varlen, PyTorch 2.10 and 2.13.
     """
     packed, options = _translate(_FORWARD, query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window_size, enable_gqa,
@@ -53,10 +88,33 @@ def varlen_attn_backward(grad_out: Any, query: Any, key: Any, value: Any, out: A
                          window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False, seqused_k: Any = None, attn_bias: Any = None,
                          alibi_slopes: Any = None, grad_lse: Any = None, need_dbias: bool = False,
                          deterministic: bool = False) -> tuple[Any, ...]:
-    """(dq, dk, dv), each of its argument's shape and dtype, and dbias (of attn_bias) as a fourth with need_dbias=True.
+    """Gradients of varlen_attn, as torch's operator _varlen_attn_backward.
 
-    grad_out (T_q, H, D_v); out and lse as varlen_attn gave them with return_aux=AuxRequest(lse=True) and the same arguments;
-    grad_lse (H, T_q) where lse was used too. Rows of no sequence and keys past seqused_k have gradient 0. Errors as in varlen_attn.
+    Parameters
+    ----------
+    grad_out : array
+        Gradient of out, (T_q, H, D_v).
+    out, lse : array
+        Results of varlen_attn with return_aux=AuxRequest(lse=True) and the same arguments.
+    grad_lse : array, optional
+        Gradient of lse, (H, T_q), if lse was used too. The original ignores it.
+    need_dbias : bool
+        Compute attn_bias's gradient too. Not in the original.
+    deterministic : bool
+        The same bits in every run. Not in the original.
+
+    All other parameters are those of varlen_attn.
+
+    Returns
+    -------
+    tuple of array
+        (dq, dk, dv), with dbias as a fourth if need_dbias, each of its argument's shape and dtype. Rows of no sequence and
+        keys past seqused_k have gradient 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As varlen_attn.
     """
     packed, options = _translate(_BACKWARD, query, key, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window_size, enable_gqa,
                                  seqused_k, attn_bias, alibi_slopes)

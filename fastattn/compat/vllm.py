@@ -1,37 +1,43 @@
-"""vllm.attention.ops.triton_flash_attention for any array: forward attention with 8-bit operands, 8-bit keys and values, or none.
+"""vllm.attention.ops.triton_flash_attention for any array: forward attention, also with 8-bit operands or 8-bit keys and values.
 
-Shapes by layout, D_v may differ from D; o is shaped as q with v's last axis:
+Shapes by layout. D_v may differ from D; o has q's shape with v's last axis:
 
     thd     q (total_q, heads, D)          k (total_k, heads_k, D)          v (total_k, heads_k, D_v)       with cu_seqlens (N + 1,)
     bshd    q (batch, seqlen_q, heads, D)  k (batch, seqlen_k, heads_k, D)  v (batch, seqlen_k, heads_k, D_v)
     bhsd    q (batch, heads, seqlen_q, D)  k (batch, heads_k, seqlen_k, D)  v (batch, heads_k, seqlen_k, D_v)
 
-Which scales are given decides the mode:
+The scales that are given decide the mode:
 
     none                            fastattn.attention or attention_varlen on q, k and v as they are
     q_descale, k_descale, v_descale q, k and v are float8_e4m3fn
-    k_descale, v_descale            k and v are float8_e4m3fn beside a q of 16 bits (or more)
+    k_descale, v_descale            k and v are float8_e4m3fn, q has 16 bits (or more)
 
-What is computed, for query head h and its key head g: softmax(sm_scale * q_descale[h] * k_descale[g] * q.k + alibi + bias) @ v *
-v_descale[g], then / o_scale. Where each scale goes:
+For query head h and its key head g the result is softmax(sm_scale * q_descale[h] * k_descale[g] * q.k + alibi + bias) @ v *
+v_descale[g] / o_scale. What happens to each scale:
 
-q_descale, k_descale  a number, or 1 element in host memory: into softmax_scale, which rounds nothing. One for each head, or in CUDA memory,
-                      where the host must not read it: q times both in float32, rounded to float16, which keeps 11 of the product's bits
-                      where bfloat16 would keep 8. Magnitudes above 65504 saturate; what underflows moves a score by sm_scale * D *
-                      2**-16 at most, |k| being 448 at most. Beside a 16-bit q: k times k_descale, rounded to q's dtype, as the original.
-v_descale             the output, in float32. v stays exact (the original rounds v * v_descale beside a 16-bit q).
-p_scale               nothing: P is never rounded to 8 bits here, so it needs no scale. It is checked, because the original's 8-bit product
-                      of P and V needs it.
-o_scale, input_scale  the output is divided by it and clamped to +-448, and is float8_e4m3fn unless output_dtype or o says otherwise. In
-                      both modes; the original ignores it beside a 16-bit q.
+q_descale, k_descale
+    A number, or 1 element in host memory, goes into softmax_scale without a rounding. One per head, or in CUDA memory, where
+    the host must not read it: q times both is computed in float32 and rounded to float16, which keeps 11 bits of the
+    product (bfloat16 would keep 8). Magnitudes above 65504 saturate. What underflows moves a score by at most
+    sm_scale * D * 2**-16, because |k| is at most 448. With a 16-bit q: k times k_descale, rounded to q's dtype, as in the
+    original.
+v_descale
+    The output is multiplied by it, in float32. v stays exact. (With a 16-bit q the original rounds v * v_descale.)
+p_scale
+    Checked and not used: P is never rounded to 8 bits here. The original's 8-bit product of P and V needs it.
+o_scale, input_scale
+    The output is divided by it and clamped to +-448. It is float8_e4m3fn unless output_dtype or o says otherwise. This
+    holds in both modes; the original ignores it with a 16-bit q.
 
-A scale is a positive number or a tensor: 1 element, or one for each query head (q_descale, p_scale) or key head (k_descale, v_descale);
-o_scale and input_scale are of 1 element. 8-bit operands are multiplied as float16, so P is rounded to that (beside a 16-bit q to q's
-dtype): as fast as bfloat16 on GPUs and eight times as exact, on CPUs with bfloat16 instructions half as fast. Arrays with 8-bit operands
-are NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's; the host never waits for a device.
+A scale is a positive number or a tensor. It has 1 element, or one per query head (q_descale, p_scale) or key head (k_descale,
+v_descale). o_scale and input_scale have 1 element.
 
-Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, D_v of its own, head sizes to 512 on the CPU, scales as
-numbers, errors instead of asserts. Rows that see nothing are 0.
+8-bit operands are multiplied as float16, so P is rounded to float16 (with a 16-bit q: to q's dtype). On GPUs that is as fast as
+bfloat16 and eight times as exact; on CPUs with bfloat16 instructions it is half as fast. Arrays with 8-bit operands are
+NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's. The host never waits for a device.
+
+Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, a D_v of its own, head sizes to 512 on the CPU,
+numbers as scales, errors instead of asserts. Rows that attend nothing are 0.
 
 Source: vLLM, vllm/attention/ops/triton_flash_attention.py.
 """
@@ -63,13 +69,41 @@ _WITH_METADATA = Call("triton_attention_rocm", _NAMES)
 def triton_attention(q: Any, k: Any, v: Any, o: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlens_q: int, max_seqlens_k: int,
                      causal: bool = False, sm_scale: float = 1.0, bias: Any = None, fp8_scales: Any = None,
                      input_scale: Any = None) -> tuple[Any, None]:
-    """Attention inside each of the packed sequences, layout "thd" -> (o, None), the pair that the original gives too.
+    """vLLM's triton_attention: attention inside each of the packed sequences.
 
-    o: None, or the array that receives the output, whose dtype decides the rounding. Without it the output has the dtype in which q came.
-    max_seqlens: the longest sequences, 0 to have them found (in CUDA memory: the totals are taken; the host does not look).
-    fp8_scales: (q_scale, k_scale, v_scale, p_scale), with which q, k and v that are not float8_e4m3fn yet are quantised, saturating.
-    q_scale None leaves q as it is: 8-bit keys and values beside it. bias broadcasts to (N, heads, max_seqlens_q, max_seqlens_k).
-    Scales and modes: this module's docstring. Errors: ValueError for shapes, lengths and scales, TypeError for dtypes.
+    Parameters
+    ----------
+    q, k, v : array
+        (total_q, heads, D), (total_k, heads_k, D), (total_k, heads_k, D_v).
+    o : array or None
+        Receives the output, and its dtype decides the rounding. None: a new array of q's dtype.
+    cu_seqlens_q, cu_seqlens_k : array
+        (N + 1,) int32 or int64: where each of the N sequences begins.
+    max_seqlens_q, max_seqlens_k : int
+        The longest sequences. 0: found in cu_seqlens; in CUDA memory the totals are taken, because the host does not read it.
+    causal : bool
+        Causal mask, bottom-right aligned.
+    sm_scale : float
+        Factor of the scores. Default 1.0, as in the original.
+    bias : array, optional
+        Additive, broadcasts to (N, heads, max_seqlens_q, max_seqlens_k). An assert of the original refuses every bias.
+    fp8_scales : tuple, optional
+        (q_scale, k_scale, v_scale, p_scale). q, k and v that are not float8_e4m3fn yet are quantised with them, saturating. A
+        q_scale of None leaves q as it is.
+    input_scale : number or array, optional
+        The output is divided by it; see o_scale in this module's docstring.
+
+    Returns
+    -------
+    tuple
+        (o, None), the pair that the original returns.
+
+    Raises
+    ------
+    ValueError
+        Shapes, lengths or scales that do not go together.
+    TypeError
+        Unsupported dtypes.
     """
     call = _TRITON_ATTENTION
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -86,12 +120,32 @@ def triton_attention(q: Any, k: Any, v: Any, o: Any, cu_seqlens_q: Any, cu_seqle
 
 @dataclass(eq=False)
 class MetaData:
-    """The arguments of triton_attention_rocm beside its arrays, by the original's names. Nothing is checked before the call.
+    """vLLM's MetaData: arguments of triton_attention_rocm besides its arrays. Nothing is checked before the call.
 
-    layout: "bshd" or "bhsd"; "thd", or None, with cu_seqlens. max_seqlens of dense arrays may stay 0. output_dtype counts where o is
-    None: of any library's dtypes, or its name; None is float8_e4m3fn with scales, q's dtype without. bias broadcasts to (batch, heads,
-    seqlen_q, seqlen_k), float16, bfloat16 or float32; alibi_slopes (heads,) or (batch, heads). seqlen_q, seqlen_k, alibi_batch and
-    alibi_nheads are not needed, and must be right where they are given. Scales: this module's docstring.
+    Parameters
+    ----------
+    sm_scale : float
+        Factor of the scores. Default 1.0.
+    layout : str
+        "bshd" or "bhsd"; with cu_seqlens "thd" or None.
+    output_dtype
+        The output's dtype if o is None: a dtype of any library, or its name. None is float8_e4m3fn with scales, else q's dtype.
+    max_seqlens_q, max_seqlens_k : int
+        The longest sequences. May stay 0.
+    cu_seqlens_q, cu_seqlens_k : array, optional
+        (N + 1,) int32 or int64 for packed arrays.
+    q_descale, k_descale, v_descale, p_scale, o_scale : number or array, optional
+        See this module's docstring.
+    bias : array, optional
+        Additive, broadcasts to (batch, heads, seqlen_q, seqlen_k); float16, bfloat16 or float32.
+    alibi_slopes : array, optional
+        (heads,) or (batch, heads).
+    seqlen_q, seqlen_k, alibi_batch, alibi_nheads : int, optional
+        Not needed. They must be right if given.
+    causal : bool
+        Causal mask, bottom-right aligned.
+    return_encoded_softmax : bool
+        Return the probabilities too.
     """
 
     sm_scale: float = 1.0
@@ -119,7 +173,7 @@ class MetaData:
         self.layout, self.cu_seqlens_q, self.cu_seqlens_k = "thd", cu_seqlens_q, cu_seqlens_k
 
     def set_eight_bit_params(self, q_descale: Any, k_descale: Any, v_descale: Any, p_scale: Any, p_descale: Any, o_scale: Any) -> None:
-        """p_descale is 1 / p_scale, which nothing here needs."""
+        """Set the scales. p_descale is 1 / p_scale and is not used."""
         self.q_descale, self.k_descale, self.v_descale, self.p_scale, self.o_scale = q_descale, k_descale, v_descale, p_scale, o_scale
 
     def need_bias(self, bias: Any, seqlen_q: int | None, seqlen_k: int | None) -> None:
@@ -133,11 +187,28 @@ class MetaData:
 
 
 def triton_attention_rocm(q: Any, k: Any, v: Any, o: Any, metadata: MetaData) -> tuple[Any, Any]:
-    """(o, encoded_softmax): attention of the arrays with what `metadata` says; o None, or the array that receives the output.
+    """vLLM's triton_attention_rocm (class _attention).
 
-    encoded_softmax is None unless metadata.return_encoded_softmax: the probabilities, (batch, heads, seqlen_q, seqlen_k), normalised, in
-    the 16-bit dtype of the products, packed too, where the original gives numerators in float32 and dense ones only. Errors as in
-    triton_attention.
+    Parameters
+    ----------
+    q, k, v : array
+        Shapes by metadata.layout; see this module's docstring.
+    o : array or None
+        Receives the output. None: a new array.
+    metadata : MetaData
+        All other arguments.
+
+    Returns
+    -------
+    tuple
+        (o, encoded_softmax). encoded_softmax is None unless metadata.return_encoded_softmax. It holds normalised
+        probabilities, (batch, heads, seqlen_q, seqlen_k), in the 16-bit dtype of the MMAs, for packed arrays too. The
+        original returns unnormalised float32, for dense arrays only.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As triton_attention.
     """
     if not isinstance(metadata, MetaData):
         raise TypeError(message(_WITH_METADATA.name, "metadata", f"is a {float8.kind(metadata)}", "a fastattn.compat.vllm.MetaData"))
@@ -146,9 +217,21 @@ def triton_attention_rocm(q: Any, k: Any, v: Any, o: Any, metadata: MetaData) ->
 
 # ---------------------------------------------------------------- quantisation
 def scale_fp8(t: Any, scale: Any = None) -> tuple[Any, Any]:
-    """(t / scale as float8_e4m3fn, scale): float32 arithmetic, saturated to +-448, rounded to nearest even. scale: a positive number, or a
-    tensor of 1 element or of one for each head of t (..., heads, dim). None: the largest magnitude of t / 448, as a float32 tensor (1,)
-    on t's device (1 where t is 0)."""
+    """vLLM's scale_fp8: t / scale as float8_e4m3fn.
+
+    Parameters
+    ----------
+    t : array
+        (..., heads, dim).
+    scale : number or array, optional
+        Positive: a number, 1 element, or one per head. None: the largest magnitude of t / 448, as a float32 tensor (1,) on
+        t's device; 1 if t is all zeros.
+
+    Returns
+    -------
+    tuple
+        (t / scale, scale). float32 arithmetic, saturated to +-448, rounded to nearest even.
+    """
     call = Call("scale_fp8")
     if scale is None:
         name_of(t, call, "t")
@@ -161,15 +244,19 @@ def scale_fp8(t: Any, scale: Any = None) -> tuple[Any, Any]:
 
 
 def maybe_quantize_fp8(t: Any, scale: Any) -> Any:
-    """t as it is where it is float8_e4m3fn, else scale_fp8(t, scale)[0]. A scale that is None is an error: the one that the original draws
-    from t is lost with its result."""
+    """t as it is if it is float8_e4m3fn, else scale_fp8(t, scale)[0].
+
+    A scale of None is an error. The original computes one from t and loses it.
+    """
     call = Call("maybe_quantize_fp8")
     return t if name_of(t, call, "t") == NAME else _quantized(call, "t", t, "scale", scale)
 
 
 def check_and_maybe_quantize_qkv(q: Any, k: Any, v: Any, fp8_scales: Any) -> tuple[Any, Any, Any]:
-    """maybe_quantize_fp8 of q, k and v with the first three of fp8_scales (q_scale, k_scale, v_scale, p_scale); q stays as it is where
-    q_scale is None, for 8-bit keys and values beside it."""
+    """maybe_quantize_fp8 of q, k and v.
+
+    fp8_scales is (q_scale, k_scale, v_scale, p_scale). A q_scale of None leaves q as it is, for 8-bit keys and values only.
+    """
     return _quantize_all(Call("check_and_maybe_quantize_qkv", _IN_SCALES), q, k, v, fp8_scales)
 
 
@@ -196,7 +283,7 @@ def _quantized(call: Call, argument: str, t: Any, scale_name: str, scale: Any) -
 
 # ---------------------------------------------------------------- one call
 class _Widened(NamedTuple):
-    """What 8-bit operands become: arguments of fastattn.attention, and what its output is multiplied by."""
+    """Arguments of fastattn.attention for 8-bit operands, and the factor of its output."""
 
     q: Any
     k: Any
@@ -230,7 +317,7 @@ def _attend(call: Call, q: Any, k: Any, v: Any, o: Any, m: MetaData) -> tuple[An
 
 
 def _plain(call: Call, m: MetaData) -> MetaData:
-    """The MetaData with numbers that are plain values."""
+    """The MetaData with its numbers as plain values."""
     counts = ("max_seqlens_q", "max_seqlens_k", "seqlen_q", "seqlen_k", "alibi_batch", "alibi_nheads")
     numbers: dict[str, Any] = {name: call.length(name, getattr(m, name)) for name in counts}
     return replace(m, sm_scale=Check(call.name).number("sm_scale", m.sm_scale, "a finite number"), causal=call.flag("causal", m.causal),
@@ -249,7 +336,7 @@ def _layout(call: Call, m: MetaData, packed: Lengths | None) -> str:
 
 
 def _check_sizes(call: Call, q: Any, k: Any, v: Any, m: MetaData, layout: str) -> None:
-    """Ranks, which the head axes are read from, and the sizes that MetaData repeats; fastattn.attention checks everything else."""
+    """Check ranks, from which the head axes follow, and the sizes that MetaData repeats. fastattn.attention checks the rest."""
     shapes = {name: shape_of(x, call.name, name) for name, x in (("q", q), ("k", k), ("v", v))}
     rank = 3 if layout == "thd" else 4
     for name, shape in shapes.items():
@@ -270,7 +357,7 @@ def _check_sizes(call: Call, q: Any, k: Any, v: Any, m: MetaData, layout: str) -
 
 
 def _mode(call: Call, q: Any, k: Any, v: Any, m: MetaData) -> str:
-    """"qkv" or "kv", which are 8-bit, or ""; TypeError and ValueError for dtypes and scales that do not go together."""
+    """"qkv" or "kv", the operands that are 8-bit, or "". Errors for dtypes and scales that do not go together."""
     scales = {name: getattr(m, name) for name in ("q_descale", "k_descale", "v_descale", "p_scale", "o_scale")}
     dtypes = {name: name_of(x, call, name) for name, x in (("q", q), ("k", k), ("v", v))}
     given = [name for name, x in scales.items() if x is not None]
@@ -292,7 +379,7 @@ def _mode(call: Call, q: Any, k: Any, v: Any, m: MetaData) -> str:
 
 
 def _output_name(call: Call, o: Any, m: MetaData, work: str, eight_bit: str) -> str:
-    """The dtype of the output."""
+    """The output's dtype."""
     if o is not None:
         argument, name = "o", name_of(o, call, "o")
     else:
@@ -308,7 +395,7 @@ def _output_name(call: Call, o: Any, m: MetaData, work: str, eight_bit: str) -> 
 
 
 def _of_16_bits(call: Call, argument: str, x: Any, work: str) -> Any:
-    """bias and slopes of the other 16-bit dtype than the products' as float32, which is exact."""
+    """A bias or slopes in the 16-bit dtype that the MMAs do not use become float32, which is exact."""
     if not hasattr(x, "shape") or name_of(x, call, argument) not in ("float16", "bfloat16") or name_of(x, call, argument) == work:
         return x
     return float8.cast(x, "float32")
@@ -336,7 +423,7 @@ def _widened(call: Call, q: Any, k: Any, v: Any, m: MetaData, mode: str, work: s
 
 
 def _check_output(call: Call, o: Any, q: Any, shape: Shape) -> None:
-    """An o that is written after the kernel."""
+    """Check an o that is written after the kernel."""
     if shape_of(o, call.name, "o") != shape:
         raise call.value("o", f"has shape {tuple(o.shape)}", f"q's with v's last axis, {shape}")
     xp = library(o, call, "o")
@@ -347,7 +434,7 @@ def _check_output(call: Call, o: Any, q: Any, shape: Shape) -> None:
 
 
 def _finished(out: Any, o: Any, result: Scale, name: str, after: int, clamp: bool) -> Any:
-    """The output times `result` in float32, clamped to the range of 8 bits, rounded once more, in o where that is given."""
+    """The output times `result` in float32, clamped to the 8-bit range, rounded once more, in o if given."""
     y = result.apply(float8.cast(out, float8.wide(float8.dtype_name(out.dtype))), after)
     y = float8.cast(float8.saturate(y, FP8_MAX) if clamp else y, name)
     if o is None:
