@@ -1,23 +1,23 @@
-"""Benchmarks of fastattn: `python -m bench cpu`. Run from the repository's root with the package installed.
+"""Benchmarks of fastattn. Run from the repository's root, with the package installed.
 
-How a run flows, file by file:
+`python -m bench cpu` (for `gpu` see bench/gpu/__init__.py), file by file:
 
     __main__.py     the command line
-    cpu.py          the list of CPU cases; each pair (case, rival) in a fresh process -> rows
+    cpu.py          the list of CPU cases; measures each (case, rival) in a fresh process -> rows
         |
-    worker.py       the child: builds inputs, checks that both answers agree, times both, answers in JSON
+    worker.py       the child: makes inputs, checks that both results agree, times both, answers in JSON
         |           rivals.py: fastattn, torch, onnxruntime as calls;  ceilings.py: what the hardware can do
-        |           timing.py: paired and interleaved;                 memory.py: peak memory of one call
+        |           timing.py: round robin;                            memory.py: peak memory of one call
     results.py      rows -> CSV and back, verdicts
         |
     table.py        the table on the terminal, and the README's table between its markers
     plot.py         the PNG
 
-`python -m bench paired OLD_TREE` measures an older tree of fastattn against this one, by turns:
+`python -m bench paired OLD_TREE` compares an older tree of fastattn with this one, round robin:
 
-    paired.py           a process for each tree; their rounds -> ratios, the table
+    paired.py           one process for each tree; rounds -> ratios, the table
         |
-    paired_worker.py    the child: the fastattn of its tree, a turn at a time
+    paired_worker.py    the child: imports the fastattn of its tree, measures one turn at a time
 
-case.py says what is measured. case, timing, results, table, plot and machine know nothing of CPUs or GPUs.
+case.py says what is measured. case, timing, results, table, plot and machine are the same for CPUs and GPUs.
 """

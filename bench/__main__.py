@@ -1,5 +1,8 @@
-"""`python -m bench cpu` and `python -m bench gpu`: measure, write CSV and PNG, print the table. `python -m bench paired OLD_TREE`: two
-trees of fastattn side by side. `--help` for the rest."""
+"""The benchmark's command line.
+
+`python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench
+paired OLD_TREE` compares two trees of fastattn. `--help` lists the options.
+"""
 from __future__ import annotations
 
 import argparse
@@ -14,6 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Arguments after `python -m bench`. Default: those of the process.
+
+    Raises
+    ------
+    SystemExit
+        With a message if nothing can be measured. With status 1 if a GPU result is wrong or failed, or if a paired
+        cell is over its bar or was not measured.
+    """
     options = _parser().parse_args(arguments)
     if getattr(options, "update_readme", False) and options.only:
         raise SystemExit("--update-readme writes the whole table; it does not go with --only")
@@ -39,12 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
     target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
     target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
-    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go beside it "
+    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go next to it "
                         "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
 
-    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, by turns in one run")
+    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run")
     target.add_argument("old", type=Path, metavar="OLD_TREE", help="a folder with the older fastattn, its CPU engine built in place")
     target.add_argument("--new", type=Path, default=ROOT, metavar="TREE", help="(default: this one); OLD_TREE itself shows the noise")
     target.add_argument("--gpu", dest="on", action="store_const", const="gpu", default="cpu", help="the GPU's grid, device time; bar 1 %%")
@@ -75,7 +91,7 @@ def _cpu(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(case.name for case in cpu.select(options.mode, options.only)))
         return
-    # Only a whole run is cpu.csv: a part does not overwrite it.
+    # Only a whole run writes cpu.csv; a partial run does not overwrite it.
     part = "-only" if options.only else "-quick" if options.mode == "quick" else ""
     path = options.out / f"cpu{part}.csv"
     if not options.from_csv:
@@ -84,7 +100,7 @@ def _cpu(options: argparse.Namespace) -> None:
 
 
 def report(path: Path, name: str, update_readme: bool) -> None:
-    """Plot, README and table of a CSV; the files see what the CSV holds, nothing else."""
+    """Plot, README table and printed table of a CSV. Everything comes from the CSV, so `--from-csv` gives the same."""
     rows = results.read_csv(path)
     drawn = plot.plot(rows, path.with_suffix(".png"))
     if update_readme:
@@ -110,7 +126,10 @@ def _gpu(options: argparse.Namespace) -> None:
 
 
 def report_gpu(path: Path, update_readme: bool) -> None:
-    """As for the CPU, the table last; the README's takes the forward's and the backward's CSV together. Exit status 1 if a row is wrong."""
+    """The same for the GPU, the table last. Exit status 1 if a row is wrong.
+
+    The README's table is made of the forward's and the backward's CSV together.
+    """
     rows = results.read_csv(path)
     if not rows:
         raise SystemExit(f"{path} has no rows: nothing was measured")
@@ -128,7 +147,7 @@ def report_gpu(path: Path, update_readme: bool) -> None:
 
 
 def _paired(options: argparse.Namespace) -> None:
-    """The table last; exit status 1 if a cell is over the bar or was not measured."""
+    """Measure and print the table last. Exit status 1 if a cell is over the bar or was not measured."""
     chosen = paired.select(options.on, options.mode, options.only, options.backward)
     if options.list:
         print("\n".join(case.name for case in chosen))

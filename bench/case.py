@@ -1,4 +1,4 @@
-"""What is measured: a Case, and the Bar it has to reach."""
+"""What is measured (a Case), and the requirement on it (a Bar)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -14,11 +14,14 @@ TEXT = {"speedup": "{:.2f}x", "ceiling": "{:.0%}", "cost": "{:.2f}x", "memory": 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A requirement on a case against one implementation, or against the fastest of several ("cuDNN|FA4").
+    """A requirement on a case, against one implementation or the fastest of several ("cuDNN|FA4").
 
-    speedup: their time / ours, at least. ceiling: the hardware's time / ours, at least. cost: our time per scored pair /
-    ours without the feature, at most. memory: MB beyond inputs and results, at most. error: our error against float64 /
-    theirs, at most. host: microseconds until a call returns, its work still queued, at most.
+    speedup: their time / ours, at least.
+    ceiling: the hardware's time / ours, at least.
+    cost: our time per scored pair / the same without the feature, at most.
+    memory: MB beyond inputs and results, at most.
+    error: our error against float64 / theirs, at most.
+    host: microseconds until a call returns, at most; its work is still queued.
     """
 
     against: str
@@ -35,10 +38,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One attention problem of square, decode or packed shape, and who else runs it. Arrays are (batch, heads, seqlen, head_dim).
+    """One attention problem, and who else runs it. Shapes are (batch, heads, seqlen, head_dim).
 
-    lengths: of packed sequences; then batch is their number and seqlen the longest. alone: the backward without its forward.
-    kernels: which of the engine's kernels are forced, "" leaves the choice to it.
+    lengths: of packed sequences; batch is then their number and seqlen the longest.
+    alone: the backward without its forward.
+    kernels: the kernel family that is forced; "" lets the engine choose.
     """
 
     group: str
@@ -81,14 +85,14 @@ class Case:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Names of what is on, the mask first."""
+        """Names of the features that are on, the mask first."""
         names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p,
                  "bias": self.bias, "mask": self.mask, "sinks": self.sinks, "dbias": self.need_dbias, "deterministic": self.deterministic}
         return tuple(name for name, on in names.items() if on)
 
     @property
     def shape(self) -> str:
-        """(1,8,2048,64); for decode (1,32,1,128) over 8192x8: keys x their heads; packed (32,16,<=4096,128)."""
+        """(1,8,2048,64); decode (1,32,1,128) over 8192x8, which is keys x key heads; packed (32,16,<=4096,128)."""
         if self.lengths:
             return f"({self.batch},{self.num_heads},<={self.seqlen},{self.head_dim})"
         text = "({},{},{},{})".format(*self.shape_q)
@@ -101,13 +105,13 @@ class Case:
 
     @property
     def plain(self) -> Case:
-        """The same case with nothing but its causal mask: what a feature's cost is measured against."""
+        """The same case with its causal mask only: the yardstick for a feature's cost."""
         return replace(self, window=None, softcap=None, alibi=False, dropout_p=0.0, bias=False, mask=False, sinks=False,
                        need_dbias=False, deterministic=False, against=(), bars=())
 
     @property
     def pairs(self) -> int:
-        """Scored (query, key) pairs over all heads: those that causal and window let through; other masks hide none of them."""
+        """Scored (query, key) pairs over all heads: those that causal and window leave. A boolean mask removes none."""
         if self.lengths:
             return self.num_heads * sum(self._visible(length, length) for length in self.lengths)
         return self.batch * self.num_heads * self._visible(self.seqlen, self.shape_k[2])
@@ -120,12 +124,12 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two products forward, five more backward (scores again, dV, dP, dQ, dK), over scored pairs only."""
+        """Two GEMMs forward, five more backward (S again, dV, dP, dQ, dK), over scored pairs only."""
         return (10 if self.alone else 14 if self.backward else 4) * self.pairs * self.head_dim
 
     @property
     def kv_bytes(self) -> int:
-        """What a decode step must read at least."""
+        """Bytes of K and V, which a decode step must read at least."""
         return 2 * int(np.prod(self.shape_k)) * ITEMSIZE[self.dtype]
 
     @classmethod

@@ -1,6 +1,6 @@
-"""Measured ceilings of the hardware: multiply-adds per second and bytes read per second.
+"""Measured limits of the hardware: multiply-adds per second and bytes read per second.
 
-probe.c is compiled with the C compiler found ($CC, gcc, cc) for this very processor; without one there are no ceilings.
+probe.c is compiled for this processor with the first C compiler of $CC, gcc and cc. Without one there are no ceilings.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def missing_compiler() -> str | None:
 
 @functools.cache
 def _probe() -> ctypes.CDLL:
-    """probe.c, compiled and loaded; the file is gone as soon as it is loaded."""
+    """probe.c, compiled and loaded. The file is deleted once it is loaded."""
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("the hardware probe needs a C compiler; $CC names one")
@@ -50,14 +50,14 @@ def _probe() -> ctypes.CDLL:
 
 
 def fma_call(flops: int, threads: int) -> Callable[[], None]:
-    """A call that does `flops` float32 operations as multiply-adds in registers, to the nearest 2 million."""
+    """A call that performs `flops` float32 operations as multiply-adds in registers, rounded to 2 million."""
     probe = _probe()
     chunks = max(1, round(flops / probe.fma_chunk_flops()))
     return lambda: probe.fma_run(chunks, threads)
 
 
 def read_call(arrays: list[np.ndarray[Any, Any]], threads: int) -> Callable[[], None]:
-    """A call that reads every byte of contiguous arrays that start on a cache line (to the last whole 256 KiB)."""
+    """A call that reads contiguous arrays, which start on a cache line, to the last whole 256 KiB."""
     probe = _probe()
     places = [(array.ctypes.data, array.nbytes) for array in arrays]
 
@@ -69,9 +69,10 @@ def read_call(arrays: list[np.ndarray[Any, Any]], threads: int) -> Callable[[], 
 
 
 def measure(threads: int, repeats: int = 5) -> dict[str, tuple[float, str]]:
-    """GF/s of float32 by three means and GB/s of a read that no cache of a core holds; those that can run here.
+    """GF/s of float32 by up to three means, and GB/s of reading an array larger than a core's caches.
 
-    The largest is the peak. BLAS on matrices of 2048 is what a very good kernel reaches; the probe has nothing to load or store.
+    The largest GF/s is the peak: the probe has nothing to load or store. BLAS on matrices of 2048 is what a very good
+    kernel reaches.
     """
     random = np.random.default_rng(0)
     a, b = random.standard_normal((2, _MATMUL, _MATMUL), dtype=np.float32)

@@ -22,18 +22,18 @@ from .worker import Pair
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 900  # seconds for one child
-TRIES = 3  # measurements of a pair while other processes are at work
+TRIES = 3  # measurements of a pair if other processes are at work
 MODES: dict[Mode, tuple[Mode, ...]] = {"quick": ("quick",), "full": ("quick", "full"), "long": ("quick", "full", "long")}
 BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, seconds=0.6), "full": Budget(), "long": Budget()}
 PACKAGES = ("numpy", "torch", "onnxruntime")
-# Each of these rules a different thread pool: OpenMP of fastattn and torch, NumPy's BLAS, torch's BLAS.
+# Each sets the size of one thread pool: OpenMP of fastattn and torch, NumPy's BLAS, torch's BLAS.
 THREADS = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 # (batch, num_heads, seqlen, head_dim)
 SMALL, BASE, BATCHED, WIDE = (1, 8, 512, 64), (1, 8, 2048, 64), (4, 16, 1024, 64), (1, 8, 4096, 128)
 LONG, SHORT = (1, 8, 16384, 64), ((1, 4, 16, 32), (1, 12, 32, 32), (8, 12, 32, 32), (1, 8, 64, 64), (1, 8, 128, 64), (2, 8, 256, 64))
 
-# At least so many times as fast as torch: (passes, dtype) -> full and causal, by shape.
+# Required speedup against torch: (passes, dtype) -> (full, causal) by shape.
 FORWARD, BACKWARD = False, True
 SPEEDUP: dict[tuple[bool, str], dict[tuple[int, ...], tuple[float, float]]] = {
     (FORWARD, "float32"): {BASE: (1.1, 1.4), BATCHED: (1.1, 1.4), WIDE: (1.1, 1.2)},
@@ -67,7 +67,7 @@ def _dense() -> Iterator[Case]:
 
 
 def _decode() -> Iterator[Case]:
-    """One query row over 8192 keys. "torch folded" is what a careful user of torch writes for grouped heads; it has no bar."""
+    """One query row over 8192 keys. "torch folded" is a careful user's own code for GQA in torch; it has no bar."""
     for dtype, heads_k in itertools.product(("float32", "bfloat16"), (32, 8)):
         against = ["torch"] + ["torch folded"] * (heads_k != 32) + ["onnxruntime"] * (dtype == "float32") + ["memory read"]
         yield Case("decode", 1, 32, 1, 128, dtype=dtype, num_heads_k=heads_k, seqlen_k=8192, against=tuple(against),
@@ -75,7 +75,7 @@ def _decode() -> Iterator[Case]:
 
 
 def _features() -> Iterator[Case]:
-    """fastattn against itself without the feature; times per scored pair, because a window leaves fewer of them."""
+    """fastattn against itself without the feature. Times are per scored pair, because a window leaves fewer pairs."""
     for backward in (FORWARD, BACKWARD):
         yield Case("features", *BASE, causal=True, window=511, softcap=30.0, alibi=True, backward=backward, against=("plain",),
                    bars=(Bar("plain", "cost", FEATURES_COST),), mode="quick")
@@ -100,14 +100,14 @@ def _long() -> Iterator[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """One run's set-up: what every child is told."""
+    """The settings of one run, which every child gets."""
 
     where: Where
     budget: Budget
     threads: int
 
     def rows(self, case: Case) -> Iterator[Row]:
-        """The rows of one case: fastattn first, then each rival; absent or failing ones say so and stop nothing."""
+        """The rows of one case: fastattn first, then each rival. One that is absent or fails has a note and stops nothing."""
         if case.group == "memory":
             yield from (self._memory(case, implementation) for implementation in ("fastattn", *case.against))
             return
@@ -124,7 +124,7 @@ class Runs:
         yield from (self._compared(case, rival, pair) for rival, pair in pairs if rival or isinstance(pair, str))
 
     def _pair(self, case: Case, rival: str | None) -> Pair | str:
-        """The quietest of up to TRIES measurements; one is enough on a machine that does nothing else."""
+        """The quietest of up to TRIES measurements. On a machine without other work the first one counts."""
         quietest: Pair | None = None
         for _ in range(TRIES):
             answer = self._child({"kind": "pair", "case": asdict(case), "rival": rival, "budget": asdict(self.budget)})
@@ -161,12 +161,12 @@ class Runs:
         return make_row(self.where, case, implementation, time=time, measure="memory", value=value, label=answer["label"], rounds=1)
 
     def _child(self, job: dict[str, Any]) -> Any:
-        """A worker's answer, or the last line of what it complained about."""
+        """A worker's answer, or the last line of its error output."""
         return child({**job, "threads": self.threads}, self.threads)
 
 
 def child(job: dict[str, Any], threads: int) -> Any:
-    """Run worker.py on a job: its answer, or "failed: ..." as a string."""
+    """Run worker.py on a job. Its answer, or "failed: ..." as a string."""
     counts = dict.fromkeys(THREADS, str(threads))
     try:
         done = subprocess.run([sys.executable, "-m", f"{__package__}.worker"], input=json.dumps(job), env=os.environ | counts,
@@ -198,7 +198,17 @@ def select(mode: Mode, only: str | None) -> list[Case]:
 
 
 def run(mode: Mode = "full", only: str | None = None, threads: int | None = None) -> list[Row]:
-    """Measure and return the rows; a line is printed for each case as it is done."""
+    """Measure and return the rows, and print a line for each case.
+
+    Parameters
+    ----------
+    mode : "quick", "full" or "long"
+        Which cases, and how many rounds.
+    only : str, optional
+        A regular expression that a case's name must contain.
+    threads : int, optional
+        Threads of every library. Default: the processors this process may use.
+    """
     threads = threads or machine.available_threads()
     chosen = select(mode, only)
     if not chosen:

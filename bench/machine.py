@@ -9,12 +9,12 @@ import platform
 import time
 from pathlib import Path
 
-# What decides which kernels a library can choose on this processor.
+# Processor flags that decide which kernels a library can use.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def cpu_model() -> str:
-    """The processor's name and the vector instructions it has, from /proc/cpuinfo where there is one."""
+    """The processor's name and its vector instructions, from /proc/cpuinfo if there is one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -26,19 +26,19 @@ def cpu_model() -> str:
 
 
 def available_threads() -> int:
-    """Processors this process may run on."""
+    """The number of processors that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class OtherWork:
-    """How many processors other processes keep busy from here on: on a machine at work, even paired times mean little."""
+    """How many processors other processes keep busy. On a busy machine even paired times mean little."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def processors(self) -> float | None:
-        """A mean since the start; None where there is no /proc/stat."""
+        """The mean since the start. None without /proc/stat."""
         now = self._now()
         if self._start is None or now is None:
             return None
@@ -47,8 +47,10 @@ class OtherWork:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds of wall clock, of all processors at work (user, nice, system, irq, softirq, steal), and of this process
-        with its children that ended."""
+        """Three clocks in seconds: the wall's; busy time of all processors; CPU time of this process and its ended children.
+
+        Busy is user, nice, system, irq, softirq and steal.
+        """
         try:
             line = Path("/proc/stat").read_text().split(None, 9)
         except OSError:
@@ -58,7 +60,7 @@ class OtherWork:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, found without importing it; None where it is not installed."""
+    """The installed version of a package, found without importing it. None if it is not installed."""
     if importlib.util.find_spec(package) is None:
         return None
     try:

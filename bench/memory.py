@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond its inputs and its results."""
+"""Peak memory of one call, beyond its inputs and results."""
 from __future__ import annotations
 
 import math
@@ -14,8 +14,8 @@ from .timing import wall
 def extra(case: Case, implementation: str, threads: int) -> dict[str, float | str]:
     """Megabytes and seconds of one call in this process, which must be fresh: {"megabytes": ..., "seconds": ..., "label": ...}.
 
-    A tiny call first loads the library, too small to grow its workspaces; then the kernel's record of this process's peak resident size is
-    reset, so that only the call itself is seen. Needs Linux.
+    A tiny call first loads the library; it is too small to grow the workspaces. Then Linux's record of the peak
+    resident size is reset, so only the measured call counts. Needs Linux.
     """
     maker = rivals.MAKERS.get(implementation, rivals.make_fastattn)
     small = replace(case, batch=1, num_heads=1, seqlen=16)

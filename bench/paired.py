@@ -1,9 +1,9 @@
-"""Two trees of fastattn in one run: is a cell of the benchmark slower in the new one? `python -m bench paired OLD_TREE`.
+"""`python -m bench paired OLD_TREE`: is a cell of the benchmark slower in this tree than in an older one?
 
-Each tree has a process of its own (paired_worker.py) with the same cases and inputs. They measure a cell by turns: old, new, then new, old,
-and so on, so that a machine that changes its speed changes both. A cell's ratio, new / old, is the median over the rounds. Two processes of
-the same code differ by a little, too, by where their memory is: a cell over the bar is measured again in new processes, and all its rounds
-count.
+Each tree has its own process (paired_worker.py) with the same cases and inputs. They measure a cell round robin, old
+and new, then new and old, so that a machine that changes its speed changes both. A cell's ratio, new / old, is the
+median over the rounds. Two processes of the same code differ a little too, because of where their memory lies. So a
+cell over the bar is measured again in new processes, and all its rounds count.
 """
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .timing import Budget, Spread, ratios, spread
 ROOT = Path(__file__).resolve().parent.parent
 BARS = {"cpu": 0.02, "gpu": 0.01}           # how much slower a cell may be
 BUDGETS = {"cpu": Budget(rounds=10, seconds=1.5), "gpu": Budget(rounds=12, seconds=0.5)}
-AGAIN = 2                                   # more pairs of processes for a cell over the bar
+AGAIN = 2                                   # further pairs of processes for a cell over the bar
 PATIENCE = 300.0                            # seconds without an answer: a call that hangs
 NAMES = "old", "new"
 
 
 @dataclass(slots=True)
 class Cell:
-    """One case: the samples of both trees, in seconds, round by round; or why there are none."""
+    """One case: samples of both trees in seconds, round by round, or a note why there are none."""
 
     case: Case
     old: list[float] = field(default_factory=list)
@@ -56,11 +56,11 @@ class Cell:
 
 
 class LostError(Exception):
-    """A worker that ended or does not answer."""
+    """A worker has ended or does not answer."""
 
 
 class Worker:
-    """A process with the fastattn of one tree; paired_worker.py has its orders."""
+    """A process with the fastattn of one tree. paired_worker.py lists its orders."""
 
     def __init__(self, name: str, tree: Path, job: dict[str, Any]) -> None:
         threads = {} if job["gpu"] else dict.fromkeys(cpu.THREADS, str(job["threads"]))
@@ -77,17 +77,17 @@ class Worker:
 
     def _hear(self, line: str | None) -> None:
         if line and line.strip():
-            self.said[:] = [line.strip()[:200]]     # the last one says why a process ended
+            self.said[:] = [line.strip()[:200]]     # the last line says why a process ended
 
     def _send(self, order: dict[str, Any]) -> None:
         try:
             self.stdin.write(json.dumps(order) + "\n")
             self.stdin.flush()
         except BrokenPipeError:
-            pass        # it ended: the next answer says so
+            pass        # the process ended; the next answer reports it
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """An answer. LostError where none comes."""
+        """Send an order and return the answer. LostError if there is none."""
         self._send({"do": do} | more)
         try:
             line = self.answers.get(timeout=PATIENCE)
@@ -112,14 +112,14 @@ def read(stream: IO[str], keep: Callable[[str | None], None]) -> None:
 
 
 class Pair:
-    """A worker for each tree, started when it is needed."""
+    """A worker for each tree, started by the first measurement."""
 
     def __init__(self, trees: Sequence[Path], job: dict[str, Any], budget: Budget) -> None:
         self.trees, self.job, self.budget = trees, job, budget
         self.workers: list[Worker] = []
 
     def measure(self, cell: Cell) -> None:
-        """Add a cell's rounds, or its note. A process that is lost costs one cell."""
+        """Add a cell's rounds, or its note. A lost process costs one cell."""
         try:
             if not self.workers:
                 self.workers = [Worker(name, tree, self.job) for name, tree in zip(NAMES, self.trees, strict=True)]
@@ -155,7 +155,7 @@ class Pair:
 
 
 def compile_all(trees: Sequence[Path], job: dict[str, Any], cases: Sequence[Case], jobs: int) -> None:
-    """The kernels of both trees into the cache, by processes side by side. What fails there says so when it is measured."""
+    """Compile the kernels of both trees into the cache, in parallel processes. Failures show up when the case is measured."""
     def compile_part(part: tuple[Path, list[Case]]) -> None:
         worker = Worker("compiler", part[0], job)
         try:
@@ -172,7 +172,7 @@ def compile_all(trees: Sequence[Path], job: dict[str, Any], cases: Sequence[Case
 
 def run(trees: Sequence[Path], cases: Sequence[Case], on: str, threads: int | None = None, budget: Budget | None = None,
         engine: str | None = None) -> list[Cell]:
-    """Measure every case in both trees, on "cpu" or "gpu"; a line is printed for each. `engine` is for tests without a compiled one."""
+    """Measure every case in both trees, on "cpu" or "gpu", and print a line for each. `engine` serves tests without compiled engines."""
     job = {"gpu": on == "gpu", "threads": threads or machine.available_threads(), "engine": engine}
     cells = [Cell(replace(case, against=(), bars=())) for case in cases]
     if on == "gpu":
@@ -200,7 +200,7 @@ def _brief(cell: Cell) -> str:
 
 # ---------------------------------------------------------------- what is printed and kept
 def ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """The worst first; before it those that could not be measured."""
+    """Cells that could not be measured first, then the worst ratios."""
     return sorted(cells, key=lambda cell: -math.inf if cell.note or not cell.ratio else -cell.ratio.median)
 
 
@@ -226,7 +226,7 @@ def closing(cells: Sequence[Cell], bar: float) -> str:
 
 
 def write_csv(cells: Sequence[Cell], path: Path) -> None:
-    """A line a cell, in the order of the table; times in milliseconds."""
+    """One line per cell, in the table's order. Times in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -239,7 +239,7 @@ def write_csv(cells: Sequence[Cell], path: Path) -> None:
 
 
 def select(on: str, mode: Mode, only: str | None, backward: bool = False) -> list[Case]:
-    """Cases whose name contains `only`; on a GPU the grid where there is no `only`. Those that measure memory are left out."""
+    """Cases whose name matches `only`; on a GPU the default is the grid. Cases that measure memory are left out."""
     named = cpu.select(mode, only) if on == "cpu" else gpu.choose(backward, mode, "^grid " if only is None else only, ())
     chosen = [case for case in named if case.group != "memory"]
     if not chosen:
@@ -248,7 +248,7 @@ def select(on: str, mode: Mode, only: str | None, backward: bool = False) -> lis
 
 
 def tree(path: Path) -> Path:
-    """A folder with the package, absolute. SystemExit where there is none."""
+    """The absolute path of a folder that contains the package. SystemExit if it does not."""
     if not (path / "fastattn" / "__init__.py").is_file():
         raise SystemExit(f"{path} has no fastattn/__init__.py; expected a tree of the repository, as `git worktree add OLD_TREE REVISION` "
                          "makes; for the CPU run `python setup.py build_ext --inplace` there, too")

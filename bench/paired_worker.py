@@ -1,13 +1,13 @@
-"""A child of `python -m bench paired`: fastattn of one tree, measured a turn at a time when the parent says so.
+"""A child of `python -m bench paired`: measures the fastattn of one tree, a turn whenever the parent says so.
 
-Orders come as JSON lines on stdin, each has one answer on stdout:
+Orders are JSON lines on stdin. Each has one answer on stdout:
 
-    {"do": "compile", "cases": [...]}   ->  {}                     first calls, for the kernels that they put into the cache
-    {"do": "prepare", "case": {...}}    ->  {}                     inputs and a warm-up; an earlier case is dropped
-    {"do": "turn"}                      ->  {"seconds": ...}       of one call
-    what fails                          ->  {"failed": reason}
+    {"do": "compile", "cases": [...]}   ->  {}                     first calls, which put kernels into the cache
+    {"do": "prepare", "case": {...}}    ->  {}                     make inputs and warm up; drops the case before
+    {"do": "turn"}                      ->  {"seconds": ...}       per call
+    a failure                           ->  {"failed": reason}
 
-The package `bench` is the parent's own, whatever tree fastattn comes from: `start` below runs in both.
+The package `bench` is the parent's, whatever tree fastattn comes from; START arranges that.
 """
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from .case import Case
 from .timing import Budget, Call, turn, wall
 
 Turn = Callable[[], float]
-# Run by python -c with the parent's tree and the child's: of a package that is loaded, parts are found where it is.
+# Run by python -c with the parent's tree and the child's. Modules of a loaded package are found next to it, so `bench`
+# stays the parent's.
 START = ("import sys; sys.path[0] = sys.argv[1]; import bench; sys.path[0] = sys.argv[2]; "
          "from bench import paired_worker; paired_worker.main(sys.argv[2])")
-BUDGET = Budget(turn=0.01)      # seconds of a turn on a processor
+BUDGET = Budget(turn=0.01)      # seconds of a turn on a CPU
 GPU_TURN = 0.02                 # seconds of a turn on a GPU
 HOST_CALLS = 200
 
 
 def on_processor(case: Case, threads: int, engine: str | None = None) -> Turn:
-    """A turn's seconds per call by the wall clock, after a warm-up."""
+    """Warm up; return a function that measures a turn: seconds per call by the wall clock."""
     call = rivals.make_fastattn(case, rivals.make_inputs(case), threads, engine).call
     seconds = min(wall(call) for _ in range(3))
     return lambda: turn(call, seconds, BUDGET, wall)
 
 
 def on_device(case: Case, device: Any, engine: str | None = None) -> Turn:
-    """The same on a GPU, by its own clock; for a case about the host, until the call returns."""
+    """The same on a GPU, in device time. Cases of group "host" measure the time until the call returns."""
     from .gpu import rivals as gpu_rivals
     from .gpu.worker import more_inputs
 
@@ -54,7 +55,7 @@ def on_device(case: Case, device: Any, engine: str | None = None) -> Turn:
 
 
 class Worker:
-    """What the orders do; `device` is None for a processor."""
+    """Carries out the orders. `device` is None for a CPU."""
 
     def __init__(self, device: Any, threads: int, engine: str | None = None) -> None:
         self.device, self.threads, self.engine = device, threads, engine
@@ -63,9 +64,9 @@ class Worker:
     def answer(self, order: dict[str, Any]) -> dict[str, Any]:
         try:
             return getattr(self, f"_{order['do']}")(order)  # type: ignore[no-any-return]
-        except Exception as error:      # the other cases go on
+        except Exception as error:      # report it; the other cases go on
             if self.device:
-                self.device.synchronize()       # raises again where the device is lost: then this process is, too
+                self.device.synchronize()       # raises again if the device is lost; then this process must end
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
 
     def _compile(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +91,8 @@ class Worker:
 
 
 def main(tree: str) -> None:
-    """Orders until stdin ends; the first line is {"gpu": ..., "threads": ..., "engine": ...}."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)       # compilers print what they like on stdout
+    """Carry out orders until stdin ends. The first line is {"gpu": ..., "threads": ..., "engine": ...}."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)       # compilers may print on stdout
     os.dup2(2, 1)
     import fastattn
 

@@ -1,4 +1,4 @@
-"""The PNG: speed against torch as grouped bars, a panel for each pass and dtype."""
+"""The PNG: speed against torch as grouped bars, one panel for each pass and dtype."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ COLOURS = {"fastattn": "#1f77b4", "onnxruntime": "#b0b0b0"}
 
 
 def plot(rows: Iterable[Row], path: Path) -> bool:
-    """Write the plot; False where there is nothing compared with torch, or no matplotlib."""
+    """Write the plot. False without a comparison with torch, or without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -45,7 +45,7 @@ def plot(rows: Iterable[Row], path: Path) -> bool:
 
 
 def _panel(axis: Any, title: str, cases: list[Mapping[str, Row]]) -> None:
-    """Bars of fastattn with their spread, bars of onnxruntime, a line at torch, and a mark at what is needed."""
+    """Bars of fastattn with their spread, bars of onnxruntime, a line at torch, and a mark at each requirement."""
     paired = any("onnxruntime" in found for found in cases)
     width, shift = (0.4, 0.2) if paired else (0.6, 0.0)
     for n, found in enumerate(cases):
@@ -53,7 +53,7 @@ def _panel(axis: Any, title: str, cases: list[Mapping[str, Row]]) -> None:
         assert torch.value is not None and torch.value_p20 is not None and torch.value_p80 is not None
         spread = [[torch.value - torch.value_p20], [torch.value_p80 - torch.value]]
         axis.bar(n - shift, torch.value, width, yerr=spread, capsize=2, color=COLOURS["fastattn"], label="fastattn" if n == 0 else None)
-        if onnx and onnx.value:  # theirs against torch follows from ours against both
+        if onnx and onnx.value:  # their ratio to torch follows from ours to both
             axis.bar(n + shift, torch.value / onnx.value, width, color=COLOURS["onnxruntime"], label="onnxruntime" if n == 0 else None)
         if torch.needs:
             needed = float(torch.needs.split()[-1].rstrip("x"))

@@ -1,4 +1,4 @@
-/* What the hardware can do: multiply-adds that touch no memory, and reads that compute nothing. Built by ceilings.py. */
+/* Limits of the hardware: multiply-adds without memory accesses, and reads without arithmetic. Built by ceilings.py. */
 #if defined(__AVX512F__)
 #define BYTES 64
 #else
@@ -10,13 +10,13 @@ typedef long long words __attribute__((vector_size(BYTES)));
 static volatile float sink;
 static volatile long long sink_words;
 
-/* Twelve chains hide the latency of four cycles on two units and fit the 16 registers of AVX2 with both operands. */
+/* Twelve chains hide a latency of four cycles on two units. With both operands they fit the 16 registers of AVX2. */
 #define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 enum { STEPS = 4096, CHAINS = 12 };
 
 long fma_chunk_flops(void) { return 2L * STEPS * CHAINS * (long)(BYTES / sizeof(float)); }
 
-/* Chunks are handed out one by one: a thread that loses its core for a while does not hold up the others. */
+/* Chunks are scheduled dynamically: a thread that loses its core for a while does not delay the others. */
 void fma_run(long chunks, int threads)
 {
     volatile float factor = 0.999f, term = 0.001f; /* converges to 1: no overflow, no denormals */
@@ -29,7 +29,7 @@ void fma_run(long chunks, int threads)
         EACH(START)
         for (int step = 0; step < STEPS; step++) {
             EACH(STEP)
-            __asm__ volatile("" ::: "memory"); /* keeps the compiler from doing several steps as one */
+            __asm__ volatile("" ::: "memory"); /* keeps the compiler from merging steps */
         }
         vector total = (vector){};
         EACH(SUM)

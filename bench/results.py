@@ -1,4 +1,4 @@
-"""Rows: what was measured, where, and whether it is enough; CSV and back."""
+"""Rows: what was measured, where, and whether it is enough. CSV and back."""
 from __future__ import annotations
 
 import csv
@@ -10,13 +10,13 @@ from typing import Any, get_type_hints
 from .case import TEXT, Case, Measure
 from .timing import Spread
 
-# Processors at other work above which a measurement is not to be trusted: half of one doubles the time of a call on two.
+# Busy processors above which a measurement is not trusted: half a processor doubles the time of a call on two.
 BUSY = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The machine and its set-up, repeated in every row, so that a row means something alone."""
+    """The machine and its software. Repeated in every row, so that a row means something alone."""
 
     date: str
     machine: str
@@ -31,11 +31,12 @@ class Where:
 class Row:
     """One case by one implementation.
 
-    rounds: samples taken; others: processors that other processes kept busy meanwhile.
-    median_ms, p20_ms, p80_ms: its time; fastattn_ms: ours in the same process, in turns. value, value_p20, value_p80: `measure` of
-    fastattn against it (see Bar), from the ratios of each round. verdict: pass, MISS, WRONG (the answers differ) or empty.
-    error, lse_error: against float64, relative (Frobenius norms). gigabytes: of K and V read a second, decode only. clock_mhz: of
-    the processor while it worked.
+    rounds: number of samples. others: processors that other processes kept busy meanwhile.
+    median_ms, p20_ms, p80_ms: its time. fastattn_ms: ours in the same process, round robin.
+    value, value_p20, value_p80: `measure` of fastattn against it (see Bar), from the ratios of each round.
+    verdict: pass, MISS, WRONG (the results differ) or empty.
+    error, lse_error: against float64, relative (Frobenius norms).
+    gigabytes: GB/s of K and V, decode only. clock_mhz: the processor's clock under load.
     """
 
     date: str
@@ -74,13 +75,13 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The value as people write it: 1.38x, 71%, 12 MB; WRONG where the speed of a wrong answer would stand."""
+        """The value as people write it: 1.38x, 71%, 12 MB. WRONG in place of the speed of a wrong result."""
         return "" if self.value is None else self.verdict if self.verdict == "WRONG" else TEXT[self.measure].format(self.value)
 
 
 def make_row(where: Where, case: Case, implementation: str, *, time: Spread | None = None, measure: Measure = "time",
              value: Spread | None = None, agree: bool | None = None, **other: Any) -> Row:
-    """A row with its bar, if the case has one, judged. Times in seconds."""
+    """A row, judged against its bar if the case has one. Times in seconds."""
     bar = next((bar for bar in case.bars if bar.against == implementation), None)
     verdict = "" if bar is None or value is None else "pass" if bar.met(value.median) else "MISS"
     ms = None if time is None else time.scaled(1e3)
@@ -93,7 +94,7 @@ def make_row(where: Where, case: Case, implementation: str, *, time: Spread | No
 
 
 class RowFile:
-    """A CSV that grows row by row: what is written is on the disk at once, so a run that is stopped keeps its rows."""
+    """A CSV that grows row by row. Each row is flushed, so a run that is stopped keeps its rows."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""Who runs a case on the CPU: each implementation as a call on the same memory, in its own natural layout.
+"""The implementations on the CPU: each as a call on the same memory, in its own natural layout.
 
-An implementation is imported only when it is asked for: a second thread pool in the process slows short calls of the first.
+A library is imported only if it is measured, because a second thread pool in the process slows short calls of the
+first.
 """
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """`call` does all the work of one public call, allocation included; `arrays` makes its result comparable.
+    """`call` is one public call, allocation included. `arrays` makes its result comparable.
 
-    arrays(result) -> float32 [out] or [out, dq, dk, dv], each (batch, heads, seqlen, head_dim); None: nothing to compare.
+    arrays(result) -> float32 [out] or [out, dq, dk, dv], each (batch, heads, seqlen, head_dim). None: nothing to
+    compare.
     """
 
     call: Callable[[], Any]
@@ -32,7 +34,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """q, k, v, dout, (batch, heads, seqlen, head_dim), random: zeros would save power and touch no memory."""
+    """q, k, v, dout, (batch, heads, seqlen, head_dim). Random, because zeros would save power and touch no memory."""
 
     q: Array
     k: Array
@@ -47,9 +49,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def _aligned(values: Array, dtype: str) -> Array:
-    """A copy that starts on a cache line, as torch's own arrays do; NumPy alone promises 16 bytes."""
+    """A copy that starts on a cache line, as torch's arrays do. NumPy guarantees 16 bytes only."""
     if dtype == "bfloat16":
-        import ml_dtypes  # only now does NumPy know the name
+        import ml_dtypes  # importing it registers the name with NumPy
 
         kind = np.dtype(ml_dtypes.bfloat16)
     else:
@@ -89,8 +91,11 @@ def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None
 
 
 def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runner:
-    """F.scaled_dot_product_attention and autograd. `fold`: one query row of several heads of a group as rows of one head,
-    which a user can write by hand for decoding and which reads K and V once per group."""
+    """F.scaled_dot_product_attention and autograd.
+
+    `fold`: the query rows of a GQA group as rows of one head. A user can write that by hand for decoding; it reads K
+    and V once per group.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -120,7 +125,7 @@ def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runne
 
 
 def _tensor(array: Array) -> Any:
-    """The same memory as a torch tensor; bfloat16 goes through int16, because torch does not know ml_dtypes."""
+    """The same memory as a torch tensor. bfloat16 goes through int16, because torch does not know ml_dtypes."""
     import torch
 
     if array.dtype.name == "bfloat16":
@@ -129,7 +134,7 @@ def _tensor(array: Array) -> Any:
 
 
 def make_onnxruntime(case: Case, x: Inputs, threads: int) -> Runner:
-    """The faster, on this case, of onnxruntime's two attention operators."""
+    """onnxruntime's two attention operators; the one that is faster on this case."""
     runners = [_onnx_attention(case, x, threads)]
     if case.shape_q == case.shape_k:
         runners.append(_onnx_multi_head(case, x, threads))
@@ -144,7 +149,7 @@ def _onnx_attention(case: Case, x: Inputs, threads: int) -> Runner:
 
 
 def _onnx_multi_head(case: Case, x: Inputs, threads: int) -> Runner:
-    """com.microsoft MultiHeadAttention on (batch, seqlen, heads * head_dim), its only layout; copied to it outside the timing."""
+    """com.microsoft MultiHeadAttention on (batch, seqlen, heads * head_dim), its only layout. The copy to it is not timed."""
     batch, heads, seqlen, dim = case.shape_q
     shape = (batch, seqlen, heads * dim)
     attributes = {"num_heads": heads, "unidirectional": int(case.causal)}
@@ -158,7 +163,7 @@ def _onnx_multi_head(case: Case, x: Inputs, threads: int) -> Runner:
 
 
 def _session(operator: str, domain: str, opset: int, attributes: dict[str, Any], shapes: tuple[tuple[int, ...], ...], threads: int) -> Any:
-    """A session of one node, float32."""
+    """A float32 session of one node."""
     import onnxruntime  # type: ignore[import-untyped]
     from onnx import TensorProto, helper
 
@@ -169,7 +174,7 @@ def _session(operator: str, domain: str, opset: int, attributes: dict[str, Any],
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Its threads would spin for some 20 ms after each run and take a core from the other rival's turn; spinning within a run stays.
+    # Otherwise its threads spin for some 20 ms after each run and take a core from the next turn. Spinning within a run stays on.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -184,7 +189,7 @@ def make_memory_read(case: Case, x: Inputs, threads: int) -> Runner:
 
 
 def make_plain(case: Case, x: Inputs, threads: int) -> Runner:
-    """fastattn without the features, to see what they cost."""
+    """fastattn without the features, to measure their cost."""
     return Runner(make_fastattn(case.plain, x, threads).call, "fastattn without the features")
 
 

@@ -28,7 +28,7 @@ def milliseconds(row: Row | None) -> str:
 
 
 def console(rows: Iterable[Row]) -> str:
-    """One line per case: our time, the speed against each library with its 20 to 80 % spread, ceilings, what is needed, verdict."""
+    """One line per case: our time, speed against each library with its 20 to 80 % spread, ceilings, requirement, verdict."""
     lines: list[tuple[str, ...]] = [("case", "ms", *LIBRARIES, "also", "needs", "")]
     for case, found in by_case(rows).items():
         also = [_also(row) for row in found.values() if _beside(row)]
@@ -65,7 +65,7 @@ def _also(row: Row) -> str:
 
 
 def warning(rows: Iterable[Row]) -> str:
-    """A sentence where other processes worked during the measurement, else nothing."""
+    """A sentence if other processes were at work during the measurement, else nothing."""
     worst = max((row.others or 0.0 for row in rows), default=0.0)
     return busy(worst) if worst > BUSY else ""
 
@@ -82,7 +82,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The README's text: the machine, one line per pass, dtype and shape with full and causal side by side, then the rest."""
+    """The README's text: the machine; one line per pass, dtype and shape with full and causal next to each other; the rest."""
     rows = list(rows)
     cases = by_case(rows)
     pivot: dict[tuple[str, ...], dict[str, Mapping[str, Row]]] = {}
@@ -121,7 +121,7 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 
 def update_readme(path: Path, name: str, text: str) -> None:
-    """Put text between <!-- bench:name:begin --> and <!-- bench:name:end -->; ValueError where the markers are not there once."""
+    """Put text between <!-- bench:name:begin --> and <!-- bench:name:end -->. ValueError unless both markers occur once."""
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     old = path.read_text()
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"

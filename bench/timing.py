@@ -1,4 +1,4 @@
-"""Paired, interleaved timing: A, B, A, B, ... in one process, so that a machine that changes its speed changes both."""
+"""Paired timing, round robin in one process: A, B, A, B. A machine that changes its speed changes both."""
 from __future__ import annotations
 
 import time
@@ -30,11 +30,11 @@ def spread(samples: list[float] | np.ndarray) -> Spread:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """At least `rounds` rounds and `seconds` seconds of A and B together.
+    """At least `rounds` rounds and `seconds` seconds, of A and B together.
 
-    `settle` seconds pass before each turn's measurement: the other rival's pool of threads may still spin after its call
-    (OpenMP and onnxruntime do, for some milliseconds) and would steal a core. A turn's calls take `turn` seconds together, so that
-    calls of microseconds are not one reading of the clock.
+    `settle` seconds pass before each turn is measured. The threads of the other library may still spin after its call
+    (OpenMP's and onnxruntime's do, for some milliseconds) and would take a core. A turn repeats its call for `turn`
+    seconds, so that calls of microseconds are not one reading of the clock.
     """
 
     rounds: int = 7
@@ -53,9 +53,9 @@ def wall(call: Call) -> float:
 
 
 def alternate(first: Call, second: Call | None, budget: Budget, timer: Timer = wall) -> tuple[list[float], list[float]]:
-    """Samples of both calls, taken in turns after a warm-up; sample n of the one goes with sample n of the other."""
+    """Samples of both calls, round robin after a warm-up. Sample n of one belongs to sample n of the other."""
     calls = [first] if second is None else [first, second]
-    seconds = [min(timer(call) for _ in range(3)) for call in calls]  # the first call of each compiles, allocates, starts threads
+    seconds = [min(timer(call) for _ in range(3)) for call in calls]  # the first call compiles, allocates, starts threads
     samples: list[list[float]] = [[], []]
     end = time.perf_counter() + budget.seconds
     while len(samples[0]) < budget.rounds or time.perf_counter() < end:
@@ -65,7 +65,7 @@ def alternate(first: Call, second: Call | None, budget: Budget, timer: Timer = w
 
 
 def turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
-    """Median of one turn's calls. Short calls settle by running, long ones by waiting awake: a sleep lets the core's clock drop."""
+    """Median of one turn's calls. Short calls settle by running, long ones by busy waiting: a sleep lets the core's clock drop."""
     end = time.perf_counter() + budget.settle
     while time.perf_counter() < end:
         if seconds < budget.settle:
@@ -75,14 +75,15 @@ def turn(call: Call, seconds: float, budget: Budget, timer: Timer) -> float:
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> Spread:
-    """Spread of the ratios of samples taken side by side."""
+    """Spread of the ratios of samples of the same round."""
     return spread(np.divide(numerator, denominator))
 
 
 def rotate(turns: Sequence[Callable[[], float]], rounds: int, seconds: float) -> list[list[float]]:
-    """Samples of each turn, taken round by round (a, b, c, a, b, c, ...) until there are `rounds` rounds and `seconds` have passed.
+    """Samples of each turn, round robin (a, b, c, a, b, c, ...), until `rounds` rounds and `seconds` have passed.
 
-    A turn times some calls of one implementation and returns seconds per call; sample n of one goes with sample n of the others.
+    A turn times some calls of one implementation and returns seconds per call. Sample n of each belongs to the same
+    round.
     """
     samples: list[list[float]] = [[] for _ in turns]
     end = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""The child process: one measurement in a fresh interpreter. A job comes as JSON on stdin, the answer goes as the last line of stdout.
+"""The child process: one measurement in a fresh interpreter. The job is JSON on stdin, the answer the last line of stdout.
 
 Fresh, because thread pools, allocators and caches of an earlier measurement would change the next one.
 """
@@ -17,14 +17,17 @@ from .case import Case
 from .machine import OtherWork
 from .timing import Budget, Spread, alternate, ratios, spread
 
-# Largest accepted difference of two answers, per row; see difference(). Rounding gives a tenth of it, a wrong mask or scale 1.
+# Largest accepted difference of two results, per row; see difference(). Rounding gives a tenth of it, a wrong mask or scale 1.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One case of fastattn beside one rival. Times in seconds; `ratio` is their time / ours of each round; `agree` is None
-    where there is nothing to compare; `others` is how many processors other processes kept busy meanwhile."""
+    """One case of fastattn and one rival. Times in seconds.
+
+    ratio: their time / ours in each round. agree: None if there is nothing to compare. others: processors that other
+    processes kept busy meanwhile.
+    """
 
     ours: Spread
     label: str
@@ -42,14 +45,14 @@ class Pair:
 
 
 def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Largest distance of two rows, over the size of that row or of a usual row, whichever is larger; NaN counts as infinite."""
+    """Largest distance of two rows, relative to the size of that row or of a typical row, whichever is larger. NaN is infinite."""
     size = np.linalg.norm(b, axis=-1)
     distance = np.linalg.norm(a - b, axis=-1) / np.maximum(size, np.sqrt(np.mean(size * size)) + 1e-30)
     return float(np.nan_to_num(distance, nan=np.inf).max())
 
 
 def measure_pair(case: Case, rival: str | None, threads: int, budget: Budget, engine: str | None = None) -> Pair:
-    """Time fastattn alone, or paired with one rival after a check that both compute the same."""
+    """Time fastattn alone, or round robin with one rival after checking that both compute the same."""
     inputs = rivals.make_inputs(case)
     ours = rivals.make_fastattn(case, inputs, threads, engine)
     theirs = rivals.MAKERS[rival](case, inputs, threads) if rival else None

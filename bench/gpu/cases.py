@@ -1,4 +1,4 @@
-"""The GPU cases and their bars: ratios to the best rival in the same run."""
+"""The GPU cases and their bars, which are ratios to the best rival of the same run."""
 from __future__ import annotations
 
 import itertools
@@ -18,24 +18,24 @@ GEOMETRIC_MEAN = 1.0  # of the ratios to the best rival over a grid, at least
 HOST_MICROSECONDS = 30.0
 FEATURES = (4, 16, 4096, 128)  # (batch, heads, seqlen, head_dim)
 SEQUENCES = tuple(int(n) for n in np.random.default_rng(0).integers(128, 4096, 32, endpoint=True))
-QUICK_FP16 = {(128, False, 4096), (128, True, 4096), (64, False, 4096)}  # a few, because each costs FA4 a compilation
-QUICK_RIVALS = ("cuDNN", "FA4")  # the grid's rivals of a quick run: those that have a bar
+QUICK_FP16 = {(128, False, 4096), (128, True, 4096), (64, False, 4096)}  # only a few: FA4 compiles each of them
+QUICK_RIVALS = ("cuDNN", "FA4")  # the grid's rivals in a quick run: those with a bar
 BACKWARD_SEQLEN = 65536  # of the case that measures memory
 
 
 def grid_limit(head_dim: int, seqlen: int) -> float:
-    """What a cell of the grid needs against the faster of cuDNN and FA4."""
+    """The required speedup of a cell of the grid against the faster of cuDNN and FA4."""
     return 0.85 if seqlen < 2048 else 0.95 if head_dim < 256 else 0.90
 
 
 def forward_cases() -> list[Case]:
-    """In the order in which they run: what has a bar first."""
+    """In the order in which they run: cases with a bar first."""
     return [*_grid("bfloat16"), *_grouped(), *_window(), *_packed(), *_dropout(), *_bias(), *_sm80(), *_host(), *_costs(), *_decode(),
             *_grid("float16")]
 
 
 def backward_cases() -> list[Case]:
-    """The same, backward alone: the whole public call without its forward."""
+    """The same for the backward alone: the whole public call without its forward."""
     chosen = [*_grid("bfloat16", True), *_grouped(True), *_packed(True), *_dropout(True), *_bias(True), *_deterministic(),
               *_sm80(True), *_grid("float16", True), *_memory()]
     assert all(case.alone for case in chosen)
@@ -43,7 +43,7 @@ def backward_cases() -> list[Case]:
 
 
 def select(cases: Iterable[Case], mode: Mode, only: str | None, skip: tuple[str, ...] = ()) -> list[Case]:
-    """Cases of a mode whose name contains the regular expression `only`; `skip` leaves rivals out."""
+    """Cases of a mode whose name contains the regular expression `only`, without the rivals in `skip`."""
     return [replace(case, against=tuple(name for name in case.against if name not in skip and _timed(case, name, mode)))
             for case in cases if (mode != "quick" or case.mode == "quick") and (only is None or re.search(only, case.name))]
 
@@ -90,7 +90,7 @@ def _dropout(backward: bool = False) -> Iterator[Case]:
 
 
 def _bias(backward: bool = False) -> Iterator[Case]:
-    """A bias of (1, heads, seqlen, seqlen). cuDNN gives no gradient for it, the efficient backend does."""
+    """A bias of (1, heads, seqlen, seqlen). The efficient backend computes its gradient, cuDNN does not."""
     case = _alone(Case("bias", *FEATURES, dtype="float16", bias=True, against=("cuDNN", "efficient"),
                        bars=(ERROR, Bar("cuDNN", "speedup", 1.2 if backward else 1.3)), mode="quick"), backward)
     yield case
@@ -105,14 +105,14 @@ def _deterministic() -> Iterator[Case]:
 
 
 def _sm80(backward: bool = False) -> Iterator[Case]:
-    """The kernels for sm_80, here, against torch's flash backend, which runs such kernels everywhere."""
+    """Our sm_80 kernels on this GPU, against torch's flash backend, which runs sm_80 kernels everywhere."""
     for head_dim, causal in itertools.product((128, 64), (False, True)):
         yield _alone(Case("sm80", 4, WIDTH // head_dim, 4096, head_dim, dtype="float16", causal=causal, kernels="sm80", against=("flash",),
                           bars=(ERROR, Bar("flash", "speedup", 1.0)), mode="quick"), backward)
 
 
 def _host() -> Iterator[Case]:
-    """A call so small that only its way through the library counts."""
+    """A call so small that only its host time counts."""
     yield Case("host", 1, 8, 64, 64, dtype="float16", against=("sdpa", "FA4"), bars=(Bar("fastattn", "host", HOST_MICROSECONDS),),
                mode="quick")
 

@@ -1,7 +1,7 @@
-"""Is it right: float64 attention of a part of the heads, written out, and everybody's error against it.
+"""Are the results right: float64 attention of some of the heads, written out, and the error of each implementation.
 
-A part is one sequence and one key head with its group of query heads; where dropout is on, only the first rows, because its mask
-comes from the library's NumPy definition.
+A part is one sequence and one key head with its group of query heads. With dropout only the first rows are checked,
+because the mask comes from the library's slow NumPy definition.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 def parts(case: Case) -> list[Part]:
-    """The first and the last sequence and head; dropout: the first; dbias: every sequence of a head would be needed, so no dbias."""
+    """The first and the last sequence and head; with dropout only the first. dbias is not checked: it sums over all sequences."""
     last = Part(case.batch - 1, case.shape_k[1] - 1)
     return [Part(0, 0)] if case.dropout_p or last == (0, 0) else [Part(0, 0), last]
 
@@ -48,8 +48,8 @@ def cut(case: Case, x: Tensors, part: Part) -> Tensors:
 def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tensors:
     """out and lse of a part, or dq, dk, dv, in float64.
 
-    emulated: as a 16-bit kernel would, for cases that torch's flash backend lacks: float32 scores, probabilities and dscores rounded to
-    the input's dtype before the products that take them, float32 sums, rounded results.
+    emulated: as a 16-bit kernel computes, for cases that torch's flash backend lacks. Scores are float32, P and dS
+    are rounded to the input's dtype before the GEMMs that read them, sums are float32, results are rounded.
     """
     import torch
 
@@ -68,7 +68,7 @@ def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tens
         if case.dropout_p:
             exps = exps * _keep(case, part, exps)
         if emulated:
-            exps = exps + (exps.to(x.q.dtype).to(kind) - exps).detach()  # rounded, its gradient not
+            exps = exps + (exps.to(x.q.dtype).to(kind) - exps).detach()  # rounds the value but not its gradient
         out = exps @ v / row_sum
         if not case.alone:
             return {"out": out.to(x.q.dtype) if emulated else out, "lse": (row_max + row_sum.log()).squeeze(-1)}
@@ -78,7 +78,7 @@ def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tens
 
 
 def _product(q: Any, k: Any, dtype: Any) -> Any:
-    """q @ k.T; with a dtype, the gradient that comes back is rounded to it."""
+    """q @ k.T. With a dtype, its incoming gradient is rounded to it."""
     product = q @ k.transpose(1, 2)
     if dtype is not None and product.requires_grad:
         product.register_hook(lambda gradient: gradient.to(dtype).to(gradient.dtype))
@@ -91,7 +91,7 @@ def _heads(case: Case, part: Part) -> slice:
 
 
 def _scores(case: Case, x: Inputs, part: Part, product: Any) -> Any:
-    """softcap(scale * q.k) + alibi + bias, hidden pairs -inf, of a part's first rows."""
+    """softcap(scale * q.k) + alibi + bias of a part's first rows, masked pairs -inf."""
     import torch
 
     scores = product / math.sqrt(case.head_dim)
@@ -113,7 +113,7 @@ def _scores(case: Case, x: Inputs, part: Part, product: Any) -> Any:
 
 
 def _keep(case: Case, part: Part, like: Any) -> Any:
-    """What dropout leaves, scaled, for the first rows of a part of sequence 0."""
+    """The scaled dropout mask of the first rows of a part of sequence 0."""
     import torch
 
     import fastattn
@@ -124,7 +124,7 @@ def _keep(case: Case, part: Part, like: Any) -> Any:
 
 
 class Reference:
-    """The references of a case's parts, made once."""
+    """The references of a case's parts, computed once."""
 
     def __init__(self, case: Case, x: Inputs) -> None:
         self.case, self.x = case, x
@@ -132,13 +132,13 @@ class Reference:
         self.right = [reference(case, x, part) for part in self.parts]
 
     def errors(self, found: Tensors) -> Errors:
-        """Relative error (Frobenius, all parts together) of each named result that the reference has; NaN where NaN was found."""
+        """Relative error (Frobenius, all parts together) of each named result that the reference has. NaN if a result has NaN."""
         names = [name for name in self.right[0] if name in found]
         pieces = [cut(self.case, {name: found[name] for name in names}, part) for part in self.parts]
         return {name: relative((piece[name], right[name]) for piece, right in zip(pieces, self.right, strict=True)) for name in names}
 
     def emulated_errors(self) -> Errors:
-        """Of a 16-bit kernel's arithmetic."""
+        """The errors of a 16-bit kernel's arithmetic."""
         found = [reference(self.case, self.x, part, emulated=True) for part in self.parts]
         return {name: relative((piece[name], right[name]) for piece, right in zip(found, self.right, strict=True)) for name in found[0]}
 
@@ -153,7 +153,7 @@ def relative(pairs: Iterable[tuple[Any, Any]]) -> float:
 
 
 def ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float | None:
-    """The worst of our errors over theirs, lse apart; NaN stays NaN; None where there is nothing to compare."""
+    """The worst of our errors over theirs, without lse. NaN stays NaN. None if there is nothing to compare."""
     common = [ours[name] / theirs[name] for name in ours if name in theirs and name != "lse" and theirs[name] > 0]
     if any(math.isnan(value) for value in common):
         return math.nan

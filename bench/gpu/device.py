@@ -12,7 +12,7 @@ from .. import machine
 from ..results import Where
 from ..timing import Call
 
-# Distributions that decide which machine code runs, ours and the rivals'.
+# Distributions that decide which machine code runs, ours or a rival's.
 DISTRIBUTIONS = ("flash-attn-4", "nvidia-cutlass-dsl", "numba-cuda", "numba", "llvmlite", "nvidia-nvjitlink", "nvidia-cuda-nvcc",
                  "cuda-core", "numpy")
 CYCLES_PER_SECOND = 2e9  # of torch.cuda._sleep, roughly
@@ -21,7 +21,7 @@ QUEUE = 64  # calls queued at once: far below what the driver accepts before it 
 
 
 class Device:
-    """Where calls run and how they are timed; the tests have one of their own."""
+    """Where calls run and how they are timed. The tests have their own."""
 
     name = "cuda"
 
@@ -45,10 +45,10 @@ class Device:
         return elapsed / repeats
 
     def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
-        """A turn of about `seconds` of the device: it returns device seconds per call, over several inputs if `calls` has several.
+        """A turn of about `seconds` of device time. It returns device seconds per call, over several inputs if `calls` has several.
 
-        The device sleeps while the host queues the calls, so that what is seen is the device's time alone: no library's way to its
-        kernels counts here (the "host" case is about that).
+        The device sleeps while the host queues the calls. So only device time is measured, not what a library does
+        before its kernels; the "host" case measures that.
         """
         cuda = self.torch.cuda
         self.host_seconds(calls, 3)  # allocates
@@ -68,7 +68,7 @@ class Device:
         return lambda: timed(repeats)
 
     def clock_mhz(self, call: Call) -> int | None:
-        """The multiprocessors' clock while `call` runs; None where it cannot be read."""
+        """The multiprocessors' clock while `call` runs. None if it cannot be read."""
         try:
             for _ in range(8):
                 call()
@@ -77,8 +77,11 @@ class Device:
             return None
 
     def extra_megabytes(self, call: Callable[[], Any]) -> float:
-        """Peak of a call beyond what is there before and what it returns: torch's allocations, and what fastattn and others took from the
-        driver. What torch and fastattn keep of earlier calls is given back first."""
+        """Peak memory of a call, beyond what was there before and what it returns.
+
+        Counts torch's allocations and what fastattn and others took from the driver. Memory that torch and fastattn
+        keep of earlier calls is freed first.
+        """
         from fastattn.gpu.runtime import workspace
 
         cuda = self.torch.cuda
@@ -88,7 +91,7 @@ class Device:
         cuda.reset_peak_memory_stats()
         before, free, reserved = cuda.memory_allocated(), cuda.mem_get_info()[0], cuda.memory_reserved()
         result = call()
-        least = cuda.mem_get_info()[0]      # before the end: a pool gives back what it does not use when the device is waited for
+        least = cuda.mem_get_info()[0]      # read before the synchronization, at which a pool frees its unused memory
         self.synchronize()
         kept = cuda.memory_allocated() - before
         elsewhere = max(0, free - min(least, cuda.mem_get_info()[0]) - (cuda.memory_reserved() - reserved))
@@ -96,7 +99,7 @@ class Device:
         return float(cuda.max_memory_allocated() - before - kept + elsewhere) / 1e6
 
     def poison(self, *like: Any) -> None:
-        """Fill memory that the next allocations of these sizes will get with NaN: an element that is not written cannot look right."""
+        """Fill with NaN the memory that the next allocations of these sizes will get. An element that is not written cannot look right."""
         poisoned = [self.torch.full_like(tensor, float("nan")) for tensor in like]
         del poisoned, like
         self.synchronize()
@@ -115,7 +118,7 @@ class Device:
                      platform.python_version(), ", ".join(versions), self._ceilings())
 
     def _ceilings(self) -> str:
-        """A square bf16 product and a copy, counted read plus write."""
+        """A square bf16 GEMM, and a copy (bytes read plus bytes written)."""
         torch = self.torch
         a, b = torch.randn(2, 8192, 8192, device=self.name, dtype=torch.bfloat16)
         source = torch.empty(1 << 30, device=self.name, dtype=torch.uint8)

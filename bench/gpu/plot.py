@@ -1,4 +1,4 @@
-"""The PNG: TFLOP/s over the sequence length, a panel for each pass, dtype, head_dim and mask of the grid."""
+"""The PNG: TFLOP/s over the sequence length, one panel for each pass, dtype, head_dim and mask of the grid."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ COLOURS = {"fastattn": "#1f77b4", "cuDNN": "#2ca02c", "FA4": "#ff7f0e", "flash":
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Write the plot; False where nothing of the grid was measured, or there is no matplotlib."""
+    """Write the plot. False if nothing of the grid was measured, or without matplotlib."""
     try:
         import matplotlib
     except ImportError:

@@ -1,7 +1,7 @@
-"""Who runs a case on the GPU: each implementation as a call on the same tensors, and its results under common names.
+"""The implementations on the GPU: each as a call on the same tensors, and its results under common names.
 
-Everything is (batch, seqlen, num_heads, head_dim), or packed (total, num_heads, head_dim); lse is (batch, num_heads, seqlen) or
-(num_heads, total).
+Tensors are (batch, seqlen, num_heads, head_dim), or packed (total, num_heads, head_dim). lse is (batch, num_heads,
+seqlen) or (num_heads, total).
 """
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient":
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """`call` is one public call, allocation included; `named` gives its results their names (out, lse; dq, dk, dv, dbias).
+    """`call` is one public call, allocation included. `named` gives its results their names (out, lse; dq, dk, dv, dbias).
 
-    `checked` is the same computation for the check, with `out` poisoned where it can be given; None: as `call`.
+    `checked` is the same computation for the check, with `out` poisoned if it can be passed. None: the check uses
+    `call`.
     """
 
     call: Callable[[], Any]
@@ -38,7 +39,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the case has, None for the rest; cu_seqlens int32 on the device, slopes and sinks float32."""
+    """The case's arrays, None for the rest. cu_seqlens is int32 on the device, slopes and sinks are float32."""
 
     q: Tensor
     k: Tensor
@@ -52,14 +53,14 @@ class Inputs:
 
 
 def input_bytes(case: Case) -> int:
-    """Of q, k and v, 16-bit."""
+    """Bytes of q, k and v in 16 bits."""
     total = sum(case.lengths)
     rows_q, rows_k = (total, total) if total else (case.batch * case.seqlen, case.batch * case.shape_k[2])
     return 2 * case.head_dim * (rows_q * case.num_heads + 2 * rows_k * case.shape_k[1])
 
 
 def make_inputs(case: Case, device: str, number: int = 0) -> Inputs:
-    """Normal numbers, the same for a case in every run; `number` counts sets of them."""
+    """Normal random numbers, the same for a case in every run. `number` distinguishes sets of inputs."""
     import torch
 
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + number)
@@ -84,7 +85,7 @@ def make_inputs(case: Case, device: str, number: int = 0) -> Inputs:
 
 # ---------------------------------------------------------------- fastattn
 def forced(case: Case) -> Callable[[], AbstractContextManager[Any]]:
-    """The kernels that the case asks for, as something to enter around each call."""
+    """A context, to enter around each call, in which the case's kernel family is forced."""
     if not case.kernels:
         return nullcontext
     from fastattn import gpu
@@ -144,13 +145,13 @@ def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
 
 
 def make_plain(case: Case, x: Inputs, engine: str | None = None) -> Runner:
-    """fastattn without the features: what they cost."""
+    """fastattn without the features, to measure their cost."""
     return make_fastattn(case.plain, Inputs(x.q, x.k, x.v, x.dout, cu_seqlens=x.cu_seqlens), engine)
 
 
 # ---------------------------------------------------------------- the others
 def make_sdpa(case: Case, x: Inputs, backend: str) -> Runner:
-    """torch's scaled_dot_product_attention with one backend; "sdpa" lets torch choose."""
+    """torch's scaled_dot_product_attention with one backend. "sdpa" lets torch choose."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -185,7 +186,7 @@ def make_varlen(case: Case, x: Inputs, backend: str) -> Runner:
 
 
 def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
-    """FlashAttention-4; the first call of each variant compiles it."""
+    """FlashAttention-4. The first call of each variant compiles it."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
 
     from .device import distribution
@@ -226,7 +227,7 @@ def _torch_runner(case: Case, x: Inputs, attend: Callable[..., Tensor], label: s
 
 
 def _refuse(case: Case, backend: str, *fields: str) -> None:
-    """NotImplementedError where a rival would silently compute something else."""
+    """NotImplementedError if the case has a feature that the rival would silently ignore."""
     for name in fields:
         if getattr(case, name):
             raise NotImplementedError(f"{backend} has no {name}")

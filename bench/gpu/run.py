@@ -1,7 +1,7 @@
-"""The parent: gives the cases to children, writes each row as it comes, and goes on with a new child past a case that broke one.
+"""The parent: hands the cases to children, writes each row as it comes, and starts a new child after a case that broke one.
 
-Cases that share kernels share a child. Children compile side by side, which is most of the time (25 s for each variant of
-FlashAttention-4), and measure one after another while none compiles.
+Cases that share kernels share a child. Children compile in parallel, which is most of the time (25 s for each variant
+of FlashAttention-4). They measure one at a time, while none compiles.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .worker import Budget
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, turn=0.010), "full": Budget(rounds=15, turn=0.020)}
 MINUTES: dict[Mode, float] = {"quick": 6.0, "full": 120.0}
-PATIENCE = 240.0  # seconds without an answer: a case that hangs. FA4's compilation of a backward is the longest thing known.
+PATIENCE = 240.0  # seconds without an answer: the case hangs. The longest known answer is FA4's compilation of a backward.
 COMMAND = (sys.executable, "-m", "bench.gpu.worker")
 
 
@@ -54,11 +54,11 @@ class Child:
             process.stdin.write(json.dumps(job))
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended already; its answers and its log say the rest
+            pass  # it has ended; its answers and its log say why
         return cls(process, lines)
 
     def listen(self, patience: float) -> Iterator[dict[str, Any]]:
-        """Answers until the end; {"lost": reason} last where the child broke."""
+        """Answers until the end. {"lost": reason} is the last one if the child broke."""
         while True:
             try:
                 line = self.answers.get(timeout=patience)
@@ -80,12 +80,30 @@ class Child:
 
 def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = None, patience: float = PATIENCE,
         jobs: int | None = None) -> list[Row]:
-    """Measure, print a line for each case, write the CSV row by row; the children's own output goes to a .log beside it.
+    """Measure, print a line for each case, and write the CSV row by row. The children's output goes to a .log file next to it.
 
-    `jobs` children at once (default: as many as processors, 16 at most); with 1 nothing is compiled ahead."""
+    Parameters
+    ----------
+    chosen : sequence of Case
+        The cases.
+    mode : "quick", "full" or "long"
+        How many rounds.
+    path : Path
+        The CSV.
+    minutes : float, optional
+        Start no case after so many minutes.
+    patience : float
+        Seconds without an answer after which a child counts as lost.
+    jobs : int, optional
+        Children at once. Default: the number of processors, at most 16. With 1 nothing is compiled ahead.
+
+    Returns
+    -------
+    list of Row
+    """
     until = time.time() + 60 * (minutes if minutes is not None else MINUTES[mode])
     jobs, rows = jobs or min(16, len(os.sched_getaffinity(0))), list[Row]()
-    alone = [case for case in chosen if case.group == "host"]      # the way to the kernels: while nobody compiles
+    alone = [case for case in chosen if case.group == "host"]      # measures host time, so no child may compile meanwhile
     shared = [case for case in chosen if case.group != "host"]
     with RowFile(path) as file, path.with_suffix(".log").open("w") as log, tempfile.NamedTemporaryFile() as lock:
         keeper = _Keeper(len(chosen), file, rows)
@@ -101,7 +119,7 @@ def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = 
 
 
 def by_kernels(chosen: Sequence[Case]) -> Iterator[list[Case]]:
-    """Cases in groups that need the same kernels, or nearly."""
+    """Cases in groups that use the same, or almost the same, kernels."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in chosen:
         key = (case.head_dim, case.causal) if case.group == "grid" else ()
@@ -110,7 +128,7 @@ def by_kernels(chosen: Sequence[Case]) -> Iterator[list[Case]]:
 
 
 class _Keeper:
-    """Writes and counts what children find, one at a time."""
+    """Writes and counts the children's rows, one thread at a time."""
 
     def __init__(self, cases: int, file: RowFile, rows: list[Row]) -> None:
         self.cases, self.done, self.file, self.rows, self.lock = cases, 0, file, rows, threading.Lock()
@@ -126,7 +144,7 @@ class _Keeper:
 
 
 def _measure(cases: Sequence[Case], job: dict[str, Any], keeper: _Keeper, log: IO[str], patience: float) -> None:
-    """All of `cases`, by as many children as it takes."""
+    """Measure all of `cases`, with as many children as it takes."""
     left = list(cases)
     while left:
         child = Child.start(job | {"cases": [asdict(case) for case in left]}, log)
@@ -144,7 +162,7 @@ def _measure(cases: Sequence[Case], job: dict[str, Any], keeper: _Keeper, log: I
             elif "lost" in answer:
                 why = f"{answer['lost']}: {_last_line(Path(log.name))}"
                 broken = next((case for case in left if case.name == current), None)
-                if broken is None:  # not a case's doing: a new child would not do better
+                if broken is None:  # not caused by a case: a new child would fail too
                     raise SystemExit(f"the benchmark's process ended ({why}); {len(keeper.rows)} rows are in {Path(log.name).parent}")
                 print(f"{current}: the process was lost ({why})", flush=True)
                 keeper.keep([_lost(broken, keeper.rows, why)], "lost")
@@ -155,7 +173,7 @@ def _measure(cases: Sequence[Case], job: dict[str, Any], keeper: _Keeper, log: I
 
 
 def _lost(case: Case, rows: Sequence[Row], why: str) -> Row:
-    """A case that took its process with it is wrong, whoever did it."""
+    """The row of a case that ended its process. It counts as wrong, whichever implementation caused it."""
     names = tuple(Where.__dataclass_fields__)
     where = Where(**{name: getattr(rows[0], name) for name in names}) if rows else Where("", "", "", 1, "", "", "")
     return replace(make_row(where, case, "fastattn", note=f"failed: {why}"), verdict="WRONG")
@@ -167,7 +185,7 @@ def _last_line(path: Path) -> str:
 
 
 def check_device() -> None:
-    """SystemExit with the reason where there is nothing to measure on."""
+    """SystemExit, with the reason, if there is no device to measure on."""
     try:
         import torch
     except ImportError:
@@ -177,6 +195,7 @@ def check_device() -> None:
 
 
 def choose(backward: bool, mode: Mode, only: str | None, skip: tuple[str, ...]) -> list[Case]:
+    """The chosen cases, forward or backward. SystemExit if there are none."""
     everything = cases.backward_cases() if backward else cases.forward_cases()
     chosen = cases.select(everything, mode, only, skip)
     if not chosen:

@@ -14,14 +14,14 @@ RIVALS = ("cuDNN", "FA4", "flash", "efficient", "varlen_attn", "sdpa", "plain")
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "forward": "fwd", "backward": "bwd"}
 INTRODUCTION = """## Speed on a GPU
 
-`python -m bench gpu` measures against what it finds of torch's SDPA backends (cuDNN, flash, efficient), torch's `varlen_attn` and
-FlashAttention-4, all in turns in one process; `--quick` is a part of it, `--backward` the gradients. With `--update-readme` it writes
-this table.
+`python -m bench gpu` measures fastattn and, if installed, torch's SDPA backends (cuDNN, flash, efficient), torch's `varlen_attn` and
+FlashAttention-4, round robin in one process. `--quick` runs a part of it, `--backward` the gradients. `--update-readme` writes this
+table.
 """
 
 
 def rate(row: Row | None) -> str:
-    """TFLOP/s; GB/s for decode, microseconds until the call returns for host, extra MB for memory."""
+    """TFLOP/s. GB/s for decode, microseconds until the call returns for host, extra MB for memory."""
     if row is None or (row.median_ms is None and row.measure != "memory"):
         return ""
     if row.verdict == "WRONG":
@@ -36,7 +36,7 @@ def rate(row: Row | None) -> str:
 
 
 def best(found: Mapping[str, Row]) -> Row | None:
-    """The row whose ratio stands for a case: the one with a bar and a value, else that of the fastest rival."""
+    """The row whose ratio represents a case: one with a bar and a value, else that of the fastest rival."""
     rows = [row for row in found.values() if row.implementation != "fastattn"]
     barred = [row for row in rows if row.needs]
     own = found.get("fastattn")
@@ -47,13 +47,13 @@ def best(found: Mapping[str, Row]) -> Row | None:
 
 
 def shown(found: Mapping[str, Row]) -> list[Row]:
-    """The rows whose ratios and needs a line shows: those with a bar, the error's apart, else the one that stands for the case."""
+    """The rows whose ratios and bars are printed: those with a bar, except the error's, else the one that represents the case."""
     barred = [row for row in found.values() if row.needs and not row.needs.endswith("error")]
     return barred or [row for row in (best(found),) if row]
 
 
 def verdict(found: Mapping[str, Row]) -> str:
-    """WRONG, FAILED (ours did not run), MISS, "not measured" or pass over the rows of a case."""
+    """The verdict of a case over its rows: WRONG, FAILED (ours did not run), MISS, "not measured" or pass."""
     verdicts = {row.verdict for row in found.values()}
     barred = [row for row in found.values() if row.needs]
     word = next((word for word in ("WRONG", "MISS") if word in verdicts), "")
@@ -69,13 +69,13 @@ def label(row: Row) -> str:
 
 
 def brief(rows: Sequence[Row]) -> str:
-    """One line while it runs."""
+    """The progress line of a case."""
     rates = ", ".join(f"{row.implementation} {rate(row) or row.note}" for row in rows if "|" not in row.implementation)
     return f"{label(rows[0])}: {rates}"
 
 
 def console(rows: Iterable[Row]) -> str:
-    """One line per case: our rate, each rival's, the ratios with a bar, our error over the yardstick's, whether the bars are met."""
+    """One line per case: our rate, each rival's, the ratios with a bar, our error over the yardstick's, the verdict."""
     cases = by_case(rows)
     present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in cases.values())]
     lines = [("case (TFLOP/s)", "ours", *present, "ratio", "needs", "error", "")]
@@ -95,7 +95,7 @@ def console(rows: Iterable[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """Why somebody is missing or failed, each reason once, with how often and the first case."""
+    """Why a rival is missing or failed: each reason once, with its count and first case."""
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.note and (row.median_ms is None or row.verdict == "WRONG") and row.note != "not measured":
@@ -104,14 +104,14 @@ def notes(rows: Sequence[Row]) -> str:
 
 
 def closing(rows: Sequence[Row]) -> str:
-    """How many cases stand where; and loudly what is wrong or missed."""
+    """The number of cases with each verdict."""
     verdicts = {name: verdict(found) for name, found in by_case(rows).items()}
     counts = {word: sum(v == word for v in verdicts.values()) for word in ("pass", "MISS", "WRONG", "FAILED", "not measured")}
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
 def geometric_means(rows: Sequence[Row]) -> list[Row]:
-    """For each pass a row with the geometric mean of the grid's ratios to the best rival, judged if each of them could be."""
+    """One row per pass: the geometric mean of the grid's ratios to the best rival. Judged only if every cell was."""
     summary = []
     for passes in dict.fromkeys(row.passes for row in rows):
         grid = [row for row in rows if row.passes == passes and row.group == "grid" and "|" in row.implementation and row.value]
@@ -129,7 +129,7 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
 
 # ---------------------------------------------------------------- README
 def markdown(rows: Sequence[Row]) -> str:
-    """The README's text: the machine; the grid with a column per sequence length; then everything else, a line per case."""
+    """The README's text: the machine; the grid with a column per sequence length; the rest, one line per case."""
     cases = by_case(rows)
     grid = {name: found for name, found in cases.items() if next(iter(found.values())).group == "grid"}
     parts = [_machine(rows[0])]
@@ -164,10 +164,10 @@ def _grid(cases: Mapping[str, Mapping[str, Row]]) -> str:
         ratio = next((row for row in found.values() if "|" in row.implementation and row.value), None)
         text = rate(found.get("fastattn")) + (f" ({ratio.value:.2f})" if ratio and ratio.value else "")
         cells.setdefault((first.passes, first.dtype, head_dim, first.features), {})[int(seqlen)] = text
-    def place(key: tuple[str, ...]) -> tuple[object, ...]:      # children finish in any order
+    def order(key: tuple[str, ...]) -> tuple[object, ...]:      # children finish in any order
         passes, dtype, head_dim, features = key
         return passes != "forward", dtype != "bfloat16", int(head_dim), features != "full"
-    cells = dict(sorted(cells.items(), key=lambda item: place(item[0])))
+    cells = dict(sorted(cells.items(), key=lambda item: order(item[0])))
     seqlens = sorted({seqlen for line in cells.values() for seqlen in line})
     header = ("", "dtype", "head_dim", "mask", *map(str, seqlens))
     return pipes([header, *((*key, *(line.get(seqlen, "") for seqlen in seqlens)) for key, line in cells.items())])
@@ -180,7 +180,7 @@ def _machine(row: Row) -> str:
 
 
 def add_markers(path: Path, after: str = "cpu", name: str = "gpu") -> None:
-    """Give a README that has no section for this table one, after the other table's."""
+    """Insert a section for this table after the other table's, if the README has none."""
     text = path.read_text()
     end = f"<!-- bench:{after}:end -->\n"
     if f"<!-- bench:{name}:begin -->" in text or end not in text:

@@ -1,10 +1,11 @@
 """A child process: measures the cases of a job (JSON on stdin) and answers line by line in JSON on stdout.
 
-    {"begin": case name}, then {"rows": [...]} for it; {"say": text} in between; the parent sees by these where a crash or a hang was.
-    {"waiting": seconds} while others measure.
+    {"begin": case name}, then {"rows": [...]} for it. These tell the parent which case crashed or hung.
+    {"say": text} in between; {"waiting": seconds} while others measure.
 
-A job's kernels are compiled first, beside those of other children; from then on it has the device for itself, by a lock on a file. For each
-case everybody runs once (errors against float64), then all are timed in turns.
+A job's kernels are compiled first, in parallel with other children. From then on the child has the device for itself,
+by a lock on a file. For each case every implementation runs once (errors against float64), then all are timed round
+robin.
 """
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ from . import check, rivals
 from .check import Errors, Reference
 from .rivals import Inputs, Runner
 
-ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 3e-2}  # anybody's: rounding gives a tenth of it, another mask or scale far more
+ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 3e-2}  # for every implementation: rounding gives a tenth of it, a wrong mask or scale far more
 MOST_SETS = 16
 HOST_CALLS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """So many rounds; in each, everybody has the device for `turn` seconds."""
+    """The number of rounds. In each of them every implementation has `turn` seconds on the device."""
 
     rounds: int
     turn: float
@@ -41,7 +42,7 @@ class Budget:
 
 @dataclass(slots=True)
 class Entry:
-    """One implementation in one case: why it does not run, or what it is, its errors and its samples in seconds."""
+    """One implementation in one case: a note why it does not run, or its runner, errors and samples in seconds."""
 
     note: str = ""
     runner: Runner | None = None
@@ -54,14 +55,14 @@ class Entry:
         return spread(self.samples) if self.samples else None
 
     def error(self) -> float | None:
-        """The worst, lse apart; NaN if one is."""
+        """The worst error, without lse. NaN if one is NaN."""
         values = [value for name, value in self.errors.items() if name != "lse"]
         return math.nan if any(map(math.isnan, values)) else max(values, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One run: `engine` is for tests without a GPU."""
+    """One run. `engine` serves tests without a GPU."""
 
     device: Any
     where: Where
@@ -69,7 +70,7 @@ class Bench:
     engine: str | None = None
 
     def rows(self, case: Case) -> Iterator[Row]:
-        """The rows of one case: fastattn, each rival, and the best of those that a bar names together."""
+        """The rows of one case: fastattn, each rival, and the best of the rivals that a bar names together."""
         if case.group == "memory":
             yield self._memory(case)
             return
@@ -88,7 +89,7 @@ class Bench:
         return make_runner(case, x, name, self.engine)
 
     def _entry(self, case: Case, x: Inputs, name: str, reference: Reference | None) -> Entry:
-        """The first call, into poisoned memory, and its errors; whoever fails is left out with the reason."""
+        """The first call, into poisoned memory, and its errors. A failure becomes a note."""
         why = rivals.missing(name)
         if why:
             return Entry(note=why)
@@ -96,27 +97,27 @@ class Bench:
             runner = self._make(case, x, name)
             self.device.poison(x.q, x.q[..., 0].float())  # sizes of out and lse
             found = runner.checked() if runner.checked else runner.named(runner.call())
-            if name == "plain" or reference is None or (case.dropout_p and name != "fastattn"):  # another dropout drops other elements
+            if name == "plain" or reference is None or (case.dropout_p and name != "fastattn"):  # a rival's dropout drops other elements
                 return Entry(runner=runner)
             return Entry(runner=runner, errors=reference.errors(found))
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-            self.device.synchronize()  # raises again where the device is lost: then this process is, too
+            self.device.synchronize()  # raises again if the device is lost; then this process must end
             return Entry(note=f"{'no' if isinstance(error, NotImplementedError) else 'failed'}: {text}")
 
     def _yardstick(self, case: Case, x: Inputs, entries: dict[str, Entry], reference: Reference | None) -> tuple[Errors, str]:
-        """The errors that ours are held against, and whose they are: torch's flash backend where it has the case."""
+        """The errors that ours are compared with, and their origin: torch's flash backend if it can run the case."""
         if reference is None:
             return {}, ""
         for name in ("flash", "varlen_attn"):
-            plain = replace(case, deterministic=False)  # which flash has, but torch asks for it elsewhere
+            plain = replace(case, deterministic=False)  # flash supports it, but torch sets it globally
             entry = entries.get(name) or (self._entry(plain, x, name, reference) if name == "flash" else Entry())
             if entry.errors:
                 return entry.errors, name
         return reference.emulated_errors(), "an emulated 16-bit kernel"
 
     def _time(self, case: Case, x: Inputs, entries: dict[str, Entry]) -> None:
-        """Everybody in turns; over several sets of inputs where one would stay in the cache."""
+        """Time all round robin, over several sets of inputs if one would stay in the cache."""
         present = {name: entry for name, entry in entries.items() if entry.runner}
         more = more_inputs(case, self.device)
         turns: list[Callable[[], float]] = []
@@ -160,7 +161,7 @@ class Bench:
         return self._row(case, name, ours, entry, measure, value, None if not entry.errors else right(entry, case), entry.note)
 
     def _best(self, case: Case, names: str, entries: dict[str, Entry]) -> Row:
-        """The fastest of several. Where one was not tried (not installed, left out) there is a value but no verdict."""
+        """The fastest of several. If one was not tried (not installed, left out) there is a value but no verdict."""
         members = {name: entries.get(name, Entry(note="left out")) for name in names.split("|")}
         timed = {name: entry for name, entry in members.items() if entry.samples}
         if not timed:
@@ -200,15 +201,15 @@ def make_runner(case: Case, x: Inputs, name: str, engine: str | None = None) -> 
 
 
 def more_inputs(case: Case, device: Any) -> list[Inputs]:
-    """Further sets of inputs, where one would stay in the cache."""
+    """More sets of inputs, if one would stay in the cache."""
     size = rivals.input_bytes(case)
     sets = 1 if size > 2 * device.l2_bytes else min(MOST_SETS, -(-3 * device.l2_bytes // size))
     return [rivals.make_inputs(case, device.name, number) for number in range(1, sets)]
 
 
 def compile_ahead(case: Case, device: Any) -> None:
-    """A first call of everybody in a case, for the kernels that it compiles; who fails says so when the case is measured."""
-    if case.group == "memory":      # it is large
+    """Call every implementation of a case once, so that its kernels are compiled. Failures are reported when it is measured."""
+    if case.group == "memory":      # too large to run next to others
         return
     x = rivals.make_inputs(case, device.name)
     for name in ("fastattn", *case.against):
@@ -220,7 +221,7 @@ def compile_ahead(case: Case, device: Any) -> None:
 
 
 def right(entry: Entry, case: Case) -> bool:
-    """Whether every error is one of rounding; NaN never is."""
+    """Whether every error is as small as rounding errors. NaN is not."""
     limits = {"lse": check.LSE_LIMIT}
     return all(error <= limits.get(name, ERROR_LIMIT[case.dtype]) for name, error in entry.errors.items())
 
@@ -236,7 +237,7 @@ def has_backward(device: str) -> str | None:
 
 
 def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any) -> None:
-    """Every case of the job that fits before job["until"] (seconds since 1970), answers through `say`."""
+    """Measure every case of the job that begins before job["until"] (seconds since 1970). Answers go through `say`."""
     cases = [Case.from_json(case) for case in job["cases"]]
     why = has_backward(device.name) if any(case.alone for case in cases) else None
     if why:
@@ -248,7 +249,7 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any)
             for case in cases:
                 compile_ahead(case, device)
             wait(lock, fcntl.LOCK_EX, say)
-        bench = Bench(device, device.where(), Budget(**job["budget"]))      # where() measures, too
+        bench = Bench(device, device.where(), Budget(**job["budget"]))      # where() measures too
         for number, case in enumerate(cases):
             if time.time() > job["until"]:
                 say({"say": f"out of time: {len(cases) - number} cases not run, from {case.name}"})
@@ -262,8 +263,11 @@ def run(job: dict[str, Any], say: Callable[[dict[str, Any]], None], device: Any)
 
 
 def wait(lock: IO[str], kind: int, say: Callable[[dict[str, Any]], None]) -> None:
-    """LOCK_SH: until no other child measures; LOCK_EX: and none compiles, which runs kernels and so disturbs. Who has a lock changes it or
-    ends, however it ends."""
+    """Acquire a lock on the file, shared or exclusive.
+
+    LOCK_SH waits until no other child measures. LOCK_EX also waits until none compiles, which runs kernels and so
+    disturbs. The system releases a lock when its child ends, however it ends.
+    """
     start = said = time.perf_counter()
     while True:
         try:
@@ -277,10 +281,10 @@ def wait(lock: IO[str], kind: int, say: Callable[[dict[str, Any]], None]) -> Non
 
 
 def main() -> None:
-    # Answers have a descriptor of their own: compilers print what they like on stdout.
+    # Answers have a descriptor of their own, because compilers may print on stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # FA4 may keep what it compiles, so that a child that had to be started again does not compile it again.
+    # Let FA4 cache its kernels, so that a restarted child does not compile them again.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from .device import Device
 

@@ -26,7 +26,8 @@ What differs from the originals:
 - dropout_mask stands for _fill_mem_eff_dropout_mask_. It returns the mask itself, (batch, heads, seqlen_q, seqlen_k)
   bool, True = kept. The original returns random numbers that are to be compared with dropout_p.
 
-Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu and attention_backward.cu, native_functions.yaml.
+Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu and attention_backward.cu,
+native_functions.yaml.
 """
 from __future__ import annotations
 

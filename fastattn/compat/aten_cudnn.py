@@ -22,8 +22,9 @@ def cudnn_attention_forward(query: Any, key: Any, value: Any, attn_bias: Any, cu
     key, value : array
         (batch, heads_k, max_k, head_dim), (batch, heads_k, max_k, head_dim_v); ragged (total_k, heads_k, ...).
     attn_bias : array or None
-        Additive: (max_q, max_k), (heads, max_q, max_k) or (batch, heads, max_q, max_k). Any axis may be 1; it is expanded
-        without a copy. With ragged arrays it is indexed inside each sequence; the original has no bias there.
+        Additive: (max_q, max_k), (heads, max_q, max_k) or (batch, heads, max_q, max_k). Any axis may be 1; it is
+        expanded without a copy. With ragged arrays it is indexed inside each sequence; the original has no bias
+        there.
     cum_seq_q, cum_seq_k : array or None
         (sequences + 1,) int32 or int64 for ragged arrays, else None.
     max_q, max_k : int or None
@@ -102,7 +103,7 @@ def cudnn_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, ou
     return grads[:4] if need_dbias else grads[:3]
 
 
-scaled_dot_product_cudnn_attention_backward = cudnn_attention_backward      # the original's two have the same arguments as well
+scaled_dot_product_cudnn_attention_backward = cudnn_attention_backward      # both have the same arguments in the original too
 
 
 def _forward(call: Call, query: Any, key: Any, value: Any, packed: Lengths | None, attn_bias: Any, compute_log_sumexp: bool,

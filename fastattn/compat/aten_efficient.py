@@ -57,8 +57,8 @@ def efficient_attention_forward(query: Any, key: Any, value: Any, bias: Any, cu_
     key, value : array
         (batch, seqlen_k, heads_k, head_dim), (batch, seqlen_k, heads_k, head_dim_v); packed as query.
     bias : array or None
-        Additive: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k). An axis
-        of 1 broadcasts.
+        Additive: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k). An
+        axis of 1 broadcasts.
     cu_seqlens_q, cu_seqlens_k : array or None
         (sequences + 1,) int32 or int64 for packed arrays, else None.
     max_seqlen_q, max_seqlen_k : int or None
@@ -121,8 +121,9 @@ def efficient_attention_backward(grad_out: Any, query: Any, key: Any, value: Any
     deterministic : bool
         The same bits in every run. Not in the original.
 
-    All other parameters are those of efficient_attention_forward. Two of the original's are missing: num_splits_key tunes its
-    kernel, and shared_storage_dqdkdv chooses the memory layout of the gradients. Here gradients are new arrays.
+    All other parameters are those of efficient_attention_forward. Two of the original's are missing: num_splits_key
+    tunes its kernel, and shared_storage_dqdkdv chooses the memory layout of the gradients. Here gradients are new
+    arrays.
 
     Returns
     -------
@@ -182,8 +183,8 @@ def scaled_dot_product_efficient_attention_backward(grad_out: Any, query: Any, k
                                                     deterministic: bool = False) -> tuple[Any, Any, Any, Any]:
     """ATen's _scaled_dot_product_efficient_attention_backward -> (dq, dk, dv, dbias).
 
-    grad_input_mask is four bools, for query, key, value and attn_bias: a gradient is None where it is False. `deterministic`
-    is not in the original.
+    grad_input_mask is four bools, for query, key, value and attn_bias: a gradient is None where it is False.
+    `deterministic` is not in the original.
     """
     call = Call("scaled_dot_product_efficient_attention_backward", NAMES)
     if len(grad_input_mask) != 4:

@@ -7,9 +7,9 @@ Shapes, dense and packed:
     qkv (batch, seqlen, 3, nheads, headdim) or (total, 3, nheads, headdim)
     softmax_lse (batch, nheads, seqlen_q) or (nheads, total_q), float32; S_dmask (batch, nheads, seqlen_q, seqlen_k), q's dtype
 
-Beyond the original: float32 and float64, the CPU, head sizes that are no multiple of 8, ALiBi and softcap with dropout, a
-bias, and v with a head size of its own. A row that attends nothing has out 0, lse -inf and gradients 0 (the original's lse is
-+inf).
+Beyond the original: float32 and float64, the CPU, head sizes that are no multiple of 8, ALiBi and softcap with
+dropout, a bias, and v with a head size of its own. A row that attends nothing has out 0, lse -inf and gradients 0
+(the original's lse is +inf).
 
 Source: Dao-AILab/flash-attention, flash_attn_interface.py, version 2.8.
 """
@@ -56,14 +56,14 @@ def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scal
     bias : array, optional
         Additive, broadcasts to (batch, nheads, seqlen_q, seqlen_k). Not in the original.
     seed, offset : int, optional
-        Dropout's seed and offset; the original uses torch's generator. Without a seed one is drawn. Pass one if a backward
-        follows.
+        Dropout's seed and offset; the original uses torch's generator. Without a seed one is drawn. Pass one if a
+        backward follows.
 
     Returns
     -------
     array, or tuple
-        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask). S_dmask is the encoded softmax with dropout
-        and None without, as in the original.
+        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse, S_dmask). S_dmask is the encoded softmax with
+        dropout and None without, as in the original.
 
     Raises
     ------
@@ -133,7 +133,8 @@ def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens
     block_table : None
         Paged keys are not supported: gather the pages of each sequence first.
     bias : array, optional
-        Additive, broadcasts to (batch, nheads, max_seqlen_q, max_seqlen_k), indexed inside each sequence. Not in the original.
+        Additive, broadcasts to (batch, nheads, max_seqlen_q, max_seqlen_k), indexed inside each sequence. Not in the
+        original.
 
     All other parameters are those of flash_attn_func.
 

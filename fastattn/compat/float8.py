@@ -3,9 +3,9 @@
 No engine multiplies 8-bit numbers. Each of them is exactly a float16 and a bfloat16, so operands are widened and the
 ordinary kernels do the rest.
 
-A scale is a number, or a tensor of 1 element or of one element per head. In host memory its value is read. A value that all
-heads share becomes a Python number and goes into softmax_scale without a rounding. On a device it stays there: reading it
-would stop the host and break the capture of a CUDA graph.
+A scale is a number, or a tensor of 1 element or of one element per head. In host memory its value is read. A value
+that all heads share becomes a Python number and goes into softmax_scale without a rounding. On a device it stays
+there: reading it would stop the host and break the capture of a CUDA graph.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .arrays import namespace
 from .translate import Call
 
 NAME = "float8_e4m3fn"
-FP8_MAX, FP8_MIN = 448.0, -448.0                            # it has no infinities: what is larger would become NaN
+FP8_MAX, FP8_MIN = 448.0, -448.0                            # it has no infinity: larger values would become NaN
 HALF_MAX = 65504.0
 
 

@@ -3,8 +3,8 @@
     x (B, T, D) -> x @ qkv_weight.T -> transform_bias_rescale_qkv -> attention -> out @ proj_weight.T + proj_bias
 
 The projections are done by the caller's BLAS: `@` of NumPy, CuPy or torch, or the function passed as `matmul=` (say,
-nvmath.linalg.advanced.matmul). Between them run fastattn's kernels: no scores, padding or masks are written to memory. Ragged
-input is packed, (total, D), with cu_seqlens.
+nvmath.linalg.advanced.matmul). Between them run fastattn's kernels: no scores, padding or masks are written to
+memory. Ragged input is packed, (total, D), with cu_seqlens.
 
 What differs from the original:
 
@@ -40,8 +40,8 @@ MatMul = Callable[[Any, Any], Any]
 class Saved(NamedTuple):
     """What the backward needs of the forward.
 
-    q (scaled), k, v and out are (B, T, num_head, head_dim), lse (B, num_head, T); packed (total, num_head, head_dim) and
-    (num_head, total).
+    q (scaled), k, v and out are (B, T, num_head, head_dim), lse (B, num_head, T); packed (total, num_head, head_dim)
+    and (num_head, total).
     """
 
     q: Any
@@ -54,8 +54,8 @@ class Saved(NamedTuple):
 class MultiHeadGrads(NamedTuple):
     """Gradients in the shape and dtype of their arguments.
 
-    If one array was passed as query, key and value, dquery is its whole gradient, and dkey and dvalue are None. If key and
-    value were one array, dkey is its gradient and dvalue is None.
+    If one array was passed as query, key and value, dquery is its whole gradient, and dkey and dvalue are None. If
+    key and value were one array, dkey is its gradient and dvalue is None.
     """
 
     dquery: Any
@@ -95,17 +95,17 @@ def multi_head_attention(query: Any, key: Any, value: Any, embed_dim: int, num_h
     max_seqlen : int, optional
         The longest sequence. None reads it from cu_seqlens, which must then be in host memory.
     matmul : callable, optional
-        matmul(a, b): the product of (M, K) and (K, N) matrices. None is a @ b, for NumPy's 16-bit dtypes computed in float32
-        and rounded once. Not in the original.
+        matmul(a, b): the product of (M, K) and (K, N) matrices. None is a @ b, for NumPy's 16-bit dtypes computed in
+        float32 and rounded once. Not in the original.
     return_saved : bool
         Return what the backward needs. Not in the original.
 
     Returns
     -------
     tuple
-        (out, weights), or (out, weights, saved). out is of query's shape; rows of no sequence are proj_bias. weights is
-        (B, T, T), or (B, num_head, T, T) with average_attn_weights=False, or None unless need_weights. Ragged: their T is
-        max_seqlen rounded up to a multiple of 8, zeros outside a sequence.
+        (out, weights), or (out, weights, saved). out is of query's shape; rows of no sequence are proj_bias. weights
+        is (B, T, T), or (B, num_head, T, T) with average_attn_weights=False, or None unless need_weights. Ragged:
+        their T is max_seqlen rounded up to a multiple of 8, zeros outside a sequence.
 
     Raises
     ------
@@ -226,7 +226,7 @@ def _plan(call: Call, query: Any, key: Any, value: Any, embed_dim: int, num_head
         packed = Lengths(cu_seqlens, cu_seqlens, T, T)
     elif max_seqlen is not None:
         raise check.value("max_seqlen", f"is {max_seqlen}", "None, because query is dense", "cu_seqlens makes it ragged")
-    return _Plan(D, packed, {"softmax_scale": 1.0, "mask": _seen(check, mask, mask_type, batch, heads, T)}, x)
+    return _Plan(D, packed, {"softmax_scale": 1.0, "mask": _may_attend(check, mask, mask_type, batch, heads, T)}, x)
 
 
 def _longest(check: Check, cu_seqlens: Any, max_seqlen: int | None, like: View) -> tuple[int, int]:
@@ -237,7 +237,7 @@ def _longest(check: Check, cu_seqlens: Any, max_seqlen: int | None, like: View) 
     return cumulative(check, "cu_seqlens", cu, like.shape[0], max_seqlen, "max_seqlen")[1:]
 
 
-def _seen(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int, T: int) -> Any:
+def _may_attend(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int, T: int) -> Any:
     """fastattn's mask, True = may attend, with axes that broadcast to (B, num_head, T, T)."""
     if mask is None:
         if mask_type is not None:
@@ -253,8 +253,8 @@ def _seen(check: Check, mask: Any, mask_type: int | None, batch: int, heads: int
         raise check.value("mask", f"has shape {have}", f"{meaning} = {want} for mask_type {kind}", hint)
     if not is_boolean(mask):
         raise check.type("mask", f"has dtype {mask.dtype}", "bool, True where a query may not attend")
-    seen = ~mask
-    return seen.reshape(batch, 1, 1, T) if kind == KEY_PADDING_MASK else seen
+    allowed = ~mask
+    return allowed.reshape(batch, 1, 1, T) if kind == KEY_PADDING_MASK else allowed
 
 
 def _weights(call: Call, q: Any, k: Any, p: _Plan, average: bool) -> Any:

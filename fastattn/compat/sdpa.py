@@ -15,8 +15,8 @@ The rules are those of torch 2.13:
 - A row that attends nothing gives 0, not NaN.
 - Fewer key heads than query heads need enable_gqa. A single head broadcasts without it.
 
-query, key, value and attn_mask are read in place. There are two exceptions, where the array's own reshape copies: leading
-axes that cannot be merged in place, and arrays of which some leading axes are broadcast and others are not.
+query, key, value and attn_mask are read in place. There are two exceptions, where the array's own reshape copies:
+leading axes that cannot be merged in place, and arrays of which some leading axes are broadcast and others are not.
 """
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: An
     enable_gqa : bool
         Let groups of query heads share a key head.
     seed, offset : int, optional
-        Dropout's seed and offset. Without a seed one is drawn: from torch's CPU generator for torch tensors, else from the
-        operating system. Pass one if a backward follows. Not in the original.
+        Dropout's seed and offset. Without a seed one is drawn: from torch's CPU generator for torch tensors, else
+        from the operating system. Pass one if a backward follows. Not in the original.
     return_lse : bool
         Return lse too, which the backward needs. Not in the original.
 

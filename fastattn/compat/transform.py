@@ -5,8 +5,9 @@ Shapes, D = num_heads * head_dim:
     dense    qkv (batch, T, 3 * D)                                  ->  q, k, v (batch, num_heads, T, head_dim)
     ragged   qkv (total, 3 * D), cu_seqlens (sequences + 1,)        ->  q, k, v (sequences, num_heads, T, head_dim)
 
-Ragged sequences are padded with zeros to T, the longest length rounded up to a multiple of 8. Arithmetic is float32 (float64
-for float64), and each result is rounded once. Each direction is one pass over memory, on the CPU and on CUDA devices.
+Ragged sequences are padded with zeros to T, the longest length rounded up to a multiple of 8. Arithmetic is float32
+(float64 for float64), and each result is rounded once. Each direction is one pass over memory, on the CPU and on CUDA
+devices.
 
 Source: PyTorch 2.13, aten/src/ATen/native/transformers/cuda/attention.cu.
 """
@@ -21,7 +22,7 @@ from ..engine import load
 from ..problem import DTYPES, Check, check_array, cumulative
 from ..streams import Stream
 
-PADDED = 8          # ragged sequences are padded to a multiple of it
+PADDED = 8          # ragged sequences are padded to a multiple of this
 
 
 def transform_bias_rescale_qkv(qkv: Any, qkv_bias: Any, num_heads: int, *, cu_seqlens: Any = None, max_seqlen: int | None = None,
@@ -39,8 +40,8 @@ def transform_bias_rescale_qkv(qkv: Any, qkv_bias: Any, num_heads: int, *, cu_se
     cu_seqlens : array, optional
         (sequences + 1,) int32 or int64. The original takes a nested tensor instead.
     max_seqlen : int, optional
-        The longest sequence. None reads it from cu_seqlens, which must then be in host memory. Lengths on a device are not
-        read by the host: there a sequence longer than max_seqlen is cut off.
+        The longest sequence. None reads it from cu_seqlens, which must then be in host memory. Lengths on a device
+        are not read by the host: there a sequence longer than max_seqlen is cut off.
     stream : optional
         As in fastattn.attention.
 
@@ -98,8 +99,8 @@ def transform_bias_rescale_qkv_backward(dq: Any, dk: Any, dv: Any, *, cu_seqlens
     Returns
     -------
     tuple of array
-        dqkv (batch, T, 3 * D), or (total, 3 * D) with rows of no sequence 0; and dqkv_bias (3 * D,), the sum of the unrounded
-        dqkv over its rows, with the same bits in every run.
+        dqkv (batch, T, 3 * D), or (total, 3 * D) with rows of no sequence 0; and dqkv_bias (3 * D,), the sum of the
+        unrounded dqkv over its rows, with the same bits in every run.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def _scale(shape: tuple[int, ...]) -> float:
 
 def _first(check: Check, name: str, array: Any, stream: Any) -> tuple[View, Stream | None]:
     """The View of the array that decides dtype, device and stream, and that stream."""
-    view(array, check.call, name)       # whatever is wrong with it is told by its name
+    view(array, check.call, name)       # first of all, so that errors name this array
     on = resolve(stream, array, check.call)
     x = view(array, check.call, name, on)
     check.dtype(name, x, DTYPES)

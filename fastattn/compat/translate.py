@@ -106,8 +106,8 @@ def pair(call: Call, argument: str, x: Any) -> tuple[Any, Any]:
 def dropout(call: Call, q: Any, dropout_p: Any, seed: Any, offset: Any) -> dict[str, Any]:
     """fastattn's keywords of dropout as plain values, with a fresh seed if one is needed.
 
-    The host draws it, so no device is read: from torch's CPU generator for torch tensors, which torch.manual_seed seeds, else
-    from the operating system.
+    The host draws it, so no device is read: from torch's CPU generator for torch tensors, which torch.manual_seed
+    seeds, else from the operating system.
     """
     dropout_p = call.plain("dropout_p", dropout_p, "a probability in [0, 1]")
     seed, offset = call.plain("seed", seed, "an integer"), call.plain("offset", offset, "an integer")

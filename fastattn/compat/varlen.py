@@ -69,10 +69,8 @@ def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, 
     TypeError
         Unsupported dtypes.
 
-    Notes
-    -----
-    Two arguments of the original are missing. block_table (paged keys): gather the pages first. num_splits: it changes no
-    result, and fastattn chooses it.
+    Notes ----- Two arguments of the original are missing. block_table (paged keys): gather the pages first.
+    num_splits: it changes no result, and fastattn chooses it.
 
     Source: torch.nn.attention.varlen, PyTorch 2.10 and 2.13.
     """
@@ -108,8 +106,8 @@ def varlen_attn_backward(grad_out: Any, query: Any, key: Any, value: Any, out: A
     Returns
     -------
     tuple of array
-        (dq, dk, dv), with dbias as a fourth if need_dbias, each of its argument's shape and dtype. Rows of no sequence and
-        keys past seqused_k have gradient 0.
+        (dq, dk, dv), with dbias as a fourth if need_dbias, each of its argument's shape and dtype. Rows of no
+        sequence and keys past seqused_k have gradient 0.
 
     Raises
     ------

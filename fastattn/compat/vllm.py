@@ -12,15 +12,15 @@ The scales that are given decide the mode:
     q_descale, k_descale, v_descale q, k and v are float8_e4m3fn
     k_descale, v_descale            k and v are float8_e4m3fn, q has 16 bits (or more)
 
-For query head h and its key head g the result is softmax(sm_scale * q_descale[h] * k_descale[g] * q.k + alibi + bias) @ v *
-v_descale[g] / o_scale. What happens to each scale:
+For query head h and its key head g the result is softmax(sm_scale * q_descale[h] * k_descale[g] * q.k + alibi + bias)
+@ v * v_descale[g] / o_scale. What happens to each scale:
 
 q_descale, k_descale
-    A number, or 1 element in host memory, goes into softmax_scale without a rounding. One per head, or in CUDA memory, where
-    the host must not read it: q times both is computed in float32 and rounded to float16, which keeps 11 bits of the
-    product (bfloat16 would keep 8). Magnitudes above 65504 saturate. What underflows moves a score by at most
-    sm_scale * D * 2**-16, because |k| is at most 448. With a 16-bit q: k times k_descale, rounded to q's dtype, as in the
-    original.
+    A number, or 1 element in host memory, goes into softmax_scale without a rounding. One per head, or in CUDA
+    memory, where the host must not read it: q times both is computed in float32 and rounded to float16, which keeps
+    11 bits of the product (bfloat16 would keep 8). Magnitudes above 65504 saturate. What underflows moves a score by
+    at most sm_scale * D * 2**-16, because |k| is at most 448. With a 16-bit q: k times k_descale, rounded to q's
+    dtype, as in the original.
 v_descale
     The output is multiplied by it, in float32. v stays exact. (With a 16-bit q the original rounds v * v_descale.)
 p_scale
@@ -29,15 +29,15 @@ o_scale, input_scale
     The output is divided by it and clamped to +-448. It is float8_e4m3fn unless output_dtype or o says otherwise. This
     holds in both modes; the original ignores it with a 16-bit q.
 
-A scale is a positive number or a tensor. It has 1 element, or one per query head (q_descale, p_scale) or key head (k_descale,
-v_descale). o_scale and input_scale have 1 element.
+A scale is a positive number or a tensor. It has 1 element, or one per query head (q_descale, p_scale) or key head
+(k_descale, v_descale). o_scale and input_scale have 1 element.
 
-8-bit operands are multiplied as float16, so P is rounded to float16 (with a 16-bit q: to q's dtype). On GPUs that is as fast as
-bfloat16 and eight times as exact; on CPUs with bfloat16 instructions it is half as fast. Arrays with 8-bit operands are
-NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's. The host never waits for a device.
+8-bit operands are multiplied as float16, so P is rounded to float16 (with a 16-bit q: to q's dtype). On GPUs that is
+as fast as bfloat16 and eight times as exact; on CPUs with bfloat16 instructions it is half as fast. Arrays with 8-bit
+operands are NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's. The host never waits for a device.
 
-Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, a D_v of its own, head sizes to 512 on the CPU,
-numbers as scales, errors instead of asserts. Rows that attend nothing are 0.
+Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, a D_v of its own, head sizes to 512
+on the CPU, numbers as scales, errors instead of asserts. Rows that attend nothing are 0.
 
 Source: vLLM, vllm/attention/ops/triton_flash_attention.py.
 """
@@ -80,7 +80,8 @@ def triton_attention(q: Any, k: Any, v: Any, o: Any, cu_seqlens_q: Any, cu_seqle
     cu_seqlens_q, cu_seqlens_k : array
         (N + 1,) int32 or int64: where each of the N sequences begins.
     max_seqlens_q, max_seqlens_k : int
-        The longest sequences. 0: found in cu_seqlens; in CUDA memory the totals are taken, because the host does not read it.
+        The longest sequences. 0: found in cu_seqlens; in CUDA memory the totals are taken, because the host does not
+        read it.
     causal : bool
         Causal mask, bottom-right aligned.
     sm_scale : float
@@ -88,8 +89,8 @@ def triton_attention(q: Any, k: Any, v: Any, o: Any, cu_seqlens_q: Any, cu_seqle
     bias : array, optional
         Additive, broadcasts to (N, heads, max_seqlens_q, max_seqlens_k). An assert of the original refuses every bias.
     fp8_scales : tuple, optional
-        (q_scale, k_scale, v_scale, p_scale). q, k and v that are not float8_e4m3fn yet are quantised with them, saturating. A
-        q_scale of None leaves q as it is.
+        (q_scale, k_scale, v_scale, p_scale). q, k and v that are not float8_e4m3fn yet are quantised with them,
+        saturating. A q_scale of None leaves q as it is.
     input_scale : number or array, optional
         The output is divided by it; see o_scale in this module's docstring.
 
@@ -129,7 +130,8 @@ class MetaData:
     layout : str
         "bshd" or "bhsd"; with cu_seqlens "thd" or None.
     output_dtype
-        The output's dtype if o is None: a dtype of any library, or its name. None is float8_e4m3fn with scales, else q's dtype.
+        The output's dtype if o is None: a dtype of any library, or its name. None is float8_e4m3fn with scales, else
+        q's dtype.
     max_seqlens_q, max_seqlens_k : int
         The longest sequences. May stay 0.
     cu_seqlens_q, cu_seqlens_k : array, optional
@@ -224,8 +226,8 @@ def scale_fp8(t: Any, scale: Any = None) -> tuple[Any, Any]:
     t : array
         (..., heads, dim).
     scale : number or array, optional
-        Positive: a number, 1 element, or one per head. None: the largest magnitude of t / 448, as a float32 tensor (1,) on
-        t's device; 1 if t is all zeros.
+        Positive: a number, 1 element, or one per head. None: the largest magnitude of t / 448, as a float32 tensor
+        (1,) on t's device; 1 if t is all zeros.
 
     Returns
     -------
@@ -255,7 +257,8 @@ def maybe_quantize_fp8(t: Any, scale: Any) -> Any:
 def check_and_maybe_quantize_qkv(q: Any, k: Any, v: Any, fp8_scales: Any) -> tuple[Any, Any, Any]:
     """maybe_quantize_fp8 of q, k and v.
 
-    fp8_scales is (q_scale, k_scale, v_scale, p_scale). A q_scale of None leaves q as it is, for 8-bit keys and values only.
+    fp8_scales is (q_scale, k_scale, v_scale, p_scale). A q_scale of None leaves q as it is, for 8-bit keys and values
+    only.
     """
     return _quantize_all(Call("check_and_maybe_quantize_qkv", _IN_SCALES), q, k, v, fp8_scales)
 
