@@ -2,12 +2,13 @@
 
     python jax_custom_vjp.py        # compares results and gradients with jax.nn.dot_product_attention, eagerly, under jit and vmap
 
-Eagerly, fastattn reads JAX's arrays where they are, on the CPU or a GPU, and its results are JAX's. While jit, vmap or scan
-trace there are no arrays to read: on the CPU `jax.pure_callback` then calls fastattn when the compiled program runs. On a GPU
-a callback would copy everything to the host, so tracing is refused there; it takes a kernel registered with jax.ffi.
+Called eagerly, fastattn reads JAX's arrays in place, on the CPU or a GPU, and its results are JAX's. While jit, vmap or
+scan trace, there are no arrays to read. On the CPU `jax.pure_callback` then calls fastattn when the compiled program
+runs. On a GPU a callback would copy everything to the host, so tracing is refused there; it would need a kernel
+registered with jax.ffi.
 
-Callbacks on the CPU may wait for ever for arguments that JAX computes asynchronously (jax-ml/jax issues 24255, 25861): call
-jax.config.update("jax_cpu_enable_async_dispatch", False) before anything else, as `main` does.
+A callback on the CPU may wait for ever for arguments that JAX computes asynchronously (jax-ml/jax issues 24255, 25861).
+Call jax.config.update("jax_cpu_enable_async_dispatch", False) first, as `main` does.
 """
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ from fastattn import attention, attention_backward
 
 Arrays = dict[str, Any]         # the array arguments of fastattn by their names
 Options = tuple[tuple[str, Any], ...]
-NUMBERS = ("seed", "offset")    # an array may stand for them, so that a compiled step drops other elements each time it runs
+NUMBERS = ("seed", "offset")    # may be arrays, so that a compiled step drops other elements each time it runs
 
 
 # ---------------------------------------------------------------- the adapter
 def attend(q: Any, k: Any, v: Any, *, bias: Any = None, sinks: Any = None, mask: Any = None, alibi_slopes: Any = None,
            seed: Any = None, offset: Any = 0, need_dbias: bool = True, return_lse: bool = False, **options: Any) -> Any:
-    """`attention` with gradients for q, k, v, bias and sinks; need_dbias=False makes bias a constant.
+    """`attention` with gradients for q, k, v, bias and sinks. need_dbias=False makes bias a constant.
 
-    Other keywords are fastattn's, except `out` and `stream`; they are static under jit. seed and offset are too where they are
-    ints, of 64 bits, which JAX's arrays have not by default.
+    Other keywords are fastattn's, except `out` and `stream`; they are static under jit. seed and offset are static
+    too if they are ints. An int has 64 bits; JAX's arrays have 32 by default.
     """
     options["need_dbias"] = need_dbias and bias is not None
     arrays = {"bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes}
@@ -59,7 +60,7 @@ def _forward(static: Options, q: Any, k: Any, v: Any, more: Arrays) -> tuple[tup
 
 def _backward(static: Options, saved: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     q, k, v, more, out, lse = saved
-    options, (dout, dlse) = dict(static), cotangents                    # zeros for a result that nobody used
+    options, (dout, dlse) = dict(static), cotangents                    # zeros for an unused result
     wanted = (q, k, v, more["bias"] if options["need_dbias"] else None, more.get("sinks"))
     shapes = [None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted]
     dq, dk, dv, dbias, dsinks = _call(partial(_gradients, **options), shapes,
@@ -72,15 +73,15 @@ _attend.defvjp(_forward, _backward)
 
 
 def _gradients(**arguments: Any) -> list[Any]:
-    return list(attention_backward(**arguments))            # a list, as the shapes are: pure_callback compares the containers
+    return list(attention_backward(**arguments))            # a list like the shapes: pure_callback compares containers
 
 
 def _call(function: Callable[..., Any], shapes: Any, arrays: Arrays) -> Any:
-    """function(**arrays): now, or, where one of them is being traced, when the traced program runs."""
+    """function(**arrays): now, or, if one of them is being traced, when the traced program runs."""
     def with_numbers(arrays: Arrays) -> Any:
         return function(**{name: int(x) if name in NUMBERS else x for name, x in arrays.items()})
 
-    def on_host(arrays: Arrays) -> Any:                     # NumPy's, because a callback that uses JAX can wait for itself
+    def on_host(arrays: Arrays) -> Any:                     # NumPy's, because a callback that uses JAX can deadlock
         return with_numbers({name: np.asarray(x) for name, x in arrays.items()})
 
     if not any(isinstance(x, jax.core.Tracer) for x in arrays.values()):
@@ -92,8 +93,10 @@ def _call(function: Callable[..., Any], shapes: Any, arrays: Arrays) -> Any:
 
 # ---------------------------------------------------------------- compared with JAX's own
 def own(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> tuple[Any, Any]:
-    """What `attend` with causal=True and return_lse=True is to equal: a sink is one more key, whose score is the sink and whose
-    value is 0."""
+    """What `attend` with causal=True and return_lse=True should return, by JAX alone.
+
+    A sink is one more key, whose score is the sink and whose value is 0.
+    """
     batch, seqlen, heads, dim = q.shape
     zero = jnp.zeros((batch, 1, *k.shape[2:]), k.dtype)
     k, v = jnp.concatenate((k, zero), axis=1), jnp.concatenate((v, zero), axis=1)
@@ -104,7 +107,7 @@ def own(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> tuple[Any, Any]:
 
 
 def compare() -> dict[str, float]:
-    """Largest error of any result or gradient against `own`, relative to the largest value there, of each way to call `attend`."""
+    """Largest error of any result or gradient, for each way to call `attend`, relative to the largest value of `own`."""
     rng = np.random.default_rng(0)
     shapes = ((2, 48, 4, 32), (2, 48, 2, 32), (2, 48, 2, 32), (4, 48, 48), (4,), (2, 48, 4, 32), (2, 4, 48))
     q, k, v, bias, sinks, *weights = (jnp.asarray(rng.normal(size=shape), "float32") for shape in shapes)
@@ -121,7 +124,7 @@ def compare() -> dict[str, float]:
         return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
 
     def mapped(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
-        """Over the batch, one sequence in each call."""
+        """Mapped over the batch: one sequence per call."""
         one = jax.vmap(lambda q, k, v: ours(q[None], k[None], v[None], bias, sinks))
         return jax.tree.map(lambda x: x[:, 0], one(q, k, v))
 

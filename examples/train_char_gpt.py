@@ -1,15 +1,15 @@
-"""A small language model over characters, trained with a backward pass written by hand: on NumPy arrays, or on CuPy's.
+"""A small character-level language model, trained with a hand-written backward pass on NumPy or CuPy arrays.
 
     python train_char_gpt.py --seconds 120                   # trains; writes char_gpt/weights.safetensors and loss.png
     python train_char_gpt.py --seconds 120 --device cuda     # the same on a GPU, on CuPy arrays
     python train_char_gpt.py --generate 500 --prompt "The "  # writes text with the saved weights
 
-The text is Python's own: the topics of `help()`. The network is a GPT (Radford et al. 2019) without biases. Positions come
-from ALiBi alone (Press et al. 2022), so one network reads any length and writes on with a sliding window of keys.
+The text is Python's own: the topics of `help()`. The network is a GPT (Radford et al. 2019) without biases. Positions
+come from ALiBi alone (Press et al. 2022), so one network reads any length, and generates with a sliding window of keys.
 
-Each `f` has its `f_backward` below it. `forward` puts what the backward needs on a stack, and `backward` takes it off in
-reverse order: read them side by side. Array code says `xp`, which is NumPy, or CuPy with `--device cuda`; text, random numbers
-and files are NumPy's, and `xp.asarray` takes them over.
+Each `f` is followed by its `f_backward`. `forward` pushes what the backward needs on a stack, and `backward` pops it
+in reverse order: read the two next to each other. Array code says `xp`, which is NumPy, or CuPy with `--device cuda`.
+Text, random numbers and files are NumPy's; `xp.asarray` converts them.
 """
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ History = list[tuple[int, float, float | None]]      # step, training loss, vali
 @dataclass(frozen=True)
 class Config:
     vocab: int
-    context: int = 256          # length of a training sequence, and how far back a character may look
+    context: int = 256          # length of a training sequence, and how many characters back attention reaches
     layers: int = 4
     heads: int = 4
     width: int = 128
 
     def looks(self, dtype: Any) -> dict[str, Any]:
-        """How attention sees positions: back to context - 1 characters, dimmed by ALiBi from steeply to hardly at all."""
+        """Positions for attention: a window of `context` characters, and ALiBi with slopes from steep to almost flat."""
         slopes = 2.0 ** (xp.arange(1, self.heads + 1, dtype=dtype) * (-8 / self.heads))      # (heads,), on the device of q
         return {"window": (self.context - 1, 0), "alibi_slopes": slopes}
 
 
 def use(device: str) -> None:
-    """Arrays made from now on are NumPy's ("cpu") or CuPy's ("cuda")."""
+    """From now on new arrays are NumPy's ("cpu") or CuPy's ("cuda")."""
     global xp
     xp = importlib.import_module("cupy") if device == "cuda" else np
 
 
 # ---------------------------------------------------------------- text
 def load_text() -> str:
-    """The paragraphs of the `help()` topics, each once: topics repeat each other, and validation text must be new."""
+    """The paragraphs of the `help()` topics, each once, because topics repeat each other and validation text must be unseen."""
     from pydoc_data.topics import topics
 
     paragraphs = [paragraph.strip("\n") for text in topics.values() for paragraph in text.split("\n\n")]
@@ -66,7 +66,7 @@ def load_text() -> str:
 
 
 def to_numbers(text: str, chars: str) -> Numbers:
-    """Each character's place in chars, int64; a character that is not there counts as the first."""
+    """The index of each character in chars, int64. An unknown character becomes index 0."""
     place = {char: n for n, char in enumerate(chars)}
     return np.array([place.get(char, 0) for char in text])
 
@@ -82,7 +82,7 @@ def baselines(train: Numbers, valid: Numbers, vocab: int) -> tuple[float, float]
 
 # ---------------------------------------------------------------- layers: x, y, dx, dy are (tokens, width)
 def layer_norm(x: Array) -> tuple[Array, Array]:
-    """(x - mean) / deviation over the last axis, and 1 / deviation (tokens, 1). The matrix that follows does the scaling."""
+    """(x - mean) / deviation over the last axis, and 1 / deviation (tokens, 1). The next matrix does the scaling."""
     x = x - xp.mean(x, axis=1, keepdims=True)
     scale = 1 / xp.sqrt(xp.mean(x * x, axis=1, keepdims=True) + 1e-5)
     return x * scale, scale
@@ -124,21 +124,21 @@ def init(config: Config, rng: np.random.Generator, dtype: str = "float32") -> We
 
 
 class Cache:
-    """Keys and values of the characters read so far, of each layer: (layers, 1, capacity, heads, head_dim)."""
+    """Keys and values of all characters so far, for each layer: (layers, 1, capacity, heads, head_dim)."""
 
     def __init__(self, config: Config, capacity: int):
         shape = (config.layers, 1, capacity, config.heads, config.width // config.heads)
         self.k, self.v, self.length = xp.zeros(shape, "float32"), xp.zeros(shape, "float32"), 0
 
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Put k and v (1, new, heads, head_dim) behind what is there; returns views of all of it."""
+        """Append k and v (1, new, heads, head_dim). Returns views of all keys and values."""
         end = self.length + k.shape[1]
         self.k[layer, :, self.length:end], self.v[layer, :, self.length:end] = k, v
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
 def forward(w: Weights, config: Config, tokens: Array, cache: Cache | None = None) -> tuple[Array, list[Any]]:
-    """tokens (batch, seqlen) -> logits (batch * seqlen, vocab) of the character after each, and the stack for backward."""
+    """tokens (batch, seqlen) -> logits (batch * seqlen, vocab) of the next character, and the stack for backward."""
     batch, seqlen = tokens.shape
     tokens, saved = tokens.reshape(-1), []
     x = w["embed"][tokens]
@@ -147,7 +147,7 @@ def forward(w: Weights, config: Config, tokens: Array, cache: Cache | None = Non
     for n in range(config.layers):
         y, scale = layer_norm(x)
         qkv = (y @ w[f"{n}.qkv"]).reshape(batch, seqlen, 3, config.heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]              # strided views, read where they are
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]              # strided views, read in place
         if cache is not None:
             k, v = cache.extend(n, k, v)
         out, lse = attention(q, k, v, return_lse=True, **looks)
@@ -165,7 +165,7 @@ def forward(w: Weights, config: Config, tokens: Array, cache: Cache | None = Non
 
 
 def backward(dlogits: Array, w: Weights, config: Config, saved: list[Any]) -> Weights:
-    """Gradients of all weights; dlogits (tokens, vocab) is the loss's for logits. Empties `saved`."""
+    """Gradients of all weights. dlogits (tokens, vocab) is the gradient of the logits. Empties `saved`."""
     g: Weights = {}
     y, scale = saved.pop()
     g["head"] = y.T @ dlogits
@@ -185,20 +185,20 @@ def backward(dlogits: Array, w: Weights, config: Config, saved: list[Any]) -> We
         g[f"{n}.qkv"] = y.T @ dqkv
         dx = dx + layer_norm_backward(dqkv @ w[f"{n}.qkv"].T, y, scale)
     one_hot = xp.eye(config.vocab, dtype=dx.dtype)[saved.pop()]
-    g["embed"] = one_hot.T @ dx                                       # adds up the rows of each character
+    g["embed"] = one_hot.T @ dx                                       # sums the rows of each character
     return g
 
 
 # ---------------------------------------------------------------- training
 class AdamW:
-    """Adam with weight decay beside the gradient (Loshchilov and Hutter 2019)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
     def __init__(self, w: Weights, beta1: float = 0.9, beta2: float = 0.99, decay: float = 0.1):
         self.beta1, self.beta2, self.decay, self.steps = beta1, beta2, decay, 0
         self.mean, self.square = ({name: xp.zeros_like(x) for name, x in w.items()} for _ in range(2))
 
     def step(self, w: Weights, g: Weights, rate: float) -> None:
-        """Change w in place. The running means start at zero; dividing by 1 - beta^steps makes up for it."""
+        """Change w in place. The running means start at zero; dividing by 1 - beta^steps corrects that."""
         self.steps += 1
         unbias = rate * (1 - self.beta2**self.steps) ** 0.5 / (1 - self.beta1**self.steps)
         for name, x in w.items():
@@ -210,7 +210,7 @@ class AdamW:
 
 
 def batches(data: Numbers, batch: int, context: int, rng: np.random.Generator) -> Iterator[tuple[Array, Array]]:
-    """Random pieces of the text for ever: tokens (batch, context) and (batch * context,) the one after each."""
+    """Random pieces of the text, without end: tokens (batch, context), and (batch * context,) the next character of each."""
     while True:
         starts = rng.integers(0, len(data) - context, size=(batch, 1))
         pieces = data[starts + np.arange(context + 1)]
@@ -218,7 +218,7 @@ def batches(data: Numbers, batch: int, context: int, rng: np.random.Generator) -
 
 
 def evaluate(w: Weights, config: Config, data: Numbers, batch: int = 16) -> float:
-    """Mean loss in nats over the text, cut into pieces of context characters; the piece that remains is left out."""
+    """Mean loss in nats over the text, in pieces of `context` characters. The incomplete last piece is left out."""
     count = (len(data) - 1) // config.context
     tokens, targets = (data[shift:shift + count * config.context].reshape(count, -1) for shift in (0, 1))
     total = 0.0
@@ -231,12 +231,12 @@ def evaluate(w: Weights, config: Config, data: Numbers, batch: int = 16) -> floa
 
 def train(config: Config, data: Numbers, valid: Numbers, *, seconds: float = 120, steps: int | None = None, batch: int = 8,
           rate: float = 4e-3, seed: int = 0) -> tuple[Weights, History]:
-    """Weights after `steps`, or after about `seconds` if steps is None, and the losses on the way."""
+    """Weights after `steps`, or after about `seconds` if steps is None, and the losses along the way."""
     rng = np.random.default_rng(seed)
     w = init(config, rng)
     optimizer, stream = AdamW(w), batches(data, batch, config.context, rng)
     history: History = []
-    start, done, checked = time.perf_counter(), 0.0, 0.0             # done: how much of the training, from 0 to 1
+    start, done, checked = time.perf_counter(), 0.0, 0.0             # done: the finished part of the training, 0 to 1
     with tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while done < 1:
             tokens, targets = next(stream)
@@ -289,7 +289,7 @@ def generate(w: Weights, config: Config, prompt: Numbers, count: int, rng: np.ra
     tokens = xp.asarray(prompt)[None]
     for _ in range(count):
         logits, _ = forward(w, config, tokens, cache)
-        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        # The argmax of logits plus Gumbel noise is a draw from their softmax.
         token = int(xp.argmax(logits[-1] / temperature + xp.asarray(rng.gumbel(size=config.vocab))))
         yield token
         tokens = xp.asarray([[token]])
