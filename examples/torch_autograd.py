@@ -33,8 +33,6 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None,
                 alibi_slopes: Tensor | None, options: dict[str, Any]) -> Any:
-        # fastattn refuses tensors that require grad, because it would drop them from the graph. So they are detached here.
-        # Slopes have no gradient. They are not detached, so slopes that require grad are refused, not silently ignored.
         plain = [None if x is None else x.detach() for x in (q, k, v, bias, sinks)]
         call = attention_varlen if "cu_seqlens_q" in options else attention
         return call(*plain[:3], bias=plain[3], sinks=plain[4], mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
@@ -65,6 +63,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sinks
     Dropout without a seed draws one from torch's CPU generator, which `torch.manual_seed` seeds. Other keywords are
     fastattn's, except `out`.
     """
+    if alibi_slopes is not None and alibi_slopes.requires_grad:     # refused, not silently ignored
+        raise TypeError("attend(): alibi_slopes requires grad, but slopes have no gradient; alibi_slopes.detach() works")
     if dropout_p > 0 and seed is None:
         seed = int(torch.randint(2**62, ()))
     out, lse = Attention.apply(q, k, v, bias, sinks, mask, alibi_slopes, {"dropout_p": dropout_p, "seed": seed, **options})
