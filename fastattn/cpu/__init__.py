@@ -1,7 +1,9 @@
-"""The CPU engine: tiled kernels in Cython, compiled once per instruction set; this file picks one and cuts Problems into tasks.
+"""The CPU engine: tiled kernels in Cython, compiled once per instruction set.
 
-Reading order: plan.py (how a problem is cut), forward.pxi (the loop), backward.pxi, kernels.h (what a tile can do), real.h and rows.h (the
-micro-kernels). `levels.py` lists the instruction sets; FASTATTN_ISA forces one.
+This file chooses the instruction set and divides Problems into tasks. FASTATTN_ISA forces one that `levels.py` lists.
+
+Reading order: plan.py (how a problem is divided), forward.pxi (the loop), backward.pxi, kernels.h (what is done with a
+tile), real.h and rows.h (the micro-kernels).
 """
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ __all__ = ["backward", "forward", "get_num_threads", "instruction_set", "name", 
 
 name = "cpu"
 _level = levels.choose()
-# libgomp's threads spin for milliseconds after a call, against NumPy's BLAS threads on the same cores; it reads this when it loads
+# libgomp reads this when it is loaded. Its threads spin for milliseconds after a call and slow NumPy's BLAS threads.
 _patience = {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else {"GOMP_SPINCOUNT": "10000"}
 os.environ.update(_patience)
 try:
@@ -35,17 +37,17 @@ finally:
 
 
 def instruction_set() -> str:
-    """The level in use, e.g. 'x86_64_v4'."""
+    """The level in use, for example 'x86_64_v4'."""
     return _level
 
 
 def supports(problem: Problem) -> str | None:
-    """None: this engine takes every valid Problem."""
+    """None: this engine supports every valid Problem."""
     return None
 
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
-    """Writes out, and lse where wanted. Rows of a packed output that belong to no sequence become 0 and -inf."""
+    """Write out, and lse if it is not None. Rows of a packed output that belong to no sequence become 0 and -inf."""
     p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
     if lengths.cu_q is not None:
         _clear_unowned(lengths.cu_q, out, 0)
@@ -59,7 +61,7 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
-    """Writes dq, dk, dv, and dbias and dsinks where their Views are there. Always deterministic."""
+    """Write dq, dk, dv, and dbias and dsinks if their Views are given. Always deterministic."""
     p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
     if lengths.cu_q is not None and lengths.cu_k is not None:
         _clear_unowned(lengths.cu_q, grads.dq, 0)
@@ -92,8 +94,11 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
 
 
 def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:
-    """-sum over rows of exp(sink - lse) delta: the sink is a logit whose value is zero. Rows that see nothing and no sink have lse -inf.
-    The sink is rounded as lse is, so that it is never larger."""
+    """-sum over rows of exp(sink - lse) delta: a sink is a score whose value row is zero.
+
+    Rows that attend nothing and have no sink have lse -inf and no share. The sink is rounded as lse is, so that it is
+    never larger than lse.
+    """
     heads = lse.ndim - 2
     logit = sinks.astype(lse.dtype).astype(np.float64).reshape(-1, 1)
     terms = np.where(np.isinf(lse), 0, np.exp(logit - np.where(np.isinf(lse), np.inf, lse)) * delta)
@@ -101,7 +106,7 @@ def _dsinks(sinks: Any, lse: Any, delta: Any) -> Any:
 
 
 def _clear_unowned(cu_seqlens: NDArray[np.int64], x: View, axis: int) -> None:
-    """Rows after the last sequence: 0, or -inf where `axis` 1 says that x is an lse (heads, rows)."""
+    """Fill the rows after the last sequence with 0; with axis 1 x is an lse (heads, rows), and they become -inf."""
     end = int(cu_seqlens[-1])
     if end < x.shape[axis]:
         a = x.numpy()

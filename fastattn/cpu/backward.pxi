@@ -1,57 +1,57 @@
-# Backward, in one pass with five products. A task is one tile of keys of one key head; it loops over the group's query heads and the
-# blocks of query rows that see the tile:
+# Backward: one pass with five GEMMs. A task is a tile of keys of one key head. It loops over the group's query heads and the
+# blocks of query rows that attend the tile:
 #
 #   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   with S = score(Q K^T), delta = rowsum(dO out) - dlse
 #   dQ += dS K    dV += P^T dO    dK += dS^T Q
 #
-# dK and dV stay with the task. dQ of a block of rows receives the tiles in key order, each waiting for its turn, so every sum has one
-# order: results are bitwise the same from run to run and for any number of threads, without partial copies of dQ.
+# dK and dV stay with the task. Tiles add to dQ of a block of rows in key order; each waits for the one before. So every sum
+# has one order, results are bitwise the same from run to run and for any number of threads, and dQ needs no partial copies.
 
 cdef struct Backward:
     Call c
     long b0, b1, head_k0, head_k1       # this wave: sequences and key heads
-    long row_origin, rows               # packed: first row; rows of dQ per head in this wave
+    long row_origin, rows               # first packed row; rows of dQ per head in this wave
     char* delta                         # reals, (batch, heads, seqlen_q) or (heads, total_q)
     long delta_batch, delta_head        # in reals
     Tensor dlse
     char* dq_sum                        # reals, [heads of the wave][rows][ldq]
     int* turns                          # [heads of the wave][blocks of rows]
     long turn_rows
-    bint dbias_once                     # nothing is broadcast: each element of dbias is one dS, rounded; else reals that dS are added to
-    char* dbias_rows                    # bias broadcast over keys: reals, sums of dS laid out as delta
-    Tensor shared                       # dbias, where it has a pass of its own; c.dbias is then NULL
-    long together                       # pairs of sequence and key head that run side by side
-    long pairs, chunks                  # those of the wave, and groups of `together`
-    long* first_task                    # of each chunk, and of all
+    bint dbias_once                     # each element of dbias is one dS, rounded and stored; else dbias is of reals, to which dS are added
+    char* dbias_rows                    # a bias broadcast over keys: sums of dS, reals laid out as delta
+    Tensor shared                       # dbias, if it has a pass of its own; c.dbias is then NULL
+    long together                       # pairs (sequence, key head) that run at the same time
+    long pairs, chunks                  # number of pairs in the wave, and of groups of `together`
+    long* first_task                    # of each chunk, then the total
     bint few                            # scores and dP are dot products with rows of K and V
-    bint all_batch, all_heads           # one task takes every sequence, every key head, because they share dbias
+    bint all_batch, all_heads           # one task does every sequence, every key head, because they share dbias
 
 cdef struct GradWork:
-    char* K                             # packed columns, for S; unused with few rows
-    char* V                             # packed columns, for dP; [GRAD_N][ldv] with few rows
+    char* K                             # packed columns, for S; unused if `few`
+    char* V                             # packed columns, for dP; [GRAD_N][ldv] if `few`
     char* K_rows                        # [GRAD_N][ldq], for dQ
-    char* dK                            # [GRAD_N][ldq] reals, or its transpose (see key_row)
+    char* dK                            # [GRAD_N][ldq] reals, or transposed (see key_row)
     char* dV
     char* Q                             # [GRAD_M][ldq]
     char* dO                            # [GRAD_M][ldv]
     char* P                             # [GRAD_M][GRAD_N]
     char* dS
-    char* slope                         # of the softcap, [GRAD_N], one row
+    char* slope                         # the softcap's derivative, [GRAD_N], of one row
     char* bias
-    char* scratch                       # what grad_operands and key_row need
+    char* scratch                       # for grad_operands and key_row
     char* bias_sum                      # [GRAD_M]
     char* ones                          # [panel]
-    long* lo                            # keys of each row, relative to the tile
+    long* lo                            # each row's keys, relative to the tile
     long* hi
     uint64_t* keep                      # [GRAD_M][GRAD_N / 64] bits
-    uint8_t* seen                       # [GRAD_N] keys that the boolean mask shows to some row; NULL without one
-    uint8_t* sees                       # [GRAD_M] rows that see some key of the tile
-    Tensor dbias                        # where dS goes: c.dbias or, in the pass of dbias, dbias_sum
+    uint8_t* seen                       # [GRAD_N] keys that the boolean mask leaves to some row; NULL without a mask
+    uint8_t* sees                       # [GRAD_M] rows that attend a key of the tile
+    Tensor dbias                        # where dS is added: c.dbias or, in the extra pass, dbias_sum
     char* dbias_sum                     # [DBIAS_M][GRAD_N] reals
 
 
 cdef enum:
-    DBIAS_M = 768                       # rows of a task of dbias, which pack a tile of K and V once: 600 KB of sums, in L2
+    DBIAS_M = 768                       # rows of a task of the dbias pass, which packs K and V of its tile once: 600 KB of sums, in L2
 
 
 cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) noexcept nogil:
@@ -82,7 +82,7 @@ cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) 
 
 
 cdef bint open_memory(const Backward* f, GradWork* w) noexcept nogil:
-    """This thread's; False when there is none."""
+    """Get this thread's workspace. False if there is no memory."""
     cdef const Call* c = &f.c
     cdef bint shared = f.shared.ptr != NULL
     cdef char* memory = task_memory(backward_memory(c, shared, NULL, w), c.stop)
@@ -96,7 +96,7 @@ cdef bint open_memory(const Backward* f, GradWork* w) noexcept nogil:
 
 
 cdef inline long first_row(const Backward* f, const Sequence* s, long b) noexcept nogil:
-    """Row of the wave's dQ where sequence b starts: multiples of 32, so that whole panels can be added."""
+    """Row of the wave's dQ at which sequence b starts: a multiple of 32, so that whole panels can be added."""
     if f.c.cu_q == NULL:
         return (b - f.b0) * round_up(f.c.seqlen_q, 32)
     return round_up(s.q0 - f.row_origin, 32) + 32 * (b - f.b0)
@@ -111,7 +111,7 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
 
 
 cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row) noexcept nogil:
-    """Whether the masks leave the row a key."""
+    """Whether the masks leave the row any key."""
     cdef long lo, hi, j
     row_interval(c, row, s.nq, s.nk, &lo, &hi)
     if c.mask.ptr == NULL:
@@ -123,7 +123,7 @@ cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row)
 
 
 cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
-    """Rows of one head and sequence, before (delta, and zeros for the sums of dQ) or after (dQ from its float sum to the caller's array)."""
+    """The rows of one head and sequence. Before the tiles: delta, and dQ sums set to 0. After (`finish`): dQ to the caller's array."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long heads = (f.head_k1 - f.head_k0) * c.group
@@ -143,7 +143,7 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
         g.load_row(a, c.ldv, at(&c.dout, b, s.q0 + i, head), c.dout.dim, c.dout.dtype, c.head_dim_v)
         g.load_row(a + c.ldv * g.real, c.ldv, at(&c.out, b, s.q0 + i, head), c.out.dim, c.out.dtype, c.head_dim_v)
         delta = g.dot_row(a, a + c.ldv * g.real, c.ldv)
-        if delta - delta != 0 and not attends(c, &s, b, head, i):       # NaN in the dout of a row whose out is 0
+        if delta - delta != 0 and not attends(c, &s, b, head, i):       # NaN in dout of a row whose out is 0
             delta = 0
         if f.dlse.ptr != NULL:
             delta -= load_element(at(&f.dlse, b, s.q0 + i, head), f.dlse.dtype)
@@ -159,7 +159,7 @@ cdef void finish_rows(const void* call, long number) noexcept nogil:
 
 
 cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
-    """Query rows m0 .. m0 + nq: their key intervals in the tile, Q and dO packed (zeros for rows that see none of it), dropout decisions."""
+    """Query rows m0 to m0 + nq: key intervals in the tile, Q and dO packed (0 for rows that attend none of it), dropout bits."""
     cdef const Call* c = &f.c
     cdef uint8_t ignored[GRAD_N]
     cdef long i
@@ -176,7 +176,7 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
 
 
 cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long i0, long mr, long n0, long n) noexcept nogil:
-    """P and dS of rows i0 .. i0 + mr of the block; columns that no row of the panel sees are 0."""
+    """P and dS of rows i0 to i0 + mr of the block. Columns that no row of the panel attends are 0."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef int real = 1 if g.real == 8 else 0
@@ -229,7 +229,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
 
 
 cdef bint add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n, long turn, const char* dS) noexcept nogil:
-    """dQ += dS K for the block, when the tiles before this one have added theirs; dS as operand rows. False when the call is stopped."""
+    """dQ += dS K for the block, once the tiles before this one have added theirs. dS: operand rows. False if the call is stopped."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long i, i0, lo, hi
@@ -253,7 +253,7 @@ cdef bint add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long
 
 
 cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head0, long heads, long m0, long m1, long n0, long n) noexcept nogil:
-    """Which keys of the tile the boolean mask shows to some row from m0 to m1 of some of these heads."""
+    """Mark the keys of the tile that the boolean mask leaves to some row from m0 to m1 of these heads."""
     cdef const Call* c = &f.c
     cdef long head, i, lo, hi
     if w.seen == NULL:
@@ -266,7 +266,7 @@ cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, l
 
 
 cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w) noexcept nogil:
-    """dK and dV of the tile at key n0, and its share of dQ."""
+    """dK and dV of the tile at key n0, and its part of dQ."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef Sequence s = sequence_of(c, b)
@@ -276,7 +276,7 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     if n <= 0:
         return
     mark_keys(f, &s, w, b, head_k * c.group, c.group, 0, s.nq, n0, n)
-    row_interval(c, 0, s.nq, s.nk, &lo, &unused)            # both bounds rise with the row: the keys of all rows are one interval
+    row_interval(c, 0, s.nq, s.nk, &lo, &unused)            # both bounds rise with the row, so the keys of all rows are one interval
     row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
     first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
     if f.few:
@@ -316,8 +316,8 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
 
 
 cdef void backward_task(const void* call, long number) noexcept nogil:
-    """Task `number`: a few (sequence, key head) pairs at a time, so that their rows stay in the cache; their tiles in key order, so that a tile
-    never waits for a later task."""
+    """Task `number`. A few pairs (sequence, key head) run at a time, so that their rows stay in the cache. Their tiles go in
+    key order, so that a tile never waits for a later task."""
     cdef const Backward* f = <const Backward*>call
     cdef long low = 0, high = f.chunks, middle
     while high - low > 1:
@@ -342,7 +342,7 @@ cdef void backward_task(const void* call, long number) noexcept nogil:
 
 
 cdef void shared_block(const Backward* f, long b, long head, long m, long n0, GradWork* w) noexcept nogil:
-    """dS of a sequence and head, DBIAS_M rows from m and the tile at key n0, into the sums of dbias."""
+    """Add dS of a sequence and head to the sums of dbias: DBIAS_M rows from m, and the tile at key n0."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef Sequence s = sequence_of(c, b)
@@ -380,7 +380,7 @@ cdef long shared_tasks(const Backward* f) noexcept nogil:
 
 
 cdef void shared_task(const void* call, long number) noexcept nogil:
-    """A piece of a dbias that sequences or heads share, in a pass of its own: sums of reals for all of it could be larger than dbias."""
+    """A piece of a dbias that sequences or heads share. It has its own pass: real sums of all of dbias could be larger than dbias."""
     cdef const Backward* f = <const Backward*>call
     cdef const Kernels* g = f.c.g
     cdef long tiles = (f.c.seqlen_k + GRAD_N - 1) // GRAD_N, blocks = (f.c.seqlen_q + DBIAS_M - 1) // DBIAS_M, plane = number // (tiles * blocks)
@@ -401,7 +401,7 @@ cdef void shared_task(const void* call, long number) noexcept nogil:
 
 
 cdef long wave_memory(Backward* f, char* start) noexcept nogil:
-    """What the threads share in a wave."""
+    """Lay out what the threads of a wave share; return its size."""
     cdef long heads = (f.head_k1 - f.head_k0) * f.c.group
     cdef Memory memory = Memory(start, start)
     f.dq_sum = carve(&memory, heads * f.rows * f.c.ldq * f.c.g.real)
@@ -411,7 +411,7 @@ cdef long wave_memory(Backward* f, char* start) noexcept nogil:
 
 
 cdef bint open_wave(Backward* f) noexcept nogil:
-    """The wave's memory, its turns and how its tiles are numbered; False when there is no memory."""
+    """Get the wave's memory, reset its turns, number its tasks. False if there is no memory."""
     cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = 1 if f.all_heads else f.head_k1 - f.head_k0, chunk, b, last, keys
     f.pairs = nb * nh
     f.chunks = (f.pairs + f.together - 1) // f.together
@@ -442,8 +442,10 @@ cdef void run_wave(Backward* f, int threads) noexcept nogil:
 
 
 def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads):
-    """Gradients of a Problem. way: see dbias.Way; dbias: the View it speaks of, four axes; dbias_rows: reals shaped as lse, for Way.ROWS.
-    delta: reals shaped as lse, left for dsinks. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
+    """Gradients of a Problem.
+
+    way: a dbias.Way. dbias: the View that it writes, four axes. dbias_rows: reals shaped as lse, for way "rows". delta: reals
+    shaped as lse; dsinks needs them later. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
     cdef Backward f
     cdef Stop stop
     cdef list alive = []
@@ -467,7 +469,7 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
         f.dbias_rows = <char*>&sums[0]
     cdef Tensor gradient = tensor(dbias, "bhrd")
     if dbias is not None:
-        # strides of axes of length 1 mean nothing
+        # the stride of an axis of length 1 has no meaning
         gradient.batch, gradient.head, gradient.row = [0 if n == 1 else s for n, s in zip(dbias.shape[:3], dbias.strides[:3])]
     if way == "pass":
         f.shared = gradient

@@ -1,4 +1,4 @@
-# The C view of one call: tensors as pointer and byte strides, numbers of the Problem, and the rows of one task.
+# One call in C: tensors as pointer and byte strides, the Problem's numbers, and the rows and keys of a sequence.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, INT64_MAX
 from libc.math cimport exp, log, INFINITY
 from libc.string cimport memset
@@ -98,7 +98,7 @@ cdef struct Call:
     const double* slopes                # (batch, heads)
     const double* sinks                 # (heads,)
     double scale, softcap, keep_scale
-    bint scored                         # the scores need a pass before the softmax; else the scale, a positive normal float, is folded into its exponent
+    bint scored                         # scores need a pass before the softmax. Else its exponent includes the scale, a positive normal float
     long left, right
     bint top_left, dropout
     uint64_t seed
@@ -122,12 +122,12 @@ cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
 
 
 cdef inline long diagonal_of(const Call* c, long row, long nq, long nk) noexcept nogil:
-    """The key on which a row stands: masks, windows and ALiBi count from it."""
+    """The key of a row's diagonal, from which masks, windows and ALiBi count."""
     return row if c.top_left else row + nk - nq
 
 
 cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long* hi) noexcept nogil:
-    """problem.row_bounds in C; no limit is a distance larger than any sequence."""
+    """problem.row_bounds in C. No limit is a distance larger than any sequence."""
     cdef long diagonal = diagonal_of(c, row, nq, nk)
     lo[0] = min(max(diagonal - c.left, 0), nk)
     hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), nk))
@@ -146,13 +146,13 @@ cdef inline long round_up(long n, long step) noexcept nogil:
     return (n + step - 1) // step * step
 
 
-cdef struct Memory:                     # of a workspace, from `start`; where that is NULL its pieces are only counted
+cdef struct Memory:                     # a workspace from `start`; if that is NULL, sizes are only added up
     char* start
     char* next
 
 
 cdef inline char* carve(Memory* memory, long size) noexcept nogil:
-    """The next `size` bytes, 64-byte aligned."""
+    """Allocate the next `size` bytes, 64-byte aligned."""
     cdef char* p = memory.next
     memory.next = p + round_up(size, 64) + REDZONE
     if memory.start != NULL:
@@ -165,7 +165,7 @@ cdef dict DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "boo
 
 
 cdef Tensor tensor(view, str axes):
-    """A View with `axes` naming its axes in order, e.g. "brhd"; axes it lacks have stride 0."""
+    """A View as Tensor. `axes` names its axes in order, e.g. "brhd"; a missing axis has stride 0."""
     cdef Tensor x
     cdef Py_UCS4 axis
     cdef long i
@@ -189,7 +189,7 @@ cdef Tensor tensor(view, str axes):
 
 
 cdef void look(Stop* stop) noexcept nogil:
-    """Runs the handlers of signals that came. Other threads than the main one have none and do not look again."""
+    """Run pending signal handlers. Only the main thread has any, so other threads do not look again."""
     with gil:
         try:
             PyErr_CheckSignals()
@@ -201,7 +201,7 @@ cdef void look(Stop* stop) noexcept nogil:
 
 
 cdef void end_call(Stop* stop) except *:
-    """MemoryError, or what a signal's handler raised, where that stopped the call."""
+    """Raise what stopped the call, if it was stopped: MemoryError, or the exception of a signal's handler."""
     trim_workspace(OF_CALL)
     if stop.state == NO_MEMORY:
         raise MemoryError("fastattn: no memory for a thread's workspace")
@@ -212,7 +212,7 @@ cdef void end_call(Stop* stop) except *:
 
 
 cdef const int64_t* integers(array, list alive) except? NULL:
-    """Of an array that nobody else writes, e.g. one of plan.Lengths."""
+    """Pointer to an array that is private to the call, such as those of plan.Lengths."""
     if array is None:
         return NULL
     cdef const int64_t[::1] a = array
@@ -234,7 +234,7 @@ cdef void use_kernels(Call* c, const Kernels* g) noexcept:
 
 
 cdef void fill(Call* c, p, o, lengths, Stop* stop, list alive) except *:
-    """`c` from a Problem, its Operands and plan.Lengths; `alive` keeps what its pointers need."""
+    """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
     memset(c, 0, sizeof(Call))
     begin_call(stop, look)
     c.stop = stop

@@ -1,4 +1,4 @@
-"""The gradient of the bias: where the kernels put dS, so that a broadcast bias needs little more memory than its gradient."""
+"""The gradient of the bias: where the kernels add dS, so that a broadcast bias needs little extra memory."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -10,16 +10,16 @@ from ..buffers import View, numpy_dtype, view
 from ..problem import Problem
 from .plan import Lengths
 
-# rows: the bias is broadcast over keys: one sum a query row, summed further here
-# sums: dS are added to reals of dbias's shape, which are dbias itself where it holds such reals
-# once: nothing is broadcast and dbias holds narrower numbers: each dS is rounded into its place
-# pass: as once, but sequences or heads share dbias: the kernels sum it piece by piece in a pass of its own, 1.4 times the work
+# rows: the bias is broadcast over keys. The kernels sum dS over each query row, add_rows sums the rest
+# sums: dS are added to reals (float32 or float64) of dbias's shape; to dbias itself if it holds such reals
+# once: nothing is broadcast and dbias has a narrower dtype. Each dS is rounded and stored once
+# pass: as once, but sequences or heads share dbias. The kernels sum it piece by piece in an extra pass, 1.4 times the work
 Way = Literal["none", "rows", "sums", "once", "pass"]
-SUMS_BYTES = 16 << 20   # reals beside a narrower dbias: up to here they cost less than a pass
+SUMS_BYTES = 16 << 20   # reals next to a narrower dbias: up to this size they cost less than a pass
 
 
 def way_of(p: Problem, dbias: View | None) -> tuple[Way, bool]:
-    """The way, and whether dbias itself is where the kernels write."""
+    """The way, and whether the kernels write into dbias itself."""
     if dbias is None:
         return "none", False
     shape, real = dbias.shape, numpy_dtype(p.compute_dtype)
@@ -35,13 +35,13 @@ def way_of(p: Problem, dbias: View | None) -> tuple[Way, bool]:
 
 
 def reals(shape: tuple[int, ...], p: Problem) -> tuple[NDArray[Any], View]:
-    """Zeros that dS are added to."""
+    """Zeros, to which the kernels add dS."""
     sums = np.zeros(shape, numpy_dtype(p.compute_dtype))
     return sums, view(sums, p.call, "dbias")
 
 
 def add_rows(sums: NDArray[Any], lengths: Lengths, dbias: View) -> None:
-    """dbias of a bias broadcast over keys from the sums of its rows, (batch, heads, seqlen_q) or (heads, total_q)."""
+    """dbias of a bias that is broadcast over keys, from the sums of its rows, (batch, heads, seqlen_q) or (heads, total_q)."""
     to, one = dbias.numpy(), tuple(n == 1 for n in dbias.shape)
     if lengths.cu_q is None:
         to[...] = sums.sum(axis=tuple(i for i in range(3) if one[i]), keepdims=True, dtype=np.float64)[..., None]

@@ -1,5 +1,5 @@
-/* Philox4x32-10 (Salmon et al., SC'11) and the keep bits of a tile, addressed as philox.py defines: one counter covers rows
- * {g, g + 8} and columns {2t, 2t + 1, 2t + 8, 2t + 9} of a 16 x 16 block. Eight neighbouring counters give 32 columns of two rows. */
+/* Philox4x32-10 (Salmon et al., SC'11) and the keep bits of a tile, addressed as philox.py defines. One counter covers rows
+ * {g, g + 8} and columns {2t, 2t + 1, 2t + 8, 2t + 9} of a 16 x 16 block. Eight neighbouring counters cover 32 columns of two rows. */
 #pragma once
 #include "simd.h"
 
@@ -8,9 +8,9 @@
 #define PHILOX_W0 0x9E3779B9u
 #define PHILOX_W1 0xBB67AE85u
 
-/* bits[w]: bit 2c + h tells whether half h of output word w of counter (x0, x1 + c, x2, x3), c = 0 .. 7, is >= threshold */
+/* bits[w]: bit 2c + h says whether half h of output word w of counter (c0, c1 + c, c2, c3), c = 0 to 7, is >= threshold. */
 #if defined(__AVX512BW__)
-/* eight counters in 64-bit lanes: the 32 x 32 -> 64 multiply reads the low halves and ignores what is above them */
+/* Eight counters in 64-bit lanes: the 32 x 32 -> 64 multiplication reads the low halves only. */
 ALWAYS_INLINE void philox8(uint32_t bits[4], uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed, uint32_t threshold) {
   __m512i x0 = _mm512_set1_epi64(c0), x1 = _mm512_add_epi64(_mm512_set1_epi64(c1), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
   __m512i x2 = _mm512_set1_epi64(c2), x3 = _mm512_set1_epi64(c3), m0 = _mm512_set1_epi64(PHILOX_M0), m1 = _mm512_set1_epi64(PHILOX_M1);
@@ -51,8 +51,8 @@ ALWAYS_INLINE void philox8(uint32_t bits[4], uint32_t c0, uint32_t c1, uint32_t 
 }
 #endif
 
-/* Bit j % 64 of keep[(row - row_first) * ld + j / 64] for rows [row_first, row_last) and the `n` keys from `key_first` (a multiple of 16);
- * whole groups of 32 keys are written. `head` is batch * num_heads + head. */
+/* Set bit j % 64 of keep[(row - row_first) * ld + j / 64] for rows [row_first, row_last) and the `n` keys from `key_first`, a multiple of
+ * 16. Whole groups of 32 keys are written. `head` is batch * num_heads + head. */
 static void keep_tile(uint64_t *keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed,
                       uint32_t threshold) {
   if (threshold > 0xffff) { /* p = 1 keeps nothing */

@@ -1,4 +1,5 @@
-# The CPU engine: one source, compiled once per instruction set (see isa/). Read forward.pxi, then backward.pxi; kernels.h has the tile operations.
+# The CPU engine: one source, compiled once per instruction set (isa/). Read forward.pxi, then backward.pxi. kernels.h lists
+# the operations on a tile.
 include "call.pxi"
 include "forward.pxi"
 include "backward.pxi"
@@ -9,7 +10,7 @@ if tasks_setup():
 
 
 def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left):
-    """The C twin of problem.row_bounds, for the test that holds them equal."""
+    """problem.row_bounds in C, for the test that compares the two."""
     cdef Call c
     cdef long lo, hi
     c.left, c.right, c.top_left = (1 << 40) if left is None else left, (1 << 40) if right is None else right, top_left
@@ -18,6 +19,6 @@ def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_lef
 
 
 def vector_length(dtype):
-    """(elements that packed rows are padded to, whether 16-bit floats are read in place)."""
+    """(elements to which packed rows are padded, whether 16-bit floats are read in place)."""
     cdef const Kernels* g = kernels_for(DTYPE[dtype], True)
     return g.align, bool(g.half)

@@ -1,31 +1,35 @@
-# Forward: a task is the query rows of one block of one head (or of a whole group of heads, when they are few), for one range of keys.
+# Forward. A task is a block of query rows of one head and a range of keys. If a GQA group has few rows, a task has all of them.
 #
 #   for each tile of block_n keys:   pack K transposed, pack V
 #       for each panel of rows:      S = Q K^T, score, mask, softmax (P, rescale), dropout, O = O * rescale + P V
 #   out = O / row_sum,  lse = row_max + log(row_sum)
 #
-# With bfloat16 products on AMX, plain scores take a shorter way to P: `optimistic` in pairs.h, and the line above for rows where that fails.
+# On AMX, scores that need no pass of their own take a shorter way to P: `optimistic` in pairs.h. Rows for which it fails
+# are done as above.
 #
-# A panel's scores (6 rows x 256 keys) stay in L1. Work per tile is chosen by the rows' key intervals, so causal and windowed problems
-# visit only what they need. With few rows, K and V are read in place (`direct`) and the keys are split over tasks; splits merge by lse.
-# Where the rows of all heads lie side by side, such a task has all of them (`all_heads`), so that memory is read in its order.
+# A panel's scores (6 rows x 256 keys) stay in L1. Only tiles within the rows' key intervals are visited, so causal and
+# windowed problems do only the work they need. With few rows, K and V are read in place (`direct`) and the keys are split
+# over tasks; splits are merged by their maxima and sums. If a row of K holds all heads, such a task has all heads
+# (`all_heads`), so that it reads memory in order.
 
 cdef enum:
-    STREAM_KEYS = 16                    # of a tile where a task has all heads: 16, 32 and 64 keys read memory at 1.3, 1.1 and 1 times the speed
+    # Keys of a tile of a task with all heads. Against 64 keys, float32 with 32 key heads runs 1.33 times as fast with 16
+    # (prefetch 12 rows ahead) and 1.05 with 32 (48 ahead); bfloat16 2.02 and 1.24 (docs/log-cpu.md).
+    STREAM_KEYS = 16
 
 cdef struct Task:
-    long b, head_k, head, heads         # `heads` query heads from `head`, all of key head `head_k`
-    long m0, nq, rows                   # query rows m0 .. m0 + nq of each head; rows = heads * nq
-    long rows_k                         # those of one key head: all of them, unless a task has all key heads
-    long key_begin, key_end             # keys that some row sees, within this split
+    long b, head_k, head, heads         # `heads` query heads from `head`; head_k: the key head of `head`
+    long m0, nq, rows                   # query rows m0 to m0 + nq of each head; rows = heads * nq
+    long rows_k                         # rows of one key head: `rows`, unless the task has all heads
+    long key_begin, key_end             # keys of this split that some row attends
     Sequence s
 
-cdef struct Work:                       # one thread's memory
+cdef struct Work:                       # a thread's workspace
     char* Q                             # [rows][ldq]
     char* K                             # packed columns
     char* V                             # [block_n][ldv]
     char* S                             # [panel][block_n]
-    char* P                             # the same memory, or [panel][block_n] operands
+    char* P                             # the same memory as S, or [panel][block_n] operands
     char* O                             # [rows][ldv]
     char* row_max
     char* row_sum
@@ -34,19 +38,19 @@ cdef struct Work:                       # one thread's memory
     long* lo
     long* hi
     uint64_t* keep                      # [rows][block_n / 64] bits
-    uint8_t* seen                       # [block_n] keys that the boolean mask shows to some row; NULL without one
+    uint8_t* seen                       # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
 
 cdef struct Forward:
     Call c
     const int64_t* order                # sequences, longest first
-    const int64_t* first_block          # and how many blocks of rows come before each
+    const int64_t* first_block          # number of blocks of rows before each
     long sequences, block_m, splits, split_keys
     bint folded
-    bint all_heads                      # a task has all heads: their rows of K and V are read in the order of memory
-    long tile                           # keys that all rows meet before the next ones
+    bint all_heads                      # a task has all heads, and reads K and V in the order of memory
+    long tile                           # keys of a tile
     bint few                            # scores are dot products with rows of K
     bint direct                         # rows of K and V are read in place
-    bint optimistic                     # a tile is first tried under the maxima of earlier ones
+    bint optimistic                     # a tile is first tried under the maxima of the tiles before
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
 
@@ -73,8 +77,10 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
 
 
 cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
-    """Task `number`: sequence by sequence, head by head, so that K and V stay in the cache; a head's last (under a causal mask heaviest) rows first.
-    False when there is nothing to do."""
+    """Task `number`. False if it has no rows.
+
+    Tasks go sequence by sequence and head by head, so that K and V stay in the cache. A head's last rows, the longest under a
+    causal mask, come first."""
     cdef const Call* c = &f.c
     cdef long heads = 1 if f.all_heads else c.heads_k if f.folded else c.heads
     cdef long split = number % f.splits, block = number // f.splits, low = 0, high = f.sequences, middle, blocks
@@ -101,7 +107,7 @@ cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
 
 
 cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
-    """Q packed, each row's interval of keys, empty accumulators; narrows the task's keys to those some row sees."""
+    """Pack Q, find each row's interval of keys, clear the accumulators, and narrow the task's keys to the attended ones."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long h, i, begin = t.key_end, end = t.key_begin
@@ -120,7 +126,7 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
 
 
 cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
-    """K and V of the tile at key n0, and its dropout decisions. Keys that no row sees are packed as zeros."""
+    """Pack K and V of the tile at key n0, and draw its dropout bits. Keys that no row attends are packed as zeros."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
@@ -143,7 +149,7 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
 
 cdef void score(const Call* c, long b, long head, long row, const Sequence* s, long n0, long first, long hi, long last, char* S, char* bias,
                 char* slope_out) noexcept nogil:
-    """One row of S from dot products to scores, [first, last) of the tile at key n0; bias and mask have columns up to hi."""
+    """Turn one row of S, [first, last) of the tile at key n0, from dot products into scores. bias and mask end at column hi."""
     cdef const Kernels* g = c.g
     cdef double slope = c.slopes[b * c.heads + head] if c.slopes != NULL else 0.0
     if c.bias.ptr != NULL:
@@ -155,7 +161,7 @@ cdef void score(const Call* c, long b, long head, long row, const Sequence* s, l
 
 
 cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr, long lo, long hi) noexcept nogil:
-    """O = O * rescale + P V with V in place, in runs of keys that the boolean mask shows."""
+    """O = O * rescale + P V with V read in place, over runs of keys that the boolean mask leaves to some row."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long begin = lo, end, r
@@ -176,7 +182,7 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
 
 
 cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr, long first, long hi, long last, uint32_t rows) noexcept nogil:
-    """S, its score and masks, then P, row_max, row_sum and rescale of those rows from i0 on whose bit is set."""
+    """S, score, mask, softmax of the panel at row i0. `rows`: the bits of the rows whose P, row_max and row_sum are wanted."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long r, i, lds = g.block_n * g.real
@@ -197,7 +203,7 @@ cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i
 
 
 cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr) noexcept nogil:
-    """Rows i0 .. i0 + mr of the task against the tile at key n0."""
+    """Rows i0 to i0 + mr of the task against the tile at key n0."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long r, i, lo = f.tile, hi = 0
@@ -224,7 +230,7 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
 
 
 cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
-    """out = O / row_sum and lse, the sink joining the sum only; a row that saw nothing gives 0 and -inf."""
+    """out = O / row_sum, and lse. A sink adds to the sum only. A row that attends nothing gets 0 and -inf."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef int real = 1 if g.real == 8 else 0
@@ -235,7 +241,7 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
         m, total = load_element(w.row_max + i * g.real, real), load_element(w.row_sum + i * g.real, real)
         factor, rounding = 1.0, g.rounding_of_unit(m, c2(c))
         if not c.scored:
-            m *= c.scale if real else <float>c.scale    # as backward multiplies the scores
+            m *= c.scale if real else <float>c.scale    # in the precision in which the backward scales the scores
         top = m
         if c.sinks != NULL:
             sink, factor, rounding = c.sinks[head], exp(rounding), 0.0
@@ -289,7 +295,7 @@ cdef void forward_task(const void* call, long number) noexcept nogil:
 
 
 cdef void merge_task(const void* call, long number) noexcept nogil:
-    """The splits of one task, in order: their maxima agree, then sums and O add up."""
+    """Merge the splits of one task, in order: rescale to the common maximum, then add sums and O."""
     cdef const Forward* f = <const Forward*>call
     cdef const Kernels* g = f.c.g
     cdef int real = 1 if g.real == 8 else 0
@@ -330,7 +336,7 @@ cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
 
 def forward(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
             bint all_heads, bint few, bint direct, int threads):
-    """out, lse of a Problem. The arguments after lse are the plan: see plan.py."""
+    """out and lse of a Problem. The arguments after lse are the plan (plan.py)."""
     cdef Forward f
     cdef Stop stop
     cdef list alive = []

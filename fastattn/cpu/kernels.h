@@ -1,5 +1,5 @@
-/* The tables of tile operations that the Cython loops call: one per kind of arithmetic, so that a loop is written once.
- * S, O, row_max and row_sum are reals (float or double); packed operands are reals too, or bfloat16 (see pairs.h). */
+/* The operations on a tile, as tables that the Cython loops call. There is one table for each kind of arithmetic, so that a loop
+ * is written once. S, O, row_max and row_sum are reals (float or double). Packed operands are reals too, or bfloat16 (pairs.h). */
 #pragma once
 #include "simd.h"
 #define REAL_BITS 32
@@ -14,7 +14,8 @@
 #include "pairs.h"
 #include "pairs_backward.h"
 
-/* seen[j] |= mask[j] for keys [first, last) of a tile; returns whether this row sees any */
+/* seen[j] |= mask[j] for keys [first, last) of a tile: seen[j] says whether some row attends key j. Returns whether this row
+ * attends any. */
 static int mark_seen(uint8_t *seen, const char *mask, long stride, long first, long last) {
   int any = 0;
   for (long j = first; j < last; j++) {
@@ -41,7 +42,7 @@ typedef struct {
                       const uint8_t *seen);
   void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
   void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo, const void *rescale);
-  const void *(*grad_operands)(const GradBlock *block); /* 0: P and dS are operands as they are */
+  const void *(*grad_operands)(const GradBlock *block); /* NULL: P and dS are operands already */
   void (*key_gradients)(const GradBlock *block);
   const void *(*key_row)(const void *G, long ld, long j, void *scratch);
   void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds);
@@ -51,7 +52,7 @@ typedef struct {
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);
   void (*fill_outside)(void *row, long first, long lo, long hi, long last, double value);
   uint32_t (*optimistic)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, const long *lo, const long *hi, long n0,
-                         void *S, void *P, long ldp, double c2, void *row_max, void *row_sum, void *rescale); /* or 0 */
+                         void *S, void *P, long ldp, double c2, void *row_max, void *row_sum, void *rescale); /* or NULL */
   void (*softmax)(long mr, uint32_t rows, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale);
   double (*rounding_of_unit)(double m, double c2);
   void (*drop_row)(void *row, const uint64_t *keep, long first, long last);
@@ -74,8 +75,8 @@ typedef struct {
 static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 
-/* bfloat16 goes in pairs where the instruction set has them, float16 and float32 in parts where it has AMX (`in_parts`: not for reading K and V in
- * place); else 16-bit floats run the float32 kernels behind a conversion while packing. */
+/* Which table a dtype uses. With AVX512_BF16, bfloat16 is multiplied in pairs. With AMX, float16 and float32 are multiplied in parts
+ * (`in_parts`; 0 if K and V are read in place). Otherwise 16-bit floats are converted while packing and use the float32 kernels. */
 #if defined(__AVX512BF16__)
 #define PAIRS_TABLE(KIND, PARTS, OPTIMISTIC)                                                                                                          \
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
@@ -84,9 +85,9 @@ static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 #if HAVE_AMX
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, optimistic_bf16);
 static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2, optimistic_two_parts);
-static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3, 0); /* optimistic: 3 % faster at head_dim 64, 4 % slower at 128 */
+static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3, 0); /* with optimistic: 3 % faster at head_dim 64, 4 % slower at 128 */
 #else
-static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, 0); /* its panels are in L1 as it is */
+static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, 0); /* without AMX a panel's scores are in L1 anyway */
 #endif
 #else
 #define HAVE_AMX 0

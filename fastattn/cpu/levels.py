@@ -1,7 +1,7 @@
-"""Which instruction-set levels exist, how each is compiled, and which one this machine gets.
+"""The instruction-set levels: how each is compiled, and which one this machine gets.
 
-Shared by setup.py (which compiles fastattn/cpu/isa/<level>.pyx with these flags) and by the engine (which imports the best one).
-Kept free of imports from the package, so that setup.py can load this file by its path.
+setup.py compiles fastattn/cpu/isa/<level>.pyx with these flags; the engine imports the best level. This file imports
+nothing from the package, so that setup.py can load it by its path.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMON = ["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trap
           "-fvisibility=hidden", "-Wno-unused-function"]
 WIDE = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-# level -> compiler flags, best last; never -ffast-math: -inf masks and the rounding in exp2 would become undefined
+# level -> compiler flags, best last. Never -ffast-math: -inf masks and the rounding in exp2 would be undefined
 X86 = {
     "baseline": ["-march=x86-64"],
     "x86_64_v3": ["-march=x86-64-v3"],
@@ -39,7 +39,7 @@ def levels() -> dict[str, list[str]]:
 
 
 def cpu_flags() -> set[str]:
-    """Feature names of this CPU as Linux spells them; empty where there is no /proc/cpuinfo."""
+    """Feature names of this CPU as Linux spells them. Empty without /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo") as f:
             for line in f:
@@ -60,7 +60,7 @@ def available() -> list[str]:
 
 
 def _amx_allowed() -> bool:
-    """Asks the kernel, once per process, for the AMX tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18)."""
+    """Request the AMX tile registers from the kernel (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18). Once per process is enough."""
     try:
         return bool(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)
     except (OSError, AttributeError):
@@ -68,7 +68,7 @@ def _amx_allowed() -> bool:
 
 
 def choose() -> str:
-    """The best level, or the one that FASTATTN_ISA forces (ValueError when this CPU cannot run it)."""
+    """The best level, or the one that FASTATTN_ISA forces. ValueError if this CPU cannot run that."""
     usable, forced = available(), os.environ.get("FASTATTN_ISA")
     if not forced:
         return usable[-1]

@@ -1,12 +1,12 @@
-/* bfloat16 arithmetic: operands are bfloat16 pairs along the summed axis, sums are float32. Two instruction sets have it: AMX tiles
- * (16 rows x 16 columns x 32 terms an instruction, 15 times the float32 FMA rate) and the AVX-512 dot product.
+/* bfloat16 arithmetic: operands are bfloat16 pairs along the summed axis, sums are float32. Two instruction sets have it: AMX (16 rows
+ * x 16 columns x 32 terms per instruction, 15 times the float32 FMA rate) and AVX512_BF16's dot product of pairs.
  *
  *   rows     [n][ld]                                  bfloat16, ld a multiple of 32: the A operand
  *   columns  [columns / 16][terms / 32][16 pairs][16][2]   the B operand; one (column group, 32 terms) is one AMX tile of 1 KiB
  *
- * PARTS: AMX is fast enough to multiply wider types in parts. A float16 is exactly the sum of two bfloat16, a float32 of three; with
- * parts numbered from the most significant, the products i x j with i + j < PARTS carry 16 and 24 bits. Small ones are added first, so that
- * rounding happens at their size. A row, or a column group, of an operand is its parts one after the other. */
+ * PARTS: AMX is fast enough to multiply wider types in parts. A float16 is exactly the sum of two bfloat16, a float32 of three. Number
+ * the parts from the most significant: the products i x j with i + j < PARTS give 16 bits (two parts) or 24 bits (three). The small
+ * ones are added first, so that they round at their own size. A row, or a column group, of an operand is its parts one after the other. */
 #pragma once
 #if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
@@ -18,14 +18,14 @@
 #define HAVE_AMX 0
 #endif
 #define PAIR_COLS 32
-#define PAIR_N BLOCK_N /* 128 keys would fit L1 better, but the work per row (maximum, sum, rescale) then counts double: 1.79 against 1.48 cycles a pair */
+#define PAIR_N BLOCK_N /* 128 keys fit L1 better but double the work per row (maximum, sum, rescale): 1.79 against 1.48 cycles a pair */
 #define MAX_LD 512 /* problem.MAX_HEAD_DIM */
 typedef uint16_t bf16;
 
 /* ------------------------------------------------------------------ conversion */
 ALWAYS_INLINE __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 ALWAYS_INLINE __m512 float_of(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-/* 32 numbers -> PARTS times 32 bfloat16, `step` apart. Every part but the last truncates: exact, cheap, and good enough for probabilities. */
+/* 32 floats -> PARTS times 32 bfloat16, `step` apart. Every part but the last truncates: exact, cheap, and accurate enough for P. */
 ALWAYS_INLINE void split(const int PARTS, __m512 a, __m512 b, bf16 *to, long step) {
   const __m512i top = _mm512_set1_epi32((int)0xffff0000);
   for (int p = 0; p < PARTS - 1; p++) {
@@ -36,7 +36,8 @@ ALWAYS_INLINE void split(const int PARTS, __m512 a, __m512 b, bf16 *to, long ste
   }
   _mm512_storeu_si512(to + (PARTS - 1) * step, bf16_of(a, b));
 }
-/* The same with every part rounded to nearest even, so that what the dropped products lose has no bias; an infinity is all in the first part. */
+/* The same with every part rounded to nearest even, so that the error of the omitted products has no bias. An infinity is entirely in
+ * the first part. */
 ALWAYS_INLINE void split_rounded(const int PARTS, __m512 a, __m512 b, bf16 *to, long step) {
   __mmask16 x = _mm512_fpclass_ps_mask(a, 0x18), y = _mm512_fpclass_ps_mask(b, 0x18); /* infinities */
   for (int p = 0; p < PARTS; p++) {
@@ -46,7 +47,7 @@ ALWAYS_INLINE void split_rounded(const int PARTS, __m512 a, __m512 b, bf16 *to, 
     b = _mm512_maskz_sub_ps((__mmask16)~y, b, float_of(_mm512_extracti64x4_epi64(h, 1)));
   }
 }
-/* one row as bfloat16, zero padded to ld; the parts are `step` apart */
+/* a row as bfloat16, zero padded to ld; parts are `step` apart */
 ALWAYS_INLINE void bf16_row(const int PARTS, bf16 *to, long step, long ld, const char *src, long stride, int dtype, long n) {
   float part[32];
   if (PARTS == 1 && dtype == DT_BF16 && stride == 2) {
@@ -61,7 +62,7 @@ ALWAYS_INLINE void bf16_row(const int PARTS, bf16 *to, long step, long ld, const
     split_rounded(PARTS, _mm512_loadu_ps(part), _mm512_loadu_ps(part + 16), to + j, step);
   }
 }
-/* two rows of 32 -> pairs (a0 b0 a1 b1 ...), 16 columns a vector */
+/* two rows of 32 -> pairs (a0 b0 a1 b1 ...), 16 columns per vector */
 ALWAYS_INLINE void interleave(__m512i a, __m512i b, bf16 *left, bf16 *right) {
   const __m512i lo = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i hi = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
@@ -78,11 +79,11 @@ ALWAYS_INLINE void pairs_rows(const int PARTS, bf16 *dst, long ld, const char *s
     else memset(dst, 0, (size_t)(2 * step));
   }
 }
-/* K^T: columns are keys, terms the head_dim */
+/* K^T: columns are keys, terms are head_dim */
 ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
   const long ld = (n_dim + 31) / 32 * 32;
   bf16 tile[PARTS][16][32] __attribute__((aligned(64)));
-  for (long j = 0; j < (last + 31) / 32 * 32; j += 16) /* whole blocks of 32: nothing stale in a column that is computed */
+  for (long j = 0; j < (last + 31) / 32 * 32; j += 16) /* whole blocks of 32: a column that is computed holds nothing stale */
     for (long d = 0; d < ld; d += 32) {
       long w = n_dim - d < 32 ? n_dim - d : 32, rest = first > j || last < j + 16;
       for (long i = 0; i < 16; i++) {
@@ -96,7 +97,7 @@ ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, lo
         transpose_f32((const float *)(const void *)tile[p], 16, (float *)(void *)(dst + (PARTS * j + 16 * p) * ld + d * 16), 16);
     }
 }
-/* V: columns are head_dim_v, terms the keys; room for `capacity` keys */
+/* V: columns are head_dim_v, terms are keys, with room for `capacity` keys */
 ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
                                 const uint8_t *seen) {
   bf16 rows[2][PARTS][MAX_LD] __attribute__((aligned(64)));
@@ -117,14 +118,15 @@ ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char 
   }
 }
 
-/* ------------------------------------------------------------------ product
- * C[rows][columns] (+)= A[rows][terms] B, terms [t0, t1) and columns [0, n), all multiples of 32; `group` is the distance of column
- * groups of 16 in B; the parts of a row of A and of a group of B are a_part and b_part apart. rescale, where given, multiplies C first. */
-/* part of A, part of B, smallest products first; a product takes the last COUNT of them: 1 for one part, 3 for two (4 for scores, so that
- * those of float16 are exact), 6 for three */
+/* ------------------------------------------------------------------ GEMM
+ * C[rows][columns] (+)= A[rows][terms] B over terms [t0, t1) and columns [0, n), all multiples of 32. `group`: distance of column groups
+ * of 16 in B. a_part, b_part: distance of the parts of a row of A and of a group of B. rescale, if given, multiplies C first. */
+/* (part of A, part of B), smallest products first. A GEMM does the last COUNT of them: 1 for one part, 3 for two (4 for scores, so that
+ * float16 products are exact), 6 for three. */
 #define COUNT_OF(PARTS) ((PARTS) * ((PARTS) + 1) / 2)
 static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
-/* C = AB; C += AB, a sum that starts at 0; C += AB, the sums of C going on: no pass over C, and good enough for a C that ends as bfloat16 */
+/* STORED: C = AB. ADDED: C += AB, with sums that start at 0. CONTINUED: C += AB, with sums that start at C. That saves a pass over C and
+ * is accurate enough for a C that is rounded to bfloat16 in the end. */
 enum { STORED, ADDED, CONTINUED };
 ALWAYS_INLINE void pairs_rescale(long rows, float *C, long ldc, long n, const float *rescale) {
   for (long r = 0; r < rows; r++)
@@ -251,7 +253,7 @@ ALWAYS_INLINE void pairs_product(const int MODE, const int COUNT, long rows, lon
 #undef ROWS
 #endif
 
-/* ------------------------------------------------------------------ the operations of a Kernels table */
+/* ------------------------------------------------------------------ operations of a Kernels table */
 #define WHOLE(rows) (HAVE_AMX ? ((rows) + 31) / 32 * 32 : (rows))
 ALWAYS_INLINE void pairs_scores(const int PARTS, long mr, long n_dim, const bf16 *A, long lda, const bf16 *columns, long first, long last, float *S, long lds) {
   const long ld = (n_dim + 31) / 32 * 32;
@@ -264,7 +266,7 @@ ALWAYS_INLINE void pairs_weighted_sum(const int PARTS, long mr, long first, long
   pairs_product(HAVE_AMX && PARTS == 1 ? CONTINUED : ADDED, COUNT_OF(PARTS), WHOLE(mr), first / 32 * 32, (last + 31) / 32 * 32, P, PARTS * ldp, ldp, V,
                 PARTS * 16 * capacity, 16 * capacity, O, ldo, ldv, rescale);
 }
-/* 2^x to 7.5e-8, which a bfloat16 P does not see and a float32 sum of thousands barely does */
+/* 2^x with error 7.5e-8: far below the rounding of a bfloat16 P, and about that of a float32 sum of thousands */
 ALWAYS_INLINE __m512 exp2_coarse(__m512 x) {
   __m512 f = _mm512_reduce_ps(x, 9), p = _mm512_set1_ps(0.0018775767000199889f);
   p = p * f + _mm512_set1_ps(0.0089893400235819068f);
@@ -286,7 +288,8 @@ ALWAYS_INLINE float pairs_exponentials(const int PARTS, const int DIFFERENCE, co
   }
   return _mm512_reduce_add_ps(sum + sum1);
 }
-/* as softmax_f32, with P leaving in parts; row_sum adds what was not rounded. Only rows whose bit is set in `rows`: the others keep what they have. */
+/* As softmax_f32, with P stored in parts. row_sum adds P before its rounding. Only rows whose bit is set in `rows`; the others stay as they
+ * are. */
 ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const float *S, long lds, bf16 *P, long ldp, long first, long last, double c2,
                                  float *row_max, float *row_sum, float *rescale) {
   float peak[MAX_PANEL], base[MAX_PANEL];
@@ -298,15 +301,18 @@ ALWAYS_INLINE void pairs_softmax(const int PARTS, long mr, uint32_t rows, const 
       row_sum[r] += difference_first_f32(base[r], (float)c2) ? pairs_exponentials(PARTS, 1, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2)
                                                           : pairs_exponentials(PARTS, 0, S + r * lds, P + r * PARTS * ldp, ldp, first, last, base[r], (float)c2);
 }
-/* Scores and softmax of a tile at once, CHUNK keys at a time, under a maximum that the rows have from earlier keys, or take from the tile's first chunk
- * and AHEAD_OF_MAXIMUM bits above it: scores stay in L1, there is no pass for maxima and nothing to rescale. P, O and row_sum are floating point, so a
- * maximum that is some bits off costs them nothing; a row's P may add up to as many as its keys (the promise that V may be so large), which lets the
- * maximum lag by AHEAD_OF_MAXIMUM + 8 bits in a whole tile. Returns the rows (bits) where it lags further, or is infinite or NaN: these are left to
- * `scores` and `softmax`. Whether a row is among them is decided by that row alone. lo, hi: each row's keys, minus n0 those of the tile. */
-#define CHUNK 64            /* 32, 64 and 128 differ by 2 %; 256 loses half of the gain */
-#define AHEAD_OF_MAXIMUM 7 /* bits: below 8 the exponent of a row's largest score rounds to 2.4e-7, which lse does not feel; it would with 16 or 24 */
-/* Of a tile: maxima of rows that have none yet, rescale, and what to subtract from a row's scores times c2: 0 while it has seen nothing; NaN, which makes
- * it lag, where the difference has to be formed first. */
+/* Optimistic maximum: scores and softmax of a tile in one pass, CHUNK keys at a time, under the maximum of earlier keys. A row without
+ * one uses the maximum of the tile's first chunk plus AHEAD_OF_MAXIMUM bits. Scores stay in L1, and there is no pass for maxima and
+ * nothing to rescale.
+ *
+ * P, O and row_sum are floating point, so a maximum that is some bits too low costs no accuracy. A row's P may add up to its number of
+ * keys; V may be as large as that allows. So in a whole tile the maximum may lag by AHEAD_OF_MAXIMUM + 8 bits. Returns the rows (bits)
+ * for which it lags further, or is infinite or NaN: `scores` and `softmax` do these again. Each row is judged by its own scores alone.
+ * lo, hi: each row's keys; minus n0 they count from the tile. */
+#define CHUNK 64            /* 32, 64 and 128 differ by 2 %; 256 loses half the gain */
+#define AHEAD_OF_MAXIMUM 7 /* bits. Below 8, the exponent of a row's largest score rounds to 2.4e-7, which is nothing for lse; with 16 or 24 it would matter. */
+/* Prepare a tile: maxima of rows that have none yet, rescale, and base, which is subtracted from a row's scores times c2. base is 0 while
+ * the row has attended nothing. It is NaN, so that the row counts as lagging, if the difference must be taken before scaling. */
 ALWAYS_INLINE void optimistic_bases(long mr, const float *S, long width, float c2, float *row_max, float *row_sum, float *rescale, float *base) {
   const float ahead = AHEAD_OF_MAXIMUM / c2 < 1e36f ? AHEAD_OF_MAXIMUM / c2 : 1e36f;
   const __m512 limit = _mm512_set1_ps(DIFFERENCE_FIRST), nothing = _mm512_set1_ps(-INFINITY);
@@ -328,7 +334,7 @@ ALWAYS_INLINE void optimistic_bases(long mr, const float *S, long width, float c
     _mm512_storeu_ps(base + r, _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(_mm512_abs_ps(u), limit, _CMP_LT_OQ), u));
   }
 }
-/* The sums of 16 vectors, in their order. */
+/* The horizontal sums of 16 vectors, in order. */
 ALWAYS_INLINE __m512 sums_of_rows(const float (*s)[16]) {
 #define EVERY_FOURTH(k) by_row_f32((vec_f32)_mm512_load_ps(s[k]), (vec_f32)_mm512_load_ps(s[4 + k]), (vec_f32)_mm512_load_ps(s[8 + k]), (vec_f32)_mm512_load_ps(s[12 + k]))
   return fold_f32(fold_f32(EVERY_FOURTH(0), EVERY_FOURTH(1)), fold_f32(EVERY_FOURTH(2), EVERY_FOURTH(3)));
@@ -369,7 +375,7 @@ ALWAYS_INLINE uint32_t pairs_optimistic(const int PARTS, long mr, long n_dim, co
   for (long r = 0; r < mr; r += 16) {
     const __mmask16 rows = (__mmask16)(mr - r < 16 ? (1 << (mr - r)) - 1 : 0xffff);
     const __m512 sum = sums_of_rows(sums + r), n = _mm512_loadu_ps(keys + r), old = _mm512_maskz_loadu_ps(rows, row_sum + r);
-    /* equal scores add up to the number of keys and a rounding */
+    /* equal scores sum to the number of keys, up to rounding: hence the margin */
     __mmask16 good = _mm512_cmp_ps_mask(sum, n * _mm512_set1_ps(1.015625f), _CMP_LE_OQ);
     good &= _mm512_cmp_ps_mask(_mm512_maskz_loadu_ps(rows, row_max + r), _mm512_set1_ps(-INFINITY), _CMP_GT_OQ) |
             _mm512_cmp_ps_mask(n, _mm512_setzero_ps(), _CMP_EQ_OQ);

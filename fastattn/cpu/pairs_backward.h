@@ -1,6 +1,6 @@
-/* What the backward does with bfloat16 products (pairs.h): dV^T += dO^T P and dK^T += Q^T dS.
+/* The backward with bfloat16 products (pairs.h): dV^T += dO^T P and dK^T += Q^T dS.
  * A block's reals become operands: P and dS as pairs of query rows (columns are keys), dS as rows too, dO and Q transposed. 32 rows from
- * row i0 at a time, of P and dS the columns [first, last), which some of them see. */
+ * row i0 at a time; of P and dS only the columns [first, last) that some of these rows attend. */
 #pragma once
 #if defined(__AVX512BF16__)
 ALWAYS_INLINE void pairs_of_rows(const int PARTS, bf16 *dst, const float *src, long i0, long rows, long first, long last) {
@@ -39,7 +39,7 @@ ALWAYS_INLINE void transpose_rows(const int PARTS, bf16 *dst, const bf16 *src, l
           transpose_f32((const float *)(const void *)tile[half], 16, (float *)(void *)(dst + (d + 16 * half) * PARTS * GRAD_M + i), PARTS * GRAD_M / 2);
       }
 }
-/* Where the operands are in a block's scratch, in elements of one part: [ld][GRAD_M] transposed rows; pairs and rows of [GRAD_M][GRAD_N] */
+/* Offsets of the operands in a block's scratch: transposed rows [ld][GRAD_M]; pairs and rows of [GRAD_M][GRAD_N]; each PARTS times. */
 #define SCRATCH_DO_T(w) ((bf16 *)(w)->scratch)
 #define SCRATCH_Q_T(w) (SCRATCH_DO_T(w) + PARTS * GRAD_M * (w)->ldv)
 #define SCRATCH_P(w) (SCRATCH_Q_T(w) + PARTS * GRAD_M * (w)->ldq)
@@ -47,13 +47,13 @@ ALWAYS_INLINE void transpose_rows(const int PARTS, bf16 *dst, const bf16 *src, l
 #define SCRATCH_DS_ROWS(w) (SCRATCH_DS(w) + PARTS * GRAD_M * GRAD_N)
 static long pairs_scratch(long ldq, long ldv, long parts) { return 2 * parts * (GRAD_M * (ldq + ldv) + 3 * GRAD_M * GRAD_N); }
 
-/* Returns dS as rows, the operand of dQ += dS K. */
+/* Make the operands. Returns dS as rows, the operand of dQ += dS K. */
 ALWAYS_INLINE const void *pairs_operands(const int PARTS, const GradBlock *w) {
   const long rows = (w->rows + 31) / 32 * 32;
   transpose_rows(PARTS, SCRATCH_DO_T(w), (const bf16 *)w->dO, w->ldv, rows);
   transpose_rows(PARTS, SCRATCH_Q_T(w), (const bf16 *)w->Q, w->ldq, rows);
   for (long i = 0; i < rows; i += 32) {
-    /* of rows that see nothing, too, as pairs_key_gradients, and of all rows of a panel of dQ's that has some of these */
+    /* also the columns of rows that attend nothing, as in pairs_key_gradients, and of all rows of a dQ panel that shares some of these */
     long lo = w->keys, hi = 0, r = i - PAIR_PANEL % 32 > 0 ? i - PAIR_PANEL % 32 : 0;
     for (; r < i + 32 + PAIR_PANEL % 32 && r < w->rows; r++) {
       lo = w->lo[r] < lo ? w->lo[r] : lo;
@@ -66,7 +66,7 @@ ALWAYS_INLINE const void *pairs_operands(const int PARTS, const GradBlock *w) {
   }
   return SCRATCH_DS_ROWS(w);
 }
-/* dV^T [ldv][GRAD_N] += dO^T P and dK^T += Q^T dS, 32 keys at a time, over the query rows that see them */
+/* dV^T [ldv][GRAD_N] += dO^T P and dK^T += Q^T dS, 32 keys at a time, over the query rows that attend them */
 ALWAYS_INLINE void pairs_key_gradients(const int PARTS, const GradBlock *w) {
   const long lda = PARTS * GRAD_M, group = PARTS * 16 * GRAD_M;
   long begin = 0, end = 0;
@@ -88,7 +88,7 @@ PAIRS_BACKWARD(bf16, 1)
 PAIRS_BACKWARD(two_parts, 2)
 PAIRS_BACKWARD(three_parts, 3)
 #endif
-/* Row j of a gradient held transposed, 16 rows at a time in scratch; to be asked for in order from a multiple of 16. */
+/* Row j of a transposed gradient. 16 rows at a time are transposed into scratch, so j must go up from a multiple of 16. */
 static const void *pairs_key_row(const void *G, long ld, long j, void *scratch) {
   if (j % 16 == 0)
     for (long d = 0; d < ld; d += 16) transpose_f32((const float *)G + d * GRAD_N + j, GRAD_N, (float *)scratch + d, ld);

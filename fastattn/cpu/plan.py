@@ -1,7 +1,8 @@
-"""Config of the CPU engine: how a Problem is cut into tasks.
+"""Config of the CPU engine: how a Problem is divided into tasks.
 
-Whatever can change a rounding (the key tiles and splits) depends on the Problem alone, so that results are bitwise the same for any number
-of threads."""
+Whatever can change a rounding (key tiles, splits) depends on the Problem alone. So results are bitwise the same for any
+number of threads.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,22 +15,27 @@ from numpy.typing import NDArray
 
 from ..problem import Operands, Problem
 
-BLOCK_BYTES = 1 << 21  # float32 Q and O of a task's rows, to stay in L2; as many as leave TASKS_PER_THREAD: each packs K and V
-BLOCK_M = 96         # but at least so many rows, and a multiple of it: whole panels of 6 and of 32 rows, the same ones in any block
+# Rows of a task: few enough that float32 Q and O stay in L2 and that there are TASKS_PER_THREAD tasks. Many, because each
+# task packs K and V again.
+BLOCK_BYTES = 1 << 21
+BLOCK_M = 96         # but at least so many, and a multiple of it: whole panels of 6 and of 32 rows, the same in any block
 TASKS_PER_THREAD = 4
-SHORT_M = 192        # query rows times heads of a group that are one task, and rows that count as one where keys are split
-FEW_ROWS = 8         # up to this many rows scores are dot products: no transposed K; and of a whole group, K and V in place if they can be
-MIN_TASKS = 32       # below it, long key ranges are split, at least SPLIT_KEYS each
+SHORT_M = 192        # a GQA group of at most so many rows (rows times heads) is one task; splits count tasks of so many rows
+# Up to so many rows scores are dot products with rows of K, and K is not transposed. If these are all rows of a group, K
+# and V are read in place where possible.
+FEW_ROWS = 8
+MIN_TASKS = 32       # with fewer tasks, long key ranges are split into parts of at least SPLIT_KEYS
 SPLIT_KEYS = 1024
 SERIAL_FLOPS = 2e6   # about 20 us on one core: not worth waking threads
-PAIRS = 32           # elements of a vector of bfloat16 pairs, whose products are cheaper than dot products from a panel of rows on
+PAIRS = 32           # elements of a vector of bfloat16 pairs; with them packed products beat dot products for a panel of rows
 HALF = ("float16", "bfloat16")
 
 
 class Lengths(NamedTuple):
-    """Where the sequences are, read once and for the whole call: the caller's arrays may change while it runs. None: a dense problem.
+    """Where the sequences are. Arrays are None for a dense problem.
 
-    The longest are those that are there, whatever max_seqlen_q and max_seqlen_k say: no work and no memory is in proportion to these.
+    Read once for the whole call, because the caller's arrays may change while it runs. longest_q and longest_k are the
+    lengths that occur, whatever max_seqlen_q and max_seqlen_k say: neither work nor memory grows with these.
     """
 
     longest_q: int
@@ -54,7 +60,11 @@ def read_lengths(p: Problem, o: Operands) -> Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """order: sequences with rows, longest first; first_block: blocks of block_m rows before each of them, and in all."""
+    """The forward's plan.
+
+    order: sequences with query rows, longest first. first_block: number of blocks of block_m rows before each of
+    them, and in total.
+    """
 
     order: NDArray[np.int64]
     first_block: NDArray[np.int64]
@@ -78,7 +88,7 @@ def _blocks(lengths: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], 
 
 
 def _block_rows(seqlen_q: int, limit: int) -> int:
-    """Rows of a block: a sequence in equal parts, none much over the limit."""
+    """Rows of a block: a sequence is divided into equal parts, none much over the limit."""
     blocks = -(-seqlen_q // limit)
     return min(_round_up(-(-seqlen_q // blocks), BLOCK_M), _round_up(seqlen_q, 32))
 
@@ -88,7 +98,7 @@ def _round_up(n: int, step: int) -> int:
 
 
 def _folded(p: Problem, seqlen_q: int) -> bool:
-    """Whether a task has the query rows of a whole group."""
+    """Whether a task has the query rows of a whole GQA group."""
     return p.group > 1 and seqlen_q * p.group <= SHORT_M
 
 
@@ -97,15 +107,17 @@ def _task_rows(p: Problem, seqlen_q: int) -> int:
 
 
 def few_rows(p: Problem, seqlen_q: int, vector: int) -> bool:
-    """Whether scores are dot products with rows of K. One rule for the forward and the backward: P = exp(S - lse) needs the S of which
-    lse is, to the bit where scores are huge."""
+    """Whether scores are dot products with rows of K.
+
+    One rule for the forward and the backward: P = exp(S - lse) needs the same S as lse, to the bit if scores are huge.
+    """
     return seqlen_q <= FEW_ROWS and (_task_rows(p, seqlen_q) <= FEW_ROWS or vector < PAIRS)
 
 
 def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_half: bool, threads: int) -> Plan:
-    """`vector`: elements of a vector; `reads_half`: this instruction set widens 16-bit floats in place.
+    """The forward's plan. `vector`: elements per vector. `reads_half`: this level reads 16-bit floats in place.
 
-    A row's result does not depend on the block it is in, so block_m may follow the number of threads; the splits may not.
+    A row's result does not depend on its block, so block_m may depend on the number of threads. The splits may not.
     """
     seqlen_q, seqlen_k = lengths.longest_q, lengths.longest_k
     folded = _folded(p, seqlen_q)
@@ -121,7 +133,7 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
     task_rows, few = _task_rows(p, seqlen_q), few_rows(p, seqlen_q, vector)
     direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
               and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
-    # rows of K and V lie head by head: one stream of memory for a task that has all heads, pieces of it for one that has one
+    # If a row of K holds all heads, a task with all heads reads one stream of memory; a task with one head reads pieces.
     all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and seqlen_k >= 2 * SPLIT_KEYS
                  and o.k.strides[2] < o.k.strides[1])
     if all_heads:
@@ -136,19 +148,22 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
 
 
 def threads_for(p: Problem, threads: int) -> int:
-    """1 for work too small to share."""
+    """1 if the work is too small to share."""
     flops = 2.0 * p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
     return 1 if flops < SERIAL_FLOPS else threads
 
 
-WAVE_BYTES = 32 << 20   # float sums of dQ held at once
+WAVE_BYTES = 32 << 20   # dQ sums in memory at a time
 
 
 Wave = tuple[int, int, int, int, int]
 
 
 def plan_backward(p: Problem, lengths: Lengths, padded_head_dim: int) -> Sequence[Wave]:
-    """Waves (b0, b1, head_k0, head_k1, rows): sequences and key heads whose dQ sums fit WAVE_BYTES, `rows` of these sums per head."""
+    """Waves (b0, b1, head_k0, head_k1, rows): sequences and key heads whose dQ sums fit WAVE_BYTES together.
+
+    `rows` is the number of dQ rows per head in the wave.
+    """
     row_bytes = max(p.group, 1) * padded_head_dim * (8 if p.dtype == "float64" else 4)
     if lengths.cu_q is None:
         return _dense_waves(p.batch, lengths.longest_q, p.num_heads_k, row_bytes)
@@ -161,7 +176,7 @@ def _dense_waves(batch: int, seqlen_q: int, heads_k: int, row_bytes: int) -> Seq
 
 
 def _waves(lengths: NDArray[np.int64], heads_k: int, row_bytes: int) -> Sequence[Wave]:
-    """A sequence's rows start and end at multiples of 32, and a wave's first one may start up to 31 rows late."""
+    """A sequence's rows start and end at multiples of 32, and the first one of a wave may start up to 31 rows late."""
     ends = np.concatenate([[0], np.cumsum(lengths + 32)])
     waves, b0 = [], 0
     while b0 < len(lengths):

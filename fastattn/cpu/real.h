@@ -1,9 +1,8 @@
-/* Everything a tile does in one accumulator type. Included twice: REAL_BITS 32 (float32, float16 and bfloat16 tensors) and 64.
- *
- * A name(x) becomes x_f32 or x_f64. Layouts of a tile:
+/* Vectors, elementary functions and the matrix micro-kernel in one accumulator type. Included twice: with REAL_BITS 32 (float32,
+ * float16 and bfloat16 tensors) and 64. name(x) becomes x_f32 or x_f64. Layouts of a tile:
  *   rows     [n][ld]             row-major, ld = head_dim rounded up to a vector, zero padded
  *   columns  [n / CB][head_dim][CB]   transposed in blocks of CB = TILE_VECTORS vectors of keys: the B operand of S = Q K^T
- *   scores   [PANEL_ROWS][BLOCK_N]    one panel of S, then of P in place; 6 KiB of float stays in L1 */
+ *   scores   [PANEL_ROWS][BLOCK_N]    one panel of S, then P in its place; 6 KiB of float stay in L1 */
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 #if REAL_BITS == 32
@@ -31,7 +30,7 @@ typedef INT name(ivec) __attribute__((vector_size(VBYTES), aligned(1), may_alias
 ALWAYS_INLINE vec name(splat)(REAL x) { return x - (vec){0}; }
 #define SPLAT(x) name(splat)(x)
 ALWAYS_INLINE vec name(choose)(ivec where, vec a, vec b) { return (vec)(((ivec)a & where) | ((ivec)b & ~where)); }
-/* x rounded: keeps the compiler from fusing the product that x is into an addition */
+/* x as it is: keeps the compiler from fusing the product x into an addition, so that it is rounded */
 ALWAYS_INLINE vec name(rounded)(vec x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
@@ -42,7 +41,7 @@ ALWAYS_INLINE vec name(rounded)(vec x) {
 #endif
   return x;
 }
-/* a b - c in one rounding, where FUSES says that there is such an instruction: not left to the compiler, because lse depends on it */
+/* a b - c with one rounding, if the level has the instruction (FUSES). An intrinsic, because lse depends on the fusion. */
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define FUSES 1
 ALWAYS_INLINE vec name(multiply_subtract)(vec a, vec b, vec c) {
@@ -85,9 +84,9 @@ ALWAYS_INLINE REAL name(reduce_add)(vec v) {
 #endif
 }
 /* 2^x: x = n + f, a polynomial in f (float: degree 6, relative error 2e-9 before rounding; double: the Taylor series to degree 12),
- * then n added to the exponent. AVX-512 takes f in [0, 1), because its scaling instruction floors; the others f in [-1/2, 1/2].
- * Below FLUSH the result is 0: no probability that small is felt next to the row's largest, and denormals would cost a trap each.
- * NaN stays NaN. */
+ * then n added to the exponent. With AVX-512 f is in [0, 1), because its scaling instruction floors; otherwise f is in [-1/2, 1/2].
+ * Below FLUSH the result is 0: a probability that small does not change a sum that contains the row's largest, and denormals would
+ * cost a trap each. NaN stays NaN. */
 #define FLUSH (REAL_BITS == 32 ? -100 : -1000)
 ALWAYS_INLINE vec name(exp2)(vec x) {
 #if defined(__AVX512F__) && REAL_BITS == 32
@@ -126,9 +125,10 @@ ALWAYS_INLINE vec name(exp2)(vec x) {
   return name(choose)(over, SPLAT((REAL)INFINITY), r);
 #endif
 }
-/* tanh. float: x P(x^2) / Q(x^2) with degrees 6 and 3, a minimax fit of the relative error on [0, 8.6], where tanh is 1 to the last bit; 2.5 ulp at
- * worst, 0.5 rms. One division, as a reciprocal with a Newton step where there is one of 14 bits: a 64-byte division takes 16 cycles.
- * double: a rational function below 0.625 (Cephes), else 1 - 2 / (e^2|x| + 1) with the sign of x. NaN stays NaN. */
+/* tanh; NaN stays NaN.
+ * float: x P(x^2) / Q(x^2) with degrees 6 and 3, a minimax fit of the relative error on [0, 8.6]. At 8.6 tanh is 1 to the last bit.
+ * At most 2.5 ulp off, 0.5 rms. With AVX-512 the division is a 14-bit reciprocal and a Newton step: a 64-byte division takes 16 cycles.
+ * double: a rational function below 0.625 (Cephes), else 1 - 2 / (e^2|x| + 1) with the sign of x. */
 ALWAYS_INLINE vec name(tanh)(vec x) {
 #if REAL_BITS == 32
 #if defined(__AVX512F__)
@@ -173,8 +173,8 @@ ALWAYS_INLINE int name(any)(ivec where) {
   return (((const int64_t *)&where)[0] | ((const int64_t *)&where)[1]) != 0;
 #endif
 }
-/* 1 - t^2, t = tanh(x). Near 1 that would be the rounding of t: beyond |x| = 1, which scores under a softcap seldom reach, it is 4 e / (1 + e)^2 with
- * e = exp(-2 |x|). */
+/* The derivative of tanh: 1 - t^2 with t = tanh(x). Near t = 1 that cancels down to t's rounding error. So for |x| > 1, which scores
+ * under a softcap seldom reach, it is 4 e / (1 + e)^2 with e = exp(-2 |x|). */
 ALWAYS_INLINE vec name(slope_of_tanh)(vec x, vec t) {
   const vec size = (vec)((ivec)x & ~(ivec)SPLAT((REAL)-0.0));
   const ivec far = (ivec)(size > SPLAT(1));
@@ -186,7 +186,7 @@ ALWAYS_INLINE vec name(slope_of_tanh)(vec x, vec t) {
   return slope;
 }
 
-/* One vector of a tensor in place: elements of `dtype` (a constant after inlining) widened to REAL. */
+/* Load a vector of a tensor in place: elements of `dtype` (constant after inlining), widened to REAL. */
 #if REAL_BITS == 32 && defined(__AVX512F__)
 #define LOADS_HALF 1
 ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
@@ -209,12 +209,13 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
 }
 #endif
 
-/* ------------------------------------------------------------------ register-tiled products
- * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors]. The accumulators are named variables: gcc keeps an array of them in
- * memory. They start at 0 and C is added last: a chain that went on over all tiles would round more. MR, NV, MODE and B's
- * dtype are compile-time constants, so the branches on them vanish. Strides of A and C are in elements, of B in bytes. */
+/* ------------------------------------------------------------------ the matrix micro-kernel
+ * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors], with the accumulators in registers. They are named variables, because gcc would
+ * keep an array in memory. They start at 0 and C is added last: one chain of sums over all tiles would round more. MR, NV, MODE and
+ * B's dtype are compile-time constants, so branches on them vanish. Strides of A and C are in elements, of B in bytes. */
 enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16) };
-/* rows of K and V in place that are asked for in advance: fewer where other heads' rows lie between them, which the task reads first */
+/* Prefetch distance in rows for K and V read in place: 48 if a head's rows are contiguous, 16 if other heads' rows, which this task
+ * reads first, lie in between. */
 #define AHEAD(row) ((row) > 1024 ? 16 : 48)
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
@@ -290,7 +291,7 @@ static const name(product_t) name(products)[6][6][3] = {MODE_TABLE(0), MODE_TABL
 #undef ROW_TABLE
 #undef MODE_TABLE
 
-/* C[mr][ncols] in column blocks of 4, 2 and 1 vectors; ncols is a multiple of VL, a vector of B is `step` bytes. */
+/* C[mr][ncols], in column blocks of 4, 2 and 1 vectors. ncols is a multiple of VL. A vector of B has `step` bytes. */
 static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, REAL *C, long ldc,
                            const REAL *rescale) {
   long left = ncols / VL;

@@ -1,7 +1,8 @@
-/* Rows of a tile in one accumulator type: conversion and packing at the edges, then score, mask, softmax and their gradients.
- * Included after real.h, once per type. `first` and `last` bound the keys of a tile that some row of the task may see, and
- * `seen`, where a boolean mask makes one, tells which of them: the others are packed as zeros, so what they hold (NaN in padding,
- * say) is never read. */
+/* Rows of a tile in one accumulator type: conversion and packing, score, mask, softmax and their gradients. Included after real.h,
+ * once per type.
+ *
+ * [first, last) are the keys of a tile that some row of the task may attend. `seen`, which exists if there is a boolean mask, says
+ * which of them are attended. All other keys are packed as zeros, so what they hold (NaN in padding, say) is never read. */
 
 /* ------------------------------------------------------------------ conversion */
 static void name(load_row)(void *to, long padded, const char *src, long stride, int dtype, long n) {
@@ -149,15 +150,15 @@ static void name(pack_columns)(void *to, const char *src, long row, long dim, in
     }
 }
 
-/* ------------------------------------------------------------------ products of a panel
- * scores: S[mr][first..last) = A K^T; first is a multiple of VL, columns up to the next multiple of VL are written.
- * Sums of 64 terms are added up: one chain of 256 rounds three times as much as a BLAS that sums in lanes. */
+/* ------------------------------------------------------------------ GEMMs of a panel
+ * scores: S[mr][first..last) = A K^T. first is a multiple of VL; columns up to the next multiple of VL are written. Chains of 64
+ * terms are added up: one chain of 256 terms rounds three times as much as a BLAS that sums in lanes. */
 #define CHAIN 64
 static void name(scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds) {
   static const REAL ones[PANEL_ROWS] = {1, 1, 1, 1, 1, 1};
   for (long j = first, width; j < last; j += width) {
     const REAL *B = (const REAL *)columns + j / CB * CB * n_dim + j % CB;
-    long vectors = (last - j + VL - 1) / VL, rest = TILE_VECTORS - j % CB / VL;    /* wanted, and left in this block of columns */
+    long vectors = (last - j + VL - 1) / VL, rest = TILE_VECTORS - j % CB / VL;    /* needed, and left in this block of columns */
     vectors = vectors < rest ? vectors : rest;
     int index = vectors >= 4 ? 2 : vectors >= 2 ? 1 : 0;
     width = VL << index;
@@ -175,7 +176,7 @@ static void name(weighted_sum)(long mr, long first, long last, const void *P, lo
   name(multiply)(name(RESCALE), mr, last - first, ldv, (const REAL *)P + first, ldp, (const char *)((const REAL *)V + first * ldv), ldv * bytes,
                  VL * bytes, (REAL *)O, ldo, (const REAL *)rescale);
 }
-/* dV += P^T dO and dK += dS^T Q, six keys at a time, over the query rows that see them (their bounds rise with the row) */
+/* dV += P^T dO and dK += dS^T Q, six keys at a time, over the query rows that attend them (lo and hi rise with the row) */
 static void name(key_gradients)(const GradBlock *w) {
   const long bytes = (long)sizeof(REAL);
   long begin = 0, end = 0;
@@ -196,13 +197,13 @@ static const void *name(key_row)(const void *G, long ld, long j, void *scratch) 
   return (const REAL *)G + j * ld;
 }
 
-/* ------------------------------------------------------------------ short queries: K and V read as rows, once
- * Rows of K and V have their last axis contiguous and a multiple of VL long: the caller's own, or packed. A sum over head_dim runs in VL
- * lanes that are added as a tree: besides needing no transpose, that rounds several times less than one long chain. */
+/* ------------------------------------------------------------------ few query rows: dot products with rows of K
+ * Rows of K and V, the caller's or packed, are contiguous and a multiple of VL long. A sum over head_dim runs in VL lanes, which are
+ * added as a tree. That needs no transposed K and rounds several times less than one long chain. */
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #if REAL_BITS == 32 && defined(__AVX512F__)
 #define DOT_KEYS 4
-/* Sums of 4 x 4 vectors at once, 2 shuffles each: 128-bit lane r of the result holds those of row r, in key order. */
+/* Horizontal sums of 4 x 4 vectors, 2 shuffles each. 128-bit lane r of the result holds the sums of row r, in key order. */
 ALWAYS_INLINE __m512 name(fold_lanes)(vec x, vec y) {
   return _mm512_shuffle_f32x4((__m512)x, (__m512)y, 0x88) + _mm512_shuffle_f32x4((__m512)x, (__m512)y, 0xdd);
 }
@@ -226,7 +227,7 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     if (DOT_KEYS > 2) c##r##2 += a * x2;    \
     if (DOT_KEYS > 2) c##r##3 += a * x3;    \
   }
-  for (long j = first; j < last; j += DOT_KEYS) { /* past the last key: that key again, into columns that are hidden afterwards */
+  for (long j = first; j < last; j += DOT_KEYS) { /* past the last key: the last key again, in columns that are masked afterwards */
     const char *k0 = K + j * row, *k1 = j + 1 < last ? k0 + row : k0, *k2 = j + 2 < last ? k1 + row : k1, *k3 = j + 3 < last ? k2 + row : k2;
     ROWS(DECLARE)
     for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
@@ -248,7 +249,7 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     if (MR > 3) _mm_storeu_ps(S + 3 * lds + j, _mm512_extractf32x4_ps(low, 3));
     if (MR > 4) {
       vec c60 = {0}, c61 = c60, c62 = c60, c63 = c60;
-      __m512 high = SUMS(4, 5, 6, 6); /* no rows 6 */
+      __m512 high = SUMS(4, 5, 6, 6); /* there is no row 6 */
       _mm_storeu_ps(S + 4 * lds + j, _mm512_castps512_ps128(high));
       if (MR > 5) _mm_storeu_ps(S + 5 * lds + j, _mm512_extractf32x4_ps(high, 1));
     }
@@ -291,12 +292,12 @@ static void name(direct_sum)(long mr, long first, long last, const void *P, long
                  (const REAL *)rescale);
 }
 
-/* ------------------------------------------------------------------ score and mask, one row in L1
- * s = softcap(s * scale) - slope * |distance - j| + bias[j]; the slope of the cap is kept for backward when asked. */
+/* ------------------------------------------------------------------ score and mask of a row, in L1
+ * s = softcap(s * scale) - slope * |distance - j| + bias[j]. slope_out, if not NULL, gets the softcap's derivative, for the backward. */
 static void name(score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *slope_out) {
   REAL *s = (REAL *)row, *slopes = (REAL *)slope_out;
   const REAL *b = (const REAL *)bias;
-  const double most = REAL_BITS == 32 ? FLT_MAX : DBL_MAX; /* infinity times a product of 0 would be NaN */
+  const double most = REAL_BITS == 32 ? FLT_MAX : DBL_MAX; /* finite, because infinity times a dot product of 0 is NaN */
   const vec factor = SPLAT((REAL)fmin(fmax(softcap > 0 ? scale / softcap : scale, -most), most)), cap = SPLAT((REAL)softcap), m = SPLAT((REAL)slope);
   const ivec sign_bit = (ivec)SPLAT((REAL)-0.0);
   vec away;                                /* distance - j, exact: integers */
@@ -320,16 +321,17 @@ static void name(mask_row)(void *row, long first, long last, const char *mask, l
   else
     for (long j = first; j < last; j++) s[j] = mask[j * stride] ? s[j] : (REAL)-INFINITY;
 }
-/* -inf (a score) or 0 (a probability) in [first, lo) and [hi, last): the interval is the structural mask */
+/* The structural mask: `value`, -inf for a score or 0 for a probability, in [first, lo) and [hi, last). */
 static void name(fill_outside)(void *row, long first, long lo, long hi, long last, double value) {
   REAL *s = (REAL *)row;
   for (long j = first; j < lo && j < last; j++) s[j] = (REAL)value;
   for (long j = hi > first ? hi : first; j < last; j++) s[j] = (REAL)value;
 }
 
-/* The exponent of P is s c - u in one instruction, with u = base c rounded, while |base c| is below DIFFERENCE_FIRST (simd.h). All P of a row then have
- * the factor 2^residue, residue = base c - u, at most 2^-9. Beyond, the residue would reach any number of bits and base c may overflow, so the exponent
- * is (s - base) c, which has no residue at any size. Without a fused instruction that costs the same, and is always done. */
+/* The exponent of P, in two forms. While |base c| is below DIFFERENCE_FIRST (simd.h) it is s c - u in one instruction, u = base c
+ * rounded. Then all P of a row have a common factor 2^residue with residue = base c - u, |residue| at most 2^-9. For larger scores the
+ * residue could be any number of bits and base c could overflow. There the exponent is (s - base) c, which has no residue. Without a
+ * fused instruction that form costs the same and is always used. */
 ALWAYS_INLINE int name(difference_first)(REAL base, REAL c) {
   return !FUSES || !(base * c > -(REAL)DIFFERENCE_FIRST && base * c < (REAL)DIFFERENCE_FIRST);
 }
@@ -341,14 +343,14 @@ ALWAYS_INLINE vec name(residue)(vec base, vec c) {
   return (vec){0};
 #endif
 }
-/* of P; b is the base, or u */
+/* the exponent of P; b is the base, or u */
 ALWAYS_INLINE vec name(exponent)(const int DIFFERENCE, vec s, vec b, vec c) {
 #if FUSES
   if (!DIFFERENCE) return name(multiply_subtract)(s, c, b);
 #endif
   return (s - b) * c;
 }
-/* P = 2^((s - base) c2) over [first, last) in place; returns the sum */
+/* P = 2^((s - base) c2) over [first, last), in place. Returns the sum. */
 ALWAYS_INLINE REAL name(exponentials)(const int DIFFERENCE, REAL *s, long first, long last, REAL base, REAL c2) {
   vec b = SPLAT(DIFFERENCE ? base : base * c2), c = SPLAT(c2), sum = {0}, sum1 = {0};
 #define EXPONENTIAL(at) name(exp2)(name(exponent)(DIFFERENCE, LOAD(s + (at)), b, c))
@@ -369,14 +371,16 @@ ALWAYS_INLINE REAL name(exponentials)(const int DIFFERENCE, REAL *s, long first,
   return name(reduce_add)(sum + sum1);
 }
 
-/* The factor 2^residue is one that out does not see and lse must not (5e-4 at scores of 10^4). Minus its logarithm, to be added to that of a sum of P. */
+/* The factor 2^residue cancels in out, but not in lse (5e-4 at scores of 10^4). Returns minus its natural log, which is to be added to
+ * the log of a sum of P. */
 static double name(rounding_of_unit)(double m, double c2) {
   const REAL u = (REAL)m * (REAL)c2;
   return name(difference_first)((REAL)m, (REAL)c2) ? 0 : -0.69314718055994531 * fma(m, (REAL)c2, -(double)u);
 }
-/* ------------------------------------------------------------------ softmax, online
- * For each row over [first, last): new maximum m, P = 2^((s - m) c2) in place, sum l, and the factor that rescales what was
- * accumulated under the old maximum. A row that has seen nothing keeps m = -inf and l = 0 without a NaN. All rows: `rows` is for pairs.h. */
+/* ------------------------------------------------------------------ online softmax
+ * For each row over [first, last): the new maximum m, P = 2^((s - m) c2) in place, the sum l, and the factor that rescales what was
+ * accumulated under the old maximum. A row that has attended nothing keeps m = -inf and l = 0, without a NaN. All rows are done;
+ * the argument `rows` is for pairs.h. */
 ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
   vec top = LOAD(s + first), top1 = top;
   long j = first + VL;
@@ -387,13 +391,13 @@ ALWAYS_INLINE REAL name(row_peak)(const REAL *s, long first, long last) {
   if (j < last) top = VMAX(top, LOAD(s + j));
   return name(reduce_max)(VMAX(top, top1));
 }
-/* For each of mr rows: row_max takes in `peak`, base becomes what to subtract (0 while a row has seen nothing), rescale 2^((old - new) c2),
- * and row_sum is rescaled. Works in whole vectors: the arrays have room for them. */
+/* For each of mr rows: row_max = max(row_max, peak); base is what to subtract from scores, 0 while the row has attended nothing;
+ * rescale = 2^((old - new) c2); row_sum is rescaled. Works in whole vectors, for which peak, rescale and base have room. */
 ALWAYS_INLINE void name(raise_maxima)(long mr, const REAL *peak, REAL c2, REAL *row_max, REAL *row_sum, REAL *rescale, REAL *base) {
   for (long r = 0; r < mr; r += VL) {
     vec old = LOAD(row_max + r), top = VMAX(LOAD(peak + r), old), nothing = SPLAT((REAL)-INFINITY);
     vec b = name(choose)((ivec)(top == nothing), (vec){0}, top), c = SPLAT(c2);
-    vec exponent = (old - b) * c + (name(residue)(b, c) - name(residue)(old, c)); /* of what `exponentials` subtracted and will subtract */
+    vec exponent = (old - b) * c + (name(residue)(b, c) - name(residue)(old, c)); /* the difference of what `exponentials` subtracted before and will subtract */
     vec factor = name(choose)((ivec)(top == old), SPLAT(1), name(exp2)(exponent));
     if (r + VL <= mr) {
       STORE(row_max + r, top);
@@ -418,7 +422,7 @@ static void name(softmax)(long mr, uint32_t rows, void *S, long lds, void *P, lo
     l[r] += name(difference_first)(base[r], (REAL)c2) ? name(exponentials)(1, s + r * lds, first, last, base[r], (REAL)c2)
                                                       : name(exponentials)(0, s + r * lds, first, last, base[r], (REAL)c2);
 }
-/* v where the keep bits from column j say so (j a multiple of VL), else 0 */
+/* v where the keep bits from column j (a multiple of VL) are 1, else 0 */
 ALWAYS_INLINE vec name(kept)(vec v, const uint64_t *keep, long j) {
   uint64_t bits = keep[j / 64] >> j % 64;
 #if defined(__AVX512F__)
@@ -435,10 +439,13 @@ static void name(drop_row)(void *row, const uint64_t *keep, long first, long las
 }
 
 /* ------------------------------------------------------------------ backward, one row
- * In: s (scores / scale) and dp (dO V^T). Out: P in place of s (dropped when `keep`), and in place of dp the gradient of the score,
- * dS = P (keep_scale keep dP - delta). P = exp(s scale - lse), where s scale is rounded as lse is: a key that takes all of its row has the
- * difference 0, P = 1; fused, it would be the rounding of lse, 5e-4 at scores of 10^4. A row that sees nothing has lse = -inf and no
- * probability. CAPPED: P is at most 1. The lse of another kernel may be a few roundings below the largest score, which at scores of 10^10 are thousands. */
+ * In: s (scores / scale) and dp (dO V^T). Out: P in place of s, with dropout if `keep` is given, and dS = P (keep_scale keep dP - delta)
+ * in place of dp.
+ *
+ * P = exp(s scale - lse), where s scale is rounded as lse is. So a key with all of its row's probability has a difference of 0 and P = 1;
+ * fused, the difference would be the rounding error of lse, 5e-4 at scores of 10^4. A row that attends nothing has lse = -inf and P = 0.
+ * CAPPED: P is at most 1. The lse of another kernel may be a few roundings below the largest score, which at scores of 10^10 are
+ * thousands. */
 ALWAYS_INLINE void name(gradients)(const int CAPPED, REAL *s, REAL *dp, long first, long last, REAL scale, REAL lse, REAL delta, const uint64_t *keep,
                                    REAL keep_scale) {
   const vec c = SPLAT(scale), base = SPLAT(lse), d = SPLAT(delta), log2e = SPLAT((REAL)1.4426950408889634), ks = SPLAT(keep_scale);
@@ -456,7 +463,7 @@ static void name(grad_row)(void *score, void *dprob, long first, long last, doub
   if (fabs(lse) < DIFFERENCE_FIRST) name(gradients)(0, (REAL *)score, (REAL *)dprob, first, last, (REAL)scale, base, (REAL)delta, keep, (REAL)keep_scale);
   else name(gradients)(1, (REAL *)score, (REAL *)dprob, first, last, (REAL)scale, base, (REAL)delta, keep, (REAL)keep_scale);
 }
-/* through the softcap: dS *= its slope; a 0 stays one, even where a hidden score made the slope NaN */
+/* The softcap's backward: dS *= its derivative. 0 stays 0, even if a masked score made the derivative NaN. */
 static void name(uncap_row)(void *grad, const void *slope, long first, long last) {
   REAL *g = (REAL *)grad;
   for (long j = first; j < last; j += VL) {
@@ -464,7 +471,7 @@ static void name(uncap_row)(void *grad, const void *slope, long first, long last
     STORE(g + j, name(choose)((ivec)(x == (vec){0}), (vec){0}, x * LOAD((const REAL *)slope + j)));
   }
 }
-/* dbias[j] += dS[j]; one element takes the sum when the bias is broadcast over keys (stride 0) */
+/* dbias[j] += dS[j]. With stride 0 (a bias broadcast over keys) one element gets the sum. */
 static void name(add_row)(void *to, long stride, const void *from, long first, long last) {
   REAL *g = (REAL *)to, sum = 0;
   const REAL *s = (const REAL *)from;
@@ -480,7 +487,7 @@ static double name(dot_row)(const void *a, const void *b, long n) {
   for (long j = 0; j < n; j += VL) sum += LOAD((const REAL *)a + j) * LOAD((const REAL *)b + j);
   return (double)name(reduce_add)(sum);
 }
-/* O_out = sum over splits of O_s 2^((m_s - m) c2): adds one split's rows; see forward.pxi */
+/* to += from * factor: adds a split's row to O = sum over splits of O_s 2^((m_s - m) c2); see merge_task in forward.pxi */
 static void name(add_scaled)(void *to, const void *from, double factor, long n) {
   REAL *g = (REAL *)to;
   const REAL *s = (const REAL *)from;

@@ -1,7 +1,7 @@
-/* Vectors at the width of the instruction set this file is compiled for, and the element types that tensors hold.
+/* Vector widths of the instruction set for which this file is compiled, tile sizes, and conversions of single elements.
  *
- * gcc vector extensions carry the arithmetic (so SSE2, AVX2, AVX-512 and NEON share one text); intrinsics appear only where
- * the extensions have no word: max, power-of-two scaling, transposes, half-precision conversion. */
+ * Arithmetic uses gcc's vector extensions, so SSE2, AVX2, AVX-512 and NEON share one source. Intrinsics are used only for what the
+ * extensions lack: max, scaling by powers of two, transposes, half-precision conversion. */
 #pragma once
 #include <float.h>
 #include <math.h>
@@ -26,13 +26,13 @@
 #define TILE_VECTORS 2
 #endif
 #define PANEL_ROWS 6
-#define MAX_PANEL 32 /* rows of any panel; the arrays of one number per row have room for whole vectors */
-#define GRAD_M 96       /* backward: query rows of a block, P and dS (96 x 192) stay in L2 */
-#define GRAD_N 192      /* and keys of a tile */
-#define DIFFERENCE_FIRST 65536 /* |score| in bits from which the maximum is subtracted before the product with the scale: see exponent in rows.h */
-#define BLOCK_N 256 /* keys in a forward tile; divisible by 16 (dropout blocks) and by every packed width */
+#define MAX_PANEL 32 /* rows of any panel, at most; arrays with one number per row have room for whole vectors */
+#define GRAD_M 96       /* backward: query rows of a block; P and dS (96 x 192) stay in L2 */
+#define GRAD_N 192      /* backward: keys of a tile */
+#define DIFFERENCE_FIRST 65536 /* |score| in bits from which the maximum is subtracted before scaling: `exponent` in rows.h */
+#define BLOCK_N 256 /* keys of a forward tile; a multiple of 16 (dropout's blocks) and of every packed width */
 
-/* One block of the backward pass: P and dS [GRAD_M][GRAD_N] reals, packed Q and dO, the tile's gradients, each row's keys [lo, hi). */
+/* A block of the backward: P and dS [GRAD_M][GRAD_N] reals, packed Q and dO, the tile's dK and dV, each row's keys [lo, hi). */
 typedef struct {
   long ldq, ldv, rows, keys;
   void *P, *dS, *Q, *dO, *dK, *dV, *scratch;
@@ -53,7 +53,7 @@ ALWAYS_INLINE float bf16_to_float(uint16_t h) {
   memcpy(&f, &u, 4);
   return f;
 }
-/* round to nearest even; a NaN stays a (quiet) NaN */
+/* round to nearest even; NaN becomes quiet NaN */
 ALWAYS_INLINE uint16_t float_to_bf16(float f) {
   uint32_t u;
   memcpy(&u, &f, 4);
@@ -84,7 +84,7 @@ ALWAYS_INLINE uint16_t float_to_half(float f) {
   return h;
 }
 #else
-/* exact: scale the half's bits as a float exponent; Inf and NaN keep their exponent of all ones */
+/* exact: the half's bits as a float, scaled by a power of two; Inf and NaN get their exponent of all ones back */
 ALWAYS_INLINE float half_to_float(uint16_t h) {
   uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13, sign = (uint32_t)(h & 0x8000u) << 16, u;
   float f;

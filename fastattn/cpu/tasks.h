@@ -1,7 +1,7 @@
-/* How the tasks of a call run: on a team of OpenMP's threads, until none is left or the call is stopped.
+/* Runs the tasks of a call on a team of OpenMP threads, until none is left or the call is stopped.
  *
- * A call stops when memory cannot be had, or when a signal's handler raises (Ctrl-C). That is one state, which every thread looks at before
- * each task, inside long ones, and while it waits. The thread that called also looks for signals there, because handlers run in no other. */
+ * A call is stopped if memory cannot be had, or if a signal's handler raises (Ctrl-C). Both are one state. Every thread checks it before
+ * each task, inside long tasks, and while it waits. The calling thread also checks for signals there, because only it runs handlers. */
 #pragma once
 #include <errno.h>
 #include <omp.h>
@@ -18,17 +18,17 @@
 #include "workspace.h"
 
 enum { GOING, NO_MEMORY, INTERRUPTED };
-enum { LOOK_NS = 50 * 1000 * 1000 }; /* between two looks for signals: each takes the GIL */
+enum { LOOK_NS = 50 * 1000 * 1000 }; /* time between two checks for signals, each of which takes the GIL */
 
 typedef struct Stop {
   int state;
   pthread_t caller;
-  int64_t next_look;           /* on the clock of now(); INT64_MAX: no more */
-  void (*look)(struct Stop *); /* takes the GIL, runs the handlers of signals that came; sets `state` and `next_look` */
+  int64_t next_look;           /* when to check next, by now(); INT64_MAX: never */
+  void (*look)(struct Stop *); /* takes the GIL and runs pending signal handlers; sets `state` and `next_look` */
   void *raised;                /* the exception that a handler raised */
 } Stop;
 
-/* ns; the coarse clock takes 5 ns to read and is right to 4 ms */
+/* in ns. The coarse clock takes 5 ns to read and is accurate to 4 ms. */
 static int64_t now(void) {
   struct timespec t;
 #if defined(CLOCK_MONOTONIC_COARSE)
@@ -50,7 +50,8 @@ static void stop_call(Stop *stop, int why) {
 static int is_stopped(const Stop *stop) { return __atomic_load_n(&stop->state, __ATOMIC_RELAXED) != GOING; }
 static int must_look(const Stop *stop) { return pthread_equal(pthread_self(), stop->caller) && now() >= stop->next_look; }
 
-/* Whether to leave, between tasks. A handler may call this engine itself, so this thread's memory is set aside for it. */
+/* Whether the call is stopped; for use between tasks. A signal handler may call this engine, so this thread's memory is put aside
+ * meanwhile. */
 static int stopped(Stop *stop) {
   if (is_stopped(stop)) return 1;
   if (!must_look(stop)) return 0;
@@ -60,7 +61,7 @@ static int stopped(Stop *stop) {
   for (int which = 0; which < WORKSPACES; which++) put_workspace(which, mine[which]);
   return is_stopped(stop);
 }
-/* The same inside a task, which uses the tile registers. */
+/* The same inside a task, which uses AMX's tile registers. */
 static int stopped_in_task(Stop *stop) {
   if (!must_look(stop)) return is_stopped(stop);
   amx_end();
@@ -69,7 +70,7 @@ static int stopped_in_task(Stop *stop) {
   return leave;
 }
 
-/* The memory of a task, and what the threads of a call share; 0 stops the call. */
+/* The memory of a task, and the memory that the threads of a call share. If there is none, returns NULL and stops the call. */
 static char *task_memory(size_t bytes, Stop *stop) {
   char *p = workspace(OF_THREAD, bytes);
   if (!p) stop_call(stop, NO_MEMORY);
@@ -87,7 +88,8 @@ static void relax(void) {
 #endif
 }
 
-/* Waits until *counter == turn, and returns 1; 0 when the call is stopped. Whoever advances it started before us, so this ends. */
+/* Wait until *counter == turn; returns 1, or 0 if the call is stopped. The tasks that advance the counter started before this one, so the
+ * wait ends. */
 static int await_turn(const int *counter, int turn, Stop *stop) {
   for (long spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != turn; spins++) {
     relax();
@@ -100,10 +102,10 @@ static int await_turn(const int *counter, int turn, Stop *stop) {
 static void pass_turn(int *counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
 
 /* ---------------------------------------------------------------- teams
- * OpenMP ends the process when it cannot make a thread. So threads are made for trial before a thread's team grows; as many as could be are asked
- * for. `team` is what this thread's last team had: OpenMP keeps those. */
+ * OpenMP ends the process if it cannot create a thread. So before a team grows, trial threads are created; OpenMP is then asked for as
+ * many as could be created. `team` is the size of this thread's last team, whose threads OpenMP keeps. */
 static __thread int team;
-static long processors; /* asked for once: the C library reads a file for it */
+static long processors; /* read once, because the C library reads a file for it */
 
 /* once, at import */
 static int tasks_setup(void) {
@@ -125,14 +127,14 @@ static void *trial_thread(void *x) {
   pthread_mutex_unlock(trial->gate);
   return 0;
 }
-/* Waits until the system has forgotten a thread that ended, too: until then it counts. */
+/* Wait until the thread has ended and the system has removed it: until then it counts against the limit. */
 static void await_end(const Trial *trial) {
   pthread_join(trial->thread, 0);
 #if defined(__linux__)
   for (int n = 0; n < 10000 && !(syscall(SYS_tgkill, getpid(), trial->id, 0) && errno == ESRCH); n++) sched_yield();
 #endif
 }
-/* How many threads, at most `wanted`, can be made now. */
+/* How many threads, at most `wanted`, can be created now. */
 static int startable(int wanted) {
   pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
   Trial *trials = (Trial *)calloc((size_t)wanted, sizeof(Trial));
@@ -149,8 +151,8 @@ static int startable(int wanted) {
   return made;
 }
 
-/* Threads for a call of so many tasks. More than there are processors only where there are as many tasks; else always as many, because a team that
- * shrinks and grows from call to call ends threads and makes new ones. */
+/* The threads of a call with so many tasks. More threads than processors only for as many tasks. Otherwise always the same number, because
+ * a team that shrinks and grows from call to call ends threads and creates new ones. */
 static int team_size(int threads, long tasks) {
   if (threads <= 1 || tasks <= 1 || in_forked_child) return 1;
   long useful = processors > tasks ? processors : tasks, have = team > 1 ? team : 1;
@@ -159,7 +161,7 @@ static int team_size(int threads, long tasks) {
 }
 
 /* ---------------------------------------------------------------- running
- * Where the helpers meet the thread that called, which goes on looking for signals while it waits for the last of them. */
+ * The end of a team's work: the calling thread waits here for the last helper and goes on checking for signals meanwhile. */
 typedef struct {
   int done;
   pthread_mutex_t lock;
@@ -187,7 +189,7 @@ static void await_helpers(Meeting *m, int helpers, Stop *stop) {
   }
 }
 
-/* task(call, 0), task(call, 1), ... started in this order; `threads` from team_size. */
+/* Run task(call, 0), task(call, 1), ..., started in this order. `threads` comes from team_size. */
 static void run_tasks(void (*task)(const void *call, long number), const void *call, long tasks, int threads, Stop *stop) {
   if (threads <= 1) {
     for (long t = 0; t < tasks && !stopped(stop); t++) task(call, t);

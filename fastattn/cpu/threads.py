@@ -1,6 +1,8 @@
-"""How many threads a call uses: what the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise.
+"""How many threads a call may use.
 
-At most MAX_THREADS; fewer where the system makes no more, or where there are fewer tasks than that (tasks.h)."""
+As many as the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise, and at most MAX_THREADS. A
+call uses fewer if the system makes no more or if there are fewer tasks (tasks.h).
+"""
 from __future__ import annotations
 
 import operator
@@ -8,11 +10,11 @@ import os
 
 from ..errors import message
 
-MAX_THREADS = 1024      # more than any machine of today has processors; OpenMP keeps its list of a team on the stack
+MAX_THREADS = 1024      # more than today's machines have processors; OpenMP keeps a list of the team on the stack
 
 
 def _cgroup_limit() -> float:
-    """CPUs that the control group grants (cgroup v2 cpu.max, v1 cfs quota); infinity without a limit."""
+    """CPUs that the control group grants (cgroup v2 cpu.max, v1 cfs quota). Infinity without a limit."""
     try:
         with open("/sys/fs/cgroup/cpu.max") as f:
             quota, period = f.read().split()[:2]
@@ -39,12 +41,32 @@ _threads = _default()
 
 
 def get_num_threads() -> int:
-    """Threads that a call on the CPU may use."""
+    """The number of threads that a call on the CPU may use.
+
+    Returns
+    -------
+    int
+        The last value passed to set_num_threads; before, OMP_NUM_THREADS, or the CPUs that this process may use
+        (affinity and container limit). At most 1024.
+    """
     return _threads
 
 
 def set_num_threads(n: int) -> None:
-    """Use at most `n` threads a call, from 1 to 1024, from now on, in this process. Results do not depend on it. ValueError for other n."""
+    """Set how many threads a call on the CPU may use, from now on, in this process.
+
+    Results do not depend on it. A call uses fewer threads for small work, or if the system makes no more.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024.
+
+    Raises
+    ------
+    ValueError
+        If n is anything else.
+    """
     global _threads
     try:
         count = 0 if isinstance(n, bool) else operator.index(n)

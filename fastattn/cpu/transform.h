@@ -1,5 +1,5 @@
-/* Rows of qkv to rows of q, k and v and back (transform.pxi). n elements of one head, arithmetic in float, in double for double tensors.
- * Rows that are not contiguous (`dim` is not the element's size) go element by element. */
+/* Rows of qkv to rows of q, k and v, and back (transform.pxi). A piece is n elements of one head. Arithmetic is float, for double tensors
+ * double. Rows that are not contiguous (`dim` is not the element's size) go element by element. */
 #pragma once
 #include "simd.h"
 
@@ -11,7 +11,7 @@
     else                                                                                                               \
       for (long j = 0; j < n; j++) to[j].x = STORED((LOADED(((const T *)(from + j * dim))->x) + bias[j]) * factor);    \
   }                                                                                                                    \
-  /* to = from factor, before its rounding added to sums */                                                            \
+  /* to = from factor, which is added to sums before its rounding */                                                   \
   static void scale_##KIND(T *restrict to, const char *restrict from, long dim, REAL *restrict sums, REAL factor, long n) { \
     for (long j = 0; j < n; j++) {                                                                                     \
       REAL x = LOADED(dim == (long)sizeof(T) ? ((const T *)from)[j].x : ((const T *)(from + j * dim))->x) * factor;    \
@@ -64,7 +64,7 @@ static void scale_f16(unaligned16 *to, const char *from, long dim, float *sums, 
   scale_f16_one(to + j, from + j * dim, dim, sums + j, factor, n - j);
 }
 
-/* Past the caches: saves reading what is overwritten. Both addresses and `bytes` are multiples of 16. */
+/* Stores past the caches, which saves reading the memory that is overwritten. Both addresses and `bytes` are multiples of 16. */
 #if defined(__x86_64__)
 static void stream_out(char *to, const char *from, long bytes) {
   for (long i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i *)(void *)(to + i), _mm_load_si128((const __m128i *)(const void *)(from + i)));
@@ -77,7 +77,7 @@ static void stream_end(void) {}
 
 enum { STREAM_BYTES_AT_ONCE = 4096 };
 
-/* `rows` rows of a head, `to_row` and `from_row` bytes apart: to = (from + bias) factor; `stream`: past the caches */
+/* to = (from + bias) factor for `rows` rows of a head, `to_row` and `from_row` bytes apart. `stream`: store past the caches. */
 static void rescale_rows(char *to, long to_row, const char *from, long from_row, long dim, const void *bias, double factor, long rows, long n,
                          int dtype, int stream) {
   char buffer[STREAM_BYTES_AT_ONCE] __attribute__((aligned(64)));
@@ -99,8 +99,8 @@ static void rescale_rows(char *to, long to_row, const char *from, long from_row,
     }
 }
 
-/* One row of q, k and v back into a row of qkv: to = from factor, head by head, `head` bytes apart, and added to the columns' sums. Not past the
- * caches: its result is usually new memory, whose zeros the system has just put there, and 36 MB then take 14 ms instead of 10. */
+/* One row of dq, dk and dv into a row of dqkv: to = from factor, head by head, `head` bytes apart; also added to the columns' sums. Not
+ * past the caches: the result is usually new memory, which the system has just zeroed, so 36 MB would take 14 ms instead of 10. */
 typedef struct { const char *from[3]; long head[3], dim[3]; } HeadRows;
 static void join_row(char *to, const HeadRows *x, long heads, long n, void *sums, double factor, int dtype) {
   long size = element_size(dtype), real = dtype == DT_F64 ? 8 : 4;

@@ -1,7 +1,7 @@
 # transform_bias_rescale_qkv: qkv (batch, seqlen, 3, heads, head_dim), or packed rows of it, to contiguous q, k, v (batch, heads, seqlen, head_dim).
 #
-# A task is TILE rows of one sequence. Its reads stay in L2, and head by head its writes are TILE neighbouring rows. Backwards it is
-# GROUP rows of qkv, one after the other, whatever their sequences are, so that sums over rows have one order.
+# A forward task is TILE rows of one sequence. Its reads stay in L2; its writes are TILE neighbouring rows of each head. A
+# backward task is GROUP consecutive rows of qkv, of any sequences, so that sums over rows have one order.
 cdef extern from "transform.h" nogil:
     void rescale_rows(char* to, long to_row, const char* source, long from_row, long dim, const void* bias, double factor, long rows, long n, int dtype, int stream)
     ctypedef struct HeadRows:
@@ -14,7 +14,7 @@ cdef extern from "transform.h" nogil:
 
 cdef enum:
     TILE = 16
-    GROUP = 64                          # a float32 sum of the bias's gradient has as many terms; the groups are summed in float64
+    GROUP = 64                          # terms of a float32 sum of the bias's gradient; groups are summed in float64
 
 cdef struct Transform:
     Tensor qkv                          # batch, row and dim; packed: row and dim
@@ -24,7 +24,7 @@ cdef struct Transform:
     const char* bias
     char* sums                          # [groups][3 * num_heads * head_dim]
     double scale
-    long size, real                     # bytes of an element, and of one of the arithmetic
+    long size, real                     # bytes of an element, and of a real of the arithmetic
     int stream
 
 
@@ -50,7 +50,7 @@ cdef void transform_task(const void* call, long number) noexcept nogil:
 
 
 cdef long sequence_at(const Transform* f, long row) noexcept nogil:
-    """The last sequence that starts at packed row `row` or before; batch where the row is of none."""
+    """The last sequence that starts at or before packed row `row`; `batch` if the row belongs to none."""
     cdef long low = 0, high = f.batch, middle
     while low < high:
         middle = (low + high + 1) // 2
@@ -99,8 +99,8 @@ cdef void fill_transform(Transform* f, heads, cu_seqlens, double scale, Stop* st
 
 
 def transform(qkv, bias, cu_seqlens, heads, double scale, bint stream, int threads):
-    """Writes q, k and v (`heads`, contiguous Views). bias: contiguous, in the dtype of the arithmetic. cu_seqlens: int64, nobody else's.
-    `stream`: writes go past the caches."""
+    """Write q, k and v (`heads`, contiguous Views). bias: contiguous, in the dtype of the arithmetic. cu_seqlens: int64, private
+    to the call. `stream`: write past the caches."""
     cdef Transform f
     cdef Stop stop
     cdef list alive = []
@@ -114,7 +114,7 @@ def transform(qkv, bias, cu_seqlens, heads, double scale, bint stream, int threa
 
 
 def transform_backward(heads, cu_seqlens, dqkv, double scale, int threads):
-    """Writes dqkv (rows, columns), contiguous, and returns the sums of each GROUP of its rows, (groups, columns)."""
+    """Write dqkv (rows, columns), contiguous. Return the sums of each GROUP of its rows, (groups, columns)."""
     cdef Transform f
     cdef Stop stop
     cdef list alive = []

@@ -1,4 +1,7 @@
-"""transform_bias_rescale_qkv on the CPU: one pass over memory each way. transform.pxi is the loop, transform.h the conversions."""
+"""transform_bias_rescale_qkv on the CPU: one pass over memory in each direction.
+
+transform.pxi has the loop, transform.h the conversions.
+"""
 from __future__ import annotations
 
 import math
@@ -10,8 +13,9 @@ from .. import buffers
 from ..buffers import View, numpy_dtype
 from . import _engine, get_num_threads
 
-SERIAL_BYTES = 256 << 10        # one thread below: starting the others takes as long
-# of results, written past the caches from here on: 36 MB in half the time, in the same where the memory is new; 9 MB take 10 % more
+SERIAL_BYTES = 256 << 10        # below it one thread: starting others takes as long
+# Results from this size on are written past the caches: 36 MB in half the time (in the same time if the memory is new).
+# 9 MB would take 10 % more.
 STREAM_BYTES = 32 << 20
 
 
@@ -24,13 +28,16 @@ def _threads(size: int) -> int:
 
 
 def _copied(cu_seqlens: View | None) -> NDArray[np.int64] | None:
-    """Read once: the caller's array may change during the call."""
+    """Read once, because the caller's array may change during the call."""
     return None if cu_seqlens is None else np.array(cu_seqlens.numpy(), np.int64)
 
 
 def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View, v: View, scale: float) -> None:
-    """Writes q = (q + bias) * scale, k + bias and v + bias, (batch, num_heads, seqlen, head_dim), from qkv (batch, seqlen, 3 * width), or
-    with cu_seqlens from packed rows (total, 3 * width), zeros after each sequence's end. q, k and v are contiguous."""
+    """Write q = (q + bias) * scale, k + bias and v + bias, contiguous (batch, num_heads, seqlen, head_dim).
+
+    qkv is (batch, seqlen, 3 * width), or packed (total, 3 * width) with cu_seqlens; then zeros follow each sequence's
+    end.
+    """
     real = np.float64 if qkv.dtype == "float64" else np.float32
     bias = np.ascontiguousarray(qkv_bias.numpy().astype(real))
     size, row = _bytes(q, k, v), q.shape[-1] * q.itemsize
@@ -39,8 +46,11 @@ def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View
 
 
 def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float) -> None:
-    """Writes dqkv, contiguous rows of the forward's qkv, 0 where they are of no sequence, and dqkv_bias, their sum (float32 in groups of
-    rows, then float64). dq, dk and dv have any strides."""
+    """Write dqkv and dqkv_bias, from dq, dk and dv of any strides.
+
+    dqkv has the forward's contiguous rows, 0 for rows of no sequence. dqkv_bias is their sum: float32 in groups of
+    rows, then float64.
+    """
     rows = View(dqkv.ptr, (math.prod(dqkv.shape[:-1]), dqkv.shape[-1]), dqkv.strides[-2:], dqkv.dtype, dqkv.device, dqkv.owner)
     sums = _engine.transform_backward((dq, dk, dv), _copied(cu_seqlens), rows, scale, _threads(_bytes(dqkv)))
     dqkv_bias.numpy()[...] = sums.sum(axis=0, dtype=np.float64).astype(numpy_dtype(dqkv_bias.dtype))
