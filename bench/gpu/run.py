@@ -191,7 +191,7 @@ def check_device() -> None:
     except ImportError:
         raise SystemExit("bench gpu needs torch with CUDA, which is not installed; every other library is optional") from None
     if not torch.cuda.is_available():
-        raise SystemExit(f"bench gpu needs a CUDA device; torch {torch.__version__} sees none")
+        raise SystemExit(f"bench gpu needs a CUDA device; torch {torch.__version__} finds none")
 
 
 def choose(backward: bool, mode: Mode, only: str | None, skip: tuple[str, ...]) -> list[Case]:
