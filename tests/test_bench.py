@@ -9,8 +9,7 @@ import json
 import math
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ from bench.gpu import cases as gpu_cases
 from bench.gpu import plot as gpu_plot
 from bench.gpu import run as gpu_run
 from bench.gpu import table as gpu_table
-from bench.results import Row, Where
+from bench.results import Row
 from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
 from fastattn.problem import row_bounds
+from tests.tools.bench import TINY, WHERE, Processor, shrunk
 
-TINY = Case("dense", 1, 2, 16, 8, causal=True, backward=True, against=("torch",), bars=(Bar("torch", "speedup", 1.5),))
-WHERE = Where("2030-01-02", "A processor", "scalar", 1, "3.11", "numpy 2", "numpy matmul 9 GF/s")
 BUDGET = Budget(rounds=3, seconds=0, settle=0, turn=0)
 
 
@@ -150,41 +148,6 @@ def test_plot(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the GPU's cases, tables and protocol
-class Processor:
-    """A device of the GPU benchmark that is none: CPU tensors and the wall clock."""
-
-    name, l2_bytes = "cpu", 0
-
-    def synchronize(self) -> None: ...
-    def release(self) -> None: ...
-    def poison(self, *like: Any) -> None: ...
-
-    def clock_mhz(self, call: Call) -> int:
-        return 1000
-
-    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
-        start = time.perf_counter()
-        calls[0]()
-        return time.perf_counter() - start
-
-    def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
-        return lambda: self.host_seconds(calls, 1)
-
-    def extra_megabytes(self, call: Call) -> float:
-        call()
-        return 1.5
-
-    def where(self) -> Where:
-        return WHERE
-
-
-def shrunk(case: Case) -> Case:
-    """The same features at a size for the reference engine."""
-    lengths = tuple(n // 256 + 1 for n in case.lengths[:3])
-    case = replace(case, head_dim=16, num_heads=8 if case.num_heads_k else 2, num_heads_k=2 if case.num_heads_k else 0, kernels="")
-    if case.seqlen == 1:
-        return replace(case, batch=2, seqlen_k=40)
-    return replace(case, batch=len(lengths) or 2, seqlen=max(lengths, default=24), lengths=lengths, window=case.window and 9)
 
 
 def test_gpu_cases() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_bench import TINY, Processor, shrunk
 
 from bench import cpu, paired, paired_worker
 from bench.__main__ import main
 from bench.case import Case
 from bench.gpu import cases as gpu_cases
 from bench.timing import Budget
+from tests.tools.bench import TINY, Processor, shrunk
 
 BUDGET = Budget(rounds=4, seconds=0)
 FORWARD = replace(TINY, backward=False)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import Judge
-from problems import BY_NAME, CASES, Case, Inputs
 
 import fastattn
+from tests.tools.compare import Judge
+from tests.tools.problems import BY_NAME, CASES, Case, Inputs
 
 ENGINES = ("cpu",)
 CASE_IDS = [case.name for case in CASES]

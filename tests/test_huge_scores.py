@@ -8,11 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import EPS, Judge
-from problems import NUMPY, Case, Inputs
 
 import fastattn
 from fastattn.problem import row_bounds
+from tests.tools.compare import EPS, Judge
+from tests.tools.problems import NUMPY, Case, Inputs
 
 Array = np.ndarray[Any, Any]
 SHAPES: dict[str, dict[str, Any]] = {

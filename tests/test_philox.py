@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import BY_NAME
 
 import fastattn
 from fastattn.philox import keep_mask, philox4x32
 from fastattn.problem import Dropout
+from tests.tools.problems import BY_NAME
 
 KNOWN = [("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
          ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),

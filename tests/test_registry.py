@@ -13,25 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import distance
-from fake_cuda import Cuda, installed
-from gpu import requires_gpu
-from other_engines import Cudnn, Noter, Sdpa, nothing_left, torch_on_the_cpu
-from problems import CASES, Case
 
 import fastattn
 from fastattn import UnsupportedError, attention, attention_backward, explain, register_engine, registry, use_engine
 from fastattn.buffers import View, view
 from fastattn.problem import Operands, Problem
+from tests.tools.compare import distance
+from tests.tools.devices import requires_gpu
+from tests.tools.fake_cuda import Cuda, installed
+from tests.tools.other_engines import Cudnn, Noter, Sdpa, torch_on_the_cpu
+from tests.tools.problems import CASES, Case
 
 Q = (2, 6, 4, 8)
 
 
-@pytest.fixture(autouse=True)
-def log() -> Iterator[list[str]]:
-    """The names of the Noters that ran."""
-    with nothing_left() as log:
-        yield log
+pytestmark = pytest.mark.usefixtures("log")
 
 
 # ---------------------------------------------------------------- torch's kernels as engines

@@ -1,0 +1,29 @@
+"""Every instruction set this machine has runs the engine's tests, each in a process of its own; the best one also runs in this one."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastattn import cpu
+from fastattn.cpu import levels
+
+ROOT = Path(__file__).parents[2]
+# the same on every level, or over all levels by itself
+LEFT_OUT = "not reference_agrees and not test_reference and not of_the_day and not memory and not isa and not threads_from"
+
+
+@pytest.mark.parametrize("level", [level for level in levels.available() if level != cpu.instruction_set()])
+def test_level(level: str) -> None:
+    if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is None and "FASTATTN_LEVELS" in os.environ:
+        pytest.skip("not built: FASTATTN_LEVELS")
+    tests = ["tests/test_engines.py", "tests/cpu/test_engine.py", "tests/test_huge_scores.py", "tests/fuzz"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", LEFT_OUT]
+    environment = os.environ | {"FASTATTN_ISA": level, "FASTATTN_FUZZ": "0.2"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(f"{level}: {done.stdout.strip().splitlines()[-1]}")
+    assert done.returncode == 0, f"{level}:\n{done.stdout[-10_000:]}\n{done.stderr[-2000:]}"
