@@ -31,7 +31,7 @@ def test_many_at_once() -> None:
 
 
 def test_mask_is_the_definition() -> None:
-    """Element by element, from the words of DESIGN.md."""
+    """Element by element, from the definition in philox.py."""
     p, seed, offset, heads = 0.3, 0xFEDC_BA98_7654_3210, 9, 3
     keep = fastattn.dropout_mask(2, heads, 37, 41, dropout_p=p, seed=seed, offset=offset)
     key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)

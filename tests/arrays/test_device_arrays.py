@@ -1,4 +1,4 @@
-"""CUDA arrays without a GPU: a made-up driver, made-up libraries, a recording engine. test_gpu_arrays.py has the real ones."""
+"""CUDA arrays without a GPU: a made-up driver, made-up libraries, a recording engine. gpu/test_arrays.py has the real ones."""
 from __future__ import annotations
 
 import gc
@@ -419,7 +419,7 @@ def test_zero_sizes(driver: Driver, engine: Recorder) -> None:
 
 
 def test_merge_states(driver: Driver, torch_streams: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the GPU engine is given; its kernels are in test_gpu_merge.py."""
+    """What the GPU engine is given; its kernels are tested in gpu/test_merge.py."""
     calls: list[Any] = []
     monkeypatch.setitem(loaded, "gpu", types.SimpleNamespace(merge_states=lambda *where: calls.append(where)))
     parts = [Tensor((2, 4, 6, 8), ptr=ptr) for ptr in (0x1000, 0x2000)]

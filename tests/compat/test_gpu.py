@@ -1,7 +1,7 @@
 """compat on CUDA tensors against the real things: torch's SDPA backends, torch's varlen_attn and FlashAttention-4 where they are
 installed. Outputs and gradients are to be within twice their error against float64, plus the rounding of the result.
 
-    python -m pytest tests/test_compat_gpu.py
+    python -m pytest tests/compat/test_gpu.py
 """
 from __future__ import annotations
 

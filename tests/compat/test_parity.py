@@ -31,7 +31,7 @@ def test_functions_exist(name: str) -> None:
 
 
 def test_tests_exist() -> None:
-    found = re.findall(r"`(test_\w+)::(test_\w+)`", TEXT)
+    found = re.findall(r"`([\w/]+)::(test_\w+)`", TEXT)
     for file, test in found:
         assert re.search(rf"^def {test}\(", (ROOT / "tests" / f"{file}.py").read_text(), re.MULTILINE), f"{file}::{test}"
     for row in ROWS:

@@ -1,7 +1,7 @@
 """Real arrays on a real GPU: torch, CuPy, JAX, Numba and cuda.core in, the same library out; streams, graphs, several devices.
 
 Every result is compared with the reference engine on the host. Slow producers (a spinning kernel before the values are
-written) make a missing wait visible. Stands alone: `python -m pytest tests/test_gpu_arrays.py`.
+written) make a missing wait visible. Stands alone: `python -m pytest tests/gpu/test_arrays.py`.
 """
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What the backward's kernels do, tested without a GPU: bounds by keys, where rows of packed sequences lie, tables of key tiles, and whole
-calls of the kernels on plain threads, run in Python (gpu_emulator.py).
+calls of the kernels on plain threads, run in Python (tools/gpu/emulator.py).
 """
 from __future__ import annotations
 

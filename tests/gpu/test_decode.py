@@ -1,4 +1,4 @@
-"""Few queries for many keys: which calls the kernels for it run, how the keys are split. test_gpu_forward.py runs the cases."""
+"""Few queries for many keys: which calls the kernels for it run, how the keys are split. test_forward.py runs the cases."""
 from __future__ import annotations
 
 from types import SimpleNamespace

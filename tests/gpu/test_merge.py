@@ -1,4 +1,7 @@
-"""merge_states on the GPU: its kernel compiled for every architecture and run in Python (gpu_emulator.py); with a GPU, torch's tensors."""
+"""merge_states on the GPU: its kernel is compiled for every architecture and run in Python (tools/gpu/emulator.py).
+
+With a GPU it also merges torch's tensors.
+"""
 from __future__ import annotations
 
 import contextlib

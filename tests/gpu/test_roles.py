@@ -1,5 +1,8 @@
-"""The protocol of the Hopper forward, played without a GPU in random orders (gpu_roles.py): every block of keys that a row sees goes into
-its output once, and nobody waits for ever or touches what is another's."""
+"""The protocol of the Hopper forward, played without a GPU in random orders (tools/gpu/roles.py).
+
+Every block of keys that a row attends to enters its output exactly once, no role waits for ever, and none touches a buffer that another
+owns.
+"""
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,4 @@
-"""The protocol of the Hopper backward, played without a GPU in random orders (gpu_roles_backward.py)."""
+"""The protocol of the Hopper backward, played without a GPU in random orders (tools/gpu/roles_backward.py)."""
 from __future__ import annotations
 
 import ctypes

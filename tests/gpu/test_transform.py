@@ -1,5 +1,7 @@
-"""transform_bias_rescale_qkv's kernels: compiled for every architecture and run in Python (gpu_emulator.py) without a GPU; with one, the
-CPU's numbers bit for bit, and multi_head_attention on torch's tensors."""
+"""The kernels of transform_bias_rescale_qkv: compiled for every architecture and run in Python (tools/gpu/emulator.py).
+
+With a GPU their results equal the CPU's bit for bit, and multi_head_attention runs on torch's tensors.
+"""
 from __future__ import annotations
 
 import contextlib

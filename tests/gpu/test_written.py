@@ -1,5 +1,7 @@
-"""Every element of every result is written, whatever lengths, used keys, empty tiles, heads and sequences there are, and no launch has an
-empty grid. Kernels on plain threads run in Python (gpu_emulator.py) on memory that holds NaN; with a GPU, all families (gpu_poison.py).
+"""Every element of every result is written, for all lengths, used keys, empty tiles, heads and sequences, and no launch has an empty grid.
+
+Kernels on plain threads run in Python (tools/gpu/emulator.py) on memory that holds NaN. With a GPU all families run on poisoned memory
+(tools/gpu/poison.py).
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tolerance of DESIGN.md's rule 9: error against float64 at most 2x the error of the same computation done naively in the
+"""The tolerance of every test of numbers: error against float64 at most 2x the error of the same computation done naively in the
 input's precision, plus that dtype's rounding of the result.
 
 Errors are Frobenius norms per tensor. The naive rival is the reference's own text in float32 with P and dS rounded to the

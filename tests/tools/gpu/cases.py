@@ -77,7 +77,7 @@ def _large() -> Iterator[Case]:
 
 
 def _decode() -> Iterator[Case]:
-    """Few queries and many keys: the keys are split (launch_decode.py)."""
+    """Few queries and many keys: the keys are split (decode/launch.py)."""
     base = Case("decode", "bfloat16", num_heads=8, num_heads_k=2, seqlen_q=1, seqlen_k=1000, head_dim=128, causal=True)
     for dim, dim_v in ((64, 64), (128, 64), (64, 128), (128, 128)):
         for dtype in HALVES:

@@ -1,4 +1,4 @@
-"""Probes of test_gpu_intrinsics.py: scalars, shared words and fragments.
+"""Probes of gpu/test_intrinsics.py: scalars, shared words and fragments.
 
 A probe is a kernel of one warp or a few, the instructions that must stand in its PTX, and a check that launches it.
 """

@@ -1,4 +1,4 @@
-"""Probes of test_gpu_intrinsics.py: what only the backward uses. Columns' numbers in shared memory, pieces of dQ, turned dropout bits, its
+"""Probes of gpu/test_intrinsics.py: what only the backward uses. Columns' numbers in shared memory, pieces of dQ, turned dropout bits, its
 products."""
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes of test_gpu_intrinsics.py: tiles. Barriers in shared memory, the bulk copy engine, wgmma, mma.sync, cp.async and matrix stores."""
+"""Probes of gpu/test_intrinsics.py: tiles. Barriers in shared memory, the bulk copy engine, wgmma, mma.sync, cp.async and matrix stores."""
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ order, while the copy engine takes as long as it likes.
 Numbers are not computed. A fragment knows which rows of Q, K and V went into it, a place in shared memory what lies there and who still
 reads it. So the protocol is checked: whoever reads a place that is not filled, fills one that is being read, multiplies P of one
 block by V of another, uses an accumulator that a product still writes, or waits for ever, fails. Which rows see which keys comes from
-problem.py; tables of packed sequences from the kernel that writes them (gpu_emulator.py).
+problem.py; tables of packed sequences from the kernel that writes them (emulator.py).
 """
 from __future__ import annotations
 

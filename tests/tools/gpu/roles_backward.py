@@ -1,4 +1,4 @@
-"""The roles of the Hopper backward, played as gpu_roles.py plays the forward's: also dS, which both warpgroups store and read, and the
+"""The roles of the Hopper backward, played as roles.py plays the forward's: also dS, which both warpgroups store and read, and the
 pieces of dQ, which the copy engine adds to memory."""
 from __future__ import annotations
 
