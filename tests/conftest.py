@@ -11,7 +11,7 @@ from tests.tools.other_engines import nothing_left
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """A made-up CUDA driver in place of the real one."""
+    """A fake CUDA driver instead of the real one."""
     with installed(monkeypatch) as fake:
         yield fake
 

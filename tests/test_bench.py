@@ -33,7 +33,7 @@ BUDGET = Budget(rounds=3, seconds=0, settle=0, turn=0)
 
 
 def rows(value: float = 1.6, agree: bool = True) -> list[Row]:
-    """fastattn, torch and onnxruntime on a causal case, and a ceiling on its full sibling."""
+    """fastattn, torch and onnxruntime on a causal case, and a ceiling on the same case without the mask."""
     full = replace(TINY, causal=False, bars=(Bar("fma peak", "ceiling", 0.7),))
     time = Spread(0.002, 0.001, 0.003)
     return [results.make_row(WHERE, TINY, "fastattn", time=time, others=0.0),
@@ -45,7 +45,7 @@ def rows(value: float = 1.6, agree: bool = True) -> list[Row]:
 
 @pytest.mark.parametrize(("causal", "window", "seqlen", "seqlen_k"),
                          [(False, None, 5, 9), (True, None, 9, 9), (True, 3, 9, 12), (True, 3, 9, 5)])
-def test_scored_pairs_are_those_of_the_library(causal: bool, window: int | None, seqlen: int, seqlen_k: int) -> None:
+def test_scored_pairs_agree_with_row_bounds(causal: bool, window: int | None, seqlen: int, seqlen_k: int) -> None:
     case = Case("dense", 2, 3, seqlen, 8, causal=causal, window=window, seqlen_k=seqlen_k)
     bounds = [row_bounds(row, seqlen, seqlen_k, window, 0 if causal else window) for row in range(seqlen)]
     assert case.pairs == 6 * sum(hi - lo for lo, hi in bounds)
@@ -60,13 +60,13 @@ def test_cases_have_unique_names_and_known_rivals() -> None:
     assert all(Case.from_json(json.loads(json.dumps(asdict(case)))) == case for case in found)
 
 
-def test_bars_know_which_way_is_good() -> None:
+def test_bars_know_which_direction_is_better() -> None:
     assert Bar("torch", "speedup", 1.4).met(1.4) and not Bar("torch", "speedup", 1.4).met(1.39)
     assert Bar("plain", "cost", 1.6).met(1.5) and not Bar("fastattn", "memory", 64).met(65)
     assert str(Bar("torch", "speedup", 1.4)) == ">= 1.40x" and str(Bar("plain", "cost", 1.6)) == "<= 1.60x"
 
 
-def test_calls_take_turns() -> None:
+def test_calls_alternate() -> None:
     order: list[str] = []
     clock = {"a": 1.0, "b": 3.0}
 
@@ -79,7 +79,7 @@ def test_calls_take_turns() -> None:
     assert ratios(theirs, ours).median == 3
 
 
-def test_difference_sees_a_wrong_row_and_nan() -> None:
+def test_difference_finds_a_wrong_row_and_nan() -> None:
     right = np.random.default_rng(0).standard_normal((2, 3, 50, 8))
     wrong, nan = right.copy(), right.copy()
     wrong[1, 2, 7] *= 1.5
@@ -219,8 +219,8 @@ def test_the_best_of_several_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cuDNN|FA4"].note == "without FA4" and found["cuDNN|FA4"].verdict == "" and found["cuDNN|FA4"].value
 
 
-def test_a_wrong_answer_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, another scale, an lse that is off, and a rival that computes something else."""
+def test_a_wrong_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, another scale, a wrong lse, and a rival that computes something else."""
     import_torch = pytest.importorskip("torch")
     from bench.gpu import rivals as gpu_rivals
 
@@ -248,7 +248,7 @@ def test_a_wrong_answer_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gpu_rows(ratio: float = 1.02) -> list[Row]:
-    """Two grid cells, a decode case and a failing one, in seconds that nobody measured."""
+    """Two grid cells, a decode case and a failing one, with invented times."""
     cells = [case for case in gpu_cases.forward_cases() if case.group == "grid" and case.dtype == "bfloat16" and case.head_dim == 128][4:6]
     found: list[Row] = []
     for case in cells:

@@ -1,4 +1,4 @@
-"""`import fastattn` is quick and loads nothing heavy; the version is said once; what is installed is what is meant."""
+"""`import fastattn` is quick and loads nothing heavy; the version is stated once; the wheel has what it should have."""
 from __future__ import annotations
 
 import re
@@ -22,7 +22,7 @@ def printed(code: str) -> str:
 
 
 def test_import_is_quick() -> None:
-    """What it adds to NumPy's own import, the best of five: under 0.15 s."""
+    """It adds less than 0.15 s to NumPy's own import, best of five."""
     code = "import time, numpy; start = time.perf_counter(); import fastattn; print(time.perf_counter() - start)"
     seconds = min(float(printed(code)) for _ in range(5))
     assert seconds < 0.15, f"import fastattn takes {seconds:.3f} s"

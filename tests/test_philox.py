@@ -43,7 +43,7 @@ def test_mask_is_the_definition() -> None:
 
 
 def test_mask_does_not_depend_on_the_shape() -> None:
-    """A larger problem, a single sequence of a batch: the same elements."""
+    """A larger problem and a single sequence of a batch drop the same elements."""
     dropout = Dropout(0.5, 42, 1)
     big = keep_mask(dropout, range(4), 2, 70, 90)
     np.testing.assert_array_equal(keep_mask(dropout, [2], 2, 33, 17)[0], big[2, :, :33, :17])

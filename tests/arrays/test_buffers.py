@@ -145,7 +145,7 @@ def test_dlpack_errors() -> None:
         view(Broken(np.zeros(3)), "f", "x")
 
 
-def test_cuda_arrays_are_views_and_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_arrays_are_views_not_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "device_of", {4096: 3}.__getitem__)
     v = view(Cuda((2, 3)), "f", "x")
     assert (v.ptr, v.shape, v.strides, v.dtype, v.device, v.readonly) == (4096, (2, 3), (12, 4), "float32", ("cuda", 3), False)
@@ -233,7 +233,7 @@ def test_import_is_light() -> None:
     assert min(times) < 0.15
 
 
-def test_view_is_no_key() -> None:
+def test_a_view_is_not_hashable() -> None:
     assert View(0, (), (), "float32") != View(0, (), (), "float32")
 
 

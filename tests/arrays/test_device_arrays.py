@@ -1,4 +1,5 @@
-"""CUDA arrays without a GPU: a made-up driver, made-up libraries, a recording engine. gpu/test_arrays.py has the real ones."""
+"""CUDA arrays without a GPU: a fake driver, fake libraries and an engine that records its calls. gpu/test_arrays.py has
+the real ones."""
 from __future__ import annotations
 
 import gc
@@ -23,7 +24,7 @@ DTYPES = list(ITEMSIZE)
 
 
 class Recorder:
-    """An engine for CUDA memory that notes what it is given."""
+    """An engine for CUDA memory that records its arguments."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -83,7 +84,7 @@ def test_dlpack_device_errors() -> None:
 
 
 class Tensor:
-    """As much of a CUDA torch tensor as is read."""
+    """The part of a CUDA torch tensor that fastattn reads."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str = "bfloat16", ptr: int = 0x1000, device: int = 0) -> None:
         self.shape, self.dtype, self.ptr, self.number, self.device = shape, dtype, ptr, device, f"cuda:{device}"
@@ -153,7 +154,8 @@ def test_torch_views(driver: Driver, torch_streams: dict[int, int]) -> None:
 
 
 def test_torch_explicit_stream(driver: Driver, torch_streams: dict[int, int], engine: Recorder) -> None:
-    """The given stream waits once for torch's, and the results are marked as used there if torch owns it; else torch's waits for it."""
+    """The given stream waits once for torch's. If torch owns it, the results are marked as used on it; else torch's
+    stream waits for it."""
     q, k, given = Tensor(Q), Tensor(K), TorchStream()
     out, lse = fastattn.attention(q, k, k, stream=given, return_lse=True)
     assert waits(driver) == [(0x50, 1)] and engine.calls[-1][-1] == 0x50
@@ -184,7 +186,7 @@ def test_torch_devices(driver: Driver, torch_streams: dict[int, int], engine: Re
 
 
 def test_cupy(monkeypatch: pytest.MonkeyPatch, driver: Driver, engine: Recorder) -> None:
-    """A CuPy as small as can be: results are made on q's device and in the pool of the call's stream."""
+    """A minimal fake CuPy: results are allocated on q's device, in the pool of the call's stream."""
     entered: list[Any] = []
     current = {0: 0, 1: 0x60}
 
@@ -292,7 +294,8 @@ def test_device_array_without_elements(driver: Driver) -> None:
 
 
 def test_device_arrays_and_graphs(driver: Driver) -> None:
-    """None is made while its stream is captured; one let go then is freed later, not by every replay."""
+    """No DeviceArray is allocated while its stream is captured. One dropped during a capture is freed after it, not by
+    every replay."""
     x = DeviceArray((4,), "float32", Stream(0x50, 0))
     ptr = x.view().ptr
     driver.capturing = {0x50}
@@ -338,7 +341,7 @@ def test_results_in_the_library_of_an_array_namespace(driver: Driver, engine: Re
     q, k = Immutable(Q, dtype="bfloat16"), Immutable(K, dtype="bfloat16")
     out, lse = fastattn.attention(q, k, k, return_lse=True, stream=0x50)
     assert isinstance(out, Immutable) and isinstance(lse, Immutable) and q.streams == [0x50] and k.streams == [0x50, 0x50]
-    assert waits(driver) == [(0x80, 0x50)] * 2             # the importer waits for the call, nobody else does
+    assert waits(driver) == [(0x80, 0x50)] * 2             # only the importer waits for the call
     assert engine.calls[-1][2].ptr == out.ptr
     Immutable.imported.clear()
 
@@ -399,7 +402,7 @@ def test_out_in_cuda_memory(driver: Driver, engine: Recorder) -> None:
         fastattn.attention_varlen(packed, packed, packed, cu, cu, out=Cuda(driver, (10, 4, 8), 0x60000))
 
 
-def test_remembered_problems_are_the_same_and_no_less_checked(driver: Driver, engine: Recorder) -> None:
+def test_remembered_problems_are_equal_and_checked_as_much(driver: Driver, engine: Recorder) -> None:
     q, k = Cuda(driver, Q), Cuda(driver, K)
     for _ in range(2):
         fastattn.attention(q, k, k, causal=True, window=(1, None), softmax_scale=1.0)
@@ -442,9 +445,9 @@ def test_merge_states(driver: Driver, torch_streams: dict[int, int], monkeypatch
     assert len(calls) == 2
 
 
-# ---------------------------------------------------------------- calls that come again
+# ---------------------------------------------------------------- repeated calls
 class Prepared(Recorder):
-    """An engine that tells what it launches, and notes which calls came to it the long way."""
+    """An engine that says what it launches, and records the calls that were checked in full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -467,15 +470,16 @@ def prepared(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Prepared:
 
 
 def seen(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What an engine is given, as numbers: views without their owners."""
+    """An engine's arguments as numbers: views without their owners."""
     problem, o, out, lse, stream = call
     return problem, *[x and (x.ptr, x.shape, x.strides, x.dtype, x.device) for x in (o.q, o.k, o.v, o.bias, o.mask, out, lse)], stream
 
 
 @pytest.mark.parametrize("keywords", [{}, {"return_lse": True}, {"layout": "bhsd"}, {"causal": True, "window": (3, None), "softcap": 2.0},
                                       {"dropout_p": 0.5, "seed": 3}])
-def test_calls_that_come_again(torch_streams: dict[int, int], prepared: Prepared, keywords: dict[str, Any]) -> None:
-    """The third call does not go the long way; engine and caller get the same, and the stream is the current one."""
+def test_repeated_calls_skip_the_checks(torch_streams: dict[int, int], prepared: Prepared, keywords: dict[str, Any]) -> None:
+    """The third equal call skips the checks. Engine and caller get the same as before, and the stream is the current
+    one."""
     shapes = ((2, 4, 6, 8), (2, 2, 9, 8)) if keywords.get("layout") else (Q, K)
     for n in range(4):
         q, k, v = (Tensor(shape, ptr=ptr) for shape, ptr in zip((shapes[0], *shapes[1:] * 2), (0x1000, 0x2000, 0x3000), strict=True))
@@ -489,7 +493,7 @@ def test_calls_that_come_again(torch_streams: dict[int, int], prepared: Prepared
     assert prepared.long == 2 and prepared.calls[-1][1].q.ptr == 0x5000 and prepared.calls[-1][-1] == 0x60
 
 
-def test_what_is_not_quite_the_same_goes_the_long_way(torch_streams: dict[int, int], prepared: Prepared) -> None:
+def test_a_call_that_differs_is_checked_in_full(torch_streams: dict[int, int], prepared: Prepared) -> None:
     q, k, v, usual = Tensor(Q), Tensor(K), Tensor(K), {"causal": True, "window": (1, None), "softmax_scale": 1.0}
     for _ in range(3):
         fastattn.attention(q, k, v, **usual)
@@ -537,7 +541,7 @@ def test_what_is_not_quite_the_same_goes_the_long_way(torch_streams: dict[int, i
 @pytest.mark.parametrize("name, before, after", [("softmax_scale", 0.25, 1.0), ("softcap", 1.0, 2.0), ("dropout_p", 0.25, 0.5),
                                                  ("seed", 1, 2), ("offset", 0, 1), ("causal", False, True), ("window", [2, 0], [0, 3])])
 def test_options_changed_in_place(torch_streams: dict[int, int], prepared: Prepared, name: str, before: Any, after: Any) -> None:
-    """A replayed launch is that of the option's value now, whatever object holds it."""
+    """A replayed launch uses the option's present value, whatever object holds it."""
     q, k, usual = Tensor(Q), Tensor(K), {"dropout_p": 0.5, "seed": 7}
     holder, plain = np.array(before), lambda x: tuple(x) if isinstance(x, list) else x
     for value in (before, after, before):
@@ -550,7 +554,7 @@ def test_options_changed_in_place(torch_streams: dict[int, int], prepared: Prepa
     assert len({id(call[0]) for call in prepared.calls}) == 2 and prepared.long == 4
 
 
-def test_few_calls_are_remembered(torch_streams: dict[int, int], prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_calls_are_bounded(torch_streams: dict[int, int], prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memo, "MOST", 10)
     q, k = Tensor(Q), Tensor(K)
     for seed in range(25):
@@ -562,7 +566,7 @@ def test_few_calls_are_remembered(torch_streams: dict[int, int], prepared: Prepa
     assert prepared.long == 27 and len(prepared.calls) == 28
 
 
-def test_explain_sees_calls_that_come_again(torch_streams: dict[int, int], prepared: Prepared) -> None:
+def test_explain_knows_repeated_calls(torch_streams: dict[int, int], prepared: Prepared) -> None:
     q, k = Tensor(Q), Tensor(K)
     for _ in range(3):
         fastattn.attention(q, k, k)

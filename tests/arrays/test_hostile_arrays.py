@@ -1,4 +1,5 @@
-"""Arrays that say what cannot be: lengths, DLPack capsules, interface dictionaries, subclasses. Each is an error, never a crash."""
+"""Arrays with impossible metadata: lengths, DLPack capsules, interface dictionaries, subclasses. Each is an error,
+never a crash."""
 from __future__ import annotations
 
 import ctypes
@@ -120,7 +121,7 @@ def test_capsules_of_other_versions_and_names() -> None:
 
 
 def test_good_capsules_are_read_and_given_back() -> None:
-    """Nothing is kept of a capsule, whether it was refused or read."""
+    """No part of a capsule is kept, whether it was refused or read."""
     x = np.arange(128, dtype=np.float32).reshape(Q.shape)
     before = sys.getrefcount(x)
     for change, _ in [*CAPSULES.values(), (lambda t, m: None, "")]:
@@ -258,7 +259,7 @@ def test_lists_of_lengths_beyond_int64() -> None:
 
 
 def test_lengths_are_copied_once() -> None:
-    """The engine reads a copy: what another thread writes meanwhile is not seen."""
+    """The engine reads a copy, so what another thread writes meanwhile has no effect."""
     cu_q, cu_k, used = np.array([0, 2, 4]), np.array([0, 3, 6], np.int32), np.array([3, 2])
     seen: list[Any] = []
 
@@ -271,7 +272,7 @@ def test_lengths_are_copied_once() -> None:
 
 
 def test_lengths_written_by_another_thread() -> None:
-    """Right results or errors for a second of calls beside a thread that overwrites the lengths."""
+    """For one second of calls, while a thread overwrites the lengths, each call gives right results or an error."""
     cu, stop = np.array([0, 3, 6]), threading.Event()
 
     def write() -> None:
@@ -295,8 +296,9 @@ def test_lengths_written_by_another_thread() -> None:
 
 # ---------------------------------------------------------------- at random, in a process of its own
 @pytest.mark.parametrize("what", ["capsules", "interfaces", "lengths"])
-def test_random_lies(what: str) -> None:
-    """A crash ends that process, and fails this test; so does any other error than those of wrong arguments."""
+def test_random_wrong_metadata(what: str) -> None:
+    """Random wrong metadata in another process. A crash fails the test, as does any error that is not one of wrong
+    arguments."""
     command = [sys.executable, "-m", __name__, what, "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -309,7 +311,7 @@ THINGS: list[Any] = [*NUMBERS, None, "", "x", b"4", 1.5, float("nan"), (), (1,),
 
 
 def _random_capsule(draw: np.random.Generator) -> tuple[Any, Any]:
-    """A producer whose capsule lies in up to three places, and the array in it."""
+    """A producer whose capsule has up to three wrong fields, and the array in it."""
     x = np.ones(Q.shape, np.float32)
     fields: dict[str, Any] = {}
     for _ in range(draw.integers(0, 4)):
@@ -343,7 +345,7 @@ def _inside(found: Any, x: np.ndarray[Any, Any]) -> bool:
 
 def _try_capsule(draw: np.random.Generator) -> str:
     producer, x = _random_capsule(draw)
-    found = view(producer, "attention", "q")                # what lies outside the array cannot be known to be nobody's
+    found = view(producer, "attention", "q")                # that memory outside the array is not the array's cannot be known
     if not _inside(found, x) and 0 not in found.shape:
         return "elsewhere"
     k = np.ones((*found.shape[:1], 5, *found.shape[2:]), np.float32) if len(found.shape) == 4 else K

@@ -1,4 +1,5 @@
-"""torch's graphs, tangents and stand-ins: what would be dropped or recorded wrongly is refused with a reason, the rest is taken."""
+"""Calls that another library records or transforms: what it would drop or record wrongly is refused with a reason, the
+rest is accepted."""
 from __future__ import annotations
 
 import re
@@ -53,7 +54,7 @@ def test_other_modes_are_harmless() -> None:
         assert torch.equal(attend(Q), Q)
 
 
-def test_stand_ins() -> None:
+def test_tensors_that_stand_for_others() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
@@ -73,7 +74,7 @@ def test_stand_ins() -> None:
 
 
 def test_jax_tracers_are_named() -> None:
-    """JAX's classes, as their names and modules are."""
+    """Classes with the names and modules of JAX's tracers."""
     tracer = type("Tracer", (), {"__module__": "jax._src.core"})
     traced = type("DynamicJaxprTracer", (tracer,), {"__module__": "jax._src.interpreters.partial_eval", "shape": (1, 4, 2, 8)})()
     for call in (lambda: fastattn.attention(traced, traced, traced), lambda: fastattn.attention(Q, traced, Q)):
@@ -82,7 +83,7 @@ def test_jax_tracers_are_named() -> None:
     _refused(lambda: fastattn.attention(Q, Q, Q, softcap=scalar), "softcap is a JAX tracer")
 
 
-def test_parameters_without_a_graph_are_taken() -> None:
+def test_parameters_without_a_graph_are_accepted() -> None:
     parameter = torch.nn.Parameter(Q.clone())
     text = "q requires grad, which fastattn would drop from the graph; expected a tensor without grad; pass q.detach()"
     _refused(lambda: attend(parameter), text)
@@ -95,7 +96,7 @@ def test_parameters_without_a_graph_are_taken() -> None:
     _refused(lambda: attend(parameter), text)
 
 
-def test_out_tells_torch() -> None:
+def test_out_raises_torchs_version() -> None:
     out = torch.empty_like(Q)
     version = out._version
     assert fastattn.attention(Q, Q, Q, out=out) is out and out._version == version + 1
@@ -121,7 +122,7 @@ def test_out_tells_torch() -> None:
         assert torch.equal(fastattn.attention(Q, Q, Q, out=inside), Q)
 
 
-def test_compat_tells_the_same() -> None:
+def test_compat_refuses_the_same() -> None:
     with pytest.raises(TypeError, match=r"scaled_dot_product_attention\(\): query is a tensor inside torch\.vmap"):
         torch.vmap(lambda q: sdpa.scaled_dot_product_attention(q, q, q))(Q)
 

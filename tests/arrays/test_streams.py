@@ -1,4 +1,4 @@
-"""Which stream a call uses, and how it waits for another: with a made-up driver."""
+"""Which stream a call uses, and how it waits for another stream, with a fake driver."""
 from __future__ import annotations
 
 import types
@@ -52,7 +52,7 @@ def test_resolve_refuses(given: Any, error: type[Exception], text: str) -> None:
         streams.resolve(given, Home(0, 1), "f")
 
 
-def test_without_a_stream_it_is_the_library_s() -> None:
+def test_without_a_stream_the_librarys_own_is_used() -> None:
     assert streams.resolve(None, None, "f") is None
     found = streams.resolve(None, Home(1, 0x60, "torch"), "f")
     assert found is not None and (found.handle, found.device, found.ordered_by) == (0x60, 1, "torch")

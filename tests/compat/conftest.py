@@ -11,7 +11,8 @@ import fastattn
 
 @pytest.fixture
 def torch() -> Iterator[Any]:
-    """torch, on one thread as fastattn beside it: two libraries' waiting threads cost ten times what these small problems do."""
+    """torch, with one thread for it and one for fastattn: two thread pools that wait for each other take ten times as
+    long as these problems."""
     module = pytest.importorskip("torch")
     before = fastattn.get_num_threads(), module.get_num_threads()
     fastattn.set_num_threads(1)

@@ -1,4 +1,8 @@
-"""The ATen level: each operator against the formula, its backward against differences, seeds from one to the other; encoded softmax."""
+"""PyTorch's ATen level: each operator against the formula, its backward against finite differences, and the encoded
+softmax.
+
+The seeds that a forward returns give the same dropout in its backward.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +20,7 @@ SLOPES = np.array([0.5, 0.25, 0.1, 0.0])
 
 
 def keep_of(result: Any, *shape: int) -> Array:
-    """What dropout multiplies by, of a result's seed and offset."""
+    """The factors of dropout for a result's seed and offset."""
     mask: Array = aten.dropout_mask(*shape, dropout_p=P, seed=result.philox_seed, offset=result.philox_offset) * KEPT
     return mask
 
@@ -152,7 +156,7 @@ def test_scaled_dot_product_efficient() -> None:
 
 
 def test_a_batch_above_65535_with_dropout() -> None:
-    """Where the original raises: it cannot hand out one seed and offset for several launches."""
+    """The original raises here: it cannot return one seed and offset for several launches."""
     batch = 70_001
     q, k, v = (x.astype(np.float32) for x in normal((batch, 1, 2, 4), (batch, 1, 3, 4), (batch, 1, 3, 4)))
     r = aten.scaled_dot_product_efficient_attention(q, k, v, None, True, P)
@@ -286,7 +290,7 @@ def test_errors(text: str, function: Any) -> None:
 
 # ---------------------------------------------------------------- size
 def test_a_bias_of_more_than_2_to_the_31_elements() -> None:
-    """4.3 GB of address space, of which a band around the diagonal is touched: the elements beyond 2**31 count."""
+    """4.3 GB of address space, of which only a band around the diagonal is touched. Elements beyond 2**31 are read."""
     n = 46_400
     assert n * n > 2**31
     try:

@@ -1,5 +1,7 @@
-"""compat on CUDA tensors against the real things: torch's SDPA backends, torch's varlen_attn and FlashAttention-4 where they are
-installed. Outputs and gradients are to be within twice their error against float64, plus the rounding of the result.
+"""compat on CUDA tensors against the originals: torch's SDPA backends, torch's varlen_attn and FlashAttention-4, where
+they are installed.
+
+Outputs and gradients may have twice the original's error against float64, plus the rounding of the result.
 
     python -m pytest tests/compat/test_gpu.py
 """
@@ -48,7 +50,7 @@ def differentiate(torch: Any, function: Callable[..., Any], inputs: list[Any], d
 
 
 def plain(torch: Any, q: Any, k: Any, v: Any, visible: Any = None, bias: Any = 0.0) -> Any:
-    """Attention of (..., heads, L, E) by its formula, in the inputs' dtype; rows that see nothing are not asked for here."""
+    """Attention of (..., heads, L, E) by its formula, in the inputs' dtype; every row attends to some key."""
     group = q.shape[-3] // k.shape[-3]
     k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias

@@ -1,5 +1,7 @@
-"""transform_bias_rescale_qkv and multi_head_attention with their backwards: against ATen's own on the CPU where torch is installed,
-against float64 formulas and differences everywhere."""
+"""transform_bias_rescale_qkv and multi_head_attention with their backwards.
+
+Against ATen's own on the CPU where torch is installed, and against float64 formulas and finite differences everywhere.
+"""
 from __future__ import annotations
 
 import importlib
@@ -30,7 +32,8 @@ from tests.tools.problems import NUMPY
 
 
 def holds(got: Any, exact: Array, terms: Array, dtype: str) -> None:
-    """Each element is the exact one within half a unit of its dtype, and two of the arithmetic's on the terms it is the sum of."""
+    """Each element differs from the exact one by at most half a unit of its dtype plus two units of the arithmetic on
+    the terms of its sum."""
     compute = EPS["float64" if dtype == "float64" else "float32"]
     got = np.asarray(got)
     assert got.dtype == NUMPY[dtype] and got.shape == exact.shape
@@ -39,7 +42,7 @@ def holds(got: Any, exact: Array, terms: Array, dtype: str) -> None:
 
 
 def padded_rows(qkv: Array, cu: Array, T: int) -> tuple[Array, Array]:
-    """Packed rows -> (sequences, T, 3 * D) with NaN for what is not there, and which rows are."""
+    """Packed rows -> (sequences, T, 3 * D) with NaN where there is no row, and which rows there are."""
     rows = np.full((len(cu) - 1, T, qkv.shape[-1]), np.nan)
     for b, (start, end) in enumerate(itertools.pairwise(cu)):
         rows[b, :end - start] = wide(qkv[start:end])
@@ -89,7 +92,7 @@ def test_transform_of_ragged_rows_pads_with_zeros_to_a_multiple_of_8(dtype: str)
 
 
 def test_transform_is_the_same_on_every_level_and_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic has one order of roundings but for fused sums of the bias's gradient."""
+    """The order of roundings is fixed, except for fused sums of the bias's gradient."""
     before = fastattn.get_num_threads()
     monkeypatch.setattr(cpu_transform, "SERIAL_BYTES", 0)
     try:
@@ -263,7 +266,7 @@ def test_ragged_multi_head_is_each_sequence_by_itself() -> None:
     assert mean.shape == (5, 24, 24)
 
 
-def test_a_query_that_may_see_nothing_has_weights_0() -> None:
+def test_a_fully_masked_query_has_weights_0() -> None:
     d = Drawn(7, 2, 5, 2, 4, 3, 1)
     assert d.mask is not None
     d.mask[1] = True

@@ -1,4 +1,4 @@
-"""docs/parity.md keeps its word: no empty cell, every function it names exists, every test it names is there."""
+"""docs/parity.md is true: no cell is empty, and every function, test and file that it names exists."""
 from __future__ import annotations
 
 import importlib

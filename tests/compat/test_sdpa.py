@@ -1,5 +1,5 @@
-"""scaled_dot_product_attention and its backward against torch's own on the CPU, 500 random calls with identical arguments, and against
-a float64 formula where there is no torch."""
+"""scaled_dot_product_attention and its backward: 500 random calls against torch's own on the CPU, and a float64 formula
+without torch."""
 from __future__ import annotations
 
 import inspect
@@ -143,7 +143,7 @@ def test_signature_is_torchs() -> None:
     assert names[:8] == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
 
 
-def test_torch_seed_decides_the_dropout(torch: Any) -> None:
+def test_torchs_seed_decides_the_dropout(torch: Any) -> None:
     q = torch.randn(2, 3, 40, 8)
     outs = []
     for seed in (1, 1, 2):
@@ -152,7 +152,7 @@ def test_torch_seed_decides_the_dropout(torch: Any) -> None:
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
-def test_requires_grad_is_refused_with_what_to_do(torch: Any) -> None:
+def test_requires_grad_is_refused_with_advice(torch: Any) -> None:
     q = torch.randn(2, 3, 4, 8, requires_grad=True)
     with pytest.raises(TypeError, match=r"^scaled_dot_product_attention\(\): query requires grad.*query.detach\(\)"):
         scaled_dot_product_attention(q, q, q)
@@ -265,7 +265,7 @@ def test_leading_axes_are_merged_and_broadcast_without_a_copy(monkeypatch: pytes
 
 
 class Bare:
-    """A host array that speaks DLPack and nothing else, as a plain device array does."""
+    """A host array that has DLPack and nothing else, like a plain device array."""
 
     def __init__(self, x: Array) -> None:
         self.x, self.shape, self.dtype = x, x.shape, x.dtype
@@ -277,7 +277,7 @@ class Bare:
         return self.x.__dlpack_device__()
 
 
-def test_arrays_that_know_no_operation_work_where_none_is_needed() -> None:
+def test_arrays_without_operations_work_where_none_is_needed() -> None:
     q, k, v, mask = normal((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 8), (4, 5))
     got = scaled_dot_product_attention(Bare(q), Bare(k), Bare(v), Bare(mask > 0))
     np.testing.assert_allclose(np.asarray(got), formula(q, k, v, mask > 0), rtol=1e-12, atol=1e-12)
@@ -308,7 +308,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "text", "changes"), WRONG, ids=[text[:40] for _, text, _ in WRONG])
-def test_errors_speak_torchs_names(kind: type[Exception], text: str, changes: dict[str, Any]) -> None:
+def test_errors_use_torchs_names(kind: type[Exception], text: str, changes: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"query": Q, "key": K, "value": K, **changes}
     with pytest.raises(kind, match=r"^scaled_dot_product_attention\(\): " + text):
         scaled_dot_product_attention(**arguments)

@@ -1,4 +1,5 @@
-"""varlen_attn and its backward: each sequence against the formula, gradients against differences, and torch's names."""
+"""varlen_attn and its backward: each sequence against the formula, gradients against finite differences, and torch's
+names."""
 from __future__ import annotations
 
 import inspect
@@ -100,7 +101,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("text", "changes"), WRONG, ids=[text[:30] for text, _ in WRONG])
-def test_errors_speak_torchs_names(text: str, changes: dict[str, Any]) -> None:
+def test_errors_use_torchs_names(text: str, changes: dict[str, Any]) -> None:
     q, k, v = arguments()
     given = {"query": q, "key": k, "value": v, "cu_seq_q": CU_Q, "cu_seq_k": CU_K, "max_q": 7, "max_k": 9, "enable_gqa": True, **changes}
     with pytest.raises(ValueError, match=r"^varlen_attn\(\): " + text):

@@ -80,8 +80,11 @@ def error(got: Any, want: Array) -> float:
 
 
 def rounded(got: Any, want: Array, noise: float = 1e-3) -> bool:
-    """Whether got is want, clamped and rounded to float8_e4m3fn: half a step (2**-4 of the power of two below, 2**-10 at least), and
-    beside it no more than what the products before it may lose, `noise` of the largest."""
+    """Whether `got` is `want` clamped and rounded to float8_e4m3fn.
+
+    Allowed are half a step (2**-4 of the power of two below, at least 2**-10) and the rounding of the sums before it,
+    `noise` of the largest.
+    """
     assert name(got) == "float8_e4m3fn" and of(got).shape == want.shape
     largest, clamped = np.abs(want).max(), want.clip(FP8_MIN, FP8_MAX)
     half = 2.0 ** (np.floor(np.log2(np.maximum(np.maximum(np.abs(of(got)), np.abs(clamped)), 2.0**-6))) - 4)
@@ -116,7 +119,7 @@ def test_8_bit_operands_with_every_kind_of_scale(library: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_8_bit_keys_and_values_beside_q(dtype: str, library: str, kind: str) -> None:
+def test_8_bit_keys_and_values_with_a_wider_q(dtype: str, library: str, kind: str) -> None:
     _, k, v = eight_bit()
     q = normal((BATCH, HEADS, L, D))[0].astype(DTYPES[dtype])
     _, *scales = KINDS[kind]
@@ -133,7 +136,7 @@ def test_8_bit_keys_and_values_beside_q(dtype: str, library: str, kind: str) -> 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("length", [L, S + 5])
 def test_bias_and_alibi_are_not_scaled_and_causal_is_bottom_right(library: str, layout: str, length: int) -> None:
-    """With the other 16-bit dtype's bias and slopes, and rows that see nothing."""
+    """With bias and slopes of the other 16-bit dtype, and fully masked rows."""
     q, k, v = eight_bit((BATCH, HEADS, length, D), (BATCH, SHARED, S, D), (BATCH, SHARED, S, 17))
     bias = normal((1, HEADS, length, S), seed=5)[0].astype(ml_dtypes.bfloat16)
     slopes = np.float32([[0.5, 0.25, 0.125, 0]] * BATCH).astype(ml_dtypes.bfloat16)
@@ -151,7 +154,8 @@ def test_bias_and_alibi_are_not_scaled_and_causal_is_bottom_right(library: str, 
 
 
 def test_scales_on_a_device_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One element too: what is not read cannot become a part of softmax_scale, and q carries it, in float16."""
+    """Also of one element: the host does not read it, so it cannot be folded into softmax_scale. It multiplies q
+    instead, in float16."""
     torch = pytest.importorskip("torch")
     q, k, v = eight_bit()
     monkeypatch.setattr(float8, "device", lambda *_: 0)
@@ -189,7 +193,7 @@ def test_a_scale_that_is_a_number_costs_no_accuracy_and_p_is_not_8_bit() -> None
 
 # ---------------------------------------------------------------- triton_attention: packed
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_packed_calls_quantise_what_is_not_8_bit(library: str) -> None:
+def test_packed_calls_quantise_operands_that_are_not_8_bit(library: str) -> None:
     q, k, v = (x.astype(DTYPES["bfloat16"]) for x in normal((16, 4, 16), (20, 2, 16), (20, 2, 16)))
     bias = normal((5, 4, 7, 9), seed=3)[0]
     cu = [to(library, x) for x in (CU_Q, CU_K)]
@@ -447,7 +451,8 @@ def test_cuda_tensors(mode: str, kind: str) -> None:
 
 @requires_gpu
 def test_a_cuda_graph_follows_scales_on_the_device() -> None:
-    """Quantisation, attention and the output's rounding are captured: nothing waits for the host, and new scales count in a replay."""
+    """Quantisation, attention and the output's rounding are captured: nothing waits for the host, and a replay uses new
+    scales."""
     torch = on_gpu()
     lengths = (100, 7, 0, 61)
     cu = torch.tensor([0, 100, 107, 107, 168], dtype=torch.int32, device="cuda")

@@ -1,4 +1,5 @@
-"""What is the CPU engine's own: its C twin of row_bounds, instruction sets, threads and forks, memory, and the short-query path."""
+"""What only the CPU engine has: row_bounds in C, instruction sets, threads and forks, memory, and the path for few
+queries."""
 from __future__ import annotations
 
 import importlib
@@ -45,8 +46,8 @@ def test_row_bounds_are_the_same_in_c() -> None:
             assert compiled.row_bounds(*arguments) == row_bounds(*arguments), arguments
 
 
-def test_block_bounds_say_what_the_rows_say() -> None:
-    """Skipped blocks hide every pair, full blocks none, and every other block has some of both."""
+def test_block_bounds_agree_with_row_bounds() -> None:
+    """A skipped block masks every pair, a full block none, and every other block has pairs of both kinds."""
     draw = random.Random(2)
     for seqlen_q, seqlen_k, left, right, top_left in (b for b in bounds(6000) if max(b[:2]) <= 40):
         first, block_n = draw.randrange(seqlen_q), draw.choice((1, 3, 8, 16))
@@ -104,7 +105,7 @@ def test_threads_from_the_affinity() -> None:
     assert printed(f"import os; os.sched_setaffinity(0, [{one}]); import fastattn; print(fastattn.get_num_threads())") == "1"
 
 
-def test_threadpoolctl_sees_the_pool() -> None:
+def test_threadpoolctl_finds_the_pool() -> None:
     code = ("import threadpoolctl, fastattn.cpu; "
             "print(*{pool['internal_api'] + ' ' + pool['prefix'] for pool in threadpoolctl.threadpool_info()}, sep=', ')")
     assert "openmp libgomp" in printed(code)
@@ -119,7 +120,7 @@ def _agrees(inputs: Inputs, expected: tuple[Any, ...]) -> bool:
 @not_sanitized
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_forks_among_threads() -> None:
-    """Children forked while other threads are inside the engine; each runs forward and backward and must get the same bits."""
+    """Children are forked while other threads run the engine. Each runs forward and backward and gets the same bits."""
     inputs = BY_NAME["seqlen_513"].make()
     out, lse = inputs.forward("cpu")
     expected = (out, lse, *inputs.backward(out, lse, "cpu"))
@@ -243,8 +244,8 @@ def test_decode_of_all_heads_at_once(features: dict[str, Any], heads: int, heads
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_decode_with_hidden_splits(dtype: str) -> None:
-    """The keys of whole splits are hidden and hold NaN; in sequence 1 all are."""
+def test_decode_with_masked_splits(dtype: str) -> None:
+    """The keys of whole splits are masked and hold NaN; in sequence 1 all keys are."""
     inputs = Case("hidden_splits", dtype, num_heads=8, num_heads_k=1, seqlen_q=1, seqlen_k=KEYS, head_dim=64, mask=(2, 1, 1, KEYS)).make()
     inputs.kwargs["mask"][:, :, :, :2600] = False
     inputs.kwargs["mask"][1] = False
@@ -271,7 +272,7 @@ def lowest(dtype: str) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias_dtype", [None, "float32"])
 def test_lowest_number_as_a_mask(bias_dtype: str | None, shape: str, dtype: str) -> None:
-    """finfo.min in an additive mask hides a key; in all of a row it hides none."""
+    """finfo.min in an additive mask masks a key. In a whole row it masks none: all its keys are equal."""
     sizes = SHAPES[shape]
     inputs = Case("lowest", dtype, bias=(sizes["seqlen_q"], sizes["seqlen_k"]), bias_dtype=bias_dtype, **sizes).make()
     bias = inputs.kwargs["bias"]
@@ -290,7 +291,8 @@ def test_lowest_number_as_a_mask(bias_dtype: str | None, shape: str, dtype: str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [100.0, 10_000.0])
 def test_huge_scores(size: float, shape: str, dtype: str) -> None:
-    """q and k stretched until the largest score is about `size`: one key takes nearly all, exponents reach far out of range."""
+    """q and k scaled until the largest score is about `size`: one key has nearly all weight, and exponents are far out
+    of range."""
     inputs = Case("huge", dtype, **SHAPES[shape]).make()
     q, k, _ = inputs.args
     wide = np.repeat(k.astype(np.float64), q.shape[2] // k.shape[2], axis=2)
@@ -309,8 +311,10 @@ def test_scales_that_are_not_positive(scale: float, shape: str, dtype: str) -> N
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (300, 20)}], ids=["full", "causal", "window"])
 def test_maxima_that_rise_from_tile_to_tile(mask: dict[str, Any], dtype: str) -> None:
-    """Scores that rise along the keys, faster from row to row: by nothing, by what a maximum may lag, by far more; within a tile and from
-    tile to tile. The largest v stays finite under a maximum that lags."""
+    """Scores that rise along the keys, within a tile and from tile to tile: not at all, by what a maximum may lag
+    behind, and by far more.
+
+    The largest v stays finite under a maximum that lags."""
     inputs = Case("rise", dtype, seqlen_q=70, seqlen_k=600, num_heads=1, head_dim=64, dropout_p=0.1, **mask).make()
     q, k, v = inputs.args
     q[..., 0] = np.linspace(0, 8, 70)[:, None]
@@ -340,8 +344,9 @@ def nan_rows(x: Any) -> Array:
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("operand", ["q", "k", "v"])
-def test_nan_reaches_the_rows_that_see_it(operand: str, mask: str, dtype: str) -> None:
-    """NaN in q or k: exactly those rows. In v: 0 * NaN is NaN, so rows that share a tile with them may be NaN too, in that head only."""
+def test_nan_reaches_the_rows_that_attend_to_it(operand: str, mask: str, dtype: str) -> None:
+    """NaN in q or k makes exactly the rows NaN that attend to it. In v, 0 * NaN is NaN, so rows of the same tile and
+    head may be NaN too."""
     case = Case("nan", dtype, **({"seqlen_q": 70, "head_dim": 64} | MASKS[mask]))
     inputs = case.make()
     q, k, v = inputs.args
@@ -375,8 +380,9 @@ def kinds(x: Any) -> Array:
 @pytest.mark.parametrize(("operand", "values"), [("v", [np.inf]), ("v", [-np.inf]), ("v", [np.inf, -np.inf]), ("k", [np.inf]),
                                                  ("q", [np.inf])])
 def test_infinity_gives_what_the_reference_gives(operand: str, values: list[float], shape: str, dtype: str) -> None:
-    """An infinite value that every row sees gives an infinite output, two of unlike sign NaN. A score of +inf makes its row NaN; one of
-    -inf hides its key, or makes the row NaN as well, because products of split factors have no -inf."""
+    """An infinite value that every row attends to gives an infinite output, two of unlike sign NaN. A score of +inf
+    makes its row NaN. One of
+    -inf masks its key, or makes the row NaN as well, because products of split factors have no -inf."""
     inputs = Case("inf", dtype, **SHAPES[shape]).make()
     x = dict(zip("qkv", inputs.args, strict=True))[operand]
     for n, value in enumerate(values):
@@ -395,8 +401,9 @@ def test_infinity_gives_what_the_reference_gives(operand: str, values: list[floa
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("shape", ["tiles", "decode"])
 def test_the_largest_values_stay_finite(shape: str, dtype: str) -> None:
-    """The sum over keys of p * v, p <= 1, is held before it is divided: v may be the largest float16, and of a dtype with the range of the
-    sums themselves the largest number over the number of keys."""
+    """The sum over keys of p * v, p <= 1, is formed before the division. So v may be the largest float16; in a dtype
+    with the range of the
+    sums, the largest number divided by the number of keys."""
     inputs = Case("largest", dtype, **SHAPES[shape]).make()
     value = -lowest(dtype) * 0.98 / (1 if dtype == "float16" else inputs.args[1].shape[1])
     inputs.args[2][...] = value

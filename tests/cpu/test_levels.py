@@ -1,4 +1,5 @@
-"""Every instruction set this machine has runs the engine's tests, each in a process of its own; the best one also runs in this one."""
+"""Every instruction set of this machine runs the engine's tests, each in a process of its own; the best one runs in
+this process."""
 from __future__ import annotations
 
 import importlib.util

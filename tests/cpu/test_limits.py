@@ -1,4 +1,5 @@
-"""What a call of the CPU engine meets besides its arguments: no memory, no threads, signals, lengths that change, maxima of no sequence."""
+"""The CPU engine under bad conditions: no memory, no threads, signals, lengths that change during a call, maxima that
+no sequence has."""
 from __future__ import annotations
 
 import itertools
@@ -142,7 +143,7 @@ print(n)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 @pytest.mark.parametrize("call", ["forward(1500, 1500, 16, 16)", "backward(1500, 16, 16, causal=True)"])
 def test_a_limit_of_the_address_space(call: str) -> None:
-    """So little that some threads get a workspace and some may not."""
+    """The limit is so low that some threads get a workspace and others do not."""
     code = f"""{CALLS}
 call = {call}
 expected = call()
@@ -166,7 +167,7 @@ assert False not in results
 
 @pytest.mark.parametrize(("room", "wanted"), [(0, 2), (0, 64), (3, 64), (200, 64)])
 def test_threads_that_cannot_be_made(shim: str, room: int, wanted: int) -> None:
-    """A call runs on those that can; OpenMP would end the process."""
+    """A call runs on the threads that can be created; OpenMP by itself would end the process."""
     printed(f"""{CALLS}
 lib = ctypes.CDLL(None)
 call, other = forward(500, 500, 64, 64), backward(300, 8, 8)
@@ -182,7 +183,7 @@ assert same(call(), expected) and same(other(), other_expected)
 
 
 def test_the_most_threads() -> None:
-    """As many as set_num_threads takes, where the tasks are fewer and where they are more."""
+    """As many threads as set_num_threads accepts, with fewer tasks than threads and with more."""
     printed(f"""{CALLS}
 few, many = forward(200, 200, 4, 4), forward(40, 40, 2048, 2048)
 fastattn.set_num_threads(1)
@@ -226,7 +227,7 @@ LONG = {
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", LONG)
 def test_ctrl_c(threads: int, name: str) -> None:
-    """Within a second, though the call takes many; then the next call is right."""
+    """A call of many seconds stops within one, and the next call is right."""
     printed(f"""{CALLS}{INTERRUPT}
 small, grads = forward(500, 500, 8, 8), backward(500, 8, 8)
 expected, expected_grads = small(), grads()
@@ -253,7 +254,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 @not_sanitized
 def test_a_handler_may_call_the_engine() -> None:
-    """It runs in the middle of a call, on the thread whose memory that call uses."""
+    """The handler runs in the middle of a call, on the thread whose memory the call uses."""
     printed(f"""{CALLS}
 import signal
 small, grads, call, back = forward(700, 700, 8, 8), backward(500, 8, 8), forward(5000, 5000, 8, 8), backward(3000, 8, 8)
@@ -299,7 +300,8 @@ else:
 
 # ---------------------------------------------------------------- lengths
 def test_lengths_that_change_during_a_call() -> None:
-    """Another thread writes cu_seqlens while calls run. All that the engine does is of one reading: all is written, and nothing else."""
+    """Another thread writes cu_seqlens while calls run. The engine reads them once, so it writes all of the results and
+    nothing else."""
     printed(f"""{CALLS}
 from fastattn import cpu
 from fastattn.buffers import Grads, view
@@ -340,7 +342,7 @@ finally:
 
 @pytest.mark.parametrize("most", ["max_seqlen_q", "max_seqlen_k"])
 def test_a_maximum_that_no_sequence_has(most: str) -> None:
-    """Neither time nor memory is in proportion to it, and results are the same bits."""
+    """Neither time nor memory grows with it, and results have the same bits."""
     draw = np.random.default_rng(0)
     q, k, v, dout = (draw.standard_normal((700, 2, 32), np.float32) for _ in range(4))
     cu = np.array([0, 3, 700], np.int32)
@@ -356,7 +358,7 @@ def test_a_maximum_that_no_sequence_has(most: str) -> None:
 
 
 def test_one_long_sequence_among_many() -> None:
-    """Work is in proportion to the keys there are, not to the longest sequence times the number of sequences."""
+    """Work grows with the number of keys, not with the longest sequence times the number of sequences."""
     many = 50_000
     cu = np.concatenate([[0], np.cumsum(np.ones(many, np.int64)), [many + 30_000]])
     x = np.ones((many + 30_000, 1, 8), np.float32)
@@ -374,8 +376,8 @@ def test_one_long_sequence_among_many() -> None:
     "'float16', bias=np.ones((1, 2, N, N), np.float16)", "'bfloat16', bias=np.ones((N, N), np.float32)",
     "'bfloat16', bias=np.ones((N, N), ml_dtypes.bfloat16)", "'float16', bias=np.ones((1, 2, N, 1), np.float16)",
     "'float16', bias=np.ones((1, N), np.float16)", "'float32', bias=np.ones((N, 1), np.float32)"])
-def test_dbias_needs_little_beside_itself(options: str) -> None:
-    """Beyond inputs and results less than 64 MB, where float32 sums of dbias's shape would be hundreds."""
+def test_dbias_needs_little_extra_memory(options: str) -> None:
+    """Less than 64 MB beyond inputs and results, where float32 sums of dbias's shape would take hundreds."""
     forward, backward = map(int, printed(f"{EXTRA}N = 8192\nprint(*both(N, 2, 2, {options}, need_dbias=True, window=(300, 0)))").split())
     print(f"extra: forward {forward / 1e6:.1f} MB, backward {backward / 1e6:.1f} MB")
     assert forward < 64e6 and backward < 64e6
@@ -383,8 +385,9 @@ def test_dbias_needs_little_beside_itself(options: str) -> None:
 
 @not_sanitized
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_what_stays_with_a_thread() -> None:
-    """At most 36 MB of a call and 8 MB a thread, though the sums of dQ were 100 MB; nothing of a thread that ended."""
+def test_memory_kept_for_the_next_call() -> None:
+    """At most 36 MB a call and 8 MB a thread stay, though the sums of dQ took 100 MB; nothing stays of a thread that
+    ended."""
     kept, ended = map(int, printed(f"""{EXTRA}
 import threading
 def call():
@@ -470,7 +473,7 @@ PACKED: dict[str, tuple[list[int], list[int], list[int] | None]] = {
 @pytest.mark.parametrize("beyond", [0, 3])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_results_are_written(name: str, beyond: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows outside sequences, keys past seqused_k, empty sequences, dbias beyond the lengths."""
+    """Also rows outside sequences, keys past seqused_k, empty sequences, and dbias beyond the lengths."""
     poisoned(monkeypatch)
     cu_q, cu_k, used = (None if x is None else np.array(x, np.int32) for x in PACKED[name])
     assert cu_q is not None and cu_k is not None
@@ -492,8 +495,8 @@ def test_packed_results_are_written(name: str, beyond: int, heads: int, monkeypa
 @pytest.mark.parametrize("bias_shape", sorted(biases(2, 2, 800, 300)))
 @pytest.mark.parametrize(("dtype", "bias_dtype"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32"),
                                                    ("float64", "float32")])
-def test_ways_to_dbias(bias_shape: tuple[int, ...], dtype: str, bias_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits by a pass of its own as by sums, and for any number of threads."""
+def test_both_ways_to_dbias_agree(bias_shape: tuple[int, ...], dtype: str, bias_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A separate pass for dbias gives the same bits as sums in the main pass, for any number of threads."""
     import ml_dtypes
 
     from fastattn.cpu import dbias

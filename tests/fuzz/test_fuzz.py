@@ -1,5 +1,7 @@
-"""The fuzzer (tests/fuzz): 3000 random problems with the seed of the day over the instruction sets of this machine, the problems that it
-found before, and the fuzzer itself. FASTATTN_FUZZ_SEED gives the seed, FASTATTN_FUZZ=10 ten times as many.
+"""The fuzzer: 3000 random problems with the seed of the day, the problems that it found before, and tests of the fuzzer
+itself.
+
+The random ones run on all instruction sets of this machine. FASTATTN_FUZZ_SEED sets the seed, FASTATTN_FUZZ=10 runs ten times as many.
 """
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def test_found(spec: Spec) -> None:
 
 
 def test_reference() -> None:
-    """The specification is right where the engines have to be."""
+    """The reference is held to the same formula as the engines."""
     wrong = []
     for index in range(int(250 * TIMES)):
         spec = replace(draw(today(), index), engine="reference")
@@ -68,8 +70,8 @@ def test_reference() -> None:
 
 
 # ---------------------------------------------------------------- the GPU's problems, without one
-def test_problems_of_a_gpu_are_right_ones() -> None:
-    """Drawn as for a GPU, run on the host."""
+def test_problems_drawn_for_a_gpu() -> None:
+    """Problems drawn as for a GPU, run on the host."""
     for index in range(0, 1000, 25):
         spec = replace(draw(3, index, "cuda"), engine=None, library="numpy", hidden=None)
         if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 50_000:
@@ -110,7 +112,7 @@ class _Driver(fake_cuda.Driver):
 @pytest.mark.parametrize("library", ["dlpack", "interface"])
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_arrays_of_no_library(kind: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies on a made-up device: the values, strides and bytes between are the host's, and come back."""
+    """Copies on a fake device: values, strides and the bytes between are the host's, and are read back."""
     pytest.importorskip("torch")
     from tests.fuzz.gpu import Gpu
 
@@ -131,7 +133,7 @@ def test_arrays_of_no_library(kind: str, library: str, monkeypatch: pytest.Monke
 
 
 # ---------------------------------------------------------------- the fuzzer itself
-def test_a_spec_says_all() -> None:
+def test_a_spec_determines_its_arguments() -> None:
     for index in range(50):
         spec = draw(1, index)
         assert draw(1, index) == spec
@@ -161,7 +163,8 @@ def test_strange_memory(kind: str) -> None:
 
 
 def test_formula_by_hand() -> None:
-    """Two keys, one twice as far; a tie of huge scores is one number, a near tie of inexact ones is not."""
+    """Two keys with weights 1/4 and 3/4; a tie of huge exact scores has one right answer, a near tie of inexact ones
+    has not."""
     x = make(Spec(seqlen_k=2, head_dim=1, head_dim_v=1, softmax_scale=1.0))
     x.q[...], x.k[...], x.v[...] = 1, np.log([1.0, 3.0]).reshape(1, 2, 1, 1), np.array([0.0, 4.0]).reshape(1, 2, 1, 1)
     right = formula.forward(x)
@@ -204,7 +207,7 @@ def test_faults_are_found(fault: str) -> None:
 
 
 def test_shrinking() -> None:
-    """To what is wrong, and no more."""
+    """The smallest problem keeps what causes the complaint and nothing else."""
     spec = Spec(seed=5, batch=2, num_heads=6, num_heads_k=3, seqlen_q=50, seqlen_k=40, head_dim=64, head_dim_v=64, causal=True,
                 softcap=3.0, bias=(2, 6, 50, 40), mask=(50, 40), sinks="normal", memory="strange", repeats=("k3",), backward=True)
 
@@ -229,7 +232,7 @@ for line in sys.stdin:
 """
 
 
-def test_crashes_and_hangs_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashes_and_hangs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "COMMAND", [sys.executable, "-c", WORKER])
     monkeypatch.setattr(run, "TIMEOUT", {"cpu": 2.0})
     monkeypatch.setattr(run, "shrink", lambda spec, wrong, seconds: (spec, ["smaller"]))
@@ -239,7 +242,7 @@ def test_crashes_and_hangs_are_findings(monkeypatch: pytest.MonkeyPatch) -> None
     assert report.count == 10
 
 
-def test_values_keep_their_promises() -> None:
+def test_drawn_values_are_in_range() -> None:
     """Scores and their sums of products are finite in float32; a bias is finite or -inf."""
     for seed in range(200):
         random = np.random.default_rng(seed)

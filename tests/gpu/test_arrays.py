@@ -98,8 +98,9 @@ def test_cupy(dtype: str) -> None:
 @pytest.mark.parametrize("library", ["torch", "cupy"])
 @pytest.mark.parametrize("keywords", [{}, {"return_lse": True, "causal": True}, {"layout": "bhsd", "return_lse": True},
                                       {"dropout_p": 0.3, "seed": 7}, {"engine": "sm80"}, {"engine": "simt"}], ids=str)
-def test_calls_that_come_again(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third on they take the short way: other arrays, streams and alignments, and a graph."""
+def test_repeated_calls_skip_the_checks(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third equal call on the checks are skipped; also for other arrays, streams and alignments, and in a
+    graph."""
     bhsd = keywords.get("layout") == "bhsd"
     give = to_torch if library == "torch" else to_cupy
     asked = {name: x for name, x in keywords.items() if name != "engine"}
@@ -148,7 +149,7 @@ def test_jax(dtype: str) -> None:
 
 
 def test_jax_in_a_loop() -> None:
-    """Results are used by JAX and dropped while more are made: no value is taken from memory that was given away too early."""
+    """JAX uses results and drops them while more are computed: no memory is reused too early."""
     jax, device = _jax()
     arrays = host("float32")
     q, k, v = (jax.device_put(a, device) for a in arrays)
@@ -308,7 +309,7 @@ def test_zero_sizes() -> None:
 
 # ---------------------------------------------------------------- streams
 def test_the_current_stream_is_used() -> None:
-    """Values that a spinning stream writes late are seen, because the call is on that stream."""
+    """The call reads values that a spinning stream writes late, because it is on that stream."""
     torch = pytest.importorskip("torch")
 
     arrays = host()
@@ -409,8 +410,8 @@ def test_cupy_streams() -> None:
     close(cupy.asnumpy(there), wanted, "float16")
 
 
-def test_memory_of_results_is_not_used_too_early() -> None:
-    """A result on another stream, dropped at once: its memory is not torch's again before the call is through with it."""
+def test_memory_of_results_is_not_reused_too_early() -> None:
+    """A result on another stream is dropped at once: torch does not reuse its memory before the call has finished."""
     torch = pytest.importorskip("torch")
 
     q, k, v = to_torch(host())
@@ -456,7 +457,7 @@ def test_a_thread_without_a_context() -> None:
         close(numbers(out), wanted, "float32")
 
 
-def test_a_bad_stream_is_an_error_and_no_crash() -> None:
+def test_a_bad_stream_is_an_error_not_a_crash() -> None:
     q, k, v = to_torch(host())
     with pytest.raises(TypeError, match="stream is 'fast'"):
         fastattn.attention(q, k, v, stream="fast")

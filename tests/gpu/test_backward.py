@@ -1,5 +1,8 @@
-"""The GPU engine's backward through the public functions: every named problem on every kernel family that has one against the reference, a
-fuzzer, and what it promises about NaN, runs and memory. out and lse are the reference's, so that the backward is judged alone.
+"""The GPU engine's backward through the public functions: every named problem on every kernel family that has one, and
+random ones.
+
+Results are compared with the reference. out and lse are the reference's, so that the backward is judged alone. Also the promises about NaN,
+equal bits from run to run, and memory.
 """
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def must_give(case: Case, family: str) -> bool:
 
 
 def repeatable(inputs: Inputs, out: Array, lse: Array, family: str) -> Grads:
-    """Deterministic gradients; skips the test where a family of the tensor cores has none."""
+    """Deterministic gradients; skips the test where a tensor-core family has none."""
     try:
         return backward(inputs, out, lse, family, deterministic=True)
     except UnsupportedError as error:
@@ -172,8 +175,8 @@ HIDDEN = Case("hidden", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=40, seq
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pairs([HIDDEN], ("simt",))     # tensor cores multiply by the 0 of what is masked
-def test_what_a_mask_hides_does_not_matter(case: Case, family: str, bad: float) -> None:
-    """A key that no row may see may hold anything; so may a row that sees nothing."""
+def test_masked_values_do_not_matter(case: Case, family: str, bad: float) -> None:
+    """A key that no row attends to may hold anything, as may a row that attends to nothing."""
     if family == "any":
         pytest.skip("it is a family of the tensor cores here")
     inputs = case.make()

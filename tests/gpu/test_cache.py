@@ -1,5 +1,7 @@
-"""The kernel cache and `python -m fastattn precompile`: a hit compiles nothing, a bad folder or a damaged entry costs time only, nothing is
-loaded that another user could have written, and whatever changes machine code changes the key. Nothing here needs a GPU.
+"""The kernel cache and `python -m fastattn precompile`. Nothing here needs a GPU.
+
+A hit compiles nothing, a bad folder or a damaged entry costs only time, nothing is loaded that another user could have written, and
+everything that changes machine code changes the key.
 """
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ SOURCE = compiler.Source("test cache", lambda: (_kernel, 48), (("dst", "l"), ("n
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing was said or written yet, and files that tests make are not for others to write."""
+    """No warning or write has happened yet, and others cannot write the files that tests create."""
     monkeypatch.setattr(cache, "_warned", set())
     monkeypatch.setattr(cache, "_writes", 0)
     before = os.umask(0o022)
@@ -63,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The keys that were really compiled."""
+    """The keys that were compiled and not found."""
     seen, build = list[str](), compiler.build
 
     def counted(source: compiler.Source, arch: str, output: str = "cubin") -> Any:
@@ -105,7 +107,7 @@ def test_a_damaged_entry_is_compiled_again(damage: Any, folder: Path, builds: li
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str],
                                       caplog: pytest.LogCaptureFixture) -> None:
-    """A file stands where the folder should be: as good as read-only, also for root."""
+    """A file is where the folder should be; unlike permissions, this stops root too."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file" / "cache"))
     assert compiler.binary(SOURCE, ARCH).code[:4] == b"\x7fELF"
@@ -142,8 +144,8 @@ def test_entries_appear_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache._unpacked(name.removesuffix(".cubin"), data) == (code, 48) and entries(folder) == [folder / name]
 
 
-def test_eight_at_once(folder: Path) -> None:
-    """Threads here and processes beside: all get the same code."""
+def test_eight_threads_and_processes_at_once(folder: Path) -> None:
+    """Five threads and three other processes compile one kernel: all get the same code."""
     script = ("import hashlib; from tests.gpu import test_cache as t; from fastattn.gpu.runtime import compile as c; "
               "print(hashlib.sha256(c.binary(t.SOURCE, t.ARCH).code).hexdigest())")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -156,7 +158,7 @@ def test_eight_at_once(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- the key
-def test_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_whatever_changes_code_changes_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keys = [compiler._key(SOURCE, ARCH), compiler._key(SOURCE, "sm_89"),
              compiler._key(replace(SOURCE, key="other"), ARCH),
              compiler._key(replace(SOURCE, fields=(("dst", "l"), ("n", "q"))), ARCH),
@@ -208,7 +210,8 @@ ME, MALLORY = 1000, 1001
 
 
 class Owners:
-    """The user is ME; everything is root's but what is said to be another's. By what stat says: whoever runs the tests may be root."""
+    """A fake stat: the user is ME, and every file is root's unless given to another. Real owners will not do, because
+    the tests may run as root."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of, self.fstat = dict[tuple[int, int], int](), os.fstat
@@ -282,9 +285,9 @@ def test_a_refused_folder_costs_time_only(folder: Path, builds: list[str], caplo
     assert len(builds) == 3 and len(caplog.records) == 1 and f"chmod go-w {folder}" in caplog.text
 
 
-def test_a_folder_in_a_sticky_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: Owners,
+def test_a_folder_in_a_sticky_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: Owners,
                                   caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody but its owner moves what is in /tmp; but anybody can be there first."""
+    """Only its owner can move a folder in /tmp, but anyone can create it first."""
     shared = tmp_path / "tmp"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -331,7 +334,7 @@ def test_links_in_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_an_entry_is_a_file(kind: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A pipe does not make it wait."""
+    """A pipe in an entry's place does not make the reader wait."""
     entry = kept(folder)
     entry.rename(tmp_path / "elsewhere")
     {"link": lambda: entry.symlink_to(tmp_path / "elsewhere"), "pipe": lambda: os.mkfifo(entry, 0o600), "folder": entry.mkdir}[kind]()
@@ -339,7 +342,7 @@ def test_an_entry_is_a_file(kind: str, folder: Path, tmp_path: Path, caplog: pyt
 
 
 def test_what_is_opened_is_what_was_checked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: Owners) -> None:
-    """Another folder under the same name, put there just after the check: its entries are not seen."""
+    """Another folder is put under the same name just after the check: its entries are not read."""
     entry, other = kept(folder), kept(tmp_path / "other")
     entry.unlink()
     owners.give(other.parent, MALLORY)
@@ -357,8 +360,8 @@ def test_what_is_opened_is_what_was_checked(folder: Path, tmp_path: Path, monkey
 
 
 # ---------------------------------------------------------------- shared ones
-def test_a_cache_of_roots_serves_others(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
-    """Its files can be read by everybody, less what the umask takes away; what is missing there goes into the user's own folder."""
+def test_a_cache_of_root_serves_other_users(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: list[str]) -> None:
+    """Everyone can read its files unless the umask forbids it; missing kernels go into the user's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     shared = replace(SOURCE, key="test cache, shared")
     compiler.binary(shared, ARCH)                                          # as root
@@ -383,7 +386,7 @@ def test_a_cache_of_roots_serves_others(folder: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(("umask", "of_folder", "of_file"), [(0o077, 0o700, 0o600), (0o002, 0o755, 0o644), (0, 0o755, 0o644)])
 def test_modes(umask: int, of_folder: int, of_file: int, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As the umask wants it, but never for others to write."""
+    """Files follow the umask, but others can never write them."""
     os.umask(umask)
     cache.write(KEY, ELF)
     [entry] = entries(folder)
@@ -391,7 +394,7 @@ def test_modes(umask: int, of_folder: int, of_file: int, folder: Path, caplog: p
     assert cache.read(KEY) == ELF and not caplog.records
 
 
-def test_an_entry_that_cannot_be_read_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_entry_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     kept(folder)
     opened = os.open
 
@@ -414,7 +417,7 @@ def aged(folder: Path, name: str, size: int, days: float) -> Path:
 
 
 def test_least_recently_used_entries_go(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of other versions as well; nothing else, and nothing by way of a link."""
+    """Those of other versions too; no other files, and nothing behind a link."""
     cache._make(folder, 0o755)
     old, middle, new = (aged(folder, f"{digit * 64}.cubin", 400_000, days) for digit, days in (("1", 3), ("2", 2), ("3", 0.5)))
     others = [aged(folder, "notes.cubin", 9_000_000, 9), aged(folder, "a" * 64, 10, 9)]
@@ -434,7 +437,7 @@ def test_least_recently_used_entries_go(folder: Path, tmp_path: Path, monkeypatc
     assert not middle.exists() and not old.exists() and new.exists()
 
 
-def test_use_is_noted_once_a_day(folder: Path) -> None:
+def test_use_is_recorded_once_a_day(folder: Path) -> None:
     entry = kept(folder)
     for days, noted in ((0.5, False), (2.0, True)):
         then = time.time() - 86400 * days
@@ -458,7 +461,7 @@ def test_entries_that_another_process_removes(folder: Path, monkeypatch: pytest.
     assert not entries(folder) and not caplog.records
 
 
-def test_a_limit_that_is_no_number(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_limit_that_is_not_a_number(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("FASTATTN_CACHE_MB", "1 GB")
     cache.write(KEY, ELF)
     assert cache.read(KEY) == ELF and "FASTATTN_CACHE_MB is '1 GB'; expected a number of megabytes" in caplog.text
@@ -473,12 +476,12 @@ def test_show_config_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def plain_want(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One kernel instead of the command's default lists: the simplest family, in this process's child."""
+    """One kernel of the simplest family instead of the command's default lists, compiled in a child of this process."""
     monkeypatch.setattr(precompile, "wants_of", lambda dims, dtypes, features: [precompile.Want(dtypes[0], dims[0], packed=True)])
 
 
 def test_precompile_without_a_gpu(folder: Path, plain_want: None, capsys: pytest.CaptureFixture[str], builds: list[str]) -> None:
-    """What it puts into the cache is what a call of the same kind finds there."""
+    """A call of the same kind finds in the cache what the command put there."""
     arguments = ["precompile", "--arch", "8.0", "--head-dim", "64", "--dtype", "float16", "--processes", "1"]
     assert command.main(arguments) == 0, capsys.readouterr().out
     said = capsys.readouterr()
@@ -489,7 +492,7 @@ def test_precompile_without_a_gpu(folder: Path, plain_want: None, capsys: pytest
     assert builds == [] and len(entries(folder)) == 2
 
 
-def test_precompile_lists_every_wish() -> None:
+def test_precompile_lists_every_kernel() -> None:
     wants = precompile.wants_of([64, 128], ["float16"], ["causal", "alibi+softcap"])
     assert len(wants) == len(set(wants)) == 48
     assert precompile.Want("float16", 128, alibi="float32", softcap=True, packed=True, lse=True) in wants
@@ -525,7 +528,7 @@ def test_precompile_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_precompile_says_where_it_cannot_write(folder: Path, plain_want: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    """What is compiled and not kept has failed."""
+    """A kernel that was compiled and could not be stored counts as failed."""
     arguments = ["precompile", "--arch", "8.0", "--head-dim", "64", "--dtype", "float16", "--processes", "1"]
     folder.mkdir()
     folder.chmod(0o777)
@@ -572,7 +575,7 @@ def test_arch_names(given: str) -> None:
 
 
 def test_a_forward_whose_kernel_is_kept_needs_no_numba() -> None:
-    """A second process's first call would spend most of its time importing it."""
+    """Otherwise the first call of each process would spend most of its time on importing it."""
     script = ("import sys; from fastattn import gpu; from fastattn.gpu import precompile\n"
               "for family in gpu.FAMILIES:\n"
               "    with gpu.use(family):\n"
@@ -584,7 +587,7 @@ def test_a_forward_whose_kernel_is_kept_needs_no_numba() -> None:
     assert said.stdout.splitlines() == [f"forward_{family} forward_{family} plan_packed set()" for family in gpu.FAMILIES], said.stderr
 
 
-def test_a_want_finds_the_kernels_of_its_family() -> None:
+def test_a_want_lists_the_kernels_of_its_family() -> None:
     call, spec = precompile.Want("float16", 104, packed=True, causal=True, lengths="int64").call()
     with gpu.use("sm90"):
         keys = [source.key for source in precompile.sources(call, spec, precompile.absent_device("sm_90a"))]
@@ -594,7 +597,8 @@ def test_a_want_finds_the_kernels_of_its_family() -> None:
 
 
 def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """forward_sm80's tiling depends on q, k and v being aligned, and on out: not on which of the two is not."""
+    """sm80's config depends on whether q, k and v are aligned and on whether out is, not on which of q, k and v is
+    unaligned."""
     made: list[object] = []
     monkeypatch.setattr(gpu, "_prepare", lambda *call: made.append(call))
     call, _ = precompile.Want("float16", 64).call()

@@ -1,9 +1,9 @@
 """Every shipped kernel compiled to machine code, without a GPU: no spill, no local memory, no serialized wgmma, no float64 arithmetic.
 
-Shipped are the kernels that each family's table picks for a list of calls: CI's has those used most, all features together, and 40 calls
-drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws so many (-k sample: only these), FASTATTN_SEED repeats a day's;
-FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All that are selected (-k sm_90a, -k "sm80 and everything")
-are compiled first, in as many processes as there are processors.
+Shipped are the kernels that each family's table picks for a list of calls. CI's list has the most used ones, all features together, and 40
+calls drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws that many (-k sample runs only these), and FASTATTN_SEED repeats
+those of a day. FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All selected kernels (-k sm_90a, -k "sm80
+and everything") are compiled first, in as many processes as there are processors.
 """
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _want(dtype: str, dim: int, dim_v: int | None = None, lse: bool = True, **se
 
 
 def _tensor_cores(family: str, arch: str, short: bool) -> Iterator[Job]:
-    """The float16 and bfloat16 families; `short` where another architecture has the long list of the same kernels."""
+    """The tensor-core families; `short` where another architecture has the long list of the same kernels."""
     half, other, hopper = "bfloat16", "float16", family == "sm90"
     for dim in (128, 256) if short else (64, 80, 128, 192, 256):
         yield Job(family, arch, _want(half, dim, causal=True), "causal")
@@ -121,7 +121,7 @@ def _backward_sm90() -> Iterator[Job]:
 
 
 def _found() -> Iterator[Job]:
-    """Kernels that spilled when they were drawn at random: one of each kind."""
+    """Kernels that spilled when drawn at random, one of each kind."""
     both: dict[str, Any] = {"bias": "float16", "mask": True, "lse": False}
     window: dict[str, Any] = {"window": (100, 50)}
     yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, dropout=True, packed=True, **window), "mask_dropout_packed")
@@ -150,7 +150,7 @@ def _pairs() -> Iterator[Job]:
 
 
 def _backward(arch: str, short: bool) -> Iterator[Job]:
-    """Plain threads, dbias and what every backward starts with; float64 of 512 is the one that needs most registers."""
+    """simt, dbias and the preprocess kernel of every backward; float64 with head_dim 512 needs the most registers."""
     def want(dtype: str, dim: int, dim_v: int | None = None, **settings: Any) -> Want:
         return _want(dtype, dim, dim_v, lse=False, backward=True, **settings)
     yield Job("simt", arch, want("bfloat16", 64, **{**EVERYTHING, "bias": "bfloat16"}), "everything")
@@ -161,7 +161,7 @@ def _backward(arch: str, short: bool) -> Iterator[Job]:
 
 
 def _decode() -> Iterator[Job]:
-    """Few queries and many keys: plain, and with all that this kernel does."""
+    """Few queries and many keys: plain, and with all features of this kernel."""
     shape: dict[str, Any] = {"seqlen_q": 2, "seqlen_k": 8192, "num_heads": 32, "num_heads_k": 8}
     for arch, dim in itertools.product(ARCHS, (64, 128)):
         yield Job("sm80", arch, _want("bfloat16", dim, lse=False, **shape), "decode")
@@ -220,7 +220,7 @@ def _ci() -> Iterator[Job]:
                                                                     "-bias-backward", "-softcap-backward", "128-deterministic-backward")))
 
 
-# ---------------------------------------------------------------- and kernels that nobody chose
+# ---------------------------------------------------------------- and random kernels
 SAMPLES = int(os.environ.get("FASTATTN_SAMPLES", "40"))
 SEED = int(os.environ.get("FASTATTN_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
 SAMPLE_ARCHS = {"sm90": ("sm_90a",), "sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"), "simt": ARCHS}
@@ -265,7 +265,7 @@ def _draw_want(draw: random.Random, plain_threads: bool) -> Want:
 
 
 def _samples() -> list[Job]:
-    """SAMPLES of them, of the seed. One that fails says its Want, with which it becomes a named job above."""
+    """SAMPLES of them, from the seed. One that fails prints its Want, so that it can become a named job above."""
     draw = random.Random(SEED)
     return [replace(draw_job(draw), what=f"sample_{SEED}_{n}") for n in range(SAMPLES)]
 
@@ -296,12 +296,12 @@ class Result:
 
 
 def _float64(ptx: str) -> list[str]:
-    """Instructions on float64; loads of a float64 operand and their conversion aside, which a Spec asks for."""
+    """float64 instructions, other than loads and conversions of a float64 operand, which the Spec needs."""
     return sorted(set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*\.f64[\w.]*)", ptx, re.MULTILINE)))
 
 
 def examine(source: compiler.Source, arch: str, float64: bool) -> Result:
-    """Compile once to machine code and to PTX: Numba's part, most of the time, is done once for both."""
+    """Compile to machine code and to PTX; Numba's part, which takes most of the time, is done once for both."""
     from numba import cuda
 
     kept: list[Any] = []
@@ -348,8 +348,8 @@ def test_shipped_kernel(job: Job, results: dict[str, Any], record_property: Any)
     assert not wrong, "\n".join([*wrong, f"Job({job.family!r}, {job.arch!r}, {job.want}, ...); FASTATTN_SEED={SEED}"])
 
 
-def test_samples_are_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    """The same kernels for the same seed, all families, both directions."""
+def test_samples_follow_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A seed always draws the same kernels, of all families and both directions."""
     with capsys.disabled():
         print(f"\nrandom kernels: FASTATTN_SEED={SEED} FASTATTN_SAMPLES={SAMPLES}")
     one, other = ([draw_job(random.Random(seed)) for _ in range(2)] for seed in (1, 2))

@@ -1,8 +1,9 @@
-"""Scores of any finite size on the GPU: products and scales of up to 1e30, biases of -1e9 and of the least finite number, sinks as large.
+"""Scores of any finite size on the GPU: products and scales up to 1e30, biases of -1e9 and of the lowest finite number,
+sinks as large.
 
-Without a GPU: the softmax's and the gradients' own lines on numpy's float32, plans of lengths that lie, merge_states of FlashAttention's
-empty rows. With one: every kernel family against float64. Gradients know the softmax through lse alone: where it has no room for the log
-of a sum, equal keys have P = 1 each.
+Without a GPU: the code of the softmax and of the gradients runs on NumPy's float32, plans get inconsistent lengths, and merge_states gets
+FlashAttention's empty rows. With a GPU: every kernel family against float64. Gradients know the softmax through lse alone. Where lse has no
+bits left for the log of a sum, equal keys have P = 1 each.
 """
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def exact_softmax(scores: Array) -> tuple[Array, Array]:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("size", [1.0, 300.0, 2800.0, 2850.0, 5e4, 1e7, 1e11, 1e19, 1e30, 3e38])
 def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
-    """Rows around +-size, some apart by a few units in the last place, with keys that nothing sees; growing and falling."""
+    """Rows around +-size, some differing by a few units in the last place, with fully masked keys; rising and
+    falling."""
     draw = np.random.default_rng(int(np.log(size) * 100))
     scale = 1.0 if scaled else 0.125
     for sign in (1, -1):
@@ -106,7 +108,7 @@ def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
         np.testing.assert_allclose(got_lse, lse, rtol=3e-7, atol=1e-5)
 
 
-def test_a_row_that_sees_nothing_and_one_that_does() -> None:
+def test_a_fully_masked_row_next_to_an_ordinary_one() -> None:
     scores = np.array([[-np.inf] * 8, [-np.inf] * 4 + [-1e30] * 4])
     out, lse = softmax_of(scores, np.arange(8.0, dtype=F)[:, None], 1.0, True, 2, False)
     np.testing.assert_array_equal(out[:, 0], [0, 5.5])
@@ -115,7 +117,7 @@ def test_a_row_that_sees_nothing_and_one_that_does() -> None:
 
 # ---------------------------------------------------------------- what gradients start with
 def test_lse_of_far_rows() -> None:
-    """In units of log2 they have FAR_LSE; what is next to 0 is 0, so that it is not taken for that."""
+    """Their lse in units of log2 is FAR_LSE; a value next to 0 becomes 0, so that it cannot be mistaken for FAR_LSE."""
     lse = np.array([0.5, -2800, 2900, -1e9, LEAST["float32"], 1e-38, -np.inf, np.inf, np.nan], F)[None, None]
     n = lse.shape[-1]
     x = np.ones((1, n, 1, 16), NUMPY["bfloat16"])
@@ -131,10 +133,11 @@ def test_lse_of_far_rows() -> None:
     np.testing.assert_allclose(log2, [0.5 * LOG2E, -2800 * LOG2E, *[FAR_LSE] * 3, 0, np.inf, np.nan, np.nan], rtol=1e-6)
 
 
-# ---------------------------------------------------------------- lengths that lie; empty parts
+# ---------------------------------------------------------------- inconsistent lengths; empty parts
 @pytest.mark.parametrize("by_keys", [False, True])
-def test_plan_of_lengths_that_lie(by_keys: bool) -> None:
-    """Cumulative lengths that fall and rise again: more tiles than 32 bits count, no more than the table has room for."""
+def test_plan_of_inconsistent_lengths(by_keys: bool) -> None:
+    """Cumulative lengths that fall and rise again would give more tiles than 32 bits can count. The plan writes no more
+    than its table holds."""
     batch, total, heads, block = 2000, 2**22, 64, 16
     cu = np.tile(np.array([0, total], np.int64), batch // 2 + 1)[:batch + 1]
     blocks, memory = 50, Memory()
@@ -199,7 +202,8 @@ def exact(inputs: Inputs) -> tuple[Array, Array, Array]:
 
 
 def gradients(inputs: Inputs, p: Array, lse: Array, scores: Array) -> dict[str, Array]:
-    """Of P that lse alone gives: each key of a maximum that lse has no room beside has 1."""
+    """Gradients with P = exp(score - lse): where lse is the maximum itself for lack of bits, each key at the maximum
+    has P = 1."""
     q, k, v, dout = (x.astype(np.float64).swapaxes(1, 2) for x in (*inputs.args, inputs.dout))
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x, group, 1) for x in (k, v))
@@ -269,7 +273,8 @@ PRODUCTS = [pytest.param(family, dtype, causal, id=f"{family}-{dtype}{'-causal' 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "dtype", "causal"), PRODUCTS)
 def test_products(family: str, dtype: str, causal: bool) -> None:
-    """Key j has j + 1 parts of the largest product: the last one takes all; where products are negative, the first."""
+    """Key j has j + 1 parts of the largest product: the last key has all weight, or the first where products are
+    negative."""
     if not supported(family):
         pytest.skip(f"no {family} here")
     for size in (1e4, 1e7, 1e11, 1e19, 1e30):
@@ -295,7 +300,7 @@ def test_products(family: str, dtype: str, causal: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["sm90", "sm80", "simt"])
 def test_biases(family: str, dtype: str, bias_dtype: str) -> None:
-    """Whole rows of a bias, padding on the left under a causal mask, and a key that a bias gives all of a row."""
+    """A bias on whole rows, left padding under a causal mask, and a key to which a bias gives all weight."""
     if not supported(family) or (dtype == "float32") != (family == "simt") or (bias_dtype == "bfloat16" and dtype != "bfloat16"):
         pytest.skip("not a call of this family")
     for value in (-1e4, -1e9, -1e10, LEAST[bias_dtype], 3e38):
@@ -315,7 +320,8 @@ def test_biases(family: str, dtype: str, bias_dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sinks(family: str) -> None:
-    """The largest and the least finite sink; and what a row's dout holds that only a sink attends does not matter to dsinks."""
+    """The largest and the lowest finite sink. For a row that only its sink attends to, dout does not matter to
+    dsinks."""
     if not supported(family):
         pytest.skip(f"no {family} here")
     dtype = dtypes(family)[0]

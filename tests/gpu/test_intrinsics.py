@@ -1,4 +1,5 @@
-"""Every PTX intrinsic and every function on fragments by itself: its text in the compiled code without a GPU, its numbers with one.
+"""Every PTX intrinsic and every function on fragments alone: its instructions in the compiled code, and with a GPU its
+results.
 
 The probes are in tests/tools/gpu/probes*.py. A public name of gpu/ptx or gpu/tile/fragments without one fails.
 """
@@ -36,8 +37,9 @@ PLUMBING = {"fragments.I1", "fragments.PAIR", "fragments.row_of", "fragments.col
 
 
 def _public(module: Any) -> Iterator[str]:
-    """Intrinsics and functions that a module defines itself. Intrinsics do not know their module, so names that others have are told apart
-    by the module's own text."""
+    """Intrinsics and functions that a module defines itself. Intrinsics do not know their module, so imported names are
+    recognised by the
+    module's own text."""
     text = inspect.getsource(module)
     for name, x in vars(module).items():
         own = re.search(rf"^(def {name}\(|{name}\b.* = )|^\w+, {name} = ", text, re.MULTILINE)
@@ -51,7 +53,7 @@ def public_names() -> set[str]:
     return {f"{m.__name__.rpartition('.')[2]}.{name}" for m in (*modules, fragments) for name in _public(m)} - PLUMBING
 
 
-def test_nothing_is_missing() -> None:
+def test_every_public_name_has_a_probe() -> None:
     covered = {name for probe in PROBES.values() for name in probe.covers}
     names = public_names()
     assert {"arith.exp2", "sync.uniform", "wgmma.qk", "fragments.row_max"} - names == {"wgmma.qk"}
@@ -83,7 +85,7 @@ def test_text(name: str, texts: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- with a GPU: the numbers
 def run(name: str, src: Array | None = None, other: Array | None = None, dst: Array | None = None, n: int = 0,
         maps: list[tuple[str, int]] | None = None) -> Array:
-    """What the probe's kernel makes of dst. `maps`: (array, rows of a box) for map_a, map_b and map_c."""
+    """dst after the probe's kernel ran. `maps`: (array, rows of a box) for map_a, map_b and map_c."""
     from cuda.bindings import driver
 
     from fastattn.gpu.runtime.device import check, current, device

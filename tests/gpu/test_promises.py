@@ -1,5 +1,7 @@
-"""What the GPU forward promises beyond right numbers: the same bits every run, no race, graphs, streams, sizes past 32 bits, the exact
-dropout mask, NaN that stays where it is, and an error no larger than that of torch's flash backend. Needs torch.
+"""What the GPU forward promises besides right results. Needs torch.
+
+The same bits every run, no races, graphs, streams, sizes past 32 bits, the exact dropout mask, NaN that does not spread, and an error no
+larger than that of torch's flash backend.
 """
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def pairs(*names: str) -> Any:
 
 
 def plain(*dims: int, dtype: str = "bfloat16", **settings: Any) -> Any:
-    """A mark: the kernels of calls with these head sizes are compiled beforehand. Such calls ask for lse."""
+    """A mark: the kernels of calls with these head sizes are compiled beforehand. Such calls return lse."""
     return pytest.mark.kernels(*(Case("plain", dtype, head_dim=dim, **settings) for dim in dims))
 
 
@@ -64,7 +66,7 @@ REPEATED = ("large_gqa_128", "large_window_64", "large_packed_128", "large_dropo
 
 @pairs(*REPEATED)
 def test_same_bits_every_run(case: Case, family: str) -> None:
-    """1000 launches behind each other, compared on the device, beside products of other sizes that shift their timing."""
+    """1000 launches in a row, compared on the device. Concurrent matrix products of other sizes shift their timing."""
     noise = normal(777, 777)
     with gpu.use(*wanted(family)):
         launch = call(case.make())
@@ -85,7 +87,7 @@ def test_same_bits_every_run(case: Case, family: str) -> None:
 @plain(64, 128, 256)
 @plain(64, 128, 256, causal=True)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_medium_race(dim: int) -> None:
+def test_many_tiles_a_block_race(dim: int) -> None:
     """Enough tiles for every multiprocessor to take several, in an order that differs from run to run."""
     q, k, v = (normal(4, 1500, 16, dim, seed=s) for s in range(3))
     for settings in ({}, {"causal": True}):
@@ -126,7 +128,7 @@ def test_graph_replays_with_new_inputs(case: Case, family: str) -> None:
 
 @plain(64, lengths_q=(9,), causal=True)
 def test_graph_of_packed_lengths_that_change() -> None:
-    """The lengths are read by the graph, not by the capture."""
+    """The replay reads the lengths, not the capture."""
     q, k, v = (normal(700, 4, 64, seed=s) for s in range(3))
     cu = torch().tensor([0, 300, 700], dtype=torch().int32, device="cuda")
     other = torch().tensor([0, 50, 60], dtype=torch().int32, device="cuda")
@@ -193,7 +195,7 @@ def test_more_than_65535_sequences() -> None:
 @plain(128, causal=True, window=(100, 0))
 @pytest.mark.parametrize("family", families_here())
 def test_more_than_2_to_the_31_elements(family: str) -> None:
-    """The far corner of tensors of 4.3 GB each, through a window, so that it takes no time."""
+    """The last rows of tensors of 4.3 GB each, with a window, so that it takes little time."""
     if torch().cuda.mem_get_info()[0] < 30e9:
         pytest.skip("needs 30 GB of free memory")
     shape = (2, 66000, 128, 128)
@@ -217,7 +219,7 @@ def test_more_than_2_to_the_31_elements(family: str) -> None:
 @pytest.mark.parametrize("p", [0.1, 0.7])
 @pytest.mark.parametrize("family", families_here())
 def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
-    """V is a part of the identity, so the output is a stretch of the probabilities."""
+    """V is a part of the identity matrix, so the output is a range of columns of the probabilities."""
     settings: dict[str, Any] = {"dropout_p": p, "seed": 0xFEDC_BA98_7654_3210, "offset": 7}
     q, k = normal(2, 200, 3, 64, dtype="float16"), normal(2, 300, 3, 64, dtype="float16", seed=1)
     keep = fastattn.dropout_mask(2, 3, 200, 300, **settings)
@@ -250,7 +252,7 @@ FINITE_V_NOT_NEEDED = [family for family in families_here() if family == "simt"]
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("family", FINITE_V_NOT_NEEDED)
 @plain(64, causal="top_left")
-def test_keys_that_no_row_sees_may_hold_anything(family: str, bad: float) -> None:
+def test_keys_that_no_row_attends_to_may_hold_anything(family: str, bad: float) -> None:
     """Past the last diagonal: in blocks that are visited and in blocks that are not."""
     case = for_family(Case("beyond", "bfloat16", seqlen_q=150, seqlen_k=400, head_dim=64, causal="top_left"), family)
     inputs = case.make()
@@ -281,8 +283,8 @@ def test_keys_of_other_sequences_may_hold_anything(family: str, bad: float) -> N
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("family", FINITE_V_NOT_NEEDED)
 @plain(64, mask=(2, 1, 37, 37))
-def test_keys_that_a_mask_hides_may_hold_anything(family: str, bad: float) -> None:
-    """As on the CPU: a key that the boolean mask hides from every row, and a row that it lets see nothing."""
+def test_keys_that_a_mask_excludes_may_hold_anything(family: str, bad: float) -> None:
+    """As on the CPU: a key that the boolean mask excludes for every row, and a row for which it excludes every key."""
     case = Case("hidden", "bfloat16", num_heads=4, num_heads_k=2, seqlen_q=140, seqlen_k=190, head_dim=64, mask=(2, 1, 140, 190))
     inputs = for_family(case, family).make()
     inputs.kwargs["mask"][:, :, :, [3, 17, 64, 88, 189]] = False

@@ -55,7 +55,7 @@ def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
 
 
 def check(made: Play, p: Problem, sequences: list[Sequence]) -> None:
-    """Every 64 rows are stored once and have seen what they may see."""
+    """Every 64 rows are stored once and have attended to all their keys."""
     block_n, columns, stored = made.config.block_n, range(0, 64 * made.panels_v, 64), dict(made.stored)
     from_registers = {divmod((address - OUT) // (p.head_dim_v * 2), p.num_heads): keys for address, keys in made.rows.items()}
     for (plane, q_start, seqlen_q, k_start, seqlen_k), head in itertools.product(sequences, range(p.num_heads)):
@@ -72,7 +72,7 @@ def check(made: Play, p: Problem, sequences: list[Sequence]) -> None:
             assert seen <= {(at.row - k_start) / block_n for at in blocks}
             assert len(blocks) <= max(len(seen), 1) + made.config.block_m // block_n + 1, "blocks that no row of the tile sees"
     assert not from_registers
-    assert all(row >= p.seqlen_q and not p.packed for row, _, _, _ in stored)     # outside, where the copy engine drops them
+    assert all(row >= p.seqlen_q and not p.packed for row, _, _, _ in stored)     # outside the tensor, where TMA drops them
 
 
 CASES = {

@@ -61,8 +61,9 @@ def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> li
 
 
 def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence]) -> None:
-    """Keys have taken in each block of queries that sees them, once, for dK and dV, and each block of queries has got its eight pieces of
-    dQ from every block of keys it sees."""
+    """Each block of keys has used every block of queries that attends to it once, for dK and dV. Each block of queries
+    has got its eight
+    pieces of dQ from every block of keys that it attends to."""
     p, block_m = call.problem, made[0].config.block_m
     stride = p.num_heads_k * p.head_dim * 2
     results = {(pointer, key): (kind, rows) for one in made for kind, pointer, key, end, rows in one.results if key < end}

@@ -46,7 +46,7 @@ COMPILED = [("bfloat16", True, False, "sm_90a"), ("bfloat16", True, True, "sm_90
 
 @pytest.mark.parametrize(("dtype", "whole", "packed", "arch"), COMPILED)
 def test_compiled(dtype: str, whole: bool, packed: bool, arch: str) -> None:
-    """No spill, no local memory, 16 bytes at a time where rows allow it, no float64 arithmetic but on float64."""
+    """No spill, no local memory, 16 bytes at a time where rows allow it, no float64 arithmetic except on float64."""
     for source in (transform.transform_source(dtype, whole, packed), transform.transform_backward_source(dtype, whole, packed)):
         _, report = compiler.build(source, arch)
         assert compiler.complaints(report) == [], source.key
@@ -73,7 +73,7 @@ def in_python(*arrays: Array) -> Any:
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, by: int = 0) -> Array:
-    """NaN at an address that is `by` bytes after a multiple of 16."""
+    """An array of NaN at an address that is `by` bytes past a multiple of 16."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.full(size + 32, 0xFF, np.uint8)
@@ -129,7 +129,7 @@ def test_in_python(name: str, packed: bool) -> None:
 
 
 def test_many_rows_in_python() -> None:
-    """Several blocks of rows and of columns, whose sums meet."""
+    """Several blocks of rows and of columns, whose sums are added."""
     heads, dim, T = 3, 16, 90
     qkv, bias = (copy_of(x) for x in drawn("float32", (2, T, 3 * heads * dim), (3 * heads * dim,)))
     out = [aligned((2, heads, T, dim), np.float32) for _ in range(3)]
@@ -153,7 +153,7 @@ SHAPES = [(2, 300, 4, 64), (3, 17, 1, 7), (1, 1, 3, 128), (2, 5, 2, 1), (5, 33, 
 @gpu
 @requires_gpu
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_is_the_cpus(dtype: str) -> None:
+def test_equals_the_cpu(dtype: str) -> None:
     for B, T, heads, dim in SHAPES:
         qkv, bias = drawn(dtype, (B, T, 3 * heads * dim), (3 * heads * dim,))
         for x in (qkv, np.ascontiguousarray(qkv.swapaxes(0, 1)).swapaxes(0, 1), qkv[..., ::-1], qkv[:, ::-1]):
@@ -172,7 +172,7 @@ def test_is_the_cpus(dtype: str) -> None:
 @gpu
 @requires_gpu
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_ragged_is_the_cpus(dtype: str) -> None:
+def test_ragged_equals_the_cpu(dtype: str) -> None:
     for heads, dim in ((2, 64), (3, 5)):
         qkv, bias = drawn(dtype, (31, 3 * heads * dim), (3 * heads * dim,))
         for cu in (CU, CU.astype(np.int64)):
@@ -189,7 +189,7 @@ def test_ragged_is_the_cpus(dtype: str) -> None:
 
 @gpu
 @requires_gpu
-def test_lengths_on_the_device_are_asked_for() -> None:
+def test_lengths_on_the_device_need_their_maximum() -> None:
     qkv, bias = (on_device(x) for x in drawn("float32", (31, 24), (24,)))
     with pytest.raises(ValueError, match=r"transform_bias_rescale_qkv\(\): max_seqlen is None"):
         transform_bias_rescale_qkv(qkv, bias, 1, cu_seqlens=on_device(CU))

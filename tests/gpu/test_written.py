@@ -92,7 +92,7 @@ def test_emulated_kernels_write_every_element(case: Case) -> None:
 
 
 def test_keys_past_the_used_ones_are_stored_as_zeros() -> None:
-    """Of the Hopper kernels by keys: 0 times a factor would leave the NaN of a row of V that nobody may look at."""
+    """The Hopper backward: 0 times a factor would keep the NaN of a row of V that no row attends to."""
     stored: list[Any] = []
     names = {"make_pack": lambda *_: lambda acc: acc, "store_rows": lambda *values: stored.append(values),
              "scale_seen_rows": lambda acc, *factors: tuple(x * factor if factor else 0.0 for x, factor in zip(acc, factors, strict=True)),
@@ -134,7 +134,7 @@ ON_DEVICE = [replace(case, name=f"{case.name}_{dim}", dtype="bfloat16", head_dim
 
 
 def results(inputs: Inputs, families: tuple[str, ...]) -> dict[str, Any]:
-    """out, lse and the gradients of the families, into poisoned memory."""
+    """out, lse and the gradients of the families, written into poisoned memory."""
     (q, k, v, *lengths), kwargs = gpu_cases.device_arguments(inputs)
     with gpu.use(*families):
         gpu_poison.poison()

@@ -15,7 +15,7 @@ WHERE = Where("2030-01-02", "A processor", "scalar", 1, "3.11", "numpy 2", "nump
 
 
 class Processor:
-    """A device of the GPU benchmark that is none: CPU tensors and the wall clock."""
+    """A fake device for the GPU benchmark: CPU tensors and the wall clock."""
 
     name, l2_bytes = "cpu", 0
 

@@ -1,12 +1,12 @@
 """The tolerance of every test of numbers: error against float64 at most 2x the error of the same computation done naively in the
 input's precision, plus that dtype's rounding of the result.
 
-Errors are Frobenius norms per tensor. The naive rival is the reference's own text in float32 with P and dS rounded to the
+Errors are Frobenius norms per tensor. The naive computation is the reference's own code in float32 with P and dS rounded to the
 input's dtype before they are multiplied, and rounded outputs. "Rounding of the result" of a gradient is taken relative to
 the terms it is the difference of, dP and delta: with one key they cancel and the exact dq is 0. NaN never passes.
 
-A probability below NOTHING may count as 0: engines flush there, because products of such numbers become denormal. It is felt only
-where all keys are that far below a sink, whose row then has an out and gradients of no size.
+A probability below NOTHING may count as 0: engines flush there, because products of such numbers become denormal. It matters only
+where all keys are that far below a sink; out and gradients of that row are then almost 0.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Skips tests that need a GPU where there is none, asking the driver through cuda.bindings and nothing else."""
+"""Marks that skip tests where there is no GPU, or only one. The driver is asked through cuda.bindings alone."""
 from __future__ import annotations
 
 from functools import cache

@@ -1,4 +1,4 @@
-"""A made-up CUDA: a driver whose devices are numbers and whose memory is the host's, arrays at addresses of nobody's."""
+"""A fake CUDA: a driver whose devices are numbers and whose memory is the host's, and arrays at invented addresses."""
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,8 @@ from fastattn.buffers import ITEMSIZE
 
 
 class Driver:
-    """cuda.bindings.driver as far as it is used: devices are numbers, memory is the host's, streams are a log."""
+    """The functions of cuda.bindings.driver that fastattn uses: devices are numbers, memory is the host's, and stream
+    calls go into a log."""
 
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
@@ -83,7 +84,7 @@ class Driver:
 
 @contextlib.contextmanager
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """The package uses a new Driver inside."""
+    """Inside the context the package uses a new Driver."""
     fake = Driver()
     streams._primary_context.cache_clear()
     device_array._parked.clear()
@@ -94,7 +95,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 
 class Cuda:
-    """An array known only by its __cuda_array_interface__; `ptr` is nobody's memory."""
+    """An array known only by its __cuda_array_interface__; `ptr` is an invented address."""
 
     def __init__(self, driver: Driver, shape: tuple[int, ...], ptr: int = 0x1000, stream: int | None = None, device: int = 0,
                  typestr: str = "<f4", strides: tuple[int, ...] | None = None) -> None:
@@ -104,7 +105,7 @@ class Cuda:
 
 
 class Speaker:
-    """A DLPack producer of CUDA memory at a made-up address; notes the stream it is given."""
+    """A DLPack producer of CUDA memory at an invented address; records the stream it is given."""
 
     def __init__(self, shape: tuple[int, ...], ptr: int = 0x1000, dtype: str = "float32", device: int = 0, old: bool = False) -> None:
         self.shape, self.ptr, self.dtype, self.device, self.old, self.streams = shape, ptr, dtype, device, old, []

@@ -1,4 +1,5 @@
-"""Engines of other packages for tests: torch's kernels, reached through DLPack, and one that only notes that it ran."""
+"""Engines of other packages for tests: torch's kernels, reached through DLPack, and one that only records that it
+ran."""
 from __future__ import annotations
 
 import contextlib
@@ -99,7 +100,7 @@ class Cudnn(Sdpa):
 
 
 class Noter:
-    """An engine that notes who ran and refuses what it is told to."""
+    """An engine that records its name when it runs, or refuses for a given reason."""
 
     log: list[str] = []  # noqa: RUF012
 
@@ -118,7 +119,7 @@ class Noter:
 
 @contextlib.contextmanager
 def nothing_left() -> Iterator[list[str]]:
-    """The log of Noters, empty at first; what is registered inside is gone at its end."""
+    """The names of the Noters that ran. Every engine registered inside must be gone at the end."""
     before = registry._registered, registry._active
     Noter.log.clear()
     yield Noter.log

@@ -1,5 +1,6 @@
-"""What the tests of the GPU engine's directions share: cases of several tiles and random ones, arrays on the device, and the compilation of
-all kernels that the selected tests need, before them, in as many processes as there are processors.
+"""Cases for the forward and backward tests of the GPU engine: several tiles, few queries, random ones. Arrays on the
+device. All kernels that
+the selected tests need, compiled in parallel before them.
 
 The tensor-core families take 16-bit floats only, so they run each case with its dtype replaced by one.
 """
@@ -134,7 +135,7 @@ def must_take(case: Case, family: str) -> bool:
 
 
 def families_here(families: tuple[str, ...] = gpu.FAMILIES) -> list[str]:
-    """Those of `families` that this device has, and "any", the engine's own choice."""
+    """The `families` that run on this device, and "any", the engine's own choice."""
     from fastattn.gpu.runtime.device import device
     return ["any", *(family for family in families if family != "sm90" or device_count() == 0 or device(0).arch == "sm_90a")]
 
@@ -199,7 +200,7 @@ def _driver() -> Any:
 
 
 class Strided:
-    """A NumPy array's copy on device 0 with its strides, negative ones too; it speaks DLPack alone."""
+    """A NumPy array's copy on device 0 with its strides, negative ones too; it has DLPack alone."""
 
     def __init__(self, x: Array) -> None:
         place = buffers.view(x, "test", "x")
@@ -353,7 +354,7 @@ def compile_kernels(items: list[Any]) -> None:
 
 
 def forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
-    """(out, lse) of the family, written into memory that held NaN, as does all that it is given besides."""
+    """(out, lse) of the family, written into memory that held NaN; all other free memory holds NaN too."""
     args, kwargs = device_arguments(inputs)
     q, v = inputs.args[0], inputs.args[2]
     out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))

@@ -1,7 +1,8 @@
-"""NaN in all memory that the next call may be given: what a kernel leaves unwritten, or reads before it was written, then shows.
+"""NaN in all memory that the next call may be given, so that elements left unwritten or read before they were written
+become NaN.
 
 Every byte of the free memory of torch's allocator, CuPy's pool, the driver's default pool (DeviceArray) and the engine's own pool (its
-temporary memory) becomes 0xFF, which is NaN in every float and a wild number in every table.
+temporary memory) becomes 0xFF, which is NaN in every float and an impossible number in every table.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def poison(ordinal: int = 0) -> None:
     with streams.on_device(ordinal):
         _synchronize()
         for pool in (_default_pool(ordinal), workspace._device(ordinal).pool):
-            streams.check(driver.cuMemPoolTrimTo(pool, 0), "cuMemPoolTrimTo")       # no block of it survives beside the poisoned one
+            streams.check(driver.cuMemPoolTrimTo(pool, 0), "cuMemPoolTrimTo")       # no other block of it remains
             memory = streams.check(driver.cuMemAllocFromPoolAsync(ROOM, pool, streams.LEGACY), "cuMemAllocFromPoolAsync")
             streams.check(driver.cuMemsetD8Async(memory, BYTE, ROOM, streams.LEGACY), "cuMemsetD8Async")
             streams.check(driver.cuMemFreeAsync(memory, streams.LEGACY), "cuMemFreeAsync")

@@ -1,4 +1,5 @@
-"""Probes of gpu/test_intrinsics.py: tiles. Barriers in shared memory, the bulk copy engine, wgmma, mma.sync, cp.async and matrix stores."""
+"""Probes of gpu/test_intrinsics.py: tiles. Barriers in shared memory, TMA, wgmma, mma.sync, cp.async and matrix
+stores."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def begin(arrivals):
     return base
 
 
-# ---------------------------------------------------------------- mbarrier and the bulk copy engine
+# ---------------------------------------------------------------- mbarrier and TMA
 def meeting() -> Any:
     def kernel(a):
         i = int32(cuda.threadIdx.x)
@@ -250,7 +251,7 @@ for _dtype in HALVES:
 
 
 def panels_out(dtype: str) -> Callable[[], Any]:
-    """64 rows twice side by side, through shared memory and the copy engine."""
+    """64 rows twice side by side, through shared memory and TMA."""
     to_half = f.make_pack(dtype)
 
     def make() -> Any:
