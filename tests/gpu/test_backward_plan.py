@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.tools.compare import Judge
-from tests.tools.gpu.calls import _view, run
+from tests.tools.gpu.calls import host_view, run
 from tests.tools.problems import BY_NAME, Case
 
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
@@ -97,7 +97,7 @@ def test_the_table_has_every_tile_once(by_keys: bool, used: bool) -> None:
         total_q, total_k = int(cu_q[-1]) + 5, int(cu_k[-1]) + 33
         memory = Memory()
         for x in (cu_q, cu_k, used_k):
-            memory.allow(_view(x))
+            memory.allow(host_view(x))
         blocks = (total_k if by_keys else total_q) // block + min(batch + 1, total_k if by_keys else total_q)
         with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0, 0) as table:
             lengths = [word for x in (cu_q, cu_k, used_k) for word in ((x.ctypes.data, 4) if x is not None else (0, 0))]

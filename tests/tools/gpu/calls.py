@@ -14,17 +14,18 @@ from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.problems import Inputs
 
+Sequence = tuple[int, int, int, int, int]       # plane, q_start, seqlen_q, k_start, seqlen_k
+
 
 def view(*shape: int, ptr: int = 1 << 20, dtype: str = "bfloat16") -> View:
     return View(ptr, shape, contiguous(shape, 4 if dtype == "int32" else 2), dtype, ("cuda", 0))
-Sequence = tuple[int, int, int, int, int]       # plane, q_start, seqlen_q, k_start, seqlen_k
 
 
 def whole(p: Problem) -> list[Sequence]:
     return [(batch, 0, p.seqlen_q, 0, p.seqlen_k) for batch in range(p.batch)]
 
 
-def _view(x: Any) -> Any:
+def host_view(x: Any) -> Any:
     return None if x is None else buffers.view(x, "test", "x")
 
 
@@ -34,17 +35,17 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
     out, lse = inputs.forward("reference")
 
     def canonical(x: Any) -> Any:
-        return _view(x.swapaxes(1, 2) if swap else x)
-    arrays = {name: _view(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+        return host_view(x.swapaxes(1, 2) if swap else x)
+    arrays = {name: host_view(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
     q, k, v = (canonical(x) for x in inputs.args[:3])
     if inputs.packed:
-        arrays |= {"cu_seqlens_q": _view(inputs.args[3]), "cu_seqlens_k": _view(inputs.args[4])}
+        arrays |= {"cu_seqlens_q": host_view(inputs.args[3]), "cu_seqlens_k": host_view(inputs.args[4])}
     problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=inputs.packed, **kwargs)
     grads = Grads(*(None if x is None else np.full(x.shape, np.nan, x.dtype)
                     for x in (*inputs.args[:3], inputs.kwargs.get("bias"), inputs.kwargs.get("sinks"))))
-    dbias = None if grads.dbias is None else _view(grads.dbias.reshape((1,) * (4 - grads.dbias.ndim) + grads.dbias.shape))
-    places = Grads(canonical(grads.dq), canonical(grads.dk), canonical(grads.dv), dbias, _view(grads.dsinks))
-    call = BackwardCall(problem, o, canonical(inputs.dout), canonical(out), _view(lse), _view(inputs.dlse), places, False)
+    dbias = None if grads.dbias is None else host_view(grads.dbias.reshape((1,) * (4 - grads.dbias.ndim) + grads.dbias.shape))
+    places = Grads(canonical(grads.dq), canonical(grads.dk), canonical(grads.dv), dbias, host_view(grads.dsinks))
+    call = BackwardCall(problem, o, canonical(inputs.dout), canonical(out), host_view(lse), host_view(inputs.dlse), places, False)
     memory = Memory()
     for x in (*(getattr(o, name) for name in o.__slots__), call.dout, call.out, call.lse, call.dlse, *places):
         memory.allow(x)
