@@ -1,5 +1,5 @@
-"""`python -m bench paired`: each process imports the fastattn of its tree, rounds alternate, and a cell that got slower
-is found.
+"""`python -m bench paired`: each process imports the fastattn of its tree,
+rounds alternate, and a cell that got slower is found.
 
 The trees are packages of a few lines with a known speed; no compiled engine or GPU is needed.
 """

@@ -20,8 +20,8 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives headings: lower case, punctuation dropped, spaces as hyphens, -1, -2, ... where a
-    heading repeats."""
+    """The anchors that GitHub gives headings: lower case, punctuation dropped,
+    spaces as hyphens, -1, -2, ... where a heading repeats."""
     found: set[str] = set()
     seen: dict[str, int] = {}
     for heading in re.findall(r"^#{1,6} +(.+?) *#* *$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE):

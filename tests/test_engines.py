@@ -1,5 +1,5 @@
-"""Every named problem on every engine against the reference, and the promises about NaN, views, threads and reused
-memory."""
+"""Every named problem on every engine against the reference, and the
+promises about NaN, views, threads and reused memory."""
 from __future__ import annotations
 
 import multiprocessing
@@ -128,8 +128,8 @@ def test_nan_score_at_a_masked_position(engine: str) -> None:
 
 
 def test_packed_equals_each_sequence_alone(engine: str) -> None:
-    """A packed batch gives the bits of its sequences called alone, with dropout too, whose sequence number is accounted
-    for."""
+    """A packed batch gives the bits of its sequences called alone, with dropout
+    too, whose sequence number is accounted for."""
     inputs = BY_NAME["packed_dropout"].make()
     q, k, v, cu, _ = inputs.args
     out, _ = inputs.forward(engine)
@@ -146,8 +146,8 @@ def test_packed_equals_each_sequence_alone(engine: str) -> None:
 
 
 def test_backward_over_parts_of_the_keys(engine: str) -> None:
-    """The parts are merged with merge_states; the backward of each part with the merged out and lse gives its share of
-    the gradients."""
+    """The parts are merged with merge_states; the backward of each part with the
+    merged out and lse gives its share of the gradients."""
     inputs = Case("parts", seqlen_q=30, seqlen_k=64, head_dim=32, sinks=False).make()
     q, k, v = inputs.args
     out, lse = inputs.forward(engine)

@@ -1,5 +1,5 @@
-"""Every bad input raises its error, which names the call, the argument, what it has and what was expected. Nothing is
-written."""
+"""Every bad input raises its error, which names the call, the argument, what
+it has and what was expected. Nothing is written."""
 from __future__ import annotations
 
 import inspect

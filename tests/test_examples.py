@@ -39,8 +39,8 @@ def encoder() -> embeddings.Encoder:
 
 
 def padded_reference(q: Array, k: Array, v: Array, cu_seqlens: Array, _: Array) -> Array:
-    """The result that attention_varlen must equal: a padded batch with a boolean mask in float64, with NaN in the
-    padding."""
+    """The result that attention_varlen must equal: a padded batch with a
+    boolean mask in float64, with NaN in the padding."""
     lengths = np.diff(cu_seqlens)
     real = np.arange(lengths.max()) < lengths[:, None]                     # (sentences, longest)
     padded = np.full((3, *real.shape, *q.shape[1:]), np.nan, np.float64)
@@ -137,8 +137,8 @@ def test_training_saving_and_writing(tmp_path: Path) -> None:
 
 
 def test_cache_gives_the_logits_of_the_whole_text() -> None:
-    """One character at a time, past the context's length, against all at once; NumPy's matrix products differ in the
-    last bits."""
+    """One character at a time, past the context's length, against all at once;
+    NumPy's matrix products differ in the last bits."""
     w = gpt.init(TINY, np.random.default_rng(2))
     tokens = np.random.default_rng(3).integers(0, TINY.vocab, (1, 3 * TINY.context))
     cache = gpt.Cache(TINY, tokens.shape[1])
@@ -227,8 +227,8 @@ for name in ("iadd", "isub", "imul", "itruediv"):
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A fake CuPy that `--device cuda` finds and fastattn reads: a call's arrays are of one library, and none is a
-    list."""
+    """A fake CuPy that `--device cuda` finds and fastattn reads: a call's
+    arrays are of one library, and none is a list."""
     module: Any = types.ModuleType("cupy")
     for name in ("arange", "argmax", "exp", "eye", "log", "mean", "sqrt", "stack", "zeros", "zeros_like"):
         setattr(module, name, on_device(getattr(np, name)))

@@ -1,5 +1,5 @@
-"""Scores of any finite size, forward and backward; memory that no row attends to; a saturated softcap. Run on every
-instruction set."""
+"""Scores of any finite size, forward and backward; memory that no row attends to;
+a saturated softcap. Run on every instruction set."""
 from __future__ import annotations
 
 import random
@@ -69,8 +69,8 @@ def check_forward(inputs: Inputs, out: Any, lse: Any) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [-1e5, -1e10, -1e12, -1.4e19, -1e30, -1e36, 1e10, 1e30])
 def test_rows_of_one_huge_bias(value: float, shape: str, dtype: str) -> None:
-    """Left padding with -1e10 and a causal mask with -1e10 give rows of equal scores: out is the mean of v, and lse is
-    that bias."""
+    """Left padding with -1e10 and a causal mask with -1e10 give rows of equal
+    scores: out is the mean of v, and lse is that bias."""
     inputs = with_bias(shape, dtype)
     inputs.kwargs["bias"][...] = value
     out, lse = inputs.forward("cpu")
@@ -98,8 +98,8 @@ def test_differences_of_large_scores_are_exact(sign: int, exponent: int, shape: 
 @pytest.mark.parametrize("shape", ["tiles", "splits"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_maxima_that_cross_the_threshold(sign: int, shape: str, dtype: str) -> None:
-    """Maxima that rise past 2^16 bits from tile to tile: earlier sums are rescaled by the maximum that was subtracted
-    from them."""
+    """Maxima that rise past 2^16 bits from tile to tile: earlier sums are
+    rescaled by the maximum that was subtracted from them."""
     inputs = with_bias(shape, dtype)
     bias = inputs.kwargs["bias"]
     rise = np.floor(np.linspace(-4, 4, bias.shape[1])) + np.arange(bias.shape[0])[:, None] % 3
@@ -243,8 +243,8 @@ def test_reference_backward_of_huge_scores(size: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("base", [0.0, 1e4, 1e8])
 def test_reference_honours_an_lse_of_more_keys(base: float) -> None:
-    """An lse that is larger than a part's own by log 4 leaves its keys a quarter of their P; its own lse leaves all of
-    it."""
+    """An lse that is larger than a part's own by log 4 leaves its keys a
+    quarter of their P; its own lse leaves all of it."""
     inputs = Case("parts", batch=1, num_heads=1, seqlen_q=1, seqlen_k=9, bias=(1, 1)).make()
     inputs.kwargs["bias"][...] = base
     out, lse = inputs.forward("reference")

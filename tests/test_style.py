@@ -1,5 +1,5 @@
-"""Style and types: ruff on everything, strict mypy on the package, stubs against the compiled modules. CI runs the
-README's command."""
+"""Style and types: ruff on everything, strict mypy on the package, stubs against
+the compiled modules. CI runs the README's command."""
 from __future__ import annotations
 
 import subprocess

@@ -1,5 +1,5 @@
-"""CUDA arrays without a GPU: a fake driver, fake libraries and an engine that records its calls. gpu/test_arrays.py has
-the real ones."""
+"""CUDA arrays without a GPU: a fake driver, fake libraries and an engine that
+records its calls. gpu/test_arrays.py has the real ones."""
 from __future__ import annotations
 
 import gc
@@ -154,8 +154,8 @@ def test_torch_views(driver: Driver, torch_streams: dict[int, int]) -> None:
 
 
 def test_torch_explicit_stream(driver: Driver, torch_streams: dict[int, int], engine: Recorder) -> None:
-    """The given stream waits once for torch's. If torch owns it, the results are marked as used on it; else torch's
-    stream waits for it."""
+    """The given stream waits once for torch's. If torch owns it, the results are
+    marked as used on it; else torch's stream waits for it."""
     q, k, given = Tensor(Q), Tensor(K), TorchStream()
     out, lse = fastattn.attention(q, k, k, stream=given, return_lse=True)
     assert waits(driver) == [(0x50, 1)] and engine.calls[-1][-1] == 0x50
@@ -294,8 +294,8 @@ def test_device_array_without_elements(driver: Driver) -> None:
 
 
 def test_device_arrays_and_graphs(driver: Driver) -> None:
-    """No DeviceArray is allocated while its stream is captured. One dropped during a capture is freed after it, not by
-    every replay."""
+    """No DeviceArray is allocated while its stream is captured. One dropped during
+    a capture is freed after it, not by every replay."""
     x = DeviceArray((4,), "float32", Stream(0x50, 0))
     ptr = x.view().ptr
     driver.capturing = {0x50}
@@ -478,8 +478,8 @@ def seen(call: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("keywords", [{}, {"return_lse": True}, {"layout": "bhsd"}, {"causal": True, "window": (3, None), "softcap": 2.0},
                                       {"dropout_p": 0.5, "seed": 3}])
 def test_repeated_calls_skip_the_checks(torch_streams: dict[int, int], prepared: Prepared, keywords: dict[str, Any]) -> None:
-    """The third equal call skips the checks. Engine and caller get the same as before, and the stream is the current
-    one."""
+    """The third equal call skips the checks. Engine and caller get the same
+    as before, and the stream is the current one."""
     shapes = ((2, 4, 6, 8), (2, 2, 9, 8)) if keywords.get("layout") else (Q, K)
     for n in range(4):
         q, k, v = (Tensor(shape, ptr=ptr) for shape, ptr in zip((shapes[0], *shapes[1:] * 2), (0x1000, 0x2000, 0x3000), strict=True))

@@ -1,5 +1,5 @@
-"""Arrays with impossible metadata: lengths, DLPack capsules, interface dictionaries, subclasses. Each is an error,
-never a crash."""
+"""Arrays with impossible metadata: lengths, DLPack capsules, interface
+dictionaries, subclasses. Each is an error, never a crash."""
 from __future__ import annotations
 
 import ctypes
@@ -297,8 +297,8 @@ def test_lengths_written_by_another_thread() -> None:
 # ---------------------------------------------------------------- at random, in a process of its own
 @pytest.mark.parametrize("what", ["capsules", "interfaces", "lengths"])
 def test_random_wrong_metadata(what: str) -> None:
-    """Random wrong metadata in another process. A crash fails the test, as does any error that is not one of wrong
-    arguments."""
+    """Random wrong metadata in another process. A crash fails the test, as does
+    any error that is not one of wrong arguments."""
     command = [sys.executable, "-m", __name__, what, "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

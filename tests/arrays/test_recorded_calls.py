@@ -1,5 +1,5 @@
-"""Calls that another library records or transforms: what it would drop or record wrongly is refused with a reason, the
-rest is accepted."""
+"""Calls that another library records or transforms: what it would drop or record
+wrongly is refused with a reason, the rest is accepted."""
 from __future__ import annotations
 
 import re

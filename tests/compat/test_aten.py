@@ -1,5 +1,5 @@
-"""PyTorch's ATen level: each operator against the formula, its backward against finite differences, and the encoded
-softmax.
+"""PyTorch's ATen level: each operator against the formula, its backward
+against finite differences, and the encoded softmax.
 
 The seeds that a forward returns give the same dropout in its backward.
 """

@@ -1,5 +1,5 @@
-"""compat on CUDA tensors against the originals: torch's SDPA backends, torch's varlen_attn and FlashAttention-4, where
-they are installed.
+"""compat on CUDA tensors against the originals: torch's SDPA backends, torch's
+varlen_attn and FlashAttention-4, where they are installed.
 
 Outputs and gradients may have twice the original's error against float64, plus the rounding of the result.
 

@@ -1,5 +1,5 @@
-"""scaled_dot_product_attention and its backward: 500 random calls against torch's own on the CPU, and a float64 formula
-without torch."""
+"""scaled_dot_product_attention and its backward: 500 random calls against torch's
+own on the CPU, and a float64 formula without torch."""
 from __future__ import annotations
 
 import inspect

@@ -1,5 +1,5 @@
-"""varlen_attn and its backward: each sequence against the formula, gradients against finite differences, and torch's
-names."""
+"""varlen_attn and its backward: each sequence against the formula, gradients
+against finite differences, and torch's names."""
 from __future__ import annotations
 
 import inspect

@@ -154,8 +154,8 @@ def test_bias_and_alibi_are_not_scaled_and_causal_is_bottom_right(library: str, 
 
 
 def test_scales_on_a_device_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of one element: the host does not read it, so it cannot be folded into softmax_scale. It multiplies q
-    instead, in float16."""
+    """Also of one element: the host does not read it, so it cannot be folded into
+    softmax_scale. It multiplies q instead, in float16."""
     torch = pytest.importorskip("torch")
     q, k, v = eight_bit()
     monkeypatch.setattr(float8, "device", lambda *_: 0)
@@ -451,8 +451,8 @@ def test_cuda_tensors(mode: str, kind: str) -> None:
 
 @requires_gpu
 def test_a_cuda_graph_follows_scales_on_the_device() -> None:
-    """Quantisation, attention and the output's rounding are captured: nothing waits for the host, and a replay uses new
-    scales."""
+    """Quantisation, attention and the output's rounding are captured: nothing
+    waits for the host, and a replay uses new scales."""
     torch = on_gpu()
     lengths = (100, 7, 0, 61)
     cu = torch.tensor([0, 100, 107, 107, 168], dtype=torch.int32, device="cuda")

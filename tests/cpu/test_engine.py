@@ -1,5 +1,5 @@
-"""What only the CPU engine has: row_bounds in C, instruction sets, threads and forks, memory, and the path for few
-queries."""
+"""What only the CPU engine has: row_bounds in C, instruction sets, threads
+and forks, memory, and the path for few queries."""
 from __future__ import annotations
 
 import importlib
@@ -291,8 +291,8 @@ def test_lowest_number_as_a_mask(bias_dtype: str | None, shape: str, dtype: str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [100.0, 10_000.0])
 def test_huge_scores(size: float, shape: str, dtype: str) -> None:
-    """q and k scaled until the largest score is about `size`: one key has nearly all weight, and exponents are far out
-    of range."""
+    """q and k scaled until the largest score is about `size`: one key has nearly
+    all weight, and exponents are far out of range."""
     inputs = Case("huge", dtype, **SHAPES[shape]).make()
     q, k, _ = inputs.args
     wide = np.repeat(k.astype(np.float64), q.shape[2] // k.shape[2], axis=2)
@@ -345,8 +345,8 @@ def nan_rows(x: Any) -> Array:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("operand", ["q", "k", "v"])
 def test_nan_reaches_the_rows_that_attend_to_it(operand: str, mask: str, dtype: str) -> None:
-    """NaN in q or k makes exactly the rows NaN that attend to it. In v, 0 * NaN is NaN, so rows of the same tile and
-    head may be NaN too."""
+    """NaN in q or k makes exactly the rows NaN that attend to it. In v, 0 * NaN is
+    NaN, so rows of the same tile and head may be NaN too."""
     case = Case("nan", dtype, **({"seqlen_q": 70, "head_dim": 64} | MASKS[mask]))
     inputs = case.make()
     q, k, v = inputs.args

@@ -1,5 +1,5 @@
-"""Every instruction set of this machine runs the engine's tests, each in a process of its own; the best one runs in
-this process."""
+"""Every instruction set of this machine runs the engine's tests, each in a
+process of its own; the best one runs in this process."""
 from __future__ import annotations
 
 import importlib.util

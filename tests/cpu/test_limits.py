@@ -1,5 +1,5 @@
-"""The CPU engine under bad conditions: no memory, no threads, signals, lengths that change during a call, maxima that
-no sequence has."""
+"""The CPU engine under bad conditions: no memory, no threads, signals, lengths
+that change during a call, maxima that no sequence has."""
 from __future__ import annotations
 
 import itertools
@@ -300,8 +300,8 @@ else:
 
 # ---------------------------------------------------------------- lengths
 def test_lengths_that_change_during_a_call() -> None:
-    """Another thread writes cu_seqlens while calls run. The engine reads them once, so it writes all of the results and
-    nothing else."""
+    """Another thread writes cu_seqlens while calls run. The engine reads them once,
+    so it writes all of the results and nothing else."""
     printed(f"""{CALLS}
 from fastattn import cpu
 from fastattn.buffers import Grads, view
@@ -386,8 +386,8 @@ def test_dbias_needs_little_extra_memory(options: str) -> None:
 @not_sanitized
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_kept_for_the_next_call() -> None:
-    """At most 36 MB a call and 8 MB a thread stay, though the sums of dQ took 100 MB; nothing stays of a thread that
-    ended."""
+    """At most 36 MB a call and 8 MB a thread stay, though the sums of dQ took
+    100 MB; nothing stays of a thread that ended."""
     kept, ended = map(int, printed(f"""{EXTRA}
 import threading
 def call():

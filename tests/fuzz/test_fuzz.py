@@ -1,5 +1,5 @@
-"""The fuzzer: 3000 random problems with the seed of the day, the problems that it found before, and tests of the fuzzer
-itself.
+"""The fuzzer: 3000 random problems with the seed of the day, the problems
+that it found before, and tests of the fuzzer itself.
 
 The random ones run on all instruction sets of this machine. FASTATTN_FUZZ_SEED sets the seed, FASTATTN_FUZZ=10 runs ten times as many.
 """
@@ -163,8 +163,8 @@ def test_strange_memory(kind: str) -> None:
 
 
 def test_formula_by_hand() -> None:
-    """Two keys with weights 1/4 and 3/4; a tie of huge exact scores has one right answer, a near tie of inexact ones
-    has not."""
+    """Two keys with weights 1/4 and 3/4; a tie of huge exact scores has one
+    right answer, a near tie of inexact ones has not."""
     x = make(Spec(seqlen_k=2, head_dim=1, head_dim_v=1, softmax_scale=1.0))
     x.q[...], x.k[...], x.v[...] = 1, np.log([1.0, 3.0]).reshape(1, 2, 1, 1), np.array([0.0, 4.0]).reshape(1, 2, 1, 1)
     right = formula.forward(x)

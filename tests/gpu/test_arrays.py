@@ -99,8 +99,8 @@ def test_cupy(dtype: str) -> None:
 @pytest.mark.parametrize("keywords", [{}, {"return_lse": True, "causal": True}, {"layout": "bhsd", "return_lse": True},
                                       {"dropout_p": 0.3, "seed": 7}, {"engine": "sm80"}, {"engine": "simt"}], ids=str)
 def test_repeated_calls_skip_the_checks(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third equal call on the checks are skipped; also for other arrays, streams and alignments, and in a
-    graph."""
+    """From the third equal call on the checks are skipped; also for other
+    arrays, streams and alignments, and in a graph."""
     bhsd = keywords.get("layout") == "bhsd"
     give = to_torch if library == "torch" else to_cupy
     asked = {name: x for name, x in keywords.items() if name != "engine"}

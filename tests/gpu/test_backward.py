@@ -1,5 +1,5 @@
-"""The GPU engine's backward through the public functions: every named problem on every kernel family that has one, and
-random ones.
+"""The GPU engine's backward through the public functions: every named problem
+on every kernel family that has one, and random ones.
 
 Results are compared with the reference. out and lse are the reference's, so that the backward is judged alone. Also the promises about NaN,
 equal bits from run to run, and memory.

@@ -597,8 +597,8 @@ def test_a_want_lists_the_kernels_of_its_family() -> None:
 
 
 def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sm80's config depends on whether q, k and v are aligned and on whether out is, not on which of q, k and v is
-    unaligned."""
+    """sm80's config depends on whether q, k and v are aligned and on whether
+    out is, not on which of q, k and v is unaligned."""
     made: list[object] = []
     monkeypatch.setattr(gpu, "_prepare", lambda *call: made.append(call))
     call, _ = precompile.Want("float16", 64).call()

@@ -1,5 +1,5 @@
-"""Few queries and many keys: which calls run the split-key kernels, and how the keys are split. test_forward.py runs
-the cases."""
+"""Few queries and many keys: which calls run the split-key kernels, and how
+the keys are split. test_forward.py runs the cases."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -59,8 +59,8 @@ def test_splits_fill_the_device() -> None:
 
 
 def test_counter_slots_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counters that each launch finds zero and leaves zero. Half of the slots are for graphs, and a slot is reused only
-    after all others."""
+    """Counters that each launch finds zero and leaves zero. Half of the slots are for
+    graphs, and a slot is reused only after all others."""
     monkeypatch.setattr(workspace, "private_stream", lambda: 7)
     cleared = []
     monkeypatch.setattr(workspace, "driver", SimpleNamespace(
@@ -88,8 +88,8 @@ def test_same_bits_from_run_to_run(case: Case) -> None:
 @requires_gpu
 @pytest.mark.gpu
 def test_streams_at_once_and_graphs() -> None:
-    """Launches count their blocks in slots that later launches reuse; launches that run at the same time have different
-    slots."""
+    """Launches count their blocks in slots that later launches reuse; launches
+    that run at the same time have different slots."""
     torch = pytest.importorskip("torch")
 
     if not torch.cuda.is_available():

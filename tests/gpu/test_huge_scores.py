@@ -1,5 +1,5 @@
-"""Scores of any finite size on the GPU: products and scales up to 1e30, biases of -1e9 and of the lowest finite number,
-sinks as large.
+"""Scores of any finite size on the GPU: products and scales up to 1e30, biases of
+-1e9 and of the lowest finite number, sinks as large.
 
 Without a GPU: the code of the softmax and of the gradients runs on NumPy's float32, plans get inconsistent lengths, and merge_states gets
 FlashAttention's empty rows. With a GPU: every kernel family against float64. Gradients know the softmax through lse alone. Where lse has no
@@ -89,8 +89,8 @@ def exact_softmax(scores: Array) -> tuple[Array, Array]:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("size", [1.0, 300.0, 2800.0, 2850.0, 5e4, 1e7, 1e11, 1e19, 1e30, 3e38])
 def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
-    """Rows around +-size, some differing by a few units in the last place, with fully masked keys; rising and
-    falling."""
+    """Rows around +-size, some differing by a few units in the last place,
+    with fully masked keys; rising and falling."""
     draw = np.random.default_rng(int(np.log(size) * 100))
     scale = 1.0 if scaled else 0.125
     for sign in (1, -1):
@@ -202,8 +202,8 @@ def exact(inputs: Inputs) -> tuple[Array, Array, Array]:
 
 
 def gradients(inputs: Inputs, p: Array, lse: Array, scores: Array) -> dict[str, Array]:
-    """Gradients with P = exp(score - lse): where lse is the maximum itself for lack of bits, each key at the maximum
-    has P = 1."""
+    """Gradients with P = exp(score - lse): where lse is the maximum itself for
+    lack of bits, each key at the maximum has P = 1."""
     q, k, v, dout = (x.astype(np.float64).swapaxes(1, 2) for x in (*inputs.args, inputs.dout))
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x, group, 1) for x in (k, v))
@@ -273,8 +273,8 @@ PRODUCTS = [pytest.param(family, dtype, causal, id=f"{family}-{dtype}{'-causal' 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "dtype", "causal"), PRODUCTS)
 def test_products(family: str, dtype: str, causal: bool) -> None:
-    """Key j has j + 1 parts of the largest product: the last key has all weight, or the first where products are
-    negative."""
+    """Key j has j + 1 parts of the largest product: the last key has all
+    weight, or the first where products are negative."""
     if not supported(family):
         pytest.skip(f"no {family} here")
     for size in (1e4, 1e7, 1e11, 1e19, 1e30):
@@ -320,8 +320,8 @@ def test_biases(family: str, dtype: str, bias_dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sinks(family: str) -> None:
-    """The largest and the lowest finite sink. For a row that only its sink attends to, dout does not matter to
-    dsinks."""
+    """The largest and the lowest finite sink. For a row that only its sink
+    attends to, dout does not matter to dsinks."""
     if not supported(family):
         pytest.skip(f"no {family} here")
     dtype = dtypes(family)[0]

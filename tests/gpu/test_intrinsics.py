@@ -1,5 +1,5 @@
-"""Every PTX intrinsic and every function on fragments alone: its instructions in the compiled code, and with a GPU its
-results.
+"""Every PTX intrinsic and every function on fragments alone: its instructions
+in the compiled code, and with a GPU its results.
 
 The probes are in tests/tools/gpu/probes*.py. A public name of gpu/ptx or gpu/tile/fragments without one fails.
 """

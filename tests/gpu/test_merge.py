@@ -38,8 +38,8 @@ def test_compiled(dtype: str, arch: str) -> None:
 
 
 def parts_of(dtype: str, shape: tuple[int, ...], count: int) -> tuple[list[Array], list[Array]]:
-    """outs and lses with rows that are empty in one part, in all, and in all but one. Empty rows hold NaN in out; lses
-    are far apart."""
+    """outs and lses with rows that are empty in one part, in all, and in all but
+    one. Empty rows hold NaN in out; lses are far apart."""
     draw, compute = np.random.default_rng(count), np.float64 if dtype == "float64" else np.float32
     outs = [draw.standard_normal(shape).astype(np.float32).astype(NUMPY[dtype]) for _ in range(count)]
     lses = [(20 * draw.standard_normal((*shape[:-3], shape[-2], shape[-3]))).astype(compute) for _ in range(count)]

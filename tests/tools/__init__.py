@@ -1,2 +1,2 @@
-"""What tests share and that is no test itself: named problems, tolerances, formulas, a fake CUDA driver, other
-engines."""
+"""What tests share and that is no test itself: named problems, tolerances,
+formulas, a fake CUDA driver, other engines."""

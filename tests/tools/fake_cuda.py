@@ -15,8 +15,8 @@ from fastattn.buffers import ITEMSIZE
 
 
 class Driver:
-    """The functions of cuda.bindings.driver that fastattn uses: devices are numbers, memory is the host's, and stream
-    calls go into a log."""
+    """The functions of cuda.bindings.driver that fastattn uses: devices are numbers,
+    memory is the host's, and stream calls go into a log."""
 
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)

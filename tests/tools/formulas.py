@@ -12,8 +12,8 @@ Array = np.ndarray[Any, Any]
 
 def formula(q: Array, k: Array, v: Array, visible: Any = True, bias: Any = 0.0, scale: float | None = None, softcap: float = 0.0,
             keep: Any = 1.0) -> Array:
-    """softmax(softcap(scale * q @ k.T) + bias, over the visible keys) * keep @ v in float64, (..., L, E); 0 for fully
-    masked rows."""
+    """softmax(softcap(scale * q @ k.T) + bias, over the visible keys) * keep @ v
+    in float64, (..., L, E); 0 for fully masked rows."""
     scores = q @ k.swapaxes(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * np.tanh(scores / softcap) + bias if softcap else scores + bias
     scores = np.where(visible, scores, -np.inf)

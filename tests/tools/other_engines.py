@@ -1,5 +1,5 @@
-"""Engines of other packages for tests: torch's kernels, reached through DLPack, and one that only records that it
-ran."""
+"""Engines of other packages for tests: torch's kernels, reached through
+DLPack, and one that only records that it ran."""
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,5 @@
-"""NaN in all memory that the next call may be given, so that elements left unwritten or read before they were written
-become NaN.
+"""NaN in all memory that the next call may be given, so that elements left
+unwritten or read before they were written become NaN.
 
 Every byte of the free memory of torch's allocator, CuPy's pool, the driver's default pool (DeviceArray) and the engine's own pool (its
 temporary memory) becomes 0xFF, which is NaN in every float and an impossible number in every table.

@@ -1,5 +1,5 @@
-"""Probes of gpu/test_intrinsics.py: tiles. Barriers in shared memory, TMA, wgmma, mma.sync, cp.async and matrix
-stores."""
+"""Probes of gpu/test_intrinsics.py: tiles. Barriers in shared memory, TMA,
+wgmma, mma.sync, cp.async and matrix stores."""
 from __future__ import annotations
 
 from collections.abc import Callable
