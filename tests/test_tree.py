@@ -45,3 +45,11 @@ def test_tests_are_no_helpers() -> None:
         assert not re.search(r"^\s*(from|import) .*\btest_", source, re.MULTILINE), f"{path} imports a test"
         assert path.name.startswith("test_") or not re.search(r"^def test_", source, re.MULTILINE), f"{path} has tests"
         assert not (path.name.startswith("test_") and "tools" in path.parts), f"{path} is a helper with a test's name"
+
+
+def test_gpu_tests_skip_before_they_import() -> None:
+    """Without the GPU engine's packages a file is skipped; an import of theirs before that would be an error."""
+    for path in (TESTS / "gpu").glob("test_*.py"):
+        source = path.read_text()
+        first = re.search(r"^(from|import) (fastattn\.gpu|tests\.tools\.gpu|numba|fastattn import .*\bgpu\b)", source, re.MULTILINE)
+        assert first is None or 0 < source.find("pytest.importorskip(") < first.start(), path.name

@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tools.compare import Judge
-from tests.tools.gpu.calls import host_view, run
-from tests.tools.problems import BY_NAME, Case
-
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
@@ -29,7 +25,10 @@ from fastattn.gpu.simt import backward as backward_simt
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.gpu.tile import mask, schedule
 from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
+from tests.tools.compare import Judge
+from tests.tools.gpu.calls import host_view, run
 from tests.tools.gpu.emulator import MODULES, Memory, emulated, replaced
+from tests.tools.problems import BY_NAME, Case
 
 LIMITS = [(left, right, top_left) for left, right in itertools.product((None, 0, 3, 40), (None, 0, 5, 100)) for top_left in (False, True)]
 LENGTHS = [(1, 1), (7, 20), (20, 7), (33, 33), (64, 16), (16, 65), (0, 9)]

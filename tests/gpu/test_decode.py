@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
 import fastattn
 from fastattn.gpu.decode import launch as launch_decode
 from fastattn.gpu.decode.config import DecodeConfig

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
 from fastattn import UnsupportedError
 from tests.tools.devices import requires_gpu
 from tests.tools.gpu.cases import (

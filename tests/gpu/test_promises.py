@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
 import fastattn
 from fastattn import UnsupportedError, gpu
 from tests.tools.devices import requires_gpu

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tools.gpu.calls import Sequence, view, whole
-
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
@@ -25,6 +23,7 @@ from fastattn.gpu.sm90.config import ForwardSm90Config
 from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
 from fastattn.problem import Operands, Problem, make_problem, row_bounds
+from tests.tools.gpu.calls import Sequence, view, whole
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import Play, edited, playing
 
