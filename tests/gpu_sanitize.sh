@@ -4,7 +4,7 @@
 #   bash tests/gpu_sanitize.sh [TOOL ...]     default: memcheck racecheck; also synccheck, initcheck
 #
 # PYTHON names the interpreter (default: .venv/bin/python if there). TESTS is a -k expression (default: test_small). The arrays come straight
-# from the driver, not out of torch's pool, so that the byte behind each one is nobody's.
+# from the driver, not from torch's pool, so that an access past the end of an array is an error.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python; fi
@@ -14,7 +14,7 @@ tools=("$@")
 [ ${#tools[@]} = 0 ] && tools=(memcheck racecheck)
 
 export FASTATTN_TEST_TORCH=0
-run=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu_forward.py tests/test_gpu_backward.py -k "${TESTS:-test_small}")
+run=("$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu/test_forward.py tests/gpu/test_backward.py -k "${TESTS:-test_small}")
 "${run[@]}" || { echo "the tests fail without a sanitizer too"; exit 1; }     # and compiles the kernels, at full speed
 status=0
 for tool in "${tools[@]}"; do

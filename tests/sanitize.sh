@@ -4,7 +4,7 @@
 #   bash tests/sanitize.sh [LEVEL ...]     default: x86_64_v3 and the best level of this CPU
 #
 # PYTHON names an interpreter with the package's dependencies and pytest, cython, setuptools (default: .venv/bin/python if there).
-# Leaks are not looked for: CPython frees little of what it holds when it ends, and would be reported instead of us.
+# Leaks are not checked: CPython frees little of its memory when it ends, and its leaks would hide ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python; fi
@@ -27,7 +27,8 @@ export PYTHONMALLOC=malloc FASTATTN_LEVELS="${levels[*]}" FASTATTN_FUZZ=0.2
 status=0
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
-  FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_engines.py tests/test_errors.py tests/test_cpu.py tests/test_cpu_limits.py tests/test_fuzz.py tests/test_compat_multi_head.py \
+  FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider \
+    tests/test_engines.py tests/test_errors.py tests/cpu/test_engine.py tests/cpu/test_limits.py tests/fuzz tests/compat/test_multi_head.py \
     -k "not reference_agrees and not test_reference" || status=1
 done
 exit $status

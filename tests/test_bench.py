@@ -9,8 +9,7 @@ import json
 import math
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,16 @@ from bench.gpu import cases as gpu_cases
 from bench.gpu import plot as gpu_plot
 from bench.gpu import run as gpu_run
 from bench.gpu import table as gpu_table
-from bench.results import Row, Where
+from bench.results import Row
 from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
 from fastattn.problem import row_bounds
+from tests.tools.bench import TINY, WHERE, Processor, shrunk
 
-TINY = Case("dense", 1, 2, 16, 8, causal=True, backward=True, against=("torch",), bars=(Bar("torch", "speedup", 1.5),))
-WHERE = Where("2030-01-02", "A processor", "scalar", 1, "3.11", "numpy 2", "numpy matmul 9 GF/s")
 BUDGET = Budget(rounds=3, seconds=0, settle=0, turn=0)
 
 
 def rows(value: float = 1.6, agree: bool = True) -> list[Row]:
-    """fastattn, torch and onnxruntime on a causal case, and a ceiling on its full sibling."""
+    """fastattn, torch and onnxruntime on a causal case, and a ceiling on the same case without the mask."""
     full = replace(TINY, causal=False, bars=(Bar("fma peak", "ceiling", 0.7),))
     time = Spread(0.002, 0.001, 0.003)
     return [results.make_row(WHERE, TINY, "fastattn", time=time, others=0.0),
@@ -47,7 +45,7 @@ def rows(value: float = 1.6, agree: bool = True) -> list[Row]:
 
 @pytest.mark.parametrize(("causal", "window", "seqlen", "seqlen_k"),
                          [(False, None, 5, 9), (True, None, 9, 9), (True, 3, 9, 12), (True, 3, 9, 5)])
-def test_scored_pairs_are_those_of_the_library(causal: bool, window: int | None, seqlen: int, seqlen_k: int) -> None:
+def test_scored_pairs_agree_with_row_bounds(causal: bool, window: int | None, seqlen: int, seqlen_k: int) -> None:
     case = Case("dense", 2, 3, seqlen, 8, causal=causal, window=window, seqlen_k=seqlen_k)
     bounds = [row_bounds(row, seqlen, seqlen_k, window, 0 if causal else window) for row in range(seqlen)]
     assert case.pairs == 6 * sum(hi - lo for lo, hi in bounds)
@@ -62,13 +60,13 @@ def test_cases_have_unique_names_and_known_rivals() -> None:
     assert all(Case.from_json(json.loads(json.dumps(asdict(case)))) == case for case in found)
 
 
-def test_bars_know_which_way_is_good() -> None:
+def test_bars_know_which_direction_is_better() -> None:
     assert Bar("torch", "speedup", 1.4).met(1.4) and not Bar("torch", "speedup", 1.4).met(1.39)
     assert Bar("plain", "cost", 1.6).met(1.5) and not Bar("fastattn", "memory", 64).met(65)
     assert str(Bar("torch", "speedup", 1.4)) == ">= 1.40x" and str(Bar("plain", "cost", 1.6)) == "<= 1.60x"
 
 
-def test_calls_take_turns() -> None:
+def test_calls_alternate() -> None:
     order: list[str] = []
     clock = {"a": 1.0, "b": 3.0}
 
@@ -81,7 +79,7 @@ def test_calls_take_turns() -> None:
     assert ratios(theirs, ours).median == 3
 
 
-def test_difference_sees_a_wrong_row_and_nan() -> None:
+def test_difference_finds_a_wrong_row_and_nan() -> None:
     right = np.random.default_rng(0).standard_normal((2, 3, 50, 8))
     wrong, nan = right.copy(), right.copy()
     wrong[1, 2, 7] *= 1.5
@@ -150,41 +148,6 @@ def test_plot(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the GPU's cases, tables and protocol
-class Processor:
-    """A device of the GPU benchmark that is none: CPU tensors and the wall clock."""
-
-    name, l2_bytes = "cpu", 0
-
-    def synchronize(self) -> None: ...
-    def release(self) -> None: ...
-    def poison(self, *like: Any) -> None: ...
-
-    def clock_mhz(self, call: Call) -> int:
-        return 1000
-
-    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
-        start = time.perf_counter()
-        calls[0]()
-        return time.perf_counter() - start
-
-    def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
-        return lambda: self.host_seconds(calls, 1)
-
-    def extra_megabytes(self, call: Call) -> float:
-        call()
-        return 1.5
-
-    def where(self) -> Where:
-        return WHERE
-
-
-def shrunk(case: Case) -> Case:
-    """The same features at a size for the reference engine."""
-    lengths = tuple(n // 256 + 1 for n in case.lengths[:3])
-    case = replace(case, head_dim=16, num_heads=8 if case.num_heads_k else 2, num_heads_k=2 if case.num_heads_k else 0, kernels="")
-    if case.seqlen == 1:
-        return replace(case, batch=2, seqlen_k=40)
-    return replace(case, batch=len(lengths) or 2, seqlen=max(lengths, default=24), lengths=lengths, window=case.window and 9)
 
 
 def test_gpu_cases() -> None:
@@ -256,8 +219,8 @@ def test_the_best_of_several_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cuDNN|FA4"].note == "without FA4" and found["cuDNN|FA4"].verdict == "" and found["cuDNN|FA4"].value
 
 
-def test_a_wrong_answer_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, another scale, an lse that is off, and a rival that computes something else."""
+def test_a_wrong_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, another scale, a wrong lse, and a rival that computes something else."""
     import_torch = pytest.importorskip("torch")
     from bench.gpu import rivals as gpu_rivals
 
@@ -285,7 +248,7 @@ def test_a_wrong_answer_is_loud(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gpu_rows(ratio: float = 1.02) -> list[Row]:
-    """Two grid cells, a decode case and a failing one, in seconds that nobody measured."""
+    """Two grid cells, a decode case and a failing one, with invented times."""
     cells = [case for case in gpu_cases.forward_cases() if case.group == "grid" and case.dtype == "bfloat16" and case.head_dim == 128][4:6]
     found: list[Row] = []
     for case in cells:

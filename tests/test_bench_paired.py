@@ -1,4 +1,5 @@
-"""`python -m bench paired`: each process has the fastattn of its tree, rounds go to and fro, and a cell that is slower is found.
+"""`python -m bench paired`: each process imports the fastattn of its tree,
+rounds alternate, and a cell that got slower is found.
 
 The trees are packages of a few lines with a known speed; no compiled engine or GPU is needed.
 """
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_bench import TINY, Processor, shrunk
 
 from bench import cpu, paired, paired_worker
 from bench.__main__ import main
 from bench.case import Case
 from bench.gpu import cases as gpu_cases
 from bench.timing import Budget
+from tests.tools.bench import TINY, Processor, shrunk
 
 BUDGET = Budget(rounds=4, seconds=0)
 FORWARD = replace(TINY, backward=False)
@@ -33,15 +34,15 @@ def attention(q, k, v, **options):
 
 
 def tree(path: Path, body: str) -> Path:
-    """A tree whose attention does this."""
+    """A tree whose attention runs `body`."""
     (path / "fastattn").mkdir(parents=True)
     (path / "fastattn" / "__init__.py").write_text(PACKAGE.format(name=path.name, body=body))
     return path
 
 
 def test_a_slower_tree_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And measured again by new processes, all rounds together."""
-    trees = tree(tmp_path / "old", "time.sleep(0.002)"), tree(tmp_path / "new", "time.sleep(0.006 if options['causal'] else 0.0005)")
+    """A slower cell is measured again by new processes, and all rounds are pooled."""
+    trees = tree(tmp_path / "old", "time.sleep(0.01)"), tree(tmp_path / "new", "time.sleep(0.03 if options['causal'] else 0.001)")
     slower, faster = paired.run(trees, [FORWARD, replace(FORWARD, causal=False)], "cpu", 1, BUDGET)
     assert slower.ratio and 2 < slower.ratio.median < 4 and slower.over(0.02) and len(slower.new) == len(slower.old) == 12
     assert faster.ratio and faster.ratio.median < 0.6 and not faster.over(0.02) and len(faster.new) == 4
@@ -53,7 +54,7 @@ def test_a_slower_tree_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
     paired.write_csv([faster, slower], tmp_path / "results" / "paired.csv")
     with (tmp_path / "results" / "paired.csv").open() as file:
         first, second = csv.DictReader(file)
-    assert first["case"] == slower.case.name and first["rounds"] == "12" and 5 < float(first["new_ms"]) < 60
+    assert first["case"] == slower.case.name and first["rounds"] == "12" and 25 < float(first["new_ms"]) < 200
     assert float(second["ratio"]) < 0.6 and second["note"] == ""
 
 
@@ -75,7 +76,7 @@ def test_a_tree_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_fastattn_of_another_tree_is_an_error(tmp_path: Path) -> None:
-    """A tree without the package gets the installed one."""
+    """A tree without the package imports the installed one, which is an error."""
     (tmp_path / "empty").mkdir()
     worker = paired.Worker("old", tmp_path / "empty", {"gpu": False, "threads": 1, "engine": None})
     try:
@@ -88,7 +89,7 @@ def test_fastattn_of_another_tree_is_an_error(tmp_path: Path) -> None:
 
 
 class Scripted:
-    """Workers that note their orders: what the parent asks, without processes."""
+    """Workers that record the parent's requests, without processes."""
 
     orders: ClassVar[list[tuple[str, str, Any]]] = []
 
@@ -110,7 +111,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
     return Scripted.orders
 
 
-def test_rounds_go_to_and_fro(orders: list[tuple[str, str, Any]]) -> None:
+def test_rounds_alternate(orders: list[tuple[str, str, Any]]) -> None:
     [cell] = paired.run([Path("a"), Path("b")], [FORWARD], "cpu", 1, BUDGET)
     assert [name for name, do, _ in orders if do == "turn"] == ["old", "new", "new", "old"] * 2
     assert [name for name, do, _ in orders if do == "prepare"] == ["old", "new"] and cell.ratio == (1, 1, 1)
@@ -168,8 +169,8 @@ def test_which_cases(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table is last; the exit status says that a cell is over the bar."""
-    old, new = tree(tmp_path / "old", "time.sleep(0.002)"), tree(tmp_path / "new", "time.sleep(0.0002)")
+    """The table is printed last, and the exit status says whether a cell is over the limit."""
+    old, new = tree(tmp_path / "old", "time.sleep(0.01)"), tree(tmp_path / "new", "time.sleep(0.0002)")
     common = ["--threads", "1", "--only", "short.*16,32", "--csv", str(tmp_path / "paired.csv")]
     main(["paired", str(old), "--new", str(new), *common])
     assert capsys.readouterr().out.splitlines()[-1].endswith("; 0 over 1.02") and (tmp_path / "paired.csv").exists()

@@ -15,12 +15,13 @@ OUTSIDE = re.compile(r"^[a-z][a-z0-9+.-]*:", re.IGNORECASE)     # https:, mailto
 
 
 def links(text: str) -> list[str]:
-    """Targets of inline links; what looks like one in code is none."""
+    """Targets of inline links; those inside code do not count."""
     return LINK.findall(CODE.sub("", text))
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub makes of headings: lower case, punctuation dropped, spaces as hyphens, -1, -2, ... where a heading repeats."""
+    """The anchors that GitHub gives headings: lower case, punctuation dropped,
+    spaces as hyphens, -1, -2, ... where a heading repeats."""
     found: set[str] = set()
     seen: dict[str, int] = {}
     for heading in re.findall(r"^#{1,6} +(.+?) *#* *$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE):
@@ -31,7 +32,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken(page: Path) -> list[str]:
-    """Relative links of a page that lead nowhere."""
+    """Relative links of a page whose target does not exist."""
     wrong = []
     for link in links(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")

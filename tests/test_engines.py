@@ -1,4 +1,5 @@
-"""Every named problem on every engine against the reference, and the promises about NaN, views, threads and reuse."""
+"""Every named problem on every engine against the reference, and the
+promises about NaN, views, threads and reused memory."""
 from __future__ import annotations
 
 import multiprocessing
@@ -8,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import Judge
-from problems import BY_NAME, CASES, Case, Inputs
 
 import fastattn
+from tests.tools.compare import Judge
+from tests.tools.problems import BY_NAME, CASES, Case, Inputs
 
 ENGINES = ("cpu",)
 CASE_IDS = [case.name for case in CASES]
@@ -98,8 +99,8 @@ def test_inputs_are_not_written(engine: str) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_hidden_keys_never_reach_the_output(bad: float, dtype: str, engine: str) -> None:
-    """A key that no row may see may hold anything; so may a row that sees nothing."""
+def test_masked_keys_never_reach_the_output(bad: float, dtype: str, engine: str) -> None:
+    """A key that no row attends to may hold anything, as may a row that attends to nothing."""
     case = Case("hidden", dtype, num_heads=4, num_heads_k=2, seqlen_q=40, seqlen_k=90, head_dim=64, mask=(2, 1, 40, 90))
     inputs = case.make()
     inputs.kwargs["mask"][:, :, :, [3, 17, 64, 88, 89]] = False
@@ -126,8 +127,9 @@ def test_nan_score_at_a_masked_position(engine: str) -> None:
     _same(inputs.backward(*poisoned, engine), grads)
 
 
-def test_packed_is_padded(engine: str) -> None:
-    """Dropout and all: a packed batch gives the bits of its sequences called alone, up to the dropout's sequence number."""
+def test_packed_equals_each_sequence_alone(engine: str) -> None:
+    """A packed batch gives the bits of its sequences called alone, with dropout
+    too, whose sequence number is accounted for."""
     inputs = BY_NAME["packed_dropout"].make()
     q, k, v, cu, _ = inputs.args
     out, _ = inputs.forward(engine)
@@ -144,7 +146,8 @@ def test_packed_is_padded(engine: str) -> None:
 
 
 def test_backward_over_parts_of_the_keys(engine: str) -> None:
-    """merge_states, then the backward of each part with the merged out and lse: the parts' shares of the gradients."""
+    """The parts are merged with merge_states; the backward of each part with the
+    merged out and lse gives its share of the gradients."""
     inputs = Case("parts", seqlen_q=30, seqlen_k=64, head_dim=32, sinks=False).make()
     q, k, v = inputs.args
     out, lse = inputs.forward(engine)
@@ -161,7 +164,7 @@ def test_backward_over_parts_of_the_keys(engine: str) -> None:
 
 
 def _leave_behind(value: float, dtype: str) -> None:
-    """Calls whose inputs are all `value`, on every feature that keeps something in a thread's workspace."""
+    """Calls whose inputs are all `value`, with every feature that stores something in a thread's workspace."""
     q, k, v = (np.full((2, 300, 4, dim), value, dtype) for dim in (96, 96, 80))
     for kwargs in ({}, {"dropout_p": 0.5, "seed": 1, "softcap": 3.0, "causal": True}):
         out, lse = fastattn.attention(q, k, v, return_lse=True, **kwargs)
@@ -169,7 +172,7 @@ def _leave_behind(value: float, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e4])
-def test_what_earlier_calls_left_in_memory_does_not_matter(value: float) -> None:
+def test_leftovers_of_earlier_calls_do_not_matter(value: float) -> None:
     for case in CASES:
         inputs = case.make()
         out, lse = inputs.forward("cpu")

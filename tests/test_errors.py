@@ -1,4 +1,5 @@
-"""Every bad input gets its error, by message: the call, the argument, what it has, what was expected; nothing is written."""
+"""Every bad input raises its error, which names the call, the argument, what
+it has and what was expected. Nothing is written."""
 from __future__ import annotations
 
 import inspect
@@ -255,7 +256,7 @@ MESSAGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_messages_say_what_would_work(name: str) -> None:
+def test_messages_name_what_would_work(name: str) -> None:
     make, text = MESSAGES[name]
     backward = {"dout": _array(Q), "out": _array(Q), "lse": _array((2, 4, 6))}
     for function, arguments in ((fastattn.attention, _dense()), (fastattn.attention_backward, _dense() | backward)):
@@ -300,14 +301,14 @@ def test_out_shares_memory(name: str) -> None:
     np.testing.assert_array_equal(x, before)
 
 
-def test_interleaved_out_is_no_overlap() -> None:
+def test_interleaved_out_does_not_overlap() -> None:
     """Slices of one buffer that share no element are fine."""
     x = np.ones((2, 6, 8, 8), np.float32)
     out = x[:, :, 4:]
     assert fastattn.attention(x[:, :, :4], x[:, :, :4], x[:, :, :4], out=out, engine="reference") is out
 
 
-def test_bhsd_errors_say_their_axis_order() -> None:
+def test_bhsd_errors_name_their_axis_order() -> None:
     arguments = {name: x.swapaxes(1, 2) for name, x in _dense().items()} | {"v": _array((2, 2, 8, 8))}
     with pytest.raises(ValueError, match="v has shape") as caught:
         fastattn.attention(**arguments, layout="bhsd")

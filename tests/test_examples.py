@@ -1,5 +1,8 @@
-"""The examples on real input: sentence embeddings against the float64 reference, a language model that learns, on arrays of
-a made-up device too, and gradients under torch's and JAX's own differentiation."""
+"""The examples on real input.
+
+Sentence embeddings against the float64 reference; a language model that learns, on arrays of a fake device too; gradients under torch's and
+JAX's own differentiation.
+"""
 from __future__ import annotations
 
 import functools
@@ -36,7 +39,8 @@ def encoder() -> embeddings.Encoder:
 
 
 def padded_reference(q: Array, k: Array, v: Array, cu_seqlens: Array, _: Array) -> Array:
-    """What attention_varlen is to equal: a padded batch with a boolean mask, in float64, padding full of NaN."""
+    """The result that attention_varlen must equal: a padded batch with a
+    boolean mask in float64, with NaN in the padding."""
     lengths = np.diff(cu_seqlens)
     real = np.arange(lengths.max()) < lengths[:, None]                     # (sentences, longest)
     padded = np.full((3, *real.shape, *q.shape[1:]), np.nan, np.float64)
@@ -77,7 +81,7 @@ def test_related_sentences_are_nearer(encoder: embeddings.Encoder) -> None:
     assert "anonymous functions" in sentences[int(np.argmax(encoder.encode(sentences) @ query))]
 
 
-def test_gelu_is_the_exact_one() -> None:
+def test_gelu_is_exact() -> None:
     import math
 
     x = np.linspace(-12, 12, 100_001, dtype=np.float32)
@@ -133,7 +137,8 @@ def test_training_saving_and_writing(tmp_path: Path) -> None:
 
 
 def test_cache_gives_the_logits_of_the_whole_text() -> None:
-    """One character at a time, further than the context, against all at once; NumPy's matrix products differ in the last bits."""
+    """One character at a time, past the context's length, against all at once;
+    NumPy's matrix products differ in the last bits."""
     w = gpt.init(TINY, np.random.default_rng(2))
     tokens = np.random.default_rng(3).integers(0, TINY.vocab, (1, 3 * TINY.context))
     cache = gpt.Cache(TINY, tokens.shape[1])
@@ -158,7 +163,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 # ---------------------------------------------------------------- the character model on a device
 class Far:
-    """An array as CuPy's are to NumPy: nothing but its own library reads it, and no array of the host is mixed with it."""
+    """An array like CuPy's: only its own library reads it, and it does not mix with host arrays."""
 
     __array_ufunc__ = None
 
@@ -185,7 +190,7 @@ class Far:
 
 
 def near(x: Any) -> Any:
-    """What a far function computes with: the host's array of a Far one; arrays of the host itself are refused."""
+    """The host array inside a Far one; plain host arrays are refused."""
     if isinstance(x, (tuple, list)):
         return type(x)(near(part) for part in x)
     assert not isinstance(x, np.ndarray), f"an array of the host, {x.shape}, among those of a device"
@@ -222,7 +227,8 @@ for name in ("iadd", "isub", "imul", "itruediv"):
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A made-up CuPy that `--device cuda` finds, and fastattn that reads it: arrays of one library in a call, no list among them."""
+    """A fake CuPy that `--device cuda` finds and fastattn reads: a call's
+    arrays are of one library, and none is a list."""
     module: Any = types.ModuleType("cupy")
     for name in ("arange", "argmax", "exp", "eye", "log", "mean", "sqrt", "stack", "zeros", "zeros_like"):
         setattr(module, name, on_device(getattr(np, name)))
@@ -244,7 +250,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_the_made_up_device_is_strict() -> None:
+def test_the_fake_device_is_strict() -> None:
     x = Far(np.ones(3, np.float32))
     for mistake in (lambda: np.exp(x), lambda: np.asarray(x), lambda: np.ones(3) + x, lambda: np.stack((x, x))):
         with pytest.raises((TypeError, AssertionError)):
@@ -328,7 +334,7 @@ def test_torch_gradcheck(adapter: Any, options: dict[str, Any]) -> None:
     torch.autograd.gradcheck(call, [x.requires_grad_() for x in (q, k, v, bias, sinks)])
 
 
-def test_torch_saves_and_refuses_what_it_should(adapter: Any) -> None:
+def test_torch_function_saves_and_refuses_as_documented(adapter: Any) -> None:
     import torch
 
     q, k, v = torch.randn(3, 1, 4, 2, 8, requires_grad=True)

@@ -2,27 +2,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import compare  # noqa: F401  which registers "naive"
 import numpy as np
 import pytest
-from other_engines import Noter, nothing_left, torch_on_the_cpu
-from problems import CASES, Case
 
 import fastattn
+import tests.tools.compare  # noqa: F401  which registers "naive"
 from fastattn import attention, attention_backward, explain, registry, use_engine
 from fastattn.buffers import view
 from fastattn.engine import Engine
 from fastattn.problem import Operands, Problem, make_problem
+from tests.tools.other_engines import Noter, torch_on_the_cpu
+from tests.tools.problems import CASES, Case
 
-
-@pytest.fixture(autouse=True)
-def leaves_no_engine() -> Iterator[None]:
-    with nothing_left():
-        yield
+pytestmark = pytest.mark.usefixtures("log")
 
 
 def arrays(dtype: str = "float16", head_dim: int = 64) -> list[Any]:

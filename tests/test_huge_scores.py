@@ -1,4 +1,5 @@
-"""Scores of any finite size, forward and backward; memory that no row attends; a saturated softcap. Run on every instruction set."""
+"""Scores of any finite size, forward and backward; memory that no row attends to;
+a saturated softcap. Run on every instruction set."""
 from __future__ import annotations
 
 import random
@@ -8,11 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import EPS, Judge
-from problems import NUMPY, Case, Inputs
 
 import fastattn
 from fastattn.problem import row_bounds
+from tests.tools.compare import EPS, Judge
+from tests.tools.problems import NUMPY, Case, Inputs
 
 Array = np.ndarray[Any, Any]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -68,7 +69,8 @@ def check_forward(inputs: Inputs, out: Any, lse: Any) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [-1e5, -1e10, -1e12, -1.4e19, -1e30, -1e36, 1e10, 1e30])
 def test_rows_of_one_huge_bias(value: float, shape: str, dtype: str) -> None:
-    """Left padding with -1e10 and a causal mask with -1e10: rows whose scores are all the same. The mean of v, lse that bias."""
+    """Left padding with -1e10 and a causal mask with -1e10 give rows of equal
+    scores: out is the mean of v, and lse is that bias."""
     inputs = with_bias(shape, dtype)
     inputs.kwargs["bias"][...] = value
     out, lse = inputs.forward("cpu")
@@ -82,8 +84,9 @@ def test_rows_of_one_huge_bias(value: float, shape: str, dtype: str) -> None:
 @pytest.mark.parametrize("exponent", [4, 10, 14, 16, 17, 19, 21, 22, 23])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_differences_of_large_scores_are_exact(sign: int, exponent: int, shape: str, dtype: str) -> None:
-    """Integers around 2^exponent: float32 has them, and so the result is the softmax of their differences, on either side of the size from
-    which the maximum is subtracted first."""
+    """Integers around 2^exponent are exact in float32, so the result is the softmax of their differences, below and
+    above the size from which
+    the maximum is subtracted first."""
     exponent += 29 * (dtype == "float64")
     inputs = with_bias(shape, dtype)
     bias = inputs.kwargs["bias"]
@@ -94,8 +97,9 @@ def test_differences_of_large_scores_are_exact(sign: int, exponent: int, shape: 
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("shape", ["tiles", "splits"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_maxima_that_cross_the_size(sign: int, shape: str, dtype: str) -> None:
-    """Maxima that rise through 2^16 bits from tile to tile: what was summed before is rescaled by what was subtracted before."""
+def test_maxima_that_cross_the_threshold(sign: int, shape: str, dtype: str) -> None:
+    """Maxima that rise past 2^16 bits from tile to tile: earlier sums are
+    rescaled by the maximum that was subtracted from them."""
     inputs = with_bias(shape, dtype)
     bias = inputs.kwargs["bias"]
     rise = np.floor(np.linspace(-4, 4, bias.shape[1])) + np.arange(bias.shape[0])[:, None] % 3
@@ -108,8 +112,10 @@ def test_maxima_that_cross_the_size(sign: int, shape: str, dtype: str) -> None:
 @pytest.mark.parametrize("size", [1e6, 1e12, 1e20])
 @pytest.mark.parametrize("bits", [False, True])
 def test_huge_products(bits: bool, size: float, shape: str, dtype: str) -> None:
-    """Scores of about `size`: one key takes all of a row, and the backward's P is 1 there, because its scores are the forward's to the bit.
-    From large q and k, or (`bits`: with an ALiBi too) from a large scale."""
+    """Scores of about `size`: one key has all weight of a row, and the backward's P is 1 there, because its scores
+    equal the forward's bits.
+
+    From large q and k, or (`bits`: with ALiBi too) from a large scale."""
     inputs = replace(Case(f"products_{size}", dtype, **SHAPES[shape]), sinks=bits, alibi="heads" if bits else None).make()
     q, k, _ = inputs.args
     if bits or dtype == "float16":
@@ -137,7 +143,7 @@ def test_one_key(dtype: str, value: float, scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-46, 1e-40, 1e-38, 1e-30, 0.0])
-def test_scales_of_no_size(scale: float) -> None:
+def test_zero_and_tiny_scales(scale: float) -> None:
     inputs = Case("tiny", mask=(37, 37), softmax_scale=scale).make()
     out, lse = inputs.forward("cpu")
     expected, expected_lse = inputs.forward("reference")
@@ -164,8 +170,8 @@ def test_the_largest_scale_over_a_small_softcap() -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("value", [-1e10, -1e30, 1e10, 1e30])
-def test_sinks_beside_huge_maxima(value: float, dtype: str) -> None:
-    """A sink of the scores' own size counts as one more key; others take all or nothing."""
+def test_sinks_with_huge_maxima(value: float, dtype: str) -> None:
+    """A sink of the scores' size counts as one more key; a much larger one has all weight, a much smaller one none."""
     inputs = Case("sinks", dtype, batch=1, num_heads=3, seqlen_q=4, seqlen_k=9, bias=(4, 9), bias_dtype=lse_dtype(dtype), sinks=True).make()
     q, _, v = inputs.args
     q[...] = 0
@@ -195,7 +201,7 @@ def test_huge_alibi_slopes(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("size", [1e10, 1e20])
 def test_lse_of_another_engine(size: float, dtype: str) -> None:
-    """Its scores differ by roundings that are hundreds; P is 1 at most all the same, whichever engine's backward takes it."""
+    """Its scores differ by roundings of several hundred. P is still at most 1 in the backward of every engine."""
     inputs = Case("another", dtype, seqlen_k=300, head_dim=64, softmax_scale=size).make()
     for first, second in (("reference", "cpu"), ("cpu", "reference")):
         grads = inputs.backward(*inputs.forward(first), second)
@@ -206,8 +212,8 @@ def test_lse_of_another_engine(size: float, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_equal_keys_where_lse_has_no_room_for_their_number(dtype: str) -> None:
-    """P is 1 for each, as README says; the reference has 1 / n."""
+def test_equal_keys_where_lse_has_no_bits_for_their_number(dtype: str) -> None:
+    """Each key has P = 1, as the README says; the reference has 1 / n."""
     inputs = with_bias("tiles", dtype)
     inputs.kwargs["bias"][...] = -largest("bfloat16")
     inputs.dout[...] = 1
@@ -237,7 +243,8 @@ def test_reference_backward_of_huge_scores(size: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("base", [0.0, 1e4, 1e8])
 def test_reference_honours_an_lse_of_more_keys(base: float) -> None:
-    """A part's lse that is larger than its own by log 4 leaves its keys a quarter of their P; one that is its own, all of it."""
+    """An lse that is larger than a part's own by log 4 leaves its keys a
+    quarter of their P; its own lse leaves all of it."""
     inputs = Case("parts", batch=1, num_heads=1, seqlen_q=1, seqlen_k=9, bias=(1, 1)).make()
     inputs.kwargs["bias"][...] = base
     out, lse = inputs.forward("reference")
@@ -268,7 +275,7 @@ def visible_pairs(inputs: Inputs, b: int, seqlen_q: int, seqlen_k: int, total_k:
 
 
 def plant(inputs: Inputs, values: list[float]) -> None:
-    """`values` in turn at all of q, k, v and dout that no row attends."""
+    """Writes `values`, repeated, into all of q, k, v and dout that no row attends to."""
     q, k, v = inputs.args[:3]
     heads_k = k.shape[-2]
 
@@ -292,7 +299,7 @@ def plant(inputs: Inputs, values: list[float]) -> None:
 
 
 def sparse(seed: int) -> Case:
-    """A random problem of which some memory is likely to be attended by no row."""
+    """A random problem in which no row attends to some of the memory."""
     draw = random.Random(seed)
     group, heads_k, dtype = draw.choice((1, 1, 3)), draw.choice((1, 2)), draw.choice(list(NUMPY))
     lengths = [draw.choice((1, 3, 8, 16, 17, 40, 100, 191, 200)) for _ in range(4)]
@@ -314,8 +321,8 @@ def sparse(seed: int) -> Case:
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
 @pytest.mark.parametrize("block", range(8))
-def test_memory_that_no_row_attends_does_not_matter(block: int, engine: str) -> None:
-    """NaN and infinities there give the bits that zeros give, forward and backward, dsinks too."""
+def test_memory_that_no_row_attends_to_does_not_matter(block: int, engine: str) -> None:
+    """NaN and infinities there give the same bits as zeros, forward and backward, dsinks too."""
     for seed in range(block * 40, block * 40 + (40 if engine == "cpu" else 10)):
         inputs = sparse(seed).make()
         mask = inputs.kwargs.get("mask")
@@ -360,7 +367,7 @@ def test_a_key_that_no_query_head_of_its_group_attends(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
-def test_dsinks_of_a_row_that_attends_nothing(engine: str) -> None:
+def test_dsinks_of_a_fully_masked_row(engine: str) -> None:
     """Its dout may be NaN; its lse is the sink, whose gradient is dlse."""
     inputs = Case("dsinks", mask=(2, 1, 37, 37), sinks=True, dlse=True).make()
     inputs.kwargs["mask"][:, :, [0, 20]] = False
@@ -375,7 +382,8 @@ def test_dsinks_of_a_row_that_attends_nothing(engine: str) -> None:
 # ---------------------------------------------------------------- the slope of a softcap
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_slope_of_the_softcap(dtype: str) -> None:
-    """d out / d q through softcap(q k) over a sweep of products, two keys whose v differ; from 1 on the slope has a relative error only."""
+    """d out / d q through softcap(q k) over a range of dot products, with two keys whose v differ; from 1 on the slope
+    has a relative error only."""
     x = np.concatenate([np.linspace(-30, 30, 2001), [-1e30, -1e3, 0, 45, 200, 1e4, 1e30]]).astype(dtype)
     q, k = x.reshape(1, -1, 1, 1), np.zeros((1, 2, 1, 1), dtype)
     k[0, 0] = 1

@@ -1,4 +1,4 @@
-"""`import fastattn` is quick and loads nothing heavy; the version is said once; what is installed is what is meant."""
+"""`import fastattn` is quick and loads nothing heavy; the version is stated once; the wheel has what it should have."""
 from __future__ import annotations
 
 import re

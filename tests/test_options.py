@@ -1,4 +1,4 @@
-"""Options are values: whatever object brings a number, a call takes what it holds at that moment, and keeps nothing of it.
+"""Options are values: whatever object holds a number, a call reads it once and keeps no reference to the object.
 
 Each option of each public function, and of compat, comes in an object that is changed in place between two calls. The results are those of
 plain numbers.
@@ -119,7 +119,7 @@ def _plain(x: Any) -> Any:
 
 
 def _result(function: Function, **options: Any) -> Any:
-    """What it gives, flat, or the text of its error."""
+    """The results as a flat list, or the text of the error."""
     try:
         result = function(**options)
     except (TypeError, ValueError) as error:

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import BY_NAME
 
 import fastattn
 from fastattn.philox import keep_mask, philox4x32
 from fastattn.problem import Dropout
+from tests.tools.problems import BY_NAME
 
 KNOWN = [("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
          ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -31,7 +31,7 @@ def test_many_at_once() -> None:
 
 
 def test_mask_is_the_definition() -> None:
-    """Element by element, from the words of DESIGN.md."""
+    """Element by element, from the definition in philox.py."""
     p, seed, offset, heads = 0.3, 0xFEDC_BA98_7654_3210, 9, 3
     keep = fastattn.dropout_mask(2, heads, 37, 41, dropout_p=p, seed=seed, offset=offset)
     key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
@@ -43,7 +43,7 @@ def test_mask_is_the_definition() -> None:
 
 
 def test_mask_does_not_depend_on_the_shape() -> None:
-    """A larger problem, a single sequence of a batch: the same elements."""
+    """A larger problem and a single sequence of a batch drop the same elements."""
     dropout = Dropout(0.5, 42, 1)
     big = keep_mask(dropout, range(4), 2, 70, 90)
     np.testing.assert_array_equal(keep_mask(dropout, [2], 2, 33, 17)[0], big[2, :, :33, :17])

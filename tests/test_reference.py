@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from problems import Case, Inputs
 
 import fastattn
 from fastattn.problem import block_bounds, row_bounds
+from tests.tools.problems import Case, Inputs
 
 Array = np.ndarray[Any, Any]
 BASE = Case("fd", "float64", batch=2, num_heads=2, seqlen_q=5, seqlen_k=7, head_dim=3, head_dim_v=4, dlse=True)
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def _loss(inputs: Inputs) -> float:
-    """sum(dout * out) + sum(dlse * lse) over the rows that see something: its gradients are what backward gives."""
+    """sum(dout * out) + sum(dlse * lse) over the rows that attend to some key: the backward returns its gradients."""
     out, lse = inputs.forward("reference")
     assert inputs.dlse is not None
     used = np.isfinite(lse)
@@ -117,7 +117,7 @@ def test_rows_of_no_sequence_and_unused_keys() -> None:
     assert np.isfinite(grads.dk).all()
 
 
-def test_seqused_is_a_shorter_sequence() -> None:
+def test_seqused_k_equals_a_shorter_sequence() -> None:
     inputs = Case("used", "float64", lengths_q=(4, 5), lengths_k=(9, 8), used_k=(6, 8), causal=True, alibi="heads").make()
     q, k, v, cu_q, _ = inputs.args
     cut, cu = np.r_[0:6, 9:17], np.array([0, 6, 14])
@@ -147,7 +147,7 @@ def test_merge_states() -> None:
 @pytest.mark.parametrize("left, right", [(None, None), (None, 0), (3, None), (0, 0), (5, 2), (40, 1)])
 @pytest.mark.parametrize("top_left", [False, True])
 def test_block_bounds_follow_row_bounds(left: int | None, right: int | None, top_left: bool) -> None:
-    """Skipped blocks hold no visible pair, full blocks no hidden one."""
+    """Skipped blocks hold no unmasked pair, full blocks no masked one."""
     for seqlen_q, seqlen_k in ((20, 20), (7, 33), (33, 7), (16, 1), (5, 0)):
         for first in range(0, seqlen_q, 6):
             last = min(first + 6, seqlen_q)

@@ -1,4 +1,4 @@
-"""Which engine a call takes: torch's kernels as engines of another package, who is asked and in which order."""
+"""Which engine runs a call: torch's kernels as engines of another package, and the order in which engines are tried."""
 from __future__ import annotations
 
 import asyncio
@@ -13,25 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import distance
-from fake_cuda import Cuda, installed
-from gpu import requires_gpu
-from other_engines import Cudnn, Noter, Sdpa, nothing_left, torch_on_the_cpu
-from problems import CASES, Case
 
 import fastattn
 from fastattn import UnsupportedError, attention, attention_backward, explain, register_engine, registry, use_engine
 from fastattn.buffers import View, view
 from fastattn.problem import Operands, Problem
+from tests.tools.compare import distance
+from tests.tools.devices import requires_gpu
+from tests.tools.fake_cuda import Cuda, installed
+from tests.tools.other_engines import Cudnn, Noter, Sdpa, torch_on_the_cpu
+from tests.tools.problems import CASES, Case
 
 Q = (2, 6, 4, 8)
 
 
-@pytest.fixture(autouse=True)
-def log() -> Iterator[list[str]]:
-    """The names of the Noters that ran."""
-    with nothing_left() as log:
-        yield log
+pytestmark = pytest.mark.usefixtures("log")
 
 
 # ---------------------------------------------------------------- torch's kernels as engines
@@ -42,7 +38,7 @@ def torch_engine() -> Iterator[Sdpa]:
 
 
 def taken(case: Case) -> bool:
-    """What Sdpa takes of the named problems, without asking it."""
+    """Whether Sdpa should accept a named problem."""
     plain = Case(case.name, case.dtype, **{name: getattr(case, name) for name in ("batch", "num_heads", "seqlen_q", "seqlen_k", "head_dim",
                                                                                   "causal", "memory", "layout")})
     return case == plain
@@ -51,7 +47,7 @@ def taken(case: Case) -> bool:
 CLOSE = {"float32": 1e-4, "float64": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}     # of the norm; torch's exponentials are rough
 
 
-def test_every_named_problem_that_torch_takes(torch_engine: Sdpa) -> None:
+def test_every_named_problem_that_torch_supports(torch_engine: Sdpa) -> None:
     for case in (case for case in CASES if taken(case)):
         inputs = case.make()
         exact = inputs.float64()
@@ -67,7 +63,7 @@ def test_every_named_problem_that_torch_takes(torch_engine: Sdpa) -> None:
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_torch_gives_what_we_give(torch_engine: Sdpa, dtype: str, layout: str) -> None:
+def test_torch_gives_our_results(torch_engine: Sdpa, dtype: str, layout: str) -> None:
     inputs = Case("torch", dtype, num_heads=4, seqlen_q=70, head_dim=64, causal=True, layout=layout).make()
     ours = inputs.forward("cpu")
     theirs = inputs.forward("torch")
@@ -241,7 +237,7 @@ def test_errors_of_register_engine() -> None:
         call("one")
 
 
-def test_an_error_of_an_engine_is_the_callers() -> None:
+def test_an_error_of_an_engine_reaches_the_caller() -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("out of order")
     broken_one = register_engine("one", broken, None, lambda problem: None, device="cpu").activate()
@@ -363,7 +359,7 @@ def test_a_view_is_an_array_of_other_libraries(dtype: str) -> None:
 # ---------------------------------------------------------------- other packages
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process: nobody asked for entry points yet. Puts the engines back."""
+    """As in a new process, where entry points were not loaded yet. Restores the engines."""
     before = registry._registered, registry._active
     monkeypatch.setattr(registry, "_broken", None)
     monkeypatch.setattr(registry, "_runs", {})

@@ -1,4 +1,5 @@
-"""Style and types: ruff on everything, strict mypy on the package, stubs against the compiled modules; .ci runs what the README says."""
+"""Style and types: ruff on everything, strict mypy on the package, stubs against
+the compiled modules. CI runs the README's command."""
 from __future__ import annotations
 
 import subprocess

@@ -12,11 +12,5 @@ judge.py    runs one Spec and says what is wrong
 shrink.py   the smallest Spec that is wrong still
 device.py   where arrays live: the host, or a GPU by torch, CuPy or DLPack
 run.py      processes, crashes, hangs, the report
-found.py    problems that were wrong once: tests/test_fuzz.py runs them every time
+found.py    problems that were wrong once: test_fuzz.py runs them every time
 """
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))      # problems.py and compare.py, which the tests import by these names

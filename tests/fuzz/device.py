@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from problems import NUMPY
 
 import fastattn
+from tests.tools.problems import NUMPY
 
 from . import memory
 from .inputs import Arguments

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from compare import EPS, NOTHING
-from problems import NUMPY
+
+from tests.tools.compare import EPS, NOTHING
+from tests.tools.problems import NUMPY
 
 from .spec import Spec
 

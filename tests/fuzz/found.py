@@ -1,4 +1,4 @@
-"""Problems that were wrong once, as the fuzzer printed them. tests/test_fuzz.py runs each, on every level by way of test_levels.py."""
+"""Problems that were wrong once, as the fuzzer printed them. test_fuzz.py runs each, on every level through cpu/test_levels.py."""
 from __future__ import annotations
 
 from .spec import Spec

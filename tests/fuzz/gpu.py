@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from problems import NUMPY
 
 from fastattn import buffers, dlpack, streams
 from fastattn.buffers import View
 from fastattn.streams import LEGACY
+from tests.tools.problems import NUMPY
 
 from . import memory
 from .device import Device, Place

@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from compare import EPS, FACTOR, NOTHING, close, norm
-from problems import NUMPY
 
 import fastattn
 from fastattn import UnsupportedError
+from tests.tools.compare import EPS, FACTOR, NOTHING, close, norm
+from tests.tools.problems import NUMPY
 
 from . import formula, values
 from .device import Device

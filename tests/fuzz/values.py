@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 import numpy as np
-from problems import NUMPY
+
+from tests.tools.problems import NUMPY
 
 Array = np.ndarray[Any, Any]
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}

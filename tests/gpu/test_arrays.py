@@ -1,0 +1,590 @@
+"""Real arrays on a real GPU: torch, CuPy, JAX, Numba and cuda.core in, the same library out; streams, graphs, several devices.
+
+Every result is compared with the reference engine on the host. Slow producers (a spinning kernel before the values are
+written) make a missing wait visible. Stands alone: `python -m pytest tests/gpu/test_arrays.py`.
+"""
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastattn
+from fastattn import buffers, repeat, streams
+from fastattn.buffers import numpy_dtype
+from fastattn.device_array import DeviceArray
+from fastattn.streams import Stream
+from tests.tools.devices import requires_gpu, requires_two_gpus
+
+pytestmark = requires_gpu
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # JAX would take three quarters of the memory
+
+BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_K, DIM = 2, 130, 150, 4, 2, 64
+SHAPES = ((BATCH, SEQLEN_Q, HEADS, DIM), (BATCH, SEQLEN_K, HEADS_K, DIM), (BATCH, SEQLEN_K, HEADS_K, DIM))
+TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
+SPIN = 50_000_000       # clock cycles, about 30 ms
+Array = np.ndarray[Any, Any]
+
+
+def host(dtype: str = "float16", seed: int = 0) -> list[Array]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(np.float32).astype(numpy_dtype(dtype)) for shape in SHAPES]
+
+
+def expected(arrays: list[Array], **keywords: Any) -> tuple[Array, Array]:
+    out, lse = fastattn.attention(*[a.astype(np.float64) for a in arrays], return_lse=True, engine="reference", **keywords)
+    return out, lse
+
+
+def close(actual: Any, wanted: Array, dtype: str) -> None:
+    np.testing.assert_allclose(np.asarray(actual).astype(np.float64), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+def to_torch(arrays: list[Array], device: str = "cuda") -> list[Any]:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch without CUDA")
+    name = arrays[0].dtype.name
+    return [torch.from_numpy(a.astype(np.float32)).to(device).to(getattr(torch, name)) for a in arrays]
+
+
+def numbers(x: Any) -> Array:
+    """The values of a torch tensor, or of anything that torch imports by DLPack on its current stream."""
+    torch = pytest.importorskip("torch")
+
+    tensor = x if isinstance(x, torch.Tensor) else torch.from_dlpack(x)
+    result: Array = tensor.double().cpu().numpy()
+    return result
+
+
+def to_cupy(arrays: list[Array]) -> list[Any]:
+    cupy = pytest.importorskip("cupy")
+    return [cupy.asarray(a) for a in arrays]
+
+
+# ---------------------------------------------------------------- one library in, the same out
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_torch(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    arrays = host(dtype)
+    q, k, v = to_torch(arrays)
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    wanted, wanted_lse = expected(arrays, causal=True)
+    assert isinstance(out, torch.Tensor) and (out.dtype, out.device, out.shape) == (q.dtype, q.device, q.shape) and out.is_contiguous()
+    assert lse.dtype == (torch.float64 if dtype == "float64" else torch.float32) and lse.device == q.device
+    close(numbers(out), wanted, dtype)
+    close(numbers(lse), wanted_lse, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_cupy(dtype: str) -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = host(dtype)
+    try:
+        q, k, v = to_cupy(arrays)
+    except (TypeError, ValueError):
+        pytest.skip(f"this CuPy has no {dtype}")
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    wanted, wanted_lse = expected(arrays)
+    assert isinstance(out, cupy.ndarray) and out.dtype == q.dtype and out.device == q.device and lse.dtype == np.float32
+    close(cupy.asnumpy(out), wanted, dtype)
+    close(cupy.asnumpy(lse), wanted_lse, dtype)
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("keywords", [{}, {"return_lse": True, "causal": True}, {"layout": "bhsd", "return_lse": True},
+                                      {"dropout_p": 0.3, "seed": 7}, {"engine": "sm80"}, {"engine": "simt"}], ids=str)
+def test_repeated_calls_skip_the_checks(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third equal call on the checks are skipped; also for other
+    arrays, streams and alignments, and in a graph."""
+    bhsd = keywords.get("layout") == "bhsd"
+    give = to_torch if library == "torch" else to_cupy
+    asked = {name: x for name, x in keywords.items() if name != "engine"}
+    monkeypatch.setattr(repeat, "_known", {})
+
+    def once(seed: int, shift: int = 0) -> None:
+        arrays = host(seed=seed)
+        inputs = [give([np.concatenate([np.zeros(shift, a.dtype), a.ravel()])])[0][shift:].reshape(a.shape) for a in arrays]
+        result = fastattn.attention(*[x.swapaxes(1, 2) for x in inputs] if bhsd else inputs, **keywords)
+        out, lse = result if keywords.get("return_lse") else (result, None)
+        wanted, wanted_lse = expected(arrays, **{name: x for name, x in asked.items() if name not in ("layout", "return_lse")})
+        close(numbers(out.swapaxes(1, 2) if bhsd else out), wanted, "float16")
+        if lse is not None:
+            close(numbers(lse), wanted_lse, "float16")
+    for seed in range(5):
+        once(seed)
+    assert len([x for x in repeat._known.values() if x]) == 1
+    for shift in (1, 8, 3):
+        once(5, shift)
+    module = pytest.importorskip(library)
+    with module.cuda.stream(module.cuda.Stream()) if library == "torch" else module.cuda.Stream(non_blocking=True):
+        once(6)
+
+
+def _jax() -> Any:
+    jax = pytest.importorskip("jax")
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        pytest.skip("JAX without CUDA")
+    return jax, device
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_jax(dtype: str) -> None:
+    jax, device = _jax()
+    arrays = host(dtype)
+    q, k, v = (jax.device_put(a, device) for a in arrays)
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    wanted, wanted_lse = expected(arrays)
+    assert isinstance(out, jax.Array) and out.dtype == q.dtype and out.devices() == q.devices() and lse.dtype == np.float32
+    close(out, wanted, dtype)
+    close(lse, wanted_lse, dtype)
+    with pytest.raises(ValueError, match="out is read-only"):
+        fastattn.attention(q, k, v, out=q + 1)
+
+
+def test_jax_in_a_loop() -> None:
+    """JAX uses results and drops them while more are computed: no memory is reused too early."""
+    jax, device = _jax()
+    arrays = host("float32")
+    q, k, v = (jax.device_put(a, device) for a in arrays)
+    wanted = expected(arrays)[0].sum()
+    sums = []
+    for i in range(50):
+        big = jax.numpy.ones((2000, 2000)) @ jax.numpy.ones((2000, 2000))           # keeps JAX's stream behind
+        out = fastattn.attention(q + 0 * big[0, 0], k, v)
+        sums.append(jax.numpy.sum(out.astype(jax.numpy.float32)) + i)
+        del out
+    for i, total in enumerate(sums):
+        assert abs(float(total) - i - wanted) < 1e-2 * abs(wanted) + 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_numba(dtype: str) -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    arrays = host(dtype)
+    q, k, v = (cuda.to_device(a) for a in arrays)
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    wanted, wanted_lse = expected(arrays)
+    assert type(out) is type(q) and out.dtype == q.dtype
+    close(out.copy_to_host(), wanted, dtype)
+    close(lse.copy_to_host(), wanted_lse, dtype)
+    stream = cuda.stream()
+    out = fastattn.attention(q, k, v, stream=stream)
+    close(out.copy_to_host(), wanted, dtype)                # ordered by the stream that the array is bound to
+
+
+def test_cuda_core() -> None:
+    """A StridedMemoryView in; a DeviceArray out, which torch and CuPy take."""
+    core = pytest.importorskip("cuda.core")
+    utils = pytest.importorskip("cuda.core.utils")
+    arrays = host("float32")
+    tensors = to_torch(arrays)
+    device = core.Device(0)
+    device.set_current()
+    stream = device.create_stream()
+    views = [utils.StridedMemoryView.from_any_interface(t, stream_ptr=int(stream.handle)) for t in tensors]
+    out, lse = fastattn.attention(*views, stream=stream, return_lse=True)
+    assert isinstance(out, DeviceArray) and out.stream.owner is stream
+    wanted, wanted_lse = expected(arrays)
+    close(numbers(out), wanted, "float32")                  # torch's stream is made to wait
+    close(numbers(lse), wanted_lse, "float32")
+    cupy = pytest.importorskip("cupy")
+    close(cupy.asnumpy(cupy.asarray(out)), wanted, "float32")       # by __cuda_array_interface__, which CuPy prefers
+    close(cupy.asnumpy(cupy.from_dlpack(out)), wanted, "float32")
+
+
+def test_mixed_libraries() -> None:
+    arrays = host("float32")
+    (q, _, _), (_, k, _) = to_torch(arrays), to_cupy(arrays)
+    out = fastattn.attention(q, k, DlpackOnly(to_torch(arrays)[2]))
+    assert type(out) is type(q)
+    close(numbers(out), expected(arrays)[0], "float32")
+
+
+class DlpackOnly:
+    """A torch tensor that is known only by DLPack."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor, self.streams = tensor, []
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **keywords: Any) -> Any:
+        self.streams.append(keywords["stream"])
+        return self.tensor.__dlpack__(**keywords)
+
+
+class InterfaceOnly:
+    """A tensor that is known only by __cuda_array_interface__, made on `stream`."""
+
+    def __init__(self, tensor: Any, stream: Any) -> None:
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {**tensor.__cuda_array_interface__, "stream": stream.cuda_stream or 1, "version": 3}
+
+
+# ---------------------------------------------------------------- strides and layouts
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_strides(dtype: str) -> None:
+    """bhsd, a packed qkv buffer, reversed batch order by a view with gaps, and a last axis that is not of stride 1."""
+    torch = pytest.importorskip("torch")
+
+    arrays = host(dtype)
+    wanted, _ = expected(arrays)
+    q, k, v = to_torch(arrays)
+    out = fastattn.attention(*[x.transpose(1, 2) for x in (q, k, v)], layout="bhsd")
+    close(numbers(out.transpose(1, 2)), wanted, dtype)
+    kv = torch.cat([k, v], dim=2)
+    close(numbers(fastattn.attention(q, kv[:, :, :HEADS_K], kv[:, :, HEADS_K:])), wanted, dtype)
+    wide = torch.full((BATCH, SEQLEN_Q, HEADS, 2 * DIM), float("nan"), dtype=q.dtype, device="cuda")
+    wide[..., ::2] = q
+    close(numbers(fastattn.attention(wide[..., ::2], k, v)), wanted, dtype)
+    shared = k[:, :, :1].expand(-1, -1, HEADS_K, -1)        # stride 0
+    close(numbers(fastattn.attention(q, shared, v)), expected([arrays[0], np.repeat(arrays[1][:, :, :1], HEADS_K, 2), arrays[2]])[0], dtype)
+
+
+def test_out() -> None:
+    torch = pytest.importorskip("torch")
+
+    arrays = host()
+    wanted, _ = expected(arrays)
+    q, k, v = to_torch(arrays)
+    out = torch.full_like(q, float("nan"))
+    assert fastattn.attention(q, k, v, out=out) is out
+    close(numbers(out), wanted, "float16")
+    buffer = torch.full((BATCH, SEQLEN_Q, 2 * HEADS, DIM), 7.0, dtype=q.dtype, device="cuda")
+    buffer[:, :, ::2] = q
+    fastattn.attention(buffer[:, :, ::2], k, v, out=buffer[:, :, 1::2])             # interleaved with q, no element in common
+    close(numbers(buffer[:, :, 1::2]), wanted, "float16")
+    close(numbers(buffer[:, :, ::2]), arrays[0].astype(np.float64), "float16")
+    with pytest.raises(ValueError, match="out shares memory with q"):
+        fastattn.attention(buffer[:, :, ::2], k, v, out=buffer[:, :, :HEADS])
+    cupy_out = to_cupy([np.zeros(SHAPES[0], np.float16)])[0]
+    assert fastattn.attention(q, k, v, out=cupy_out) is cupy_out                    # another library's
+    close(cupy_out.get(), wanted, "float16")
+
+
+def test_packed_lengths_stay_on_the_device() -> None:
+    torch = pytest.importorskip("torch")
+
+    rng = np.random.default_rng(0)
+    lengths = [17, 0, 100, 33]
+    total = sum(lengths)
+    arrays = [rng.standard_normal((total, heads, DIM)).astype(np.float16) for heads in (HEADS, HEADS_K, HEADS_K)]
+    cu = np.cumsum([0, *lengths]).astype(np.int32)
+    wanted = fastattn.attention_varlen(*[a.astype(np.float64) for a in arrays], cu, cu, causal=True, engine="reference")
+    q, k, v = to_torch(arrays)
+    on_device = torch.from_numpy(cu).cuda()
+    fastattn.attention_varlen(q, k, v, on_device, on_device, causal=True)           # compiled and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outs = [fastattn.attention_varlen(q, k, v, on_device, on_device, causal=True, **keywords)
+                for keywords in ({}, {"max_seqlen_q": 100, "max_seqlen_k": 100})]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for out in outs:
+        close(numbers(out), wanted, "float16")
+    with pytest.raises(ValueError, match=r"cu_seqlens_q is on device \('cpu', 0\); expected q's device, \('cuda', 0\)"):
+        fastattn.attention_varlen(q, k, v, cu, cu)
+    with pytest.raises(TypeError, match="alibi_slopes is a list; expected an array on q's device"):
+        fastattn.attention_varlen(q, k, v, on_device, on_device, alibi_slopes=[1.0] * HEADS)
+
+
+def test_zero_sizes() -> None:
+    torch = pytest.importorskip("torch")
+
+    q, k, v = to_torch(host())
+    assert fastattn.attention(q[:0], k[:0], v[:0]).shape == (0, *q.shape[1:])
+    assert fastattn.attention(q[:, :0], k, v).shape == (BATCH, 0, HEADS, DIM)
+    out, lse = fastattn.attention(q, k[:, :0], v[:, :0], return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+# ---------------------------------------------------------------- streams
+def test_the_current_stream_is_used() -> None:
+    """The call reads values that a spinning stream writes late, because it is on that stream."""
+    torch = pytest.importorskip("torch")
+
+    arrays = host()
+    wanted, _ = expected(arrays)
+    sources = to_torch(arrays)
+    fastattn.attention(*sources)                            # compiled and loaded
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        q, k, v = (torch.zeros_like(x) for x in sources)
+        torch.cuda._sleep(SPIN)
+        for x, source in zip((q, k, v), sources, strict=True):
+            x.copy_(source)
+        out = fastattn.attention(q, k, v)
+        assert not side.query(), "the host has waited"
+        close(numbers(out), wanted, "float16")
+
+
+@pytest.mark.parametrize("kind", ["torch", "int", "cupy", "numba", "core"])
+def test_a_given_stream_waits_for_the_producer(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    arrays = host()
+    wanted, _ = expected(arrays)
+    sources = to_torch(arrays)
+    fastattn.attention(*sources)                            # compiled and loaded
+    torch.cuda.synchronize()
+    q, k, v = (torch.zeros_like(x) for x in sources)
+    stream, keep = _stream(kind)
+    torch.cuda._sleep(SPIN)
+    for x, source in zip((q, k, v), sources, strict=True):
+        x.copy_(source)
+    out = fastattn.attention(q, k, v, stream=stream)
+    assert not torch.cuda.current_stream().query(), "the host has waited"
+    keep.synchronize() if hasattr(keep, "synchronize") else keep.sync()
+    close(numbers(out), wanted, "float16")
+
+
+def _stream(kind: str) -> tuple[Any, Any]:
+    """A new stream that does not wait for the legacy default one by itself where that can be had, and what synchronises it."""
+    torch = pytest.importorskip("torch")
+
+    if kind in ("torch", "int"):
+        stream = torch.cuda.Stream()
+        return (stream, stream) if kind == "torch" else (stream.cuda_stream, stream)
+    if kind == "cupy":
+        stream = pytest.importorskip("cupy").cuda.Stream(non_blocking=True)
+    elif kind == "numba":
+        stream = pytest.importorskip("numba.cuda").stream()
+    else:
+        device = pytest.importorskip("cuda.core").Device(0)
+        device.set_current()
+        stream = device.create_stream()
+    return stream, stream
+
+
+@pytest.mark.parametrize("kind", ["interface", "dlpack"])
+def test_operands_of_other_streams_are_waited_for(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    arrays = host()
+    wanted, _ = expected(arrays)
+    q, source, v = to_torch(arrays)
+    fastattn.attention(q, source, v)
+    torch.cuda.synchronize()
+    side, ours = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        k = torch.zeros_like(source)
+        torch.cuda._sleep(SPIN)
+        k.copy_(source)
+        wrapped = InterfaceOnly(k, side) if kind == "interface" else DlpackOnly(k)
+        if kind == "dlpack":
+            out = fastattn.attention(q, wrapped, v, stream=ours)
+            assert wrapped.streams == [ours.cuda_stream]
+    if kind == "interface":
+        with torch.cuda.stream(ours):
+            out = fastattn.attention(q, wrapped, v)
+    assert not side.query(), "the host has waited"
+    ours.synchronize()
+    close(numbers(out), wanted, "float16")
+
+
+def test_cupy_streams() -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = host()
+    wanted, _ = expected(arrays)
+    q, k, v = to_cupy(arrays)
+    side, ours = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with side:
+        busy = cupy.ones((4096, 4096), np.float32)
+        for _ in range(20):
+            busy = busy @ busy * np.float32(1e-4)
+        late = q + (busy[0, 0] * 0).astype(np.float16)
+        here, there = fastattn.attention(late, k, v), fastattn.attention(late, k, v, stream=ours)
+        close(cupy.asnumpy(here), wanted, "float16")
+    ours.synchronize()
+    close(cupy.asnumpy(there), wanted, "float16")
+
+
+def test_memory_of_results_is_not_reused_too_early() -> None:
+    """A result on another stream is dropped at once: torch does not reuse its memory before the call has finished."""
+    torch = pytest.importorskip("torch")
+
+    q, k, v = to_torch(host())
+    fastattn.attention(q, k, v)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(5):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(SPIN)
+        out = fastattn.attention(q, k, v, stream=side)
+        del out
+        others = [torch.full_like(q, 7.0) for _ in range(8)]
+        torch.cuda.synchronize()
+        assert all((x == 7).all() for x in others)
+
+
+def test_per_thread_and_legacy_streams() -> None:
+    arrays = host()
+    wanted, _ = expected(arrays)
+    q, k, v = to_torch(arrays)
+    for stream in (0, 1, 2):
+        close(numbers(fastattn.attention(q, k, v, stream=stream)), wanted, "float16")
+
+
+def test_a_thread_without_a_context() -> None:
+    arrays = host("float32")
+    wanted, _ = expected(arrays)
+    tensors = to_torch(arrays)
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(fastattn.attention(*[DlpackOnly(t) for t in tensors]))
+            found.append(fastattn.attention(*tensors))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], DeviceArray), found
+    for out in found:
+        close(numbers(out), wanted, "float32")
+
+
+def test_a_bad_stream_is_an_error_not_a_crash() -> None:
+    q, k, v = to_torch(host())
+    with pytest.raises(TypeError, match="stream is 'fast'"):
+        fastattn.attention(q, k, v, stream="fast")
+
+
+# ---------------------------------------------------------------- CUDA graphs
+def test_torch_graph() -> None:
+    """Captured once, replayed over new values; the result lives in the graph's pool."""
+    torch = pytest.importorskip("torch")
+
+    q, k, v = to_torch(host())
+    fastattn.attention(q, k, v, return_lse=True)            # compiled and loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    for seed in (1, 2):
+        arrays = host(seed=seed)
+        for x, source in zip((q, k, v), to_torch(arrays), strict=True):
+            x.copy_(source)
+        graph.replay()
+        wanted, wanted_lse = expected(arrays, causal=True)
+        close(numbers(out), wanted, "float16")
+        close(numbers(lse), wanted_lse, "float16")
+
+
+def test_cupy_graph() -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = host()
+    q, k, v = to_cupy(arrays)
+    out = cupy.empty_like(q)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        fastattn.attention(q, k, v, out=out)
+        stream.begin_capture()
+        fastattn.attention(q, k, v, out=out)
+        graph = stream.end_capture()
+        out.fill(0)
+        graph.launch(stream)
+        close(cupy.asnumpy(out), expected(arrays)[0], "float16")
+
+
+def test_device_arrays_are_refused_in_a_capture() -> None:
+    torch = pytest.importorskip("torch")
+
+    q, k, v = to_torch(host("float32"))
+    fastattn.attention(q, k, v)
+    stream = torch.cuda.Stream()
+    wrapped = [InterfaceOnly(x, stream) for x in (q, k, v)]
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(q)
+    with torch.cuda.graph(graph, stream=stream):
+        with pytest.raises(fastattn.UnsupportedError, match="is being captured into a CUDA graph"):
+            fastattn.attention(*wrapped)
+        fastattn.attention(*wrapped, out=out)
+    graph.replay()
+    torch.cuda.synchronize()
+    close(numbers(out), expected(host("float32"))[0], "float32")
+
+
+# ---------------------------------------------------------------- devices
+def test_the_driver_names_the_device() -> None:
+    q = to_torch(host())[0]
+    stream = pytest.importorskip("torch").cuda.current_stream()
+    assert buffers.view(InterfaceOnly(q, stream), "f", "x").device == ("cuda", 0)
+    with pytest.raises(streams.CudaError, match=r"cuPointerGetAttribute\(0x1000\) failed with CUDA_ERROR_INVALID_VALUE"):
+        streams.device_of(0x1000)
+
+
+def test_host_arrays_are_refused() -> None:
+    arrays = host()
+    q, k, v = to_torch(arrays)
+    with pytest.raises(ValueError, match=r"k is on device \('cpu', 0\); expected q's device, \('cuda', 0\)"):
+        fastattn.attention(q, arrays[1], v)
+    with pytest.raises(ValueError, match=r"k is on device \('cuda', 0\); expected q's device, \('cpu', 0\)"):
+        fastattn.attention(arrays[0], k, v)
+    with pytest.raises(ValueError, match="engine is 'cpu' but q is on device"):
+        fastattn.attention(q, k, v, engine="cpu")
+
+
+@requires_two_gpus
+def test_two_devices() -> None:
+    torch = pytest.importorskip("torch")
+
+    arrays = host()
+    wanted, _ = expected(arrays)
+    here, there = to_torch(arrays, "cuda:0"), to_torch(arrays, "cuda:1")
+    with pytest.raises(ValueError, match=r"k is on device \('cuda', 1\); expected q's device, \('cuda', 0\)"):
+        fastattn.attention(here[0], there[1], here[2])
+    with pytest.raises(ValueError, match=r"out is on device \('cuda', 1\); expected q's device, \('cuda', 0\)"):
+        fastattn.attention(*here, out=torch.empty_like(there[0]))
+    assert torch.cuda.current_device() == 0
+    out = fastattn.attention(*there)                        # the current device is another
+    assert out.device == there[0].device and torch.cuda.current_device() == 0
+    close(numbers(out), wanted, "float16")
+    out = fastattn.attention(*[DlpackOnly(x) for x in there])
+    assert isinstance(out, DeviceArray) and out.stream.device == 1
+    close(numbers(out), wanted, "float16")
+    with torch.cuda.device(1):
+        close(numbers(fastattn.attention(*here)), wanted, "float16")
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Device(1):
+        q, k, v = to_cupy(arrays)
+    out = fastattn.attention(q, k, v)
+    assert out.device.id == 1 and cupy.cuda.runtime.getDevice() == 0
+    close(cupy.asnumpy(out), wanted, "float16")
+
+
+# ---------------------------------------------------------------- memory of our own
+def test_device_array_exports() -> None:
+    torch = pytest.importorskip("torch")
+
+    for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool"):
+        x = DeviceArray((3, 5), name, Stream(1, 0))
+        y = torch.from_dlpack(x)
+        assert y.data_ptr() == x.view().ptr and y.shape == (3, 5) and y.is_contiguous() and str(y.dtype) == f"torch.{name}"
+        y.fill_(1)
+        del x
+        assert (y == 1).all()                               # the tensor keeps the memory
+    assert torch.from_dlpack(DeviceArray((0, 5), "float16", Stream(1, 0))).shape == (0, 5)
+
+
+def test_device_array_memory_returns() -> None:
+    """A hundred results of 64 MiB fit where two do."""
+    d = streams.driver()
+    for _ in range(100):
+        DeviceArray((1 << 24,), "float32", Stream(1, 0))
+    with streams.on_device(0):
+        streams.check(d.cuCtxSynchronize(), "cuCtxSynchronize")
+        pool = streams.check(d.cuDeviceGetDefaultMemPool(0), "cuDeviceGetDefaultMemPool")
+        used = streams.check(d.cuMemPoolGetAttribute(pool, d.CUmemPool_attribute.CU_MEMPOOL_ATTR_USED_MEM_CURRENT), "cuMemPoolGetAttribute")
+    assert int(used) < 1 << 27

@@ -1,0 +1,117 @@
+"""Few queries and many keys: which calls run the split-key kernels, and how
+the keys are split. test_forward.py runs the cases."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+import fastattn
+from fastattn.gpu.decode import launch as launch_decode
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig
+from fastattn.gpu.precompile import Want, absent_device, sources
+from fastattn.gpu.runtime import workspace
+from tests.tools.devices import requires_gpu
+from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
+from tests.tools.problems import Case
+
+
+def kernels_of(case: Case, family: str, arch: str) -> list[str]:
+    return [source.key.split()[0] for source in sources_of(case, family, arch)]
+
+
+@pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_90a"), ("sm80", "sm_80"), ("sm80", "sm_120"),
+                                              ("any", "sm_89")])
+def test_what_runs_the_cases(family: str, arch: str) -> None:
+    for case in DECODE:
+        assert kernels_of(for_family(case, family), family, arch) == ["forward_decode"], case.name
+
+
+@pytest.mark.parametrize("changes", [
+    {"seqlen_q": 5}, {"seqlen_k": 255}, {"head_dim": 96}, {"head_dim": 256}, {"head_dim_v": 32}, {"mask": True}, {"bias": "float32"},
+    {"alibi": "float32"}, {"dropout": True}, {"packed": True}], ids=str)
+def test_other_calls_are_not_split(changes: dict[str, object]) -> None:
+    usual = {"seqlen_q": 4, "seqlen_k": 1000, "num_heads_k": 4, "head_dim": 128}
+    for arch in ("sm_90a", "sm_80"):
+        assert sources(*Want(**usual).call(), absent_device(arch))[0].key.startswith("forward_decode")
+        call = Want(**{**usual, **changes}).call()
+        assert not any(source.key.startswith("forward_decode") for source in sources(*call, absent_device(arch)))
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])
+def test_splits_cover_the_keys(keys: int) -> None:
+    for tiling in (DecodeConfig(keys=16), DecodeConfig(keys=32)):
+        step = tiling.keys * tiling.warps
+        for planes in (1, 8, 100, 132, 133, 1000, 100_000):
+            count, each = launch_decode.split_keys(planes, keys, tiling, 132)
+            assert 1 <= count <= MOST_SPLITS and each % step == 0
+            assert (count - 1) * each < keys <= count * each
+
+
+def test_splits_fill_the_device() -> None:
+    for tiling in (DecodeConfig(keys=16), DecodeConfig(keys=32)):
+        slots = 132 * tiling.blocks_per_sm
+        for planes in (1, 2, 8, 32, 100, 132):
+            blocks = planes * launch_decode.split_keys(planes, 65536, tiling, 132)[0]
+            assert blocks / (-(-blocks // slots) * slots) > (0.45 if planes == 1 else 0.9), planes      # of the last wave, too
+        assert launch_decode.split_keys(5000, 300, tiling, 132)[0] == 1      # enough without
+
+
+def test_counter_slots_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters that each launch finds zero and leaves zero. Half of the slots are for
+    graphs, and a slot is reused only after all others."""
+    monkeypatch.setattr(workspace, "private_stream", lambda: 7)
+    cleared = []
+    monkeypatch.setattr(workspace, "driver", SimpleNamespace(
+        cuMemAlloc=lambda size: (0, 4096), cuMemsetD8Async=lambda *where: (cleared.append(where) or 0,),
+        cuStreamSynchronize=lambda stream: (0,)))
+    zeros = workspace._Zeros(64, 8)
+    assert cleared == [(4096, 0, 512, 7)]
+    assert [zeros.take(False) for _ in range(5)] == [4096, 4160, 4224, 4288, 4096]
+    assert [zeros.take(True) for _ in range(5)] == [4352, 4416, 4480, 4544, 4352]
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DECODE[::7], ids=lambda case: case.name)
+def test_same_bits_from_run_to_run(case: Case) -> None:
+    args, kwargs = device_arguments(case.make())
+    first = None
+    for _ in range(20):
+        out, lse = (to_host(x) for x in fastattn.attention(*args, **kwargs, return_lse=True))
+        bits = out.view(np.uint16).tobytes() + lse.tobytes()
+        first = first or bits
+        assert bits == first
+
+
+@requires_gpu
+@pytest.mark.gpu
+def test_streams_at_once_and_graphs() -> None:
+    """Launches count their blocks in slots that later launches reuse; launches
+    that run at the same time have different slots."""
+    torch = pytest.importorskip("torch")
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch without CUDA")
+    q = torch.randn(2, 1, 8, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 2, 5000, 2, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
+    wanted, wanted_lse = fastattn.attention(q, k, v, return_lse=True)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    for n in range(400):
+        with torch.cuda.stream(streams[n % 4]):
+            results.append(fastattn.attention(q, k, v, return_lse=True))
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            results += [fastattn.attention(q, k, v, return_lse=True) for _ in range(3)]
+    for n in range(40):
+        with torch.cuda.stream(streams[n % 2]):
+            graphs[n % 2].replay()
+    torch.cuda.synchronize()
+    for out, lse in results:
+        assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)

@@ -1,0 +1,353 @@
+"""Scores of any finite size on the GPU: products and scales up to 1e30, biases of
+-1e9 and of the lowest finite number, sinks as large.
+
+Without a GPU: the code of the softmax and of the gradients runs on NumPy's float32, plans get inconsistent lengths, and merge_states gets
+FlashAttention's empty rows. With a GPU: every kernel family against float64. Gradients know the softmax through lse alone. Where lse has no
+bits left for the log of a sum, equal keys have P = 1 each.
+"""
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.tools.problems import NUMPY, Inputs
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+import fastattn
+from fastattn import UnsupportedError, buffers, gpu
+from fastattn.gpu.rows import launch as rows_launch
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.spec import FAR_LSE, LOG2E, BackwardCall, Spec, make_backward_spec
+from fastattn.gpu.tile import schedule, softmax
+from fastattn.problem import Operands, make_problem
+from tests.tools.devices import device_count, requires_gpu
+from tests.tools.gpu.cases import on_device, to_host
+from tests.tools.gpu.emulator import Memory, emulated, replaced
+
+Array = np.ndarray[Any, Any]
+F = np.float32
+LEAST = {"float32": float(np.finfo(F).min), "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).min)}
+
+
+# ---------------------------------------------------------------- the softmax's own lines, on float32 of numpy
+def _exp2(x: Any) -> Any:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp2(np.asarray(x, F)).astype(F)[()]
+
+
+def _fragment_exp2(acc: Array, scale: Any, *minus: Any) -> Array:
+    with np.errstate(over="ignore"):
+        return _exp2((acc.astype(np.float64) * np.float64(scale) - np.array(minus, np.float64)[:, None]).astype(F))
+
+
+FRAGMENTS = {      # a fragment is two rows; one thread has all of a row
+    "float32": F, "int32": int, "inline": lambda f: f, "exp2": _exp2, "log2": lambda x: F(np.log2(x)), "product": lambda x, y: F(x) * F(y),
+    "any_beyond": lambda x, y, limit: int(max(abs(x), abs(y)) > limit),
+    "quad_max": lambda x: x, "quad_sum": lambda x: x, "exp2_minus": _fragment_exp2, "row_sum": lambda acc: acc.sum(1, dtype=F),
+    "row_max": lambda acc, *before: np.maximum(acc.max(1), np.array(before, F)),
+    "minus_rows": lambda acc, *shifts: acc - np.array(shifts, F)[:, None],
+}
+
+
+def softmax_of(scores: Array, v: Array, scale: float, scaled: bool, tiles: int, hurry: bool) -> tuple[Array, Array]:
+    """out and lse of two rows, tile by tile as a kernel does it; `hurry`: the optimistic step first."""
+    a = SimpleNamespace(softmax_scale=F(scale), log2_scale=F(scale * LOG2E))
+    with replaced(("tile.softmax",), FRAGMENTS), np.errstate(all="ignore"):
+        update, optimistic, finish = softmax.make_softmax(Spec("float16", 64, 64, scaled=scaled))
+        state, out = (F(-np.inf), F(-np.inf), F(0), F(0)), np.zeros((2, v.shape[1]), F)
+        for acc, part in zip(np.split(scores.astype(F), tiles, 1), np.split(v, tiles), strict=True):
+            p, *parts, lags = optimistic(a, acc, *state[:2]) if hurry else (acc, 0, 0, 1)
+            if lags:
+                p, *state, alpha0, alpha1 = update(a, acc, *state)
+                out = out * np.array([alpha0, alpha1])[:, None]
+            else:
+                state = *state[:2], state[2] + parts[0], state[3] + parts[1]
+            out = out + p @ part
+        *factors, lse0, lse1 = finish(a, 0, *state)
+    return out * np.array(factors)[:, None], np.array([lse0, lse1])
+
+
+def exact_softmax(scores: Array) -> tuple[Array, Array]:
+    top = scores.max(1, keepdims=True, initial=-np.inf)
+    p = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = p.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(total > 0, p / total, 0), (top + np.log(total))[:, 0]
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", [1.0, 300.0, 2800.0, 2850.0, 5e4, 1e7, 1e11, 1e19, 1e30, 3e38])
+def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
+    """Rows around +-size, some differing by a few units in the last place,
+    with fully masked keys; rising and falling."""
+    draw = np.random.default_rng(int(np.log(size) * 100))
+    scale = 1.0 if scaled else 0.125
+    for sign in (1, -1):
+        base = np.nextafter(F(size), F(0)) * F(sign) if size > 1e38 else F(size * sign)
+        step = max(np.spacing(abs(base)), F(0.05))
+        scores = base - np.float64(sign) * step * draw.integers(0, 40, (2, 96))
+        scores[:, draw.permutation(96)[:20]] = -np.inf
+        scores[1] = np.sort(scores[1])
+        products = (scores / scale if size < 1e30 else scores).astype(F)
+        used = 1.0 if size >= 1e30 and not scaled else scale
+        v = draw.standard_normal((96, 3)).astype(F)
+        p, lse = exact_softmax(products.astype(np.float64) * F(used))
+        got, got_lse = softmax_of(products, v, used, scaled, 6, hurry)
+        np.testing.assert_allclose(got, p @ v, atol=3e-4, rtol=0)
+        np.testing.assert_allclose(got_lse, lse, rtol=3e-7, atol=1e-5)
+
+
+def test_a_fully_masked_row_next_to_an_ordinary_one() -> None:
+    scores = np.array([[-np.inf] * 8, [-np.inf] * 4 + [-1e30] * 4])
+    out, lse = softmax_of(scores, np.arange(8.0, dtype=F)[:, None], 1.0, True, 2, False)
+    np.testing.assert_array_equal(out[:, 0], [0, 5.5])
+    np.testing.assert_allclose(lse, [-np.inf, -1e30])
+
+
+# ---------------------------------------------------------------- what gradients start with
+def test_lse_of_far_rows() -> None:
+    """Their lse in units of log2 is FAR_LSE; a value next to 0 becomes 0, so that it cannot be mistaken for FAR_LSE."""
+    lse = np.array([0.5, -2800, 2900, -1e9, LEAST["float32"], 1e-38, -np.inf, np.inf, np.nan], F)[None, None]
+    n = lse.shape[-1]
+    x = np.ones((1, n, 1, 16), NUMPY["bfloat16"])
+    views = [buffers.view(array, "test", "x") for array in (x, lse)]
+    memory = Memory()
+    for view in views:
+        memory.allow(view)
+    problem, o = make_problem("test", Operands(*views[:1] * 3), packed=False)
+    call = BackwardCall(problem, o, views[0], views[0], views[1], None, fastattn.Grads(*views[:1] * 3, None, None), False)
+    with emulated(memory) as machine, rows_launch.preprocessed(call, make_backward_spec(call), machine.launcher("sm_90a"), 0) as rows:
+        natural, log2 = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(at)).copy() for at in (rows.lse, rows.log2))
+    np.testing.assert_array_equal(natural, [*lse[0, 0, :6], np.inf, np.nan, np.nan])
+    np.testing.assert_allclose(log2, [0.5 * LOG2E, -2800 * LOG2E, *[FAR_LSE] * 3, 0, np.inf, np.nan, np.nan], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- inconsistent lengths; empty parts
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_plan_of_inconsistent_lengths(by_keys: bool) -> None:
+    """Cumulative lengths that fall and rise again would give more tiles than 32 bits can count. The plan writes no more
+    than its table holds."""
+    batch, total, heads, block = 2000, 2**22, 64, 16
+    cu = np.tile(np.array([0, total], np.int64), batch // 2 + 1)[:batch + 1]
+    blocks, memory = 50, Memory()
+    memory.allow(buffers.view(cu, "test", "x"))
+    with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0) as table, \
+            mock.patch.object(schedule, "SORTED", 0):
+        lengths = [cu.ctypes.data, 8, cu.ctypes.data, 8, 0, 0]
+        machine.load(packed.plan_packed(False, block, by_keys)).launch(1, [table, *lengths, total, batch, heads, total, blocks], 0)
+        a = SimpleNamespace(table=table, batch=batch, num_heads=heads, num_heads_k=heads, head_group=1)
+        spec = Spec("float32", 16, 16, packed=True)
+        assert schedule.make_num_tiles(spec)(a) == blocks * heads
+        tile_at = schedule.make_tile_at(spec, block, by_keys)
+        for t in (0, blocks * heads - 1):
+            n, head, _, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)[:7]
+            start, length = (k_start, seqlen_k) if by_keys else (q_start, seqlen_q)
+            assert 0 <= head < heads and 0 <= start + n * block < start + length <= total
+
+
+def test_merge_counts_infinite_lse_as_empty() -> None:
+    draw = np.random.default_rng(0)
+    outs = [draw.standard_normal((3, 2, 5)).astype(F) for _ in range(2)]
+    lses = [draw.standard_normal((2, 3)).astype(F) for _ in range(2)]
+    expected = {}
+    for mark in (-np.inf, np.inf):
+        lses[0][0, 1] = lses[1][1] = lses[0][1, 2] = mark
+        out, lse = np.full((3, 2, 5), np.nan, F), np.full((2, 3), np.nan, F)
+        memory, views = Memory(), [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        for x in views:
+            memory.allow(x)
+        with emulated(memory) as machine:
+            rows_launch.merge_states(views[:2], views[2:4], views[4], views[5], machine.launcher(), 0)
+        expected[mark] = out, lse
+    for x, y in zip(*expected.values(), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert expected[np.inf][1][1, 2] == -np.inf and (expected[np.inf][0][2, 1] == 0).all()
+
+
+# ---------------------------------------------------------------- on a GPU, against float64
+FAMILIES = ("sm90", "sm80", "simt", "decode")
+
+
+def exact(inputs: Inputs) -> tuple[Array, Array, Array]:
+    """P, lse and scores, (batch, head, row, column): scores are float32, as every kernel has them, all else is float64."""
+    q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in inputs.args)
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    kwargs = inputs.kwargs
+    scores = q @ k.swapaxes(-1, -2) * np.float64(F(kwargs.get("softmax_scale", q.shape[-1] ** -0.5)))
+    bias = kwargs.get("bias")
+    with np.errstate(over="ignore"):
+        scores = (scores + (0 if bias is None else bias.astype(np.float64))).astype(F).astype(np.float64)
+    rows, keys = scores.shape[-2:]
+    if kwargs.get("causal"):
+        scores = np.where(np.arange(keys) <= np.arange(rows)[:, None] + keys - rows, scores, -np.inf)
+    p, lse = exact_softmax(scores.reshape(-1, keys))
+    p, lse = p.reshape(scores.shape), lse.reshape(scores.shape[:-1])
+    sinks = kwargs.get("sinks")
+    if sinks is not None:
+        whole = np.logaddexp(lse, sinks.astype(np.float64)[:, None])
+        p, lse = p * np.exp(lse - whole)[..., None], whole
+    return p, lse, scores
+
+
+def gradients(inputs: Inputs, p: Array, lse: Array, scores: Array) -> dict[str, Array]:
+    """Gradients with P = exp(score - lse): where lse is the maximum itself for
+    lack of bits, each key at the maximum has P = 1."""
+    q, k, v, dout = (x.astype(np.float64).swapaxes(1, 2) for x in (*inputs.args, inputs.dout))
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, 1) for x in (k, v))
+    p_lse = np.where((abs(lse) < 1e4)[..., None], p, np.exp(np.minimum(scores - lse.astype(F)[..., None], 0)))
+    out = p @ v
+    ds = p_lse * (dout @ v.swapaxes(-1, -2) - (dout * out).sum(-1, keepdims=True))
+    scale = float(F(inputs.kwargs.get("softmax_scale", q.shape[-1] ** -0.5)))
+
+    def keys(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(2)
+    return {"dq": scale * ds @ k, "dk": keys(scale * ds.swapaxes(-1, -2) @ q), "dv": keys(p_lse.swapaxes(-1, -2) @ dout)}
+
+
+def run(inputs: Inputs, family: str) -> None:
+    """Forward and backward of a family against float64."""
+    p, lse, scores = exact(inputs)
+    kwargs = {name: on_device(x) if isinstance(x, np.ndarray) else x for name, x in inputs.kwargs.items()}
+    args, names = [on_device(x) for x in inputs.args], ("sm80",) if family == "decode" else (family,)
+    eps = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1.5e-2}[inputs.dtype]     # scores of 1e4 are steps of 1e-3
+    with gpu.use(*names):
+        out, got_lse = fastattn.attention(*args, **kwargs, return_lse=True)
+        v = np.repeat(inputs.args[2].astype(np.float64).swapaxes(1, 2), p.shape[1] // inputs.args[2].shape[2], 1)
+        np.testing.assert_allclose(to_host(out).astype(np.float64).swapaxes(1, 2), p @ v, atol=eps * abs(v).max(), rtol=0)
+        np.testing.assert_allclose(to_host(got_lse), lse, rtol=1e-6, atol=1e-4)
+        if family == "decode":
+            return
+        try:
+            grads = fastattn.attention_backward(on_device(inputs.dout), *args, out, got_lse, **kwargs)
+        except UnsupportedError:
+            pytest.skip("no backward")
+    expected = gradients(inputs, p, lse, scores)
+    q, k = (abs(x.astype(np.float64)).max() for x in inputs.args[:2])
+    scale = abs(float(F(inputs.kwargs.get("softmax_scale", inputs.args[0].shape[-1] ** -0.5))))
+    # dP - delta is 0 but for rounding where a key takes all
+    sizes = {"dq": scale * k, "dk": scale * q, "dv": 1.0}
+    for name, x in expected.items():
+        got = to_host(getattr(grads, name)).astype(np.float64).swapaxes(1, 2)
+        if sizes[name] < 1e3 or name == "dv":
+            limit = 4 * eps * (abs(x).max() + sizes[name] * abs(inputs.dout.astype(np.float64)).max())
+            np.testing.assert_allclose(got, x, atol=limit, rtol=0, err_msg=name)
+        else:
+            assert not np.isnan(got).any(), name
+
+
+def supported(family: str) -> bool:
+    from fastattn.gpu.runtime.device import device
+    return family != "sm90" or device_count() == 0 or device(0).arch == "sm_90a"
+
+
+def make(family: str, dtype: str, seed: int, heads: int = 2, rows: int = 130, keys: int = 200, dim: int = 64, **kwargs: Any) -> Inputs:
+    draw = np.random.default_rng(seed)
+    if family == "decode":
+        rows, keys = 2, 1000
+    q, k, v, dout = (draw.standard_normal((1, n, heads, dim), dtype=F).astype(NUMPY[dtype]) for n in (rows, keys, keys, rows))
+    return Inputs((q, k, v), kwargs, dout, None)
+
+
+def dtypes(family: str) -> tuple[str, ...]:
+    return ("float32", "bfloat16") if family == "simt" else ("float16", "bfloat16")
+
+
+PRODUCTS = [pytest.param(family, dtype, causal, id=f"{family}-{dtype}{'-causal' * causal}")
+            for family in FAMILIES for dtype in dtypes(family) for causal in (False, True) if causal or dtype != "bfloat16"]
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "dtype", "causal"), PRODUCTS)
+def test_products(family: str, dtype: str, causal: bool) -> None:
+    """Key j has j + 1 parts of the largest product: the last key has all
+    weight, or the first where products are negative."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    for size in (1e4, 1e7, 1e11, 1e19, 1e30):
+        for sign in (1, -1):
+            inputs = make(family, dtype, 1, causal=causal, softmax_scale=1.0)
+            q, k, _ = inputs.args
+            q[:] = 16 * sign
+            k[:] = np.minimum(1 + np.arange(k.shape[1]), 256 if dtype == "bfloat16" else 2048)[:, None, None]
+            if k.shape[1] > 256 and dtype == "bfloat16":        # the last exact one for each
+                k[0, 256:] = 256
+                k[0, -1] = 512
+            inputs.kwargs["softmax_scale"] = size / (64 * 16)
+            run(inputs, family)
+    inputs = make(family, dtype, 2, causal=causal, softmax_scale=1.0)      # equal products
+    inputs.args[0][:], inputs.args[1][:] = 5e4, 5e4
+    inputs.dout[:] = 0
+    run(inputs, family)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales(family: str, causal: bool) -> None:
+    """Negative ones, that make scores of products themselves, and large ones: many blocks of keys, whose maxima come late."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    for dtype in dtypes(family):
+        for scale in (-1.0, 4.0, -0.125, 1e-31, -1e-31):
+            for rows, dim in ((17, 64), (130, 64), (130, 128), (130, 32)):
+                run(make(family, dtype, 5, rows=rows, keys=534, dim=dim, causal=causal, softmax_scale=scale), family)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["sm90", "sm80", "simt"])
+def test_biases(family: str, dtype: str, bias_dtype: str) -> None:
+    """A bias on whole rows, left padding under a causal mask, and a key to which a bias gives all weight."""
+    if not supported(family) or (dtype == "float32") != (family == "simt") or (bias_dtype == "bfloat16" and dtype != "bfloat16"):
+        pytest.skip("not a call of this family")
+    for value in (-1e4, -1e9, -1e10, LEAST[bias_dtype], 3e38):
+        for causal in (False, True):
+            inputs = make(family, dtype, 3, causal=causal)
+            bias = np.zeros((1, 1, 130, 200), F)
+            if value > 0:
+                bias[..., ::3, 7] = value
+            else:
+                bias[:, :, 5:70] = value
+                bias[..., :90] = value
+            inputs.kwargs["bias"] = bias.astype(NUMPY[bias_dtype])
+            run(inputs, family)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sinks(family: str) -> None:
+    """The largest and the lowest finite sink. For a row that only its sink
+    attends to, dout does not matter to dsinks."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    dtype = dtypes(family)[0]
+    inputs = make(family, dtype, 4, sinks=np.array([np.finfo(F).max, np.finfo(F).min], F))
+    run(inputs, family)
+    if family == "decode":
+        return
+    q, k, v, dout = (*inputs.args, inputs.dout)
+    mask, found = np.ones((1, 1, 130, 200), bool), []
+    mask[..., 9, :] = False
+    for bad in (1.0, np.nan):
+        dout[:, 9] = bad
+        q_, k_, v_, dout_, mask_, sinks_ = (on_device(x) for x in (q, k, v, dout, mask, np.array([0.5, -1], F)))
+        with gpu.use(family):
+            out, lse = fastattn.attention(q_, k_, v_, mask=mask_, sinks=sinks_, return_lse=True)
+            found.append(to_host(fastattn.attention_backward(dout_, q_, k_, v_, out, lse, mask=mask_, sinks=sinks_).dsinks))
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[0]).all()

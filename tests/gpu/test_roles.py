@@ -1,0 +1,137 @@
+"""The protocol of the Hopper forward, played without a GPU in random orders (tools/gpu/roles.py).
+
+Every block of keys that a row attends to enters its output exactly once, no role waits for ever, and none touches a buffer that another
+owns.
+"""
+from __future__ import annotations
+
+import itertools
+from collections import namedtuple
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.sm90 import forward as forward_sm90
+from fastattn.gpu.sm90 import launch as launch_sm90
+from fastattn.gpu.sm90.config import ForwardSm90Config
+from fastattn.gpu.sm90.config import choose_forward as tiling
+from fastattn.gpu.spec import Call, make_spec
+from fastattn.problem import Operands, Problem, make_problem, row_bounds
+from tests.tools.gpu.calls import Sequence, view, whole
+from tests.tools.gpu.emulator import Memory
+from tests.tools.gpu.roles import Play, edited, playing
+
+OUT = 1 << 40
+
+
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, **options: Any) -> Call:
+    q, k = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim)
+    problem, o = make_problem("attention", Operands(q, k, k), packed=False, **options)
+    return Call(problem, o, view(batch, seqlen_q, heads, dim, ptr=OUT), None)
+
+
+def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
+    """A launch of two blocks; `change` edits the kernel's text first."""
+    spec = make_spec(call.problem, call.operands, False)
+    config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
+    boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
+    made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.block_m // 64, boxes), Memory()
+    arguments = launch_sm90.forward_program(spec, config).arguments
+    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
+        memory.allow(x)
+    with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
+        kernel, _ = edited(forward_sm90.make_forward, change)(spec, config)
+        own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call)
+        made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
+    assert not any(made.counters.values()), "the counter is not as it was found"
+    return made
+
+
+def check(made: Play, p: Problem, sequences: list[Sequence]) -> None:
+    """Every 64 rows are stored once and have attended to all their keys."""
+    block_n, columns, stored = made.config.block_n, range(0, 64 * made.panels_v, 64), dict(made.stored)
+    from_registers = {divmod((address - OUT) // (p.head_dim_v * 2), p.num_heads): keys for address, keys in made.rows.items()}
+    for (plane, q_start, seqlen_q, k_start, seqlen_k), head in itertools.product(sequences, range(p.num_heads)):
+        for first in range(0, seqlen_q, 64):
+            last = min(first + 64, seqlen_q)
+            found = [stored.pop((q_start + first, head, plane, column), None) for column in columns]
+            found += [from_registers.pop((plane * p.seqlen_q + q_start + row, head), None) for row in range(first, last, 16)]
+            keys = set(found) - {None}
+            assert len(keys) == 1, f"rows {first} to {last} of head {head} are not stored, or differently"
+            blocks = keys.pop() or ()
+            assert len(set(blocks)) == len(blocks) and all(at.head == head // p.group and at.batch == plane for at in blocks)
+            bounds = [row_bounds(row, seqlen_q, seqlen_k, p.mask.left, p.mask.right, p.mask.top_left) for row in range(first, last)]
+            seen = {n for lo, hi in bounds for n in range(lo // block_n, -(-hi // block_n)) if lo < hi}
+            assert seen <= {(at.row - k_start) / block_n for at in blocks}
+            assert len(blocks) <= max(len(seen), 1) + made.config.block_m // block_n + 1, "blocks that no row of the tile sees"
+    assert not from_registers
+    assert all(row >= p.seqlen_q and not p.packed for row, _, _, _ in stored)     # outside the tensor, where TMA drops them
+
+
+CASES = {
+    "64": dense(2, 300, 300, 2, 1, 64), "64 causal": dense(1, 390, 390, 4, 2, 64, causal=True),
+    "64 few keys": dense(2, 130, 70, 2, 2, 64, causal=True), "128": dense(1, 257, 400, 2, 2, 128),
+    "128 causal": dense(1, 400, 400, 3, 1, 128, causal=True), "128 window": dense(1, 600, 600, 1, 1, 128, window=(100, 30)),
+    "128 one key": dense(2, 129, 1, 2, 1, 128), "192": dense(1, 200, 250, 2, 1, 192), "256": dense(1, 300, 300, 2, 1, 256),
+    "256 causal": dense(1, 400, 400, 2, 1, 256, causal=True), "256 more queries": dense(1, 400, 100, 1, 1, 256, causal=True),
+    "no keys": dense(1, 100, 0, 2, 2, 128), "dropout": dense(1, 200, 300, 2, 1, 128, dropout_p=0.1, seed=1),
+    "softcap": dense(1, 200, 300, 2, 1, 64, softcap=5.0, causal=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_once(name: str) -> None:
+    for seed in range(3):
+        check(play(CASES[name], seed), CASES[name].problem, whole(CASES[name].problem))
+
+
+@pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 32}, {"stages": 1, "block_n": 64}, {"out_panels": 0}, {"turns": False},
+                                    {"optimistic": False}, {"block_m": 64, "turns": False}], ids=str)
+def test_other_tilings(tuning: dict[str, Any]) -> None:
+    call = CASES["128 causal"]
+    for seed in range(2):
+        check(play(call, seed, **tuning), call.problem, whole(call.problem))
+
+
+@pytest.mark.parametrize(("dim", "causal"), [(64, False), (64, True), (128, True), (256, True)])
+def test_packed_sequences(dim: int, causal: bool) -> None:
+    lengths_q, lengths_k = [130, 0, 64, 200, 5], [130, 40, 0, 90, 300]
+    cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
+    q, k = view(int(cu[0][-1]) + 70, 2, dim), view(int(cu[1][-1]), 1, dim)      # 70 rows of no sequence
+    o = Operands(q, k, k, None, None, None, None, *(view(6, ptr=x.ctypes.data, dtype="int32") for x in cu))
+    problem, o = make_problem("attention_varlen", o, packed=True, causal=causal)
+    call = Call(problem, o, view(*q.shape, ptr=OUT), None)
+    sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(5)]
+    for seed in range(2):
+        check(play(call, seed), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
+
+
+MUTANTS = {
+    "K not waited for": ("                mbarrier.wait(base + K_FULL + 8 * stage, parity)\n", ""),
+    "Q not waited for": ("                mbarrier.wait(base + Q_FULL, int32(i & 1))\n", ""),
+    "V not waited for": ("        mbarrier.wait(base + V_FULL + 8 * before, parity)\n", ""),
+    "K given back early": ("            acc_s = wgmma.wait_all_but_one(acc_s)\n",
+                           "            release_k(base, stage, n_block, n_min, lane)\n            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
+    "Q overwritten": ("                mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))\n", ""),
+    "Q never given back": ("            if n_block == n_min:\n                mbarrier.arrive(base + Q_EMPTY)\n", ""),
+    "turn kept": ("        acc_o = pv(acc_o, p, v_stage(base, before))\n        wgmma.commit()\n        pass_turn(w)\n",
+                  "        acc_o = pv(acc_o, p, v_stage(base, before))\n        wgmma.commit()\n"),
+    "wrong V": ("            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)\n",
+                "            acc_s, acc_o = issue(base, w, acc_o, p, stage, stage, parity)\n"),
+    "O not waited for": ("                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1)))\n",
+                         "                acc_o = issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1))\n"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_faults_are_found(mutant: str) -> None:
+    call = CASES["128 causal"]
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            check(play(call, seed, MUTANTS[mutant]), call.problem, whole(call.problem))

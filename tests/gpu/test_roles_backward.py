@@ -1,0 +1,140 @@
+"""The protocol of the Hopper backward, played without a GPU in random orders (tools/gpu/roles_backward.py)."""
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections import namedtuple
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn import Grads
+from fastattn.gpu.rows.launch import padded_rows
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.sm90 import backward as backward_sm90
+from fastattn.gpu.sm90 import launch as launch_sm90
+from fastattn.gpu.sm90.config import choose_backward as tiling
+from fastattn.gpu.spec import BackwardCall, make_backward_spec
+from fastattn.problem import Operands, make_problem, row_bounds
+from tests.tools.gpu.calls import Sequence, view, whole
+from tests.tools.gpu.emulator import Memory
+from tests.tools.gpu.roles import edited, playing
+from tests.tools.gpu.roles_backward import BackwardPlay
+
+DK, DV = 1 << 44, 1 << 45
+
+
+def backward(q: Any, k: Any, o: Operands, packed: bool, deterministic: bool = False, **options: Any) -> BackwardCall:
+    problem, o = make_problem("attention_backward", o, packed=packed, **options)
+    lse = view(*problem.lse_shape, dtype="int32")
+    return BackwardCall(problem, o, q, q, lse, None, Grads(q, replace(k, ptr=DK), replace(k, ptr=DV)), deterministic)
+
+
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, **options: Any) -> BackwardCall:
+    q, k = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim)
+    return backward(q, k, Operands(q, k, k), False, **options)
+
+
+def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> list[BackwardPlay]:
+    """A launch, block by block; `change` edits the kernel's text first."""
+    spec = make_backward_spec(call)
+    config, memory, made = replace(tiling(spec), **tuning), Memory(), []
+    arguments = launch_sm90.backward_program(spec, config).arguments
+    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
+        memory.allow(x)
+    with (playing(BackwardPlay(config, 0, seed), memory) as machine,
+          packed.table(call, 128, machine.launcher(), 0, True) as table):
+        heads = call.problem.num_heads_k
+        tiles = packed.most_tiles(call, 128, True)
+        own = ("q", "k", "v", "dout", "rows", 0, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads, 1.0, 0, 0, 0, 0)
+        values = namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.values(call, own))  # type: ignore[misc]
+        # blocks past the end look at an entry that is not there before they know, and go
+        count = ctypes.c_int32.from_address(table + (call.problem.batch + 1) * packed.ENTRY).value if call.problem.packed else tiles
+        for block in range(count):
+            made.append(BackwardPlay(config, block, seed * 100 + block))
+            with playing(made[-1], memory):
+                made[-1].run(edited(backward_sm90.make_backward, change)(spec, config)[0], values)
+    return made
+
+
+def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence]) -> None:
+    """Each block of keys has used every block of queries that attends to it once, for dK and dV. Each block of queries
+    has got its eight
+    pieces of dQ from every block of keys that it attends to."""
+    p, block_m = call.problem, made[0].config.block_m
+    stride = p.num_heads_k * p.head_dim * 2
+    results = {(pointer, key): (kind, rows) for one in made for kind, pointer, key, end, rows in one.results if key < end}
+    sums = [(q, k) for one in made for (_, k), q in one.sums.items()]
+    expected_sums = []
+    for (plane, q_start, seqlen_q, k_start, seqlen_k), head_k in itertools.product(sequences, range(p.num_heads_k)):
+        bounds = [row_bounds(row, seqlen_q, seqlen_k, p.mask.left, p.mask.right, p.mask.top_left) for row in range(seqlen_q)]
+        heads = range(head_k * p.group, head_k * p.group + p.group)
+        for first in range(0, seqlen_k, 128):
+            end = min(first + 128, seqlen_k)
+            seen = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
+            blocks = [(q_start + m * block_m, head, plane) for head in heads for m in seen]
+            expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * 8
+            for key, (pointer, kind) in itertools.product(range(first, end, 16), ((DK, "dK"), (DV, "dV"))):
+                at = pointer + plane * p.seqlen_k * stride + k_start * stride + head_k * p.head_dim * 2
+                assert results.pop((at, key)) == (kind if blocks else "0", tuple(blocks))
+    assert not results
+    assert sorted(sums) == sorted(expected_sums) if not call.deterministic else not sums
+
+
+CASES = {
+    "64": dense(1, 300, 200, 2, 1, 64), "64 causal": dense(2, 300, 300, 1, 1, 64, causal=True), "128": dense(1, 200, 300, 2, 2, 128),
+    "128 causal": dense(1, 300, 300, 2, 1, 128, causal=True), "128 window": dense(1, 400, 400, 1, 1, 128, window=(70, 20)),
+    "one query": dense(2, 1, 130, 2, 1, 128), "no queries for some keys": dense(1, 64, 300, 1, 1, 128, causal="top_left"),
+    "deterministic": dense(1, 200, 200, 1, 1, 128, causal=True, deterministic=True), "softcap": dense(1, 200, 200, 1, 1, 64, softcap=3.0),
+    "dropout": dense(1, 200, 200, 2, 1, 128, dropout_p=0.1, seed=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_once(name: str) -> None:
+    for seed in range(3):
+        check(CASES[name], play(CASES[name], seed), whole(CASES[name].problem))
+
+
+@pytest.mark.parametrize("tuning", [{"crowded": True}, {"q_stages": 2}], ids=str)
+def test_other_orders(tuning: dict[str, Any]) -> None:
+    for seed in range(3):
+        check(CASES["128 causal"], play(CASES["128 causal"], seed, **tuning), whole(CASES["128 causal"].problem))
+
+
+@pytest.mark.parametrize(("dim", "causal"), [(64, True), (128, False), (128, True)])
+def test_packed_sequences(dim: int, causal: bool) -> None:
+    lengths_q, lengths_k = [130, 0, 64, 5], [130, 40, 0, 200]
+    cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
+    q, k = view(int(cu[0][-1]), 2, dim), view(int(cu[1][-1]), 1, dim)
+    o = Operands(q, k, k, None, None, None, None, *(view(5, ptr=x.ctypes.data, dtype="int32") for x in cu))
+    call = backward(q, k, o, True, causal=causal)
+    sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(4)]
+    for seed in range(2):
+        check(call, play(call, seed), sequences)
+
+
+MUTANTS = {
+    "dS not waited for": ("                    mbarrier.wait(base + DS_FULL, int32(other ^ 1))\n", ""),
+    "dO not waited for": ("            mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))\n", ""),
+    "Q overwritten": ("                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)\n", ""),
+    "dO overwritten": ("                mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))\n", ""),
+    "dO never given back": ("                    mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))\n", "                    pass\n"),
+    "dQ stored early": ("        tma.wait_read()\n        warp()\n", "        warp()\n"),
+    "Q of another block": ("before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
+                               "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
+    "dS without a meeting": ("        barrier(int32(OWN_BARRIER + w), int32(128))     # dK", "        # dK"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_faults_are_found(mutant: str) -> None:
+    call = CASES["128 causal"]
+    with pytest.raises((AssertionError, AttributeError)):
+        for seed in range(20):
+            check(call, play(call, seed, MUTANTS[mutant]), whole(call.problem))

@@ -1,0 +1,132 @@
+"""The tolerance of every test of numbers: error against float64 at most 2x the error of the same computation done naively in the
+input's precision, plus that dtype's rounding of the result.
+
+Errors are Frobenius norms per tensor. The naive computation is the reference's own code in float32 with P and dS rounded to the
+input's dtype before they are multiplied, and rounded outputs. "Rounding of the result" of a gradient is taken relative to
+the terms it is the difference of, dP and delta: with one key they cancel and the exact dq is 0. NaN never passes.
+
+A probability below NOTHING may count as 0: engines flush there, because products of such numbers become denormal. It matters only
+where all keys are that far below a sink; out and gradients of that row are then almost 0.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastattn import Grads, reference, register_engine
+from fastattn.buffers import View
+from fastattn.problem import Operands, Problem
+from tests.tools.problems import Inputs
+
+Array = np.ndarray[Any, Any]
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+FACTOR = 2.0
+NOTHING = {"float32": 2.0**-100, "float64": 2.0**-1000}
+
+
+class _Naive:
+    """The reference in the input's precision, as an engine."""
+
+    @staticmethod
+    def supports(problem: Problem) -> str | None:
+        return None
+
+    @staticmethod
+    def _precision(problem: Problem) -> reference.Precision:
+        low = problem.dtype if problem.dtype in ("float16", "bfloat16") else None
+        return reference.Precision("float32", low, from_lse=True)
+
+    @classmethod
+    def forward(cls, problem: Problem, o: Operands, out: View, lse: View | None, stream: None) -> None:
+        reference.forward(problem, o, out, lse, cls._precision(problem))
+
+    @classmethod
+    def backward(cls, problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: None,
+                 deterministic: bool) -> None:
+        reference.backward(problem, o, dout, out, lse, dlse, grads, cls._precision(problem))
+
+
+register_engine("naive", _Naive.forward, _Naive.backward, _Naive.supports, device="cpu")
+
+
+class Judge:
+    """Exact and naive results of one problem; `forward` and `backward` raise AssertionError for a result that is too far off."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.dtype = inputs, inputs.dtype
+        self.exact_inputs = inputs.float64()
+        self.exact = self.exact_inputs.forward("reference")
+        # float64 has no better arithmetic to be judged by: its rival is float32's error scaled to its rounding
+        self.rival = inputs.map(_to_float32) if self.dtype == "float64" else inputs
+        self.shrink = EPS["float64"] / EPS["float32"] if self.dtype == "float64" else 1.0
+        self.naive = self.rival.forward("naive")
+        sizes = [1 + norm(x) for x in (*self.exact_inputs.args[:3], self.exact_inputs.dout)]
+        self.nothing = NOTHING["float64" if self.dtype == "float64" else "float32"] * float(np.prod(sizes))
+
+    def forward(self, out: Any, lse: Any) -> None:
+        compute = "float64" if self.dtype == "float64" else "float32"
+        self._check("out", out, self.exact[0], self.naive[0], self.dtype, norm(self.exact[0]))
+        # a logit's rounding is absolute: q.k may cancel
+        size = np.sqrt(np.isfinite(self.exact[1]).sum())
+        self._check("lse", lse, self.exact[1], self.naive[1], compute, norm(self.exact[1]) + float(size))
+
+    def backward(self, grads: Grads) -> None:
+        exact = self.exact_inputs.backward(*self.exact, "reference")
+        naive = self.rival.backward(*self.naive, "naive")
+        for name, got, e, n, terms in zip(Grads._fields, grads, exact, naive, self._terms(), strict=True):
+            assert (got is None) == (e is None), f"{name} is {type(got)}"
+            if got is not None:
+                # out is given in the input's dtype, and all gradients inherit its rounding through delta
+                self._check(name, got, e, n, np.asarray(got).dtype.name, norm(e) + norm(terms), self.dtype)
+
+    def _terms(self) -> Grads:
+        """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""
+        inputs, (out, lse) = self.exact_inputs, self.exact
+        zero = np.zeros_like(out)
+        terms = inputs.backward(zero, lse, "reference")
+        if terms.dbias is None and terms.dsinks is None:
+            return terms
+        delta = np.abs(inputs.dout * out).sum(axis=-1)
+        delta = delta if inputs.kwargs.get("layout") == "bhsd" else delta.swapaxes(-1, -2)
+        dlse = delta if inputs.dlse is None else delta + np.abs(inputs.dlse)
+        positive = replace(inputs, dlse=dlse).backward(zero, lse, "reference")
+        return terms._replace(dbias=positive.dbias, dsinks=positive.dsinks)
+
+    def _check(self, name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None) -> None:
+        close(name, got, exact, naive, dtype, size, rounding, self.shrink, self.nothing)
+
+
+def close(name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None, shrink: float = 1.0,
+          nothing: float = 0.0) -> None:
+    """The rule: AssertionError where `got` is of another shape or dtype, or farther from `exact` than the naive rival allows.
+
+    `size` is the norm that a rounding of the result is taken of, in `dtype` or, if that is coarser, in `rounding`. `shrink`: the rival's
+    precision is that much worse than `got`'s. `nothing`: what may be lost where probabilities count as 0.
+    """
+    got = np.asarray(got)
+    assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
+    assert got.dtype.name == dtype, f"{name} has dtype {got.dtype}, expected {dtype}"
+    error, rival = distance(got, exact), distance(naive, exact) * shrink
+    # two roundings of the arithmetic on top: with few elements the rival may just have been lucky
+    allowed = FACTOR * rival + (max(EPS[dtype], EPS[rounding or dtype]) + 2 * EPS["float32"] * shrink) * size + nothing
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (naive {rival:.3e}, exact norm {norm(exact):.3e})"
+
+
+def _to_float32(x: Array) -> Array:
+    return x.astype(np.float32) if x.dtype == np.float64 else x
+
+
+def norm(x: Array) -> float:
+    x = np.asarray(x, np.float64)
+    return float(np.linalg.norm(x[np.isfinite(x)]))
+
+
+def distance(got: Array, exact: Array) -> float:
+    """Frobenius norm of the difference; infinite where the infinities or NaNs of the two differ."""
+    a, b = np.asarray(got).astype(np.float64), np.asarray(exact).astype(np.float64)
+    if np.isnan(a).any() or np.isnan(b).any() or not np.array_equal(np.isinf(a) * np.sign(a), np.isinf(b) * np.sign(b)):
+        return float("inf")
+    finite = np.isfinite(b)
+    return float(np.linalg.norm(a[finite] - b[finite]))

@@ -1,0 +1,365 @@
+"""Cases for the forward and backward tests of the GPU engine: several tiles, few queries, random ones. Arrays on the
+device. All kernels that
+the selected tests need, compiled in parallel before them.
+
+The tensor-core families take 16-bit floats only, so they run each case with its dtype replaced by one.
+"""
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastattn import UnsupportedError, gpu
+from tests.tools.compare import Judge
+from tests.tools.devices import device_count
+from tests.tools.gpu.poison import poison
+from tests.tools.problems import NUMPY, Case, Inputs
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+
+import fastattn
+from fastattn import Grads, buffers, dlpack, streams
+from fastattn.device_array import DeviceArray
+from fastattn.gpu import precompile
+from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
+from fastattn.problem import Operands, make_problem
+
+HALVES = ("float16", "bfloat16")
+Array = np.ndarray[Any, Any]
+TIMES = float(os.environ.get("FASTATTN_FUZZ", "1"))
+
+
+# ---------------------------------------------------------------- cases that need several tiles, and what a family takes
+def _large() -> Iterator[Case]:
+    """Sizes around the tiles of the tensor-core kernels, and every feature over several of them."""
+    base = Case("large", "bfloat16", seqlen_q=300, seqlen_k=700, head_dim=128, causal=True)
+    for dim, lengths in ((64, (127, 128, 129, 191, 192, 193, 385)), (128, (63, 64, 65, 127, 128, 129, 257)), (256, (79, 80, 81, 129, 161))):
+        for n in lengths:
+            yield replace(base, name=f"tiles_{dim}_{n}", head_dim=dim, seqlen_q=n, seqlen_k=n, dtype="float16")
+            yield replace(base, name=f"tiles_{dim}_{n}_full", head_dim=dim, seqlen_q=129, seqlen_k=n, causal=False)
+    for dim in (16, 32, 80, 96, 192):
+        yield replace(base, name=f"large_{dim}", head_dim=dim)
+    for dim, dim_v in ((192, 128), (128, 192), (64, 256)):
+        yield replace(base, name=f"large_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, dtype="float16")
+    features: dict[str, dict[str, Any]] = {
+        "gqa": {"num_heads": 8, "num_heads_k": 2}, "window": {"window": (150, None)}, "window_both": {"window": (33, 70), "causal": False},
+        "narrow": {"window": (3, 0)}, "top_left": {"causal": "top_left"}, "softcap": {"softcap": 5.0}, "alibi": {"alibi": "batch"},
+        "bias": {"bias": (2, 2, 300, 700)}, "bias_float32": {"bias": (2, 300, 700), "bias_dtype": "float32"},
+        "bias_row": {"bias": (1, 700)}, "bias_column": {"bias": (2, 1, 300, 1)}, "bias_inf": {"bias": (2, 2, 300, 700), "bias_inf": True},
+        "mask": {"mask": (2, 1, 300, 700)}, "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.2}, "one_key": {"seqlen_k": 1},
+        "more_queries": {"seqlen_q": 700, "seqlen_k": 300}, "huge": {"softmax_scale": 40.0}, "negative": {"softmax_scale": -0.1},
+        "zero_scale": {"softmax_scale": 0.0}, "bhsd": {"layout": "bhsd"}, "sliced": {"memory": "sliced"},
+        "transposed": {"memory": "transposed"}, "dim_first": {"memory": "dim_first"},
+    }
+    for (name, settings), dim in itertools.product(features.items(), (64, 128)):
+        yield replace(base, name=f"large_{name}_{dim}", **{**settings, "head_dim": dim})
+    packed = replace(base, lengths_q=(300, 0, 129, 1, 64), lengths_k=(300, 40, 700, 130, 0))
+    for dim in (64, 128, 256):
+        yield replace(packed, name=f"large_packed_{dim}", head_dim=dim)
+        yield replace(packed, name=f"large_packed_full_{dim}", head_dim=dim, causal=False, spare=5, dtype="float16")
+    yield replace(packed, name="large_packed_used", used_k=(250, 40, 0, 130, 0), num_heads=4, num_heads_k=1, window=(200, 10))
+    for dim, dim_v in ((160, None), (192, 128), (256, None)):        # gradients of keys past seqused_k, in a tile with used ones and alone
+        yield replace(packed, name=f"large_packed_used_{dim}", used_k=(250, 40, 0, 1, 0), head_dim=dim, head_dim_v=dim_v, spare=7)
+    yield replace(packed, name="large_packed_used_dropout", used_k=(250, 3, 1, 130, 0), head_dim=256, dropout_p=0.2, dtype="float16")
+    yield replace(packed, name="large_packed_all", alibi="batch", bias=(5, 1, 300, 700), mask=(1, 2, 1, 700), sinks=True, dropout_p=0.1,
+                  softcap=9.0)
+
+
+def _decode() -> Iterator[Case]:
+    """Few queries and many keys: the keys are split (decode/launch.py)."""
+    base = Case("decode", "bfloat16", num_heads=8, num_heads_k=2, seqlen_q=1, seqlen_k=1000, head_dim=128, causal=True)
+    for dim, dim_v in ((64, 64), (128, 64), (64, 128), (128, 128)):
+        for dtype in HALVES:
+            yield replace(base, name=f"decode_{dim}_{dim_v}_{dtype}", head_dim=dim, head_dim_v=dim_v, dtype=dtype, seqlen_q=3)
+    for dim in (64, 128):
+        for keys in (256, 257, 511, 4099):
+            yield replace(base, name=f"decode_{dim}_{keys}", head_dim=dim, seqlen_k=keys, causal=False, dtype="float16")
+    changes: dict[str, dict[str, Any]] = {
+        "window": {"window": (300, None)}, "window_both": {"window": (100, 50), "causal": False, "seqlen_q": 4},
+        "narrow": {"window": (3, 0)}, "top_left": {"causal": "top_left", "seqlen_q": 4}, "softcap": {"softcap": 5.0},
+        "sinks": {"sinks": True, "seqlen_q": 2},
+        "huge": {"softmax_scale": 40.0}, "negative": {"softmax_scale": -0.1}, "zero_scale": {"softmax_scale": 0.0},
+        "multi_head": {"num_heads": 3, "num_heads_k": 3, "seqlen_q": 16}, "multi_query": {"num_heads": 16, "num_heads_k": 1},
+        "odd_group": {"num_heads": 10, "num_heads_k": 2, "seqlen_q": 3},
+        "many": {"batch": 70, "num_heads": 6, "num_heads_k": 6, "seqlen_k": 300},
+        "long": {"batch": 1, "seqlen_k": 40000}, "bhsd": {"layout": "bhsd"}, "transposed": {"memory": "transposed", "seqlen_q": 2},
+        "all": {"window": (700, None), "softcap": 9.0, "sinks": True, "seqlen_q": 4}}
+    for (name, settings), dim in itertools.product(changes.items(), (64, 128)):
+        yield replace(base, name=f"decode_{name}_{dim}", **{**settings, "head_dim": dim})
+
+
+DECODE = list(_decode())
+LARGE = [*_large(), *DECODE]
+SMALL = [replace(case, name=f"small_{case.name}") for case in (
+    Case("plain", "bfloat16", batch=1, seqlen_q=130, head_dim=64),
+    Case("causal", "float16", batch=1, seqlen_q=150, head_dim=128, causal=True),
+    Case("features", "bfloat16", seqlen_q=70, seqlen_k=140, head_dim=64, causal=True, window=(60, None), softcap=3.0, alibi="heads",
+         bias=(2, 1, 70, 140), mask=(2, 1, 1, 140), sinks=True, dropout_p=0.2),
+    Case("packed", "bfloat16", lengths_q=(70, 0, 33), lengths_k=(90, 4, 130), spare=3, head_dim=128, causal=True),
+    Case("odd", "float16", seqlen_q=37, head_dim=40, head_dim_v=24, memory="sliced"),
+    Case("decode", "bfloat16", num_heads=8, num_heads_k=2, seqlen_q=1, seqlen_k=400, head_dim=128))]
+
+
+def for_family(case: Case, family: str) -> Case:
+    """The case with a dtype that the family may take."""
+    if family in ("any", "simt") or case.dtype in HALVES:
+        return case
+    return replace(case, dtype=HALVES[zlib.crc32(case.name.encode()) % 2], bias_dtype=case.bias_dtype and "float32")
+
+
+def must_take(case: Case, family: str) -> bool:
+    """Whether a refusal is an error."""
+    if family in ("any", "simt"):
+        return True
+    dims = (case.head_dim, case.head_dim_v or case.head_dim)
+    rows, keys = case.seqlen_q, case.seqlen_q if case.seqlen_k is None else case.seqlen_k
+    if case.lengths_q is not None:
+        rows, keys = sum(case.lengths_q), sum(case.lengths_q if case.lengths_k is None else case.lengths_k)
+    ordinary = case.dtype in HALVES and max(dims) <= 256 and keys > 0 and rows > 0 and case.batch > 0
+    several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
+    if family == "sm90" and max(dims) > 192 and several:
+        return False                                        # not enough registers
+    return ordinary and (family == "sm80" or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
+
+
+def families_here(families: tuple[str, ...] = gpu.FAMILIES) -> list[str]:
+    """The `families` that run on this device, and "any", the engine's own choice."""
+    from fastattn.gpu.runtime.device import device
+    return ["any", *(family for family in families if family != "sm90" or device_count() == 0 or device(0).arch == "sm_90a")]
+
+
+def wanted(family: str) -> tuple[str, ...]:
+    return gpu.FAMILIES if family == "any" else (family,)
+
+
+def pairs(cases: list[Case], families: tuple[str, ...] = gpu.FAMILIES) -> Any:
+    given = [pytest.param(case, family, id=f"{case.name}-{family}") for case in cases for family in families_here(families)]
+    return pytest.mark.parametrize(("case", "family"), given)
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "full": {}, "causal": {"causal": True}, "window": {"window": True}, "packed": {"causal": True, "packed": True},
+    "packed_window": {"window": True, "packed": True, "sinks": True},
+    "scores": {"causal": True, "softcap": 4.0, "alibi": "heads", "bias": True},
+    "masks": {"mask": True, "bias": True, "bias_inf": True}, "dropout": {"causal": True, "dropout_p": 0.3},
+    "all": {"causal": True, "window": True, "packed": True, "softcap": 4.0, "alibi": "batch", "bias": True, "mask": True, "sinks": True,
+            "dropout_p": 0.1},
+}
+
+
+def fuzz_cases(profile: str, count: int) -> list[Case]:
+    """Random lengths, heads, limits and layouts; dtype, head sizes and features are the profile's, so that it is one kernel a family."""
+    draw = random.Random(profile)
+    dim, dim_v = draw.choice([(64, None), (128, None), (128, 64), (256, None), (80, None)])
+    dtype = draw.choice(HALVES)
+    return [_fuzz_case(draw, profile, n, dim, dim_v, dtype) for n in range(count)]
+
+
+def _fuzz_case(draw: random.Random, profile: str, n: int, dim: int, dim_v: int | None, dtype: str) -> Case:
+    on = PROFILES[profile]
+
+    def length() -> int:
+        return draw.choice([draw.randint(1, 40), draw.randint(1, 700), draw.choice([63, 64, 65, 127, 128, 129, 192, 256, 257, 384, 512])])
+    heads_k, group, batch = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 3)
+    rows, keys = length(), length()
+    shape: dict[str, Any] = {"batch": batch, "seqlen_q": rows, "seqlen_k": keys, "layout": draw.choice(["bshd", "bhsd"])}
+    if on.get("packed"):
+        count = draw.randint(1, 5)
+        lengths_q, lengths_k = (tuple(draw.choice([0, length(), length()]) for _ in range(count)) for _ in range(2))
+        lengths_q, lengths_k = (*lengths_q[:-1], rows), (*lengths_k[:-1], keys)
+        used = tuple(draw.randint(0, k) for k in lengths_k) if n % 2 else None
+        shape = {"lengths_q": lengths_q, "lengths_k": lengths_k, "used_k": used, "spare": draw.choice([0, 3])}
+        batch, rows, keys = count, max(lengths_q), max(lengths_k)
+
+    def broadcast() -> tuple[int, ...]:
+        return tuple(size if draw.random() < 0.6 else 1 for size in (batch, heads_k * group, rows, keys))
+    return Case(f"fuzz_{profile}_{n}", dtype, num_heads=heads_k * group, num_heads_k=heads_k, head_dim=dim, head_dim_v=dim_v,
+                causal=draw.choice([True, "top_left"]) if on.get("causal") else False,
+                window=(draw.randint(0, 300), draw.randint(0, 300)) if on.get("window") else None, softcap=on.get("softcap"),
+                alibi=on.get("alibi"), bias=broadcast() if on.get("bias") else None, bias_dtype="float32",
+                bias_inf=on.get("bias_inf", False), mask=broadcast() if on.get("mask") else None,
+                sinks=on.get("sinks", False), dropout_p=on.get("dropout_p", 0.0),
+                memory=draw.choice(["contiguous", "contiguous", "transposed"]), **shape)
+
+
+# ---------------------------------------------------------------- arrays on the device, strides and all
+def _driver() -> Any:
+    return streams.driver()
+
+
+class Strided:
+    """A NumPy array's copy on device 0 with its strides, negative ones too; it has DLPack alone."""
+
+    def __init__(self, x: Array) -> None:
+        place = buffers.view(x, "test", "x")
+        low, high = place.bytes_range()
+        self.shape, self.strides, self.dtype = place.shape, place.strides, place.dtype
+        with streams.on_device(0):
+            self.memory = int(streams.check(_driver().cuMemAlloc(max(high - low, 1)), "cuMemAlloc"))
+            if high > low:
+                streams.check(_driver().cuMemcpyHtoD(self.memory, low, high - low), "cuMemcpyHtoD")
+        self.ptr = self.memory + place.ptr - low
+
+    def __del__(self) -> None:
+        with streams.on_device(0):
+            _driver().cuMemFree(self.memory)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **_: Any) -> Any:
+        return dlpack.capsule(self, self.ptr, self.shape, self.strides, self.dtype, 0, max_version)
+
+
+@lru_cache
+def torch() -> Any:
+    """torch with CUDA, or None: not there, or FASTATTN_TEST_TORCH=0."""
+    if os.environ.get("FASTATTN_TEST_TORCH") == "0":
+        return None
+    try:
+        import torch as module
+    except ImportError:
+        return None
+    return module if module.cuda.is_available() else None
+
+
+def on_device(x: Array) -> Any:
+    """A copy with the same strides, gaps included: a torch tensor, or a Strided where torch is not there or has no such strides."""
+    if torch() is None or any(s < 0 for s in x.strides):
+        return Strided(x)
+    dtype = getattr(torch(), x.dtype.name)
+    if 0 in x.shape:
+        return torch().empty(x.shape, dtype=dtype, device="cuda")
+    place = buffers.view(x, "test", "x")
+    low, high = place.bytes_range()
+    raw = torch().frombuffer(bytearray(ctypes.string_at(low, high - low)), dtype=torch().uint8).cuda()
+    size = x.dtype.itemsize
+    return torch().as_strided(raw.view(dtype), x.shape, [s // size for s in x.strides], (place.ptr - low) // size)
+
+
+def to_host(x: Any) -> Array:
+    """A result as an ndarray; waits for the device."""
+    if torch() is not None and isinstance(x, torch().Tensor):
+        if x.dtype == torch().bfloat16:
+            return np.asarray(x.contiguous().view(torch().int16).cpu().numpy()).view(NUMPY["bfloat16"])
+        return np.asarray(x.cpu().numpy())
+    ptr = x.view().ptr if isinstance(x, DeviceArray) else x.ptr
+    host = np.empty(x.shape, NUMPY[x.dtype])
+    with streams.on_device(0):
+        streams.check(_driver().cuCtxSynchronize(), "cuCtxSynchronize")
+        if host.nbytes:
+            streams.check(_driver().cuMemcpyDtoH(host.ctypes.data, ptr, host.nbytes), "cuMemcpyDtoH")
+    return host
+
+
+def device_arguments(inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of the public function, arrays on the device; lengths there cannot be read, so their maxima are given."""
+    kwargs = {name: on_device(x) if isinstance(x, np.ndarray) else x for name, x in inputs.kwargs.items()}
+    if inputs.packed:
+        kwargs |= {f"max_seqlen_{side}": int(np.diff(cu).max(initial=0)) for side, cu in (("q", inputs.args[3]), ("k", inputs.args[4]))}
+    return [on_device(x) for x in inputs.args], kwargs
+
+
+def function_of(inputs: Inputs) -> Any:
+    return fastattn.attention_varlen if inputs.packed else fastattn.attention
+
+
+@lru_cache(maxsize=64)
+def judged(case: Case) -> tuple[Inputs, Judge]:
+    inputs = case.make()
+    return inputs, Judge(inputs)
+
+
+# ---------------------------------------------------------------- every kernel that is needed, compiled at once
+def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backward: bool = False) -> list[Any]:
+    """The kernels of a case in one direction, found without a device."""
+    inputs = for_family(case, family).make()
+
+    def dry(x: Any) -> Any:
+        if x is None:
+            return None
+        place = buffers.view(x, "test", "x")
+        return replace(place, ptr=(1 << 20) + place.ptr - place.bytes_range()[0], device=precompile.HERE)
+    arrays = {name: dry(inputs.kwargs.get(name)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    swap = inputs.kwargs.get("layout") == "bhsd"
+    canonical = [dry(x.swapaxes(1, 2) if swap else x) for x in inputs.args]
+    lengths = {}
+    if inputs.packed:
+        arrays |= {"cu_seqlens_q": canonical[3], "cu_seqlens_k": canonical[4]}
+        lengths = {f"max_seqlen_{side}": int(np.diff(cu).max(initial=0)) for side, cu in (("q", inputs.args[3]), ("k", inputs.args[4]))}
+    settings = {name: x for name, x in inputs.kwargs.items() if name not in arrays and name != "layout"}
+    problem, o = make_problem("test", Operands(*canonical[:3], **arrays), packed=inputs.packed, **settings, **lengths)
+    out, lse = (dry(np.empty(shape, NUMPY[dtype])) for shape, dtype in ((problem.out_shape, problem.dtype),
+                                                                        (problem.lse_shape, problem.lse_dtype)))
+    if 0 in problem.out_shape and not backward:
+        return []
+    call: Any = Call(problem, o, out, lse if with_lse else None)
+    spec = make_spec(problem, o, with_lse)
+    if backward:
+        bias = inputs.kwargs.get("bias")
+        dbias = None if bias is None else dry(np.empty((1,) * (4 - bias.ndim) + bias.shape, bias.dtype))
+        dout = dry(inputs.dout.swapaxes(1, 2) if swap else inputs.dout)
+        call = BackwardCall(problem, o, dout, out, lse, dry(inputs.dlse), Grads(*canonical[:3], dbias, o.sinks), False)
+        spec = make_backward_spec(call)
+    try:
+        with gpu.use(*wanted(family)):
+            return precompile.sources(call, spec, precompile.absent_device(arch))
+    except UnsupportedError:
+        return []
+
+
+def compile_one(case: Case, family: str, arch: str, with_lse: bool, backward: bool, key: str) -> str | None:
+    """In a worker process: one kernel into the cache. What goes wrong is raised again by the test that needs it."""
+    from fastattn.gpu.runtime.compile import binary
+
+    for source in sources_of(case, family, arch, with_lse, backward):
+        if source.key == key:
+            try:
+                binary(source, arch)
+            except Exception as error:
+                return f"{key}: {error}"
+    return None
+
+
+def compile_kernels(items: list[Any]) -> None:
+    """The kernels of all cases that these tests run, compiled into the cache in parallel. A module with BACKWARD = True runs backwards."""
+    from fastattn.gpu.runtime.device import device
+
+    arch, jobs = device(0).arch, dict[str, tuple[Case, str, str, bool, bool, str]]()
+    for item in items:
+        backward = bool(getattr(item.module, "BACKWARD", False))
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        cases = [given["case"]] if isinstance(given.get("case"), Case) else fuzz_cases(given["profile"], 2) if "profile" in given else []
+        cases += [case for mark in item.iter_markers("kernels") for case in mark.args]
+        for case in cases:
+            job = (case, given.get("family", "any"), arch, given.get("lse", True), backward)
+            for source in sources_of(*job):
+                jobs.setdefault(source.key, (*job, source.key))
+    if not jobs:
+        return
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*jobs.values(), strict=True)))
+
+
+def forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
+    """(out, lse) of the family, written into memory that held NaN; all other free memory holds NaN too."""
+    args, kwargs = device_arguments(inputs)
+    q, v = inputs.args[0], inputs.args[2]
+    out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))
+    poison()
+    with gpu.use(*wanted(family)):
+        given, lse = function_of(inputs)(*args, **kwargs, out=out, return_lse=True)
+    assert given is out
+    return to_host(out), to_host(lse)
