@@ -41,9 +41,9 @@ from .api import (
     dropout_mask,
     merge_states,
 )
-from .buffers import Grads
 from .errors import UnsupportedError
 from .explanation import explain
+from .problem import Grads
 from .registry import engines, register_engine, use_engine
 from .report import show_config
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Never
 
 from . import api, registry
-from .buffers import CPU, ITEMSIZE, Device, Grads, View, contiguous
+from .arrays.view import CPU, ITEMSIZE, Device, View, contiguous
 from .engine import BUILT_IN, FAMILIES, Engine, load
 from .errors import message
-from .problem import Operands, Problem
+from .problem import Grads, Operands, Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .buffers import Grads, View, numpy_dtype
+from .arrays.view import View, numpy_dtype
 from .philox import keep_mask
-from .problem import Operands, Problem
+from .problem import Grads, Operands, Problem
 
 Array = np.ndarray[Any, Any]
 name = "reference"

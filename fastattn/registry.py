@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self
 
-from .buffers import Device
+from .arrays.view import Device
 from .engine import BUILT_IN, FAMILIES, Chain, Engine, Supports, families, load
 from .errors import message
 

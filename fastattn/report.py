@@ -47,7 +47,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 def _cuda() -> dict[str, str]:
     """Driver, devices, engine and cache folder; where the driver cannot be called, what its /proc files say and why it cannot."""
-    from . import streams
+    from .arrays import streams
 
     config = {"cuda driver": _proc_driver() or "none", "cuda devices": ", ".join(_proc_devices()) or "none"}
     try:
@@ -69,7 +69,7 @@ def _cuda() -> dict[str, str]:
 
 
 def _device(d: Any, n: int) -> str:
-    from . import streams
+    from .arrays import streams
 
     handle = streams.check(d.cuDeviceGet(n), "cuDeviceGet")
     name = streams.check(d.cuDeviceGetName(100, handle), "cuDeviceGetName").split(b"\0")[0].decode()

@@ -17,7 +17,7 @@ import numpy as np
 from problems import Inputs
 
 from fastattn import Grads, reference, register_engine
-from fastattn.buffers import View
+from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
 
 Array = np.ndarray[Any, Any]

@@ -26,8 +26,9 @@ from problems import NUMPY, Case, Inputs
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 
 import fastattn
-from fastattn import Grads, UnsupportedError, buffers, dlpack, gpu, streams
-from fastattn.device_array import DeviceArray
+from fastattn import Grads, UnsupportedError, gpu
+from fastattn.arrays import convert, dlpack, streams
+from fastattn.arrays.device_array import DeviceArray
 from fastattn.gpu import precompile
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, make_problem
@@ -199,7 +200,7 @@ class Strided:
     """A NumPy array's copy on device 0 with its strides, negative ones too; it speaks DLPack alone."""
 
     def __init__(self, x: Array) -> None:
-        place = buffers.view(x, "test", "x")
+        place = convert.view(x, "test", "x")
         low, high = place.bytes_range()
         self.shape, self.strides, self.dtype = place.shape, place.strides, place.dtype
         with streams.on_device(0):
@@ -238,7 +239,7 @@ def on_device(x: Array) -> Any:
     dtype = getattr(torch(), x.dtype.name)
     if 0 in x.shape:
         return torch().empty(x.shape, dtype=dtype, device="cuda")
-    place = buffers.view(x, "test", "x")
+    place = convert.view(x, "test", "x")
     low, high = place.bytes_range()
     raw = torch().frombuffer(bytearray(ctypes.string_at(low, high - low)), dtype=torch().uint8).cuda()
     size = x.dtype.itemsize
@@ -286,7 +287,7 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
     def dry(x: Any) -> Any:
         if x is None:
             return None
-        place = buffers.view(x, "test", "x")
+        place = convert.view(x, "test", "x")
         return replace(place, ptr=(1 << 20) + place.ptr - place.bytes_range()[0], device=precompile.HERE)
     arrays = {name: dry(inputs.kwargs.get(name)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
     swap = inputs.kwargs.get("layout") == "bhsd"

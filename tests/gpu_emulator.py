@@ -22,7 +22,7 @@ from unittest import mock
 
 import numpy as np
 
-from fastattn.buffers import ITEMSIZE, View
+from fastattn.arrays.view import ITEMSIZE, View
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "runtime.packed", "rows.preprocess", "simt.threads",
            "simt.pairs", "simt.dbias", "simt.forward", "simt.launch", "simt.backward", "rows.transform", "rows.merge")

@@ -27,7 +27,7 @@ from bench.gpu import run as gpu_run
 from bench.gpu import table as gpu_table
 from bench.results import Row, Where
 from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
-from fastattn.problem import row_bounds
+from fastattn.masks import row_bounds
 
 TINY = Case("dense", 1, 2, 16, 8, causal=True, backward=True, against=("torch",), bars=(Bar("torch", "speedup", 1.5),))
 WHERE = Where("2030-01-02", "A processor", "scalar", 1, "3.11", "numpy 2", "numpy matmul 9 GF/s")

@@ -21,7 +21,7 @@ from problems import BY_NAME, NUMPY, Case, Inputs
 import fastattn
 from fastattn import cpu
 from fastattn.cpu import levels, plan
-from fastattn.problem import block_bounds, row_bounds
+from fastattn.masks import block_bounds, row_bounds
 
 Array = np.ndarray[Any, Any]
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from test_cpu import EXTRA, not_sanitized, printed
 
 import fastattn
 from fastattn import api
-from fastattn.buffers import Output
+from fastattn.arrays.view import Output
 
 Array = np.ndarray[Any, Any]
 
@@ -302,7 +302,8 @@ def test_lengths_that_change_during_a_call() -> None:
     """Another thread writes cu_seqlens while calls run. All that the engine does is of one reading: all is written, and nothing else."""
     printed(f"""{CALLS}
 from fastattn import cpu
-from fastattn.buffers import Grads, view
+from fastattn.arrays.convert import view
+from fastattn.problem import Grads
 from fastattn.problem import Operands, make_problem
 import sys
 sys.setswitchinterval(1e-5)

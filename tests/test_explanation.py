@@ -14,7 +14,7 @@ from problems import CASES, Case
 
 import fastattn
 from fastattn import attention, attention_backward, explain, registry, use_engine
-from fastattn.buffers import view
+from fastattn.arrays.convert import view
 from fastattn.engine import Engine
 from fastattn.problem import Operands, Problem, make_problem
 

@@ -14,10 +14,11 @@ import pytest
 from gpu import requires_gpu, requires_two_gpus
 
 import fastattn
-from fastattn import buffers, repeat, streams
-from fastattn.buffers import numpy_dtype
-from fastattn.device_array import DeviceArray
-from fastattn.streams import Stream
+from fastattn import repeat
+from fastattn.arrays import convert, streams
+from fastattn.arrays.device_array import DeviceArray
+from fastattn.arrays.streams import Stream
+from fastattn.arrays.view import numpy_dtype
 
 pytestmark = requires_gpu
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # JAX would take three quarters of the memory
@@ -519,7 +520,7 @@ def test_device_arrays_are_refused_in_a_capture() -> None:
 def test_the_driver_names_the_device() -> None:
     q = to_torch(host())[0]
     stream = pytest.importorskip("torch").cuda.current_stream()
-    assert buffers.view(InterfaceOnly(q, stream), "f", "x").device == ("cuda", 0)
+    assert convert.view(InterfaceOnly(q, stream), "f", "x").device == ("cuda", 0)
     with pytest.raises(streams.CudaError, match=r"cuPointerGetAttribute\(0x1000\) failed with CUDA_ERROR_INVALID_VALUE"):
         streams.device_of(0x1000)
 

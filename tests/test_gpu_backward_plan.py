@@ -20,15 +20,17 @@ pytest.importorskip("cuda.core")
 
 from gpu_emulator import MODULES, Memory, emulated, replaced
 
-from fastattn import Grads, UnsupportedError, buffers, gpu
-from fastattn.buffers import View
+from fastattn import Grads, UnsupportedError, gpu
+from fastattn.arrays import convert
+from fastattn.arrays.view import View
 from fastattn.gpu import precompile
 from fastattn.gpu.rows import preprocess
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.simt import backward as backward_simt
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.gpu.tile import mask, schedule
-from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
+from fastattn.masks import query_bounds, row_bounds
+from fastattn.problem import Operands, make_problem
 
 LIMITS = [(left, right, top_left) for left, right in itertools.product((None, 0, 3, 40), (None, 0, 5, 100)) for top_left in (False, True)]
 LENGTHS = [(1, 1), (7, 20), (20, 7), (33, 33), (64, 16), (16, 65), (0, 9)]
@@ -85,7 +87,7 @@ def test_sequences_of_a_line_never_meet(padding: int) -> None:
 
 
 def _view(x: Any) -> Any:
-    return None if x is None else buffers.view(x, "test", "x")
+    return None if x is None else convert.view(x, "test", "x")
 
 
 @pytest.mark.parametrize("by_keys", [False, True])

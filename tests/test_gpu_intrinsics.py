@@ -24,7 +24,7 @@ pytest.importorskip("cuda.core")
 import gpu_gradients
 from gpu_probes import PROBES, Array
 
-from fastattn.buffers import View, contiguous
+from fastattn.arrays.view import View, contiguous
 from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import fragments

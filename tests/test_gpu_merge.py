@@ -18,7 +18,7 @@ from gpu_cases import on_device, to_host
 from gpu_emulator import Memory, emulated
 
 import fastattn
-from fastattn import buffers
+from fastattn.arrays import convert
 from fastattn.gpu.rows import merge
 from fastattn.gpu.runtime import compile as compiler
 
@@ -56,7 +56,7 @@ def test_in_python(dtype: str, count: int) -> None:
         wide = np.full((*shape[:-1], 2 * shape[-1]), np.nan, NUMPY[dtype])
         out, lse = wide[..., ::2], np.full_like(lses[0], np.nan)
         memory = Memory()
-        views = [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        views = [convert.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
         with emulated(memory) as machine, mock.patch.object(merge, "device", lambda n: SimpleNamespace(ordinal=n)), \
@@ -70,8 +70,8 @@ def test_in_python(dtype: str, count: int) -> None:
 
 
 def test_nothing_to_do() -> None:
-    empty = buffers.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
-    lse = buffers.view(np.zeros((2, 3, 0), np.float32), "test", "x")
+    empty = convert.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
+    lse = convert.view(np.zeros((2, 3, 0), np.float32), "test", "x")
     merge.merge_states([empty], [lse], empty, lse, 0)
 
 

@@ -16,14 +16,15 @@ pytest.importorskip("cuda.core")
 from gpu_emulator import Memory
 from gpu_roles import Play, edited, playing
 
-from fastattn.buffers import View, contiguous
+from fastattn.arrays.view import View, contiguous
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90.config import ForwardSm90Config
 from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
-from fastattn.problem import Operands, Problem, make_problem, row_bounds
+from fastattn.masks import row_bounds
+from fastattn.problem import Operands, Problem, make_problem
 
 OUT = 1 << 40
 

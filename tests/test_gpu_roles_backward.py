@@ -24,7 +24,8 @@ from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import backward as backward_sm90
 from fastattn.gpu.sm90.config import choose_backward as tiling
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
-from fastattn.problem import Operands, make_problem, row_bounds
+from fastattn.masks import row_bounds
+from fastattn.problem import Operands, make_problem
 
 DK, DV = 1 << 44, 1 << 45
 

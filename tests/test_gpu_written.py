@@ -22,7 +22,8 @@ from gpu_emulator import Memory, emulated, replaced
 from test_gpu_backward_plan import run
 
 import fastattn
-from fastattn import UnsupportedError, buffers, gpu, streams
+from fastattn import UnsupportedError, gpu
+from fastattn.arrays import convert, streams
 from fastattn.gpu import precompile
 from fastattn.gpu.rows import postprocess
 from fastattn.gpu.runtime import compile, workspace
@@ -54,7 +55,7 @@ EDGES = [Case(f"edge_{name}", **{**SMALL, **settings}) for name, settings in {
 
 
 def view(x: Any) -> Any:
-    return None if x is None else buffers.view(x, "test", "x")
+    return None if x is None else convert.view(x, "test", "x")
 
 
 def emulated_forward(inputs: Inputs) -> tuple[Any, Any]:

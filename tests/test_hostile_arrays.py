@@ -17,8 +17,9 @@ import pytest
 from fake_cuda import Driver, installed
 
 import fastattn
-from fastattn import buffers, dlpack
-from fastattn.buffers import view
+from fastattn.arrays import dlpack
+from fastattn.arrays.convert import view
+from fastattn.arrays.view import ITEMSIZE
 
 Q, K = np.ones((1, 4, 2, 16), np.float32), np.ones((1, 5, 2, 16), np.float32)
 X = np.ones((6, 2, 16), np.float32)
@@ -371,7 +372,7 @@ def _try_interface(draw: np.random.Generator) -> str:
     low, high = found.bytes_range()
     assert 0 <= low <= high < 2**64 and all(type(n) is int and n >= 0 for n in found.shape) and len(found.strides) == len(found.shape)
     assert 0 in found.shape or found.ptr > 0
-    assert type(found.ptr) is int and found.dtype in buffers.ITEMSIZE
+    assert type(found.ptr) is int and found.dtype in ITEMSIZE
     return "right"
 
 

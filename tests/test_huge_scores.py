@@ -12,7 +12,7 @@ from compare import EPS, Judge
 from problems import NUMPY, Case, Inputs
 
 import fastattn
-from fastattn.problem import row_bounds
+from fastattn.masks import row_bounds
 
 Array = np.ndarray[Any, Any]
 SHAPES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 from problems import Case, Inputs
 
 import fastattn
-from fastattn.problem import block_bounds, row_bounds
+from fastattn.masks import block_bounds, row_bounds
 
 Array = np.ndarray[Any, Any]
 BASE = Case("fd", "float64", batch=2, num_heads=2, seqlen_q=5, seqlen_k=7, head_dim=3, head_dim_v=4, dlse=True)

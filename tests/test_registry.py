@@ -21,7 +21,8 @@ from problems import CASES, Case
 
 import fastattn
 from fastattn import UnsupportedError, attention, attention_backward, explain, register_engine, registry, use_engine
-from fastattn.buffers import View, view
+from fastattn.arrays.convert import view
+from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
 
 Q = (2, 6, 4, 8)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from fake_cuda import Driver, installed, waits
 
-from fastattn import streams
-from fastattn.streams import Home, Stream
+from fastattn.arrays import streams
+from fastattn.arrays.streams import Home, Stream
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import gpu
-from ..buffers import ITEMSIZE, Grads, View, contiguous
-from ..problem import Operands, make_problem
+from ..arrays.view import ITEMSIZE, View, contiguous
+from ..problem import Grads, Operands, make_problem
 from . import config
 from .runtime import cache
 from .runtime import compile as compiler

@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import cuda, float32, float64, int32, int64, uint64
 
-from ...buffers import View
+from ...arrays.view import View
 from ...errors import UnsupportedError
 from ..dsl.inline import divide, inline
 from ..ptx.scalar import load_if, store

@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import cuda, int32, int64, uint64
 
-from ...buffers import View
+from ...arrays.view import View
 from ..dsl.inline import divide
 from ..ptx.memory import load_f32
 from ..ptx.mma import load_sums

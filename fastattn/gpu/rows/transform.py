@@ -19,7 +19,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ...buffers import ITEMSIZE, View
+from ...arrays.view import ITEMSIZE, View
 from ...errors import UnsupportedError
 from ..dsl.asm import I32, I64, pack, unpack
 from ..dsl.inline import divide, inline

@@ -16,8 +16,8 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from ...buffers import View
-from ...streams import check
+from ...arrays.streams import check
+from ...arrays.view import View
 from .device import private_stream, relaxed
 
 _CHUNK = 4096                  # maps that are allocated at a time, 128 bytes each

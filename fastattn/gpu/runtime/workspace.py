@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from cuda.bindings import driver
 
-from ...streams import check
+from ...arrays.streams import check
 from .device import private_stream, relaxed
 
 _COUNTERS, _ARRIVALS = 1 << 16, 1 << 10        # places per device

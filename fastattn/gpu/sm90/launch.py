@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ...buffers import View
+from ...arrays.view import View
 from ..config import feature_weight
 from ..decode import launch as launch_decode
 from ..runtime.compile import Source, late

@@ -1,16 +1,17 @@
-"""`DeviceArray`: outputs for callers whose arrays come from no library that allocates, and what JAX's are made of."""
+"""`DeviceArray`: CUDA memory of our own, for callers whose library allocates none, and what JAX's results are made from."""
 from __future__ import annotations
 
 import contextlib
 import math
 from typing import Any
 
+from ..errors import UnsupportedError
 from . import dlpack, streams
-from .buffers import ITEMSIZE, View, contiguous
-from .errors import UnsupportedError
 from .streams import LEGACY, Stream
+from .view import ITEMSIZE, Shape, View, contiguous
 
-_parked: list[tuple[int, Stream]] = []      # let go while their stream was captured, where a free would become part of the graph
+# Freed during stream capture, when cuMemFreeAsync would be recorded in the graph. Really freed by the next allocation.
+_parked: list[tuple[int, Stream]] = []
 
 
 def _free(ptr: int, stream: Stream) -> None:
@@ -22,7 +23,7 @@ def _free(ptr: int, stream: Stream) -> None:
 
 
 class _Memory:
-    """Stream-ordered memory from the device's default pool; goes back to it, in the stream's order, with the last reference."""
+    """Stream-ordered memory from the device's default pool. The last reference returns it to the pool, in stream order."""
 
     __slots__ = ("ptr", "stream")
 
@@ -50,7 +51,7 @@ class DeviceArray:
     Nothing is computed with it, and no element is read on the host.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, stream: Stream) -> None:
+    def __init__(self, shape: Shape, dtype: str, stream: Stream) -> None:
         self.shape, self.dtype, self.stream = shape, dtype, stream
         self.strides = contiguous(shape, ITEMSIZE[dtype])   # in bytes, as NumPy's
         self._memory = _Memory(self.nbytes, stream)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from .errors import message
+from ..errors import message
 
 LEGACY, PER_THREAD = 1, 2
 _EXPECTED = "a CUstream handle as an int, or a stream of cuda.core, torch, CuPy, Numba or anything with __cuda_stream__"
