@@ -35,23 +35,25 @@ class Known(NamedTuple):
 
     def again(self, call: str, engine: str | None, q: Any, k: Any, v: Any) -> Any:
         """out, or (out, lse) where the stored call returned lse. None where the call differs."""
-        read, dtype, device = self.read, self.out[2], self.out[3]
+        read, known_engine, alignment, launch, of_q, of_k, of_v, of_out, out_shape, of_lse = self
+        _, address, current, empty = read
+        _, _, dtype, device = of_out
         try:
-            at_q, at_k, at_v, stream = read.address(q), read.address(k), read.address(v), read.stream(q)
+            at_q, at_k, at_v, stream = address(q), address(k), address(v), current(q)
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
             return None
-        if (not (at_q and at_k and at_v and stream) or (at_q | at_k | at_v) % 16 != self.alignment
-                or choose(call, engine, device) is not self.engine):
+        if (not (at_q and at_k and at_v and stream) or (at_q | at_k | at_v) % 16 != alignment
+                or choose(call, engine, device) is not known_engine):
             return None
-        out, at_out = read.empty(q, self.out_shape, dtype)
+        out, at_out = empty(q, out_shape, dtype)
         if at_out % 16:
             return None
-        operands = Operands(View(at_q, *self.q), View(at_k, *self.k), View(at_v, *self.v))
-        if self.lse is None:
-            self.launch(operands, View(at_out, *self.out), None, stream)
+        operands = Operands(View(at_q, *of_q), View(at_k, *of_k), View(at_v, *of_v))
+        if of_lse is None:
+            launch(operands, View(at_out, *of_out), None, stream)
             return out
-        lse, at_lse = read.empty(q, self.lse[0], self.lse[2])
-        self.launch(operands, View(at_out, *self.out), View(at_lse, *self.lse), stream)
+        lse, at_lse = empty(q, of_lse[0], of_lse[2])
+        launch(operands, View(at_out, *of_out), View(at_lse, *of_lse), stream)
         return out, lse
 
 
@@ -66,9 +68,10 @@ def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tu
     q, k, v = qkv
     kind = type(q)
     library = by_type.get(kind)
-    if library is None or library.quick is None or type(k) is not kind or type(v) is not kind:
+    read = None if library is None else library.quick
+    if read is None or type(k) is not kind or type(v) is not kind:
         return None, None
-    form = library.quick.form
+    form = read.form
     try:
         of_q = form(q)
         if of_q is None:

@@ -1,12 +1,16 @@
-"""Arrays in, and the caller's own kind of array out. Nothing here copies an input.
+"""Arrays in, and arrays of the caller's own kind out. Nothing here copies an input.
 
-A chain; each file imports only from those above it:
+A chain: each file imports only from those above it.
 
-    errors' words      words.py         what a caller would write in torch, NumPy, CuPy or JAX
-    protocols' ground  dlpack.py        DLPack capsules        streams.py   CUDA streams and the driver
-    the noun           view.py          View: address, shape, strides, dtype, device; Output; Library
-    our own array      device_array.py  DeviceArray: CUDA memory for callers whose library allocates none
-    readers            protocols.py     NumPy, DLPack, the CUDA Array Interface
-                       libraries.py     torch, CuPy, Numba, cuda.core: read without a protocol, and allocated from
-    a call             convert.py       Caller: each argument -> its canonical View; results -> arrays of the caller's kind
+    words.py          error texts: what a caller writes in torch, NumPy, CuPy or JAX
+    streams.py        CUDA streams, and the driver
+    dlpack.py         DLPack capsules
+    view.py           View: pointer, shape, strides, dtype, device; Output and Library
+    device_array.py   DeviceArray: CUDA memory of our own, where the caller's library allocates none
+    protocols.py      readers of NumPy's slow cases, DLPack and the CUDA Array Interface
+    libraries.py      readers of torch, CuPy, Numba and cuda.core, and how each allocates
+    readers.py        which of them reads an array
+    convert.py        Caller: one call's arguments -> canonical Views, results -> arrays of the caller's kind and layout
+
+protocols.py, libraries.py and device_array.py are imported when an array comes in that needs them.
 """

@@ -32,11 +32,12 @@ class Caller:
         `stream` is the caller's argument: None, or a stream of any library.
         """
         self.call, self.bhsd = call, layout == "bhsd"
-        if isinstance(first, np.ndarray):
+        library = by_type.get(type(first))
+        if library is None and isinstance(first, np.ndarray):
             self.stream = streams.resolve(stream, None, call)
             found = view(first, call, argument)
         else:
-            library = library_of(first, call, argument)
+            library = library or library_of(first, call, argument)
             self.stream = streams.resolve(stream, library.home(first, call), call)
             found = library.view(first, call, argument, self.stream)
         self.handle = None if self.stream is None else self.stream.handle       # a CUstream; None in host memory
