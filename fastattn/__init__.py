@@ -17,7 +17,7 @@ How a call flows, file by file:
         |
     problem.py      every check of every argument, then the frozen Problem (what to compute)
         |           masks.py: row_bounds, the one definition of causal, window, padding and packed edges
-    registry.py     which engine: by device, use_engine, engines registered by other packages (explanation.py reports why)
+    registry.py     which engine: by device, use_engine, engines of other packages (explanation.py reports why)
         |
         +-- cpu/            Cython engine, one source compiled per instruction set, chosen at import
         +-- gpu/            Numba engine, kernel families sm90, sm80 and simt
@@ -25,11 +25,11 @@ How a call flows, file by file:
         |
     arrays/         outputs, allocated in the caller's own library and layout, are handed over
 
-philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the one
-form of an error message, memo.py the one bounded cache. compat/ has other libraries' signatures over api.py.
+philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
+one form of an error message, memo.py the one bounded cache. compat/ has other libraries' signatures over api.py.
 
-Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported before
-the first call that needs it.
+Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
+before the first call that needs it.
 """
 from __future__ import annotations
 

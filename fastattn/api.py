@@ -1,7 +1,7 @@
 """The public functions. Nothing is computed here: each one reads its options and hands its arrays to dispatch.py.
 
-Signatures and documentation are the content of this file. `help(fastattn.attention)` documents every keyword; the other three
-attention functions share its keywords and describe what differs.
+Signatures and documentation are the content of this file. `help(fastattn.attention)` documents every keyword; the other
+three attention functions share its keywords and describe what differs.
 """
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     Parameters
     ----------
     q : array (batch, seqlen_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64; head_dim from 1 to 512. A NumPy array, a CPU or CUDA tensor of torch, or any array
-        that speaks DLPack or the CUDA Array Interface, with any strides. Shapes here are those of ``layout="bshd"``.
+        float16, bfloat16, float32 or float64; head_dim from 1 to 512. A NumPy array, a CPU or CUDA tensor of torch, or
+        any array that speaks DLPack or the CUDA Array Interface, with any strides. Shapes here are those of
+        ``layout="bshd"``.
     k : array (batch, seqlen_k, num_heads_k, head_dim)
-        q's dtype and device. num_heads_k divides num_heads: query heads share key heads in groups of num_heads / num_heads_k.
+        q's dtype and device. num_heads_k divides num_heads: query heads share key heads in groups of num_heads /
+        num_heads_k.
     v : array (batch, seqlen_k, num_heads_k, head_dim_v)
         q's dtype and device. head_dim_v from 1 to 512 may differ from head_dim.
     causal : bool or str, default False
@@ -57,13 +59,13 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     bias : array that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), optional
         q's dtype or float32. Added to the scores; -inf is allowed.
     mask : array that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), optional
-        bool, True where a query attends a key. Two axes are always (seqlen_q, seqlen_k): pass a padding mask (batch, seqlen_k)
-        as ``mask[:, None, None, :]``, or it is read as rows of queries where batch == seqlen_q.
+        bool, True where a query attends a key. Two axes are always (seqlen_q, seqlen_k): pass a padding mask (batch,
+        seqlen_k) as ``mask[:, None, None, :]``, or it is read as rows of queries where batch == seqlen_q.
     sinks : array (num_heads,), optional
         float32, float64 or q's dtype; a list for host arrays. Logits that join the softmax's denominator only.
     dropout_p : float, default 0.0
-        Probability in [0, 1] of dropping a softmax weight; the others are scaled by 1 / (1 - dropout_p). It counts in steps of
-        1 / 65536, so below 7.6e-6, half a step, nothing is dropped.
+        Probability in [0, 1] of dropping a softmax weight; the others are scaled by 1 / (1 - dropout_p). It counts in
+        steps of 1 / 65536, so below 7.6e-6, half a step, nothing is dropped.
     seed : int, optional
         64-bit key of the dropout's random numbers. Needed if dropout_p > 0. Use a new one each step.
     offset : int, default 0
@@ -75,20 +77,21 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     return_lse : bool, default False
         Return (out, lse).
     stream : int or stream, optional
-        CUDA arrays only: a CUstream handle, or a stream of cuda.core, torch, CuPy, Numba or anything with ``__cuda_stream__``. All work
-        of the call goes on it, after what q's library has on its current stream. None: the current stream of q's library if it
-        is known (torch, CuPy, or the one in q's ``__cuda_array_interface__``), else the legacy default stream.
+        CUDA arrays only: a CUstream handle, or a stream of cuda.core, torch, CuPy, Numba or anything with
+        ``__cuda_stream__``. All work of the call goes on it, after what q's library has on its current stream. None:
+        the current stream of q's library if it is known (torch, CuPy, or the one in q's ``__cuda_array_interface__``),
+        else the legacy default stream.
     engine : str, optional
-        None chooses, see `use_engine`. "cpu", "gpu", "reference", "sm90", "sm80", "simt" or the name of a registered engine forces one.
-        `engines` lists them; `explain` says which one a call takes, and why.
+        None chooses, see `use_engine`. "cpu", "gpu", "reference", "sm90", "sm80", "simt" or the name of a registered
+        engine forces one. `engines` lists them; `explain` says which one a call takes, and why.
 
     Returns
     -------
     out : array (batch, seqlen_q, num_heads, head_dim_v)
         q's dtype, of q's library, in the caller's layout. A row that attends no key is 0.
     lse : array (batch, num_heads, seqlen_q)
-        Only with ``return_lse``: the natural log of the softmax's denominator, float32 (float64 for float64 input). A row that attends
-        no key has -inf, or its sink.
+        Only with ``return_lse``: the natural log of the softmax's denominator, float32 (float64 for float64 input). A
+        row that attends no key has -inf, or its sink.
 
     Raises
     ------
@@ -104,12 +107,13 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     Options are values: a number may be a NumPy scalar, or a 0-d array or tensor in host memory, read when the call is made. One
     on a device is refused, because the host would wait for it. So is a tensor that requires grad while torch records.
 
-    CUDA: all arrays of a call are on q's device. The host never waits; results are ready on the call's stream. Results are of q's
-    library (JAX and others by DLPack), or a DeviceArray, which speaks DLPack, where q's library allocates nothing. In a graph
-    capture they come from torch's or CuPy's pools; otherwise pass `out`. A call that raises in an engine may have written part of `out`.
+    CUDA: all arrays of a call are on q's device. The host never waits; results are ready on the call's stream. Results
+    are of q's library (JAX and others by DLPack), or a DeviceArray, which speaks DLPack, where q's library allocates
+    nothing. In a graph capture they come from torch's or CuPy's pools; otherwise pass `out`. A call that raises in an
+    engine may have written part of `out`.
 
-    Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and memory-efficient exact attention with IO-awareness", NeurIPS 2022.
-    ALiBi: Press, Smith, Lewis, ICLR 2022. Dropout: Philox4x32-10, Salmon et al., SC 2011.
+    Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and memory-efficient exact attention with IO-awareness",
+    NeurIPS 2022. ALiBi: Press, Smith, Lewis, ICLR 2022. Dropout: Philox4x32-10, Salmon et al., SC 2011.
 
     Examples
     --------
@@ -170,8 +174,8 @@ def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *m
     Returns
     -------
     Grads
-        dq, dk, dv, dbias and dsinks, each with its input's shape, layout and dtype. dbias only with ``need_dbias=True``, dsinks only if
-        sinks are given; otherwise None.
+        dq, dk, dv, dbias and dsinks, each with its input's shape, layout and dtype. dbias only with
+        ``need_dbias=True``, dsinks only if sinks are given; otherwise None.
 
     Raises
     ------
@@ -214,7 +218,8 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                      engine: str | None = None, **unknown: Never) -> Any:
     """`attention` of sequences of different lengths, packed along one axis.
 
-    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its keys only.
+    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
+    keys only.
 
     Parameters
     ----------
@@ -225,10 +230,11 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     v : array (total_k, num_heads_k, head_dim_v)
         q's dtype and device.
     cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
-        int32 or int64, cumulative lengths in rows: 0 first, never decreasing, the last at most total_q or total_k. A list for host arrays.
+        int32 or int64, cumulative lengths in rows: 0 first, never decreasing, the last at most total_q or total_k. A
+        list for host arrays.
     max_seqlen_q, max_seqlen_k : int, optional
-        At least the longest sequence. Lengths on a device are not read by the host, so there the defaults are total_q and total_k, and a
-        smaller value saves work.
+        At least the longest sequence. Lengths on a device are not read by the host, so there the defaults are total_q
+        and total_k, and a smaller value saves work.
     seqused_k : array (sequences,), optional
         int32 or int64: only the first seqused_k[n] keys of sequence n exist.
     alibi_slopes : array (num_heads,) or (sequences, num_heads), optional
@@ -290,7 +296,8 @@ def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: 
     dout, out : array (total_q, num_heads, head_dim_v)
         Gradient of the forward's result, and that result.
     q, k, v : array
-        The forward's: (total_q, num_heads, head_dim), (total_k, num_heads_k, head_dim) and (total_k, num_heads_k, head_dim_v).
+        The forward's: (total_q, num_heads, head_dim), (total_k, num_heads_k, head_dim) and (total_k, num_heads_k,
+        head_dim_v).
     lse : array (num_heads, total_q)
         The forward's result with ``return_lse=True``.
     cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
@@ -393,7 +400,8 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["b
         One out for each part, of one shape, dtype and device: (batch, seqlen_q, num_heads, head_dim_v), with
         "bhsd" (batch, num_heads, seqlen_q, head_dim_v), with "thd" (total_q, num_heads, head_dim_v).
     lses : sequence of arrays
-        One lse for each part: (batch, num_heads, seqlen_q), with "thd" (num_heads, total_q); float32 (float64 for float64 outs).
+        One lse for each part: (batch, num_heads, seqlen_q), with "thd" (num_heads, total_q); float32 (float64 for
+        float64 outs).
     layout : {"bshd", "bhsd", "thd"}, default "bshd"
         Order of the axes of outs.
     stream : int or stream, optional

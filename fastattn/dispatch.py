@@ -1,4 +1,6 @@
-"""The flow that the public functions share: caller's arrays -> Views -> Problem -> engine -> results in the caller's kind and layout."""
+"""The flow that the public functions share: caller's arrays -> Views -> Problem -> engine -> results in the caller's
+kind and layout.
+"""
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +23,8 @@ def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores:
          lengths: tuple[Any, Any, Any] | None = None) -> tuple[Caller, Operands]:
     """The call, and canonical Views of its arrays.
 
-    `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k, seqused_k).
+    `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k,
+    seqused_k).
     """
     packed = lengths is not None
     if layout not in (("thd",) if packed else ("bshd", "bhsd")):
@@ -86,7 +89,9 @@ def forward(caller: Caller, engine: str | None, options: Options, o: Operands, o
 
 
 def _given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output:
-    """A caller's `out`: the right array, writable, and sharing no element with an input, which an engine may still read."""
+    """A caller's `out`: the right array, writable, and sharing no element with an input, which an engine may still
+    read.
+    """
     view = caller.view(out, "out")
     check_array(caller.call, "out", view, caller.shape(problem.out_shape), problem.dtype, o.q.device, output=True)
     for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):

@@ -18,7 +18,8 @@ _MODULES = {"cpu": ".cpu", "reference": ".reference", "gpu": ".gpu"}
 class Engine:
     """An engine: its name, the memory it reads, "cpu" or "cuda", and the functions of `register_engine`.
 
-    `supports` of a GPU kernel family returns None for any problem, because its answer depends on the arrays too; `explain` knows.
+    `supports` of a GPU kernel family returns None for any problem, because its answer depends on the arrays too;
+    `explain` knows.
     """
 
     name: str

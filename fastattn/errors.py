@@ -1,4 +1,5 @@
-"""The errors of fastattn: every message quotes the call, what the argument has, what was expected, and what would work."""
+"""The errors of fastattn: every message quotes the call, what the argument has, what was expected, and what would work.
+"""
 from __future__ import annotations
 
 from collections.abc import Mapping

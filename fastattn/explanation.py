@@ -48,7 +48,10 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class _Caught:
-    """A call that was stopped before an engine ran it. `where`: the arguments of an Engine's forward or backward after the problem."""
+    """A call that was stopped before an engine ran it.
+
+    `where`: the arguments of an Engine's forward or backward after the problem.
+    """
 
     engine: str | None
     direction: str
@@ -69,14 +72,15 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     Parameters
     ----------
     call : callable or Problem
-        attention, attention_backward, attention_varlen, attention_varlen_backward, or a function that calls one of them, of
-        fastattn.compat for example: its first attention call is explained. Or a Problem, whose operands are taken as contiguous.
+        attention, attention_backward, attention_varlen, attention_varlen_backward, or a function that calls one of
+        them, of fastattn.compat for example: its first attention call is explained. Or a Problem, whose operands are
+        taken as contiguous.
     *arguments
-        Those of the call. The two backward functions also accept the forward's arrays alone; then dout, out and lse are taken to be
-        what the forward would give.
+        Those of the call. The two backward functions also accept the forward's arrays alone; then dout, out and lse are
+        taken to be what the forward would give.
     device : str, optional
-        Explain the call for this memory: "cpu", or CUDA memory of an architecture, "sm_90a", "sm_80", .... It needs no GPU, but the
-        packages of the GPU engine. None: where the arrays are. A Problem needs a device.
+        Explain the call for this memory: "cpu", or CUDA memory of an architecture, "sm_90a", "sm_80", .... It needs no
+        GPU, but the packages of the GPU engine. None: where the arrays are. A Problem needs a device.
     **keywords
         Those of the call; for a Problem only `engine`.
 
@@ -152,7 +156,10 @@ def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[
 
 
 def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Caught | None:
-    """A backward's call made from its forward's arguments. None where call is no backward, or dout, out or lse is given too."""
+    """A backward's call made from its forward's arguments.
+
+    None where call is no backward, or dout, out or lse is given too.
+    """
     forward: Callable[..., Any]
     arrays: tuple[str, ...]
     if call is api.attention_backward:
@@ -198,7 +205,9 @@ def _assumed(p: Problem, engine: str | None) -> _Caught:
 
 
 def _device(device: str | None, caught: _Caught) -> tuple[Device, Any, str]:
-    """Memory, its gpu.device.Device (an ImportError where packages are missing, None for host memory), and a readable name."""
+    """Memory, its gpu.device.Device (an ImportError where packages are missing, None for host memory), and a readable
+    name.
+    """
     memory = caught.where[0].q.device
     if device is None and memory[0] == "cuda":
         d = load("gpu", caught.problem.call).device(memory[1])

@@ -47,8 +47,8 @@ def query_bounds(first_key: int, last_key: int, block_m: int, seqlen_q: int, seq
                  right: int | None, top_left: bool = False) -> tuple[int, int, int, int]:
     """Blocks of `block_m` query rows for keys [first_key, last_key), at least one: (m_min, full_min, full_max, m_max).
 
-    The twin of `block_bounds`: in blocks outside [m_min, m_max) no row attends any of the keys, in [full_min, full_max) every
-    row attends all of them. The rows from j - right to j + left, counted from the diagonal, attend key j.
+    The twin of `block_bounds`: in blocks outside [m_min, m_max) no row attends any of the keys, in [full_min, full_max)
+    every row attends all of them. The rows from j - right to j + left, counted from the diagonal, attend key j.
     """
     diagonal = 0 if top_left else seqlen_k - seqlen_q
 

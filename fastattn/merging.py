@@ -1,4 +1,5 @@
-"""merge_states in host memory: partial results over disjoint keys -> the result over all keys. gpu/rows/merge.py is the kernel.
+"""merge_states in host memory: partial results over disjoint keys -> the result over all keys. gpu/rows/merge.py is the
+kernel.
 
 Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
@@ -11,7 +12,10 @@ from .arrays.view import View
 
 @np.errstate(all="ignore")
 def merge_states(outs: list[View], lses: list[View], out: View, lse: View, stream: int | None = None) -> None:
-    """Write out = sum(exp(lse_n - lse) * out_n) and lse = log(sum(exp(lse_n))), in lse's dtype. `stream` is the kernel's."""
+    """Write out = sum(exp(lse_n - lse) * out_n) and lse = log(sum(exp(lse_n))), in lse's dtype.
+
+    `stream` is the kernel's.
+    """
     parts = [np.where(x.numpy() == np.inf, -np.inf, x.numpy()) for x in lses]      # +inf is FlashAttention's mark of an empty row
     peak = np.maximum.reduce(parts)
     peak = np.where(peak == -np.inf, 0, peak)

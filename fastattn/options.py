@@ -1,4 +1,4 @@
-"""The options of a call as plain values, and `Check`, which raises every error of the public functions."""
+"""The options of a call as plain values, and `Check`, which makes the errors of a public function."""
 from __future__ import annotations
 
 import math
@@ -14,7 +14,7 @@ from .errors import message
 
 
 class Check:
-    """Raises for one public call: `check.value("k", "has 5 heads", "a divisor of 8")`."""
+    """Makes the errors of one public call: `check.value("k", "has 5 heads", "a divisor of 8")`."""
 
     def __init__(self, call: str) -> None:
         self.call = call
@@ -91,8 +91,8 @@ class Check:
 class Options(NamedTuple):
     """The options of one call as plain values. Nothing behind the public functions looks at the caller's own objects.
 
-    `read_options` makes each value exactly of the type declared here. So equal Options are the same options, in any cache,
-    even if the caller's objects change later. problem.py checks the ranges.
+    `read_options` makes each value exactly of the type declared here. So equal Options are the same options, in any
+    cache, even if the caller's objects change later. problem.py checks the ranges.
     """
 
     causal: bool | str = False                              # True is bottom-right; the one string is "top_left"
@@ -114,7 +114,8 @@ def read_options(call: str, causal: Any, window: Any, softmax_scale: Any, softca
                  max_seqlen_q: Any = None, max_seqlen_k: Any = None) -> Options:
     """Options from a caller's arguments: numbers of any kind, 0-d arrays and tensors in host memory.
 
-    TypeError or ValueError, naming `call` and the argument, for anything else. A value of the right type is taken as it is.
+    TypeError or ValueError, naming `call` and the argument, for anything else. A value of the right type is taken as it
+    is.
     """
     if type(causal) is not bool:
         causal = _causal(Check(call), causal)

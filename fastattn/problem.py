@@ -1,7 +1,7 @@
 """What is computed: the frozen `Problem`, made once from the caller's arguments.
 
-Arguments are validated here, and nowhere below: engines have no checks and no defaults. (The types of options are read in options.py.)
-Shapes here are canonical: (batch, seqlen, num_heads, head_dim), packed (total, num_heads, head_dim).
+Arguments are validated here, and nowhere below: engines have no checks and no defaults. (The types of options are read
+in options.py.) Shapes here are canonical: (batch, seqlen, num_heads, head_dim), packed (total, num_heads, head_dim).
 """
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Philox dropout addressed by position (see philox.py): `seed` is the 64-bit key, `offset` the last counter word."""
+    """Philox dropout addressed by position (see philox.py): `seed` is the 64-bit key, `offset` the last counter word.
+    """
 
     p: float
     seed: int
@@ -74,7 +75,8 @@ class Dropout:
 class Problem:
     """One attention problem.
 
-    A packed one has `total_q` and `total_k`, the rows of its packed arrays; its seqlen_q and seqlen_k are those of the longest sequences.
+    A packed one has `total_q` and `total_k`, the rows of its packed arrays; its seqlen_q and seqlen_k are those of the
+    longest sequences.
     """
 
     call: str
@@ -123,7 +125,10 @@ class Problem:
 
 
 def is_plain(bias: Any, mask: Any, alibi_slopes: Any, sinks: Any) -> bool:
-    """Whether a call has none of the operands that change scores. The one definition: caches of plain calls rest on it."""
+    """Whether a call has none of the operands that change scores.
+
+    The one definition: caches of plain calls rest on it.
+    """
     return bias is None and mask is None and alibi_slopes is None and sinks is None
 
 
@@ -151,12 +156,14 @@ class Operands:
 
     @property
     def plain(self) -> bool:
-        """No bias, mask, ALiBi slopes or sinks: shapes, dtypes, strides and options alone decide what an engine does."""
+        """No bias, mask, ALiBi slopes or sinks: shapes, dtypes, strides and options alone decide what an engine does.
+        """
         return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks)
 
 
 class Grads(NamedTuple):
-    """Gradients, each with its input's shape, layout and dtype. Between api.py and an engine the same tuple holds Views.
+    """Gradients, each with its input's shape, layout and dtype. Between api.py and an engine the same tuple holds
+    Views.
 
     Attributes
     ----------
@@ -204,8 +211,9 @@ def _qkv(check: Check, q: View, k: View, v: View, packed: bool) -> None:
 
 
 def _limited(check: Check, argument: str, x: float, expected: str, dtype: str) -> float:
-    """x within half the range of the softmax's arithmetic, because engines use exp2 and scale scores by log2(e). 0.0 if `dtype` rounds
-    x to 0."""
+    """x within half the range of the softmax's arithmetic, because engines use exp2 and scale scores by log2(e). 0.0 if
+    `dtype` rounds x to 0.
+    """
     info = np.finfo(dtype)
     if abs(x) > float(info.max) / 2:
         raise check.value(argument, f"is {x}", f"{expected} of at most {float(info.max) / 2:.3g}, because scores are {dtype}")
@@ -255,7 +263,8 @@ def _broadcast(check: Check, argument: str, x: View, shape: tuple[int, ...], axe
 
 
 def read_lengths(check: Check, argument: str, lengths: View) -> tuple[View, np.ndarray[Any, Any] | None]:
-    """A private int64 copy of lengths in host memory, as a View and as an array. Lengths on a device stay where they are, array None.
+    """A private int64 copy of lengths in host memory, as a View and as an array. Lengths on a device stay where they
+    are, array None.
 
     The copy is what engines use, so another thread that writes to the caller's array cannot change what was checked.
     """
@@ -310,7 +319,8 @@ def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = F
 
 
 def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem, Operands]:
-    """Validate one call. Returns its Problem, and the operands with bias, mask and alibi_slopes broadcast and lengths copied.
+    """Validate one call. Returns its Problem, and the operands with bias, mask and alibi_slopes broadcast and lengths
+    copied.
 
     `operands` hold canonical Views. Raises ValueError or TypeError that name `call` and the argument.
     """
@@ -364,7 +374,10 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
 
 def check_array(call: str, argument: str, view: View, shape: tuple[int, ...], dtype: str, device: tuple[str, int], *,
                 output: bool = False) -> None:
-    """Check out, dout, lse and the like: exact shape, dtype and device. An output must also be writable, aligned and without overlap."""
+    """Check out, dout, lse and the like: exact shape, dtype and device.
+
+    An output must also be writable, aligned and without overlap.
+    """
     check = Check(call)
     check.shape(argument, view, shape, "the shape")
     check.dtype(argument, view, (dtype,), "" if output else None)

@@ -1,4 +1,5 @@
-"""The executable specification: forward and backward of every Problem in float64 NumPy, one readable loop over sequences.
+"""The executable specification: forward and backward of every Problem in float64 NumPy, one readable loop over
+sequences.
 
 Rules that every engine shares and that this file defines:
 
@@ -33,8 +34,9 @@ name = "reference"
 class Precision:
     """The arithmetic. The specification uses float64.
 
-    The tests' naive rival computes in float32 and rounds P and dS to `operand`, the dtype in which a plain implementation passes
-    them to its second matmul. As an engine does, it computes P of the backward from the rounded lse (`from_lse`).
+    The tests' naive rival computes in float32 and rounds P and dS to `operand`, the dtype in which a plain
+    implementation passes them to its second matmul. As an engine does, it computes P of the backward from the rounded
+    lse (`from_lse`).
     """
 
     compute: str = "float64"
@@ -121,7 +123,8 @@ def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
 
 
 def _normaliser(S: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """row_max and row_sum (num_heads, seqlen_q): the softmax is exp(S - row_max) / row_sum. Sinks (num_heads, 1) are included.
+    """row_max and row_sum (num_heads, seqlen_q): the softmax is exp(S - row_max) / row_sum. Sinks (num_heads, 1) are
+    included.
 
     Both are 0 in a row whose scores are all -inf.
     """
@@ -136,10 +139,12 @@ def _normaliser(S: Array, sinks: Array | None) -> tuple[Array, Array]:
 
 
 def _share(own: Array, lse: Array, rounding: float, terms: int) -> Array:
-    """exp(own - lse): the share of this call's keys in the softmax whose `lse` is given. 1 where the two differ by rounding only.
+    """exp(own - lse): the share of this call's keys in the softmax whose `lse` is given. 1 where the two differ by
+    rounding only.
 
-    A given lse above the call's own is rounding if the gap is below lse's relative `rounding`; beyond that it includes more keys. A
-    given lse below it cannot include more keys, so it is another kernel's, whose scores are sums of `terms` rounded products.
+    A given lse above the call's own is rounding if the gap is below lse's relative `rounding`; beyond that it includes
+    more keys. A given lse below it cannot include more keys, so it is another kernel's, whose scores are sums of
+    `terms` rounded products.
     """
     gap, unit = own - lse, rounding * np.abs(lse)
     return np.asarray(np.exp(np.where((gap > -unit) & (gap < terms * unit), 0, gap)))
@@ -169,7 +174,10 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
 @np.errstate(all="ignore")
 def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
              precision: Precision = FLOAT64) -> None:
-    """Write the gradients of sum(dout * out) + sum(dlse * lse). grads.dbias has four axes, of length 1 where bias broadcasts."""
+    """Write the gradients of sum(dout * out) + sum(dlse * lse).
+
+    grads.dbias has four axes, of length 1 where bias broadcasts.
+    """
     p = precision
     q, k, v, out_array, dout_array, lse_array = (p.array(x) for x in (o.q, o.k, o.v, out, dout, lse))
     dlse_array = np.zeros(problem.lse_shape, p.compute) if dlse is None else p.array(dlse)

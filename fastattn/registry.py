@@ -1,19 +1,21 @@
-"""Which engine runs a call: the built-in engines, those that other packages register, and the one order in which they are tried.
+"""Which engine runs a call: the built-in engines, those that other packages register, and the one order in which they
+are tried.
 
-An engine has a name, reads one kind of memory and accepts some calls. Built in are "cpu" and "reference" for host memory and, for CUDA
-memory, the kernel families "sm90", "sm80" and "simt" of the GPU engine; "gpu" stands for the three. A call goes to the first engine
-that accepts it, of
+An engine has a name, reads one kind of memory and accepts some calls. Built in are "cpu" and "reference" for host
+memory and, for CUDA memory, the kernel families "sm90", "sm80" and "simt" of the GPU engine; "gpu" stands for the
+three. A call goes to the first engine that accepts it, of
 
 1. the one that its `engine=` names; else
 2. those that the innermost `use_engine` around it names, in that order; else
 3. those that the environment variable FASTATTN_ENGINES names ("cudnn,gpu,cpu"), read when a call first needs it; else
 4. registered engines that are activated, in the order of their registration, then "cpu" or "sm90", "sm80", "simt".
 
-Engines that read other memory than q's are left out. UnsupportedError quotes why each one refused; `explain` reports it without a call.
+Engines that read other memory than q's are left out. UnsupportedError quotes why each one refused; `explain` reports it
+without a call.
 
 Packages offer engines through an entry point of the group "fastattn.engines": a callable without arguments that calls
-`register_engine`. It is called when `engines()` lists engines or a call names an unknown one. Registering an engine changes no call;
-naming or activating it does.
+`register_engine`. It is called when `engines()` lists engines or a call names an unknown one. Registering an engine
+changes no call; naming or activating it does.
 """
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def _change(registered: dict[str, Engine], active: frozenset[str]) -> None:
 
 
 class Registration:
-    """A registered engine, as `register_engine` returns it. As a context manager it removes the engine at the end of the block."""
+    """A registered engine, as `register_engine` returns it.
+
+    As a context manager it removes the engine at the end of the block.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -58,7 +63,10 @@ class Registration:
         return _registered.get(self.engine.name) is self.engine and self.engine.name in _active
 
     def activate(self) -> Self:
-        """Try it before the built-in engines, in every call of the process that names no engine. ValueError once it is removed."""
+        """Try it before the built-in engines, in every call of the process that names no engine.
+
+        ValueError once it is removed.
+        """
         with _lock:
             if _registered.get(self.engine.name) is not self.engine:
                 raise ValueError(f"activate(): engine {self.engine.name!r} was removed; register_engine makes it known again.")
@@ -96,19 +104,22 @@ def register_engine(name: str, forward: Callable[..., None], backward: Callable[
     name : str
         A new name of letters, digits, "-" and "_".
     forward : callable
-        ``forward(problem, operands, out, lse, stream)`` writes the View `out`, and `lse` if it is not None, as `attention` documents them.
+        ``forward(problem, operands, out, lse, stream)`` writes the View `out`, and `lse` if it is not None, as
+        `attention` documents them.
     backward : callable or None
-        ``backward(problem, operands, dout, out, lse, dlse, grads, stream, deterministic)`` writes the Views of `grads`, a Grads.
-        None for an engine without a backward.
+        ``backward(problem, operands, dout, out, lse, dlse, grads, stream, deterministic)`` writes the Views of `grads`,
+        a Grads. None for an engine without a backward.
     supports : callable
-        ``supports(problem)`` returns None, or the reason why the engine does not accept a Problem (fastattn.problem). Errors quote it.
+        ``supports(problem)`` returns None, or the reason why the engine does not accept a Problem (fastattn.problem).
+        Errors quote it.
     device : {"cuda", "cpu"}, default "cuda"
         The memory that the engine reads.
 
     Returns
     -------
     Registration
-        The handle: `activate`, `restore`, `remove`, and `active`. As a context manager it removes the engine at the end of the block.
+        The handle: `activate`, `restore`, `remove`, and `active`. As a context manager it removes the engine at the end
+        of the block.
 
     Raises
     ------
@@ -122,12 +133,13 @@ def register_engine(name: str, forward: Callable[..., None], backward: Callable[
     Arrays are Views, (batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim), whatever the caller's layout. They
     speak DLPack, so ``torch.from_dlpack(view)`` shares their memory; ``view.numpy()`` does on the host. Sizes may be 0.
 
-    CUDA: all work goes on `stream`, a CUstream handle (None on the host). Reading a View orders no streams, so make that one current first:
-    ``torch.cuda.ExternalStream(stream)``; 1 is the legacy default stream. The device, ``operands.q.device``, need not be current. Free
-    the engine's own memory in the order of that stream.
+    CUDA: all work goes on `stream`, a CUstream handle (None on the host). Reading a View orders no streams, so make
+    that one current first: ``torch.cuda.ExternalStream(stream)``; 1 is the legacy default stream. The device,
+    ``operands.q.device``, need not be current. Free the engine's own memory in the order of that stream.
 
-    An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it writes anything; the next
-    engine is tried. An engine that calls fastattn passes an `engine=`, so that it does not call itself.
+    An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it writes
+    anything; the next engine is tried. An engine that calls fastattn passes an `engine=`, so that it does not call
+    itself.
 
     Examples
     --------
@@ -182,7 +194,8 @@ def engines() -> tuple[Engine, ...]:
     Returns
     -------
     tuple of Engine
-        Registered engines in the order of their registration, then the built-in ones. Each has `name` and `device`, "cpu" or "cuda".
+        Registered engines in the order of their registration, then the built-in ones. Each has `name` and `device`,
+        "cpu" or "cuda".
 
     Examples
     --------
@@ -208,7 +221,10 @@ _used: ContextVar[Names | Callable[[str | None], Engine] | None] = ContextVar("f
 
 @contextlib.contextmanager
 def scope(names: Names | Callable[[str | None], Engine]) -> Iterator[None]:
-    """use_engine without its checks. In place of names, explain passes a function: `engine` of a call -> the Engine that runs it."""
+    """use_engine without its checks.
+
+    In place of names, explain passes a function: `engine` of a call -> the Engine that runs it.
+    """
     token = _used.set(names)
     try:
         yield
@@ -222,7 +238,8 @@ def use_engine(*names: str) -> contextlib.AbstractContextManager[None]:
     Parameters
     ----------
     *names : str
-        "cpu", "gpu", "reference", "sm90", "sm80", "simt" or names of registered engines. A call goes to the first that accepts it.
+        "cpu", "gpu", "reference", "sm90", "sm80", "simt" or names of registered engines. A call goes to the first that
+        accepts it.
 
     Returns
     -------
@@ -232,8 +249,8 @@ def use_engine(*names: str) -> contextlib.AbstractContextManager[None]:
     Raises
     ------
     ValueError
-        No name, or an unknown one. Also from a call inside, if none of the engines reads the memory of its arrays; engines for other
-        memory are left out.
+        No name, or an unknown one. Also from a call inside, if none of the engines reads the memory of its arrays;
+        engines for other memory are left out.
 
     Examples
     --------
@@ -266,7 +283,10 @@ def _known() -> str:
 
 
 def _find(names: Names, call: str, argument: str, verb: str) -> tuple[Engine, ...]:
-    """The engines of these names; "gpu" is three. ValueError for a name that is unknown even after the entry points were called."""
+    """The engines of these names; "gpu" is three.
+
+    ValueError for a name that is unknown even after the entry points were called.
+    """
     found: dict[str, Engine] = {}
     for name in names:
         for single in FAMILIES if name == "gpu" else (name,):
@@ -289,7 +309,8 @@ def _lookup(name: object) -> Engine | None:
 def order(call: str, engine: str | None, names: Names | None, device: Device) -> tuple[tuple[Engine, ...], str]:
     """The engines that a call tries, first choice first, and what named them ("" for nothing).
 
-    `engine` is the call's, `names` are those of use_engine. ValueError for unknown ones and where none reads the memory of `device`.
+    `engine` is the call's, `names` are those of use_engine. ValueError for unknown ones and where none reads the memory
+    of `device`.
     """
     setting = os.environ.get("FASTATTN_ENGINES", "")
     if engine is not None:
@@ -313,7 +334,8 @@ def order(call: str, engine: str | None, names: Names | None, device: Device) ->
 def choose(call: str, engine: str | None, device: Device) -> Any:
     """The object whose forward and backward run a call of the public functions, with the arguments of register_engine.
 
-    ImportError where a lone built-in engine is missing; errors of `order`. UnsupportedError comes from the returned object.
+    ImportError where a lone built-in engine is missing; errors of `order`. UnsupportedError comes from the returned
+    object.
     """
     names: Any = _used.get()
     if engine is not None and not callable(names):

@@ -1,9 +1,9 @@
 """Fast path for a repeated dense forward: same shapes, strides, dtypes and options, new pointers.
 
-It skips validation and dispatch: 11 us of Python instead of 14. A call is described by the types, dtypes, shapes, strides and devices
-of q, k and v, by the alignment of their memory and by its options, all as plain values. Its second occurrence stores here what the
-engine launched on the full path (dispatch.py). Later ones read three addresses, allocate, and launch that. Any difference takes the
-full path, which raises its errors.
+It skips validation and dispatch: 11 us of Python instead of 14. A call is described by the types, dtypes, shapes,
+strides and devices of q, k and v, by the alignment of their memory and by its options, all as plain values. Its second
+occurrence stores here what the engine launched on the full path (dispatch.py). Later ones read three addresses,
+allocate, and launch that. Any difference takes the full path, which raises its errors.
 """
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ _known: Recent[Any, Known | None] = Recent()    # None: occurred once
 
 
 def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
-    """(key, result). The key is None for a call that cannot be repeated here, the result None for one that takes the full path.
+    """(key, result). The key is None for a call that cannot be repeated here, the result None for one that takes the
+    full path.
 
     `options`: plain values that, with the arrays, decide what the call does.
     """
@@ -84,7 +85,8 @@ def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tu
 
 
 def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, lse: Output | None) -> None:
-    """After a call with this key took the full path: store what it launched, if it has occurred before and the engine tells.
+    """After a call with this key took the full path: store what it launched, if it has occurred before and the engine
+    tells.
 
     Not at its first occurrence, because a call with a new seed each step never repeats.
     """

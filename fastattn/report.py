@@ -1,4 +1,7 @@
-"""show_config: what a bug report needs. It works without CUDA packages, without a driver and without the compiled CPU engine."""
+"""show_config: what a bug report needs.
+
+It works without CUDA packages, without a driver and without the compiled CPU engine.
+"""
 from __future__ import annotations
 
 import platform
@@ -17,8 +20,8 @@ def show_config() -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        What was printed: versions of Python and of the packages found, CPU instruction set and threads, CUDA driver and devices, the
-        folder of the kernel cache, engines. A part that is missing is reported with the reason.
+        What was printed: versions of Python and of the packages found, CPU instruction set and threads, CUDA driver and
+        devices, the folder of the kernel cache, engines. A part that is missing is reported with the reason.
 
     Examples
     --------

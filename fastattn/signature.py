@@ -23,7 +23,8 @@ _COMPAT = "fastattn.compat.sdpa and fastattn.compat.flash_attn take other librar
 def strict(function: F) -> F:
     """The function itself, with `*more` and `**unknown` hidden from its signature.
 
-    They only collect what `unknown_arguments` reports. Both are of type Never, so a type checker refuses such arguments.
+    They only collect what `unknown_arguments` reports. Both are of type Never, so a type checker refuses such
+    arguments.
     """
     shown = inspect.signature(function)
     named = [p for p in shown.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -1,4 +1,5 @@
-"""A call's arguments -> canonical Views; its results -> arrays of the caller's kind and layout. Nothing here copies an input.
+"""A call's arguments -> canonical Views; its results -> arrays of the caller's kind and layout. Nothing here copies an
+input.
 
 `Caller` does both for one call. The functions below it are its steps, for callers that need only one.
 """
@@ -20,14 +21,15 @@ from .view import CPU, NAMES, Output, Shape, View, numpy_dtype
 class Caller:
     """One call of a public function: its name, its stream, the layout of its q, k, v and results.
 
-    Each argument goes in once, with its name, and comes out as a View, whose `source` is the caller's array. Views of q, k, v and
-    results are canonical: (batch, seqlen, num_heads, dim), or packed (total, num_heads, dim).
+    Each argument goes in once, with its name, and comes out as a View, whose `source` is the caller's array. Views of
+    q, k, v and results are canonical: (batch, seqlen, num_heads, dim), or packed (total, num_heads, dim).
     """
 
     __slots__ = ("bhsd", "call", "first", "handle", "stream")
 
     def __init__(self, call: str, layout: str, stream: Any, argument: str, first: Any) -> None:
-        """`first`, q, decides where the call runs: its library knows its device and current stream. `self.first` is its View.
+        """`first`, q, decides where the call runs: its library knows its device and current stream. `self.first` is its
+        View.
 
         `stream` is the caller's argument: None, or a stream of any library.
         """
@@ -61,7 +63,9 @@ class Caller:
         return (canonical[0], canonical[2], canonical[1], canonical[3]) if self.bhsd else canonical
 
     def output(self, shape: Shape, dtype: str, like: View) -> Output:
-        """A new array in the caller's layout, of the kind of `like`'s source; `shape` is canonical, and so is the Output's view."""
+        """A new array in the caller's layout, of the kind of `like`'s source; `shape` is canonical, and so is the
+        Output's view.
+        """
         if self.bhsd:
             return allocate(like.source, self.shape(shape), dtype, self.stream).bshd()
         return allocate(like.source, shape, dtype, self.stream)
@@ -75,8 +79,8 @@ class Caller:
 def view(x: Any, call: str, argument: str, stream: Stream | None = None) -> View:
     """The View of an ndarray, of a CPU or CUDA DLPack producer (torch, JAX, CuPy) or of a `__cuda_array_interface__`.
 
-    `stream`, the call's, waits for the work that makes x if that is on another stream. Raises TypeError, naming `call` and
-    `argument`, for anything else and for dtypes that no argument takes.
+    `stream`, the call's, waits for the work that makes x if that is on another stream. Raises TypeError, naming `call`
+    and `argument`, for anything else and for dtypes that no argument takes.
     """
     known = by_type.get(type(x))
     if known is not None:
@@ -124,10 +128,12 @@ def resolve(stream: Any, q: Any, call: str) -> Stream | None:
 
 # ---------------------------------------------------------------- results
 def allocate(producer: Any, shape: Shape, dtype: str, stream: Stream | None = None) -> Output:
-    """An uninitialised contiguous array of the kind of `producer`, in CUDA memory of the stream's device, or the host's if None.
+    """An uninitialised contiguous array of the kind of `producer`, in CUDA memory of the stream's device, or the host's
+    if None.
 
-    Host: an ndarray, a torch tensor, or what the producer's array namespace makes of an ndarray once it is filled (its arrays
-    may be immutable; JAX's are); an ndarray where no library is known. CUDA: see libraries.py; a DeviceArray where none is known.
+    Host: an ndarray, a torch tensor, or what the producer's array namespace makes of an ndarray once it is filled (its
+    arrays may be immutable; JAX's are); an ndarray where no library is known. CUDA: see libraries.py; a DeviceArray
+    where none is known.
     """
     if stream is not None:
         return library_of(producer, "allocate", "producer").empty(producer, shape, dtype, stream)
@@ -137,9 +143,9 @@ def allocate(producer: Any, shape: Shape, dtype: str, stream: Stream | None = No
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             return Output(view(tensor, "allocate", "out"), tensor)
     array = np.empty(shape, numpy_dtype(dtype))
-    place = View(address(array), shape, array.strides, dtype, CPU, array)
+    found = View(address(array), shape, array.strides, dtype, CPU, array)
     if isinstance(producer, np.ndarray) or not hasattr(producer, "__array_namespace__"):
-        return Output(place, array)
+        return Output(found, array)
     from .protocols import hand_over
 
-    return Output(place, array, lambda filled: hand_over(producer, filled))
+    return Output(found, array, lambda filled: hand_over(producer, filled))

@@ -1,4 +1,6 @@
-"""`DeviceArray`: CUDA memory of our own, for callers whose library allocates none, and what JAX's results are made from."""
+"""`DeviceArray`: CUDA memory of our own, for callers whose library allocates none, and what JAX's results are made
+from.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -23,7 +25,10 @@ def _free(ptr: int, stream: Stream) -> None:
 
 
 class _Memory:
-    """Stream-ordered memory from the device's default pool. The last reference returns it to the pool, in stream order."""
+    """Stream-ordered memory from the device's default pool.
+
+    The last reference returns it to the pool, in stream order.
+    """
 
     __slots__ = ("ptr", "stream")
 
@@ -45,10 +50,11 @@ class _Memory:
 
 
 class DeviceArray:
-    """A contiguous array in CUDA memory, made on `stream`; `torch.from_dlpack(x)`, `cupy.from_dlpack(x)` and the like take it.
+    """A contiguous array in CUDA memory, made on `stream`; `torch.from_dlpack(x)`, `cupy.from_dlpack(x)` and the like
+    take it.
 
-    It speaks DLPack, every dtype, and the CUDA Array Interface, bfloat16 excepted; both order a consumer after its stream.
-    Nothing is computed with it, and no element is read on the host.
+    It speaks DLPack, every dtype, and the CUDA Array Interface, bfloat16 excepted; both order a consumer after its
+    stream. Nothing is computed with it, and no element is read on the host.
     """
 
     def __init__(self, shape: Shape, dtype: str, stream: Stream) -> None:
@@ -83,7 +89,9 @@ class DeviceArray:
 
     def __dlpack__(self, *, stream: int | None = None, max_version: tuple[int, int] | None = None,
                    dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any:
-        """A capsule; `stream`, the consumer's (None: the legacy default, -1: it orders itself), waits for the array's own."""
+        """A capsule; `stream`, the consumer's (None: the legacy default, -1: it orders itself), waits for the array's
+        own.
+        """
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self.__dlpack_device__()):
             raise BufferError(f"{self!r} is exported as it is: without a copy, on its own device")
         if stream == 0:

@@ -1,4 +1,5 @@
-"""DLPack capsules: reading any, making our own; and the address of an ndarray. NumPy's own reader knows neither bfloat16 nor devices.
+"""DLPack capsules: reading any, making our own; and the address of an ndarray. NumPy's own reader knows neither
+bfloat16 nor devices.
 
 Sources: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x); NumPy's manual, "The array interface protocol".
 """
@@ -46,8 +47,8 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.p
 def opened(capsule: Any) -> tuple[Tensor, bool]:
     """The tensor of a capsule and whether it is read-only.
 
-    The capsule is not marked as used: it must outlive the use of the memory, which its own destructor releases. BufferError for
-    an unknown version, and for what is no capsule or a used one.
+    The capsule is not marked as used: it must outlive the use of the memory, which its own destructor releases.
+    BufferError for an unknown version, and for what is no capsule or a used one.
     """
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
@@ -72,7 +73,10 @@ class Described(NamedTuple):
 
 
 def described(capsule: Any) -> Described:
-    """A capsule's tensor as plain values. BufferError for what no array can have. The reader checks that it fits in memory."""
+    """A capsule's tensor as plain values.
+
+    BufferError for what no array can have. The reader checks that it fits in memory.
+    """
     t, readonly = opened(capsule)
     if not 0 <= t.ndim <= MOST_AXES:
         raise BufferError(f"says it has {t.ndim} axes")
@@ -104,8 +108,9 @@ def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ..
             max_version: tuple[int, int] | None, kind: int = CUDA) -> Any:
     """A capsule of CUDA memory (or of `kind`), strides in bytes, that keeps `owner` alive until its deleter runs.
 
-    NumPy makes the capsule, as of host memory at this address; then the device and the dtype are overwritten. So the deleter
-    is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python has ended.
+    NumPy makes the capsule, as of host memory at this address; then the device and the dtype are overwritten. So the
+    deleter is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python has
+    ended.
     """
     code, bits = CODES[dtype]
     raw = np.asarray(_Raw(owner, ptr, shape, strides, bits // 8))

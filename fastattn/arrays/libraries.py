@@ -1,7 +1,9 @@
-"""The array libraries that are known by name, torch, CuPy, Numba and cuda.core: how each one's arrays are read and made.
+"""The array libraries that are known by name, torch, CuPy, Numba and cuda.core: how each one's arrays are read and
+made.
 
-This is faster than DLPack (a torch tensor is read in 1 us instead of 8), and these libraries tell their current stream. None is
-imported here: one whose array came in is loaded already. JAX and all others come by DLPack or the CUDA Array Interface (protocols.py).
+This is faster than DLPack (a torch tensor is read in 1 us instead of 8), and these libraries tell their current stream.
+None is imported here: one whose array came in is loaded already. JAX and all others come by DLPack or the CUDA Array
+Interface (protocols.py).
 """
 from __future__ import annotations
 
@@ -97,18 +99,18 @@ def _torch(torch: Any) -> Library:
 
     def empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
         tensor, ptr = new(x, shape, dtype)
-        place = View(ptr, shape, in_bytes(tensor.stride(), ITEMSIZE[dtype]), dtype, ("cuda", stream.device), tensor)
+        found = View(ptr, shape, in_bytes(tensor.stride(), ITEMSIZE[dtype]), dtype, ("cuda", stream.device), tensor)
         current = raw(stream.device) or LEGACY
         if current == stream.handle:
-            return Output(place, tensor)
+            return Output(found, tensor)
         if stream.handle == LEGACY or type(stream.owner) is torch.cuda.Stream:
             # so that the allocator waits for this stream before it reuses the memory
             tensor.record_stream(torch.cuda.default_stream(stream.device) if stream.handle == LEGACY else stream.owner)
-            return Output(place, tensor)
+            return Output(found, tensor)
         def finish(filled: Any) -> Any:                     # our stream may be destroyed before the memory is freed: the current one waits
             streams.wait(Stream(current, stream.device), stream.handle)
             return filled
-        return Output(place, tensor, finish)
+        return Output(found, tensor, finish)
 
     def form(x: Any) -> Any:
         if not x.is_cuda:
@@ -221,5 +223,5 @@ def _bare_buffer(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
 def _device_array(x: Any, call: str, argument: str, stream: Stream | None) -> View:
     if stream is not None and stream.device == x.stream.device:
         streams.wait(stream, x.stream.handle)
-    place: View = x.view()
-    return place
+    found: View = x.view()
+    return found

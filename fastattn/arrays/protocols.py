@@ -1,7 +1,9 @@
-"""Readers of arrays that speak a protocol, NumPy's own, DLPack or the CUDA Array Interface, and the errors that all readers share.
+"""Readers of arrays that speak a protocol, NumPy's own, DLPack or the CUDA Array Interface, and the errors that all
+readers share.
 
-What another library says of an array is checked before it is believed: a wrong shape, stride or address would make an engine read
-memory that is not the array's. Sources: the CUDA Array Interface version 3 (Numba manual); for DLPack see dlpack.py.
+What another library says of an array is checked before it is believed: a wrong shape, stride or address would make an
+engine read memory that is not the array's. Sources: the CUDA Array Interface version 3 (Numba manual); for DLPack see
+dlpack.py.
 """
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def dtype_name(dtype: np.dtype[Any], call: str, argument: str, x: Any) -> str:
 
 
 def cannot(x: Any, why: object, call: str, argument: str) -> TypeError:
-    """The error for an array whose memory its library does not give. An ImportError or MemoryError is raised as it is."""
+    """The error for an array whose memory its library does not give.
+
+    An ImportError or MemoryError is raised as it is.
+    """
     if isinstance(why, (ImportError, MemoryError)):
         raise why
     return TypeError(message(call, argument, f"({type(x).__name__}) cannot be exported: {why}", "an array that speaks DLPack"))
@@ -60,8 +65,9 @@ def requires_grad(call: str, argument: str) -> TypeError:
 
 # ---------------------------------------------------------------- NumPy
 def slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> tuple[np.ndarray[Any, Any], str]:
-    """An ndarray off the fast path, and its dtype's name. A first bfloat16 array is read; a subclass is read as a plain array over the
-    same memory; anything else gets the error that fits."""
+    """An ndarray off the fast path, and its dtype's name. A first bfloat16 array is read; a subclass is read as a plain
+    array over the same memory; anything else gets the error that fits.
+    """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(message(call, argument, "is a masked array", "a plain array",
                                 f"pass {argument}.data, and what may be attended in mask="))
@@ -81,7 +87,10 @@ def slow_numpy(x: np.ndarray[Any, Any], call: str, argument: str) -> tuple[np.nd
 
 # ---------------------------------------------------------------- DLPack
 def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> View:
-    """The View of a DLPack producer. The producer makes our stream wait for its own work. `owner` keeps the capsule alive."""
+    """The View of a DLPack producer.
+
+    The producer makes our stream wait for its own work. `owner` keeps the capsule alive.
+    """
     if words.in_graph(x):
         raise requires_grad(call, argument)
     try:
@@ -141,7 +150,9 @@ def _possible(x: View, packed: bool, call: str, argument: str) -> View:
 
 
 def _dlpack_home(x: Any, call: str) -> Home | None:
-    """The legacy default stream: a producer orders itself before whatever stream it is given, and names none of its own."""
+    """The legacy default stream: a producer orders itself before whatever stream it is given, and names none of its
+    own.
+    """
     try:
         number, index = map(int, x.__dlpack_device__())
     except EXPORT_ERRORS:
@@ -239,7 +250,8 @@ def _interface_home(x: Any, call: str) -> Home:
 
 # ---------------------------------------------------------------- results for arrays of any library
 def hand_over(producer: Any, array: Any) -> Any:
-    """`array` as an array of the producer's namespace: shared by DLPack, or by asarray where NumPy cannot export (bfloat16).
+    """`array` as an array of the producer's namespace: shared by DLPack, or by asarray where NumPy cannot export
+    (bfloat16).
 
     A DeviceArray that the namespace cannot import stays one, because asarray would copy it to the host.
     """

@@ -1,8 +1,8 @@
 """CUDA streams: which one a call uses, and how it waits for another. The host never waits.
 
-A handle is the number that DLPack and the CUDA Array Interface share with the driver: 1 is the legacy default stream, 2 the
-per-thread default stream, anything else a CUstream. The NULL stream, 0, is 1 or 2 depending on how a library was compiled.
-Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
+A handle is the number that DLPack and the CUDA Array Interface share with the driver: 1 is the legacy default stream, 2
+the per-thread default stream, anything else a CUstream. The NULL stream, 0, is 1 or 2 depending on how a library was
+compiled. Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
 """
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Stream:
 
 
 class Home(NamedTuple):
-    """The device of q's CUDA memory, and the current stream of q's library. `ordered_by` names the library if all its arrays use that
-    stream.
+    """The device of q's CUDA memory, and the current stream of q's library. `ordered_by` names the library if all its
+    arrays use that stream.
     """
 
     device: int
@@ -109,10 +109,11 @@ def normal(handle: int) -> int:
 
 
 def resolve(stream: Any, home: Home | None, call: str) -> Stream | None:
-    """The stream of a call: the caller's `stream`, else the current one of q's library. None for host memory (home None).
+    """The stream of a call: the caller's `stream`, else the current one of q's library. None for host memory (home
+    None).
 
-    The caller's stream waits for the library's current one, which computes q's values and owns the memory of results. TypeError or
-    ValueError for a `stream` that is no stream.
+    The caller's stream waits for the library's current one, which computes q's values and owns the memory of results.
+    TypeError or ValueError for a `stream` that is no stream.
     """
     if home is None:
         if stream is not None:
@@ -164,8 +165,8 @@ def capturing(handle: int) -> bool:
 def wait(stream: Stream, producer: int) -> None:
     """Work put on `stream` from now on starts after all work now on `producer`, another stream of the same device.
 
-    A captured stream cannot wait for work outside the graph, and a replay would not either. So the arrays that a captured
-    call reads must be ready, as everywhere in CUDA.
+    A captured stream cannot wait for work outside the graph, and a replay would not either. So the arrays that a
+    captured call reads must be ready, as everywhere in CUDA.
     """
     if producer == stream.handle:
         return

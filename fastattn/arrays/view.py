@@ -1,4 +1,5 @@
-"""`View`: where an array is. Also the two nouns around it: `Output`, a result, and `Library`, how one kind of array is read and made.
+"""`View`: where an array is. Also the two nouns around it: `Output`, a result, and `Library`, how one kind of array is
+read and made.
 
 Sources: the CUDA Array Interface version 3 (Numba manual), NumPy's array interface.
 """
@@ -40,11 +41,11 @@ def contiguous(shape: Shape, itemsize: int) -> Shape:
 
 @dataclass(slots=True, eq=False)
 class View:
-    """Memory of an array: address, shape, strides in bytes, dtype name, device. `owner` keeps the memory alive: the caller's array, or
-    a tuple that begins with it.
+    """Memory of an array: address, shape, strides in bytes, dtype name, device. `owner` keeps the memory alive: the
+    caller's array, or a tuple that begins with it.
 
-    Treat as immutable. It is not declared frozen because a frozen dataclass takes 0.7 us to make, five times as long, and a call makes
-    five.
+    Treat as immutable. It is not declared frozen because a frozen dataclass takes 0.7 us to make, five times as long,
+    and a call makes five.
     """
 
     ptr: int
@@ -76,7 +77,10 @@ class View:
                     self.owner, self.readonly)
 
     def bshd(self) -> View:
-        """(batch, num_heads, seqlen, dim) as (batch, seqlen, num_heads, dim). A view without four axes is left for problem.py to report."""
+        """(batch, num_heads, seqlen, dim) as (batch, seqlen, num_heads, dim).
+
+        A view without four axes is left for problem.py to report.
+        """
         if len(self.shape) != 4:
             return self
         (batch, heads, seqlen, dim), (a, b, c, d) = self.shape, self.strides
@@ -116,7 +120,10 @@ class View:
 
     def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None, dl_device: tuple[int, int] | None = None,
                    copy: bool | None = None) -> Any:
-        """A capsule of the same memory, for engines of other packages. `stream` is ignored: an engine works on the stream it was given."""
+        """A capsule of the same memory, for engines of other packages.
+
+        `stream` is ignored: an engine works on the stream it was given.
+        """
         kind, index = self.__dlpack_device__()
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != (kind, index)):
             raise BufferError("a View is exported as it is: without a copy, on its own device")
@@ -156,7 +163,8 @@ def overlap(a: View, b: View) -> bool:
 
 
 class Output:
-    """A new or given array for a result: an engine fills `view`, then `finish()` returns the array in the caller's kind and layout.
+    """A new or given array for a result: an engine fills `view`, then `finish()` returns the array in the caller's kind
+    and layout.
 
     `view` is canonical, (batch, seqlen, num_heads, dim). `shape` is that of the caller's array.
     """

@@ -1,4 +1,5 @@
-"""Other libraries' arrays in error texts: how a caller writes a cast there, and what frameworks pass while they transform a function.
+"""Other libraries' arrays in error texts: how a caller writes a cast there, and what frameworks pass while they
+transform a function.
 
 No library is imported here: one whose array came in is loaded already.
 """
@@ -52,7 +53,10 @@ def like(argument: str, x: Any, other: str) -> str:
 
 # ---------------------------------------------------------------- graphs and stand-ins
 def in_graph(x: Any) -> bool:
-    """Whether torch records what is done with x, because it requires grad. Under no_grad and in inference_mode nothing is recorded."""
+    """Whether torch records what is done with x, because it requires grad.
+
+    Under no_grad and in inference_mode nothing is recorded.
+    """
     if getattr(x, "requires_grad", False) is not True:
         return False
     torch: Any = sys.modules.get("torch")
