@@ -7,25 +7,29 @@ How a call flows, file by file:
 
     attention(q, k, v, causal=True, ...)
         |
-    api.py          the public functions; nothing is computed here
-        |           (a dense forward in CUDA memory that comes again goes from here to its kernel: repeat.py)
-    buffers.py      each array -> View: pointer, shape, strides, dtype, device; no copy
-        |           layout "bhsd" is a permutation of strides, so engines know one layout
-    problem.py      make_problem: every check of every argument, then the frozen Problem (what to compute)
-        |           row_bounds: the one definition of causal, window, padding and packed edges
-    registry.py     which engine: by device, use_engine, registered ones of other packages; explanation.py says why
+    api.py          the public functions: signatures and documentation
+        |           (a repeated dense forward in CUDA memory goes straight to its kernel: repeat.py)
+    dispatch.py     the flow that they share
         |
-    api.py          allocates outputs
+    arrays/         each array -> View: pointer, shape, strides, dtype, device; no copy
+        |           layout "bhsd" is a permutation of strides, so engines know one layout
+    options.py      numbers of any kind -> Options, plain values
+        |
+    problem.py      every check of every argument, then the frozen Problem (what to compute)
+        |           masks.py: row_bounds, the one definition of causal, window, padding and packed edges
+    registry.py     which engine: by device, use_engine, engines of other packages (explanation.py reports why)
         |
         +-- cpu/            Cython engine, one source compiled per instruction set, chosen at import
         +-- gpu/            Numba engine, kernel families sm90, sm80 and simt
         +-- reference.py    float64 NumPy: the specification that decides what is right
         |
-    buffers.py      outputs are handed over in the caller's own library
+    arrays/         outputs, allocated in the caller's own library and layout, are handed over
 
-philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the one
-form of an error message. Three nouns: a Problem says what, an engine's private Config says how, a View says where.
-Nothing heavy is imported before the first call that needs it.
+philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
+one form of an error message, memo.py the one bounded cache. compat/ has other libraries' signatures over api.py.
+
+Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
+before the first call that needs it.
 """
 from __future__ import annotations
 
@@ -41,9 +45,9 @@ from .api import (
     dropout_mask,
     merge_states,
 )
-from .buffers import Grads
 from .errors import UnsupportedError
 from .explanation import explain
+from .problem import Grads
 from .registry import engines, register_engine, use_engine
 from .report import show_config
 

@@ -1,37 +1,7 @@
-"""The public functions: arguments -> Views -> Problem -> engine -> outputs in the caller's own library and layout.
+"""The public functions. Nothing is computed here: each one reads its options and hands its arrays to dispatch.py.
 
-Common keywords of the four attention functions (shapes for layout="bshd"; "bhsd" swaps heads and sequence):
-
-causal         False; True or "bottom_right": key j <= d; "top_left": the same with the other diagonal. d, the key on which row i stands, is
-               i + seqlen_k - seqlen_q, with "top_left" i
-window         (left, right) keys around the diagonal d, inclusive, None = no limit
-softmax_scale  default 1 / sqrt(head_dim)
-softcap        scores become softcap * tanh(score / softcap)
-alibi_slopes   (num_heads,) or (batch, num_heads): adds -slope * |d - j|
-bias           additive, broadcasts to (batch, num_heads, seqlen_q, seqlen_k); q's dtype or float32; -inf allowed
-mask           bool, same shapes, True = may attend. Two axes are always (seqlen_q, seqlen_k): a mask of padding keys (batch, seqlen_k) is
-               given as mask[:, None, None, :], or it counts as rows of queries where batch == seqlen_q
-sinks          (num_heads,) logits that join the softmax's denominator only
-dropout_p, seed, offset   Philox dropout of the probabilities, see philox.py; the backward takes the same three. dropout_p counts in
-               steps of 1 / 65536: below 7.6e-6, half a step, nothing is dropped
-stream         CUDA arrays only: all work of the call is put on it, behind what q's library has on its current stream; an int,
-               or a stream of cuda.core, torch, CuPy, Numba, or anything with __cuda_stream__. None: the current stream of
-               q's library where it can be known (torch, CuPy; the one that q's __cuda_array_interface__ names), else the legacy
-               default stream. The host never waits, so results are ready on that stream, not yet when a call returns.
-engine         None chooses (registry.py says how); "cpu", "gpu", "reference", "sm90", "sm80", "simt" or a registered engine's name forces
-               one; `engines()` lists them and `explain` says which one a call takes, and why
-
-CUDA: all arrays of a call are on q's device, lengths and slopes too, and results come in q's library (JAX and others by
-DLPack; a DeviceArray, which speaks DLPack, where q has no library). Lengths on the device are not read, so they are not
-checked, and max_seqlen_q and max_seqlen_k are the totals unless given. In a CUDA graph capture results come from torch's or
-CuPy's pools, or are given as `out`.
-
-Options (causal to offset, max_seqlen_q, max_seqlen_k) are values: a number may come as a NumPy scalar or a 0-d array or tensor in host
-memory, and is what that holds when the call is made. On a device it is refused, because the host would wait, and so is a tensor that
-requires grad while torch records.
-
-Errors: ValueError and TypeError for wrong arguments, UnsupportedError where no engine has the combination, ImportError
-where the compiled CPU engine or the packages of the GPU engine are missing.
+Signatures and documentation are the content of this file. `help(fastattn.attention)` documents every keyword; the other
+three attention functions share its keywords and describe what differs.
 """
 from __future__ import annotations
 
@@ -41,33 +11,120 @@ from typing import Any, Literal, Never
 import numpy as np
 
 from . import repeat
-from .buffers import Grads, Output, View, allocate, overlap, resolve, small, view, written
+from .arrays.convert import Caller
+from .dispatch import backward, forward, read
 from .engine import load
-from .errors import message
-from .memo import Recent
-from .problem import Check, Operands, Options, Problem, check_array, make_dropout, problem_of, read_options
-from .registry import choose
+from .options import Check, read_options
+from .problem import Grads, check_array, is_plain, make_dropout
 from .signature import strict, unknown_arguments
-from .streams import Stream
 
 Layout = Literal["bshd", "bhsd"]
 Packed = Literal["thd"]
-_problems: Recent[Any, Problem] = Recent()
 
 
-# ---------------------------------------------------------------- the four functions
+# ---------------------------------------------------------------- dense arrays
 @strict
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
               mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
               layout: Layout = "bshd", out: Any = None, return_lse: bool = False, stream: Any = None,
               engine: str | None = None, **unknown: Never) -> Any:
-    """softmax(scores) @ v: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_k, head_dim) and
-    v (batch, seqlen_k, num_heads_k, head_dim_v) -> out (batch, seqlen_q, num_heads, head_dim_v), or (out, lse).
+    """Exact attention, softmax(scores) @ v, on arrays where they are.
 
-    lse is the natural log of the softmax's denominator, (batch, num_heads, seqlen_q), float32 (float64 for float64
-    input). `out` may be given and is returned; a call that raises may have written parts of it. Other keywords and errors:
-    see this module's docstring.
+    The score of query row i and key j is ``softcap(softmax_scale * q_i . k_j) + alibi + bias``. Masks then select which
+    keys a row attends. Below, d is the key on the diagonal of row i: ``i + seqlen_k - seqlen_q``.
+
+    Parameters
+    ----------
+    q : array (batch, seqlen_q, num_heads, head_dim)
+        float16, bfloat16, float32 or float64; head_dim from 1 to 512. A NumPy array, a CPU or CUDA tensor of torch, or
+        any array that speaks DLPack or the CUDA Array Interface, with any strides. Shapes here are those of
+        ``layout="bshd"``.
+    k : array (batch, seqlen_k, num_heads_k, head_dim)
+        q's dtype and device. num_heads_k divides num_heads: query heads share key heads in groups of num_heads /
+        num_heads_k.
+    v : array (batch, seqlen_k, num_heads_k, head_dim_v)
+        q's dtype and device. head_dim_v from 1 to 512 may differ from head_dim.
+    causal : bool or str, default False
+        True or "bottom_right": row i attends keys j <= d. "top_left": the same with d = i.
+    window : (int or None, int or None), optional
+        (left, right), counted in keys: row i attends keys from d - left to d + right, inclusive. None is no limit. With
+        ``causal="top_left"`` d is i here and for alibi_slopes.
+    softmax_scale : float, optional
+        Factor of the dot products. Default 1 / sqrt(head_dim).
+    softcap : float, optional
+        Positive; scores become ``softcap * tanh(score / softcap)``.
+    alibi_slopes : array (num_heads,) or (batch, num_heads), optional
+        float32, float64 or q's dtype; a list for host arrays. Adds ``-slope * |d - j|``.
+    bias : array that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), optional
+        q's dtype or float32. Added to the scores; -inf is allowed.
+    mask : array that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), optional
+        bool, True where a query attends a key. Two axes are always (seqlen_q, seqlen_k): pass a padding mask (batch,
+        seqlen_k) as ``mask[:, None, None, :]``, or it is read as rows of queries where batch == seqlen_q.
+    sinks : array (num_heads,), optional
+        float32, float64 or q's dtype; a list for host arrays. Logits that join the softmax's denominator only.
+    dropout_p : float, default 0.0
+        Probability in [0, 1] of dropping a softmax weight; the others are scaled by 1 / (1 - dropout_p). It counts in
+        steps of 1 / 65536, so below 7.6e-6, half a step, nothing is dropped.
+    seed : int, optional
+        64-bit key of the dropout's random numbers. Needed if dropout_p > 0. Use a new one each step.
+    offset : int, default 0
+        32-bit counter: one seed gives a different mask for each offset.
+    layout : {"bshd", "bhsd"}, default "bshd"
+        Order of the axes of q, k, v and out. "bhsd" is (batch, num_heads, seqlen, head_dim). lse does not depend on it.
+    out : array of the result's shape and q's dtype, optional
+        Written and returned. It may share no memory with an input.
+    return_lse : bool, default False
+        Return (out, lse).
+    stream : int or stream, optional
+        CUDA arrays only: a CUstream handle, or a stream of cuda.core, torch, CuPy, Numba or anything with
+        ``__cuda_stream__``. All work of the call goes on it, after what q's library has on its current stream. None:
+        the current stream of q's library if it is known (torch, CuPy, or the one in q's ``__cuda_array_interface__``),
+        else the legacy default stream.
+    engine : str, optional
+        None chooses, see `use_engine`. "cpu", "gpu", "reference", "sm90", "sm80", "simt" or the name of a registered
+        engine forces one. `engines` lists them; `explain` says which one a call takes, and why.
+
+    Returns
+    -------
+    out : array (batch, seqlen_q, num_heads, head_dim_v)
+        q's dtype, of q's library, in the caller's layout. A row that attends no key is 0.
+    lse : array (batch, num_heads, seqlen_q)
+        Only with ``return_lse``: the natural log of the softmax's denominator, float32 (float64 for float64 input). A
+        row that attends no key has -inf, or its sink.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is wrong. Nothing has been written. The message names the argument, what it is and what would work.
+    UnsupportedError
+        The call is valid, but no engine takes it; `reasons` quotes each engine.
+    ImportError
+        The compiled CPU engine or the packages of the GPU engine are missing.
+
+    Notes
+    -----
+    Options are values: a number may be a NumPy scalar, or a 0-d array or tensor in host memory, read when the call is made. One
+    on a device is refused, because the host would wait for it. So is a tensor that requires grad while torch records.
+
+    CUDA: all arrays of a call are on q's device. The host never waits; results are ready on the call's stream. Results
+    are of q's library (JAX and others by DLPack), or a DeviceArray, which speaks DLPack, where q's library allocates
+    nothing. In a graph capture they come from torch's or CuPy's pools; otherwise pass `out`. A call that raises in an
+    engine may have written part of `out`.
+
+    Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and memory-efficient exact attention with IO-awareness",
+    NeurIPS 2022. ALiBi: Press, Smith, Lewis, ICLR 2022. Dropout: Philox4x32-10, Salmon et al., SC 2011.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import attention
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 5, 4, 8), np.float32)
+    >>> k, v = rng.standard_normal((2, 2, 7, 2, 8), np.float32)
+    >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
+    >>> out.shape, lse.shape
+    ((2, 5, 4, 8), (2, 4, 5))
     """
     if more or unknown:
         raise unknown_arguments(attention, more, unknown)
@@ -75,14 +132,12 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
-    if bias is None and mask is None and alibi_slopes is None and sinks is None and out is None and stream is None:
-        key, known = repeat.look(q, k, v, (options, layout, return_lse, engine))
-        if known is not None:
-            result = known.again(q, k, v, call, engine)
-            if result is not None:
-                return result
-    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _forward(call, layout, engine, options, on, o, q, out, return_lse, key)
+    if is_plain(bias, mask, alibi_slopes, sinks) and out is None and stream is None:
+        key, result = repeat.replay(call, engine, (q, k, v), (options, layout, return_lse, engine))
+        if result is not None:
+            return result
+    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
+    return forward(caller, engine, options, o, out, return_lse, key)
 
 
 @strict
@@ -92,19 +147,67 @@ def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *m
                        sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
                        layout: Layout = "bshd", dlse: Any = None, need_dbias: bool = False, deterministic: bool = False,
                        stream: Any = None, engine: str | None = None, **unknown: Never) -> Grads:
-    """Grads(dq, dk, dv, dbias, dsinks) of `attention` for dout, and dlse where lse was used too; out and lse as it gave them.
+    """Gradients of `attention`.
 
-    Each gradient has its input's shape, layout and dtype. dbias (bias's own shape) only when need_dbias, dsinks only when
-    sinks were given. `deterministic` asks for the same bits in every run, at a price on the GPU; the CPU engine gives them always.
+    Parameters
+    ----------
+    dout : array (batch, seqlen_q, num_heads, head_dim_v)
+        Gradient of out, of q's dtype.
+    q, k, v : array
+        The forward's: q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_k, head_dim) and
+        v (batch, seqlen_k, num_heads_k, head_dim_v), or with heads before seqlen for ``layout="bhsd"``.
+    out : array (batch, seqlen_q, num_heads, head_dim_v)
+        The forward's result, of q's dtype.
+    lse : array (batch, num_heads, seqlen_q)
+        The forward's result with ``return_lse=True``, float32 (float64 for float64 input).
+    causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
+        The forward's, with the same values: see `attention`.
+    dlse : array (batch, num_heads, seqlen_q), optional
+        Gradient of lse, of lse's dtype, if the loss depends on lse.
+    need_dbias : bool, default False
+        Compute the gradient of bias too.
+    deterministic : bool, default False
+        The same bits in every run. Slower on the GPU. The CPU engine is always deterministic.
+    stream, engine : optional
+        As in `attention`.
+
+    Returns
+    -------
+    Grads
+        dq, dk, dv, dbias and dsinks, each with its input's shape, layout and dtype. dbias only with
+        ``need_dbias=True``, dsinks only if sinks are given; otherwise None.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError
+        As `attention`.
+
+    Notes
+    -----
+    delta = rowsum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse). out and lse are used as they are given. So a call over
+    a part of the keys, with the out and lse of all keys, returns that part's share of dq.
+
+    Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import attention, attention_backward
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 2, 5, 4, 8), np.float32)
+    >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
+    >>> grads = attention_backward(dout, q, k, v, out, lse, causal=True)
+    >>> grads.dq.shape, grads.dbias
+    ((2, 5, 4, 8), None)
     """
     if more or unknown:
         raise unknown_arguments(attention_backward, more, unknown)
     call = "attention_backward"
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
-    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks)
-    return _backward(call, layout, engine, options, on, o, (dout, q, k, v, out, lse, dlse, bias, sinks), need_dbias, deterministic)
+    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
+    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
 
 
+# ---------------------------------------------------------------- packed arrays
 @strict
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
                      max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
@@ -113,19 +216,68 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                      sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
                      layout: Packed = "thd", out: Any = None, return_lse: bool = False, stream: Any = None,
                      engine: str | None = None, **unknown: Never) -> Any:
-    """`attention` of sequences packed along one axis: q (total_q, num_heads, head_dim), k and v (total_k, num_heads_k, ...)
-    -> out (total_q, num_heads, head_dim_v), or (out, lse) with lse (num_heads, total_q).
+    """`attention` of sequences of different lengths, packed along one axis.
 
-    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q and the same of k; int32 or int64, (sequences + 1,).
-    seqused_k (sequences,): only that many of its keys exist. bias and mask broadcast to (sequences, num_heads,
-    max_seqlen_q, max_seqlen_k) and are indexed inside each sequence. Rows of no sequence: out 0, lse -inf.
+    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
+    keys only.
+
+    Parameters
+    ----------
+    q : array (total_q, num_heads, head_dim)
+        float16, bfloat16, float32 or float64; head_dim from 1 to 512.
+    k : array (total_k, num_heads_k, head_dim)
+        q's dtype and device; num_heads_k divides num_heads.
+    v : array (total_k, num_heads_k, head_dim_v)
+        q's dtype and device.
+    cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
+        int32 or int64, cumulative lengths in rows: 0 first, never decreasing, the last at most total_q or total_k. A
+        list for host arrays.
+    max_seqlen_q, max_seqlen_k : int, optional
+        At least the longest sequence. Lengths on a device are not read by the host, so there the defaults are total_q
+        and total_k, and a smaller value saves work.
+    seqused_k : array (sequences,), optional
+        int32 or int64: only the first seqused_k[n] keys of sequence n exist.
+    alibi_slopes : array (num_heads,) or (sequences, num_heads), optional
+    bias, mask : array that broadcasts to (sequences, num_heads, max_seqlen_q, max_seqlen_k), optional
+        Indexed inside each sequence.
+    causal, window, softmax_scale, softcap, sinks, dropout_p, seed, offset : optional
+        As in `attention`, inside each sequence.
+    layout : {"thd"}
+        The one layout of packed arrays.
+    out, return_lse, stream, engine : optional
+        As in `attention`.
+
+    Returns
+    -------
+    out : array (total_q, num_heads, head_dim_v)
+        Rows of no sequence are 0.
+    lse : array (num_heads, total_q)
+        Only with ``return_lse``. Rows of no sequence are -inf.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError
+        As `attention`. Lengths on a device are not checked.
+
+    Notes
+    -----
+    Source: Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", ICLR 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import attention_varlen
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 7, 4, 8), np.float32)
+    >>> attention_varlen(q, k, v, [0, 3, 7], [0, 3, 7], causal=True).shape          # two sequences, of 3 and 4 rows
+    (7, 4, 8)
     """
     if more or unknown:
         raise unknown_arguments(attention_varlen, more, unknown)
     call = "attention_varlen"
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _forward(call, layout, engine, options, on, o, q, out, return_lse)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
+    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
+    return forward(caller, engine, options, o, out, return_lse)
 
 
 @strict
@@ -137,142 +289,94 @@ def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: 
                               seed: int | None = None, offset: int = 0, layout: Packed = "thd", dlse: Any = None,
                               need_dbias: bool = False, deterministic: bool = False, stream: Any = None,
                               engine: str | None = None, **unknown: Never) -> Grads:
-    """Grads of `attention_varlen`; see attention_backward. Rows of no sequence and keys past seqused_k have gradient 0."""
+    """Gradients of `attention_varlen`.
+
+    Parameters
+    ----------
+    dout, out : array (total_q, num_heads, head_dim_v)
+        Gradient of the forward's result, and that result.
+    q, k, v : array
+        The forward's: (total_q, num_heads, head_dim), (total_k, num_heads_k, head_dim) and (total_k, num_heads_k,
+        head_dim_v).
+    lse : array (num_heads, total_q)
+        The forward's result with ``return_lse=True``.
+    cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
+        The forward's.
+    max_seqlen_q, max_seqlen_k, seqused_k : optional
+        The forward's.
+    causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
+        The forward's, with the same values.
+    dlse : array (num_heads, total_q), optional
+        Gradient of lse, if the loss depends on lse.
+    need_dbias, deterministic : bool, default False
+        As in `attention_backward`.
+    stream, engine : optional
+        As in `attention`.
+
+    Returns
+    -------
+    Grads
+        As `attention_backward`. Rows of no sequence and keys past seqused_k have gradient 0.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError
+        As `attention_varlen`.
+
+    Notes
+    -----
+    Source: as `attention_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import attention_varlen, attention_varlen_backward
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 7, 4, 8), np.float32)
+    >>> out, lse = attention_varlen(q, k, v, [0, 3, 7], [0, 3, 7], return_lse=True)
+    >>> attention_varlen_backward(dout, q, k, v, out, lse, [0, 3, 7], [0, 3, 7]).dk.shape
+    (7, 4, 8)
+    """
     if more or unknown:
         raise unknown_arguments(attention_varlen_backward, more, unknown)
     call = "attention_varlen_backward"
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    on, o = _operands(call, layout, stream, q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, True)
-    return _backward(call, layout, engine, options, on, o, (dout, q, k, v, out, lse, dlse, bias, sinks), need_dbias, deterministic)
-
-
-# ---------------------------------------------------------------- the flow they share
-def _operands(call: str, layout: str, stream: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, alibi_slopes: Any, sinks: Any,
-              cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_k: Any = None,
-              packed: bool = False) -> tuple[Stream | None, Operands]:
-    """The call's stream (None: host memory) and canonical Views of every array argument."""
-    if layout not in (("thd",) if packed else ("bshd", "bhsd")):
-        other = "attention" if packed else "attention_varlen takes packed arrays, layout 'thd'"
-        raise ValueError(message(call, "layout", f"is {layout!r}", "'thd'" if packed else "'bshd' or 'bhsd'",
-                                 f"{other} takes 'bshd' and 'bhsd'" if packed else other))
-    on = resolve(stream, q, call)
-    q_view, k_view, v_view = view(q, call, "q", on), view(k, call, "k", on), view(v, call, "v", on)
-    if layout == "bhsd":
-        q_view, k_view, v_view = _canonical(q_view, layout), _canonical(k_view, layout), _canonical(v_view, layout)
-    if bias is None and mask is None and alibi_slopes is None and sinks is None and not packed:
-        return on, Operands(q_view, k_view, v_view)
-    floats = "float64" if q_view.dtype == "float64" else "float32"
-    lengths: tuple[View | None, ...] = (None, None, None)
-    if packed:
-        lengths = (small(cu_seqlens_q, None, call, "cu_seqlens_q", on), small(cu_seqlens_k, None, call, "cu_seqlens_k", on),
-                   None if seqused_k is None else small(seqused_k, None, call, "seqused_k", on))
-    return on, Operands(q_view, k_view, v_view, None if bias is None else view(bias, call, "bias", on),
-                        None if mask is None else view(mask, call, "mask", on),
-                        None if alibi_slopes is None else small(alibi_slopes, floats, call, "alibi_slopes", on),
-                        None if sinks is None else small(sinks, floats, call, "sinks", on), *lengths)
-
-
-def _canonical(x: View, layout: str) -> View:
-    """(batch, heads, seqlen, dim) <-> (batch, seqlen, heads, dim); a wrong rank is left for make_problem to report."""
-    if layout != "bhsd" or len(x.shape) != 4:
-        return x
-    (batch, heads, seqlen, dim), (a, b, c, d) = x.shape, x.strides
-    return View(x.ptr, (batch, seqlen, heads, dim), (a, c, b, d), x.dtype, x.device, x.owner, x.readonly)
-
-
-def _problem(call: str, layout: str, o: Operands, options: Options) -> tuple[Problem, Operands]:
-    """problem_of, remembered where nothing but shapes, dtypes, devices and options decides: 1 us for 6, and an engine may know a Problem
-    again by its identity."""
-    key: Any = None
-    if o.plain and not (o.packed and o.q.device[0] == "cpu"):
-        q, k, v = o.q, o.k, o.v
-        key = (call, options, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-        if o.packed:
-            key += tuple([(x.shape, x.dtype, x.device) for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
-        found = _problems.get(key)
-        if found is not None:
-            return found, o
-    try:
-        problem, o = problem_of(call, o, options)
-    except (TypeError, ValueError) as error:
-        if layout == "bhsd":
-            error.add_note("Shapes in this message are in the order (batch, seqlen, num_heads, head_dim).")
-        raise
-    if key is not None:
-        _problems[key] = problem
-    return problem, o
-
-
-def _forward(call: str, layout: str, engine: str | None, options: Options, on: Stream | None, o: Operands, q: Any, out: Any,
-             return_lse: bool, key: Any = None) -> Any:
-    problem, ready = _problem(call, layout, o, options)
-    shape = _swapped(problem.out_shape, layout)
-    given = None if out is None else _given_out(call, out, shape, problem, o, on)
-    chosen = choose(call, engine, o.q.device)
-    output = allocate(q, shape, problem.dtype, on) if given is None else given
-    lse = allocate(q, problem.lse_shape, problem.lse_dtype, on) if return_lse else None
-    place, lse_place = _canonical(output.view, layout), None if lse is None else lse.view
-    chosen.forward(problem, ready, place, lse_place, None if on is None else on.handle)
-    if key is not None and on is not None:
-        repeat.remember(key, chosen, problem, ready, place, shape, lse_place, q)
-    return output.finish() if lse is None else (output.finish(), lse.finish())
-
-
-def _given_out(call: str, out: Any, shape: tuple[int, ...], problem: Problem, o: Operands, on: Stream | None) -> Output:
-    """A caller's `out`: the right array, writable, and sharing no element with an input that is still being read."""
-    place = view(out, call, "out", on)
-    check_array(call, "out", place, shape, problem.dtype, o.q.device, output=True)
-    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
-        x = getattr(o, name)
-        if x is not None and overlap(place, x):
-            raise ValueError(message(call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
-    return Output(place, out, written(out))
-
-
-def _backward(call: str, layout: str, engine: str | None, options: Options, on: Stream | None, o: Operands, arrays: tuple[Any, ...],
-              need_dbias: bool, deterministic: bool) -> Grads:
-    dout, q, k, v, out, lse, dlse, bias, sinks = arrays
-    problem, ready = _problem(call, layout, o, options)
-    if need_dbias and bias is None:
-        raise ValueError(message(call, "need_dbias", "is True", "a bias, whose gradient it asks for", "pass bias= or need_dbias=False"))
-    shape, device = _swapped(problem.out_shape, layout), o.q.device
-    views = []
-    for name, x, x_shape, dtype in (("dout", dout, shape, problem.dtype), ("out", out, shape, problem.dtype),
-                                    ("lse", lse, problem.lse_shape, problem.lse_dtype)):
-        views.append(view(x, call, name, on))
-        check_array(call, name, views[-1], x_shape, dtype, device)
-    dlse_view = None if dlse is None else view(dlse, call, "dlse", on)
-    if dlse_view is not None:
-        check_array(call, "dlse", dlse_view, problem.lse_shape, problem.lse_dtype, device)
-    chosen = choose(call, engine, device)
-    dq, dk, dv = [allocate(x, _swapped(x_view.shape, layout), x_view.dtype, on) for x, x_view in ((q, o.q), (k, o.k), (v, o.v))]
-    dbias = allocate(bias, o.bias.shape, o.bias.dtype, on) if need_dbias and o.bias is not None else None
-    dsinks = None
-    if o.sinks is not None:
-        dsinks = allocate(q if isinstance(sinks, (list, tuple)) else sinks, o.sinks.shape, o.sinks.dtype, on)
-    places = Grads(_canonical(dq.view, layout), _canonical(dk.view, layout), _canonical(dv.view, layout),
-                   None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
-    chosen.backward(problem, ready, _canonical(views[0], layout), _canonical(views[1], layout), views[2], dlse_view, places,
-                    None if on is None else on.handle, bool(deterministic))
-    return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
-                 None if dsinks is None else dsinks.finish())
-
-
-def _swapped(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Canonical shape <-> the caller's."""
-    return (shape[0], shape[2], shape[1], shape[3]) if layout == "bhsd" else shape
-
-
-def _four_axes(x: View) -> View:
-    return x.broadcast_to((1,) * (4 - len(x.shape)) + x.shape)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
+    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
+    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- helpers for callers
 def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int | None,
                  offset: int = 0) -> np.ndarray[Any, Any]:
-    """The exact mask a call used or would use: (batch, num_heads, seqlen_q, seqlen_k) bool, True = kept.
+    """The dropout mask of a call: the exact elements that every engine keeps.
 
-    Packed calls: entry n is sequence n, its first seqlen rows and columns.
+    Parameters
+    ----------
+    batch, num_heads, seqlen_q, seqlen_k : int
+        The call's sizes. For packed arrays: the number of sequences and the longest ones.
+    dropout_p, seed, offset
+        As in `attention`.
+
+    Returns
+    -------
+    numpy.ndarray (batch, num_heads, seqlen_q, seqlen_k)
+        bool, True = kept. Packed: entry n is sequence n, its first seqlen rows and columns.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is out of range or no number.
+
+    Notes
+    -----
+    Source: Philox4x32-10 of Salmon et al., SC 2011, addressed by position (fastattn/philox.py).
+
+    Examples
+    --------
+    >>> from fastattn import dropout_mask
+    >>> keep = dropout_mask(1, 2, 64, 64, dropout_p=0.25, seed=7)
+    >>> keep.shape, bool(0.7 < keep.mean() < 0.8)
+    ((1, 2, 64, 64), True)
     """
     from .philox import keep_mask
 
@@ -288,49 +392,68 @@ def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dr
 
 def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["bshd", "bhsd", "thd"] = "bshd",
                  stream: Any = None) -> tuple[Any, Any]:
-    """(out, lse) of attention over all keys from partial results over disjoint keys, one out and lse each, on one device.
+    """Attention over all keys from partial results over disjoint keys.
 
-    out = sum(exp(lse_n - lse) * out_n); a part that saw nothing (lse -inf, or +inf, which is how FlashAttention marks it) adds nothing,
-    whatever its out holds. Give sinks to one of the parts only. `stream`: as for attention, CUDA arrays only.
+    Parameters
+    ----------
+    outs : sequence of arrays
+        One out for each part, of one shape, dtype and device: (batch, seqlen_q, num_heads, head_dim_v), with
+        "bhsd" (batch, num_heads, seqlen_q, head_dim_v), with "thd" (total_q, num_heads, head_dim_v).
+    lses : sequence of arrays
+        One lse for each part: (batch, num_heads, seqlen_q), with "thd" (num_heads, total_q); float32 (float64 for
+        float64 outs).
+    layout : {"bshd", "bhsd", "thd"}, default "bshd"
+        Order of the axes of outs.
+    stream : int or stream, optional
+        As in `attention`, CUDA arrays only.
+
+    Returns
+    -------
+    out, lse : array
+        The shapes and dtypes of one part.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The parts do not fit together.
+
+    Notes
+    -----
+    ``out = sum(exp(lse_n - lse) * out_n)``. A row without keys in a part, lse -inf or +inf (FlashAttention's mark), adds nothing, whatever
+    out holds there. Give sinks to one of the parts only.
+
     Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import attention, merge_states
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 6, 2, 8), np.float32)
+    >>> parts = [attention(q, k[:, keys], v[:, keys], return_lse=True) for keys in (np.s_[:4], np.s_[4:])]
+    >>> out, lse = merge_states(*zip(*parts))
+    >>> np.allclose(out, attention(q, k, v), atol=1e-6)
+    True
     """
     call, check = "merge_states", Check("merge_states")
     if layout not in ("bshd", "bhsd", "thd"):
         raise check.value("layout", f"is {layout!r}", "'bshd', 'bhsd' or 'thd'")
     if len(outs) == 0 or len(outs) != len(lses):
         raise check.value("lses", f"has {len(lses)} parts", f"one for each of at least one out, {len(outs)}")
-    on = resolve(stream, outs[0], call)
-    out_views = [_canonical(view(x, call, f"outs[{n}]", on), layout) for n, x in enumerate(outs)]
-    lse_views = [view(x, call, f"lses[{n}]", on) for n, x in enumerate(lses)]
+    caller = Caller(call, layout, stream, "outs[0]", outs[0])
+    out_views = [caller.first, *[caller.tokens(x, f"outs[{n}]") for n, x in enumerate(outs) if n]]
+    lse_views = [caller.view(x, f"lses[{n}]") for n, x in enumerate(lses)]
     first, rank = out_views[0], 3 if layout == "thd" else 4
     if len(first.shape) != rank:
         raise check.value("outs[0]", f"has shape {first.shape}", f"{rank} axes for layout {layout!r}")
     check.dtype("outs[0]", first, ("float32", "float64", "float16", "bfloat16"))
-    compute, lse_shape = "float64" if first.dtype == "float64" else "float32", (*first.shape[:-3], first.shape[-2], first.shape[-3])
+    lse_shape, lse_dtype = (*first.shape[:-3], first.shape[-2], first.shape[-3]), first.compute_dtype
     for n, (out, lse) in enumerate(zip(out_views, lse_views, strict=True)):
         check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
-        check_array(call, f"lses[{n}]", lse, lse_shape, compute, first.device)
-    if on is not None:
+        check_array(call, f"lses[{n}]", lse, lse_shape, lse_dtype, first.device)
+    if caller.stream is None:
+        from .merging import merge_states as merge
+    else:
         merge = load("gpu", call).merge_states
-        result, lse_result = allocate(outs[0], _swapped(first.shape, layout), first.dtype, on), allocate(lses[0], lse_shape, compute, on)
-        merge(out_views, lse_views, _canonical(result.view, layout), lse_result.view, on.handle)
-        return result.finish(), lse_result.finish()
-    result = allocate(outs[0], _swapped(first.shape, layout), first.dtype)
-    lse_result = allocate(lses[0], lse_shape, compute)
-    _merge(out_views, lse_views, _canonical(result.view, layout), lse_result.view)
-    return result.finish(), lse_result.finish()
-
-
-@np.errstate(all="ignore")
-def _merge(outs: list[View], lses: list[View], out: View, lse: View) -> None:
-    parts = [np.where(x.numpy() == np.inf, -np.inf, x.numpy()) for x in lses]
-    peak = np.maximum.reduce(parts)
-    peak = np.where(peak == -np.inf, 0, peak)
-    weights = [np.exp(part - peak) for part in parts]
-    total = sum(weights)
-    divisor, merged = np.where(total == 0, 1, total), np.zeros(out.shape, lse.dtype)
-    for x, weight in zip(outs, weights, strict=True):       # of sum 1: what is finite stays finite
-        share = (weight / divisor).swapaxes(-1, -2)[..., None]
-        merged += np.where(share == 0, 0, share * x.numpy().astype(lse.dtype))
-    out.numpy()[...] = merged
-    lse.numpy()[...] = peak + np.log(total)
+    merged, merged_lse = caller.output(first.shape, first.dtype, first), caller.allocate(lse_shape, lse_dtype, lse_views[0])
+    merge(out_views, lse_views, merged.view, merged_lse.view, caller.handle)
+    return merged.finish(), merged_lse.finish()

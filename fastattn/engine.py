@@ -1,4 +1,4 @@
-"""What an engine is, and the built-in ones. Their modules are imported by the first call that they run."""
+"""What an engine is, and the built-in ones. The first call that runs on one imports its module."""
 from __future__ import annotations
 
 import importlib
@@ -16,9 +16,10 @@ _MODULES = {"cpu": ".cpu", "reference": ".reference", "gpu": ".gpu"}
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """`device` is the memory it reads, "cpu" or "cuda"; the functions are those of `register_engine`.
+    """An engine: its name, the memory it reads, "cpu" or "cuda", and the functions of `register_engine`.
 
-    `supports` of a kernel family is None for any problem, because its answer depends on the arrays too: ask `explain`.
+    `supports` of a GPU kernel family returns None for any problem, because its answer depends on the arrays too;
+    `explain` knows.
     """
 
     name: str
@@ -30,18 +31,18 @@ class Engine:
     prepare: Callable[..., Any] | None = field(default=None, repr=False)    # problem, operands, out, lse -> a repeat.Launch, or None
 
     def refuses(self, problem: Problem, direction: str) -> str | None:
-        """None, or why it does not take the problem ("forward" or "backward")."""
+        """None, or why it does not accept the problem in a direction, "forward" or "backward"."""
         if direction == "backward" and self.backward is None:
             return "it has no backward"
         reason = self.supports(problem)
         if reason is not None and not isinstance(reason, str):
-            raise TypeError(f"engine {self.name!r}: supports(problem) gave {reason!r}; expected None, or a str that says why not.")
+            raise TypeError(f"engine {self.name!r}: supports(problem) gave {reason!r}; expected None, or a str with the reason.")
         return reason
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Engines as one: the first that takes a call runs it."""
+    """Several engines as one: the first that accepts a call runs it."""
 
     engines: tuple[Engine, ...]
     hint: str
@@ -102,7 +103,7 @@ def _host(name: str) -> Engine:
 
 
 def families(*names: str) -> Engine:
-    """Kernel families as one engine, because the GPU engine remembers its choice between them."""
+    """Kernel families as one engine, because the GPU engine caches its choice between them."""
     def forward(problem: Problem, operands: Any, out: Any, lse: Any, stream: int) -> None:
         load("gpu", problem.call).forward(problem, operands, out, lse, stream, names)
 

@@ -1,4 +1,4 @@
-"""`Recent`: what calls remember of earlier ones."""
+"""`Recent`: the one bounded cache of this package."""
 from __future__ import annotations
 
 from typing import TypeVar
@@ -9,9 +9,9 @@ V = TypeVar("V")
 
 
 class Recent(dict[K, V]):
-    """A dictionary that begins anew when it has MOST entries, because a new seed each step would fill it for ever.
+    """A dictionary that is emptied when it has MOST entries: a new seed each step would fill it without end.
 
-    Keys hold plain values: never an object that a caller may change later.
+    Keys hold plain values, never an object that a caller may change later.
     """
 
     def __setitem__(self, key: K, value: V) -> None:

@@ -37,7 +37,10 @@ def philox4x32(counter: np.ndarray[Any, Any], key: np.ndarray[Any, Any]) -> np.n
 
 
 def keep_mask(dropout: Dropout, batches: Sequence[int], num_heads: int, seqlen_q: int, seqlen_k: int) -> np.ndarray[Any, Any]:
-    """The elements that dropout keeps, (len(batches), num_heads, seqlen_q, seqlen_k) bool; `batches` are sequence numbers."""
+    """The elements that dropout keeps, (len(batches), num_heads, seqlen_q, seqlen_k) bool.
+
+    `batches` are sequence numbers.
+    """
     rows, columns = -(-seqlen_q // 16), -(-seqlen_k // 16)
     heads = (np.asarray(batches, np.int64).reshape(-1, 1) * num_heads + np.arange(num_heads)).reshape(-1, 1, 1)
     counter = np.empty((heads.size, rows * 8, columns * 4, 4), np.uint32)

@@ -1,17 +1,19 @@
-"""The executable specification: forward and backward of every Problem in float64 NumPy, one readable loop over sequences.
+"""The executable specification: forward and backward of every Problem in float64 NumPy, one readable loop over
+sequences.
 
 Rules that every engine shares and that this file defines:
 
-- A pair that a mask hides is selected away, never added: what its score would be, NaN included, does not matter.
-- Keys past seqused_k and rows outside the sequences are never read, and a key that no row of any query head that shares the
-  key head may see reaches no result, even if it is NaN. (Here that holds for each query head by itself. Engines load a key
-  once for all of them, and multiply it by 0 where it is hidden.)
-- A row that sees nothing has out = 0, lse = -inf and gradients 0; with a sink its lse is the sink.
+- The score of a masked pair is replaced by -inf, not added to, so its value does not matter, even if it is NaN.
+- Keys past seqused_k and rows outside the sequences are never read. A key that no row of any query head that shares the key
+  head attends affects no result, even if it is NaN. (Here that holds for each query head by itself. Engines load a key once
+  for all of them, and multiply it by 0 where it is masked.)
+- A row that attends no key has out = 0, lse = -inf and gradients 0; with a sink its lse is the sink.
 - Every element of an output is written. Rows of a packed output that belong to no sequence (cu_seqlens ends before the
-  total) get out = 0, lse = -inf, gradients 0; so do the gradients of keys past seqused_k.
-- The backward takes out and lse as they are given: over a part of the keys, with out and lse of all keys, it gives that
-  part's share of the gradients. delta = sum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse). Where the lse given
-  is the call's own but for its rounding, P is the softmax: at scores of 1e10 that rounding is in the hundreds.
+  total) get out = 0, lse = -inf, gradients 0. Keys past seqused_k get gradients 0.
+- The backward uses out and lse as they are given. Over a part of the keys, with the out and lse of all keys, it returns
+  that part's share of the gradients. delta = sum(dout * out), P = exp(S - lse), dS = P * (dP - delta + dlse).
+- If the given lse differs from the call's own by its rounding only, P is the softmax itself, because at scores of 1e10
+  that rounding is in the hundreds.
 """
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .buffers import Grads, View, numpy_dtype
+from .arrays.view import View, numpy_dtype
 from .philox import keep_mask
-from .problem import Operands, Problem
+from .problem import Grads, Operands, Problem
 
 Array = np.ndarray[Any, Any]
 name = "reference"
@@ -31,9 +33,12 @@ name = "reference"
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The arithmetic. The specification is float64; the tests' naive rival computes in float32 with P and dS rounded to
-    `operand`, the dtype in which a plain implementation hands them to its second matrix product, and, as an engine does,
-    takes its backward's P from the rounded lse (`from_lse`)."""
+    """The arithmetic. The specification uses float64.
+
+    The tests' naive rival computes in float32 and rounds P and dS to `operand`, the dtype in which a plain
+    implementation passes them to its second matmul. As an engine does, it computes P of the backward from the rounded
+    lse (`from_lse`).
+    """
 
     compute: str = "float64"
     operand: str | None = None
@@ -50,7 +55,7 @@ FLOAT64 = Precision()
 
 
 class Sequence(NamedTuple):
-    """Sequence number b, how its rows are found in q-like, k-like and lse-like arrays, and its lengths."""
+    """Sequence number b, the indices of its rows in q-like, k-like and lse-like arrays, and its lengths."""
 
     b: int
     rows_q: Any
@@ -65,7 +70,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
-    """The sequences of a Problem: batch entries, or pieces of the packed arrays with their seqused_k."""
+    """The sequences of a Problem: batch entries, or slices of the packed arrays, shortened to seqused_k."""
     if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
         for b in range(problem.batch):
             yield Sequence(b, np.s_[b, :], np.s_[b, :], np.s_[b, :, :], problem.seqlen_q, problem.seqlen_k)
@@ -78,7 +83,7 @@ def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
 
 
 def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
-    """(num_heads, seqlen_q, seqlen_k) bool: the pairs that no mask hides."""
+    """(num_heads, seqlen_q, seqlen_k) bool: True where a row attends a key."""
     visible = np.zeros((problem.num_heads, s.seqlen_q, s.seqlen_k), bool)
     for row in range(s.seqlen_q):
         lo, hi = problem.mask.bounds(row, s.seqlen_q, s.seqlen_k)
@@ -89,7 +94,7 @@ def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
 
 
 def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visible: Array, p: Precision) -> tuple[Array, Array | float]:
-    """S (num_heads, seqlen_q, seqlen_k), -inf where hidden, and d(capped) / d(scale * q.k) of the softcap."""
+    """S (num_heads, seqlen_q, seqlen_k), -inf where masked, and the softcap's derivative d(capped) / d(scale * q.k)."""
     score, slope = problem.score, np.ones((), p.compute)
     S = q @ k.swapaxes(1, 2) * slope.dtype.type(score.softmax_scale)
     if score.softcap is not None:
@@ -111,7 +116,7 @@ def _by_head(x: Array, rows: Any, repeat: int = 1) -> Array:
 
 
 def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
-    """What dropout multiplies the probabilities by: 0 or keep_scale, (num_heads, seqlen_q, seqlen_k)."""
+    """Dropout's factor of the probabilities, 0 or keep_scale, (num_heads, seqlen_q, seqlen_k)."""
     if problem.dropout is None:
         return np.ones((), p.compute)
     keep = keep_mask(problem.dropout, [s.b], problem.num_heads, s.seqlen_q, s.seqlen_k)[0]
@@ -119,8 +124,11 @@ def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
 
 
 def _normaliser(S: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """row_max and row_sum (num_heads, seqlen_q), with the sinks (num_heads, 1): the softmax is exp(S - row_max) / row_sum. A row without
-    a score above -inf has 0 and 0."""
+    """row_max and row_sum (num_heads, seqlen_q): the softmax is exp(S - row_max) / row_sum. Sinks (num_heads, 1) are
+    included.
+
+    Both are 0 in a row whose scores are all -inf.
+    """
     row_max = S.max(axis=2, initial=-np.inf)
     if sinks is not None:
         row_max = np.maximum(row_max, sinks)
@@ -132,16 +140,20 @@ def _normaliser(S: Array, sinks: Array | None) -> tuple[Array, Array]:
 
 
 def _share(own: Array, lse: Array, rounding: float, terms: int) -> Array:
-    """exp(own - lse): the part that a row's own keys have in the softmax of which `lse` is given. 1 where the two differ by less than lse's
-    relative `rounding`. More keys make an lse larger only, so below its own lse the given one is another kernel's, whose scores are sums of
-    `terms` rounded products."""
+    """exp(own - lse): the share of this call's keys in the softmax whose `lse` is given. 1 where the two differ by
+    rounding only.
+
+    A given lse above the call's own is rounding if the gap is below lse's relative `rounding`; beyond that it includes
+    more keys. A given lse below it cannot include more keys, so it is another kernel's, whose scores are sums of
+    `terms` rounded products.
+    """
     gap, unit = own - lse, rounding * np.abs(lse)
     return np.asarray(np.exp(np.where((gap > -unit) & (gap < terms * unit), 0, gap)))
 
 
 @np.errstate(all="ignore")
 def forward(problem: Problem, o: Operands, out: View, lse: View | None, precision: Precision = FLOAT64) -> None:
-    """Write out, and lse (natural log) if asked for. Shapes as in Problem.out_shape and Problem.lse_shape."""
+    """Write out, and lse (natural log) if it is not None. Shapes as in Problem.out_shape and Problem.lse_shape."""
     p = precision
     q, k, v = p.array(o.q), p.array(o.k), p.array(o.v)
     sinks = None if o.sinks is None else p.array(o.sinks)[:, None]
@@ -163,7 +175,10 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
 @np.errstate(all="ignore")
 def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
              precision: Precision = FLOAT64) -> None:
-    """Write the gradients of sum(dout * out) + sum(dlse * lse). grads.dbias has four axes, of length 1 where bias broadcasts."""
+    """Write the gradients of sum(dout * out) + sum(dlse * lse).
+
+    grads.dbias has four axes, of length 1 where bias broadcasts.
+    """
     p = precision
     q, k, v, out_array, dout_array, lse_array = (p.array(x) for x in (o.q, o.k, o.v, out, dout, lse))
     dlse_array = np.zeros(problem.lse_shape, p.compute) if dlse is None else p.array(dlse)
@@ -174,9 +189,9 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
     rounding = float(np.finfo(lse.dtype).eps)
     for s in sequences(problem, o):
         visible = _visible(problem, o, s)
-        sees, seen = (np.logical_or.reduce(visible, axis=axis)[:, :, None] for axis in (2, 1))
-        q_s, out_s, dout_s = (np.where(sees, _by_head(x, s.rows_q), 0) for x in (q, out_array, dout_array))
-        k_s, v_s = (np.where(seen, _by_head(x, s.rows_k, problem.group), 0) for x in (k, v))
+        attends, attended = (np.logical_or.reduce(visible, axis=axis)[:, :, None] for axis in (2, 1))
+        q_s, out_s, dout_s = (np.where(attends, _by_head(x, s.rows_q), 0) for x in (q, out_array, dout_array))
+        k_s, v_s = (np.where(attended, _by_head(x, s.rows_k, problem.group), 0) for x in (k, v))
         lse_s, dlse_s = lse_array[s.rows_lse], dlse_array[s.rows_lse]
         S, slope = _scores(problem, o, s, q_s, k_s, visible, p)
         keep = _keep(problem, s, p)

@@ -1,19 +1,21 @@
-"""Which engine runs a call: the engines that are there, those that other packages register, and the one order in which they are asked.
+"""Which engine runs a call: the built-in engines, those that other packages register, and the one order in which they
+are tried.
 
-An engine has a name, reads one kind of memory and takes some calls. Built in are "cpu" and "reference" for host memory and, for CUDA
-memory, the GPU engine's kernel families "sm90", "sm80" and "simt"; "gpu" stands for the three. A call asks, one after another until
-one takes it,
+An engine has a name, reads one kind of memory and accepts some calls. Built in are "cpu" and "reference" for host
+memory and, for CUDA memory, the kernel families "sm90", "sm80" and "simt" of the GPU engine; "gpu" stands for the
+three. A call goes to the first engine that accepts it, of
 
 1. the one that its `engine=` names; else
 2. those that the innermost `use_engine` around it names, in that order; else
-3. those that the environment variable FASTATTN_ENGINES names ("cudnn,gpu,cpu") when a call first needs it: a `use_engine` around the whole
-   program; else
+3. those that the environment variable FASTATTN_ENGINES names ("cudnn,gpu,cpu"), read when a call first needs it; else
 4. registered engines that are activated, in the order of their registration, then "cpu" or "sm90", "sm80", "simt".
 
-Engines that read other memory than q's are left out. UnsupportedError quotes why each one refused; `explain` says it without a call.
+Engines that read other memory than q's are left out. UnsupportedError quotes why each one refused; `explain` reports it
+without a call.
 
-Packages offer engines by an entry point of the group "fastattn.engines", a callable without arguments that calls `register_engine`. It is
-called when `engines()` lists them or somebody names an engine that is not known. Registering changes no call: naming or activating does.
+Packages offer engines through an entry point of the group "fastattn.engines": a callable without arguments that calls
+`register_engine`. It is called when `engines()` lists engines or a call names an unknown one. Registering an engine
+changes no call; naming or activating it does.
 """
 from __future__ import annotations
 
@@ -25,9 +27,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self
 
-from .buffers import Device
+from .arrays.view import Device
 from .engine import BUILT_IN, FAMILIES, Chain, Engine, Supports, families, load
 from .errors import message
+from .memo import Recent
 
 GROUP = "fastattn.engines"
 Names = tuple[str, ...]
@@ -35,19 +38,22 @@ Names = tuple[str, ...]
 
 # ---------------------------------------------------------------- those of other packages
 _lock, _loading = threading.Lock(), threading.RLock()
-_registered: dict[str, Engine] = {}     # both are replaced, never changed: they are read without the lock
+_registered: dict[str, Engine] = {}     # this and _active are replaced, never changed, so they are read without the lock
 _active: frozenset[str] = frozenset()
-_runs: dict[Any, Any] = {}              # what `choose` found
+_runs: Recent[Any, Any] = Recent()      # what `choose` found
 _broken: dict[str, str] | None = None   # entry points that failed, and how; None before they were called
 
 
 def _change(registered: dict[str, Engine], active: frozenset[str]) -> None:
     global _registered, _active, _runs
-    _registered, _active, _runs = registered, active, {}
+    _registered, _active, _runs = registered, active, Recent()
 
 
 class Registration:
-    """A registered engine. `with` removes it at the end of the block: `with register_engine(...).activate():`."""
+    """A registered engine, as `register_engine` returns it.
+
+    As a context manager it removes the engine at the end of the block.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -57,7 +63,10 @@ class Registration:
         return _registered.get(self.engine.name) is self.engine and self.engine.name in _active
 
     def activate(self) -> Self:
-        """Ask it before the built-in engines, in every call of the process that names none. ValueError once it is removed."""
+        """Try it before the built-in engines, in every call of the process that names no engine.
+
+        ValueError once it is removed.
+        """
         with _lock:
             if _registered.get(self.engine.name) is not self.engine:
                 raise ValueError(f"activate(): engine {self.engine.name!r} was removed; register_engine makes it known again.")
@@ -65,13 +74,13 @@ class Registration:
         return self
 
     def restore(self) -> None:
-        """Undo `activate`: the engine stays known and runs where it is named."""
+        """Undo `activate`. The engine stays registered and runs where it is named."""
         with _lock:
             if _registered.get(self.engine.name) is self.engine:
                 _change(_registered, _active - {self.engine.name})
 
     def remove(self) -> None:
-        """Forget the engine; once more does nothing."""
+        """Unregister the engine. Idempotent."""
         name = self.engine.name
         with _lock:
             if _registered.get(name) is self.engine:
@@ -86,26 +95,67 @@ class Registration:
 
 def register_engine(name: str, forward: Callable[..., None], backward: Callable[..., None] | None, supports: Supports,
                     device: str = "cuda") -> Registration:
-    """Make an engine known by `name`, to be named by `engine=` and `use_engine`, or activated; returns its handle.
+    """Make an engine of another package known by a name.
 
-    supports(problem)   None, or the reason why it does not take a Problem (fastattn.problem), which errors quote
-    forward(problem, operands, out, lse, stream)
-                        writes the View `out`, and `lse` where it is not None, as attention documents them
-    backward(problem, operands, dout, out, lse, dlse, grads, stream, deterministic)
-                        writes the Views of `grads`, a Grads; None for an engine without it
-    device              the memory it reads: "cuda" or "cpu"
+    Calls use it where `engine=` or `use_engine` names it, or everywhere once the returned handle is activated.
 
-    Arrays are Views, (batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim) whatever the caller's layout. They speak
-    DLPack, so torch.from_dlpack(view) is the same memory; view.numpy() is, on the host. CUDA: all work goes on `stream`, a CUstream
-    handle (None on the host); Views wait for nobody, so make it current first: torch.cuda.ExternalStream(stream), and 1 is the legacy
-    default stream. The device, operands.q.device, need not be current; memory of the engine's own must be let go in that stream's order.
-    Sizes may be 0. An engine that sees only from its Views that it cannot take a call raises UnsupportedError with the reason, before
-    it has written anything: the next engine is asked. One that calls fastattn names an `engine=`, lest it be asked again.
+    Parameters
+    ----------
+    name : str
+        A new name of letters, digits, "-" and "_".
+    forward : callable
+        ``forward(problem, operands, out, lse, stream)`` writes the View `out`, and `lse` if it is not None, as
+        `attention` documents them.
+    backward : callable or None
+        ``backward(problem, operands, dout, out, lse, dlse, grads, stream, deterministic)`` writes the Views of `grads`,
+        a Grads. None for an engine without a backward.
+    supports : callable
+        ``supports(problem)`` returns None, or the reason why the engine does not accept a Problem (fastattn.problem).
+        Errors quote it.
+    device : {"cuda", "cpu"}, default "cuda"
+        The memory that the engine reads.
 
-    ValueError for a name that is taken or no identifier or another device, TypeError for what is not callable.
+    Returns
+    -------
+    Registration
+        The handle: `activate`, `restore`, `remove`, and `active`. As a context manager it removes the engine at the end
+        of the block.
 
-        with register_engine("cudnn", forward, backward, supports).activate():
-            attention(q, k, v)          # cuDNN where it takes the call, else sm90, sm80, simt
+    Raises
+    ------
+    ValueError
+        The name is taken or not valid, or the device is unknown.
+    TypeError
+        `forward`, `backward` or `supports` is not callable.
+
+    Notes
+    -----
+    Arrays are Views, (batch, seqlen, num_heads, head_dim) or packed (total, num_heads, head_dim), whatever the caller's layout. They
+    speak DLPack, so ``torch.from_dlpack(view)`` shares their memory; ``view.numpy()`` does on the host. Sizes may be 0.
+
+    CUDA: all work goes on `stream`, a CUstream handle (None on the host). Reading a View orders no streams, so make
+    that one current first: ``torch.cuda.ExternalStream(stream)``; 1 is the legacy default stream. The device,
+    ``operands.q.device``, need not be current. Free the engine's own memory in the order of that stream.
+
+    An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it writes
+    anything; the next engine is tried. An engine that calls fastattn passes an `engine=`, so that it does not call
+    itself.
+
+    Examples
+    --------
+    An engine for host memory that accepts calls without dropout:
+
+    >>> import numpy as np
+    >>> import fastattn
+    >>> from fastattn import reference
+    >>> def supports(problem):
+    ...     return "it has no dropout" if problem.dropout else None
+    >>> def forward(problem, operands, out, lse, stream):
+    ...     reference.forward(problem, operands, out, lse)
+    >>> x = np.ones((1, 4, 2, 8), np.float32)
+    >>> with fastattn.register_engine("mine", forward, None, supports, "cpu").activate():
+    ...     fastattn.explain(fastattn.attention, x, x, x).engine
+    'mine'
     """
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
         raise ValueError(message("register_engine", "name", f"is {name!r}", "a name of letters, digits, '-' and '_'"))
@@ -124,7 +174,7 @@ def register_engine(name: str, forward: Callable[..., None], backward: Callable[
 
 
 def _load_entry_points() -> None:
-    """Call the entry points, once in a process; one that fails is remembered for errors."""
+    """Call the entry points, once in a process. The errors of those that fail are kept for messages."""
     global _broken
     with _loading:
         if _broken is None:
@@ -134,22 +184,31 @@ def _load_entry_points() -> None:
             for point in metadata.entry_points(group=GROUP):
                 try:
                     point.load()()
-                except Exception as error:      # of another package, whose engines are then not there
+                except Exception as error:      # of another package, whose engines are then missing
                     _broken[point.name] = f"{type(error).__name__}: {error}"
 
 
 def engines() -> tuple[Engine, ...]:
-    """All engines: registered ones in the order of their registration, then the built-in ones. Calls packages' entry points.
+    """All engines. Calls the entry points of packages that offer engines.
 
-        for engine in fastattn.engines():
-            print(engine.name, engine.device)
+    Returns
+    -------
+    tuple of Engine
+        Registered engines in the order of their registration, then the built-in ones. Each has `name` and `device`,
+        "cpu" or "cuda".
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> [engine.name for engine in fastattn.engines() if engine.built_in]
+    ['cpu', 'reference', 'sm90', 'sm80', 'simt']
     """
     _load_entry_points()
     return (*_registered.values(), *BUILT_IN.values())
 
 
 def report() -> str:
-    """Engines and what is set, in one line for show_config."""
+    """Engines and FASTATTN_ENGINES, in one line for show_config."""
     names = [engine.name + " (active)" * (engine.name in _active) for engine in engines()]
     names += [f"entry point {name} failed ({error})" for name, error in (_broken or {}).items()]
     setting = os.environ.get("FASTATTN_ENGINES")
@@ -162,7 +221,10 @@ _used: ContextVar[Names | Callable[[str | None], Engine] | None] = ContextVar("f
 
 @contextlib.contextmanager
 def scope(names: Names | Callable[[str | None], Engine]) -> Iterator[None]:
-    """use_engine without its checks. A function, explain's, gets the `engine` of each call and gives the Engine that runs it."""
+    """use_engine without its checks.
+
+    In place of names, explain passes a function: `engine` of a call -> the Engine that runs it.
+    """
     token = _used.set(names)
     try:
         yield
@@ -171,13 +233,32 @@ def scope(names: Names | Callable[[str | None], Engine]) -> Iterator[None]:
 
 
 def use_engine(*names: str) -> contextlib.AbstractContextManager[None]:
-    """Inside the block, calls without `engine=` ask these engines, in this order, and no others; the innermost block counts.
+    """A context in which calls without `engine=` use these engines only.
 
-    Holds for this thread, or asyncio task, alone. Engines for other memory than a call's are left out of it; a call whose memory none of
-    them reads is a ValueError. ValueError for no name and for unknown ones.
+    Parameters
+    ----------
+    *names : str
+        "cpu", "gpu", "reference", "sm90", "sm80", "simt" or names of registered engines. A call goes to the first that
+        accepts it.
 
-        with fastattn.use_engine("sm80", "simt"):
-            attention(q, k, v)
+    Returns
+    -------
+    context manager
+        The innermost one counts. It holds for this thread, or asyncio task, alone.
+
+    Raises
+    ------
+    ValueError
+        No name, or an unknown one. Also from a call inside, if none of the engines reads the memory of its arrays;
+        engines for other memory are left out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.ones((1, 4, 2, 8), np.float32)
+    >>> with fastattn.use_engine("reference"):
+    ...     out = fastattn.attention(x, x, x)
     """
     if not names:
         raise ValueError(message("use_engine", "names", "are none", f"some of {_known()}"))
@@ -202,7 +283,10 @@ def _known() -> str:
 
 
 def _find(names: Names, call: str, argument: str, verb: str) -> tuple[Engine, ...]:
-    """The engines of these names, "gpu" being three. ValueError for one that nobody knows, even once the entry points were called."""
+    """The engines of these names; "gpu" is three.
+
+    ValueError for a name that is unknown even after the entry points were called.
+    """
     found: dict[str, Engine] = {}
     for name in names:
         for single in FAMILIES if name == "gpu" else (name,):
@@ -223,8 +307,11 @@ def _lookup(name: object) -> Engine | None:
 
 
 def order(call: str, engine: str | None, names: Names | None, device: Device) -> tuple[tuple[Engine, ...], str]:
-    """The engines that a call asks, first choice first, and what named them ("" for nothing). `engine` is the call's, `names` those of
-    use_engine. ValueError for unknown ones and where none reads the memory of `device`."""
+    """The engines that a call tries, first choice first, and what named them ("" for nothing).
+
+    `engine` is the call's, `names` are those of use_engine. ValueError for unknown ones and where none reads the memory
+    of `device`.
+    """
     setting = os.environ.get("FASTATTN_ENGINES", "")
     if engine is not None:
         found, by = _find((engine,), call, "engine", "is"), f"engine={engine!r}"
@@ -245,9 +332,11 @@ def order(call: str, engine: str | None, names: Names | None, device: Device) ->
 
 
 def choose(call: str, engine: str | None, device: Device) -> Any:
-    """Whose forward and backward run a call of the public functions; arguments of both as register_engine has them.
+    """The object whose forward and backward run a call of the public functions, with the arguments of register_engine.
 
-    ImportError where a lone built-in engine is not there; errors of `order`; UnsupportedError comes from what is returned."""
+    ImportError where a lone built-in engine is missing; errors of `order`. UnsupportedError comes from the returned
+    object.
+    """
     names: Any = _used.get()
     if engine is not None and not callable(names):
         names = engine
@@ -261,7 +350,7 @@ def choose(call: str, engine: str | None, device: Device) -> Any:
 def _resolve(call: str, engine: str | None, names: Any, device: Device) -> Any:
     if callable(names):
         return names(engine)
-    runs = _runs            # if engines change meanwhile, what is found goes into a dict that nobody reads any more
+    runs = _runs            # if engines change meanwhile, the result goes into this dictionary, which has been replaced then
     here, by = order(call, engine, None if engine is not None else names, device)
     asked: list[Engine] = []
     for of_gpu, group in itertools.groupby(here, lambda one: one.name in FAMILIES):
@@ -269,8 +358,8 @@ def _resolve(call: str, engine: str | None, names: Any, device: Device) -> Any:
         asked += [families(*[one.name for one in together])] if of_gpu else together
     found: Any = Chain(tuple(asked), f"{by} allows no other" if by else "")
     if len(asked) == 1 and asked[0].built_in:
-        load("gpu" if device[0] == "cuda" else asked[0].name, call)     # before memory is allocated
+        load("gpu" if device[0] == "cuda" else asked[0].name, call)     # so that an ImportError comes before memory is allocated
         if device[0] == "cuda":
-            found = asked[0]        # which refuses by itself
+            found = asked[0]        # it raises UnsupportedError itself
     runs[names, device[0]] = found
     return found

@@ -1,4 +1,7 @@
-"""show_config: what a bug report needs. Works without CUDA packages, without a driver and without the compiled CPU engine."""
+"""show_config: what a bug report needs.
+
+It works without CUDA packages, without a driver and without the compiled CPU engine.
+"""
 from __future__ import annotations
 
 import platform
@@ -12,7 +15,22 @@ _COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "cuda-core", "
 
 
 def show_config() -> dict[str, str]:
-    """Print and return versions, the CPU instruction set in use, threads, CUDA driver and devices, the kernels' cache folder, engines."""
+    """Print what a bug report needs.
+
+    Returns
+    -------
+    dict of str to str
+        What was printed: versions of Python and of the packages found, CPU instruction set and threads, CUDA driver and
+        devices, the folder of the kernel cache, engines. A part that is missing is reported with the reason.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> config = fastattn.show_config()         # doctest: +ELLIPSIS
+    fastattn ...
+    >>> config["fastattn"] == fastattn.__version__
+    True
+    """
     from . import __version__, registry
 
     config = {"fastattn": __version__, "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
@@ -33,7 +51,7 @@ def show_config() -> dict[str, str]:
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """The installed ones, from their metadata: nothing is imported."""
+    """The versions of installed packages, from their metadata: nothing is imported."""
     from importlib import metadata  # here: it costs more than the rest of the package's import
 
     versions = {}
@@ -46,8 +64,8 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _cuda() -> dict[str, str]:
-    """Driver, devices, engine and cache folder; where the driver cannot be called, what its /proc files say and why it cannot."""
-    from . import streams
+    """Driver, devices, engine and cache folder. Where the driver cannot be called: its /proc files, and the reason."""
+    from .arrays import streams
 
     config = {"cuda driver": _proc_driver() or "none", "cuda devices": ", ".join(_proc_devices()) or "none"}
     try:
@@ -69,7 +87,7 @@ def _cuda() -> dict[str, str]:
 
 
 def _device(d: Any, n: int) -> str:
-    from . import streams
+    from .arrays import streams
 
     handle = streams.check(d.cuDeviceGet(n), "cuDeviceGet")
     name = streams.check(d.cuDeviceGetName(100, handle), "cuDeviceGetName").split(b"\0")[0].decode()

@@ -1,4 +1,4 @@
-"""Keywords and positions that a function does not have: what they are called here."""
+"""Errors for unknown keywords and extra positional arguments: they name the keyword of this library."""
 from __future__ import annotations
 
 import inspect
@@ -21,8 +21,11 @@ _COMPAT = "fastattn.compat.sdpa and fastattn.compat.flash_attn take other librar
 
 
 def strict(function: F) -> F:
-    """The function as it is, with a signature that does not show the `*more` and `**unknown` that `unknown_arguments` reports. Both are
-    of type Never: a type checker refuses what they would take."""
+    """The function itself, with `*more` and `**unknown` hidden from its signature.
+
+    They only collect what `unknown_arguments` reports. Both are of type Never, so a type checker refuses such
+    arguments.
+    """
     shown = inspect.signature(function)
     named = [p for p in shown.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     function.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
@@ -30,7 +33,7 @@ def strict(function: F) -> F:
 
 
 def unknown_arguments(function: Callable[..., Any], more: tuple[Any, ...], unknown: Mapping[str, Any]) -> TypeError:
-    """The error for positional arguments that are too many, and for keywords that the function has not."""
+    """The TypeError for too many positional arguments, or for an unknown keyword."""
     parameters = inspect.signature(function).parameters
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     call = function.__name__

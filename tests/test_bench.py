@@ -26,7 +26,7 @@ from bench.gpu import run as gpu_run
 from bench.gpu import table as gpu_table
 from bench.results import Row
 from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
-from fastattn.problem import row_bounds
+from fastattn.masks import row_bounds
 from tests.tools.bench import TINY, WHERE, Processor, shrunk
 
 BUDGET = Budget(rounds=3, seconds=0, settle=0, turn=0)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import registry, streams
+from fastattn import registry
+from fastattn.arrays import streams
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
 
@@ -166,7 +167,7 @@ BACKWARD: dict[str, Bad] = {
     "lse_shape": ({"lse": _array((2, 6, 4))}, ValueError, "lse has shape (2, 6, 4); expected the shape = (2, 4, 6)."),
     "lse_none": ({"lse": None}, TypeError, "lse is a NoneType"),
     "dlse_shape": ({"dlse": _array((2, 4, 7))}, ValueError, "dlse has shape (2, 4, 7)"),
-    "dbias": ({"need_dbias": True}, ValueError, "need_dbias is True; expected a bias, whose gradient it asks for"),
+    "dbias": ({"need_dbias": True}, ValueError, "need_dbias is True; expected a bias to differentiate"),
     "seed": ({"dropout_p": 0.5}, ValueError, "seed is None"),
 }
 

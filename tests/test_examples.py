@@ -241,7 +241,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
             return function(*arrays, **keywords)
         results = function(*near(arrays), **{name: near(x) for name, x in keywords.items()})
         far_results = [far(x) for x in results]
-        return fastattn.buffers.Grads(*far_results) if isinstance(results, fastattn.buffers.Grads) else far_results
+        return fastattn.Grads(*far_results) if isinstance(results, fastattn.Grads) else far_results
 
     monkeypatch.setattr(gpt, "attention", partial(attend, gpt.attention))
     monkeypatch.setattr(gpt, "attention_backward", partial(attend, gpt.attention_backward))

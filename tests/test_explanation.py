@@ -11,7 +11,7 @@ import pytest
 import fastattn
 import tests.tools.compare  # noqa: F401  which registers "naive"
 from fastattn import attention, attention_backward, explain, registry, use_engine
-from fastattn.buffers import view
+from fastattn.arrays.convert import view
 from fastattn.engine import Engine
 from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.other_engines import Noter, torch_on_the_cpu

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.problem import row_bounds
+from fastattn.masks import row_bounds
 from tests.tools.compare import EPS, Judge
 from tests.tools.problems import NUMPY, Case, Inputs
 

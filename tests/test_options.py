@@ -14,7 +14,7 @@ import pytest
 
 import fastattn
 from fastattn.compat import aten, flash_attn, multi_head, probabilities, sdpa, transform, varlen, vllm
-from fastattn.problem import Options, read_options
+from fastattn.options import Options, read_options
 
 torch = pytest.importorskip("torch")
 draw = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_scales_that_round_to_0(engine: str) -> None:
     ({"softmax_scale": -3e38}, "softmax_scale is -3e+38; expected a finite number of at most 1.7e+38"),
     ({"softcap": 1e39}, "softcap is 1e+39; expected a positive number, or None for no cap of at most 1.7e+38"),
     ({"softcap": 1e-46}, "softcap is 1e-46, which float32 rounds to 0; expected a positive number"),
-    ({"softcap": 1e-44}, "softcap is 1e-44 beside softmax_scale = 0.35"),
+    ({"softcap": 1e-44}, "softcap is 1e-44 with softmax_scale = 0.35"),
     ({"softmax_scale": 10**400}, "softmax_scale is an integer of 1329 bits, beyond float64; expected a finite number."),
     ({"seed": 10**5000, "dropout_p": 0.5}, "seed is an integer of 16610 bits; expected an integer in ["),
 ])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.problem import block_bounds, row_bounds
+from fastattn.masks import block_bounds, row_bounds
 from tests.tools.problems import Case, Inputs
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,8 @@ import pytest
 
 import fastattn
 from fastattn import UnsupportedError, attention, attention_backward, explain, register_engine, registry, use_engine
-from fastattn.buffers import View, view
+from fastattn.arrays.convert import view
+from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
 from tests.tools.compare import distance
 from tests.tools.devices import requires_gpu

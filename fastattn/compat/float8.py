@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import words
-from ..buffers import _library, numpy_dtype, requires_grad, view
+from ..arrays import words
+from ..arrays.convert import view
+from ..arrays.protocols import requires_grad
+from ..arrays.readers import library_of
+from ..arrays.view import numpy_dtype
 from ..errors import message
 from ..problem import DTYPES
 from .arrays import namespace
@@ -152,8 +155,8 @@ def read_scale(call: Call, argument: str, x: Any, of: str, operand: Any, heads: 
 
 
 def device(x: Any, call: Call, argument: str) -> int | None:
-    """The number of x's CUDA device. None in host memory."""
-    home = None if isinstance(x, np.ndarray) else _library(x, call.name, argument).home(x, call.name)
+    """The number of x's CUDA device; None in host memory."""
+    home = None if isinstance(x, np.ndarray) else library_of(x, call.name, argument).home(x, call.name)
     return None if home is None else home.device
 
 

@@ -20,8 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..buffers import View, small, view
-from ..problem import DTYPES, Check, check_array, cumulative
+from ..arrays.convert import small, view
+from ..arrays.view import View
+from ..options import Check
+from ..problem import DTYPES, check_array, cumulative
 from .arrays import count, is_boolean, namespace, zeros
 from .probabilities import encode
 from .transform import padded, transform_bias_rescale_qkv, transform_bias_rescale_qkv_backward

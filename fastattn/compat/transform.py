@@ -17,10 +17,12 @@ import importlib
 import math
 from typing import Any
 
-from ..buffers import View, allocate, resolve, small, view
+from ..arrays.convert import allocate, resolve, small, view
+from ..arrays.streams import Stream
+from ..arrays.view import View
 from ..engine import load
-from ..problem import DTYPES, Check, check_array, cumulative
-from ..streams import Stream
+from ..options import Check
+from ..problem import DTYPES, check_array, cumulative
 
 PADDED = 8          # ragged sequences are padded to a multiple of this
 

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .. import words
 from ..api import attention, attention_backward, attention_varlen, attention_varlen_backward
-from ..buffers import Grads
+from ..arrays import words
 from ..errors import message
-from ..problem import Check
+from ..options import Check
+from ..problem import Grads
 
 TORCH = {"q": "query", "k": "key", "v": "value", "dout": "grad_out", "softmax_scale": "scale", "causal": "is_causal", "bias": "attn_bias"}
 

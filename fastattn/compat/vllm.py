@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import message
-from ..problem import DTYPES, Check
+from ..options import Check
+from ..problem import DTYPES
 from . import float8
 from .arrays import Shape, shape_of
 from .float8 import FP8_MAX, FP8_MIN, NAME, Scale, library, name_of, read_scale, widen

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..buffers import Grads, View, numpy_dtype
-from ..problem import Operands, Problem
+from ..arrays.view import View, numpy_dtype
+from ..problem import Grads, Operands, Problem
 from . import dbias, levels, plan
 from .threads import get_num_threads, set_num_threads
 

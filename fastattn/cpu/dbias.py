@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..buffers import View, numpy_dtype, view
+from ..arrays.convert import view
+from ..arrays.view import View, numpy_dtype
 from ..problem import Problem
 from .plan import Lengths
 

@@ -9,8 +9,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import buffers
-from ..buffers import View, numpy_dtype
+from ..arrays import convert
+from ..arrays.view import View, numpy_dtype
 from . import _engine, get_num_threads
 
 SERIAL_BYTES = 256 << 10        # below it one thread: starting others takes as long
@@ -42,7 +42,7 @@ def forward(qkv: View, qkv_bias: View, cu_seqlens: View | None, q: View, k: View
     bias = np.ascontiguousarray(qkv_bias.numpy().astype(real))
     size, row = _bytes(q, k, v), q.shape[-1] * q.itemsize
     stream = size >= STREAM_BYTES and row % 16 == 0 and all(x.ptr % 16 == 0 for x in (q, k, v))
-    _engine.transform(qkv, buffers.view(bias, "transform", "bias"), _copied(cu_seqlens), (q, k, v), scale, stream, _threads(size))
+    _engine.transform(qkv, convert.view(bias, "transform", "bias"), _copied(cu_seqlens), (q, k, v), scale, stream, _threads(size))
 
 
 def backward(dq: View, dk: View, dv: View, cu_seqlens: View | None, dqkv: View, dqkv_bias: View, scale: float) -> None:

@@ -11,11 +11,11 @@ from functools import reduce
 from operator import or_
 from typing import Any, Protocol
 
-from ..buffers import Grads, View
+from ..arrays.view import View
 from ..engine import FAMILIES
 from ..errors import refused
 from ..memo import Recent
-from ..problem import Operands, Problem
+from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
 from .rows import launch as rows
 from .runtime.device import Device, current, device

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import gpu
-from ..buffers import ITEMSIZE, Grads, View, contiguous
-from ..problem import Operands, make_problem
+from ..arrays.view import ITEMSIZE, View, contiguous
+from ..problem import Grads, Operands, make_problem
 from .runtime import cache
 from .runtime import compile as compiler
 from .runtime.arch import ARCHITECTURES

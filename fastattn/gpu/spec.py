@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from ..buffers import Grads, View
-from ..problem import Operands, Problem
+from ..arrays.view import View
+from ..problem import Grads, Operands, Problem
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # a row with larger exponents is far: exp2 gets differences of scores, because a rounded product is too coarse

@@ -1,7 +1,7 @@
 """transform_bias_rescale_qkv and its backward on CUDA memory, as cpu/transform.py is on host memory. No attention."""
 from __future__ import annotations
 
-from ..buffers import View
+from ..arrays.view import View
 from .rows import launch as rows
 from .runtime.device import current
 from .runtime.launcher import on_device

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import streams
-from fastattn.buffers import CPU, View, allocate, overlap, small, view
+from fastattn.arrays import streams
+from fastattn.arrays.convert import allocate, small, view
+from fastattn.arrays.view import CPU, View, overlap
 
 NAMES = ["float32", "float64", "float16", "bfloat16", "bool", "int32", "int64"]
 

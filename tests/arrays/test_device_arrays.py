@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import buffers, dlpack, libraries, memo, registry, repeat
-from fastattn.buffers import ITEMSIZE, allocate, view
-from fastattn.device_array import DeviceArray
+from fastattn import memo, registry, repeat
+from fastattn.arrays import convert, dlpack, libraries, readers
+from fastattn.arrays.convert import allocate, view
+from fastattn.arrays.device_array import DeviceArray
+from fastattn.arrays.streams import Stream
+from fastattn.arrays.view import ITEMSIZE, contiguous, numpy_dtype
 from fastattn.engine import _loaded as loaded
 from fastattn.memo import Recent
-from fastattn.streams import Stream
 from tests.tools.fake_cuda import Cuda, Driver, Speaker, waits
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
@@ -65,7 +67,7 @@ def test_dlpack_producers_are_given_the_stream(driver: Driver, name: str, old: b
     x = Speaker((2, 3, 4), dtype=name, device=1, old=old)
     v = view(x, "f", "x", Stream(0x50, 1))
     assert (v.ptr, v.shape, v.dtype, v.device, v.readonly) == (0x1000, (2, 3, 4), name, ("cuda", 1), old)
-    assert v.strides == buffers.contiguous(v.shape, ITEMSIZE[name])
+    assert v.strides == contiguous(v.shape, ITEMSIZE[name])
     view(x, "f", "x", Stream(1, 1))
     view(x, "f", "x", Stream(0x50, 0))                      # another device: no stream of it is known, and it is refused later
     view(x, "f", "x")
@@ -97,7 +99,7 @@ class Tensor:
         return self.number
 
     def stride(self) -> tuple[int, ...]:
-        return buffers.contiguous(self.shape, 1)
+        return contiguous(self.shape, 1)
 
     def is_neg(self) -> bool:
         return self.negative
@@ -124,7 +126,7 @@ def torch_streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
         increment_version=lambda x: setattr(x, "_version", x._version + 1)))
     torch = types.SimpleNamespace(_C=inside, cuda=cuda, version=types.SimpleNamespace(hip=None), autograd=autograd,
                                   is_grad_enabled=lambda: True, **{name: name for name in ITEMSIZE})
-    monkeypatch.setitem(buffers._libraries, Tensor, libraries._torch(torch))
+    monkeypatch.setitem(readers.by_type, Tensor, libraries._torch(torch))
     return current
 
 
@@ -133,7 +135,7 @@ def test_torch_views(driver: Driver, torch_streams: dict[int, int]) -> None:
     v = view(x, "f", "x")
     assert (v.ptr, v.shape, v.strides, v.dtype, v.device, v.readonly) == (0x1000, (2, 3), (6, 2), "float16", ("cuda", 1), False)
     torch_streams[1] = 0x60
-    found = buffers.resolve(None, x, "f")
+    found = convert.resolve(None, x, "f")
     assert found is not None and (found.handle, found.device) == (0x60, 1)
     view(x, "f", "x", found)
     view(x, "f", "x", Stream(0x50, 0))
@@ -203,15 +205,15 @@ def test_cupy(monkeypatch: pytest.MonkeyPatch, driver: Driver, engine: Recorder)
     class Array:
         def __init__(self, shape: tuple[int, ...], dtype: Any, device: int) -> None:
             self.shape, self.dtype = shape, np.dtype(dtype)
-            self.strides = buffers.contiguous(shape, self.dtype.itemsize)
+            self.strides = contiguous(shape, self.dtype.itemsize)
             self.data = types.SimpleNamespace(ptr=0x1000, device_id=device)
 
     cuda = types.SimpleNamespace(get_current_stream=lambda n: types.SimpleNamespace(ptr=current[n]), Device=lambda n: Inside("device", n),
                                  runtime=types.SimpleNamespace(getDevice=lambda: 0),
                                  Stream=types.SimpleNamespace(from_external=lambda s: Inside("stream", s.__cuda_stream__()[1])))
     cupy = types.SimpleNamespace(cuda=cuda, empty=lambda shape, dtype: Array(shape, dtype, 1))
-    monkeypatch.setitem(buffers._libraries, Array, libraries._cupy(cupy))
-    q, k = (Array(shape, buffers.numpy_dtype("bfloat16"), 1) for shape in (Q, K))
+    monkeypatch.setitem(readers.by_type, Array, libraries._cupy(cupy))
+    q, k = (Array(shape, numpy_dtype("bfloat16"), 1) for shape in (Q, K))
     out = fastattn.attention(q, k, k)
     assert isinstance(out, Array) and out.dtype == q.dtype and engine.calls[-1][-1] == 0x60
     assert entered == [("device", 1), "out"] and driver.log == []
@@ -267,7 +269,7 @@ def test_device_array_is_read_by_its_own_kind(driver: Driver) -> None:
     v = view(x, "f", "x", Stream(0x60, 0))
     assert (v.ptr, v.dtype, v.device, v.readonly) == (x.view().ptr, "bfloat16", ("cuda", 0), False)
     assert waits(driver) == [(0x60, 0x50)]
-    ours = buffers.resolve(None, x, "f")
+    ours = convert.resolve(None, x, "f")
     assert ours is not None and ours.handle == 0x50
     assert isinstance(allocate(x, (2,), "float32", ours).finish(), DeviceArray)
 
@@ -512,10 +514,10 @@ def test_a_call_that_differs_is_checked_in_full(torch_streams: dict[int, int], p
         def data_ptr(self) -> int:
             raise RuntimeError("cannot access data pointer")
     for kind in (Sparse, Transformed):
-        buffers._libraries[kind] = buffers._libraries[Tensor]
+        readers.by_type[kind] = readers.by_type[Tensor]
         with pytest.raises(TypeError, match=r"\(Tensor\)|cannot be exported"):
             fastattn.attention(*[kind(shape) for shape in (Q, K, K)], **usual)
-        del buffers._libraries[kind]
+        del readers.by_type[kind]
     monkey = Tensor(K)
     monkey.data_ptr = Transformed.data_ptr.__get__(monkey)  # type: ignore[method-assign]
     for x, error in ((monkey, "cannot access data pointer"), (Tensor(K, ptr=0), "no memory of its own"), (Tensor(K, "float16"), "dtype"),

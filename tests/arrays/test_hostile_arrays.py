@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import buffers, dlpack
-from fastattn.buffers import view
+from fastattn.arrays import dlpack
+from fastattn.arrays.convert import view
+from fastattn.arrays.view import ITEMSIZE
 from tests.tools.fake_cuda import Driver, installed
 
 ROOT = Path(__file__).parents[2]
@@ -372,7 +373,7 @@ def _try_interface(draw: np.random.Generator) -> str:
     low, high = found.bytes_range()
     assert 0 <= low <= high < 2**64 and all(type(n) is int and n >= 0 for n in found.shape) and len(found.strides) == len(found.shape)
     assert 0 in found.shape or found.ptr > 0
-    assert type(found.ptr) is int and found.dtype in buffers.ITEMSIZE
+    assert type(found.ptr) is int and found.dtype in ITEMSIZE
     return "right"
 
 

@@ -63,7 +63,7 @@ def test_tensors_that_stand_for_others() -> None:
     _refused(lambda: attend(mode.from_tensor(Q)), "q is a FakeTensor")
     _refused(lambda: attend(Q.to("meta")), "q is on torch's meta device, where arrays have no memory")
     _refused(lambda: fastattn.attention(Q, Q.to("meta"), Q), "k is on torch's meta device")
-    _refused(lambda: torch.jit.trace(attend, Q), "q is recorded by torch.jit.trace, which does not see what fastattn does")
+    _refused(lambda: torch.jit.trace(attend, Q), "q is recorded by torch.jit.trace, which cannot record what fastattn does")
     _refused(lambda: torch.vmap(attend)(Q[None]), "q is a tensor inside torch.vmap; expected an array in memory of its own; a call")
     for transform in (torch.func.grad, torch.func.functionalize, lambda f: lambda q: torch.func.jvp(f, (q,), (q,))):
         with pytest.raises(TypeError, match=r"attention\(\): q (is a tensor inside torch\.func|\(Tensor\) cannot be exported)"):
@@ -128,7 +128,7 @@ def test_compat_refuses_the_same() -> None:
 
 
 def test_a_repeated_call_on_a_device_is_not_replayed_while_torch_records() -> None:
-    from fastattn.libraries import _torch
+    from fastattn.arrays.libraries import _torch
 
     read = _torch(torch).quick
     on_device = type("T", (), {"is_cuda": True, "get_device": lambda self: 0})()

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastattn import streams
-from fastattn.streams import Home, Stream
+from fastattn.arrays import streams
+from fastattn.arrays.streams import Home, Stream
 from tests.tools.fake_cuda import Driver, waits
 
 

@@ -19,7 +19,7 @@ import pytest
 import fastattn
 from fastattn import cpu
 from fastattn.cpu import levels, plan
-from fastattn.problem import block_bounds, row_bounds
+from fastattn.masks import block_bounds, row_bounds
 from tests.tools.compare import EPS, Judge
 from tests.tools.problems import BY_NAME, NUMPY, Case, Inputs
 from tests.tools.processes import EXTRA, not_sanitized, printed, run

@@ -17,7 +17,7 @@ import pytest
 
 import fastattn
 from fastattn import api
-from fastattn.buffers import Output
+from fastattn.arrays.view import Output
 from tests.tools.processes import EXTRA, not_sanitized, printed
 
 Array = np.ndarray[Any, Any]
@@ -305,7 +305,8 @@ def test_lengths_that_change_during_a_call() -> None:
     so it writes all of the results and nothing else."""
     printed(f"""{CALLS}
 from fastattn import cpu
-from fastattn.buffers import Grads, view
+from fastattn.arrays.convert import view
+from fastattn.problem import Grads
 from fastattn.problem import Operands, make_problem
 import sys
 sys.setswitchinterval(1e-5)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import buffers, dlpack, streams
-from fastattn.buffers import View
-from fastattn.streams import LEGACY
+from fastattn.arrays import convert, dlpack, streams
+from fastattn.arrays.streams import LEGACY
+from fastattn.arrays.view import View, contiguous
 from tests.tools.problems import NUMPY
 
 from . import memory
@@ -159,7 +159,7 @@ class Gpu(Device):
 
     def _copy(self, s: Spec, x: Array) -> Any:
         """The same numbers with the same strides, what lies between them included."""
-        low, high = buffers.view(x, "fuzz", "x").bytes_range()
+        low, high = convert.view(x, "fuzz", "x").bytes_range()
         raw = np.frombuffer(ctypes.string_at(low, high - low), np.uint8).copy()
         return self._make(s, raw, x.__array_interface__["data"][0] - low if high > low else 0, x)[0]
 
@@ -172,7 +172,7 @@ class Gpu(Device):
                 return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.where), lambda: raw
             if any(step < 0 for step in strides):
                 raw, offset = np.frombuffer(like.tobytes(), np.uint8).copy(), 0
-                strides = buffers.contiguous(shape, size)
+                strides = contiguous(shape, size)
             bytes_there = self.torch.from_numpy(raw).to(self.where)
             flat = bytes_there.view(getattr(self.torch, dtype))
             return (self.torch.as_strided(flat, shape, [step // size for step in strides], offset // size),

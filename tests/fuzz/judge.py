@@ -50,9 +50,9 @@ def complaints(spec: Spec, device: Device) -> list[str]:
 @contextmanager
 def poisoned_results() -> Iterator[None]:
     """Inside, host memory of results holds 0xFF before an engine writes it: what it leaves out is NaN."""
-    from fastattn import buffers
+    from fastattn.arrays import convert
 
-    original = buffers.allocate
+    original = convert.allocate
 
     def allocate(*arguments: Any, **options: Any) -> Any:
         output = original(*arguments, **options)

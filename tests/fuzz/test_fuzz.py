@@ -119,7 +119,7 @@ def test_arrays_of_no_library(kind: str, library: str, monkeypatch: pytest.Monke
     there = Gpu("cpu")
     there.where = "cuda"
     with fake_cuda.installed(monkeypatch) as driver:
-        monkeypatch.setattr("fastattn.streams.driver", lambda: _Driver())
+        monkeypatch.setattr("fastattn.arrays.streams.driver", lambda: _Driver())
         for dtype in ("float32", "bfloat16"):
             spec = Spec(dtype=dtype, library=library, memory=kind)
             x = memory.laid(np.random.default_rng(1), np.arange(24).reshape(2, 3, 4).astype(NUMPY[dtype]), kind)

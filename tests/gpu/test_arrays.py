@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import buffers, repeat, streams
-from fastattn.buffers import numpy_dtype
-from fastattn.device_array import DeviceArray
-from fastattn.streams import Stream
+from fastattn import repeat
+from fastattn.arrays import convert, streams
+from fastattn.arrays.device_array import DeviceArray
+from fastattn.arrays.streams import Stream
+from fastattn.arrays.view import numpy_dtype
 from tests.tools.devices import requires_gpu, requires_two_gpus
 
 pytestmark = requires_gpu
@@ -520,7 +521,7 @@ def test_device_arrays_are_refused_in_a_capture() -> None:
 def test_the_driver_names_the_device() -> None:
     q = to_torch(host())[0]
     stream = pytest.importorskip("torch").cuda.current_stream()
-    assert buffers.view(InterfaceOnly(q, stream), "f", "x").device == ("cuda", 0)
+    assert convert.view(InterfaceOnly(q, stream), "f", "x").device == ("cuda", 0)
     with pytest.raises(streams.CudaError, match=r"cuPointerGetAttribute\(0x1000\) failed with CUDA_ERROR_INVALID_VALUE"):
         streams.device_of(0x1000)
 

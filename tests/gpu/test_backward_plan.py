@@ -15,7 +15,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from fastattn import Grads, UnsupportedError, gpu
-from fastattn.buffers import View
+from fastattn.arrays.view import View
 from fastattn.gpu import precompile
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.rows import preprocess
@@ -23,7 +23,8 @@ from fastattn.gpu.runtime import packed
 from fastattn.gpu.runtime.launcher import Listing
 from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.gpu.tile import mask, schedule
-from fastattn.problem import Operands, make_problem, query_bounds, row_bounds
+from fastattn.masks import query_bounds, row_bounds
+from fastattn.problem import Operands, make_problem
 from tests.tools.compare import Judge
 from tests.tools.gpu.calls import host_view, run
 from tests.tools.gpu.emulator import Memory, emulated

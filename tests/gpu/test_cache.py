@@ -30,7 +30,8 @@ from numba import cuda, int32, uint64
 
 import fastattn
 from fastattn import __main__ as command
-from fastattn import gpu, streams
+from fastattn import gpu
+from fastattn.arrays import streams
 from fastattn.gpu import precompile
 from fastattn.gpu.ptx.memory import store_b32
 from fastattn.gpu.runtime import cache

@@ -22,7 +22,8 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
-from fastattn import UnsupportedError, buffers, gpu
+from fastattn import UnsupportedError, gpu
+from fastattn.arrays import convert
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.spec import FAR_LSE, LOG2E, BackwardCall, Spec, make_backward_spec
@@ -119,7 +120,7 @@ def test_lse_of_far_rows() -> None:
     lse = np.array([0.5, -2800, 2900, -1e9, LEAST["float32"], 1e-38, -np.inf, np.inf, np.nan], F)[None, None]
     n = lse.shape[-1]
     x = np.ones((1, n, 1, 16), NUMPY["bfloat16"])
-    views = [buffers.view(array, "test", "x") for array in (x, lse)]
+    views = [convert.view(array, "test", "x") for array in (x, lse)]
     memory = Memory()
     for view in views:
         memory.allow(view)
@@ -139,7 +140,7 @@ def test_plan_of_inconsistent_lengths(by_keys: bool) -> None:
     batch, total, heads, block = 2000, 2**22, 64, 16
     cu = np.tile(np.array([0, total], np.int64), batch // 2 + 1)[:batch + 1]
     blocks, memory = 50, Memory()
-    memory.allow(buffers.view(cu, "test", "x"))
+    memory.allow(convert.view(cu, "test", "x"))
     with emulated(memory) as machine, memory.temporary(packed.table_bytes(batch, blocks), 0) as table, \
             mock.patch.object(schedule, "SORTED", 0):
         lengths = [cu.ctypes.data, 8, cu.ctypes.data, 8, 0, 0]
@@ -162,7 +163,7 @@ def test_merge_counts_infinite_lse_as_empty() -> None:
     for mark in (-np.inf, np.inf):
         lses[0][0, 1] = lses[1][1] = lses[0][1, 2] = mark
         out, lse = np.full((3, 2, 5), np.nan, F), np.full((2, 3), np.nan, F)
-        memory, views = Memory(), [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        memory, views = Memory(), [convert.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
         with emulated(memory) as machine:

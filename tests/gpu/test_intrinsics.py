@@ -24,7 +24,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 
-from fastattn.buffers import View, contiguous
+from fastattn.arrays.view import View, contiguous
 from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import fragments

@@ -16,7 +16,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
-from fastattn import buffers
+from fastattn.arrays import convert
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import compile as compiler
@@ -60,7 +60,7 @@ def test_in_python(dtype: str, count: int) -> None:
         wide = np.full((*shape[:-1], 2 * shape[-1]), np.nan, NUMPY[dtype])
         out, lse = wide[..., ::2], np.full_like(lses[0], np.nan)
         memory = Memory()
-        views = [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        views = [convert.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
         with emulated(memory) as machine:
@@ -80,7 +80,7 @@ def test_large_lse() -> None:
         lses = [np.full((2, 3), size, np.float32) for _ in range(3)]
         lses[1][1] -= abs(size) / 1e5                # 1 at least
         out, lse, memory = np.full((3, 2, 4), np.nan, np.float32), np.full((2, 3), np.nan, np.float32), Memory()
-        views = [buffers.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
+        views = [convert.view(x, "test", "x") for x in (*outs, *lses, out, lse)]
         for x in views:
             memory.allow(x)
         with emulated(memory) as machine:
@@ -91,8 +91,8 @@ def test_large_lse() -> None:
 
 
 def test_nothing_to_do() -> None:
-    empty = buffers.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
-    lse = buffers.view(np.zeros((2, 3, 0), np.float32), "test", "x")
+    empty = convert.view(np.zeros((2, 0, 3, 4), np.float32), "test", "x")
+    lse = convert.view(np.zeros((2, 3, 0), np.float32), "test", "x")
     launcher = Listing(absent_device("sm_90a"))
     rows_launch.merge_states([empty], [lse], empty, lse, launcher, 0)
     assert not launcher.sources

@@ -22,7 +22,8 @@ from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90.config import ForwardSm90Config
 from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
-from fastattn.problem import Operands, Problem, make_problem, row_bounds
+from fastattn.masks import row_bounds
+from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.gpu.calls import Sequence, view, whole
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import Play, edited, playing

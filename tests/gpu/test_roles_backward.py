@@ -20,7 +20,8 @@ from fastattn.gpu.sm90 import backward as backward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90.config import choose_backward as tiling
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
-from fastattn.problem import Operands, make_problem, row_bounds
+from fastattn.masks import row_bounds
+from fastattn.problem import Operands, make_problem
 from tests.tools.gpu.calls import Sequence, view, whole
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing

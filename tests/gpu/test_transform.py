@@ -18,7 +18,7 @@ from tests.tools.problems import NUMPY
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-from fastattn import buffers
+from fastattn.arrays import convert
 from fastattn.compat.multi_head import (
     MultiHeadGrads,
     multi_head_attention,
@@ -65,7 +65,7 @@ def test_the_sum_of_the_bias_is_compiled(dtype: str) -> None:
 def in_python(*arrays: Array) -> Any:
     memory = Memory()
     for x in arrays:
-        memory.allow(buffers.view(x, "test", "x"))
+        memory.allow(convert.view(x, "test", "x"))
     with emulated(memory) as machine:
         yield machine
 
@@ -86,7 +86,7 @@ def copy_of(x: Array, by: int = 0) -> Array:
 
 
 def views(*arrays: Array) -> list[Any]:
-    return [buffers.view(x, "test", "x") for x in arrays]
+    return [convert.view(x, "test", "x") for x in arrays]
 
 
 EMULATED = {        # (dtype, heads, head_dim, bytes off a multiple of 16, whether vectors are possible)

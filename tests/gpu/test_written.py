@@ -20,7 +20,8 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
-from fastattn import UnsupportedError, buffers, gpu, streams
+from fastattn import UnsupportedError, gpu
+from fastattn.arrays import convert, streams
 from fastattn.gpu import precompile
 from fastattn.gpu.rows.launch import dbias_sums
 from fastattn.gpu.runtime import compile, workspace
@@ -55,7 +56,7 @@ EDGES = [Case(f"edge_{name}", **{**SMALL, **settings}) for name, settings in {
 
 
 def view(x: Any) -> Any:
-    return None if x is None else buffers.view(x, "test", "x")
+    return None if x is None else convert.view(x, "test", "x")
 
 
 def emulated_forward(inputs: Inputs) -> tuple[Any, Any]:

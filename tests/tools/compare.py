@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import Grads, reference, register_engine
-from fastattn.buffers import View
+from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
 from tests.tools.problems import Inputs
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from fastattn import streams
+from fastattn.arrays import streams
 
 
 @cache

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastattn import buffers, device_array, dlpack, streams
-from fastattn.buffers import ITEMSIZE
+from fastattn.arrays import device_array, dlpack, streams
+from fastattn.arrays.view import ITEMSIZE, contiguous
 
 
 class Driver:
@@ -115,7 +115,7 @@ class Speaker:
 
     def __dlpack__(self, *, stream: Any = "none", max_version: Any = None) -> Any:
         self.streams.append(stream)
-        strides = buffers.contiguous(self.shape, ITEMSIZE[self.dtype])
+        strides = contiguous(self.shape, ITEMSIZE[self.dtype])
         return dlpack.capsule(self, self.ptr, self.shape, strides, self.dtype, self.device, None if self.old else max_version)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastattn import Grads, UnsupportedError, register_engine, registry
-from fastattn.buffers import View
+from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
 from fastattn.registry import Registration
 

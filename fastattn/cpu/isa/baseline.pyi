@@ -5,7 +5,7 @@ from typing import Any
 from numpy import int64
 from numpy.typing import NDArray
 
-from ...buffers import View
+from ...arrays.view import View
 from ...problem import Operands, Problem
 from ..dbias import Way
 from ..plan import Lengths, Wave

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ...problem import row_bounds
+from ...masks import row_bounds
 from ..config import num_features
 from ..runtime.compile import late
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program

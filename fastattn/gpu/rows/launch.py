@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from ...buffers import View
+from ...arrays.view import View
 from ...errors import UnsupportedError
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program

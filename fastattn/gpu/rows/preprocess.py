@@ -19,7 +19,7 @@ from typing import Any
 
 from numba import cuda, int32, int64, uint64
 
-from ...buffers import ITEMSIZE
+from ...arrays.view import ITEMSIZE
 from ..dsl.inline import divide, inline
 from ..ptx.memory import store_zero16
 from ..ptx.scalar import load_chunk, load_if, store

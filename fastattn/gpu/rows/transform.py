@@ -18,7 +18,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ...buffers import ITEMSIZE
+from ...arrays.view import ITEMSIZE
 from ..dsl.asm import I32, I64, pack, unpack
 from ..dsl.inline import divide, inline
 from ..ptx.arith import emit_pack_half

@@ -194,7 +194,7 @@ class Kernel:
     def __init__(self, source: Source, ordinal: int) -> None:
         from cuda.bindings import driver
 
-        from ...streams import check
+        from ...arrays.streams import check
         from .device import current, device, relaxed
         d = device(ordinal)
         self.source, self.ordinal = source, ordinal

@@ -8,7 +8,7 @@ from functools import cache
 
 from cuda.bindings import driver
 
-from ...streams import check
+from ...arrays.streams import check
 from .arch import arch_of_number
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
-from ...buffers import View
+from ...arrays.view import View
 from ..spec import AnyCall, Arguments
 from . import compile as compiler
 from . import device as devices

@@ -20,8 +20,8 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from ...buffers import View
-from ...streams import check
+from ...arrays.streams import check
+from ...arrays.view import View
 from .device import private_stream, relaxed
 
 _MAP_BYTES = 128

@@ -10,7 +10,7 @@ import threading
 
 from cuda.bindings import driver
 
-from ...streams import check
+from ...arrays.streams import check
 from .device import private_stream, relaxed
 
 _COUNTERS, _ARRIVALS = 1 << 16, 1 << 10        # slots per device

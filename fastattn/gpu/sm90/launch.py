@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from ...buffers import View
+from ...arrays.view import View
 from ...problem import Problem
 from ..config import feature_weight
 from ..decode import launch as decode

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import Grads, buffers, gpu
-from fastattn.buffers import View, contiguous
+from fastattn import Grads, gpu
+from fastattn.arrays import convert
+from fastattn.arrays.view import View, contiguous
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.gpu.emulator import Memory, emulated
@@ -24,7 +25,7 @@ def whole(p: Problem) -> list[Sequence]:
 
 
 def host_view(x: Any) -> Any:
-    return None if x is None else buffers.view(x, "test", "x")
+    return None if x is None else convert.view(x, "test", "x")
 
 
 def run(inputs: Inputs) -> tuple[Grads, list[str]]:

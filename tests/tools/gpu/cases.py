@@ -30,8 +30,9 @@ from tests.tools.problems import NUMPY, Case, Inputs
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 
 import fastattn
-from fastattn import Grads, buffers, dlpack, streams
-from fastattn.device_array import DeviceArray
+from fastattn import Grads
+from fastattn.arrays import convert, dlpack, streams
+from fastattn.arrays.device_array import DeviceArray
 from fastattn.gpu import precompile
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, make_problem
@@ -203,7 +204,7 @@ class Strided:
     """A NumPy array's copy on device 0 with its strides, negative ones too; it has DLPack alone."""
 
     def __init__(self, x: Array) -> None:
-        place = buffers.view(x, "test", "x")
+        place = convert.view(x, "test", "x")
         low, high = place.bytes_range()
         self.shape, self.strides, self.dtype = place.shape, place.strides, place.dtype
         with streams.on_device(0):
@@ -242,7 +243,7 @@ def on_device(x: Array) -> Any:
     dtype = getattr(torch(), x.dtype.name)
     if 0 in x.shape:
         return torch().empty(x.shape, dtype=dtype, device="cuda")
-    place = buffers.view(x, "test", "x")
+    place = convert.view(x, "test", "x")
     low, high = place.bytes_range()
     raw = torch().frombuffer(bytearray(ctypes.string_at(low, high - low)), dtype=torch().uint8).cuda()
     size = x.dtype.itemsize
@@ -290,7 +291,7 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
     def dry(x: Any) -> Any:
         if x is None:
             return None
-        place = buffers.view(x, "test", "x")
+        place = convert.view(x, "test", "x")
         return replace(place, ptr=(1 << 20) + place.ptr - place.bytes_range()[0], device=precompile.HERE)
     arrays = {name: dry(inputs.kwargs.get(name)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
     swap = inputs.kwargs.get("layout") == "bhsd"

@@ -22,7 +22,7 @@ from unittest import mock
 
 import numpy as np
 
-from fastattn.buffers import ITEMSIZE, View
+from fastattn.arrays.view import ITEMSIZE, View
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime.launcher import Listing
 

@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from fastattn import streams
+from fastattn.arrays import streams
 from fastattn.gpu.runtime import workspace
 
 ROOM = 64 << 20            # bytes of poison that a pool has at least; what the cases need fits

@@ -1,8 +1,8 @@
-"""CUDA streams: which one a call uses, and how it waits for another, without ever stopping the host.
+"""CUDA streams: which one a call uses, and how it waits for another. The host never waits.
 
-Handles are the numbers that DLPack and the CUDA Array Interface share with the driver: 1 is the legacy default stream,
-2 the per-thread default one, anything else a CUstream. The NULL stream, 0, means 1 or 2 depending on how a library was
-compiled, so it is written 1 here: that is what it means in torch, CuPy, Numba and JAX.
+A handle is the number that DLPack and the CUDA Array Interface share with the driver: 1 is the legacy default stream, 2
+the per-thread default stream, anything else a CUstream. The NULL stream, 0, is 1 or 2 depending on how a library was
+compiled. Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from .errors import message
+from ..errors import message
 
 LEGACY, PER_THREAD = 1, 2
 _EXPECTED = "a CUstream handle as an int, or a stream of cuda.core, torch, CuPy, Numba or anything with __cuda_stream__"
@@ -22,20 +22,21 @@ _EXPECTED = "a CUstream handle as an int, or a stream of cuda.core, torch, CuPy,
 
 @dataclass(slots=True)
 class Stream:
-    """The stream of one call and its device's number; `owner` keeps a caller's stream object alive."""
+    """The stream of one call, and the number of its device. `owner` keeps a caller's stream object alive."""
 
     handle: int
     device: int
     owner: object = field(default=None, repr=False, compare=False)
-    ordered_by: object = field(default=None, repr=False, compare=False)     # a library whose current stream it is or waits for
+    ordered_by: object = field(default=None, repr=False, compare=False)     # the library whose current stream this is, or waits for
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
 
 
 class Home(NamedTuple):
-    """Where q's CUDA memory is and the stream its library works on now; `ordered_by` names the library if that holds for
-    all its arrays."""
+    """The device of q's CUDA memory, and the current stream of q's library. `ordered_by` names the library if all its
+    arrays use that stream.
+    """
 
     device: int
     stream: int
@@ -74,16 +75,16 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 @cache
 def _primary_context(device: int) -> int:
-    """The context that every library built on the CUDA runtime uses. Retained once and never released."""
+    """The context that libraries built on the CUDA runtime use. Retained once, never released."""
     handle = check(driver().cuDeviceGet(device), f"cuDeviceGet({device})")
     return int(check(driver().cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain"))
 
 
 @contextlib.contextmanager
 def on_device(device: int) -> Iterator[None]:
-    """A context of `device` is current inside: the thread's own if it is on that device, else the primary one."""
+    """Inside, a context of `device` is current: the thread's own if it is on that device, else the primary one."""
     d = driver()
-    # without a current context cuCtxGetDevice fails, which a debugger reports
+    # asked only with a current context: without one cuCtxGetDevice fails, and debuggers report the failure
     if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == device:
         yield
         return
@@ -103,15 +104,16 @@ def device_of(pointer: int) -> int:
 
 # ---------------------------------------------------------------- which stream
 def normal(handle: int) -> int:
-    """A library's handle in this package's numbers: NULL is the legacy default stream."""
+    """A library's handle as a number of this file: NULL becomes the legacy default stream."""
     return handle or LEGACY
 
 
 def resolve(stream: Any, home: Home | None, call: str) -> Stream | None:
-    """The stream of a call: the caller's `stream`, else the current one of q's library; None for host memory (home None).
+    """The stream of a call: the caller's `stream`, else the current one of q's library. None for host memory (home
+    None).
 
-    The caller's stream waits for the library's current one, which is where q's values come from and where the memory of
-    results is taken from. TypeError or ValueError for a `stream` that is none.
+    The caller's stream waits for the library's current one, which computes q's values and owns the memory of results.
+    TypeError or ValueError for a `stream` that is no stream.
     """
     if home is None:
         if stream is not None:
@@ -157,14 +159,14 @@ def _handle(stream: Any, call: str) -> int:
 def capturing(handle: int) -> bool:
     """Whether work on a stream is recorded into a CUDA graph rather than run. The stream's device must be current."""
     code, status = driver().cuStreamIsCapturing(handle)
-    return not code and int(status) != 0      # an error: the legacy stream while another is captured, which leaves it as it is
+    return not code and int(status) != 0      # an error is harmless: this is the legacy stream while another is captured
 
 
 def wait(stream: Stream, producer: int) -> None:
-    """Work put on `stream` from now on starts after everything now on `producer`, another stream of the same device.
+    """Work put on `stream` from now on starts after all work now on `producer`, another stream of the same device.
 
-    While `stream` is captured, work outside the graph cannot be waited for (a replay would not either), so the arrays that
-    a captured call reads must be ready, as everywhere in CUDA.
+    A captured stream cannot wait for work outside the graph, and a replay would not either. So the arrays that a
+    captured call reads must be ready, as everywhere in CUDA.
     """
     if producer == stream.handle:
         return

@@ -1,6 +1,7 @@
-"""Other libraries' arrays in errors: what a caller would write there, and what frameworks pass while they transform a function.
+"""Other libraries' arrays in error texts: how a caller writes a cast there, and what frameworks pass while they
+transform a function.
 
-Nothing is imported here: a library whose array came in is loaded.
+No library is imported here: one whose array came in is loaded already.
 """
 from __future__ import annotations
 
@@ -34,8 +35,6 @@ def shown(x: Any) -> str:
 # ---------------------------------------------------------------- casts
 def cast(argument: str, x: Any, dtype: str) -> str:
     """`k.to(torch.float16) works`, as x's library writes it; "" for a library that is not known."""
-    if isinstance(x, tuple):                                # a View's owner: an array and its capsule
-        x = x[0]
     library = {"torch": "torch", "numpy": "np", "ml_dtypes": "np", "cupy": "cupy", "jax": "jnp", "jaxlib": "jnp"}.get(root(x), "")
     if library == "torch":
         return f"{argument}.bool() works" if dtype == "bool" else f"{argument}.to(torch.{dtype}) works"
@@ -54,7 +53,10 @@ def like(argument: str, x: Any, other: str) -> str:
 
 # ---------------------------------------------------------------- graphs and stand-ins
 def in_graph(x: Any) -> bool:
-    """Whether torch records what is done with x, because it requires grad. Under no_grad and in inference_mode nothing is recorded."""
+    """Whether torch records what is done with x, because it requires grad.
+
+    Under no_grad and in inference_mode nothing is recorded.
+    """
     if getattr(x, "requires_grad", False) is not True:
         return False
     torch: Any = sys.modules.get("torch")
@@ -62,8 +64,10 @@ def in_graph(x: Any) -> bool:
 
 
 def transformed(x: Any) -> tuple[str, str] | None:
-    """(what x is, what would work) where a framework transforms or records the call, so that x is no array, or what happens to its memory
-    would go unseen; None for an array."""
+    """(what x is, what would work) where a framework transforms or records the call; None for an array.
+
+    There x is no array, or the framework would miss what happens to x's memory.
+    """
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _transformed_by_torch(torch, x)
@@ -91,11 +95,11 @@ def _transformed_by_torch(torch: Any, x: Any) -> tuple[str, str] | None:
         return ("carries a forward-mode tangent (torch.autograd.forward_ad), which fastattn would drop",
                 "unpack_dual(...).primal is without it")
     if torch._C._get_tracing_state() is not None:
-        return "is recorded by torch.jit.trace, which does not see what fastattn does", _OPERATOR
+        return "is recorded by torch.jit.trace, which cannot record what fastattn does", _OPERATOR
     if torch._C._len_torch_dispatch_stack():
         from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
         for mode in map(type, _get_current_dispatch_mode_stack()):
             if mode.__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"):
-                return f"is used under {mode.__name__} (make_fx, torch.export), which does not see what fastattn does", _OPERATOR
+                return f"is used under {mode.__name__} (make_fx, torch.export), which cannot record what fastattn does", _OPERATOR
     return None

@@ -1,7 +1,9 @@
-"""The array libraries that are known by name: torch, CuPy, Numba and cuda.core; how each one says where its array is, and makes one.
+"""The array libraries that are known by name, torch, CuPy, Numba and cuda.core: how each one's arrays are read and
+made.
 
-Faster than DLPack (a torch tensor is read in 1 us instead of 8), and they know their current stream. Nothing is imported
-here: a library whose array came in is loaded. JAX and all others come by DLPack or the CUDA Array Interface (buffers.py).
+This is faster than DLPack (a torch tensor is read in 1 us instead of 8), and these libraries tell their current stream.
+None is imported here: one whose array came in is loaded already. JAX and all others come by DLPack or the CUDA Array
+Interface (protocols.py).
 """
 from __future__ import annotations
 
@@ -13,18 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from . import buffers, streams, words
-from .buffers import CPU, DLPACK, INTERFACE, Library, Output, Quick, View, cannot, contiguous, dtype_name, requires_grad, wrong_dtype
-from .errors import message
-from .streams import PER_THREAD, Home, Stream
+from ..errors import message
+from . import streams, words
+from .device_array import DeviceArray
+from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, wrong_dtype
+from .streams import LEGACY, PER_THREAD, Home, Stream
+from .view import CPU, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
 
 
 def find(x: Any) -> Library | None:
-    """The library of x by its type, if it is one of these."""
+    """The library of x by its type, if it is known by name."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(x, torch.Tensor):
-        if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):     # asking for its address already warns
-            return Library(_stand_in, lambda x, call: None, buffers.empty_device_array)
+        if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):     # reading its address warns
+            return Library(_stand_in, lambda x, call: None, empty_device_array)
         return _torch(torch)
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _cupy(cupy)
@@ -32,24 +36,24 @@ def find(x: Any) -> Library | None:
     if any(name.endswith("cuda.cudadrv.devicearray") for name in modules):
         return Library(INTERFACE.view, INTERFACE.home, _numba_empty)
     if modules[0].startswith("cuda.core.") and type(x).__name__ == "StridedMemoryView":
-        return Library(_memory_view, _memory_view_home, buffers.empty_device_array)
+        return Library(_memory_view, _memory_view_home, empty_device_array)
     if modules[0].startswith("cuda.core.") and type(x).__name__ == "Buffer":
-        return Library(_bare_buffer, lambda x, call: None, buffers.empty_device_array)
-    if modules[0].startswith("fastattn.") and type(x).__name__ == "DeviceArray":
-        return Library(_device_array, lambda x, call: Home(x.stream.device, x.stream.handle), buffers.empty_device_array)
+        return Library(_bare_buffer, lambda x, call: None, empty_device_array)
+    if isinstance(x, DeviceArray):
+        return Library(_device_array, lambda x, call: Home(x.stream.device, x.stream.handle), empty_device_array)
     return None
 
 
 # ---------------------------------------------------------------- torch
 def _torch(torch: Any) -> Library:
-    names = {getattr(torch, name): (name, size) for name, size in buffers.ITEMSIZE.items()}
+    names = {getattr(torch, name): (name, size) for name, size in ITEMSIZE.items()}
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
-    mark, is_hip = "torch", torch.version.hip is not None
+    mark, is_hip, new_tuple = "torch", torch.version.hip is not None, tuple.__new__
     forward_ad, modes, traced = torch.autograd.forward_ad, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
     @lru_cache(4096)
-    def in_bytes(strides: tuple[int, ...], size: int) -> tuple[int, ...]:
+    def in_bytes(strides: Shape, size: int) -> Shape:
         return tuple([s * size for s in strides])
 
     def view(x: Any, call: str, argument: str, stream: Stream | None) -> View:
@@ -65,7 +69,7 @@ def _torch(torch: Any) -> Library:
         on_device = x.is_cuda
         if is_hip or not (on_device or x.is_cpu):
             _stand_in(x, call, argument, stream)
-            return DLPACK.view(x.detach(), call, argument, stream)      # on a device whose name the DLPack reader puts in its error
+            return DLPACK.view(x.detach(), call, argument, stream)      # whose error names the device
         try:
             ptr, shape, strides = x.data_ptr(), tuple(x.shape), in_bytes(x.stride(), size)
         except RuntimeError as error:                       # sparse, functorch's wrappers, ...
@@ -86,27 +90,27 @@ def _torch(torch: Any) -> Library:
         if is_hip or not x.is_cuda:
             return None
         number = x.get_device()
-        return Home(number, streams.normal(raw(number)), mark)
+        return new_tuple(Home, (number, raw(number) or LEGACY, mark))       # Home(...) takes twice as long
 
-    def new(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+    def new(x: Any, shape: Shape, dtype: str) -> tuple[Any, int]:
         wanted = dtypes[dtype]
         tensor = x.new_empty(shape) if x.dtype is wanted else x.new_empty(shape, dtype=wanted)
         return tensor, tensor.data_ptr()
 
-    def empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
+    def empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
         tensor, ptr = new(x, shape, dtype)
-        place = View(ptr, shape, in_bytes(tensor.stride(), buffers.ITEMSIZE[dtype]), dtype, ("cuda", stream.device), tensor)
-        current = streams.normal(raw(stream.device))
+        found = View(ptr, shape, in_bytes(tensor.stride(), ITEMSIZE[dtype]), dtype, ("cuda", stream.device), tensor)
+        current = raw(stream.device) or LEGACY
         if current == stream.handle:
-            return Output(place, tensor)
-        if stream.handle == streams.LEGACY or type(stream.owner) is torch.cuda.Stream:
-            # so that the allocator waits for us before it gives the memory away
-            tensor.record_stream(torch.cuda.default_stream(stream.device) if stream.handle == streams.LEGACY else stream.owner)
-            return Output(place, tensor)
-        def finish(filled: Any) -> Any:                     # of a stream that may end before the memory does: the current one waits
+            return Output(found, tensor)
+        if stream.handle == LEGACY or type(stream.owner) is torch.cuda.Stream:
+            # so that the allocator waits for this stream before it reuses the memory
+            tensor.record_stream(torch.cuda.default_stream(stream.device) if stream.handle == LEGACY else stream.owner)
+            return Output(found, tensor)
+        def finish(filled: Any) -> Any:                     # our stream may be destroyed before the memory is freed: the current one waits
             streams.wait(Stream(current, stream.device), stream.handle)
             return filled
-        return Output(place, tensor, finish)
+        return Output(found, tensor, finish)
 
     def form(x: Any) -> Any:
         if not x.is_cuda:
@@ -117,17 +121,17 @@ def _torch(torch: Any) -> Library:
     def current(x: Any) -> int:
         if modes() or forward_ad._current_level >= 0 or traced() is not None or not x.is_cuda:
             return 0
-        return streams.normal(raw(x.get_device()))
+        return raw(x.get_device()) or LEGACY
 
     def written(x: Any) -> Any:
-        torch.autograd.graph.increment_version(x)           # so that a graph that has saved x says so in its backward
+        torch.autograd.graph.increment_version(x)           # so that a backward that has saved x raises
         return x
 
     return Library(view, home, empty, None if is_hip else Quick(form, operator.methodcaller("data_ptr"), current, new), written)
 
 
 def _stand_in(x: Any, call: str, argument: str, stream: Stream | None) -> Any:
-    """TypeError where x is no array in memory that only this call sees."""
+    """TypeError where x is no array, or where a framework records or transforms what is done with it."""
     found = words.transformed(x)
     if found is not None:
         raise TypeError(message(call, argument, found[0], "an array in memory of its own", found[1]))
@@ -151,18 +155,18 @@ def _cupy(cupy: Any) -> Library:
         number = x.data.device_id
         return Home(number, current(number), mark)
 
-    def empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
+    def empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
         with contextlib.ExitStack() as inside:
             if cupy.cuda.runtime.getDevice() != stream.device:
                 inside.enter_context(cupy.cuda.Device(stream.device))
-            if current(stream.device) != stream.handle:     # memory of our stream's pool is used again in our stream's order
+            if current(stream.device) != stream.handle:     # so that the pool reuses the memory in our stream's order
                 foreign = getattr(cupy.cuda.Stream, "from_external", None)
                 inside.enter_context(foreign(stream) if foreign else cupy.cuda.ExternalStream(stream.handle, stream.device))
             array, ptr = new(x, shape, dtype)
         return Output(View(ptr, shape, array.strides, dtype, ("cuda", stream.device), array), array)
 
-    def new(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
-        array = cupy.empty(shape, buffers.numpy_dtype(dtype))
+    def new(x: Any, shape: Shape, dtype: str) -> tuple[Any, int]:
+        array = cupy.empty(shape, numpy_dtype(dtype))
         return array, array.data.ptr
 
     def form(x: Any) -> Any:
@@ -179,34 +183,36 @@ def _cupy(cupy: Any) -> Library:
 
 
 # ---------------------------------------------------------------- Numba
-def _numba_empty(x: Any, shape: tuple[int, ...], dtype: str, stream: Stream) -> Output:
-    """A Numba device array bound to our stream, so that `copy_to_host` comes after us. In a graph capture pass out=: Numba's
-    allocator cannot be captured."""
+def _numba_empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
+    """A Numba device array bound to our stream, so that `copy_to_host` waits for our work.
+
+    In a graph capture pass out=: Numba's allocator cannot be captured.
+    """
     cuda = sys.modules["numba.cuda"]
     with cuda.gpus[stream.device]:
-        if stream.handle == streams.LEGACY:
+        if stream.handle == LEGACY:
             bound = 0
         else:
             bound = cuda.per_thread_default_stream() if stream.handle == PER_THREAD else cuda.external_stream(stream.handle)
         array = cuda.device_array(shape, np.dtype(dtype), stream=bound)
     ptr = array.__cuda_array_interface__["data"][0]
-    return Output(View(ptr, shape, contiguous(shape, buffers.ITEMSIZE[dtype]), dtype, ("cuda", stream.device), array), array)
+    return Output(View(ptr, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, ("cuda", stream.device), array), array)
 
 
 # ---------------------------------------------------------------- cuda.core and our own
 def _memory_view(x: Any, call: str, argument: str, stream: Stream | None) -> View:
-    """cuda.core's StridedMemoryView, strides in elements. It says nothing of streams: whoever made it ordered it."""
+    """cuda.core's StridedMemoryView, strides in elements. It names no stream: ordering its work is its maker's."""
     if x.dtype is None:
         raise TypeError(message(call, argument, "is a StridedMemoryView without a dtype", "one with a dtype",
                                 "StridedMemoryView.from_buffer(buffer, shape, dtype=...) takes one"))
     name = dtype_name(x.dtype, call, argument, x)
-    size, shape = buffers.ITEMSIZE[name], tuple(x.shape)
+    size, shape = ITEMSIZE[name], tuple(x.shape)
     strides = contiguous(shape, size) if x.strides is None else tuple([s * size for s in x.strides])
     return View(x.ptr, shape, strides, name, CPU if x.device_id < 0 else ("cuda", x.device_id), x, bool(x.readonly))
 
 
 def _memory_view_home(x: Any, call: str) -> Home | None:
-    return None if x.device_id < 0 else Home(x.device_id, streams.LEGACY)
+    return None if x.device_id < 0 else Home(x.device_id, LEGACY)
 
 
 def _bare_buffer(x: Any, call: str, argument: str, stream: Stream | None) -> View:
@@ -217,5 +223,5 @@ def _bare_buffer(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
 def _device_array(x: Any, call: str, argument: str, stream: Stream | None) -> View:
     if stream is not None and stream.device == x.stream.device:
         streams.wait(stream, x.stream.handle)
-    place: View = x.view()
-    return place
+    found: View = x.view()
+    return found

@@ -1,6 +1,7 @@
-"""DLPack capsules: reading any, making our own. NumPy's reader would not do: it knows no bfloat16, no device.
+"""DLPack capsules: reading any, making our own; and the address of an ndarray. NumPy's own reader knows neither
+bfloat16 nor devices.
 
-Source: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x).
+Sources: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x); NumPy's manual, "The array interface protocol".
 """
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ _SMALL = ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "
 DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}       # 3 is pinned host memory, 13 CUDA managed memory
 CPU, CUDA = 1, 2
 MOST_AXES = 64
+EXPORT_ERRORS = (Exception,)                                # of an array's own methods: another library's code may raise anything
 _READONLY = 1
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
@@ -43,9 +45,11 @@ _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.p
 
 
 def opened(capsule: Any) -> tuple[Tensor, bool]:
-    """The tensor of a capsule and whether it is read-only. The capsule is not marked as used: it must outlive the memory's use,
-    and its own destructor gives the memory back. BufferError for a version that nobody knows and for what is no capsule, or one that
-    somebody has used."""
+    """The tensor of a capsule and whether it is read-only.
+
+    The capsule is not marked as used: it must outlive the use of the memory, which its own destructor releases.
+    BufferError for an unknown version, and for what is no capsule or a used one.
+    """
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
@@ -53,12 +57,12 @@ def opened(capsule: Any) -> tuple[Tensor, bool]:
         return managed.tensor, bool(managed.flags & _READONLY)
     if not _capsule_is(capsule, b"dltensor"):
         raise BufferError(f"gave {capsule!r}, which is no DLPack capsule, or one that was used")
-    # the old protocol has no read-only flag, and JAX's arrays are immutable: inputs yes, outputs no
+    # the old protocol has no read-only flag, and JAX's arrays are immutable: accepted as inputs, not as outputs
     return Tensor.from_address(_capsule_pointer(capsule, b"dltensor")), True
 
 
 class Described(NamedTuple):
-    """What a capsule says, checked; strides in elements, None where there are none."""
+    """A capsule's tensor as plain values; strides in elements, None where the capsule has none."""
 
     ptr: int
     shape: tuple[int, ...]
@@ -69,7 +73,10 @@ class Described(NamedTuple):
 
 
 def described(capsule: Any) -> Described:
-    """A capsule's tensor as plain values. BufferError for what no array can have. Whether it fits in memory is for View's reader to say."""
+    """A capsule's tensor as plain values.
+
+    BufferError for what no array can have. The reader checks that it fits in memory.
+    """
     t, readonly = opened(capsule)
     if not 0 <= t.ndim <= MOST_AXES:
         raise BufferError(f"says it has {t.ndim} axes")
@@ -90,7 +97,7 @@ def _dtype(code: int, bits: int, lanes: int) -> str:
 
 
 class _Raw:
-    """Memory as unsigned integers of the item's size, which NumPy takes without reading it."""
+    """Memory as unsigned integers of the item's size. NumPy wraps it without reading it."""
 
     def __init__(self, owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
         self.owner = owner
@@ -99,10 +106,11 @@ class _Raw:
 
 def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, device: int,
             max_version: tuple[int, int] | None, kind: int = CUDA) -> Any:
-    """A capsule of CUDA (or of `kind`) memory, strides in bytes, that keeps `owner` alive until its deleter runs.
+    """A capsule of CUDA memory (or of `kind`), strides in bytes, that keeps `owner` alive until its deleter runs.
 
-    NumPy makes it, over the address as if it were its own, and then the device and the dtype are written in. So the deleter
-    is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python's end.
+    NumPy makes the capsule, as of host memory at this address; then the device and the dtype are overwritten. So the
+    deleter is NumPy's, in C: it takes the GIL on whatever thread a consumer calls it, and does nothing after Python has
+    ended.
     """
     code, bits = CODES[dtype]
     raw = np.asarray(_Raw(owner, ptr, shape, strides, bits // 8))
@@ -111,5 +119,23 @@ def capsule(owner: Any, ptr: int, shape: tuple[int, ...], strides: tuple[int, ..
     tensor, _ = opened(made)
     tensor.device_type, tensor.device_id, tensor.code, tensor.bits = kind, device, code, bits
     if 0 in shape:
-        tensor.data = ptr                                   # NumPy has put memory of its own there
+        tensor.data = ptr                                   # here NumPy has replaced the address by its own
     return made
+
+
+# ---------------------------------------------------------------- NumPy's array struct
+class _ArrayStruct(ctypes.Structure):
+    """PyArrayInterface of NumPy's array interface, version 3."""
+
+    _fields_ = [("two", ctypes.c_int), ("nd", ctypes.c_int), ("typekind", ctypes.c_char), ("itemsize", ctypes.c_int),
+                ("flags", ctypes.c_int), ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("data", ctypes.c_void_p)]
+
+
+_DATA = _ArrayStruct.data.offset
+_pointer_at = ctypes.c_void_p.from_address
+
+
+def address(array: np.ndarray[Any, Any]) -> int:
+    """The address of an ndarray's memory, in half the time of `array.ctypes.data` or `__array_interface__`."""
+    struct = array.__array_struct__
+    return _pointer_at(_capsule_pointer(struct, None) + _DATA).value or 0

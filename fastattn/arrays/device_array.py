@@ -1,16 +1,19 @@
-"""`DeviceArray`: outputs for callers whose arrays come from no library that allocates, and what JAX's are made of."""
+"""`DeviceArray`: CUDA memory of our own, for callers whose library allocates none, and what JAX's results are made
+from.
+"""
 from __future__ import annotations
 
 import contextlib
 import math
 from typing import Any
 
+from ..errors import UnsupportedError
 from . import dlpack, streams
-from .buffers import ITEMSIZE, View, contiguous
-from .errors import UnsupportedError
 from .streams import LEGACY, Stream
+from .view import ITEMSIZE, Shape, View, contiguous
 
-_parked: list[tuple[int, Stream]] = []      # let go while their stream was captured, where a free would become part of the graph
+# Freed during stream capture, when cuMemFreeAsync would be recorded in the graph. Really freed by the next allocation.
+_parked: list[tuple[int, Stream]] = []
 
 
 def _free(ptr: int, stream: Stream) -> None:
@@ -22,7 +25,10 @@ def _free(ptr: int, stream: Stream) -> None:
 
 
 class _Memory:
-    """Stream-ordered memory from the device's default pool; goes back to it, in the stream's order, with the last reference."""
+    """Stream-ordered memory from the device's default pool.
+
+    The last reference returns it to the pool, in stream order.
+    """
 
     __slots__ = ("ptr", "stream")
 
@@ -44,13 +50,14 @@ class _Memory:
 
 
 class DeviceArray:
-    """A contiguous array in CUDA memory, made on `stream`; `torch.from_dlpack(x)`, `cupy.from_dlpack(x)` and the like take it.
+    """A contiguous array in CUDA memory, made on `stream`; `torch.from_dlpack(x)`, `cupy.from_dlpack(x)` and the like
+    take it.
 
-    It speaks DLPack, every dtype, and the CUDA Array Interface, bfloat16 excepted; both order a consumer after its stream.
-    Nothing is computed with it, and no element is read on the host.
+    It speaks DLPack, every dtype, and the CUDA Array Interface, bfloat16 excepted; both order a consumer after its
+    stream. Nothing is computed with it, and no element is read on the host.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, stream: Stream) -> None:
+    def __init__(self, shape: Shape, dtype: str, stream: Stream) -> None:
         self.shape, self.dtype, self.stream = shape, dtype, stream
         self.strides = contiguous(shape, ITEMSIZE[dtype])   # in bytes, as NumPy's
         self._memory = _Memory(self.nbytes, stream)
@@ -82,7 +89,9 @@ class DeviceArray:
 
     def __dlpack__(self, *, stream: int | None = None, max_version: tuple[int, int] | None = None,
                    dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any:
-        """A capsule; `stream`, the consumer's (None: the legacy default, -1: it orders itself), waits for the array's own."""
+        """A capsule; `stream`, the consumer's (None: the legacy default, -1: it orders itself), waits for the array's
+        own.
+        """
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self.__dlpack_device__()):
             raise BufferError(f"{self!r} is exported as it is: without a copy, on its own device")
         if stream == 0:

@@ -1,0 +1,139 @@
+"""The flow that the public functions share: caller's arrays -> Views -> Problem -> engine -> results in the caller's
+kind and layout.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from . import repeat
+from .arrays.convert import Caller
+from .arrays.readers import written
+from .arrays.view import Device, Output, View, overlap
+from .errors import message
+from .memo import Recent
+from .options import Options
+from .problem import Grads, Operands, Problem, check_array, problem_of
+from .registry import choose
+
+_problems: Recent[Any, Problem] = Recent()
+
+
+# ---------------------------------------------------------------- arrays in
+def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores: tuple[Any, Any, Any, Any],
+         lengths: tuple[Any, Any, Any] | None = None) -> tuple[Caller, Operands]:
+    """The call, and canonical Views of its arrays.
+
+    `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k,
+    seqused_k).
+    """
+    packed = lengths is not None
+    if layout not in (("thd",) if packed else ("bshd", "bhsd")):
+        other = "attention" if packed else "attention_varlen takes packed arrays, layout 'thd'"
+        raise ValueError(message(call, "layout", f"is {layout!r}", "'thd'" if packed else "'bshd' or 'bhsd'",
+                                 f"{other} takes 'bshd' and 'bhsd'" if packed else other))
+    q, k, v = qkv
+    caller = Caller(call, layout, stream, "q", q)
+    o = Operands(caller.first, caller.tokens(k, "k"), caller.tokens(v, "v"))
+    if lengths is not None:
+        o.cu_seqlens_q, o.cu_seqlens_k = caller.small(lengths[0], "cu_seqlens_q"), caller.small(lengths[1], "cu_seqlens_k")
+        o.seqused_k = None if lengths[2] is None else caller.small(lengths[2], "seqused_k")
+    bias, mask, alibi_slopes, sinks = scores
+    if bias is not None:
+        o.bias = caller.view(bias, "bias")
+    if mask is not None:
+        o.mask = caller.view(mask, "mask")
+    if alibi_slopes is not None:
+        o.alibi_slopes = caller.small(alibi_slopes, "alibi_slopes", o.q.compute_dtype)
+    if sinks is not None:
+        o.sinks = caller.small(sinks, "sinks", o.q.compute_dtype)
+    return caller, o
+
+
+def _problem(caller: Caller, o: Operands, options: Options) -> tuple[Problem, Operands]:
+    """`problem_of`, cached for calls that shapes, dtypes, devices and options describe completely: 1 us instead of 6.
+
+    Engines may keep what they chose for a Problem by its identity, because such calls share one.
+    """
+    key: Any = None
+    if o.plain and not (o.packed and o.q.device[0] == "cpu"):       # in host memory the values of lengths are checked too
+        q, k, v = o.q, o.k, o.v
+        key = (caller.call, options, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        if o.packed:
+            key += tuple([(x.shape, x.dtype, x.device) for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
+        found = _problems.get(key)
+        if found is not None:
+            return found, o
+    try:
+        problem, o = problem_of(caller.call, o, options)
+    except (TypeError, ValueError) as error:
+        if caller.bhsd:
+            error.add_note("Shapes in this message are in the order (batch, seqlen, num_heads, head_dim).")
+        raise
+    if key is not None:
+        _problems[key] = problem
+    return problem, o
+
+
+# ---------------------------------------------------------------- an engine, and results out
+def forward(caller: Caller, engine: str | None, options: Options, o: Operands, out: Any, return_lse: bool, key: Any = None) -> Any:
+    """out, or (out, lse). `key` is the call's in repeat.py, None where it cannot be repeated there."""
+    problem, ready = _problem(caller, o, options)
+    given = None if out is None else _given_out(caller, out, problem, o)
+    chosen = choose(caller.call, engine, o.q.device)
+    output = caller.output(problem.out_shape, problem.dtype, o.q) if given is None else given
+    lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
+    chosen.forward(problem, ready, output.view, None if lse is None else lse.view, caller.handle)
+    if key is not None and caller.stream is not None:
+        repeat.remember(key, chosen, problem, ready, output, lse)
+    return output.finish() if lse is None else (output.finish(), lse.finish())
+
+
+def _given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output:
+    """A caller's `out`: the right array, writable, and sharing no element with an input, which an engine may still
+    read.
+    """
+    view = caller.view(out, "out")
+    check_array(caller.call, "out", view, caller.shape(problem.out_shape), problem.dtype, o.q.device, output=True)
+    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        x = getattr(o, name)
+        if x is not None and overlap(view, x):
+            raise ValueError(message(caller.call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
+    output = Output(view, out, written(out))
+    return output.bshd() if caller.bhsd else output
+
+
+def backward(caller: Caller, engine: str | None, options: Options, o: Operands, given: tuple[Any, Any, Any, Any], need_dbias: bool,
+             deterministic: bool) -> Grads:
+    """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse)."""
+    call, device = caller.call, o.q.device
+    problem, ready = _problem(caller, o, options)
+    if need_dbias and o.bias is None:
+        raise ValueError(message(call, "need_dbias", "is True", "a bias to differentiate", "pass bias= or need_dbias=False"))
+    shape = caller.shape(problem.out_shape)
+    dout = _checked(caller, "dout", given[0], shape, problem.dtype, device)
+    out = _checked(caller, "out", given[1], shape, problem.dtype, device)
+    lse = _checked(caller, "lse", given[2], problem.lse_shape, problem.lse_dtype, device)
+    dlse = None if given[3] is None else _checked(caller, "dlse", given[3], problem.lse_shape, problem.lse_dtype, device)
+    if caller.bhsd:
+        dout, out = dout.bshd(), out.bshd()
+    chosen = choose(call, engine, device)
+    dq, dk, dv = [caller.output(x.shape, x.dtype, x) for x in (o.q, o.k, o.v)]
+    dbias = caller.allocate(o.bias.shape, o.bias.dtype, o.bias) if need_dbias and o.bias is not None else None
+    dsinks = None
+    if o.sinks is not None:
+        dsinks = caller.allocate(o.sinks.shape, o.sinks.dtype, o.q if isinstance(o.sinks.source, (list, tuple)) else o.sinks)
+    views = Grads(dq.view, dk.view, dv.view, None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
+    chosen.backward(problem, ready, dout, out, lse, dlse, views, caller.handle, bool(deterministic))
+    return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
+                 None if dsinks is None else dsinks.finish())
+
+
+def _checked(caller: Caller, name: str, x: Any, shape: tuple[int, ...], dtype: str, device: Device) -> View:
+    """The View of an array of exactly this shape, in the caller's layout, and dtype."""
+    view = caller.view(x, name)
+    check_array(caller.call, name, view, shape, dtype, device)
+    return view
+
+
+def _four_axes(x: View) -> View:
+    return x.broadcast_to((1,) * (4 - len(x.shape)) + x.shape)
