@@ -10,9 +10,9 @@
     Q and dO rings: EMPTY                     consumers -> producer: the slot may be overwritten
     DS_FULL                                   consumers -> each other: all of dS is stored
 
-Every key block adds to dQ of a query block: each warp stores its 16 x 64 sums to shared memory, TMA adds them to float32 memory one step
-later, and postprocess.py rounds the total. Issuing a wgmma blocks until the earlier ones have started. Each is therefore issued right before
-arithmetic that does not depend on it:
+Every key block adds to dQ of a query block: each warp stores its 16 x 64 sums to shared memory, TMA adds them to float32 memory one
+step later, and postprocess.py rounds the total. Issuing a wgmma blocks until the earlier ones have started. Each is therefore issued
+right before arithmetic that does not depend on it:
 
     S, dQ of the block before | P | dK of the block before | dQ to shared memory | dP | dV | dS to shared memory
 
@@ -140,7 +140,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    tile_at, num_tiles, first_row, key_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec), make_key_row(BLOCK_N)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
+    first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
     clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
 
     # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
@@ -197,7 +198,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     @inline
     def mma_dp(base, w, acc_dp, stage_do):
         """dP^T = V dO^T."""
-        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
+        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * Q_BYTES), DIM, BLOCK_N,
+                  BLOCK_M)
 
     @inline
     def mma_dv(base, acc_dv, p, stage_do):
@@ -214,8 +216,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     @inline
     def mma_dk(base, w, acc_dk, buffer, stage):
         """dK += dS^T Q."""
-        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * WARPGROUP_BYTES), wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL),
-                   BLOCK_M, BLOCK_N)
+        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * WARPGROUP_BYTES),
+                   wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL), BLOCK_M, BLOCK_N)
 
     # ------------------------------------------------------------ the parts of a step
     @inline
@@ -298,9 +300,12 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         return acc_dv
 
     def make_step(FIRST):
-        # The schedules. NEXT: there is a block before, whose dS is in shared memory and whose dQ and dK this step computes.
-        # CROWDED (few registers): dK of the block before is issued right after S, its dQ is stored before the scores are touched, and dV ends
-        # before dP is issued. HALVES: P of the first half of the queries is computed before dP is issued, of the second half after.
+        # The schedules:
+        # NEXT     there is a block before: its dS is in shared memory, its dQ and dK are computed in this step
+        # CROWDED  register-bound: dK of the block before is issued right after S, its dQ is stored before the scores are touched, and dV
+        #          ends before dP is issued
+        # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
+        # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
         NEXT = not FIRST
 
         @inline

@@ -140,22 +140,22 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def load(a, base, q_row, first, last, head, plane):
+    def load(a, base, q_row, first, last, head, map_batch):
         """`first` and `last`: row of K and V of the first and of the last key block, in the order of the loop (descending)."""
         head_k = divide(head, a.group)
         q_full.arrive_expect(base, int32(Q_BYTES))
-        copy_rows(base, a.map_q, q_full.FULL, Q, Q_PANEL, PANELS, q_row, head, plane)
+        copy_rows(base, a.map_q, q_full.FULL, Q, Q_PANEL, PANELS, q_row, head, map_batch)
         stage, phase, stage_v, phase_v, row = int32(0), int32(1), int32(0), int32(1), first
         while row >= last:
             k_ring.wait_empty(base, stage, phase)
             k_ring.arrive_expect(base, stage, int32(K_BYTES))
-            copy_rows(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, plane)
+            copy_rows(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, map_batch)
             if row == first:
                 do_full.arrive_expect(base, int32(DO_BYTES))
-                copy_rows(base, a.map_dout, do_full.FULL, DO, Q_PANEL, PANELS_V, q_row, head, plane)
+                copy_rows(base, a.map_dout, do_full.FULL, DO, Q_PANEL, PANELS_V, q_row, head, map_batch)
             v_ring.wait_empty(base, stage_v, phase_v)
             v_ring.arrive_expect(base, stage_v, int32(V_BYTES))
-            copy_rows(base, a.map_v, v_ring.full(stage_v), V + stage_v * V_BYTES, KV_PANEL, PANELS_V, row, head_k, plane)
+            copy_rows(base, a.map_v, v_ring.full(stage_v), V + stage_v * V_BYTES, KV_PANEL, PANELS_V, row, head_k, map_batch)
             stage, phase = k_ring.next(stage, phase)
             stage_v, phase_v = v_ring.next(stage_v, phase_v)
             row = opaque(int32(row - BLOCK_N))
@@ -164,8 +164,8 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     @inline
     def mma_s(base, w, stage):
         """S = Q K^T of the warpgroup's rows."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + Q + w * WARPGROUP_BYTES), wgmma.k_major(base + K + stage * K_BYTES), HEAD_DIM, BLOCK_M,
-                  BLOCK_N)
+        return qk(zeros(COUNT_S), wgmma.k_major(base + Q + w * WARPGROUP_BYTES), wgmma.k_major(base + K + stage * K_BYTES), HEAD_DIM,
+                  BLOCK_M, BLOCK_N)
 
     @inline
     def mma_dp(base, w, stage_v):
@@ -180,8 +180,8 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
 
     @inline
     def hold(base):
-        """Scheduling fence: waits on a barrier that completed long ago. ptxas hoists wgmma waits above independent arithmetic, but not across
-        the loop that this compiles to."""
+        """Scheduling fence: waits on a barrier that completed long ago. ptxas hoists wgmma waits above independent arithmetic, but not
+        across the loop that this compiles to."""
         q_full.wait(base, int32(0))
 
     def make_step(FIRST):
@@ -291,11 +291,11 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ epilogue
     @inline
-    def store(a, acc_dq, lse0, lse1, plane, head, q_start, row, seqlen_q, thread):
+    def store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, thread):
         """16 rows a warp of dQ, those below seqlen_q. 0 if lse is +inf, whatever the row's q and dout hold."""
         packed = to_half(scale_seen_rows(acc_dq, float32(0) if lse0 == INF else a.grad_scale, float32(0) if lse1 == INF else a.grad_scale))
         lane, col = int32(thread & 31), int32((thread & 3) * 2)
-        address = uint64(int64(a.dq) + plane * a.dq_batch + head * a.dq_head + int64(q_start + row) * a.dq_row + 2 * col)
+        address = uint64(int64(a.dq) + map_batch * a.dq_batch + head * a.dq_head + int64(q_start + row) * a.dq_row + 2 * col)
         next_row = uint64(address + uint64(8 * a.dq_row))
         rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
         if a.head_dim == HEAD_DIM:
@@ -316,7 +316,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
         t = int32(cuda.blockIdx.x)
         if t < num_tiles(a):
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-            plane = int32(0) if PACKED else batch
+            map_batch = int32(0) if PACKED else batch
             n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
             if cuda.threadIdx.x == 0:
                 init_barriers(base)
@@ -326,7 +326,8 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             if warpgroup == 0:
                 give_registers()
                 if thread == 0 and n_min < n_max:
-                    load(a, base, int32(q_start + m_block * BLOCK_M), key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min), head, plane)
+                    load(a, base, int32(q_start + m_block * BLOCK_M), key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min), head,
+                         map_batch)
             else:
                 take_registers()
                 w = int32(warpgroup - 1)
@@ -338,7 +339,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
                     delta0, delta1 = load_f32(uint64(a.row_delta + at)), load_f32(uint64(a.row_delta + at + uint64(32)))
                     acc_dq = consume(a, base, w, thread, m_block, n_min, n_max, head, batch, seqlen_q, seqlen_k,
                                      Stats(lse0, lse1, delta0, delta1))
-                store(a, acc_dq, lse0, lse1, plane, head, q_start, row, seqlen_q, thread)
+                store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, thread)
 
     return kernel, smem.size
 

@@ -1,5 +1,5 @@
-"""dK alone, or dV alone, for Hopper and head sizes over 128, where the registers do not hold both: a block owns 128 keys of one key head and
-loops over the queries that attend them. With backward_dq these are three kernels and eight GEMMs instead of five.
+"""dK alone, or dV alone, for Hopper and head sizes over 128, where the registers do not hold both: a block owns 128 keys of one key head
+and loops over the queries that attend them. With backward_dq these are three kernels and eight GEMMs instead of five.
 
     warpgroup 0     one thread issues the TMA loads of K (and V) once, then of Q and dO of one query block after the other
     warpgroups 1, 2 64 keys each; S, P, dP and dS stay in registers, transposed:
@@ -117,7 +117,8 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
-    tile_at, num_tiles, first_row, key_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec), make_key_row(BLOCK_N)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
+    first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
     clear_q, clear_do = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_M, PANELS_V, 32)
 
     # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
@@ -165,8 +166,8 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     @inline
     def mma_s(base, w, stage):
         """S^T = K Q^T of the warpgroup's keys."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + K + w * WARPGROUP_BYTES), wgmma.k_major(base + Q + stage * Q_BYTES), HEAD_DIM, BLOCK_N,
-                  BLOCK_M)
+        return qk(zeros(COUNT_S), wgmma.k_major(base + K + w * WARPGROUP_BYTES), wgmma.k_major(base + Q + stage * Q_BYTES), HEAD_DIM,
+                  BLOCK_N, BLOCK_M)
 
     @inline
     def mma_dp(base, w, stage_do):
@@ -205,13 +206,21 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             q_ring.wait_full(base, stage, phase)
 
     @inline
+    def release(empty, lane):
+        """As a ring's release; the address is computed before the branch."""
+        if lane == 0:
+            mbarrier.arrive(empty)
+
+    @inline
     def hold(base):
         """Scheduling fence: waits on a barrier that completed long ago; see backward_dq."""
         k_full.wait(base, int32(0))
 
     def make_step(FIRST):
-        # the MMA of the gradient of the block before: issued right after S (BETWEEN), as the last of the step (LAST), or, in the first step,
-        # not at all. dP: issued with them, or when P is there and that MMA has ended (LATE)
+        # The schedules:
+        # BETWEEN  the MMA of the gradient of the block before is issued right after S
+        # LAST     it is the last MMA of the step (BEHIND); the first step has none
+        # LATE     dP is issued when P is computed and that MMA has ended, else right after S
         NEXT, BETWEEN, LAST = not FIRST, not FIRST and not BEHIND, not FIRST and BEHIND
         wait_s = wgmma.wait(int(NEXT) + int(DK and not LATE))
         wait_dp = wgmma.wait_all_but_one if LAST else wgmma.wait_all
@@ -268,16 +277,13 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 hold(base)
             if BETWEEN:
                 acc = wait_between(acc)
-                if DK:
-                    q_ring.release(base, before, lane)
-                else:
-                    do_ring.release(base, stage_do, lane)
+                release(q_ring.empty(base, before) if DK else do_ring.empty(base, stage_do), lane)
             if DK:
                 # dS^T = P^T (dP^T - delta)
                 if LATE:
                     acc_dp = issue_dp(base, w, stage_do, phase_do, FIRST)
                 acc_dp = wait_dp(acc_dp)
-                do_ring.release(base, stage_do, lane)
+                release(do_ring.empty(base, stage_do), lane)
                 acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + stage * LSE_BYTES + 4 * col), COUNT_S))
                 if SUM_DBIAS:       # coordinates computed again: kept that long, they would spill
                     own = opaque(lane)
@@ -287,10 +293,10 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 if LAST:
                     hold(base)
                     acc = wgmma.wait_all(acc)
-                    q_ring.release(base, before, lane)
+                    release(q_ring.empty(base, before), lane)
                 half = to_half(acc_ds)
             else:
-                q_ring.release(base, stage, lane)       # S has ended and lse was read
+                release(q_ring.empty(base, stage), lane)       # S has ended and lse was read
                 if NEXT:
                     stage_do, phase_do = do_ring.next(stage_do, phase_do)
                 half = pack_kept(p)

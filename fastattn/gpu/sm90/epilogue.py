@@ -38,7 +38,7 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
 
         @inline
-        def store_round(a, base, packed, w, thread, lane, row, head, plane):
+        def store_round(a, base, packed, w, thread, lane, row, head, map_batch):
             """Panels from FIRST on, as many as shared memory has room for: registers to shared memory, then one TMA store per panel."""
             slot = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
             own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
@@ -53,9 +53,9 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
                 for p in range(PANELS_HERE):
                     panel, column = int32(slot + p * OUT_PANEL), int32((FIRST + p) * PANEL)
                     if HINTS:
-                        tma.store_hinted(a.map_out, panel, column, row, head, plane, tma.evict_first())
+                        tma.store_hinted(a.map_out, panel, column, row, head, map_batch, tma.evict_first())
                     else:
-                        tma.store(a.map_out, panel, column, row, head, plane)
+                        tma.store(a.map_out, panel, column, row, head, map_batch)
                 tma.commit()
         return store_round
 
@@ -67,18 +67,18 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         last of a packed sequence, because TMA would also write the next sequence's rows."""
         packed = to_half(acc_o)
         row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
-        plane = int32(0) if PACKED else batch
+        map_batch = int32(0) if PACKED else batch
         if DIRECT or (PACKED and row0 + WARPGROUP_ROWS > seqlen_q):
-            address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
+            address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
             if a.head_dim_v == HEAD_DIM_V:
                 store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
         else:
-            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
             if TWO_ROUNDS:
-                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
 
     @inline
     def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):

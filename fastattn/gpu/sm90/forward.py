@@ -8,10 +8,10 @@
     Q, K and V rings: EMPTY     consumers -> producer: the slot may be overwritten
     tile records                the producer is up to two tiles ahead
 
-A step issues S = Q K^T of its key block, then O += P V of the block before, and computes its softmax while that MMA runs. Key blocks go from
-last to first. A tile begins with S of its first block and ends with P V of its last and the epilogue, during which the next Q arrives.
-What this rung wins over the sm80 forward: no thread copies or waits for copies, and a warpgroup's softmax is hidden behind MMAs, its own and
-another warpgroup's. (Design: FlashAttention-3, Shah et al. 2024.)
+A step issues S = Q K^T of its key block, then O += P V of the block before, and computes its softmax while that MMA runs. Key blocks go
+from last to first. A tile begins with S of its first block and ends with P V of its last and the epilogue, during which the next Q arrives.
+What this rung wins over the sm80 forward: no thread copies or waits for copies, and a warpgroup's softmax is hidden behind MMAs, its own
+and another warpgroup's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
 from __future__ import annotations
 
@@ -91,47 +91,47 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def load_k(a, base, it, row, head_k, plane):
+    def load_k(a, base, it, row, head_k, map_batch):
         stage, phase = k_ring.use(it)
-        fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, plane)
+        fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, map_batch)
 
     @inline
-    def load_v(a, base, it, row, head_k, plane):
+    def load_v(a, base, it, row, head_k, map_batch):
         stage, phase = v_ring.use(it)
-        fill_v(base, a.map_v, stage, int32(phase ^ 1), row, head_k, plane)
+        fill_v(base, a.map_v, stage, int32(phase ^ 1), row, head_k, map_batch)
 
     @inline
-    def load_q(a, base, i, q_start, m_block, head, plane):
+    def load_q(a, base, i, q_start, m_block, head, map_batch):
         q_ring.wait_empty_nth(base, i)
         q_ring.arrive_expect(base, 0, int32(Q_BYTES))
-        copy_q(base, a.map_q, q_ring.full(0), Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
+        copy_q(base, a.map_q, q_ring.full(0), Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, map_batch)
 
     @inline
     def prefetch_q(a, base, i):
         """Prefetch Q of the i-th tile into the L2 cache, behind all loads of the tile before: TMA works in order."""
         row = int32(records.word(base, i, TILE.Q_START) + records.word(base, i, TILE.M_BLOCK) * BLOCK_M)
-        head, plane = records.word(base, i, TILE.HEAD), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
+        head, map_batch = records.word(base, i, TILE.HEAD), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
         for p in range(PANELS):
             if HINTS:
-                tma.prefetch_hinted(a.map_q, int32(p * PANEL), row, head, plane, tma.evict_first())
+                tma.prefetch_hinted(a.map_q, int32(p * PANEL), row, head, map_batch, tma.evict_first())
             else:
-                tma.prefetch(a.map_q, int32(p * PANEL), row, head, plane)
+                tma.prefetch(a.map_q, int32(p * PANEL), row, head, map_batch)
 
     @inline
     def load(a, base):
         """Tile after tile: its record, K of its first key block, Q, V of that block; then K and V of the other blocks.
 
-        `it` counts key blocks, `i` tiles. A tile's other blocks are loaded after the next record is written, so that consumers never wait for
-        a record.
+        `it` counts key blocks, `i` tiles. A tile's other blocks are loaded after the next record is written, so that consumers never wait
+        for a record.
         """
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
-        row, end, head_k, plane, going = int32(0), int32(0), int32(0), int32(0), True
+        row, end, head_k, map_batch, going = int32(0), int32(0), int32(0), int32(0), True
         while going:
             records.put(a, base, i, t, tiles)
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
-                load_k(a, base, it, row, head_k, plane)
-                load_v(a, base, it, row, head_k, plane)
+                load_k(a, base, it, row, head_k, map_batch)
+                load_v(a, base, it, row, head_k, map_batch)
                 it = int32(it + 1)
             going = t < tiles
             if going:
@@ -140,11 +140,11 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 m_block, head = records.word(base, i, TILE.M_BLOCK), records.word(base, i, TILE.HEAD)
                 q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
                 n_min, n_max = tile_blocks(a, m_block, records.word(base, i, TILE.SEQLEN_Q), records.word(base, i, TILE.SEQLEN_K))
-                head_k, plane = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
+                head_k, map_batch = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
-                load_k(a, base, it, row, head_k, plane)
-                load_q(a, base, i, q_start, m_block, head, plane)
-                load_v(a, base, it, row, head_k, plane)
+                load_k(a, base, it, row, head_k, map_batch)
+                load_q(a, base, i, q_start, m_block, head, map_batch)
+                load_v(a, base, it, row, head_k, map_batch)
                 it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last thread block to end leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
@@ -159,14 +159,22 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return wgmma.k_major(base + Q + w * WARPGROUP_BYTES)
 
     @inline
+    def k_slot(base, stage):
+        return wgmma.k_major(base + K + stage * K_BYTES)
+
+    @inline
+    def v_slot(base, stage):
+        return wgmma.mn_major(base + V + stage * V_BYTES, KV_PANEL)
+
+    @inline
     def mma_s(acc_s, base, w, stage):
         """S = Q K^T of the warpgroup's rows."""
-        return qk(acc_s, q_rows(base, w), wgmma.k_major(base + K + stage * K_BYTES), HEAD_DIM, BLOCK_M, BLOCK_N)
+        return qk(acc_s, q_rows(base, w), k_slot(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
 
     @inline
     def mma_o(acc_o, p, base, stage):
         """O += P V."""
-        return pv(acc_o, p, wgmma.mn_major(base + V + stage * V_BYTES, KV_PANEL))
+        return pv(acc_o, p, v_slot(base, stage))
 
     @inline
     def wait_turn(w):
@@ -253,11 +261,11 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
             before, parity = v_ring.use(it)
             it = int32(it + 1)
-            stage, phase = k_ring.use(it)
+            stage, _ = k_ring.use(it)
             column = int32(n_block * BLOCK_N + col)
 
             # S = Q K^T of this block, O += P V of the block before
-            k_ring.wait_full(base, stage, phase)
+            k_ring.wait_full_nth(base, it)
             acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)
             early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
             words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))

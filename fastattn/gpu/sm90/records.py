@@ -75,7 +75,7 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Record
 
     @inline
     def put(a, base, i, t, tiles):
-        slot, _ = ring.use(i)
+        slot = int32(i & (RECORDS - 1))
         record = int32(base + SLOTS + RECORD_BYTES * slot)
         ring.wait_empty_nth(base, i)
         if t < tiles:

@@ -6,11 +6,11 @@ second, 0 again in the third. A wait for FULL takes the round's phase. A wait fo
 does not wait for anything.
 
 Two ways to know (stage, phase), because the kernels' machine code depends on which one they use:
-    stage, phase = RING.next(stage, phase)      carried from step to step; any number of stages
-    stage, phase = RING.use(n)                  derived from a count of uses; a power of two of stages
+    stage, phase = ring.next(stage, phase)      carried from step to step; any number of stages
+    stage, phase = ring.use(n)                  derived from a count of uses; a power of two of stages
 
-Each kind of barrier is a module: attributes of a module are what Numba resolves while it compiles, so that `K.wait_full(base, stage, phase)`
-in a kernel costs nothing. `base` is the kernel's aligned base of shared memory, addresses here are offsets from it.
+Each kind of barrier is a module, because Numba resolves a module's attributes while it compiles: `k_ring.wait_full(base, stage, phase)` in
+a kernel costs nothing. `base` is the kernel's aligned base of shared memory; addresses here are offsets from it.
 """
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Ring(ModuleType):
     wait_empty_nth(base, n), wait_full_nth(base, n)     the same waits, of the n-th use
     release(base, stage, lane)          consumers, once per warp (lane 0): the slot may be overwritten
     arrive_empty(base, stage)           the same, by a thread that is lane 0
+    empty(base, stage)                  address of the mbarrier EMPTY
     """
 
     STAGES: int
@@ -56,6 +57,7 @@ class Ring(ModuleType):
     wait_full_nth: Any
     release: Any
     arrive_empty: Any
+    empty: Any
 
 
 def make_ring(smem: Smem, STAGES: int, CONSUMERS: int) -> Ring:
@@ -112,6 +114,10 @@ def make_ring(smem: Smem, STAGES: int, CONSUMERS: int) -> Ring:
         mbarrier.wait(base + FULL + 8 * (n & (STAGES - 1)), int32((n >> STAGE_BITS) & 1))
 
     @inline
+    def empty(base, stage):
+        return base + EMPTY + 8 * stage
+
+    @inline
     def arrive_empty(base, stage):
         mbarrier.arrive(base + EMPTY + 8 * stage)
 
@@ -122,13 +128,14 @@ def make_ring(smem: Smem, STAGES: int, CONSUMERS: int) -> Ring:
     ring.init, ring.init_stage, ring.next, ring.use = init, init_stage, next_use, use
     ring.wait_empty, ring.arrive_expect, ring.full, ring.arrive_full = wait_empty, arrive_expect, full, arrive_full
     ring.wait_empty_nth, ring.wait_full_nth = wait_empty_nth, wait_full_nth
-    ring.wait_full, ring.release, ring.arrive_empty = wait_full, release, arrive_empty
+    ring.wait_full, ring.release, ring.arrive_empty, ring.empty = wait_full, release, arrive_empty, empty
     return ring
 
 
 def make_fill(ring: Ring, SLOTS: int, PANEL_BYTES: int, PANELS: int, copy: Any = copy_rows) -> Any:
-    """fill(base, map_, stage, phase, row, head, batch): the producer loads a tile into a slot of `ring`, once that is empty. The slots are at
-    offset SLOTS, each of PANELS panels of PANEL_BYTES; `phase` is that of wait_empty; `copy` is one of smem.make_copy_rows."""
+    """fill(base, map_, stage, phase, row, head, batch): the producer waits until a slot of `ring` is empty and issues the TMA loads of a
+    tile into it. The slots are at offset SLOTS, each has PANELS panels of PANEL_BYTES. `phase` is that of wait_empty, `copy` one of
+    smem.make_copy_rows."""
     BYTES = PANELS * PANEL_BYTES
 
     @inline
