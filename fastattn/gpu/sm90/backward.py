@@ -307,6 +307,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
         # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
         NEXT = not FIRST
+        wait_s = wgmma.wait_all_but_one if NEXT else wgmma.wait_all
 
         @inline
         def step(a, base, w, acc_dk, acc_dv, walk, queries, tile):
@@ -339,13 +340,11 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
             if HALVES:
                 lses = load_columns(lse_at, COUNT_PART)
+            acc_s = wait_s(acc_s)
             if NEXT:
-                acc_s = wgmma.wait_all_but_one(acc_s)
                 if CROWDED and SUM_DQ:
                     store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
                 do_ring.release(base, int32(other ^ 1), lane)
-            else:
-                acc_s = wgmma.wait_all(acc_s)
 
             # score, mask
             early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
