@@ -124,8 +124,8 @@ MUTANTS = {
     "dO overwritten": ("                do_ring.wait_empty_nth(base, j)\n", ""),
     "dO never released": ("                do_ring.release(base, int32(other ^ 1), lane)\n", ""),
     "dQ stored early": ("        tma.wait_read()\n        warp()\n", "        warp()\n"),
-    "Q of another block": ("int32(other ^ 1), before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
-                           "int32(other ^ 1), stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
+    "Q of another block": ("before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
+                           "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
     "dS without a meeting": ("        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK", "        # dK"),
 }
 

@@ -16,7 +16,8 @@ def make_tile_bounds(spec: Spec, BLOCK_M: int, BLOCK_N: int, EMPTY: bool = False
     """(tile_blocks, full_blocks, intervals) of tiles of BLOCK_M query rows and blocks of BLOCK_N keys.
 
     n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-        Key blocks [n_min, n_max) that all warpgroups of a tile loop over. If no row attends a key: one block, or none if EMPTY.
+        Key blocks [n_min, n_max) that all warpgroups of a tile loop over. If no row attends a key: one block, or none if
+        EMPTY, and then the bounds are warp-uniform values, those of full_blocks too.
     full_min, full_max = full_blocks(a, row, diagonal, seqlen_k)
         Key blocks [full_min, full_max) that need no mask for a warpgroup's rows, from `row` on.
     lo0, hi0, lo1, hi1 = intervals(a, row, diagonal, seqlen_k)
