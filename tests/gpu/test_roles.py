@@ -114,19 +114,20 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
 
 
 MUTANTS = {
-    "K not waited for": ("                mbarrier.wait(base + K_FULL + 8 * stage, parity)\n", ""),
-    "Q not waited for": ("                mbarrier.wait(base + Q_FULL, int32(i & 1))\n", ""),
-    "V not waited for": ("        mbarrier.wait(base + V_FULL + 8 * before, parity)\n", ""),
-    "K given back early": ("            acc_s = wgmma.wait_all_but_one(acc_s)\n",
-                           "            release_k(base, stage, n_block, n_min, lane)\n            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
-    "Q overwritten": ("                mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))\n", ""),
-    "Q never given back": ("            if n_block == n_min:\n                mbarrier.arrive(base + Q_EMPTY)\n", ""),
-    "turn kept": ("        acc_o = pv(acc_o, p, v_stage(base, before))\n        wgmma.commit()\n        pass_turn(w)\n",
-                  "        acc_o = pv(acc_o, p, v_stage(base, before))\n        wgmma.commit()\n"),
+    "K not waited for": ("        k_ring.wait_full(base, stage, phase)\n        acc_s = issue_first", "        acc_s = issue_first"),
+    "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n", ""),
+    "V not waited for": ("        v_ring.wait_full(base, before, parity)\n", ""),
+    "K released early": ("            acc_s = wgmma.wait_all_but_one(acc_s)\n",
+                         "            release_k(base, stage, n_block, tile.n_min, lane)\n"
+                         "            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
+    "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
+    "Q never released": ("            if n_block == n_min:\n                q_ring.arrive_empty(base, 0)\n", ""),
+    "turn kept": ("        acc_o = mma_o(acc_o, p, base, before)\n        wgmma.commit()\n        pass_turn(w)\n",
+                  "        acc_o = mma_o(acc_o, p, base, before)\n        wgmma.commit()\n"),
     "wrong V": ("            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)\n",
                 "            acc_s, acc_o = issue(base, w, acc_o, p, stage, stage, parity)\n"),
-    "O not waited for": ("                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1)))\n",
-                         "                acc_o = issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1))\n"),
+    "O not waited for": ("                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))\n",
+                         "                acc_o = issue_last(base, w, acc_o, p, stage, phase)\n"),
 }
 
 

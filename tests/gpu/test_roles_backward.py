@@ -121,15 +121,15 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
 
 
 MUTANTS = {
-    "dS not waited for": ("                    mbarrier.wait(base + DS_FULL, int32(other ^ 1))\n", ""),
-    "dO not waited for": ("            mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))\n", ""),
-    "Q overwritten": ("                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)\n", ""),
-    "dO overwritten": ("                mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))\n", ""),
-    "dO never given back": ("                    mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))\n", "                    pass\n"),
+    "dS not waited for": ("                    ds_full.wait(base, int32(other ^ 1))\n", ""),
+    "dO not waited for": ("            do_ring.wait_full_nth(base, j)\n", ""),
+    "Q overwritten": ("                q_ring.wait_empty(base, stage, phase)\n", ""),
+    "dO overwritten": ("                do_ring.wait_empty_nth(base, j)\n", ""),
+    "dO never released": ("                do_ring.release(base, int32(other ^ 1), lane)\n", ""),
     "dQ stored early": ("        tma.wait_read()\n        warp()\n", "        warp()\n"),
     "Q of another block": ("before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
-                               "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
-    "dS without a meeting": ("        barrier(int32(OWN_BARRIER + w), int32(128))     # dK", "        # dK"),
+                           "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
+    "dS without a meeting": ("        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK", "        # dK"),
 }
 
 

@@ -6,7 +6,7 @@ from ..dsl.asm import instruction
 # init(address, arrivals); one thread, then fence_init before anyone uses it
 init = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "rr")
 fence_init = instruction("fence.mbarrier_init.release.cluster;")
-# arrive_expect(address, bytes): one arrival, and that many bytes are still to come
+# arrive_expect(address, bytes): one arrival, and the phase also waits for that many bytes of TMA loads
 arrive_expect = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "rr")
 arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "r")
 # wait(address, parity): until the phase of that parity is complete

@@ -5,25 +5,25 @@ from typing import Any
 
 from ..dsl.asm import F32, I32, emit, instruction
 
-# barrier(number, threads): wait for all; arrive(number, threads): go on
+# barrier(number, threads): arrive and wait for all; barrier_arrive(number, threads): arrive, do not wait
 barrier = instruction("bar.sync $0, $1;", "rr")
 barrier_arrive = instruction("bar.arrive $0, $1;", "rr")
-# any_thread(number, threads, x): barrier too; 1 where any of its threads has a nonzero x, else 0
+# any_thread(number, threads, x): a barrier that also votes: 1 if any of its threads has a nonzero x, else 0
 any_thread = instruction("{ .reg .pred p, q; setp.ne.b32 q, $3, 0; barrier.cta.red.or.pred p, $1, $2, q; selp.b32 $0, 1, 0, p; }",
                          "rrr", "r")
-# all lanes of the warp
+# wait for all lanes of the warp
 warp = instruction("bar.warp.sync -1;")
-# ordinary writes to shared memory before it are seen by wgmma and the copy engine after it
+# wgmma and TMA after it read what ordinary stores wrote to shared memory before it
 fence_async = instruction("fence.proxy.async.shared::cta;")
-# the value of lane 0: tells the compiler that it is the same for the whole warp
+# the value of lane 0: tells the compiler that the value is warp-uniform
 uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
-# the same value, of which the compiler knows nothing: a loop over it is not unrolled
+# the same value, but the compiler knows nothing about it: a loop over it is not unrolled, nothing is hoisted above it
 opaque = instruction("mov.b32 $0, $1;", "r", "r")
-# threadIdx.x, read anew each time: what is computed from it is not kept in registers across a loop
+# threadIdx.x, read again each time, so that what is computed from it is not kept in registers across a loop
 thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
-# 1 where any lane of the warp has a nonzero value, else 0; the same for the whole warp
+# 1 if any lane of the warp has a nonzero value, else 0; warp-uniform
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
-# any_beyond(x, y, limit): 1 where any lane of the warp has an x or y beyond +-limit, else 0; the same for the whole warp
+# any_beyond(x, y, limit): 1 if any lane of the warp has an x or y beyond +-limit, else 0; warp-uniform
 any_beyond = instruction("{ .reg .pred p; .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; setp.gt.f32 p, x, $3; setp.gt.or.f32 p, y, $3, p; "
                          "vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "fff", "r")
 
@@ -38,7 +38,7 @@ def decrease_registers(count: int) -> Any:
 
 
 def emit_opaque(builder: Any, value: Any) -> Any:
-    """A 32-bit value of which the compiler knows only that it is made here: it is not made later, where it is needed."""
+    """The same 32-bit value, computed here: the compiler cannot sink the computation to where the value is used."""
     return emit(builder, I32, "mov.b32 $0, $1;", "=r,r", [value])
 
 

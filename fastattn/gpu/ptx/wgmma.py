@@ -1,7 +1,7 @@
 """wgmma: a warpgroup multiplies 64 rows (PTX ISA 9.7.15), operands float16 or bfloat16, sums float32.
 
-Shared operands are 128-byte swizzled panels of 64 elements (gpu/smem.py). The accumulator of 64 x N gives a thread rows lane/4 and
-lane/4 + 8 of its warp's 16, columns 8 j + 2 (lane % 4) + {0, 1}; packed to 16 bits it is the A operand of the next product.
+Shared operands are 128-byte swizzled panels of 64 elements (tile/smem.py). The accumulator of 64 x N gives a thread rows lane/4 and
+lane/4 + 8 of its warp's 16, columns 8 j + 2 (lane % 4) + {0, 1}; packed to 16 bits it is the A operand of the next MMA.
 """
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ commit = instruction("wgmma.commit_group.sync.aligned;")
 
 
 def wait(pending: int) -> Any:
-    """acc = wait(acc): until at most `pending` groups run; the accumulator passes through so that its uses stay behind it."""
+    """acc = wait(acc): until at most `pending` committed groups are in flight. The accumulator passes through, so that its uses stay behind
+    the wait."""
     @intrinsic
     def wait_group(typingctx: Any, acc: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -47,7 +48,7 @@ def _descriptor(builder: Any, address: Any, leading: int) -> Any:
 
 @intrinsic
 def k_major(typingctx: Any, address: Any) -> Any:
-    """Descriptor of an operand stored with the summed axis along the panels' rows of 128 bytes."""
+    """Descriptor of a K-major operand: the summed axis runs along the panels' rows of 128 bytes."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _descriptor(builder, args[0], 16)
     return signature(types.uint64, types.int32), generate
@@ -55,7 +56,7 @@ def k_major(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def mn_major(typingctx: Any, address: Any, panel_bytes: Any) -> Any:
-    """Descriptor of an operand stored with its other axis along the rows: panels are `panel_bytes` apart."""
+    """Descriptor of an MN-major operand: the other axis runs along the panels' rows. Panels are `panel_bytes` apart."""
     [panel] = literals(panel_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

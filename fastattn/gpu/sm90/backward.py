@@ -1,18 +1,18 @@
-"""Backward for Hopper: a block takes 128 keys of one key head and goes through the queries that see them; dK and dV stay in registers.
+"""Backward for Hopper: a block owns 128 keys of one key head and loops over the queries that attend them; dK and dV stay in registers.
 
-    warpgroup 0     one thread asks the copy engine for K and V once, then for Q and lse, dO and delta of one query block after the other
+    warpgroup 0     one thread issues the TMA loads of K and V once, then of Q and lse, dO and delta of one query block after the other
     warpgroups 1, 2 64 keys each, scores transposed so that P^T and dS^T are operands as they come out of the accumulators:
                     S^T = K Q^T   P^T = exp2(S^T - lse)   dV += P^T dO
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
 
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
-    K_FULL, V_FULL, Q_FULL[s], DO_FULL[s]     copy engine -> consumers: the bytes are there
-    Q_EMPTY[s], DO_EMPTY[s]                   consumers -> producer: the place is free
+    K_FULL, V_FULL, Q and dO rings: FULL      TMA -> consumers: the bytes have arrived; lse arrives with Q, delta with dO
+    Q and dO rings: EMPTY                     consumers -> producer: the slot may be overwritten
     DS_FULL                                   consumers -> each other: all of dS is stored
 
-dQ of a query block gets a part from every key block: each warp stores its 16 x 64 sums, which the copy engine adds to float32 memory one
-step later, and postprocess.py rounds the total. A warp that asks for a product is held up until those before it have begun, so a product is
-asked for where arithmetic follows that it does not feed:
+Every key block adds to dQ of a query block: each warp stores its 16 x 64 sums to shared memory, TMA adds them to float32 memory one
+step later, and postprocess.py rounds the total. Issuing a wgmma blocks until the earlier ones have started. Each is therefore issued
+right before arithmetic that does not depend on it:
 
     S, dQ of the block before | P | dK of the block before | dQ to shared memory | dP | dV | dS to shared memory
 
@@ -20,7 +20,7 @@ asked for where arithmetic follows that it does not feed:
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, int32, int64, uint8, uint64
 
@@ -46,130 +46,182 @@ from ..tile.gradients import (
     store_piece,
 )
 from ..tile.mask import make_key_bounds
-from ..tile.schedule import make_num_tiles, make_tile_at
+from ..tile.ring import make_barrier, make_ring, make_tails
+from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
-from ..tile.smem import Smem, cleaned, copy_rows, init_clean, make_clear, make_next_stage
+from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 
 
+class Walk(NamedTuple):
+    """Where a consumer is: j counts query blocks, the slot of Q, the query head and block, the row in memory where the dQ that waits in
+    shared memory belongs (negative: none), and what rows of the head share (prepare)."""
+
+    j: Any
+    stage: Any
+    phase: Any
+    head: Any
+    m: Any
+    waiting: Any
+    shared: Any
+
+
+class Queries(NamedTuple):
+    """Blocks of query rows [m_min, m_max) that attend the tile's keys; [full_min, full_max) need no mask for this warpgroup's."""
+
+    m_min: Any
+    m_max: Any
+    full_min: Any
+    full_max: Any
+
+
+class Tile(NamedTuple):
+    """`first` is the first of the warpgroup's keys."""
+
+    first: Any
+    batch: Any
+    q_start: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
 def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
+    # constants: tile sizes, bytes, registers a thread
     DIM, BLOCK_M, Q_STAGES = config.dim, config.block_m, config.q_stages
-    PANELS, Q_PANEL, KV_PANEL, DS_PANEL, DS_PANELS = DIM // 64, BLOCK_M * 128, BLOCK_N * 128, BLOCK_N * 128, BLOCK_M // 64
-    Q_BYTES, KV_BYTES, DS_BYTES, ROW_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, DS_PANELS * DS_PANEL, BLOCK_M * 4
-    COUNT_S, COUNT_KV = BLOCK_M // 2, DIM // 2
+    PANELS, Q_PANEL, KV_PANEL = panels(DIM), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
+    DS_PANEL, DS_PANELS, WARPGROUP_BYTES = BLOCK_N * ROW_BYTES, panels(BLOCK_M), WARPGROUP_ROWS * ROW_BYTES
+    Q_BYTES, KV_BYTES, DS_BYTES, LSE_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, DS_PANELS * DS_PANEL, BLOCK_M * 4
+    COUNT_S, COUNT_KV, COUNT_DQ = BLOCK_M // 2, DIM // 2, 32
+    WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
+    PACKED, DROPOUT, SOFTCAP = spec.packed, spec.dropout, spec.softcap
+    SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
+    CROWDED, HALVES = config.crowded, config.halves
+    COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
+
+    # shared memory and barriers
     smem = Smem()
     K, V, Q, DO = smem.take(KV_BYTES), smem.take(KV_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * Q_BYTES)
     DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
-    LSE, DELTA = smem.take(Q_STAGES * ROW_BYTES, 128), smem.take(2 * ROW_BYTES, 128)
-    K_FULL, V_FULL, Q_FULL, Q_EMPTY, DO_FULL, DO_EMPTY = (smem.barriers(n) for n in (1, 1, Q_STAGES, Q_STAGES, 2, 2))
-    DS_FULL = smem.barriers(1)
-    ROWS_CLEAN, KEYS_CLEAN = smem.barriers(2), smem.barriers(1)      # of the last blocks of a packed sequence
-    WARPS, OWN_BARRIER = 4 * CONSUMERS, 1
-    PACKED, DROPOUT, PRODUCERS = spec.packed, spec.dropout, 32 if spec.packed else 1
-    SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    CROWDED, HALVES, SOFTCAP = config.crowded, config.halves, spec.softcap
-    COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
+    LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(2 * LSE_BYTES, 128)
+    k_full, v_full = make_barrier(smem), make_barrier(smem)
+    q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
+    ds_full = make_barrier(smem, CONSUMERS)
+    tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
+    keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
+    DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
+
+    # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     dsk, dsq = wgmma.make_grad_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
-    next_stage, store, add_dbias = make_next_stage(Q_STAGES), make_store(spec, DIM), make_add_dbias(spec)
+    store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
+    first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
     clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
-    keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
 
-    # ------------------------------------------------------------ load: the producer, one thread
+    # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
     @inline
-    def load(a, base, lane, m_min, m_max, head_k, plane, batch, q_start, k_row, seqlen_q, keys):
-        """Lane 0 asks for tiles. A packed sequence's last blocks are cleaned by the warp, which the consumers wait for in their place."""
+    def load(a, base, lane, m_min, m_max, head_k, map_batch, batch, q_start, k_row, seqlen_q, keys):
+        """Lane 0 issues the TMA loads. The warp clears the tails of a packed sequence's last blocks; consumers wait for that instead."""
         if lane == 0:
-            mbarrier.arrive_expect(base + K_FULL, int32(KV_BYTES))
-            copy_rows(base, a.map_k, K_FULL, K, KV_PANEL, PANELS, k_row, head_k, plane)
+            k_full.arrive_expect(base, int32(KV_BYTES))
+            copy_rows(base, a.map_k, k_full.FULL, K, KV_PANEL, PANELS, k_row, head_k, map_batch)
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
-            line = first_row(a, batch, head, q_start)
+            head_row = first_row(a, batch, head, q_start)
             m = m_min
             while m < m_max:
-                row, at = int32(q_start + m * BLOCK_M), int32(line + m * BLOCK_M)
-                other = int32(j & 1)
-                full, full_do = int32(Q_FULL + 8 * stage), int32(DO_FULL + 8 * other)
-                mbarrier.wait(base + Q_EMPTY + 8 * stage, phase)
+                row, lse_row = int32(q_start + m * BLOCK_M), int32(head_row + m * BLOCK_M)
+                stage_do = int32(j & 1)
+                full, full_do = q_ring.full(stage), do_ring.full(stage_do)
+                q_ring.wait_empty(base, stage, phase)
                 if lane == 0:
-                    mbarrier.arrive_expect(base + full, int32(Q_BYTES + ROW_BYTES))
-                    copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
-                    tma.load_rows(base + LSE + stage * ROW_BYTES, a.map_rows, base + full, at, int32(0))
-                    if j == 0:      # V behind what the first product needs
-                        mbarrier.arrive_expect(base + V_FULL, int32(KV_BYTES))
-                        copy_rows(base, a.map_v, V_FULL, V, KV_PANEL, PANELS, k_row, head_k, plane)
-                mbarrier.wait(base + DO_EMPTY + 8 * other, int32(((j >> 1) & 1) ^ 1))
+                    mbarrier.arrive_expect(base + full, int32(Q_BYTES + LSE_BYTES))
+                    copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
+                    tma.load_rows(base + LSE + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(0))
+                    if j == 0:      # V after what S needs
+                        v_full.arrive_expect(base, int32(KV_BYTES))
+                        copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS, k_row, head_k, map_batch)
+                do_ring.wait_empty_nth(base, j)
                 if lane == 0:
-                    mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + ROW_BYTES))
-                    copy_rows(base, a.map_dout, full_do, DO + other * Q_BYTES, Q_PANEL, PANELS, row, int32(head), plane)
-                    tma.load_rows(base + DELTA + other * ROW_BYTES, a.map_rows, base + full_do, at, int32(1))
+                    mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + LSE_BYTES))
+                    copy_rows(base, a.map_dout, full_do, DO + stage_do * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
+                    tma.load_rows(base + DELTA + stage_do * LSE_BYTES, a.map_rows, base + full_do, lse_row, int32(1))
                 if PACKED:
                     if j == 0 and keys < BLOCK_N:
-                        mbarrier.wait(base + K_FULL, int32(0))
+                        k_full.wait(base, int32(0))
                         clear_keys(int32(base + K), keys, lane)
-                        mbarrier.wait(base + V_FULL, int32(0))
+                        v_full.wait(base, int32(0))
                         clear_keys(int32(base + V), keys, lane)
-                        cleaned(base + KEYS_CLEAN, lane)
+                        keys_cleared.publish(base, lane)
                     if (m + 1) * BLOCK_M > seqlen_q:
                         mbarrier.wait(base + full, int32(phase ^ 1))
                         mbarrier.wait(base + full_do, int32((j >> 1) & 1))
                         clear_rows(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        clear_rows(int32(base + DO + other * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        cleaned(base + ROWS_CLEAN + 8 * (head & 1), lane)
-                stage, phase = next_stage(stage, phase)
+                        clear_rows(int32(base + DO + stage_do * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        tails.publish(base, head, lane)
+                stage, phase = q_ring.next(stage, phase)
                 j = int32(j + 1)
                 m = opaque(int32(m + 1))
 
-    # ------------------------------------------------------------ the loop's parts
+    # ------------------------------------------------------------ the MMAs
     @inline
-    def products_s(base, w, acc_s, stage):
-        return qk(acc_s, wgmma.k_major(base + K + w * 64 * 128), wgmma.k_major(base + Q + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
+    def mma_s(base, w, acc_s, stage):
+        """S^T = K Q^T of the warpgroup's keys."""
+        return qk(acc_s, wgmma.k_major(base + K + w * WARPGROUP_BYTES), wgmma.k_major(base + Q + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
 
     @inline
-    def products_dp(base, w, acc_dp, stage):
-        return qk(acc_dp, wgmma.k_major(base + V + w * 64 * 128), wgmma.k_major(base + DO + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
+    def mma_dp(base, w, acc_dp, stage_do):
+        """dP^T = V dO^T."""
+        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * Q_BYTES), DIM, BLOCK_N,
+                  BLOCK_M)
 
     @inline
-    def products_dq(base, w, acc_dq, buffer):
-        """64 queries by 64 columns: with two panels of queries one of them, else one of two panels of columns."""
+    def mma_dv(base, acc_dv, p, stage_do):
+        """dV += P^T dO."""
+        return pv(acc_dv, p, wgmma.mn_major(base + DO + stage_do * Q_BYTES, Q_PANEL))
+
+    @inline
+    def mma_dq(base, w, acc_dq, buffer):
+        """dQ = dS K of 64 queries and 64 columns: one of the two panels of queries, or, if there is only one, one of two of columns."""
         queries, columns = (w, int32(0)) if DS_PANELS == 2 else (int32(0), w)
         return dsk(acc_dq, wgmma.mn_major(base + DS + buffer * DS_BYTES + queries * DS_PANEL, DS_PANEL),
                    wgmma.mn_major(base + K + columns * KV_PANEL, KV_PANEL), BLOCK_N)
 
     @inline
-    def products_dk(base, w, acc_dk, buffer, stage):
-        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * 64 * 128), wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL),
-                   BLOCK_M, BLOCK_N)
+    def mma_dk(base, w, acc_dk, buffer, stage):
+        """dK += dS^T Q."""
+        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * WARPGROUP_BYTES),
+                   wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL), BLOCK_M, BLOCK_N)
 
+    # ------------------------------------------------------------ the parts of a step
     @inline
     def store_ds(base, ds, buffer, w, thread, lane):
-        """Own half of dS^T, keys by queries, for the products that need all of it. Its fence is dQ's too, which waits beside it."""
-        row = int32(w * 64 + (thread >> 5) * 16 + (lane & 15))
-        store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
+        """The warpgroup's half of dS^T, keys by queries, to shared memory. Its fence also covers the stored dQ, which TMA reads next."""
+        row = int32(w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane & 15))
+        store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * ROW_BYTES), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
                      DS_PANELS, 0)
         fence_async()
-        barrier(int32(OWN_BARRIER + w), int32(128))     # dK takes what its own warpgroup has stored, and lse and delta have been read
+        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK reads what its own warpgroup has stored, and lse and delta have been read
         if SUM_DQ:
             if thread == 0:
-                mbarrier.arrive(base + DS_FULL)
+                ds_full.arrive(base)
 
     @inline
     def store_dq(base, acc_dq, w, thread, lane):
-        """A warp's sums to its piece of shared memory, when the copy engine has read what was there."""
-        place = int32(base + DQ + (w * 4 + (thread >> 5)) * PIECE)
+        """A warp's sums to its piece of shared memory, once TMA has read what was there."""
+        slot = int32(base + DQ + (w * 4 + (thread >> 5)) * PIECE)
         tma.wait_read()
         warp()
-        store_piece(acc_dq, int32(place + lane * 16))
+        store_piece(acc_dq, int32(slot + lane * 16))
 
     @inline
     def row_before(a, batch, q_start, head, m, m_min, m_max):
@@ -180,8 +232,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def send_dq(a, base, w, thread, row):
-        """The piece is added to the sums in memory, `row` its query block's first there: 32 bits, for 2**31 rows would not fit any memory;
-        negative: there is none yet. After a fence by all lanes and a meeting of them."""
+        """TMA adds the warp's piece to dQ's sums in memory. `row` is the first row there of its query block: 32 bits, for 2**31 rows fit no
+        memory. Negative: there is no piece yet. All lanes must have fenced and met before."""
         own = int32(w * 4 + (thread >> 5))
         # a block of 64 rows: panels of 64 columns, of four pieces each
         block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
@@ -191,111 +243,145 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def hold(base):
-        """A wait that was over long ago, which keeps what stands before it there: see backward_sm90_dq."""
-        mbarrier.wait(base + K_FULL, int32(0))
+        """Scheduling fence: waits on a barrier that completed long ago; see backward_dq."""
+        k_full.wait(base, int32(0))
 
     @inline
-    def dropped(a, p, key, query, plane):
-        """P with what dropout drops marked, and the operand of dV's product."""
-        p = mark(a, p, draw(a, key, query, plane))
+    def dropped(a, p, key, query, draw_head):
+        """P with the dropped elements marked, and the 16-bit P of dV's MMA; draw_head is the flattened (batch, head) index."""
+        p = mark(a, p, draw(a, key, query, draw_head))
         return p, pack_kept(p)
 
+    @inline
+    def wait_q(base, stage, phase, head, m, seqlen_q):
+        """Until Q and lse of block m have arrived, in a packed sequence's last block without what follows the sequence."""
+        if PACKED:
+            tails.wait_full(base, stage, phase, head, (m + 1) * BLOCK_M > seqlen_q)
+        else:
+            q_ring.wait_full(base, stage, phase)
+
+    @inline
+    def issue_s(base, w, stage):
+        """S^T = K Q^T of this block."""
+        wgmma.fence()
+        acc_s = mma_s(base, w, zeros(COUNT_S), stage)
+        wgmma.commit()
+        return acc_s
+
+    @inline
+    def issue_dp(base, w, stage_do):
+        """dP^T = V dO^T of this block."""
+        acc_dp = mma_dp(base, w, zeros(COUNT_S), stage_do)
+        wgmma.commit()
+        return acc_dp
+
+    @inline
+    def issue_dv(base, acc_dv, p, stage_do):
+        """dV += P^T dO of this block."""
+        acc_dv = mma_dv(base, acc_dv, p, stage_do)
+        wgmma.commit()
+        return acc_dv
+
     def make_step(FIRST):
+        # The schedules:
+        # NEXT     there is a block before: its dS is in shared memory, its dQ and dK are computed in this step
+        # CROWDED  register-bound: dK of the block before is issued right after S, its dQ is stored before the scores are touched, and dV
+        #          ends before dP is issued
+        # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
+        # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
+        NEXT = not FIRST
+        wait_s = wgmma.wait_all_but_one if NEXT else wgmma.wait_all
+
         @inline
-        def step(a, base, w, acc_dk, acc_dv, walk, seen, place):
-            """The block m of `head`: its S, dP, P, dS and dV, and beside them dQ and dK of the block before, whose dS is there."""
-            j, stage, phase, head, m, waiting, slope = walk
-            m_min, m_max, full_min, full_max = seen
-            first, batch, q_start, seqlen_q, seqlen_k = place
+        def step(a, base, w, acc_dk, acc_dv, walk, queries, tile):
+            """S, P, dP, dS and dV of block m of `head`, overlapped with dQ and dK of the block before."""
+            j, stage, phase, head, m, waiting, shared = walk
+            m_min, m_max, full_min, full_max = queries
+            first, batch, q_start, seqlen_q, seqlen_k = tile
             w, other, before = opaque(w), int32(j & 1), stage     # opaque: what follows takes no registers
-            thread = int32(thread_index() & 127)
+            thread = int32(thread_index() & (WARPGROUP - 1))
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
-            if not FIRST:
-                stage, phase = next_stage(stage, phase)
-            if PACKED:
-                ragged = (m + 1) * BLOCK_M > seqlen_q
-                full = int32(base + (ROWS_CLEAN + 8 * (head & 1) if ragged else Q_FULL + 8 * stage))
-                mbarrier.wait(full, int32((head >> 1) & 1 if ragged else phase))
-            else:
-                mbarrier.wait(base + Q_FULL + 8 * stage, phase)
-            wgmma.fence()
-            acc_s = products_s(base, w, zeros(COUNT_S), stage)
-            wgmma.commit()
-            if not FIRST:
+            if NEXT:
+                stage, phase = q_ring.next(stage, phase)
+
+            # S^T = K Q^T; of the block before dQ = dS K
+            wait_q(base, stage, phase, head, m, seqlen_q)
+            acc_s = issue_s(base, w, stage)
+            if NEXT:
                 if SUM_DQ:
-                    mbarrier.wait(base + DS_FULL, int32(other ^ 1))
-                    acc_dq = products_dq(base, w, zeros(32), int32(other ^ 1))
+                    ds_full.wait(base, int32(other ^ 1))
+                    acc_dq = mma_dq(base, w, zeros(COUNT_DQ), int32(other ^ 1))
                 wgmma.commit()
                 if CROWDED:
-                    acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
+                    acc_dk = mma_dk(base, w, acc_dk, int32(other ^ 1), before)
                     wgmma.commit()
                 if SUM_DQ:
                     send_dq(a, base, w, thread, waiting)
                     waiting = row_before(a, batch, q_start, head, m, m_min, m_max)
-            lse_at = int32(base + LSE + stage * ROW_BYTES + 4 * col)
+            lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
             if HALVES:
                 lses = load_columns(lse_at, COUNT_PART)
-            far = any_far(int32(base + LSE + stage * ROW_BYTES))        # here, where all that runs beside S has been issued
-            if FIRST:
-                acc_s = wgmma.wait_all(acc_s)
-            else:
-                acc_s = wgmma.wait_all_but_one(acc_s)
+            far = any_far(int32(base + LSE + stage * LSE_BYTES))        # here, after all that overlaps with S was issued
+            acc_s = wait_s(acc_s)
+            if NEXT:
                 if CROWDED and SUM_DQ:
                     store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
-                if lane == 0:
-                    mbarrier.arrive(base + DO_EMPTY + 8 * (other ^ 1))
+                do_ring.release(base, int32(other ^ 1), lane)
+
+            # score, mask
             early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
-            acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
                 if far != 0:
                     at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
                     acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
-            scale, plane = log2_scale(a), int32(batch * a.num_heads + head)
+
+            # P^T = exp2(S^T - lse)
+            scale, draw_head = log2_scale(a), int32(batch * a.num_heads + head)
             if HALVES:
                 left = exp2_columns(part(acc_s, 0, 2), scale, lses)
             else:
-                p, p_half = dropped(a, exp2_columns(acc_s, scale, load_columns(lse_at, COUNT_PART)), key, query, plane)
-            if not FIRST and not CROWDED:
+                p, p_half = dropped(a, exp2_columns(acc_s, scale, load_columns(lse_at, COUNT_PART)), key, query, draw_head)
+
+            # of the block before: dK += dS^T Q, dQ to shared memory
+            if NEXT and not CROWDED:
                 hold(base)
                 wgmma.fence()
-                acc_dk = products_dk(base, w, acc_dk, int32(other ^ 1), before)
+                acc_dk = mma_dk(base, w, acc_dk, int32(other ^ 1), before)
                 wgmma.commit()
                 if SUM_DQ:
                     hold(base)
                     store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
             if HALVES:
                 lses = load_columns(int32(lse_at + 2 * BLOCK_M), COUNT_PART)
+
+            # dP^T = V dO^T and dV += P^T dO
             if FIRST:
-                mbarrier.wait(base + V_FULL, int32(0))
-            mbarrier.wait(base + DO_FULL + 8 * other, int32((j >> 1) & 1))
+                v_full.wait(base, int32(0))
+            do_ring.wait_full_nth(base, j)
             wgmma.fence()
             if CROWDED:
-                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
-                wgmma.commit()
-                acc_dv = wgmma.wait_all(acc_dv)     # and P's registers are free
+                acc_dv = wgmma.wait_all(issue_dv(base, acc_dv, p_half, other))      # and P's registers are free
                 wgmma.fence()
-                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
-                wgmma.commit()
-                acc_dp = wgmma.wait_all(acc_dp)
+                acc_dp = wgmma.wait_all(issue_dp(base, w, other))
             else:
-                acc_dp = products_dp(base, w, zeros(COUNT_S), other)
-                wgmma.commit()
+                acc_dp = issue_dp(base, w, other)
                 if HALVES:
-                    p, p_half = dropped(a, join(left, exp2_columns(part(acc_s, 1, 2), scale, lses)), key, query, plane)
+                    p, p_half = dropped(a, join(left, exp2_columns(part(acc_s, 1, 2), scale, lses)), key, query, draw_head)
                     wgmma.fence()
-                acc_dv = pv(acc_dv, p_half, wgmma.mn_major(base + DO + other * Q_BYTES, Q_PANEL))
-                wgmma.commit()
+                acc_dv = issue_dv(base, acc_dv, p_half, other)
                 acc_dp = wgmma.wait_all_but_one(acc_dp)
-            thread = int32(thread_index() & 127)
+
+            # dS^T = P^T (dP^T - delta), to shared memory
+            thread = int32(thread_index() & (WARPGROUP - 1))
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
-            if not FIRST:
-                if lane == 0:
-                    mbarrier.arrive(base + Q_EMPTY + 8 * before)
-            acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + other * ROW_BYTES + 4 * col), COUNT_S))
+            if NEXT:
+                q_ring.release(base, before, lane)
+            acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + other * LSE_BYTES + 4 * col), COUNT_S))
             if SUM_DBIAS:
                 key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
@@ -305,95 +391,95 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             j, m = int32(j + 1), int32(m + 1)
             if m == m_max:
                 m, head = m_min, int32(head + 1)
-                slope = prepare(a, batch, int32(min(head, a.num_heads - 1)))
-            return acc_dk, acc_dv, (j, stage, phase, head, m, waiting, slope)
+                shared = prepare(a, batch, int32(min(head, a.num_heads - 1)))
+            return acc_dk, acc_dv, Walk(j, stage, phase, head, m, waiting, shared)
         return step
 
     step_first, step = make_step(True), make_step(False)
 
     @inline
-    def consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start, seqlen_q, seqlen_k):
-        """(acc_dk, acc_dv) of a warpgroup's 64 keys, seen by at least one block of queries."""
-        count = uniform(int32((m_max - m_min) * a.group))
-        seen = (m_min, m_max, full_min, full_max)
-        place = (int32(n_block * BLOCK_N + w * 64), batch, q_start, seqlen_q, seqlen_k)
+    def consume(a, base, w, thread, lane, queries, n_block, head_k, tile):
+        """(acc_dk, acc_dv) of a warpgroup's 64 keys, attended by at least one block of queries."""
+        count = uniform(int32((queries.m_max - queries.m_min) * a.group))
         head = int32(head_k * a.group)
-        walk = (int32(0), int32(0), int32(0), head, m_min, int32(-1), prepare(a, batch, head))
-        mbarrier.wait(base + K_FULL, int32(0))
+        walk = Walk(int32(0), int32(0), int32(0), head, queries.m_min, int32(-1), prepare(a, tile.batch, head))
+        k_full.wait(base, int32(0))
         if PACKED:
-            if (n_block + 1) * BLOCK_N > seqlen_k:
-                mbarrier.wait(base + KEYS_CLEAN, int32(0))
-        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, seen, place)
-        while walk[0] < count:
-            acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, seen, place)
-        last = int32((walk[0] - 1) & 1)
+            if (n_block + 1) * BLOCK_N > tile.seqlen_k:
+                keys_cleared.wait(base, int32(0))
+        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, queries, tile)
+        while walk.j < count:
+            acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, queries, tile)
+        # dQ and dK of the last block
+        last = int32((walk.j - 1) & 1)
         wgmma.fence()
         if SUM_DQ:
-            mbarrier.wait(base + DS_FULL, last)
-            send_dq(a, base, w, thread, walk[5])
-            acc_dq = products_dq(base, w, zeros(32), last)
+            ds_full.wait(base, last)
+            send_dq(a, base, w, thread, walk.waiting)
+            acc_dq = mma_dq(base, w, zeros(COUNT_DQ), last)
         wgmma.commit()
-        acc_dk = products_dk(base, w, acc_dk, last, walk[1])
+        acc_dk = mma_dk(base, w, acc_dk, last, walk.stage)
         wgmma.commit()
         if SUM_DQ:
             acc_dq = wgmma.wait_all_but_one(acc_dq)
             store_dq(base, acc_dq, w, thread, lane)
             fence_async()
             warp()
-            send_dq(a, base, w, thread, row_before(a, batch, q_start, walk[3], walk[4], m_min, m_max))
+            send_dq(a, base, w, thread, row_before(a, tile.batch, tile.q_start, walk.head, walk.m, queries.m_min, queries.m_max))
         acc_dv = wgmma.wait_all(acc_dv)
         return wgmma.wait_all(acc_dk), acc_dv
 
+    @inline
+    def init_barriers(base):
+        k_full.init(base)
+        v_full.init(base)
+        q_ring.init(base)
+        do_ring.init(base)
+        keys_cleared.init(base)
+        ds_full.init(base)
+
     def kernel(a):
-        base = int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
-        warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & 127)
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN)
+        warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0
-        n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # on its way meanwhile
+        n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # in flight during what follows
         if leads:
             for map_ in (a.map_k, a.map_q, a.map_rows, a.map_v, a.map_dout):
                 tma.prefetch_map(map_)
-            mbarrier.init(base + K_FULL, int32(1))
-            mbarrier.init(base + V_FULL, int32(1))
-            for s in range(Q_STAGES):
-                mbarrier.init(base + Q_FULL + 8 * s, int32(1))
-                mbarrier.init(base + Q_EMPTY + 8 * s, int32(WARPS))
-            for s in range(2):
-                mbarrier.init(base + DO_FULL + 8 * s, int32(1))
-                mbarrier.init(base + DO_EMPTY + 8 * s, int32(WARPS))
-            mbarrier.init(base + KEYS_CLEAN, int32(1))
-            mbarrier.init(base + DS_FULL, int32(CONSUMERS))
+            init_barriers(base)
         if t < tiles:
-            first, plane = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
+            first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
-                init_clean(base, ROWS_CLEAN, int32(head_k * a.group))
+                tails.init(base, int32(head_k * a.group))
                 keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
             if warpgroup == 0:
                 give_registers()
                 if thread < PRODUCERS and m_min < m_max:
-                    load(a, base, thread, m_min, m_max, head_k, plane, batch, q_start, int32(k_start + first), seqlen_q,
+                    load(a, base, thread, m_min, m_max, head_k, map_batch, batch, q_start, key_row(a, k_start, n_block), seqlen_q,
                          int32(seqlen_k - first))
             else:
                 take_registers()
                 w, lane = int32(warpgroup - 1), int32(thread & 31)
-                _, full_min, full_max, _ = key_bounds(a, int32(first + w * 64), 64, seqlen_q, seqlen_k)
-                full_min, full_max = uniform(full_min), uniform(full_max)
+                _, full_min, full_max, _ = key_bounds(a, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
+                queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))
                 acc_dk, acc_dv = zeros(COUNT_KV), zeros(COUNT_KV)
                 if m_min < m_max:
-                    acc_dk, acc_dv = consume(a, base, w, thread, lane, m_min, full_min, full_max, m_max, n_block, head_k, batch, q_start,
-                                             seqlen_q, seqlen_k)
+                    tile = Tile(int32(n_block * BLOCK_N + w * WARPGROUP_ROWS), batch, q_start, seqlen_q, seqlen_k)
+                    acc_dk, acc_dv = consume(a, base, w, thread, lane, queries, n_block, head_k, tile)
                 n_block, head_k, batch, k_start, used, keys = kept_tile(base)
-                key, plane = int32(n_block * BLOCK_N + w * 64 + (thread >> 5) * 16 + (lane >> 2)), int32(0) if PACKED else batch
+                key = int32(n_block * BLOCK_N + w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane >> 2))
+                map_batch = int32(0) if PACKED else batch
                 if DROPOUT:
                     acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
-                to_v = int64(a.dv) + plane * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
+                to_v = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
                 store(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, used, keys)
                 acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
-                to_k = int64(a.dk) + plane * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
+                to_k = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
                 store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, used, keys)
-                tma.wait_read()     # what is left of dQ has left shared memory, which ends with the block
+                tma.wait_read()     # TMA has read the last dQ: shared memory ends with the block
 
     return kernel, smem.size

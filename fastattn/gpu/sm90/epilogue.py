@@ -1,4 +1,4 @@
-"""What a consumer warpgroup of forward_sm90 does with a finished tile: 64 rows of the output and their lse."""
+"""The epilogue of the Hopper forward: a consumer warpgroup stores the 64 output rows of its finished tile and their lse."""
 from __future__ import annotations
 
 from typing import Any
@@ -6,30 +6,31 @@ from typing import Any
 from numba import int32, uint64
 
 from ..dsl.inline import inline
-from ..ptx import mbarrier, tma
+from ..ptx import tma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import store_f32
 from ..ptx.sync import barrier, fence_async, opaque
 from ..spec import Spec
 from ..tile.fragments import make_pack, scale_seen_rows, store_rows, store_whole_rows
-from ..tile.smem import panels
+from ..tile.smem import PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, panels
 from ..tile.softmax import NEG_INF
 from .config import ForwardSm90Config
-from .records import RECORDS
+from .records import TILE, Records
 
-OUT_PANEL = 64 * 128     # bytes: 64 rows of 64 columns
-OUT_BARRIER = 1     # the first of the named barriers, one for each consumer
+OUT_PANEL = WARPGROUP_ROWS * ROW_BYTES      # bytes: 64 rows of 64 columns
+MAX_CONSUMERS = 3
 
 
-def make_epilogue(spec: Spec, config: ForwardSm90Config, OUT: int, finish: Any, get: Any, TILE_EMPTY: int) -> Any:
-    """epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col) for the i-th tile, whose record may be used again then.
+def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, finish: Any, records: Records) -> Any:
+    """epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col) of the i-th tile, whose record it releases.
 
-    OUT is the place in shared memory of config.out_panels panels for each warpgroup.
+    OUT is the offset in shared memory of config.out_panels panels for each warpgroup.
     """
     BLOCK_M, HEAD_DIM_V, PANELS_V = config.block_m, spec.head_dim_v, panels(spec.head_dim_v)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
     OUT_PANELS, HINTS = min(config.out_panels, PANELS_V), config.hints
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
+    OUT_BARRIER = smem.named(MAX_CONSUMERS)         # one for each consumer warpgroup
     assert DIRECT or PANELS_V <= 2 * OUT_PANELS
     to_half = make_pack(spec.dtype)
 
@@ -37,23 +38,24 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, OUT: int, finish: Any, 
         PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
 
         @inline
-        def store_round(a, base, packed, w, thread, lane, row, head, batch):
-            """Panels from FIRST on, as many as there is room for, through shared memory and the copy engine."""
-            place = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
+        def store_round(a, base, packed, w, thread, lane, row, head, map_batch):
+            """Panels from FIRST on, as many as shared memory has room for: registers to shared memory, then one TMA store per panel."""
+            slot = int32(base + OUT + w * OUT_PANELS * OUT_PANEL)
             own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
             if thread == 0:
-                tma.wait_read()
-            barrier(int32(OUT_BARRIER + w), int32(128))
-            store_panels(packed, int32(place + own_row * 128), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL, PANELS_HERE, FIRST)
+                tma.wait_read()         # TMA has read the panels stored before
+            barrier(int32(OUT_BARRIER + w), int32(WARPGROUP))
+            store_panels(packed, int32(slot + own_row * ROW_BYTES), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), OUT_PANEL, PANELS_HERE,
+                         FIRST)
             fence_async()
-            barrier(int32(OUT_BARRIER + w), int32(128))
+            barrier(int32(OUT_BARRIER + w), int32(WARPGROUP))
             if thread == 0:
                 for p in range(PANELS_HERE):
-                    panel, column = int32(place + p * OUT_PANEL), int32((FIRST + p) * 64)
+                    panel, column = int32(slot + p * OUT_PANEL), int32((FIRST + p) * PANEL)
                     if HINTS:
-                        tma.store_hinted(a.map_out, panel, column, row, head, batch, tma.evict_first())
+                        tma.store_hinted(a.map_out, panel, column, row, head, map_batch, tma.evict_first())
                     else:
-                        tma.store(a.map_out, panel, column, row, head, batch)
+                        tma.store(a.map_out, panel, column, row, head, map_batch)
                 tma.commit()
         return store_round
 
@@ -61,22 +63,22 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, OUT: int, finish: Any, 
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
-        """Output rows of a warpgroup: through shared memory and the copy engine; from the registers where there is no room for that, or
-        where a packed tile is not full."""
+        """Output rows of a warpgroup: through shared memory and TMA. From the registers if there is no room for that, or if the tile is the
+        last of a packed sequence, because TMA would also write the next sequence's rows."""
         packed = to_half(acc_o)
-        row0 = int32(m_block * BLOCK_M + w * 64)
-        plane = int32(0) if PACKED else batch
-        if DIRECT or (PACKED and row0 + 64 > seqlen_q):
-            address = uint64(a.out + plane * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
+        row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
+        map_batch = int32(0) if PACKED else batch
+        if DIRECT or (PACKED and row0 + WARPGROUP_ROWS > seqlen_q):
+            address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
             if a.head_dim_v == HEAD_DIM_V:
                 store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
         else:
-            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+            store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
             if TWO_ROUNDS:
-                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, plane)
+                store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
 
     @inline
     def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
@@ -93,18 +95,18 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, OUT: int, finish: Any, 
 
     @inline
     def epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col):
-        """Output and lse of the i-th tile, whose coordinates are read again."""
-        m_block, head, batch, q_start, seqlen_q = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 3), get(base, i, 4)
-        thread = opaque(thread)     # what follows from it is computed here, not kept in registers through the loop
-        row = int32(m_block * BLOCK_M + w * 64 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+        """O / sum and lse of the i-th tile, whose record is read again."""
+        m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
+        q_start, seqlen_q = records.get(base, i, TILE.Q_START), records.get(base, i, TILE.SEQLEN_Q)
+        thread = opaque(thread)     # opaque: what follows from it is computed here, not kept in registers through the loop
+        row = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS + ((thread >> 5) & 3) * 16 + (lane >> 2))
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
-            if get(base, i, 6) == 2:
+            if records.get(base, i, TILE.KIND) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_seen_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
-        if lane == 0:
-            mbarrier.arrive(base + TILE_EMPTY + 8 * (i & (RECORDS - 1)))
+        records.release(base, i, lane)
 
     return epilogue

@@ -1,21 +1,21 @@
-"""Forward for Hopper: copies and products run asynchronously, each warpgroup has one role, blocks stay and take tile after tile.
+"""Forward for Hopper: TMA loads and wgmma run asynchronously, each warpgroup has one role, thread blocks are persistent.
 
-    warpgroup 0     one thread asks the copy engine for Q, K and V; takes tile numbers from a counter
-    warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax between them
+    warpgroup 0     one thread issues the TMA loads of Q, K and V and draws tile indices from an atomic counter
+    warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax in between
 
-    shared memory   Q | STAGES x (K, V) | out, where there is room | barriers | tile records
-    Q_FULL, K_FULL[s], V_FULL[s]      copy engine -> consumers: the bytes are there
-    Q_EMPTY, K_EMPTY[s], V_EMPTY[s]   consumers -> producer: the place is free
-    TILE_FULL[r], TILE_EMPTY[r]       tile records: the producer is up to two tiles ahead
+    shared memory   Q | STAGES x (K, V) | out, if there is room | barriers | tile records
+    Q, K and V rings: FULL      TMA -> consumers: the bytes have arrived
+    Q, K and V rings: EMPTY     consumers -> producer: the slot may be overwritten
+    tile records                the producer is up to two tiles ahead
 
-A step issues S of its block, then O += P V of the block before, and computes its softmax while that product runs; key blocks go from
-last to first. A tile begins with S of its first block and ends with P V of its last and the epilogue, during which Q of the next arrives.
-What this rung wins over forward_sm80: no thread copies or waits for copies, and a warpgroup's softmax hides behind products, its own
-and another's. (Design: FlashAttention-3, Shah et al. 2024.)
+A step issues S = Q K^T of its key block, then O += P V of the block before, and computes its softmax while that MMA runs. Key blocks go
+from last to first. A tile begins with S of its first block and ends with P V of its last and the epilogue, during which the next Q arrives.
+What this rung wins over the sm80 forward: no thread copies or waits for copies, and a warpgroup's softmax is hidden behind MMAs, its own
+and another warpgroup's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, uint8, uint64
 
@@ -26,195 +26,189 @@ from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_r
 from ..spec import Spec
 from ..tile.dropout import make_dropout
 from ..tile.fragments import make_pack, scale_rows, zeros
-from ..tile.mask import diagonal_of, make_bounds, make_keep
-from ..tile.schedule import make_num_tiles
+from ..tile.mask import diagonal_of, make_keep
+from ..tile.ring import make_fill, make_ring
+from ..tile.schedule import make_key_row, make_num_tiles
 from ..tile.scores import make_score
-from ..tile.smem import Smem, make_clear, make_copy_rows, panels
+from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, make_clear, make_copy_rows, panels
 from ..tile.softmax import NEG_INF, make_softmax
+from .bounds import make_tile_bounds
 from .config import ForwardSm90Config
 from .epilogue import OUT_PANEL, make_epilogue
-from .records import RECORDS, make_records
+from .records import TILE, make_records
+
+
+class Tile(NamedTuple):
+    """What a consumer keeps of its tile. `row` is the thread's first row, `intervals` the keys that its two rows attend, `shared` what all
+    rows of the head share (prepare), n_min the tile's last key block in the order of the loop."""
+
+    head: Any
+    batch: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    row: Any
+    intervals: Any
+    shared: Any
+    n_min: Any
 
 
 def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
-    BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.block_m // 64
+    # constants: tile sizes, bytes, registers a thread
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.block_m // WARPGROUP_ROWS
     HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
-    Q_PANEL, KV_PANEL = BLOCK_M * 128, BLOCK_N * 128
+    Q_PANEL, KV_PANEL, WARPGROUP_BYTES = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, WARPGROUP_ROWS * ROW_BYTES
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
-    STAGE_BITS = STAGES.bit_length() - 1
+    WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
+    PACKED, MASKED_ALWAYS = spec.packed, spec.left or spec.right
+    OPTIMISTIC, HINTS = config.optimistic, config.hints
+    TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
+
+    # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, PANELS_V) * OUT_PANEL)
-    put_tile, word, get, TILE_FULL, TILE_EMPTY = make_records(spec, BLOCK_M, smem)
-    Q_FULL, Q_EMPTY = smem.barriers(1), smem.barriers(1)
-    K_FULL, K_EMPTY, V_FULL, V_EMPTY = (smem.barriers(STAGES) for _ in range(4))
-    WARPS, THREADS = 4 * CONSUMERS, 128 * CONSUMERS
-    PACKED, MASKED_ALWAYS = spec.packed, spec.left or spec.right
-    TURN_BARRIER, V_BARRIER, VOTE_BARRIER = 4, 8, 9     # named barriers: one for each consumer, but V's for all; epilogue.py has 1 to 3
-    OPTIMISTIC = config.optimistic
-    TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
+    records = make_records(spec, BLOCK_M, smem, WARPS)
+    q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
+
+    # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
-    (row_bounds, block_bounds), keep = make_bounds(spec, BLOCK_N), make_keep(spec)
+    tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
+    keep = make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S)
-    draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # beside the product of S
-    num_tiles = make_num_tiles(spec)
-    HINTS = config.hints
+    draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
+    num_tiles, key_row = make_num_tiles(spec), make_key_row(BLOCK_N)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
+    fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
     update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
-    epilogue = make_epilogue(spec, config, OUT, finish, get, TILE_EMPTY)
+    epilogue = make_epilogue(spec, config, smem, OUT, finish, records)
+    # named barriers: ping-pong, one for each warpgroup; all consumers; votes, one for each consumer
+    TURN_BARRIER, CLEAR_BARRIER, VOTE_BARRIER = smem.named(4), smem.named(1), smem.named(CONSUMERS)
 
-    # ------------------------------------------------------------ helpers of this kernel
+    # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def tile_blocks(a, m_block, seqlen_q, seqlen_k):
-        """The key blocks [n_min, n_max) that all warpgroups of a tile go through."""
-        last = min((m_block + 1) * BLOCK_M, seqlen_q) - 1
-        n_min, _, _, n_max = block_bounds(a, int32(m_block * BLOCK_M), int32(last), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
-        return n_min, n_max
-
-    @inline
-    def load_k(a, base, it, row, head, batch):
-        stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
-        mbarrier.wait(base + K_EMPTY + 8 * stage, free)
-        mbarrier.arrive_expect(base + K_FULL + 8 * stage, int32(K_BYTES))
-        copy_kv(base, a.map_k, K_FULL + 8 * stage, K + stage * K_BYTES, KV_PANEL, PANELS, row, head, batch)
+    def load_k(a, base, it, row, head_k, map_batch):
+        stage, phase = k_ring.use(it)
+        fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, map_batch)
 
     @inline
-    def load_v(a, base, it, row, head, batch):
-        stage, free = int32(it & (STAGES - 1)), int32(((it >> STAGE_BITS) & 1) ^ 1)
-        mbarrier.wait(base + V_EMPTY + 8 * stage, free)
-        mbarrier.arrive_expect(base + V_FULL + 8 * stage, int32(V_BYTES))
-        copy_kv(base, a.map_v, V_FULL + 8 * stage, V + stage * V_BYTES, KV_PANEL, PANELS_V, row, head, batch)
+    def load_v(a, base, it, row, head_k, map_batch):
+        stage, phase = v_ring.use(it)
+        fill_v(base, a.map_v, stage, int32(phase ^ 1), row, head_k, map_batch)
+
+    @inline
+    def load_q(a, base, i, q_start, m_block, head, map_batch):
+        q_ring.wait_empty_nth(base, i)
+        q_ring.arrive_expect(base, 0, int32(Q_BYTES))
+        copy_q(base, a.map_q, q_ring.full(0), Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, map_batch)
 
     @inline
     def prefetch_q(a, base, i):
-        """Asks for Q of the i-th tile in the L2 cache: behind all copies of the tile before, because the copy engine works in order."""
-        row, head, plane = int32(word(base, i, 3) + word(base, i, 0) * BLOCK_M), word(base, i, 1), int32(0) if PACKED else word(base, i, 2)
+        """Prefetch Q of the i-th tile into the L2 cache, behind all loads of the tile before: TMA works in order."""
+        row = int32(records.word(base, i, TILE.Q_START) + records.word(base, i, TILE.M_BLOCK) * BLOCK_M)
+        head, map_batch = records.word(base, i, TILE.HEAD), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
         for p in range(PANELS):
             if HINTS:
-                tma.prefetch_hinted(a.map_q, int32(p * 64), row, head, plane, tma.evict_first())
+                tma.prefetch_hinted(a.map_q, int32(p * PANEL), row, head, map_batch, tma.evict_first())
             else:
-                tma.prefetch(a.map_q, int32(p * 64), row, head, plane)
+                tma.prefetch(a.map_q, int32(p * PANEL), row, head, map_batch)
 
     @inline
     def load(a, base):
-        """The producer: one thread."""
+        """Tile after tile: its record, K of its first key block, Q, V of that block; then K and V of the other blocks.
+
+        `it` counts key blocks, `i` tiles. A tile's other blocks are loaded after the next record is written, so that consumers never wait
+        for a record.
+        """
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
-        row, end, head_k, plane, going = int32(0), int32(0), int32(0), int32(0), True
+        row, end, head_k, map_batch, going = int32(0), int32(0), int32(0), int32(0), True
         while going:
-            put_tile(a, base, i, t, tiles)
+            records.put(a, base, i, t, tiles)
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
-                load_k(a, base, it, row, head_k, plane)
-                load_v(a, base, it, row, head_k, plane)
+                load_k(a, base, it, row, head_k, map_batch)
+                load_v(a, base, it, row, head_k, map_batch)
                 it = int32(it + 1)
             going = t < tiles
             if going:
                 prefetch_q(a, base, i)
                 t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
-                m_block, head, q_start, k_start = word(base, i, 0), word(base, i, 1), word(base, i, 3), word(base, i, 7)
-                n_min, n_max = tile_blocks(a, m_block, word(base, i, 4), word(base, i, 5))
-                head_k, plane = divide(head, a.group), int32(0) if PACKED else word(base, i, 2)
-                row, end = int32(k_start + (n_max - 1) * BLOCK_N), int32(k_start + n_min * BLOCK_N)
-                load_k(a, base, it, row, head_k, plane)
-                mbarrier.wait(base + Q_EMPTY, int32((i & 1) ^ 1))
-                mbarrier.arrive_expect(base + Q_FULL, int32(Q_BYTES))
-                copy_q(base, a.map_q, Q_FULL, Q, Q_PANEL, PANELS, int32(q_start + m_block * BLOCK_M), head, plane)
-                load_v(a, base, it, row, head_k, plane)
+                m_block, head = records.word(base, i, TILE.M_BLOCK), records.word(base, i, TILE.HEAD)
+                q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
+                n_min, n_max = tile_blocks(a, m_block, records.word(base, i, TILE.SEQLEN_Q), records.word(base, i, TILE.SEQLEN_K))
+                head_k, map_batch = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
+                row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
+                load_k(a, base, it, row, head_k, map_batch)
+                load_q(a, base, i, q_start, m_block, head, map_batch)
+                load_v(a, base, it, row, head_k, map_batch)
                 it, i = int32(it + 1), int32(i + 1)
-        fence_gpu()     # the last block to come here leaves the counter as it was found
+        fence_gpu()     # the last thread block to end leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
 
-    @inline
-    def intervals(a, row, diagonal, seqlen_k):
-        """(lo0, hi0, lo1, hi1): keys that the thread's two rows see."""
-        lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
-        lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
-        return lo0, hi0, lo1, hi1
-
+    # ------------------------------------------------------------ the MMAs
     @inline
     def q_rows(base, w):
-        """Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and the assembler would use none of them."""
+        """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none."""
         if FEW_UNIFORM:
             w = opaque(w)
-        return wgmma.k_major(base + Q + w * 64 * 128)
+        return wgmma.k_major(base + Q + w * WARPGROUP_BYTES)
 
     @inline
-    def k_stage(base, stage):
+    def k_slot(base, stage):
         return wgmma.k_major(base + K + stage * K_BYTES)
 
     @inline
-    def v_stage(base, stage):
+    def v_slot(base, stage):
         return wgmma.mn_major(base + V + stage * V_BYTES, KV_PANEL)
 
     @inline
+    def mma_s(acc_s, base, w, stage):
+        """S = Q K^T of the warpgroup's rows."""
+        return qk(acc_s, q_rows(base, w), k_slot(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+
+    @inline
+    def mma_o(acc_o, p, base, stage):
+        """O += P V."""
+        return pv(acc_o, p, v_slot(base, stage))
+
+    @inline
     def wait_turn(w):
+        """Ping-pong: until it is this warpgroup's turn to issue MMAs, so that its softmax overlaps with another's MMAs."""
         if TURNS:
-            barrier(int32(TURN_BARRIER + opaque(w)), int32(256))       # opaque: added here each time, no register kept for it
+            barrier(int32(TURN_BARRIER + opaque(w)), int32(2 * WARPGROUP))      # opaque: added here each time, no register kept for it
 
     @inline
     def pass_turn(w):
+        """Ping-pong: the next warpgroup's turn."""
         if TURNS:
             after = int32(opaque(w) + 1)
-            barrier_arrive(int32(TURN_BARRIER if after == CONSUMERS else TURN_BARRIER + after), int32(256))
-
-    @inline
-    def changed(alpha0, alpha1, sum0, sum1):
-        """1 where the output must be rescaled; asks for the sums, which are never negative, so that it comes after the softmax."""
-        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
-
-    @inline
-    def release_k(base, stage, n_block, n_min, lane):
-        """The stage of K, and Q with the last block of a tile, may be overwritten."""
-        if lane == 0:
-            mbarrier.arrive(base + K_EMPTY + 8 * stage)
-            if n_block == n_min:
-                mbarrier.arrive(base + Q_EMPTY)
-
-    @inline
-    def scores(a, acc_s, early, column, tile):
-        """Products to scores; `early` is what fetch gave for them."""
-        _, _, seqlen_q, seqlen_k, row, _, slope, _ = tile
-        return score(a, acc_s, early, slope, row, column, int32(seqlen_k - seqlen_q))
-
-    @inline
-    def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column, tile):
-        """The block's scores once more, and the maxima they call for. All of a warpgroup comes here or none."""
-        head, batch, seqlen_q, seqlen_k, row, _, _, _ = tile
-        acc_o = wgmma.wait_all(acc_o)
-        wgmma.fence()
-        acc_s = qk(acc_s, q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
-        wgmma.commit()
-        early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-        acc_s = scores(a, wgmma.wait_all(acc_s), early, column, tile)
-        acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-        return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
+            barrier_arrive(int32(TURN_BARRIER if after == CONSUMERS else TURN_BARRIER + after), int32(2 * WARPGROUP))
 
     @inline
     def issue_first(base, w, stage):
         """S of a tile's first block, alone."""
         wait_turn(w)
         wgmma.fence()
-        acc_s = qk(zeros(COUNT_S), q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+        acc_s = mma_s(zeros(COUNT_S), base, w, stage)
         wgmma.commit()
         pass_turn(w)
         return acc_s
 
     @inline
     def issue(base, w, acc_o, p, stage, before, parity):
-        """S of the block in `stage`, then O += P V of the one `before`."""
+        """S of the block in `stage`, then O += P V of the one in `before`."""
         wait_turn(w)
         wgmma.fence()
-        acc_s = qk(zeros(COUNT_S), q_rows(base, w), k_stage(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
+        acc_s = mma_s(zeros(COUNT_S), base, w, stage)
         wgmma.commit()
-        mbarrier.wait(base + V_FULL + 8 * before, parity)
+        v_ring.wait_full(base, before, parity)
         wgmma.fence()
-        acc_o = pv(acc_o, p, v_stage(base, before))
+        acc_o = mma_o(acc_o, p, base, before)
         wgmma.commit()
         pass_turn(w)
         return acc_s, acc_o
@@ -222,53 +216,85 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     @inline
     def issue_last(base, w, acc_o, p, stage, parity):
         """O += P V of a tile's last block, alone."""
-        mbarrier.wait(base + V_FULL + 8 * stage, parity)
+        v_ring.wait_full(base, stage, parity)
         wait_turn(w)
         wgmma.fence()
-        acc_o = pv(acc_o, p, v_stage(base, stage))
+        acc_o = mma_o(acc_o, p, base, stage)
         wgmma.commit()
         pass_turn(w)
         return acc_o
 
+    @inline
+    def release_k(base, stage, n_block, n_min, lane):
+        """The slot of K, and with a tile's last block that of Q, may be overwritten."""
+        if lane == 0:
+            k_ring.arrive_empty(base, stage)
+            if n_block == n_min:
+                q_ring.arrive_empty(base, 0)
+
+    # ------------------------------------------------------------ the parts of a step
+    @inline
+    def changed(alpha0, alpha1, sum0, sum1):
+        """1 if O must be rescaled. The test on the sums is never true; it is a data dependence that keeps this after the softmax."""
+        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
+
+    @inline
+    def scores(a, acc_s, early, column, tile):
+        """S to scores; `early` is what fetch gave for them."""
+        return score(a, acc_s, early, tile.shared, tile.row, column, int32(tile.seqlen_k - tile.seqlen_q))
+
+    @inline
+    def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column, tile):
+        """Recompute the block's scores and update the row maxima. Warpgroup-uniform."""
+        acc_o = wgmma.wait_all(acc_o)
+        wgmma.fence()
+        acc_s = mma_s(acc_s, base, w, stage)
+        wgmma.commit()
+        early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+        acc_s = scores(a, wgmma.wait_all(acc_s), early, column, tile)
+        acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
+        return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
+
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
-            """Scores and probabilities of n_block, while O takes in the block before."""
-            head, batch, seqlen_q, seqlen_k, row, rows, _, n_min = tile
-            before, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
+            """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
+            before, parity = v_ring.use(it)
             it = int32(it + 1)
-            stage = int32(it & (STAGES - 1))
+            stage, _ = k_ring.use(it)
             column = int32(n_block * BLOCK_N + col)
-            mbarrier.wait(base + K_FULL + 8 * stage, int32((it >> STAGE_BITS) & 1))
+
+            # S = Q K^T of this block, O += P V of the block before
+            k_ring.wait_full_nth(base, it)
             acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)
-            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            words = draw(a, row, column, int32(batch * a.num_heads + head))
+            early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+            words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
             acc_s = wgmma.wait_all_but_one(acc_s)
-            # each wait for O stands in both branches: in straight code the assembler moves it up, before the softmax that should run
-            # beside the product
+
+            # score, mask, softmax. Both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to
+            # overlap with the MMA
             if OPTIMISTIC_STEP:
                 acc_s, part0, part1, lags = optimistic(a, scores(a, acc_s, early, column, tile), max0, max1)
-                if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(128), lags)) != 0:
+                if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
                     acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column,
-                                                                        tile)
+                                                                    tile)
                 else:
                     acc_o = wgmma.wait_all(acc_o)
                     sum0, sum1 = sum0 + part0, sum1 + part1
-                release_k(base, stage, n_block, n_min, lane)
+                release_k(base, stage, n_block, tile.n_min, lane)
                 acc_s = dropout(a, acc_s, words)
             else:
-                release_k(base, stage, n_block, n_min, lane)
+                release_k(base, stage, n_block, tile.n_min, lane)
                 acc_s = scores(a, acc_s, early, column, tile)
                 if MASKED:
-                    acc_s = keep(acc_s, rows, column)
+                    acc_s = keep(acc_s, tile.intervals, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
                     acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
                 else:
                     acc_o = wgmma.wait_all(acc_o)
-            if lane == 0:
-                mbarrier.arrive(base + V_EMPTY + 8 * before)
+            v_ring.release(base, before, lane)
             p = to_half(acc_s)
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
@@ -276,36 +302,66 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     step_slow, step_fast = make_step(MASKED_ALWAYS, False), make_step(False, OPTIMISTIC)
 
     @inline
-    def coordinates(a, base, i, w, thread, lane):
-        """Of the i-th tile; its key blocks [fast_min, fast_max) need no mask for this warpgroup's rows."""
-        m_block, head, batch, seqlen_q, seqlen_k = get(base, i, 0), get(base, i, 1), get(base, i, 2), get(base, i, 4), get(base, i, 5)
-        row0 = int32(m_block * BLOCK_M + w * 64)
+    def tile_of(a, base, i, w, thread, lane):
+        """(Tile, n_max, fast_min, fast_max) of the i-th tile: key blocks [fast_min, fast_max) need no mask for this warpgroup's rows."""
+        m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
+        seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
+        row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
+        full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         n_min, n_max = uniform(n_min), uniform(n_max)
         fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
-        fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would give Q's place back a softmax later
+        fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would release Q's slot a softmax later
         fast_min = uniform(int32(max(min(full_min, fast_max), fast_min)))
-        tile = head, batch, seqlen_q, seqlen_k, row, intervals(a, row, diagonal, seqlen_k), prepare(a, batch, head), n_min
+        tile = Tile(head, batch, seqlen_q, seqlen_k, row, intervals(a, row, diagonal, seqlen_k), prepare(a, batch, head), n_min)
         return tile, n_max, fast_min, fast_max
 
+    @inline
+    def first_step(a, base, i, w, thread, lane, col, it, n_max, tile):
+        """P of a tile's first block (its last keys), of which some may be past the sequence's end."""
+        n_block = int32(n_max - 1)
+        column = int32(n_block * BLOCK_N + col)
+        stage, phase = k_ring.use(it)
+        q_ring.wait_full_nth(base, i)
+        k_ring.wait_full(base, stage, phase)
+        acc_s = issue_first(base, w, stage)
+        early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+        words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
+        acc_s = wgmma.wait_all(acc_s)
+        release_k(base, stage, n_block, tile.n_min, lane)
+        acc_s = scores(a, acc_s, early, column, tile)
+        if MASKED_ALWAYS or n_max * BLOCK_N > tile.seqlen_k:
+            acc_s = keep(acc_s, tile.intervals, column)
+        acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
+        p = to_half(dropout(a, acc_s, words))
+        return p, max0, max1, sum0, sum1
+
+    @inline
+    def clear_tail(base, w, thread, it, n_block, seqlen_k):
+        """Zeros in V behind the keys of a packed sequence. All consumers clear, all wait."""
+        if seqlen_k - n_block * BLOCK_N < BLOCK_N:
+            stage, phase = v_ring.use(it)
+            v_ring.wait_full(base, stage, phase)
+            clear_v(int32(base + V + stage * V_BYTES), int32(seqlen_k - n_block * BLOCK_N), int32(w * WARPGROUP + thread))
+            fence_async()
+            barrier(int32(CLEAR_BARRIER), int32(THREADS))
+
+    @inline
+    def init_barriers(base):
+        q_ring.init_stage(base, 0)
+        records.init(base)
+        for s in range(STAGES):
+            k_ring.init_stage(base, s)
+            v_ring.init_stage(base, s)
+
     def kernel(a):
-        base = opaque(int32((shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024))     # opaque: not made again
+        base = opaque(int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN))     # opaque: not computed again
         warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
-        thread = int32(cuda.threadIdx.x & 127)
+        thread = int32(cuda.threadIdx.x & (WARPGROUP - 1))
         if cuda.threadIdx.x == 0:
-            mbarrier.init(base + Q_FULL, int32(1))
-            mbarrier.init(base + Q_EMPTY, int32(WARPS))
-            for s in range(RECORDS):
-                mbarrier.init(base + TILE_FULL + 8 * s, int32(1))
-                mbarrier.init(base + TILE_EMPTY + 8 * s, int32(WARPS))
-            for s in range(STAGES):
-                mbarrier.init(base + K_FULL + 8 * s, int32(1))
-                mbarrier.init(base + K_EMPTY + 8 * s, int32(WARPS))
-                mbarrier.init(base + V_FULL + 8 * s, int32(1))
-                mbarrier.init(base + V_EMPTY + 8 * s, int32(WARPS))
+            init_barriers(base)
             mbarrier.fence_init()
         cuda.syncthreads()
         if warpgroup == 0:
@@ -316,36 +372,18 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
             col = int32((lane & 3) * 2)
-            it, i = int32(-1), int32(0)      # it: the last block whose scores were issued
+            it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             if w == CONSUMERS - 1:
                 pass_turn(w)
-            mbarrier.wait(base + TILE_FULL, int32(0))
-            while get(base, i, 6) != 0:
-                tile, n_max, fast_min, fast_max = coordinates(a, base, i, w, thread, lane)
-                head, batch, seqlen_q, seqlen_k, row, rows, _, n_min = tile
-                n_block = int32(n_max - 1)
-                column = int32(n_block * BLOCK_N + col)
-                it = int32(it + 1)
-                stage, parity = int32(it & (STAGES - 1)), int32((it >> STAGE_BITS) & 1)
-                mbarrier.wait(base + Q_FULL, int32(i & 1))
-                mbarrier.wait(base + K_FULL + 8 * stage, parity)
-                acc_s = issue_first(base, w, stage)
-                early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-                words = draw(a, row, column, int32(batch * a.num_heads + head))
-                acc_s = wgmma.wait_all(acc_s)
-                release_k(base, stage, n_block, n_min, lane)
-                acc_s = scores(a, acc_s, early, column, tile)
-                if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
-                    acc_s = keep(acc_s, rows, column)
-                acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
-                acc_o, p = zeros(COUNT_O), to_half(dropout(a, acc_s, words))
+            records.wait(base, i)
+            while records.get(base, i, TILE.KIND) != 0:
+                tile, n_max, fast_min, fast_max = tile_of(a, base, i, w, thread, lane)
+                n_block, it = int32(n_max - 1), int32(it + 1)
+                p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, tile)
+                acc_o = zeros(COUNT_O)
                 if PACKED:
-                    if seqlen_k - n_block * BLOCK_N < BLOCK_N:
-                        mbarrier.wait(base + V_FULL + 8 * stage, parity)
-                        clear_v(int32(base + V + stage * V_BYTES), int32(seqlen_k - n_block * BLOCK_N), int32(w * 128 + thread))
-                        fence_async()
-                        barrier(int32(V_BARRIER), int32(THREADS))
-                while n_block > n_min:
+                    clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
+                while n_block > tile.n_min:
                     n_block = int32(n_block - 1)
                     if (n_block >= fast_min) & (n_block < fast_max):
                         acc_o, p, max0, max1, sum0, sum1, it = step_fast(
@@ -353,13 +391,12 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                     else:
                         acc_o, p, max0, max1, sum0, sum1, it = step_slow(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
-                stage = int32(it & (STAGES - 1))
-                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, int32((it >> STAGE_BITS) & 1)))
-                if lane == 0:
-                    mbarrier.arrive(base + V_EMPTY + 8 * stage)
+                stage, phase = v_ring.use(it)
+                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))
+                v_ring.release(base, stage, lane)
                 epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)
-                mbarrier.wait(base + TILE_FULL + 8 * (i & (RECORDS - 1)), int32((i >> 2) & 1))
+                records.wait(base, i)
             if thread == 0:
                 tma.wait_all()
 

@@ -1,63 +1,107 @@
 """Tile records of the persistent Hopper kernels: what the producer knows of its next tiles, in shared memory for the consumers.
 
-A record is eight words: m_block, head, batch, q_start, seqlen_q, seqlen_k, kind, k_start. Its kind is 0 where there is no tile, 2 for rows
-of no sequence. The producer is up to two tiles ahead; FULL[r] and EMPTY[r] are the barriers of a record.
+The records are a ring that the producer fills with ordinary stores, up to two tiles ahead of the consumers.
 """
 from __future__ import annotations
 
+from enum import IntEnum
+from types import ModuleType
 from typing import Any
 
 from numba import int32
 
 from ..dsl.inline import inline
-from ..ptx import mbarrier
 from ..ptx.memory import load_shared_b32, store_shared_b32
 from ..ptx.sync import uniform
 from ..spec import Spec
+from ..tile.ring import make_ring
 from ..tile.schedule import make_tile_at, make_unowned
 from ..tile.smem import Smem
 
 RECORDS = 4
 
 
-def make_records(spec: Spec, BLOCK_M: int, smem: Smem) -> tuple[Any, ...]:
-    """(put_tile, word, get, FULL, EMPTY), with the places of all records taken from `smem`."""
-    FULL, EMPTY, TILE = smem.barriers(RECORDS), smem.barriers(RECORDS), smem.take(RECORDS * 32, 16)
+class TILE(IntEnum):
+    """The words of a record. KIND: 0 if there is no tile, 2 if it has rows of no sequence, else 1."""
+
+    M_BLOCK = 0
+    HEAD = 1
+    BATCH = 2
+    Q_START = 3
+    SEQLEN_Q = 4
+    SEQLEN_K = 5
+    KIND = 6
+    K_START = 7
+
+
+RECORD_BYTES = 4 * len(TILE)
+
+
+class Records(ModuleType):
+    """The records, by the number `i` of the thread block's tile.
+
+    init(base)                      one thread, before mbarrier.fence_init
+    put(a, base, i, t, tiles)       the producer writes tile t, of `tiles`, as the i-th
+    word(base, i, TILE.HEAD)        a word of the record, for one thread
+    wait(base, i)                   consumers, before they read
+    get(base, i, TILE.HEAD)         a word of the record, for a warp; read again where it is needed, not kept in a register
+    release(base, i, lane)          consumers, once per warp (lane 0): the record may be overwritten
+    """
+
+    init: Any
+    put: Any
+    word: Any
+    wait: Any
+    get: Any
+    release: Any
+
+
+def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Records:
+    """Records of tiles of BLOCK_M rows, read by so many consumer warps; shared memory is taken from `smem`."""
+    ring = make_ring(smem, RECORDS, CONSUMERS)
+    SLOTS = smem.take(RECORDS * RECORD_BYTES, 16)
     tile_at, unowned = make_tile_at(spec, BLOCK_M), make_unowned(spec)
+    records = Records("records")
 
     @inline
     def put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start):
-        store_shared_b32(record, m_block)
-        store_shared_b32(record + 4, head)
-        store_shared_b32(record + 8, batch)
-        store_shared_b32(record + 12, q_start)
-        store_shared_b32(record + 16, seqlen_q)
-        store_shared_b32(record + 20, seqlen_k)
-        store_shared_b32(record + 28, k_start)
+        store_shared_b32(record + 4 * TILE.M_BLOCK, m_block)
+        store_shared_b32(record + 4 * TILE.HEAD, head)
+        store_shared_b32(record + 4 * TILE.BATCH, batch)
+        store_shared_b32(record + 4 * TILE.Q_START, q_start)
+        store_shared_b32(record + 4 * TILE.SEQLEN_Q, seqlen_q)
+        store_shared_b32(record + 4 * TILE.SEQLEN_K, seqlen_k)
+        store_shared_b32(record + 4 * TILE.K_START, k_start)
 
     @inline
-    def put_tile(a, base, i, t, tiles):
-        """The i-th tile's record; its last word is 0 where there is none, 2 for rows of no sequence."""
+    def put(a, base, i, t, tiles):
         slot = int32(i & (RECORDS - 1))
-        record = int32(base + TILE + 32 * slot)
-        mbarrier.wait(base + EMPTY + 8 * slot, int32(((i >> 2) & 1) ^ 1))
+        record = int32(base + SLOTS + RECORD_BYTES * slot)
+        ring.wait_empty_nth(base, i)
         if t < tiles:
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start)
-            store_shared_b32(record + 24, unowned(a, t))
+            store_shared_b32(record + 4 * TILE.KIND, unowned(a, t))
         else:
             put_words(record, int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0))
-            store_shared_b32(record + 24, int32(0))
-        mbarrier.arrive(base + FULL + 8 * slot)
+            store_shared_b32(record + 4 * TILE.KIND, int32(0))
+        ring.arrive_full(base, slot)
 
     @inline
     def word(base, i, field):
-        """A word of the i-th tile's record, for one thread."""
-        return load_shared_b32(base + TILE + 32 * (i & (RECORDS - 1)) + 4 * field)
+        return load_shared_b32(base + SLOTS + RECORD_BYTES * (i & (RECORDS - 1)) + 4 * field)
 
     @inline
     def get(base, i, field):
-        """A word of the i-th tile's record, read again where it is needed rather than kept in a register."""
         return uniform(word(base, i, field))
 
-    return put_tile, word, get, FULL, EMPTY
+    @inline
+    def wait(base, i):
+        ring.wait_full_nth(base, i)
+
+    @inline
+    def release(base, i, lane):
+        slot, _ = ring.use(i)
+        ring.release(base, slot, lane)
+    records.init, records.put, records.word, records.wait, records.get, records.release = ring.init, put, word, wait, get, release
+    return records

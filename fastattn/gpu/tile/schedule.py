@@ -92,6 +92,17 @@ def make_num_tiles(spec: Spec) -> Any:
     return from_table
 
 
+def make_key_row(BLOCK_N: int) -> Any:
+    """key_row(a, k_start, n_block): the row of K and V where key block n_block of a tile starts; k_start is the sequence's first row.
+
+    The one place that knows where a tile's keys are in memory.
+    """
+    @inline
+    def key_row(a, k_start, n_block):
+        return int32(k_start + n_block * BLOCK_N)
+    return key_row
+
+
 def make_unowned(spec: Spec) -> Any:
     """unowned(a, t): 2 where tile t has rows that belong to no sequence, else 1."""
     if not spec.packed:

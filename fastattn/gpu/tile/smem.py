@@ -1,24 +1,35 @@
-"""Shared memory of a kernel: a bump allocator over byte offsets, used while the kernel is made; panels that the copy engine fills, and
-stages that are used in turn."""
+"""Shared memory of a kernel: a bump allocator over byte offsets, used while the kernel is made, and tiles in panels that TMA fills.
+
+A tile of 16-bit elements is stored as panels: 64 columns, one row after the other, 128 bytes each. TMA swizzles a panel's rows in groups of
+eight, as wgmma and ldmatrix expect them.
+"""
 from __future__ import annotations
 
 from typing import Any
 
-from numba import cuda, int32
+from numba import int32
 
 from ..dsl.inline import inline
-from ..ptx import mbarrier, tma
+from ..ptx import tma
 from ..ptx.memory import store_shared_zero16
-from ..ptx.sync import fence_async, opaque
+from ..ptx.sync import opaque
 
-ALIGN = 1024         # 128-byte swizzle repeats every 8 rows
+ROW_BYTES = 128          # of a row of a panel: 64 columns of 16 bits, the width of TMA's swizzle
+PANEL = 64               # columns of a panel
+WARPGROUP = 128          # threads that issue a wgmma together
+WARPGROUP_ROWS = 64      # rows of a tile that a consumer warpgroup owns: what a wgmma multiplies
+ALIGN = 8 * ROW_BYTES    # the 128-byte swizzle repeats every 8 rows
+NAMED_BARRIERS = 16      # of a thread block; 0 is that of cuda.syncthreads
 
 
 class Smem:
-    """`take(bytes)` gives an offset from the kernel's aligned base; `size` is what to ask for at launch."""
+    """`take(bytes)` gives an offset from the kernel's aligned base; `size` is the dynamic shared memory of a launch, in bytes.
+
+    `named(count)` gives the numbers of the block's named barriers (bar.sync), which are not in memory but are as scarce.
+    """
 
     def __init__(self) -> None:
-        self._end = 0
+        self._end, self._named = 0, 1
 
     def take(self, size: int, align: int = ALIGN) -> int:
         start = -(-self._end // align) * align
@@ -26,30 +37,37 @@ class Smem:
         return start
 
     def barriers(self, count: int) -> int:
-        """`count` mbarriers, 8 bytes each."""
+        """Offset of `count` mbarriers, 8 bytes each."""
         return self.take(8 * count, 8)
+
+    def named(self, count: int) -> int:
+        """The first of `count` named barriers with consecutive numbers."""
+        first, self._named = self._named, self._named + count
+        assert self._named <= NAMED_BARRIERS, "a thread block has 16 named barriers"
+        return first
 
     @property
     def size(self) -> int:
-        """With room to align the base, which the driver aligns to 16 only (to 1024 in practice)."""
+        """With room to align the base: the driver aligns it to 16 bytes only (to 1024 in practice)."""
         return self._end + ALIGN
 
 
 def panels(dim: int) -> int:
-    """128-byte wide panels of a row of `dim` 16-bit elements."""
-    return -(-dim // 64)
+    """Panels of a row of `dim` 16-bit elements."""
+    return -(-dim // PANEL)
 
 
 def make_copy_rows(policy: Any = None) -> Any:
-    """copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch): asks the copy engine for `count` panels (a constant) of the
-    box of rows at `row`, which the barrier `full` waits for. `policy` says how long they stay in the L2 cache: tma.evict_first, _last."""
+    """copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch): issue TMA loads of `count` panels (a constant) of the box of
+    rows at `row`. Their bytes arrive at the mbarrier at offset `full`. `policy` says how long they stay in the L2 cache: tma.evict_first,
+    tma.evict_last, or None for the default."""
     @inline
     def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
         for p in range(count):
             if policy is None:
-                tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch)
+                tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * PANEL), row, head, batch)
             else:
-                tma.load_hinted(base + to + p * panel_bytes, map_, base + full, int32(p * 64), row, head, batch, policy())
+                tma.load_hinted(base + to + p * panel_bytes, map_, base + full, int32(p * PANEL), row, head, batch, policy())
     return copy_rows
 
 
@@ -57,41 +75,16 @@ copy_rows = make_copy_rows()
 
 
 def make_clear(ROWS: int, PANELS: int, THREADS: int) -> Any:
-    """clear(place, rows, thread): zeros in the rows from `rows` on of PANELS panels of ROWS rows, by THREADS threads. What the copy engine
-    read past a sequence's end belongs to others and may hold anything, and 0 * NaN is not 0. Products see it after a fence_async."""
+    """clear(address, rows, thread): THREADS threads write zeros to the rows from `rows` on of a tile of PANELS panels of ROWS rows.
+
+    What TMA has read past a sequence's end belongs to another sequence and may hold anything, and 0 * NaN is not 0. An MMA reads the zeros
+    only after a fence_async.
+    """
     @inline
-    def clear(place, rows, thread):
-        at, end = int32(place + rows * 128 + thread * 16), int32(place + ROWS * 128)
+    def clear(address, rows, thread):
+        at, end = int32(address + rows * ROW_BYTES + thread * 16), int32(address + ROWS * ROW_BYTES)
         while at < end:
             for p in range(PANELS):
-                store_shared_zero16(at + p * ROWS * 128)
-            at = opaque(int32(at + THREADS * 16))       # opaque: not unrolled, which takes registers
+                store_shared_zero16(at + p * ROWS * ROW_BYTES)
+            at = opaque(int32(at + THREADS * 16))       # opaque: not unrolled, which would take registers
     return clear
-
-
-@inline
-def init_clean(base, barriers, head):
-    """Two barriers for the heads from `head` on, in turn, because a producer with two stages may have cleaned for two before anybody
-    waited for the first: head h waits for number h % 2, phase h / 2 % 2."""
-    for odd in range(2):
-        mbarrier.init(base + barriers + 8 * odd, int32(1))
-        if ((head + ((head ^ odd) & 1)) >> 1) & 1 != 0:     # the first head of this barrier begins with phase 1
-            mbarrier.arrive(base + barriers + 8 * odd)
-
-
-@inline
-def cleaned(barrier, lane):
-    """A warp has cleared a tile: says so to who waits for `barrier`, of one arrival."""
-    fence_async()
-    cuda.syncwarp()
-    if lane == 0:
-        mbarrier.arrive(barrier)
-
-
-def make_next_stage(STAGES: int) -> Any:
-    """stage, phase = next_stage(stage, phase): of STAGES, in turn; the phase, a barrier's parity, changes with every round."""
-    @inline
-    def next_stage(stage, phase):
-        stage = int32(stage + 1)
-        return (int32(0), int32(phase ^ 1)) if stage == STAGES else (stage, phase)
-    return next_stage

@@ -15,7 +15,7 @@ PIECE, DS_PANEL = 4096, 128 * 128
 class BackwardPlay(Play):
     """`sums`: (address, keys) -> rows of a piece of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
 
-    modules = ("sm90.backward", "tile.gradients", "tile.smem", "rows.preprocess")
+    modules = ("sm90.backward", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
     def __init__(self, config: Any, block: int, seed: int) -> None:
         super().__init__(config, config.dim, (block,), seed, 2, {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128})
