@@ -95,7 +95,7 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
         if t < num_tiles(a):
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             row0, head_k = int32(m_block * BLOCK_M), int32(head // a.group)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            last = min(row0 + BLOCK_M, seqlen_q)
             q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
             dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + (q_start + row0) * a.dout_row
             dq = int64(a.dq) + batch * a.dq_batch + head * a.dq_head + (q_start + row0) * a.dq_row
@@ -161,7 +161,7 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
                 for c in range(OUTS_V):
                     acc_dv[i, c] = REAL(0)
             if col0 < seqlen_k:
-                last = int32(min(col0 + BLOCK_N, seqlen_k) - 1)
+                last = min(col0 + BLOCK_N, seqlen_k)
                 m_min, full_min, full_max, m_max = query_bounds(a, col0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_q)
                 for member in range(a.group):
                     head = int32(head_k * a.group + member)

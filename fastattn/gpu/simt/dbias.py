@@ -82,7 +82,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         n_begin, n_end = part_of(divide(int32(seqlen_k + BLOCK_N - 1), BLOCK_N), n_tile, a.bias_cols)
         for m_block in range(m_begin, m_end):
             row0 = int32(m_block * BLOCK_M)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            last = min(row0 + BLOCK_M, seqlen_q)
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(max(n_min, n_begin), min(n_max, n_end)):
                 col0 = int32(n_block * BLOCK_N)

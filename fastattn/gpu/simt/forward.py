@@ -156,7 +156,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
         if t < num_tiles(a):
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             row0 = int32(m_block * BLOCK_M)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            last = min(row0 + BLOCK_M, seqlen_q)
             head_k = int32(head // a.group)
             pointer_q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
             pointer_k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row

@@ -28,7 +28,7 @@ from ..ptx.sync import any_lane, thread_index
 from ..spec import Spec
 from ..tile.dropout import make_dropout
 from ..tile.fragments import join, make_pack, part, scale_rows, zeros
-from ..tile.mask import diagonal_of, make_bounds, make_keep
+from ..tile.mask import diagonal_of, make_bounds, make_intervals, make_keep
 from ..tile.schedule import make_num_tiles, make_tile_at, make_unowned
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, Smem, panels
@@ -51,7 +51,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     qk, pv = mma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
-    (row_bounds, block_bounds), keep_rows = make_bounds(spec, BLOCK_N), make_keep(spec)
+    (_, block_bounds), intervals, keep_rows = make_bounds(spec, BLOCK_N), make_intervals(spec), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
     draw, dropout = make_dropout(spec, COUNT_S // TILES)
     update, optimistic, finish = make_softmax(spec)
@@ -80,9 +80,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     @inline
     def keep(a, acc_s, row, column, diagonal, seqlen_k):
         """The structural mask; `column` is the thread's first."""
-        lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
-        lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
-        return keep_rows(acc_s, (lo0, hi0, lo1, hi1), column)
+        return keep_rows(acc_s, intervals(a, row, diagonal, seqlen_k), column)
 
     @inline
     def scale_tiles(acc_o, alphas):
@@ -285,7 +283,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # of a row of a panel
         m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
         head_k, first = int32(head // a.group), int32(m_block * BLOCK_M)
-        n_min, full_min, full_max, n_max = block_bounds(a, first, int32(min(first + BLOCK_M, seqlen_q) - 1),
+        n_min, full_min, full_max, n_max = block_bounds(a, first, min(first + BLOCK_M, seqlen_q),
                                                         diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         slope = prepare(a, batch, head)
         if cuda.threadIdx.x == 0:
