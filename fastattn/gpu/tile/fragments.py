@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import int32
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, I64, literals, pack, unpack
-from ..dsl.inline import Compiled, inline
+from ..dsl.inline import Compiled
 from ..ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from ..ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
 from ..ptx.sync import emit_opaque, emit_shuffle_xor
@@ -24,22 +23,31 @@ NEG_INF = F32(float("-inf"))
 PAIR = types.UniTuple(types.float32, 2)
 
 
-@inline
-def lane_row(lane):
+# Where a thread's first register lies. In 64 bits and then truncated, as Numba computes: the optimizer's choices depend on it.
+@intrinsic
+def lane_row(typingctx: Any, lane: Any) -> Any:
     """The first row of a lane in its warp's 16."""
-    return int32(lane >> 2)
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.trunc(builder.ashr(builder.sext(args[0], I64), I64(2)), I32)
+    return signature(types.int32, types.int32), generate
 
 
-@inline
-def thread_row(thread, lane):
+@intrinsic
+def thread_row(typingctx: Any, thread: Any, lane: Any) -> Any:
     """The first row of a thread, if warp w has rows 16 w to 16 w + 15."""
-    return int32((thread >> 5) * 16 + (lane >> 2))
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        thread, lane = (builder.sext(x, I64) for x in args)
+        first = builder.mul(builder.ashr(thread, I64(5)), I64(16), flags=["nsw"])
+        return builder.trunc(builder.add(first, builder.ashr(lane, I64(2)), flags=["nsw"]), I32)
+    return signature(types.int32, types.int32, types.int32), generate
 
 
-@inline
-def thread_col(lane):
+@intrinsic
+def thread_col(typingctx: Any, lane: Any) -> Any:
     """The first column of a lane, or of a thread: only the two lowest bits count."""
-    return int32((lane & 3) * 2)
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.trunc(builder.mul(builder.and_(builder.sext(args[0], I64), I64(3)), I64(2), flags=["nsw"]), I32)
+    return signature(types.int32, types.int32), generate
 
 
 def row_of(k: int) -> int:
