@@ -1,7 +1,7 @@
 """merge_states on the GPU: partial results over disjoint keys become one, out = sum(exp(lse_n - lse) out_n) (Milakov and Gimelshein 2018).
 
-A launch for each part, which a block for each row adds to the sum so far: rows in the arithmetic's dtype, scaled so that their weights add
-up to 1, and their lse. The first finds none, the last rounds.
+One launch for each part, one block for each row: the block adds the part to the sum so far. The sum is in the dtype of the arithmetic, and
+the weights of its parts add up to 1. The first launch starts the sum, the last one rounds it.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIELDS = ("part:l part_batch:q part_row:q part_head:q part_dim:q part_lse:l part
 
 
 def make_add_part(dtype: str) -> Any:
-    """The kernel."""
+    """The kernel that adds one part."""
     wide = dtype == "float64"
     compute, REAL, SIZE = ("float64", float64, 8) if wide else ("float32", float32, 4)
     INF, NEG_INF = REAL(math.inf), REAL(-math.inf)
@@ -35,7 +35,7 @@ def make_add_part(dtype: str) -> Any:
 
     @inline
     def weights(before, new):
-        """(the sum's, the part's, the lse of both)."""
+        """(weight of the sum, weight of the part, lse of both), from their lse."""
         top = max(before, new)
         if top == NEG_INF:
             return REAL(0), REAL(0), NEG_INF
@@ -52,21 +52,21 @@ def make_add_part(dtype: str) -> Any:
         new, before = load_real(at, int32(1)), load_real(uint64(int64(a.sum_lse) + int64(line) * SIZE), int32(1 - a.first))
         if a.first != 0:
             before = NEG_INF
-        if new == INF:      # FlashAttention's mark of a row that saw nothing
+        if new == INF:      # FlashAttention's lse of a row that attends no key
             new = NEG_INF
         share0, share1, lse = weights(before, new)
-        cuda.syncthreads()      # all have read the sum's lse
+        cuda.syncthreads()      # until all threads have read the sum's lse
         part = int64(a.part) + batch * a.part_batch + row * a.part_row + head * a.part_head
         out = int64(a.out) + batch * a.out_batch + row * a.out_row + head * a.out_head
         for column in range(thread, a.dim, THREADS):
-            place = uint64(int64(a.sum) + (int64(line) * a.dim + column) * SIZE)
-            # what a part that saw nothing holds does not matter
+            sum_at = uint64(int64(a.sum) + (int64(line) * a.dim + column) * SIZE)
+            # a part of weight 0 is not read: it may hold NaN
             x = load(uint64(part + column * a.part_dim), int32(1) if share1 != REAL(0) else int32(0)) * share1
-            x += load_real(place, int32(1) if share0 != REAL(0) else int32(0)) * share0
+            x += load_real(sum_at, int32(1) if share0 != REAL(0) else int32(0)) * share0
             if a.last != 0:
                 put(uint64(out + column * a.out_dim), x)
             else:
-                put_real(place, x)
+                put_real(sum_at, x)
         if thread == 0:
             if a.last != 0:
                 put_real(uint64(int64(a.lse) + batch * a.lse_batch + head * a.lse_head + row * a.lse_row), lse)

@@ -56,7 +56,7 @@ def make_key_row(BLOCK_N: int) -> Any:
     """key_row(a, tile, n_block): the first row of key block n_block of a Tile or KeyTile in K and V."""
     @inline
     def key_row(a, tile, n_block):
-        return tile.k_start + n_block * BLOCK_N
+        return tile.k_start + int32(n_block * BLOCK_N)
     return key_row
 
 
