@@ -1,9 +1,9 @@
 """mma.sync: a warp multiplies 16 x 16 by 16 x 8, operands float16 or bfloat16, sums float32 (PTX ISA 9.7.14.5.8, ldmatrix 9.7.14.5.15).
 
-Operands wait in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunk c lies at place c ^ (row % 8). ldmatrix
-reads eight rows at one c, which are eight different places: all 32 banks once, no conflict. An x4 load reads a 16 x 16 piece; where
-its four 8x8 tiles go decides which row and chunk a lane names (`lane_offset`). The next 16 columns are the next pair of chunks: the
-same address with bits 5 and 6 changed.
+Operands are in shared memory as panels of 64 columns: rows of 128 bytes, with 16-byte chunk c in slot c ^ (row % 8). ldmatrix reads
+chunk c of eight rows, which is in eight different slots: each of the 32 banks once, no conflict. An x4 load reads a 16 x 16 piece. The
+order of its four 8x8 tiles decides which row and chunk a lane addresses (`lane_offset`). The next 16 columns are the next pair of chunks:
+the same address with bits 5 and 6 changed.
 """
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from ..dsl.inline import inline
 from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
-AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
+AHEAD = 2       # ldmatrix are issued so many ahead of their MMAs: two take some 30 cycles, as long as eight MMAs
 
 
 @inline
 def lane_offset(thread):
-    """Bytes from a panel, whose address is a multiple of 128, to what this thread's lane names of a piece's 8x8 tiles in the order
-    (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B operands stored depth x N."""
+    """This lane's ldmatrix offset in a 16 x 16 piece of a panel, whose address is a multiple of 128.
+
+    8x8 tiles are in the order (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B
+    operands stored depth x N.
+    """
     return int32((thread & 15) * 128 + ((((thread >> 4) & 1) ^ (thread & 7)) << 4))
 
 
 @inline
 def lane_offset_b(thread):
-    """The same in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
+    """lane_offset in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
 
-    B has to come in two neighbouring registers: another order costs moves.
+    The two registers of a B operand are then neighbours. Another order costs moves.
     """
     return int32((((thread >> 4) & 1) * 8 + (thread & 7)) * 128 + ((((thread >> 3) & 1) ^ (thread & 7)) << 4))
 
@@ -53,7 +56,7 @@ def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Call
 
     def load(row16: int, column16: int) -> list[Any]:
         chunk = 32 * (column16 % 4)
-        if chunk != last["chunk"]:      # made anew, not kept: a register is worth more than an instruction
+        if chunk != last["chunk"]:      # recomputed, not kept: a register is worth more than an instruction
             last.update(chunk=chunk, at=emit(builder, I32, f"xor.b32 $0, $1, {chunk};", "=r,r", [address]) if chunk else address)
         return _ldmatrix(builder, last["at"], column16 // 4 * panel + row16 * 2048, trans)
     return load
@@ -68,7 +71,7 @@ def multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any
 
 def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Callable[[int], list[list[Any]]],
               load_b: Callable[[int, int], list[Any]], steps: int) -> list[Any]:
-    """acc (tiles x 16 rows by N) + A B over `steps` of 16; loads run AHEAD of the products.
+    """acc (tiles x 16 rows by N) + A B over `steps` of 16. Loads are issued AHEAD of the MMAs.
 
     load_a(step) -> four registers for each tile; load_b(step, j) -> the 16 x 16 piece for columns 16 j.
     """

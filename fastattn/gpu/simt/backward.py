@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda, int32, int64, uint8
+from numba import cuda, int32, uint8
 
 from ..dsl.inline import inline
 from ..ptx.memory import shared_address

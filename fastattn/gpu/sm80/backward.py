@@ -97,13 +97,13 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
-    def park(base, word, value):
-        store_shared_b32(int32(base + word), int32(value))
+    def park(base, offset, value):
+        store_shared_b32(int32(base + offset), int32(value))
 
     @inline
-    def parked_word(base, word):
+    def word(base, offset):
         """A word about the tile, from shared memory: the MMAs need the registers."""
-        return load_shared_b32(int32(base + word))
+        return load_shared_b32(int32(base + offset))
 
     @inline
     def keys_of_warp():
@@ -127,9 +127,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     def following(base, head, m):
         """The next block of queries: (head, m, whether there is one)."""
         m = int32(m + 1)
-        if m == parked_word(base, M_MAX):
-            head, m = int32(head + 1), parked_word(base, M_MIN)
-        return head, m, head < parked_word(base, HEAD_END)
+        if m == word(base, M_MAX):
+            head, m = int32(head + 1), word(base, M_MIN)
+        return head, m, head < word(base, HEAD_END)
 
     # ------------------------------------------------------------ load
     @inline
@@ -142,7 +142,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def load_queries(a, base, head, m, stage):
         """Q, dO, lse and delta of a block of rows of one head."""
-        row, seqlen_q = int32(m * BLOCK_M), parked_word(base, SEQLEN_Q)
+        row, seqlen_q = int32(m * BLOCK_M), word(base, SEQLEN_Q)
         copy_rows(int32(base + Q + stage * Q_BYTES), uint64(load_shared_b64(base + Q_POINTER) + uint64(head * a.q_head)), a.q_row, a.q_dim,
                   row, seqlen_q, a.head_dim, BLOCK_M, PANELS, Q_PANEL)
         copy_rows(int32(base + DO + stage * DO_BYTES), uint64(load_shared_b64(base + DO_POINTER) + uint64(head * a.dout_head)), a.dout_row,
@@ -150,7 +150,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         thread = thread_index()
         if thread < 2 * COPIES:
             byte = int32((thread & (COPIES - 1)) * 16)
-            at = uint64(uint64(4 * (first_row(a, parked_word(base, BATCH), head, parked_word(base, Q_START)) + int64(row))) + uint64(byte))
+            at = uint64(uint64(4 * (first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(row))) + uint64(byte))
             if thread < COPIES:
                 copy16(int32(base + LSE + stage * STAT_BYTES + byte), uint64(a.row_log2 + at))
             else:
@@ -196,16 +196,16 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far):
         """P^T of 16 keys, negative where dropped, and the derivative of the softcap."""
-        batch, seqlen_q, seqlen_k = parked_word(base, BATCH), parked_word(base, SEQLEN_Q), parked_word(base, SEQLEN_K)
+        batch, seqlen_q, seqlen_k = word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K)
         if SOFTCAP:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
             cap_slope = int32(0)
         acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
-        if (m < parked_word(base, FULL_MIN)) | (m >= parked_word(base, FULL_MAX)):
+        if (m < word(base, FULL_MIN)) | (m >= word(base, FULL_MAX)):
             acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
         if far != 0:
-            at = uint64(4 * (first_row(a, batch, head, parked_word(base, Q_START)) + int64(query)))
+            at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
         p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
         return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
@@ -227,7 +227,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         ds_at = int32(base + DS + rows * (ROWS_DQ * 16) + tiles_lane_trans(thread, int32(LINE)))
         k_at = int32((base + K + lane_offset(thread)) ^ (columns << 5))
         acc_dq = multiply_tiles_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
-        row = int64(first_row(a, parked_word(base, BATCH), head, parked_word(base, Q_START)) + int64(m * BLOCK_M + rows * ROWS_DQ))
+        row = int64(first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(m * BLOCK_M + rows * ROWS_DQ))
         at = (row >> 6) * (64 * ACCUM_ROW) + ((row >> 4) & 3) * PIECE + int64(columns * 1024 + (thread & 31) * LANE_BYTES)
         add_sums(acc_dq, uint64(a.accum + uint64(at)), TILES_DQ, APART, VECTOR)
 
@@ -235,10 +235,10 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def scores(a, base, shared, head, m, stage):
         """(P^T, dS^T) of this warp, rounded: two packed fragments."""
-        key, query = int32(parked_word(base, FIRST) + key_of_thread()), int32(m * BLOCK_M + query_of_thread())
+        key, query = int32(word(base, FIRST) + key_of_thread()), int32(m * BLOCK_M + query_of_thread())
         rows = int32(stage * STAT_BYTES + 4 * query_of_thread())
         lse_at, delta_at = int32(base + LSE + rows), int32(base + DELTA + rows)
-        early = fetch(a, parked_word(base, BATCH), head, query, key, parked_word(base, SEQLEN_Q), parked_word(base, SEQLEN_K))
+        early = fetch(a, word(base, BATCH), head, query, key, word(base, SEQLEN_Q), word(base, SEQLEN_K))
         acc_s = scores_of(base, stage)
         far = any_far(int32(base + LSE + stage * STAT_BYTES))
         if TILES == 1:
@@ -250,7 +250,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             return p_half, ds
         else:
             first = probabilities(a, base, part(acc_s, 0, 2), early, shared, head, m, key, query, lse_at, far)
-            early = fetch(a, parked_word(base, BATCH), head, query, int32(key + 16), parked_word(base, SEQLEN_Q), parked_word(base, SEQLEN_K))
+            early = fetch(a, word(base, BATCH), head, query, int32(key + 16), word(base, SEQLEN_Q), word(base, SEQLEN_K))
             second = probabilities(a, base, part(acc_s, 1, 2), early, shared, head, m, int32(key + 16), query, lse_at, far)
             acc_dp = grad_probabilities(base, stage)
             half0, ds0 = gradients(a, first, part(acc_dp, 0, 2), delta_at)
@@ -296,7 +296,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     @inline
     def put(base, acc, offset, scale):
-        key, seqlen_k = int32(parked_word(base, FIRST) + key_of_thread()), parked_word(base, SEQLEN_K)
+        key, seqlen_k = int32(word(base, FIRST) + key_of_thread()), word(base, SEQLEN_K)
         to = int32(base + offset + keys_of_warp() * (WARP_KEYS * ROW_BYTES))
         if TILES == 1:
             put_rows(acc, to, key, scale, seqlen_k)
@@ -310,10 +310,10 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         thread = thread_index()
         behind, chunk = int32((thread & 31) >> 3), int32(thread & 7)
         row = int32((thread >> 5) * STORE_ROWS + behind)
-        key = int32(parked_word(base, FIRST) + row)
-        to = uint64(pointer + uint64(parked_word(base, BATCH) * by_batch + int64(parked_word(base, K_START) + key) * by_row + parked_word(base, HEAD_K) * by_head
-                                     + 8 * chunk * by_dim))
-        store_tile(int32(base + offset + row * ROW_BYTES + ((chunk ^ behind) << 4)), to, by_row, by_dim, int32(parked_word(base, KEYS) - key),
+        key = int32(word(base, FIRST) + row)
+        to = uint64(pointer + uint64(word(base, BATCH) * by_batch + int64(word(base, K_START) + key) * by_row
+                                     + word(base, HEAD_K) * by_head + 8 * chunk * by_dim))
+        store_tile(int32(base + offset + row * ROW_BYTES + ((chunk ^ behind) << 4)), to, by_row, by_dim, int32(word(base, KEYS) - key),
                    int32(dim - 8 * chunk), STORE_ROWS, count, KV_PANEL)
 
     @inline
@@ -357,7 +357,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             load_keys(a, base, batch, head_k, k_start, seqlen_k, first)
             load_queries(a, base, head, m, stage)
             while there:
-                shared = prepare(a, parked_word(base, BATCH), head)
+                shared = prepare(a, word(base, BATCH), head)
                 acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, shared, head, m, stage)
                 head, m, there = following(base, head, m)
                 stage = int32(stage ^ (STAGES - 1))

@@ -37,7 +37,6 @@ from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from .config import ForwardSm80Config
 from .copies import arrived, make_copy_rows
 
-
 ROW_BYTES = 128             # of a row of a panel: 64 columns
 
 
@@ -263,7 +262,8 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             finish_rows(a, acc_o, stats[0], q_rows, head, batch, q_start, seqlen_q, lane, row)
         else:
             finish_rows(a, part(acc_o, 0, 2), stats[0], q_rows, head, batch, q_start, seqlen_q, lane, row)
-            finish_rows(a, part(acc_o, 1, 2), stats[1], int32(q_rows + 16 * ROW_BYTES), head, batch, q_start, seqlen_q, lane, int32(row + 16))
+            finish_rows(a, part(acc_o, 1, 2), stats[1], int32(q_rows + 16 * ROW_BYTES), head, batch, q_start, seqlen_q, lane,
+                        int32(row + 16))
         cuda.syncwarp()
         behind, chunk = int32(lane >> 3), int32(lane & 7)
         row0 = int32(row0 + behind)

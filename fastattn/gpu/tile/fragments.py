@@ -411,10 +411,11 @@ def _bit(k: int) -> Any:
 
 
 def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
-    """words = draw(row16, col16, lane, plane, offset, key0, key1): philox.py's random numbers for a fragment of COUNT registers, 16 bits each.
+    """words = draw(row16, col16, lane, plane, offset, key0, key1): philox.py's random bits, 16 a register.
 
-    row16, col16: first row / 16 and first column / 16 of the warp's fragment. plane: batch * num_heads + head. One Philox call gives
-    four words, for the eight registers of a 16 x 16 piece. EARLY: computed where the call stands, not where the words are used.
+    The fragment has COUNT registers. row16, col16: first row / 16 and first column / 16 of the warp's fragment. plane: batch * num_heads +
+    head. One Philox call gives four words, for the eight registers of a 16 x 16 piece. EARLY: computed where the call stands, not where
+    the words are used.
     """
     @intrinsic
     def draw(typingctx: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:

@@ -117,7 +117,7 @@ def near_columns(typingctx: Any, acc: Any, scale: Any, inverse: Any, log2_addres
             far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in emit_load_shared_pair(builder, args[3], 8 * k)]
             lse = emit_load_pair(builder, args[4], 8 * k)
             out += [_emit_near(builder, x, args[1], args[2], lse[n % 2], far[n % 2]) for n, x in enumerate(registers[k:k + 4])]
-            emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # a scheduling fence: there are no registers for all pairs at once
+            emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # a scheduling fence: registers for one pair at a time
         return pack(builder, out)
     return signature(acc, acc, types.float32, types.float32, types.int32, types.uint64), generate
 

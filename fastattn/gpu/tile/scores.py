@@ -43,7 +43,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, loaded while the MMAs of S run
-    acc_s = score(a, acc_s, early, shared, row, col, corner): `corner`, seqlen_k - seqlen_q, is the key of row 0 on the bottom-right diagonal
+    acc_s = score(a, acc_s, early, shared, row, col, corner): corner = seqlen_k - seqlen_q, the key of row 0 on the bottom-right diagonal
 
     `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries. TRANSPOSED or
     CAPPED, for the backward: with a softcap, acc_s is the tanh from `cap_of`, not the dot products. SQUEEZE: elements of bias and mask
