@@ -92,7 +92,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
 
     @inline
     def factor(a, base, w, row, top):
-        """What a warp's O and sum of a row count for under the maximum of all; 0 where it saw nothing."""
+        """The factor of a warp's O and sum of a row under the maximum of all warps; 0 if the warp's keys were all masked."""
         return decay(a, read(int32(base + TOP + (w * ROWS + row) * 4))[0], top)
 
     @inline

@@ -108,10 +108,10 @@ def load_rows(typingctx: Any, address: Any, tiles: Any, depth: Any, panel_bytes:
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for 16-bit `dtype`. Fragments of `tiles` x 16 rows are those of 16 rows one after another (see `part`)."""
+    """(qk, pv) for 16-bit `dtype`. A fragment of `tiles` x 16 rows is a sequence of fragments of 16 rows (see fragments.part)."""
     @intrinsic
     def qk(typingctx: Any, acc: Any, q: Any, k: Any, tiles: Any, depth: Any, q_panel: Any, k_panel: Any) -> Any:
-        """acc + Q K^T over `depth` columns; `k` this lane's shared address, `q` that or what load_rows returned."""
+        """acc + Q K^T over `depth` columns. k: this lane's shared address. q: the same, or the registers from load_rows."""
         t, d, panel_q, panel_k = literals(tiles, depth, q_panel, k_panel)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -132,7 +132,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, v: Any, tiles: Any, v_panel: Any) -> Any:
-        """acc + P V; `p` packed probabilities, `v` this lane's shared address."""
+        """acc + P V. p: packed probabilities. v: this lane's shared address."""
         t, panel = literals(tiles, v_panel)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -147,7 +147,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
 
 @intrinsic
 def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes: Any) -> Any:
-    """A packed fragment of 16 rows into swizzled panels; `address` of the first row. Four lanes write a chunk, eight rows all banks."""
+    """Store a packed fragment of 16 rows to swizzled panels. address: of the first row. Four lanes store a chunk, eight rows all banks."""
     [panel] = literals(panel_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -162,24 +162,24 @@ def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes
     return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
 
 
-# ---------------------------------------------------------------- operands that a warp wrote for the others
-# A fragment rounded to 16 bits waits in shared memory as 8x8 tiles of 128 bytes, eight rows of 16: lines of tiles, `line` bytes from one to
-# the next. A lane writes word `lane` of a tile and ldmatrix reads whole tiles, as they are or transposed: no conflict, no swizzle.
+# ---------------------------------------------------------------- operands that a warp stores for the others
+# A fragment rounded to 16 bits is stored to shared memory as 8x8 tiles of 128 bytes, eight rows of 16 bytes. Tiles form lines, `line` bytes
+# apart. A lane stores word `lane` of a tile, and ldmatrix reads whole tiles, as they are or transposed: no bank conflict, no swizzle.
 @inline
 def tiles_lane(thread, line):
-    """Bytes from a 16 x 16 piece of tiles to what this thread's lane names of it: an A operand whose rows are lines."""
+    """This lane's ldmatrix offset in a 16 x 16 piece of tiles: an A operand whose rows are lines."""
     return int32(((thread >> 3) & 1) * line + ((thread >> 4) & 1) * 128 + (thread & 7) * 16)
 
 
 @inline
 def tiles_lane_trans(thread, line):
-    """The same for an A operand whose rows are columns of the tiles."""
+    """This lane's ldmatrix offset for an A operand whose rows are columns of the tiles."""
     return int32(((thread >> 3) & 1) * 128 + ((thread >> 4) & 1) * line + (thread & 7) * 16)
 
 
 @intrinsic
 def store_tiles(typingctx: Any, packed: Any, address: Any, line_bytes: Any) -> Any:
-    """A packed fragment of 16 rows into two lines of tiles; `address` of the first tile plus 4 * lane."""
+    """Store a packed fragment of 16 rows to two lines of tiles. address: of the first tile, plus 4 * lane."""
     [line] = literals(line_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -192,8 +192,8 @@ def store_tiles(typingctx: Any, packed: Any, address: Any, line_bytes: Any) -> A
 def make_tiles_product(dtype: str, TRANS: bool) -> Any:
     """product(acc, a, b, tiles, depth, line_bytes, step16, b_panel): acc + A B for 16-bit `dtype`.
 
-    A is `tiles` x 16 rows by `depth` in 8x8 tiles, transposed if TRANS; B is stored depth x N in panels, as V is. Of the columns of B the
-    product has 16, then those `step16` * 16 further, and so on. `a` and `b`: this lane's shared addresses.
+    A has `tiles` x 16 rows by `depth`, in 8x8 tiles, transposed if TRANS. B is stored depth x N in panels, as V is. The result has 16 of
+    every 16 * step16 columns of B. a, b: this lane's shared addresses.
     """
     @intrinsic
     def product(typingctx: Any, acc: Any, a: Any, b: Any, tiles: Any, depth: Any, line_bytes: Any, step16: Any, b_panel: Any) -> Any:
@@ -212,7 +212,7 @@ def make_tiles_product(dtype: str, TRANS: bool) -> Any:
 
 @intrinsic
 def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16: Any, step16: Any, panel_bytes: Any) -> Any:
-    """As store_rows, to columns 16 * first16 (first16 < step16), then those 16 * step16 further, and so on; step16 is 1, 2 or 4."""
+    """store_rows to 16 of every 16 * step16 columns, from column 16 * first16 on (first16 < step16). step16 is 1, 2 or 4."""
     step, panel = literals(step16, panel_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -230,11 +230,11 @@ def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16:
 
 
 # ---------------------------------------------------------------- sums in global memory
-# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, which 32 lanes hold four of each. With vectors
-# (red.v4, since sm_90) a lane's four are neighbours; without them word k of all lanes are, so that either way an instruction adds to
-# neighbours (PTX ISA 9.7.13.7).
-def _places(register: int, step: int, vector: bool) -> int:
-    """Byte of a register of 16 rows by columns 0-15, then those 16 * step further, and so on, from the lane's first."""
+# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, of which each of 32 lanes has four values.
+# With vectors (red.v4, since sm_90) a lane's four are contiguous. Without them the k-th values of all lanes are. Either way an instruction
+# adds to contiguous memory (PTX ISA 9.7.13.7).
+def _sum_offset(register: int, step: int, vector: bool) -> int:
+    """Byte offset of a register from the lane's first, in a fragment of 16 rows by 16 of every 16 * step columns."""
     group, k = register // 4, register % 4
     column16 = group // 2 * step
     return column16 // 4 * 16384 + column16 % 4 * 1024 + group % 2 * 512 + (4 if vector else 128) * k
@@ -242,15 +242,18 @@ def _places(register: int, step: int, vector: bool) -> int:
 
 @intrinsic
 def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, vector: Any) -> Any:
-    """Add a fragment of `tiles` x 16 rows to sums in memory, in any order with others; `address` of its first piece (of one of four in a
-    panel of 64 columns, then the next), plus 1024 * first column / 16, plus the lane's 16 * lane with `vector`, 4 * lane without."""
+    """Add a fragment of `tiles` x 16 rows atomically to sums in memory, in any order with others.
+
+    address: of its first piece (a panel of 64 columns has four pieces), plus 1024 * first column / 16, plus 16 * lane with `vector`, else
+    4 * lane.
+    """
     t, step, vectors = literals(tiles, step16, vector)
     count = acc.count // t
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for n in range(0, acc.count, 4 if vectors else 1):
-            at = n // count * 4096 + _places(n % count, step, bool(vectors))
+            at = n // count * 4096 + _sum_offset(n % count, step, bool(vectors))
             if vectors:
                 emit_add_vector(builder, args[1], at, registers[n:n + 4])
             else:
@@ -261,12 +264,12 @@ def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, ve
 
 @intrinsic
 def load_sums(typingctx: Any, address: Any, vector: Any) -> Any:
-    """A piece of sums as a fragment of 16 x 64; the lane's first address, as in add_sums."""
+    """Load a piece of sums as a fragment of 16 x 64. address: the lane's first, as in add_sums."""
     [vectors] = literals(vector)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if vectors:
             return pack(builder, [x for j in range(8) for x in emit_load_vector(builder, args[0], 512 * j)])
-        return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_places(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
+        return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_sum_offset(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
                               for k in range(32)])
     return signature(types.UniTuple(types.float32, 32), types.uint64, vector), generate

@@ -99,14 +99,14 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                 acc_s[i, j] = REAL(0)
         if thread < BLOCK_N:
             store_shared_b32(int32(base + ALIVE + thread * 4), full)
-        for s in range(SLICES):
+        for s in range(SLICES):             # S = Q K^T
             cuda.syncthreads()
             if SLICES > 1:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, s * SLICE, a.head_dim, base, thread)
             load_k(base + KV, pointer_k + col0 * a.k_row, a.k_row, a.k_dim, seqlen_k - col0, s * SLICE, a.head_dim, base, thread)
             cuda.syncthreads()
             multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
-        for i in range(ROWS):
+        for i in range(ROWS):               # score and mask
             row = int32(row0 + y + i * HIGH)
             lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for j in range(COLS):
@@ -119,7 +119,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                         s = NEG_INF
                 acc_s[i, j] = s
         softmax(acc_s, acc_o, row_max, row_sum, base, x, y)
-        for key0 in range(0, BLOCK_N, KEYS):
+        for key0 in range(0, BLOCK_N, KEYS):        # O += P V
             cuda.syncthreads()
             if key0 == 0:
                 dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)

@@ -98,8 +98,8 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
 
 # ---------------------------------------------------------------- far rows
 # P = exp2(score * scale - lse in units of log2) is one FMA and one ex2. A far row's lse is so large that the rounding of both terms would
-# change P. There the difference of score and lse is taken first, at most 0, and put in the score's place; in place of the lse stands
-# FAR_LSE, which is next to 0. The score is rounded as the forward rounds a row's maximum. So P is exactly 1 where it has to be: where the
+# change P. There the difference of score and lse is computed first, at most 0. It replaces the score, and FAR_LSE, which is almost 0,
+# replaces the lse. The score is rounded as the forward rounds a row's maximum. So P is exactly 1 where it has to be: where the
 # lse is the maximum itself, because log(sum) is below its precision.
 def _emit_near(builder: Any, x: Any, scale: Any, inverse: Any, lse: Any, far: Any) -> Any:
     """x, or if `far` min((x * scale - lse) * inverse, 0). NaN stays NaN."""

@@ -61,13 +61,13 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     load_slope = load_scalar(spec.alibi or "float32")
     fetch_bias, fetch_mask = _make_fetch(bias_tile, TRANSPOSED), _make_fetch(mask_tile, TRANSPOSED)
 
-    def element(s, row, col, scale, cap, slope):
+    def element(s, row, col, scale, cap, shared):
         s = s * (cap if CAPPED else scale)
         if SOFTCAP and not CAPPED:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1); scale is cap_scale
             s = cap * (float32(1) - float32(2) * reciprocal(exp2(s) + float32(1)))
         if ALIBI:
-            s = s - slope * float32(int32(abs(int32(row - col))))
+            s = s - shared * float32(int32(abs(int32(row - col))))
         return s
     scale_elements = elementwise(element)
 
