@@ -113,7 +113,7 @@ def test_no_launch_of_an_empty_grid() -> None:
 
 def test_empty_dbias_needs_no_sums() -> None:
     empty = np.empty((1, 2, 0, 5), np.float32)
-    with replaced(("postprocess",), {"temporary": None, "clear": None, "load_kernel": None}), \
+    with replaced(("rows.postprocess",), {"temporary": None, "clear": None, "load_kernel": None}), \
             postprocess.dbias_sums(view(empty), SimpleNamespace(ordinal=0), 0) as sums:       # type: ignore[arg-type]
         assert sums == (0, 0, 0, 0)
 
