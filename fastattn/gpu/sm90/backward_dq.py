@@ -83,17 +83,17 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     @inline
     def tile_blocks(a, m_block, seqlen_q, seqlen_k):
         """The key blocks [n_min, n_max) that all warpgroups of a tile go through; none where no row sees a key."""
-        first, last = int32(m_block * BLOCK_M), int32(min((m_block + 1) * BLOCK_M, seqlen_q) - 1)
+        first, last = int32(m_block * BLOCK_M), min((m_block + 1) * BLOCK_M, seqlen_q)
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         n_min, _, _, n_max = block_bounds(a, first, last, diagonal, seqlen_k)
         lo, _ = row_bounds(a, first, diagonal, seqlen_k)
-        _, hi = row_bounds(a, last, diagonal, seqlen_k)
+        _, hi = row_bounds(a, int32(last - 1), diagonal, seqlen_k)
         return uniform(n_min), uniform(n_max if lo < hi else n_min)
 
     @inline
     def full_blocks(a, row0, seqlen_q, seqlen_k):
         """[full_min, full_max): blocks that all 64 rows from row0 on see all of."""
-        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 64), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         return uniform(full_min), uniform(full_max)
 
     @inline

@@ -72,8 +72,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     @inline
     def tile_blocks(a, m_block, seqlen_q, seqlen_k):
         """The key blocks [n_min, n_max) that all warpgroups of a tile go through."""
-        last = min((m_block + 1) * BLOCK_M, seqlen_q) - 1
-        n_min, _, _, n_max = block_bounds(a, int32(m_block * BLOCK_M), int32(last), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+        last = min((m_block + 1) * BLOCK_M, seqlen_q)
+        n_min, _, _, n_max = block_bounds(a, int32(m_block * BLOCK_M), last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         return n_min, n_max
 
     @inline
@@ -283,7 +283,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
-        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 63), diagonal, seqlen_k)
+        _, full_min, full_max, _ = block_bounds(a, row0, int32(row0 + 64), diagonal, seqlen_k)
         n_min, n_max = uniform(n_min), uniform(n_max)
         fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
         fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would give Q's place back a softmax later
