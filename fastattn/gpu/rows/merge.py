@@ -28,7 +28,8 @@ def make_add_part(dtype: str) -> Any:
     def weights(before, total, new):
         """(weight of the sum, weight of the part, the largest lse, the sum of exp(lse_n - largest)).
 
-        before, total: the last two so far. new: lse of the part."""
+        before, total: the last two so far. new: lse of the part.
+        """
         top = max(before, new)
         if top == NEG_INF:
             return REAL(0), REAL(0), NEG_INF, REAL(0)

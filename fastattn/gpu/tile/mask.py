@@ -1,6 +1,6 @@
 """The structural mask on the device: row_bounds of a query row, block_bounds of a tile of rows, query_bounds of a tile of keys.
 
-They are problem.py's functions of the same names, with the same half-open ranges [first, last). tests/test_gpu_backward_plan.py holds the
+They are problem.py's functions of the same names, with the same half-open ranges [first, last). tests/gpu/test_backward_plan.py holds the
 twins equal.
 """
 from __future__ import annotations

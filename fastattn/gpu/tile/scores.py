@@ -174,7 +174,7 @@ def make_cap_of(spec: Spec) -> Any:
     def slope_of(r, row, col):
         return r * (float32(2) - r)
 
-    def slope_at(s, row, col, cap, inverse):        # of a capped score. cap is in units of 2**64, so that its inverse is no denormal
+    def slope_at(s, row, col, cap, inverse):        # of a capped score. In units of 2**64, so that the inverse of cap is no denormal
         r = (cap - abs(s * UNIT)) * inverse
         return r * (float32(2) - r)
 
