@@ -64,7 +64,7 @@ def test_query_bounds_on_the_device_are_the_same(left: int | None, right: int | 
                 for first in range(0, seqlen_k, block_n):
                     last = min(first + block_n, seqlen_k)
                     expected = query_bounds(first, last, block_m, seqlen_q, seqlen_k, left, right, top_left)
-                    got = on_device(arguments, first, last - 1, 0 if top_left else seqlen_k - seqlen_q, seqlen_q)
+                    got = on_device(arguments, first, last, 0 if top_left else seqlen_k - seqlen_q, seqlen_q)
                     assert got == expected or (got[0] == got[3] and expected[0] == expected[3])
 
 

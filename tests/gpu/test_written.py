@@ -96,7 +96,7 @@ def test_keys_past_the_used_ones_are_stored_as_zeros() -> None:
     stored: list[Any] = []
     names = {"make_pack": lambda *_: lambda acc: acc, "store_rows": lambda *values: stored.append(values),
              "scale_seen_rows": lambda acc, *factors: tuple(x * factor if factor else 0.0 for x, factor in zip(acc, factors, strict=True)),
-             "inline": lambda f: f, "int32": int, "uint64": int, "float32": float}
+             "inline": lambda f: f, "int32": int, "uint64": int, "float32": float, "thread_col": lambda lane: 2 * (lane & 3)}
     with replaced(("tile.gradients",), names):
         for packed in (True, False):
             store = gradients.make_store(Spec("float16", 128, 128, packed=packed), 128)

@@ -1,7 +1,7 @@
-"""Merging the results of key splits: each has the maximum of its rows, and sums and outputs under it (Milakov and Gimelshein 2018).
+"""Merge the results of key splits, each of which has its rows' maxima, sums and outputs (Milakov and Gimelshein 2018).
 
-No kernel of its own, which would start when all others have ended: the last block of a key head that comes here does it for that head.
-Which one that is changes from run to run, the order of the sums does not.
+A kernel of its own would start only after all blocks have ended. Instead the last block of a key head that finishes merges that head.
+Which block that is varies from run to run; the order of the sums does not.
 """
 from __future__ import annotations
 
@@ -30,45 +30,47 @@ def _make_put(spec: Spec) -> Any:
             at = uint64(at + uint64(a.out_dim))
         if LSE:
             if column == 0:
-                line = (int64(batch) * a.num_heads + head) * a.seqlen_q + row
-                store_f32(uint64(a.lse + uint64(line * 4)), lse)
+                index = (int64(batch) * a.num_heads + head) * a.seqlen_q + row
+                store_f32(uint64(a.lse + uint64(index * 4)), lse)
     return put
 
 
 def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
-    """(put, put_part, combine), for a block of THREADS; PARTS: a place in shared memory for the maxima and sums of all splits and rows.
+    """(put, put_part, combine) for a block of THREADS. PARTS: offset in shared memory for the maxima and sums of all splits and rows.
 
-    put(a, batch, head_k, r, column, values, maximum, total): four columns of row r of a key head, to be finished, and with the first ones
-    its lse.
-    put_part(a, split, plane, rows, r, column, values, maximum, total): four columns of a split's row r, for the block that merges.
-    combine(a, base, thread, plane, batch, head_k, rows): after all of these, by all threads; does it where this block is the last.
+    put(a, batch, head_k, r, column, values, maximum, total): finish and store four columns of row r of a key head, with the first ones
+    its lse too
+    put_part(a, split, plane, rows, r, column, values, maximum, total): store four columns of a split's row r for the block that merges
+    combine(a, base, thread, plane, batch, head_k, rows): by all threads, after put_part; merges if this block is the last
+
+    `plane` is the flattened (batch, key head) index.
     """
     HEAD_DIM_V = spec.head_dim_v
     put, load, decay = _make_put(spec), load_chunk("float32"), make_decay(spec)
     read, put_shared = load_shared("float32", 1), store_shared("float32")
 
     @inline
-    def line_of(a, split, plane, rows):
-        """Number of a split's first row, of those of all splits and planes."""
+    def first_of(a, split, plane, rows):
+        """Index of a split's first row among those of all splits and planes."""
         return int64(split) * int64(a.lines) + int64(plane * rows)
 
     @inline
     def put_part(a, split, plane, rows, r, column, values, maximum, total):
-        line = line_of(a, split, plane, rows) + r
-        at = uint64(a.part + uint64((line * HEAD_DIM_V + column) * 4))
+        index = first_of(a, split, plane, rows) + r
+        at = uint64(a.part + uint64((index * HEAD_DIM_V + column) * 4))
         for n in range(4):
             store_f32(uint64(at + uint64(4 * n)), values[n])
         if column == 0:
-            store_f32(uint64(a.part_rows + uint64(line * 8)), maximum)
-            store_f32(uint64(a.part_rows + uint64(line * 8 + 4)), total)
+            store_f32(uint64(a.part_rows + uint64(index * 8)), maximum)
+            store_f32(uint64(a.part_rows + uint64(index * 8 + 4)), total)
 
     @inline
     def is_last(a, base, thread, plane):
-        """Whether all other splits of the plane are written; for all threads, and after their own writes."""
+        """Whether all other splits of the plane are stored. By all threads, after their own stores."""
         fence_gpu()
         cuda.syncthreads()
         if thread == 0:
-            before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(a.splits - 1))     # the last one leaves 0
+            before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(a.splits - 1))     # the last one wraps to 0
             store_shared_b32(base + PARTS, before)
         cuda.syncthreads()
         found = load_shared_b32(base + PARTS)
@@ -90,7 +92,7 @@ def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
 
     @inline
     def four(at, by_split, left):
-        """Of four splits, zeros where there are no more."""
+        """Four columns of each of four splits, zeros past the last."""
         return (one(at, left), one(uint64(at + by_split), int32(left - 1)), one(uint64(at + uint64(2) * by_split), int32(left - 2)),
                 one(uint64(at + uint64(3) * by_split), int32(left - 3)))
 
@@ -116,10 +118,10 @@ def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
         for n in range(a.splits):
             total += total_of(base, int32(first + n)) * decay(a, maximum_of(base, int32(first + n)), top)
         out = (float32(0), float32(0), float32(0), float32(0))
-        at = uint64(a.part + uint64(((line_of(a, 0, plane, rows) + r) * HEAD_DIM_V + column) * 4))
+        at = uint64(a.part + uint64(((first_of(a, 0, plane, rows) + r) * HEAD_DIM_V + column) * 4))
         by_split = uint64(int64(a.lines) * (HEAD_DIM_V * 4))
         n = int32(0)
-        while n < a.splits:         # eight on their way at a time
+        while n < a.splits:         # eight loads in flight
             left = int32(a.splits - n)
             x, y = four(at, by_split, left), four(uint64(at + uint64(4) * by_split), by_split, int32(left - 4))
             out = add_four(a, base, out, x, int32(first + n), left, top)
@@ -134,9 +136,9 @@ def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
             i = thread
             while i < rows * a.splits:      # row by row
                 r = divide(i, a.splits)
-                line = line_of(a, int32(i - r * a.splits), plane, rows) + r
-                put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(line * 8))))
-                put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(line * 8 + 4))))
+                index = first_of(a, int32(i - r * a.splits), plane, rows) + r
+                put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(index * 8))))
+                put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(index * 8 + 4))))
                 i = int32(i + THREADS)
             cuda.syncthreads()
             i = thread

@@ -1,4 +1,4 @@
-"""Arithmetic that Python operators do not reach: approximate functions, packed conversions (PTX ISA 9.7.3, 9.7.9.21)."""
+"""Arithmetic without a Python operator: approximate functions, packed conversions (PTX ISA 9.7.3, 9.7.9.21)."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +8,7 @@ from ..dsl.asm import F32, I32, emit, instruction
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    # 1 ulp
-# a product that is rounded, never made one instruction with a sum that follows
+# rounded by itself: never fused with a following addition
 product = instruction("mul.rn.f32 $0, $1, $2;", "ff", "f", pure=True)
 fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # a NaN operand loses
 CONVERT = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
@@ -40,6 +40,6 @@ def emit_abs(builder: Any, a: Any) -> Any:
 
 
 def emit_pack_half(builder: Any, low: Any, high: Any, dtype: str, positive: bool = False) -> Any:
-    """Two float32 rounded to 16 bits, in one 32-bit register; `positive`: 0 for negative ones."""
+    """Two float32 rounded to 16 bits, in one 32-bit register. `positive`: negative values become 0."""
     convert = CONVERT[dtype].replace("cvt.rn.", "cvt.rn.relu.") if positive else CONVERT[dtype]
     return emit(builder, I32, f"{convert} $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)

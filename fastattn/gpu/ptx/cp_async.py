@@ -1,8 +1,8 @@
-"""cp.async and the way back: tiles of rows between global memory and swizzled panels in shared memory (PTX ISA 9.7.9.25.3).
+"""Copies of tiles of rows: cp.async from global memory to swizzled panels in shared memory, and stores back (PTX ISA 9.7.9.25.3).
 
-A panel has 64 columns of 16 bits, rows of 128 bytes, chunk c of a row at place c ^ (row % 8) (ptx/mma.py). Eight neighbouring threads
-take the eight chunks of a row: 128 bytes of global memory together, and eight different places of shared memory. Whatever lies
-outside the tensor is not read and is 0 in shared memory, and is not written back.
+A panel has 64 columns of 16 bits: rows of 128 bytes, with chunk c of a row in slot c ^ (row % 8) (ptx/mma.py). Eight neighbouring threads
+copy the eight chunks of a row: 128 contiguous bytes of global memory, and eight different slots of shared memory. What lies outside the
+tensor is not read and becomes 0 in shared memory; it is not stored back.
 """
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numba.cuda.typing import signature
 
 from ..dsl.asm import I32, I64, VOID, emit, instruction, literals
 
-wait_all = instruction("cp.async.wait_all;")         # until this thread's copies so far have landed; others' after a barrier
+wait_all = instruction("cp.async.wait_all;")         # until this thread's copies have landed; those of others need a barrier, too
 copy16 = instruction("cp.async.cg.shared.global [$0], [$1], 16;", "rl")        # (to, from), both multiples of 16
 load_shared_b64 = instruction("ld.shared.b64 $0, [$1];", "r", "l")
 store_shared_b64 = instruction("st.shared.b64 [$0], $1;", "rl")
 
 _COPY = "cp.async.cg.shared.global.L2::128B [$0+{to}], [$1+{source}], 16, $2;"
-# up to $3 elements, $2 bytes apart; the others are 0 and not read
+# up to $3 elements, $2 bytes apart; the others are not read and are 0
 _GATHER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b64 s, $1; "
            + "".join(f"setp.gt.s32 p, $3, {k}; mov.b16 t{k}, 0; @p ld.global.b16 t{k}, [s]; add.s64 s, s, $2; " for k in range(8))
            + "".join(f"mov.b32 w{k}, {{{{t{2 * k}, t{2 * k + 1}}}}}; " for k in range(4))
@@ -36,10 +36,10 @@ _SCATTER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b
 def make_load(whole: bool) -> Any:
     """load_tile(to, source, by_row, by_dim, rows_left, columns_left, rows, pass_rows, panels, panel_bytes): one thread's part of a tile.
 
-    `to` and `source`: addresses of the thread's chunk in its first row; later ones are `pass_rows` (a multiple of 8) further.
-    by_row, by_dim: bytes between neighbours; rows_left, columns_left: how many exist, counted from the thread's first.
-    `whole`: chunks are contiguous, their addresses multiples of 16 bytes, and none has an end of a row inside: asynchronous copies,
-    to be committed and waited for. Otherwise element by element.
+    to, source: addresses of the thread's chunk in its first row; its next rows are `pass_rows` (a multiple of 8) further. by_row, by_dim:
+    strides in bytes. rows_left, columns_left: how many exist, counted from the thread's first.
+    whole: chunks are contiguous, 16-byte aligned, and no row ends inside one. Copies are then asynchronous, to be waited for. Otherwise
+    they are done element by element.
     """
     @intrinsic
     def load_tile(typingctx: Any, to: Any, source: Any, by_row: Any, by_dim: Any, rows_left: Any, columns_left: Any,
@@ -69,9 +69,9 @@ def make_load(whole: bool) -> Any:
 
 
 def make_store(whole: bool) -> Any:
-    """store_tile(source, to, by_row, by_dim, rows_left, columns_left, rows, panels, panel_bytes): the way back, by one warp.
+    """store_tile(source, to, by_row, by_dim, rows_left, columns_left, rows, panels, panel_bytes): store a tile from panels, by one warp.
 
-    Each pass is four rows: the thread's first row is lane / 8, its chunk lane % 8; `source` is the address of that chunk's place.
+    Four rows at a time: the thread's first row is lane / 8, its chunk lane % 8. source: shared address of that chunk.
     """
     @intrinsic
     def store_tile(typingctx: Any, source: Any, to: Any, by_row: Any, by_dim: Any, rows_left: Any, columns_left: Any,
@@ -80,17 +80,17 @@ def make_store(whole: bool) -> Any:
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             source, to, by_row, by_dim, rows_left, columns_left = args[:6]
-            places = [source, builder.xor(source, I32(64))]     # four rows on, row % 8 changes in its highest bit
+            sources = [source, builder.xor(source, I32(64))]    # four rows on, the highest bit of row % 8 changes
             for i in range(n // 4):
                 inside = builder.icmp_signed("<", I32(4 * i), rows_left)
                 for p in range(count):
                     left = builder.select(inside, builder.sub(columns_left, I32(64 * p)), I32(0))
                     at = p * panel + i * 512
                     if whole:
-                        emit(builder, VOID, _STORE.format(source=at, to=128 * p), "r,l,r,~{memory}", [places[i % 2], to, left])
+                        emit(builder, VOID, _STORE.format(source=at, to=128 * p), "r,l,r,~{memory}", [sources[i % 2], to, left])
                     else:
                         first = builder.add(to, builder.mul(by_dim, I64(64 * p)))
-                        emit(builder, VOID, _SCATTER.format(source=at), "r,l,l,r,~{memory}", [places[i % 2], first, by_dim, left])
+                        emit(builder, VOID, _SCATTER.format(source=at), "r,l,l,r,~{memory}", [sources[i % 2], first, by_dim, left])
                 to = builder.add(to, builder.mul(by_row, I64(4)))
             return context.get_dummy_value()
         return signature(types.none, types.int32, types.uint64, types.int64, types.int64, types.int32, types.int32,

@@ -1,10 +1,13 @@
-"""mma.sync with operands straight from global memory: no shared memory, no barrier, each thread's loads 16 bytes (PTX ISA 9.7.14.5.8).
+"""mma.sync with operands loaded from global memory to registers, 16 bytes a load: no shared memory, no barrier (PTX ISA 9.7.14.5.8).
 
-What a product sums over may come in any order, the same for both operands, and its columns may have any names. So lane 4 g + c reads whole
-chunks of 8 elements where the instruction's figure has pairs: of Q and K the chunks c, c + 4, ... of a row, whose first four elements stand
-for the columns (2 c, 2 c + 1, 2 c + 8, 2 c + 9) of a step of 16 and whose last four for those of the next; of V the chunks g, g + 8, ... of
-the keys (2 c, 2 c + 1, 2 c + 8, 2 c + 9), whose elements are the lane's column in eight products. K and V are then read in runs of 64 and
-128 bytes.
+An MMA sums over depth in any order, as long as both operands have the same one, and the columns of its result may be permuted. So lane
+4 g + c loads whole chunks of 8 elements where the instruction's figure has pairs:
+
+    Q, K    chunks c, c + 4, ... of a row. The first four elements of a chunk stand for columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of one
+            step of 16, the last four for those of the next step
+    V       chunks g, g + 8, ... of keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9. The elements of a chunk are the lane's column in eight MMAs
+
+K and V are then read in runs of 64 and 128 bytes.
 """
 from __future__ import annotations
 
@@ -22,21 +25,23 @@ from .mma import multiply
 
 
 def _load(builder: Any, address: Any, offset: int) -> list[Any]:
-    """Four words at an address that is a multiple of 16; they are read once, so the first-level cache need not keep them."""
+    """Four words at a 16-byte aligned address. They are read once and bypass the L1 cache."""
     text = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
     value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,l", [address])
     return [builder.extract_value(value, k) for k in range(4)]
 
 
 def _row(builder: Any, base: Any, by_row: Any, row: Any, last: Any) -> Any:
-    """Address of a row, of the last one where there is none."""
+    """Address of a row, or of the last row if it does not exist."""
     row = builder.select(builder.icmp_signed("<", row, last), row, last)
     return builder.add(base, builder.mul(builder.sext(row, I64), by_row))
 
 
 def _make_load(rows_of: Callable[[int], list[int]], apart: int) -> Any:
-    """load(base, by_row, row, last, count, chunks): of each row that rows_of(count) counts from `row`, `chunks` chunks, `apart` bytes from
-    one to the next; `base`: address of the first one in row 0."""
+    """load(base, by_row, row, last, count, chunks): `chunks` chunks, `apart` bytes apart, of rows row + n for n in rows_of(count).
+
+    base: address of the first chunk in row 0. last: the last row that exists.
+    """
     @intrinsic
     def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any) -> Any:
         n, wide = literals(count, chunks)
@@ -54,15 +59,18 @@ def _make_load(rows_of: Callable[[int], list[int]], apart: int) -> Any:
     return load
 
 
-# a lane's part of `count` times 8 rows of Q or K: `row` is g or its like, `base` of chunk c
+# a lane's part of 8 * count rows of Q or K: `row` is the first row plus g, `base` that of chunk c
 load_rows = _make_load(lambda count: [8 * t for t in range(count)], 64)
-# of `count` times 16 rows of V: `row` is 2 c or its like, `base` of chunk g
+# of 16 * count rows of V: `row` is the first row plus 2 c, `base` that of chunk g
 load_columns = _make_load(lambda count: [16 * u + k for u in range(count) for k in (0, 1, 8, 9)], 128)
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for 16 rows: acc_s = qk(acc_s, q0, q1, k), q0 and q1 of `load_rows` with a lane's rows g and g + 8;
-    acc_o = pv(acc_o, p, v), p packed, the columns of acc_o in the order that `store_output` undoes."""
+    """(qk, pv) for 16 rows.
+
+    acc_s = qk(acc_s, q0, q1, k): q0, q1, k from load_rows; q0 and q1 are the lane's rows g and g + 8
+    acc_o = pv(acc_o, p, v): p packed, v from load_columns. Columns of acc_o are permuted; store_output restores their order
+    """
     @intrinsic
     def qk(typingctx: Any, acc: Any, q0: Any, q1: Any, k: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -95,16 +103,16 @@ def make_products(dtype: str) -> tuple[Any, Any]:
 
 @intrinsic
 def store_output(typingctx: Any, acc: Any, address: Any, pitch: Any) -> Any:
-    """acc_o of pv as rows of float32 in shared memory; address: of column 16 c in the lane's row g; `pitch`: bytes from row to row."""
+    """Store acc_o of pv as float32 rows to shared memory. address: of column 16 c in the lane's row g. pitch: bytes between rows."""
     [row_bytes] = literals(pitch)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for h in range(acc.count // 32):
             for row in range(2):
-                # dims 64 h + 16 c + i are column 2 c of product i, the eight after them column 2 c + 1
-                line = [registers[4 * (8 * h + i) + 2 * row + column] for column in range(2) for i in range(8)]
+                # columns 64 h + 16 c + i of O are column 2 c of MMA i, the eight after them column 2 c + 1
+                values = [registers[4 * (8 * h + i) + 2 * row + column] for column in range(2) for i in range(8)]
                 for at in range(0, 16, 4):
-                    emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 256 * h + 4 * at, line[at:at + 4])
+                    emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 256 * h + 4 * at, values[at:at + 4])
         return context.get_dummy_value()
     return signature(types.none, acc, types.int32, pitch), generate

@@ -1,5 +1,5 @@
-"""stmatrix: a warp writes accumulator registers to shared memory as 8x8 tiles of 16 bits (PTX ISA 9.7.14.5.16); movmatrix turns one
-(9.7.14.5.17)."""
+"""stmatrix: a warp stores accumulator registers to shared memory as 8x8 tiles of 16 bits (PTX ISA 9.7.14.5.16). movmatrix transposes
+one such tile (9.7.14.5.17)."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +13,7 @@ from ..dsl.asm import I32, VOID, emit, literals, unpack
 
 @intrinsic
 def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: Any, panel_bytes: Any, count: Any, first: Any) -> Any:
-    """Panels `first` to `first + count` of a packed 16 x N accumulator of each warp, into 128-byte swizzled panels of 64 columns.
+    """Store panels [first, first + count) of each warp's packed 16 x N accumulator to 128-byte swizzled panels of 64 columns.
 
     row_address: shared address of this lane's row (lane % 16); lane_swizzle: ((row % 8) * 16) ^ (lane / 16 * 16).
     """
@@ -31,5 +31,5 @@ def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: An
 
 
 def emit_transpose(builder: Any, word: Any) -> Any:
-    """A warp's 8x8 tile of 16 bits, two neighbours of a row in each register, transposed."""
+    """Transpose a warp's 8x8 tile of 16 bits. Each register has two neighbours of a row."""
     return emit(builder, I32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word])

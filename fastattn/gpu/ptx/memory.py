@@ -23,7 +23,7 @@ store_b16 = instruction("{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t
 load_shared_b32 = instruction("ld.shared.b32 $0, [$1];", "r", "r")
 store_shared_b32 = instruction("st.shared.b32 [$0], $1;", "rr")
 store_shared_zero16 = instruction("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "r")
-# the old value; one more each time, and wrapping to 0 after `limit`
+# both return the old value. atomic_inc_wrap(address, limit) adds 1 and wraps to 0 after `limit`
 atomic_add_b32 = instruction("atom.global.add.u32 $0, [$1], $2;", "lr", "r")
 atomic_inc_wrap = instruction("atom.global.inc.u32 $0, [$1], $2;", "lr", "r")
 fence_gpu = instruction("fence.acq_rel.gpu;")
@@ -52,7 +52,7 @@ def halves(builder: Any, word: Any) -> tuple[Any, Any]:
 
 
 def load_scalar(dtype: str) -> Any:
-    """float32 of one element at a global address, whatever its floating dtype."""
+    """load(address): one element of `dtype` in global memory, as float32."""
     text = {"float32": "ld.global.f32 $0, [$1];", "float64": "{ .reg .f64 t; ld.global.f64 t, [$1]; cvt.rn.f32.f64 $0, t; }",
             "float16": "{ .reg .b16 t; ld.global.b16 t, [$1]; cvt.f32.f16 $0, t; }",
             "bfloat16": "{ .reg .b16 t, z; mov.b16 z, 0; ld.global.b16 t, [$1]; mov.b32 $0, {z, t}; }"}[dtype]
@@ -60,42 +60,42 @@ def load_scalar(dtype: str) -> Any:
 
 
 def emit_load_shared_pair(builder: Any, address: Any, offset: int) -> list[Any]:
-    """Two neighbouring float32 at a shared address, a multiple of 8, and a constant."""
+    """Load two neighbouring float32 at shared address + offset, a multiple of 8."""
     value = emit(builder, ir.LiteralStructType([F32, F32]), f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset}];", "=f,=f,r,~{memory}", [address])
     return [builder.extract_value(value, k) for k in range(2)]
 
 
 def emit_load_pair(builder: Any, address: Any, offset: int) -> list[Any]:
-    """Two neighbouring float32 at a global address, a multiple of 8, and a constant."""
+    """Load two neighbouring float32 at global address + offset, a multiple of 8."""
     value = emit(builder, ir.LiteralStructType([F32, F32]), f"ld.global.v2.f32 {{$0, $1}}, [$2+{offset}];", "=f,=f,l,~{memory}", [address])
     return [builder.extract_value(value, k) for k in range(2)]
 
 
 def emit_store_shared_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
-    """Four float32 at a shared address, a multiple of 16, and a constant."""
+    """Store four float32 at shared address + offset, a multiple of 16."""
     emit(builder, VOID, f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])
 
 
 def emit_add_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
-    """Adds four float32 to those at a global address, a multiple of 16, and a constant; in any order with other adds. Since sm_90."""
+    """Add four float32 atomically to those at global address + offset, a multiple of 16. In any order with other adds. Since sm_90."""
     emit(builder, VOID, f"red.relaxed.gpu.global.add.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "l,f,f,f,f,~{memory}", [address, *values])
 
 
 def emit_add_if(builder: Any, keep: Any, address: Any, value: Any) -> None:
-    """Adds a float32 to that at a global address, where the 32-bit `keep` is not 0; in any order with other adds."""
+    """Add a float32 atomically to that at a global address, if the 32-bit `keep` is not 0. In any order with other adds."""
     emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.relaxed.gpu.global.add.f32 [$0], $1; }", "l,f,r,~{memory}",
          [address, value, keep])
 
 
 def emit_load_vector(builder: Any, address: Any, offset: int) -> list[Any]:
-    """Four float32 at a global address, a multiple of 16, and a constant."""
+    """Load four float32 at global address + offset, a multiple of 16."""
     text = f"ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
     value = emit(builder, ir.LiteralStructType([F32] * 4), text, "=f,=f,=f,=f,l,~{memory}", [address])
     return [builder.extract_value(value, k) for k in range(4)]
 
 
 def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
-    """`size` bytes (1, 2 or 4) at a global address as a 32-bit value; 0 and no access where `inside` is false."""
+    """Load `size` bytes (1, 2 or 4) at a global address as a 32-bit value; 0 without an access if `inside` is false."""
     load = {1: "mov.b32 $0, 0; @p ld.global.u8 $0, [$1];", 2: "mov.u16 t, 0; @p ld.global.u16 t, [$1]; cvt.u32.u16 $0, t;",
             4: "mov.b32 $0, 0; @p ld.global.b32 $0, [$1];"}[size]
     text = f"{{ .reg .pred p; .reg .u16 t; setp.ne.u32 p, $2, 0; {load} }}"
@@ -103,7 +103,7 @@ def emit_load_if(builder: Any, inside: Any, pointer: Any, size: int) -> Any:
 
 
 def emit_load16_if(builder: Any, inside: Any, address: Any) -> list[Any]:
-    """Four 32-bit words at a global address, a multiple of 16; zeros and no access where `inside` is false."""
+    """Load four 32-bit words at a global address, a multiple of 16; zeros without an access if `inside` is false."""
     text = ("{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
             "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }")
     value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=&r,=&r,=&r,=&r,l,r", [address, builder.zext(inside, I32)])
@@ -111,13 +111,13 @@ def emit_load16_if(builder: Any, inside: Any, address: Any) -> list[Any]:
 
 
 def emit_store16_if(builder: Any, keep: Any, address: Any, words: list[Any]) -> None:
-    """Four 32-bit words to a global address that is a multiple of 16, where the 32-bit `keep` is not 0."""
+    """Store four 32-bit words at a global address, a multiple of 16, if the 32-bit `keep` is not 0."""
     emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.b32 [$0], {$1, $2, $3, $4}; }", "l,r,r,r,r,r,~{memory}",
          [address, *words, keep])
 
 
 def emit_store_halves_if(builder: Any, keep_low: Any, keep_high: Any, address: Any, word: Any) -> None:
-    """The two halves of a word one by one, each where its `keep` is not 0; the address is 2-byte aligned."""
+    """Store the two halves of a word, each if its `keep` is not 0. The address is 2-byte aligned."""
     text = ("{ .reg .pred p; .reg .b16 t, u; mov.b32 {t, u}, $1; setp.ne.u32 p, $2, 0; @p st.global.b16 [$0], t; "
             "setp.ne.u32 p, $3, 0; @p st.global.b16 [$0+2], u; }")
     emit(builder, VOID, text, "l,r,r,r,~{memory}", [address, word, keep_low, keep_high])

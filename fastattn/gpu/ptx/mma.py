@@ -1,9 +1,9 @@
 """mma.sync: a warp multiplies 16 x 16 by 16 x 8, operands float16 or bfloat16, sums float32 (PTX ISA 9.7.14.5.8, ldmatrix 9.7.14.5.15).
 
-Operands wait in shared memory as panels of 64 columns: rows of 128 bytes, whose 16-byte chunk c lies at place c ^ (row % 8). ldmatrix
-reads eight rows at one c, which are eight different places: all 32 banks once, no conflict. An x4 load reads a 16 x 16 piece; where
-its four 8x8 tiles go decides which row and chunk a lane names (`lane_offset`). The next 16 columns are the next pair of chunks: the
-same address with bits 5 and 6 changed.
+Operands are in shared memory as panels of 64 columns: rows of 128 bytes, with 16-byte chunk c in slot c ^ (row % 8). ldmatrix reads
+chunk c of eight rows, which is in eight different slots: each of the 32 banks once, no conflict. An x4 load reads a 16 x 16 piece. The
+order of its four 8x8 tiles decides which row and chunk a lane addresses (`lane_offset`). The next 16 columns are the next pair of chunks:
+the same address with bits 5 and 6 changed.
 """
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from ..dsl.inline import inline
 from .memory import emit_add_vector, emit_load_vector
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
-AHEAD = 2       # ldmatrix issued before the products that use it: two take some 30 cycles, as eight products do
+AHEAD = 2       # ldmatrix are issued so many ahead of their MMAs: two take some 30 cycles, as long as eight MMAs
 
 
 @inline
 def lane_offset(thread):
-    """Bytes from a panel, whose address is a multiple of 128, to what this thread's lane names of a piece's 8x8 tiles in the order
-    (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B operands stored depth x N."""
+    """This lane's ldmatrix offset in a 16 x 16 piece of a panel, whose address is a multiple of 128.
+
+    8x8 tiles are in the order (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): an A operand, and with .trans two B
+    operands stored depth x N.
+    """
     return int32((thread & 15) * 128 + ((((thread >> 4) & 1) ^ (thread & 7)) << 4))
 
 
 @inline
 def lane_offset_b(thread):
-    """The same in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
+    """lane_offset in the order (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15): two B operands stored N x depth, as K is.
 
-    B has to come in two neighbouring registers: another order costs moves.
+    The two registers of a B operand are then neighbours. Another order costs moves.
     """
     return int32((((thread >> 4) & 1) * 8 + (thread & 7)) * 128 + ((((thread >> 3) & 1) ^ (thread & 7)) << 4))
 
@@ -53,7 +56,7 @@ def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Call
 
     def load(row16: int, column16: int) -> list[Any]:
         chunk = 32 * (column16 % 4)
-        if chunk != last["chunk"]:      # made anew, not kept: a register is worth more than an instruction
+        if chunk != last["chunk"]:      # recomputed, not kept: a register is worth more than an instruction
             last.update(chunk=chunk, at=emit(builder, I32, f"xor.b32 $0, $1, {chunk};", "=r,r", [address]) if chunk else address)
         return _ldmatrix(builder, last["at"], column16 // 4 * panel + row16 * 2048, trans)
     return load
@@ -68,7 +71,7 @@ def multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any
 
 def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Callable[[int], list[list[Any]]],
               load_b: Callable[[int, int], list[Any]], steps: int) -> list[Any]:
-    """acc (tiles x 16 rows by N) + A B over `steps` of 16; loads run AHEAD of the products.
+    """acc (tiles x 16 rows by N) + A B over `steps` of 16. Loads are issued AHEAD of the MMAs.
 
     load_a(step) -> four registers for each tile; load_b(step, j) -> the 16 x 16 piece for columns 16 j.
     """
@@ -105,10 +108,10 @@ def load_rows(typingctx: Any, address: Any, tiles: Any, depth: Any, panel_bytes:
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for 16-bit `dtype`. Fragments of `tiles` x 16 rows are those of 16 rows one after another (see `part`)."""
+    """(qk, pv) for 16-bit `dtype`. A fragment of `tiles` x 16 rows is a sequence of fragments of 16 rows (see fragments.part)."""
     @intrinsic
     def qk(typingctx: Any, acc: Any, q: Any, k: Any, tiles: Any, depth: Any, q_panel: Any, k_panel: Any) -> Any:
-        """acc + Q K^T over `depth` columns; `k` this lane's shared address, `q` that or what load_rows returned."""
+        """acc + Q K^T over `depth` columns. k: this lane's shared address. q: the same, or the registers from load_rows."""
         t, d, panel_q, panel_k = literals(tiles, depth, q_panel, k_panel)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -129,7 +132,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, v: Any, tiles: Any, v_panel: Any) -> Any:
-        """acc + P V; `p` packed probabilities, `v` this lane's shared address."""
+        """acc + P V. p: packed probabilities. v: this lane's shared address."""
         t, panel = literals(tiles, v_panel)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -144,7 +147,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
 
 @intrinsic
 def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes: Any) -> Any:
-    """A packed fragment of 16 rows into swizzled panels; `address` of the first row. Four lanes write a chunk, eight rows all banks."""
+    """Store a packed fragment of 16 rows to swizzled panels. address: of the first row. Four lanes store a chunk, eight rows all banks."""
     [panel] = literals(panel_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -159,24 +162,24 @@ def store_rows(typingctx: Any, packed: Any, address: Any, lane: Any, panel_bytes
     return signature(types.none, packed, types.int32, types.int32, panel_bytes), generate
 
 
-# ---------------------------------------------------------------- operands that a warp wrote for the others
-# A fragment rounded to 16 bits waits in shared memory as 8x8 tiles of 128 bytes, eight rows of 16: lines of tiles, `line` bytes from one to
-# the next. A lane writes word `lane` of a tile and ldmatrix reads whole tiles, as they are or transposed: no conflict, no swizzle.
+# ---------------------------------------------------------------- operands that a warp stores for the others
+# A fragment rounded to 16 bits is stored to shared memory as 8x8 tiles of 128 bytes, eight rows of 16 bytes. Tiles form lines, `line` bytes
+# apart. A lane stores word `lane` of a tile, and ldmatrix reads whole tiles, as they are or transposed: no bank conflict, no swizzle.
 @inline
 def tiles_lane(thread, line):
-    """Bytes from a 16 x 16 piece of tiles to what this thread's lane names of it: an A operand whose rows are lines."""
+    """This lane's ldmatrix offset in a 16 x 16 piece of tiles: an A operand whose rows are lines."""
     return int32(((thread >> 3) & 1) * line + ((thread >> 4) & 1) * 128 + (thread & 7) * 16)
 
 
 @inline
 def tiles_lane_trans(thread, line):
-    """The same for an A operand whose rows are columns of the tiles."""
+    """This lane's ldmatrix offset for an A operand whose rows are columns of the tiles."""
     return int32(((thread >> 3) & 1) * 128 + ((thread >> 4) & 1) * line + (thread & 7) * 16)
 
 
 @intrinsic
 def store_tiles(typingctx: Any, packed: Any, address: Any, line_bytes: Any) -> Any:
-    """A packed fragment of 16 rows into two lines of tiles; `address` of the first tile plus 4 * lane."""
+    """Store a packed fragment of 16 rows to two lines of tiles. address: of the first tile, plus 4 * lane."""
     [line] = literals(line_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -189,8 +192,8 @@ def store_tiles(typingctx: Any, packed: Any, address: Any, line_bytes: Any) -> A
 def make_tiles_product(dtype: str, TRANS: bool) -> Any:
     """product(acc, a, b, tiles, depth, line_bytes, step16, b_panel): acc + A B for 16-bit `dtype`.
 
-    A is `tiles` x 16 rows by `depth` in 8x8 tiles, transposed if TRANS; B is stored depth x N in panels, as V is. Of the columns of B the
-    product has 16, then those `step16` * 16 further, and so on. `a` and `b`: this lane's shared addresses.
+    A has `tiles` x 16 rows by `depth`, in 8x8 tiles, transposed if TRANS. B is stored depth x N in panels, as V is. The result has 16 of
+    every 16 * step16 columns of B. a, b: this lane's shared addresses.
     """
     @intrinsic
     def product(typingctx: Any, acc: Any, a: Any, b: Any, tiles: Any, depth: Any, line_bytes: Any, step16: Any, b_panel: Any) -> Any:
@@ -209,7 +212,7 @@ def make_tiles_product(dtype: str, TRANS: bool) -> Any:
 
 @intrinsic
 def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16: Any, step16: Any, panel_bytes: Any) -> Any:
-    """As store_rows, to columns 16 * first16 (first16 < step16), then those 16 * step16 further, and so on; step16 is 1, 2 or 4."""
+    """store_rows to 16 of every 16 * step16 columns, from column 16 * first16 on (first16 < step16). step16 is 1, 2 or 4."""
     step, panel = literals(step16, panel_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -227,11 +230,11 @@ def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16:
 
 
 # ---------------------------------------------------------------- sums in global memory
-# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, which 32 lanes hold four of each. With vectors
-# (red.v4, since sm_90) a lane's four are neighbours; without them word k of all lanes are, so that either way an instruction adds to
-# neighbours (PTX ISA 9.7.13.7).
-def _places(register: int, step: int, vector: bool) -> int:
-    """Byte of a register of 16 rows by columns 0-15, then those 16 * step further, and so on, from the lane's first."""
+# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, of which each of 32 lanes has four values.
+# With vectors (red.v4, since sm_90) a lane's four are contiguous. Without them the k-th values of all lanes are. Either way an instruction
+# adds to contiguous memory (PTX ISA 9.7.13.7).
+def _sum_offset(register: int, step: int, vector: bool) -> int:
+    """Byte offset of a register from the lane's first, in a fragment of 16 rows by 16 of every 16 * step columns."""
     group, k = register // 4, register % 4
     column16 = group // 2 * step
     return column16 // 4 * 16384 + column16 % 4 * 1024 + group % 2 * 512 + (4 if vector else 128) * k
@@ -239,15 +242,18 @@ def _places(register: int, step: int, vector: bool) -> int:
 
 @intrinsic
 def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, vector: Any) -> Any:
-    """Add a fragment of `tiles` x 16 rows to sums in memory, in any order with others; `address` of its first piece (of one of four in a
-    panel of 64 columns, then the next), plus 1024 * first column / 16, plus the lane's 16 * lane with `vector`, 4 * lane without."""
+    """Add a fragment of `tiles` x 16 rows atomically to sums in memory, in any order with others.
+
+    address: of its first piece (a panel of 64 columns has four pieces), plus 1024 * first column / 16, plus 16 * lane with `vector`, else
+    4 * lane.
+    """
     t, step, vectors = literals(tiles, step16, vector)
     count = acc.count // t
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for n in range(0, acc.count, 4 if vectors else 1):
-            at = n // count * 4096 + _places(n % count, step, bool(vectors))
+            at = n // count * 4096 + _sum_offset(n % count, step, bool(vectors))
             if vectors:
                 emit_add_vector(builder, args[1], at, registers[n:n + 4])
             else:
@@ -258,12 +264,12 @@ def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, ve
 
 @intrinsic
 def load_sums(typingctx: Any, address: Any, vector: Any) -> Any:
-    """A piece of sums as a fragment of 16 x 64; the lane's first address, as in add_sums."""
+    """Load a piece of sums as a fragment of 16 x 64. address: the lane's first, as in add_sums."""
     [vectors] = literals(vector)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if vectors:
             return pack(builder, [x for j in range(8) for x in emit_load_vector(builder, args[0], 512 * j)])
-        return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_places(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
+        return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_sum_offset(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
                               for k in range(32)])
     return signature(types.UniTuple(types.float32, 32), types.uint64, vector), generate

@@ -1,6 +1,6 @@
 """Single elements of any dtype in global memory, and vectors of 16 bytes or less in shared memory (PTX ISA 9.7.9.8, 9.7.9.11).
 
-`compute` is the dtype of the arithmetic, "float32" or "float64": values arrive as that and leave from that.
+`compute` is the dtype of the arithmetic, "float32" or "float64": loads convert to it, stores from it.
 """
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _TO_COMPUTE = {("float16", "float32"): "cvt.f32.f16 $0, t;", ("bfloat16", "float
 _FROM_COMPUTE = {("float32", "float16"): "cvt.rn.f16.f32", ("float32", "bfloat16"): "cvt.rn.bf16.f32",
                  ("float32", "float64"): "cvt.f64.f32", ("float64", "float32"): "cvt.rn.f32.f64"}
 
-# load_flag(address, inside): one byte, 0 and no access where `inside` is 0
+# load_flag(address, inside): one byte; 0 without an access if `inside` is 0
 load_flag = instruction("{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }", "lr", "r")
 
 
 @cache
 def rounded_product(compute: str) -> Any:
-    """x * y of the arithmetic, rounded: never made one instruction with a sum that follows."""
+    """x * y, rounded by itself: never fused with a following addition."""
     letter = _LETTER[compute]
     return instruction(f"mul.rn.{_BITS[compute]} $0, $1, $2;", 2 * letter, letter, pure=True)
 
 
 @cache
 def load_if(dtype: str, compute: str) -> Any:
-    """load(address, inside): an element of `dtype` in global memory, 0 and no access where `inside` is 0."""
+    """load(address, inside): an element of `dtype` in global memory; 0 without an access if `inside` is 0."""
     bits, guard = _BITS[dtype], ".reg .pred p; setp.ne.b32 p, $2, 0;"
     if dtype == compute:
         text = f"{{ {guard} mov.b{bits[1:]} $0, 0; @p ld.global.{bits} $0, [$1]; }}"
@@ -48,8 +48,8 @@ def load_if(dtype: str, compute: str) -> Any:
 
 @cache
 def load_chunk(dtype: str) -> Any:
-    """load(address, inside): the 16 bytes at an aligned global address as a tuple of 8, 4 or 2 numbers of the arithmetic; zeros and no
-    access where `inside` is 0."""
+    """load(address, inside): the 16 bytes at an aligned global address, converted to a tuple of 8, 4 or 2 numbers; zeros without an access
+    if `inside` is 0."""
     wide = dtype == "float64"
     words, letter, zero, kind = (2, "d", "0d0000000000000000", F64) if wide else (4, "r", "0", I32)
     bits, count = "f64" if wide else "b32", {"float64": 2, "float32": 4}.get(dtype, 8)
@@ -75,7 +75,7 @@ def load_chunk(dtype: str) -> Any:
 
 @cache
 def store(dtype: str, compute: str) -> Any:
-    """store(address, value): rounded to an element of `dtype` in global memory."""
+    """store(address, value): round to an element of `dtype` in global memory."""
     if dtype == compute:
         return instruction(f"st.global.{_BITS[dtype]} [$0], $1;", "l" + _LETTER[compute])
     bits = _BITS[dtype]
@@ -84,13 +84,13 @@ def store(dtype: str, compute: str) -> Any:
 
 @cache
 def store_shared(compute: str) -> Any:
-    """store(address, value) at a shared address."""
+    """store(address, value): at a shared address."""
     return instruction(f"st.shared.{_BITS[compute]} [$0], $1;", "r" + _LETTER[compute])
 
 
 @cache
 def load_shared(compute: str, count: int) -> Any:
-    """load(address): a tuple of `count` = 1, 2 or 4 neighbours at a shared address that is a multiple of their size."""
+    """load(address): a tuple of `count` (1, 2 or 4) neighbours at a shared address, a multiple of their size."""
     kind, numba_kind = (F64, types.float64) if compute == "float64" else (F32, types.float32)
     letter = _LETTER[compute]
     text = f"ld.shared.{_BITS[compute]} $0, [$1];" if count == 1 else \

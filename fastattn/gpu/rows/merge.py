@@ -1,9 +1,9 @@
 """merge_states on the GPU: partial results over disjoint keys become one, out = sum(exp(lse_n - lse) out_n) (Milakov and Gimelshein 2018).
 
-A launch for each part, which a block for each row adds to the sum so far: rows in the arithmetic's dtype, scaled so that their weights add
-up to 1, and the log of their total weight in two numbers, the largest lse and the sum of exp(lse_n - largest). One number would not do: a
-large lse has no room for the log of a sum, and the next part would count as much as all before it. The first launch finds no sum, the last
-rounds.
+One launch for each part, one block for each row: the block adds the part to the sum so far. The sum is in the dtype of the arithmetic, and
+the weights of its parts add up to 1. The log of their total weight is kept in two numbers, the largest lse and the sum of
+exp(lse_n - largest). In one number, log(sum) would be lost below the precision of a large lse, and the next part would get the same weight
+as all parts before it. The first launch starts the sum, the last one rounds it.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .config import MERGE_THREADS as THREADS
 
 
 def make_add_part(dtype: str) -> Any:
-    """The kernel."""
+    """The kernel that adds one part."""
     wide = dtype == "float64"
     compute, REAL, SIZE = ("float64", float64, 8) if wide else ("float32", float32, 4)
     INF, NEG_INF = REAL(math.inf), REAL(-math.inf)
@@ -26,7 +26,10 @@ def make_add_part(dtype: str) -> Any:
 
     @inline
     def weights(before, total, new):
-        """(the sum's, the part's, the largest lse, the sum of exp(lse_n - largest)); `before` and `total`: those two so far."""
+        """(weight of the sum, weight of the part, the largest lse, the sum of exp(lse_n - largest)).
+
+        before, total: the last two so far. new: lse of the part.
+        """
         top = max(before, new)
         if top == NEG_INF:
             return REAL(0), REAL(0), NEG_INF, REAL(0)
@@ -44,21 +47,21 @@ def make_add_part(dtype: str) -> Any:
         new, before = load_real(at, int32(1)), load_real(state, int32(1 - a.first))
         if a.first != 0:
             before = NEG_INF
-        if new == INF:      # FlashAttention's mark of a row that saw nothing
+        if new == INF:      # FlashAttention's lse of a row that attends no key
             new = NEG_INF
         share0, share1, top, total = weights(before, load_real(uint64(state + SIZE), int32(1 - a.first)), new)
-        cuda.syncthreads()      # all have read them
+        cuda.syncthreads()      # until all threads have read the sum's state
         part = int64(a.part) + batch * a.part_batch + row * a.part_row + head * a.part_head
         out = int64(a.out) + batch * a.out_batch + row * a.out_row + head * a.out_head
         for column in range(thread, a.dim, THREADS):
-            place = uint64(int64(a.sum) + (int64(line) * a.dim + column) * SIZE)
-            # what a part that saw nothing holds does not matter
+            sum_at = uint64(int64(a.sum) + (int64(line) * a.dim + column) * SIZE)
+            # a part of weight 0 is not read: it may hold NaN
             x = load(uint64(part + column * a.part_dim), int32(1) if share1 != REAL(0) else int32(0)) * share1
-            x += load_real(place, int32(1) if share0 != REAL(0) else int32(0)) * share0
+            x += load_real(sum_at, int32(1) if share0 != REAL(0) else int32(0)) * share0
             if a.last != 0:
                 put(uint64(out + column * a.out_dim), x)
             else:
-                put_real(place, x)
+                put_real(sum_at, x)
         if thread == 0:
             if a.last != 0:
                 lse = NEG_INF if total == REAL(0) else top + math.log(total)

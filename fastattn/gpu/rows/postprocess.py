@@ -1,7 +1,7 @@
-"""What a backward with float32 sums does last: rounds them to the gradient's dtype.
+"""The last kernel of a backward with float32 sums: round them to the gradient's dtype.
 
-dq: a sum was made of pieces of 16 rows by 64 columns (gradients.py): a block of 64 rows has DIM / 64 panels of four pieces. A warp takes a
-piece, in registers the fragment that was stored, and writes rows of dq. dbias: sums of dbias's own shape, contiguous.
+dq: sums are in pieces of 16 rows by 64 columns (tile/gradients.py); 64 rows have DIM / 64 panels of four pieces. A warp loads a piece as
+the fragment that was stored, and stores rows of dq. dbias: sums have dbias's own shape, contiguous.
 """
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..ptx.memory import load_f32
 from ..ptx.mma import load_sums
 from ..ptx.scalar import store
 from ..spec import Spec
-from ..tile.fragments import make_pack, scale_rows, store_rows, store_whole_rows
+from ..tile.fragments import lane_row, make_pack, scale_rows, store_rows, store_whole_rows, thread_col
 from ..tile.gradients import PIECE
 from .config import ROUND_THREADS as THREADS
 from .preprocess import make_row_at
 
 
 def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
-    """The kernel. VECTOR: a lane's numbers are side by side (mma.add_sums). WHOLE: rows of dq are DIM columns, 16-byte aligned."""
+    """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM columns and are 16-byte aligned."""
     PANELS, PACKED, LANE_BYTES = DIM // 64, spec.packed, 16 if VECTOR else 4
     to_half, row_at = make_pack(spec.dtype), make_row_at(spec)
 
@@ -35,11 +35,11 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
             p = int32(block * 64 - int64(line) * a.rows) + (number & 3) * 16
             batch = int32(0) if PACKED else divide(line, a.num_heads)
             head = line if PACKED else int32(line - batch * a.num_heads)
-            acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)    # on its way meanwhile
+            acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)    # in flight during row_at
             first, count, _ = row_at(a, int32(p))
             if count > 0:
                 packed = to_half(scale_rows(acc, a.grad_scale, a.grad_scale))
-                row, col = int32(lane >> 2), int32((lane & 3) * 2)
+                row, col = lane_row(lane), thread_col(lane)
                 dim = int32((number >> 2) * 64 + col)
                 address = uint64(int64(a.dq) + batch * a.dq_batch + head * a.dq_head + int64(first + row) * a.dq_row + 2 * dim)
                 next_row = uint64(address + uint64(8 * a.dq_row))

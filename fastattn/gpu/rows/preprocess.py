@@ -1,16 +1,16 @@
-"""What every backward does first: delta of each query row, and lse where tiles of rows can be copied blindly.
+"""The first kernel of every backward: delta of each query row, and a copy of lse with padding.
 
     delta = sum(dout * out) - dlse          lse, and for some lse in units of log2     of each row, float32 (float64 for float64 problems)
 
-They go to lines of rows in temporary memory, a line for each (batch, head); packed: for each head, with all sequences one after the
-other. A sequence starts at a multiple of PADDING and its rows are followed by rows that are nobody's up to the next one, so that a
-tile of rows, if its size divides PADDING, may be read whole:
+They are stored in temporary memory, one line of rows for each (batch, head). Packed: one line for each head, with all sequences one after
+the other. A sequence starts at a multiple of PADDING and is followed by padding rows up to the next sequence. So a tile of rows whose
+size divides PADDING can be read whole, without bounds checks:
 
     dense     line batch * num_heads + head, of ceil(seqlen_q / PADDING) * PADDING rows; the sequence starts at row 0
-    packed    line head; sequence b starts at row padded_start(q_start, b), rows of no sequence count as one sequence more
+    packed    line head; sequence b starts at row padded_start(q_start, b); rows of no sequence count as one more sequence
 
-Rows that are nobody's and rows that saw nothing have lse = +inf and delta = 0: exp(s - lse) is 0 there whatever else memory holds. In
-units of log2, far rows have FAR_LSE: gradients.py says why. dsinks, too, needs nothing but lse and delta.
+Padding rows and rows that attend no key have lse = +inf and delta = 0: exp(s - lse) is 0 there, whatever else memory holds. In units of
+log2, far rows have FAR_LSE: tile/gradients.py says why. dsinks needs only lse and delta.
 """
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from .config import PADDING, SINK_THREADS
 from .config import PREPROCESS_ROWS as BLOCK_ROWS
 from .config import PREPROCESS_THREADS as THREADS
 
-ROWS_AT_ONCE = 4            # of a thread, so that its loads travel together
+ROWS_AT_ONCE = 4            # rows of a thread whose loads are in flight together
 
 
 # ---------------------------------------------------------------- where rows are
 def make_padded_start(PADDING: int) -> Any:
-    """padded_start(q_start, batch): the row of a line where a packed sequence starts. Neighbours never meet: the next one starts at
-    least PADDING later than the last multiple of it before this one's end."""
+    """padded_start(q_start, batch): the row of a line where a packed sequence starts.
+
+    Sequences do not overlap: the next one starts at least PADDING after the last multiple of PADDING before this one's end.
+    """
     @inline
     def padded_start(q_start, batch):
         return int32(divide(int32(q_start + PADDING * batch), PADDING) * PADDING)
@@ -44,7 +46,7 @@ def make_padded_start(PADDING: int) -> Any:
 
 
 def make_first_row(spec: Spec) -> Any:
-    """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Fields: rows (of a line)."""
+    """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Argument: rows, of a line."""
     PACKED, padded_start = spec.packed, make_padded_start(PADDING)
 
     @inline
@@ -57,12 +59,12 @@ def make_first_row(spec: Spec) -> Any:
 
 
 def make_row_at(spec: Spec) -> Any:
-    """row_at(a, p): row p of a line -> row of the arrays, how many rows from there on exist, and 1 if they are of a sequence, else 0."""
+    """row_at(a, p): row p of a line -> (row of the arrays, how many rows exist from there on, 1 if they belong to a sequence, else 0)."""
     PACKED, padded_start = spec.packed, make_padded_start(PADDING)
 
     @inline
     def row_at(a, p):
-        if PACKED:      # the last sequence that starts before; number a.batch are rows of none
+        if PACKED:      # the last sequence that starts at p or before; a.batch stands for rows of no sequence
             low, high = int32(0), int32(a.batch)
             while low < high:
                 middle = int32((low + high + 1) >> 1)
@@ -81,8 +83,8 @@ def make_row_at(spec: Spec) -> Any:
 
 # ---------------------------------------------------------------- delta and lse
 def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool) -> Any:
-    """The kernel. A block takes BLOCK_ROWS rows of a line; neighbouring lanes share a row, 16 bytes each at a time when WHOLE: rows of
-    dout and out are aligned pieces of 16 bytes."""
+    """The kernel. A block has BLOCK_ROWS rows of a line, and neighbouring lanes share a row. WHOLE: rows of dout and out are 16-byte
+    aligned, and a lane loads 16 bytes at a time."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
@@ -96,7 +98,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
     @inline
     def product(dout, out):
-        """Selected: a row that saw nothing has out = 0, whatever its dout holds."""
+        """dout * out, by a select: a row that attends no key has out = 0, and its dout may be NaN."""
         return dout * out if out != REAL(0) else REAL(0)
 
     @inline
@@ -116,9 +118,9 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
     @inline
     def in_log2(lse):
-        """NaN and infinities stay what they are."""
+        """lse in units of log2. NaN and infinities are kept."""
         x = lse * REAL(LOG2E)
-        if abs(lse) < REAL(1e-30):      # as small as FAR_LSE
+        if abs(lse) < REAL(1e-30):      # could be mistaken for FAR_LSE
             x = REAL(0)
         return REAL(FAR_LSE) if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF else x
 
@@ -132,21 +134,21 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
     def kernel(a):
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
-        rest = divide(t, a.num_heads)                       # heads side by side: their rows are neighbours in memory
+        rest = divide(t, a.num_heads)                       # neighbouring blocks are heads of the same rows, neighbours in memory
         head, batch = int32(t - rest * a.num_heads), divide(rest, a.chunks)
         p0 = int32((rest - batch * a.chunks) * BLOCK_ROWS)
         line = int64(head) if PACKED else int64(batch) * int64(a.num_heads) + int64(head)
         lane, first = int32(thread % LANES), int32(p0 + thread // LANES)
         dout, out = int64(a.dout) + batch * a.dout_batch + head * a.dout_head, int64(a.out) + batch * a.out_batch + head * a.out_head
         lse_in, dlse = int64(a.lse_in) + batch * a.lse_batch + head * a.lse_head, int64(a.dlse) + batch * a.dlse_batch + head * a.dlse_head
-        row0, count0, owned = row_at(a, p0)                 # a block's rows are all of one sequence
+        row0, count0, owned = row_at(a, p0)                 # a block's rows belong to one sequence
         rows, insides = cuda.local.array(AT_ONCE, int32), cuda.local.array(AT_ONCE, int32)
         parts, lses, dlses = cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL), cuda.local.array(AT_ONCE, REAL)
         for i0 in range(0, BLOCK_ROWS // PASS, AT_ONCE):
             for i in range(AT_ONCE):
                 behind = int32(first - p0 + (i0 + i) * PASS)
                 rows[i], insides[i] = int32(row0 + behind), int32((behind < count0) & (owned != 0))
-            for i in range(AT_ONCE):                        # all lanes of a row, before its products: one wait for all of it
+            for i in range(AT_ONCE):                        # by all lanes of a row, before its sum: one memory latency for both
                 lses[i] = load_real(uint64(lse_in + rows[i] * a.lse_row), insides[i])
                 dlses[i] = load_real(uint64(dlse + rows[i] * a.dlse_row), insides[i]) if DLSE else REAL(0)
             for i in range(AT_ONCE):
@@ -157,7 +159,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                 if lane == 0 and p < a.rows:
                     lse = lses[i]
                     nothing = insides[i] == 0 or lse == -INF
-                    # a row whose lse is +inf or NaN has NaN gradients; +inf itself means here that it saw nothing
+                    # an lse of +inf or NaN gives NaN gradients; here +inf is the mark of a row that attends no key
                     lse = INF if nothing else lse + (lse - lse)
                     put(uint64(int64(a.out_lse) + at * SIZE), lse)
                     if IN_LOG2:
@@ -172,7 +174,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
 # ---------------------------------------------------------------- dsinks
 def make_dsinks(spec: Spec) -> Any:
-    """The kernel: a block a head sums -exp(sink - lse) * delta over its rows, in the same order every time."""
+    """The kernel: one block a head sums -exp(sink - lse) * delta over its rows, always in the same order."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     assert spec.sinks is not None
@@ -188,7 +190,7 @@ def make_dsinks(spec: Spec) -> Any:
             for row in range(thread, a.rows, SINK_THREADS):
                 lse = load_real(uint64(int64(a.row_lse) + (at + row) * SIZE), int32(1))
                 delta = load_real(uint64(int64(a.row_delta) + (at + row) * SIZE), int32(1))
-                total -= (REAL(1) if sink > lse else math.exp(sink - lse)) * delta      # lse is the sink or more, but for rounding
+                total -= (REAL(1) if sink > lse else math.exp(sink - lse)) * delta      # only by rounding can the sink exceed lse
         sums[thread] = total
         cuda.syncthreads()
         half = int32(SINK_THREADS // 2)

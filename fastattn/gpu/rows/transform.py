@@ -2,11 +2,12 @@
 
     qkv (batch, seqlen, 3 * num_heads * head_dim)   <->   q, k, v (batch, num_heads, seqlen, head_dim)
 
-A warp takes 32 vectors of 16 bytes, 512 bytes side by side, of ROWS rows, whose loads travel together; which of q, k and v its columns
-are, their head and their bias are found once. A block is WARPS such stretches of rows, one below the other. Where head_dim, an address
-or a stride is no multiple of 16 bytes, a vector is one element. Packed: the rows of qkv of one sequence after the other.
+A warp has 32 vectors of 16 bytes, 512 contiguous bytes, of ROWS rows, whose loads are in flight together. It finds once which of q, k
+and v its columns belong to, their head and their bias. A block has WARPS such groups of rows. If head_dim, an address or a stride is
+not a multiple of 16 bytes, a vector is one element. Packed: qkv has the rows of one sequence after the other.
 
-The backward takes LOOPS such blocks of rows and leaves their sum, which a second kernel adds up: always in the same order.
+In the backward a block loops over LOOPS such groups of rows and stores the sum of their gradients. A second kernel adds up these partial
+sums, always in the same order.
 """
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def store_chunk(dtype: str) -> Any:
 
 
 def make_access(dtype: str, WHOLE: bool) -> tuple[Any, Any]:
-    """(load, put): x = load(address, inside), zeros and no access where `inside` is 0; put(address, x)."""
+    """(load, put): x = load(address, inside), zeros without an access if `inside` is 0; put(address, x)."""
     if WHOLE:
         return load_chunk(dtype), store_chunk(dtype)
     compute = compute_of(dtype)
@@ -91,9 +92,9 @@ def compute_of(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-# ---------------------------------------------------------------- what both directions share
+# ---------------------------------------------------------------- shared by both directions
 def make_column(VECTOR: int) -> Any:
-    """column_of(a, c) -> which of q, k and v vector c of a row belongs to, the head, and its first number's place in it."""
+    """column_of(a, c), of vector c of a row -> (0, 1 or 2 for q, k or v; the head; the vector's first index in head_dim)."""
     @inline
     def column_of(a, c):
         width, element = int32(a.num_heads * a.head_dim), int32(c * VECTOR)
@@ -111,7 +112,7 @@ def select(part, q, k, v):
 
 # ---------------------------------------------------------------- forward
 def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
-    """The kernel. Rows are those of q, k and v, sequence after sequence, with their padding; `columns` are vectors of a row of qkv."""
+    """The kernel. Its rows are those of q, k and v, with the padding of each sequence. a.columns: vectors in a row of qkv."""
     SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
     REAL = float64 if dtype == "float64" else float32
     load, put = make_access(dtype, WHOLE)
@@ -119,7 +120,7 @@ def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
     @inline
     def source(a, b, t):
-        """Address of row t of sequence b in qkv, and whether it is there."""
+        """(address of row t of sequence b in qkv, whether the row exists)."""
         if PACKED:
             start = length_at(a.cu_seqlens, b, a.cu_step, a.total)
             end = length_at(a.cu_seqlens, int64(b + 1), a.cu_step, a.total)
@@ -158,7 +159,7 @@ def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
     @inline
     def write(to, x, bias, factor, inside):
-        """A row's end: (x + bias) * factor, zeros in the padding, nothing past the last row."""
+        """Store (x + bias) * factor; zeros in the padding, nothing past the last row."""
         if to != 0:
             if inside != 0:
                 put(uint64(to), scale_chunk(add_chunk(x, bias), factor))
@@ -169,7 +170,7 @@ def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
 # ---------------------------------------------------------------- backward
 def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
-    """The kernel. Rows are those of dqkv, contiguous; a block leaves the float32 (float64) sum of its LOOPS * BLOCK_ROWS rows."""
+    """The kernel. Its rows are those of dqkv, contiguous. A block also stores the float32 (float64) sum of its LOOPS * BLOCK_ROWS rows."""
     SIZE, VECTOR = ITEMSIZE[dtype], 16 // ITEMSIZE[dtype] if WHOLE else 1
     compute = compute_of(dtype)
     REAL, REAL_SIZE = (float64, 8) if compute == "float64" else (float32, 4)
@@ -182,7 +183,7 @@ def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
     @inline
     def sequence_of(a, row):
-        """The last sequence that starts at `row` or before; a.batch where the row is of none."""
+        """The last sequence that starts at `row` or before; a.batch if the row belongs to none."""
         if PACKED:
             low, high = int32(0), int32(a.batch)
             while low < high:
@@ -217,7 +218,7 @@ def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
         to = int64(a.dqkv) + int64(c) * (VECTOR * SIZE)
         pitch = int64(3 * width) * SIZE
         acc = load(uint64(a.dqkv), int32(0))                # zeros
-        b = sequence_of(a, int64(int64(tile) * (LOOPS * BLOCK_ROWS) + warp * ROWS))     # searched for once, from there on it follows
+        b = sequence_of(a, int64(int64(tile) * (LOOPS * BLOCK_ROWS) + warp * ROWS))     # searched once; later rows advance it
         for n in range(LOOPS):
             row = int64((int64(tile) * LOOPS + n) * BLOCK_ROWS + warp * ROWS)
             if row < a.rows:
@@ -257,7 +258,7 @@ def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
 
 
 def make_sum_rows(dtype: str) -> Any:
-    """The kernel that sums the rows of the partial sums, 32 columns a block, and rounds them to `dtype`."""
+    """The kernel that adds up the partial sums, 32 columns a block, and rounds to `dtype`."""
     compute = compute_of(dtype)
     REAL, SIZE = (float64, 8) if compute == "float64" else (float32, 4)
     load_real, put = load_if(compute, compute), store(dtype, compute)

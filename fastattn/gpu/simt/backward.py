@@ -2,24 +2,24 @@
 
     P = exp(score(Q K^T) - lse)    dP = dO V^T    dS = P (dP - delta)           dQ = dS K    dK = dS^T Q    dV = P^T dO
 
-Two kernels after preprocess.py, each of whose blocks owns what it writes, so that nothing is added atomically and every run gives the
-same bits; the price is that both compute P and dS:
+Two kernels follow rows/preprocess.py. A block owns what it writes: nothing is added atomically, and every run gives the same bits. The
+price is that both kernels compute P and dS:
 
-    dq      a block owns a tile of query rows and loops over the blocks of keys that they see: dQ += dS K
-    dkdv    a block owns a tile of keys of a key head and loops over the query heads of its group and the blocks of query rows that see
-            the keys. Its tiles are transposed: lines are keys, so that dK += dS^T Q and dV += P^T dO are products like the other
+    dq      a block owns a tile of query rows and loops over the blocks of keys that they attend: dQ += dS K
+    dkdv    a block owns a tile of keys of a key head and loops over the query heads of its group and the blocks of query rows that
+            attend the keys. Its tiles are transposed: lines are keys, so that dK += dS^T Q and dV += P^T dO have the form of dS K
 
     per step        pairs.py: P and dS in registers, operands in slices of head_dim
-                    then the tile through shared memory, times slices of rows with all of head_dim
+                    then P or dS through shared memory, times slices of rows with all columns of head_dim
 
-dbias is a kernel of its own (dbias.py), as is dsinks (preprocess.py). Gradients of rows and keys of no sequence, and of keys past
-seqused_k, are written as 0.
+dbias has its own kernel (dbias.py), and so has dsinks (rows/preprocess.py). Gradients of rows and keys that belong to no sequence, and
+of keys past seqused_k, are 0.
 """
 from __future__ import annotations
 
 from typing import Any
 
-from numba import cuda, int32, int64, uint8
+from numba import cuda, int32, uint8
 
 from ..dsl.inline import inline
 from ..ptx.memory import shared_address
@@ -27,10 +27,10 @@ from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.mask import diagonal_of, make_bounds, make_query_bounds
 from ..tile.scalar import compute_of, make_score
-from ..tile.schedule import make_num_tiles, make_tile_at
+from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from .config import WIDE, Tile
-from .pairs import make_accumulate, make_pairs, make_put_tile
-from .threads import make_store
+from .pairs import Corner, Pointers, make_accumulate, make_pairs, make_put_tile
+from .threads import make_store, row_address
 
 
 # ---------------------------------------------------------------- dq
@@ -42,17 +42,18 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
     store_rows, first_row = make_store(spec, tile, spec.head_dim), make_first_row(spec)
     _, block_bounds = make_bounds(spec, BLOCK_N)
     prepare, _, _ = make_score(spec)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
+    tile_at, num_tiles, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_key_row(BLOCK_N)
 
     @inline
-    def step(a, base, acc_dq, pointers, place, n_block, full, slope, thread, x, y):
-        """One block of keys; pointers of k and v are those of the sequence's first key."""
+    def step(a, base, acc_dq, pointers, corner, n_block, full, shared, thread, x, y):
+        """dQ += dS K of one block of keys. The pointers of k and v are those of the sequence's first key."""
         q, k, v, dout = pointers
-        batch, head, row0, seqlen_q, seqlen_k, first = place
+        batch, head, row0, _, seqlen_q, seqlen_k, first = corner
         col0 = int32(n_block * BLOCK_N)
         k, v = k + col0 * a.k_row, v + col0 * a.v_row
         acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
-        pairs(a, base, acc_s, acc_dp, (q, k, v, dout), (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+        corner = Corner(batch, head, row0, col0, seqlen_q, seqlen_k, first)
+        pairs(a, base, acc_s, acc_dp, Pointers(q, k, v, dout), corner, full, shared, thread, x, y)
         put_tile(base, acc_dp, x, y)
         accumulate(acc_dq, base, k, a.k_row, a.k_dim, seqlen_k - col0, a.head_dim, thread, x, y)
 
@@ -61,15 +62,17 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         x, y = int32(thread % WIDE), int32(thread // WIDE)
         if t < num_tiles(a):
-            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
+            tile_here = tile_at(a, t)
+            m_block, head, batch, q_start, seqlen_q, _, seqlen_k = tile_here
+            first_key = key_row(a, tile_here.k_start, 0)
             row0, head_k = int32(m_block * BLOCK_M), int32(head // a.group)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
-            q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
-            dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + (q_start + row0) * a.dout_row
-            dq = int64(a.dq) + batch * a.dq_batch + head * a.dq_head + (q_start + row0) * a.dq_row
-            k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
-            v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
-            slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+            last = min(row0 + BLOCK_M, seqlen_q)
+            q = row_address(a.q, a.q_batch, a.q_head, a.q_row, batch, head, q_start + row0)
+            dout = row_address(a.dout, a.dout_batch, a.dout_head, a.dout_row, batch, head, q_start + row0)
+            dq = row_address(a.dq, a.dq_batch, a.dq_head, a.dq_row, batch, head, q_start + row0)
+            k = row_address(a.k, a.k_batch, a.k_head, a.k_row, batch, head_k, first_key)
+            v = row_address(a.v, a.v_batch, a.v_head, a.v_row, batch, head_k, first_key)
+            shared, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
             acc_dq = cuda.local.array((ROWS, OUTS), REAL)
             for i in range(ROWS):
                 for c in range(OUTS):
@@ -77,7 +80,8 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_min, n_max):
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                step(a, base, acc_dq, (q, k, v, dout), (batch, head, row0, seqlen_q, seqlen_k, first), n_block, full, slope, thread, x, y)
+                step(a, base, acc_dq, Pointers(q, k, v, dout), Corner(batch, head, row0, int32(0), seqlen_q, seqlen_k, first), n_block,
+                     full, shared, thread, x, y)
             rows = int32(seqlen_q - row0)
             store_rows(acc_dq, a.scale, dq, a.dq_row, a.dq_dim, rows, rows, a.head_dim, x, y)
     return kernel
@@ -94,17 +98,19 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
     store_dk, store_dv, first_row = make_store(spec, tile, spec.head_dim), make_store(spec, tile, spec.head_dim_v), make_first_row(spec)
     query_bounds = make_query_bounds(spec, BLOCK_M)
     prepare, _, _ = make_score(spec)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
+    tile_at, num_tiles, key_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_key_row(BLOCK_N)
 
     @inline
-    def step(a, base, acc_dk, acc_dv, pointers, place, m_block, full, slope, thread, x, y):
-        """One block of query rows of one head; pointers of q and dout are those of the sequence's first row."""
+    def step(a, base, acc_dk, acc_dv, pointers, corner, m_block, full, shared, thread, x, y):
+        """dV += P^T dO and dK += dS^T Q of one block of query rows of one head. The pointers of q and dout are those of the sequence's
+        first row."""
         q, k, v, dout = pointers
-        batch, head, col0, seqlen_q, seqlen_k, first = place
+        batch, head, _, col0, seqlen_q, seqlen_k, first = corner
         row0 = int32(m_block * BLOCK_M)
         q, dout = q + row0 * a.q_row, dout + row0 * a.dout_row
         acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
-        pairs(a, base, acc_s, acc_dp, (q, k, v, dout), (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+        corner = Corner(batch, head, row0, col0, seqlen_q, seqlen_k, first)
+        pairs(a, base, acc_s, acc_dp, Pointers(q, k, v, dout), corner, full, shared, thread, x, y)
         if DV:
             put_tile(base, acc_s, x, y)
             accumulate_dv(acc_dv, base, dout, a.dout_row, a.dout_dim, seqlen_q - row0, a.head_dim_v, thread, x, y)
@@ -118,10 +124,11 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         x, y = int32(thread % WIDE), int32(thread // WIDE)
         if t < num_tiles(a):
-            n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, all_keys = tile_at(a, t)
-            col0 = int32(n_block * BLOCK_N)
-            k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + (k_start + col0) * a.k_row
-            v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + (k_start + col0) * a.v_row
+            tile_here = tile_at(a, t)
+            n_block, head_k, batch, q_start, seqlen_q, _, seqlen_k, all_keys = tile_here
+            col0, first_key = int32(n_block * BLOCK_N), key_row(a, tile_here.k_start, n_block)
+            k = row_address(a.k, a.k_batch, a.k_head, a.k_row, batch, head_k, first_key)
+            v = row_address(a.v, a.v_batch, a.v_head, a.v_row, batch, head_k, first_key)
             acc_dk, acc_dv = cuda.local.array((ROWS, OUTS), REAL), cuda.local.array((ROWS, OUTS_V), REAL)
             for i in range(ROWS):
                 for c in range(OUTS):
@@ -129,21 +136,21 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
                 for c in range(OUTS_V):
                     acc_dv[i, c] = REAL(0)
             if col0 < seqlen_k:
-                last = int32(min(col0 + BLOCK_N, seqlen_k) - 1)
+                last = min(col0 + BLOCK_N, seqlen_k)
                 m_min, full_min, full_max, m_max = query_bounds(a, col0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_q)
                 for member in range(a.group):
                     head = int32(head_k * a.group + member)
-                    q = int64(a.q) + batch * a.q_batch + head * a.q_head + q_start * a.q_row
-                    dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + q_start * a.dout_row
-                    slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+                    q = row_address(a.q, a.q_batch, a.q_head, a.q_row, batch, head, q_start)
+                    dout = row_address(a.dout, a.dout_batch, a.dout_head, a.dout_row, batch, head, q_start)
+                    shared, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
                     for m_block in range(m_min, m_max):
                         full = int32(not MASK and full_min <= m_block and m_block < full_max)
-                        step(a, base, acc_dk, acc_dv, (q, k, v, dout), (batch, head, col0, seqlen_q, seqlen_k, first), m_block, full, slope,
-                             thread, x, y)
+                        step(a, base, acc_dk, acc_dv, Pointers(q, k, v, dout), Corner(batch, head, int32(0), col0, seqlen_q, seqlen_k,
+                             first), m_block, full, shared, thread, x, y)
             if DK:
-                dk = int64(a.dk) + batch * a.dk_batch + head_k * a.dk_head + (k_start + col0) * a.dk_row
+                dk = row_address(a.dk, a.dk_batch, a.dk_head, a.dk_row, batch, head_k, first_key)
                 store_dk(acc_dk, a.scale, dk, a.dk_row, a.dk_dim, all_keys - col0, seqlen_k - col0, a.head_dim, x, y)
             if DV:
-                dv = int64(a.dv) + batch * a.dv_batch + head_k * a.dv_head + (k_start + col0) * a.dv_row
+                dv = row_address(a.dv, a.dv_batch, a.dv_head, a.dv_row, batch, head_k, first_key)
                 store_dv(acc_dv, REAL(1), dv, a.dv_row, a.dv_dim, all_keys - col0, seqlen_k - col0, a.head_dim_v, x, y)
     return kernel

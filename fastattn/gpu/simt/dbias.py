@@ -1,11 +1,11 @@
 """dbias with plain threads, for every family: dS summed over the axes that the bias is broadcast over, always in the same order.
 
-A block owns a tile of dbias itself, in registers, and loops over everything the tile is broadcast over, computing dS again (pairs.py):
+A block owns a tile of dbias, in registers. It loops over everything that the tile is broadcast over and recomputes dS (pairs.py):
 
     for each sequence, head, block of query rows, block of keys that shares the tile's elements:    acc += dS
 
-Then, where dbias has one row or one column, the tile's are added up through shared memory. Nothing is atomic and there is no
-workspace; elements that no sequence of a packed problem reaches become 0.
+If dbias has one row or one column, those of the tile are then summed through shared memory. Nothing is atomic, and there is no
+workspace. Elements that no sequence of a packed problem reaches become 0.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from ..tile.mask import diagonal_of, make_bounds
 from ..tile.scalar import compute_of, make_score
 from ..tile.schedule import make_sequence_at
 from .config import WIDE, Tile
-from .pairs import make_pairs, make_put_tile, places_of
+from .pairs import Corner, Pointers, make_pairs, make_put_tile, places_of
+from .threads import row_address
 
 
 def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
@@ -47,7 +48,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
 
     @inline
     def part_of(length, n, own):
-        """Indices [begin, end) of an axis that a tile shares: all of them where dbias has one, else the tile's own `n`."""
+        """Indices [begin, end) of an axis that contribute to a tile: all of them if dbias has length 1 there, else the tile's own `n`."""
         return (int32(0), int32(length)) if own == 1 else (int32(n), int32(min(n + 1, length)))
 
     @inline
@@ -56,23 +57,24 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         q_start, seqlen_q, k_start, seqlen_k = where
         m_tile, n_tile = mine
         head_k = int32(head // a.group)
-        q = int64(a.q) + batch * a.q_batch + head * a.q_head + q_start * a.q_row
-        dout = int64(a.dout) + batch * a.dout_batch + head * a.dout_head + q_start * a.dout_row
-        k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
-        v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
-        slope, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
+        q = row_address(a.q, a.q_batch, a.q_head, a.q_row, batch, head, q_start)
+        dout = row_address(a.dout, a.dout_batch, a.dout_head, a.dout_row, batch, head, q_start)
+        k = row_address(a.k, a.k_batch, a.k_head, a.k_row, batch, head_k, k_start)
+        v = row_address(a.v, a.v_batch, a.v_head, a.v_row, batch, head_k, k_start)
+        shared, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
         acc_s, acc_dp = cuda.local.array((ROWS, COLS), REAL), cuda.local.array((ROWS, COLS), REAL)
         m_begin, m_end = part_of(divide(int32(seqlen_q + BLOCK_M - 1), BLOCK_M), m_tile, a.bias_rows)
         n_begin, n_end = part_of(divide(int32(seqlen_k + BLOCK_N - 1), BLOCK_N), n_tile, a.bias_cols)
         for m_block in range(m_begin, m_end):
             row0 = int32(m_block * BLOCK_M)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            last = min(row0 + BLOCK_M, seqlen_q)
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(max(n_min, n_begin), min(n_max, n_end)):
                 col0 = int32(n_block * BLOCK_N)
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                pointers = (q + row0 * a.q_row, k + col0 * a.k_row, v + col0 * a.v_row, dout + row0 * a.dout_row)
-                pairs(a, base, acc_s, acc_dp, pointers, (batch, head, row0, col0, seqlen_q, seqlen_k, first), full, slope, thread, x, y)
+                pointers = Pointers(q + row0 * a.q_row, k + col0 * a.k_row, v + col0 * a.v_row, dout + row0 * a.dout_row)
+                corner = Corner(batch, head, row0, col0, seqlen_q, seqlen_k, first)
+                pairs(a, base, acc_s, acc_dp, pointers, corner, full, shared, thread, x, y)
                 for i in range(ROWS):
                     for j in range(COLS):
                         acc[i, j] += acc_dp[i, j]
@@ -83,7 +85,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
 
     @inline
     def add_up(a, base, thread):
-        """The tile of numbers: lines into the first where dbias has one row, columns into the first where it has one column."""
+        """Sum the tile of numbers: lines into the first if dbias has one row, columns into the first if it has one column."""
         if a.bias_rows == 1:
             if thread < BLOCK_N:
                 total = REAL(0)
@@ -110,7 +112,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
 
     @inline
     def own_tile(a):
-        """(batch, head, block of rows, block of columns) of dbias that are this block's; opaque: a second call computes them again."""
+        """This block's (batch, head, block of rows, block of columns) of dbias. Opaque: a second call recomputes them."""
         t, rows, cols = opaque(int32(cuda.blockIdx.x)), opaque(a.bias_rows), opaque(a.bias_cols)
         n_tiles, m_tiles = divide(int32(cols + BLOCK_N - 1), BLOCK_N), divide(int32(rows + BLOCK_M - 1), BLOCK_M)
         rest = divide(t, n_tiles)
@@ -137,6 +139,6 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         put_tile(base, acc, x, y)
         cuda.syncthreads()
         add_up(a, base, thread)
-        bias_batch, bias_head, m_tile, n_tile = own_tile(a)      # again: until here they need no registers
+        bias_batch, bias_head, m_tile, n_tile = own_tile(a)      # recomputed: during the loop they need no registers
         store_tile(a, base, bias_batch, bias_head, int32(m_tile * BLOCK_M), int32(n_tile * BLOCK_N), thread)
     return kernel

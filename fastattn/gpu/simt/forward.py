@@ -9,14 +9,14 @@ keys x, x + 16, ... of S, and the same rows and every 16th column (or pair or fo
     y + HIGH   |  acc_s[ROWS, COLS] |  ---> P ---> |  acc_o[ROWS, OUTS] |
                +--------------------+              +--------------------+
 
-    shared memory   Q slice | K slice, then V slice | P | seen: which keys of the block a row of the tile sees
+    shared memory   Q slice | K slice, then V slice | P | alive: for each key of the block, whether a row of the tile attends it
 
-Numbers are float32, or float64 for float64 arrays (threads.py). A slice of K has all keys of a block and some of head_dim, a slice of V
-some keys and all of head_dim_v: whatever head_dim is, they fit. All threads copy, wait for each other, compute, wait for each other:
-what a thread waits for here, the next rungs of the ladder hide.
+Numbers are float32, or float64 for float64 arrays (threads.py). A slice of K has all keys of a block and some columns of head_dim. A
+slice of V has some keys and all columns of head_dim_v. So they fit, whatever head_dim is. All threads copy, wait for each other, compute,
+and wait for each other. The latency that is exposed here, the next rungs of the ladder hide.
 
-The 16 threads of a row are half a warp: maxima and sums go by shuffles. Memory past the end is never read. A pair that a mask hides
-gets the score -inf, and a key that no row of the tile sees counts as V = 0: whatever those elements hold, NaN included, does not matter.
+The 16 threads of a row are half a warp and exchange maxima and sums by shuffles. Memory past the end is never read. A masked pair gets
+the score -inf. A key that no row of the tile attends counts as V = 0, so that what it holds, NaN included, does not matter.
 """
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from typing import Any
 from numba import cuda, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
-from ..ptx.memory import load_b32, shared_address, store_shared_b32
+from ..ptx.memory import shared_address, store_shared_b32
 from ..ptx.scalar import store, store_shared
-from ..runtime.packed import ENTRY
 from ..spec import Spec
 from ..tile.mask import diagonal_of, make_bounds
 from ..tile.scalar import compute_of, make_dropout, make_score, make_softmax
-from ..tile.schedule import make_num_tiles, make_tile_at
+from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.smem import Smem
 from .config import WIDE, SimtConfig, Tile
-from .threads import make_column, make_load, make_outer_product, make_product
+from .threads import make_column, make_load, make_outer_product, make_product, row_address
 
 
 def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
@@ -53,7 +52,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
     Q = smem.take(BLOCK_M * PITCH * SIZE, 16)
     KV = smem.take(max(BLOCK_N * PITCH, tile.slice_elements(HEAD_DIM_V, VECTOR)) * SIZE, 16)
     P = smem.take(BLOCK_M * PITCH_P * SIZE, 16)
-    SEEN = smem.take(BLOCK_N * 4, 16)
+    ALIVE = smem.take(BLOCK_N * 4, 16)
     PACKED, LSE, MASK, NEG_INF = spec.packed, spec.lse, spec.mask, REAL(-math.inf)
     store_element, store_lse, put = store(spec.dtype, compute), store(compute, compute), store_shared(compute)
     load_q, load_k = make_load(spec, tile, BLOCK_M, SLICE, PITCH, False), make_load(spec, tile, BLOCK_N, SLICE, PITCH, False)
@@ -64,24 +63,18 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
     prepare, score, visible = make_score(spec)
     max16, sum16, finish = make_softmax(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, 1, THREADS)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_M), make_num_tiles(spec)
-
-    # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def of_no_sequence(a, t):
-        """Rows after the last sequence of a packed problem: the table's last entry."""
-        return load_b32(uint64(a.table + uint64(a.batch * ENTRY + 20))) <= t if PACKED else False
+    tile_at, num_tiles, unowned, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec), make_key_row(BLOCK_N)
 
     # ------------------------------------------------------------ the loop body
     @inline
     def softmax(acc_s, acc_o, row_max, row_sum, base, x, y):
-        """Scores become probabilities, in shared memory; older sums and outputs follow the new maximum."""
+        """Scores become probabilities, in shared memory. Sums and outputs so far are rescaled to the new maximum."""
         for i in range(ROWS):
             new = row_max[i]
             for j in range(COLS):
                 new = max(new, acc_s[i, j])
             new = max16(new)
-            top = REAL(0) if new == NEG_INF else new        # a row that saw nothing yet: exp(-inf - 0) = 0
+            top = REAL(0) if new == NEG_INF else new        # no key attended so far: exp(-inf - 0) = 0
             alpha, total = math.exp(row_max[i] - top), REAL(0)
             for j in range(COLS):
                 p = math.exp(acc_s[i, j] - top)
@@ -93,55 +86,58 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                 acc_o[i, c] *= alpha
 
     @inline
-    def step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head, row0,
+    def step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, shared, batch, head, row0,
              seqlen_q, seqlen_k):
-        """One block of keys. Made once, not masked and full: `full` is 1 where every row sees every key, and spares the mask."""
+        """S = Q K^T, score, mask, softmax and O += P V for one block of keys.
+
+        One piece of code for masked and full blocks: if `full` is 1, every row attends every key, and the mask is skipped.
+        """
         col0 = int32(n_block * BLOCK_N)
         acc_s = cuda.local.array((ROWS, COLS), REAL)
         for i in range(ROWS):
             for j in range(COLS):
                 acc_s[i, j] = REAL(0)
         if thread < BLOCK_N:
-            store_shared_b32(int32(base + SEEN + thread * 4), full)
-        for s in range(SLICES):
+            store_shared_b32(int32(base + ALIVE + thread * 4), full)
+        for s in range(SLICES):             # S = Q K^T
             cuda.syncthreads()
             if SLICES > 1:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, s * SLICE, a.head_dim, base, thread)
             load_k(base + KV, pointer_k + col0 * a.k_row, a.k_row, a.k_dim, seqlen_k - col0, s * SLICE, a.head_dim, base, thread)
             cuda.syncthreads()
             multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
-        for i in range(ROWS):
+        for i in range(ROWS):               # score and mask
             row = int32(row0 + y + i * HIGH)
             lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for j in range(COLS):
                 col = int32(col0 + x + j * WIDE)
-                s, _ = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
+                s, _ = score(a, acc_s[i, j], shared, batch, head, row, col, seqlen_q, seqlen_k)
                 if full == 0:
                     if visible(a, batch, head, row, col, seqlen_q, lo, hi):
-                        store_shared_b32(int32(base + SEEN + (x + j * WIDE) * 4), int32(1))
+                        store_shared_b32(int32(base + ALIVE + (x + j * WIDE) * 4), int32(1))
                     else:
                         s = NEG_INF
                 acc_s[i, j] = s
         softmax(acc_s, acc_o, row_max, row_sum, base, x, y)
-        for key0 in range(0, BLOCK_N, KEYS):
+        for key0 in range(0, BLOCK_N, KEYS):        # O += P V
             cuda.syncthreads()
             if key0 == 0:
                 dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)
             load_v(base + KV, pointer_v + (col0 + key0) * a.v_row, a.v_row, a.v_dim, seqlen_k - col0 - key0, 0, a.head_dim_v,
-                   base + SEEN + key0 * 4, thread)
+                   base + ALIVE + key0 * 4, thread)
             cuda.syncthreads()
             multiply_pv(acc_o, base + P, base + KV, x, y, key0, seqlen_k - col0 - key0)
 
     @inline
-    def epilogue(a, acc_o, row_max, row_sum, nobody, x, y, batch, head, q_start, row0, seqlen_q):
-        pointer = int64(a.out) + batch * a.out_batch + head * a.out_head + q_start * a.out_row
+    def epilogue(a, acc_o, row_max, row_sum, no_sequence, x, y, batch, head, q_start, row0, seqlen_q):
+        pointer = row_address(a.out, a.out_batch, a.out_head, a.out_row, batch, head, q_start)
         for i in range(ROWS):
             row = int32(row0 + y + i * HIGH)
-            scale, lse = finish(a, head, row_max[i], sum16(row_sum[i]), nobody)
+            scale, lse = finish(a, head, row_max[i], sum16(row_sum[i]), no_sequence)
             if row < seqlen_q:
                 for c in range(OUTS):
                     col = column(c, x)
-                    # selected, not multiplied: 0 * NaN of a V that others see
+                    # a select, not a product: 0 * NaN, of a V that other rows attend, is NaN
                     out = acc_o[i, c] * scale if scale != REAL(0) else REAL(0)
                     if col < a.head_dim_v:
                         store_element(uint64(pointer + row * a.out_row + col * a.out_dim), out)
@@ -154,14 +150,15 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         x, y = int32(thread % WIDE), int32(thread // WIDE)
         if t < num_tiles(a):
-            m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
-            row0 = int32(m_block * BLOCK_M)
-            last = int32(min(row0 + BLOCK_M, seqlen_q) - 1)
+            tile_here = tile_at(a, t)
+            m_block, head, batch, q_start, seqlen_q, _, seqlen_k = tile_here
+            row0, first_key = int32(m_block * BLOCK_M), key_row(a, tile_here.k_start, 0)
+            last = min(row0 + BLOCK_M, seqlen_q)
             head_k = int32(head // a.group)
-            pointer_q = int64(a.q) + batch * a.q_batch + head * a.q_head + (q_start + row0) * a.q_row
-            pointer_k = int64(a.k) + batch * a.k_batch + head_k * a.k_head + k_start * a.k_row
-            pointer_v = int64(a.v) + batch * a.v_batch + head_k * a.v_head + k_start * a.v_row
-            slope = prepare(a, batch, head)
+            pointer_q = row_address(a.q, a.q_batch, a.q_head, a.q_row, batch, head, q_start + row0)
+            pointer_k = row_address(a.k, a.k_batch, a.k_head, a.k_row, batch, head_k, first_key)      # steps count blocks from it
+            pointer_v = row_address(a.v, a.v_batch, a.v_head, a.v_row, batch, head_k, first_key)
+            shared = prepare(a, batch, head)
             acc_o, row_max, row_sum = cuda.local.array((ROWS, OUTS), REAL), cuda.local.array(ROWS, REAL), cuda.local.array(ROWS, REAL)
             for i in range(ROWS):
                 row_max[i], row_sum[i] = NEG_INF, REAL(0)
@@ -172,8 +169,8 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_max - 1, n_min - 1, -1):
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, slope, batch, head,
+                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, shared, batch, head,
                      row0, seqlen_q, seqlen_k)
-            epilogue(a, acc_o, row_max, row_sum, of_no_sequence(a, t), x, y, batch, head, q_start, row0, seqlen_q)
+            epilogue(a, acc_o, row_max, row_sum, unowned(a, t) == UNOWNED, x, y, batch, head, q_start, row0, seqlen_q)
 
     return kernel, smem.size

@@ -1,20 +1,20 @@
-"""P and dS of a tile of pairs with plain threads: what the kernels of backward_simt and dbias have in common.
+"""P and dS of a tile of pairs with plain threads, for the kernels of backward.py and dbias.py.
 
     S = Q K^T    P = exp(score(S) - lse)    dP = dO V^T    dS = P (dP - delta)          dropout: P and dP times 0 or keep_scale
 
-A tile has lines of query rows and columns of keys, or TRANSPOSED lines of keys and columns of query rows. Both products stay in
-registers (threads.py); operands come in slices of head_dim:
+Lines of a tile are query rows and its columns keys, or TRANSPOSED lines are keys and columns query rows. S and dP stay in registers
+(threads.py). Their operands are copied in slices of head_dim:
 
-    shared memory   A: slice of the lines' operand | B: slice of the columns' | P: one tile of numbers | seen: which columns are alive
+    shared memory   A: slice of the lines' operand | B: slice of the columns' | P: one tile of numbers | alive: a word for each column
 
-A pair is alive where no mask hides it and its row saw something. Dead pairs have P = dS = 0, selected, not multiplied; in the product
-that follows, a column without a pair that is alive counts as 0: whatever such rows and keys hold, NaN included, does not matter.
+A pair is alive if no mask hides it and its row attends a key. Other pairs have P = dS = 0, by a select. In the product that follows, a
+column without an alive pair counts as 0. So what such rows and keys hold, NaN included, does not matter.
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, int32, int64, uint64
 
@@ -29,14 +29,35 @@ from .config import WIDE, Tile
 from .threads import make_load, make_outer_product, make_product
 
 
+class Pointers(NamedTuple):
+    """Addresses in q, k, v and dout of one head: of a tile's first row and key, or of the sequence's."""
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+
+
+class Corner(NamedTuple):
+    """The first pair of a tile, in its sequence. `first` is the index of the sequence's row 0 in lse and delta."""
+
+    batch: Any
+    head: Any
+    row0: Any
+    col0: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    first: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Offsets in shared memory, and its size."""
+    """Offsets in shared memory, and its size in bytes."""
 
     a: int
     b: int
     p: int
-    seen: int
+    alive: int
     size: int
 
 
@@ -46,18 +67,19 @@ def places_of(spec: Spec, tile: Tile) -> Places:
     pitch = tile.slices(max(dims))[1] + vector
     a = smem.take(tile.lines * pitch * size, 16)
     b = smem.take(max(tile.columns * pitch, *(tile.slice_elements(dim, vector) for dim in dims)) * size, 16)
-    p, seen = smem.take(tile.lines * tile.pitch_p * size, 16), smem.take(tile.columns * 4, 16)
-    return Places(a, b, p, seen, smem.size)
+    p, alive = smem.take(tile.lines * tile.pitch_p * size, 16), smem.take(tile.columns * 4, 16)
+    return Places(a, b, p, alive, smem.size)
 
 
 def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False) -> Any:
-    """pairs(a, base, acc_s, acc_dp, pointers, place, full, slope, thread, x, y): acc_s becomes what dropout leaves of P, acc_dp dS.
+    """pairs(a, base, acc_s, acc_dp, pointers, corner, full, shared, thread, x, y): acc_s becomes P with dropout, acc_dp dS.
 
-    pointers: q, k, v and dout at the tile's first row and key. place: batch, head, row0, col0, seqlen_q, seqlen_k, and the index of the
-    sequence's row 0 in lse and delta. full: 1 where every row sees every key, which spares the mask. dS comes with the softcap's
-    derivative, as dq and dk need it, and `seen` is complete after the next barrier; neither FOR_BIAS, because dbias is dS itself.
+    pointers: Pointers at the tile's first row and key. corner: Corner. full: 1 if every row attends every key; the mask is then skipped.
+    dS contains the softcap's derivative, as dq and dk need it, and the words `alive` are complete after the next barrier. FOR_BIAS it
+    has neither, because dbias is dS itself.
     """
-    A, B, P, SEEN = (getattr(places_of(spec, tile), name) for name in ("a", "b", "p", "seen"))
+    places = places_of(spec, tile)
+    A, B, P, ALIVE = places.a, places.b, places.p, places.alive
     LINES, COLUMNS, ROWS, COLS, HIGH, PITCH_P = tile.lines, tile.columns, tile.rows, tile.cols, tile.high, tile.pitch_p
     _, SLICE = tile.slices(max(spec.head_dim, spec.head_dim_v))
     OUTER, INNER = (COLS, ROWS) if TRANSPOSED else (ROWS, COLS)      # of a thread: query rows, keys
@@ -80,17 +102,17 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
 
     @inline
     def fill_keep(a, base, x, y):
-        """The tile of numbers full of keep_scale; dropout then puts zeros in it."""
+        """Fill the tile of numbers with keep_scale; dropout then stores zeros in it."""
         if DROPOUT:
             for i in range(ROWS):
                 for j in range(COLS):
                     put(int32(base + P + ((y + i * HIGH) * PITCH_P + x + j * WIDE) * SIZE), a.keep)
 
     @inline
-    def products(a, base, acc_s, acc_dp, pointers, place, thread, x, y):
-        """S, then dP: one text, so that it is compiled once."""
+    def products(a, base, acc_s, acc_dp, pointers, corner, thread, x, y):
+        """S, then dP, in one loop, so that the code exists once."""
         q, k, v, dout = pointers
-        batch, head, row0, col0, seqlen_q, seqlen_k, _ = place
+        batch, head, row0, col0, seqlen_q, seqlen_k, _ = corner
         rows, keys = seqlen_q - row0, seqlen_k - col0
         for which in range(2):
             clear(acc_dp)
@@ -124,15 +146,15 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
 
     @inline
     def not_above(s, lse):
-        """s - lse, which is 0 at most but for rounding. NaN stays NaN."""
+        """s - lse, at most 0: only by rounding can s exceed lse. NaN stays NaN."""
         return REAL(0) if s > lse else s - lse
 
     @inline
-    def pairs(a, base, acc_s, acc_dp, pointers, place, full, slope, thread, x, y):
+    def pairs(a, base, acc_s, acc_dp, pointers, corner, full, shared, thread, x, y):
         if not FOR_BIAS and thread < COLUMNS:
-            store_shared_b32(int32(base + SEEN + thread * 4), int32(0))
-        products(a, base, acc_s, acc_dp, pointers, place, thread, x, y)
-        batch, head, row0, col0, seqlen_q, seqlen_k, first = place
+            store_shared_b32(int32(base + ALIVE + thread * 4), int32(0))
+        products(a, base, acc_s, acc_dp, pointers, corner, thread, x, y)
+        batch, head, row0, col0, seqlen_q, seqlen_k, first = corner
         for r in range(OUTER):
             row = int32(row0 + x + r * WIDE) if TRANSPOSED else int32(row0 + y + r * HIGH)
             lse = load_real(uint64(int64(a.row_lse) + (first + row) * SIZE), int32(1))
@@ -141,20 +163,20 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
             for c in range(INNER):
                 col = int32(col0 + y + c * HIGH) if TRANSPOSED else int32(col0 + x + c * WIDE)
                 i, j = (c, r) if TRANSPOSED else (r, c)
-                s, rate = score(a, acc_s[i, j], slope, batch, head, row, col, seqlen_q, seqlen_k)
+                s, rate = score(a, acc_s[i, j], shared, batch, head, row, col, seqlen_q, seqlen_k)
                 keep, p, ds = kept(base, i, j, x, y), REAL(0), REAL(0)
                 if (full != 0 or visible(a, batch, head, row, col, seqlen_q, lo, hi)) and lse != INF:
                     p = math.exp(not_above(s, lse))
                     ds = p * (acc_dp[i, j] * keep - delta)
                     if not FOR_BIAS:
                         ds = ds * rate
-                        store_shared_b32(int32(base + SEEN + (x + j * WIDE) * 4), int32(1))
+                        store_shared_b32(int32(base + ALIVE + (x + j * WIDE) * 4), int32(1))
                 acc_s[i, j], acc_dp[i, j] = p * keep, ds
     return pairs
 
 
 def make_put_tile(spec: Spec, tile: Tile) -> Any:
-    """put_tile(base, acc, x, y): registers to the tile of numbers in shared memory."""
+    """put_tile(base, acc, x, y): store registers to the tile of numbers in shared memory."""
     P, PITCH_P, HIGH, ROWS, COLS = places_of(spec, tile).p, tile.pitch_p, tile.high, tile.rows, tile.cols
     compute, _, SIZE = compute_of(spec)
     put = store_shared(compute)
@@ -170,11 +192,11 @@ def make_put_tile(spec: Spec, tile: Tile) -> Any:
 def make_accumulate(spec: Spec, tile: Tile, DIM: int) -> Any:
     """accumulate(acc, base, pointer, by_row, by_dim, left, dims, thread, x, y): acc += T X.
 
-    T is the tile of numbers, X the `left` rows at `pointer` that belong to its columns, DIM wide with `dims` real columns; rows whose
-    column is not `seen` count as 0.
+    T is the tile of numbers. X are the `left` rows at `pointer` that belong to its columns, DIM wide, of which `dims` columns exist. Rows
+    of columns that are not alive count as 0.
     """
     places, COLUMNS = places_of(spec, tile), tile.columns
-    B, P, SEEN, VECTOR = places.b, places.p, places.seen, 16 // compute_of(spec)[2]
+    B, P, ALIVE, VECTOR = places.b, places.p, places.alive, 16 // compute_of(spec)[2]
     COUNT = tile.keys(DIM, VECTOR)
     load, multiply = make_load(spec, tile, COUNT, DIM, DIM, True), make_outer_product(spec, tile, DIM)
 
@@ -182,7 +204,7 @@ def make_accumulate(spec: Spec, tile: Tile, DIM: int) -> Any:
     def accumulate(acc, base, pointer, by_row, by_dim, left, dims, thread, x, y):
         for n0 in range(0, COLUMNS, COUNT):
             cuda.syncthreads()
-            load(base + B, pointer + n0 * by_row, by_row, by_dim, left - n0, 0, dims, base + SEEN + n0 * 4, thread)
+            load(base + B, pointer + n0 * by_row, by_row, by_dim, left - n0, 0, dims, base + ALIVE + n0 * 4, thread)
             cuda.syncthreads()
             multiply(acc, base + P, base + B, x, y, n0, left - n0)
     return accumulate

@@ -1,16 +1,17 @@
-"""What kernels on plain threads are made of: tiles of numbers in shared memory, and products of them in registers.
+"""Building blocks of kernels on plain threads: tiles of numbers in shared memory, and matrix products of them in registers.
 
-The threads of a block form a grid, WIDE wide; thread (x, y) owns lines y, y + HIGH, ... of a product. `acc[i, j]` is line y + i * HIGH and
-column x + j * WIDE of a product of two tiles, `acc[i, c]` the same line and column `column(c, x)` of a product that is `outs` * WIDE wide.
-Numbers are float32, or float64 for float64 arrays: elements are converted when they are copied to shared memory, where a row of
-head_dim ends with 16 bytes of nothing so that threads in neighbouring rows use different banks.
+The threads of a block form a grid, WIDE wide. Thread (x, y) owns lines y, y + HIGH, ... of a product of two tiles: `acc[i, j]` is line
+y + i * HIGH, column x + j * WIDE. Where a product is as wide as head_dim, `acc[i, c]` is the same line and column `column(c, x)`.
+
+Numbers are float32, or float64 for float64 arrays. Elements are converted when they are copied to shared memory. There a row of head_dim
+is padded by 16 bytes, so that threads in neighbouring rows use different banks.
 """
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from numba import cuda, int32, uint64
+from numba import cuda, int32, int64, uint64
 
 from ..dsl.inline import inline
 from ..ptx.memory import load_shared_b32
@@ -20,10 +21,17 @@ from ..tile.scalar import compute_of
 from .config import WIDE, Tile
 
 
-def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDEN: bool) -> Any:
-    """load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread): LINES rows of WIDTH elements to shared memory, by all threads.
+@inline
+def row_address(pointer, by_batch, by_head, by_row, batch, head, row):
+    """Address of the first element of a row; strides in bytes."""
+    return int64(pointer) + batch * by_batch + head * by_head + row * by_row
 
-    Rows from `lines` on and columns from `dims` on are 0, and so are, when HIDDEN, rows that the words at `seen` do not mark.
+
+def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDEN: bool) -> Any:
+    """load(to, pointer, by_line, by_dim, lines, dim0, dims, alive, thread): copy LINES rows of WIDTH elements to shared memory.
+
+    By all threads. Rows from `lines` on and columns from `dims` on become 0. HIDDEN: so do rows whose word at shared address `alive`
+    is 0.
     """
     compute, REAL, SIZE = compute_of(spec)
     load_element, put = load_if(spec.dtype, compute), store_shared(compute)
@@ -31,15 +39,15 @@ def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDE
     EVEN = COUNT % (LOADS * THREADS) == 0
 
     @inline
-    def load(to, pointer, by_line, by_dim, lines, dim0, dims, seen, thread):
+    def load(to, pointer, by_line, by_dim, lines, dim0, dims, alive, thread):
         x = cuda.local.array(LOADS, REAL)
         for first in range(0, COUNT, LOADS * THREADS):
             for i in range(LOADS):
                 n = int32(first + i * THREADS + thread)
                 line, d = int32(n // WIDTH), int32(n % WIDTH)
-                inside = (line < lines) & (dim0 + d < dims)         # not `and`: a branch would part the loads
+                inside = (line < lines) & (dim0 + d < dims)         # not `and`: a branch would separate the loads
                 if HIDDEN:
-                    inside = inside & (load_shared_b32(int32(seen + min(line, LINES - 1) * 4)) != 0)
+                    inside = inside & (load_shared_b32(int32(alive + min(line, LINES - 1) * 4)) != 0)
                 x[i] = load_element(uint64(pointer + line * by_line + (dim0 + d) * by_dim), int32(inside))
             for i in range(LOADS):
                 n = int32(first + i * THREADS + thread)
@@ -49,9 +57,9 @@ def make_load(spec: Spec, tile: Tile, LINES: int, WIDTH: int, STRIDE: int, HIDDE
 
 
 def make_product(spec: Spec, tile: Tile, SLICE: int) -> Any:
-    """multiply(acc, a, b, x, y, dims): acc += A B^T over the `dims` columns of head_dim that are left, at most SLICE.
+    """multiply(acc, a, b, x, y, dims): acc += A B^T over the remaining `dims` columns of head_dim, at most SLICE.
 
-    A (lines) and B (columns) lie at the shared addresses a and b, rows SLICE + 16 bytes apart.
+    A (lines) and B (columns) are at shared addresses a and b. Their rows are SLICE elements and 16 bytes apart.
     """
     compute, REAL, SIZE = compute_of(spec)
     VECTOR, HIGH, ROWS, COLS = 16 // SIZE, tile.high, tile.rows, tile.cols
@@ -71,7 +79,7 @@ def make_product(spec: Spec, tile: Tile, SLICE: int) -> Any:
                     b[j, e] = part[e]
             for i in range(ROWS):
                 for j in range(COLS):
-                    some = a[i, 0] * b[j, 0]        # a sum of sums: one chain over head_dim rounds three times as much
+                    some = a[i, 0] * b[j, 0]        # a sum of sums: a single chain over head_dim has three times the rounding error
                     for e in range(1, VECTOR):
                         some += a[i, e] * b[j, e]
                     acc[i, j] += some
@@ -79,14 +87,14 @@ def make_product(spec: Spec, tile: Tile, SLICE: int) -> Any:
 
 
 def neighbours(dim: int, vector: int) -> int:
-    """Columns side by side that a thread has of a product `dim` wide."""
+    """Neighbouring columns of a thread in a product `dim` wide."""
     return math.gcd(dim // WIDE, vector)
 
 
 def make_outer_product(spec: Spec, tile: Tile, DIM: int) -> Any:
-    """multiply(acc, p, v, x, y, n0, left): acc += P V over the `left` columns of P that are left, at most a slice of V.
+    """multiply(acc, p, v, x, y, n0, left): acc += P V over the remaining `left` columns of P, at most a slice of V.
 
-    P is a tile of probabilities at shared address p, V rows n0 and on of DIM elements at v.
+    P is a tile of probabilities at shared address p. V has rows of DIM elements at shared address v, for columns n0 and on of P.
     """
     compute, REAL, SIZE = compute_of(spec)
     VECTOR, HIGH, ROWS, OUTS, PITCH = 16 // SIZE, tile.high, tile.rows, DIM // WIDE, tile.pitch_p
@@ -113,7 +121,7 @@ def make_outer_product(spec: Spec, tile: Tile, DIM: int) -> Any:
 
 
 def make_column(spec: Spec, DIM: int) -> Any:
-    """column(c, x): the column of a product DIM wide that a thread's acc[:, c] is."""
+    """column(c, x): the column of a thread's acc[:, c] in a product DIM wide."""
     NEIGHBOURS = neighbours(DIM, 16 // compute_of(spec)[2])
 
     @inline
@@ -123,8 +131,10 @@ def make_column(spec: Spec, DIM: int) -> Any:
 
 
 def make_store(spec: Spec, tile: Tile, DIM: int) -> Any:
-    """put(acc, factor, pointer, by_line, by_dim, lines, real, dims, x, y): acc * factor to the first `lines` lines and `dims` columns of
-    an array at `pointer`; lines from `real` on become 0."""
+    """put(acc, factor, pointer, by_line, by_dim, lines, real, dims, x, y): store acc * factor to an array at `pointer`.
+
+    Only the first `lines` lines and `dims` columns exist. Lines from `real` on become 0.
+    """
     compute, REAL, _ = compute_of(spec)
     HIGH, ROWS, OUTS, column, store_element = tile.high, tile.rows, DIM // WIDE, make_column(spec, DIM), store(spec.dtype, compute)
 

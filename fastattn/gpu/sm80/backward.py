@@ -1,20 +1,20 @@
-"""Backward with mma.sync, ldmatrix and cp.async: a block takes BLOCK_N keys of one key head and goes through the queries that see them.
+"""Backward with mma.sync, ldmatrix and cp.async: a block owns BLOCK_N keys of one key head and loops over the queries that attend them.
 
-    block           scores transposed, keys by queries; dK and dV of its keys stay in registers, dQ is added to sums in memory
+    block           scores are transposed, keys by queries. dK and dV of its keys stay in registers, dQ is added to sums in memory
                     S^T = K Q^T     P^T = exp2(S^T - lse)          dV += P^T dO
                     dP^T = V dO^T   dS^T = P^T (dP^T - delta)      dK += dS^T Q      dQ = dS K
-    SPLIT 1         a warp has 16 * TILES keys and all BLOCK_M queries of a step: P^T and dS^T are operands as they come out of the
-                    accumulators, only dQ, which adds over all keys, reads dS of all warps
-    SPLIT 2, 4      so many warps share 16 * TILES keys: each computes scores of its part of the queries and has its part of the columns of
-                    dK and dV. P and dS go through shared memory; with 32 keys a warp, operands are read from there less often
-    all threads     copy Q and dO, 16 bytes at a time, into panels of 64 columns, and lse and delta, which end in rows that are nobody's
+    SPLIT 1         a warp has 16 * TILES keys and all BLOCK_M queries of a step. Its accumulators of P^T and dS^T are the A operands of
+                    dV and dK. Only dQ, a sum over all keys, reads dS of all warps, from shared memory
+    SPLIT 2, 4      so many warps share 16 * TILES keys. Each computes the scores of its part of the queries, and its part of the columns
+                    of dK and dV. P and dS go through shared memory. With 32 keys a warp, operands are loaded from there less often
+    all threads     copy Q and dO, 16 bytes at a time, into panels of 64 columns, and lse and delta, which have padding rows at the end
 
-    shared memory   K, later dK | V, later dV | STAGES x Q | STAGES x dO | dS | P, with SPLIT | STAGES x lse | STAGES x delta | the tile
-    arrived()       after it a thread's copies are everyone's, and what the step before read may be overwritten
-    STAGES 2        Q and dO of the next step travel into the other stage while this one is computed: two barriers a step
-    STAGES 1        they travel during the product of dQ
+    shared memory   K, later dK | V, later dV | STAGES x Q | STAGES x dO | dS | P, with SPLIT | STAGES x lse | STAGES x delta | parked words
+    arrived()       waits for all threads' copies, and for the end of the step before, whose operands may then be overwritten
+    STAGES 2        Q and dO of the next step are in flight, into the other stage, during this one: two barriers a step
+    STAGES 1        they are in flight during the MMAs of dQ
 
-dQ of a query block gets a part from every key block: float32 sums in memory, added to in any order, that a last kernel rounds.
+Every key block contributes to dQ of a query block: float32 sums in memory, added to atomically in any order. A last kernel rounds them.
 (Design: FlashAttention-2, Dao 2023.)
 """
 from __future__ import annotations
@@ -31,19 +31,24 @@ from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store
 from ..ptx.sync import thread_index
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.fragments import join, make_pack, make_unpack, part, scale_seen_rows, zeros
+from ..tile.fragments import join, lane_row, make_pack, make_unpack, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import PIECE, exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
+from ..tile.parked import parked
 from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
 from .config import BackwardSm80Config
+from .copies import arrived, make_copy_rows
 
 
 def pieces(dim: int, step: int) -> int:
-    """Registers that 16 rows take of 16 columns of every 16 * step."""
+    """Registers of 16 rows by the columns of one of `step` warps: 16 columns of every 16 * step."""
     return 8 * -(-dim // (16 * step))
+
+
+ROW_BYTES = 128             # of a row of a panel: 64 columns
 
 
 def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
@@ -51,9 +56,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     BLOCK_M, BLOCK_N, TILES, SPLIT, STAGES, WARPS = config.block_m, config.block_n, config.tiles, config.split, config.stages, config.warps
     HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
     WARP_KEYS, PART_M, PASS_ROWS, STORE_ROWS = 16 * TILES, BLOCK_M // SPLIT, 4 * WARPS, BLOCK_N // WARPS
-    Q_PANEL, KV_PANEL, LINE = BLOCK_M * 128, BLOCK_N * 128, BLOCK_M * 16        # LINE: of dS and P, 8 keys by BLOCK_M queries
-    Q_BYTES, DO_BYTES, DS_BYTES, ROW_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, BLOCK_N // 8 * LINE, BLOCK_M * 4
-    APART = config.columns_apart                    # warps side by side in dQ, whose rows are then
+    Q_PANEL, KV_PANEL, LINE = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, BLOCK_M * 16     # LINE: bytes of 8 keys of dS or P
+    Q_BYTES, DO_BYTES, DS_BYTES, STAT_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, BLOCK_N // 8 * LINE, BLOCK_M * 4
+    APART = config.columns_apart                    # warps that share rows of dQ; each has its part of the columns
     ROWS_DQ = BLOCK_M // (WARPS // APART)
     TILES_DQ, ACCUM_ROW = ROWS_DQ // 16, PANELS * 64 * 4
     COUNT_S, COUNT_K, COUNT_V = PART_M // 2, TILES * pieces(HEAD_DIM, SPLIT), TILES * pieces(HEAD_DIM_V, SPLIT)
@@ -62,14 +67,18 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     K, V = smem.take(PANELS * KV_PANEL), smem.take(PANELS_V * KV_PANEL)
     Q, DO = smem.take(STAGES * Q_BYTES), smem.take(STAGES * DO_BYTES)
     DS, P = smem.take(DS_BYTES), smem.take(DS_BYTES if SPLIT > 1 else 0)
-    LSE, DELTA, TILE = smem.take(STAGES * ROW_BYTES, 128), smem.take(STAGES * ROW_BYTES, 128), smem.take(80, 16)
+    LSE, DELTA = smem.take(STAGES * STAT_BYTES, 128), smem.take(STAGES * STAT_BYTES, 128)
+    Q_POINTER, DO_POINTER = smem.take(8, 16), smem.take(8, 8)       # to the sequence's first row
+    # HEAD_END: one past the last query head
+    (BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST, M_MIN, FULL_MIN, FULL_MAX, HEAD_K, K_START, KEYS, M_MAX,
+     HEAD_END) = parked(smem, 13)
     SOFTCAP, DROPOUT = spec.softcap, spec.dropout
-    VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: of 16 bytes of lse, and of delta
+    VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: 16-byte copies of lse, and of delta
     LANE_BYTES, EARLY, LATER = 16 if VECTOR else 4, STAGES == 2 and SPLIT > 1, STAGES == 2 and SPLIT == 1
     qk, pv = mma.make_products(spec.dtype)
-    product, product_trans = mma.make_tiles_product(spec.dtype, False), mma.make_tiles_product(spec.dtype, True)
+    multiply_tiles, multiply_tiles_trans = mma.make_tiles_product(spec.dtype, False), mma.make_tiles_product(spec.dtype, True)
     to_half = make_pack(spec.dtype)
-    load_tile, store_tile = cp_async.make_load(config.whole), cp_async.make_store(config.whole_out)
+    copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
@@ -79,58 +88,41 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ helpers of this kernel
     @inline
-    def note(base, number, value):
-        """A word about the tile waits in shared memory, because products need the registers."""
-        store_shared_b32(int32(base + TILE + 16 + 4 * number), int32(value))
+    def park(base, offset, value):
+        store_shared_b32(int32(base + offset), int32(value))
 
     @inline
-    def noted(base, number):
-        """0 batch, 1 q_start, 2 seqlen_q, 3 seqlen_k, 4 first key, 5 m_min, 6 full_min, 7 full_max, 8 head_k, 9 k_start, 10 keys,
-        11 m_max, 12 one past the last head."""
-        return load_shared_b32(int32(base + TILE + 16 + 4 * number))
+    def word(base, offset):
+        """A word about the tile, from shared memory: the MMAs need the registers."""
+        return load_shared_b32(int32(base + offset))
 
     @inline
     def keys_of_warp():
-        """Which stretch of WARP_KEYS keys this warp has."""
+        """Index of the WARP_KEYS keys of this warp."""
         return int32(thread_index() >> SHIFT)
 
     @inline
     def part_of_warp():
-        """Which part of its queries and of its columns."""
+        """Index of this warp among the SPLIT that share its keys: of its queries, and of its columns of dK and dV."""
         return int32((thread_index() >> 5) & (SPLIT - 1))
 
     @inline
     def key_of_thread():
-        return int32(keys_of_warp() * WARP_KEYS + ((thread_index() & 31) >> 2))
+        return int32(keys_of_warp() * WARP_KEYS + lane_row(int32(thread_index() & 31)))
 
     @inline
     def query_of_thread():
-        return int32(part_of_warp() * PART_M + (thread_index() & 3) * 2)
-
-    @inline
-    def arrived():
-        """Every copy so far is there, and all threads are done with what was there before the next."""
-        cp_async.wait_all()
-        cuda.syncthreads()
+        return int32(part_of_warp() * PART_M + thread_col(thread_index()))
 
     @inline
     def following(base, head, m):
-        """The block of queries after this one, and whether there is one."""
+        """The next block of queries: (head, m, whether there is one)."""
         m = int32(m + 1)
-        if m == noted(base, 11):
-            head, m = int32(head + 1), noted(base, 5)
-        return head, m, head < noted(base, 12)
+        if m == word(base, M_MAX):
+            head, m = int32(head + 1), word(base, M_MIN)
+        return head, m, head < word(base, HEAD_END)
 
     # ------------------------------------------------------------ load
-    @inline
-    def copy_rows(to, source, by_row, by_dim, first, length, dim, rows, count, panel):
-        """Rows `first` to first + rows of `length`, `dim` columns each: to panels at `to`, by all threads."""
-        thread = thread_index()
-        line, chunk = int32(thread >> 3), int32(thread & 7)
-        source = uint64(source + uint64(int64(first + line) * by_row + 8 * chunk * by_dim))
-        load_tile(int32(to + line * 128 + ((chunk ^ (line & 7)) << 4)), source, by_row, by_dim, int32(length - first - line),
-                  int32(dim - 8 * chunk), rows, PASS_ROWS, count, panel)
-
     @inline
     def load_keys(a, base, batch, head_k, k_start, seqlen_k, first):
         copy_rows(int32(base + K), uint64(a.k + uint64(batch * a.k_batch + k_start * a.k_row + head_k * a.k_head)), a.k_row, a.k_dim,
@@ -141,19 +133,19 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def load_queries(a, base, head, m, stage):
         """Q, dO, lse and delta of a block of rows of one head."""
-        row, seqlen_q = int32(m * BLOCK_M), noted(base, 2)
-        copy_rows(int32(base + Q + stage * Q_BYTES), uint64(load_shared_b64(base + TILE) + uint64(head * a.q_head)), a.q_row, a.q_dim,
+        row, seqlen_q = int32(m * BLOCK_M), word(base, SEQLEN_Q)
+        copy_rows(int32(base + Q + stage * Q_BYTES), uint64(load_shared_b64(base + Q_POINTER) + uint64(head * a.q_head)), a.q_row, a.q_dim,
                   row, seqlen_q, a.head_dim, BLOCK_M, PANELS, Q_PANEL)
-        copy_rows(int32(base + DO + stage * DO_BYTES), uint64(load_shared_b64(base + TILE + 8) + uint64(head * a.dout_head)), a.dout_row,
+        copy_rows(int32(base + DO + stage * DO_BYTES), uint64(load_shared_b64(base + DO_POINTER) + uint64(head * a.dout_head)), a.dout_row,
                   a.dout_dim, row, seqlen_q, a.head_dim_v, BLOCK_M, PANELS_V, Q_PANEL)
         thread = thread_index()
         if thread < 2 * COPIES:
             byte = int32((thread & (COPIES - 1)) * 16)
-            at = uint64(uint64(4 * (first_row(a, noted(base, 0), head, noted(base, 1)) + int64(row))) + uint64(byte))
+            at = uint64(uint64(4 * (first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(row))) + uint64(byte))
             if thread < COPIES:
-                copy16(int32(base + LSE + stage * ROW_BYTES + byte), uint64(a.row_log2 + at))
+                copy16(int32(base + LSE + stage * STAT_BYTES + byte), uint64(a.row_log2 + at))
             else:
-                copy16(int32(base + DELTA + stage * ROW_BYTES + byte), uint64(a.row_delta + at))
+                copy16(int32(base + DELTA + stage * STAT_BYTES + byte), uint64(a.row_delta + at))
 
     @inline
     def load_following(a, base, head, m, stage):
@@ -163,55 +155,55 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ the step's parts
     @inline
-    def products_s(base, stage):
-        """S^T of this warp."""
-        k_at = int32(base + K + keys_of_warp() * (WARP_KEYS * 128) + lane_offset(thread_index()))
-        q_at = int32(base + Q + stage * Q_BYTES + part_of_warp() * (PART_M * 128) + lane_offset_b(thread_index()))
+    def scores_of(base, stage):
+        """S^T = K Q^T of this warp."""
+        k_at = int32(base + K + keys_of_warp() * (WARP_KEYS * ROW_BYTES) + lane_offset(thread_index()))
+        q_at = int32(base + Q + stage * Q_BYTES + part_of_warp() * (PART_M * ROW_BYTES) + lane_offset_b(thread_index()))
         return qk(zeros(COUNT_ALL), k_at, q_at, TILES, HEAD_DIM, KV_PANEL, Q_PANEL)
 
     @inline
-    def products_dp(base, stage):
-        """dP^T of this warp."""
-        v_at = int32(base + V + keys_of_warp() * (WARP_KEYS * 128) + lane_offset(thread_index()))
-        do_at = int32(base + DO + stage * DO_BYTES + part_of_warp() * (PART_M * 128) + lane_offset_b(thread_index()))
+    def grad_probabilities(base, stage):
+        """dP^T = V dO^T of this warp."""
+        v_at = int32(base + V + keys_of_warp() * (WARP_KEYS * ROW_BYTES) + lane_offset(thread_index()))
+        do_at = int32(base + DO + stage * DO_BYTES + part_of_warp() * (PART_M * ROW_BYTES) + lane_offset_b(thread_index()))
         return qk(zeros(COUNT_ALL), v_at, do_at, TILES, HEAD_DIM_V, KV_PANEL, Q_PANEL)
 
     @inline
-    def columns(place):
-        """This lane's address in rows of dO or Q at `place`, as B of its warp's columns."""
-        return int32((place + lane_offset(thread_index())) ^ (part_of_warp() << 5))
+    def columns(panels_at):
+        """This lane's address in rows of dO or Q at `panels_at`, as B operand of its warp's columns."""
+        return int32((panels_at + lane_offset(thread_index())) ^ (part_of_warp() << 5))
 
     @inline
-    def rows_of_warp(place):
-        """This lane's address in P^T or dS^T at `place`, as A of its warp's keys."""
-        return int32(place + keys_of_warp() * (2 * TILES * LINE) + tiles_lane(thread_index(), int32(LINE)))
+    def rows_of_warp(tiles_at):
+        """This lane's address in P^T or dS^T at `tiles_at`, as A operand of its warp's keys."""
+        return int32(tiles_at + keys_of_warp() * (2 * TILES * LINE) + tiles_lane(thread_index(), int32(LINE)))
 
     @inline
-    def store_scores(base, place, halves, tile):
-        """P^T or dS^T of 16 keys to where all warps find it."""
-        store_tiles(halves, int32(base + place + keys_of_warp() * (2 * TILES * LINE) + part_of_warp() * (PART_M * 16)
+    def store_scores(base, offset, halves, tile):
+        """Store P^T or dS^T of 16 keys to shared memory, for all warps."""
+        store_tiles(halves, int32(base + offset + keys_of_warp() * (2 * TILES * LINE) + part_of_warp() * (PART_M * 16)
                                   + (thread_index() & 31) * 4 + tile * 2 * LINE), LINE)
 
     @inline
-    def probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at, far):
-        """P^T of 16 keys, negative where dropout drops it, and the slopes of the softcap."""
-        batch, seqlen_q, seqlen_k = noted(base, 0), noted(base, 2), noted(base, 3)
+    def probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far):
+        """P^T of 16 keys, negative where dropped, and the derivative of the softcap."""
+        batch, seqlen_q, seqlen_k = word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K)
         if SOFTCAP:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
             cap_slope = int32(0)
-        acc_s = score(a, acc_s, early, slope, query, key, int32(seqlen_k - seqlen_q))
-        if (m < noted(base, 6)) | (m >= noted(base, 7)):
+        acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+        if (m < word(base, FULL_MIN)) | (m >= word(base, FULL_MAX)):
             acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
         if far != 0:
-            at = uint64(4 * (first_row(a, batch, head, noted(base, 1)) + int64(query)))
+            at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
         p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
         return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
 
     @inline
     def gradients(a, of_scores, acc_dp, delta_at):
-        """What dV is made of, and dS^T, of 16 keys."""
+        """(P^T with dropout, dS^T) of 16 keys, rounded: the operands of dV and dK."""
         p, cap_slope = of_scores
         acc_ds = grad(a, p, acc_dp, load_columns(delta_at, COUNT_S))
         if SOFTCAP:
@@ -220,38 +212,38 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     @inline
     def add_dq(a, base, head, m):
-        """dQ of this step: this warp's rows and columns, over all keys of the block, to the sums."""
+        """dQ = dS K over all keys of the block: this warp's rows and columns are added to the sums."""
         thread = thread_index()
         rows, columns = int32((thread >> 5) // APART), int32((thread >> 5) & (APART - 1))
         ds_at = int32(base + DS + rows * (ROWS_DQ * 16) + tiles_lane_trans(thread, int32(LINE)))
         k_at = int32((base + K + lane_offset(thread)) ^ (columns << 5))
-        acc_dq = product_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
-        row = int64(first_row(a, noted(base, 0), head, noted(base, 1)) + int64(m * BLOCK_M + rows * ROWS_DQ))
+        acc_dq = multiply_tiles_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
+        row = int64(first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(m * BLOCK_M + rows * ROWS_DQ))
         at = (row >> 6) * (64 * ACCUM_ROW) + ((row >> 4) & 3) * PIECE + int64(columns * 1024 + (thread & 31) * LANE_BYTES)
         add_sums(acc_dq, uint64(a.accum + uint64(at)), TILES_DQ, APART, VECTOR)
 
     # ------------------------------------------------------------ step
     @inline
-    def scores(a, base, slope, head, m, stage):
-        """P^T and dS^T of this warp, rounded: a pair of packed fragments."""
-        key, query = int32(noted(base, 4) + key_of_thread()), int32(m * BLOCK_M + query_of_thread())
-        rows = int32(stage * ROW_BYTES + 4 * query_of_thread())
+    def scores(a, base, shared, head, m, stage):
+        """(P^T, dS^T) of this warp, rounded: two packed fragments."""
+        key, query = int32(word(base, FIRST) + key_of_thread()), int32(m * BLOCK_M + query_of_thread())
+        rows = int32(stage * STAT_BYTES + 4 * query_of_thread())
         lse_at, delta_at = int32(base + LSE + rows), int32(base + DELTA + rows)
-        early = fetch(a, noted(base, 0), head, query, key, noted(base, 2), noted(base, 3))
-        acc_s = products_s(base, stage)
-        far = any_far(int32(base + LSE + stage * ROW_BYTES))
+        early = fetch(a, word(base, BATCH), head, query, key, word(base, SEQLEN_Q), word(base, SEQLEN_K))
+        acc_s = scores_of(base, stage)
+        far = any_far(int32(base + LSE + stage * STAT_BYTES))
         if TILES == 1:
-            of_scores = probabilities(a, base, acc_s, early, slope, head, m, key, query, lse_at, far)
-            p_half, ds = gradients(a, of_scores, products_dp(base, stage), delta_at)
+            of_scores = probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far)
+            p_half, ds = gradients(a, of_scores, grad_probabilities(base, stage), delta_at)
             store_scores(base, DS, ds, 0)
             if SPLIT > 1:
                 store_scores(base, P, p_half, 0)
             return p_half, ds
         else:
-            first = probabilities(a, base, part(acc_s, 0, 2), early, slope, head, m, key, query, lse_at, far)
-            early = fetch(a, noted(base, 0), head, query, int32(key + 16), noted(base, 2), noted(base, 3))
-            second = probabilities(a, base, part(acc_s, 1, 2), early, slope, head, m, int32(key + 16), query, lse_at, far)
-            acc_dp = products_dp(base, stage)
+            first = probabilities(a, base, part(acc_s, 0, 2), early, shared, head, m, key, query, lse_at, far)
+            early = fetch(a, word(base, BATCH), head, query, int32(key + 16), word(base, SEQLEN_Q), word(base, SEQLEN_K))
+            second = probabilities(a, base, part(acc_s, 1, 2), early, shared, head, m, int32(key + 16), query, lse_at, far)
+            acc_dp = grad_probabilities(base, stage)
             half0, ds0 = gradients(a, first, part(acc_dp, 0, 2), delta_at)
             half1, ds1 = gradients(a, second, part(acc_dp, 1, 2), delta_at)
             store_scores(base, DS, ds0, 0)
@@ -262,13 +254,13 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             return join(half0, half1), join(ds0, ds1)
 
     @inline
-    def step(a, base, acc_dk, acc_dv, slope, head, m, stage):
-        """Block m of `head`, while what comes next travels."""
+    def step(a, base, acc_dk, acc_dv, shared, head, m, stage):
+        """Query block m of `head`: dV += P^T dO, dK += dS^T Q, dQ += dS K, while the next operands are in flight."""
         arrived()
         if EARLY:
             load_following(a, base, head, m, int32(stage ^ 1))
-        p, ds = scores(a, base, slope, head, m, stage)
-        if LATER:           # not before: a few registers would spill
+        p, ds = scores(a, base, shared, head, m, stage)
+        if LATER:           # issued earlier, a few registers would spill
             load_following(a, base, head, m, int32(stage ^ 1))
         q_at, do_at = int32(base + Q + stage * Q_BYTES), int32(base + DO + stage * DO_BYTES)
         if SPLIT == 1:
@@ -277,8 +269,8 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             cuda.syncthreads()
         else:
             cuda.syncthreads()
-            acc_dv = product(acc_dv, rows_of_warp(int32(base + P)), columns(do_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
-            acc_dk = product(acc_dk, rows_of_warp(int32(base + DS)), columns(q_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            acc_dv = multiply_tiles(acc_dv, rows_of_warp(int32(base + P)), columns(do_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            acc_dk = multiply_tiles(acc_dk, rows_of_warp(int32(base + DS)), columns(q_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
             if STAGES == 1:
                 cuda.syncthreads()
         if STAGES == 1:
@@ -289,35 +281,35 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     # ------------------------------------------------------------ epilogue
     @inline
     def put_rows(acc, to, key, scale, seqlen_k):
-        """16 keys of dK or dV, those that exist, to shared memory; the others are 0."""
+        """Store 16 keys of dK or dV to shared memory, 0 for keys from seqlen_k on."""
         scale0, scale1 = scale if key < seqlen_k else float32(0), scale if key + 8 < seqlen_k else float32(0)
         store_columns(to_half(scale_seen_rows(acc, scale0, scale1)), to, int32(thread_index() & 31), part_of_warp(), SPLIT, KV_PANEL)
 
     @inline
-    def put(base, acc, place, scale):
-        key, seqlen_k = int32(noted(base, 4) + key_of_thread()), noted(base, 3)
-        to = int32(base + place + keys_of_warp() * (WARP_KEYS * 128))
+    def put(base, acc, offset, scale):
+        key, seqlen_k = int32(word(base, FIRST) + key_of_thread()), word(base, SEQLEN_K)
+        to = int32(base + offset + keys_of_warp() * (WARP_KEYS * ROW_BYTES))
         if TILES == 1:
             put_rows(acc, to, key, scale, seqlen_k)
         else:
             put_rows(part(acc, 0, 2), to, key, scale, seqlen_k)
-            put_rows(part(acc, 1, 2), int32(to + 2048), int32(key + 16), scale, seqlen_k)
+            put_rows(part(acc, 1, 2), int32(to + 16 * ROW_BYTES), int32(key + 16), scale, seqlen_k)
 
     @inline
-    def store(base, place, pointer, by_batch, by_row, by_head, by_dim, dim, count):
-        """All keys of the sequence in this tile, STORE_ROWS a warp, 16 bytes a thread."""
+    def store(base, offset, pointer, by_batch, by_row, by_head, by_dim, dim, count):
+        """Store dK or dV of all the tile's keys that exist: STORE_ROWS rows a warp, 16 bytes a thread at a time."""
         thread = thread_index()
-        line, chunk = int32((thread & 31) >> 3), int32(thread & 7)
-        row = int32((thread >> 5) * STORE_ROWS + line)
-        key = int32(noted(base, 4) + row)
-        to = uint64(pointer + uint64(noted(base, 0) * by_batch + int64(noted(base, 9) + key) * by_row + noted(base, 8) * by_head
-                                     + 8 * chunk * by_dim))
-        store_tile(int32(base + place + row * 128 + ((chunk ^ line) << 4)), to, by_row, by_dim, int32(noted(base, 10) - key),
+        behind, chunk = int32((thread & 31) >> 3), int32(thread & 7)
+        row = int32((thread >> 5) * STORE_ROWS + behind)
+        key = int32(word(base, FIRST) + row)
+        to = uint64(pointer + uint64(word(base, BATCH) * by_batch + int64(word(base, K_START) + key) * by_row
+                                     + word(base, HEAD_K) * by_head + 8 * chunk * by_dim))
+        store_tile(int32(base + offset + row * ROW_BYTES + ((chunk ^ behind) << 4)), to, by_row, by_dim, int32(word(base, KEYS) - key),
                    int32(dim - 8 * chunk), STORE_ROWS, count, KV_PANEL)
 
     @inline
     def epilogue(a, base, acc_dk, acc_dv):
-        cuda.syncthreads()          # all warps have read K
+        cuda.syncthreads()          # until all warps have read K
         put(base, acc_dk, K, a.grad_scale)
         put(base, acc_dv, V, a.keep_scale if DROPOUT else float32(1))
         cuda.syncthreads()
@@ -328,26 +320,26 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         t = int32(cuda.blockIdx.x)
         if t >= num_tiles(a):
             return
-        base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # of a row of a panel
+        base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # aligned as a row of a panel
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
         first = int32(n_block * BLOCK_N)
         m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
         if cuda.threadIdx.x == 0:
-            store_shared_b64(base + TILE, uint64(a.q + uint64(batch * a.q_batch + q_start * a.q_row)))
-            store_shared_b64(base + TILE + 8, uint64(a.dout + uint64(batch * a.dout_batch + q_start * a.dout_row)))
-            note(base, 0, batch)
-            note(base, 1, q_start)
-            note(base, 2, seqlen_q)
-            note(base, 3, seqlen_k)
-            note(base, 4, first)
-            note(base, 5, m_min)
-            note(base, 6, full_min)
-            note(base, 7, full_max)
-            note(base, 8, head_k)
-            note(base, 9, k_start)
-            note(base, 10, keys)
-            note(base, 11, m_max)
-            note(base, 12, int32((head_k + 1) * a.group))
+            store_shared_b64(base + Q_POINTER, uint64(a.q + uint64(batch * a.q_batch + q_start * a.q_row)))
+            store_shared_b64(base + DO_POINTER, uint64(a.dout + uint64(batch * a.dout_batch + q_start * a.dout_row)))
+            park(base, BATCH, batch)
+            park(base, Q_START, q_start)
+            park(base, SEQLEN_Q, seqlen_q)
+            park(base, SEQLEN_K, seqlen_k)
+            park(base, FIRST, first)
+            park(base, M_MIN, m_min)
+            park(base, FULL_MIN, full_min)
+            park(base, FULL_MAX, full_max)
+            park(base, HEAD_K, head_k)
+            park(base, K_START, k_start)
+            park(base, KEYS, keys)
+            park(base, M_MAX, m_max)
+            park(base, HEAD_END, int32((head_k + 1) * a.group))
         cuda.syncthreads()
         acc_dk, acc_dv = zeros(COUNT_K), zeros(COUNT_V)
         if m_min < m_max:
@@ -356,8 +348,8 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             load_keys(a, base, batch, head_k, k_start, seqlen_k, first)
             load_queries(a, base, head, m, stage)
             while there:
-                slope = prepare(a, noted(base, 0), head)
-                acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, slope, head, m, stage)
+                shared = prepare(a, word(base, BATCH), head)
+                acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, shared, head, m, stage)
                 head, m, there = following(base, head, m)
                 stage = int32(stage ^ (STAGES - 1))
         epilogue(a, base, acc_dk, acc_dv)

@@ -27,19 +27,19 @@ def make_tile_bounds(spec: Spec, BLOCK_M: int, BLOCK_N: int, EMPTY: bool = False
 
     @inline
     def tile_blocks(a, m_block, seqlen_q, seqlen_k):
-        first, last = int32(m_block * BLOCK_M), int32(min((m_block + 1) * BLOCK_M, seqlen_q) - 1)
+        first, end = int32(m_block * BLOCK_M), min((m_block + 1) * BLOCK_M, seqlen_q)
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-        n_min, _, _, n_max = block_bounds(a, first, last, diagonal, seqlen_k)
+        n_min, _, _, n_max = block_bounds(a, first, end, diagonal, seqlen_k)
         if EMPTY:
             lo, _ = row_bounds(a, first, diagonal, seqlen_k)
-            _, hi = row_bounds(a, last, diagonal, seqlen_k)
+            _, hi = row_bounds(a, int32(end - 1), diagonal, seqlen_k)
             return uniform(n_min), uniform(n_max if lo < hi else n_min)
         else:
             return n_min, n_max
 
     @inline
     def full_blocks(a, row, diagonal, seqlen_k):
-        _, full_min, full_max, _ = block_bounds(a, row, int32(row + WARPGROUP_ROWS - 1), diagonal, seqlen_k)
+        _, full_min, full_max, _ = block_bounds(a, row, int32(row + 64), diagonal, seqlen_k)
         if EMPTY:
             return uniform(full_min), uniform(full_max)
         else:

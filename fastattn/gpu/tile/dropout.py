@@ -1,4 +1,4 @@
-"""Dropout on the device: Philox4x32-10 as philox.py defines it, applied to accumulator fragments."""
+"""Dropout of accumulator fragments, with Philox4x32-10 as philox.py defines it."""
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +11,7 @@ from .fragments import drop, make_draw
 
 
 def philox(c0, c1, c2, c3, k0, k1):
-    """Four words for the counter (c0, c1, c2, c3) and the key (k0, k1), all uint32."""
+    """The four random words of counter (c0, c1, c2, c3) under key (k0, k1), all uint32."""
     for _ in range(10):
         p0 = uint64(c0) * uint64(0xD2511F53)
         p1 = uint64(c2) * uint64(0xCD9E8D57)
@@ -22,10 +22,10 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any]:
-    """Of a fragment of COUNT registers, nothing when absent; EARLY as in make_draw:
+    """(draw, dropout) for a fragment of COUNT registers. Without dropout both do nothing. EARLY: see fragments.make_draw.
 
-    words = draw(a, row, col, plane)        `row` and `col` the thread's first, `plane` = batch * num_heads + head
-    p = dropout(a, p, words)
+    words = draw(a, row, col, plane)        row, col: the thread's first. plane: batch * num_heads + head
+    p = dropout(a, p, words)                0 where dropped; the factor 1 / (1 - dropout_p) is applied to the output
     """
     if not spec.dropout:
         @inline

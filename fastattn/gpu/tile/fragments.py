@@ -1,8 +1,9 @@
-"""Accumulator fragments: what a thread holds of a warp's 16 x N tile, the same for mma.sync and wgmma.
+"""Accumulator fragments: the registers of a warp's 16 x N tile that one thread holds, the same for mma.sync and wgmma.
 
 Register k of a fragment lies in row `row + 8 * (k / 2 % 2)` and column `col + 8 * (k / 4) + k % 2`, where row = lane / 4 and
-col = 2 * (lane % 4) are the thread's first (PTX ISA 9.7.14.5.8, figure of the m16n8 accumulator). A fragment is a tuple of
-registers; a packed one has two 16-bit values in each. `elementwise` makes a plain scalar function work on all of it.
+col = 2 * (lane % 4) are the thread's first (PTX ISA 9.7.14.5.8, figure of the m16n8 accumulator). So a thread has two rows, eight
+apart, and the four threads of a quad share them. A fragment is a tuple of registers; a packed one has two 16-bit values in each.
+`elementwise` applies a plain scalar function to every element.
 """
 from __future__ import annotations
 
@@ -22,12 +23,40 @@ NEG_INF = F32(float("-inf"))
 PAIR = types.UniTuple(types.float32, 2)
 
 
+# Where a thread's first register lies. In 64 bits and then truncated, as Numba computes: the optimizer's choices depend on it.
+@intrinsic
+def lane_row(typingctx: Any, lane: Any) -> Any:
+    """The first row of a lane in its warp's 16."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.trunc(builder.ashr(builder.sext(args[0], I64), I64(2)), I32)
+    return signature(types.int32, types.int32), generate
+
+
+@intrinsic
+def thread_row(typingctx: Any, thread: Any, lane: Any) -> Any:
+    """The first row of a thread, if warp w has rows 16 w to 16 w + 15."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        thread, lane = (builder.sext(x, I64) for x in args)
+        first = builder.mul(builder.ashr(thread, I64(5)), I64(16), flags=["nsw"])
+        return builder.trunc(builder.add(first, builder.ashr(lane, I64(2)), flags=["nsw"]), I32)
+    return signature(types.int32, types.int32, types.int32), generate
+
+
+@intrinsic
+def thread_col(typingctx: Any, lane: Any) -> Any:
+    """The first column of a lane, or of a thread: only the two lowest bits count."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.trunc(builder.mul(builder.and_(builder.sext(args[0], I64), I64(3)), I64(2), flags=["nsw"]), I32)
+    return signature(types.int32, types.int32), generate
+
+
 def row_of(k: int) -> int:
-    """0 or 8: the row of register k after the thread's first."""
+    """0 or 8: the row of register k, counted from the thread's first."""
     return 8 * (k // 2 % 2)
 
 
 def col_of(k: int) -> int:
+    """The column of register k, counted from the thread's first."""
     return 8 * (k // 4) + k % 2
 
 
@@ -53,7 +82,7 @@ def zeros_packed(typingctx: Any, count: Any) -> Any:
 
 @intrinsic
 def part(typingctx: Any, fragment: Any, index: Any, count: Any) -> Any:
-    """Part number `index` of `count` equal ones: of a fragment's columns, or of a tuple of fragments."""
+    """Part `index` of `count` equal parts: of a fragment's columns, or of a tuple of fragments."""
     i, parts = literals(index, count)
     n = fragment.count // parts
 
@@ -64,7 +93,7 @@ def part(typingctx: Any, fragment: Any, index: Any, count: Any) -> Any:
 
 @intrinsic
 def join(typingctx: Any, first: Any, second: Any) -> Any:
-    """The fragment of which these are the parts."""
+    """The fragment made of these two parts."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, unpack(builder, args[0], first.count) + unpack(builder, args[1], second.count))
     return signature(types.UniTuple(first.dtype, first.count + second.count), first, second), generate
@@ -72,12 +101,12 @@ def join(typingctx: Any, first: Any, second: Any) -> Any:
 
 @intrinsic
 def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
-    """This thread's maxima of its two rows, and of max0 and max1."""
+    """The maxima of the thread's two rows and of max0, max1."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         rows: list[Any] = []
         registers = unpack(builder, args[0], acc.count)
         for r, start in ((0, args[1]), (2, args[2])):
-            # two chains a row, one of them from `start`: half the latency of one
+            # two chains a row, one of which begins with `start`: half the latency of one chain
             chains: list[Any] = [start, None]
             for i, k in enumerate(range(r, acc.count, 4)):
                 for x in registers[k:k + 2]:
@@ -89,7 +118,7 @@ def row_max(typingctx: Any, acc: Any, max0: Any, max1: Any) -> Any:
 
 @intrinsic
 def row_sum(typingctx: Any, acc: Any) -> Any:
-    """This thread's sums of its two rows."""
+    """The sums of the thread's two rows."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers, rows = unpack(builder, args[0], acc.count), []
         for r in (0, 2):
@@ -113,14 +142,14 @@ def _quad(combine: Any) -> Any:
     return reduce
 
 
-# over the four threads that share a row
+# reductions over the quad, the four threads that share a row
 quad_max = _quad(emit_max)
 quad_sum = _quad(lambda builder, a, b: builder.fadd(a, b))
 
 
 @intrinsic
 def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> Any:
-    """exp2(acc * scale - max) with the maximum of each row."""
+    """exp2(acc * scale - max), with each row's maximum."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         minus = [builder.fsub(F32(-0.0), x) for x in args[2:]]
         registers = unpack(builder, args[0], acc.count)
@@ -130,7 +159,7 @@ def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> An
 
 @intrinsic
 def minus_rows(typingctx: Any, acc: Any, shift0: Any, shift1: Any) -> Any:
-    """Each row minus its number."""
+    """acc - shift, with each row's shift."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [builder.fsub(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
     return signature(acc, acc, types.float32, types.float32), generate
@@ -138,7 +167,7 @@ def minus_rows(typingctx: Any, acc: Any, shift0: Any, shift1: Any) -> Any:
 
 @intrinsic
 def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
-    """Each row times its factor."""
+    """acc * scale, with each row's scale."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [builder.fmul(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
     return signature(acc, acc, types.float32, types.float32), generate
@@ -146,7 +175,7 @@ def scale_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
 
 @intrinsic
 def scale_seen_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
-    """As scale_rows, but a factor of 0 gives 0 whatever the row holds: it saw nothing, and its tile may hold NaN."""
+    """As scale_rows, but a scale of 0 gives 0. Such a row attends no key, and what it holds may be NaN."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         nothing = [builder.fcmp_ordered("==", scale, F32(0.0)) for scale in args[1:]]
         return pack(builder, [builder.select(nothing[row_of(k) // 8], F32(0.0), builder.fmul(x, args[1 + row_of(k) // 8]))
@@ -156,7 +185,7 @@ def scale_seen_rows(typingctx: Any, acc: Any, scale0: Any, scale1: Any) -> Any:
 
 @intrinsic
 def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: Any) -> Any:
-    """acc where lo <= column < hi, else -inf; bounds per row, counted from the thread's first column."""
+    """acc where lo <= column < hi, else -inf. Bounds are per row and count from the thread's first column."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         out = []
         for k, x in enumerate(unpack(builder, args[0], acc.count)):
@@ -170,7 +199,7 @@ def keep_interval(typingctx: Any, acc: Any, lo0: Any, hi0: Any, lo1: Any, hi1: A
 
 @intrinsic
 def keep_below(typingctx: Any, acc: Any, hi0: Any, hi1: Any) -> Any:
-    """acc where column < hi, else -inf; as keep_interval where rows have no lower bound."""
+    """acc where column < hi, else -inf: keep_interval for rows without a lower bound."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [builder.select(builder.icmp_signed("<", I32(col_of(k)), args[1 + row_of(k) // 8]), x, NEG_INF)
                               for k, x in enumerate(unpack(builder, args[0], acc.count))])
@@ -179,7 +208,7 @@ def keep_below(typingctx: Any, acc: Any, hi0: Any, hi1: Any) -> Any:
 
 @intrinsic
 def keep_from(typingctx: Any, acc: Any, lo0: Any, lo1: Any) -> Any:
-    """acc where lo <= column, else -inf; as keep_interval where rows have no upper bound."""
+    """acc where lo <= column, else -inf: keep_interval for rows without an upper bound."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [builder.select(builder.icmp_signed("<=", args[1 + row_of(k) // 8], I32(col_of(k))), x, NEG_INF)
                               for k, x in enumerate(unpack(builder, args[0], acc.count))])
@@ -187,7 +216,7 @@ def keep_from(typingctx: Any, acc: Any, lo0: Any, lo1: Any) -> Any:
 
 
 def make_pack(dtype: str, positive: bool = False) -> Any:
-    """packed = to_half(acc): rounded to 16-bit `dtype`, ready as the A operand of the next product; `positive`: negative ones become 0."""
+    """packed = to_half(acc): rounded to 16-bit `dtype`, in the layout of the next MMA's A operand. `positive`: negative values become 0."""
     @intrinsic
     def to_half(typingctx: Any, acc: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -198,9 +227,9 @@ def make_pack(dtype: str, positive: bool = False) -> Any:
 
 
 def elementwise(f: Any) -> Any:
-    """acc = apply(acc, row, col, extra): f(x, row, column, *extra) on every element; row and col are the thread's first.
+    """acc = apply(acc, row, col, extra): f(x, row, column, *extra) of every element; row and col are the thread's first.
 
-    f is a plain function of float32, int32, int32 and the types of the tuple `extra`; it is inlined for each register.
+    f is a plain function of float32, int32, int32 and the types of the tuple `extra`. It is inlined for each register.
     """
     @intrinsic
     def apply(typingctx: Any, acc: Any, row: Any, col: Any, extra: Any) -> Any:
@@ -210,8 +239,8 @@ def elementwise(f: Any) -> Any:
             rest = unpack(builder, args[3], len(extra.types))
             out = []
             for k, x in enumerate(unpack(builder, args[0], acc.count)):
-                place = builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k)))
-                out.append(scalar.call(builder, [x, *place, *rest]))
+                position = builder.add(args[1], I32(row_of(k))), builder.add(args[2], I32(col_of(k)))
+                out.append(scalar.call(builder, [x, *position, *rest]))
             return pack(builder, out)
         return signature(acc, acc, types.int32, types.int32, extra), generate
     return apply
@@ -238,9 +267,9 @@ def scale_add(typingctx: Any, acc: Any, scale: Any, other: Any) -> Any:
 def make_gather(dtype: str) -> Any:
     """tile = gather(pointer0, pointer1, stride, limit0, limit1, count): elements of a score-shaped operand, as 32-bit registers.
 
-    `pointer0` and `pointer1` are the addresses of the thread's two rows at its first column, `stride` the bytes between columns,
-    `limit` the columns of a row that exist, counted from there; the others are not read and are 0. Unpacked later by
-    `make_unpack`, so that the loads can be issued early.
+    pointer0, pointer1: addresses of the thread's two rows at its first column. stride: bytes between columns. limit0, limit1: how
+    many columns of each row exist from there on. Columns past the limit are not read and are 0. `make_unpack` converts to float32
+    later, so that the loads can be issued early.
     """
     size = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}[dtype]
 
@@ -261,7 +290,7 @@ def make_gather(dtype: str) -> Any:
 
 
 def make_gather_pairs() -> Any:
-    """As make_gather for 16-bit elements at stride 2: two columns a load. Needs even strides and 4-byte alignment of rows."""
+    """make_gather for contiguous 16-bit elements: two columns a load. Rows must be 4-byte aligned and have an even number of columns."""
     @intrinsic
     def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, count: Any) -> Any:
         [n] = literals(count)
@@ -278,15 +307,18 @@ def make_gather_pairs() -> Any:
 
 
 def make_gather_whole() -> Any:
-    """As make_gather for 16-bit elements at stride 2, eight columns a load: of 32, thread t of a quad reads columns 8 t to 8 t + 7 and
-    make_unpack_whole hands them out. `col` is the thread's first column. Needs rows of aligned 16-byte pieces, and 32 n columns."""
+    """make_gather for contiguous 16-bit elements: eight columns a load.
+
+    Of each 32 columns thread t of a quad reads columns 8 t to 8 t + 7; make_unpack_whole exchanges them in the quad. `col` is the
+    thread's first column. Rows must be 16-byte aligned and a multiple of 8 columns long; the fragment has a multiple of 32 columns.
+    """
     @intrinsic
     def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, col: Any, count: Any) -> Any:
         [n] = literals(count)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             out: list[Any] = []
-            start = builder.mul(builder.and_(args[4], I32(6)), I32(3))      # from the thread's first column 2 t to its piece's 8 t
+            start = builder.mul(builder.and_(args[4], I32(6)), I32(3))      # from the thread's first column, 2 t, to its chunk's, 8 t
             for r in (0, 1):
                 pointer = builder.add(args[r], builder.zext(builder.mul(start, I32(2)), I64))
                 for first in range(0, 2 * n, 32):       # 2 n columns
@@ -298,7 +330,7 @@ def make_gather_whole() -> Any:
 
 
 def make_unpack_whole(dtype: str) -> Any:
-    """acc = unpack(tile, col): what make_gather_whole read, as float32."""
+    """acc = unpack(tile, col): the float32 fragment of a tile from make_gather_whole."""
     @intrinsic
     def to_float(typingctx: Any, tile: Any, col: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -316,7 +348,7 @@ def make_unpack_whole(dtype: str) -> Any:
 
 
 def make_unpack(dtype: str, pairs: bool) -> Any:
-    """acc = unpack(tile): what make_gather read, as float32."""
+    """acc = unpack(tile): the float32 fragment of a tile from make_gather, or with `pairs` from make_gather_pairs."""
     @intrinsic
     def to_float(typingctx: Any, tile: Any) -> Any:
         n = tile.count * (2 if pairs else 1)
@@ -336,7 +368,7 @@ def make_unpack(dtype: str, pairs: bool) -> Any:
 
 @intrinsic
 def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
-    """acc where the boolean tile holds True, else -inf."""
+    """acc where the boolean tile is True, else -inf."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [builder.select(builder.icmp_unsigned("!=", keep, I32(0)), x, NEG_INF) for x, keep in
                               zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
@@ -345,18 +377,18 @@ def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
 
 @intrinsic
 def bits_of(typingctx: Any, tile: Any) -> Any:
-    """Bit k of one word: whether element k, of 32 at most, is not 0."""
+    """At most 32 elements packed into one word: bit k is 1 if element k is not 0."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         word = I32(0)
         for k, x in enumerate(unpack(builder, args[0], tile.count)):
             word = builder.or_(word, builder.select(builder.icmp_signed("!=", x, I32(0)), _bit(k), I32(0)))
-        return pack(builder, [emit_opaque(builder, word)])      # or the elements themselves would be kept
+        return pack(builder, [emit_opaque(builder, word)])      # opaque: else the compiler would keep the elements
     return signature(types.UniTuple(types.int32, 1), tile), generate
 
 
 @intrinsic
 def pairs_of(typingctx: Any, tile: Any) -> Any:
-    """Elements of 16 bits, one a register, as make_gather_pairs has them: two a register."""
+    """16-bit elements, one a register, packed two a register: the layout of make_gather_pairs."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x = unpack(builder, args[0], tile.count)
         return pack(builder, [emit_opaque(builder, builder.or_(x[k], builder.shl(x[k + 1], I32(16)))) for k in range(0, tile.count, 2)])
@@ -365,7 +397,7 @@ def pairs_of(typingctx: Any, tile: Any) -> Any:
 
 @intrinsic
 def keep_bits(typingctx: Any, acc: Any, words: Any) -> Any:
-    """acc where its bit is set, else -inf; `words` by bits_of, of equal parts of the fragment."""
+    """acc where its bit is set, else -inf. `words`: bits_of equal parts of the fragment."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits, out, each = unpack(builder, args[1], words.count), [], acc.count // words.count
         for k, x in enumerate(unpack(builder, args[0], acc.count)):
@@ -379,10 +411,11 @@ def _bit(k: int) -> Any:
 
 
 def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
-    """words = draw(row16, col16, lane, plane, offset, key0, key1): what philox.py draws for a fragment of COUNT registers, 16 bits each.
+    """words = draw(row16, col16, lane, plane, offset, key0, key1): philox.py's random bits, 16 a register.
 
-    `row16` and `col16` are first row / 16 and first column / 16 of the warp's fragment; `plane` is batch * num_heads + head. One Philox
-    call gives the four words of each 16 x 16 piece, eight registers. EARLY: drawn where the call stands, not where the words are needed.
+    The fragment has COUNT registers. row16, col16: first row / 16 and first column / 16 of the warp's fragment. plane: batch * num_heads +
+    head. One Philox call gives four words, for the eight registers of a 16 x 16 piece. EARLY: computed where the call stands, not where
+    the words are used.
     """
     @intrinsic
     def draw(typingctx: Any, row16: Any, col16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
@@ -402,7 +435,7 @@ def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:
 
 @intrinsic
 def drop(typingctx: Any, acc: Any, words: Any, threshold: Any) -> Any:
-    """0 where the definition in philox.py drops; words by make_draw, `threshold` shifted left by 16."""
+    """acc, 0 where philox.py drops. words: from make_draw. threshold: shifted left by 16."""
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         drawn, out = unpack(builder, args[1], words.count), list[Any]()
         for n, x in enumerate(unpack(builder, args[0], acc.count)):
@@ -415,7 +448,7 @@ def drop(typingctx: Any, acc: Any, words: Any, threshold: Any) -> Any:
 
 
 def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
-    """Words 0 to 3 of thread t of each quad become word t of its threads 0 to 3."""
+    """Transpose 4 x 4 words in each quad: word j of thread t becomes word t of thread j."""
     words = list(words)
     for distance, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
         odd = builder.icmp_unsigned("!=", builder.and_(lane, I32(distance)), I32(0))
@@ -427,15 +460,16 @@ def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
 
 @intrinsic
 def store_whole_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, lane: Any) -> Any:
-    """A packed fragment to two rows of global memory, where keep0 and keep1; addresses of the thread's first column, rows 16-byte aligned.
+    """Store a packed fragment to global memory: each of the thread's rows if its keep0, keep1 is not 0.
 
-    The threads of a quad exchange words, so that each has 16 bytes of a row: a quarter of the time that stores of 4 bytes take.
+    address0, address1: of the thread's first column in its rows, which are 16-byte aligned. The threads of a quad exchange words, so
+    that each stores 16 bytes of a row at a time: a quarter of the time of 4-byte stores.
     """
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers, thread = unpack(builder, args[0], packed.count), builder.and_(args[5], I32(3))
         for r in (0, 1):
             words = registers[r::2]
-            address = builder.add(args[1 + r], builder.mul(builder.zext(thread, I64), I64(12)))     # piece t, from column 2 t
+            address = builder.add(args[1 + r], builder.mul(builder.zext(thread, I64), I64(12)))     # chunk t of 16 bytes, from column 2 t
             for j in range(0, len(words), 4):
                 count, keep = min(4, len(words) - j), args[3 + r]
                 if count < 4:
@@ -448,7 +482,7 @@ def store_whole_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, 
 
 @intrinsic
 def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
-    """As store_whole_rows, element by element: only `columns` of them from the thread's first exist; any alignment."""
+    """store_whole_rows for any alignment, element by element. Only `columns` columns from the thread's first on exist."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         keep = [builder.icmp_unsigned("!=", x, I32(0)) for x in args[3:5]]
         for j, word in enumerate(unpack(builder, args[0], packed.count)):

@@ -1,11 +1,11 @@
-"""Fragments of the backward, which has scores transposed: a thread's rows are keys, its columns are queries.
+"""Fragments of the backward. Its scores are transposed: a thread's rows are keys, its columns are queries.
 
-So lse and delta belong to columns; bits of dropout are made for queries by keys and turned; dQ travels in pieces of 16 x 64 sums, 4 KB
-that a warp writes and that are read in the order in which its lanes hold them.
+So lse and delta belong to columns. Random bits of dropout are drawn for queries by keys and transposed. Sums of dQ are stored in pieces
+of 16 rows by 64 columns, 4 KB, in the order in which a warp's lanes hold them.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float32, int32, int64, uint32, uint64
@@ -21,15 +21,16 @@ from ..ptx.memory import emit_add_if, emit_load_pair, emit_load_shared_pair, emi
 from ..ptx.sync import opaque, thread_index
 from ..spec import FAR_LSE, Spec
 from .dropout import philox
-from .fragments import col_of, make_pack, row_of, scale_seen_rows, store_rows, store_whole_rows
+from .fragments import col_of, make_pack, row_of, scale_seen_rows, store_rows, store_whole_rows, thread_col
+from .parked import parked
 from .smem import Smem
 
-PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, 16 bytes a lane in each
+PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, in each 16 bytes a lane
 
 
 @intrinsic
 def load_columns(typingctx: Any, address: Any, count: Any) -> Any:
-    """The float32 of the columns of a fragment of `count` registers, from shared memory; address of that of the thread's first column."""
+    """Load one float32 per column of a `count`-register fragment from shared memory. `address`: the value of the thread's first column."""
     [n] = literals(count)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -38,14 +39,14 @@ def load_columns(typingctx: Any, address: Any, count: Any) -> Any:
 
 
 def _minus(builder: Any, columns: Any, count: int) -> list[Any]:
-    """Minus the number of the column of each of `count` registers."""
+    """For each of `count` registers minus its column's value."""
     values = unpack(builder, columns, count // 2)
     return [builder.fsub(F32(-0.0), values[k // 4 * 2 + k % 2]) for k in range(count)]
 
 
 @intrinsic
 def exp2_columns(typingctx: Any, acc: Any, scale: Any, columns: Any) -> Any:
-    """exp2(acc * scale - x[column]), x by load_columns."""
+    """exp2(acc * scale - x[column]); `columns` are x, from load_columns."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         minus = _minus(builder, args[2], acc.count)
         return pack(builder, [emit_exp2(builder, emit_fma(builder, x, args[1], y))
@@ -55,7 +56,7 @@ def exp2_columns(typingctx: Any, acc: Any, scale: Any, columns: Any) -> Any:
 
 @intrinsic
 def grad_scores(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> Any:
-    """p * (dp * factor - x[column]), x as in exp2_columns."""
+    """p * (dp * factor - x[column]); `columns` are x, from load_columns."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         minus = _minus(builder, args[3], p.count)
         return pack(builder, [builder.fmul(x, emit_fma(builder, y, args[2], z)) for x, y, z in
@@ -74,7 +75,7 @@ def multiply(typingctx: Any, acc: Any, other: Any) -> Any:
 
 @intrinsic
 def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
-    """A fragment of 16 x 64 sums to a piece in shared memory; the lane's first address."""
+    """Store a fragment of 16 x 64 sums as a piece in shared memory. `address`: the lane's first."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for j in range(0, acc.count, 4):
@@ -85,7 +86,7 @@ def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
 
 @intrinsic
 def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride: Any, limit0: Any, limit1: Any) -> Any:
-    """Adds a fragment to float32 numbers in global memory: the converse of fragments.make_gather, with the same arguments."""
+    """Add a fragment atomically to float32 in global memory. Arguments as in fragments.make_gather."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for k, x in enumerate(unpack(builder, args[0], acc.count)):
             row, column = row_of(k) // 8, col_of(k)
@@ -96,33 +97,34 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
 
 
 # ---------------------------------------------------------------- far rows
-# Their lse is too large for the one instruction that makes an exponent of a score: its product with log2(e), and the score's, are rounded.
-# What that instruction gets instead is what gives the difference of score and lse, at most 0, and FAR_LSE, which is next to nothing. The
-# score is rounded as the forward rounds a row's maximum, so that this has P = 1 where the sum had no room in lse.
+# P = exp2(score * scale - lse in units of log2) is one FMA and one ex2. A far row's lse is so large that the rounding of both terms would
+# change P. There the difference of score and lse is computed first, at most 0. It replaces the score, and FAR_LSE, which is almost 0,
+# replaces the lse. The score is rounded as the forward rounds a row's maximum. So P is exactly 1 where it has to be: where the
+# lse is the maximum itself, because log(sum) is below its precision.
 def _emit_near(builder: Any, x: Any, scale: Any, inverse: Any, lse: Any, far: Any) -> Any:
-    """x, or where `far` is true what is to be taken for it: (x * scale - lse) * inverse, at most 0. NaN stays NaN."""
+    """x, or if `far` min((x * scale - lse) * inverse, 0). NaN stays NaN."""
     difference = builder.fsub(emit_product(builder, x, scale), lse)
     return builder.select(far, builder.fmul(emit_min_nan(builder, difference, F32(0.0)), inverse), x)
 
 
 @intrinsic
-def near_columns(typingctx: Any, acc: Any, scale: Any, inverse: Any, place: Any, address: Any) -> Any:
-    """Scores with those of far columns changed. `place`: of the lse in units of log2 of the thread's first column in shared memory;
-    `address`: of the lse itself in global memory."""
+def near_columns(typingctx: Any, acc: Any, scale: Any, inverse: Any, log2_address: Any, lse_address: Any) -> Any:
+    """Replace the scores of far columns. log2_address: shared address of the first column's lse in units of log2. lse_address: global
+    address of its lse."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers, out = unpack(builder, args[0], acc.count), list[Any]()
         for k in range(0, acc.count, 4):
             far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in emit_load_shared_pair(builder, args[3], 8 * k)]
             lse = emit_load_pair(builder, args[4], 8 * k)
             out += [_emit_near(builder, x, args[1], args[2], lse[n % 2], far[n % 2]) for n, x in enumerate(registers[k:k + 4])]
-            emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # one after the other: there are no registers for all
+            emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # a scheduling fence: registers for one pair at a time
         return pack(builder, out)
     return signature(acc, acc, types.float32, types.float32, types.int32, types.uint64), generate
 
 
 @intrinsic
 def near_rows(typingctx: Any, acc: Any, scale: Any, inverse: Any, rows: Any, lses: Any) -> Any:
-    """The same where rows are queries: `rows` and `lses`, of two each, are lse in units of log2 and lse itself."""
+    """near_columns for fragments whose rows are queries. rows: the two lse in units of log2. lses: the two lse."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in unpack(builder, args[3], 2)]
         lse = unpack(builder, args[4], 2)
@@ -132,7 +134,7 @@ def near_rows(typingctx: Any, acc: Any, scale: Any, inverse: Any, rows: Any, lse
 
 
 def make_any_far(BLOCK_M: int) -> Any:
-    """any_far(place): 1 where any of BLOCK_M rows is far, whose lse in units of log2 are at `place` in shared memory; else 0."""
+    """any_far(address): 1 if any of BLOCK_M rows is far, else 0. `address`: shared address of their lse in units of log2."""
     WORDS = BLOCK_M // 32
     letters = "abcd"[:WORDS]
     tests = "".join(f" setp.eq{'.or' * (k > 0)}.b32 p, {x}, 0x{np.float32(FAR_LSE).view(np.uint32):08X}{', p' * (k > 0)};"
@@ -142,27 +144,27 @@ def make_any_far(BLOCK_M: int) -> Any:
                                "selp.b32 $0, 1, 0, p; }", "r", "r")
 
     @inline
-    def any_far(place):
-        return any_far_word(int32(place + (thread_index() & 31) * (4 * WORDS)))
+    def any_far(address):
+        return any_far_word(int32(address + (thread_index() & 31) * (4 * WORDS)))
     return any_far
 
 
 def make_near(spec: Spec) -> tuple[Any, Any]:
-    """(near_columns, near_rows) without scale and inverse."""
+    """(columns_near, rows_near): near_columns and near_rows with the Spec's scale and inverse."""
     SCALED = spec.scaled
 
     @inline
     def factors(a):
-        """From a score to units of lse, and from there to what gives an exponent of 2."""
+        """(factor from acc_s to units of lse, its inverse)."""
         if SCALED:
             return float32(1), float32(1)
         else:
             return a.softmax_scale, reciprocal(a.softmax_scale)
 
     @inline
-    def columns_near(a, acc, place, address):
+    def columns_near(a, acc, log2_address, lse_address):
         scale, inverse = factors(a)
-        return near_columns(acc, scale, inverse, place, address)
+        return near_columns(acc, scale, inverse, log2_address, lse_address)
 
     @inline
     def rows_near(a, acc, rows, lses):
@@ -171,50 +173,66 @@ def make_near(spec: Spec) -> tuple[Any, Any]:
     return columns_near, rows_near
 
 
-# ---------------------------------------------------------------- of Hopper's kernels by keys
-def make_kept_tile(spec: Spec, smem: Smem) -> tuple[Any, Any, Any]:
-    """keep_tile(base, n_block, head_k, batch, k_start, used, keys, q_start), by one thread at the start, and kept_tile(base), which gives
-    all but the last back at the end: the loop between has no registers for them.
+# ---------------------------------------------------------------- for Hopper's kernels that own keys
+class KeptTile(NamedTuple):
+    """A tile of keys. The first `used` of the sequence's `keys` keys are attended: all, if the problem is dense."""
 
-    kept_q_start(base) gives that one. The first `used` of the sequence's `keys` take part: all, if dense.
+    n_block: Any
+    head_k: Any
+    batch: Any
+    k_start: Any
+    used: Any
+    keys: Any
+
+
+def make_kept_tile(spec: Spec, smem: Smem) -> tuple[Any, Any, Any]:
+    """(keep_tile, kept_tile, kept_q_start): a tile's words, parked in shared memory during the main loop.
+
+    keep_tile(base, n_block, head_k, batch, k_start, used, keys, q_start): by one thread, before the loop
+    kept_tile(base) -> KeptTile: after the loop
+    kept_q_start(base)
     """
     PACKED = spec.packed
-    PLACE = smem.take(28 if PACKED else 24, 4)
+    words = parked(smem, 7 if PACKED else 6)
+    N_BLOCK, HEAD_K, BATCH, K_START, KEYS, Q_START = words[:6]
+    USED = words[6] if PACKED else KEYS
 
     @inline
     def keep_tile(base, n_block, head_k, batch, k_start, used, keys, q_start):
-        store_shared_b32(base + PLACE, n_block)
-        store_shared_b32(base + PLACE + 4, head_k)
-        store_shared_b32(base + PLACE + 8, batch)
-        store_shared_b32(base + PLACE + 12, k_start)
-        store_shared_b32(base + PLACE + 16, keys)
-        store_shared_b32(base + PLACE + 20, q_start)
+        store_shared_b32(base + N_BLOCK, n_block)
+        store_shared_b32(base + HEAD_K, head_k)
+        store_shared_b32(base + BATCH, batch)
+        store_shared_b32(base + K_START, k_start)
+        store_shared_b32(base + KEYS, keys)
+        store_shared_b32(base + Q_START, q_start)
         if PACKED:
-            store_shared_b32(base + PLACE + 24, used)
+            store_shared_b32(base + USED, used)
 
     @inline
     def kept_tile(base):
-        keys = load_shared_b32(base + PLACE + 16)
-        used = load_shared_b32(base + PLACE + 24) if PACKED else keys
-        return (load_shared_b32(base + PLACE), load_shared_b32(base + PLACE + 4), load_shared_b32(base + PLACE + 8),
-                load_shared_b32(base + PLACE + 12), used, keys)
+        keys = load_shared_b32(base + KEYS)
+        used = load_shared_b32(base + USED) if PACKED else keys
+        return KeptTile(load_shared_b32(base + N_BLOCK), load_shared_b32(base + HEAD_K), load_shared_b32(base + BATCH),
+                        load_shared_b32(base + K_START), used, keys)
 
     @inline
     def kept_q_start(base):
-        return load_shared_b32(base + PLACE + 20)
+        return load_shared_b32(base + Q_START)
     return keep_tile, kept_tile, kept_q_start
 
 
 def make_store(spec: Spec, DIM: int) -> Any:
-    """store(acc, pointer, by_row, dim, lane, key, used, end): 16 rows a warp of dK or dV, `dim` of DIM columns, those below `end`. Keys
-    from `used` on get 0, selected: their rows of K and V, which took part in the products, may hold anything."""
+    """store(acc, pointer, by_row, dim, lane, key, used, end): a warp's 16 rows of dK or dV, `dim` of DIM columns, rows below `end`.
+
+    Rows from `used` on become 0, by a select: their K and V took part in the MMAs and may hold anything, NaN included.
+    """
     PACKED, to_half = spec.packed, make_pack(spec.dtype)
 
     @inline
     def store(acc, pointer, by_row, dim, lane, key, used, end):
         if PACKED:
             acc = scale_seen_rows(acc, float32(1) if key < used else float32(0), float32(1) if key + 8 < used else float32(0))
-        packed, col = to_half(acc), int32((lane & 3) * 2)
+        packed, col = to_half(acc), thread_col(lane)
         address = uint64(pointer + key * by_row + 2 * col)
         next_row = uint64(address + uint64(8 * by_row))
         rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
@@ -226,8 +244,10 @@ def make_store(spec: Spec, DIM: int) -> Any:
 
 
 def make_add_dbias(spec: Spec) -> Any:
-    """add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k): dS to the sums of dbias, whose keys are side by side: eight lanes
-    fill a sector. Fields: sums sums_batch sums_head sums_row."""
+    """add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k): add dS atomically to the sums of dbias.
+
+    Neighbouring keys are contiguous in the sums, so that eight lanes fill a 32-byte sector. Arguments: sums sums_batch sums_head sums_row.
+    """
     PACKED = spec.packed
 
     @inline
@@ -237,14 +257,17 @@ def make_add_dbias(spec: Spec) -> Any:
         at = uint64(int64(a.sums) + batch * a.sums_batch + head * a.sums_head + int64(query) * a.sums_row + 4 * key)
         limit0 = int32(seqlen_q - query) if key < seqlen_k else int32(0)
         limit1 = int32(seqlen_q - query) if key + 8 < seqlen_k else int32(0)
-        add_elements(acc_ds, at, uint64(at + uint64(32)), int64(opaque(a.sums_row)), limit0, limit1)     # opaque: no register a column
+        add_elements(acc_ds, at, uint64(at + uint64(32)), int64(opaque(a.sums_row)), limit0, limit1)     # opaque: else a register a column
     return add_dbias
 
 
 # ---------------------------------------------------------------- dropout
 def make_draw(COUNT: int) -> Any:
-    """words = draw(query16, key16, lane, plane, offset, key0, key1): what philox.py draws for a transposed fragment of COUNT registers, 16
-    bits each; those of register 2 j are the lower half of word j. One Philox call gives 16 x 16 pairs; movmatrix turns its words."""
+    """words = draw(query16, key16, lane, plane, offset, key0, key1): philox.py's random numbers for a transposed fragment, 16 bits each.
+
+    The fragment has COUNT registers; the bits of register 2 j are the lower half of word j. One Philox call serves 16 x 16 pairs, and
+    movmatrix transposes its words.
+    """
     @intrinsic
     def draw(typingctx: Any, query16: Any, key16: Any, lane: Any, plane: Any, offset: Any, key0: Any, key1: Any) -> Any:
         random = Compiled(philox, (types.uint32,) * 6, types.UniTuple(types.uint32, 4))
@@ -264,7 +287,7 @@ def make_draw(COUNT: int) -> Any:
 
 @intrinsic
 def mark_dropped(typingctx: Any, p: Any, words: Any, threshold: Any) -> Any:
-    """-p where the draw is below the threshold, which is in the upper half of its word."""
+    """-p where the random number is below the threshold, whose 16 bits are shifted left by 16."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         words_, out = unpack(builder, args[1], words.count), []
         for k, x in enumerate(unpack(builder, args[0], p.count)):
@@ -276,7 +299,7 @@ def mark_dropped(typingctx: Any, p: Any, words: Any, threshold: Any) -> Any:
 
 @intrinsic
 def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> Any:
-    """grad_scores where p may be marked: |p| * ((0 where p < 0, else dp * factor) - x[column])."""
+    """grad_scores of a marked p: |p| * ((0 if p < 0 else dp * factor) - x[column])."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         minus, out = _minus(builder, args[3], p.count), []
         for x, y, z in zip(unpack(builder, args[0], p.count), unpack(builder, args[1], p.count), minus, strict=True):
@@ -287,13 +310,12 @@ def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> A
 
 
 def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]:
-    """(draw, mark, pack_kept, grad): probabilities, never negative, carry in their sign what dropout drops, which costs no registers and
-    little arithmetic.
+    """(draw, mark, pack_kept, grad). A dropped probability is marked by a negative sign: no registers, and little arithmetic.
 
-    words = draw(a, key, query, plane)      `key` and `query` the thread's first
-    p = mark(a, p, words)                   negative where the definition in philox.py drops
-    half = pack_kept(p)                     rounded to 16 bits, 0 where dropped; the 1 / (1 - dropout_p) is left for later
-    acc_ds = grad(a, p, acc_dp, deltas)     grad_scores of what is kept; deltas by load_columns
+    words = draw(a, key, query, plane)      key, query: the thread's first
+    p = mark(a, p, words)                   negative where philox.py drops
+    half = pack_kept(p)                     rounded to 16 bits, 0 where dropped; 1 / (1 - dropout_p) is applied to dV at the end
+    acc_ds = grad(a, p, acc_dp, deltas)     grad_scores with dropout; deltas from load_columns
     """
     pack_kept = make_pack(spec.dtype, positive=spec.dropout)
     if not spec.dropout:

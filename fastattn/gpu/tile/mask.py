@@ -1,7 +1,11 @@
-"""The structural mask on the device: problem.py's row_bounds, block_bounds of a tile of query rows, query_bounds of a tile of keys."""
+"""The structural mask on the device: row_bounds of a query row, block_bounds of a tile of rows, query_bounds of a tile of keys.
+
+They are problem.py's functions of the same names, with the same half-open ranges [first, last). tests/gpu/test_backward_plan.py holds the
+twins equal.
+"""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import int32
 
@@ -10,19 +14,28 @@ from ..spec import FAR, Spec
 from .fragments import keep_below, keep_from, keep_interval
 
 
+class TwoIntervals(NamedTuple):
+    """The unmasked columns [lo, hi) of each of a thread's two rows."""
+
+    lo0: Any
+    hi0: Any
+    lo1: Any
+    hi1: Any
+
+
 @inline
 def diagonal_of(a, seqlen_q, seqlen_k):
-    """The key that row 0 has on its diagonal."""
+    """The key on the diagonal of row 0."""
     return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
 
 
-def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
-    """(row_bounds, block_bounds) for the limits that the Spec has."""
+def make_row_bounds(spec: Spec) -> Any:
+    """row_bounds(a, row, diagonal, seqlen_k) -> (lo, hi), with the limits that the Spec has."""
     LEFT, RIGHT = spec.left, spec.right
 
     @inline
     def row_bounds(a, row, diagonal, seqlen_k):
-        """Keys [lo, hi) of a query row, whose diagonal is key row + diagonal. Rows past the end have bounds too; nobody asks."""
+        """Query row `row` attends keys [lo, hi). Its diagonal is key row + diagonal. Rows past the end get bounds that are never used."""
         lo = int32(0)
         hi = int32(seqlen_k)
         if LEFT:
@@ -30,15 +43,37 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
         if RIGHT:
             hi = int32(min(max(row + diagonal + a.right + 1, 0), seqlen_k))
         return lo, int32(max(lo, hi))
+    return row_bounds
+
+
+def make_intervals(spec: Spec) -> Any:
+    """intervals(a, row, diagonal, seqlen_k) -> TwoIntervals of a thread's rows, `row` and row + 8."""
+    row_bounds = make_row_bounds(spec)
 
     @inline
-    def block_bounds(a, first, last, diagonal, seqlen_k):
-        """(n_min, full_min, full_max, n_max) of the rows first to last, inclusive: see problem.block_bounds.
+    def intervals(a, row, diagonal, seqlen_k):
+        lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
+        lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
+        return TwoIntervals(lo0, hi0, lo1, hi1)
+    return intervals
 
-        At least one block, so that kernels have no empty loop: one whose mask keeps nothing gives out 0 and lse -inf.
+
+def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
+    """(row_bounds, block_bounds) with the limits that the Spec has."""
+    row_bounds, LIMITED = make_row_bounds(spec), spec.left or spec.right
+
+    @inline
+    def block_bounds(a, first_row, last_row, diagonal, seqlen_k):
+        """(n_min, full_min, full_max, n_max) for query rows [first_row, last_row): see problem.block_bounds.
+
+        There is always at least one block, so that kernels have no empty loop. If the mask leaves none of its keys, the block gives
+        out 0 and lse -inf.
         """
-        lo_first, hi_first = row_bounds(a, first, diagonal, seqlen_k)
-        lo_last, hi_last = row_bounds(a, last, diagonal, seqlen_k)
+        lo_first, hi_first = row_bounds(a, first_row, diagonal, seqlen_k)
+        if LIMITED:
+            lo_last, hi_last = row_bounds(a, int32(last_row - 1), diagonal, seqlen_k)
+        else:       # all rows are alike
+            lo_last, hi_last = lo_first, hi_first
         n_max = int32(max(divide(int32(hi_last + BLOCK_N - 1), BLOCK_N), 1))
         n_min = int32(min(divide(lo_first, BLOCK_N), n_max - 1))
         full_min = int32(min(max(divide(int32(lo_last + BLOCK_N - 1), BLOCK_N), n_min), n_max))
@@ -49,32 +84,35 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
 
 
 def make_keep(spec: Spec) -> Any:
-    """keep(acc_s, rows, column): scores inside the intervals rows = (lo0, hi0, lo1, hi1) of the thread's two rows, others -inf; `column`
-    is its first."""
+    """keep(acc_s, intervals, column): scores inside the TwoIntervals of the thread's rows, others -inf. `column` is its first column."""
     LEFT = spec.left
 
     @inline
-    def keep(acc_s, rows, column):
+    def keep(acc_s, intervals, column):
+        lo0, hi0, lo1, hi1 = intervals
         if LEFT:
-            return keep_interval(acc_s, rows[0] - column, rows[1] - column, rows[2] - column, rows[3] - column)
+            return keep_interval(acc_s, lo0 - column, hi0 - column, lo1 - column, hi1 - column)
         else:
-            return keep_below(acc_s, rows[1] - column, rows[3] - column)
+            return keep_below(acc_s, hi0 - column, hi1 - column)
     return keep
 
 
 def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
-    """query_bounds(a, first_key, last_key, diagonal, seqlen_q) -> (m_min, full_min, full_max, m_max) of the keys first_key to last_key,
-    inclusive and below seqlen_k: see problem.query_bounds. All four are equal where no row sees any of them: an empty loop."""
+    """query_bounds(a, first_key, last_key, diagonal, seqlen_q) -> (m_min, full_min, full_max, m_max).
+
+    For keys [first_key, last_key), all below seqlen_k: see problem.query_bounds. If no row attends any of the keys, all four are equal:
+    the kernel's loop is empty.
+    """
     LEFT, RIGHT = spec.left, spec.right
 
     @inline
     def query_bounds(a, first_key, last_key, diagonal, seqlen_q):
-        first, full_first, end, full_end = int32(0), int32(0), int32(seqlen_q), int32(seqlen_q)
+        last, first, full_first, end, full_end = int32(last_key - 1), int32(0), int32(0), int32(seqlen_q), int32(seqlen_q)
         if RIGHT:
             first = int32(min(max(first_key - diagonal - a.right, 0), seqlen_q))
-            full_first = int32(min(max(last_key - diagonal - a.right, 0), seqlen_q))
+            full_first = int32(min(max(last - diagonal - a.right, 0), seqlen_q))
         if LEFT:
-            end = int32(min(max(last_key + 1 - diagonal + a.left, 0), seqlen_q))
+            end = int32(min(max(last + 1 - diagonal + a.left, 0), seqlen_q))
             full_end = int32(min(max(first_key + 1 - diagonal + a.left, 0), seqlen_q))
         m_min = divide(first, BLOCK_M)
         m_max = int32(max(divide(int32(end + BLOCK_M - 1), BLOCK_M), m_min)) if first < end else m_min
@@ -86,15 +124,16 @@ def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
 
 
 def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
-    """(key_bounds, limits_of, keep): the mask of kernels that own keys and go through blocks of BLOCK_M queries, scores transposed."""
+    """(key_bounds, limits_of, keep): the mask of kernels that own keys and loop over blocks of BLOCK_M queries, with transposed scores."""
     LEFT, RIGHT = spec.left, spec.right
     query_bounds = make_query_bounds(spec, BLOCK_M)
 
     @inline
     def key_bounds(a, first, count, seqlen_q, seqlen_k):
-        """query_bounds of `count` keys from `first`; no block is full where some of them do not exist, none is there where none do."""
-        last, diagonal = int32(min(first + count, seqlen_k) - 1), diagonal_of(a, seqlen_q, seqlen_k)
-        m_min, full_min, full_max, m_max = query_bounds(a, first, last, diagonal, seqlen_q)
+        """query_bounds of `count` keys from `first`, some of which may not exist: then no block is full. If none exists, the loop is
+        empty."""
+        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = query_bounds(a, first, min(first + count, seqlen_k), diagonal, seqlen_q)
         if first + count > seqlen_k:
             full_max = full_min
         if first >= seqlen_k:
@@ -103,7 +142,7 @@ def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
 
     @inline
     def interval(a, key, diagonal, seqlen_k):
-        """Queries [lo, hi) that may see a key; lo is far off where there is no such key."""
+        """The queries [lo, hi) that attend a key. For a key past the end the interval is empty."""
         lo, hi = int32(-FAR), int32(FAR)
         if RIGHT:
             lo = int32(key - diagonal - a.right)
@@ -113,15 +152,15 @@ def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
 
     @inline
     def limits_of(a, key, seqlen_q, seqlen_k):
-        """The intervals of a thread's two keys, `key` and the one 8 after it."""
+        """TwoIntervals of a thread's keys, `key` and key + 8."""
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         lo0, hi0 = interval(a, key, diagonal, seqlen_k)
         lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
-        return lo0, hi0, lo1, hi1
+        return TwoIntervals(lo0, hi0, lo1, hi1)
 
     @inline
     def keep(acc_s, limits, query):
-        """Transposed scores inside the limits, others -inf; `query` is the thread's first."""
+        """Transposed scores inside the limits, others -inf. `query` is the thread's first query."""
         lo0, hi0, lo1, hi1 = limits
         if LEFT:
             return keep_interval(acc_s, int32(lo0 - query), int32(hi0 - query), int32(lo1 - query), int32(hi1 - query))

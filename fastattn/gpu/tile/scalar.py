@@ -1,6 +1,6 @@
-"""The features as arithmetic on one pair and one row, in units of natural log: what kernels on plain threads apply to their registers.
+"""Score, softmax and dropout as arithmetic on one pair or one row, for kernels on plain threads.
 
-The same lines as reference.py. scores.py and softmax.py say them for fragments, in units of log2.
+The same formulas as reference.py, in units of natural log. scores.py and softmax.py have them for fragments of the tensor cores.
 """
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ philox = inline(philox_words)
 
 
 def compute_of(spec: Spec) -> tuple[str, Any, int]:
-    """(dtype of the arithmetic, its Numba type, its bytes)."""
+    """(the dtype of the arithmetic, its Numba type, its size in bytes)."""
     return ("float64", float64, 8) if spec.dtype == "float64" else ("float32", float32, 4)
 
 
 def make_score(spec: Spec) -> tuple[Any, Any, Any]:
-    """(prepare, score, visible) of one pair.
+    """(prepare, score, visible) for one pair of a query row and a key column.
 
-    slope = prepare(a, batch, head): the ALiBi slope.
-    s, rate = score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k): from a dot product to a score, and what the softcap makes
-    of a small change: d score / d (scale * dot product).
-    visible(a, batch, head, row, col, seqlen_q, lo, hi): no mask hides the pair; keys [lo, hi) are its row's.
+    shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
+    s, rate = score(a, s, shared, batch, head, row, col, seqlen_q, seqlen_k): from a dot product to a score, and the derivative of the
+    softcap, d score / d (softmax_scale * dot product)
+    visible(a, batch, head, row, col, seqlen_q, lo, hi): True if no mask hides the pair; [lo, hi) is the row's interval of keys
     """
     SOFTCAP, ALIBI, BIAS, MASK = spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     compute, REAL, _ = compute_of(spec)
     load_slope, load_bias = load_if(spec.alibi or compute, compute), load_if(spec.bias or compute, compute)
-    product = rounded_product(compute)      # what is subtracted from a score, its row's maximum or lse, is made of rounded ones
+    product = rounded_product(compute)      # rounded, like the maximum or lse that is subtracted from a score
 
     @inline
     def prepare(a, batch, head):
@@ -46,17 +46,17 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
 
     @inline
     def operand_has(a, row, col):
-        """bias and mask end at the maxima that the caller of a packed problem gave, which lengths on the device may exceed."""
+        """bias and mask end at max_seqlen_q and max_seqlen_k, which lengths on the device may exceed."""
         return (row < a.seqlen_q) & (col < a.seqlen_k)
 
     @inline
-    def score(a, s, slope, batch, head, row, col, seqlen_q, seqlen_k):
+    def score(a, s, shared, batch, head, row, col, seqlen_q, seqlen_k):
         s, rate = product(s, a.scale), REAL(1)
         if SOFTCAP:
             tanh = math.tanh(s / a.cap)
             s, rate = product(a.cap, tanh), REAL(1) - tanh * tanh
         if ALIBI:       # from the mask's diagonal
-            s = s - slope * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
+            s = s - shared * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
             s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))
@@ -75,10 +75,10 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
 
 
 def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
-    """(max16, sum16, finish): reductions over the 16 threads that share a row, and a row's end.
+    """(max16, sum16, finish): reductions over the 16 threads that share a row, and the end of a row.
 
-    scale, lse = finish(a, head, row_max, row_sum, nobody): the factor of the output row, 0 for a row that saw nothing. `nobody`: the
-    row belongs to no sequence, so that it has no sink either.
+    scale, lse = finish(a, head, row_max, row_sum, unowned): the factor of the output row, 0 for a row that attends no key, and its lse.
+    unowned: the row belongs to no sequence, so that it has no sink either.
     """
     SINKS, DROPOUT = spec.sinks is not None, spec.dropout
     compute, REAL, _ = compute_of(spec)
@@ -104,10 +104,10 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         return x + cuda.shfl_xor_sync(WARP, x, 1)
 
     @inline
-    def finish(a, head, row_max, row_sum, nobody):
+    def finish(a, head, row_max, row_sum, unowned):
         empty, factor = row_sum == REAL(0), REAL(1)
         if SINKS:
-            sink = NEG_INF if nobody else load_sink(uint64(a.sinks + head * a.sinks_head), int32(1))
+            sink = NEG_INF if unowned else load_sink(uint64(a.sinks + head * a.sinks_head), int32(1))
             new = max(row_max, sink)
             factor = math.exp(row_max - finite(new))
             row_sum = row_sum * factor + math.exp(sink - finite(new))
@@ -121,11 +121,10 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
 
 
 def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: int, THREADS: int) -> Any:
-    """dropout(a, p, row0, col0, plane, thread): zeros in the tile P of shared memory, whose query rows are BY_ROW elements apart and
-    whose keys BY_COL.
+    """dropout(a, p, row0, col0, plane, thread): store zeros in the tile P at shared address p. Without dropout nothing is done.
 
-    Each thread takes the eight elements of a Philox call (philox.py): rows r, r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a
-    16 x 16 piece. `plane` is batch * num_heads + head. Nothing where there is no dropout.
+    Query rows of P are BY_ROW elements apart, keys BY_COL. Each thread handles the eight elements of one Philox call (philox.py): rows r,
+    r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a 16 x 16 piece. plane: batch * num_heads + head.
     """
     compute, REAL, SIZE = compute_of(spec)
     put = store_shared(compute)
@@ -147,7 +146,7 @@ def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: in
     @inline
     def dropout(a, p, row0, col0, plane, thread):
         for call in range(thread, CALLS, THREADS):
-            row, col = int32(call // (BLOCK_N // 4)), int32(call % (BLOCK_N // 4))      # of the counter, inside the tile
+            row, col = int32(call // (BLOCK_N // 4)), int32(call % (BLOCK_N // 4))      # of the Philox counter, inside the tile
             w0, w1, w2, w3 = philox(uint32((row0 >> 1) + row), uint32((col0 >> 2) + col), uint32(plane), a.offset, a.seed_low, a.seed_high)
             at = int32(p + (((row >> 3) * 16 + (row & 7)) * BY_ROW + ((col >> 2) * 16 + (col & 3) * 2) * BY_COL) * SIZE)
             drop(at, w0, a.threshold)

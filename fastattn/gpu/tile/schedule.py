@@ -1,12 +1,16 @@
-"""Which tile of query rows, or BY_KEYS of keys, a block works on next: number -> (block, head, batch, where its rows and keys are).
+"""The schedule: from a tile's number to its block, head, batch, and where its rows and keys are.
 
-Dense problems compute it. Packed ones look it up in a table that the kernel of `make_plan` writes on the device (packed.py), so that
-cumulative lengths are never read back: one entry per sequence, most work first, a last one for rows (keys) that belong to no sequence, the
-number of tiles, and for each block of rows (keys) a copy of its entry, which a tile finds with one wait for memory.
+Tiles are blocks of query rows, or BY_KEYS blocks of keys. Dense problems compute a tile from its number. Packed ones look it up in a
+table that the kernel of `make_plan` writes on the device (packed.py), so that the host never reads cumulative lengths. The table has:
+
+    one entry per sequence, most work first
+    one entry for rows (keys) that belong to no sequence
+    the number of tiles
+    for each block of rows (keys) a copy of its sequence's entry, so that a tile needs one memory access
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, int32, int64, uint64
 
@@ -15,18 +19,58 @@ from ..ptx.memory import load_b32, store_b32
 from ..runtime.packed import ENTRY, PLAN_THREADS
 from ..spec import Spec
 
-SORTED = 4096       # sequences up to which the table is sorted: ranks are counted, n * n / 1024 steps
+SORTED = 4096       # up to so many sequences the table is sorted; a rank is found by counting, n * n / 1024 steps
+# 32-bit fields of a table entry (packed.ENTRY bytes): the number of the field, and its byte
+FIELDS = range(7)
+Q_START, SEQLEN_Q, K_START, SEQLEN_K, BATCH, FIRST_TILE, KEYS = FIELDS
+SEQLEN_Q_BYTE, K_START_BYTE, SEQLEN_K_BYTE, BATCH_BYTE, FIRST_TILE_BYTE, KEYS_BYTE = (4 * field for field in FIELDS[1:])
+OWNED, UNOWNED = 1, 2       # what `unowned` says of a tile
+
+
+class Tile(NamedTuple):
+    """A tile of query rows of one head. Its sequence has rows q_start to q_start + seqlen_q and keys k_start to k_start + seqlen_k."""
+
+    m_block: Any
+    head: Any
+    batch: Any
+    q_start: Any
+    seqlen_q: Any
+    k_start: Any
+    seqlen_k: Any
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys of one key head. `keys` counts all keys of the sequence, with those past seqused_k, whose gradients are 0."""
+
+    n_block: Any
+    head_k: Any
+    batch: Any
+    q_start: Any
+    seqlen_q: Any
+    k_start: Any
+    seqlen_k: Any
+    keys: Any
+
+
+def make_key_row(BLOCK_N: int) -> Any:
+    """key_row(a, k_start, n_block): the row of K and V where key block n_block of a tile starts; k_start is the sequence's first row.
+
+    The one place that knows where a tile's keys are in memory.
+    """
+    @inline
+    def key_row(a, k_start, n_block):
+        return int32(k_start + n_block * BLOCK_N)
+    return key_row
 
 
 def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
-    """tile_at(a, t) -> m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k for 0 <= t < num_tiles(a).
+    """tile_at(a, t) -> Tile, or BY_KEYS KeyTile, for 0 <= t < num_tiles(a).
 
-    Heads go in groups of a.head_group whose K and V fit the L2 cache; inside a group the last rows, which have most keys under
-    a causal mask, come first. BY_KEYS: n_block, a key head of a.num_heads_k, the same, and last how many keys the sequence has with
-    those past seqused_k, whose gradients are 0; the first keys, which most rows see, come first.
+    Heads are scheduled in groups of a.head_group, whose K and V fit the L2 cache. Inside a group the last rows come first: under a
+    causal mask they attend most keys. BY_KEYS the first keys come first: most rows attend them.
 
-    Where there is a bias, batch entries of a head are neighbours: most often they share it, and what is read (or summed, in dbias) for
-    one is still in the L2 cache for the others.
+    With a bias, the batch entries of a head are neighbours. Most often they share the bias, which one of them then leaves in the L2
+    cache for the others. The same holds for the sums of dbias.
     """
     PACKED, BIAS = spec.packed, spec.bias is not None
 
@@ -49,7 +93,7 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
 
     @inline
     def split(a, plane, heads):
-        """(head, batch) of one of heads * a.batch."""
+        """(head, batch) of a flattened index below heads * a.batch."""
         if BIAS:
             head = divide(plane, a.batch)
             return head, int32(plane - head * a.batch)
@@ -62,8 +106,9 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
         if PACKED:
             heads = heads_of(a)
             at = uint64(a.table + uint64((a.batch + 2 + divide(t, heads)) * ENTRY))
-            q_start, seqlen_q, k_start, seqlen_k = load_b32(at), load_b32(at + 4), load_b32(at + 8), load_b32(at + 12)
-            batch, first, keys = load_b32(at + 16), load_b32(at + 20), load_b32(at + 24)
+            q_start, seqlen_q = load_b32(at), load_b32(at + SEQLEN_Q_BYTE)
+            k_start, seqlen_k = load_b32(at + K_START_BYTE), load_b32(at + SEQLEN_K_BYTE)
+            batch, first, keys = load_b32(at + BATCH_BYTE), load_b32(at + FIRST_TILE_BYTE), load_b32(at + KEYS_BYTE)
             length = keys if BY_KEYS else seqlen_q
             block, head = in_group(int32(t - first), divide(int32(length + BLOCK - 1), BLOCK), heads, a.head_group)
         else:
@@ -72,14 +117,14 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
             head, batch = split(a, plane, heads)
             q_start, seqlen_q, k_start, seqlen_k, keys = int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
         if BY_KEYS:
-            return block, head, batch, q_start, seqlen_q, k_start, seqlen_k, keys
+            return KeyTile(block, head, batch, q_start, seqlen_q, k_start, seqlen_k, keys)
         else:
-            return block, head, batch, q_start, seqlen_q, k_start, seqlen_k
+            return Tile(block, head, batch, q_start, seqlen_q, k_start, seqlen_k)
     return tile_at
 
 
 def make_num_tiles(spec: Spec) -> Any:
-    """num_tiles(a): for packed problems the word behind the table's entries."""
+    """num_tiles(a). For packed problems it follows the entries of the sequences in the table."""
     if not spec.packed:
         @inline
         def given(a):
@@ -92,42 +137,35 @@ def make_num_tiles(spec: Spec) -> Any:
     return from_table
 
 
-def make_key_row(BLOCK_N: int) -> Any:
-    """key_row(a, k_start, n_block): the row of K and V where key block n_block of a tile starts; k_start is the sequence's first row.
-
-    The one place that knows where a tile's keys are in memory.
-    """
-    @inline
-    def key_row(a, k_start, n_block):
-        return int32(k_start + n_block * BLOCK_N)
-    return key_row
-
-
 def make_unowned(spec: Spec) -> Any:
-    """unowned(a, t): 2 where tile t has rows that belong to no sequence, else 1."""
+    """unowned(a, t): UNOWNED if the rows of tile t belong to no sequence, else OWNED."""
     if not spec.packed:
         @inline
         def never(a, t):
-            return int32(1)
+            return int32(OWNED)
         return never
 
     @inline
     def in_last_entry(a, t):
-        return int32(2) if t >= load_b32(uint64(a.table + uint64(a.batch * ENTRY + 20))) else int32(1)
+        first = load_b32(uint64(a.table + uint64(a.batch * ENTRY + FIRST_TILE_BYTE)))
+        return int32(UNOWNED) if t >= first else int32(OWNED)
     return in_last_entry
 
 
 @inline
 def length_at(pointer, i, step, total):
-    """Element i of cumulative lengths `step` bytes apart, little-endian, so that its low half will do for an int64; lengths that lie are
-    cut to what there is."""
+    """Element i of cumulative lengths, which are `step` bytes apart.
+
+    The low 32 bits of an int64 are its first, little-endian. Wrong lengths are clamped to [0, total], so that no kernel reads outside
+    the arrays.
+    """
     return int32(min(max(load_b32(uint64(pointer + uint64(i * step))), 0), total))
 
 
 def make_sequence_at(USED: bool) -> Any:
-    """sequence_at(a, i) -> q_start, seqlen_q, k_start, seqlen_k, keys with unused ones, of sequence i. USED: there is a seqused_k.
+    """sequence_at(a, i) -> (q_start, seqlen_q, k_start, seqlen_k, keys) of sequence i; `keys` counts those past seqused_k too.
 
-    Fields: LENGTHS and total_q. Steps are bytes between lengths, int32 or int64.
+    USED: there is a seqused_k. Arguments: LENGTHS and total_q. Steps are bytes between lengths, int32 or int64.
     """
     @inline
     def sequence_at(a, i):
@@ -141,7 +179,7 @@ def make_sequence_at(USED: bool) -> Any:
 
 
 def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
-    """The kernel that writes the table: one block. USED: there is a seqused_k. num_heads: the heads that have tiles."""
+    """The kernel that writes the table: a grid of one block. USED: there is a seqused_k. a.num_heads: heads that have tiles."""
     THREADS = PLAN_THREADS
     sequence_at = make_sequence_at(USED)
 
@@ -159,43 +197,43 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
 
     @inline
     def blocks_of(a, i):
-        length = load_b32(uint64(a.table + uint64(i * ENTRY + (24 if BY_KEYS else 4))))
+        length = load_b32(uint64(a.table + uint64(i * ENTRY + (KEYS_BYTE if BY_KEYS else SEQLEN_Q_BYTE))))
         return divide(int32(length + BLOCK - 1), BLOCK)
 
     @inline
     def added(a, total, blocks):
-        """Never beyond what the table has room for, where lengths that lie say so: sums stay inside 32 bits."""
+        """total + blocks, at most what the table has room for: with wrong lengths, too, sums stay inside 32 bits."""
         return int32(min(int64(total) + int64(blocks), int64(a.blocks)))
 
     def kernel(a):
         thread = int32(cuda.threadIdx.x)
         sums = cuda.shared.array(THREADS, int32)
         for i in range(thread, a.batch, THREADS):
-            place = i
+            rank = i
             if a.batch <= SORTED:
-                mine, place = work(a, i), 0
+                mine, rank = work(a, i), 0
                 for j in range(a.batch):
                     other = work(a, j)
                     if other > mine or (other == mine and j < i):
-                        place += 1
+                        rank += 1
             q_start, seqlen_q, k_start, seqlen_k, all_keys = sequence_at(a, i)
-            put(a, place, 0, q_start)
-            put(a, place, 1, seqlen_q)
-            put(a, place, 2, k_start)
-            put(a, place, 3, seqlen_k)
-            put(a, place, 4, i)
-            put(a, place, 6, all_keys)
+            put(a, rank, Q_START, q_start)
+            put(a, rank, SEQLEN_Q, seqlen_q)
+            put(a, rank, K_START, k_start)
+            put(a, rank, SEQLEN_K, seqlen_k)
+            put(a, rank, BATCH, i)
+            put(a, rank, KEYS, all_keys)
         if thread == 0:     # rows and keys of no sequence
             end_q = length_at(a.cu_seqlens_q, a.batch, a.q_step, a.total_q)
             end_k = length_at(a.cu_seqlens_k, a.batch, a.k_step, a.total_k)
-            put(a, a.batch, 0, end_q)
-            put(a, a.batch, 1, 0 if BY_KEYS else a.total_q - end_q)
-            put(a, a.batch, 2, end_k if BY_KEYS else 0)
-            put(a, a.batch, 3, 0)
-            put(a, a.batch, 4, 0)
-            put(a, a.batch, 6, a.total_k - end_k)
+            put(a, a.batch, Q_START, end_q)
+            put(a, a.batch, SEQLEN_Q, 0 if BY_KEYS else a.total_q - end_q)
+            put(a, a.batch, K_START, end_k if BY_KEYS else 0)
+            put(a, a.batch, SEQLEN_K, 0)
+            put(a, a.batch, BATCH, 0)
+            put(a, a.batch, KEYS, a.total_k - end_k)
         cuda.syncthreads()
-        # first blocks: each thread sums a stretch of entries, then they are shifted by the stretches before
+        # the prefix sum of blocks: each thread sums a range of entries, then adds the sums of the ranges before
         share = (a.batch + 1 + THREADS - 1) // THREADS
         begin, end = min(thread * share, a.batch + 1), min((thread + 1) * share, a.batch + 1)
         total = int32(0)
@@ -213,13 +251,13 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
         cuda.syncthreads()
         first = sums[thread]
         for i in range(begin, end):
-            put(a, i, 5, first * a.num_heads)
+            put(a, i, FIRST_TILE, first * a.num_heads)
             first = added(a, first, blocks_of(a, i))
         cuda.syncthreads()
         word = thread & 7
-        for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp copies an entry for its blocks, a lane one of its words
+        for i in range(thread >> 5, a.batch + 1, THREADS >> 5):     # a warp copies an entry for its blocks, a lane one word
             value = load_b32(uint64(a.table + uint64(i * ENTRY + 4 * word)))
-            block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + 20))), a.num_heads)
+            block = divide(load_b32(uint64(a.table + uint64(i * ENTRY + FIRST_TILE_BYTE))), a.num_heads)
             end = added(a, block, blocks_of(a, i))
             for j in range(block + ((thread & 31) >> 3), end, 4):
                 put(a, a.batch + 2 + j, word, value)

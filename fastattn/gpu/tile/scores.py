@@ -1,6 +1,6 @@
-"""From dot products to scores: softmax_scale, softcap, ALiBi, bias and the boolean mask, each only where asked for.
+"""From dot products to scores: softmax_scale, softcap, ALiBi, bias and the boolean mask, each compiled only if the Spec has it.
 
-Scores are in units of natural log: a bias of the least finite number stays finite. What makes exponents of 2 of them comes later.
+Scores are in units of natural log, so that a bias of the most negative finite number stays finite. softmax.py changes to exponents of 2.
 """
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ from .fragments import (
 
 _LOG2E = float32(LOG2E)
 
-# softcap * tanh(x), x = softmax_scale * product / softcap, for u = 2 x log2(e), which exp2(u) = exp(2 x) takes:
-#     1 - tanh(x) = 2 / (exp(2 x) + 1), exact where tanh is near 1; where it is near 0 tanh is off by half a unit in the last place of 1
-#     tanh(x) / x = 1 + u**2 p(u**2) for |x| < 0.55, to 4e-8
-# Times a softcap of 64 at most, that of 1 is not seen. A larger one has the second line where it holds, which takes nine instructions more.
+# A capped score is softcap * tanh(x), x = softmax_scale * dot product / softcap. With u = 2 x log2(e), exp2(u) = exp(2 x):
+#     1 - tanh(x) = 2 / (exp(2 x) + 1)        exact where tanh is near 1; near 0, tanh is off by half a unit in the last place of 1
+#     tanh(x) / x = 1 + u**2 p(u**2)          for |x| < 0.55, to 4e-8
+# Up to a softcap of 64 the error of the first line does not matter. Above it, the second line is used where it holds, for nine more
+# instructions.
 WIDE_CAP, _NEAR = float32(64), float32(0.55 * 2 * LOG2E)
 _P0, _P1, _P2, _P3 = (float32(c) for c in (-4.003730044e-2, 1.921838033e-3, -9.129619866e-5, 3.425789373e-6))
 
 
 @inline
 def cap_scale(a):
-    """What makes u of a product."""
+    """Factor from a dot product to u: 2 * score / softcap in units of log2, the exponent in tanh."""
     return float32(2) * _LOG2E * (a.softmax_scale / a.softcap)
 
 
 def capped(s, row, col, scale, cap):
-    """cap * tanh(x) of a product, for a cap of 64 at most."""
+    """cap * tanh(x) of a dot product, for a cap of 64 at most."""
     return cap - float32(2) * cap * reciprocal(exp2(s * scale) + float32(1))
 
 
 def capped_wide(s, row, col, scale, cap, softmax_scale):
-    """The same for any cap."""
+    """`capped` for any cap."""
     u, x = s * scale, s * softmax_scale
     v = u * u
     near = x + x * (v * (_P0 + v * (_P1 + v * (_P2 + v * _P3))))
-    far = float32(0.5) * cap - cap * reciprocal(exp2(u) + float32(1))       # a half, so that the largest cap does not overflow
+    far = float32(0.5) * cap - cap * reciprocal(exp2(u) + float32(1))       # half of it, so that the largest cap does not overflow
     return near if abs(u) < _NEAR else far + far
 
 
@@ -65,13 +66,15 @@ def is_wide(a):
 
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0) -> tuple[Any, Any, Any]:
-    """(prepare, fetch, score) for fragments of COUNT registers; TRANSPOSED: their rows are keys and their columns queries, while `row`
-    and `col` are the thread's first query and key all the same. TRANSPOSED or CAPPED, the backward's: `cap_of` has made capped scores of
-    the products. SQUEEZE: elements of bias and mask are packed as they arrive, in so many pieces of the fragment.
+    """(prepare, fetch, score) for fragments of COUNT registers.
 
-    tile = prepare(a, batch, head): what all rows share (the ALiBi slope)
-    early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, so that they travel while products run
-    acc_s = score(a, acc_s, early, slope, row, col, corner): `corner`, seqlen_k - seqlen_q, is the key of row 0 on the bottom-right diagonal
+    shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
+    early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, loaded while the MMAs of S run
+    acc_s = score(a, acc_s, early, shared, row, col, corner): corner = seqlen_k - seqlen_q, the key of row 0 on the bottom-right diagonal
+
+    `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries. TRANSPOSED or
+    CAPPED, for the backward: with a softcap, acc_s is the capped scores from `cap_of`, not the dot products. SQUEEZE: elements of bias
+    and mask are packed as they arrive, in so many pieces of the fragment, to save registers.
     """
     PACKED = spec.packed
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
@@ -83,13 +86,14 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     mask_tile = _squeezed_tile("bool", COUNT, SQUEEZE, bits_of) if SQUEEZE else _score_tile("bool", COUNT)[0]
     keep_mask = keep_bits if SQUEEZE else keep_nonzero
     load_slope = load_scalar(spec.alibi or "float32")
+    fetch_bias, fetch_mask = _make_fetch(bias_tile, TRANSPOSED), _make_fetch(mask_tile, TRANSPOSED)
 
     def scaled(s, row, col, scale):
         return s * scale
 
-    def away(s, row, col, slope):
+    def less_distance(s, row, col, slope):
         return s - slope * float32(int32(abs(int32(row - col))))
-    scale_elements, cap_elements, less_alibi = elementwise(scaled), make_cap(), elementwise(away)
+    scale_elements, cap_elements, less_alibi = elementwise(scaled), make_cap(), elementwise(less_distance)
 
     @inline
     def prepare(a, batch, head):
@@ -99,37 +103,31 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
             return float32(0)
 
     @inline
-    def fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k):
+    def bias_of(a, batch, head, row, col, seqlen_q, seqlen_k):
         if BIAS:
-            if TRANSPOSED:
-                return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_col, a.bias_row, batch, head, col, row, seqlen_k, seqlen_q)
-            else:
-                return bias_tile(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
+            return fetch_bias(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
         else:
             return int32(0)
 
     @inline
-    def fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k):
+    def mask_of(a, batch, head, row, col, seqlen_q, seqlen_k):
         if MASK:
-            if TRANSPOSED:
-                return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_col, a.mask_row, batch, head, col, row, seqlen_k, seqlen_q)
-            else:
-                return mask_tile(a.mask, a.mask_batch, a.mask_head, a.mask_row, a.mask_col, batch, head, row, col, seqlen_q, seqlen_k)
+            return fetch_mask(a.mask, a.mask_batch, a.mask_head, a.mask_row, a.mask_col, batch, head, row, col, seqlen_q, seqlen_k)
         else:
             return int32(0)
 
     @inline
     def fetch(a, batch, head, row, col, seqlen_q, seqlen_k):
-        if PACKED:      # the operands end at the maxima that the caller gave, which the lengths on the device may exceed
+        if PACKED:      # bias and mask end at max_seqlen_q and max_seqlen_k, which lengths on the device may exceed
             seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
-        if SQUEEZE:         # the mask first: the bias finds its registers free again
-            mask = fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
-            return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), mask
+        if SQUEEZE:         # the mask first: once packed, it leaves its registers to the bias
+            mask = mask_of(a, batch, head, row, col, seqlen_q, seqlen_k)
+            return bias_of(a, batch, head, row, col, seqlen_q, seqlen_k), mask
         else:
-            return fetch_bias(a, batch, head, row, col, seqlen_q, seqlen_k), fetch_mask(a, batch, head, row, col, seqlen_q, seqlen_k)
+            return bias_of(a, batch, head, row, col, seqlen_q, seqlen_k), mask_of(a, batch, head, row, col, seqlen_q, seqlen_k)
 
     @inline
-    def score(a, acc_s, early, slope, row, col, corner):
+    def score(a, acc_s, early, shared, row, col, corner):
         if SOFTCAP:
             if not CAPPED:
                 acc_s = cap_elements(a, acc_s)
@@ -138,11 +136,11 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
         elif SCALED:
             acc_s = scale_elements(acc_s, row, col, (a.softmax_scale,))
         if ALIBI:
-            diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's, see diagonal_of
+            diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's diagonal, see diagonal_of
             if TRANSPOSED:
-                acc_s = less_alibi(acc_s, col, int32(row + diagonal), (slope,))     # |row - col| is the same
+                acc_s = less_alibi(acc_s, col, int32(row + diagonal), (shared,))    # |row - col| is the same
             else:
-                acc_s = less_alibi(acc_s, int32(row + diagonal), col, (slope,))
+                acc_s = less_alibi(acc_s, int32(row + diagonal), col, (shared,))
         if BIAS and (SOFTCAP or ALIBI):
             acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:
@@ -153,7 +151,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
 
 def make_cap() -> Any:
-    """acc_s = cap(a, acc_s): products to capped scores."""
+    """acc_s = cap(a, acc_s): dot products to capped scores."""
     narrow, wide = elementwise(capped), elementwise(capped_wide)
 
     @inline
@@ -167,7 +165,7 @@ def make_cap() -> Any:
 
 
 def make_cap_of(spec: Spec) -> Any:
-    """acc_s, slope = cap_of(a, acc_s): products to capped scores, and tanh's slope, 1 - tanh**2, in 16 bits."""
+    """acc_s, slope = cap_of(a, acc_s): dot products to capped scores, and the derivative of tanh, 1 - tanh**2, in 16 bits."""
     to_half, UNIT = make_pack("float16"), float32(2**-64)
 
     def fall(s, row, col, scale):       # 1 - tanh
@@ -176,7 +174,7 @@ def make_cap_of(spec: Spec) -> Any:
     def slope_of(r, row, col):
         return r * (float32(2) - r)
 
-    def slope_at(s, row, col, cap, inverse):        # of a capped score; both and cap in units of 2**64, so that the inverse is no denormal
+    def slope_at(s, row, col, cap, inverse):        # of a capped score. In units of 2**64, so that the inverse of cap is no denormal
         r = (cap - abs(s * UNIT)) * inverse
         return r * (float32(2) - r)
 
@@ -200,7 +198,7 @@ def make_cap_of(spec: Spec) -> Any:
 
 
 def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False) -> tuple[Any, Any]:
-    """(tile, to_float): the thread's elements of a (batch, head, row, column) operand, and those as float32 for its first column."""
+    """(tile, to_float): load the thread's elements of a (batch, head, row, column) operand; convert them to a float32 fragment."""
     gather = make_gather_whole() if whole else make_gather_pairs() if pairs else make_gather(dtype)
     unpack, unpack_whole = make_unpack(dtype, pairs), make_unpack_whole(dtype)
 
@@ -226,8 +224,19 @@ def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False
     return tile, to_float
 
 
+def _make_fetch(tile: Any, TRANSPOSED: bool) -> Any:
+    """`tile` for a fragment of queries by keys, or TRANSPOSED of keys by queries."""
+    @inline
+    def fetch(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k):
+        if TRANSPOSED:
+            return tile(pointer, by_batch, by_head, by_col, by_row, batch, head, col, row, seqlen_k, seqlen_q)
+        else:
+            return tile(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k)
+    return fetch
+
+
 def _squeezed_tile(dtype: str, COUNT: int, PIECES: int, squeeze: Any) -> Any:
-    """tile as by _score_tile, loaded one piece after the other: each is packed, by pairs_of or bits_of, before the next takes registers."""
+    """`tile` of _score_tile in PIECES pieces. Each is packed by `squeeze`, pairs_of or bits_of, before the next one needs registers."""
     load, _ = _score_tile(dtype, COUNT // PIECES)
 
     @inline

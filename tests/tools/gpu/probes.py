@@ -368,9 +368,29 @@ def as_matrix(registers: Array) -> Array:
     return m
 
 
+def first_elements() -> Any:
+    def kernel(a):
+        thread = int32(cuda.threadIdx.x)
+        lane = int32(thread & 31)
+        at = uint64(a.dst + uint64(12 * thread))
+        memory.store_b32(at, f.thread_row(thread, lane))
+        memory.store_b32(uint64(at + uint64(4)), f.lane_row(lane))
+        memory.store_b32(uint64(at + uint64(8)), f.thread_col(lane))
+    return kernel
+
+
+def check_first_elements(launch: Any) -> None:
+    thread = np.arange(128)
+    rows = thread % 32 // 4
+    same(launch(dst=np.zeros((128, 3), np.int32)), np.stack([thread // 32 * 16 + rows, rows, thread % 4 * 2], 1).astype(np.int32))
+
+
+add("fragments.thread_row fragments.lane_row fragments.thread_col", "", first_elements, check_first_elements, threads=128)
+
+
 @inline
 def load(pointer, lane):
-    at = uint64(pointer + uint64(4 * ((lane >> 2) * C + (lane & 3) * 2)))
+    at = uint64(pointer + uint64(4 * (f.lane_row(lane) * C + f.thread_col(lane))))
     return _to_float(_gather(at, uint64(at + uint64(32 * C)), int64(4), int32(C), int32(C), COUNT))
 
 
@@ -387,7 +407,7 @@ def on_fragment(change: Any) -> Callable[[], Any]:
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
-            save(a.dst, lane, change(load(a.src, lane), lane, int32(lane >> 2), int32((lane & 3) * 2), a.n))
+            save(a.dst, lane, change(load(a.src, lane), lane, f.lane_row(lane), f.thread_col(lane), a.n))
         return kernel
     return make
 
@@ -505,7 +525,7 @@ def gathers(dtype: str, pairs: bool, squeeze: bool = False) -> Callable[[], Any]
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
-            row, col = int32(lane >> 2), int32((lane & 3) * 2)
+            row, col = f.lane_row(lane), f.thread_col(lane)
             at = uint64(a.other + uint64(size * (44 * row + col)))
             limit0, limit1 = int32(a.n - col), int32(a.n - col) if row + 8 < 10 else int32(0)
             if pairs:
@@ -555,7 +575,7 @@ def whole_gathers(dtype: str) -> Callable[[], Any]:
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
-            row, col = int32(lane >> 2), int32((lane & 3) * 2)
+            row, col = f.lane_row(lane), f.thread_col(lane)
             at = uint64(a.other + uint64(2 * (72 * row + col)))
             limit0, limit1 = int32(a.n - col), int32(a.n - col) if row + 8 < 10 else int32(0)
             save(a.dst, lane, to_float(gather(at, uint64(at + uint64(8 * 72 * 2)), limit0, limit1, col, COUNT), col))
@@ -586,7 +606,7 @@ def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
-            row, col = int32(lane >> 2), int32((lane & 3) * 2)
+            row, col = f.lane_row(lane), f.thread_col(lane)
             packed = to_half(load(a.src, lane))
             at = uint64(a.dst + uint64(2 * (PITCH * row + col)))
             next_row = uint64(at + uint64(16 * PITCH))

@@ -74,7 +74,7 @@ def far_columns() -> Any:
         acc, mine = load(a.src, lane), int32(base + 8 * (lane & 3))
         if any_far(base) == a.n:
             acc = g.near_columns(acc, float32(3), float32(0.5), mine, uint64(a.other + uint64(8 * (lane & 3))))
-        row = int32(lane >> 2)
+        row = f.lane_row(lane)
         far = memory.load_f32(uint64(a.other + uint64(4 * (C + row)))), memory.load_f32(uint64(a.other + uint64(4 * (C + row + 8))))
         lse = memory.load_f32(uint64(a.other + uint64(4 * row))), memory.load_f32(uint64(a.other + uint64(4 * (row + 8))))
         save(a.dst, lane, g.near_rows(acc, float32(3), float32(0.5), far, lse))
@@ -122,7 +122,7 @@ def scattered() -> Any:
     """Adds x to a matrix of `other`, 16 x 70, rows < 11 and columns < n, and shows the matrix."""
     def kernel(a):
         lane = int32(cuda.threadIdx.x)
-        row, col = int32(lane >> 2), int32((lane & 3) * 2)
+        row, col = f.lane_row(lane), f.thread_col(lane)
         at = uint64(a.dst + uint64(4 * (70 * row + col)))
         g.add_elements(load(a.src, lane), at, uint64(at + uint64(8 * 280)), int64(4), int32(a.n - col),
                        int32(a.n - col) if row + 8 < 11 else int32(0))
