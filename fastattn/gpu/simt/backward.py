@@ -98,7 +98,7 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
     store_dk, store_dv, first_row = make_store(spec, tile, spec.head_dim), make_store(spec, tile, spec.head_dim_v), make_first_row(spec)
     query_bounds = make_query_bounds(spec, BLOCK_M)
     prepare, _, _ = make_score(spec)
-    tile_at, num_tiles, key_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_key_row(BLOCK_N)
+    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
 
     @inline
     def step(a, base, acc_dk, acc_dv, pointers, corner, m_block, full, shared, thread, x, y):
@@ -126,7 +126,8 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
         if t < num_tiles(a):
             tile_here = tile_at(a, t)
             n_block, head_k, batch, q_start, seqlen_q, _, seqlen_k, all_keys = tile_here
-            col0, first_key = int32(n_block * BLOCK_N), key_row(a, tile_here.k_start, n_block)
+            col0 = int32(n_block * BLOCK_N)
+            first_key = tile_here.k_start + col0        # int64; with the int32 of key_row the machine code would change
             k = row_address(a.k, a.k_batch, a.k_head, a.k_row, batch, head_k, first_key)
             v = row_address(a.v, a.v_batch, a.v_head, a.v_row, batch, head_k, first_key)
             acc_dk, acc_dv = cuda.local.array((ROWS, OUTS), REAL), cuda.local.array((ROWS, OUTS_V), REAL)

@@ -318,8 +318,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             if warpgroup == 0:
                 give_registers()
                 if thread == 0 and n_min < n_max:
-                    load(a, base, int32(q_start + m_block * BLOCK_M), key_row(a, k_start, n_max - 1),
-                         key_row(a, k_start, n_min), head,
+                    load(a, base, int32(q_start + m_block * BLOCK_M), key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min), head,
                          map_batch)
             else:
                 take_registers()

@@ -8,7 +8,7 @@ from numba import int32
 from ..dsl.inline import inline
 from ..ptx.sync import uniform
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds
+from ..tile.mask import diagonal_of, make_bounds, make_intervals
 from ..tile.smem import WARPGROUP_ROWS
 
 
@@ -20,34 +20,27 @@ def make_tile_bounds(spec: Spec, BLOCK_M: int, BLOCK_N: int, EMPTY: bool = False
         EMPTY, and then the bounds are warp-uniform values, those of full_blocks too.
     full_min, full_max = full_blocks(a, row, diagonal, seqlen_k)
         Key blocks [full_min, full_max) that need no mask for a warpgroup's rows, from `row` on.
-    lo0, hi0, lo1, hi1 = intervals(a, row, diagonal, seqlen_k)
-        Keys [lo, hi) that a thread's two rows attend: `row` and row + 8.
+    intervals(a, row, diagonal, seqlen_k): see tile/mask.py.
     """
     row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
 
     @inline
     def tile_blocks(a, m_block, seqlen_q, seqlen_k):
-        first, end = int32(m_block * BLOCK_M), min((m_block + 1) * BLOCK_M, seqlen_q)
+        first, last = int32(m_block * BLOCK_M), min((m_block + 1) * BLOCK_M, seqlen_q)
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-        n_min, _, _, n_max = block_bounds(a, first, end, diagonal, seqlen_k)
+        n_min, _, _, n_max = block_bounds(a, first, last, diagonal, seqlen_k)
         if EMPTY:
             lo, _ = row_bounds(a, first, diagonal, seqlen_k)
-            _, hi = row_bounds(a, int32(end - 1), diagonal, seqlen_k)
+            _, hi = row_bounds(a, int32(last - 1), diagonal, seqlen_k)
             return uniform(n_min), uniform(n_max if lo < hi else n_min)
         else:
             return n_min, n_max
 
     @inline
     def full_blocks(a, row, diagonal, seqlen_k):
-        _, full_min, full_max, _ = block_bounds(a, row, int32(row + 64), diagonal, seqlen_k)
+        _, full_min, full_max, _ = block_bounds(a, row, int32(row + WARPGROUP_ROWS), diagonal, seqlen_k)
         if EMPTY:
             return uniform(full_min), uniform(full_max)
         else:
             return full_min, full_max
-
-    @inline
-    def intervals(a, row, diagonal, seqlen_k):
-        lo0, hi0 = row_bounds(a, row, diagonal, seqlen_k)
-        lo1, hi1 = row_bounds(a, int32(row + 8), diagonal, seqlen_k)
-        return lo0, hi0, lo1, hi1
-    return tile_blocks, full_blocks, intervals
+    return tile_blocks, full_blocks, make_intervals(spec)

@@ -52,17 +52,6 @@ class KeyTile(NamedTuple):
     keys: Any
 
 
-def make_key_row(BLOCK_N: int) -> Any:
-    """key_row(a, k_start, n_block): the row of K and V where key block n_block of a tile starts; k_start is the sequence's first row.
-
-    The one place that knows where a tile's keys are in memory.
-    """
-    @inline
-    def key_row(a, k_start, n_block):
-        return int32(k_start + n_block * BLOCK_N)
-    return key_row
-
-
 def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     """tile_at(a, t) -> Tile, or BY_KEYS KeyTile, for 0 <= t < num_tiles(a).
 
@@ -135,6 +124,17 @@ def make_num_tiles(spec: Spec) -> Any:
     def from_table(a):
         return load_b32(uint64(a.table + uint64((a.batch + 1) * ENTRY)))
     return from_table
+
+
+def make_key_row(BLOCK_N: int) -> Any:
+    """key_row(a, k_start, n_block): the row of K and V where key block n_block of a tile starts; k_start is the sequence's first row.
+
+    Kernels that loop over key blocks find them in memory through this function.
+    """
+    @inline
+    def key_row(a, k_start, n_block):
+        return int32(k_start + n_block * BLOCK_N)
+    return key_row
 
 
 def make_unowned(spec: Spec) -> Any:
