@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import api
+from fastattn.arrays import convert
 from fastattn.arrays.view import Output
 from tests.tools.processes import EXTRA, not_sanitized, printed
 
@@ -415,14 +415,14 @@ print(kept, -ended(8) + ended(16))                              # what malloc ke
 # ---------------------------------------------------------------- nothing is left unwritten
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results start as NaN."""
-    allocate = api.allocate
+    allocate = convert.allocate
 
     def filled(*arguments: Any) -> Output:
         output = allocate(*arguments)
         output.view.numpy()[...] = np.nan
         return output
 
-    monkeypatch.setattr(api, "allocate", filled)
+    monkeypatch.setattr(convert, "allocate", filled)
 
 
 def agree(got: Any, expected: Any) -> None:
