@@ -97,9 +97,7 @@ def _transformed_by_torch(torch: Any, x: Any) -> tuple[str, str] | None:
     if torch._C._get_tracing_state() is not None:
         return "is recorded by torch.jit.trace, which cannot record what fastattn does", _OPERATOR
     if torch._C._len_torch_dispatch_stack():
-        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-        for mode in map(type, _get_current_dispatch_mode_stack()):
+        for mode in map(type, torch.utils._python_dispatch._get_current_dispatch_mode_stack()):
             if mode.__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"):
                 return f"is used under {mode.__name__} (make_fx, torch.export), which cannot record what fastattn does", _OPERATOR
     return None
