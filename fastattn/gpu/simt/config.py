@@ -116,8 +116,8 @@ def lines_of(spec: Spec) -> int:
     """Most lines of a tile of the backward and of dbias.
 
     With a small head_dim the compiler unrolls the loops over its columns and keeps more values live: with features, or
-    16-bit operands, 64 lines would spill 4 to 136 bytes; with most features, or float64 and two, 32 lines would spill 12. With 16-bit operands
-    alone it is 8.
+    16-bit operands, 64 lines would spill 4 to 136 bytes. With most features, or float64 and two, 32 lines would spill 12,
+    and with 16-bit operands alone 8.
     """
     small, wide = max(spec.head_dim, spec.head_dim_v) < 64, spec.dtype == "float64"
     if small and (num_features(spec) > (1 if wide else 2) or (num_features(spec) == 0 and spec.dtype in ("float16", "bfloat16"))):

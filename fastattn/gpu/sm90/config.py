@@ -152,8 +152,8 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
         return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded)
-    # others spill: of calls with a bias the packed ones and those masked by position, but for a 16-bit bias with dbias
-    several = spec.packed or ((spec.left or spec.right) and (spec.dbias is None or spec.bias == "float32"))
+    # others spill: of calls with a bias the packed ones and those masked by position
+    several = spec.packed or spec.left or spec.right
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
     return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs)
