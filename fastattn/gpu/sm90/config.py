@@ -243,7 +243,7 @@ class WideSm90Config:
     def __post_init__(self) -> None:
         assert self.part in ("dk", "dv") and not (self.part == "dv" and (self.behind or self.late))
         assert self.q_stages >= 1 + (self.part == "dk"), "the next step uses Q, too"
-        assert self.do_stages in (1, 2), "smem.init_clean: the producer may clear the tails of two heads ahead, not more"
+        assert self.do_stages in (1, 2), "tile/ring.py, make_tails: the producer may clear the tails of two heads ahead, not more"
         assert not (self.behind and self.late), "dK of the previous block would wait for P"
 
     @property
