@@ -4,6 +4,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,13 @@ def test_every_parameter_is_documented(name: str) -> None:
     assert documented(text) == named
     underlined = re.findall(r"^(\w+)\n-+$", text, re.MULTILINE)
     assert underlined == [section for section in SECTIONS if section in underlined]
+
+
+def test_no_heading_has_run_into_its_text() -> None:
+    """A heading and its underline are lines of their own, in compat/ too."""
+    files = Path(fastattn.__file__).parent.rglob("*.py")
+    lost = re.compile(rf"^ +({'|'.join(SECTIONS)})( -{{3,}}|\n +-+ *\w)", re.MULTILINE)
+    assert not [str(path) for path in files if lost.search(path.read_text())]
 
 
 def test_the_check_itself() -> None:

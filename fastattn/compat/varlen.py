@@ -69,8 +69,10 @@ def varlen_attn(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, 
     TypeError
         Unsupported dtypes.
 
-    Notes ----- Two arguments of the original are missing. block_table (paged keys): gather the pages first.
-    num_splits: it changes no result, and fastattn chooses it.
+    Notes
+    -----
+    Two arguments of the original are missing. block_table (paged keys): gather the pages first. num_splits: it changes
+    no result, and fastattn chooses it.
 
     Source: torch.nn.attention.varlen, PyTorch 2.10 and 2.13.
     """
