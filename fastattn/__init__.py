@@ -8,7 +8,7 @@ How a call flows, file by file:
     attention(q, k, v, causal=True, ...)
         |
     api.py          the public functions: signatures and documentation
-        |           (a repeated dense forward in CUDA memory goes straight to its kernel: repeat.py)
+        |           (a repeated dense forward goes straight to its kernel: repeat.py)
     dispatch.py     the flow that they share
         |
     arrays/         each array -> View: pointer, shape, strides, dtype, device; no copy

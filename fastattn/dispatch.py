@@ -83,7 +83,7 @@ def forward(caller: Caller, engine: str | None, options: Options, o: Operands, o
     output = caller.output(problem.out_shape, problem.dtype, o.q) if given is None else given
     lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
     chosen.forward(problem, ready, output.view, None if lse is None else lse.view, caller.handle)
-    if key is not None and caller.stream is not None:
+    if key is not None:
         repeat.remember(key, chosen, problem, ready, output, lse)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 

@@ -99,7 +99,10 @@ def _host(name: str) -> Engine:
 
     def supports(problem: Problem) -> str | None:
         return load(name, problem.call).supports(problem)  # type: ignore[no-any-return]
-    return Engine(name, "cpu", forward, backward, supports, True)
+
+    def prepare(problem: Problem, *where: Any) -> Any:
+        return load(name, problem.call).prepare(problem, *where)
+    return Engine(name, "cpu", forward, backward, supports, True, prepare if name == "cpu" else None)
 
 
 def families(*names: str) -> Engine:

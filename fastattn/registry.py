@@ -359,7 +359,6 @@ def _resolve(call: str, engine: str | None, names: Any, device: Device) -> Any:
     found: Any = Chain(tuple(asked), f"{by} allows no other" if by else "")
     if len(asked) == 1 and asked[0].built_in:
         load("gpu" if device[0] == "cuda" else asked[0].name, call)     # so that an ImportError comes before memory is allocated
-        if device[0] == "cuda":
-            found = asked[0]        # it raises UnsupportedError itself
+        found = asked[0]            # it raises UnsupportedError itself
     runs[names, device[0]] = found
     return found

@@ -1,63 +1,82 @@
 """Fast path for a repeated dense forward: same shapes, strides, dtypes and options, new pointers.
 
-It skips validation and dispatch: 11 us of Python instead of 14. A call is described by the types, dtypes, shapes,
-strides and devices of q, k and v, by the alignment of their memory and by its options, all as plain values. Its second
-occurrence stores here what the engine launched on the full path (dispatch.py). Later ones read three addresses,
-allocate, and launch that. Any difference takes the full path, which raises its errors.
+It skips validation and dispatch: 11 us of Python instead of 14 for CUDA arrays, 4 instead of 18 for NumPy arrays. A
+call is described by the types, dtypes, shapes, strides and devices of q, k and v, by the alignment of their memory and
+by its options, all as plain values. Its second occurrence stores here what the engine launched on the full path
+(dispatch.py). Later ones read three addresses, allocate, and launch that. Any difference takes the full path, which
+raises its errors.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .arrays.dlpack import address
 from .arrays.readers import by_type
-from .arrays.view import Output, Quick, View
+from .arrays.view import HOST, Device, Output, Quick, numpy_dtype
 from .memo import Recent
 from .problem import Operands, Problem
 from .registry import choose
 
-Launch = Callable[[Operands, View, View | None, int], None]     # of operands, out, lse and a stream
+Launch = Callable[[int, int, int, int, int, int], None]     # of addresses: q, k, v, out, lse (0: none); and a stream, or HOST
 
 
 class Known(NamedTuple):
-    """A stored call. Of each View, everything but its address; out_shape is in the caller's layout."""
+    """A stored call."""
 
+    address: Callable[[Any], int]
     read: Quick
     engine: object
+    device: Device
     alignment: int          # of the addresses of q, k and v together, modulo 16
     launch: Launch
-    q: tuple[Any, ...]
-    k: tuple[Any, ...]
-    v: tuple[Any, ...]
-    out: tuple[Any, ...]
-    out_shape: tuple[int, ...]
-    lse: tuple[Any, ...] | None
+    out: tuple[tuple[int, ...], str]        # shape, in the caller's layout, and dtype
+    lse: tuple[tuple[int, ...], str] | None
 
     def again(self, call: str, engine: str | None, q: Any, k: Any, v: Any) -> Any:
         """out, or (out, lse) where the stored call returned lse. None where the call differs."""
-        read, known_engine, alignment, launch, of_q, of_k, of_v, of_out, out_shape, of_lse = self
-        _, address, current, empty = read
-        _, _, dtype, device = of_out
+        at, (_, _, current, empty), known_engine, device, alignment, launch, out_form, lse_form = self
         try:
-            at_q, at_k, at_v, stream = address(q), address(k), address(v), current(q)
+            at_q, at_k, at_v, stream = at(q), at(k), at(v), current(q)
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
             return None
         if (not (at_q and at_k and at_v and stream) or (at_q | at_k | at_v) % 16 != alignment
                 or choose(call, engine, device) is not known_engine):
             return None
-        out, at_out = empty(q, out_shape, dtype)
+        out, at_out = empty(q, *out_form)
         if at_out % 16:
             return None
-        operands = Operands(View(at_q, *of_q), View(at_k, *of_k), View(at_v, *of_v))
-        if of_lse is None:
-            launch(operands, View(at_out, *of_out), None, stream)
+        if lse_form is None:
+            launch(at_q, at_k, at_v, at_out, 0, stream)
             return out
-        lse, at_lse = empty(q, of_lse[0], of_lse[2])
-        launch(operands, View(at_out, *of_out), View(at_lse, *of_lse), stream)
+        lse, at_lse = empty(q, *lse_form)
+        launch(at_q, at_k, at_v, at_out, at_lse, stream)
         return out, lse
 
 
 _known: Recent[Any, Known | None] = Recent()    # None: occurred once
+
+
+# ---------------------------------------------------------------- NumPy
+def _form(x: np.ndarray[Any, Any]) -> Any:
+    return (x.dtype, x.shape, x.strides) if x.flags.aligned else None
+
+
+def _empty(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+    array = np.empty(shape, numpy_dtype(dtype))
+    return array, address(array)
+
+
+_NUMPY = Quick(_form, address, lambda x: HOST, _empty)
+
+
+def _quick(kind: type) -> Quick | None:
+    if kind is np.ndarray:
+        return _NUMPY
+    library = by_type.get(kind)
+    return None if library is None else library.quick
 
 
 def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -68,8 +87,7 @@ def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tu
     """
     q, k, v = qkv
     kind = type(q)
-    library = by_type.get(kind)
-    read = None if library is None else library.quick
+    read = _quick(kind)
     if read is None or type(k) is not kind or type(v) is not kind:
         return None, None
     form = read.form
@@ -90,7 +108,7 @@ def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, 
 
     Not at its first occurrence, because a call with a new seed each step never repeats.
     """
-    prepare, read, known = getattr(engine, "prepare", None), by_type[key[0]].quick, _known.get(key)
+    prepare, read, known = getattr(engine, "prepare", None), _quick(key[0]), _known.get(key)
     if prepare is None or read is None or not o.plain or (known is not None and known.engine is engine):
         return
     if key not in _known:
@@ -100,9 +118,8 @@ def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, 
     launch = prepare(problem, o, view, None if lse is None else lse.view)
     if launch is None or view.ptr % 16:
         return
-
-    def form(x: View) -> tuple[Any, ...]:
-        return x.shape, x.strides, x.dtype, x.device
-    alignment = (o.q.ptr | o.k.ptr | o.v.ptr) % 16
-    _known[key] = Known(read, engine, alignment, launch, form(o.q), form(o.k), form(o.v), form(view), out.shape,
-                        None if lse is None else form(lse.view))
+    at: Callable[[Any], int] = read.address
+    if key[0] is np.ndarray:
+        from .cpu import address as at          # compiled
+    _known[key] = Known(at, read, engine, o.q.device, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, launch, (out.shape, view.dtype),
+                        None if lse is None else (lse.view.shape, lse.view.dtype))

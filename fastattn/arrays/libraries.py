@@ -20,7 +20,7 @@ from . import streams, words
 from .device_array import DeviceArray
 from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, wrong_dtype
 from .streams import LEGACY, PER_THREAD, Home, Stream
-from .view import CPU, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
+from .view import CPU, HOST, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
 
 
 def find(x: Any) -> Library | None:
@@ -113,15 +113,15 @@ def _torch(torch: Any) -> Library:
         return Output(found, tensor, finish)
 
     def form(x: Any) -> Any:
-        if not x.is_cuda:
+        if not (x.is_cuda or x.is_cpu):
             return None
         in_graph = x.requires_grad and torch.is_grad_enabled()
         return x.dtype, x.shape, x.stride(), x.get_device(), in_graph, x.is_neg()
 
     def current(x: Any) -> int:
-        if modes() or forward_ad._current_level >= 0 or traced() is not None or not x.is_cuda:
+        if modes() or forward_ad._current_level >= 0 or traced() is not None:
             return 0
-        return raw(x.get_device()) or LEGACY
+        return (raw(x.get_device()) or LEGACY) if x.is_cuda else HOST
 
     def written(x: Any) -> Any:
         torch.autograd.graph.increment_version(x)           # so that a backward that has saved x raises

@@ -18,6 +18,7 @@ from .streams import Home, Stream
 Device = tuple[str, int]
 Shape = tuple[int, ...]
 CPU: Device = ("cpu", 0)
+HOST = -1           # where repeat.py has a stream's handle: work in host memory, on no stream
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name != "bfloat16"}
 _DTYPES: dict[str, np.dtype[Any]] = {name: dtype for dtype, name in NAMES.items()}
@@ -184,11 +185,11 @@ class Output:
 
 
 class Quick(NamedTuple):
-    """How CUDA arrays of one type are read and made on a repeated call, without checks (repeat.py)."""
+    """How arrays of one type are read and made on a repeated call, without checks (repeat.py)."""
 
-    form: Callable[[Any], Any]                  # hashable: all that decides a View but the address; None for host memory
+    form: Callable[[Any], Any]                  # hashable: all that decides a View but the address; None: take the full path
     address: Callable[[Any], int]
-    stream: Callable[[Any], int]                # the library's current stream on the array's device; 0: none, or not to be used
+    stream: Callable[[Any], int]                # the library's current stream on the array's device, or HOST; 0: take the full path
     empty: Callable[[Any, Shape, str], tuple[Any, int]]     # a new array on the device of the first argument, and its address
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..problem import Grads, Operands, Problem
 from . import dbias, levels, plan
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["backward", "forward", "get_num_threads", "instruction_set", "name", "set_num_threads", "supports"]
+__all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "set_num_threads", "supports"]
 
 name = "cpu"
 _level = levels.choose()
@@ -34,6 +35,7 @@ except ModuleNotFoundError as error:
 finally:
     for _variable in _patience:
         del os.environ[_variable]
+address = _engine.address
 
 
 def instruction_set() -> str:
@@ -53,11 +55,38 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
         _clear_unowned(lengths.cu_q, out, 0)
         if lse is not None:
             _clear_unowned(lengths.cu_q, lse, 1)
+    _prepared(p, o, lengths, out, lse, get_num_threads())(o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr)
+
+
+def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -> Any:
+    """What `forward` does with dense operands of such shapes and strides, at any addresses.
+
+    Returns
+    -------
+    run(q, k, v, out, lse, stream)
+        Of addresses; lse is 0 where this call has none.
+    """
+    p, lengths, threads = problem, plan.read_lengths(problem, operands), get_num_threads()
+    q, k, v, out = (replace(x, owner=None) for x in (operands.q, operands.k, operands.v, out))      # keeps no memory of the caller's
+    o, lse = Operands(q, k, v), None if lse is None else replace(lse, owner=None)
+    ready = _prepared(p, o, lengths, out, lse, threads)
+
+    def run(at_q: int, at_k: int, at_v: int, at_out: int, at_lse: int, stream: int) -> None:
+        nonlocal ready, threads
+        if get_num_threads() != threads:
+            threads = get_num_threads()
+            ready = _prepared(p, o, lengths, out, lse, threads)
+        ready(at_q, at_k, at_v, at_out, at_lse)
+    return run
+
+
+def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, most: int) -> Any:
+    """The compiled engine's forward, on at most so many threads."""
     vector, half = _engine.vector_length(p.dtype)
-    threads = plan.threads_for(p, get_num_threads())
+    threads = plan.threads_for(p, most)
     cut = plan.plan_forward(p, o, lengths, vector, half, threads)
-    _engine.forward(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
-                    cut.all_heads, cut.few, cut.direct, threads)
+    return _engine.prepare(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
+                           cut.all_heads, cut.few, cut.direct, threads)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:

@@ -451,7 +451,8 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
     memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, lengths, &stop, alive)
+    fill(&f.c, p, o, lengths, alive)
+    begin(&f.c, &stop)
     f.together, f.few = threads, few
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))

@@ -3,6 +3,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, 
 from libc.math cimport exp, log, INFINITY
 from libc.string cimport memset
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_DECREF
 import threading
 import numpy as np
@@ -233,11 +234,15 @@ cdef void use_kernels(Call* c, const Kernels* g) noexcept:
     c.ldq, c.ldv = round_up(c.head_dim, g.align), round_up(c.head_dim_v, g.align)
 
 
-cdef void fill(Call* c, p, o, lengths, Stop* stop, list alive) except *:
-    """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
-    memset(c, 0, sizeof(Call))
+cdef void begin(Call* c, Stop* stop) noexcept:
+    """Start a call: from here on it may be stopped."""
     begin_call(stop, look)
     c.stop = stop
+
+
+cdef void fill(Call* c, p, o, lengths, list alive) except *:
+    """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
+    memset(c, 0, sizeof(Call))
     longest_q, longest_k, cu_q, cu_k, used_k = lengths
     cdef long unlimited = 1 << 40
     c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k

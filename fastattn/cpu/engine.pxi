@@ -22,3 +22,17 @@ def vector_length(dtype):
     """(elements to which packed rows are padded, whether 16-bit floats are read in place)."""
     cdef const Kernels* g = kernels_for(DTYPE[dtype], True)
     return g.align, bool(g.half)
+
+
+cdef struct ArrayStruct:                # NumPy's PyArrayInterface
+    int two, nd
+    char kind
+    int itemsize, flags
+    Py_ssize_t* shape
+    Py_ssize_t* strides
+    void* data
+
+
+def address(array):
+    """The address of an ndarray's memory, in a quarter of the time of arrays.dlpack.address."""
+    return <size_t>(<ArrayStruct*>PyCapsule_GetPointer(array.__array_struct__, NULL)).data

@@ -334,31 +334,48 @@ cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
         run_tasks(merge_task, f, tasks, 1, f.c.stop)
 
 
-def forward(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
-            bint all_heads, bint few, bint direct, int threads):
-    """out and lse of a Problem. The arguments after lse are the plan (plan.py)."""
+cdef class Prepared:
+    """A forward of a Problem as C runs it. It can run again on other arrays of the same shapes and strides."""
+
     cdef Forward f
-    cdef Stop stop
-    cdef list alive = []
-    cdef int8_t[::1] partial
-    memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, lengths, &stop, alive)
+    cdef long tasks
+    cdef int threads
+    cdef list alive                     # the arrays behind f's pointers
+
+    def __call__(self, size_t q, size_t k, size_t v, size_t out, size_t lse):
+        """Run it on arrays at these addresses; lse is 0 if the Problem has none."""
+        cdef Forward f = self.f         # each call has its own, so that several threads may run it
+        cdef Stop stop
+        cdef int8_t[::1] partial
+        f.c.q.ptr, f.c.k.ptr, f.c.v.ptr, f.c.out.ptr, f.c.lse.ptr = <char*>q, <char*>k, <char*>v, <char*>out, <char*>lse
+        begin(&f.c, &stop)
+        if f.splits > 1:
+            partial = np.empty(self.tasks * f.splits * f.partial_size, np.int8)
+            f.partial = <char*>&partial[0]
+        with nogil:
+            run_forward(&f, self.tasks, self.threads)
+        end_call(&stop)
+
+
+def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
+            bint all_heads, bint few, bint direct, int threads):
+    """The forward of a Problem into Views like out and lse. The arguments after lse are the plan (plan.py)."""
+    cdef Prepared ready = Prepared()
+    cdef Forward* f = &ready.f
+    ready.alive, ready.threads = [order, first_block], threads
+    fill(&f.c, p, o, lengths, ready.alive)
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
     f.sequences, f.block_m, f.splits, f.split_keys = order.shape[0], block_m, splits, split_keys
     f.folded, f.all_heads, f.few, f.direct = folded, all_heads, few, direct
     if f.sequences == 0 or f.c.heads == 0:
-        return
+        return ready                    # without tasks
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and f.c.mask.ptr == NULL
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
     f.order, f.first_block = &order[0], &first_block[0]
-    cdef long tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
+    ready.tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
     if splits > 1:
         f.partial_size = round_up(round_up(block_m * (f.c.heads if all_heads else f.c.group if folded else 1), f.c.g.panel) * (f.c.ldv + 2) * f.c.g.real, 64) + 128
-        partial = np.empty(tasks * splits * f.partial_size, np.int8)
-        f.partial = <char*>&partial[0]
-    with nogil:
-        run_forward(&f, tasks, threads)
-    end_call(&stop)
+    return ready

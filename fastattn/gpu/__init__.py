@@ -97,21 +97,24 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None, s
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
             families: tuple[str, ...] = FAMILIES) -> Any:
-    """What `forward` does with such operands at any addresses of their alignment.
+    """What `forward` does with dense operands of such shapes and strides, at any addresses of their alignment.
 
     Returns
     -------
-    run(operands, out, lse, stream)
-        None for an empty output.
+    run(q, k, v, out, lse, stream)
+        Of addresses; lse is 0 where this call has none. None for an empty output.
     """
     if 0 in out.shape:
         return None
     launcher = on_device(out.device[1])
     launch, d = _launch_of(Call(problem, operands, out, lse), launcher, families), launcher.device
+    of_q, of_k, of_v, of_out, of_lse = (() if x is None else (x.shape, x.strides, x.dtype, x.device)
+                                        for x in (operands.q, operands.k, operands.v, out, lse))
 
-    def run(operands: Operands, out: View, lse: View | None, stream: int) -> None:
+    def run(q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
+        operands = Operands(View(q, *of_q), View(k, *of_k), View(v, *of_v))
         with current(d):
-            launch(Call(problem, operands, out, lse), stream)
+            launch(Call(problem, operands, View(out, *of_out), View(lse, *of_lse) if lse else None), stream)
     return run
 
 

@@ -16,9 +16,10 @@ from fastattn.arrays import convert, dlpack, libraries, readers
 from fastattn.arrays.convert import allocate, view
 from fastattn.arrays.device_array import DeviceArray
 from fastattn.arrays.streams import Stream
-from fastattn.arrays.view import ITEMSIZE, contiguous, numpy_dtype
+from fastattn.arrays.view import ITEMSIZE, View, contiguous, numpy_dtype
 from fastattn.engine import _loaded as loaded
 from fastattn.memo import Recent
+from fastattn.problem import Operands
 from tests.tools.fake_cuda import Cuda, Driver, Speaker, waits
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
@@ -460,7 +461,12 @@ class Prepared(Recorder):
         super().forward(problem, *where)
 
     def prepare(self, problem: Any, operands: Any, out: Any, lse: Any) -> Any:
-        return lambda *where: self.calls.append((problem, *where))
+        forms = [None if x is None else (x.shape, x.strides, x.dtype, x.device) for x in (operands.q, operands.k, operands.v, out, lse)]
+
+        def run(*where: int) -> None:
+            q, k, v, *results = [View(ptr, *form) if form else None for ptr, form in zip(where, forms, strict=False)]
+            self.calls.append((problem, Operands(q, k, v), *results, where[-1]))
+        return run
 
 
 @pytest.fixture
