@@ -120,6 +120,6 @@ def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, 
         return
     at: Callable[[Any], int] = read.address
     if key[0] is np.ndarray:
-        from .cpu import address as at          # compiled
+        from .cpu import address as at  # compiled
     _known[key] = Known(at, read, engine, o.q.device, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, launch, (out.shape, view.dtype),
                         None if lse is None else (lse.view.shape, lse.view.dtype))
