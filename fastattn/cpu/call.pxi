@@ -5,6 +5,7 @@ from libc.string cimport memset
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_DECREF
+cimport cython
 import threading
 import numpy as np
 

@@ -334,6 +334,7 @@ cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
         run_tasks(merge_task, f, tasks, 1, f.c.stop)
 
 
+@cython.auto_pickle(False)
 cdef class Prepared:
     """A forward of a Problem as C runs it. It can run again on other arrays of the same shapes and strides."""
 

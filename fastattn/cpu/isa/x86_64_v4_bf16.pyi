@@ -1,3 +1,4 @@
+from .baseline import Prepared as Prepared
 from .baseline import address as address
 from .baseline import backward as backward
 from .baseline import prepare as prepare
