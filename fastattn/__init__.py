@@ -26,7 +26,8 @@ How a call flows, file by file:
     arrays/         outputs, allocated in the caller's own library and layout, are handed over
 
 philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
-one form of an error message, memo.py the one bounded cache. compat/ has other libraries' signatures over api.py.
+one form of an error message, memo.py the one bounded cache, types.py the types that a type checker sees. compat/ has
+other libraries' signatures over api.py.
 
 Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
 before the first call that needs it.
@@ -66,3 +67,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(cpu, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names; those that are loaded on first use are among them."""
+    return sorted([*__all__, "__version__"])

@@ -6,7 +6,7 @@ three attention functions share its keywords and describe what differs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, Unpack, overload
 
 import numpy as np
 
@@ -17,18 +17,25 @@ from .engine import load
 from .options import Check, read_options
 from .problem import Grads, check_array, is_plain, make_dropout
 from .signature import strict, unknown_arguments
-
-Layout = Literal["bshd", "bhsd"]
-Packed = Literal["thd"]
+from .types import A, Array, B, Causal, D, DenseOptions, EngineName, Integer, Layout, Lengths, Number, PackedOptions, PerHead, S, Window
 
 
 # ---------------------------------------------------------------- dense arrays
+@overload
+def attention(q: A, k: Array, v: Array, *, return_lse: Literal[False] = ..., **options: Unpack[DenseOptions]) -> A: ...
+@overload                                                   # NumPy's types know shape and dtype, and lse has others than out
+def attention(q: np.ndarray[S, D], k: Array, v: Array, *, return_lse: Literal[True],
+              **options: Unpack[DenseOptions]) -> tuple[np.ndarray[S, D], np.ndarray[Any, Any]]: ...
+@overload
+def attention(q: A, k: Array, v: Array, *, return_lse: Literal[True], **options: Unpack[DenseOptions]) -> tuple[A, A]: ...
+@overload
+def attention(q: A, k: Array, v: Array, *, return_lse: bool, **options: Unpack[DenseOptions]) -> A | tuple[A, Any]: ...
 @strict
-def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
-              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
-              mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
-              layout: Layout = "bshd", out: Any = None, return_lse: bool = False, stream: Any = None,
-              engine: str | None = None, **unknown: Never) -> Any:
+def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False, window: Window | None = None,
+              softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
+              bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0,
+              seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd", out: Array | None = None,
+              return_lse: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
     """Exact attention, softmax(scores) @ v, on arrays where they are.
 
     The score of query row i and key j is ``softcap(softmax_scale * q_i . k_j) + alibi + bias``. Masks then select which
@@ -141,12 +148,12 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
 
 
 @strict
-def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *more: Never, causal: bool | str = False,
-                       window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
-                       softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
-                       sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
-                       layout: Layout = "bshd", dlse: Any = None, need_dbias: bool = False, deterministic: bool = False,
-                       stream: Any = None, engine: str | None = None, **unknown: Never) -> Grads:
+def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: Array, *more: Never, causal: Causal = False,
+                       window: Window | None = None, softmax_scale: Number | None = None, softcap: Number | None = None,
+                       alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
+                       sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None, offset: Integer = 0,
+                       layout: Layout = "bshd", dlse: Array | None = None, need_dbias: bool = False, deterministic: bool = False,
+                       stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Grads[A]:
     """Gradients of `attention`.
 
     Parameters
@@ -208,14 +215,27 @@ def attention_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *m
 
 
 # ---------------------------------------------------------------- packed arrays
+@overload
+def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[False] = ...,
+                     **options: Unpack[PackedOptions]) -> A: ...
+@overload
+def attention_varlen(q: np.ndarray[S, D], k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
+                     return_lse: Literal[True],
+                     **options: Unpack[PackedOptions]) -> tuple[np.ndarray[S, D], np.ndarray[Any, Any]]: ...
+@overload
+def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[True],
+                     **options: Unpack[PackedOptions]) -> tuple[A, A]: ...
+@overload
+def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: bool,
+                     **options: Unpack[PackedOptions]) -> A | tuple[A, Any]: ...
 @strict
-def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
-                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
-                     window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
-                     softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
-                     sinks: Any = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
-                     layout: Packed = "thd", out: Any = None, return_lse: bool = False, stream: Any = None,
-                     engine: str | None = None, **unknown: Never) -> Any:
+def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *more: Never,
+                     max_seqlen_q: Integer | None = None, max_seqlen_k: Integer | None = None, seqused_k: Lengths | None = None,
+                     causal: Causal = False, window: Window | None = None, softmax_scale: Number | None = None,
+                     softcap: Number | None = None, alibi_slopes: PerHead | None = None, bias: Array | None = None,
+                     mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
+                     offset: Integer = 0, layout: Literal["thd"] = "thd", out: Array | None = None, return_lse: bool = False,
+                     stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
     """`attention` of sequences of different lengths, packed along one axis.
 
     Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
@@ -281,14 +301,15 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
 
 
 @strict
-def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never,
-                              max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_k: Any = None,
-                              causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
-                              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None,
-                              bias: Any = None, mask: Any = None, sinks: Any = None, dropout_p: float = 0.0,
-                              seed: int | None = None, offset: int = 0, layout: Packed = "thd", dlse: Any = None,
-                              need_dbias: bool = False, deterministic: bool = False, stream: Any = None,
-                              engine: str | None = None, **unknown: Never) -> Grads:
+def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths,
+                              *more: Never, max_seqlen_q: Integer | None = None, max_seqlen_k: Integer | None = None,
+                              seqused_k: Lengths | None = None, causal: Causal = False, window: Window | None = None,
+                              softmax_scale: Number | None = None, softcap: Number | None = None,
+                              alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
+                              sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
+                              offset: Integer = 0, layout: Literal["thd"] = "thd", dlse: Array | None = None, need_dbias: bool = False,
+                              deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
+                              **unknown: Never) -> Grads[A]:
     """Gradients of `attention_varlen`.
 
     Parameters
@@ -346,8 +367,8 @@ def attention_varlen_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: 
 
 
 # ---------------------------------------------------------------- helpers for callers
-def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int | None,
-                 offset: int = 0) -> np.ndarray[Any, Any]:
+def dropout_mask(batch: Integer, num_heads: Integer, seqlen_q: Integer, seqlen_k: Integer, *, dropout_p: Number, seed: Integer | None,
+                 offset: Integer = 0) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.bool_]]:
     """The dropout mask of a call: the exact elements that every engine keeps.
 
     Parameters
@@ -390,8 +411,7 @@ def dropout_mask(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, dr
     return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
 
 
-def merge_states(outs: Sequence[Any], lses: Sequence[Any], *, layout: Literal["bshd", "bhsd", "thd"] = "bshd",
-                 stream: Any = None) -> tuple[Any, Any]:
+def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", stream: Any = None) -> tuple[A, B]:
     """Attention over all keys from partial results over disjoint keys.
 
     Parameters

@@ -103,7 +103,7 @@ def _given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Outpu
 
 
 def backward(caller: Caller, engine: str | None, options: Options, o: Operands, given: tuple[Any, Any, Any, Any], need_dbias: bool,
-             deterministic: bool) -> Grads:
+             deterministic: bool) -> Grads[Any]:
     """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse)."""
     call, device = caller.call, o.q.device
     problem, ready = _problem(caller, o, options)

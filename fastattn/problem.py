@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .options import CAP, LENGTH, OFFSET, PROBABILITY, SCALE, SEED, Check, Optio
 
 DTYPES = FLOATS
 MAX_HEAD_DIM = 512
+G = TypeVar("G")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Operands:
         return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks)
 
 
-class Grads(NamedTuple):
+class Grads(NamedTuple, Generic[G]):
     """Gradients, each with its input's shape, layout and dtype. Between api.py and an engine the same tuple holds
     Views.
 
@@ -176,9 +177,9 @@ class Grads(NamedTuple):
         Only if sinks were given.
     """
 
-    dq: Any
-    dk: Any
-    dv: Any
+    dq: G
+    dk: G
+    dv: G
     dbias: Any = None
     dsinks: Any = None
 

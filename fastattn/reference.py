@@ -173,7 +173,7 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
 
 
 @np.errstate(all="ignore")
-def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
+def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View],
              precision: Precision = FLOAT64) -> None:
     """Write the gradients of sum(dout * out) + sum(dlse * lse).
 

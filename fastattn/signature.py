@@ -20,15 +20,23 @@ _HERE = {
 _COMPAT = "fastattn.compat.sdpa and fastattn.compat.flash_attn take other libraries' names"
 
 
-def strict(function: F) -> F:
-    """The function itself, with `*more` and `**unknown` hidden from its signature.
+class _Shown(str):
+    """An annotation that `help` shows without quotes."""
 
-    They only collect what `unknown_arguments` reports. Both are of type Never, so a type checker refuses such
-    arguments.
+    __repr__ = str.__str__
+
+
+def strict(function: F) -> F:
+    """The function itself, with the signature that `help` should show.
+
+    `*more` and `**unknown` are hidden: they only collect what `unknown_arguments` reports. Both are of type Never, so a
+    type checker refuses such arguments.
     """
     shown = inspect.signature(function)
-    named = [p for p in shown.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    function.__signature__ = shown.replace(parameters=named)  # type: ignore[attr-defined]
+    named = [p.replace(annotation=_Shown(p.annotation)) for p in shown.parameters.values()
+             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    shown = shown.replace(parameters=named, return_annotation=_Shown(shown.return_annotation))
+    function.__signature__ = shown  # type: ignore[attr-defined]
     return function
 
 

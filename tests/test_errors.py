@@ -3,6 +3,7 @@ it has and what was expected. Nothing is written."""
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 from collections.abc import Callable
 from typing import Any
@@ -289,6 +290,15 @@ def test_signatures_are_clean() -> None:
     for function in (fastattn.attention, fastattn.attention_backward, fastattn.attention_varlen, fastattn.attention_varlen_backward):
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
         assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_help_shows_one_readable_signature() -> None:
+    """The overloads for type checkers and the collectors of wrong arguments are not in it, and types have no quotes."""
+    text = pydoc.plain(pydoc.render_doc(fastattn.attention))
+    assert text.count("attention(q: Array, k: Array, v: Array, *, causal: Causal = False, window: Window | None = None,") == 1
+    assert "dropout_p : float, default 0.0\n" in text and "unknown" not in text and "more: " not in text
+    assert "lse: Array, *, causal: Causal = False," in pydoc.plain(pydoc.render_doc(fastattn.attention_backward))
+    assert pydoc.plain(pydoc.render_doc(fastattn.attention_backward)).splitlines()[2].endswith(") -> Grads[A]")
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask"])

@@ -55,6 +55,14 @@ def test_public_names_are_there() -> None:
         fastattn.attend  # noqa: B018
 
 
+def test_dir_is_the_public_api() -> None:
+    """Also in a fresh process, where nothing was loaded on first use; completion then offers these names and no others."""
+    names = sorted([*fastattn.__all__, "__version__"])
+    assert dir(fastattn) == names == printed("import fastattn; print(*dir(fastattn))").split()
+    assert {"set_num_threads", "get_num_threads"} <= set(names)
+    assert fastattn.__all__ == sorted(fastattn.__all__) and not [name for name in fastattn.__all__ if name.startswith("_")]
+
+
 def test_the_example_of_the_readme() -> None:
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(code) == 1 and len(code[0].splitlines()) <= 10

@@ -23,28 +23,42 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
+from ..types import A, Array, Integer, Number
 from .arrays import Shape, broadcast_shape, count, fit, fold, is_boolean, lead, shape_of
 from .translate import TORCH, Call, backward, dropout, forward
 
+G = TypeVar("G")
 _NAMES = {**TORCH, "bias": "attn_mask", "mask": "attn_mask"}
 _FORWARD = Call("scaled_dot_product_attention", _NAMES)
 _BACKWARD = Call("scaled_dot_product_attention_backward", _NAMES)
 
 
-class SdpaGrads(NamedTuple):
+class SdpaGrads(NamedTuple, Generic[G]):
     """Gradients in the shape and dtype of their arguments. dmask is None unless the mask is a float one."""
 
-    dq: Any
-    dk: Any
-    dv: Any
+    dq: G
+    dk: G
+    dv: G
     dmask: Any = None
 
 
-def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-                                 scale: float | None = None, enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
-                                 return_lse: bool = False) -> Any:
+@overload
+def scaled_dot_product_attention(query: A, key: Array, value: Array, attn_mask: Array | None = ..., dropout_p: Number = ...,
+                                 is_causal: bool = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, seed: Integer | None = ...,
+                                 offset: Integer = ..., return_lse: Literal[False] = ...) -> A: ...
+@overload
+def scaled_dot_product_attention(query: A, key: Array, value: Array, attn_mask: Array | None = ..., dropout_p: Number = ...,
+                                 is_causal: bool = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, seed: Integer | None = ...,
+                                 offset: Integer = ..., return_lse: Literal[True]) -> tuple[A, Any]: ...
+@overload
+def scaled_dot_product_attention(query: A, key: Array, value: Array, attn_mask: Array | None = ..., dropout_p: Number = ...,
+                                 is_causal: bool = ..., scale: Number | None = ..., enable_gqa: bool = ..., *, seed: Integer | None = ...,
+                                 offset: Integer = ..., return_lse: bool) -> A | tuple[A, Any]: ...
+def scaled_dot_product_attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None, dropout_p: Number = 0.0,
+                                 is_causal: bool = False, scale: Number | None = None, enable_gqa: bool = False, *,
+                                 seed: Integer | None = None, offset: Integer = 0, return_lse: bool = False) -> Any:
     """softmax(scale * query @ key.T + attn_mask) @ value, as torch.nn.functional.scaled_dot_product_attention.
 
     Parameters
@@ -97,10 +111,10 @@ def scaled_dot_product_attention(query: Any, key: Any, value: Any, attn_mask: An
     return out, lse if tuple(lse.shape) == p.out[:-1] else lse.reshape(p.out[:-1])
 
 
-def scaled_dot_product_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, attn_mask: Any = None,
-                                          dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-                                          enable_gqa: bool = False, *, seed: int | None = None, offset: int = 0,
-                                          need_dmask: bool = True, deterministic: bool = False) -> SdpaGrads:
+def scaled_dot_product_attention_backward(grad_out: Array, query: A, key: Array, value: Array, out: Array, lse: Array,
+                                          attn_mask: Array | None = None, dropout_p: Number = 0.0, is_causal: bool = False,
+                                          scale: Number | None = None, enable_gqa: bool = False, *, seed: Integer | None = None,
+                                          offset: Integer = 0, need_dmask: bool = True, deterministic: bool = False) -> SdpaGrads[A]:
     """Gradients of scaled_dot_product_attention. torch has no function for this; there it is autograd.
 
     Parameters
@@ -164,7 +178,7 @@ class _Plan:
         flat = (self.batch_size, self.heads, *shape[len(shape) - axes:])
         return fit(x, flat, flat, flat, call.name, name)
 
-    def options(self, call: Call, attn_mask: Any, is_causal: bool, scale: float | None, dropped: dict[str, Any]) -> dict[str, Any]:
+    def options(self, call: Call, attn_mask: Any, is_causal: bool, scale: Number | None, dropped: dict[str, Any]) -> dict[str, Any]:
         """fastattn's keywords. The mask's dtype decides whether it is `mask` or `bias`."""
         options: dict[str, Any] = {"causal": "top_left" if is_causal else False, "softmax_scale": scale, **dropped}
         if attn_mask is not None:

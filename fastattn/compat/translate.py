@@ -129,10 +129,10 @@ def forward(call: Call, q: Any, k: Any, v: Any, packed: Lengths | None, *, layou
 
 
 def backward(call: Call, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, packed: Lengths | None, *, layout: str = "bshd",
-             **options: Any) -> Grads:
+             **options: Any) -> Grads[Any]:
     """Gradients of `forward` with the same options."""
     if packed is None:
-        grads: Grads = call.run(attention_backward, dout, q, k, v, out, lse, layout=layout, **options)
+        grads: Grads[Any] = call.run(attention_backward, dout, q, k, v, out, lse, layout=layout, **options)
     else:
         grads = call.run(attention_varlen_backward, dout, q, k, v, out, lse, packed.cu_seqlens_q, packed.cu_seqlens_k, **packed.keywords(),
                          **options)

@@ -89,7 +89,7 @@ def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: Vi
                            cut.all_heads, cut.few, cut.direct, threads)
 
 
-def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads) -> None:
+def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View]) -> None:
     """Write dq, dk, dv, and dbias and dsinks if their Views are given. Always deterministic."""
     p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
     if lengths.cu_q is not None and lengths.cu_k is not None:

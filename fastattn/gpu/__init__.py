@@ -118,7 +118,7 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
     return run
 
 
-def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads,
+def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View],
              stream: int, deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueue writing the gradients. Rows of no sequence and keys past seqused_k get gradients 0."""
     launcher = on_device(dout.device[1])

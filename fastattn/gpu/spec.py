@@ -121,7 +121,7 @@ class BackwardCall:
     out: View
     lse: View
     dlse: View | None
-    grads: Grads
+    grads: Grads[View]
     deterministic: bool
 
 

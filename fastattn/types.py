@@ -1,0 +1,83 @@
+"""Types of the public functions, for type checkers and for the signatures of your own wrappers.
+
+An array goes in, and an array of the same type comes out: the functions of api.py are generic in `A`. Each option is
+declared once for type checkers, in the TypedDicts below. A wrapper passes them on:
+
+    def attend(q: A, k: Array, v: Array, **options: Unpack[DenseOptions]) -> A:
+        return fastattn.attention(q, k, v, **options)
+
+Nothing here is checked when the program runs; problem.py does that.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, TypeVar
+
+import numpy as np
+
+
+# ---------------------------------------------------------------- arrays
+class DLPack(Protocol):
+    """An array that speaks DLPack: NumPy's, torch's, JAX's, CuPy's."""
+
+    def __dlpack__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
+
+class CUDAArray(Protocol):
+    """An array that speaks the CUDA Array Interface: Numba's device arrays."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]: ...
+
+
+Array = DLPack | CUDAArray | np.ndarray[Any, Any]           # NumPy's stubs say that boolean arrays do not speak DLPack
+A = TypeVar("A", bound=Array)                               # the type of q, and of results
+B = TypeVar("B", bound=Array)
+S = TypeVar("S", bound=tuple[Any, ...])
+D = TypeVar("D", bound=np.dtype[Any])
+Lengths = Array | Sequence[int]                             # a list for host arrays
+PerHead = Array | Sequence[float]                           # a list for host arrays
+
+# ---------------------------------------------------------------- values
+Number = SupportsFloat                                      # a float, an int, a NumPy scalar, a 0-d array or tensor in host memory
+Integer = SupportsIndex
+Causal = bool | np.bool_ | Literal["bottom_right", "top_left"]
+Window = tuple[Integer | None, Integer | None]              # keys left and right of the diagonal; None is no limit
+Layout = Literal["bshd", "bhsd"]
+EngineName = Literal["cpu", "gpu", "reference", "sm90", "sm80", "simt"]     # others are named by use_engine
+
+
+# ---------------------------------------------------------------- keywords
+class ScoreOptions(TypedDict, total=False):
+    """Keywords of all four attention functions."""
+
+    causal: Causal
+    window: Window | None
+    softmax_scale: Number | None
+    softcap: Number | None
+    alibi_slopes: PerHead | None
+    bias: Array | None
+    mask: Array | None
+    sinks: PerHead | None
+    dropout_p: Number
+    seed: Integer | None
+    offset: Integer
+    stream: Any
+    engine: EngineName | None
+
+
+class DenseOptions(ScoreOptions, total=False):
+    """Keywords of `fastattn.attention`, but `return_lse`, which decides the type of the result."""
+
+    layout: Layout
+    out: Array | None
+
+
+class PackedOptions(ScoreOptions, total=False):
+    """Keywords of `fastattn.attention_varlen`, but `return_lse`."""
+
+    layout: Literal["thd"]
+    out: Array | None
+    max_seqlen_q: Integer | None
+    max_seqlen_k: Integer | None
+    seqused_k: Lengths | None
