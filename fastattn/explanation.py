@@ -30,6 +30,8 @@ class Explanation:
         Keys of all kernels that are launched, as in the log of compilations and in ``fastattn precompile``.
     reasons : mapping of str to str
         Why not, for each engine that does not run the call.
+    notes : tuple of str
+        What looks like a mistake, though the call is valid.
     """
 
     call: str
@@ -38,11 +40,13 @@ class Explanation:
     config: str
     kernels: tuple[str, ...]
     reasons: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.call} on {self.device}: {self.engine or 'no engine takes it'}" + (f" ({self.config})" if self.config else "")]
         lines += [f"  launches {kernel}" for kernel in self.kernels]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -87,7 +91,7 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     Returns
     -------
     Explanation
-        `engine`, `config`, `kernels`, `reasons`; ``print`` shows it as a page.
+        `engine`, `config`, `kernels`, `reasons`, `notes`; ``print`` shows it as a page.
 
     Raises
     ------
@@ -99,7 +103,8 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     Notes
     -----
     Results are allocated as in the call, because their alignment decides too, and freed. A registered engine that would refuse a
-    call only because of its arrays is named as the one that runs it.
+    call only because of its arrays is named as the one that runs it. Nothing is read but lengths, so ``np.empty`` is enough to ask
+    about a shape: the system gives it no memory until it is written.
 
     Examples
     --------
@@ -134,7 +139,16 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
         if engine is not taken and engine.name not in reasons:
             reasons[engine.name] = _left_out(engine, memory, by)
     kernels, config = _kernels(taken, caught, d)
-    return Explanation(caught.problem.call, where, taken.name if taken else None, config, kernels, reasons)
+    return Explanation(caught.problem.call, where, taken.name if taken else None, config, kernels, reasons, _notes(caught))
+
+
+def _notes(caught: _Caught) -> tuple[str, ...]:
+    """Whether heads and sequence look swapped: more heads than rows, in arrays that have the rows outside."""
+    p, q = caught.problem, caught.where[0].q
+    if p.packed or p.num_heads <= max(p.seqlen_q, p.seqlen_k) or q.strides[1] <= q.strides[2]:
+        return ()
+    return (f"num_heads = {p.num_heads} is above seqlen_q = {p.seqlen_q} and seqlen_k = {p.seqlen_k}; if the arrays are (batch, num_heads, "
+            "seqlen, head_dim), as torch has them, pass layout='bhsd'",)
 
 
 def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Caught:

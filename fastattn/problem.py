@@ -345,7 +345,7 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
     else:
         (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
     scale, cap = _scale_and_cap(check, options, head_dim, o.q.compute_dtype)
-    small = ("float32", "float64", o.q.dtype)
+    small = tuple(dict.fromkeys(("float32", "float64", o.q.dtype)))
     if o.alibi_slopes is not None:
         check.dtype("alibi_slopes", o.alibi_slopes, small)
         if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):

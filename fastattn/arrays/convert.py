@@ -131,8 +131,8 @@ def allocate(producer: Any, shape: Shape, dtype: str, stream: Stream | None = No
     """An uninitialised contiguous array of the kind of `producer`, in CUDA memory of the stream's device, or the host's
     if None.
 
-    Host: an ndarray, a torch tensor, or what the producer's array namespace makes of an ndarray once it is filled (its
-    arrays may be immutable; JAX's are); an ndarray where no library is known. CUDA: see libraries.py; a DeviceArray
+    Host: an ndarray, a torch tensor, or what the producer's library makes of an ndarray once it is filled (its arrays
+    may be immutable; JAX's are); an ndarray where no library is known. CUDA: see libraries.py; a DeviceArray
     where none is known.
     """
     if stream is not None:
@@ -144,8 +144,8 @@ def allocate(producer: Any, shape: Shape, dtype: str, stream: Stream | None = No
             return Output(view(tensor, "allocate", "out"), tensor)
     array = np.empty(shape, numpy_dtype(dtype))
     found = View(address(array), shape, array.strides, dtype, CPU, array)
-    if isinstance(producer, np.ndarray) or not hasattr(producer, "__array_namespace__"):
+    if isinstance(producer, np.ndarray):
         return Output(found, array)
-    from .protocols import hand_over
+    from .protocols import importer
 
-    return Output(found, array, lambda filled: hand_over(producer, filled))
+    return Output(found, array, importer(producer, found))

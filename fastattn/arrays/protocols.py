@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,21 +22,27 @@ from .dlpack import EXPORT_ERRORS
 from .streams import Home, Stream
 from .view import CPU, FLOATS, ITEMSIZE, LENGTHS, NAMES, Library, Output, Shape, View, contiguous, numpy_dtype
 
-
 # ---------------------------------------------------------------- errors of every reader
+_OF_Q = "q's dtype"
+_TAKES = (dict.fromkeys(("k", "v", "dout", "out"), (_OF_Q,)) | dict.fromkeys(("alibi_slopes", "sinks"), ("float32", "float64", _OF_Q))
+          | dict.fromkeys(("lse", "dlse"), ("float32", "float64 for float64 input")) | {"mask": ("bool",), "bias": ("float32", _OF_Q)})
+
+
 def _takes(argument: str) -> tuple[str, ...]:
-    """The dtypes of an argument, by its name: cumulative and used lengths, mask, all others."""
-    return LENGTHS if argument.startswith(("cu_", "seqused")) else ("bool",) if argument == "mask" else FLOATS
+    """The dtypes of an argument, by its name, in words; for cumulative and used lengths those of integers."""
+    return LENGTHS if argument.startswith(("cu_", "seqused")) else _TAKES.get(argument, FLOATS)
 
 
 def wrong_dtype(name: str, call: str, argument: str, x: Any) -> TypeError:
     """The error for a dtype that no argument takes, with the cast that x's library has."""
     takes = _takes(argument)
-    hint = words.cast(argument, x, takes[0])
+    hint = words.like(argument, x, "q") if takes[0] == _OF_Q else words.cast(argument, x, takes[0])
     if hint and name.startswith(("object", "complex", "str", "bytes", "void")):
         hint += " if it holds real numbers"
     if hint and argument == "bias":
         hint += f", and a mask of what may be attended goes in mask=, as {words.cast(argument, x, 'bool').removesuffix(' works')}"
+    if name == "float8_e4m3fn" and argument in ("q", "k", "v"):
+        hint = f"fastattn.compat.vllm.triton_attention takes it, with scales{hint and f'; {hint}'}"
     return TypeError(message(call, argument, f"has dtype {name}", " or ".join(takes), hint))
 
 
@@ -262,6 +270,15 @@ def hand_over(producer: Any, array: Any) -> Any:
         if not isinstance(array, np.ndarray):
             return array
         return namespace.asarray(array)
+
+
+def importer(producer: Any, view: View) -> Callable[[Any], Any] | None:
+    """What makes a filled host array, which has this View, one of the producer's library; None where no way is known."""
+    if hasattr(producer, "__array_namespace__"):
+        return lambda filled: hand_over(producer, filled)
+    if words.root(producer) == "tensorflow":                # it has DLPack and no array namespace
+        return lambda filled: sys.modules["tensorflow"].experimental.dlpack.from_dlpack(view.__dlpack__())
+    return None
 
 
 def empty_device_array(producer: Any, shape: Shape, dtype: str, stream: Stream) -> Output:

@@ -33,8 +33,7 @@ def library_of(x: Any, call: str, argument: str) -> Library:
         return DLPACK
     if _has(x, "__cuda_array_interface__"):
         return INTERFACE
-    hint = f"{argument}.compute() gives one" if words.root(x) == "dask" else f"np.asarray({argument}) makes one of numbers"
-    raise TypeError(message(call, argument, f"is {words.kind(x)}", "a NumPy array or an array that speaks DLPack", hint))
+    raise TypeError(message(call, argument, f"is {words.kind(x)}", "a NumPy array or an array that speaks DLPack", words.held(argument, x)))
 
 
 def _has(x: Any, name: str) -> bool:

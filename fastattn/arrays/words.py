@@ -17,11 +17,21 @@ def root(x: Any) -> str:
 
 
 def kind(x: Any) -> str:
-    """`a list`, `a dask array`, `a pandas DataFrame`."""
+    """`a list`, `a dask array`, `an xarray DataArray`."""
     name = type(x).__name__
     if root(x) not in ("builtins", "numpy", "__main__"):
         name = f"{root(x)} {'array' if name == 'Array' else name}"
-    return f"a {name}"
+    return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'x', 'nd')) else 'a'} {name}"
+
+
+_GIVES = {"dask": ".compute()", "xarray": ".data", "pandas": ".to_numpy()", "polars": ".to_numpy()", "h5py": "[...]", "zarr": "[...]",
+          "tensorflow": ".value()"}                         # of a Variable; tensors speak DLPack
+
+
+def held(argument: str, x: Any) -> str:
+    """How an array comes out of an object that holds one: `q.data gives one`."""
+    gives = _GIVES.get(root(x))
+    return f"{argument}{gives} gives one" if gives else f"np.asarray({argument}) makes one of numbers"
 
 
 def shown(x: Any) -> str:
@@ -74,6 +84,9 @@ def transformed(x: Any) -> tuple[str, str] | None:
     if any(base.__name__ == "Tracer" and base.__module__.partition(".")[0] == "jax" for base in type(x).__mro__):
         return ("is a JAX tracer, which stands for an array inside jit, grad, vmap or scan",
                 "jax.custom_vjp over jax.pure_callback makes a function of it that JAX can transform, see examples/jax_custom_vjp.py")
+    if root(x) in ("tensorflow", "keras") and type(x).__name__ in ("SymbolicTensor", "KerasTensor"):
+        return (f"is a {type(x).__name__}, which stands for a tensor inside tf.function or a Keras model",
+                "tf.numpy_function calls fastattn from a graph, on NumPy arrays")
     return None
 
 
