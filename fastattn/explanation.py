@@ -143,12 +143,15 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
 
 
 def _notes(caught: _Caught) -> tuple[str, ...]:
-    """Whether heads and sequence look swapped: more heads than rows, in arrays that have the rows outside."""
-    p, q = caught.problem, caught.where[0].q
-    if p.packed or p.num_heads <= max(p.seqlen_q, p.seqlen_k) or q.strides[1] <= q.strides[2]:
-        return ()
-    return (f"num_heads = {p.num_heads} is above seqlen_q = {p.seqlen_q} and seqlen_k = {p.seqlen_k}; if the arrays are (batch, num_heads, "
-            "seqlen, head_dim), as torch has them, pass layout='bhsd'",)
+    """What a valid call may not mean: heads and sequence swapped, a padding mask that is read as (seqlen_q, seqlen_k)."""
+    p, o, notes = caught.problem, caught.where[0], list[str]()
+    plain = o.q.strides[1] > o.q.strides[2]                 # rows outside heads: no transposed view and no layout="bhsd"
+    if plain and not p.packed and p.num_heads > max(p.seqlen_q, p.seqlen_k):
+        notes.append(f"num_heads = {p.num_heads} is above seqlen_q = {p.seqlen_q} and seqlen_k = {p.seqlen_k}; if the arrays are (batch, "
+                     "num_heads, seqlen, head_dim), as torch has them, pass layout='bhsd'")
+    if o.mask is not None and len(getattr(o.mask.source, "shape", ())) == 2 and p.batch == p.seqlen_q > 1:
+        notes.append("mask has two axes and is read as (seqlen_q, seqlen_k); if it is (batch, seqlen_k), pass mask[:, None, None, :]")
+    return tuple(notes)
 
 
 def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Caught:

@@ -32,10 +32,10 @@ def strict(function: F) -> F:
     `*more` and `**unknown` are hidden: they only collect what `unknown_arguments` reports. Both are of type Never, so a
     type checker refuses such arguments.
     """
-    shown = inspect.signature(function)
-    named = [p.replace(annotation=_Shown(p.annotation)) for p in shown.parameters.values()
+    whole = inspect.signature(function)                     # its annotations are strings, because of the __future__ import
+    named = [p.replace(annotation=_Shown(p.annotation)) for p in whole.parameters.values()
              if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    shown = shown.replace(parameters=named, return_annotation=_Shown(shown.return_annotation))
+    shown = whole.replace(parameters=named, return_annotation=_Shown(whole.return_annotation))
     function.__signature__ = shown  # type: ignore[attr-defined]
     return function
 

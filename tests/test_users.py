@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward, explain
+from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward, explain, merge_states
 
 Array = np.ndarray[Any, Any]
 
@@ -111,6 +112,11 @@ def test_a_bias_of_numpys_default_dtype(library: str) -> None:
     assert len(said) == 1 and "bias has dtype float64; expected float32;" in said[0] and out.shape == Q.shape
 
 
+def test_parts_of_merge_states_have_lists_of_their_own() -> None:
+    with pytest.raises(TypeError, match=r"lses\[0\] has dtype uint8; expected float32 or float64 for float64 input; lses\[0\]\.astype\(np"):
+        merge_states([Q], [np.ones((2, 4, 16), np.uint8)])
+
+
 def test_expected_dtypes_are_listed_once() -> None:
     with pytest.raises(TypeError, match=r"sinks has dtype bfloat16; expected float32 or float64; sinks\.astype"):
         attention(Q, K, V, sinks=np.zeros(4, ml_dtypes.bfloat16))
@@ -149,6 +155,28 @@ def test_explain_notes_heads_and_sequence_that_look_swapped() -> None:
     assert explain(attention, few, few, few, layout="bhsd").notes == explain(attention, *[few.swapaxes(1, 2)] * 3).notes == ()
     decode = np.ones((2, 1, 32, 8), np.float32)
     assert explain(attention, decode, *[np.ones((2, 64, 8, 8), np.float32)] * 2).notes == ()
+
+
+def test_explain_notes_a_mask_that_may_be_one_of_padding() -> None:
+    """Where batch == seqlen_q both readings have the same shape."""
+    q, k, v = draw(16, 16, 4, 8), draw(16, 16, 2, 8), draw(16, 16, 2, 8)
+    keep = np.ones((16, 16), bool)
+    note = "mask has two axes and is read as (seqlen_q, seqlen_k); if it is (batch, seqlen_k), pass mask[:, None, None, :]"
+    assert explain(attention, q, k, v, mask=keep).notes == explain(attention, q, k, v, mask=keep, layout="bshd").notes == (note,)
+    for plain in (keep[:, None, None, :], keep[None, None]):
+        assert explain(attention, q, k, v, mask=plain).notes == ()
+    assert explain(attention, Q, K, V, mask=keep).notes == ()
+
+
+def test_explain_of_a_large_shape_needs_no_memory() -> None:
+    """Arrays of np.empty, 0.3 GB each: none is written, so the process stays small."""
+    code = ("import resource, numpy, fastattn; x = numpy.ones((1, 4, 2, 64), 'f2'); fastattn.explain(fastattn.attention, x, x, x)\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); x = [numpy.empty((1, 32768, 32, 128), numpy.float16) for _ in range(3)]\n"
+            "found = fastattn.explain(fastattn.attention_backward, *x, causal=True); print(found.engine, (peak() - before) // 1024)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    engine, megabytes = done.stdout.split()
+    assert engine == "cpu" and int(megabytes) < 50
 
 
 def test_explain_takes_a_backward_without_its_forwards_results() -> None:

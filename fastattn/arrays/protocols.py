@@ -25,12 +25,13 @@ from .view import CPU, FLOATS, ITEMSIZE, LENGTHS, NAMES, Library, Output, Shape,
 # ---------------------------------------------------------------- errors of every reader
 _OF_Q = "q's dtype"
 _TAKES = (dict.fromkeys(("k", "v", "dout", "out"), (_OF_Q,)) | dict.fromkeys(("alibi_slopes", "sinks"), ("float32", "float64", _OF_Q))
-          | dict.fromkeys(("lse", "dlse"), ("float32", "float64 for float64 input")) | {"mask": ("bool",), "bias": ("float32", _OF_Q)})
+          | dict.fromkeys(("lse", "dlse", "lses"), ("float32", "float64 for float64 input"))
+          | {"mask": ("bool",), "bias": ("float32", _OF_Q)})
 
 
 def _takes(argument: str) -> tuple[str, ...]:
     """The dtypes of an argument, by its name, in words; for cumulative and used lengths those of integers."""
-    return LENGTHS if argument.startswith(("cu_", "seqused")) else _TAKES.get(argument, FLOATS)
+    return LENGTHS if argument.startswith(("cu_", "seqused")) else _TAKES.get(argument.partition("[")[0], FLOATS)
 
 
 def wrong_dtype(name: str, call: str, argument: str, x: Any) -> TypeError:
