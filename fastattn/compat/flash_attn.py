@@ -15,8 +15,9 @@ Source: Dao-AILab/flash-attention, flash_attn_interface.py, version 2.8.
 """
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+from ..types import A, Array, Integer, Number, PerHead
 from .arrays import namespace, shape_of
 from .probabilities import encode
 from .translate import Call, Lengths, backward, dropout, forward, pair, window
@@ -25,10 +26,36 @@ _NAMES = {"lse": "softmax_lse", "window": "window_size"}
 _OPEN = (-1, -1)
 
 
+class ForwardOptions(TypedDict, total=False):
+    """Keywords that all forward functions share. See `flash_attn_func`."""
+
+    softmax_scale: Number | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: Number
+    alibi_slopes: PerHead | None
+    deterministic: bool
+    bias: Array | None
+    seed: Integer | None
+    offset: Integer
+
+
 # ---------------------------------------------------------------- dense
-def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-                    window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None, deterministic: bool = False,
-                    return_attn_probs: bool = False, *, bias: Any = None, seed: int | None = None, offset: int = 0) -> Any:
+@overload
+def flash_attn_func(q: A, k: Array, v: Array, dropout_p: Number = ..., *, return_attn_probs: Literal[False] = ...,
+                    **options: Unpack[ForwardOptions]) -> A: ...
+@overload
+def flash_attn_func(q: A, k: Array, v: Array, dropout_p: Number = ..., *, return_attn_probs: Literal[True],
+                    **options: Unpack[ForwardOptions]) -> tuple[A, Any, Any]: ...
+@overload                                                   # options by position
+def flash_attn_func(q: Array, k: Array, v: Array, dropout_p: Number = ..., softmax_scale: Number | None = ..., causal: bool = ...,
+                    window_size: tuple[int, int] = ..., softcap: Number = ..., alibi_slopes: PerHead | None = ...,
+                    deterministic: bool = ..., return_attn_probs: bool = ..., *, bias: Array | None = ..., seed: Integer | None = ...,
+                    offset: Integer = ...) -> Any: ...
+def flash_attn_func(q: Array, k: Array, v: Array, dropout_p: Number = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+                    window_size: tuple[int, int] = _OPEN, softcap: Number = 0.0, alibi_slopes: PerHead | None = None,
+                    deterministic: bool = False, return_attn_probs: bool = False, *, bias: Array | None = None, seed: Integer | None = None,
+                    offset: Integer = 0) -> Any:
     """flash_attn.flash_attn_func.
 
     Parameters
@@ -113,11 +140,25 @@ def flash_attn_qkvpacked_func(qkv: Any, dropout_p: float = 0.0, softmax_scale: f
 
 
 # ---------------------------------------------------------------- varlen
-def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
-                           dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-                           window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, alibi_slopes: Any = None,
-                           deterministic: bool = False, return_attn_probs: bool = False, block_table: None = None, *, bias: Any = None,
-                           seed: int | None = None, offset: int = 0) -> Any:
+@overload
+def flash_attn_varlen_func(q: A, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+                           dropout_p: Number = ..., *, return_attn_probs: Literal[False] = ..., block_table: None = ...,
+                           **options: Unpack[ForwardOptions]) -> A: ...
+@overload
+def flash_attn_varlen_func(q: A, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+                           dropout_p: Number = ..., *, return_attn_probs: Literal[True], block_table: None = ...,
+                           **options: Unpack[ForwardOptions]) -> tuple[A, Any, Any]: ...
+@overload                                                   # options by position
+def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+                           dropout_p: Number = ..., softmax_scale: Number | None = ..., causal: bool = ...,
+                           window_size: tuple[int, int] = ..., softcap: Number = ..., alibi_slopes: PerHead | None = ...,
+                           deterministic: bool = ..., return_attn_probs: bool = ..., block_table: None = ..., *, bias: Array | None = ...,
+                           seed: Integer | None = ..., offset: Integer = ...) -> Any: ...
+def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+                           dropout_p: Number = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+                           window_size: tuple[int, int] = _OPEN, softcap: Number = 0.0, alibi_slopes: PerHead | None = None,
+                           deterministic: bool = False, return_attn_probs: bool = False, block_table: None = None, *,
+                           bias: Array | None = None, seed: Integer | None = None, offset: Integer = 0) -> Any:
     """flash_attn.flash_attn_varlen_func: attention inside each of the packed sequences.
 
     Parameters
@@ -200,20 +241,11 @@ def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: int,
 
 
 # ---------------------------------------------------------------- backward
-class BackwardOptions(TypedDict, total=False):
+class BackwardOptions(ForwardOptions, total=False):
     """Keywords of every backward: meaning and defaults as in the forward. need_dbias requests bias's gradient too."""
 
-    dropout_p: float
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int, int]
-    softcap: float
-    alibi_slopes: Any
-    deterministic: bool
-    bias: Any
+    dropout_p: Number
     need_dbias: bool
-    seed: int | None
-    offset: int
 
 
 def flash_attn_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any,
@@ -302,8 +334,8 @@ def _pack(call: str, like: Any, grads: Any, parts: int) -> tuple[Any, ...]:
     return namespace(like, call, "dout").stack(list(grads[:parts]), -3), *grads[parts:]
 
 
-def _options(call: Call, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Any, softcap: float, alibi_slopes: Any,
-             bias: Any, seed: int | None, offset: int) -> dict[str, Any]:
+def _options(call: Call, dropout_p: Number, softmax_scale: Number | None, causal: bool, window_size: Any, softcap: Number,
+             alibi_slopes: Any, bias: Any, seed: Integer | None, offset: Integer) -> dict[str, Any]:
     return {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": call.flag("causal", causal),
             "softcap": call.plain("softcap", softcap, "a number, 0 for no cap") or None,
             "window": window(call, "window_size", *pair(call, "window_size", window_size)), "alibi_slopes": alibi_slopes, "bias": bias,
@@ -322,10 +354,10 @@ def _forward(name: str, q: Any, k: Any, v: Any, lengths: tuple[Any, ...] | None,
 
 
 def _backward(name: str, dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, lengths: tuple[Any, ...] | None, *,
-              dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-              window_size: tuple[int, int] = _OPEN, softcap: float = 0.0,
-              alibi_slopes: Any = None, deterministic: bool = False, bias: Any = None, need_dbias: bool = False, seed: int | None = None,
-              offset: int = 0) -> tuple[Any, ...]:
+              dropout_p: Number = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+              window_size: tuple[int, int] = _OPEN, softcap: Number = 0.0,
+              alibi_slopes: Any = None, deterministic: bool = False, bias: Any = None, need_dbias: bool = False,
+              seed: Integer | None = None, offset: Integer = 0) -> tuple[Any, ...]:
     call = Call(name, _NAMES)
     options = _options(call, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     packed = None if lengths is None else Lengths.read(call, *lengths)

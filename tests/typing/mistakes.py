@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward
+from fastattn.compat.flash_attn import flash_attn_func
 from fastattn.compat.sdpa import scaled_dot_product_attention
 
 Array = np.ndarray[tuple[int, int, int, int], np.dtype[np.float32]]
@@ -48,4 +49,7 @@ def mistakes(q: Array, cu: np.ndarray[tuple[int], np.dtype[np.int32]], lse: np.n
     c: str = attention_backward(q, q, q, q, q, lse).dq  # wrong
     attention_varlen_backward(q, q, q, q, q, lse, cu, cu, causal="left")  # wrong
     scaled_dot_product_attention(q, q, 3)  # wrong
-    print(a, b, c, x, y, z)
+    flash_attn_func(q, q, q, is_causal=True)  # wrong
+    flash_attn_func(q, q, 3, causal=True)  # wrong
+    d: str = flash_attn_func(q, q, q, causal=True)  # wrong
+    print(a, b, c, d, x, y, z)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import fastattn
+from fastattn.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.compat.sdpa import scaled_dot_product_attention
 
 HERE = Path(__file__).parent
@@ -84,10 +85,12 @@ def test_a_lost_type_is_found(check: Callable[[str], Found]) -> None:
 
 
 # ---------------------------------------------------------------- one definition of each signature
-@pytest.mark.parametrize("function", [DENSE, PACKED, scaled_dot_product_attention], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [DENSE, PACKED, scaled_dot_product_attention, flash_attn_func, flash_attn_varlen_func],
+                         ids=lambda function: function.__name__)
 def test_overloads_take_what_the_function_takes(function: Callable[..., Any]) -> None:
     """Names, order, types and which have a default; keywords in a TypedDict count as keywords."""
     shown = inspect.signature(function).parameters
+    flag = "return_attn_probs" if "return_attn_probs" in shown else "return_lse"    # a Literal in overloads
     types = typing.get_type_hints(function)
     overloads = typing.get_overloads(function)
     assert len(overloads) >= 3
@@ -100,13 +103,13 @@ def test_overloads_take_what_the_function_takes(function: Callable[..., Any]) ->
         assert {*own, *keywords} == set(shown)
         assert list(own) == [name for name in shown if name in own]
         for name, parameter in own.items():
-            assert parameter.kind is shown[name].kind
-            assert name == "return_lse" or (parameter.default is parameter.empty) == (shown[name].default is parameter.empty), name
+            assert parameter.kind in (shown[name].kind, parameter.KEYWORD_ONLY)
+            assert name == flag or (parameter.default is parameter.empty) == (shown[name].default is parameter.empty), name
         positional = [name for name, parameter in shown.items() if parameter.kind is not parameter.KEYWORD_ONLY]
         for name, hint in ({name: hints[name] for name in own} | keywords).items():
-            if name not in ("return_lse", positional[0]):   # a Literal, the TypeVar
+            if name not in (flag, positional[0]):           # positional[0] is of the TypeVar
                 assert hint == types[name], name
-    results = {str(typing.get_type_hints(overload)["return_lse"]) for overload in overloads}
+    results = {str(typing.get_type_hints(overload)[flag]) for overload in overloads}
     assert results == {"typing.Literal[False]", "typing.Literal[True]", "<class 'bool'>"}
 
 

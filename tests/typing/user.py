@@ -7,6 +7,7 @@ import numpy as np
 
 import fastattn
 from fastattn import Grads, attention, attention_backward, attention_varlen, attention_varlen_backward, merge_states
+from fastattn.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.compat.sdpa import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from fastattn.types import A, Array, DenseOptions
 
@@ -61,8 +62,12 @@ def wrapper(q: A, k: Array, v: Array, **options: Unpack[DenseOptions]) -> A:
     return attention(q, k, v, **options)
 
 
-def compat(q: Singles) -> None:
+def compat(q: Singles, cu: AnyArray) -> None:
     assert_type(scaled_dot_product_attention(q, q, q, is_causal=True), Singles)
+    assert_type(flash_attn_func(q, q, q, 0.0, causal=True), Singles)
+    assert_type(flash_attn_func(q, q, q, softcap=3.0, return_attn_probs=True)[0], Singles)
+    flash_attn_func(q, q, q, 0.0, None, True, (-1, -1), return_attn_probs=True)
+    assert_type(flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, window_size=(3, 0)), Singles)
     out, lse = scaled_dot_product_attention(q, q, q, None, 0.0, True, return_lse=True)
     assert_type(out, Singles)
     assert_type(scaled_dot_product_attention_backward(out, q, q, q, out, lse).dq, Singles)
