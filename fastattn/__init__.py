@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from . import log as _log  # noqa: F401     (FASTATTN_LOG)
 from .api import (
     attention,
     attention_backward,

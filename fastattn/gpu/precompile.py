@@ -5,13 +5,14 @@ A `Want` is a call without memory, forward or backward. Its kernels are found th
 """
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import gpu
 from ..arrays.view import ITEMSIZE, View, contiguous
@@ -110,6 +111,14 @@ def sources(call: AnyCall, spec: Spec, d: Device) -> list[compiler.Source]:
 
 
 # ---------------------------------------------------------------- many at once
+class Job(NamedTuple):
+    """One kernel to be compiled: the first call that launches it, an architecture, and its key."""
+
+    want: Want
+    arch: str
+    key: str
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """The result of compiling one kernel: `error` is None when its machine code is in the cache."""
@@ -120,33 +129,42 @@ class Built:
     error: str | None = None
 
 
-def _build(want: Want, arch: str, families: tuple[str, ...]) -> list[Built]:
-    """In a worker process: compile the kernels of one call into the cache."""
-    results = []
+def jobs_of(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, ...] = gpu.FAMILIES) -> tuple[list[Job], list[Built]]:
+    """One Job for each kernel that the calls launch, however many launch it; and a Built with the reason for each call
+    that no family runs.
+    """
+    jobs, refused = dict[tuple[str, str], Job](), list[Built]()
+    with gpu.use(*families):
+        for want, arch in itertools.product(wants, archs):
+            try:
+                needed = sources(*want.call(), absent_device(arch))
+            except NotImplementedError as error:
+                refused.append(Built(str(want), arch, 0.0, str(error)))
+                continue
+            for source in needed:
+                jobs.setdefault((source.key, arch), Job(want, arch, source.key))
+    return list(jobs.values()), refused
+
+
+def _build(job: Job, families: tuple[str, ...]) -> Built:
+    """In a worker process: compile one kernel into the cache."""
+    start, failed = time.perf_counter(), None
+    with gpu.use(*families):
+        needed = sources(*job.want.call(), absent_device(job.arch))
+    source = next(source for source in needed if source.key == job.key)
     try:
-        with gpu.use(*families):
-            needed = sources(*want.call(), absent_device(arch))
-    except NotImplementedError as error:
-        return [Built(str(want), arch, 0.0, str(error))]
-    for source in needed:
-        start, failed = time.perf_counter(), None
-        try:
-            failed = None if compiler.cached(source, arch) else "the cache does not keep it: the log says why"
-        except Exception as error:       # whatever the compilers raise concerns this kernel only
-            failed = f"{type(error).__name__}: {error}"
-        results.append(Built(source.key, arch, time.perf_counter() - start, failed))
-    return results
+        failed = None if compiler.cached(source, job.arch) else "the cache does not keep it: the log says why"
+    except Exception as error:       # whatever the compilers raise concerns this kernel only
+        failed = f"{type(error).__name__}: {error}"
+    return Built(job.key, job.arch, time.perf_counter() - start, failed)
 
 
-def build_all(wants: Iterable[Want], archs: Iterable[str], families: tuple[str, ...] = gpu.FAMILIES,
-              processes: int | None = None) -> Iterator[list[Built]]:
-    """Compile the kernels of every Want for every architecture in parallel processes. Yields one list for each of
-    these, as they finish."""
-    jobs = [(want, arch, families) for want in wants for arch in archs]
+def build_all(jobs: Sequence[Job], processes: int | None = None, families: tuple[str, ...] = gpu.FAMILIES) -> Iterator[Built]:
+    """Compile kernels in parallel processes. Yields each as it finishes."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(processes or usable, len(jobs))
     with ProcessPoolExecutor(max(count, 1), multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_build, *job) for job in jobs]):
+        for done in as_completed([pool.submit(_build, job, families) for job in jobs]):
             yield done.result()
 
 
@@ -194,13 +212,13 @@ def wants_of(head_dims: Iterable[int], dtypes: Iterable[str], features: Iterable
     return wants
 
 
-def _progress(results: Iterator[list[Built]], total: int) -> Iterator[list[Built]]:
+def _progress(results: Iterator[Built], total: int) -> Iterator[Built]:
     """Pass the results on and show progress: tqdm's bar where it is installed, else a numbered line for each."""
     try:
         from tqdm import tqdm
     except ImportError:
         for n, built in enumerate(results, 1):
-            print(f"{n}/{total}  {built[-1].seconds:5.1f} s  {built[-1].arch}  {built[-1].key}", flush=True)
+            print(f"{n}/{total}  {built.seconds:5.1f} s  {built.arch}  {built.key}", flush=True)
             yield built
     else:
         yield from tqdm(results, total=total, unit="kernel", desc="compiling")
@@ -213,11 +231,11 @@ def command(archs: list[str], head_dims: list[int], dtypes: list[str], features:
     refusal = cache.refusal(folder)
     if refusal:
         raise ValueError(f"{folder} is not used as a kernel cache: {refusal}.")
-    start, kernels, failed = time.perf_counter(), 0, list[Built]()
-    for built in _progress(build_all(wants, archs, processes=processes), len(wants) * len(archs)):
-        kernels += len(built)
-        failed += [b for b in built if b.error is not None]
-    print(f"{kernels - len(failed)} kernels for {', '.join(archs)} in {folder}, {time.perf_counter() - start:.0f} s")
-    for b in failed:
+    start = time.perf_counter()
+    jobs, refused = jobs_of(wants, archs)
+    built = list(_progress(build_all(jobs, processes), len(jobs)))
+    failed = [b for b in built if b.error is not None]
+    print(f"{len(built) - len(failed)} kernels for {', '.join(archs)} in {folder}, {time.perf_counter() - start:.0f} s")
+    for b in (*failed, *refused):
         print(f"failed: {b.key} for {b.arch}: {b.error}")
-    return 1 if failed else 0
+    return 1 if failed or refused else 0

@@ -144,7 +144,7 @@ def test_entries_appear_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "replace", noted)
     code = compiler.binary(SOURCE, ARCH).code
     [(data, name)] = renamed
-    assert cache._unpacked(name.removesuffix(".cubin"), data) == (code, 48) and entries(folder) == [folder / name]
+    assert cache._unpacked(name.removesuffix(".cubin"), data) == (code, 48, f"{ARCH} {SOURCE.key}") and entries(folder) == [folder / name]
 
 
 def test_eight_threads_and_processes_at_once(folder: Path) -> None:
@@ -522,7 +522,7 @@ def test_precompile_needs_a_device_or_a_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_precompile_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    results = [[precompile.Built("one", "sm_80", 1.0)], [precompile.Built("two", "sm_80", 1.0, "BuildError: 8 bytes of stack")]]
+    results = [precompile.Built("one", "sm_80", 1.0), precompile.Built("two", "sm_80", 1.0, "BuildError: 8 bytes of stack")]
     monkeypatch.setattr(precompile, "build_all", lambda *_, **__: iter(results))
     assert command.main(["precompile", "--arch", "sm_80"]) == 1
     out = capsys.readouterr().out
@@ -542,8 +542,9 @@ def test_precompile_says_where_it_cannot_write(folder: Path, plain_want: None, t
     with pytest.raises(SystemExit, match="Not a directory"):
         command.main(arguments)
     monkeypatch.setattr(cache, "read", lambda key: None)
-    monkeypatch.setattr(compiler, "binary", lambda source, arch: None)
-    assert "the log says why" in str(precompile._build(precompile.Want("float16", 64), "sm_80", ("simt",))[0].error)
+    monkeypatch.setattr(compiler, "binary", lambda *_, **__: None)
+    jobs, _ = precompile.jobs_of([precompile.Want("float16", 64)], ["sm_80"], ("simt",))
+    assert "the log says why" in str(precompile._build(jobs[0], ("simt",)).error)
 
 
 def test_cache_shows_and_clears(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

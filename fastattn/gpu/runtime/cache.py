@@ -5,9 +5,9 @@ file that belongs to neither the user nor root, or that others can write, is ref
 walked descriptor by descriptor from the root: what is checked is what is opened, although a name can mean something
 else a moment later.
 
-An entry is a header and the code. The header has a hash of both and of the entry's name, which detects damage, another
-length, and another kernel's entry under this name. Entries are renamed into place when they are complete. Above a
-limit, the least recently used are removed.
+An entry is a header, a label that says what it is, and the code. The header has a hash of all and of the entry's name,
+which detects damage, another length, and another kernel's entry under this name. Entries are renamed into place when
+they are complete. Above a limit, the least recently used are removed.
 """
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from typing import NamedTuple
 
 log = logging.getLogger("fastattn")
 
-MAGIC = b"fastattn"
-HEADER = struct.Struct("<8s32sQI")      # MAGIC, sha256, bytes of code, bytes of shared memory
+MAGIC = b"fastatt2"         # with the version of this format
+HEADER = struct.Struct("<8s32sQII")     # MAGIC, sha256, bytes of code, of shared memory, of the label
 SUFFIX = ".cubin"
 ENTRY, UNFINISHED = re.compile(r"[0-9a-f]{64}\.cubin"), re.compile(r"[0-9a-f]{64}\.cubin\.[0-9a-f]{16}")
 LIMIT_MB = 512              # of a folder's entries, those of other versions too; a kernel has 20 to 200 KB
 WRITES_BETWEEN_CHECKS = 64  # of that limit; the first write of a process checks, too
 DAY, HOUR = 86400.0, 3600.0
+LONGEST_LABEL = 4096        # bytes of a label that are shown; a kernel's key has some hundred
 MOST_LINKS = 40             # on the way to a folder, as in the kernel
 ROOT = 0
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC        # also opens a folder that cannot be listed, and a link itself
@@ -47,6 +48,7 @@ class Binary(NamedTuple):
 
     code: bytes
     shared_memory: int      # bytes of dynamic shared memory of a launch
+    label: str = ""         # for people: architecture and key
 
 
 class Entry(NamedTuple):
@@ -220,19 +222,22 @@ def _content(folder: int, path: Path, name: str) -> bytes:
 
 
 def _hash(key: str, binary: Binary) -> bytes:
-    return hashlib.sha256(b"%s %d %d\n%s" % (key.encode(), len(binary.code), binary.shared_memory, binary.code)).digest()
+    text = f"{key} {len(binary.code)} {binary.shared_memory} {binary.label}\n"
+    return hashlib.sha256(text.encode() + binary.code).digest()
 
 
 def _packed(key: str, binary: Binary) -> bytes:
-    return HEADER.pack(MAGIC, _hash(key, binary), len(binary.code), binary.shared_memory) + binary.code
+    label = binary.label.encode()
+    return HEADER.pack(MAGIC, _hash(key, binary), len(binary.code), binary.shared_memory, len(label)) + label + binary.code
 
 
 def _unpacked(key: str, data: bytes) -> Binary | None:
     """The kernel in an entry, None if it is not the whole entry of this key."""
     if len(data) <= HEADER.size:
         return None
-    magic, digest, length, shared_memory = HEADER.unpack_from(data)
-    found = Binary(data[HEADER.size:], shared_memory)
+    magic, digest, length, shared_memory, label = HEADER.unpack_from(data)
+    start = HEADER.size + label
+    found = Binary(data[start:], shared_memory, data[HEADER.size:start].decode(errors="replace"))
     return found if magic == MAGIC and length == len(found.code) and digest == _hash(key, found) else None
 
 
@@ -330,6 +335,27 @@ def entries(path: Path) -> list[Entry]:
             return _listed(folder, ENTRY)
     except FileNotFoundError:
         return []
+
+
+def labels(path: Path) -> list[tuple[Entry, str]]:
+    """The entries of one folder, last used first, with their labels: "" for one that this version cannot read. Raises what
+    `entries` raises."""
+    try:
+        with _opened(path) as folder:
+            found = sorted(_listed(folder, ENTRY), key=lambda entry: -entry.used)
+            return [(entry, _label(folder, entry)) for entry in found]
+    except FileNotFoundError:
+        return []
+
+
+def _label(folder: int, entry: Entry) -> str:
+    with contextlib.suppress(OSError):      # removed meanwhile, or another user's: no kernel is loaded here
+        descriptor = os.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        with open(descriptor, "rb") as file:
+            header = file.read(HEADER.size)
+            if len(header) == HEADER.size and header.startswith(MAGIC):
+                return file.read(min(HEADER.unpack(header)[4], LONGEST_LABEL)).decode(errors="replace")
+    return ""
 
 
 def clear(path: Path) -> list[Entry]:

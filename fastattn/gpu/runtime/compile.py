@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import logging
+import os
 import re
 import struct
 import threading
@@ -28,10 +29,11 @@ from typing import Any
 from . import cache
 from .arch import arch_of
 from .cache import Binary
+from .notice import announced
 
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
-_lock = threading.RLock()
+_lock = threading.RLock()       # one compilation at a time
 _LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # letter of a field -> letter of struct
 
 
@@ -94,27 +96,43 @@ def _key(source: Source, arch: str) -> str:
     return hashlib.sha256(f"{_fingerprint()}\n{arch}\n{source.key}\n{source.fields}".encode()).hexdigest()
 
 
-def binary(source: Source, arch: str) -> Binary:
+def _fresh_lock() -> None:
+    """In a forked child: another thread may have held the lock, and is not there to release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fresh_lock)
+
+
+def binary(source: Source, arch: str, announce: bool = True) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be
-    slow."""
+    slow.
+
+    announce: say on a terminal why the call takes so long (notice.py).
+    """
     with _lock:
         key = _key(source, arch)
         found = cache.read(key)
-        if found is None:
+        if found is not None:
+            log.debug("fastattn: %s for %s is in the kernel cache, entry %.12s", source.key, arch, key)
+        else:
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
-            code, report = build(source, arch)
+            with announced(source.key.split()[0], arch) if announce else contextlib.nullcontext():
+                code, report = build(source, arch)
             for problem in complaints(report):      # a compiler that the tests do not know: slower, not wrong
                 log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
-            found = Binary(code, source.make()[1])
+            found = Binary(code, source.make()[1], f"{arch} {source.key}")
             cache.write(key, found)
         return found
 
 
 def cached(source: Source, arch: str) -> bool:
     """Compile a kernel into the cache if it is not there yet. Returns whether it is there now."""
-    binary(source, arch)
+    binary(source, arch, announce=False)
     return cache.read(_key(source, arch)) is not None
 
 
@@ -207,7 +225,7 @@ class Kernel:
             offset += size
         self._local = threading.local()
         with current(d), relaxed():
-            code, self._shared_memory = binary(source, d.arch)
+            code, self._shared_memory, _ = binary(source, d.arch)
             library = check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
             [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
