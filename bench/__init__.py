@@ -19,5 +19,11 @@
         |
     paired_worker.py    the child: imports the fastattn of its tree, measures one turn at a time
 
-case.py says what is measured. case, timing, results, table, plot and machine are the same for CPUs and GPUs.
+case.py says what is measured. case, timing, results, table, plot and machine are the same for CPUs and GPUs. Modules that
+are not here are in fastattn/benchmark: the wheel has them too.
 """
+from pathlib import Path
+
+# timing, events, machine, arrays, shape, text and torch_calls serve `python -m fastattn bench` too. They are found by their place, not
+# through fastattn: a child of `bench paired` imports an older fastattn, which need not have them.
+__path__.append(str(Path(__file__).resolve().parent.parent / "fastattn" / "benchmark"))

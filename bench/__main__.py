@@ -6,7 +6,11 @@ paired OLD_TREE` compares two trees of fastattn. `--help` lists the options.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
+
+from fastattn.cli.pipes import until_closed
 
 from . import cpu, machine, paired, plot, results, table
 from .gpu import plot as gpu_plot
@@ -37,9 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
+        "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
     targets = parser.add_subparsers(required=True, metavar="cpu|gpu|paired")
-    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor")
+    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
+                                **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a third of the cases, fewer rounds")
     length.add_argument("--long", dest="mode", action="store_const", const="long", help="16384 keys too")
@@ -49,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     _common(target)
     target.set_defaults(mode="full", run=_cpu)
 
-    target = targets.add_parser("gpu", help="against torch's SDPA and varlen_attn and FlashAttention-4 on one CUDA device")
+    target = targets.add_parser("gpu", help="against torch's SDPA and varlen_attn and FlashAttention-4 on one CUDA device",
+                                **_example("gpu --quick --backward"))
     target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="bf16 and a few of the others, fewer rounds")
     target.add_argument("--backward", action="store_true", help="the backward's cases instead of the forward's")
     target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
@@ -60,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
 
-    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run")
+    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run",
+                                **_example("paired ../old --quick"))
     target.add_argument("old", type=Path, metavar="OLD_TREE", help="a folder with the older fastattn, its CPU engine built in place")
     target.add_argument("--new", type=Path, default=ROOT, metavar="TREE", help="(default: this one); OLD_TREE itself shows the noise")
     target.add_argument("--gpu", dest="on", action="store_const", const="gpu", default="cpu", help="the GPU's grid, device time; bar 1 %%")
@@ -74,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     _choice(target)
     target.set_defaults(mode="full", run=_paired)
     return parser
+
+
+def _example(command: str, more: str = "") -> dict[str, Any]:
+    """Keywords of a parser: an example below its help."""
+    epilog = f"example:\n  python -m bench {command}\n{more}"
+    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _common(target: argparse.ArgumentParser) -> None:
@@ -168,4 +182,4 @@ def _paired(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_closed(main))

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .arrays import ITEMSIZE
+from .shape import flops, visible
+
 Mode = Literal["quick", "full", "long"]
 Measure = Literal["time", "speedup", "ceiling", "cost", "memory", "error", "host"]
-ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 TEXT = {"speedup": "{:.2f}x", "ceiling": "{:.0%}", "cost": "{:.2f}x", "memory": "{:.0f} MB", "error": "{:.2f}x error", "host": "{:.1f} us"}
 
 
@@ -113,19 +115,13 @@ class Case:
     def pairs(self) -> int:
         """Scored (query, key) pairs over all heads: those that causal and window leave. A boolean mask removes none."""
         if self.lengths:
-            return self.num_heads * sum(self._visible(length, length) for length in self.lengths)
-        return self.batch * self.num_heads * self._visible(self.seqlen, self.shape_k[2])
-
-    def _visible(self, seqlen: int, keys: int) -> int:
-        diagonal = np.arange(seqlen) + keys - seqlen
-        last = np.clip(diagonal + 1, 0, keys) if self.causal else np.full(seqlen, keys)
-        first = np.zeros_like(last) if self.window is None else np.clip(diagonal - self.window, 0, keys)
-        return int(np.maximum(last - first, 0).sum())
+            return self.num_heads * sum(visible(length, length, self.causal, self.window) for length in self.lengths)
+        return self.batch * self.num_heads * visible(self.seqlen, self.shape_k[2], self.causal, self.window)
 
     @property
     def flops(self) -> int:
-        """Two GEMMs forward, five more backward (S again, dV, dP, dQ, dK), over scored pairs only."""
-        return (10 if self.alone else 14 if self.backward else 4) * self.pairs * self.head_dim
+        """Over scored pairs only."""
+        return flops(self.passes, self.pairs, self.head_dim, self.head_dim)
 
     @property
     def kv_bytes(self) -> int:

@@ -26,7 +26,7 @@ from . import cpu, machine
 from .case import Case, Mode
 from .gpu import run as gpu
 from .paired_worker import START
-from .table import aligned
+from .text import aligned
 from .timing import Budget, Spread, ratios, spread
 
 ROOT = Path(__file__).resolve().parent.parent

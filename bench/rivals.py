@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from . import ceilings
+from .arrays import Array, aligned, tensor
 from .case import Case
 from .machine import version
 from .timing import wall
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +44,7 @@ class Inputs:
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     random = np.random.default_rng(seed)
     shapes = (case.shape_q, case.shape_k, case.shape_k, case.shape_q)
-    return Inputs(*(_aligned(random.standard_normal(shape, dtype=np.float32), case.dtype) for shape in shapes))
-
-
-def _aligned(values: Array, dtype: str) -> Array:
-    """A copy that starts on a cache line, as torch's arrays do. NumPy guarantees 16 bytes only."""
-    if dtype == "bfloat16":
-        import ml_dtypes  # importing it registers the name with NumPy
-
-        kind = np.dtype(ml_dtypes.bfloat16)
-    else:
-        kind = np.dtype(dtype)
-    memory = np.empty(values.size * kind.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    array: Array = memory[start:start + values.size * kind.itemsize].view(kind).reshape(values.shape)
-    array[...] = values
-    return array
+    return Inputs(*(aligned(random.standard_normal(shape, dtype=np.float32), case.dtype) for shape in shapes))
 
 
 def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None) -> Runner:
@@ -100,7 +84,7 @@ def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runne
     from torch.nn.functional import scaled_dot_product_attention
 
     torch.set_num_threads(threads)
-    q, k, v, dout = (_tensor(array) for array in (x.q, x.k, x.v, x.dout))
+    q, k, v, dout = (tensor(array) for array in (x.q, x.k, x.v, x.dout))
     grouped = case.shape_k[1] != case.num_heads
 
     if fold:
@@ -119,18 +103,9 @@ def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runne
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
     if case.backward:
-        for tensor in (q, k, v):
-            tensor.requires_grad_()
+        for leaf in (q, k, v):
+            leaf.requires_grad_()
     return Runner(both if case.backward else forward, f"torch {torch.__version__}", lambda result: [a.float().numpy() for a in result])
-
-
-def _tensor(array: Array) -> Any:
-    """The same memory as a torch tensor. bfloat16 goes through int16, because torch does not know ml_dtypes."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def make_onnxruntime(case: Case, x: Inputs, threads: int) -> Runner:

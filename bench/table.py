@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .results import BUSY, Row
+from .text import aligned
 
 # How a value against something other than a rival library reads.
 PHRASES = {"fma peak": "of FMA peak", "memory read": "of memory speed", "plain": "plain, per scored pair", "torch folded": "torch folded"}
@@ -72,13 +73,6 @@ def warning(rows: Iterable[Row]) -> str:
 
 def busy(processors: float) -> str:
     return f"WARNING: other processes kept up to {processors:.1f} processors busy; these numbers mean little."
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width under a ruled header."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
 def markdown(rows: Iterable[Row]) -> str:

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from . import ceilings, memory, rivals
+from .arrays import TOLERANCE
 from .case import Case
 from .machine import OtherWork
 from .timing import Budget, Spread, alternate, ratios, spread
-
-# Largest accepted difference of two results, per row; see difference(). Rounding gives a tenth of it, a wrong mask or scale 1.
-TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,10 @@ class Pair:
 
 
 def difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Largest distance of two rows, relative to the size of that row or of a typical row, whichever is larger. NaN is infinite."""
+    """Largest distance of two rows, relative to the size of that row or of a typical row, whichever is larger. NaN is infinite.
+
+    TOLERANCE limits it.
+    """
     size = np.linalg.norm(b, axis=-1)
     distance = np.linalg.norm(a - b, axis=-1) / np.maximum(size, np.sqrt(np.mean(size * size)) + 1e-30)
     return float(np.nan_to_num(distance, nan=np.inf).max())

@@ -25,7 +25,7 @@ from bench.gpu import plot as gpu_plot
 from bench.gpu import run as gpu_run
 from bench.gpu import table as gpu_table
 from bench.results import Row
-from bench.timing import Budget, Call, Spread, alternate, ratios, rotate
+from fastattn.benchmark.timing import Budget, Call, Spread, alternate, ratios, rotate
 from fastattn.masks import row_bounds
 from tests.tools.bench import TINY, WHERE, Processor, shrunk
 
@@ -101,6 +101,19 @@ def test_a_tiny_case_without_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own.implementation == "fastattn" and own.rounds == 3 and own.median_ms and own.p20_ms and own.median_ms >= own.p20_ms > 0
     assert torch.note == "not installed: torch" and torch.verdict == "" and torch.needs == ">= 1.50x"
     assert "not installed" in table.console([own, torch]) and "not measured" in table.console([own, torch])
+
+
+@pytest.mark.parametrize("case", [TINY, replace(TINY, backward=False, dtype="bfloat16"), replace(TINY, seqlen_k=40, num_heads=4,
+                                  num_heads_k=2, seqlen=1, causal=False, backward=False)], ids=lambda case: case.name)
+def test_torch_computes_the_same_on_a_cpu(case: Case) -> None:
+    pytest.importorskip("torch")
+    x = rivals.make_inputs(case)
+    ours = rivals.make_fastattn(case, x, 1, "reference")
+    for name in ("torch", "torch folded") if case.num_heads_k else ("torch",):
+        theirs = rivals.MAKERS[name](case, x, 1)
+        assert ours.arrays and theirs.arrays
+        both = zip(ours.arrays(ours.call()), theirs.arrays(theirs.call()), strict=True)
+        assert all(worker.difference(a, b) <= worker.TOLERANCE[case.dtype] for a, b in both)
 
 
 def test_a_failing_child_is_a_note() -> None:

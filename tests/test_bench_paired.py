@@ -17,7 +17,7 @@ from bench import cpu, paired, paired_worker
 from bench.__main__ import main
 from bench.case import Case
 from bench.gpu import cases as gpu_cases
-from bench.timing import Budget
+from fastattn.benchmark.timing import Budget
 from tests.tools.bench import TINY, Processor, shrunk
 
 BUDGET = Budget(rounds=4, seconds=0)

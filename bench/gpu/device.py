@@ -4,68 +4,21 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from .. import machine
+from ..events import Events
 from ..results import Where
 from ..timing import Call
 
 # Distributions that decide which machine code runs, ours or a rival's.
 DISTRIBUTIONS = ("flash-attn-4", "nvidia-cutlass-dsl", "numba-cuda", "numba", "llvmlite", "nvidia-nvjitlink", "nvidia-cuda-nvcc",
                  "cuda-core", "numpy")
-CYCLES_PER_SECOND = 2e9  # of torch.cuda._sleep, roughly
-LONGEST_SLEEP = 0.02  # seconds
-QUEUE = 64  # calls queued at once: far below what the driver accepts before it blocks the host
 
 
-class Device:
-    """Where calls run and how they are timed. The tests have their own."""
-
-    name = "cuda"
-
-    def __init__(self) -> None:
-        import torch
-
-        self.torch: Any = torch
-        self.l2_bytes = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 60 << 20))
-
-    def synchronize(self) -> None:
-        self.torch.cuda.synchronize()
-
-    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
-        """Seconds per call until it returns, on an idle device."""
-        self.synchronize()
-        start = time.perf_counter()
-        for n in range(repeats):
-            calls[n % len(calls)]()
-        elapsed = time.perf_counter() - start
-        self.synchronize()
-        return elapsed / repeats
-
-    def turn(self, calls: Sequence[Call], seconds: float) -> Callable[[], float]:
-        """A turn of about `seconds` of device time. It returns device seconds per call, over several inputs if `calls` has several.
-
-        The device sleeps while the host queues the calls. So only device time is measured, not what a library does
-        before its kernels; the "host" case measures that.
-        """
-        cuda = self.torch.cuda
-        self.host_seconds(calls, 3)  # allocates
-        host = self.host_seconds(calls, 3)
-        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
-
-        def timed(repeats: int) -> float:
-            cuda._sleep(int(min(repeats * host * 1.5 + 50e-6, LONGEST_SLEEP) * CYCLES_PER_SECOND))
-            begin.record()
-            for n in range(repeats):
-                calls[n % len(calls)]()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) * 1e-3 / repeats
-
-        repeats = max(1, min(QUEUE, int(seconds / max(timed(3), 1e-7))))
-        return lambda: timed(repeats)
+class Device(Events):
+    """Where calls run, how they are timed, and what the card is. The tests have their own."""
 
     def clock_mhz(self, call: Call) -> int | None:
         """The multiprocessors' clock while `call` runs. None if it cannot be read."""

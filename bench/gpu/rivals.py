@@ -14,13 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from .. import torch_calls
 from ..case import Case
 
 Tensor = Any
 Tensors = dict[str, Any]
 SEED = 1  # of our dropout
 GRADIENTS = ("dq", "dk", "dv", "dbias")
-BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "sdpa": None}
+BACKENDS = ("cuDNN", "flash", "efficient", "sdpa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,22 +154,11 @@ def make_plain(case: Case, x: Inputs, engine: str | None = None) -> Runner:
 def make_sdpa(case: Case, x: Inputs, backend: str) -> Runner:
     """torch's scaled_dot_product_attention with one backend. "sdpa" lets torch choose."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
 
     _refuse(case, backend, "window", "alibi", "softcap", "mask", "sinks", "deterministic", "lengths")
     if case.causal and case.seqlen != case.shape_k[2]:
         raise NotImplementedError("SDPA's diagonal starts at the top left")
-    chosen = BACKENDS[backend]
-    context = (lambda: sdpa_kernel([getattr(SDPBackend, chosen)])) if chosen else nullcontext
-    extra: dict[str, Any] = {"is_causal": case.causal, "dropout_p": case.dropout_p}
-    if case.shape_k[1] != case.num_heads:
-        extra["enable_gqa"] = True
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        with context():
-            return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, **extra).transpose(1, 2)
-
+    attend = torch_calls.sdpa(backend, causal=case.causal, dropout_p=case.dropout_p, grouped=case.shape_k[1] != case.num_heads)
     return _torch_runner(case, x, attend, f"torch {torch.__version__} {backend}")
 
 
@@ -187,8 +177,6 @@ def make_varlen(case: Case, x: Inputs, backend: str) -> Runner:
 
 def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
     """FlashAttention-4. The first call of each variant compiles it."""
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
-
     from .device import distribution
 
     _refuse(case, backend, "alibi", "bias", "mask", "sinks", "dropout_p")
@@ -202,27 +190,15 @@ def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
     if case.lengths:
         extra |= {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens, "max_seqlen_q": case.seqlen, "max_seqlen_k": case.seqlen}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        result = (flash_attn_varlen_func if case.lengths else flash_attn_func)(q, k, v, **extra)
-        return result[0] if isinstance(result, tuple) else result
-
+    attend = torch_calls.flash_attention_4(packed=bool(case.lengths), **extra)
     return _torch_runner(case, x, attend, f"FA4 {distribution('flash-attn-4') or ''}")
 
 
 def _torch_runner(case: Case, x: Inputs, attend: Callable[..., Tensor], label: str) -> Runner:
     """A forward without autograd, or the gradients alone: the graph is built once and kept."""
-    import torch
-
     if not case.alone:
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return attend(x.q, x.k, x.v, x.bias)
-
-        return Runner(forward, label, lambda out: {"out": out})
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, *((x.bias,) if case.need_dbias else ()))]
-    with torch.enable_grad():
-        out = attend(*leaves[:3], leaves[3] if case.need_dbias else x.bias)
-    return Runner(lambda: torch.autograd.grad(out, leaves, x.dout, retain_graph=True), label,
+        return Runner(torch_calls.forward_alone(attend, x.q, x.k, x.v, x.bias), label, lambda out: {"out": out})
+    return Runner(torch_calls.gradients_alone(attend, (x.q, x.k, x.v), x.bias, x.dout, case.need_dbias), label,
                   lambda grads: dict(zip(GRADIENTS, grads, strict=False)))
 
 

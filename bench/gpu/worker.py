@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 from ..case import Case, Measure
+from ..events import sets_of
 from ..results import Row, Where, make_row
 from ..timing import Spread, ratios, rotate, spread
 from . import check, rivals
@@ -28,7 +29,6 @@ from .check import Errors, Reference
 from .rivals import Inputs, Runner
 
 ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 3e-2}  # for every implementation: rounding gives a tenth of it, a wrong mask or scale far more
-MOST_SETS = 16
 HOST_CALLS = 200
 
 
@@ -202,8 +202,7 @@ def make_runner(case: Case, x: Inputs, name: str, engine: str | None = None) -> 
 
 def more_inputs(case: Case, device: Any) -> list[Inputs]:
     """More sets of inputs, if one would stay in the cache."""
-    size = rivals.input_bytes(case)
-    sets = 1 if size > 2 * device.l2_bytes else min(MOST_SETS, -(-3 * device.l2_bytes // size))
+    sets = sets_of(rivals.input_bytes(case), device.l2_bytes)
     return [rivals.make_inputs(case, device.name, number) for number in range(1, sets)]
 
 

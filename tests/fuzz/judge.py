@@ -12,7 +12,8 @@ import numpy as np
 
 import fastattn
 from fastattn import UnsupportedError
-from tests.tools.compare import EPS, FACTOR, NOTHING, close, norm
+from fastattn.tolerance import FACTOR
+from tests.tools.compare import EPS, NOTHING, close, norm
 from tests.tools.problems import NUMPY
 
 from . import formula, values

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.case import Bar, Case
 from bench.results import Where
-from bench.timing import Call
+from fastattn.benchmark.timing import Call
 
 TINY = Case("dense", 1, 2, 16, 8, causal=True, backward=True, against=("torch",), bars=(Bar("torch", "speedup", 1.5),))
 WHERE = Where("2030-01-02", "A processor", "scalar", 1, "3.11", "numpy 2", "numpy matmul 9 GF/s")

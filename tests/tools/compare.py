@@ -1,9 +1,7 @@
-"""The tolerance of every test of numbers: error against float64 at most 2x the error of the same computation done naively in the
-input's precision, plus that dtype's rounding of the result.
+"""The tolerance of every test of numbers, by the rule of fastattn/tolerance.py.
 
-Errors are Frobenius norms per tensor. The naive computation is the reference's own code in float32 with P and dS rounded to the
-input's dtype before they are multiplied, and rounded outputs. "Rounding of the result" of a gradient is taken relative to
-the terms it is the difference of, dP and delta: with one key they cancel and the exact dq is 0. NaN never passes.
+"Rounding of the result" of a gradient is taken relative to the terms it is the difference of, dP and delta: with one key they
+cancel and the exact dq is 0. NaN never passes.
 
 A probability below NOTHING may count as 0: engines flush there, because products of such numbers become denormal. It matters only
 where all keys are that far below a sink; out and gradients of that row are then almost 0.
@@ -18,11 +16,10 @@ import numpy as np
 from fastattn import Grads, reference, register_engine
 from fastattn.arrays.view import View
 from fastattn.problem import Operands, Problem
+from fastattn.tolerance import EPS, allowed, distance, naive_precision, norm
 from tests.tools.problems import Inputs
 
 Array = np.ndarray[Any, Any]
-EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-FACTOR = 2.0
 NOTHING = {"float32": 2.0**-100, "float64": 2.0**-1000}
 
 
@@ -33,19 +30,14 @@ class _Naive:
     def supports(problem: Problem) -> str | None:
         return None
 
-    @staticmethod
-    def _precision(problem: Problem) -> reference.Precision:
-        low = problem.dtype if problem.dtype in ("float16", "bfloat16") else None
-        return reference.Precision("float32", low, from_lse=True)
-
     @classmethod
     def forward(cls, problem: Problem, o: Operands, out: View, lse: View | None, stream: None) -> None:
-        reference.forward(problem, o, out, lse, cls._precision(problem))
+        reference.forward(problem, o, out, lse, naive_precision(problem.dtype))
 
     @classmethod
     def backward(cls, problem: Problem, o: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads, stream: None,
                  deterministic: bool) -> None:
-        reference.backward(problem, o, dout, out, lse, dlse, grads, cls._precision(problem))
+        reference.backward(problem, o, dout, out, lse, dlse, grads, naive_precision(problem.dtype))
 
 
 register_engine("naive", _Naive.forward, _Naive.backward, _Naive.supports, device="cpu")
@@ -109,24 +101,9 @@ def close(name: str, got: Any, exact: Array, naive: Array, dtype: str, size: flo
     assert got.shape == exact.shape, f"{name} has shape {got.shape}, expected {exact.shape}"
     assert got.dtype.name == dtype, f"{name} has dtype {got.dtype}, expected {dtype}"
     error, rival = distance(got, exact), distance(naive, exact) * shrink
-    # two roundings of the arithmetic on top: with few elements the rival may just have been lucky
-    allowed = FACTOR * rival + (max(EPS[dtype], EPS[rounding or dtype]) + 2 * EPS["float32"] * shrink) * size + nothing
-    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (naive {rival:.3e}, exact norm {norm(exact):.3e})"
+    limit = allowed(rival, dtype, size, rounding, shrink) + nothing
+    assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e} (naive {rival:.3e}, exact norm {norm(exact):.3e})"
 
 
 def _to_float32(x: Array) -> Array:
     return x.astype(np.float32) if x.dtype == np.float64 else x
-
-
-def norm(x: Array) -> float:
-    x = np.asarray(x, np.float64)
-    return float(np.linalg.norm(x[np.isfinite(x)]))
-
-
-def distance(got: Array, exact: Array) -> float:
-    """Frobenius norm of the difference; infinite where the infinities or NaNs of the two differ."""
-    a, b = np.asarray(got).astype(np.float64), np.asarray(exact).astype(np.float64)
-    if np.isnan(a).any() or np.isnan(b).any() or not np.array_equal(np.isinf(a) * np.sign(a), np.isinf(b) * np.sign(b)):
-        return float("inf")
-    finite = np.isfinite(b)
-    return float(np.linalg.norm(a[finite] - b[finite]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Spread(NamedTuple):
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
 
-def spread(samples: list[float] | np.ndarray) -> Spread:
+def spread(samples: list[float] | np.ndarray[Any, Any]) -> Spread:
     low, median, high = np.percentile(samples, (20, 50, 80))
     return Spread(float(median), float(low), float(high))
 
@@ -79,15 +79,16 @@ def ratios(numerator: list[float], denominator: list[float]) -> Spread:
     return spread(np.divide(numerator, denominator))
 
 
-def rotate(turns: Sequence[Callable[[], float]], rounds: int, seconds: float) -> list[list[float]]:
+def rotate(turns: Sequence[Callable[[], float]], rounds: int, seconds: float, swing: bool = False) -> list[list[float]]:
     """Samples of each turn, round robin (a, b, c, a, b, c, ...), until `rounds` rounds and `seconds` have passed.
 
     A turn times some calls of one implementation and returns seconds per call. Sample n of each belongs to the same
-    round.
+    round. swing: every other round goes backwards (a, b, b, a, ...), so that none always comes after the same other.
     """
     samples: list[list[float]] = [[] for _ in turns]
     end = time.perf_counter() + seconds
     while turns and (len(samples[0]) < rounds or time.perf_counter() < end):
-        for turn, kept in zip(turns, samples, strict=True):
-            kept.append(turn())
+        backwards = swing and len(samples[0]) % 2 == 1
+        for n in reversed(range(len(turns))) if backwards else range(len(turns)):
+            samples[n].append(turns[n]())
     return samples

@@ -1,0 +1,90 @@
+"""`check`: is every engine that this machine can run right?"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..benchmark.text import aligned
+from .checks import Result
+
+DESCRIPTION = """\
+Calls every engine of this machine, forward and backward, and compares the results with the float64 reference: the CPU
+engine on every instruction set that was built and that this processor has, and each kernel family on CUDA device 0, if
+there is one. Kernels that are not in the cache are compiled first, which takes seconds each. Errors are relative
+Frobenius norms. Allowed is twice the error of the same computation done naively in the input's precision, plus a
+rounding of the result. The exit status is 1 if a result is wrong or an engine failed."""
+EXAMPLE = "check"
+PATIENCE = 600.0        # seconds for one engine: some kernels to compile, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that may be checked. why_not: a reason that it is not."""
+
+    name: str
+    argument: str
+    level: str = ""
+    why_not: str = ""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """`check` has no arguments: it checks what there is."""
+
+
+def run(given: argparse.Namespace) -> int:
+    lines, failed = [("engine", "call", "direction", "worst", "error", "allowed", "")], 0
+    for engine in (*cpu_engines(), *gpu_engines()):
+        for result in [Result("", "", note=engine.why_not)] if engine.why_not else results(engine):
+            wrong = not result.right
+            failed += wrong
+            numbers = (result.tensor, f"{result.error:.1e}", f"{result.allowed:.1e}") if result.tensor else ("", "", "")
+            verdict = f"not run: {result.note}" if result.note and not result.failed else f"FAILED: {result.note}" if result.failed else \
+                "WRONG" if wrong else "ok"
+            lines.append((engine.name, result.call, result.direction, *numbers, verdict))
+    print(aligned(lines))
+    print(f"\n{failed} of these are wrong or failed." if failed else "\nEverything that ran is right.")
+    return 1 if failed else 0
+
+
+def cpu_engines() -> Iterator[Engine]:
+    """The CPU engine on each level of this architecture, worst first."""
+    from ..cpu import levels
+
+    usable = levels.available()
+    for level in levels.levels():
+        built = importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is not None
+        why = "" if built and level in usable else "this processor lacks it" if built else "it was not built"
+        yield Engine(f"cpu {level}", "cpu", level, why)
+
+
+def gpu_engines() -> Iterator[Engine]:
+    """The kernel families, or one line that says why there are none."""
+    from ..engine import FAMILIES
+    from ..report import cuda_facts
+
+    cuda = cuda_facts()
+    if cuda["error"] or not cuda["devices"]:
+        yield Engine("gpu", "gpu", why_not=cuda["error"] or "no CUDA device")
+        return
+    for family in (*reversed(FAMILIES), "decode"):
+        yield Engine(f"gpu {family}", family)
+
+
+def results(engine: Engine) -> list[Result]:
+    """In a process of its own, because an instruction set is chosen once in a process, and a crash is a result too."""
+    command = [sys.executable, "-m", f"{__package__}.checks", engine.argument]
+    environment = os.environ | ({"FASTATTN_ISA": engine.level} if engine.level else {})
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return [Result("", "", note=f"no answer for {PATIENCE:.0f} s", failed=True)]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return [Result("", "", note=last, failed=True)]
+    return [Result(**result) for result in json.loads(done.stdout)]
