@@ -49,9 +49,9 @@ def facts() -> dict[str, Any]:
         "fastattn": __version__,
         "python": {"version": platform.python_version(), "system": platform.system(), "machine": platform.machine()},
         "packages": _versions((*_PACKAGES, *_COMPILERS)),
-        "cpu_engine": _cpu_engine(),
+        "cpu_engine": cpu_engine_facts(),
         "cuda": cuda_facts(),
-        "gpu_engine": _gpu_engine(),
+        "gpu_engine": gpu_engine_facts(),
         "engines": [{"name": engine.name, "device": engine.device, "built_in": engine.built_in} for engine in found],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
@@ -96,7 +96,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
     return versions
 
 
-def _cpu_engine() -> dict[str, Any]:
+def cpu_engine_facts() -> dict[str, Any]:
     try:
         from . import cpu
     except (ImportError, ValueError) as error:      # not built; FASTATTN_ISA names a level that this CPU lacks
@@ -130,7 +130,7 @@ def _short(error: Exception) -> str:
     return str(error).removeprefix("CUDA arrays need the NVIDIA driver, whose ").rstrip(".")
 
 
-def _gpu_engine() -> dict[str, Any]:
+def gpu_engine_facts() -> dict[str, Any]:
     try:
         from .gpu.runtime import cache
 

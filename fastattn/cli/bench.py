@@ -82,7 +82,12 @@ def _device(asked: str | None) -> str:
 
 
 def run(given: argparse.Namespace) -> int:
+    from ..report import cpu_engine_facts
+
     shape, device = shape_of(given), _device(given.device)
+    absent = cpu_engine_facts()["error"]
+    if device == "cpu" and absent:
+        raise SystemExit(f"bench: the CPU engine cannot be loaded: {absent}")
     if given.png and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("bench --png needs matplotlib: pip install matplotlib; without --png everything works.")
     if not given.seconds >= 0:

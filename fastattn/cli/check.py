@@ -20,6 +20,7 @@ there is one. Kernels that are not in the cache are compiled first, which takes 
 Frobenius norms. Allowed is twice the error of the same computation done naively in the input's precision, plus a
 rounding of the result. The exit status is 1 if a result is wrong or an engine failed."""
 EXAMPLE = "check"
+ISA = "FASTATTN_ISA"
 PATIENCE = 600.0        # seconds for one engine: some kernels to compile, at most
 
 
@@ -38,24 +39,34 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    lines, failed = [("engine", "call", "direction", "worst", "error", "allowed", "")], 0
+    lines, failed, ran = [("engine", "call", "direction", "worst", "error", "allowed", "")], 0, 0
     for engine in (*cpu_engines(), *gpu_engines()):
         for result in [Result("", "", note=engine.why_not)] if engine.why_not else results(engine):
             wrong = not result.right
             failed += wrong
+            ran += not result.note or result.failed
             numbers = (result.tensor, f"{result.error:.1e}", f"{result.allowed:.1e}") if result.tensor else ("", "", "")
             verdict = f"not run: {result.note}" if result.note and not result.failed else f"FAILED: {result.note}" if result.failed else \
                 "WRONG" if wrong else "ok"
             lines.append((engine.name, result.call, result.direction, *numbers, verdict))
     print(aligned(lines))
-    print(f"\n{failed} of these are wrong or failed." if failed else "\nEverything that ran is right.")
-    return 1 if failed else 0
+    print(f"\n{failed} of these are wrong or failed." if failed else "\nEverything that ran is right." if ran else "\nNothing ran.")
+    return 1 if failed or not ran else 0
 
 
 def cpu_engines() -> Iterator[Engine]:
-    """The CPU engine on each level of this architecture, worst first."""
-    from ..cpu import levels
+    """The CPU engine on each level of this architecture, worst first; one line where no level was built.
 
+    FASTATTN_ISA does not count: each level's own process is given its own.
+    """
+    forced = os.environ.pop(ISA, None)
+    try:
+        from ..cpu import levels
+    except ImportError as error:
+        yield Engine("cpu", "cpu", why_not=str(error))
+        return
+    finally:
+        os.environ.update({} if forced is None else {ISA: forced})
     usable = levels.available()
     for level in levels.levels():
         built = importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is not None
@@ -65,12 +76,14 @@ def cpu_engines() -> Iterator[Engine]:
 
 def gpu_engines() -> Iterator[Engine]:
     """The kernel families, or one line that says why there are none."""
+    from .. import report
     from ..engine import FAMILIES
-    from ..report import cuda_facts
 
-    cuda = cuda_facts()
-    if cuda["error"] or not cuda["devices"]:
-        yield Engine("gpu", "gpu", why_not=cuda["error"] or "no CUDA device")
+    cuda = report.cuda_facts()
+    missing = cuda["error"] or (None if cuda["devices"] else "no CUDA device")
+    packages = report.gpu_engine_facts()["error"]
+    if missing or packages:
+        yield Engine("gpu", "gpu", why_not=missing or f"{packages}; pip install 'fastattn[gpu]' brings the engine's packages")
         return
     for family in (*reversed(FAMILIES), "decode"):
         yield Engine(f"gpu {family}", family)
@@ -79,7 +92,7 @@ def gpu_engines() -> Iterator[Engine]:
 def results(engine: Engine) -> list[Result]:
     """In a process of its own, because an instruction set is chosen once in a process, and a crash is a result too."""
     command = [sys.executable, "-m", f"{__package__}.checks", engine.argument]
-    environment = os.environ | ({"FASTATTN_ISA": engine.level} if engine.level else {})
+    environment = os.environ | ({ISA: engine.level} if engine.level else {})
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:

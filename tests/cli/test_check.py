@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import reference, tolerance
+from fastattn import reference, report, tolerance
 from fastattn.cli import check, checks
 from fastattn.cli.check import Engine
 from fastattn.cli.checks import CALLS, Call, Result
@@ -18,6 +19,7 @@ from fastattn.cli.main import main
 from fastattn.cpu import levels
 from tests.tools.devices import requires_gpu
 from tests.tools.fake_cuda import Driver
+from tests.tools.processes import run
 
 TINY = Call("float32", 9, 12, 2, 8)
 
@@ -35,6 +37,36 @@ def test_every_level_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [engine.why_not for engine in found] == ["" if level in known[:2] else "this processor lacks it" for level in known]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert {engine.why_not for engine in check.cpu_engines()} == {"it was not built"}
+
+
+def test_the_callers_level_does_not_count() -> None:
+    """Nor does it change."""
+    code = ("import os; from fastattn.cli.check import cpu_engines\n"
+            "print(*[engine.level for engine in cpu_engines()], os.environ['FASTATTN_ISA'])")
+    done = run(code, FASTATTN_ISA="mmx")
+    assert done.stdout.split() == [*levels.levels(), "mmx"], done.stderr
+
+
+def test_without_a_cpu_engine_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "fastattn.cpu", None)
+    monkeypatch.setattr(check, "gpu_engines", no_device)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert "not run: import of fastattn.cpu" in out and out.endswith("\nNothing ran.\n")
+
+
+def test_the_kernel_families_are_checked_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda: dict[str, Any] = {"error": None, "devices": [{"name": "A card"}]}
+    monkeypatch.setattr(report, "cuda_facts", lambda: cuda)
+    monkeypatch.setattr(report, "gpu_engine_facts", lambda: {"error": None})
+    found = list(check.gpu_engines())
+    assert [engine.argument for engine in found] == ["simt", "sm80", "sm90", "decode"] and not any(engine.why_not for engine in found)
+    assert {engine.argument for engine in found} | {"cpu"} == set(CALLS)
+    monkeypatch.setattr(report, "gpu_engine_facts", lambda: {"error": "No module named 'numba'"})
+    [engine] = check.gpu_engines()
+    assert engine.why_not.startswith("No module named 'numba'; pip install 'fastattn[gpu]'")
+    cuda["devices"] = []
+    assert [engine.why_not for engine in check.gpu_engines()] == ["no CUDA device"]
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
