@@ -96,9 +96,10 @@ def measure(shape: Shape, device: str, rival: str | None, exact: Exact, seconds:
         try:
             made = [maker(shape, x, device) for x in inputs]
             error = exact.error(shape, made[0].results(made[0].call()))
-        except Exception as reason:        # of another library, whatever it raises; of ours it is reported as what it is
-            text = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
-            found.append(Measured(note=f"no: {reason}" if isinstance(reason, NotImplementedError) else f"failed: {text}"))
+        except Exception as reason:        # whatever a library raises is the result
+            refused = isinstance(reason, NotImplementedError)
+            text = f"no: {reason}" if refused else f"failed: {type(reason).__name__}: {reason}"
+            found.append(Measured(note=text.splitlines()[0][:200]))
         else:
             found.append(Measured(made[0].label, (), error))
             runners.append(made)

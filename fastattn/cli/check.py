@@ -39,19 +39,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    lines, failed, ran = [("engine", "call", "direction", "worst", "error", "allowed", "")], 0, 0
-    for engine in (*cpu_engines(), *gpu_engines()):
-        for result in [Result("", "", note=engine.why_not)] if engine.why_not else results(engine):
-            wrong = not result.right
-            failed += wrong
-            ran += not result.note or result.failed
-            numbers = (result.tensor, f"{result.error:.1e}", f"{result.allowed:.1e}") if result.tensor else ("", "", "")
-            verdict = f"not run: {result.note}" if result.note and not result.failed else f"FAILED: {result.note}" if result.failed else \
-                "WRONG" if wrong else "ok"
-            lines.append((engine.name, result.call, result.direction, *numbers, verdict))
-    print(aligned(lines))
-    print(f"\n{failed} of these are wrong or failed." if failed else "\nEverything that ran is right." if ran else "\nNothing ran.")
-    return 1 if failed or not ran else 0
+    found = [(engine, result) for engine in (*cpu_engines(), *gpu_engines())
+             for result in ([Result("", "", note=engine.why_not)] if engine.why_not else results(engine))]
+    print(aligned([("engine", "call", "direction", "worst", "error", "allowed", ""), *(_line(engine, result) for engine, result in found)]))
+    wrong = sum(not result.right for _, result in found)
+    ran = any(result.failed or not result.note for _, result in found)
+    print(f"\n{wrong} of these are wrong or failed." if wrong else "\nEverything that ran is right." if ran else "\nNothing ran.")
+    return 1 if wrong or not ran else 0
+
+
+def _line(engine: Engine, result: Result) -> tuple[str, ...]:
+    if result.note:
+        return engine.name, result.call, result.direction, "", "", "", f"{'FAILED' if result.failed else 'not run'}: {result.note}"
+    return (engine.name, result.call, result.direction, result.tensor, f"{result.error:.1e}", f"{result.allowed:.1e}",
+            "ok" if result.right else "WRONG")
 
 
 def cpu_engines() -> Iterator[Engine]:
