@@ -18,6 +18,7 @@ from .gpu import run as gpu
 from .gpu import table as gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
+README, BENCHMARKS, HEADLINE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "speed-gpu.svg"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     if getattr(options, "update_readme", False) and options.only:
-        raise SystemExit("--update-readme writes the whole table; it does not go with --only")
+        raise SystemExit("--update-readme writes whole tables; it does not go with --only")
     options.run(options)
 
 
@@ -93,7 +94,8 @@ def _example(command: str, more: str = "") -> dict[str, Any]:
 def _common(target: argparse.ArgumentParser) -> None:
     _choice(target)
     target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV")
-    target.add_argument("--update-readme", action="store_true", help="rewrite the README's table from the CSV")
+    target.add_argument("--update-readme", action="store_true", help="rewrite the tables of the README and docs/benchmarks.md, "
+                        "and the README's picture, from the CSV")
 
 
 def _choice(target: argparse.ArgumentParser) -> None:
@@ -113,12 +115,13 @@ def _cpu(options: argparse.Namespace) -> None:
     report(path, "cpu", options.update_readme)
 
 
-def report(path: Path, name: str, update_readme: bool) -> None:
-    """Plot, README table and printed table of a CSV. Everything comes from the CSV, so `--from-csv` gives the same."""
+def report(path: Path, name: str, update_pages: bool) -> None:
+    """Picture, pages and printed table of a CSV. Everything comes from the CSV, so `--from-csv` gives the same."""
     rows = results.read_csv(path)
     drawn = plot.plot(rows, path.with_suffix(".png"))
-    if update_readme:
-        table.update_readme(ROOT / "README.md", name, table.markdown(rows))
+    if update_pages:
+        table.update(README, name, table.summary(rows))
+        table.update(BENCHMARKS, name, table.markdown(rows))
     if table.warning(rows):
         print(table.warning(rows))
     first = rows[0]
@@ -139,19 +142,22 @@ def _gpu(options: argparse.Namespace) -> None:
     report_gpu(path, options.update_readme)
 
 
-def report_gpu(path: Path, update_readme: bool) -> None:
+def report_gpu(path: Path, update_pages: bool) -> None:
     """The same for the GPU, the table last. Exit status 1 if a row is wrong.
 
-    The README's table is made of the forward's and the backward's CSV together.
+    The picture and the pages are made of the forward's and the backward's CSV together, where both are there.
     """
     rows = results.read_csv(path)
     if not rows:
         raise SystemExit(f"{path} has no rows: nothing was measured")
-    gpu_plot.plot(rows, path.with_suffix(".png"))
-    if update_readme:
-        beside = path.with_name(f"{path.stem}-backward.csv")
-        gpu_table.add_markers(ROOT / "README.md")
-        table.update_readme(ROOT / "README.md", "gpu", gpu_table.markdown(rows + (results.read_csv(beside) if beside.is_file() else [])))
+    forward = path.with_stem(path.stem.removesuffix("-backward"))
+    pair = (forward, forward.with_stem(f"{forward.stem}-backward"))
+    both = [row for one in pair if one.is_file() for row in results.read_csv(one)]
+    gpu_plot.plot(both, forward.with_suffix(".png"))
+    if update_pages:
+        gpu_plot.headline(both, HEADLINE)
+        table.update(README, "gpu", gpu_table.summary(both))
+        table.update(BENCHMARKS, "gpu", gpu_table.markdown(both))
     first = rows[0]
     print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
     print(f"{gpu_table.notes(rows)}\n")

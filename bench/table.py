@@ -1,4 +1,4 @@
-"""Rows as text: the table on the terminal, and the README's table between its markers."""
+"""Rows as text: the table on the terminal, and those of the README and docs/benchmarks.md between their markers."""
 from __future__ import annotations
 
 import re
@@ -11,6 +11,8 @@ from .text import aligned
 # How a value against something other than a rival library reads.
 PHRASES = {"fma peak": "of FMA peak", "memory read": "of memory speed", "plain": "plain, per scored pair", "torch folded": "torch folded"}
 LIBRARIES = ("torch", "onnxruntime")
+# The README's shapes: a short and a long one of each kind, the short ones where a call's fixed cost shows.
+SHOWN = ("(1,8,512,64)", "(1,8,4096,128)", "(1,32,1,128) over 8192x8", "(1,12,32,32)", "(1,8,128,64)")
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -76,27 +78,35 @@ def busy(processors: float) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The README's text: the machine; one line per pass, dtype and shape with full and causal next to each other; the rest."""
+    """All cases as docs/benchmarks.md has them: the machine; times; what is no comparison with a library."""
     rows = list(rows)
-    cases = by_case(rows)
+    return "\n\n".join(filter(None, (_machine_line(rows[0]), _times(rows), _rest(rows))))
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """The README's part of it: float32 and bfloat16 at a few shapes."""
+    rows = list(rows)
+    return f"{_machine_line(rows[0])}\n\n{_times([row for row in rows if row.shape in SHOWN and row.dtype != 'float16'])}"
+
+
+def _times(rows: Iterable[Row]) -> str:
+    """One line per pass, dtype and shape, with full and causal next to each other. Empty if there is no such case."""
     pivot: dict[tuple[str, ...], dict[str, Mapping[str, Row]]] = {}
-    rest: list[tuple[str, str]] = []
-    for case, found in cases.items():
+    for found in by_case(rows).values():
         first = next(iter(found.values()))
         if first.group not in ("features", "memory"):
             pivot.setdefault((first.passes, first.dtype, first.shape), {})[first.features] = found
-        also = [_also(row) for row in found.values() if _beside(row) and row.value is not None]
-        if also:
-            rest.append((case, ", ".join(also)))
     header = ("", "dtype", "shape", "full ms", "torch", "onnxruntime", "causal ms", "torch", "onnxruntime")
     body = [(*key, *_columns(kinds.get("full", {})), *_columns(kinds.get("causal", {}))) for key, kinds in pivot.items()]
-    parts = [_machine_line(rows[0])]
-    if body:
-        parts += ["Times of fastattn, and how many times as long each library takes, side by side. Shapes are (batch, heads, seqlen, "
-                  "head_dim); \"over 8192x8\" is 8192 keys of 8 heads.", pipes([header, *body])]
-    if rest:
-        parts.append(pipes([("case", "fastattn"), *rest]))
-    return "\n\n".join(parts)
+    return (body and ("Times of fastattn, and how many times as long each library takes: above 1 fastattn is faster. Shapes are (batch, "
+                     f"heads, seqlen, head_dim); \"over 8192x8\" is 8192 keys of 8 heads.\n\n{pipes([header, *body])}")) or ""
+
+
+def _rest(rows: Iterable[Row]) -> str:
+    """Ceilings of the hardware, costs of features, memory. Empty if there is no such case."""
+    also = {case: [_also(row) for row in found.values() if _beside(row) and row.value is not None] for case, found in by_case(rows).items()}
+    lines = [(case, ", ".join(texts)) for case, texts in also.items() if texts]
+    return pipes([("case", "fastattn"), *lines]) if lines else ""
 
 
 def _columns(found: Mapping[str, Row]) -> tuple[str, ...]:
@@ -106,7 +116,7 @@ def _columns(found: Mapping[str, Row]) -> tuple[str, ...]:
 
 def _machine_line(row: Row) -> str:
     return (f"Measured {row.date} on {row.machine}, {row.threads} threads ({row.ceilings}); instruction set {row.instruction_set}, "
-            f"Python {row.python}, {row.versions}. Medians, in turns, public calls with their allocations.")
+            f"Python {row.python}, {row.versions}. Medians, round robin, public calls with their allocations.")
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
@@ -114,7 +124,7 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]])
 
 
-def update_readme(path: Path, name: str, text: str) -> None:
+def update(path: Path, name: str, text: str) -> None:
     """Put text between <!-- bench:name:begin --> and <!-- bench:name:end -->. ValueError unless both markers occur once."""
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     old = path.read_text()

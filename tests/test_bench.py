@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bench import cpu, plot, results, rivals, table, worker
-from bench.__main__ import main
+from bench.__main__ import ROOT, main
 from bench.case import Bar, Case
 from bench.gpu import cases as gpu_cases
 from bench.gpu import plot as gpu_plot
@@ -29,6 +29,7 @@ from fastattn.benchmark.timing import Budget, Call, Spread, alternate, ratios, r
 from fastattn.masks import row_bounds
 from tests.tools.bench import TINY, WHERE, Processor, shrunk
 
+RESULTS = ROOT / "bench" / "results"
 BUDGET = Budget(rounds=3, seconds=0, settle=0, turn=0)
 
 
@@ -139,19 +140,27 @@ def test_warning_of_a_busy_machine() -> None:
     assert "1.5 processors" in table.warning([replace(rows()[0], others=1.5)])
 
 
-def test_readme_between_markers(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# Name\n<!-- bench:cpu:begin -->\nold \\1 text\n<!-- bench:cpu:end -->\nafter\n")
+def test_pages_between_markers(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Name\n<!-- bench:cpu:begin -->\nold \\1 text\n<!-- bench:cpu:end -->\nafter\n")
     for _ in range(2):  # again changes nothing
-        table.update_readme(readme, "cpu", table.markdown(rows()))
-    text = readme.read_text()
+        table.update(page, "cpu", table.markdown(rows()))
+    text = page.read_text()
     assert text.startswith("# Name\n<!-- bench:cpu:begin -->\nMeasured 2030-01-02 on A processor, 1 threads")
     assert text.endswith("\n<!-- bench:cpu:end -->\nafter\n") and "old" not in text
     assert "| forward+backward | float32 | (1,2,16,8) | 2.00 |  |  | 2.00 | 1.60x |  |" in text
-    assert "75% of FMA peak" in text
-    readme.write_text("no markers")
+    assert "75% of FMA peak" in text and ">= 1.50x" not in text
+    page.write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md has the markers .* 0 times"):
-        table.update_readme(readme, "cpu", "text")
+        table.update(page, "cpu", "text")
+
+
+def test_the_readme_shows_a_part() -> None:
+    shape = table.SHOWN[0]
+    changed = [replace(row, case=f"{row.case} {dtype}", shape=shape, dtype=dtype) for row in rows() for dtype in ("float32", "float16")]
+    text = table.summary(changed)
+    assert f"| float32 | {shape} | 2.00 |" in text and "float16" not in text and "FMA peak" not in text
+    assert "| 2.00 |" not in table.summary(rows()) and "Measured" in table.summary(rows())
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -295,15 +304,45 @@ def test_gpu_csv_table_and_plot(tmp_path: Path) -> None:
         assert gpu_plot.plot(found, tmp_path / "gpu.png") and (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_gpu_readme_gets_its_section_once(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# Name\n<!-- bench:cpu:begin -->\nold\n<!-- bench:cpu:end -->\n\n## License\n")
-    for _ in range(2):
-        gpu_table.add_markers(readme)
-        table.update_readme(readme, "gpu", gpu_table.markdown(gpu_rows()))
-    text = readme.read_text()
-    assert text.count("## Speed on a GPU") == 1 and text.index("cpu:end") < text.index("gpu:begin") < text.index("## License")
+def test_gpu_pages() -> None:
+    found = gpu_rows()
+    assert "| forward | bfloat16 | 128 | full | 550 (1.02) | 1100 (1.02) |" in gpu_table.markdown(found)
+    text = gpu_table.summary(found)
     assert "| forward | bfloat16 | 128 | full | 550 (1.02) | 1100 (1.02) |" in text
+    assert "| forward | bfloat16 | decode | (1,32,1,128) over 8192x8 | 3355 GB/s |" in text
+    assert "FlashAttention-2 of torch" in text and "failed" not in text
+    assert not any("needs" in page or ">=" in page for page in (gpu_table.markdown(found), text))
+
+
+def test_panels_stand_in_one_order() -> None:
+    """Whatever order children finish in: bfloat16 first, small heads first, the backward beside the forward. A wrong result has no line."""
+    cells = [case for case in (*gpu_cases.backward_cases(), *gpu_cases.forward_cases()) if case.group == "grid"][::-1]
+    grid = [results.make_row(WHERE, case, "fastattn", time=Spread(0.002, 0.002, 0.002)) for case in cells]
+    order = list(gpu_plot.panels(grid))
+    assert len(order) == 24 and [panel.dtype for panel in order] == ["bfloat16"] * 12 + ["float16"] * 12
+    assert [panel.head_dim for panel in order[:12]] == [64] * 4 + [128] * 4 + [256] * 4
+    assert [panel[2:] for panel in order[:4]] == [("forward", "full"), ("forward", "causal"), ("backward", "full"), ("backward", "causal")]
+    assert gpu_plot.panels([replace(row, verdict="WRONG") for row in grid]) == {}
+
+
+def test_the_readmes_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speed.svg"
+    assert not gpu_plot.headline(gpu_rows(), path) and not path.exists()          # without head_dim 64 and a backward
+    grid = [case for case in (*gpu_cases.backward_cases(), *gpu_cases.forward_cases()) if case.group == "grid" and case.causal]
+    assert gpu_plot.headline([results.make_row(WHERE, case, "fastattn", time=Spread(0.002, 0.002, 0.002)) for case in grid], path)
+    assert path.read_text().startswith("<?xml")
+
+
+@pytest.mark.skipif(not (RESULTS / "gpu.csv").is_file(), reason="bench/results is not in the sdist")
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_pages_show_the_results_that_are_there(page: str) -> None:
+    """Every number between the markers is that of the CSV files."""
+    write = ("summary" if page == "README.md" else "markdown")
+    text = (ROOT / page).read_text()
+    gpu = [row for name in ("gpu", "gpu-backward") for row in results.read_csv(RESULTS / f"{name}.csv")]
+    assert getattr(table, write)(results.read_csv(RESULTS / "cpu.csv")) in text
+    assert getattr(gpu_table, write)(gpu) in text
 
 
 CHILD = """

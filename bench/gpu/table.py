@@ -1,10 +1,9 @@
-"""GPU rows as text: TFLOP/s and ratios, short on the terminal, by sequence length in the README."""
+"""GPU rows as text: TFLOP/s and ratios, a line a case on the terminal, by sequence length in the README and docs/benchmarks.md."""
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ..results import Row
 from ..table import aligned, by_case, pipes
@@ -12,12 +11,10 @@ from .cases import GEOMETRIC_MEAN
 
 RIVALS = ("cuDNN", "FA4", "flash", "efficient", "varlen_attn", "sdpa", "plain")
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "forward": "fwd", "backward": "bwd"}
-INTRODUCTION = """## Speed on a GPU
+NAMES = {"cuDNN": "cuDNN", "FA4": "FlashAttention-4", "flash": "FlashAttention-2 of torch", "efficient": "memory-efficient kernel of torch",
+         "varlen_attn": "varlen_attn of torch", "sdpa": "SDPA of torch"}
+SHOWN = ("gqa", "window", "packed", "dropout", "bias", "decode", "host")      # groups of the README's second table
 
-`python -m bench gpu` measures fastattn and, if installed, torch's SDPA backends (cuDNN, flash, efficient), torch's `varlen_attn` and
-FlashAttention-4, round robin in one process. `--quick` runs a part of it, `--backward` the gradients. `--update-readme` writes this
-table.
-"""
 
 
 def rate(row: Row | None) -> str:
@@ -127,38 +124,50 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
     return summary
 
 
-# ---------------------------------------------------------------- README
+# ---------------------------------------------------------------- pages
 def markdown(rows: Sequence[Row]) -> str:
-    """The README's text: the machine; the grid with a column per sequence length; the rest, one line per case."""
-    cases = by_case(rows)
-    grid = {name: found for name, found in cases.items() if next(iter(found.values())).group == "grid"}
-    parts = [_machine(rows[0])]
-    if grid:
-        parts += ["TFLOP/s of fastattn, and in brackets times the faster of cuDNN and FlashAttention-4; 16384 tokens, "
-                  "heads x head_dim = 2048. A backward counts 2.5 forwards.", _grid(grid)]
-    rest = [found for name, found in cases.items() if name not in grid]
-    if rest:
-        present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in rest)]
-        lines = [("case (batch, heads, seqlen, head_dim)", "fastattn", *present, "ratio", "needs")]
-        lines += [_line(found, present) for found in rest]
-        parts += ["TFLOP/s over visited pairs, GB/s of K and V for decode, microseconds until the call returns for host. `plain` is "
-                  "fastattn without the feature, and its ratio a cost per pair.", pipes(lines)]
-    return "\n\n".join(parts)
+    """All cases as docs/benchmarks.md has them: the machine; the grid with a column per sequence length; the rest, one line per case."""
+    rest = [found for found in by_case(rows).values() if next(iter(found.values())).group != "grid"]
+    present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in rest)]
+    lines = [("case (batch, heads, seqlen, head_dim)", "fastattn", *present, "ratio"), *(_line(found, present) for found in rest)]
+    return "\n\n".join([
+        _machine(rows[0]), GRID, _grid(rows),
+        "TFLOP/s over the pairs that are computed, GB/s of K and V for decode, microseconds until the call returns for host. `plain` is "
+        "fastattn without the feature, and its ratio a cost per pair.", pipes(lines)])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The README's part of it: the grid in bfloat16, and other calls beside the fastest library that has them."""
+    cases = by_case(row for row in rows if row.group in SHOWN)
+    lines = [("", "dtype", "what", "(batch, heads, seqlen, head_dim)", "fastattn", "the fastest other", "ratio")]
+    for found in cases.values():
+        own = found.get("fastattn")
+        others = [row for row in found.values() if row.implementation in NAMES and row.value and row.verdict != "WRONG"]
+        if own is not None and rate(own) and others:
+            other = min(others, key=lambda row: row.value or 0.0)
+            what = own.features if own.group in own.features else own.group if own.features == "full" else f"{own.group}, {own.features}"
+            lines.append((own.passes, own.dtype, what, own.shape, rate(own), f"{rate(other)} ({NAMES[other.implementation]})", other.text))
+    return "\n\n".join([
+        _machine(rows[0]), GRID, _grid(row for row in rows if row.dtype == "bfloat16"),
+        "Other calls. TFLOP/s; for decode GB/s of K and V; for host the time until a call returns.", pipes(lines)])
+
+
+GRID = ("TFLOP/s of fastattn by sequence length, and in brackets its speed relative to the faster of cuDNN and FlashAttention-4: above 1 "
+        "fastattn is faster. 16384 tokens in each call, heads x head_dim = 2048. A backward counts 2.5 forwards.")
 
 
 def _line(found: Mapping[str, Row], present: Sequence[str]) -> tuple[str, ...]:
     first = next(iter(found.values()))
     if first.group == "summary":
-        return first.case, "", *("" for _ in present), first.text, first.needs
-    stand = shown(found)
+        return first.case, "", *("" for _ in present), first.text
     return (label(first), rate(found.get("fastattn")), *(rate(found.get(name)) for name in present),
-            ", ".join(row.text for row in stand if row.text), ", ".join(row.needs for row in stand if row.needs))
+            ", ".join(row.text for row in shown(found) if row.text))
 
 
-def _grid(cases: Mapping[str, Mapping[str, Row]]) -> str:
+def _grid(rows: Iterable[Row]) -> str:
     """Lines (pass, dtype, head_dim, mask), columns sequence lengths."""
     cells: dict[tuple[str, ...], dict[int, str]] = {}
-    for found in cases.values():
+    for found in by_case(row for row in rows if row.group == "grid").values():
         first = next(iter(found.values()))
         seqlen, head_dim = first.shape.strip("()").split(",")[2:4]
         ratio = next((row for row in found.values() if "|" in row.implementation and row.value), None)
@@ -175,15 +184,5 @@ def _grid(cases: Mapping[str, Mapping[str, Row]]) -> str:
 
 def _machine(row: Row) -> str:
     clock = f"; {row.clock_mhz} MHz under load" if row.clock_mhz else ""
-    return (f"Measured {row.date} on one {row.machine}{clock} ({row.ceilings}); Python {row.python}, {row.versions}. Medians, device "
-            "time, in turns, public calls with their allocations.")
-
-
-def add_markers(path: Path, after: str = "cpu", name: str = "gpu") -> None:
-    """Insert a section for this table after the other table's, if the README has none."""
-    text = path.read_text()
-    end = f"<!-- bench:{after}:end -->\n"
-    if f"<!-- bench:{name}:begin -->" in text or end not in text:
-        return
-    section = f"{end}\n{INTRODUCTION}\n<!-- bench:{name}:begin -->\n<!-- bench:{name}:end -->\n"
-    path.write_text(text.replace(end, section, 1))
+    return (f"Measured {row.date} on one {row.machine}{clock} ({row.ceilings}); Python {row.python}, {row.versions}. Medians of device "
+            "time, round robin, public calls with their allocations.")
