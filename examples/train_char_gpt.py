@@ -1,15 +1,19 @@
-"""A small character-level language model, trained with a hand-written backward pass on NumPy or CuPy arrays.
+"""
+Train a language model in NumPy
+===============================
+
+A small character-level language model, trained with a hand-written backward pass on NumPy or CuPy arrays. ::
 
     python train_char_gpt.py --seconds 120                   # trains; writes char_gpt/weights.safetensors and loss.png
     python train_char_gpt.py --seconds 120 --device cuda     # the same on a GPU, on CuPy arrays
     python train_char_gpt.py --generate 500 --prompt "The "  # writes text with the saved weights
 
-The text is Python's own: the topics of `help()`. The network is a GPT (Radford et al. 2019) without biases. Positions
+The text is Python's own: the topics of ``help()``. The network is a GPT (Radford et al. 2019) without biases. Positions
 come from ALiBi alone (Press et al. 2022), so one network reads any length, and generates with a sliding window of keys.
 
-Each `f` is followed by its `f_backward`. `forward` pushes what the backward needs on a stack, and `backward` pops it
-in reverse order: read the two next to each other. Array code says `xp`, which is NumPy, or CuPy with `--device cuda`.
-Text, random numbers and files are NumPy's; `xp.asarray` converts them.
+Each ``f`` is followed by its ``f_backward``. ``forward`` pushes what the backward needs on a stack, and ``backward`` pops it
+in reverse order: read the two next to each other. Array code says ``xp``, which is NumPy, or CuPy with ``--device cuda``.
+Text, random numbers and files are NumPy's; ``xp.asarray`` converts them.
 """
 from __future__ import annotations
 

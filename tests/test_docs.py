@@ -1,8 +1,9 @@
-"""The documentation: every relative link of every Markdown page leads to a file, and its #anchor to a heading."""
+"""The documentation: relative links of Markdown pages lead to files and headings, and Python blocks run."""
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,47 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     page.write_text("# Here\n[a](other.md) [b](other.md#a-heading-with-code) [c](#here) [d](https://example.com/x) `[e](gone.md)`\n"
                     "```\n[f](gone.md)\n```\n[g](other.md#twice-1) [h](gone.md) [i](other.md#gone) [j](#gone \"title\")\n")
     assert broken(page) == ["gone.md", "other.md#gone", "#gone"]
+
+
+# ---------------------------------------------------------------- code blocks
+LIBRARIES = ("torch", "jax", "cupy")
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+IMPORT = re.compile(rf"^\s*(?:import|from) (?:fastattn\.)?({'|'.join(LIBRARIES)})\b", re.MULTILINE)
+CALLERS = [page for page in PAGES if page == ROOT / "README.md" or ROOT / "docs" in page.parents]
+
+
+def blocks(text: str, library: str) -> list[str]:
+    """The Python blocks of a page that need no library, or this one."""
+    return [block for block in BLOCK.findall(text) if set(IMPORT.findall(block)) <= {library}]
+
+
+def cases() -> list[Any]:
+    """Every page with code, alone and with each library that a block of it imports."""
+    found = []
+    for page in CALLERS:
+        code = BLOCK.findall(page.read_text(encoding="utf-8"))
+        for library in ("", *(name for name in LIBRARIES if any(name in IMPORT.findall(block) for block in code))):
+            if code:
+                marks = [pytest.mark.gpu] if library == "cupy" else []
+                found.append(pytest.param(page, library, id=f"{page.relative_to(ROOT)}-{library or 'numpy'}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("page", "library"), cases())
+def test_code_blocks_run(page: Path, library: str) -> None:
+    """The blocks of a page run from top to bottom in one namespace, as a reader would paste them."""
+    if library:
+        pytest.importorskip(library)
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "__docs__"}
+    found = blocks(text, library)
+    if library in ("torch", "jax") and f"fastattn.{library}" in "".join(found):
+        pytest.importorskip(f"fastattn.{library}", reason=f"fastattn.{library} is not in this tree")
+    for block in found:
+        exec(compile("\n" * text[:text.index(block)].count("\n") + block, str(page), "exec"), names)
+
+
+def test_blocks_are_found_and_told_apart() -> None:
+    text = "```python\nimport numpy\n```\n```python\nfrom fastattn.torch import x\n```\n```\nno Python\n```\n"
+    assert blocks(text, "") == blocks(text, "jax") == ["import numpy\n"]
+    assert blocks(text, "torch") == ["import numpy\n", "from fastattn.torch import x\n"]
+    assert len(cases()) > 15 and any(case.id == "README.md-numpy" for case in cases())

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
+import runpy
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -391,3 +393,30 @@ def test_jax_dropout_and_masks() -> None:
     compiled = jax.jit(gradients)
     for seed, got in ((7, gradients(7)), (2**40, gradients(2**40)), (7, compiled(7)), (8, compiled(8))):
         assert all(x.dtype == "bfloat16" and np.array_equal(x, y) for x, y in zip(got, want(seed), strict=True))
+
+
+# ---------------------------------------------------------------- the short ones
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """matplotlib.pyplot without a screen and without figures."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+    yield plt
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["decode_with_a_cache", "merge_partial_results", "pack_sequences"])
+def test_short_examples_agree_with_one_call(name: str, figures: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """They print their largest difference to another way to compute the same."""
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    found = re.findall(r"largest difference[^:]*: ([-+.e\d]+)", capsys.readouterr().out)
+    assert len(found) >= 2 and max(map(float, found)) < 1e-5
+
+
+def test_the_masks_of_the_pictures(figures: Any) -> None:
+    weights = runpy.run_path(str(EXAMPLES / "see_the_masks.py"))["weights"]
+    assert len(figures.get_fignums()) == 4
+    assert np.array_equal(weights(3, 3, causal=True) > 0, np.tri(3, dtype=bool))
+    np.testing.assert_allclose(weights(2, 4, causal="top_left"), [[1, 0, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-6)

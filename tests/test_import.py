@@ -65,7 +65,7 @@ def test_dir_is_the_public_api() -> None:
 
 def test_the_example_of_the_readme() -> None:
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(code) == 1 and len(code[0].splitlines()) <= 10
+    assert len(code[0].splitlines()) <= 10                   # the others need torch, JAX and CuPy: test_docs.py runs them
     assert printed(code[0] + "print(dq.shape, dk.shape, dv.shape)") == "(2, 512, 8, 64) (2, 512, 2, 64) (2, 512, 2, 64)"
 
 

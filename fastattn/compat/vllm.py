@@ -19,7 +19,7 @@ q_descale, k_descale
     A number, or 1 element in host memory, goes into softmax_scale without a rounding. One per head, or in CUDA
     memory, where the host must not read it: q times both is computed in float32 and rounded to float16, which keeps
     11 bits of the product (bfloat16 would keep 8). Magnitudes above 65504 saturate. What underflows moves a score by
-    at most sm_scale * D * 2**-16, because |k| is at most 448. With a 16-bit q: k times k_descale, rounded to q's
+    at most sm_scale * D * 2**-16, because abs(k) is at most 448. With a 16-bit q: k times k_descale, rounded to q's
     dtype, as in the original.
 v_descale
     The output is multiplied by it, in float32. v stays exact. (With a 16-bit q the original rounds v * v_descale.)
