@@ -9,6 +9,7 @@ a file that is no page leads to the repository.
 """
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tomllib
@@ -32,8 +33,9 @@ project = "fastattn"
 author = "The fastattn authors"
 copyright = "the fastattn authors"
 release = version = fastattn.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "numpydoc", "sphinx_gallery.gen_gallery"]
-exclude_patterns = ["_build", "examples/*.ipynb", "examples/*.py", "examples/*.md5", "**/README.md"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_gallery.gen_gallery"]
+exclude_patterns = ["_build", "examples/*.ipynb", "examples/*.py"]
+default_role = "py:obj"                             # `attention` in a docstring: a link where it is known, else code
 PAGES = ("install", "torch", "jax", "command-line", "numba-cuda-mlir", "course/index")      # a clone may lack some of them
 suppress_warnings = [] if all((DOCS / f"{page}.md").is_file() for page in PAGES) else ["toc.not_readable"]
 
@@ -46,9 +48,9 @@ autodoc_typehints = "none"                          # numpydoc's Parameters have
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 add_module_names = False
-intersphinx_mapping: dict[str, Any] = {}            # builds need no network
 
 # ---------------------------------------------------------------- examples
+os.environ["TQDM_DISABLE"] = "1"                    # no progress bars in their output
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "examples",

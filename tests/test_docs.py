@@ -1,7 +1,8 @@
-"""The documentation: relative links of Markdown pages lead to files and headings, and Python blocks run."""
+"""The documentation: links of Markdown pages lead somewhere, Python blocks run, every page and example is on the site."""
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,47 @@ def test_blocks_are_found_and_told_apart() -> None:
     assert blocks(text, "") == blocks(text, "jax") == ["import numpy\n"]
     assert blocks(text, "torch") == ["import numpy\n", "from fastattn.torch import x\n"]
     assert len(cases()) > 15 and any(case.id == "README.md-numpy" for case in cases())
+
+
+# ---------------------------------------------------------------- the site
+def test_every_page_is_in_a_toctree() -> None:
+    """Sphinx says it too, but only where it is installed."""
+    docs = ROOT / "docs"
+    pages = {page for page in PAGES if docs in page.parents and docs / "_build" not in page.parents}
+    named = {docs / "index.md"}
+    for page in pages:
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for entry in (line.strip() for line in tree.splitlines() if line.strip() and not line.startswith(":")):
+                name = entry.rpartition("<")[2].rstrip(">")
+                named.add((docs if name.startswith("/") else page.parent).joinpath(f"{name.lstrip('/')}.md").resolve())
+    assert pages <= named, f"in no toctree: {sorted(str(page.relative_to(ROOT)) for page in pages - named)}"
+
+
+def test_every_example_is_shown() -> None:
+    """In the README's table; those without a framework in the gallery and on its first page, too."""
+    gallery: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "gallery.py"))
+    readme, first = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "examples/GALLERY_HEADER.rst"))
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    assert len(examples) >= 6
+    for example in examples:
+        assert f"(examples/{example.name})" in readme, example.name
+        if not re.search(r"^(?:import|from) (?:torch|jax)\b", example.read_text(encoding="utf-8"), re.MULTILINE):
+            assert example.stem in gallery["NEEDS"] and f"/examples/{example.stem}`" in first, example.name
+    assert all((ROOT / "examples" / f"{name}.py").is_file() for name in gallery["NEEDS"])
+
+
+def test_links_to_files_outside_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sphinx", "myst_parser", "numpydoc", "sphinx_gallery", "pydata_sphinx_theme"):
+        pytest.importorskip(module)
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")                  # conf.py sets it, too
+    text = "[a](../../bench/results) [b](../../docs/../setup.py#a) [c](../parity.md) [d](../../examples/see_the_masks.py) ![e](../../x.png)"
+    lead = conf["lead_outside"]
+    monkeypatch.setitem(lead.__globals__, "REPOSITORY", "https://example.com/r")
+    assert lead("howto/masks.md", text) == (
+        "[a](https://example.com/r/tree/main/bench/results) [b](https://example.com/r/blob/main/setup.py#a) [c](../parity.md) "
+        "[d](../examples/see_the_masks.rst) ![e](../../x.png)")
+    monkeypatch.setitem(lead.__globals__, "REPOSITORY", "")
+    assert lead("howto/masks.md", text).startswith("a b [c]")
+    with pytest.raises(FileNotFoundError, match=r"gone\.md"):
+        lead("howto/masks.md", "[f](../../gone.md)")
