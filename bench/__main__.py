@@ -120,8 +120,8 @@ def report(path: Path, name: str, update_pages: bool) -> None:
     rows = results.read_csv(path)
     drawn = plot.plot(rows, path.with_suffix(".png"))
     if update_pages:
-        table.update(README, name, table.summary(rows))
-        table.update(BENCHMARKS, name, table.markdown(rows))
+        table.update_readme(README, name, table.summary(rows))
+        table.update_readme(BENCHMARKS, name, table.markdown(rows))
     if table.warning(rows):
         print(table.warning(rows))
     first = rows[0]
@@ -156,8 +156,8 @@ def report_gpu(path: Path, update_pages: bool) -> None:
     gpu_plot.plot(both, forward.with_suffix(".png"))
     if update_pages:
         gpu_plot.headline(both, HEADLINE)
-        table.update(README, "gpu", gpu_table.summary(both))
-        table.update(BENCHMARKS, "gpu", gpu_table.markdown(both))
+        table.update_readme(README, "gpu", gpu_table.summary(both))
+        table.update_readme(BENCHMARKS, "gpu", gpu_table.markdown(both))
     first = rows[0]
     print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
     print(f"{gpu_table.notes(rows)}\n")

@@ -124,7 +124,7 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]])
 
 
-def update(path: Path, name: str, text: str) -> None:
+def update_readme(path: Path, name: str, text: str) -> None:
     """Put text between <!-- bench:name:begin --> and <!-- bench:name:end -->. ValueError unless both markers occur once."""
     begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
     old = path.read_text()

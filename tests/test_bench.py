@@ -144,7 +144,7 @@ def test_pages_between_markers(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("# Name\n<!-- bench:cpu:begin -->\nold \\1 text\n<!-- bench:cpu:end -->\nafter\n")
     for _ in range(2):  # again changes nothing
-        table.update(page, "cpu", table.markdown(rows()))
+        table.update_readme(page, "cpu", table.markdown(rows()))
     text = page.read_text()
     assert text.startswith("# Name\n<!-- bench:cpu:begin -->\nMeasured 2030-01-02 on A processor, 1 threads")
     assert text.endswith("\n<!-- bench:cpu:end -->\nafter\n") and "old" not in text
@@ -152,7 +152,7 @@ def test_pages_between_markers(tmp_path: Path) -> None:
     assert "75% of FMA peak" in text and ">= 1.50x" not in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md has the markers .* 0 times"):
-        table.update(page, "cpu", "text")
+        table.update_readme(page, "cpu", "text")
 
 
 def test_the_readme_shows_a_part() -> None:

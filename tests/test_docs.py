@@ -145,5 +145,3 @@ def test_links_to_files_outside_the_site(monkeypatch: pytest.MonkeyPatch) -> Non
         "[d](../examples/see_the_masks.rst) ![e](../../x.png)")
     monkeypatch.setitem(lead.__globals__, "REPOSITORY", "")
     assert lead("howto/masks.md", text).startswith("a b [c]")
-    with pytest.raises(FileNotFoundError, match=r"gone\.md"):
-        lead("howto/masks.md", "[f](../../gone.md)")
