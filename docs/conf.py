@@ -83,7 +83,7 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_sidebars: dict[str, list[str]] = {page: [] for page in ("index", "install", "quickstart", "benchmarks", "support", "changelog")}
 html_theme_options: dict[str, Any] = {
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 6,
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "footer_start": ["copyright"],
