@@ -1,6 +1,7 @@
 """The documentation: links of Markdown pages lead somewhere, Python blocks run, every page and example is on the site."""
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -62,15 +63,17 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- code blocks
 LIBRARIES = ("torch", "jax", "cupy")
+FURTHER = ("transformers",)              # of a block that imports one of LIBRARIES, too; without it the block is left out
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-IMPORT = re.compile(rf"^\s*(?:import|from) (?:fastattn\.)?({'|'.join(LIBRARIES)})\b", re.MULTILINE)
+IMPORT = re.compile(rf"^\s*(?:import|from) (?:fastattn\.)?({'|'.join(LIBRARIES + FURTHER)})\b", re.MULTILINE)
 # Pages whose blocks run. The course quotes the package's code, which its own test compares.
 CALLERS = [ROOT / "README.md", *(page for page in PAGES if ROOT / "docs" in page.parents and page.parent.name != "course")]
 
 
 def blocks(text: str, library: str) -> list[str]:
     """The Python blocks of a page that need no library, or this one."""
-    return [block for block in BLOCK.findall(text) if set(IMPORT.findall(block)) <= {library}]
+    there = {library, *filter(importlib.util.find_spec, FURTHER)}
+    return [block for block in BLOCK.findall(text) if set(IMPORT.findall(block)) <= there]
 
 
 def cases() -> list[Any]:
