@@ -42,7 +42,7 @@ default_role = "py:obj"                             # `attention` in a docstring
 for framework in ("torch", "jax"):
     if not (importlib.util.find_spec(framework) and (ROOT / "fastattn" / framework).is_dir()):
         exclude_patterns.append(f"api/{framework}.md")
-PAGES = ("install", "torch", "jax", "command-line", "numba-cuda-mlir", "course/index")      # a clone may lack some of them
+PAGES = ("install", "torch", "jax", "command-line", "numba-cuda-mlir", "typing", "course/index")      # a clone may lack some of them
 suppress_warnings = ["toc.excluded"] + ["toc.not_readable"] * (not all((DOCS / f"{page}.md").is_file() for page in PAGES))
 
 # ---------------------------------------------------------------- Markdown
