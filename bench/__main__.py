@@ -1,7 +1,7 @@
 """The benchmark's command line.
 
 `python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench
-paired OLD_TREE` compares two trees of fastattn. `--help` lists the options.
+ladder` measures each rung of the reading course, `python -m bench paired OLD_TREE` compares two trees of fastattn. `--help` lists the options.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from fastattn.cli.pipes import until_closed
 
-from . import cpu, machine, paired, plot, results, table
+from . import cpu, ladder, machine, paired, plot, results, table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
@@ -42,11 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
-        "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|paired")
-    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
-                                **_example("cpu --only decode --threads 2"))
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.")
+    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|ladder|paired")
+    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor")
     length = target.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a third of the cases, fewer rounds")
     length.add_argument("--long", dest="mode", action="store_const", const="long", help="16384 keys too")
@@ -68,8 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
 
-    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run",
-                                **_example("paired ../old --quick"))
+    target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device")
+    target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer rounds")
+    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
+    target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
+    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
+    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv (default: bench/results/ladder.csv, "
+                        "with -quick and -only for parts)")
+    target.add_argument("--from-csv", action="store_true", help="measure nothing; the table from the CSV, or from what bench gpu has measured")
+    target.add_argument("--update-course", action="store_true", help="rewrite the table of docs/course/index.md")
+    _choice(target)
+    target.set_defaults(mode="full", run=_ladder)
+
+    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run")
     target.add_argument("old", type=Path, metavar="OLD_TREE", help="a folder with the older fastattn, its CPU engine built in place")
     target.add_argument("--new", type=Path, default=ROOT, metavar="TREE", help="(default: this one); OLD_TREE itself shows the noise")
     target.add_argument("--gpu", dest="on", action="store_const", const="gpu", default="cpu", help="the GPU's grid, device time; bar 1 %%")
@@ -164,6 +173,26 @@ def report_gpu(path: Path, update_pages: bool) -> None:
     print(f"{gpu_table.console(rows)}\n\n{gpu_table.closing(rows)}", flush=True)
     if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
         raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+
+
+def _ladder(options: argparse.Namespace) -> None:
+    """Measure and print the course's table last. Exit status 1 if a row is wrong."""
+    chosen = ladder.choose(options.mode, options.only, ("FA4",) if options.skip_fa4 else ())
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    folder = ROOT / "bench" / "results"
+    part = "-only" if options.only else "-quick" if options.mode == "quick" else ""
+    path: Path = options.csv or folder / f"ladder{part}.csv"
+    if not options.from_csv:
+        gpu.check_device()
+        gpu.run(chosen, options.mode, path, options.minutes, jobs=options.jobs)
+    rows = ladder.read(path) if options.csv or not options.from_csv else ladder.rows_of(folder)
+    if options.update_course:
+        table.update_readme(ROOT / "docs" / "course" / "index.md", "ladder", ladder.markdown(rows))
+    print(f"{gpu_table.notes(rows)}\n\n{ladder.markdown(rows)}")
+    if any(row.verdict == "WRONG" for row in rows):
+        raise SystemExit("WRONG, see above: a fast wrong answer means nothing")
 
 
 def _paired(options: argparse.Namespace) -> None:

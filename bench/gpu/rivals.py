@@ -14,14 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from .. import torch_calls
+from .. import ladder
 from ..case import Case
 
 Tensor = Any
 Tensors = dict[str, Any]
 SEED = 1  # of our dropout
 GRADIENTS = ("dq", "dk", "dv", "dbias")
-BACKENDS = ("cuDNN", "flash", "efficient", "sdpa")
+BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH", "sdpa": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,14 @@ def make_sdpa(case: Case, x: Inputs, backend: str) -> Runner:
     return _torch_runner(case, x, attend, f"torch {torch.__version__} {backend}")
 
 
+def make_unfused(case: Case, x: Inputs, backend: str) -> Runner:
+    """The first rung of the ladder: three torch calls, S and P in memory."""
+    import torch
+
+    _refuse(case, backend, "window", "alibi", "softcap", "bias", "mask", "sinks", "dropout_p", "deterministic", "lengths")
+    return _torch_runner(case, x, ladder.make_unfused(case, x.q), f"torch {torch.__version__} unfused")
+
+
 def make_varlen(case: Case, x: Inputs, backend: str) -> Runner:
     """torch.nn.attention.varlen.varlen_attn: torch's flash backend for packed sequences."""
     import torch
@@ -210,7 +218,8 @@ def _refuse(case: Case, backend: str, *fields: str) -> None:
 
 
 MAKERS: dict[str, Callable[[Case, Inputs, str], Runner]] = {
-    **dict.fromkeys(BACKENDS, make_sdpa), "varlen_attn": make_varlen, "FA4": make_fa4,
+    **dict.fromkeys(BACKENDS, make_sdpa), "unfused": make_unfused, "varlen_attn": make_varlen, "FA4": make_fa4,
+    **dict.fromkeys(ladder.FORCED, lambda case, x, name: make_fastattn(ladder.forced(case, name), x)),
     "plain": lambda case, x, backend: make_plain(case, x),
 }
 MODULES = {"FA4": "flash_attn.cute", "varlen_attn": "torch.nn.attention.varlen"}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
+from .. import ladder
 from ..case import Case, Measure
 from ..events import sets_of
 from ..results import Row, Where, make_row
@@ -188,7 +189,7 @@ class Bench:
     def _row(self, case: Case, name: str, ours: Entry, entry: Entry, measure: Measure, value: Spread | None, agree: bool | None,
              note: str) -> Row:
         own, time_ = ours.time, entry.time
-        gigabytes = case.kv_bytes / time_.median / 1e9 if time_ and case.group == "decode" else None
+        gigabytes = case.kv_bytes / time_.median / 1e9 if time_ and case.seqlen == 1 else None
         return make_row(self.where, case, name, time=time_, measure=measure, value=value, agree=agree, note=note, rounds=len(entry.samples),
                         label=entry.runner.label if entry.runner else "", fastattn_ms=own and own.median * 1e3, error=entry.error(),
                         lse_error=entry.errors.get("lse"), gigabytes=gigabytes, clock_mhz=entry.clock_mhz)
@@ -197,6 +198,8 @@ class Bench:
 def make_runner(case: Case, x: Inputs, name: str, engine: str | None = None) -> Runner:
     if name == "fastattn":
         return rivals.make_fastattn(case, x, engine)
+    if name in ladder.FORCED:
+        return rivals.make_fastattn(ladder.forced(case, name), x, engine)
     return rivals.make_plain(case, x, engine) if name == "plain" else rivals.MAKERS[name](case, x, name)
 
 
