@@ -1,7 +1,8 @@
 """The benchmark's command line.
 
 `python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench
-ladder` measures each rung of the reading course, `python -m bench paired OLD_TREE` compares two trees of fastattn. `--help` lists the options.
+ladder` measures each rung of the reading course. `python -m bench paired OLD_TREE` compares two trees of fastattn.
+`--help` lists the options.
 """
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
     target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv (default: bench/results/ladder.csv, "
                         "with -quick and -only for parts)")
-    target.add_argument("--from-csv", action="store_true", help="measure nothing; the table from the CSV, or from what bench gpu has measured")
+    target.add_argument("--from-csv", action="store_true", help="measure nothing; the table from the CSV, or from rows of bench gpu")
     target.add_argument("--update-course", action="store_true", help="rewrite the table of docs/course/index.md")
     _choice(target)
     target.set_defaults(mode="full", run=_ladder)

@@ -148,6 +148,7 @@ def _machine(rows: Sequence[Row]) -> str:
     first = rows[0]
     where = ("one run of `python -m bench ladder`, all rungs round robin" if first.group == "ladder" else
              "runs of `python -m bench gpu`; ratios between rows of different cases are not those of one round robin")
-    return (f"float16, (batch, seqlen) = ({BATCH}, {SEQLEN}), heads x head_dim = {WIDTH}; a column is head_dim and mask. A backward counts 2.5 "
-            f"forwards. Decode is bfloat16, 32 query heads over 8 key heads, head_dim 128. {first.machine}, {first.date}: {where}. "
+    return (f"float16, (batch, seqlen) = ({BATCH}, {SEQLEN}), heads x head_dim = {WIDTH}; a column is head_dim and mask. A backward "
+            "counts 2.5 forwards. One query is bfloat16, 32 query heads over 8 key heads, head_dim 128. "
+            f"{first.machine}, {first.date}: {where}. "
             f"\"{MISSING}\": `python -m bench ladder` prints it on a GPU.")

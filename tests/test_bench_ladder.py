@@ -100,6 +100,8 @@ def test_rows_of_bench_gpu_stand_in() -> None:
 
 def test_the_course_has_the_table() -> None:
     """docs/course/index.md has what the CSVs give: `python -m bench ladder --from-csv --update-course` writes it."""
+    if not (ROOT / "bench" / "results").is_dir():
+        pytest.skip("results are not part of a source distribution")
     text = (ROOT / "docs" / "course" / "index.md").read_text()
     [table] = re.findall(r"<!-- bench:ladder:begin -->\n(.*?)\n<!-- bench:ladder:end -->", text, re.DOTALL)
     assert table == ladder.markdown(ladder.rows_of(ROOT / "bench" / "results"))

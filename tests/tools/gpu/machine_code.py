@@ -210,8 +210,10 @@ def run(jobs: list[Any], new_tree: Path, old_tree: Path, keep: Path, nvdisasm: s
                 seen.add((one.new.key, job.arch))
                 counts[one.new.key.split()[0]]["different" if one.found else "equal"] += 1
                 if one.found:
-                    more = f"; {changed_opcodes(one.new, one.old, nvdisasm)}" if nvdisasm and one.old and one.new.instructions != one.old.instructions else ""
-                    print(f"{one.job}: {'; '.join(one.found)}{more}\n    new {one.new.key}", flush=True)
+                    found = list(one.found)
+                    if nvdisasm and one.old and one.new.instructions != one.old.instructions:
+                        found.append(changed_opcodes(one.new, one.old, nvdisasm))
+                    print(f"{one.job}: {'; '.join(found)}\n    new {one.new.key}", flush=True)
                     if one.old:
                         print(f"    old {one.old.key}", flush=True)
             print(f"{number}/{len(jobs)}", file=sys.stderr, flush=True)
