@@ -351,22 +351,22 @@ def test_nan_reaches_the_rows_that_attend_to_it(operand: str, mask: str, dtype: 
     inputs = case.make()
     q, k, v = inputs.args
     left, right = case.window or (None, 0 if case.causal else None)
-    sees = np.zeros((*q.shape[:1], q.shape[2], q.shape[1]), bool)
+    attends = np.zeros((*q.shape[:1], q.shape[2], q.shape[1]), bool)
     for row in range(q.shape[1]):
         lo, hi = row_bounds(row, q.shape[1], k.shape[1], left, right)
-        sees[0, 0, row] = row == ROW if operand == "q" else lo <= KEY < hi
+        attends[0, 0, row] = row == ROW if operand == "q" else lo <= KEY < hi
     if "mask" in inputs.kwargs and operand != "q":
-        sees[0, 0] &= inputs.kwargs["mask"][0, 0, :, KEY]
-    assert sees.any() and (mask in ("full", "decode") or not sees[0, 0].all())
+        attends[0, 0] &= inputs.kwargs["mask"][0, 0, :, KEY]
+    assert attends.any() and (mask in ("full", "decode") or not attends[0, 0].all())
     {"q": q, "k": k, "v": v}[operand][0, ROW if operand == "q" else KEY, 0, 7] = np.nan
     out, lse = inputs.forward("cpu")
     got = nan_rows(out)
     if operand == "v":
-        assert got[sees].all() and not got[1].any() and not got[0, 1:].any()
+        assert got[attends].all() and not got[1].any() and not got[0, 1:].any()
         assert not np.isnan(lse).any()
     else:
-        np.testing.assert_array_equal(got, sees)
-        np.testing.assert_array_equal(nan_rows(lse), sees)
+        np.testing.assert_array_equal(got, attends)
+        np.testing.assert_array_equal(nan_rows(lse), attends)
 
 
 def kinds(x: Any) -> Array:

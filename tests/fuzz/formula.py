@@ -57,14 +57,14 @@ def visible(s: Spec, mask: Array | None, n: int) -> Array:
     behind = distance(s, n)
     left, right = (None, None) if s.window is None else s.window
     right = 0 if s.causal else right
-    seen: Array = np.ones((s.num_heads, *behind.shape), bool)
+    attended: Array = np.ones((s.num_heads, *behind.shape), bool)
     if left is not None:
-        seen &= behind <= left
+        attended &= behind <= left
     if right is not None:
-        seen &= -behind <= right
+        attended &= -behind <= right
     if mask is not None:
-        seen &= np.broadcast_to(mask, s.full)[n, :, :behind.shape[0], :behind.shape[1]]
-    return seen
+        attended &= np.broadcast_to(mask, s.full)[n, :, :behind.shape[0], :behind.shape[1]]
+    return attended
 
 
 # ---------------------------------------------------------------- one sequence
@@ -75,35 +75,35 @@ class Sequence:
     q: Array
     k: Array
     v: Array
-    seen: Array
+    attended: Array
     alibi: Array | None
     bias: Array | None
     sinks: Array | None                         # (num_heads, 1)
     keep: Array | None
-    sees: Array                                 # (num_heads, rows, 1)
+    attends: Array                                 # (num_heads, rows, 1)
 
 
 def sequence(x: Inputs, n: int, real: type) -> Sequence:
     s = x.spec
     rows_q, rows_k, _, _ = rows(s, n)
     seqlen_q, seqlen_k = lengths(s, n)
-    seen = visible(s, x.mask, n)
+    attended = visible(s, x.mask, n)
     group = s.num_heads // s.num_heads_k
-    by_key, sees = np.asarray(seen.any(axis=1))[:, :, None], np.asarray(seen.any(axis=2))[:, :, None]
-    q = np.where(sees, x.q[rows_q].swapaxes(0, 1).astype(real), 0)
+    by_key, attends = np.asarray(attended.any(axis=1))[:, :, None], np.asarray(attended.any(axis=2))[:, :, None]
+    q = np.where(attends, x.q[rows_q].swapaxes(0, 1).astype(real), 0)
     k, v = (np.where(by_key, np.repeat(a[rows_k].swapaxes(0, 1).astype(real), group, axis=0), 0) for a in (x.k, x.v))
 
     def of_pairs(a: Array | None) -> Array | None:
         return None if a is None else np.broadcast_to(a, s.full)[n, :, :seqlen_q, :seqlen_k]
     bias = of_pairs(x.bias)
-    bias = None if bias is None else np.where(seen, bias.astype(real), 0)
+    bias = None if bias is None else np.where(attended, bias.astype(real), 0)
     alibi = None
     if x.slopes is not None:
         slopes = np.broadcast_to(x.slopes, (s.sequences, s.num_heads))[n].astype(real)
         alibi = slopes[:, None, None] * np.abs(distance(s, n)).astype(real)
     keep = of_pairs(x.keep)
-    return Sequence(q, k, v, seen, alibi, bias, None if x.sinks is None else x.sinks.astype(real)[:, None],
-                    None if keep is None else keep.astype(real), sees)
+    return Sequence(q, k, v, attended, alibi, bias, None if x.sinks is None else x.sinks.astype(real)[:, None],
+                    None if keep is None else keep.astype(real), attends)
 
 
 class Scores(NamedTuple):
@@ -160,7 +160,7 @@ def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
     if a.bias is not None:
         x, terms = x + a.bias, terms + eps * np.where(np.isfinite(a.bias), np.abs(a.bias), 0)
         exact = exact & (x.astype(real) == x)
-    x = np.where(a.seen, x, -np.inf)
+    x = np.where(a.attended, x, -np.inf)
     highest = x.max(axis=2, initial=-np.inf)[:, :, None]
     # the weight follows from the distance to the row's largest; both are rounded
     error = error + 4 * (terms + eps * np.where(np.isfinite(highest), np.abs(highest), 0)) + 8 * eps
@@ -169,7 +169,7 @@ def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
     if a.bias is not None:
         tied &= a.bias == np.take_along_axis(a.bias, first, 2)
     # all that may compete with the largest must be exact too
-    rival = a.seen & (x + error >= highest - error) & ~tied
+    rival = a.attended & (x + error >= highest - error) & ~tied
     tied &= ~(rival & ~exact).any(axis=2)[:, :, None]
     return Scores(x, slope, np.where(tied, 8 * eps, error), slope_error, tied)
 
@@ -240,13 +240,13 @@ def forward(x: Inputs) -> dict[str, Value]:
         if sinks is not None:
             total = total + np.exp(np.minimum(sinks + sink_error - np.where(low == -np.inf, np.inf, low), 0))
         least = np.maximum(least, 1 - (total[:, :, None] - most))
-        change = np.where(P > 0, np.maximum(most - P, P - least), most) + r.nothing * a.seen
+        change = np.where(P > 0, np.maximum(most - P, P - least), most) + r.nothing * a.attended
         change = np.maximum(change, 0)
         keep: Array | float = 1.0 if a.keep is None else a.keep
         kept, sizes = P * keep, np.abs(a.v)
         exact, size = kept @ a.v, kept @ sizes
         off = (change * keep) @ sizes + np.abs(exact) * change.sum(axis=2)[:, :, None]
-        off = off + (steps(a.k.shape[1]) * r.eps + r.operand) * size + r.least * ((keep * a.seen) @ sizes)
+        off = off + (steps(a.k.shape[1]) * r.eps + r.operand) * size + r.least * ((keep * a.attended) @ sizes)
         off = off + r.result * np.abs(exact) + SMALLEST[s.dtype] * (1 + a.k.shape[1])
         for array, value in zip(out, (exact, off, size), strict=True):
             array[at] = value.swapaxes(0, 1)
@@ -272,9 +272,9 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         a = sequence(x, n, real)
         rows_q, rows_k, _, _ = rows(s, n)
         at_lse = np.s_[n] if not s.packed else np.s_[:, rows_q]
-        alive = a.sees & (lse[at_lse] != -np.inf)[:, :, None] if a.sinks is None else a.sees
+        alive = a.attends & (lse[at_lse] != -np.inf)[:, :, None] if a.sinks is None else a.attends
         level = lse[at_lse].astype(real)
-        dout, o = (np.where(a.sees, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
+        dout, o = (np.where(a.attends, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
         dlse = np.zeros(level.shape) if x.dlse is None else x.dlse[at_lse].astype(real)
         f, sinks = scores(s, x.scale, a, r.eps, r.real), a.sinks
         if s.engine == "reference":
@@ -293,10 +293,10 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         dP, dP_size = dout @ a.v.swapaxes(1, 2) * keep, np.abs(dout) @ np.abs(a.v).swapaxes(1, 2) * keep
         fall = (dlse - delta)[:, :, None]
         off_fall = r.eps * (steps(s.head_dim_v) * delta_size + np.abs(dlse) + np.abs(delta))[:, :, None]
-        g = np.where(a.seen, dP + fall, 0)
+        g = np.where(a.attended, dP + fall, 0)
         dS = P * g
         off = off_P * np.abs(g) + (P + off_P) * (steps(s.head_dim_v) * r.eps * dP_size + off_fall + 4 * r.eps * (np.abs(dP) + np.abs(fall)))
-        off = off + (r.operand + 4 * r.eps) * np.abs(dS) + r.least * a.seen
+        off = off + (r.operand + 4 * r.eps) * np.abs(dS) + r.least * a.attended
         size = P * (np.abs(dP) + np.abs(fall))
         if dbias is not None:
             for array, value in zip(dbias, (dS, off, size), strict=True):
@@ -316,14 +316,14 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         k_size, q_size = np.abs(a.k), np.abs(a.q)
         flip = (0, 2, 1)
         # a large scale, which comes last, shows what underflow lost
-        off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.sees
+        off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.attends
         _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
-        by_key = a.seen.any(axis=1)[:, :, None]
+        by_key = a.attended.any(axis=1)[:, :, None]
         off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * by_key
         _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * off_dk, scale * (size.transpose(flip) @ q_size), group)
-        kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.seen + many_q * P) * keep
+        kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.attended + many_q * P) * keep
         d_size = np.abs(dout)
         _add(dv, rows_k, kept.transpose(flip) @ dout, off_kept.transpose(flip) @ d_size, kept.transpose(flip) @ d_size, group)
     found = {"dq": dq, "dk": dk, "dv": dv}
@@ -391,7 +391,7 @@ def naive(x: Inputs, out: Array | None = None, lse: Array | None = None) -> dict
             S, slope = tanh * real(s.softcap), 1 - tanh * tanh
         S = S if a.alibi is None else S - a.alibi
         S = S if a.bias is None else S + a.bias
-        S = np.where(a.seen, S, real(-np.inf))
+        S = np.where(a.attended, S, real(-np.inf))
         keep: Any = real(1) if a.keep is None else a.keep
         if out is None or lse is None:
             zero = _largest(S, a.sinks)
@@ -401,11 +401,11 @@ def naive(x: Inputs, out: Array | None = None, lse: Array | None = None) -> dict
             found["out"][rows_q] = (rounded(_weights(S, level) * keep) @ a.v).swapaxes(0, 1)
             continue
         level = lse[at_lse].astype(real)
-        dout, o = (np.where(a.sees, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
+        dout, o = (np.where(a.attends, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
         dlse = real(0) if x.dlse is None else x.dlse[at_lse].astype(real)
         P = _weights(S, level)
         fall = (dlse - (dout * o).sum(axis=2))[:, :, None]
-        dS = np.where(a.seen, P * (dout @ a.v.swapaxes(1, 2) * keep + fall), 0)
+        dS = np.where(a.attended, P * (dout @ a.v.swapaxes(1, 2) * keep + fall), 0)
         found["dbias"][n, :, :dS.shape[1], :dS.shape[2]] = dS
         if a.sinks is not None:
             found["dsinks"] += (np.exp(a.sinks - np.where(level == -np.inf, np.inf, level)) * fall[:, :, 0]).sum(axis=1)

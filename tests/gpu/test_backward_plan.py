@@ -40,16 +40,16 @@ def test_query_bounds_say_what_the_rows_say(left: int | None, right: int | None,
         bounds = [row_bounds(row, seqlen_q, seqlen_k, left, right, top_left) for row in range(seqlen_q)]
         for first in range(0, seqlen_k, block_n):
             last = min(first + block_n, seqlen_k)
-            sees = [lo < last and first < hi and lo < hi for lo, hi in bounds]
-            sees_all = [lo <= first and last <= hi for lo, hi in bounds]
+            attends = [lo < last and first < hi and lo < hi for lo, hi in bounds]
+            attends_all = [lo <= first and last <= hi for lo, hi in bounds]
             m_min, full_min, full_max, m_max = query_bounds(first, last, block_m, seqlen_q, seqlen_k, left, right, top_left)
             assert 0 <= m_min <= full_min <= full_max <= m_max <= -(-seqlen_q // block_m)
             for m in range(-(-seqlen_q // block_m)):
                 rows = slice(m * block_m, (m + 1) * block_m)
-                assert any(sees[rows]) == (m_min <= m < m_max), (seqlen_q, seqlen_k, first, m)
+                assert any(attends[rows]) == (m_min <= m < m_max), (seqlen_q, seqlen_k, first, m)
                 if full_min <= m < full_max:
-                    assert all(sees_all[rows]) and len(sees_all[rows]) == block_m
-                elif all(sees_all[rows]) and len(sees_all[rows]) == block_m:
+                    assert all(attends_all[rows]) and len(attends_all[rows]) == block_m
+                elif all(attends_all[rows]) and len(attends_all[rows]) == block_m:
                     raise AssertionError(f"block {m} of keys {first} is full")
 
 
@@ -139,7 +139,7 @@ def test_emulated_backward(case: Case) -> None:
 
 
 def test_emulated_hidden_nan() -> None:
-    """Rows that see nothing, keys that nobody sees and biases at masked places may be NaN; with sinks such rows have an lse."""
+    """Rows that attend nothing, keys that nobody attends and biases at masked places may be NaN; with sinks such rows have an lse."""
     case = Case("emulated_hidden", batch=1, seqlen_q=20, seqlen_k=30, head_dim=4, mask=(1, 1, 20, 30), bias=(20, 30), sinks=True)
     inputs, results = case.make(), []
     inputs.kwargs["mask"][..., [3, 29]] = inputs.kwargs["mask"][:, :, [0, 19]] = False

@@ -68,9 +68,9 @@ def check(made: Play, p: Problem, sequences: list[Sequence]) -> None:
             blocks = keys.pop() or ()
             assert len(set(blocks)) == len(blocks) and all(at.head == head // p.group and at.batch == plane for at in blocks)
             bounds = [row_bounds(row, seqlen_q, seqlen_k, p.mask.left, p.mask.right, p.mask.top_left) for row in range(first, last)]
-            seen = {n for lo, hi in bounds for n in range(lo // block_n, -(-hi // block_n)) if lo < hi}
-            assert seen <= {(at.row - k_start) / block_n for at in blocks}
-            assert len(blocks) <= max(len(seen), 1) + made.config.block_m // block_n + 1, "blocks that no row of the tile sees"
+            attended = {n for lo, hi in bounds for n in range(lo // block_n, -(-hi // block_n)) if lo < hi}
+            assert attended <= {(at.row - k_start) / block_n for at in blocks}
+            assert len(blocks) <= max(len(attended), 1) + made.config.block_m // block_n + 1, "blocks that no row of the tile attends"
     assert not from_registers
     assert all(row >= p.seqlen_q and not p.packed for row, _, _, _ in stored)     # outside the tensor, where TMA drops them
 

@@ -77,8 +77,8 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
         heads = range(head_k * p.group, head_k * p.group + p.group)
         for first in range(0, seqlen_k, 128):
             end = min(first + 128, seqlen_k)
-            seen = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
-            blocks = [(q_start + m * block_m, head, plane) for head in heads for m in seen]
+            attended = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
+            blocks = [(q_start + m * block_m, head, plane) for head in heads for m in attended]
             expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * 8
             for key, (pointer, kind) in itertools.product(range(first, end, 16), ((DK, "dK"), (DV, "dV"))):
                 at = pointer + plane * p.seqlen_k * stride + k_start * stride + head_k * p.head_dim * 2

@@ -48,12 +48,12 @@ CU_Q, CU_K = (np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (LEN
 def visible(L: int, S: int, left: int = -1, right: int = -1) -> Array:
     """The bottom-right aligned window, (L, S), written as FlashAttention's documentation does."""
     i, j = np.arange(L)[:, None], np.arange(S)
-    seen: Array = np.ones((L, S), bool)
+    attended: Array = np.ones((L, S), bool)
     if left >= 0:
-        seen &= j >= i + S - L - left
+        attended &= j >= i + S - L - left
     if right >= 0:
-        seen &= j <= i + S - L + right
-    return seen
+        attended &= j <= i + S - L + right
+    return attended
 
 
 def expected(q: Array, k: Array, v: Array, left: int = -1, right: int = -1, bias: Array | None = None, slopes: Array | None = None,

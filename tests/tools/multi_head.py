@@ -46,7 +46,7 @@ class Drawn:
             self.mask = np.random.default_rng(seed).random(MASKS[kind](B, heads, T)) < 0.3
             if kind == 1:
                 self.mask[:, 0] = False
-            else:                                           # each query sees itself
+            else:                                           # each query attends itself
                 self.mask[..., np.arange(T), np.arange(T)] = False
 
     def arrays(self, convert: Any) -> tuple[list[Any], list[Any]]:
