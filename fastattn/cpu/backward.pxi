@@ -44,8 +44,8 @@ cdef struct GradWork:
     long* lo                            # each row's keys, relative to the tile
     long* hi
     uint64_t* keep                      # [GRAD_M][GRAD_N / 64] bits
-    uint8_t* seen                       # [GRAD_N] keys that the boolean mask leaves to some row; NULL without a mask
-    uint8_t* sees                       # [GRAD_M] rows that attend a key of the tile
+    uint8_t* attended                   # [GRAD_N] keys that the boolean mask leaves to some row; NULL without a mask
+    uint8_t* attends                    # [GRAD_M] rows that attend a key of the tile
     Tensor dbias                        # where dS is added: c.dbias or, in the extra pass, dbias_sum
     char* dbias_sum                     # [DBIAS_M][GRAD_N] reals
 
@@ -74,8 +74,8 @@ cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) 
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.hi = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.keep = <uint64_t*>carve(&memory, GRAD_M * GRAD_N // 8 if c.dropout else 0)
-    w.seen = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
-    w.sees = <uint8_t*>carve(&memory, GRAD_M)
+    w.attended = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
+    w.attends = <uint8_t*>carve(&memory, GRAD_M)
     w.dbias = c.dbias
     w.dbias_sum = carve(&memory, DBIAS_M * GRAD_N * g.real if shared else 0)
     return memory.next - start
@@ -166,11 +166,11 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
     for i in range(nq):
         row_interval(c, m0 + i, s.nq, s.nk, &w.lo[i], &w.hi[i])
         w.lo[i], w.hi[i] = max(w.lo[i] - n0, 0), min(w.hi[i] - n0, n)
-        w.sees[i] = w.lo[i] < w.hi[i]
+        w.attends[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
-            w.sees[i] = mark_seen(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
-    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.sees)
-    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.sees)
+            w.attends[i] = mark_attended(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
+    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
+    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
     if c.dropout:
         keep_tile(w.keep, GRAD_N // 64, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
 
@@ -201,7 +201,7 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
         g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)
     for i in range(i0, i0 + mr):
         p, ds, row = w.P + i * lds, w.dS + i * lds, at(&c.lse, b, s.q0 + m0 + i, head)
-        if not w.sees[i]:
+        if not w.attends[i]:
             memset(p, 0, lds)
             memset(ds, 0, lds)
             store_element(w.bias_sum + i * g.real, real, 0)
@@ -256,13 +256,13 @@ cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, l
     """Mark the keys of the tile that the boolean mask leaves to some row from m0 to m1 of these heads."""
     cdef const Call* c = &f.c
     cdef long head, i, lo, hi
-    if w.seen == NULL:
+    if w.attended == NULL:
         return
-    memset(w.seen, 0, GRAD_N)
+    memset(w.attended, 0, GRAD_N)
     for head in range(head0, head0 + heads):
         for i in range(m0, m1):
             row_interval(c, i, s.nq, s.nk, &lo, &hi)
-            mark_seen(w.seen, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
+            mark_attended(w.attended, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
 
 
 cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w) noexcept nogil:
@@ -280,11 +280,11 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
     first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
     if f.few:
-        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.seen)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.attended)
     else:
-        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
-        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, c.head_dim_v, w.seen)
-    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, GRAD_N, c.head_dim, w.seen)
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, c.head_dim_v, w.attended)
+    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, GRAD_N, c.head_dim, w.attended)
     memset(w.dK, 0, GRAD_N * c.ldq * g.real)
     memset(w.dV, 0, GRAD_N * c.ldv * g.real)
     block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch
@@ -356,11 +356,11 @@ cdef void shared_block(const Backward* f, long b, long head, long m, long n0, Gr
         return
     mark_keys(f, &s, w, b, head, 1, m, end, n0, n)
     if f.few:
-        g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, n, c.head_dim, w.seen)
-        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, n, c.head_dim_v, w.seen)
+        g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, n, c.head_dim, w.attended)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, n, c.head_dim_v, w.attended)
     else:
-        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, c.head_dim, w.seen)
-        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.seen)
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, c.head_dim, w.attended)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.attended)
     while m0 < end and not stopped_in_task(c.stop):
         nq = min(GRAD_M, end - m0)
         load_block(f, &s, w, b, head, m0, nq, n0, n)

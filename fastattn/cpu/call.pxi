@@ -27,9 +27,9 @@ cdef extern from "kernels.h" nogil:
         int half
         void (*load_row)(void* dst, long padded, const char* src, long stride, int dtype, long n) noexcept nogil
         void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
-        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* seen) noexcept nogil
-        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t* seen) noexcept nogil
-        void (*pack_values)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim, const uint8_t* seen) noexcept nogil
+        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* attended) noexcept nogil
+        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t* attended) noexcept nogil
+        void (*pack_values)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim, const uint8_t* attended) noexcept nogil
         void (*scores)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, void* S, long lds) noexcept nogil
         void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, long capacity, void* O, long ldo, const void* rescale) noexcept nogil
         const void* (*grad_operands)(const GradBlock* block) noexcept nogil
@@ -55,7 +55,7 @@ cdef extern from "kernels.h" nogil:
     long pairs_scratch(long ldq, long ldv, long parts)
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
-    int mark_seen(uint8_t* seen, const char* mask, long stride, long first, long last)
+    int mark_attended(uint8_t* attended, const char* mask, long stride, long first, long last)
     void keep_tile(uint64_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
 cdef extern from "tasks.h" nogil:

@@ -38,7 +38,7 @@ cdef struct Work:                       # a thread's workspace
     long* lo
     long* hi
     uint64_t* keep                      # [rows][block_n / 64] bits
-    uint8_t* seen                       # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
+    uint8_t* attended                   # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
 
 cdef struct Forward:
     Call c
@@ -72,7 +72,7 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
     w.keep = <uint64_t*>carve(&memory, rows * g.block_n // 8 if f.c.dropout else 0)
-    w.seen = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
+    w.attended = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
     return memory.next - start
 
 
@@ -130,17 +130,17 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
-    if w.seen != NULL:
-        memset(w.seen, 0, g.block_n)
+    if w.attended != NULL:
+        memset(w.attended, 0, g.block_n)
         for i in range(t.rows):
-            mark_seen(w.seen, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
-                      max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
+            mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
+                          max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
     if f.few and not f.direct:
-        g.pack_rows(w.K, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, last, c.head_dim, w.seen)
+        g.pack_rows(w.K, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, last, c.head_dim, w.attended)
     elif not f.few:
-        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.seen)
+        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
     if not f.direct:
-        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.seen)
+        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.attended)
     if c.dropout:
         for h in range(t.heads):
             keep_tile(w.keep + h * t.nq * (g.block_n // 64), g.block_n // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
@@ -167,11 +167,11 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
     cdef long begin = lo, end, r
     while begin < hi:
         end = hi
-        if w.seen != NULL:
-            while begin < hi and not w.seen[begin]:
+        if w.attended != NULL:
+            while begin < hi and not w.attended[begin]:
                 begin += 1
             end = begin
-            while end < hi and w.seen[end]:
+            while end < hi and w.attended[end]:
                 end += 1
         if begin < end:
             g.direct_sum(mr, begin, end, w.S, g.block_n, at(&c.v, t.b, t.s.k0 + n0, t.head_k + i0 // t.rows_k), c.v.row, c.v.dtype, c.head_dim_v,

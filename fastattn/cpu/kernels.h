@@ -14,12 +14,12 @@
 #include "pairs.h"
 #include "pairs_backward.h"
 
-/* seen[j] |= mask[j] for keys [first, last) of a tile: seen[j] says whether some row attends key j. Returns whether this row
+/* attended[j] |= mask[j] for keys [first, last) of a tile: attended[j] says whether some row attends key j. Returns whether this row
  * attends any. */
-static int mark_seen(uint8_t *seen, const char *mask, long stride, long first, long last) {
+static int mark_attended(uint8_t *attended, const char *mask, long stride, long first, long last) {
   int any = 0;
   for (long j = first; j < last; j++) {
-    seen[j] |= (uint8_t)mask[j * stride];
+    attended[j] |= (uint8_t)mask[j * stride];
     any |= mask[j * stride];
   }
   return any;
@@ -36,10 +36,10 @@ typedef struct {
   void (*load_row)(void *dst, long padded, const char *src, long stride, int dtype, long n);
   void (*store_row)(char *dst, long stride, int dtype, const void *src, double scale, long n);
   void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
-                    const uint8_t *seen);
-  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen);
+                    const uint8_t *attended);
+  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended);
   void (*pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
-                      const uint8_t *seen);
+                      const uint8_t *attended);
   void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
   void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo, const void *rescale);
   const void *(*grad_operands)(const GradBlock *block); /* NULL: P and dS are operands already */

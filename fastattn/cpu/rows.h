@@ -1,7 +1,7 @@
 /* Rows of a tile in one accumulator type: conversion and packing, score, mask, softmax and their gradients. Included after real.h,
  * once per type.
  *
- * [first, last) are the keys of a tile that some row of the task may attend. `seen`, which exists if there is a boolean mask, says
+ * [first, last) are the keys of a tile that some row of the task may attend. `attended`, which exists if there is a boolean mask, says
  * which of them are attended. All other keys are packed as zeros, so what they hold (NaN in padding, say) is never read. */
 
 /* ------------------------------------------------------------------ conversion */
@@ -65,17 +65,17 @@ static void name(store_row)(char *dst, long stride, int dtype, const void *from,
 
 /* ------------------------------------------------------------------ packing */
 static void name(pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
-                            const uint8_t *seen) {
+                            const uint8_t *attended) {
   REAL *dst = (REAL *)to;
   for (long i = 0; i < padded; i++, dst += ld) {
-    if (i < first || i >= last || (seen && !seen[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
+    if (i < first || i >= last || (attended && !attended[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
     else name(load_row)(dst, ld, src + i * row, dim, dtype, n_dim);
   }
 }
 static void name(pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
-                              const uint8_t *seen) {
+                              const uint8_t *attended) {
   (void)capacity;
-  name(pack_rows)(to, ld, src, row, dim, dtype, first, last, last, n_dim, seen);
+  name(pack_rows)(to, ld, src, row, dim, dtype, first, last, last, n_dim, attended);
 }
 #if REAL_BITS == 32 && defined(__AVX512F__)
 ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
@@ -125,12 +125,12 @@ ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
     for (long i = 0; i < VL; i++) d[j * ds + i] = s[i * ss + j];
 }
 #endif
-static void name(pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *seen) {
+static void name(pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
   REAL part[VL * VL] __attribute__((aligned(64)));
   for (long block = 0; block < last; block += CB)
     for (long j = block; j < block + CB; j += VL) {
       REAL *dst = (REAL *)to + block * n_dim + (j - block);
-      int inside = !seen && j >= first && j + VL <= last;
+      int inside = !attended && j >= first && j + VL <= last;
       for (long d = 0; d < n_dim; d += VL) {
         long w = n_dim - d < VL ? n_dim - d : VL;
         const char *s = src + j * row + d * dim;
@@ -139,7 +139,7 @@ static void name(pack_columns)(void *to, const char *src, long row, long dim, in
           continue;
         }
         for (long i = 0; i < VL; i++) {
-          if (j + i < first || j + i >= last || (seen && !seen[j + i])) memset(part + i * VL, 0, sizeof(REAL) * (size_t)VL);
+          if (j + i < first || j + i >= last || (attended && !attended[j + i])) memset(part + i * VL, 0, sizeof(REAL) * (size_t)VL);
           else name(load_row)(part + i * VL, VL, s + i * row, dim, dtype, w);
         }
         if (w == VL) name(transpose)(part, VL, dst + d * CB, CB);
