@@ -29,6 +29,17 @@ def test_differences_are_named() -> None:
     assert differences(other, KERNEL) == ["constants", "registers 40 -> 41", "shared 1000 -> 8"]
 
 
+def test_kernels_are_paired() -> None:
+    """By name where both trees have the same names, else by position."""
+    one, two, plan = replace(KERNEL, key="dq 1"), replace(KERNEL, key="dq 2", registers=50), replace(KERNEL, key="plan", threads=32)
+    pairs = [(c.new.key, c.old and c.old.key, c.found) for c in machine_code.compare(JOB, [plan, one, two], [one, two, plan])]
+    assert pairs == [("dq 1", "dq 1", ()), ("dq 2", "dq 2", ()), ("plan", "plan", ())]
+    renamed = replace(plan, key="table")
+    assert [c.found for c in machine_code.compare(JOB, [one, renamed], [one, plan])] == [(), ()]
+    [alone] = machine_code.compare(JOB, [one], [one, plan])
+    assert alone.old is None and alone.found == ("the call launches 2 -> 1 kernels",)
+
+
 def test_sections_of_an_elf_file() -> None:
     names = b"\0.text.kernel\0.bss\0.names\0"
     bodies = [(1, 1, b"code"), (14, 8, b""), (19, 3, names)]

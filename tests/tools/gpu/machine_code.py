@@ -38,6 +38,10 @@ class Kernel:
     shared: int
     cubin: Path
 
+    @property
+    def name(self) -> str:
+        return self.key.split()[0]
+
 
 def sections(elf: bytes) -> dict[str, bytes]:
     """Name -> bytes of the sections of a 64-bit little-endian ELF file, which a cubin is."""
@@ -183,12 +187,18 @@ class Compared:
 
 
 def compare(job: Any, new: list[Kernel], old: list[Kernel]) -> Iterator[Compared]:
-    """The kernels of a call, one launch after another. A call that launches another number of kernels differs in all of them."""
-    for n, kernel in enumerate(new):
-        if len(new) != len(old):
-            yield Compared(job.id, kernel, None, (f"the call launches {len(old)} -> {len(new)} kernels",))
-        else:
-            yield Compared(job.id, kernel, old[n], tuple(differences(kernel, old[n])))
+    """The kernels of a call. A call that launches another number of kernels differs in all of them.
+
+    Kernels of one name are paired in the order of their launches, which are not always those of the other names. If a name is new, all
+    are paired in the order of their launches.
+    """
+    if len(new) != len(old):
+        yield from (Compared(job.id, kernel, None, (f"the call launches {len(old)} -> {len(new)} kernels",)) for kernel in new)
+        return
+    if sorted(kernel.name for kernel in new) == sorted(kernel.name for kernel in old):      # sorting keeps the order of equals
+        new, old = (sorted(kernels, key=lambda kernel: kernel.name) for kernels in (new, old))
+    for one, other in zip(new, old, strict=True):
+        yield Compared(job.id, one, other, tuple(differences(one, other)))
 
 
 def run(jobs: list[Any], new_tree: Path, old_tree: Path, keep: Path, nvdisasm: str | None) -> int:
@@ -208,7 +218,7 @@ def run(jobs: list[Any], new_tree: Path, old_tree: Path, keep: Path, nvdisasm: s
                 if (one.new.key, job.arch) in seen:
                     continue
                 seen.add((one.new.key, job.arch))
-                counts[one.new.key.split()[0]]["different" if one.found else "equal"] += 1
+                counts[one.new.name]["different" if one.found else "equal"] += 1
                 if one.found:
                     found = list(one.found)
                     if nvdisasm and one.old and one.new.instructions != one.old.instructions:
