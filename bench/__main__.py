@@ -43,9 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
+        "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
     targets = parser.add_subparsers(required=True, metavar="cpu|gpu|ladder|paired")
-    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor")
+    target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
+                                **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
     length.add_argument("--quick", dest="mode", action="store_const", const="quick", help="a third of the cases, fewer rounds")
     length.add_argument("--long", dest="mode", action="store_const", const="long", help="16384 keys too")
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
 
-    target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device")
+    target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device",
+                                **_example("ladder --quick"))
     target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer rounds")
     target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
     target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
@@ -79,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     _choice(target)
     target.set_defaults(mode="full", run=_ladder)
 
-    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run")
+    target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run",
+                                **_example("paired ../old --quick"))
     target.add_argument("old", type=Path, metavar="OLD_TREE", help="a folder with the older fastattn, its CPU engine built in place")
     target.add_argument("--new", type=Path, default=ROOT, metavar="TREE", help="(default: this one); OLD_TREE itself shows the noise")
     target.add_argument("--gpu", dest="on", action="store_const", const="gpu", default="cpu", help="the GPU's grid, device time; bar 1 %%")

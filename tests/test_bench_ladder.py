@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench.timing import Spread
 
 from bench import ladder, results
 from bench.__main__ import main
 from bench.case import Case
 from bench.results import Row
-from bench.timing import Spread
 from tests.tools.bench import WHERE, Processor, shrunk
 
 ROOT = Path(__file__).parents[1]

@@ -14,14 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from .. import ladder
+from .. import ladder, torch_calls
 from ..case import Case
 
 Tensor = Any
 Tensors = dict[str, Any]
 SEED = 1  # of our dropout
 GRADIENTS = ("dq", "dk", "dv", "dbias")
-BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH", "sdpa": None}
+BACKENDS = ("cuDNN", "flash", "efficient", "math", "sdpa")
 
 
 @dataclass(frozen=True, slots=True)
