@@ -23,15 +23,12 @@ from .threads import get_num_threads, set_num_threads
 __all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "set_num_threads", "supports"]
 
 name = "cpu"
-_level = levels.choose()
+_level = levels.choose()            # of those that were built
 # libgomp reads this when it is loaded. Its threads spin for milliseconds after a call and slow NumPy's BLAS threads.
 _patience = {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else {"GOMP_SPINCOUNT": "10000"}
 os.environ.update(_patience)
 try:
     _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
-except ModuleNotFoundError as error:
-    raise ImportError(f"fastattn's compiled CPU engine ({_level}) is missing: install fastattn with pip (it needs gcc), "
-                      "or run `python setup.py build_ext --inplace` in its source tree.") from error
 finally:
     for _variable in _patience:
         del os.environ[_variable]

@@ -77,10 +77,10 @@ def test_unknown_isa_is_an_error() -> None:
     assert f"ValueError: FASTATTN_ISA is 'sse9'; expected one that this CPU has: {', '.join(levels.available())}." in done.stderr
 
 
-def test_a_level_that_is_not_built_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(levels, "choose", lambda: "x86_64_v9")
+def test_an_engine_that_is_not_built_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "built", list)
     monkeypatch.delitem(sys.modules, "fastattn.cpu")
-    with pytest.raises(ImportError, match=r"fastattn's compiled CPU engine \(x86_64_v9\) is missing: install fastattn with pip"):
+    with pytest.raises(ImportError, match=r"fastattn's compiled CPU engine is missing: install fastattn with pip"):
         importlib.import_module("fastattn.cpu")
 
 
@@ -108,7 +108,7 @@ def test_threads_from_the_affinity() -> None:
 def test_threadpoolctl_finds_the_pool() -> None:
     code = ("import threadpoolctl, fastattn.cpu; "
             "print(*{pool['internal_api'] + ' ' + pool['prefix'] for pool in threadpoolctl.threadpool_info()}, sep=', ')")
-    assert "openmp libgomp" in printed(code)
+    assert {"openmp libgomp", "openmp libomp"} & set(printed(code).split(", "))         # gcc's, or clang's
 
 
 def _agrees(inputs: Inputs, expected: tuple[Any, ...]) -> bool:
