@@ -32,7 +32,8 @@ from .cache import Binary
 from .notice import announced
 
 log = logging.getLogger("fastattn")
-_PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
+_PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",
+             "cuda-core")
 _lock = threading.RLock()       # one compilation at a time
 _LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # letter of a field -> letter of struct
 
