@@ -42,7 +42,7 @@ def absolute_links(text, base, revision):
     code = r"(^```.*?^```|`[^`\n]*`)"
     picture = r"(!\[[^\[\]]*\]\()([^)\s]+)([^)]*\))"
     tag = r"(<(?:img|source)\s[^>]*?src(?:set)?=\")([^\"\s]+)(\")"
-    link = r"(\[(?:[^\[\]]|!\[[^\[\]]*\]\([^)]*\))*\]\()([^)\s]+)([^)]*\))"      # its text may be a picture
+    link = r"((?<!!)\[(?:[^\[\]]|!\[[^\[\]]*\]\([^)]*\))*\]\()([^)\s]+)([^)]*\))"      # its text may be a picture
     for pattern in (picture, tag, link):
         text = re.sub(f"{code}|{pattern}", lambda found: absolute(found, 2, 3, 4), text, flags=re.MULTILINE | re.DOTALL)
     return text

@@ -1,0 +1,47 @@
+"""Beside PyTorch in one process, where there are two OpenMP runtimes if fastattn comes from a wheel: after each other, at once, after a fork."""
+from __future__ import annotations
+
+import pytest
+
+from tests.tools.processes import not_sanitized, printed
+
+pytest.importorskip("torch")
+
+BOTH = """
+import os, threading, numpy as np
+q = np.random.default_rng(0).standard_normal((1, 300, 4, 64), np.float32)
+{imports}
+fastattn.set_num_threads(2)
+torch.set_num_threads(2)
+def ours():
+    return fastattn.attention(q, q, q, causal=True)
+def theirs():
+    x = torch.from_numpy(q).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).numpy()
+def agree():
+    return bool(np.abs(ours() - theirs()).max() < 1e-5)
+{body}
+"""
+
+
+@not_sanitized
+@pytest.mark.parametrize("imports", ["import fastattn, fastattn.cpu, torch", "import torch, fastattn"], ids=["fastattn_first", "torch_first"])
+def test_both_work_in_one_process(imports: str) -> None:
+    """After each other; then both pools, used by two threads at once; then in a child, where torch gets one thread, as in the workers of its
+    DataLoader. Results of fastattn are the same bits all the time."""
+    body = """
+expected, wrong = ours().tobytes(), []
+after_each_other = all(agree() for _ in range(5))
+def work(call):
+    start = call()
+    wrong.extend(1 for _ in range(5) if np.abs(call() - start).max() > 1e-5)
+threads = [threading.Thread(target=work, args=(call,)) for call in (ours, theirs)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if ours().tobytes() == expected and agree() else 3)
+print(after_each_other, wrong, os.waitpid(child, 0)[1], agree(), ours().tobytes() == expected)
+"""
+    assert printed(BOTH.format(imports=imports, body=body)) == "True [] 0 True True"
