@@ -93,17 +93,19 @@ class build(build_ext):
 
     def _leave_out_refused(self):
         """Levels whose flags the compiler does not know are left out. One that FASTATTN_LEVELS names, and the baseline, are an error."""
-        if self.compiler.compiler_type == "msvc" or sys.maxsize < 2**32:
-            raise SystemExit(f"{NEEDED}. {'MSVC cannot compile it; use WSL' if self.compiler.compiler_type == 'msvc' else 'This Python is 32-bit'}.")
-        named = "FASTATTN_LEVELS" in os.environ
+        if self.compiler.compiler_type == "msvc":
+            raise SystemExit(f"{NEEDED}. MSVC cannot compile it; use WSL.")
+        if sys.maxsize < 2**32:
+            raise SystemExit(f"{NEEDED}. This Python is 32-bit.")
+        named, compiler = "FASTATTN_LEVELS" in os.environ, self.compiler.compiler[0]
         refused = [extension for extension in self.extensions if not self._accepts(extension)]
         if any(named or extension.name.endswith(("baseline", "detect")) for extension in refused):
             mac = " On macOS install it with `brew install libomp`, and set CPPFLAGS and LDFLAGS to its folders." if MAC else ""
             names = ", ".join(extension.name for extension in refused)
-            raise SystemExit(f"{NEEDED}. The compiler, {self.compiler.compiler[0]}, refuses the flags of {names}.{mac}")
+            raise SystemExit(f"{NEEDED}. The compiler, {compiler}, refuses the flags of {names}.{mac}")
         for extension in refused:
-            warnings.warn(f"{extension.name} is left out: the compiler, {self.compiler.compiler[0]}, refuses its flags. A newer compiler makes "
-                          "fastattn faster on CPUs that have them.", stacklevel=2)
+            warnings.warn(f"{extension.name} is left out: the compiler, {compiler}, refuses its flags. A newer compiler makes fastattn faster "
+                          "on CPUs that have them.", stacklevel=2)
             self.extensions.remove(extension)
 
     def _accepts(self, extension):

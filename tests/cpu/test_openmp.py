@@ -1,4 +1,4 @@
-"""Beside PyTorch in one process, where there are two OpenMP runtimes if fastattn comes from a wheel: after each other, at once, after a fork."""
+"""Beside PyTorch in one process. There are two OpenMP runtimes then if fastattn comes from a wheel, else one."""
 from __future__ import annotations
 
 import pytest
@@ -25,10 +25,10 @@ def agree():
 
 
 @not_sanitized
-@pytest.mark.parametrize("imports", ["import fastattn, fastattn.cpu, torch", "import torch, fastattn"], ids=["fastattn_first", "torch_first"])
+@pytest.mark.parametrize("imports", ["import fastattn.cpu, torch", "import torch, fastattn"], ids=["fastattn_first", "torch_first"])
 def test_both_work_in_one_process(imports: str) -> None:
-    """After each other; then both pools, used by two threads at once; then in a child, where torch gets one thread, as in the workers of its
-    DataLoader. Results of fastattn are the same bits all the time."""
+    """After each other; then both pools, used by two threads at once; then in a child, where torch gets one thread, as
+    in the workers of its DataLoader. Results of fastattn are the same bits all the time."""
     body = """
 expected, wrong = ours().tobytes(), []
 after_each_other = all(agree() for _ in range(5))
