@@ -104,8 +104,8 @@ class build(build_ext):
             names = ", ".join(extension.name for extension in refused)
             raise SystemExit(f"{NEEDED}. The compiler, {compiler}, refuses the flags of {names}.{mac}")
         for extension in refused:
-            warnings.warn(f"{extension.name} is left out: the compiler, {compiler}, refuses its flags. A newer compiler makes fastattn faster "
-                          "on CPUs that have them.", stacklevel=2)
+            warnings.warn(f"{extension.name} is left out: the compiler, {compiler}, refuses its flags. With a newer one fastattn is "
+                          "faster on CPUs that have them.", stacklevel=2)
             self.extensions.remove(extension)
 
     def _accepts(self, extension):
