@@ -37,8 +37,8 @@ def setup_py() -> ModuleType:
 # ---------------------------------------------------------------- versions and names
 def open_names() -> list[str]:
     """Files with a name that a person has to fill in."""
-    files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/conf.py")]
-    return [str(path.relative_to(ROOT)) for path in files if path.is_file() and OPEN.search(path.read_text(encoding="utf-8"))]
+    files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/conf.py")]
+    return [str(path.relative_to(ROOT)) for path in files if OPEN.search(path.read_text(encoding="utf-8"))]
 
 
 def test_citation_has_the_version() -> None:
