@@ -93,8 +93,8 @@ class build(build_ext):
 
     def _leave_out_refused(self):
         """Levels whose flags the compiler does not know are left out. One that FASTATTN_LEVELS names, and the baseline, are an error."""
-        if self.compiler.compiler_type == "msvc":
-            raise SystemExit(f"{NEEDED}. MSVC cannot compile it; use WSL.")
+        if self.compiler.compiler_type != "unix":           # MSVC has no vector types; MinGW has no pthread_atfork
+            raise SystemExit(f"{NEEDED}. Compilers of the kind {self.compiler.compiler_type!r} cannot build it; on Windows use WSL.")
         if sys.maxsize < 2**32:
             raise SystemExit(f"{NEEDED}. This Python is 32-bit.")
         named, compiler = "FASTATTN_LEVELS" in os.environ, self.compiler.compiler[0]
