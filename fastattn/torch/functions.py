@@ -1,0 +1,231 @@
+"""`attention` and `attention_varlen` for torch's tensors: fastattn's functions with torch's gradients.
+
+A call goes one of two ways. Where torch neither records nor transforms it, it is fastattn's own function, at fastattn's
+own cost. Otherwise its arguments become those of an operator (operators.py). `_direct` is the one place that decides.
+"""
+from __future__ import annotations
+
+from typing import Any, Literal, Never
+
+import torch
+from torch import Tensor
+
+import fastattn
+
+from ..errors import message
+from ..options import Check, read_options
+from ..signature import strict, unknown_arguments
+from .operators import Arguments, attend
+
+_PLAIN = (Tensor, torch.nn.Parameter)                       # subclasses may stand for something else, as FakeTensor does
+_modes, _level, _autocast = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level, torch._C._is_any_autocast_enabled
+
+
+def _direct(q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any) -> bool:
+    """Whether nobody but the caller sees this call: no graph, no compiler, no mode, no transform, no autocast."""
+    if torch.compiler.is_compiling() or type(q) not in _PLAIN or _modes() or _level() is not None or _autocast():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (q.requires_grad or k.requires_grad or v.requires_grad or any(
+        [x is not None and x.requires_grad for x in (bias, sinks, alibi_slopes) if isinstance(x, Tensor)]))
+
+
+@strict
+def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
+              mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
+              layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool | None = None,
+              engine: str | None = None, **unknown: Never) -> Any:
+    """`fastattn.attention` that torch differentiates, compiles, exports and casts.
+
+    Parameters
+    ----------
+    q : Tensor (batch, seqlen_q, num_heads, head_dim)
+        On CPU or CUDA; float16, bfloat16, float32 or float64. Has a gradient.
+    k : Tensor (batch, seqlen_k, num_heads_k, head_dim)
+        q's dtype and device. num_heads_k divides num_heads. Has a gradient.
+    v : Tensor (batch, seqlen_k, num_heads_k, head_dim_v)
+        q's dtype and device. Has a gradient.
+    causal, window, softmax_scale, softcap, mask, offset, layout, engine : optional
+        As in `fastattn.attention`.
+    bias : Tensor that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), optional
+        q's dtype or float32, added to the scores. Has a gradient, of bias's own shape.
+    sinks : Tensor (num_heads,), optional
+        Logits that join the softmax's denominator only. Has a gradient.
+    alibi_slopes : Tensor (num_heads,) or (batch, num_heads), optional
+        Has no gradient: slopes that require one are refused.
+    dropout_p : float, default 0.0
+        Probability of dropping a softmax weight.
+    seed : int or Tensor, optional
+        Key of the dropout's random numbers: a number, or a 0-d int64 tensor in host memory. None draws one from torch's
+        CPU generator, which torch.manual_seed seeds and torch.utils.checkpoint restores.
+    return_lse : bool, default False
+        Return (out, lse). lse has a gradient too.
+    deterministic : bool, optional
+        The same bits of gradients in every run. None: as torch.use_deterministic_algorithms says.
+
+    Returns
+    -------
+    out : Tensor (batch, seqlen_q, num_heads, head_dim_v)
+        q's dtype, under torch.autocast the autocast dtype. Contiguous in the caller's layout.
+    lse : Tensor (batch, num_heads, seqlen_q)
+        Only with ``return_lse``: float32, float64 for float64 q.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError
+        As `fastattn.attention`.
+    RuntimeError
+        The gradient is differentiated once more: there are first derivatives only.
+    NotImplementedError
+        Forward-mode differentiation (torch.func.jvp) of a call.
+
+    Notes
+    -----
+    Saved for the backward: the inputs, out and lse; nothing of size seqlen x seqlen. Dropout is recomputed from its seed.
+
+    The keywords `out` and `stream` of `fastattn.attention` are not here: results have a graph, and torch's current
+    stream is the call's.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastattn.torch import attention
+    >>> q, k, v = torch.randn(3, 2, 5, 4, 8, requires_grad=True)
+    >>> attention(q, k, v, causal=True).sum().backward()
+    """
+    if more or unknown:
+        raise unknown_arguments(attention, more, unknown)
+    if dropout_p and seed is None:
+        seed = _draw()
+    if _direct(q, k, v, bias, sinks, alibi_slopes):
+        return fastattn.attention(q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
+                                  alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
+                                  offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    if layout not in ("bshd", "bhsd"):
+        raise ValueError(message("attention", "layout", f"is {layout!r}", "'bshd' or 'bhsd'", "attention_varlen takes packed tensors"))
+    tensors = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes}
+    return _recorded("attention", tensors, (causal, window, softmax_scale, softcap, dropout_p, seed, offset), layout, return_lse,
+                     deterministic, engine)
+
+
+@strict
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
+                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
+                     window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
+                     softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
+                     sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
+                     layout: Literal["thd"] = "thd", return_lse: bool = False, deterministic: bool | None = None,
+                     engine: str | None = None, **unknown: Never) -> Any:
+    """`fastattn.attention_varlen` that torch differentiates, compiles, exports and casts.
+
+    Parameters
+    ----------
+    q : Tensor (total_q, num_heads, head_dim)
+        Sequences of different lengths, packed along the first axis. Has a gradient.
+    k : Tensor (total_k, num_heads_k, head_dim)
+        Has a gradient.
+    v : Tensor (total_k, num_heads_k, head_dim_v)
+        Has a gradient.
+    cu_seqlens_q, cu_seqlens_k : Tensor (sequences + 1,)
+        int32 or int64, cumulative lengths in rows, on q's device.
+    max_seqlen_q, max_seqlen_k, seqused_k : optional
+        As in `fastattn.attention_varlen`.
+    alibi_slopes : Tensor (num_heads,) or (sequences, num_heads), optional
+        Has no gradient.
+    bias : Tensor that broadcasts to (sequences, num_heads, max_seqlen_q, max_seqlen_k), optional
+        Has a gradient.
+    causal, window, softmax_scale, softcap, mask, sinks, dropout_p, seed, offset, return_lse, deterministic, engine : optional
+        As in `attention`.
+    layout : {"thd"}
+        The one layout of packed tensors.
+
+    Returns
+    -------
+    out : Tensor (total_q, num_heads, head_dim_v)
+        Rows of no sequence are 0.
+    lse : Tensor (num_heads, total_q)
+        Only with ``return_lse``. Rows of no sequence are -inf.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedError, ImportError, RuntimeError, NotImplementedError
+        As `attention`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastattn.torch import attention_varlen
+    >>> q, k, v = torch.randn(3, 7, 4, 8, requires_grad=True)
+    >>> lengths = torch.tensor([0, 3, 7], dtype=torch.int32)                 # two sequences, of 3 and 4 rows
+    >>> attention_varlen(q, k, v, lengths, lengths, causal=True).sum().backward()
+    """
+    if more or unknown:
+        raise unknown_arguments(attention_varlen, more, unknown)
+    if dropout_p and seed is None:
+        seed = _draw()
+    if _direct(q, k, v, bias, sinks, alibi_slopes):
+        return fastattn.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+                                         seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
+                                         alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
+                                         offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    if layout != "thd":
+        raise ValueError(message("attention_varlen", "layout", f"is {layout!r}", "'thd'", "attention takes 'bshd' and 'bhsd'"))
+    tensors = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes,
+               "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    return _recorded("attention_varlen", tensors, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
+                                                   max_seqlen_k), layout, return_lse, deterministic, engine)
+
+
+# ---------------------------------------------------------------- a call that torch sees
+def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layout: str, return_lse: bool, deterministic: bool | None,
+              engine: str | None) -> Any:
+    """The call as an operator's. Its options become plain numbers; lists of numbers become tensors."""
+    tensors = {name: _tensor(call, name, x) for name, x in tensors.items()}
+    causal, window, scale, softcap, dropout_p, seed, offset, *longest = options
+    seed = _seed_tensor(call, seed)
+    if not torch.compiler.is_compiling() and not any([isinstance(x, torch.SymInt) for x in (offset, *longest)]):
+        causal, window, scale, softcap, dropout_p, _, offset, *longest = read_options(call, causal, window, scale, softcap, dropout_p, None,
+                                                                                      offset, *longest)
+    left, right = (None, None) if window is None else window
+    longest_q, longest_k = longest or (None, None)
+    out, lse = attend(Arguments(
+        tensors["q"], tensors["k"], tensors["v"], tensors["bias"], tensors["sinks"], tensors["mask"], tensors["alibi_slopes"],
+        tensors.get("cu_seqlens_q"), tensors.get("cu_seqlens_k"), tensors.get("seqused_k"), seed,
+        "bottom_right" if causal is True else causal or "", left, right, scale, softcap, dropout_p, offset, longest_q, longest_k, layout,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic), engine))
+    return (out, lse) if return_lse else out
+
+
+def _tensor(call: str, name: str, x: Any) -> Tensor | None:
+    """x as a tensor: lists of numbers may stand for lengths, slopes and sinks in host memory."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    if isinstance(x, (list, tuple)) and name in ("alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+        return torch.tensor(x, device="cpu")
+    hint = f"torch.as_tensor({name}) makes one, and fastattn.{call} takes arrays of all libraries"
+    raise TypeError(message(call, name, f"is {type(x).__name__}", "a torch.Tensor, because torch records this call", hint))
+
+
+def _draw() -> Tensor:
+    """A new seed, from torch's CPU generator: no device is read, and in a compiled function it is drawn in each call."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def _seed_tensor(call: str, seed: Any) -> Tensor | None:
+    """The seed as the operator takes it. Seeds of 2**63 and more become negative: the same 64 bits."""
+    if seed is None:
+        return None
+    if isinstance(seed, Tensor):
+        if seed.device.type not in ("cpu", "meta") or seed.dim() or seed.dtype != torch.int64:
+            raise TypeError(message(call, "seed", f"is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)} on {seed.device}",
+                                    "an integer, or a 0-d int64 tensor on the CPU, because the host never waits for a device"))
+        return seed
+    if not isinstance(seed, (int, torch.SymInt)):
+        seed = Check(call).index("seed", seed, "an integer")
+    if seed >= 2**63:
+        if torch.compiler.is_compiling():
+            raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles", "seed - 2**64 is the same key"))
+        seed = seed - 2**64
+    return torch.full((), seed, dtype=torch.int64, device="cpu")

@@ -1,0 +1,262 @@
+"""The two operators that torch knows: `fastattn::attention` and `fastattn::attention_backward`, with a rule for each of torch's machines.
+
+    rule          what it is                                            who asks for it
+    real          the call into fastattn                                every backend
+    fake          shapes, dtypes and strides of the results             torch.compile, torch.export, FakeTensor, the meta device
+    autograd      attention's derivative is attention_backward          backward, torch.func.grad; the second one raises
+    autocast      q, k and v in the dtype of torch.autocast             torch.autocast on CPU and CUDA
+    vmap          one call for each entry                               torch.vmap
+
+`Arguments` is the one list of what an operator takes. The schemas are made of it. Users call functions.py.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastattn
+
+from ..arrays.view import View
+from ..options import read_options
+from ..problem import Operands, problem_of
+
+
+class Arguments(NamedTuple):
+    """The arguments of `fastattn::attention`, in their order: first all tensors, then the options.
+
+    Names and meanings are those of `fastattn.attention`, or of `fastattn.attention_varlen` where cu_seqlens_q is given.
+    The differences: `causal` is a string, "" for False; `window` is two numbers; `seed` is a 0-d int64 tensor in host
+    memory, so that a compiled function takes a new one in each step; `deterministic` is for the backward.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    seqused_k: Tensor | None
+    seed: Tensor | None
+    causal: str
+    window_left: int | None
+    window_right: int | None
+    softmax_scale: float | None
+    softcap: float | None
+    dropout_p: float
+    offset: int
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    layout: str
+    deterministic: bool
+    engine: str | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def call(self) -> str:
+        return "attention_varlen" if self.packed else "attention"
+
+    def window(self) -> tuple[int | None, int | None] | None:
+        return None if self.window_left is None and self.window_right is None else (self.window_left, self.window_right)
+
+    def lengths(self) -> tuple[Tensor, ...]:
+        """The positional arguments after q, k, v (out, lse) of the packed functions."""
+        return () if self.cu_seqlens_q is None or self.cu_seqlens_k is None else (self.cu_seqlens_q, self.cu_seqlens_k)
+
+    def keywords(self) -> dict[str, Any]:
+        """What fastattn's forward and backward both take by keyword."""
+        words: dict[str, Any] = {
+            "bias": self.bias, "sinks": self.sinks, "mask": self.mask, "alibi_slopes": self.alibi_slopes, "causal": self.causal or False,
+            "window": self.window(), "softmax_scale": self.softmax_scale, "softcap": self.softcap, "dropout_p": self.dropout_p,
+            "seed": self.seed, "offset": self.offset, "layout": self.layout, "engine": self.engine
+        }
+        if self.packed:
+            words |= {"max_seqlen_q": self.max_seqlen_q, "max_seqlen_k": self.max_seqlen_k, "seqused_k": self.seqused_k}
+        return words
+
+
+TENSORS = Arguments._fields.index("causal")                 # so many arguments are tensors
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "str | None": "str?", "int": "SymInt", "int | None": "SymInt?",
+                 "float": "float", "float | None": "float?", "bool": "bool"}
+_schema = ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in Arguments.__annotations__.items())
+_FORWARD, _BACKWARD = "fastattn::attention", "fastattn::attention_backward"
+torch.library.define(_FORWARD, f"({_schema}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(_BACKWARD, f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dbias, {_schema})"
+                     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)", tags=torch.Tag.pt2_compliant_tag)
+forward, backward = torch.ops.fastattn.attention.default, torch.ops.fastattn.attention_backward.default
+
+
+# ---------------------------------------------------------------- real tensors
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*arguments)
+    call = fastattn.attention_varlen if a.packed else fastattn.attention
+    out, lse = call(a.q, a.k, a.v, *a.lengths(), return_lse=True, **a.keywords())
+    return out, lse
+
+
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dbias: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients. Where one does not exist, an empty tensor stands: an operator cannot return None."""
+    a = Arguments(*arguments)
+    call = fastattn.attention_varlen_backward if a.packed else fastattn.attention_backward
+    grads = call(dout, a.q, a.k, a.v, out, lse, *a.lengths(), dlse=dlse, need_dbias=need_dbias, deterministic=a.deterministic, **a.keywords())
+    return tuple([a.q.new_empty(0) if grad is None else grad for grad in grads])
+
+
+# ---------------------------------------------------------------- fake tensors
+def _fake_view(x: Tensor | None, heads_first: bool = False) -> View | None:
+    """x without memory, on a device whose values nobody reads."""
+    if x is None:
+        return None
+    view = View(0, tuple(x.shape), (0,) * x.dim(), str(x.dtype).removeprefix("torch."), (f"fake {x.device.type}", x.device.index or 0), x)
+    return view.bshd() if heads_first else view
+
+
+def _check(a: Arguments) -> None:
+    """The argument checks of a real call, as far as shapes are numbers. What is left is checked when the call runs."""
+    options = (a.window_left, a.window_right, a.offset, a.max_seqlen_q, a.max_seqlen_k)
+    for name, x, axes in (("q", a.q, 3 if a.packed else 4), ("k", a.k, 3 if a.packed else 4), ("v", a.v, 3 if a.packed else 4)):
+        torch._check(x.dim() == axes, lambda name=name, x=x, axes=axes: f"{a.call}(): {name} has {x.dim()} axes; expected {axes}.")
+    tensors = [x for x in a[:TENSORS] if x is not None]
+    if any(type(n) is not int for x in tensors for n in x.shape) or any(type(n) not in (int, type(None)) for n in options):
+        return
+    layout = a.layout == "bhsd"
+    views = [_fake_view(x, layout and n < 3) for n, x in enumerate(a[:TENSORS - 1])]
+    q, k, v, bias, sinks, mask, alibi_slopes, cu_q, cu_k, used = views
+    assert q is not None and k is not None and v is not None
+    seed = None if a.seed is None else 0
+    problem_of(a.call, Operands(q, k, v, bias, mask, alibi_slopes, sinks, cu_q, cu_k, used),
+               read_options(a.call, a.causal or False, a.window(), a.softmax_scale, a.softcap, a.dropout_p, seed, a.offset, a.max_seqlen_q,
+                            a.max_seqlen_k))
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*arguments)
+    _check(a)
+    q, exact = a.q, torch.float64 if a.q.dtype == torch.float64 else torch.float32
+    if a.packed:
+        lse = (q.shape[1], q.shape[0])
+    else:
+        lse = (q.shape[0], *q.shape[1:3]) if a.layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty((*q.shape[:-1], a.v.shape[-1])), q.new_empty(lse, dtype=exact)
+
+
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dbias: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*arguments)
+    return tuple([a.q.new_empty(0) if x is None else x.new_empty(x.shape)
+                  for x in (a.q, a.k, a.v, a.bias if need_dbias else None, a.sinks)])
+
+
+# ---------------------------------------------------------------- autograd
+def attend(a: Arguments) -> tuple[Tensor, Tensor]:
+    """(out, lse) with every rule of torch: what functions.py calls."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        return forward(*a)  # type: ignore[no-any-return]
+    return Transformed.apply(*a)  # type: ignore[no-any-return]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a = Arguments(*inputs)
+    if a.alibi_slopes is not None and a.alibi_slopes.requires_grad:
+        raise TypeError(f"{a.call}(): alibi_slopes requires grad; expected slopes without grad, because they have no gradient here; "
+                        "pass alibi_slopes.detach(), or a bias.")
+    ctx.save_for_backward(*a[:TENSORS], *output)
+    ctx.options = a[TENSORS:]
+    ctx.set_materialize_grads(False)                        # None as the gradient of an unused result: most often lse
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needed = Arguments(*ctx.needs_input_grad)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    derivative = backward if torch._C._functorch.maybe_current_level() is None else TransformedBackward.apply
+    dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, needed.bias, *tensors, *ctx.options)
+    grads = (dq, dk, dv, dbias if needed.bias else None, dsinks if needed.sinks else None)
+    return grads + (None,) * (len(Arguments._fields) - len(grads))
+
+
+def _second(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("attention(): its gradient is differentiated once more; expected first derivatives only, because fastattn has no "
+                       "second ones; torch.nn.functional.scaled_dot_product_attention with its math backend has them.")
+
+
+# ---------------------------------------------------------------- autocast
+def cast(a: Arguments, dtype: torch.dtype) -> Arguments:
+    """q, k and v in `dtype`, as torch's own attention under autocast: tensors of float64 stay.
+
+    A bias stays float32 if it is that, because the scores are too; one of another type becomes `dtype`.
+    """
+    half = [x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x for x in (a.q, a.k, a.v)]
+    bias = a.bias if a.bias is None or a.bias.dtype not in (torch.float16, torch.bfloat16) else a.bias.to(dtype)
+    return a._replace(q=half[0], k=half[1], v=half[2], bias=bias)
+
+
+def _autocast(device_type: str) -> Any:
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
+
+    def rule(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return forward(*cast(Arguments(*arguments), torch.get_autocast_dtype(device_type)))
+    torch.library.impl(_FORWARD, key)(rule)
+    return rule
+
+
+# ---------------------------------------------------------------- vmap
+def _each(operator: Any) -> Any:
+    """The operator on a batch of arguments: one call for each entry, whose results are stacked."""
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        results = [operator(*[x if axis is None else x.select(axis, n) for x, axis in zip(arguments, in_dims, strict=True)])
+                   for n in range(info.batch_size)]
+        stacked = tuple([torch.stack(column) for column in zip(*results, strict=True)])
+        return stacked, (0,) * len(stacked)
+    return rule
+
+
+# ---------------------------------------------------------------- torch.func
+class Transformed(torch.autograd.Function):
+    """`fastattn::attention` for torch.func (grad, vjp, vmap and nests of them), which takes no autograd rule of an operator."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return forward(*arguments)
+
+    setup_context, backward = staticmethod(_save), staticmethod(_differentiate)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _each(Transformed.apply)(info, in_dims, *arguments)
+
+
+class TransformedBackward(torch.autograd.Function):
+    """`fastattn::attention_backward` for torch.func."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = staticmethod(_second)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _each(TransformedBackward.apply)(info, in_dims, *arguments)
+
+
+for _name, _operator, _real, _fake in ((_FORWARD, forward, _forward, _fake_forward), (_BACKWARD, backward, _backward, _fake_backward)):
+    torch.library.impl(_name, "CompositeExplicitAutograd")(_real)
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_vmap(_name, _each(_operator))
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _second)
+for _device_type in ("cpu", "cuda"):
+    _autocast(_device_type)
