@@ -27,6 +27,17 @@ class _Shown(str):
 
 
 def strict(function: F) -> F:
+    """The function itself, `hiding` what it has only for its errors, and left alone by torch.compile.
+
+    torch's compiler knows the two attributes: it ends its graph at the call instead of tracing into the package, and
+    quotes the reason.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "fastattn.torch.attention can be compiled"  # type: ignore[attr-defined]
+    return hiding(function)
+
+
+def hiding(function: F) -> F:
     """The function itself, with the signature that `help` should show.
 
     `*more` and `**unknown` are hidden: they only collect what `unknown_arguments` reports. Both are of type Never, so a

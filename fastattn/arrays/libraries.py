@@ -50,6 +50,7 @@ def _torch(torch: Any) -> Library:
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
     mark, is_hip, new_tuple = "torch", torch.version.hip is not None, tuple.__new__
+    _leave_alone(torch)
     forward_ad, modes, traced = torch.autograd.forward_ad, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
     @lru_cache(4096)
@@ -128,6 +129,20 @@ def _torch(torch: Any) -> Library:
         return x
 
     return Library(view, home, empty, None if is_hip else Quick(form, operator.methodcaller("data_ptr"), current, new), written)
+
+
+def _leave_alone(torch: Any) -> None:
+    """Tell torch's compiler not to compile the public functions' frames, which it meets where its graph ended (signature.py).
+
+    Without this the results are the same, but it tries each frame once. Nothing is imported for it.
+    """
+    from .. import api
+
+    known = getattr(torch._C._dynamo, "eval_frame", None)
+    if hasattr(known, "set_code_exec_strategy") and hasattr(known, "_FrameExecStrategy"):
+        skip = known._FrameExecStrategy(known._FrameAction.SKIP, known._FrameAction.SKIP)
+        for function in (api.attention, api.attention_backward, api.attention_varlen, api.attention_varlen_backward, api.merge_states):
+            known.set_code_exec_strategy(function.__code__, skip)
 
 
 def _stand_in(x: Any, call: str, argument: str, stream: Stream | None) -> Any:

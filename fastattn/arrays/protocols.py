@@ -68,8 +68,9 @@ def cannot(x: Any, why: object, call: str, argument: str) -> TypeError:
 
 
 def requires_grad(call: str, argument: str) -> TypeError:
-    return TypeError(message(call, argument, "requires grad, which fastattn would drop from the graph", "a tensor without grad",
-                             f"pass {argument}.detach(), and call the backward function with the gradient"))
+    hint = f"fastattn.torch.{call} has gradients, and {argument}.detach() drops them" if call in words.DIFFERENTIABLE else \
+        f"pass {argument}.detach()"
+    return TypeError(message(call, argument, "requires grad, which fastattn would drop from the graph", "a tensor without grad", hint))
 
 
 # ---------------------------------------------------------------- NumPy

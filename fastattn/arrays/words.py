@@ -58,7 +58,10 @@ def cast(argument: str, x: Any, dtype: str) -> str:
 def like(argument: str, x: Any, other: str) -> str:
     """`k.to(q.dtype) works`; "" for a library that is not known."""
     words = cast(argument, x, "float32")
-    return f"{words.partition('(')[0]}({other}.dtype) works" if words else ""
+    torch: Any = sys.modules.get("torch")
+    casts = ", and fastattn.torch.attention casts as torch.autocast does" if torch is not None and root(x) == "torch" \
+        and torch._C._is_any_autocast_enabled() else ""
+    return f"{words.partition('(')[0]}({other}.dtype) works{casts}" if words else ""
 
 
 # ---------------------------------------------------------------- graphs and stand-ins
@@ -90,25 +93,26 @@ def transformed(x: Any) -> tuple[str, str] | None:
     return None
 
 
-_OPERATOR = "torch.library.custom_op makes an operator of the call"
-_FUNCTION = "a torch.autograd.Function makes an operation of it, see examples/torch_autograd.py"
+DIFFERENTIABLE = ("attention", "attention_varlen")          # the public functions that fastattn.torch has too
+_OPERATOR = "fastattn.torch.attention is an operator that torch records"
+_FUNCTION = "fastattn.torch.attention works in grad, vjp and vmap"
 
 
 def _transformed_by_torch(torch: Any, x: Any) -> tuple[str, str] | None:
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(x):
-        return "is a tensor inside torch.vmap", "a call outside it takes the batch as an axis"
+        return "is a tensor inside torch.vmap", "fastattn.torch.attention works there, and a call outside takes the batch as an axis"
     if functorch.is_functorch_wrapped_tensor(x):
         return "is a tensor inside torch.func (grad, vjp, jvp or functionalize)", _FUNCTION
     if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):
         return "is a FakeTensor, a shape without memory", f"{_OPERATOR}, with a rule for these"
     if x.is_meta:
-        return "is on torch's meta device, where arrays have no memory", "fastattn.explain takes shapes without memory from a Problem"
+        return "is on torch's meta device, where arrays have no memory", "fastattn.torch.attention gives shapes there"
     if torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         return ("carries a forward-mode tangent (torch.autograd.forward_ad), which fastattn would drop",
                 "unpack_dual(...).primal is without it")
     if torch._C._get_tracing_state() is not None:
-        return "is recorded by torch.jit.trace, which cannot record what fastattn does", _OPERATOR
+        return "is recorded by torch.jit.trace, which cannot record what fastattn does", "torch.export records fastattn.torch.attention"
     if torch._C._len_torch_dispatch_stack():
         for mode in map(type, torch.utils._python_dispatch._get_current_dispatch_mode_stack()):
             if mode.__name__ in ("ProxyTorchDispatchMode", "FakeTensorMode", "FunctionalTensorMode"):

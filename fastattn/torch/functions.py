@@ -14,7 +14,7 @@ import fastattn
 
 from ..errors import message
 from ..options import Check, read_options
-from ..signature import strict, unknown_arguments
+from ..signature import hiding, unknown_arguments
 from .operators import Arguments, attend
 
 _PLAIN = (Tensor, torch.nn.Parameter)                       # subclasses may stand for something else, as FakeTensor does
@@ -23,15 +23,19 @@ _modes, _level, _autocast = torch._C._len_torch_dispatch_stack, torch._C._functo
 
 def _direct(q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any) -> bool:
     """Whether nobody but the caller sees this call: no graph, no compiler, no mode, no transform, no autocast."""
-    if torch.compiler.is_compiling() or type(q) not in _PLAIN or _modes() or _level() is not None or _autocast():
+    if torch.compiler.is_compiling() or type(q) not in _PLAIN or q.is_meta or _modes() or _level() is not None or _autocast():
         return False
     if not torch.is_grad_enabled():
         return True
-    return not (q.requires_grad or k.requires_grad or v.requires_grad or any(
-        [x is not None and x.requires_grad for x in (bias, sinks, alibi_slopes) if isinstance(x, Tensor)]))
+    return not (q.requires_grad or k.requires_grad or v.requires_grad or _wanted(bias) or _wanted(sinks) or _wanted(alibi_slopes))
 
 
-@strict
+def _wanted(x: Any) -> bool:
+    """Whether an optional operand is a tensor that requires grad."""
+    return x is not None and isinstance(x, Tensor) and x.requires_grad
+
+
+@hiding
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
               mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
@@ -96,7 +100,7 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     >>> attention(q, k, v, causal=True).sum().backward()
     """
     if more or unknown:
-        raise unknown_arguments(attention, more, unknown)
+        raise _unknown(attention, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
     if _direct(q, k, v, bias, sinks, alibi_slopes):
@@ -110,7 +114,7 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
                      deterministic, engine)
 
 
-@strict
+@hiding
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
                      max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
                      window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
@@ -162,7 +166,7 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     >>> attention_varlen(q, k, v, lengths, lengths, causal=True).sum().backward()
     """
     if more or unknown:
-        raise unknown_arguments(attention_varlen, more, unknown)
+        raise _unknown(attention_varlen, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
     if _direct(q, k, v, bias, sinks, alibi_slopes):
@@ -176,6 +180,15 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     return _recorded("attention_varlen", tensors, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
                                                    max_seqlen_k), layout, return_lse, deterministic, engine)
+
+
+def _unknown(function: Any, more: tuple[Any, ...], unknown: dict[str, Any]) -> TypeError:
+    """The TypeError for arguments that are not in the signature; two of them fastattn's own functions have."""
+    for name, instead in (("out", "the result's graph needs memory of its own"), ("stream", "the call is on torch's current stream")):
+        if name in unknown and not more:
+            call = function.__name__
+            return TypeError(f"{call}(): {name} is no keyword of fastattn.torch.{call}, because {instead}; fastattn.{call} has it.")
+    return unknown_arguments(function, more, unknown)
 
 
 # ---------------------------------------------------------------- a call that torch sees

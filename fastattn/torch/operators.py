@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastattn
 
@@ -156,7 +157,12 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 # ---------------------------------------------------------------- autograd
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """(out, lse) with every rule of torch: what functions.py calls."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+    if torch.compiler.is_compiling():
+        return forward(*a)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0 and any([x is not None and forward_ad.unpack_dual(x).tangent is not None for x in a[:TENSORS]]):
+        raise NotImplementedError(f"{a.call}(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
+                                  "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
+    if torch._C._functorch.maybe_current_level() is None:
         return forward(*a)  # type: ignore[no-any-return]
     return Transformed.apply(*a)  # type: ignore[no-any-return]
 
