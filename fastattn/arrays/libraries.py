@@ -138,7 +138,7 @@ def _leave_alone(torch: Any) -> None:
     """
     from .. import api
 
-    known = getattr(torch._C._dynamo, "eval_frame", None)
+    known: Any = getattr(torch._C._dynamo, "eval_frame", None)
     if hasattr(known, "set_code_exec_strategy") and hasattr(known, "_FrameExecStrategy"):
         skip = known._FrameExecStrategy(known._FrameAction.SKIP, known._FrameAction.SKIP)
         for function in (api.attention, api.attention_backward, api.attention_varlen, api.attention_varlen_backward, api.merge_states):

@@ -198,7 +198,7 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
     tensors = {name: _tensor(call, name, x) for name, x in tensors.items()}
     causal, window, scale, softcap, dropout_p, seed, offset, *longest = options
     seed = _seed_tensor(call, seed)
-    if not torch.compiler.is_compiling() and not any([isinstance(x, torch.SymInt) for x in (offset, *longest)]):
+    if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (offset, *longest)):
         causal, window, scale, softcap, dropout_p, _, offset, *longest = read_options(call, causal, window, scale, softcap, dropout_p, None,
                                                                                       offset, *longest)
     left, right = (None, None) if window is None else window
@@ -239,6 +239,7 @@ def _seed_tensor(call: str, seed: Any) -> Tensor | None:
         seed = Check(call).index("seed", seed, "an integer")
     if seed >= 2**63:
         if torch.compiler.is_compiling():
-            raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles", "seed - 2**64 is the same key"))
+            raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles",
+                                     "seed - 2**64 is the same key"))
         seed = seed - 2**64
     return torch.full((), seed, dtype=torch.int64, device="cpu")

@@ -84,8 +84,8 @@ class Arguments(NamedTuple):
 
 
 TENSORS = Arguments._fields.index("causal")                 # so many arguments are tensors
-_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "str | None": "str?", "int": "SymInt", "int | None": "SymInt?",
-                 "float": "float", "float | None": "float?", "bool": "bool"}
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "str | None": "str?", "int": "SymInt",
+                 "int | None": "SymInt?", "float": "float", "float | None": "float?", "bool": "bool"}
 _schema = ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in Arguments.__annotations__.items())
 _FORWARD, _BACKWARD = "fastattn::attention", "fastattn::attention_backward"
 torch.library.define(_FORWARD, f"({_schema}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
@@ -97,7 +97,7 @@ forward, backward = torch.ops.fastattn.attention.default, torch.ops.fastattn.att
 # ---------------------------------------------------------------- real tensors
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*arguments)
-    call = fastattn.attention_varlen if a.packed else fastattn.attention
+    call: Any = fastattn.attention_varlen if a.packed else fastattn.attention
     out, lse = call(a.q, a.k, a.v, *a.lengths(), return_lse=True, **a.keywords())
     return out, lse
 
@@ -105,8 +105,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dbias: bool, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients. Where one does not exist, an empty tensor stands: an operator cannot return None."""
     a = Arguments(*arguments)
-    call = fastattn.attention_varlen_backward if a.packed else fastattn.attention_backward
-    grads = call(dout, a.q, a.k, a.v, out, lse, *a.lengths(), dlse=dlse, need_dbias=need_dbias, deterministic=a.deterministic, **a.keywords())
+    call: Any = fastattn.attention_varlen_backward if a.packed else fastattn.attention_backward
+    grads = call(dout, a.q, a.k, a.v, out, lse, *a.lengths(), dlse=dlse, need_dbias=need_dbias, deterministic=a.deterministic,
+                 **a.keywords())
     return tuple([a.q.new_empty(0) if grad is None else grad for grad in grads])
 
 
@@ -124,11 +125,12 @@ def _check(a: Arguments) -> None:
     options = (a.window_left, a.window_right, a.offset, a.max_seqlen_q, a.max_seqlen_k)
     for name, x, axes in (("q", a.q, 3 if a.packed else 4), ("k", a.k, 3 if a.packed else 4), ("v", a.v, 3 if a.packed else 4)):
         torch._check(x.dim() == axes, lambda name=name, x=x, axes=axes: f"{a.call}(): {name} has {x.dim()} axes; expected {axes}.")
-    tensors = [x for x in a[:TENSORS] if x is not None]
+    tensors: list[Any] = [x for x in a[:TENSORS] if x is not None]
     if any(type(n) is not int for x in tensors for n in x.shape) or any(type(n) not in (int, type(None)) for n in options):
         return
     layout = a.layout == "bhsd"
-    views = [_fake_view(x, layout and n < 3) for n, x in enumerate(a[:TENSORS - 1])]
+    operands: tuple[Any, ...] = a[:TENSORS - 1]
+    views = [_fake_view(x, layout and n < 3) for n, x in enumerate(operands)]
     q, k, v, bias, sinks, mask, alibi_slopes, cu_q, cu_k, used = views
     assert q is not None and k is not None and v is not None
     seed = None if a.seed is None else 0
@@ -159,12 +161,16 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     """(out, lse) with every rule of torch: what functions.py calls."""
     if torch.compiler.is_compiling():
         return forward(*a)  # type: ignore[no-any-return]
-    if forward_ad._current_level >= 0 and any([x is not None and forward_ad.unpack_dual(x).tangent is not None for x in a[:TENSORS]]):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, a[:TENSORS])):
         raise NotImplementedError(f"{a.call}(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
                                   "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
     if torch._C._functorch.maybe_current_level() is None:
         return forward(*a)  # type: ignore[no-any-return]
     return Transformed.apply(*a)  # type: ignore[no-any-return]
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -205,12 +211,10 @@ def cast(a: Arguments, dtype: torch.dtype) -> Arguments:
 
 
 def _autocast(device_type: str) -> Any:
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
-
     def rule(*arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return forward(*cast(Arguments(*arguments), torch.get_autocast_dtype(device_type)))
-    torch.library.impl(_FORWARD, key)(rule)
+        cast_arguments = cast(Arguments(*arguments), torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return forward(*cast_arguments)
     return rule
 
 
@@ -226,7 +230,7 @@ def _each(operator: Any) -> Any:
 
 
 # ---------------------------------------------------------------- torch.func
-class Transformed(torch.autograd.Function):
+class Transformed(torch.autograd.Function):  # type: ignore[misc]
     """`fastattn::attention` for torch.func (grad, vjp, vmap and nests of them), which takes no autograd rule of an operator."""
 
     @staticmethod
@@ -240,7 +244,7 @@ class Transformed(torch.autograd.Function):
         return _each(Transformed.apply)(info, in_dims, *arguments)
 
 
-class TransformedBackward(torch.autograd.Function):
+class TransformedBackward(torch.autograd.Function):  # type: ignore[misc]
     """`fastattn::attention_backward` for torch.func."""
 
     @staticmethod
@@ -264,5 +268,5 @@ for _name, _operator, _real, _fake in ((_FORWARD, forward, _forward, _fake_forwa
     torch.library.register_vmap(_name, _each(_operator))
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
 torch.library.register_autograd(_BACKWARD, _second)
-for _device_type in ("cpu", "cuda"):
-    _autocast(_device_type)
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    torch.library.impl(_FORWARD, _key)(_autocast(_device_type))

@@ -69,13 +69,14 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     >>> scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
     """
     is_causal = _FORWARD.flag("causal", is_causal)
-    options = {"layout": "bhsd", "causal": "top_left" if is_causal else False, "softmax_scale": scale, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"layout": "bhsd", "causal": "top_left" if is_causal else False, "softmax_scale": scale,
+                               "dropout_p": dropout_p}
     kind = None if attn_mask is None else "mask" if attn_mask.dtype == torch.bool else "bias"
     if _nothing_broadcasts(query, key, value, attn_mask, is_causal, enable_gqa):
         if kind is not None:
             options[kind] = attn_mask
         folded = _FORWARD.run(attention, *map(_four_axes, (query, key, value)), **options)
-        return folded if query.dim() == 4 else folded.reshape(*query.shape[:-1], value.shape[-1])  # type: ignore[no-any-return]
+        return folded if query.dim() == 4 else folded.reshape(*query.shape[:-1], value.shape[-1])
     plan = _plan(_FORWARD, query, key, value, attn_mask, is_causal, _FORWARD.flag("enable_gqa", enable_gqa))
     if kind is not None:
         options[kind] = plan.fit(_FORWARD, "attn_mask", attn_mask)
