@@ -4,7 +4,8 @@
     out = attention(q, k, v, causal=True)                   # tensors that may require grad, (batch, seqlen, num_heads, head_dim)
 
     functions.py        attention and attention_varlen: fastattn's keywords
-    operators.py        the operators behind them, with the rules that torch's compiler and autograd ask for
+    autograd.py         the derivative, and how torch records it
+    operators.py        the operators that torch's compiler knows, with the rules it asks for
     sdpa.py             torch's scaled_dot_product_attention: the function, and putting it in a model's place
     transformers.py     attn_implementation="fastattn" in Hugging Face's transformers
 

@@ -1,7 +1,7 @@
 """`attention` and `attention_varlen` for torch's tensors: fastattn's functions with torch's gradients.
 
-A call goes one of two ways. Where torch neither records nor transforms it, it is fastattn's own function, at fastattn's
-own cost. Otherwise its arguments become those of an operator (operators.py). `_direct` is the one place that decides.
+Where torch neither records nor transforms a call, it is fastattn's own function, at fastattn's own cost: `_direct`
+decides. Otherwise its arguments become `Arguments`, and autograd.py goes on.
 """
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import fastattn
 from ..errors import message
 from ..options import Check, read_options
 from ..signature import hiding, unknown_arguments
-from .operators import Arguments, attend
+from .autograd import PLAIN, attend, level, modes
+from .operators import Arguments
 
-_PLAIN = (Tensor, torch.nn.Parameter)                       # subclasses may stand for something else, as FakeTensor does
-_modes, _level, _autocast = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level, torch._C._is_any_autocast_enabled
+_autocast = torch._C._is_any_autocast_enabled
 
 
 def _direct(q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any) -> bool:
     """Whether nobody but the caller sees this call: no graph, no compiler, no mode, no transform, no autocast."""
-    if torch.compiler.is_compiling() or type(q) not in _PLAIN or q.is_meta or _modes() or _level() is not None or _autocast():
+    if torch.compiler.is_compiling() or type(q) not in PLAIN or q.is_meta or modes() or level() is not None or _autocast():
         return False
     if not torch.is_grad_enabled():
         return True

@@ -3,7 +3,7 @@
     rule          what it is                                            who asks for it
     real          the call into fastattn                                every backend
     fake          shapes, dtypes and strides of the results             torch.compile, torch.export, FakeTensor, the meta device
-    autograd      attention's derivative is attention_backward          backward, torch.func.grad; the second one raises
+    autograd      in autograd.py                                        backward
     autocast      q, k and v in the dtype of torch.autocast             torch.autocast on CPU and CUDA
     vmap          one call for each entry                               torch.vmap
 
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import fastattn
 
@@ -87,22 +86,22 @@ TENSORS = Arguments._fields.index("causal")                 # so many arguments 
 _SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "str | None": "str?", "int": "SymInt",
                  "int | None": "SymInt?", "float": "float", "float | None": "float?", "bool": "bool"}
 _schema = ", ".join(f"{_SCHEMA_TYPES[kind.__forward_arg__]} {name}" for name, kind in Arguments.__annotations__.items())
-_FORWARD, _BACKWARD = "fastattn::attention", "fastattn::attention_backward"
-torch.library.define(_FORWARD, f"({_schema}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(_BACKWARD, f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dbias, {_schema})"
+FORWARD, BACKWARD = "fastattn::attention", "fastattn::attention_backward"
+torch.library.define(FORWARD, f"({_schema}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(BACKWARD, f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dbias, {_schema})"
                      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)", tags=torch.Tag.pt2_compliant_tag)
 forward, backward = torch.ops.fastattn.attention.default, torch.ops.fastattn.attention_backward.default
 
 
 # ---------------------------------------------------------------- real tensors
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward_now(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*arguments)
     call: Any = fastattn.attention_varlen if a.packed else fastattn.attention
     out, lse = call(a.q, a.k, a.v, *a.lengths(), return_lse=True, **a.keywords())
     return out, lse
 
 
-def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dbias: bool, *arguments: Any) -> tuple[Tensor, ...]:
+def backward_now(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dbias: bool, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients. Where one does not exist, an empty tensor stands: an operator cannot return None."""
     a = Arguments(*arguments)
     call: Any = fastattn.attention_varlen_backward if a.packed else fastattn.attention_backward
@@ -156,49 +155,6 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
                   for x in (a.q, a.k, a.v, a.bias if need_dbias else None, a.sinks)])
 
 
-# ---------------------------------------------------------------- autograd
-def attend(a: Arguments) -> tuple[Tensor, Tensor]:
-    """(out, lse) with every rule of torch: what functions.py calls."""
-    if torch.compiler.is_compiling():
-        return forward(*a)  # type: ignore[no-any-return]
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, a[:TENSORS])):
-        raise NotImplementedError(f"{a.call}(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
-                                  "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
-    if torch._C._functorch.maybe_current_level() is None:
-        return forward(*a)  # type: ignore[no-any-return]
-    return Transformed.apply(*a)  # type: ignore[no-any-return]
-
-
-def _has_tangent(x: Tensor | None) -> bool:
-    return x is not None and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a = Arguments(*inputs)
-    if a.alibi_slopes is not None and a.alibi_slopes.requires_grad:
-        raise TypeError(f"{a.call}(): alibi_slopes requires grad; expected slopes without grad, because they have no gradient here; "
-                        "pass alibi_slopes.detach(), or a bias.")
-    ctx.save_for_backward(*a[:TENSORS], *output)
-    ctx.options = a[TENSORS:]
-    ctx.set_materialize_grads(False)                        # None as the gradient of an unused result: most often lse
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    needed = Arguments(*ctx.needs_input_grad)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    derivative = backward if torch._C._functorch.maybe_current_level() is None else TransformedBackward.apply
-    dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, needed.bias, *tensors, *ctx.options)
-    grads = (dq, dk, dv, dbias if needed.bias else None, dsinks if needed.sinks else None)
-    return grads + (None,) * (len(Arguments._fields) - len(grads))
-
-
-def _second(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("attention(): its gradient is differentiated once more; expected first derivatives only, because fastattn has no "
-                       "second ones; torch.nn.functional.scaled_dot_product_attention with its math backend has them.")
-
-
 # ---------------------------------------------------------------- autocast
 def cast(a: Arguments, dtype: torch.dtype) -> Arguments:
     """q, k and v in `dtype`, as torch's own attention under autocast: tensors of float64 stay.
@@ -219,7 +175,7 @@ def _autocast(device_type: str) -> Any:
 
 
 # ---------------------------------------------------------------- vmap
-def _each(operator: Any) -> Any:
+def each(operator: Any) -> Any:
     """The operator on a batch of arguments: one call for each entry, whose results are stacked."""
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         results = [operator(*[x if axis is None else x.select(axis, n) for x, axis in zip(arguments, in_dims, strict=True)])
@@ -229,44 +185,9 @@ def _each(operator: Any) -> Any:
     return rule
 
 
-# ---------------------------------------------------------------- torch.func
-class Transformed(torch.autograd.Function):  # type: ignore[misc]
-    """`fastattn::attention` for torch.func (grad, vjp, vmap and nests of them), which takes no autograd rule of an operator."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return forward(*arguments)
-
-    setup_context, backward = staticmethod(_save), staticmethod(_differentiate)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _each(Transformed.apply)(info, in_dims, *arguments)
-
-
-class TransformedBackward(torch.autograd.Function):  # type: ignore[misc]
-    """`fastattn::attention_backward` for torch.func."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    backward = staticmethod(_second)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _each(TransformedBackward.apply)(info, in_dims, *arguments)
-
-
-for _name, _operator, _real, _fake in ((_FORWARD, forward, _forward, _fake_forward), (_BACKWARD, backward, _backward, _fake_backward)):
+for _name, _operator, _real, _fake in ((FORWARD, forward, forward_now, _fake_forward), (BACKWARD, backward, backward_now, _fake_backward)):
     torch.library.impl(_name, "CompositeExplicitAutograd")(_real)
     torch.library.register_fake(_name, _fake)
-    torch.library.register_vmap(_name, _each(_operator))
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
-torch.library.register_autograd(_BACKWARD, _second)
+    torch.library.register_vmap(_name, each(_operator))
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    torch.library.impl(_FORWARD, _key)(_autocast(_device_type))
+    torch.library.impl(FORWARD, _key)(_autocast(_device_type))

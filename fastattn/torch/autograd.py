@@ -1,0 +1,112 @@
+"""The derivative of attention, and the ways on which torch records it.
+
+    way             when                                                cost on the host
+    Recorded        eager training, and torch.func                      an autograd.Function straight over fastattn's functions
+    the operator    torch.compile, export, fake tensors, modes,         torch's dispatcher, several times that
+                    autocast
+
+Both save the inputs, out and lse, and have first derivatives only.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .operators import BACKWARD, FORWARD, TENSORS, Arguments, backward, backward_now, each, forward, forward_now
+
+PLAIN = (Tensor, torch.nn.Parameter)                        # subclasses may stand for something else, as FakeTensor does
+# Whether torch looks at each operation: dispatch modes, and the level of torch.func. torch has no public names for them.
+modes, level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
+
+
+def attend(a: Arguments) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call that torch records: what functions.py calls."""
+    if torch.compiler.is_compiling():
+        return forward(*a)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, a[:TENSORS])):
+        raise NotImplementedError(f"{a.call}(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
+                                  "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
+    if level() is None and (modes() or torch._C._is_any_autocast_enabled() or not _plain(*a[:TENSORS])):
+        return forward(*a)  # type: ignore[no-any-return]
+    return Recorded.apply(*a)  # type: ignore[no-any-return]
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether all are torch's own tensors, with memory."""
+    return all(x is None or (type(x) in PLAIN and not x.is_meta) for x in tensors)
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+
+
+# ---------------------------------------------------------------- the derivative
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a = Arguments(*inputs)
+    if a.alibi_slopes is not None and a.alibi_slopes.requires_grad:
+        raise TypeError(f"{a.call}(): alibi_slopes requires grad; expected slopes without grad, because they have no gradient here; "
+                        "pass alibi_slopes.detach(), or a bias.")
+    ctx.save_for_backward(*a[:TENSORS], *output)
+    ctx.options = a[TENSORS:]
+    ctx.set_materialize_grads(False)                        # None as the gradient of an unused result: most often lse
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needed = Arguments(*ctx.needs_input_grad)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if level() is not None:
+        derivative = RecordedBackward.apply
+    elif torch.compiler.is_compiling() or torch.is_grad_enabled() or modes() or not _plain(dout, dlse, out, lse, *tensors):
+        derivative = backward                               # grad mode is on where the graph of the gradient is asked for
+    else:
+        derivative = backward_now
+    dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, needed.bias, *tensors, *ctx.options)
+    grads = (dq, dk, dv, dbias if needed.bias else None, dsinks if needed.sinks else None)
+    return grads + (None,) * (len(Arguments._fields) - len(grads))
+
+
+def _second(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("attention(): its gradient is differentiated once more; expected first derivatives only, because fastattn has no "
+                       "second ones; torch.nn.functional.scaled_dot_product_attention with its math backend has them.")
+
+
+torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(BACKWARD, _second)
+
+
+# ---------------------------------------------------------------- without torch's dispatcher
+class Recorded(torch.autograd.Function):  # type: ignore[misc]
+    """Attention with its derivative. Inside torch.func its work is the operators', which have a rule for vmap."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return (forward_now if level() is None else forward)(*arguments)
+
+    setup_context, backward = staticmethod(_save), staticmethod(_differentiate)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return each(Recorded.apply)(info, in_dims, *arguments)
+
+
+class RecordedBackward(torch.autograd.Function):  # type: ignore[misc]
+    """attention_backward inside torch.func, where an operator's own autograd rule does not work."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved, because there is no second derivative."""
+
+    backward = staticmethod(_second)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return each(RecordedBackward.apply)(info, in_dims, *arguments)
