@@ -27,8 +27,7 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return forward(*a)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0 and any(map(_has_tangent, a[:TENSORS])):
-        raise NotImplementedError(f"{a.call}(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
-                                  "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
+        _forward_mode()
     if level() is None and (modes() or torch._C._is_any_autocast_enabled() or not _plain(*a[:TENSORS])):
         return forward(*a)  # type: ignore[no-any-return]
     return Recorded.apply(*a)  # type: ignore[no-any-return]
@@ -75,6 +74,11 @@ def _second(ctx: Any, *grads: Any) -> None:
                        "second ones; torch.nn.functional.scaled_dot_product_attention with its math backend has them.")
 
 
+def _forward_mode(*_: Any) -> None:
+    raise NotImplementedError("attention(): a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, hessian, or forward_ad); "
+                              "expected none, because fastattn differentiates in reverse only; torch.func.vjp and jacrev work.")
+
+
 torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 torch.library.register_autograd(BACKWARD, _second)
 
@@ -87,7 +91,7 @@ class Recorded(torch.autograd.Function):  # type: ignore[misc]
     def forward(*arguments: Any) -> Any:
         return (forward_now if level() is None else forward)(*arguments)
 
-    setup_context, backward = staticmethod(_save), staticmethod(_differentiate)
+    setup_context, backward, jvp = staticmethod(_save), staticmethod(_differentiate), staticmethod(_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -105,7 +109,7 @@ class RecordedBackward(torch.autograd.Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Nothing is saved, because there is no second derivative."""
 
-    backward = staticmethod(_second)
+    backward, jvp = staticmethod(_second), staticmethod(_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastattn
 
 from ..errors import message
-from ..options import Check, read_options
+from ..options import SEED, Check, read_options
 from ..signature import hiding, unknown_arguments
 from .autograd import PLAIN, attend, level, modes
 from .operators import Arguments
@@ -235,8 +235,8 @@ def _seed_tensor(call: str, seed: Any) -> Tensor | None:
             raise TypeError(message(call, "seed", f"is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)} on {seed.device}",
                                     "an integer, or a 0-d int64 tensor on the CPU, because the host never waits for a device"))
         return seed
-    if not isinstance(seed, (int, torch.SymInt)):
-        seed = Check(call).index("seed", seed, "an integer")
+    if not torch.compiler.is_compiling() and not isinstance(seed, torch.SymInt):
+        seed = Check(call).integer("seed", seed, *SEED)
     if seed >= 2**63:
         if torch.compiler.is_compiling():
             raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles",
