@@ -1,11 +1,13 @@
-"""fastattn under torch's autograd: one torch.autograd.Function around `attention` and `attention_backward`.
+"""Training with fastattn.torch: a tiny layer whose attention has a learned bias, sinks, dropout, and a loss on lse.
 
-    python torch_autograd.py                  # compares gradients with torch's own attention, then trains a tiny layer
-    python torch_autograd.py --device cuda    # the same code: results come in the caller's library, on its device and stream
+    python torch_autograd.py                  # compares gradients with torch's own attention, then trains
+    python torch_autograd.py --compile        # the layer under torch.compile, as one graph
+    python torch_autograd.py --device cuda    # the same code: results come on the tensors' device and torch's stream
 
 The layer learns to name the token three positions before. It knows positions only by a learned bias for each
 distance, so it can learn this only if the bias gets its gradient. Each head has a learned sink. The loss also
-penalises lse, the second result of attention, which has a gradient too.
+penalises lse, the second result of attention, which has a gradient too. Dropout needs no seed: each step draws one
+from torch's generator, compiled or not.
 """
 from __future__ import annotations
 
@@ -16,64 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward
+from fastattn.torch import attention
 
 
-# ---------------------------------------------------------------- the adapter
-class Attention(torch.autograd.Function):
-    """(q, k, v, bias, sinks, mask, alibi_slopes, options) -> (out, lse). The first five have gradients, of first order.
-
-    Saved for the backward: the inputs, out and lse, nothing of size seqlen x seqlen. Dropout is recomputed from its
-    seed.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, mask: Tensor | None,
-                alibi_slopes: Tensor | None, options: dict[str, Any]) -> Any:
-        plain = [None if x is None else x.detach() for x in (q, k, v, bias, sinks)]
-        call = attention_varlen if "cu_seqlens_q" in options else attention
-        return call(*plain[:3], bias=plain[3], sinks=plain[4], mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.options = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)                     # None as gradient of an unused result: most often lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors: Any = (None if x is None else x.detach() for x in (dout, dlse, *ctx.saved_tensors))
-        dout, dlse, q, k, v, bias, sinks, mask, alibi_slopes, out, lse = tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        call = attention_varlen_backward if "cu_seqlens_q" in ctx.options else attention_backward
-        grads = call(dout, q, k, v, out, lse, dlse=dlse, bias=bias, sinks=sinks, mask=mask, alibi_slopes=alibi_slopes,
-                     need_dbias=ctx.needs_input_grad[3], deterministic=torch.are_deterministic_algorithms_enabled(), **ctx.options)
-        return *grads, None, None, None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, sinks: Tensor | None = None, mask: Tensor | None = None,
-           alibi_slopes: Tensor | None = None, dropout_p: float = 0.0, seed: int | None = None, return_lse: bool = False,
-           **options: Any) -> Any:
-    """`attention`, or `attention_varlen` with cu_seqlens_q and cu_seqlens_k, with gradients for q, k, v, bias and sinks.
-
-    Dropout without a seed draws one from torch's CPU generator, which `torch.manual_seed` seeds. Other keywords are
-    fastattn's, except `out`.
-    """
-    if alibi_slopes is not None and alibi_slopes.requires_grad:     # refused, not silently ignored
-        raise TypeError("attend(): alibi_slopes requires grad, but slopes have no gradient; alibi_slopes.detach() works")
-    if dropout_p > 0 and seed is None:
-        seed = int(torch.randint(2**62, ()))
-    out, lse = Attention.apply(q, k, v, bias, sinks, mask, alibi_slopes, {"dropout_p": dropout_p, "seed": seed, **options})
-    return (out, lse) if return_lse else out
-
-
-# ---------------------------------------------------------------- a layer that uses it
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attend` with causal=True and return_lse=True should return, by torch alone.
+    """What `attention` with causal=True and return_lse=True should return, by torch alone.
 
     A sink is one more key, whose score is the sink and whose value is 0.
     """
@@ -109,8 +60,8 @@ class Layer(nn.Module):
         if own:
             out, lse = sdpa(q, k, v, bias=bias, sinks=self.sinks)
         else:
-            out, lse = attend(q, k, v, bias=bias, sinks=self.sinks, causal=True, return_lse=True,
-                              dropout_p=self.dropout_p if self.training else 0.0)
+            out, lse = attention(q, k, v, bias=bias, sinks=self.sinks, causal=True, return_lse=True,
+                                 dropout_p=self.dropout_p if self.training else 0.0)
         return self.head(out.flatten(2)), lse
 
 
@@ -139,10 +90,12 @@ def compare(device: str = "cpu", seed: int = 0) -> dict[str, float]:
     return {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
 
 
-def train(device: str = "cpu", steps: int = 150, seed: int = 0) -> list[float]:
+def train(device: str = "cpu", steps: int = 150, seed: int = 0, compiled: bool = False) -> list[float]:
     """The loss of each step. Chance is ln 16 = 2.77."""
     torch.manual_seed(seed)
     layer, losses = Layer().to(device), []
+    if compiled:
+        layer.compile(fullgraph=True)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     for _ in range(steps):
         loss = loss_of(layer, torch.randint(16, (16, 32)).to(device))
@@ -154,13 +107,14 @@ def train(device: str = "cpu", steps: int = 150, seed: int = 0) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Attention of fastattn under torch's autograd.")
+    parser = argparse.ArgumentParser(description="Training with fastattn.torch.")
     parser.add_argument("--device", default="cpu", help="of torch: cpu, cuda, cuda:1, ...")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--compile", action="store_true", help="train under torch.compile")
     args = parser.parse_args()
     for name, error in compare(args.device).items():
         print(f"gradient of {name:12} is {error:.1e} from torch's in float64")
-    losses = train(args.device, args.steps)
+    losses = train(args.device, args.steps, compiled=args.compile)
     for step in range(0, len(losses), 25):
         print(f"step {step:4}  loss {losses[step]:.3f}")
     print(f"step {len(losses) - 1:4}  loss {losses[-1]:.3f}")

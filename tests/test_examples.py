@@ -288,74 +288,29 @@ def test_the_command_finds_the_device(cupy: Any, tmp_path: Path, monkeypatch: py
     assert len(capsys.readouterr().out) == 4 + 5 + 1
 
 
-# ---------------------------------------------------------------- under torch's autograd
+# ---------------------------------------------------------------- fastattn.torch
 @pytest.fixture(scope="module")
-def adapter() -> Any:
+def torch_example() -> Any:
     pytest.importorskip("torch")
     return importlib.import_module("torch_autograd")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_torch_gradients_are_those_of_its_own_attention(adapter: Any, device: str) -> None:
+def test_torch_gradients_are_those_of_its_own_attention(torch_example: Any, device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch built for it")
-    assert max(adapter.compare(device).values()) < 3e-6
+    assert max(torch_example.compare(device).values()) < 3e-6
 
 
-def test_torch_layer_learns(adapter: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["torch_autograd.py", "--steps", "76"])
-    adapter.main()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torch_layer_learns(torch_example: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch,
+                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["torch_autograd.py", "--steps", "76", *["--compile"] * compiled])
+    torch_example.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and float(lines[6].split()[-1]) > 2 and float(lines[-1].split()[-1]) < 0.5
-
-
-@pytest.mark.parametrize("options", [{"causal": True}, {"dropout_p": 0.3, "seed": 2**40, "offset": 1}, {"window": (2, 1), "softcap": 2.0},
-                                     {"layout": "bhsd"}, {"mask": True, "alibi_slopes": True}, {"packed": True}], ids=str)
-def test_torch_gradcheck(adapter: Any, options: dict[str, Any]) -> None:
-    """Every gradient, of out and of lse, against finite differences, and with either result unused."""
-    import torch
-
-    torch.manual_seed(0)
-    options = dict(options)
-    q, k, v = (torch.randn(2, 5, heads, 3, dtype=torch.float64) for heads in (4, 2, 2))
-    if options.get("layout") == "bhsd":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if options.pop("packed", False):
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        options |= {"cu_seqlens_q": torch.tensor([0, 4, 9]), "cu_seqlens_k": torch.tensor([0, 5, 10])}
-    if options.get("mask"):
-        options |= {"mask": torch.rand(5, 5) > 0.3, "alibi_slopes": torch.rand(4, dtype=torch.float64)}
-    bias, sinks = torch.randn(1, 4, 5, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-
-    def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
-        out, lse = adapter.attend(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
-        return out, lse.clamp(min=-50)                       # of rows of no sequence: -inf has no finite differences
-
-    torch.autograd.gradcheck(call, [x.requires_grad_() for x in (q, k, v, bias, sinks)])
-
-
-def test_torch_function_saves_and_refuses_as_documented(adapter: Any) -> None:
-    import torch
-
-    q, k, v = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
-    bias = torch.zeros(4, 4)
-    out = adapter.attend(q, k, v, bias=bias)
-    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
-    out = adapter.attend(q, k, v, bias=bias)
-    bias += 1                                                # between forward and backward: torch notices
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-    with pytest.raises(TypeError, match="alibi_slopes requires grad"):
-        adapter.attend(q, k, v, alibi_slopes=torch.ones(2, requires_grad=True))
-    outs = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        outs += [adapter.attend(q, k, v, dropout_p=0.5) for _ in range(2)]
-    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3]) and not torch.equal(outs[0], outs[1])
 
 
 # ---------------------------------------------------------------- under jax.grad

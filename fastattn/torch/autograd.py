@@ -1,11 +1,11 @@
 """The derivative of attention, and the ways on which torch records it.
 
-    way             when                                                cost on the host
-    Recorded        eager training, and torch.func                      an autograd.Function straight over fastattn's functions
-    the operator    torch.compile, export, fake tensors, modes,         torch's dispatcher, several times that
-                    autocast
+    way             when
+    Recorded        eager training: an autograd.Function straight over fastattn's functions, the least that torch's graph costs
+    the operator    torch.compile, export, fake tensors, modes, autocast
+    Transformed     torch.func (grad, vjp, vmap, and nests of them)
 
-Both save the inputs, out and lse, and have first derivatives only.
+All save the inputs, out and lse, and have first derivatives only.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from .operators import BACKWARD, FORWARD, TENSORS, Arguments, backward, backward_now, each, forward, forward_now
 
 PLAIN = (Tensor, torch.nn.Parameter)                        # subclasses may stand for something else, as FakeTensor does
+INPUTS = 5                                                  # q, k, v, bias and sinks, the first arguments, have gradients
 # Whether torch looks at each operation: dispatch modes, and the level of torch.func. torch has no public names for them.
 modes, level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
 
@@ -28,9 +29,11 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
         return forward(*a)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0 and any(map(_has_tangent, a[:TENSORS])):
         _forward_mode()
-    if level() is None and (modes() or torch._C._is_any_autocast_enabled() or not _plain(*a[:TENSORS])):
+    if level() is not None:
+        return Transformed.apply(*a)  # type: ignore[no-any-return]
+    if modes() or torch._C._is_any_autocast_enabled() or not _plain(*a[:TENSORS]):
         return forward(*a)  # type: ignore[no-any-return]
-    return Recorded.apply(*a)  # type: ignore[no-any-return]
+    return Recorded.apply(*a[:INPUTS], a[INPUTS:])  # type: ignore[no-any-return]
 
 
 def _plain(*tensors: Any) -> bool:
@@ -55,18 +58,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    needed = Arguments(*ctx.needs_input_grad)
+    need_dbias, need_dsinks = ctx.needs_input_grad[INPUTS - 2:INPUTS]
     if dout is None:
         dout = torch.zeros_like(out)
     if level() is not None:
-        derivative = RecordedBackward.apply
+        derivative = TransformedBackward.apply
     elif torch.compiler.is_compiling() or torch.is_grad_enabled() or modes() or not _plain(dout, dlse, out, lse, *tensors):
         derivative = backward                               # grad mode is on where the graph of the gradient is asked for
     else:
         derivative = backward_now
-    dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, needed.bias, *tensors, *ctx.options)
-    grads = (dq, dk, dv, dbias if needed.bias else None, dsinks if needed.sinks else None)
-    return grads + (None,) * (len(Arguments._fields) - len(grads))
+    dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, need_dbias, *tensors, *ctx.options)
+    return dq, dk, dv, dbias if need_dbias else None, dsinks if need_dsinks else None, *[None] * (len(ctx.needs_input_grad) - INPUTS)
 
 
 def _second(ctx: Any, *grads: Any) -> None:
@@ -83,23 +85,41 @@ torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 torch.library.register_autograd(BACKWARD, _second)
 
 
-# ---------------------------------------------------------------- without torch's dispatcher
+# ---------------------------------------------------------------- eager training
 class Recorded(torch.autograd.Function):  # type: ignore[misc]
-    """Attention with its derivative. Inside torch.func its work is the operators', which have a rule for vmap."""
+    """(q, k, v, bias, sinks, the other arguments) -> (out, lse).
+
+    One tuple and no setup_context: torch looks at each argument of a Function, and at the signature of one with a
+    setup_context, which takes as long as a small attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        a = (*arguments[:INPUTS], *arguments[INPUTS])
+        output = forward_now(*a)
+        _save(ctx, a, output)
+        return output
+
+    backward, jvp = staticmethod(_differentiate), staticmethod(_forward_mode)
+
+
+# ---------------------------------------------------------------- torch.func
+class Transformed(torch.autograd.Function):  # type: ignore[misc]
+    """Attention inside torch.func, which takes no autograd rule of an operator. The work is the operators': they have a rule for vmap."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return (forward_now if level() is None else forward)(*arguments)
+        return forward(*arguments)
 
     setup_context, backward, jvp = staticmethod(_save), staticmethod(_differentiate), staticmethod(_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return each(Recorded.apply)(info, in_dims, *arguments)
+        return each(Transformed.apply)(info, in_dims, *arguments)
 
 
-class RecordedBackward(torch.autograd.Function):  # type: ignore[misc]
-    """attention_backward inside torch.func, where an operator's own autograd rule does not work."""
+class TransformedBackward(torch.autograd.Function):  # type: ignore[misc]
+    """attention_backward inside torch.func."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -113,4 +133,4 @@ class RecordedBackward(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return each(RecordedBackward.apply)(info, in_dims, *arguments)
+        return each(TransformedBackward.apply)(info, in_dims, *arguments)

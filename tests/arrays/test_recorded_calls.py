@@ -64,7 +64,7 @@ def test_tensors_that_stand_for_others() -> None:
     _refused(lambda: attend(Q.to("meta")), "q is on torch's meta device, where arrays have no memory")
     _refused(lambda: fastattn.attention(Q, Q.to("meta"), Q), "k is on torch's meta device")
     _refused(lambda: torch.jit.trace(attend, Q), "q is recorded by torch.jit.trace, which cannot record what fastattn does")
-    _refused(lambda: torch.vmap(attend)(Q[None]), "q is a tensor inside torch.vmap; expected an array in memory of its own; a call")
+    _refused(lambda: torch.vmap(attend)(Q[None]), "q is a tensor inside torch.vmap; expected an array in memory of its own; fastattn.torch")
     for transform in (torch.func.grad, torch.func.functionalize, lambda f: lambda q: torch.func.jvp(f, (q,), (q,))):
         with pytest.raises(TypeError, match=r"attention\(\): q (is a tensor inside torch\.func|\(Tensor\) cannot be exported)"):
             transform(lambda q: attend(q).sum())(Q)
@@ -85,7 +85,8 @@ def test_jax_tracers_are_named() -> None:
 
 def test_parameters_without_a_graph_are_accepted() -> None:
     parameter = torch.nn.Parameter(Q.clone())
-    text = "q requires grad, which fastattn would drop from the graph; expected a tensor without grad; pass q.detach()"
+    text = "q requires grad, which fastattn would drop from the graph; expected a tensor without grad; " \
+        "fastattn.torch.attention has gradients, and q.detach() drops them"
     _refused(lambda: attend(parameter), text)
     for off in (torch.no_grad, torch.inference_mode):
         with off():

@@ -27,8 +27,9 @@ def draw(batch: int = 2, seqlen_q: int = 9, seqlen_k: int = 9, heads: int = 4, h
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
 
 
-def formula(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = (None, None), softcap: float | None = None, alibi_slopes: Any = None,
-            bias: Any = None, mask: Any = None, sinks: Any = None, keep: Any = None, dropout_p: float = 0.0) -> tuple[Any, Any]:
+def formula(q: Any, k: Any, v: Any, *, causal: bool = False, window: Any = (None, None), softcap: float | None = None,
+            alibi_slopes: Any = None, bias: Any = None, mask: Any = None, sinks: Any = None, keep: Any = None,
+            dropout_p: float = 0.0) -> tuple[Any, Any]:
     """(out, lse) by torch alone, in float64, layout "bshd". `keep` is a dropout mask."""
     group, rows, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
@@ -167,8 +168,8 @@ def test_the_way_without_a_graph_costs_3_us() -> None:
 def test_keywords_are_those_of_fastattn() -> None:
     for ours, theirs in ((attention, fastattn.attention), (attention_varlen, fastattn.attention_varlen)):
         here, there = (inspect.signature(function).parameters for function in (ours, theirs))
-        assert list(here) == [name for name in [*there, "deterministic"] if name not in ("out", "stream")][:len(there) - 4] + [
-            "return_lse", "deterministic", "engine"]
+        shared = [name for name in there if name not in ("out", "stream")]
+        assert list(here) == [*shared[:-1], "deterministic", "engine"]
         assert all(p.default == there[name].default for name, p in here.items() if name != "deterministic")
         assert all(p.kind == there[name].kind for name, p in here.items() if name != "deterministic")
 
@@ -308,7 +309,11 @@ def test_saved_tensors_do_not_outlive_their_values() -> None:
 def test_deterministic_is_read_when_the_call_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     own = fastattn.attention_backward
-    monkeypatch.setattr(fastattn, "attention_backward", lambda *x, **keywords: seen.append(keywords["deterministic"]) or own(*x, **keywords))
+
+    def backward(*x: Any, **keywords: Any) -> Any:
+        seen.append(keywords["deterministic"])
+        return own(*x, **keywords)
+    monkeypatch.setattr(fastattn, "attention_backward", backward)
     attention(*draw(), deterministic=True).sum().backward()
     attention(*draw()).sum().backward()
     torch.use_deterministic_algorithms(True)
