@@ -198,7 +198,7 @@ def test_plain_calls_end_the_graph_once() -> None:
     assert torch.equal(torch.compile(function, backend="eager")(q), function(q))
     assert sum(counters["graph_break"].values()) == 1 and counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fastattn.torch.attention can be compiled"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"fastattn\.torch\.attention can be compiled"):
         compiled(function)(q)
 
 
