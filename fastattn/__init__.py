@@ -27,7 +27,8 @@ How a call flows, file by file:
 
 philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
 one form of an error message, memo.py the one bounded cache, types.py the types that a type checker sees. compat/ has
-other libraries' signatures over api.py. cli/ is `python -m fastattn`; benchmark/ times calls for it and for bench/.
+other libraries' signatures over api.py, torch/ and jax/ have the frameworks' own gradients and transforms. cli/ is
+`python -m fastattn`; benchmark/ times calls for it and for bench/.
 
 Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
 before the first call that needs it.

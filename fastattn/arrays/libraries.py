@@ -29,6 +29,7 @@ def find(x: Any) -> Library | None:
     if torch is not None and isinstance(x, torch.Tensor):
         if any(base.__name__ == "FakeTensor" for base in type(x).__mro__):     # reading its address warns
             return Library(_stand_in, lambda x, call: None, empty_device_array)
+        _leave_alone(torch)
         return _torch(torch)
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _cupy(cupy)
@@ -50,7 +51,6 @@ def _torch(torch: Any) -> Library:
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
     mark, is_hip, new_tuple = "torch", torch.version.hip is not None, tuple.__new__
-    _leave_alone(torch)
     forward_ad, modes, traced = torch.autograd.forward_ad, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
     @lru_cache(4096)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .operators import BACKWARD, FORWARD, TENSORS, Arguments, backward, backward_now, each, forward, forward_now
+from .operators import BACKWARD, BEFORE, FORWARD, TENSORS, Arguments, backward, backward_now, each, forward, forward_now
 
 PLAIN = (Tensor, torch.nn.Parameter)                        # subclasses may stand for something else, as FakeTensor does
 INPUTS = 5                                                  # q, k, v, bias and sinks, the first arguments, have gradients
@@ -37,8 +37,8 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _plain(*tensors: Any) -> bool:
-    """Whether all are torch's own tensors, with memory."""
-    return all(x is None or (type(x) in PLAIN and not x.is_meta) for x in tensors)
+    """Whether all are torch's own tensors, with memory. Those of torch.autograd.grad(is_grads_batched=True) have none."""
+    return all(x is None or (type(x) in PLAIN and not x.is_meta and not torch._C._functorch.is_legacy_batchedtensor(x)) for x in tensors)
 
 
 def _has_tangent(x: Tensor | None) -> bool:
@@ -133,4 +133,4 @@ class TransformedBackward(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return each(TransformedBackward.apply)(info, in_dims, *arguments)
+        return each(TransformedBackward.apply, BEFORE)(info, in_dims, *arguments)

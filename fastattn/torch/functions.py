@@ -27,11 +27,11 @@ def _direct(q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any) ->
         return False
     if not torch.is_grad_enabled():
         return True
-    return not (q.requires_grad or k.requires_grad or v.requires_grad or _wanted(bias) or _wanted(sinks) or _wanted(alibi_slopes))
+    return not (q.requires_grad or _wanted(k) or _wanted(v) or _wanted(bias) or _wanted(sinks) or _wanted(alibi_slopes))
 
 
 def _wanted(x: Any) -> bool:
-    """Whether an optional operand is a tensor that requires grad."""
+    """Whether an operand is a tensor that requires grad."""
     return x is not None and isinstance(x, Tensor) and x.requires_grad
 
 

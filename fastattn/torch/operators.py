@@ -5,7 +5,7 @@
     fake          shapes, dtypes and strides of the results             torch.compile, torch.export, FakeTensor, the meta device
     autograd      in autograd.py                                        backward
     autocast      q, k and v in the dtype of torch.autocast             torch.autocast on CPU and CUDA
-    vmap          one call for each entry                               torch.vmap
+    vmap          entries become a batch, else one call for each          torch.vmap
 
 `Arguments` is the one list of what an operator takes. The schemas are made of it. Users call functions.py.
 """
@@ -90,6 +90,7 @@ FORWARD, BACKWARD = "fastattn::attention", "fastattn::attention_backward"
 torch.library.define(FORWARD, f"({_schema}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(BACKWARD, f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dbias, {_schema})"
                      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)", tags=torch.Tag.pt2_compliant_tag)
+BEFORE = 5                                                  # arguments of attention_backward before those of attention
 forward, backward = torch.ops.fastattn.attention.default, torch.ops.fastattn.attention_backward.default
 
 
@@ -175,19 +176,40 @@ def _autocast(device_type: str) -> Any:
 
 
 # ---------------------------------------------------------------- vmap
-def each(operator: Any) -> Any:
-    """The operator on a batch of arguments: one call for each entry, whose results are stacked."""
+def each(operator: Any, before: int = 0) -> Any:
+    """The operator on a batch of arguments, as torch.vmap asks for it. `before`: so many arguments stand before those of `Arguments`."""
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        results = [operator(*[x if axis is None else x.select(axis, n) for x, axis in zip(arguments, in_dims, strict=True)])
-                   for n in range(info.batch_size)]
-        stacked = tuple([torch.stack(column) for column in zip(*results, strict=True)])
-        return stacked, (0,) * len(stacked)
+        n, a = info.batch_size, Arguments(*arguments[before:])
+        need_dbias = before > 0 and arguments[before - 1]
+        if not need_dbias and _places_are_free(a) and all(axis is None for axis in in_dims[before + 3:]):
+            one = operator(*[_merged(x, axis, n) if at < before + 3 else x
+                             for at, (x, axis) in enumerate(zip(arguments, in_dims, strict=True))])
+            results = tuple([x.unflatten(0, (n, x.shape[0] // n)) for x in one])
+        else:
+            calls = [operator(*[x if axis is None else x.select(axis, at) for x, axis in zip(arguments, in_dims, strict=True)])
+                     for at in range(n)]
+            results = tuple([torch.stack(column) for column in zip(*calls, strict=True)])
+        return results, (0,) * len(results)
     return rule
 
 
-for _name, _operator, _real, _fake in ((FORWARD, forward, forward_now, _fake_forward), (BACKWARD, backward, backward_now, _fake_backward)):
+def _places_are_free(a: Arguments) -> bool:
+    """Whether a result is the same wherever its entry stands in the batch: then entries of vmap become entries of one call."""
+    spread = all(x is None or x.dim() < 4 or x.shape[0] == 1 for x in (a.bias, a.mask))
+    return not a.packed and not a.dropout_p and a.sinks is None and spread and (a.alibi_slopes is None or a.alibi_slopes.dim() == 1)
+
+
+def _merged(x: Any, axis: int | None, n: int) -> Any:
+    """A tensor of all n entries, with vmap's axis merged into the batch."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.movedim(axis, 0) if axis is not None else x.expand(n, *x.shape)).flatten(0, 1)
+
+
+for _name, _operator, _real, _fake, _before in ((FORWARD, forward, forward_now, _fake_forward, 0),
+                                                (BACKWARD, backward, backward_now, _fake_backward, BEFORE)):
     torch.library.impl(_name, "CompositeExplicitAutograd")(_real)
     torch.library.register_fake(_name, _fake)
-    torch.library.register_vmap(_name, each(_operator))
+    torch.library.register_vmap(_name, each(_operator, _before))
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     torch.library.impl(FORWARD, _key)(_autocast(_device_type))

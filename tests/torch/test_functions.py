@@ -124,6 +124,16 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: call(*x)[1], (q, k, v, bias, sinks))      # out unused
 
 
+def test_batched_gradients() -> None:
+    """torch.autograd's own vectorized Jacobian, of a graph that was recorded outside of any transform."""
+    q, k, v = draw(1, 3, 4, dtype=torch.float64)
+
+    def call(q: Any) -> Any:
+        return attention(q, k, v).sum((0, 1, 2))
+    plain, batched = (torch.autograd.functional.jacobian(call, q, vectorize=vectorize) for vectorize in (False, True))
+    assert torch.equal(plain, batched)
+
+
 @pytest.mark.parametrize("needed", range(5))
 def test_one_input_alone_requires_grad(needed: int) -> None:
     q, k, v = draw(grad=False)
@@ -149,6 +159,8 @@ def test_without_a_graph_it_is_fastattns_own_function(monkeypatch: pytest.Monkey
         with off():
             assert torch.equal(attention(torch.nn.Parameter(q), k, v, causal=True), want)
             assert torch.equal(attention_varlen(q[0], k[0], v[0], [0, 9], [0, 9]), packed)
+    mixed = attention(plain[0], plain[1].numpy(), plain[2].numpy(), causal=True)
+    assert torch.equal(mixed, want)                         # arrays of other libraries too
     with pytest.raises(TypeError, match="NoneType"):
         attention(q, k, v)
 

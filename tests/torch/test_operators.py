@@ -249,7 +249,7 @@ def test_modes_see_the_operator() -> None:
 
 # ---------------------------------------------------------------- torch.func
 def test_vmap() -> None:
-    """Over any argument, of dense and packed calls, forward and backward."""
+    """Over any argument, of dense and packed calls."""
     stacked = [torch.stack([x, 2 * x, -x], dim=1) for x in draw(grad=False)]
     biases = torch.randn(3, 4, 9, 9)
 
@@ -298,6 +298,28 @@ def test_dropout_under_vmap_follows_torchs_randomness() -> None:
     same = torch.vmap(call, randomness="same")(*stacked)
     different = torch.vmap(call, randomness="different")(*stacked)
     assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])
+
+
+def test_vmap_is_one_call_where_entries_can_be_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, with in_dims anywhere and an argument that all entries share."""
+    q, k, v = (torch.randn(2, 3, *x.shape[1:]).movedim(1, 2) for x in draw(grad=False))      # (batch, seqlen, entries, heads, dim)
+    bias, shared = torch.randn(1, 4, 1, 9), v[:, :, 0]
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, bias=bias, alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]), causal=True).square().sum()
+    want = [torch.func.grad(loss, argnums=(0, 1, 2))(q[:, :, n], k[:, :, n], shared) for n in range(3)]
+    calls: list[str] = []
+    for name in ("attention", "attention_backward"):
+        own = getattr(fastattn, name)
+        monkeypatch.setattr(fastattn, name, lambda *a, own=own, name=name, **keywords: calls.append(name) or own(*a, **keywords))
+    got = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(2, 2, None))(q, k, shared)
+    assert calls == ["attention", "attention_backward"]
+    for n in range(3):
+        assert all(torch.equal(a[n], b) for a, b in zip(got, want[n], strict=True))
+    calls.clear()
+    torch.vmap(loss, in_dims=(2, 2, None))(q, k, shared)
+    torch.vmap(lambda q, sinks: attention(q, shared[:, :, :2], shared[:, :, :2], sinks=sinks))(q.movedim(2, 0), torch.randn(3, 4))
+    assert calls == ["attention"] * 4
 
 
 # ---------------------------------------------------------------- CUDA
