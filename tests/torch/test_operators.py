@@ -90,6 +90,13 @@ def test_fake_results_are_like_real_ones(name: str) -> None:
         assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device)
 
 
+def test_every_rule_is_registered() -> None:
+    """Those of CUDA too, which no machine without a GPU calls."""
+    for name, keys in ((operators.FORWARD, ("AutocastCPU", "AutocastCUDA")), (operators.BACKWARD, ())):
+        for key in (*keys, "CompositeExplicitAutograd", "Meta", "Autograd", "FuncTorchBatched"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has no rule for {key}"
+
+
 def test_shapes_without_memory() -> None:
     for layout, out_shape in (("bshd", (2, 9, 4, 8)), ("bhsd", (2, 4, 9, 8))):
         meta = draw(device="meta")
