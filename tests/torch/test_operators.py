@@ -113,8 +113,9 @@ def test_shapes_without_memory() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     """One graph; the same bits as eager; one more compilation covers all lengths, another one all seeds."""
-    def function(q: Any, k: Any, v: Any, seed: int = 3) -> Any:
-        return attention(q * 1.0, k, v, causal=True, window=(9, None), dropout_p=0.5, seed=seed) * 2.0
+    def function(q: Any, k: Any, v: Any, seed: int = 3, offset: int = 0, left: int = 9, scale: float = 0.5) -> Any:
+        out = attention(q * 1.0, k, v, causal=True, window=(left, None), softmax_scale=scale, dropout_p=0.5, seed=seed, offset=offset)
+        return out * 2.0
     fast = compiled(function, backend)
     for seqlen in (9, 16, 23, 31):
         same_in_both(function, fast, draw(seqlen))
@@ -122,6 +123,11 @@ def test_compile(backend: str) -> None:
     for seed in (5, 6, 7, -3, 2**62):
         same_in_both(function, fast, draw(31), seed=seed)
     assert counters["stats"]["unique_graphs"] <= 4
+    if backend == "aot_eager":
+        for n in range(4):
+            same_in_both(function, fast, draw(31), offset=n)
+            same_in_both(function, fast, draw(31), left=n)
+            same_in_both(function, fast, draw(31), scale=0.5 + n)
 
 
 def test_compile_with_everything() -> None:
