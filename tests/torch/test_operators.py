@@ -333,6 +333,10 @@ def test_vmap_is_one_call_where_entries_can_be_a_batch(monkeypatch: pytest.Monke
     torch.vmap(loss, in_dims=(2, 2, None))(q, k, shared)
     torch.vmap(lambda q, sinks: attention(q, shared[:, :, :2], shared[:, :, :2], sinks=sinks))(q.movedim(2, 0), torch.randn(3, 4))
     assert calls == ["attention"] * 4
+    rows = torch.randn(2, 1, 1, 9)                          # shared by the entries, but not by the batch
+    for name, x in (("bias", rows), ("mask", rows > -1), ("alibi_slopes", torch.rand(2, 4))):
+        got = torch.vmap(lambda q, given=(name, x): attention(q, shared[:, :, :2], shared[:, :, :2], **dict([given])), in_dims=2)(q)
+        assert torch.equal(got[2], attention(q[:, :, 2], shared[:, :, :2], shared[:, :, :2], **{name: x}))
 
 
 # ---------------------------------------------------------------- CUDA

@@ -172,6 +172,18 @@ def test_training_with_dropout_and_checkpointing() -> None:
     assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight.grad, grads[0])
 
 
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 5), (3, 5), (5, 5)])
+@pytest.mark.parametrize("causal", [None, True, False])
+def test_a_layer_without_a_mask_is_aligned_as_transformers_aligns_it(seqlen_q: int, seqlen_k: int, causal: bool | None) -> None:
+    """A decoding step attends all keys; a first step over a longer cache is top-left."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layer = torch.nn.Module()
+    q, (k, v) = torch.randn(2, 4, seqlen_q, 8), torch.randn(2, 2, 4, seqlen_k, 8)
+    want, _ = sdpa_attention_forward(layer, q, k, v, None, is_causal=causal, scaling=0.3)
+    torch.testing.assert_close(ours.attention_forward(layer, q, k, v, None, is_causal=causal, scaling=0.3)[0], want)
+
+
 def test_what_fastattn_has_not_is_refused() -> None:
     layer, q = torch.nn.Module(), torch.randn(1, 2, 3, 8)
     for name in ("indices", "block_indices", "head_mask"):
