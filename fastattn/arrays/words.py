@@ -86,7 +86,7 @@ def transformed(x: Any) -> tuple[str, str] | None:
         return _transformed_by_torch(torch, x)
     if any(base.__name__ == "Tracer" and base.__module__.partition(".")[0] == "jax" for base in type(x).__mro__):
         return ("is a JAX tracer, which stands for an array inside jit, grad, vmap or scan",
-                "jax.custom_vjp over jax.pure_callback makes a function of it that JAX can transform, see examples/jax_custom_vjp.py")
+                "attention and attention_varlen of fastattn.jax take tracers")
     if root(x) in ("tensorflow", "keras") and type(x).__name__ in ("SymbolicTensor", "KerasTensor"):
         return (f"is a {type(x).__name__}, which stands for a tensor inside tf.function or a Keras model",
                 "tf.numpy_function calls fastattn from a graph, on NumPy arrays")

@@ -1,0 +1,65 @@
+"""`Record`: what a compiled program keeps of a call. Arrays are XLA's; all the rest of the call is in here.
+
+It travels in the program as text, an attribute of XLA's custom call, not as a number in a table of this process. So a
+program that is compiled ahead of time, cached on disk or serialised still says what it computes.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..memo import Recent
+from ..options import Options
+
+FORMAT = 1      # raised when the text changes its meaning, so that an older program is refused
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One attention call but for its arrays: hashable, so that JAX can key compiled programs on it.
+
+    `operands` and `results` name the arrays in the order in which XLA passes them. `seed` and `offset` among the
+    operands replace those of `options` when the program runs. `engines` are those of use_engine when it was traced.
+    """
+
+    call: str                           # as errors name it: "attention", "attention_varlen_backward", ...
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    options: Options
+    layout: str
+    engine: str | None = None
+    engines: tuple[str, ...] | None = None
+    deterministic: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.layout == "thd"
+
+    @property
+    def backward(self) -> bool:
+        return "dq" in self.results
+
+    def text(self) -> str:
+        """The record as JSON. Floats are written so that reading gives the same bits."""
+        return json.dumps([FORMAT, self.call, self.operands, self.results, self.options, self.layout, self.engine, self.engines,
+                           self.deterministic])
+
+
+_read: Recent[bytes, Record] = Recent()
+
+
+def read(text: bytes) -> Record:
+    """The Record of a text. RuntimeError for one of another format."""
+    found = _read.get(text)
+    if found is None:
+        values: list[Any] = json.loads(text)
+        if values[0] != FORMAT:
+            raise RuntimeError(f"the program was compiled for another version of fastattn.jax (format {values[0]}; expected {FORMAT}); "
+                               "compile it again")
+        _, call, operands, results, options, layout, engine, engines, deterministic = values
+        window = options[1]
+        options[1] = None if window is None else tuple(window)
+        found = _read[text] = Record(call, tuple(operands), tuple(results), Options(*options), layout, engine,
+                                     None if engines is None else tuple(engines), deterministic)
+    return found

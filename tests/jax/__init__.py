@@ -1,0 +1,1 @@
+"""fastattn.jax: needs JAX."""

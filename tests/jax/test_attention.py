@@ -1,0 +1,211 @@
+"""Numbers: named problems against the reference, and bit for bit those of the eager functions; jax.nn.dot_product_attention; which
+gradients are made."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp  # noqa: E402
+
+import fastattn  # noqa: E402
+import fastattn.jax  # noqa: E402
+from fastattn.jax import handler  # noqa: E402
+from fastattn.jax.record import Record  # noqa: E402
+from tests.tools.compare import Judge  # noqa: E402
+from tests.tools.problems import BY_NAME, Inputs  # noqa: E402
+
+CASES = ("plain_float32", "causal_float64", "packed_float16", "gqa_bfloat16", "decode_gqa8", "empty_batch", "no_queries", "no_keys_sinks",
+         "window_top_left", "mask_2x1x1x37", "scale_negative", "alibi_top_left_packed", "softcap_bfloat16", "bias_2x1x1", "bias_37x37",
+         "bias_float32_bfloat16", "bias_inf_sinks", "sinks_bfloat16_gqa", "dropout_sinks_dlse", "packed_unequal_causal", "packed_seqused",
+         "packed_spare", "packed_bias_mask", "packed_none", "bhsd_all", "everything_float32", "everything_float64", "everything_bfloat16",
+         "everything_packed", "everything_strided")
+ARRAYS = ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")
+
+
+def results(inputs: Inputs) -> tuple[Any, Any, fastattn.Grads]:
+    """out, lse and gradients of one jitted program in which every array is traced."""
+    arrays = {name: jnp.asarray(x) for name, x in inputs.kwargs.items() if name in ARRAYS}
+    options = {name: x for name, x in inputs.kwargs.items() if name not in ARRAYS}
+    q, k, v, *lengths = map(jnp.asarray, inputs.args)
+    if inputs.packed:
+        longest = [int(np.diff(x).max(initial=0)) for x in inputs.args[3:]]
+        options |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+    differentiated = [name for name in ("bias", "sinks") if name in arrays]
+
+    @jax.jit
+    def program(x: Any, arrays: Any, lengths: Any, dout: Any, dlse: Any) -> Any:
+        def attend(x: Any) -> Any:
+            function: Any = fastattn.jax.attention_varlen if inputs.packed else fastattn.jax.attention
+            return function(x["q"], x["k"], x["v"], *lengths, **{**arrays, **{n: x[n] for n in differentiated}}, **options, return_lse=True)
+        (out, lse), pull = jax.vjp(attend, x)
+        return out, lse, pull((dout, jnp.zeros(lse.shape, lse.dtype) if dlse is None else dlse))[0]
+    x = {"q": q, "k": k, "v": v, **{name: arrays[name] for name in differentiated}}
+    out, lse, found = program(x, arrays, lengths, jnp.asarray(inputs.dout), None if inputs.dlse is None else jnp.asarray(inputs.dlse))
+    names = "q", "k", "v", "bias", "sinks"
+    return np.asarray(out), np.asarray(lse), fastattn.Grads(*[np.asarray(found[n]) if n in found else None for n in names])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_named_problems(name: str) -> None:
+    inputs = BY_NAME[name].make()
+    with jax.enable_x64(True):
+        out, lse, grads = results(inputs)
+    judge = Judge(inputs)
+    judge.forward(out, lse)
+    judge.backward(grads)
+    eager = inputs.forward("cpu")
+    np.testing.assert_array_equal(out, eager[0])
+    np.testing.assert_array_equal(lse, eager[1])
+
+
+def random(*shape: int, seed: int = 0, dtype: Any = np.float32) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("float32", True), ("bfloat16", True), ("float16", True)])
+def test_jax_nn(dtype: str, jit: bool) -> None:
+    """The function of JAX itself, on the same numbers in float32: forward and gradients, eagerly and jitted."""
+    q, k, v = random(2, 24, 4, 32, dtype=dtype), random(2, 24, 2, 32, seed=1, dtype=dtype), random(2, 24, 2, 32, seed=2, dtype=dtype)
+    bias, weight = random(4, 24, 24, seed=3, dtype=dtype), random(2, 24, 4, 32, seed=4)
+
+    def ours(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return fastattn.jax.attention(q, k, v, bias=bias, causal=True)
+
+    def own(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        return jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v, bias[None])), is_causal=True)
+
+    def of(function: Any, jit: bool) -> Any:
+        def loss(*x: Any) -> Any:
+            out = function(*x)
+            return jnp.vdot(weight, out.astype(jnp.float32)), out
+        found = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+        (_, out), gradients = (jax.jit(found) if jit else found)(q, k, v, bias)
+        return out, *gradients
+    for got, want in zip(of(ours, jit), of(own, True), strict=True):
+        assert got.dtype == dtype and got.shape == want.shape
+        error = np.abs(np.asarray(got, np.float32) - np.asarray(want, np.float32)).max()
+        assert error < {"float32": 3e-6, "bfloat16": 0.02, "float16": 3e-3}[dtype] * float(jnp.abs(want).max())
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Record, dict[str, Any], dict[str, Any]]]:
+    """What the handler is called with: record, operands, results."""
+    found: list[tuple[Record, dict[str, Any], dict[str, Any]]] = []
+    run = handler.run
+
+    def noted(r: Record, operands: Any, results: Any, stream: Any) -> None:
+        found.append((r, operands, results))
+        run(r, operands, results, stream)
+    monkeypatch.setattr(handler, "run", noted)
+    return found
+
+
+def test_results_are_written_in_place(calls: list[Any]) -> None:
+    """The engine reads JAX's array and writes the very memory of the result that JAX hands out."""
+    q = jax.block_until_ready(random(1, 32, 2, 16))
+    out, lse = jax.block_until_ready(fastattn.jax.attention(q, q, q, return_lse=True))
+    (_, operands, results), = calls
+    assert operands["q"].ptr == operands["k"].ptr == q.unsafe_buffer_pointer()
+    assert results["out"].ptr == out.unsafe_buffer_pointer() and results["lse"].ptr == lse.unsafe_buffer_pointer()
+    _, pull = jax.vjp(lambda *x: fastattn.jax.attention(*x), q, q, q)
+    grads = jax.block_until_ready(pull(q))
+    assert [calls[-1][2][name].ptr for name in ("dq", "dk", "dv")] == [x.unsafe_buffer_pointer() for x in grads]
+
+
+def test_only_wanted_results_are_computed(calls: list[Any]) -> None:
+    q, bias, sinks = random(1, 8, 2, 4), random(8, 8, seed=1), random(2, seed=2)
+
+    def loss(q: Any, bias: Any, sinks: Any) -> Any:
+        return fastattn.jax.attention(q, q, q, bias=bias, sinks=sinks).sum()
+
+    def lse_loss(q: Any) -> Any:
+        return fastattn.jax.attention(q, q, q, return_lse=True)[1].sum()
+
+    def made(function: Any, *arguments: Any) -> list[tuple[str, ...]]:
+        calls.clear()
+        jax.block_until_ready(function(*arguments))
+        return [r.results for r, _, _ in calls]
+    qkv = "dq", "dk", "dv"
+    assert made(loss, q, bias, sinks) == [("out",)]
+    for transform in (lambda f: f, jax.jit):                # in any order: what one call wanted must not decide for the next
+        for _ in range(2):
+            assert made(transform(jax.grad(loss)), q, bias, sinks) == [("out", "lse"), qkv]
+            assert made(transform(jax.grad(loss, 1)), q, bias, sinks) == [("out", "lse"), (*qkv, "dbias")]
+            assert made(transform(jax.grad(loss, (0, 2))), q, bias, sinks) == [("out", "lse"), (*qkv, "dsinks")]
+            assert made(transform(jax.grad(loss, (1, 2))), q, bias, sinks) == [("out", "lse"), (*qkv, "dbias", "dsinks")]
+    assert made(jax.grad(lse_loss), q) == [("out", "lse"), qkv] and "dlse" in calls[-1][1]
+    assert made(jax.grad(loss), q, bias, sinks)[1] == qkv and "dlse" not in calls[-1][1]
+
+
+def test_what_is_differentiated_is_told_apart_in_one_process() -> None:
+    """JAX keeps traces of a jitted function: those of a constant bias must not serve one that is differentiated."""
+    q, bias = random(1, 5, 2, 8), random(5, 5, seed=1)
+
+    def loss(q: Any, bias: Any) -> Any:
+        return (fastattn.jax.attention(q, q, q, bias=bias) ** 2).sum()
+
+    def constant(q: Any, bias: Any) -> Any:
+        return loss(q, jax.lax.stop_gradient(bias))
+
+    def mapped(f: Any) -> Any:
+        return lambda q, bias: jax.vmap(f)(q[None], bias[None]).sum()
+    want = jax.grad(loss, (0, 1))(q, bias)
+    assert float(jnp.abs(want[1]).max()) > 0.1
+    constants = constant, mapped(constant)
+    for f in (constants[1], mapped(loss), *constants, loss, constants[1], loss, mapped(loss)):
+        got = jax.grad(f, (0, 1))(q, bias)
+        np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+        if f in constants:
+            assert not got[1].any()
+        else:
+            np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+
+
+def test_seed_and_offset_are_arrays_or_numbers() -> None:
+    x = np.asarray(random(2, 16, 2, 8))
+
+    @jax.jit
+    def step(q: Any, seed: Any, offset: Any) -> Any:
+        return fastattn.jax.attention(q, q, q, dropout_p=0.3, seed=seed, offset=offset)
+
+    def want(seed: int, offset: int) -> Any:
+        return fastattn.attention(x, x, x, dropout_p=0.3, seed=seed, offset=offset)
+    for seed, offset in ((0, 0), (7, 1), (2**32 - 1, 2**31)):
+        np.testing.assert_array_equal(step(x, jnp.uint32(seed), jnp.uint32(offset)), want(seed, offset))
+        mixed = fastattn.jax.attention(x, x, x, dropout_p=0.3, seed=seed, offset=jnp.uint32(offset))
+        np.testing.assert_array_equal(mixed, want(seed, offset))
+    np.testing.assert_array_equal(step(x, jnp.int32(-1), jnp.int32(3)), want(-1, 3))
+    big = 0x1234_5678_9ABC_DEF0
+    np.testing.assert_array_equal(fastattn.jax.attention(x, x, x, dropout_p=0.3, seed=big), want(big, 0))
+    assert step._cache_size() == 2                          # of (u)int32: another number is no other program
+    gradient = jax.jit(jax.grad(lambda q, seed: fastattn.jax.attention(q, q, q, dropout_p=0.3, seed=seed).sum()))
+    eager = fastattn.attention(x, x, x, dropout_p=0.3, seed=5, return_lse=True)
+    dq, dk, dv, _, _ = fastattn.attention_backward(np.ones_like(x), x, x, x, *eager, dropout_p=0.3, seed=5)
+    np.testing.assert_allclose(gradient(x, jnp.uint32(5)), dq + dk + dv, atol=1e-6)
+
+
+def test_lengths_that_are_traced_or_known() -> None:
+    q, k, v = random(9, 2, 8), random(9, 2, 8, seed=1), random(9, 2, 8, seed=2)
+    want = fastattn.attention_varlen(*map(np.asarray, (q, k, v)), [0, 4, 9], [0, 4, 9], causal=True)
+    for lengths in ([0, 4, 9], np.array([0, 4, 9]), jnp.array([0, 4, 9])):
+        np.testing.assert_array_equal(fastattn.jax.attention_varlen(q, k, v, lengths, lengths, causal=True), want)
+    traced = jax.jit(lambda lengths: fastattn.jax.attention_varlen(q, k, v, lengths, lengths, causal=True))
+    np.testing.assert_array_equal(traced(jnp.array([0, 4, 9])), want)
+    np.testing.assert_array_equal(traced(jnp.array([0, 9, 9])), fastattn.attention_varlen(*map(np.asarray, (q, k, v)), [0, 9, 9], [0, 9, 9],
+                                                                                         causal=True))
+
+
+def test_engines(calls: list[Any]) -> None:
+    """engine= counts, and use_engine while the call is traced."""
+    q = random(1, 8, 2, 4)
+    want = fastattn.attention(*[np.asarray(q)] * 3, engine="reference")
+    np.testing.assert_array_equal(fastattn.jax.attention(q, q, q, engine="reference"), want)
+    with fastattn.use_engine("reference"):
+        np.testing.assert_array_equal(fastattn.jax.attention(q, q, q), want)
+        np.testing.assert_array_equal(jax.jit(lambda q: fastattn.jax.attention(q, q, q))(q), want)
+    assert [r.engines for r, _, _ in calls] == [None, ("reference",), ("reference",)]
+    fastattn.jax.attention(q, q, q).block_until_ready()
+    assert calls[-1][0].engines is None
