@@ -21,6 +21,7 @@ from .problems import LENGTHS, NUMBERS, traced_problem
 from .record import Record
 
 _OF_XLA = {"out": "XLA allocates the results", "stream": "XLA chooses the stream"}
+_NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 
 
@@ -198,7 +199,7 @@ def _unknown(function: Any, more: tuple[Any, ...], unknown: Mapping[str, Any]) -
 
 def _arrays(call: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are there, as JAX's arrays."""
-    return {name: _array(call, name, x) for name, x in given.items() if x is not None}
+    return {name: _array(call, name, x) for name, x in given.items() if x is not None or name in _NEEDED}
 
 
 def _array(call: str, name: str, x: Any) -> Any:

@@ -59,9 +59,9 @@ _differentiable = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _run(record: Record, arrays: Arrays) -> Any:
+def fastattn(record: Record, arrays: Arrays) -> Any:
     operands, _ = alike(list(arrays.values()))
     return _differentiable(record, dict(zip(arrays, operands, strict=True)))
 
 
-attend = jax.jit(_run, static_argnums=0)        # so an eager call is traced once, and shard_map takes it outside jit
+attend = jax.jit(fastattn, static_argnums=0)        # so an eager call is traced once, and shard_map takes it outside jit

@@ -22,7 +22,8 @@ _ADDRESS = 1 << 20
 
 def operands_of(record: Record, views: Mapping[str, View]) -> Operands:
     """The canonical Operands among the named Views of a call."""
-    return Operands(*[canonical(record, name, views[name]) if name in views else None for name in OPERANDS])  # type: ignore[arg-type]
+    given: dict[str, Any] = {name: canonical(record, name, views[name]) for name in OPERANDS if name in views}
+    return Operands(**given)
 
 
 def canonical(record: Record, name: str, view: View) -> View:

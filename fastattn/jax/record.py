@@ -6,7 +6,7 @@ program that is compiled ahead of time, cached on disk or serialised still says 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..memo import Recent
@@ -42,10 +42,11 @@ class Record:
 
     def text(self) -> str:
         """The record as JSON. Floats are written so that reading gives the same bits."""
-        return json.dumps([FORMAT, self.call, self.operands, self.results, self.options, self.layout, self.engine, self.engines,
-                           self.deterministic])
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return json.dumps({"format": FORMAT, **values, "options": self.options._asdict()})
 
 
+_FIELDS = tuple(field.name for field in fields(Record))
 _read: Recent[bytes, Record] = Recent()
 
 
@@ -53,13 +54,16 @@ def read(text: bytes) -> Record:
     """The Record of a text. RuntimeError for one of another format."""
     found = _read.get(text)
     if found is None:
-        values: list[Any] = json.loads(text)
-        if values[0] != FORMAT:
-            raise RuntimeError(f"the program was compiled for another version of fastattn.jax (format {values[0]}; expected {FORMAT}); "
+        values: dict[str, Any] = json.loads(text)
+        given = values.pop("format")
+        if given != FORMAT:
+            raise RuntimeError(f"the program was compiled for another version of fastattn.jax (format {given}; expected {FORMAT}); "
                                "compile it again")
-        _, call, operands, results, options, layout, engine, engines, deterministic = values
-        window = options[1]
-        options[1] = None if window is None else tuple(window)
-        found = _read[text] = Record(call, tuple(operands), tuple(results), Options(*options), layout, engine,
-                                     None if engines is None else tuple(engines), deterministic)
+        options = Options(**{name: _tuples(x) for name, x in values.pop("options").items()})
+        found = _read[text] = Record(options=options, **{name: _tuples(x) for name, x in values.items()})
     return found
+
+
+def _tuples(x: Any) -> Any:
+    """JSON has lists for what a Record, which is hashable, has as tuples."""
+    return tuple(x) if isinstance(x, list) else x

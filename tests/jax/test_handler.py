@@ -142,7 +142,7 @@ def test_records_are_read_as_they_were_written() -> None:
     assert record.read(r.text().encode()) == r and hash(record.read(r.text().encode())) == hash(r)
     assert record.read(PLAIN.text().encode()) == PLAIN
     xla = Xla()
-    assert xla.call(PLAIN.text().replace("[1,", "[2,", 1), [Q] * 3, [Q]) == 0xE1
+    assert xla.call(PLAIN.text().replace('"format": 1', '"format": 2'), [Q] * 3, [Q]) == 0xE1
     assert xla.error is not None and "compiled for another version of fastattn.jax (format 2; expected 1); compile it again" in xla.error[1]
 
 
