@@ -77,8 +77,9 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     ------
     ValueError, TypeError
         An argument is wrong, as far as shapes and dtypes tell: raised while JAX traces, with the text of
-        `fastattn.attention`. What is found when the program runs is a jax.errors.JaxRuntimeError with that text:
-        INVALID_ARGUMENT, UNIMPLEMENTED where no engine takes the call, RESOURCE_EXHAUSTED without memory.
+        `fastattn.attention`. What is found when the program runs is an error of JAX, a JaxRuntimeError or ValueError,
+        with that text: INVALID_ARGUMENT, UNIMPLEMENTED where no engine takes the call, RESOURCE_EXHAUSTED without
+        memory.
 
     Notes
     -----

@@ -92,7 +92,7 @@ def fold(record: Record, size: int, mapped: Mapping[str, bool], arrays: Arrays) 
     folded = {}
     for name, x in arrays.items():
         own = mapped[name] or (name == "bias" and "dbias" in record.results)
-        if name == "sinks" or (name == "alibi_slopes" and not own and x.ndim == 1):
+        if name == "sinks" or (name == "alibi_slopes" and x.ndim == 1):
             folded[name] = x
             continue
         if not mapped[name]:
