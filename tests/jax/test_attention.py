@@ -90,6 +90,21 @@ def test_jax_nn(dtype: str, jit: bool) -> None:
         assert error < {"float32": 3e-6, "bfloat16": 0.02, "float16": 3e-3}[dtype] * float(jnp.abs(want).max())
 
 
+def test_what_the_page_says_of_jax_nn() -> None:
+    """docs/jax.md: the options of jax.nn.dot_product_attention, and their names here."""
+    q, k, v = random(2, 9, 4, 8), random(2, 14, 2, 8, seed=1), random(2, 14, 2, 8, seed=2)
+    own = jax.nn.dot_product_attention
+    pairs = [(fastattn.jax.attention(q, k, v, causal="top_left"), own(q, k, v, is_causal=True)),
+             (fastattn.jax.attention(q, k, v, softmax_scale=0.3), own(q, k, v, scale=0.3)),
+             (fastattn.jax.attention(q, k, v, causal="top_left", window=(3, None)), own(q, k, v, is_causal=True, local_window_size=(3, 0))),
+             (fastattn.jax.attention(q, k[:, :9], v[:, :9], window=(2, 1)), own(q, k[:, :9], v[:, :9], local_window_size=(2, 1)))]
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    keys = jnp.zeros((2, 1, 1, 14), bool)
+    assert not fastattn.jax.attention(q, k, v, mask=keys).any()
+    np.testing.assert_allclose(own(q, k, v, mask=keys)[0, 0, 0], v[0, :, 0].mean(axis=0), atol=1e-6)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Record, dict[str, Any], dict[str, Any]]]:
     """What the handler is called with: record, operands, results."""
