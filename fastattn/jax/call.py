@@ -88,26 +88,24 @@ def fold(record: Record, size: int, mapped: Mapping[str, bool], arrays: Arrays) 
     """
     if record.packed or record.options.dropout_p or mapped.get("sinks") or "dsinks" in record.results:
         return None
-    batch = arrays["q"].shape[1 if mapped["q"] else 0]
+    batch = arrays["q"].shape[int(mapped["q"])]
     folded = {}
     for name, x in arrays.items():
-        own = mapped[name] or (name == "bias" and "dbias" in record.results)
-        if name == "sinks" or (name == "alibi_slopes" and x.ndim == 1):
-            folded[name] = x
-            continue
-        if not mapped[name]:
-            whole = x if name not in _BROADCAST else _four_axes(x, 0)
-            if name in _BROADCAST and whole.shape[0] == 1 and not own:
-                folded[name] = x
-                continue
-            x = jnp.broadcast_to(whole, (size, *whole.shape))
-        elif name in _BROADCAST:
-            x = _four_axes(x, 1)
-        if name in _BROADCAST and x.shape[1] != batch:
-            return None
-        if name == "alibi_slopes" and x.ndim == 2:
-            x = jnp.broadcast_to(x[:, None], (size, batch, x.shape[1]))
-        folded[name] = x.reshape(size * x.shape[1], *x.shape[2:])
+        lead = int(mapped[name])
+        if name in _BROADCAST:
+            x = _four_axes(x, lead)
+            entries = x.shape[lead]
+            shared = entries == 1 and not lead and not (name == "bias" and "dbias" in record.results)
+            if not shared and entries != batch:
+                return None
+        else:
+            shared = name == "sinks" or (name == "alibi_slopes" and x.ndim == 1)
+            if name == "alibi_slopes" and lead and x.ndim == 2:         # the same for the batch of one call
+                x = jnp.broadcast_to(x[:, None], (size, batch, x.shape[1]))
+        if not shared:
+            x = x if lead else jnp.broadcast_to(x, (size, *x.shape))
+            x = x.reshape(size * batch, *x.shape[2:])
+        folded[name] = x
     return folded
 
 
