@@ -206,7 +206,7 @@ same(jax.pmap(lambda q, k, v: f(q, k, v, bias))(*(x.reshape(2, 1, *x.shape[1:]) 
 parts = [jax.device_put(x, jax.sharding.NamedSharding(mesh, P("x"))) for x in (q, k, v)]
 same(f(*parts, bias), want)                                             # jit without a map: gathered
 same(jax.jit(gradients(f))(*parts, bias), want_gradients)
-with jax.set_mesh(jax.make_mesh((2,), ("x",))):
+with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))):
     try: f(*[jax.device_put(x, P("x")) for x in (q, k, v)], bias)
     except TypeError as error: print(error)
 """
