@@ -15,7 +15,7 @@ from ..arrays.convert import small
 from ..arrays.view import CPU, View
 from ..errors import message
 from ..options import Options, read_options
-from ..signature import strict, unknown_arguments
+from ..signature import hiding, unknown_arguments
 from .derivative import attend
 from .problems import LENGTHS, NUMBERS, traced_problem
 from .record import Record
@@ -25,7 +25,7 @@ _NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 
 
-@strict
+@hiding
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
               mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0,
@@ -106,7 +106,7 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     return _call(call, {**_arrays(call, arrays), **numbers}, options, layout, engine, return_lse, deterministic)
 
 
-@strict
+@hiding
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
                      max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
                      window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,

@@ -15,6 +15,7 @@ import fastattn
 from ..errors import message
 from ..options import SEED, Check, read_options
 from ..signature import hiding, unknown_arguments
+from ..types import Causal, EngineName
 from .autograd import PLAIN, attend, level, modes
 from .operators import Arguments
 
@@ -36,11 +37,11 @@ def _wanted(x: Any) -> bool:
 
 
 @hiding
-def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
+def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: tuple[int | None, int | None] | None = None,
               softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
               mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
               layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool | None = None,
-              engine: str | None = None, **unknown: Never) -> Any:
+              engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention` that torch differentiates, compiles, exports and casts.
 
     Parameters
@@ -116,12 +117,12 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
 
 @hiding
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
-                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
+                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: Causal = False,
                      window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
                      softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
                      sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
                      layout: Literal["thd"] = "thd", return_lse: bool = False, deterministic: bool | None = None,
-                     engine: str | None = None, **unknown: Never) -> Any:
+                     engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention_varlen` that torch differentiates, compiles, exports and casts.
 
     Parameters
