@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
+
+import numpy as np
 
 from ..arrays.view import View
 from ..problem import Grads, Operands, Problem
 
 LOG2E = math.log2(math.e)
-FAR_EXPONENT = 2.0**12      # a row with larger exponents is far: exp2 gets differences of scores, because a rounded product is too coarse
+FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
+FAR_TOPS = {"float16": 2.0**28, "bfloat16": 2.0**29}       # of a row that is far in the forward, in units of log2: far_limits
 FAR_LSE = 2.0**-126         # marks a far row instead of its lse in units of log2: kernels subtract the lse itself from its scores
 FAR = 2**30                 # wider windows are cut to it: the sum of a limit and a position stays inside 32 bits
 
@@ -78,6 +82,29 @@ class Spec:
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])
+
+
+@lru_cache(maxsize=64)
+def far_limits(dtype: str, softmax_scale: float) -> tuple[float, float]:
+    """When a row is far in the forward, and the power of two that then replaces softmax_scale * log2(e): (beyond, power).
+
+    A row is far if its maximum exceeds `beyond`, whose product with the factor is below FAR_TOPS. P of near rows contains the rounding
+    of that product, a factor of at most 2**8 for float16, which holds 2**15, and 2**16 for bfloat16. Beyond it, different scores times
+    the power are at least 16 apart. So the smaller one has P <= 2**-16 with either factor: only scores that differ in their last bit
+    notice the power, with a weight of 2**-16, and dot products of this size are not that exact.
+
+    A maximum that changes between near and far has risen by as much. The product of `beyond` is not rounded down, so that P under this
+    maximum is at most 1, and is below FAR_TOPS itself, so that the product of the next float32 is another one.
+
+    The power keeps products finite: those of float16, below 2**41, with any power up to 2**80. bfloat16's are as large as float32's, but
+    softmax_scale times a product is finite, and the power is not larger.
+    """
+    scale, top = np.float32(softmax_scale * LOG2E), FAR_TOPS[dtype]
+    beyond = np.float32(min(top / float(scale), float(np.finfo(np.float32).max)))
+    while beyond * scale >= top or float(beyond * scale) < float(beyond) * float(scale):
+        beyond = np.nextafter(beyond, np.float32(0))
+    power = round(math.log2(min(float(scale), 2.0**80))) if dtype == "float16" else math.floor(math.log2(softmax_scale))
+    return float(beyond), 2.0**power
 
 
 def _pad(n: int) -> int:
@@ -184,6 +211,8 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
     return [
         ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale,)),
         *_group(not spec.scaled, "log2_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
+        *_group(not spec.scaled and spec.dtype in FAR_TOPS, "far_beyond:f far_scale:f",
+                lambda c: far_limits(c.problem.dtype, c.problem.score.softmax_scale)),
         *_group(spec.left, "left:i", lambda c: (min(c.problem.mask.left or 0, FAR),)),
         *_group(spec.right, "right:i", lambda c: (min(c.problem.mask.right or 0, FAR),)),
         ("top_left:i", lambda c: (int(c.problem.mask.top_left),)),

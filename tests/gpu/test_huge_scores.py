@@ -8,6 +8,7 @@ bits left for the log of a sum, equal keys have P = 1 each.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from fastattn import UnsupportedError, gpu
 from fastattn.arrays import convert
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.spec import FAR_LSE, LOG2E, BackwardCall, Spec, make_backward_spec
+from fastattn.gpu.spec import FAR_LSE, FAR_TOPS, LOG2E, BackwardCall, Spec, far_limits, make_backward_spec
 from fastattn.gpu.tile import schedule, softmax
 from fastattn.problem import Operands, make_problem
 from tests.tools.devices import device_count, requires_gpu
@@ -44,25 +45,30 @@ def _exp2(x: Any) -> Any:
         return np.exp2(np.asarray(x, F)).astype(F)[()]
 
 
-def _fragment_exp2(acc: Array, scale: Any, *minus: Any) -> Array:
-    with np.errstate(over="ignore"):
-        return _exp2((acc.astype(np.float64) * np.float64(scale) - np.array(minus, np.float64)[:, None]).astype(F))
+def _fma(x: Any, y: Any, z: Any) -> Any:
+    """x * y + z of float32, rounded once: a product of two is exact in float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.asarray(x, np.float64) * np.asarray(y, np.float64) + np.asarray(z, np.float64)).astype(F)[()]
+
+
+def _fragment_exp2(acc: Array, scale0: Any, scale1: Any, *minus: Any) -> Array:
+    return _exp2(_fma(acc, np.array([scale0, scale1], F)[:, None], -np.array(minus, F)[:, None]))
 
 
 FRAGMENTS = {      # a fragment is two rows; one thread has all of a row
     "float32": F, "int32": int, "inline": lambda f: f, "exp2": _exp2, "log2": lambda x: F(np.log2(x)), "product": lambda x, y: F(x) * F(y),
-    "any_beyond": lambda x, y, limit: int(max(abs(x), abs(y)) > limit),
+    "fma": _fma,
     "quad_max": lambda x: x, "quad_sum": lambda x: x, "exp2_minus": _fragment_exp2, "row_sum": lambda acc: acc.sum(1, dtype=F),
     "row_max": lambda acc, *before: np.maximum(acc.max(1), np.array(before, F)),
-    "minus_rows": lambda acc, *shifts: acc - np.array(shifts, F)[:, None],
 }
 
 
-def softmax_of(scores: Array, v: Array, scale: float, scaled: bool, tiles: int, hurry: bool) -> tuple[Array, Array]:
-    """out and lse of two rows, tile by tile as a kernel does it; `hurry`: the optimistic step first."""
-    a = SimpleNamespace(softmax_scale=F(scale), log2_scale=F(scale * LOG2E))
+def softmax_of(scores: Array, v: Array, scale: float, scaled: bool, tiles: int, hurry: bool, dtype: str = "float16") -> tuple[Array, Array]:
+    """out and lse of two rows, tile by tile as a kernel does it; `hurry`: the optimistic step first. P is rounded to `dtype`."""
+    beyond, power = far_limits(dtype, scale)
+    a = SimpleNamespace(softmax_scale=F(scale), log2_scale=F(scale * LOG2E), far_beyond=F(beyond), far_scale=F(power))
     with replaced(("tile.softmax",), FRAGMENTS), np.errstate(all="ignore"):
-        update, optimistic, finish = softmax.make_softmax(Spec("float16", 64, 64, scaled=scaled))
+        update, optimistic, finish = softmax.make_softmax(Spec(dtype, 64, 64, scaled=scaled))
         state, out = (F(-np.inf), F(-np.inf), F(0), F(0)), np.zeros((2, v.shape[1]), F)
         for acc, part in zip(np.split(scores.astype(F), tiles, 1), np.split(v, tiles), strict=True):
             p, *parts, lags = optimistic(a, acc, *state[:2]) if hurry else (acc, 0, 0, 1)
@@ -71,6 +77,8 @@ def softmax_of(scores: Array, v: Array, scale: float, scaled: bool, tiles: int, 
                 out = out * np.array([alpha0, alpha1])[:, None]
             else:
                 state = *state[:2], state[2] + parts[0], state[3] + parts[1]
+            p = p.astype(NUMPY[dtype]).astype(F)
+            assert np.isfinite(p).all(), "P is not finite in 16 bits"
             out = out + p @ part
         *factors, lse0, lse1 = finish(a, 0, *state)
     return out * np.array(factors)[:, None], np.array([lse0, lse1])
@@ -84,15 +92,19 @@ def exact_softmax(scores: Array) -> tuple[Array, Array]:
         return np.where(total > 0, p / total, 0), (top + np.log(total))[:, 0]
 
 
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}       # of P
+
+
 @pytest.mark.parametrize("hurry", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("size", [1.0, 300.0, 2800.0, 2850.0, 5e4, 1e7, 1e11, 1e19, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1.0, 300.0, 2800.0, 2850.0, 5e4, 1e7, 1e8, 1.8e8, 3e8, 1e9, 1e11, 1e19, 1e30, 3e38])
 def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
     """Rows around +-size, some differing by a few units in the last place,
     with fully masked keys; rising and falling."""
     draw = np.random.default_rng(int(np.log(size) * 100))
     scale = 1.0 if scaled else 0.125
-    for sign in (1, -1):
+    dtypes = ["bfloat16"] if size > 1e11 and not scaled else FAR_TOPS       # float16 has no such products
+    for sign, dtype in itertools.product((1, -1), dtypes):
         base = np.nextafter(F(size), F(0)) * F(sign) if size > 1e38 else F(size * sign)
         step = max(np.spacing(abs(base)), F(0.05))
         scores = base - np.float64(sign) * step * draw.integers(0, 40, (2, 96))
@@ -102,9 +114,72 @@ def test_softmax_of_any_size(size: float, scaled: bool, hurry: bool) -> None:
         used = 1.0 if size >= 1e30 and not scaled else scale
         v = draw.standard_normal((96, 3)).astype(F)
         p, lse = exact_softmax(products.astype(np.float64) * F(used))
-        got, got_lse = softmax_of(products, v, used, scaled, 6, hurry)
-        np.testing.assert_allclose(got, p @ v, atol=3e-4, rtol=0)
+        got, got_lse = softmax_of(products, v, used, scaled, 6, hurry, dtype)
+        np.testing.assert_allclose(got, p @ v, atol=1.5 * ROUNDING[dtype] * abs(v).max(), rtol=0)
         np.testing.assert_allclose(got_lse, lse, rtol=3e-7, atol=1e-5)
+
+
+# ---------------------------------------------------------------- rows that become far, or no longer are
+SCALES = [1.0, 0.125, 0.7, *(n**-0.5 for n in (48, 80, 96, 128, 192))]
+
+
+@pytest.mark.parametrize("dtype", FAR_TOPS)
+def test_far_limits(dtype: str) -> None:
+    """What make_far, make_rise and the optimistic step count on, for factors of any size."""
+    draw = np.random.default_rng(0)
+    for scale in [*SCALES, 1e-30, 1e30, *2 ** draw.uniform(-99, 99, 1000)]:
+        limit, power = far_limits(dtype, scale)
+        factor, beyond = F(scale * LOG2E), F(limit)
+        after = np.nextafter(beyond, F(np.inf))
+        assert beyond == limit and np.log2(power) % 1 == 0
+        assert float(beyond) * float(factor) <= float(beyond * factor) < FAR_TOPS[dtype]
+        if scale > 1e-29:     # else no row is far
+            assert float(after * factor) - float(beyond * factor) >= FAR_TOPS[dtype] * 2.0**-24     # a maximum that is no longer far
+            least = 2.0**-48 if dtype == "float16" else 0       # of the difference of two sums of products
+            assert max(float(after) - limit, least) * power >= 16
+        rounding = [float(x * factor) - float(x) * float(factor) for x in (beyond * draw.random(1000)).astype(F)]
+        assert np.abs(rounding).max() <= {"float16": 8, "bfloat16": 16}[dtype]
+        if dtype == "bfloat16":
+            assert power <= scale
+
+
+def stepped(x: float, steps: Array) -> Array:
+    """The float32 that many units in the last place above x, which is not 0."""
+    bits = F(x).view(np.int32) & 0x7FFFFFFF
+    return np.copysign((bits + np.sign(x).astype(int) * steps).astype(np.int32).view(F), F(x))
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", FAR_TOPS)
+def test_rows_around_the_limit(dtype: str, scaled: bool, hurry: bool) -> None:
+    """Scores a few units in the last place around the limit, of either sign, rising, falling or in any order, beside an ordinary row."""
+    draw = np.random.default_rng(0)
+    for scale in [1.0] if scaled else SCALES:
+        factor = float(F(scale * LOG2E))
+        for sign, spread, order, near in itertools.product((1, -1), (1, 3, 40), (1, -1, 0), (1, 0.5, 0.25)):
+            base = sign * near * far_limits(dtype, scale)[0]
+            scores = np.array([stepped(base, draw.integers(-spread, spread + 1, 96)), draw.standard_normal(96) * 5 / factor], F)
+            if order:
+                scores = np.sort(scores)[:, ::order]
+            scores[:, draw.permutation(96)[:draw.integers(60)]] = -np.inf
+            v = draw.standard_normal((96, 3)).astype(F)
+            p, lse = exact_softmax(scores.astype(np.float64) * F(scale))
+            got, got_lse = softmax_of(scores, v, scale, scaled, 6, hurry, dtype)
+            np.testing.assert_allclose(got, p @ v, atol=(1.5 * ROUNDING[dtype] + 96 * 2.0**-16) * abs(v).max(), rtol=0)
+            np.testing.assert_allclose(got_lse, lse, rtol=3e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_lse_of_one_key(scaled: bool) -> None:
+    """It is the score itself, though P contains the rounding of another product: the backward's P of this key is then 1."""
+    draw = np.random.default_rng(0)
+    for scale, exponent in itertools.product([1.0] if scaled else SCALES, range(12, 32)):
+        scores = np.full((2, 8), -np.inf, F)
+        scores[:, 3] = 2.0**exponent / scale * draw.uniform(1, 2, 2) * (1, -1)
+        out, lse = softmax_of(scores, np.eye(8, dtype=F), scale, scaled, 2, False, "bfloat16")
+        np.testing.assert_array_equal(lse, scores[:, 3] * F(scale))
+        np.testing.assert_allclose(out[:, 3], 1, rtol=2.0**-8)
 
 
 def test_a_fully_masked_row_next_to_an_ordinary_one() -> None:
@@ -275,7 +350,7 @@ def test_products(family: str, dtype: str, causal: bool) -> None:
     weight, or the first where products are negative."""
     if not supported(family):
         pytest.skip(f"no {family} here")
-    for size in (1e4, 1e7, 1e11, 1e19, 1e30):
+    for size in (1e4, 1e7, 1.9e8, 4e8, 1e11, 1e19, 1e30):
         for sign in (1, -1):
             inputs = make(family, dtype, 1, causal=causal, softmax_scale=1.0)
             q, k, _ = inputs.args
@@ -315,7 +390,7 @@ def test_biases(family: str, dtype: str, bias_dtype: str) -> None:
     """A bias on whole rows, left padding under a causal mask, and a key to which a bias gives all weight."""
     if not supported(family) or (dtype == "float32") != (family == "simt") or (bias_dtype == "bfloat16" and dtype != "bfloat16"):
         pytest.skip("not a call of this family")
-    for value in (-1e4, -1e9, -1e10, LEAST[bias_dtype], 3e38):
+    for value in (-1e4, -2e8, -1e9, -1e10, LEAST[bias_dtype], 3e38):
         for causal in (False, True):
             inputs = make(family, dtype, 3, causal=causal)
             bias = np.zeros((1, 1, 130, 200), F)

@@ -10,6 +10,7 @@ log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    # 1 ulp
 # rounded by itself: never fused with a following addition
 product = instruction("mul.rn.f32 $0, $1, $2;", "ff", "f", pure=True)
+fma = instruction("fma.rn.f32 $0, $1, $2, $3;", "fff", "f", pure=True)         # x * y + z, rounded once
 fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # a NaN operand loses
 CONVERT = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 

@@ -23,9 +23,6 @@ opaque = instruction("mov.b32 $0, $1;", "r", "r")
 thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 # 1 if any lane of the warp has a nonzero value, else 0; warp-uniform
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
-# any_beyond(x, y, limit): 1 if any lane of the warp has an x or y beyond +-limit, else 0; warp-uniform
-any_beyond = instruction("{ .reg .pred p; .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; setp.gt.f32 p, x, $3; setp.gt.or.f32 p, y, $3, p; "
-                         "vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "fff", "r")
 
 
 def increase_registers(count: int) -> Any:

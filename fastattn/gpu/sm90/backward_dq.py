@@ -229,7 +229,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             if any_lane(int32(1) if lse0 == FAR or lse1 == FAR else int32(0)) != 0:
                 at = uint64(a.row_lse + uint64(4 * (first_row(a, batch, head, load_shared_b32(base + Q_START)) + row)))
                 acc_s = near_rows(a, acc_s, (lse0, lse1), (load_f32(at), load_f32(uint64(at + uint64(32)))))
-            acc_s = exp2_minus(acc_s, log2_scale(a), lse0, lse1)
+            acc_s = exp2_minus(acc_s, log2_scale(a), log2_scale(a), lse0, lse1)
 
             # dS = P (dP - delta)
             if NEXT:

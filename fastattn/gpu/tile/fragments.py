@@ -148,21 +148,14 @@ quad_sum = _quad(lambda builder, a, b: builder.fadd(a, b))
 
 
 @intrinsic
-def exp2_minus(typingctx: Any, acc: Any, scale: Any, max0: Any, max1: Any) -> Any:
-    """exp2(acc * scale - max), with each row's maximum."""
+def exp2_minus(typingctx: Any, acc: Any, scale0: Any, scale1: Any, max0: Any, max1: Any) -> Any:
+    """exp2(acc * scale - max), with each row's scale and maximum."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        minus = [builder.fsub(F32(-0.0), x) for x in args[2:]]
+        scales, minus = args[1:3], [builder.fsub(F32(-0.0), x) for x in args[3:]]
         registers = unpack(builder, args[0], acc.count)
-        return pack(builder, [emit_exp2(builder, emit_fma(builder, x, args[1], minus[row_of(k) // 8])) for k, x in enumerate(registers)])
-    return signature(acc, acc, types.float32, types.float32, types.float32), generate
-
-
-@intrinsic
-def minus_rows(typingctx: Any, acc: Any, shift0: Any, shift1: Any) -> Any:
-    """acc - shift, with each row's shift."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, [builder.fsub(x, args[1 + row_of(k) // 8]) for k, x in enumerate(unpack(builder, args[0], acc.count))])
-    return signature(acc, acc, types.float32, types.float32), generate
+        return pack(builder, [emit_exp2(builder, emit_fma(builder, x, scales[row_of(k) // 8], minus[row_of(k) // 8]))
+                              for k, x in enumerate(registers)])
+    return signature(acc, acc, *[types.float32] * 4), generate
 
 
 @intrinsic

@@ -99,6 +99,8 @@ def square_less(product: Any) -> Any:
 
 for _name, _product in (("arith.product", arith.product), ("scalar.rounded_product", scalar.rounded_product("float32"))):
     add(_name, "mul.rn.f32", unary(square_less(_product)), check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x, 0), name=_name)
+add("arith.fma", "fma.rn.f32", unary(lambda x: arith.fma(x, x, float32(-(2**24 + 2**13)))),
+    check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x + 1, 0))
 add("memory.load_f32 memory.store_f32", "ld.global.f32; st.global.f32", unary(lambda x: x),
     lambda launch: same(launch(normal(32), dst=normal(32)), normal(32)))
 
@@ -133,15 +135,6 @@ for _n, _any in ((17, 1), (32, 0)):
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_thread_{_any}")
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
-
-
-def far_lane(x: float) -> Any:
-    """any_beyond where lane n has x, the others 0."""
-    return lambda i, word, n: sync.any_beyond(float32(0), float32(x) if i == n else float32(0), float32(4096))
-
-
-for _x, _any in ((4000.0, 0), (-1e30, 1), (np.inf, 1), (-np.inf, 1)):
-    add("sync.any_beyond", "vote.sync.any.pred", words(far_lane(_x)), on_words(lambda x, any_=_any: any_, 20), name=f"sync.any_beyond_{_x}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
 add("sync.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: sync.thread_index()), on_words(lambda x: np.arange(32)))
 
@@ -433,8 +426,8 @@ add("fragments.scale_seen_rows", "selp", on_fragment(lambda acc, lane, row, col,
     f.scale_rows(acc, float32(np.inf) if row == 0 else float32(1), float32(1)), float32(row), float32(row + 8))),
     expect(lambda x, r, c: x * r.astype(np.float32)))
 add("fragments.exp2_minus arith.emit_fma", "fma.rn.f32; ex2.approx.ftz.f32",
-    on_fragment(lambda acc, lane, row, col, n: f.exp2_minus(acc, float32(1.5), float32(row), float32(row + 8))),
-    expect(lambda x, r, c: np.exp2(1.5 * x - r), rtol=2e-6))
+    on_fragment(lambda acc, lane, row, col, n: f.exp2_minus(acc, float32(1.5), float32(1.25), float32(row), float32(row + 8))),
+    expect(lambda x, r, c: np.exp2(np.where(r < 8, 1.5, 1.25) * x - r), rtol=2e-6))
 add("fragments.keep_below", "selp",
     on_fragment(lambda acc, lane, row, col, n: f.keep_below(acc, int32(row + n - col), int32(row + 8 + n - col))),
     expect(lambda x, r, c: np.where(c < r + 20, x, minus_inf), n=20))
@@ -448,8 +441,6 @@ add("fragments.add", "add",
 add("fragments.scale_add", "fma.rn.f32",
     on_fragment(lambda acc, lane, row, col, n: f.scale_add(acc, float32(8), f.scale_rows(acc, float32(2), float32(4)))),
     expect(lambda x, r, c: x * np.where(r < 8, 10, 12), rtol=3e-7))
-add("fragments.minus_rows", "sub", on_fragment(lambda acc, lane, row, col, n: f.minus_rows(acc, float32(row), float32(row + 8))),
-    expect(lambda x, r, c: x - r.astype(np.float32)))
 
 
 def _position(x, row, col, factor):
