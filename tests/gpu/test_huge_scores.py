@@ -190,9 +190,11 @@ def test_a_fully_masked_row_next_to_an_ordinary_one() -> None:
 
 
 # ---------------------------------------------------------------- what gradients start with
-def test_lse_of_far_rows() -> None:
-    """Their lse in units of log2 is FAR_LSE; a value next to 0 becomes 0, so that it cannot be mistaken for FAR_LSE."""
-    lse = np.array([0.5, -2800, 2900, -1e9, LEAST["float32"], 1e-38, -np.inf, np.inf, np.nan], F)[None, None]
+@pytest.mark.parametrize("far", [True, False])
+def test_lse_of_far_rows(far: bool) -> None:
+    """Their lse in units of log2 is FAR_LSE, and they mark the call. A value next to 0 becomes 0, so that it cannot be mistaken for
+    FAR_LSE."""
+    lse = np.array([0.5, -2800, *([2900, -1e9, LEAST["float32"]] if far else [3, 2, 1]), 1e-38, -np.inf, np.inf, np.nan], F)[None, None]
     n = lse.shape[-1]
     x = np.ones((1, n, 1, 16), NUMPY["bfloat16"])
     views = [convert.view(array, "test", "x") for array in (x, lse)]
@@ -201,10 +203,16 @@ def test_lse_of_far_rows() -> None:
         memory.allow(view)
     problem, o = make_problem("test", Operands(*views[:1] * 3), packed=False)
     call = BackwardCall(problem, o, views[0], views[0], views[1], None, fastattn.Grads(*views[:1] * 3, None, None), False)
-    with emulated(memory) as machine, rows_launch.preprocessed(call, make_backward_spec(call), machine.launcher("sm_90a"), 0) as rows:
-        natural, log2 = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(at)).copy() for at in (rows.lse, rows.log2))
+    marks = []
+    for _ in range(2):
+        with emulated(memory) as machine, rows_launch.preprocessed(call, make_backward_spec(call), machine.launcher("sm_90a"), 0) as rows:
+            natural, log2 = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(at)).copy() for at in (rows.lse, rows.log2))
+            assert (ctypes.c_int32.from_address(rows.far).value == rows.mark) == far
+            marks.append(rows.mark)
+    assert marks[0] != marks[1], "a mark that memory may still hold"
     np.testing.assert_array_equal(natural, [*lse[0, 0, :6], np.inf, np.nan, np.nan])
-    np.testing.assert_allclose(log2, [0.5 * LOG2E, -2800 * LOG2E, *[FAR_LSE] * 3, 0, np.inf, np.nan, np.nan], rtol=1e-6)
+    expected = [0.5 * LOG2E, -2800 * LOG2E, *([FAR_LSE] * 3 if far else LOG2E * lse[0, 0, 2:5]), 0, np.inf, np.nan, np.nan]
+    np.testing.assert_allclose(log2, expected, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- inconsistent lengths; empty parts

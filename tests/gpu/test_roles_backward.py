@@ -41,8 +41,8 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
     return backward(q, k, Operands(q, k, k), False, **options)
 
 
-def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> list[BackwardPlay]:
-    """A launch, block by block; `change` edits the kernel's text first."""
+def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, **tuning: Any) -> list[BackwardPlay]:
+    """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows."""
     spec = make_backward_spec(call)
     config, memory, made = replace(tiling(spec), **tuning), Memory(), []
     arguments = launch_sm90.backward_program(spec, config).arguments
@@ -52,7 +52,8 @@ def play(call: BackwardCall, seed: int, change: Any = None, **tuning: Any) -> li
           packed.table(call, 128, machine.launcher(), 0, True) as table):
         heads = call.problem.num_heads_k
         tiles = packed.most_tiles(call, 128, True)
-        own = ("q", "k", "v", "dout", "rows", 0, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads, 1.0, 0, 0, 0, 0)
+        own = ("q", "k", "v", "dout", "rows", 0, int(far), 1, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads,
+               1.0, 0, 0, 0, 0)
         values = namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.values(call, own))  # type: ignore[misc]
         # blocks past the end look at an entry that is not there before they know, and go
         count = ctypes.c_int32.from_address(table + (call.problem.batch + 1) * packed.ENTRY).value if call.problem.packed else tiles
@@ -102,6 +103,13 @@ def test_every_block_once(name: str) -> None:
         check(CASES[name], play(CASES[name], seed), whole(CASES[name].problem))
 
 
+@pytest.mark.parametrize("name", [name for name, call in CASES.items() if tiling(make_backward_spec(call)).apart])
+def test_calls_with_far_rows(name: str) -> None:
+    """One block of queries after the other, nothing overlaps with the block before."""
+    for seed in range(2):
+        check(CASES[name], play(CASES[name], seed, far=True), whole(CASES[name].problem))
+
+
 @pytest.mark.parametrize("tuning", [{"crowded": True}, {"q_stages": 2}], ids=str)
 def test_other_orders(tuning: dict[str, Any]) -> None:
     for seed in range(3):
@@ -116,8 +124,8 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
     o = Operands(q, k, k, None, None, None, None, *(view(5, ptr=x.ctypes.data, dtype="int32") for x in cu))
     call = backward(q, k, o, True, causal=causal)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(4)]
-    for seed in range(2):
-        check(call, play(call, seed), sequences)
+    for seed, far in itertools.product(range(2), (False, True)):
+        check(call, play(call, seed, far=far), sequences)
 
 
 MUTANTS = {
@@ -131,6 +139,24 @@ MUTANTS = {
                            "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
     "dS without a meeting": ("        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK", "        # dK"),
 }
+
+
+FAR_MUTANTS = {
+    "Q never released": ("        q_ring.release(base, walk.stage, lane)\n", ""),
+    "dO never released": ("        do_ring.release(base, last, lane)\n", ""),
+    "Q of the block before": ("        stage, phase = q_ring.next(walk.stage, walk.phase)\n",
+                              "        stage, phase = walk.stage, walk.phase\n"),
+    "Q released early": ("        wgmma.fence()\n        if SUM_DQ:\n            ds_full.wait(base, last)\n",
+                         "        q_ring.release(base, walk.stage, lane)\n        if SUM_DQ:\n            ds_full.wait(base, last)\n"),
+}
+
+
+@pytest.mark.parametrize("mutant", FAR_MUTANTS)
+def test_faults_with_far_rows_are_found(mutant: str) -> None:
+    call = CASES["128 causal"]
+    with pytest.raises((AssertionError, AttributeError)):
+        for seed in range(20):
+            check(call, play(call, seed, FAR_MUTANTS[mutant], True), whole(call.problem))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -5,6 +5,7 @@ None of this imports Numba: a kernel that is in the cache is launched without it
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +33,15 @@ from .config import (
 )
 
 WARP = 32
+_marks = itertools.count(1)
 make_preprocess, make_dsinks = late("rows.preprocess", "make_preprocess"), late("rows.preprocess", "make_dsinks")
 make_round, make_round_dbias = late("rows.postprocess", "make_round"), late("rows.postprocess", "make_round_dbias")
 make_add_part = late("rows.merge", "make_add_part")
 make_transform, make_sum_rows = late("rows.transform", "make_transform"), late("rows.transform", "make_sum_rows")
 make_transform_backward = late("rows.transform", "make_transform_backward")
 
-PREPROCESS = ("out_lse:l out_log2:l out_delta:l out_accum:l accum_row:i rows:i chunks:i lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l "
-              "dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
+PREPROCESS = ("out_lse:l out_log2:l out_delta:l out_accum:l out_far:l far_mark:i accum_row:i rows:i chunks:i "
+              "lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
 DSINKS = "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q"
 ROUND = "accum:l rows:i pieces:q grad_scale:f cu_seqlens_q:l q_step:q"
 ROUND_DBIAS = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
@@ -69,6 +71,8 @@ class Rows:
         Zeroed float32 sums of dq, a row of them for each query row; 0 if there are none.
     count
         Rows of each (batch, head), with padding.
+    far, mark
+        A word in memory that is `mark` if any row of the call is far (tile/gradients.py). Only with `log2`.
     """
 
     lse: int
@@ -76,6 +80,8 @@ class Rows:
     delta: int
     accum: int
     count: int
+    far: int
+    mark: int
 
     def map(self, call: AnyCall, block_m: int, launcher: Launcher, captured: bool) -> int:
         """The tensor map of lse in units of log2 (row 0) and delta (row 1), for boxes of block_m numbers."""
@@ -136,17 +142,18 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
     """
     p = call.problem
     rows, heads = padded_rows(call), batch_heads(call)
-    size = 8 if p.dtype == "float64" else 4
-    each = -(-rows * heads * size // 256) * 256
-    with launcher.temporary((2 + log2) * each + 4 * accum_dim * rows * heads, stream) as memory:
-        lse = memory + 2 * each if log2 else memory
-        where = Rows(lse, memory if log2 else 0, memory + each, memory + (2 + log2) * each if accum_dim else 0, rows)
+    size, chunks = 8 if p.dtype == "float64" else 4, -(-rows // PREPROCESS_ROWS)
+    each, sums = -(-rows * heads * size // 256) * 256, 4 * accum_dim * rows * heads
+    with launcher.temporary((2 + log2) * each + sums + 4 * log2, stream) as memory:
+        lse, accum = memory + 2 * each if log2 else memory, memory + (2 + log2) * each
+        # each call has its own mark, so that nothing has to be cleared; a word that holds it by chance costs time only
+        mark = next(_marks) & 0x7FFFFFFF
+        where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
         kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0)
-        chunks = -(-rows // PREPROCESS_ROWS)
-        own = (where.lse, where.log2, where.delta, where.accum, 4 * accum_dim, rows, chunks, *_row_strides(call.lse, p.packed),
-               *_row_strides(call.dlse, p.packed), *_lengths_q(call))
+        own = (where.lse, where.log2, where.delta, where.accum, where.far, mark, 4 * accum_dim, rows, chunks,
+               *_row_strides(call.lse, p.packed), *_row_strides(call.dlse, p.packed), *_lengths_q(call))
         if heads and chunks:
             kernel.launch(launcher, heads * chunks, call, own, stream)
         yield where

@@ -21,7 +21,7 @@ from numba import cuda, int32, int64, uint64
 
 from ...arrays.view import ITEMSIZE
 from ..dsl.inline import divide, inline
-from ..ptx.memory import store_zero16
+from ..ptx.memory import store_b32, store_zero16
 from ..ptx.scalar import load_chunk, load_if, store
 from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, Spec
 from ..tile.scalar import WARP, compute_of
@@ -117,12 +117,15 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
         return total
 
     @inline
-    def in_log2(lse):
-        """lse in units of log2. NaN and infinities are kept."""
+    def put_log2(a, at, lse):
+        """Store lse in units of log2. NaN and infinities are kept. A far row marks the call."""
         x = lse * REAL(LOG2E)
         if abs(lse) < REAL(1e-30):      # could be mistaken for FAR_LSE
             x = REAL(0)
-        return REAL(FAR_LSE) if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF else x
+        if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF:
+            x = REAL(FAR_LSE)
+            store_b32(uint64(a.out_far), a.far_mark)
+        put(uint64(int64(a.out_log2) + at * SIZE), x)
 
     @inline
     def sum_lanes(x):
@@ -163,7 +166,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                     lse = INF if nothing else lse + (lse - lse)
                     put(uint64(int64(a.out_lse) + at * SIZE), lse)
                     if IN_LOG2:
-                        put(uint64(int64(a.out_log2) + at * SIZE), in_log2(lse))
+                        put_log2(a, at, lse)
                     put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else delta - dlses[i])
                 if ACCUM:
                     if p < a.rows:

@@ -27,11 +27,11 @@ from numba import cuda, int32, int64, uint8, uint64
 from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
-from ..ptx.memory import shared_address
-from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, thread_index, uniform, warp
+from ..ptx.memory import load_b32, load_shared_b32, shared_address, store_shared_b32
+from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.fragments import join, make_pack, make_unpack, part, scale_rows, zeros
+from ..tile.fragments import join, make_pack, make_unpack, own_zeros, part, scale_rows, zeros
 from ..tile.gradients import (
     PIECE,
     exp2_columns,
@@ -46,34 +46,14 @@ from ..tile.gradients import (
     store_piece,
 )
 from ..tile.mask import make_key_bounds
+from ..tile.parked import parked
 from ..tile.ring import make_barrier, make_ring, make_tails
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
-
-
-class Walk(NamedTuple):
-    """Where a consumer is: j counts query blocks, the slot of Q, the query head and block, the row in memory where the dQ that waits in
-    shared memory belongs (negative: none), and what rows of the head share (prepare)."""
-
-    j: Any
-    stage: Any
-    phase: Any
-    head: Any
-    m: Any
-    waiting: Any
-    shared: Any
-
-
-class Queries(NamedTuple):
-    """Blocks of query rows [m_min, m_max) that attend the tile's keys; [full_min, full_max) need no mask for this warpgroup's."""
-
-    m_min: Any
-    m_max: Any
-    full_min: Any
-    full_max: Any
+from .consumer import Queries, Walk, own_lane, own_thread, own_warpgroup
 
 
 class Tile(NamedTuple):
@@ -96,9 +76,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     COUNT_S, COUNT_KV, COUNT_DQ = BLOCK_M // 2, DIM // 2, 32
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
     PACKED, DROPOUT, SOFTCAP = spec.packed, spec.dropout, spec.softcap
-    SUM_DBIAS, SUM_DQ = spec.dbias is not None, not spec.deterministic
-    CROWDED, HALVES = config.crowded, config.halves
-    COUNT_PART = COUNT_S // 2 if HALVES else COUNT_S
+    SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
 
     # shared memory and barriers
     smem = Smem()
@@ -110,6 +88,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     ds_full = make_barrier(smem, CONSUMERS)
     tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
     keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
+    [FAR_CALL] = parked(smem, 1)     # 1 if the call has far rows
     DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
 
     # what the steps are made of
@@ -282,14 +261,15 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         wgmma.commit()
         return acc_dv
 
-    def make_step(FIRST):
+    def make_step(FIRST, FAR, CROWDED, HALVES):
         # The schedules:
         # NEXT     there is a block before: its dS is in shared memory, its dQ and dK are computed in this step
+        # FAR      far rows are looked for
         # CROWDED  register-bound: dK of the block before is issued right after S, its dQ is stored before the scores are touched, and dV
         #          ends before dP is issued
         # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
         # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
-        NEXT = not FIRST
+        NEXT, COUNT_PART = not FIRST, COUNT_S // 2 if HALVES else COUNT_S
         wait_s = wgmma.wait_all_but_one if NEXT else wgmma.wait_all
 
         @inline
@@ -299,7 +279,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             m_min, m_max, full_min, full_max = queries
             first, batch, q_start, seqlen_q, seqlen_k = tile
             w, other, before = opaque(w), int32(j & 1), stage     # opaque: what follows takes no registers
-            thread = int32(thread_index() & (WARPGROUP - 1))
+            thread = own_thread()
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if NEXT:
@@ -322,7 +302,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
             if HALVES:
                 lses = load_columns(lse_at, COUNT_PART)
-            far = any_far(int32(base + LSE + stage * LSE_BYTES))        # here, after all that overlaps with S was issued
+            far = any_far(int32(base + LSE + stage * LSE_BYTES)) if FAR else int32(0)       # after all that overlaps with S was issued
             acc_s = wait_s(acc_s)
             if NEXT:
                 if CROWDED and SUM_DQ:
@@ -336,9 +316,10 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
             if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
-                if far != 0:
-                    at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
-                    acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
+                if FAR:
+                    if far != 0:
+                        at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
+                        acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
 
             # P^T = exp2(S^T - lse)
             scale, draw_head = log2_scale(a), int32(batch * a.num_heads + head)
@@ -377,7 +358,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 acc_dp = wgmma.wait_all_but_one(acc_dp)
 
             # dS^T = P^T (dP^T - delta), to shared memory
-            thread = int32(thread_index() & (WARPGROUP - 1))
+            thread = own_thread()
             lane, col = int32(thread & 31), int32((thread & 3) * 2)
             if NEXT:
                 q_ring.release(base, before, lane)
@@ -395,23 +376,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             return acc_dk, acc_dv, Walk(j, stage, phase, head, m, waiting, shared)
         return step
 
-    step_first, step = make_step(True), make_step(False)
+    step_first, step = (make_step(FIRST, not APART, config.crowded, config.halves) for FIRST in (True, False))
+    step_alone = make_step(True, True, True, False)
 
     @inline
-    def consume(a, base, w, thread, lane, queries, n_block, head_k, tile):
-        """(acc_dk, acc_dv) of a warpgroup's 64 keys, attended by at least one block of queries."""
-        count = uniform(int32((queries.m_max - queries.m_min) * a.group))
-        head = int32(head_k * a.group)
-        walk = Walk(int32(0), int32(0), int32(0), head, queries.m_min, int32(-1), prepare(a, tile.batch, head))
-        k_full.wait(base, int32(0))
-        if PACKED:
-            if (n_block + 1) * BLOCK_N > tile.seqlen_k:
-                keys_cleared.wait(base, int32(0))
-        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, queries, tile)
-        while walk.j < count:
-            acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, queries, tile)
-        # dQ and dK of the last block
-        last = int32((walk.j - 1) & 1)
+    def finish(a, base, w, acc_dk, acc_dv, walk, queries, tile):
+        """dQ and dK of the block before, whose slots may then be overwritten."""
+        last, thread, lane = int32((walk.j - 1) & 1), own_thread(), own_lane()
         wgmma.fence()
         if SUM_DQ:
             ds_full.wait(base, last)
@@ -426,8 +397,46 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             fence_async()
             warp()
             send_dq(a, base, w, thread, row_before(a, tile.batch, tile.q_start, walk.head, walk.m, queries.m_min, queries.m_max))
-        acc_dv = wgmma.wait_all(acc_dv)
-        return wgmma.wait_all(acc_dk), acc_dv
+        acc_dv, acc_dk = wgmma.wait_all(acc_dv), wgmma.wait_all(acc_dk)
+        q_ring.release(base, walk.stage, lane)
+        do_ring.release(base, last, lane)
+        stage, phase = q_ring.next(walk.stage, walk.phase)
+        return acc_dk, acc_dv, Walk(walk.j, stage, phase, walk.head, walk.m, int32(-1), walk.shared)
+
+    @inline
+    def together(a, base, walk, queries, tile, count):
+        """(acc_dk, acc_dv) over all `count` blocks of queries, counted over all heads."""
+        w = own_warpgroup()
+        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, queries, tile)
+        while walk.j < count:
+            acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, queries, tile)
+        acc_dk, acc_dv, _ = finish(a, base, w, acc_dk, acc_dv, walk, queries, tile)
+        return acc_dk, acc_dv
+
+    @inline
+    def alone(a, base, walk, queries, tile, count):
+        """`together` of a call with far rows, which is rare: block after block, so that the loop above has no code for them."""
+        acc_dk, acc_dv, going = own_zeros(COUNT_KV), own_zeros(COUNT_KV), True
+        while going:
+            acc_dk, acc_dv, walk = step_alone(a, base, own_warpgroup(), acc_dk, acc_dv, walk, queries, tile)
+            acc_dk, acc_dv, walk = finish(a, base, own_warpgroup(), acc_dk, acc_dv, walk, queries, tile)
+            going = walk.j < count
+        return acc_dk, acc_dv
+
+    @inline
+    def consume(a, base, queries, n_block, head_k, tile):
+        """(acc_dk, acc_dv) of a warpgroup's 64 keys, attended by at least one block of queries."""
+        count = uniform(int32((queries.m_max - queries.m_min) * a.group))
+        head = int32(head_k * a.group)
+        walk = Walk(int32(0), int32(0), int32(0), head, queries.m_min, int32(-1), prepare(a, tile.batch, head))
+        k_full.wait(base, int32(0))
+        if PACKED:
+            if (n_block + 1) * BLOCK_N > tile.seqlen_k:
+                keys_cleared.wait(base, int32(0))
+        if APART:
+            if uniform(load_shared_b32(base + FAR_CALL)) != 0:
+                return alone(a, base, walk, queries, tile, count)
+        return together(a, base, walk, queries, tile, count)
 
     @inline
     def init_barriers(base):
@@ -443,6 +452,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # in flight during what follows
+        far = load_b32(a.far) if APART else int32(0)
         if leads:
             for map_ in (a.map_k, a.map_q, a.map_rows, a.map_v, a.map_dout):
                 tma.prefetch_map(map_)
@@ -453,6 +463,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 tails.init(base, int32(head_k * a.group))
+                if APART:
+                    store_shared_b32(base + FAR_CALL, int32(1) if far == a.far_mark else int32(0))
                 keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()
@@ -463,14 +475,15 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                          int32(seqlen_k - first))
             else:
                 take_registers()
-                w, lane = int32(warpgroup - 1), int32(thread & 31)
+                w = int32(warpgroup - 1)
                 _, full_min, full_max, _ = key_bounds(a, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
                 queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))
                 acc_dk, acc_dv = zeros(COUNT_KV), zeros(COUNT_KV)
                 if m_min < m_max:
                     tile = Tile(int32(n_block * BLOCK_N + w * WARPGROUP_ROWS), batch, q_start, seqlen_q, seqlen_k)
-                    acc_dk, acc_dv = consume(a, base, w, thread, lane, queries, n_block, head_k, tile)
+                    acc_dk, acc_dv = consume(a, base, queries, n_block, head_k, tile)
                 n_block, head_k, batch, k_start, used, keys = kept_tile(base)
+                w, thread, lane = own_warpgroup(), own_thread(), own_lane()
                 key = int32(n_block * BLOCK_N + w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane >> 2))
                 map_batch = int32(0) if PACKED else batch
                 if DROPOUT:

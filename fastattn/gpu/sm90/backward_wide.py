@@ -45,6 +45,7 @@ from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_
 from ..tile.softmax import make_log2_scale
 from .config import BLOCK_N, CONSUMERS, WideSm90Config
 from .config import WIDE_BLOCK_M as BLOCK_M
+from .consumer import Queries
 
 
 class Walk(NamedTuple):
@@ -59,15 +60,6 @@ class Walk(NamedTuple):
     head: Any
     m: Any
     shared: Any
-
-
-class Queries(NamedTuple):
-    """Blocks of query rows [m_min, m_max) that attend the tile's keys; [full_min, full_max) need no mask for this warpgroup's."""
-
-    m_min: Any
-    m_max: Any
-    full_min: Any
-    full_max: Any
 
 
 class Tile(NamedTuple):

@@ -124,6 +124,10 @@ class BackwardSm90Config:
     squeeze
         Pieces in which elements of bias and mask are packed as they arrive, two and 32 to a register, one piece after
         the other. 0: they are not packed.
+    apart
+        Calls with far rows have a loop of their own, so that the main loop has no code for them: 538 instructions
+        instead of 723 at head_dim 128, where that code cost 1 to 4 % (docs/log-gpu.md). Features leave no registers for
+        it, and at head_dim 64 it cost nothing.
     """
 
     dim: int
@@ -132,6 +136,7 @@ class BackwardSm90Config:
     crowded: bool = False
     halves: bool = False
     squeeze: int = 0
+    apart: bool = False
 
     def __post_init__(self) -> None:
         assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup computes one panel of dQ"
@@ -140,13 +145,13 @@ class BackwardSm90Config:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{BLOCK_N} dim {self.dim} stages {self.q_stages}" + " crowded" * self.crowded
-                + " halves" * self.halves + (f" squeeze {self.squeeze}" if self.squeeze else ""))
+                + " halves" * self.halves + " apart" * self.apart + (f" squeeze {self.squeeze}" if self.squeeze else ""))
 
 
 def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
     240."""
-    two = num_features(spec) > 1
+    two, is_plain = num_features(spec) > 1, num_features(spec) == 0
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
     if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
@@ -156,7 +161,7 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     several = spec.packed or spec.left or spec.right
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
-    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs)
+    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs, apart=is_plain and not crowded)
 
 
 # ---------------------------------------------------------------- dQ alone

@@ -37,8 +37,8 @@ make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.b
 make_dq, make_wide = late("sm90.backward_dq", "make_dq"), late("sm90.backward_wide", "make_wide")
 
 FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
-BACKWARD = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i "
-            "grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
+BACKWARD = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l far:l far_mark:i accum:l rows:i table:l tiles:i head_group:i "
+            "num_heads_k:i grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
 WIDE = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
         "sums:l sums_batch:q sums_head:q sums_row:i")
 DQ = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
@@ -171,8 +171,8 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
     by BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.accum,
-           rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.far,
+           rows.mark, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
     backward_program(spec, config).launch(launcher, tiles, call, own, stream)
 
 

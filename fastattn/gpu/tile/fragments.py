@@ -13,7 +13,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ..dsl.asm import F32, I32, I64, literals, pack, unpack
+from ..dsl.asm import F32, I32, I64, emit, literals, pack, unpack
 from ..dsl.inline import Compiled
 from ..ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from ..ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
@@ -67,6 +67,16 @@ def zeros(typingctx: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return pack(builder, [F32(0.0)] * n)
+    return signature(types.UniTuple(types.float32, n), count), generate
+
+
+@intrinsic
+def own_zeros(typingctx: Any, count: Any) -> Any:
+    """`zeros` that the compiler cannot share with others: accumulators that a loop carries. Shared, ptxas finds no registers for both."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [emit(builder, F32, "mov.b32 $0, 0f00000000;", "=f", []) for _ in range(n)])
     return signature(types.UniTuple(types.float32, n), count), generate
 
 

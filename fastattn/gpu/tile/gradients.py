@@ -101,6 +101,8 @@ def add_elements(typingctx: Any, acc: Any, pointer0: Any, pointer1: Any, stride:
 # change P. There the difference of score and lse is computed first, at most 0. It replaces the score, and FAR_LSE, which is almost 0,
 # replaces the lse. The score is rounded as the forward rounds a row's maximum. So P is exactly 1 where it has to be: where the
 # lse is the maximum itself, because log(sum) is below its precision.
+# Kernels look for FAR_LSE in each step. Hopper's main loop at head_dim 128 has no room for that: it looks once, for the mark that the
+# preprocess gives a call with far rows, and such a call has a loop of its own (config.apart).
 def _emit_near(builder: Any, x: Any, scale: Any, inverse: Any, lse: Any, far: Any) -> Any:
     """x, or if `far` min((x * scale - lse) * inverse, 0). NaN stays NaN."""
     difference = builder.fsub(emit_product(builder, x, scale), lse)

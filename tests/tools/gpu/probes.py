@@ -418,6 +418,7 @@ minus_inf = np.float32(-np.inf)
 add("fragments.make_gather fragments.make_unpack", "ld.global.b32", on_fragment(lambda acc, lane, row, col, n: acc),
     expect(lambda x, r, c: x))
 add("fragments.zeros", "st.global", on_fragment(lambda acc, lane, row, col, n: f.zeros(COUNT)), expect(lambda x, r, c: 0 * x))
+add("fragments.own_zeros", "mov; st.global", on_fragment(lambda acc, lane, row, col, n: f.own_zeros(COUNT)), expect(lambda x, r, c: 0 * x))
 add("fragments.zeros_packed", "st.global", on_fragment(lambda acc, lane, row, col, n: f.add(
     acc, _to_float(f.zeros_packed(COUNT)))), expect(lambda x, r, c: x))
 add("fragments.scale_rows", "mul", on_fragment(lambda acc, lane, row, col, n: f.scale_rows(acc, float32(row), float32(row + 8))),

@@ -15,7 +15,7 @@ PIECE, DS_PANEL = 4096, 128 * 128
 class BackwardPlay(Play):
     """`sums`: (address, keys) -> rows of a piece of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
 
-    modules = ("sm90.backward", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
+    modules = ("sm90.backward", "sm90.consumer", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
     def __init__(self, config: Any, block: int, seed: int) -> None:
         super().__init__(config, config.dim, (block,), seed, 2, {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128})
@@ -136,4 +136,5 @@ class BackwardPlay(Play):
             "multiply": lambda acc, other: self.at_rest(acc), "load_columns": self.load_columns, "exp2_columns": self.exponentials,
             "make_dropout_transposed": lambda *_: (nothing, lambda a, p, words: p, self.to_half, self.gradient),
             "store_panels": self.store_panels, "store_piece": self.store_piece,
-            "make_any_far": lambda *_: self.any_far, "make_near": lambda *_: (nothing, nothing), "make_log2_scale": lambda *_: nothing}
+            "make_any_far": lambda *_: self.any_far, "make_near": lambda *_: (first(None), nothing), "make_log2_scale": lambda *_: nothing,
+            "own_zeros": lambda n: Fragment("0"), "load_b32": lambda address: address}      # a.far is the word itself
