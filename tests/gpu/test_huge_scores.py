@@ -182,6 +182,31 @@ def test_lse_of_one_key(scaled: bool) -> None:
         np.testing.assert_allclose(out[:, 3], 1, rtol=2.0**-8)
 
 
+@pytest.mark.parametrize("dtype", FAR_TOPS)
+def test_parts_are_merged_in_the_same_units(dtype: str) -> None:
+    """Two parts of a row's keys, each with its own maximum, as decode merges them: near, far, or one of each, or masked."""
+    draw = np.random.default_rng(0)
+    for scale, near, sign in itertools.product(SCALES, (2.0**-16, 2.0**-4, 0.5, 1.0, 2.0), (1, -1)):
+        base = sign * near * far_limits(dtype, scale)[0]
+        scores = np.array([stepped(base, draw.integers(-2, 3, 16)) for _ in range(2)], F)
+        scores[0, :8] = -np.inf if near == 0.5 else scores[0, :8]
+        beyond, power = far_limits(dtype, scale)
+        a = SimpleNamespace(softmax_scale=F(scale), log2_scale=F(scale * LOG2E), far_beyond=F(beyond), far_scale=F(power))
+        spec, state = Spec(dtype, 64, 64), (F(-np.inf), F(-np.inf), F(0), F(0))
+        with replaced(("tile.softmax",), FRAGMENTS), np.errstate(all="ignore"):
+            update, decay = softmax.make_softmax(spec)[0], softmax.make_decay(spec)
+            parts = [update(a, acc, *state) for acc in np.split(scores, 2, 1)]
+            for row in range(2):
+                top = max(part[1 + row] for part in parts)
+                factors = [decay(a, part[1 + row], top) for part in parts]
+                total = sum(part[3 + row] * factor for part, factor in zip(parts, factors, strict=True))
+                factor, lse = softmax.make_finish_row(spec)(a, 0, top, total)
+                p = np.concatenate([part[0][row] * factor for part, factor in zip(parts, factors, strict=True)]) * factor
+                expected, expected_lse = exact_softmax(scores[row:row + 1].astype(np.float64) * F(scale))
+                np.testing.assert_allclose(p, expected[0], atol=16 * 2.0**-16)      # a key each that is one unit below the maximum
+                np.testing.assert_allclose(lse, expected_lse[0], rtol=3e-7, atol=1e-5)
+
+
 def test_a_fully_masked_row_next_to_an_ordinary_one() -> None:
     scores = np.array([[-np.inf] * 8, [-np.inf] * 4 + [-1e30] * 4])
     out, lse = softmax_of(scores, np.arange(8.0, dtype=F)[:, None], 1.0, True, 2, False)
@@ -358,21 +383,44 @@ def test_products(family: str, dtype: str, causal: bool) -> None:
     weight, or the first where products are negative."""
     if not supported(family):
         pytest.skip(f"no {family} here")
-    for size in (1e4, 1e7, 1.9e8, 4e8, 1e11, 1e19, 1e30):
+    for size, dim in itertools.product((1e4, 1e7, 1.9e8, 4e8, 1e11, 1e19, 1e30), (64, 128)):
         for sign in (1, -1):
-            inputs = make(family, dtype, 1, causal=causal, softmax_scale=1.0)
+            inputs = make(family, dtype, 1, dim=dim, causal=causal, softmax_scale=1.0)
             q, k, _ = inputs.args
             q[:] = 16 * sign
             k[:] = np.minimum(1 + np.arange(k.shape[1]), 256 if dtype == "bfloat16" else 2048)[:, None, None]
             if k.shape[1] > 256 and dtype == "bfloat16":        # the last exact one for each
                 k[0, 256:] = 256
                 k[0, -1] = 512
-            inputs.kwargs["softmax_scale"] = size / (64 * 16)
+            inputs.kwargs["softmax_scale"] = size / (dim * 16)
             run(inputs, family)
     inputs = make(family, dtype, 2, causal=causal, softmax_scale=1.0)      # equal products
     inputs.args[0][:], inputs.args[1][:] = 5e4, 5e4
     inputs.dout[:] = 0
     run(inputs, family)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("family", ["sm90", "sm80"])
+def test_far_rows_of_others_change_no_bit(family: str, dim: int) -> None:
+    """dK and dV of a sequence, beside one that has far rows in some blocks of queries, and beside itself."""
+    if not supported(family):
+        pytest.skip(f"no {family} here")
+    draw, found = np.random.default_rng(6), []
+    q, k, v, dout = (draw.standard_normal((2, 700, 2, dim), dtype=F) for _ in range(4))
+    for factor in (1, 1e4):
+        q[0, 100:300] *= factor
+        args = [on_device(x.astype(NUMPY["bfloat16"])) for x in (q, k, v)]
+        with gpu.use(family):
+            out, lse = fastattn.attention(*args, causal=True, return_lse=True)
+            assert (abs(to_host(lse)) > 3000).any() == (factor > 1)
+            grads = fastattn.attention_backward(on_device(dout.astype(NUMPY["bfloat16"])), *args, out, lse, causal=True)
+        found.append([to_host(x).astype(F) for x in (grads.dk, grads.dv)])
+    for ordinary, beside_far in zip(*found, strict=True):
+        np.testing.assert_array_equal(ordinary[1], beside_far[1])
+        assert np.isfinite(beside_far).all()
 
 
 @requires_gpu
