@@ -16,7 +16,7 @@ from .dispatch import backward, forward, read
 from .engine import load
 from .options import Check, read_options
 from .problem import Grads, check_array, is_plain, make_dropout
-from .signature import strict, unknown_arguments
+from .signature import strict, uncompiled, unknown_arguments
 from .types import A, Array, B, Causal, D, DenseOptions, EngineName, Integer, Layout, Lengths, Number, PackedOptions, PerHead, S, Window
 
 
@@ -411,6 +411,7 @@ def dropout_mask(batch: Integer, num_heads: Integer, seqlen_q: Integer, seqlen_k
     return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
 
 
+@uncompiled
 def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", stream: Any = None) -> tuple[A, B]:
     """Attention over all keys from partial results over disjoint keys.
 

@@ -26,15 +26,24 @@ class _Shown(str):
     __repr__ = str.__str__
 
 
+UNCOMPILED: list[Callable[..., Any]] = []        # functions that torch.compile leaves alone
+
+
 def strict(function: F) -> F:
-    """The function itself, `hiding` what it has only for its errors, and left alone by torch.compile.
+    """The function itself, `hiding` what it has only for its errors, and `uncompiled`."""
+    return hiding(uncompiled(function))
+
+
+def uncompiled(function: F) -> F:
+    """The function itself, left alone by torch.compile.
 
     torch's compiler knows the two attributes: it ends its graph at the call instead of tracing into the package, and
     quotes the reason.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "fastattn.torch.attention can be compiled"  # type: ignore[attr-defined]
-    return hiding(function)
+    UNCOMPILED.append(function)
+    return function
 
 
 def hiding(function: F) -> F:

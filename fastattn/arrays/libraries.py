@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import message
+from ..signature import UNCOMPILED
 from . import streams, words
 from .device_array import DeviceArray
 from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, wrong_dtype
@@ -136,12 +137,10 @@ def _leave_alone(torch: Any) -> None:
 
     Without this the results are the same, but it tries each frame once. Nothing is imported for it.
     """
-    from .. import api
-
     known: Any = getattr(torch._C._dynamo, "eval_frame", None)
     if hasattr(known, "set_code_exec_strategy") and hasattr(known, "_FrameExecStrategy"):
         skip = known._FrameExecStrategy(known._FrameAction.SKIP, known._FrameAction.SKIP)
-        for function in (api.attention, api.attention_backward, api.attention_varlen, api.attention_varlen_backward, api.merge_states):
+        for function in UNCOMPILED:
             known.set_code_exec_strategy(function.__code__, skip)
 
 

@@ -23,6 +23,9 @@ def test_no_cell_is_empty() -> None:
 def test_functions_exist(name: str) -> None:
     if name.startswith("fastattn.gpu"):
         pytest.importorskip("numba")
+    for framework in ("torch", "jax"):
+        if name.startswith(f"fastattn.{framework}"):
+            pytest.importorskip(framework)
     if name == "fastattn.compat":
         importlib.import_module(name)
         return
