@@ -50,7 +50,7 @@ def absolute_links(text, base, revision):
 
 def long_description():
     project = tomllib.loads((here / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    version = re.search(r'^__version__ = "(.+)"$', (here / "fastattn" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    version = re.search(r'^__version__ = "(.+)"$', (here / "fastattn" / "version.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
     return absolute_links((here / "README.md").read_text(encoding="utf-8"), project["urls"]["Source"], f"v{version}")
 
 

@@ -37,8 +37,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 from . import log as _log  # noqa: F401     (FASTATTN_LOG)
 from .api import (
     attention,
@@ -53,6 +51,7 @@ from .explanation import explain
 from .problem import Grads
 from .registry import engines, register_engine, use_engine
 from .report import show_config
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .cpu import get_num_threads, set_num_threads

@@ -42,7 +42,8 @@ def show_config() -> dict[str, str]:
 
 def facts() -> dict[str, Any]:
     """The same as data for programs. Every key is always there; docs/command-line.md lists them."""
-    from . import __version__, registry
+    from . import registry
+    from .version import __version__
 
     found = registry.engines()
     return {

@@ -155,8 +155,8 @@ def text(table: Table) -> str:
 
 # ---------------------------------------------------------------- files
 def _records(table: Table) -> list[dict[str, Any]]:
-    from .. import __version__
     from ..benchmark.machine import today
+    from ..version import __version__
 
     where = {"date": today(), "machine": _machine(table), "device": table.device, "fastattn": __version__}
     what = {**asdict(table.shape), "direction": table.shape.direction}

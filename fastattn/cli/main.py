@@ -34,7 +34,7 @@ def program() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    from .. import __version__
+    from ..version import __version__
 
     prog = program()
     made = argparse.ArgumentParser(prog=prog, description="fastattn's command line. Without a command: show-config.",
