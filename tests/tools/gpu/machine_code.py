@@ -1,6 +1,6 @@
 """Is the machine code of the kernels what an older tree makes? `python -m tests.tools.gpu.machine_code OLD_TREE`, without a GPU.
 
-The kernels are those of tests/gpu/test_compile.py: its list, and random ones (FASTATTN_SAMPLES, FASTATTN_SEED). Each tree compiles its own
+The kernels are those of jobs.py: its list, and random ones (FASTATTN_SAMPLES, FASTATTN_SEED). Each tree compiles its own
 kernels for the same calls, in a process of its own, because two packages of one name do not fit into one. Compared are the instructions
 (sections .text), constants, registers, threads and shared memory. Names are not: kernels and modules may be renamed.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -242,8 +241,9 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="keep the cubins in this folder")
     parser.add_argument("--nvdisasm", help="the disassembler; kernels that differ are then printed with the opcodes whose number changed")
     given = parser.parse_args()
-    listed = importlib.import_module("tests.gpu.test_compile")      # the list is a test's; helpers import none, this one is a command
-    jobs = [job for job in listed.JOBS if given.k in job.id]
+    from .jobs import JOBS  # here: a process that compiles an old tree has its own copy of them
+
+    jobs = [job for job in JOBS if given.k in job.id]
     if not jobs:
         parser.error(f"-k {given.k}: no call's id contains it")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,0 +1,279 @@
+"""The kernels that tests compile: the shipped ones of a list of calls, and random ones. test_compile.py says how many.
+
+machine_code.py takes the same.
+"""
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastattn import UnsupportedError, gpu
+from fastattn.gpu import precompile
+from fastattn.gpu.precompile import Want
+
+FULL = os.environ.get("FASTATTN_COMPILE") == "full"
+ARCHS, HALVES = ("sm_80", "sm_89", "sm_90a", "sm_120"), ("float16", "bfloat16")
+EVERYTHING: dict[str, Any] = {"causal": True, "window": (100, None), "softcap": True, "alibi": "float32", "bias": "float32", "mask": True,
+                              "sinks": "float32", "dropout": True, "num_heads_k": 4}
+FEATURES: dict[str, dict[str, Any]] = precompile.SCORE_FEATURES | {"bias_half": {"bias": "half"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {}, "causal": {"causal": True}, "window": {"window": (100, 0)}, "packed": {"packed": True},
+    "packed_causal": {"packed": True, "causal": True},
+}
+DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+UNEQUAL = ((192, 128), (64, 256), (48, 32))
+
+
+@dataclass(frozen=True)
+class Job:
+    family: str
+    arch: str
+    want: Want
+    what: str
+
+    @property
+    def id(self) -> str:
+        dims = f"{self.want.head_dim}" + (f"_{self.want.head_dim_v}" if self.want.head_dim_v else "")
+        more = "-backward" * self.want.backward + "-lse" * self.want.lse
+        return f"{self.family}-{self.arch}-{self.want.dtype}-{dims}-{self.what}{more}"
+
+
+def _want(dtype: str, dim: int, dim_v: int | None = None, lse: bool = True, **settings: Any) -> Want:
+    if settings.get("bias") == "half":
+        settings["bias"] = dtype
+    return Want(dtype, dim, dim_v, lse=lse, **settings)
+
+
+def _tensor_cores(family: str, arch: str, short: bool) -> Iterator[Job]:
+    """The tensor-core families; `short` where another architecture has the long list of the same kernels."""
+    half, other, hopper = "bfloat16", "float16", family == "sm90"
+    for dim in (128, 256) if short else (64, 80, 128, 192, 256):
+        yield Job(family, arch, _want(half, dim, causal=True), "causal")
+    yield Job(family, arch, _want(other, 128, **EVERYTHING), "everything")
+    if short:
+        return
+    for dim in (64, 128, 256) if hopper else (128,):
+        yield Job(family, arch, _want(other, dim, lse=False), "full")
+        yield Job(family, arch, _want(half, dim, packed=True, causal=True), "packed_causal")
+    yield Job(family, arch, _want(half, 128, window=(100, 0)), "window")
+    for name in ("softcap", "bias", "mask", "dropout") if hopper else ("bias_half", "dropout"):
+        yield Job(family, arch, _want(half, 128, **FEATURES[name]), name)
+    yield Job(family, arch, _want(half, 64, **EVERYTHING), "everything")
+    yield Job(family, arch, _want(half, 192, **EVERYTHING), "everything")
+    yield Job(family, arch, _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+
+
+def _simt(arch: str, short: bool) -> Iterator[Job]:
+    yield Job("simt", arch, _want("float32", 64, causal=True), "causal")
+    if short:
+        return
+    yield Job("simt", arch, _want("float64", 64, causal=True), "causal")
+    for dtype in ("float64", "bfloat16"):
+        yield Job("simt", arch, _want(dtype, 128, **{**EVERYTHING, "bias": dtype}), "everything")
+    yield Job("simt", arch, _want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    yield Job("simt", arch, _want("float32", 512), "full")
+
+
+def _backward_sm80() -> Iterator[Job]:
+    for arch, dim, what in (("sm_80", 64, "causal"), ("sm_80", 128, "everything"), ("sm_80", 256, "causal"), ("sm_89", 64, "everything"),
+                            ("sm_120", 128, "causal")):
+        settings = {"causal": True} if what == "causal" else {**EVERYTHING, "bias": None}      # it has no dbias
+        yield Job("sm80", arch, _want("bfloat16", dim, lse=False, backward=True, **settings), what)
+
+
+def _backward_sm90() -> Iterator[Job]:
+    """Hopper: each feature, with dbias where there is a bias, and the deterministic pair of kernels; three of them over 128 columns."""
+    def job(dim: int, what: str, dim_v: int | None = None, **settings: Any) -> Job:
+        return Job("sm90", "sm_90a", _want("bfloat16", dim, dim_v, lse=False, backward=True, **settings), what)
+    for dim in (64, 128, 192, 256):
+        yield job(dim, "causal", causal=True)
+        yield job(dim, "packed_window", packed=True, window=(100, 50))
+    for dim in (64, 128):
+        yield job(dim, "deterministic", deterministic=True, causal=True)
+    for dim in (128, 256):
+        yield job(dim, "bias", bias="bfloat16", causal=True)
+        yield job(dim, "dropout", dropout=True)
+        yield job(dim, "packed_dropout", dropout=True, packed=True, window=(100, 50))
+        yield job(dim, "softcap", softcap=True, causal=True)
+        yield job(dim, "mask", mask=True, alibi="float32")
+    yield job(192, "causal", 128, causal=True)
+    yield job(64, "causal", 256, causal=True)
+    yield job(128, "softcap_deterministic", softcap=True, deterministic=True)
+
+
+def _found() -> Iterator[Job]:
+    """Kernels that spilled when drawn at random, one of each kind."""
+    both: dict[str, Any] = {"bias": "float16", "mask": True, "lse": False}
+    window: dict[str, Any] = {"window": (100, 50)}
+    yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, dropout=True, packed=True, **window), "mask_dropout_packed")
+    yield Job("sm90", "sm_90a", _want("float16", 192, mask=True, softcap=True, packed=True, **window), "mask_softcap_packed")
+    for dim in (128, 192):      # at 256 the kernel of dV spills 4 bytes, which nothing has cured: docs/log-gpu.md, "Open"
+        yield Job("sm90", "sm_90a", _want("float16", dim, backward=True, **both, **window), "bias_mask_window")
+    yield Job("sm90", "sm_90a", _want("float16", 128, backward=True, packed=True, **both, **window), "bias_mask_packed")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 192, lse=False, softcap=True, dropout=True, packed=True, backward=True, **window),
+              "softcap_dropout_packed")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 48, mask=True, packed=True, **window), "mask_packed")
+    for dim, what, settings in ((16, "mask", {"mask": True}), (64, "plain_deterministic", {"deterministic": True}),
+                                (128, "softcap_window", {"softcap": True, "packed": True, "window": (100, None)}),
+                                (128, "bias_whole_packed", {"bias": "bfloat16", "packed": True}),
+                                (128, "bias_float32", {"bias": "float32", "causal": True}),
+                                (256, "mask_softcap_packed", {"mask": True, "softcap": True, "packed": True, **window})):
+        yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings), what)
+    yield Job("sm80", "sm_80", _want("float16", 256, dropout=True, **both, **window), "bias_mask_dropout")
+    for dim in (192, 256):
+        yield Job("sm80", "sm_80", _want("float16", dim, dropout=True, backward=True, dbias=False, **both, **window), "bias_mask_dropout")
+    yield Job("simt", "sm_80", _want("float16", 32, backward=True, **both, softcap=True, dropout=True, alibi="float32"), "small_many")
+    yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, dropout=True), "small_dropout")
+    yield Job("simt", "sm_90a", _want("bfloat16", 16, 32, lse=False, backward=True, causal=True), "small")
+    yield Job("simt", "sm_80", _want("float64", 8, lse=False, backward=True, packed=True, seqused=True, causal=True, alibi="float32",
+                                     bias="float32"), "small_float64")
+    yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, packed=True, seqused=True, causal=True, softcap=True,
+                                     bias="float16"), "small_packed_softcap")
+
+
+def _pairs() -> Iterator[Job]:
+    """Hopper: two features together."""
+    for (one, other), dim in itertools.product(itertools.combinations(("softcap", "alibi", "bias_half", "mask", "dropout"), 2), (64, 128)):
+        settings, name = FEATURES[one] | FEATURES[other], f"{one}_{other}"
+        if dim == 128:
+            yield Job("sm90", "sm_90a", _want("bfloat16", dim, packed=True, causal=True, **settings), name)
+        yield Job("sm90", "sm_90a", _want("float16", dim, lse=False, backward=True, causal=True, **settings), name)
+
+
+def _backward(arch: str, short: bool) -> Iterator[Job]:
+    """simt, dbias and the preprocess kernel of every backward; float64 with head_dim 512 needs the most registers."""
+    def want(dtype: str, dim: int, dim_v: int | None = None, **settings: Any) -> Want:
+        return _want(dtype, dim, dim_v, lse=False, backward=True, **settings)
+    yield Job("simt", arch, want("bfloat16", 64, **{**EVERYTHING, "bias": "bfloat16"}), "everything")
+    if short:
+        return
+    yield Job("simt", arch, want("float32", 40, 24, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    yield Job("simt", arch, want("float64", 512, **EVERYTHING), "everything")
+
+
+def _decode() -> Iterator[Job]:
+    """Few queries and many keys: plain, and with all features of this kernel."""
+    shape: dict[str, Any] = {"seqlen_q": 2, "seqlen_k": 8192, "num_heads": 32, "num_heads_k": 8}
+    for arch, dim in itertools.product(ARCHS, (64, 128)):
+        yield Job("sm80", arch, _want("bfloat16", dim, lse=False, **shape), "decode")
+        yield Job("sm80", arch, _want("float16", dim, window=(100, 5), softcap=True, sinks="float32", **shape), "decode_all")
+    yield Job("sm80", "sm_90a", _want("bfloat16", 128, 64, causal=True, **shape), "decode_causal")
+
+
+def _everything_there_is() -> Iterator[Job]:
+    """The full list: every dtype, head size and variant, every feature alone at three sizes."""
+    for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
+        for dtype in ("float16", "bfloat16", *(("float32", "float64") if family == "simt" else ())):
+            for dim in DIMS:
+                for name, settings in VARIANTS.items():
+                    for lse in (True, False):
+                        yield Job(family, arch, _want(dtype, dim, lse=lse, **settings), name)
+                yield Job(family, arch, _want(dtype, dim, **EVERYTHING), "everything")
+                yield Job(family, arch, _want(dtype, dim, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+            for dim, dim_v in UNEQUAL:
+                yield Job(family, arch, _want(dtype, dim, dim_v, causal=True), "causal")
+            for dim in (64, 128, 256):
+                for name, settings in FEATURES.items():
+                    yield Job(family, arch, _want(dtype, dim, **settings), name)
+                    yield Job(family, arch, _want(dtype, dim, packed=True, causal=True, **settings), f"packed_{name}")
+
+
+def _ci() -> Iterator[Job]:
+    """What fits into CI: a Hopper kernel takes three seconds with its PTX."""
+    yield from _pairs()
+    yield from _found()
+    yield from _decode()
+    half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
+    for dim in (64, 128, 256):
+        yield Job("sm90", "sm_90a", _want(half, dim, causal=True), "causal")
+    for dim in (128, 256):
+        yield Job("sm90", "sm_90a", _want(half, dim, **packed), "packed_causal")
+    yield Job("sm90", "sm_90a", _want(other, 128, lse=False), "full")
+    yield Job("sm90", "sm_90a", _want(half, 128, window=(100, 0)), "window")
+    for name in ("bias", "dropout"):
+        yield Job("sm90", "sm_90a", _want(half, 128, **FEATURES[name]), name)
+    for dim in (128, 192):
+        yield Job("sm90", "sm_90a", _want(other, dim, **EVERYTHING), "everything")
+    yield Job("sm90", "sm_90a", _want(half, 128, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    for arch, dim in (("sm_80", 64), ("sm_80", 128), ("sm_80", 256), ("sm_89", 256), ("sm_90a", 128), ("sm_120", 128)):
+        yield Job("sm80", arch, _want(half, dim, causal=True), "causal")
+    for arch, dim in (("sm_80", 64), ("sm_80", 128), ("sm_89", 128), ("sm_120", 128)):
+        yield Job("sm80", arch, _want(other, dim, **EVERYTHING), "everything")
+    yield Job("sm80", "sm_80", _want(half, 128, **packed), "packed_causal")
+    for arch in ("sm_80", "sm_120"):
+        yield Job("simt", arch, _want("float32", 64, causal=True), "causal")
+    yield Job("simt", "sm_80", _want("float64", 128, **EVERYTHING), "everything")
+    for backward in (False, True):
+        want = _want("float32", 40, 24, lse=not backward, backward=backward, **EVERYTHING, packed=True, seqused=True)
+        yield Job("simt", "sm_80", want, "everything_packed")
+    yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
+    yield from (job for job in _backward_sm90() if job.id.endswith(("64-causal-backward", "128-causal-backward", "256-causal-backward",
+                                                                    "-bias-backward", "-softcap-backward", "128-deterministic-backward")))
+
+
+# ---------------------------------------------------------------- and random kernels
+SAMPLES = int(os.environ.get("FASTATTN_SAMPLES", "40"))
+SEED = int(os.environ.get("FASTATTN_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
+SAMPLE_ARCHS = {"sm90": ("sm_90a",), "sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"), "simt": ARCHS}
+
+
+def draw_job(draw: random.Random) -> Job:
+    """A kernel of the whole space that its family takes: architecture, direction, dtype, head sizes, features, masks, lengths."""
+    while True:
+        family = draw.choice(("sm90", "sm90", "sm80", "simt"))
+        arch, want = draw.choice(SAMPLE_ARCHS[family]), _draw_want(draw, family == "simt")
+        try:
+            with gpu.use(family):
+                gpu.choose(want.call()[0], precompile.absent_device(arch))
+        except UnsupportedError:
+            continue
+        return Job(family, arch, want, "sample")
+
+
+def _draw_want(draw: random.Random, plain_threads: bool) -> Want:
+    def flip(p: float) -> bool:
+        return draw.random() < p
+
+    def head_dim() -> int:
+        most = 512 if plain_threads and flip(0.2) else 256
+        return draw.choice((draw.randint(1, most), draw.randrange(8, most + 1, 8), draw.randrange(16, most + 1, 16)))
+    dtype = draw.choice((*HALVES, "float32", "float64") if plain_threads else HALVES)
+    dim, heads = head_dim(), draw.choice((4, 16))
+    settings: dict[str, Any] = {}
+    for name in draw.sample(sorted(precompile.SCORE_FEATURES), draw.choice((0, 1, 1, 2, 2, 3, 4, 6))):
+        settings |= precompile.SCORE_FEATURES[name]
+    if "bias" in settings and dtype in HALVES and flip(0.6):
+        settings["bias"] = dtype
+    backward, packed, few = flip(0.5), flip(0.4), flip(0.1)
+    if few:     # the keys are split
+        settings |= {"seqlen_q": draw.randint(1, 4), "seqlen_k": 4096}
+    else:       # bias is read in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length
+        settings |= {"seqlen_q": 1024, "seqlen_k": draw.choice((4096, 1024, 4098, 1023))}
+    window = draw.choice((None, None, (100, None), (100, 0), (100, 50), (None, 50)))
+    return Want(dtype, dim, head_dim() if flip(0.25) else None, causal=draw.choice((False, True, True)), window=window, packed=packed,
+                seqused=packed and flip(0.5), lse=not backward and flip(0.5), num_heads=heads,
+                num_heads_k=draw.choice((heads, 1, heads // 2)), backward=backward, deterministic=backward and flip(0.2), **settings)
+
+
+def _samples() -> list[Job]:
+    """SAMPLES of them, from the seed. One that fails prints its Want, so that it can become a named job above."""
+    draw = random.Random(SEED)
+    return [replace(draw_job(draw), what=f"sample_{SEED}_{n}") for n in range(SAMPLES)]
+
+
+def _jobs() -> list[Job]:
+    jobs = [*_ci(), *_samples()]
+    if FULL:
+        jobs += [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
+                 *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
+                 *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm80(), *_backward_sm90(),
+                 *_everything_there_is()]
+    return list({job.id: job for job in jobs}.values())
+
+
+JOBS = _jobs()
