@@ -48,8 +48,8 @@ EngineName = Literal["cpu", "gpu", "reference", "sm90", "sm80", "simt"]     # ot
 
 
 # ---------------------------------------------------------------- keywords
-class ScoreOptions(TypedDict, total=False):
-    """Keywords of all four attention functions."""
+class CommonOptions(TypedDict, total=False):
+    """Keywords of every attention function, those of `fastattn.torch` and `fastattn.jax` too."""
 
     causal: Causal
     window: Window | None
@@ -60,10 +60,15 @@ class ScoreOptions(TypedDict, total=False):
     mask: Array | None
     sinks: PerHead | None
     dropout_p: Number
+    engine: EngineName | None
+
+
+class ScoreOptions(CommonOptions, total=False):
+    """Keywords of all four attention functions."""
+
     seed: Integer | None
     offset: Integer
     stream: Any
-    engine: EngineName | None
 
 
 class DenseOptions(ScoreOptions, total=False):
@@ -78,6 +83,27 @@ class PackedOptions(ScoreOptions, total=False):
 
     layout: Literal["thd"]
     out: Array | None
+    max_seqlen_q: Integer | None
+    max_seqlen_k: Integer | None
+    seqused_k: Lengths | None
+
+
+class FrameworkOptions(CommonOptions, total=False):
+    """Keywords of `fastattn.torch.attention` and `fastattn.jax.attention`, but `return_lse`. Seeds may be traced there."""
+
+    seed: Any
+    offset: Any
+    layout: Layout
+    deterministic: bool
+
+
+class PackedFrameworkOptions(CommonOptions, total=False):
+    """Keywords of their `attention_varlen`, but `return_lse`."""
+
+    seed: Any
+    offset: Any
+    layout: Literal["thd"]
+    deterministic: bool
     max_seqlen_q: Integer | None
     max_seqlen_k: Integer | None
     seqused_k: Lengths | None

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ..arrays.view import CPU, View
 from ..errors import message
 from ..options import Options, read_options
 from ..signature import hiding, unknown_arguments
+from ..types import Array, Causal, EngineName, FrameworkOptions, Integer, Lengths, Number, PackedFrameworkOptions, Window
 from .derivative import attend
 from .problems import LENGTHS, NUMBERS, traced_problem
 from .record import Record
@@ -25,12 +26,20 @@ _NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 
 
+@overload
+def attention(q: Array, k: Array, v: Array, *, return_lse: Literal[False] = ..., **options: Unpack[FrameworkOptions]) -> jax.Array: ...
+@overload
+def attention(q: Array, k: Array, v: Array, *, return_lse: Literal[True],
+              **options: Unpack[FrameworkOptions]) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def attention(q: Array, k: Array, v: Array, *, return_lse: bool,
+              **options: Unpack[FrameworkOptions]) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @hiding
-def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, window: tuple[int | None, int | None] | None = None,
-              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
-              mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0,
+def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: Window | None = None,
+              softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None,
+              mask: Any = None, sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
               layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool = False,
-              engine: str | None = None, **unknown: Never) -> Any:
+              engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention` for JAX: differentiable, and part of compiled programs.
 
     Gradients are those of q, k, v, bias and sinks, also through lse.
@@ -106,13 +115,22 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: bool | str = False, 
     return _call(call, {**_arrays(call, arrays), **numbers}, options, layout, engine, return_lse, deterministic)
 
 
+@overload
+def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[False] = ...,
+                     **options: Unpack[PackedFrameworkOptions]) -> jax.Array: ...
+@overload
+def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[True],
+                     **options: Unpack[PackedFrameworkOptions]) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: bool,
+                     **options: Unpack[PackedFrameworkOptions]) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 @hiding
-def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
-                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: bool | str = False,
-                     window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
-                     softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None, sinks: Any = None,
-                     dropout_p: float = 0.0, seed: Any = None, offset: Any = 0, layout: Literal["thd"] = "thd",
-                     return_lse: bool = False, deterministic: bool = False, engine: str | None = None, **unknown: Never) -> Any:
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: Integer | None = None,
+                     max_seqlen_k: Integer | None = None, seqused_k: Any = None, causal: Causal = False,
+                     window: Window | None = None, softmax_scale: Number | None = None,
+                     softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None, sinks: Any = None,
+                     dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0, layout: Literal["thd"] = "thd",
+                     return_lse: bool = False, deterministic: bool = False, engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention_varlen` for JAX: sequences of different lengths, packed along one axis.
 
     Parameters

@@ -5,7 +5,7 @@ decides. Otherwise its arguments become `Arguments`, and autograd.py goes on.
 """
 from __future__ import annotations
 
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ import fastattn
 from ..errors import message
 from ..options import SEED, Check, read_options
 from ..signature import hiding, unknown_arguments
-from ..types import Causal, EngineName
+from ..types import Causal, EngineName, FrameworkOptions, Integer, Number, PackedFrameworkOptions, Window
 from .autograd import PLAIN, attend, level, modes
 from .operators import Arguments
 
@@ -36,10 +36,18 @@ def _wanted(x: Any) -> bool:
     return x is not None and isinstance(x, Tensor) and x.requires_grad
 
 
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[FrameworkOptions]) -> Tensor: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True],
+              **options: Unpack[FrameworkOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool,
+              **options: Unpack[FrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
-def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: tuple[int | None, int | None] | None = None,
-              softmax_scale: float | None = None, softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None,
-              mask: Any = None, sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
+def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: Window | None = None,
+              softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None,
+              mask: Any = None, sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
               layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool | None = None,
               engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention` that torch differentiates, compiles, exports and casts.
@@ -115,12 +123,21 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
                      deterministic, engine)
 
 
+@overload
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[False] = ...,
+                     **options: Unpack[PackedFrameworkOptions]) -> Tensor: ...
+@overload
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[True],
+                     **options: Unpack[PackedFrameworkOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool,
+                     **options: Unpack[PackedFrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
-def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: int | None = None,
-                     max_seqlen_k: int | None = None, seqused_k: Any = None, causal: Causal = False,
-                     window: tuple[int | None, int | None] | None = None, softmax_scale: float | None = None,
-                     softcap: float | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
-                     sinks: Any = None, dropout_p: float = 0.0, seed: Any = None, offset: int = 0,
+def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: Integer | None = None,
+                     max_seqlen_k: Integer | None = None, seqused_k: Any = None, causal: Causal = False,
+                     window: Window | None = None, softmax_scale: Number | None = None,
+                     softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
+                     sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
                      layout: Literal["thd"] = "thd", return_lse: bool = False, deterministic: bool | None = None,
                      engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention_varlen` that torch differentiates, compiles, exports and casts.

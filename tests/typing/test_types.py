@@ -4,6 +4,7 @@ The other files of this folder are programs that are checked and never run.
 """
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 import fastattn
+from fastattn import types
 from fastattn.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.compat.sdpa import scaled_dot_product_attention
 
@@ -93,7 +95,7 @@ def test_overloads_take_what_the_function_takes(function: Callable[..., Any]) ->
     """Names, order, types and which have a default; keywords in a TypedDict count as keywords."""
     shown = inspect.signature(function).parameters
     flag = "return_attn_probs" if "return_attn_probs" in shown else "return_lse"    # a Literal in overloads
-    types = typing.get_type_hints(function)
+    hints_of = typing.get_type_hints(function)
     overloads = typing.get_overloads(function)
     assert len(overloads) >= 3
     for overload in overloads:
@@ -110,21 +112,35 @@ def test_overloads_take_what_the_function_takes(function: Callable[..., Any]) ->
         positional = [name for name, parameter in shown.items() if parameter.kind is not parameter.KEYWORD_ONLY]
         for name, hint in ({name: hints[name] for name in own} | keywords).items():
             if name not in (flag, positional[0]):           # positional[0] is of the TypeVar
-                assert hint == types[name], name
+                assert hint == hints_of[name], name
     results = {str(typing.get_type_hints(overload)[flag]) for overload in overloads}
     assert results == {"typing.Literal[False]", "typing.Literal[True]", "<class 'bool'>"}
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_overloads_of_the_frameworks_have_every_keyword(framework: str, name: str) -> None:
+    pytest.importorskip(framework)
+    function = getattr(importlib.import_module(f"fastattn.{framework}"), name)
+    shown = set(inspect.signature(function).parameters)
+    overloads = typing.get_overloads(inspect.unwrap(function))
+    assert len(overloads) == 3
+    for overload in overloads:
+        own = set(inspect.signature(overload).parameters) - {"options"}
+        options = types.FrameworkOptions if name == "attention" else types.PackedFrameworkOptions
+        assert own | set(typing.get_type_hints(options)) == shown
 
 
 @pytest.mark.parametrize("forward", [DENSE, PACKED], ids=lambda function: function.__name__)
 def test_a_backward_shares_its_forwards_keywords(forward: Callable[..., Any]) -> None:
     backward = getattr(fastattn, f"{forward.__name__}_backward")
-    types, of_backward = typing.get_type_hints(forward), typing.get_type_hints(backward)
+    of_forward, of_backward = typing.get_type_hints(forward), typing.get_type_hints(backward)
     a, b = inspect.signature(forward).parameters, inspect.signature(backward).parameters
     keywords = {name for name, parameter in a.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert keywords - set(b) == {"return_lse"}
     assert set(b) - set(a) == {"dout", "lse", "dlse", "need_dbias", "deterministic"}
     for name in keywords & set(b) - {"out"}:                # an option there, the forward's result here
-        assert (types[name], a[name].default) == (of_backward[name], b[name].default), name
+        assert (of_forward[name], a[name].default) == (of_backward[name], b[name].default), name
 
 
 def test_engine_names_are_those_of_the_package() -> None:
