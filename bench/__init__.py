@@ -13,6 +13,8 @@
     table.py        the table on the terminal, and the README's table between its markers
     plot.py         the PNG
 
+masks.py has the boolean masks of models. They say which pairs a case visits.
+
 `python -m bench paired OLD_TREE` compares an older tree of fastattn with this one, round robin:
 
     paired.py           one process for each tree; rounds -> ratios, the table

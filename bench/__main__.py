@@ -1,6 +1,7 @@
 """The benchmark's command line.
 
-`python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench
+`python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench workloads`
+does so for problems of published models. `python -m bench
 ladder` measures each rung of the reading course. `python -m bench paired OLD_TREE` compares two trees of fastattn.
 `--help` lists the options.
 """
@@ -17,6 +18,7 @@ from . import cpu, ladder, machine, paired, plot, results, table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
+from .gpu import workloads, workloads_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, HEADLINE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "speed-gpu.svg"
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
         "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|ladder|paired")
+    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|workloads|ladder|paired")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
                                 **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
@@ -68,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
                         "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
+
+    target = targets.add_parser("workloads", help="the attention of published models, beside the same rivals on one CUDA device",
+                                **_example("workloads --only 'Llama'"))
+    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
+    target.add_argument("--minutes", type=float, help=f"start no case after so many minutes (default: {workloads.MINUTES:.0f})")
+    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
+    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go next to it "
+                        "(default: bench/results/workloads.csv, with -only for parts)")
+    target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV")
+    target.add_argument("--update-docs", action="store_true", help="rewrite the table of docs/benchmarks.md")
+    _choice(target)
+    target.set_defaults(run=_workloads)
 
     target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device",
                                 **_example("ladder --quick"))
@@ -176,6 +190,33 @@ def report_gpu(path: Path, update_pages: bool) -> None:
     print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
     print(f"{gpu_table.notes(rows)}\n")
     print(f"{gpu_table.console(rows)}\n\n{gpu_table.closing(rows)}", flush=True)
+    if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
+        raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+
+
+def _workloads(options: argparse.Namespace) -> None:
+    """Measure and print the table last. Exit status 1 if a row is wrong or fastattn failed."""
+    chosen = workloads.choose(options.only, ("FA4",) if options.skip_fa4 else ())
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        print(f"{len(chosen)} cases, about {workloads.seconds(chosen) / 60:.0f} minutes on one H200 with 16 processors: an estimate, "
+              "from flop counts and compile times")
+        return
+    if options.update_docs and options.only:
+        raise SystemExit("--update-docs writes a whole table; it does not go with --only")
+    path: Path = options.csv or ROOT / "bench" / "results" / f"workloads{'-only' if options.only else ''}.csv"
+    if not options.from_csv:
+        gpu.check_device()
+        gpu.run(chosen, "workloads", path, options.minutes, jobs=options.jobs, split=workloads.split)
+    rows = results.read_csv(path)
+    if not rows:
+        raise SystemExit(f"{path} has no rows: nothing was measured")
+    workloads_table.plot(rows, path.with_suffix(".png"))
+    if options.update_docs:
+        table.update_readme(BENCHMARKS, "workloads", workloads_table.markdown(rows))
+    first = rows[0]
+    print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
+    print(f"{gpu_table.notes(rows)}\n\n{workloads_table.console(rows)}", flush=True)
     if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
         raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
 

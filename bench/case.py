@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import masks
 from .arrays import ITEMSIZE
 from .shape import flops, visible
 
@@ -45,6 +46,9 @@ class Case:
     lengths: of packed sequences; batch is then their number and seqlen the longest.
     alone: the backward without its forward.
     kernels: the kernel family that is forced; "" lets the engine choose.
+    head_dim_v: of v and out; 0 is head_dim. latent: v is a view of k's first columns (the absorbed form of MLA).
+    bias_batch: the bias has a plane for each sequence, else one for all. mask_kind: see bench/masks.py.
+    title, source: of a workload, and the model or paper it is from. wall: time from call to call, not the device's.
     """
 
     group: str
@@ -72,6 +76,13 @@ class Case:
     against: tuple[str, ...] = ()
     bars: tuple[Bar, ...] = ()
     mode: Mode = "full"
+    head_dim_v: int = 0
+    latent: bool = False
+    bias_batch: bool = False
+    mask_kind: masks.Kind = "random"
+    title: str = ""
+    source: str = ""
+    wall: bool = False
 
     @property
     def shape_q(self) -> tuple[int, int, int, int]:
@@ -80,6 +91,10 @@ class Case:
     @property
     def shape_k(self) -> tuple[int, int, int, int]:
         return self.batch, self.num_heads_k or self.num_heads, self.seqlen_k or self.seqlen, self.head_dim
+
+    @property
+    def shape_v(self) -> tuple[int, int, int, int]:
+        return *self.shape_k[:3], self.head_dim_v or self.head_dim
 
     @property
     def passes(self) -> str:
@@ -95,14 +110,17 @@ class Case:
     @property
     def shape(self) -> str:
         """(1,8,2048,64); decode (1,32,1,128) over 8192x8, which is keys x key heads; packed (32,16,<=4096,128)."""
+        dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
         if self.lengths:
-            return f"({self.batch},{self.num_heads},<={self.seqlen},{self.head_dim})"
-        text = "({},{},{},{})".format(*self.shape_q)
+            return f"({self.batch},{self.num_heads},<={self.seqlen},{dims})"
+        text = f"({self.batch},{self.num_heads},{self.seqlen},{dims})"
         _, heads, keys, _ = self.shape_k
         return text if (heads, keys) == (self.num_heads, self.seqlen) else f"{text} over {keys}x{heads}"
 
     @property
     def name(self) -> str:
+        if self.title:
+            return f"{self.title}, {self.passes}{' with dbias' if self.need_dbias else ''}"
         return " ".join([self.group, self.passes, self.dtype, "+".join(self.features) or "full", self.shape])
 
     @property
@@ -113,7 +131,10 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Scored (query, key) pairs over all heads: those that causal and window leave. A boolean mask removes none."""
+        """Scored (query, key) pairs over all heads: those that causal and window leave. A boolean mask removes tiles without any pair
+        that may attend (masks.TILE); it stands without causal and window, which "left" and "documents" contain."""
+        if self.mask and self.mask_kind != "random":
+            return self.num_heads * masks.visited(self.mask_kind, self.batch, self.seqlen, self.shape_k[2])
         if self.lengths:
             return self.num_heads * sum(visible(length, length, self.causal, self.window) for length in self.lengths)
         return self.batch * self.num_heads * visible(self.seqlen, self.shape_k[2], self.causal, self.window)
@@ -121,12 +142,17 @@ class Case:
     @property
     def flops(self) -> int:
         """Over scored pairs only."""
-        return flops(self.passes, self.pairs, self.head_dim, self.head_dim)
+        return flops(self.passes, self.pairs, self.head_dim, self.shape_v[3])
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K and V, which a decode step must read at least."""
-        return 2 * int(np.prod(self.shape_k)) * ITEMSIZE[self.dtype]
+        """Bytes of K and V, which a decode step must read at least. A latent V is read with K."""
+        return (int(np.prod(self.shape_k)) + (0 if self.latent else int(np.prod(self.shape_v)))) * ITEMSIZE[self.dtype]
+
+    @property
+    def few_queries(self) -> bool:
+        """Whether reading K and V bounds the call: decode, speculative or not. Its rate is in GB/s."""
+        return self.seqlen <= 16 and not self.alone and not self.lengths
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Case:

@@ -10,6 +10,9 @@
     table.py     the short table on the terminal, the README's tables, the geometric mean
     plot.py      the PNG
 
+`python -m bench workloads` measures problems of published models the same way: workloads.py has their list, and workloads_table.py their
+table and picture.
+
 Tensors are (batch, seqlen, num_heads, head_dim), packed (total, num_heads, head_dim). SDPA gets transposed views of
 the same memory.
 """

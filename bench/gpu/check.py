@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..case import Case
-from .rivals import SEED, Inputs, Tensors
+from .rivals import SEED, Inputs, Tensors, distances, structural
 
 DROPOUT_ROWS = 128
+CHUNK = 1 << 27     # scores of a part that are in memory at a time
 LSE_LIMIT = 2e-6  # relative
 Errors = dict[str, float]
 
@@ -53,12 +54,24 @@ def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tens
     """
     import torch
 
-    kind = torch.float32 if emulated else torch.float64
     piece = cut(case, {"q": x.q, "k": x.k, "v": x.v, "dout": x.dout}, part)
-    rows = slice(0, DROPOUT_ROWS if case.dropout_p else None)
-    q, k, v = (piece[name].to(kind).requires_grad_(case.alone) for name in "qkv")
+    group, length = piece["q"].shape[:2]
+    end = min(length, DROPOUT_ROWS) if case.dropout_p else length
+    step = end if case.dropout_p else max(1, CHUNK // max(1, group * piece["k"].shape[1]))
+    found = [_rows(case, x, part, piece, slice(start, min(start + step, end)), emulated) for start in range(0, end, max(1, step))]
+    whole = {name: sum(chunk[name] for chunk in found) if name in ("dk", "dv") else torch.cat([chunk[name] for chunk in found], 1)
+             for name in found[0]}
+    return {name: value.to(x.q.dtype) if emulated and name != "lse" else value for name, value in whole.items()}
+
+
+def _rows(case: Case, x: Inputs, part: Part, piece: Tensors, rows: slice, emulated: bool) -> Tensors:
+    """out and lse of some query rows of a part, or their dq and what they add to dk and dv."""
+    import torch
+
+    kind = torch.float32 if emulated else torch.float64
+    q, k, v = (tensor.to(kind).requires_grad_(case.alone) for tensor in (piece["q"][:, rows], piece["k"], piece["v"]))
     with torch.set_grad_enabled(case.alone):
-        scores = _scores(case, x, part, _product(q[:, rows], k, x.q.dtype if emulated else None))
+        scores = _scores(case, x, part, _product(q, k, x.q.dtype if emulated else None), rows)
         row_max = scores.amax(-1, keepdim=True)
         if x.sinks is not None:
             sink = x.sinks[_heads(case, part)].to(kind).reshape(-1, 1, 1)
@@ -71,10 +84,9 @@ def reference(case: Case, x: Inputs, part: Part, emulated: bool = False) -> Tens
             exps = exps + (exps.to(x.q.dtype).to(kind) - exps).detach()  # rounds the value but not its gradient
         out = exps @ v / row_sum
         if not case.alone:
-            return {"out": out.to(x.q.dtype) if emulated else out, "lse": (row_max + row_sum.log()).squeeze(-1)}
-        gradients = torch.autograd.grad(out, (q, k, v), piece["dout"][:, rows].to(kind))
-        dq, dk, dv = (gradient.to(x.q.dtype) if emulated else gradient for gradient in gradients)
-    return {"dq": dq[:, rows]} if case.dropout_p else {"dq": dq, "dk": dk, "dv": dv}
+            return {"out": out, "lse": (row_max + row_sum.log()).squeeze(-1)}
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), piece["dout"][:, rows].to(kind))
+    return {"dq": dq} if case.dropout_p else {"dq": dq, "dk": dk, "dv": dv}
 
 
 def _product(q: Any, k: Any, dtype: Any) -> Any:
@@ -90,26 +102,32 @@ def _heads(case: Case, part: Part) -> slice:
     return slice(part.head_k * group, (part.head_k + 1) * group)
 
 
-def _scores(case: Case, x: Inputs, part: Part, product: Any) -> Any:
-    """softcap(scale * q.k) + alibi + bias of a part's first rows, masked pairs -inf."""
+def _scores(case: Case, x: Inputs, part: Part, product: Any, chunk: slice) -> Any:
+    """softcap(scale * q.k) + alibi + bias of some rows of a part, masked pairs -inf."""
     import torch
 
     scores = product / math.sqrt(case.head_dim)
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    rows, keys = product.shape[1:]
+    keys = product.shape[2]
     length = case.lengths[part.sequence] if case.lengths else case.seqlen
-    diagonal = torch.arange(rows, device=product.device).unsqueeze(1) + keys - length
-    distance = torch.arange(keys, device=product.device) - diagonal
+    distance = distances(chunk, length, keys, product.device)
     if x.slopes is not None:
         scores = scores - x.slopes[_heads(case, part)].to(scores.dtype).reshape(-1, 1, 1) * distance.abs()
     if x.bias is not None:
-        scores = scores + x.bias[0, _heads(case, part), :rows].to(scores.dtype)
-    if case.causal:
-        scores = scores.masked_fill(distance > 0, -math.inf)
-    if case.window is not None:
-        scores = scores.masked_fill((distance < -case.window) | (distance > case.window), -math.inf)
-    return scores if x.mask is None else scores.masked_fill(~x.mask[0, 0, :rows], -math.inf)
+        scores = scores + _plane(x.bias, part)[_heads(case, part), chunk].to(scores.dtype)
+    seen = structural(case, distance)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    if x.mask is None:
+        return scores
+    mask = _plane(x.mask, part)[0]
+    return scores.masked_fill(~(mask if mask.shape[0] == 1 else mask[chunk]), -math.inf)
+
+
+def _plane(x: Any, part: Part) -> Any:
+    """The part's sequence of a bias or mask that may be one for all."""
+    return x[part.sequence if x.shape[0] > 1 else 0]
 
 
 def _keep(case: Case, part: Part, like: Any) -> Any:

@@ -11,10 +11,11 @@ import itertools
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import ladder, torch_calls
+from .. import ladder, masks, torch_calls
+from ..arrays import ITEMSIZE
 from ..case import Case
 
 Tensor = Any
@@ -22,6 +23,7 @@ Tensors = dict[str, Any]
 SEED = 1  # of our dropout
 GRADIENTS = ("dq", "dk", "dv", "dbias")
 BACKENDS = ("cuDNN", "flash", "efficient", "math", "sdpa")
+MOST_SCORES = 2 << 30       # bytes of scores and their softmax that torch's math backend may store
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,11 @@ class Inputs:
 
 
 def input_bytes(case: Case) -> int:
-    """Bytes of q, k and v in 16 bits."""
+    """Bytes of q, k and v."""
     total = sum(case.lengths)
     rows_q, rows_k = (total, total) if total else (case.batch * case.seqlen, case.batch * case.shape_k[2])
-    return 2 * case.head_dim * (rows_q * case.num_heads + 2 * rows_k * case.shape_k[1])
+    of_v = 0 if case.latent else case.shape_v[3]
+    return ITEMSIZE[case.dtype] * (rows_q * case.num_heads * case.head_dim + rows_k * case.shape_k[1] * (case.head_dim + of_v))
 
 
 def make_inputs(case: Case, device: str, number: int = 0) -> Inputs:
@@ -71,17 +74,43 @@ def make_inputs(case: Case, device: str, number: int = 0) -> Inputs:
         return torch.randn(*shape, generator=generator, device=device, dtype=kind)
 
     b, h, s, d = case.shape_q
-    _, hk, sk, _ = case.shape_k
+    _, hk, sk, dv = case.shape_v
     total = sum(case.lengths)
     leading_q, leading_k = ((total,), (total,)) if total else ((b, s), (b, sk))
-    q, k, v, dout = draw(*leading_q, h, d), draw(*leading_k, hk, d), draw(*leading_k, hk, d), draw(*leading_q, h, d)
+    q, k = draw(*leading_q, h, d), draw(*leading_k, hk, d)
+    v = k[..., :dv] if case.latent else draw(*leading_k, hk, dv)
+    dout = draw(*leading_q, h, dv)
     ends = [0, *itertools.accumulate(case.lengths)]
     return Inputs(q, k, v, dout,
-                  bias=draw(1, h, s, sk) if case.bias else None,
-                  mask=torch.rand(1, 1, s, sk, generator=generator, device=device) < 0.9 if case.mask else None,
+                  bias=draw(b if case.bias_batch else 1, h, s, sk) if case.bias else None,
+                  mask=_mask(case, device, generator) if case.mask else None,
                   slopes=2.0 ** (-8 * torch.arange(1, h + 1, device=device, dtype=torch.float32) / h) if case.alibi else None,
                   sinks=draw(h, kind=torch.float32) if case.sinks else None,
                   cu_seqlens=torch.tensor(ends, device=device, dtype=torch.int32) if total else None)
+
+
+def _mask(case: Case, device: str, generator: Any) -> Tensor:
+    import torch
+
+    if case.mask_kind == "random":      # of ten pairs nine
+        return torch.rand(1, 1, case.seqlen, case.shape_k[2], generator=generator, device=device) < 0.9
+    return torch.from_numpy(masks.make(case.mask_kind, case.batch, case.seqlen, case.shape_k[2])).to(device)
+
+
+def distances(rows: slice, length: int, keys: int, device: Any) -> Tensor:
+    """How far each key is behind the diagonal of each row, which is bottom-right. length: of the whole sequence of queries."""
+    import torch
+
+    return torch.arange(keys, device=device) - (torch.arange(length, device=device)[rows].unsqueeze(1) + keys - length)
+
+
+def structural(case: Case, distance: Tensor) -> Tensor:
+    """The pairs that causal and window leave, None if the case has neither."""
+    seen = distance <= 0 if case.causal else None
+    if case.window is None:
+        return seen
+    near = distance.abs() <= case.window
+    return near if seen is None else near & seen
 
 
 # ---------------------------------------------------------------- fastattn
@@ -113,7 +142,10 @@ def options(case: Case, x: Inputs) -> dict[str, Any]:
 
 def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
     import fastattn
+    from fastattn.problem import MAX_HEAD_DIM
 
+    if case.head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(f"fastattn has head_dim up to {MAX_HEAD_DIM}")
     extra = options(case, x) | {"engine": engine}
     use = forced(case)
     arrays = (x.q, x.k, x.v) + ((x.cu_seqlens, x.cu_seqlens) if case.lengths else ())
@@ -155,11 +187,47 @@ def make_sdpa(case: Case, x: Inputs, backend: str) -> Runner:
     """torch's scaled_dot_product_attention with one backend. "sdpa" lets torch choose."""
     import torch
 
-    _refuse(case, backend, "window", "alibi", "softcap", "mask", "sinks", "deterministic", "lengths")
-    if case.causal and case.seqlen != case.shape_k[2]:
-        raise NotImplementedError("SDPA's diagonal starts at the top left")
-    attend = torch_calls.sdpa(backend, causal=case.causal, dropout_p=case.dropout_p, grouped=case.shape_k[1] != case.num_heads)
-    return _torch_runner(case, x, attend, f"torch {torch.__version__} {backend}")
+    _refuse(case, backend, "softcap", "sinks", "deterministic", "lengths")
+    stored = 2 * 4 * case.batch * case.num_heads * case.seqlen * case.shape_k[2]
+    if backend == "math" and stored > MOST_SCORES:
+        raise NotImplementedError(f"math would store {stored / 1e9:.0f} GB of scores")
+    mask = attn_mask(case, x, backend)
+    attend = torch_calls.sdpa(backend, causal=mask is None and case.causal and case.seqlen > 1, dropout_p=case.dropout_p,
+                              grouped=case.shape_k[1] != case.num_heads)
+    return _torch_runner(case, replace(x, bias=mask), attend, f"torch {torch.__version__} {backend}")
+
+
+def attn_mask(case: Case, x: Inputs, backend: str) -> Tensor:
+    """SDPA's attn_mask, made before the timed calls as models do; None where is_causal says it all.
+
+    A boolean mask where pairs are only hidden, else one bias of all that is added. torch's own object for the bottom-right
+    diagonal where that alone is wanted and the backend knows it.
+    """
+    from torch.nn.attention.bias import causal_lower_right
+
+    rows, keys, hides = case.seqlen, case.shape_k[2], case.causal and case.seqlen > 1
+    added = x.bias is not None or x.slopes is not None
+    if not added and x.mask is None and case.window is None:
+        if not hides or rows == keys:
+            return None
+        if backend != "cuDNN":
+            return causal_lower_right(rows, keys)
+    if backend == "flash":
+        raise NotImplementedError("flash takes no attn_mask")
+    distance = distances(slice(None), rows, keys, x.q.device)
+    seen = structural(case, distance) if hides or case.window is not None else None
+    if x.mask is not None:
+        seen = x.mask if seen is None else seen & x.mask
+    if not added:
+        return seen
+    if case.need_dbias:
+        if seen is not None or x.slopes is not None:
+            raise NotImplementedError("one attn_mask for a bias with a gradient beside a mask or alibi is not written")
+        return x.bias
+    bias = 0 if x.bias is None else x.bias
+    if x.slopes is not None:
+        bias = bias - x.slopes.reshape(-1, 1, 1) * distance.abs()
+    return (bias if seen is None else bias.masked_fill(~seen, float("-inf"))).reshape(-1, case.num_heads, rows, keys).to(x.q.dtype)
 
 
 def make_unfused(case: Case, x: Inputs, backend: str) -> Runner:
@@ -178,6 +246,8 @@ def make_varlen(case: Case, x: Inputs, backend: str) -> Runner:
     _refuse(case, backend, "window", "alibi", "softcap", "bias", "mask", "sinks", "dropout_p", "deterministic")
     old = "is_causal" in inspect.signature(varlen_attn).parameters
     extra: dict[str, Any] = {"is_causal": case.causal} if old else {"window_size": (-1, 0)} if case.causal else {}
+    if case.shape_k[1] != case.num_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        extra["enable_gqa"] = True
     cu, longest = x.cu_seqlens, case.seqlen
     return _torch_runner(case, x, lambda q, k, v, bias: varlen_attn(q, k, v, cu, cu, longest, longest, **extra),
                          f"torch {torch.__version__} varlen_attn")
@@ -187,7 +257,7 @@ def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
     """FlashAttention-4. The first call of each variant compiles it."""
     from .device import distribution
 
-    _refuse(case, backend, "alibi", "bias", "mask", "sinks", "dropout_p")
+    _refuse(case, backend, "alibi", "bias", "mask", "dropout_p")
     extra: dict[str, Any] = {"causal": case.causal}
     if case.window is not None:
         extra["window_size"] = (case.window, 0 if case.causal else case.window)
@@ -195,6 +265,8 @@ def make_fa4(case: Case, x: Inputs, backend: str) -> Runner:
         extra["softcap"] = case.softcap
     if case.deterministic:
         extra["deterministic"] = True
+    if x.sinks is not None:
+        extra["learnable_sink"] = x.sinks.bfloat16()
     if case.lengths:
         extra |= {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens, "max_seqlen_q": case.seqlen, "max_seqlen_k": case.seqlen}
 

@@ -13,20 +13,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from ..case import Case, Mode
 from ..results import Row, RowFile, Where, make_row
-from . import cases, table
+from . import cases, table, workloads
 from .worker import Budget
 
 ROOT = Path(__file__).resolve().parents[2]
-BUDGETS: dict[Mode, Budget] = {"quick": Budget(rounds=5, turn=0.010), "full": Budget(rounds=15, turn=0.020)}
-MINUTES: dict[Mode, float] = {"quick": 6.0, "full": 120.0}
+Length = Mode | Literal["workloads"]
+Split = Callable[[Sequence[Case], int], list[list[Case]]]
+BUDGETS: dict[Length, Budget] = {"quick": Budget(rounds=5, turn=0.010), "full": Budget(rounds=15, turn=0.020),
+                                 "workloads": workloads.BUDGET}
+MINUTES: dict[Length, float] = {"quick": 6.0, "full": 120.0, "workloads": workloads.MINUTES}
 PATIENCE = 240.0  # seconds without an answer: the case hangs. The longest known answer is FA4's compilation of a backward.
 COMMAND = (sys.executable, "-m", "bench.gpu.worker")
 
@@ -78,15 +81,15 @@ class Child:
                 return
 
 
-def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = None, patience: float = PATIENCE,
-        jobs: int | None = None) -> list[Row]:
+def run(chosen: Sequence[Case], mode: Length, path: Path, minutes: float | None = None, patience: float = PATIENCE,
+        jobs: int | None = None, split: Split | None = None) -> list[Row]:
     """Measure, print a line for each case, and write the CSV row by row. The children's output goes to a .log file next to it.
 
     Parameters
     ----------
     chosen : sequence of Case
         The cases.
-    mode : "quick", "full" or "long"
+    mode : "quick", "full", "long" or "workloads"
         How many rounds.
     path : Path
         The CSV.
@@ -96,6 +99,8 @@ def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = 
         Seconds without an answer after which a child counts as lost.
     jobs : int, optional
         Children at once. Default: the number of processors, at most 16. With 1 nothing is compiled ahead.
+    split : callable, optional
+        (cases, jobs) -> the cases of each child. Default: `by_kernels`.
 
     Returns
     -------
@@ -103,12 +108,12 @@ def run(chosen: Sequence[Case], mode: Mode, path: Path, minutes: float | None = 
     """
     until = time.time() + 60 * (minutes if minutes is not None else MINUTES[mode])
     jobs, rows = jobs or min(16, len(os.sched_getaffinity(0))), list[Row]()
-    alone = [case for case in chosen if case.group == "host"]      # measures host time, so no child may compile meanwhile
-    shared = [case for case in chosen if case.group != "host"]
+    alone = [case for case in chosen if case.group == "host" or case.wall]      # measures host time, so no child may compile meanwhile
+    shared = [case for case in chosen if case not in alone]
     with RowFile(path) as file, path.with_suffix(".log").open("w") as log, tempfile.NamedTemporaryFile() as lock:
         keeper = _Keeper(len(chosen), file, rows)
         job = {"budget": asdict(BUDGETS[mode]), "until": until, "lock": lock.name if jobs > 1 else None}
-        parts = list(by_kernels(shared)) if jobs > 1 else [shared]
+        parts = [shared] if jobs == 1 else split(shared, jobs) if split else list(by_kernels(shared))
         with ThreadPoolExecutor(jobs) as pool:
             for _ in pool.map(lambda part: _measure(part, job, keeper, log, patience), parts):
                 pass

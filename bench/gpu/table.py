@@ -62,6 +62,8 @@ def verdict(found: Mapping[str, Row]) -> str:
 
 def label(row: Row) -> str:
     """fwd bf16 grid causal (4,16,4096,128)"""
+    if row.case.endswith(f", {row.passes}") or f", {row.passes} with " in row.case:      # a workload has a name
+        return row.case
     return " ".join([SHORT.get(row.passes, row.passes), SHORT.get(row.dtype, row.dtype), row.group, row.features, row.shape]).strip()
 
 
@@ -131,7 +133,7 @@ def markdown(rows: Sequence[Row]) -> str:
     present = [name for name in RIVALS if any(name in found and rate(found[name]) for found in rest)]
     lines = [("case (batch, heads, seqlen, head_dim)", "fastattn", *present, "ratio"), *(_line(found, present) for found in rest)]
     return "\n\n".join([
-        _machine(rows[0]), GRID, _grid(rows),
+        machine(rows[0]), GRID, _grid(rows),
         "TFLOP/s over the pairs that are computed, GB/s of K and V for decode, microseconds until the call returns for host. `plain` is "
         "fastattn without the feature, and its ratio a cost per pair.", pipes(lines)])
 
@@ -148,7 +150,7 @@ def summary(rows: Sequence[Row]) -> str:
             what = own.features if own.group in own.features else own.group if own.features == "full" else f"{own.group}, {own.features}"
             lines.append((own.passes, own.dtype, what, own.shape, rate(own), f"{rate(other)} ({NAMES[other.implementation]})", other.text))
     return "\n\n".join([
-        _machine(rows[0]), GRID, _grid(row for row in rows if row.dtype == "bfloat16"),
+        machine(rows[0]), GRID, _grid(row for row in rows if row.dtype == "bfloat16"),
         "Other calls. TFLOP/s; for decode GB/s of K and V; for host the time until a call returns.", pipes(lines)])
 
 
@@ -182,7 +184,8 @@ def _grid(rows: Iterable[Row]) -> str:
     return pipes([header, *((*key, *(line.get(seqlen, "") for seqlen in seqlens)) for key, line in cells.items())])
 
 
-def _machine(row: Row) -> str:
+def machine(row: Row) -> str:
+    """When, where and with what a row was measured."""
     clock = f"; {row.clock_mhz} MHz under load" if row.clock_mhz else ""
     return (f"Measured {row.date} on one {row.machine}{clock} ({row.ceilings}); Python {row.python}, {row.versions}. Medians of device "
             "time, round robin, public calls with their allocations.")

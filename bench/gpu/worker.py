@@ -29,8 +29,9 @@ from . import check, rivals
 from .check import Errors, Reference
 from .rivals import Inputs, Runner
 
-ERROR_LIMIT = {"float16": 5e-3, "bfloat16": 3e-2}  # for every implementation: rounding gives a tenth of it, a wrong mask or scale far more
-HOST_CALLS = 200
+# for every implementation: rounding gives a tenth of it, a wrong mask or scale far more, and so does TF32 for float32
+ERROR_LIMIT = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+HOST_CALLS, WALL_CALLS = 200, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Bench:
         yardstick, measure_stick = self._yardstick(case, x, entries, reference)
         del reference
         self.device.release()
-        (self._time_host if case.group == "host" else self._time)(case, x, entries)
+        (self._time_host if case.group == "host" or case.wall else self._time)(case, x, entries)
         yield self._own(case, entries["fastattn"], yardstick, measure_stick)
         yield from (self._rival(case, name, entries["fastattn"], entry) for name, entry in entries.items() if name != "fastattn")
         yield from (self._best(case, bar.against, entries) for bar in case.bars if "|" in bar.against)
@@ -133,8 +134,11 @@ class Bench:
             entry.clock_mhz = self.device.clock_mhz(entry.runner.call)
 
     def _time_host(self, case: Case, x: Inputs, entries: dict[str, Entry]) -> None:
+        """The host's time until a call returns; of a `wall` case from call to call, until the device has done all."""
         present = [entry for entry in entries.values() if entry.runner]
-        turns = [lambda call=entry.runner.call: self.device.host_seconds([call], HOST_CALLS) for entry in present if entry.runner]
+        calls = WALL_CALLS if case.wall else HOST_CALLS
+        turns = [lambda call=entry.runner.call: self.device.host_seconds([call], calls, finish=case.wall)
+                 for entry in present if entry.runner]
         rotate(turns, 1, 0.0)
         for entry, samples in zip(present, rotate(turns, self.budget.rounds, 0.0), strict=True):
             entry.samples = samples
@@ -189,7 +193,7 @@ class Bench:
     def _row(self, case: Case, name: str, ours: Entry, entry: Entry, measure: Measure, value: Spread | None, agree: bool | None,
              note: str) -> Row:
         own, time_ = ours.time, entry.time
-        gigabytes = case.kv_bytes / time_.median / 1e9 if time_ and case.seqlen == 1 else None
+        gigabytes = case.kv_bytes / time_.median / 1e9 if time_ and case.few_queries else None
         return make_row(self.where, case, name, time=time_, measure=measure, value=value, agree=agree, note=note, rounds=len(entry.samples),
                         label=entry.runner.label if entry.runner else "", fastattn_ms=own and own.median * 1e3, error=entry.error(),
                         lse_error=entry.errors.get("lse"), gigabytes=gigabytes, clock_mhz=entry.clock_mhz)

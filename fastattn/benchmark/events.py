@@ -31,12 +31,14 @@ class Events:
     def synchronize(self) -> None:
         self.torch.cuda.synchronize()
 
-    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
-        """Seconds per call until it returns, on an idle device."""
+    def host_seconds(self, calls: Sequence[Call], repeats: int, finish: bool = False) -> float:
+        """Seconds per call until it returns, on an idle device. finish: until the device has done them all."""
         self.synchronize()
         start = time.perf_counter()
         for n in range(repeats):
             calls[n % len(calls)]()
+        if finish:
+            self.synchronize()
         elapsed = time.perf_counter() - start
         self.synchronize()
         return elapsed / repeats

@@ -26,7 +26,7 @@ class Processor:
     def clock_mhz(self, call: Call) -> int:
         return 1000
 
-    def host_seconds(self, calls: Sequence[Call], repeats: int) -> float:
+    def host_seconds(self, calls: Sequence[Call], repeats: int, finish: bool = False) -> float:
         start = time.perf_counter()
         calls[0]()
         return time.perf_counter() - start
