@@ -1,6 +1,7 @@
 """The pictures of the reading course: `python docs/course/pictures.py` draws them next to this file.
 
-A picture is 360 units wide, as a small phone, and has its own background, light or dark as the reader's system is.
+A picture is 360 units wide, as a small phone, and has its own background, light or dark as the reader's system is. Where
+there is room it is shown 540 pixels wide.
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 WIDTH = 360
+SHOWN = 540
 STYLE = """
 .paper{fill:#fbfbf8}.ink{fill:#1d1d1f}.soft{fill:#5c5c66}.line{stroke:#1d1d1f;fill:none}.edge{stroke:#1d1d1f}
 .q{fill:#bcd7f5}.k{fill:#f7d7a8}.v{fill:#c9e7b9}.s{fill:#e3d0f0}.o{fill:#f5c4c4}.none{fill:#ececea}
@@ -53,7 +55,8 @@ class Picture:
 
     def svg(self) -> str:
         body = "\n".join(self.parts)
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img" '
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" width="{SHOWN}" '
+                f'height="{self.height * SHOWN // WIDTH}" role="img" '
                 f'font-family="system-ui, sans-serif">{self.head}<style>{STYLE}</style>\n'
                 f'<rect class="paper" width="{WIDTH}" height="{self.height}" rx="8"/>\n{body}\n</svg>\n')
 
