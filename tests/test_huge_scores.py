@@ -213,7 +213,7 @@ def test_lse_of_another_engine(size: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_equal_keys_where_lse_has_no_bits_for_their_number(dtype: str) -> None:
-    """Each key has P = 1, as the README says; the reference has 1 / n."""
+    """Each key has P = 1, as docs/contracts.md says; the reference has 1 / n."""
     inputs = with_bias("tiles", dtype)
     inputs.kwargs["bias"][...] = -largest("bfloat16")
     inputs.dout[...] = 1

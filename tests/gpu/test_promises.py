@@ -248,7 +248,7 @@ def same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-# tensor-core kernels multiply V by the 0 of what is masked, and 0 * NaN is NaN (README, "Rows that see nothing")
+# tensor-core kernels multiply V by the 0 of what is masked, and 0 * NaN is NaN (docs/contracts.md, "Masked keys")
 FINITE_V_NOT_NEEDED = [family for family in families_here() if family == "simt"]
 
 
