@@ -88,6 +88,25 @@ static void relax(void) {
 #endif
 }
 
+/* Libraries built with -ffast-math (those of torch.compile, say) let the thread that loads them flush denormal numbers to 0, and threads that it
+ * starts inherit that. Small float16 numbers would be lost on the way through float32. A task runs in the processor's normal mode. */
+static unsigned exact_mode(void) {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  _mm_setcsr(0x1F80);
+  return before;
+#else
+  return 0;
+#endif
+}
+static void restore_mode(unsigned before) {
+#if defined(__x86_64__)
+  _mm_setcsr(before);
+#else
+  (void)before;
+#endif
+}
+
 /* Wait until *counter == turn; returns 1, or 0 if the call is stopped. The tasks that advance the counter started before this one, so the
  * wait ends. */
 static int await_turn(const int *counter, int turn, Stop *stop) {
@@ -192,7 +211,9 @@ static void await_helpers(Meeting *m, int helpers, Stop *stop) {
 /* Run task(call, 0), task(call, 1), ..., started in this order. `threads` comes from team_size. */
 static void run_tasks(void (*task)(const void *call, long number), const void *call, long tasks, int threads, Stop *stop) {
   if (threads <= 1) {
+    unsigned mode = exact_mode();
     for (long t = 0; t < tasks && !stopped(stop); t++) task(call, t);
+    restore_mode(mode);
     trim_workspace(OF_THREAD);
     return;
   }
@@ -201,7 +222,9 @@ static void run_tasks(void (*task)(const void *call, long number), const void *c
 #pragma omp parallel num_threads(threads)
   {
     int helpers = omp_get_num_threads() - 1;
+    unsigned mode = exact_mode();
     for (long t; !stopped(stop) && (t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) task(call, t);
+    restore_mode(mode);
     trim_workspace(OF_THREAD);
     if (omp_get_thread_num())
       leave(&meeting, helpers);

@@ -46,3 +46,26 @@ if child == 0:
 print(after_each_other, wrong, os.waitpid(child, 0)[1], agree(), ours().tobytes() == expected)
 """
     assert printed(BOTH.format(imports=imports, body=body)) == "True [] 0 True True"
+
+
+@not_sanitized
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", ["baseline", ""])
+def test_flushed_denormals_change_no_bit(isa: str, threads: int) -> None:
+    """Libraries built with -ffast-math set the mode of the thread that loads them. The baseline converts float16 through
+    numbers that it flushes."""
+    printed(f"""
+import numpy as np, torch, fastattn
+from fastattn.compat.transform import transform_bias_rescale_qkv
+fastattn.set_num_threads({threads})
+draw = np.random.default_rng(0)
+x, bias = (draw.standard_normal((2, 500, 192)) * 1e-5).astype(np.float16), np.zeros(192, np.float16)
+q = (draw.standard_normal((1, 600, 4, 32)) * 1e-6).astype(np.float16)
+def results():
+    out, lse = fastattn.attention(q, q, q, return_lse=True)
+    return [*transform_bias_rescale_qkv(x, bias, 4), out, lse, *fastattn.attention_backward(q, q, q, q, out, lse)[:3]]
+expected = results()
+assert all(np.any((a != 0) & (np.abs(a) < 6e-5)) for a in expected[:4])
+if torch.set_flush_denormal(True):
+    assert all(np.array_equal(a, b) for a, b in zip(results(), expected, strict=True))
+""", **({"FASTATTN_ISA": isa} if isa else {}))
