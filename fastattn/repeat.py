@@ -9,11 +9,11 @@ raises its errors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays.dlpack import address
 from .arrays.readers import by_type
 from .arrays.view import HOST, Device, Output, Quick, numpy_dtype
 from .memo import Recent
@@ -26,7 +26,6 @@ Launch = Callable[[int, int, int, int, int, int], None]     # of addresses: q, k
 class Known(NamedTuple):
     """A stored call."""
 
-    address: Callable[[Any], int]
     read: Quick
     engine: object
     device: Device
@@ -37,7 +36,7 @@ class Known(NamedTuple):
 
     def again(self, call: str, engine: str | None, q: Any, k: Any, v: Any) -> Any:
         """out, or (out, lse) where the stored call returned lse. None where the call differs."""
-        at, (_, _, current, empty), known_engine, device, alignment, launch, out_form, lse_form = self
+        (_, at, current, empty), known_engine, device, alignment, launch, out_form, lse_form = self
         try:
             at_q, at_k, at_v, stream = at(q), at(k), at(v), current(q)
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
@@ -64,19 +63,23 @@ def _form(x: np.ndarray[Any, Any]) -> Any:
     return (x.dtype, x.shape, x.strides) if x.flags.aligned else None
 
 
-def _empty(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
-    array = np.empty(shape, numpy_dtype(dtype))
-    return array, address(array)
+@cache
+def _numpy() -> Quick:
+    """How NumPy arrays are read and made. Compiled code reads their addresses, so the CPU engine is loaded for it."""
+    from .cpu import address
+
+    def empty(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        array = np.empty(shape, numpy_dtype(dtype))
+        return array, address(array)
+    return Quick(_form, address, lambda x: HOST, empty)
 
 
-_NUMPY = Quick(_form, address, lambda x: HOST, _empty)
-
-
-def _quick(kind: type) -> Quick | None:
+def _form_of(kind: type) -> Callable[[Any], Any] | None:
+    """`form` of a type's Quick; None for a type whose calls are not repeated here."""
     if kind is np.ndarray:
-        return _NUMPY
+        return _form
     library = by_type.get(kind)
-    return None if library is None else library.quick
+    return None if library is None or library.quick is None else library.quick.form
 
 
 def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -87,10 +90,9 @@ def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tu
     """
     q, k, v = qkv
     kind = type(q)
-    read = _quick(kind)
-    if read is None or type(k) is not kind or type(v) is not kind:
+    form = _form_of(kind)
+    if form is None or type(k) is not kind or type(v) is not kind:
         return None, None
-    form = read.form
     try:
         of_q = form(q)
         if of_q is None:
@@ -108,8 +110,8 @@ def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, 
 
     Not at its first occurrence, because a call with a new seed each step never repeats.
     """
-    prepare, read, known = getattr(engine, "prepare", None), _quick(key[0]), _known.get(key)
-    if prepare is None or read is None or not o.plain or (known is not None and known.engine is engine):
+    prepare, known = getattr(engine, "prepare", None), _known.get(key)
+    if prepare is None or not o.plain or (known is not None and known.engine is engine):
         return
     if key not in _known:
         _known[key] = None
@@ -118,8 +120,7 @@ def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, 
     launch = prepare(problem, o, view, None if lse is None else lse.view)
     if launch is None or view.ptr % 16:
         return
-    at: Callable[[Any], int] = read.address
-    if key[0] is np.ndarray:
-        from .cpu import address as at  # compiled
-    _known[key] = Known(at, read, engine, o.q.device, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, launch, (out.shape, view.dtype),
+    read = _numpy() if key[0] is np.ndarray else by_type[key[0]].quick
+    assert read is not None                 # the key was made with its form
+    _known[key] = Known(read, engine, o.q.device, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, launch, (out.shape, view.dtype),
                         None if lse is None else (lse.view.shape, lse.view.dtype))
