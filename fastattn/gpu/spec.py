@@ -211,8 +211,6 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
     return [
         ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale,)),
         *_group(not spec.scaled, "log2_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
-        *_group(not spec.scaled and spec.dtype in FAR_TOPS, "far_beyond:f far_scale:f",
-                lambda c: far_limits(c.problem.dtype, c.problem.score.softmax_scale)),
         *_group(spec.left, "left:i", lambda c: (min(c.problem.mask.left or 0, FAR),)),
         *_group(spec.right, "right:i", lambda c: (min(c.problem.mask.right or 0, FAR),)),
         ("top_left:i", lambda c: (int(c.problem.mask.top_left),)),
@@ -251,11 +249,15 @@ class Arguments:
         The kernel's own fields ("counter:l tiles:i"), which come first; compile.Source explains the letters.
     strided
         The views whose pointer and strides the kernel gets: q, k, v, out and, of a BackwardCall, dout, dq, dk, dv.
+    online
+        Whether the kernel keeps running maxima (tile/softmax.py), and so has to know which of them are far.
     """
 
-    def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = ()) -> None:
+    def __init__(self, spec: Spec, own: str = "", strided: tuple[str, ...] = (), *, online: bool = False) -> None:
         groups = [("seqlen_q:i seqlen_k:i batch:i num_heads:i group:i head_dim:i head_dim_v:i total_q:i", _sizes),
-                  *(group for name in strided for group in _strided(name)), *_features(spec)]
+                  *(group for name in strided for group in _strided(name)), *_features(spec),
+                  *_group(online and not spec.scaled, "far_beyond:f far_scale:f",
+                          lambda c: far_limits(c.problem.dtype, c.problem.score.softmax_scale))]
         texts = [own, *(text for text, _ in groups)]
         self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
         self._groups = [(values, ":l" in text) for text, values in groups]

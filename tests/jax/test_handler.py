@@ -275,7 +275,7 @@ def test_on_a_gpu(dtype: str) -> None:
         return (attend(q, k, v).astype(jnp.float32) ** 2).sum()
 
     def of(attend: Any) -> Any:
-        with jax.default_device(device):
+        with jax.default_device(device), jax.default_matmul_precision("highest"):      # JAX's own float32 products are TF32 otherwise
             q, k, v = (jax.device_put(jnp.asarray(x, dtype), device) for x in host)
             step = jax.jit(jax.value_and_grad(lambda *x: loss(attend, *x), (0, 1, 2)))
             return jax.tree.leaves([step(q, k, v) for _ in range(5)][-1])       # repeated: XLA's memory is reused

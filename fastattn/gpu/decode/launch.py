@@ -26,7 +26,7 @@ def accepts(call: Call, spec: Spec) -> bool:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("q", "k", "v", "out")), WARP * config.warps, config.blocks_per_sm)
+                   Arguments(spec, FORWARD, ("q", "k", "v", "out"), online=True), WARP * config.warps, config.blocks_per_sm)
 
 
 def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def _refuses_backward(call: BackwardCall) -> str | None:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
     return program(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("q", "k", "v", "out")), WARP * config.warps, config.blocks_per_sm)
+                   Arguments(spec, FORWARD, ("q", "k", "v", "out"), online=True), WARP * config.warps, config.blocks_per_sm)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:

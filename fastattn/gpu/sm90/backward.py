@@ -27,7 +27,7 @@ from numba import cuda, int32, int64, uint8, uint64
 from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
-from ..ptx.memory import load_b32, load_shared_b32, shared_address, store_shared_b32
+from ..ptx.memory import load_b32, shared_address
 from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
@@ -46,7 +46,6 @@ from ..tile.gradients import (
     store_piece,
 )
 from ..tile.mask import make_key_bounds
-from ..tile.parked import parked
 from ..tile.ring import make_barrier, make_ring, make_tails
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
@@ -88,7 +87,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     ds_full = make_barrier(smem, CONSUMERS)
     tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
     keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
-    [FAR_CALL] = parked(smem, 1)     # 1 if the call has far rows
     DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
 
     # what the steps are made of
@@ -269,6 +267,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         #          ends before dP is issued
         # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
         # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
+        # ALWAYS   every block is masked, needed or not, in the loop of calls with far rows: two registers fewer
+        ALWAYS = FAR and APART
         NEXT, COUNT_PART = not FIRST, COUNT_S // 2 if HALVES else COUNT_S
         wait_s = wgmma.wait_all_but_one if NEXT else wgmma.wait_all
 
@@ -314,7 +314,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
-            if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
+            if ALWAYS or (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
                 if FAR:
                     if far != 0:
@@ -429,12 +429,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         count = uniform(int32((queries.m_max - queries.m_min) * a.group))
         head = int32(head_k * a.group)
         walk = Walk(int32(0), int32(0), int32(0), head, queries.m_min, int32(-1), prepare(a, tile.batch, head))
+        far = load_b32(a.far) if APART else int32(0)        # in flight while the keys are
         k_full.wait(base, int32(0))
         if PACKED:
             if (n_block + 1) * BLOCK_N > tile.seqlen_k:
                 keys_cleared.wait(base, int32(0))
         if APART:
-            if uniform(load_shared_b32(base + FAR_CALL)) != 0:
+            if uniform(int32(1) if far == a.far_mark else int32(0)) != 0:
                 return alone(a, base, walk, queries, tile, count)
         return together(a, base, walk, queries, tile, count)
 
@@ -452,7 +453,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)      # in flight during what follows
-        far = load_b32(a.far) if APART else int32(0)
         if leads:
             for map_ in (a.map_k, a.map_q, a.map_rows, a.map_v, a.map_dout):
                 tma.prefetch_map(map_)
@@ -463,8 +463,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 tails.init(base, int32(head_k * a.group))
-                if APART:
-                    store_shared_b32(base + FAR_CALL, int32(1) if far == a.far_mark else int32(0))
                 keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()

@@ -126,8 +126,8 @@ class BackwardSm90Config:
         the other. 0: they are not packed.
     apart
         Calls with far rows have a loop of their own, so that the main loop has no code for them: 538 instructions
-        instead of 723 at head_dim 128, where that code cost 1 to 4 % (docs/log-gpu.md). Features leave no registers for
-        it, and at head_dim 64 it cost nothing.
+        instead of 723 at head_dim 128. That code cost 1 to 4 % at head_dim 128 and 2 to 5 % at 64 (docs/log-gpu.md).
+        Features leave no registers for it.
     """
 
     dim: int
@@ -156,7 +156,8 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
-        return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded)
+        apart = is_plain and not crowded and not (spec.packed and (spec.left or spec.right))     # packed and causal: 8 bytes spill
+        return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded, apart=apart)
     # others spill: of calls with a bias the packed ones and those masked by position
     several = spec.packed or spec.left or spec.right
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)

@@ -78,7 +78,7 @@ def _unreadable(views: dict[str, View]) -> str | None:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.block_m // 64))
+                   Arguments(spec, FORWARD, ("out",), online=True), WARPGROUP * (1 + config.block_m // 64))
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -1,0 +1,108 @@
+"""The fuzzer's problems for GPUs, prepared without one: each launch's numbers fit the fields of its kernel.
+
+What the host computes for a launch is found wrong here, and not on the first machine with a GPU: numbers that leave their field, lengths
+of zero, scales of every sign and size. A call's kernels are listed with their values, and nothing is compiled.
+"""
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn import Grads, UnsupportedError, gpu
+from fastattn.gpu.precompile import absent_device
+from fastattn.gpu.runtime import compile
+from fastattn.gpu.runtime.launcher import Listing
+from fastattn.gpu.spec import AnyCall, BackwardCall, Call
+from fastattn.problem import Operands, make_problem
+from tests.fuzz.__main__ import today
+from tests.fuzz.draw import draw
+from tests.fuzz.inputs import Inputs, arguments, make, swapped
+from tests.fuzz.spec import Spec
+from tests.tools.gpu.calls import host_view
+
+COUNT = 1500
+
+
+class Checking(Listing):
+    """A Listing that packs the values of each launch as a device would."""
+
+    def load(self, source: compile.Source) -> Any:
+        return Checked(super().load(source), source)
+
+
+class Checked:
+    def __init__(self, kernel: Any, source: compile.Source) -> None:
+        self.kernel, self.source = kernel, source
+
+    def launch(self, grid: int, values: list[Any], stream: int) -> None:
+        assert 0 <= grid < 2**31, f"{self.source.key}: {grid} thread blocks"
+        assert len(values) == len(self.source.fields), self.source.key
+        for (name, letter), value in zip(self.source.fields, values, strict=True):
+            assert letter not in "fd" or np.isfinite(value), f"{self.source.key}: {name} is {value}"
+        struct.pack("@" + "".join(compile._LETTERS[letter] for _, letter in self.source.fields), *values)
+        self.kernel.launch(grid, values, stream)
+
+
+def calls(x: Inputs) -> list[AnyCall]:
+    """The forward of a problem, and its backward if it has one."""
+    s, there = x.spec, arguments(x)
+    options = {name: y for name, y in there.options.items() if name not in ("layout", "dlse")}
+
+    def canonical(array: Any) -> Any:
+        return host_view(swapped(s, array))
+    arrays = {name: host_view(options.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    if s.packed:
+        arrays |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(host_view, there.lengths), strict=True))
+    q, k, v, dout = (canonical(there.arrays[name]) for name in ("q", "k", "v", "dout"))
+    problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=s.packed, **options)
+    out, lse = host_view(np.empty((*x.q.shape[:-1], s.head_dim_v), x.q.dtype)), host_view(np.empty(x.lse_shape, np.float32))
+    found: list[AnyCall] = [Call(problem, o, out, lse if s.return_lse else None)]
+    if s.backward:
+        dbias = np.empty((1,) * (4 - x.bias.ndim) + x.bias.shape, x.bias.dtype) if x.bias is not None and s.need_dbias else None
+        grads = Grads(*(host_view(np.empty_like(y)) for y in (x.q, x.k, x.v)), host_view(dbias),
+                      None if x.sinks is None else host_view(np.empty_like(x.sinks)))
+        dlse = None if x.dlse is None else host_view(x.dlse)
+        found.append(BackwardCall(problem, o, dout, out, lse, dlse, grads, s.deterministic))
+    return found
+
+
+def prepare(spec: Spec, arch: str) -> int:
+    """How many kernels the calls of a problem launch; 0 where the family refuses them."""
+    launcher = Checking(absent_device(arch))
+    for call in calls(make(replace(spec, numbers="float"))):
+        try:
+            gpu._prepare(call, launcher, (spec.engine,) if spec.engine else gpu.FAMILIES)(call, 0)
+        except UnsupportedError:
+            return 0
+    return len(launcher.sources)
+
+
+def test_launches_of_random_problems() -> None:
+    """The day's problems, every third of an architecture without wgmma."""
+    launched = 0
+    for index in range(0, COUNT * 8, 8):            # four problems of each kernel
+        spec = draw(today(), index, "cuda")
+        arch = "sm_80" if index % 3 == 0 and spec.engine != "sm90" else "sm_90a"
+        if spec.call == "attention":
+            try:
+                launched += prepare(spec, arch)
+            except Exception as error:
+                error.add_note(f"on {arch}: {spec}")
+                raise
+    assert launched > COUNT, "most problems are refused: nothing was tested"
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, -1.0, 1e-46, 1e30, -1e9])
+@pytest.mark.parametrize("engine", gpu.FAMILIES)
+def test_launches_at_every_scale(engine: str, scale: float) -> None:
+    for dtype in ("float16", "bfloat16"):
+        spec = Spec(seed=1, dtype=dtype, batch=2, num_heads=2, num_heads_k=2, seqlen_q=70, seqlen_k=90, head_dim=64, head_dim_v=64,
+                    causal=True, softmax_scale=scale, backward=True, engine=engine, library="torch")
+        assert prepare(spec, "sm_90a") >= 3
