@@ -82,9 +82,10 @@ def forward(caller: Caller, engine: str | None, options: Options, o: Operands, o
     chosen = choose(caller.call, engine, o.q.device)
     output = caller.output(problem.out_shape, problem.dtype, o.q) if given is None else given
     lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
-    chosen.forward(problem, ready, output.view, None if lse is None else lse.view, caller.handle)
+    where, results = (output.view, None if lse is None else lse.view), (output,) if lse is None else (output, lse)
+    chosen.forward(problem, ready, *where, caller.handle)
     if key is not None:
-        repeat.remember(key, chosen, problem, ready, output, lse)
+        repeat.remember(key, chosen, getattr(chosen, "prepare", None), (problem, ready, *where), results)
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 
@@ -103,8 +104,8 @@ def _given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Outpu
 
 
 def backward(caller: Caller, engine: str | None, options: Options, o: Operands, given: tuple[Any, Any, Any, Any], need_dbias: bool,
-             deterministic: bool) -> Grads[Any]:
-    """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse)."""
+             deterministic: bool, key: Any = None) -> Grads[Any]:
+    """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse), `key` as in `forward`."""
     call, device = caller.call, o.q.device
     problem, ready = _problem(caller, o, options)
     if need_dbias and o.bias is None:
@@ -123,7 +124,10 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
     if o.sinks is not None:
         dsinks = caller.allocate(o.sinks.shape, o.sinks.dtype, o.q if isinstance(o.sinks.source, (list, tuple)) else o.sinks)
     views = Grads(dq.view, dk.view, dv.view, None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
-    chosen.backward(problem, ready, dout, out, lse, dlse, views, caller.handle, bool(deterministic))
+    where = problem, ready, dout, out, lse, dlse, views
+    chosen.backward(*where, caller.handle, deterministic)
+    if key is not None:
+        repeat.remember(key, chosen, getattr(chosen, "prepare_backward", None), (*where, deterministic), (dq, dk, dv))
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
                  None if dsinks is None else dsinks.finish())
 

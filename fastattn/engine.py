@@ -28,7 +28,9 @@ class Engine:
     backward: Callable[..., None] | None = field(repr=False)
     supports: Supports = field(repr=False)
     built_in: bool = False
-    prepare: Callable[..., Any] | None = field(default=None, repr=False)    # problem, operands, out, lse -> a repeat.Launch, or None
+    # What `forward` and `backward` take but for the stream -> a repeat.Launch for any addresses of such arrays, or None.
+    prepare: Callable[..., Any] | None = field(default=None, repr=False)
+    prepare_backward: Callable[..., Any] | None = field(default=None, repr=False)
 
     def refuses(self, problem: Problem, direction: str) -> str | None:
         """None, or why it does not accept the problem in a direction, "forward" or "backward"."""
@@ -102,7 +104,11 @@ def _host(name: str) -> Engine:
 
     def prepare(problem: Problem, *where: Any) -> Any:
         return load(name, problem.call).prepare(problem, *where)
-    return Engine(name, "cpu", forward, backward, supports, True, prepare if name == "cpu" else None)
+
+    def prepare_backward(problem: Problem, *where: Any) -> Any:
+        return load(name, problem.call).prepare_backward(problem, *where)
+    tells = name == "cpu"
+    return Engine(name, "cpu", forward, backward, supports, True, prepare if tells else None, prepare_backward if tells else None)
 
 
 def families(*names: str) -> Engine:
@@ -115,7 +121,10 @@ def families(*names: str) -> Engine:
 
     def prepare(problem: Problem, *where: Any) -> Any:
         return load("gpu", problem.call).prepare(problem, *where, names)
-    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True, prepare)
+
+    def prepare_backward(problem: Problem, *where: Any) -> Any:
+        return load("gpu", problem.call).prepare_backward(problem, *where, names)
+    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True, prepare, prepare_backward)
 
 
 BUILT_IN = {"cpu": _host("cpu"), "reference": _host("reference")} | {name: families(name) for name in FAMILIES}

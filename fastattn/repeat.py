@@ -1,15 +1,15 @@
-"""Fast path for a repeated dense forward: same shapes, strides, dtypes and options, new pointers.
+"""Fast path for a repeated call: same shapes, strides, dtypes and options, new pointers.
 
-It skips validation and dispatch: 11 us of Python instead of 14 for CUDA arrays, 4 instead of 18 for NumPy arrays. A
-call is described by the types, dtypes, shapes, strides and devices of q, k and v, by the alignment of their memory and
-by its options, all as plain values. Its second occurrence stores here what the engine launched on the full path
-(dispatch.py). Later ones read three addresses, allocate, and launch that. Any difference takes the full path, which
-raises its errors.
+It skips validation and dispatch. A call is described by the types, dtypes, shapes, strides and devices of its arrays and
+by its options, all as plain values; all memory is aligned to 16 bytes. Its second occurrence stores here what the engine
+launched on the full path (dispatch.py). Later ones read the addresses, allocate, and launch that. Any difference takes
+the full path, which raises its errors.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,12 @@ import numpy as np
 from .arrays.readers import by_type
 from .arrays.view import HOST, Device, Output, Quick, numpy_dtype
 from .memo import Recent
-from .problem import Operands, Problem
 from .registry import choose
 
-Launch = Callable[[int, int, int, int, int, int], None]     # of addresses: q, k, v, out, lse (0: none); and a stream, or HOST
+# Of addresses, and a stream, or HOST. The addresses are those of q, k, v, the lengths of packed arrays, of a backward dout, out,
+# lse and dlse, and of the results, each if the call has it.
+Launch = Callable[[Sequence[int], int], None]
+Form = tuple[tuple[int, ...], str]      # shape, in the caller's layout, and dtype
 
 
 class Known(NamedTuple):
@@ -29,30 +31,27 @@ class Known(NamedTuple):
     read: Quick
     engine: object
     device: Device
-    alignment: int          # of the addresses of q, k and v together, modulo 16
     launch: Launch
-    out: tuple[tuple[int, ...], str]        # shape, in the caller's layout, and dtype
-    lse: tuple[tuple[int, ...], str] | None
+    results: tuple[Form, ...]
 
-    def again(self, call: str, engine: str | None, q: Any, k: Any, v: Any) -> Any:
-        """out, or (out, lse) where the stored call returned lse. None where the call differs."""
-        (_, at, current, empty), known_engine, device, alignment, launch, out_form, lse_form = self
+    def again(self, call: str, engine: str | None, arrays: Sequence[Any]) -> list[Any] | None:
+        """The results for these arrays, q first. None where the call differs."""
+        (_, address, current, empty), known_engine, device, launch, forms = self
         try:
-            at_q, at_k, at_v, stream = at(q), at(k), at(v), current(q)
+            addresses, stream = [address(x) for x in arrays], current(arrays[0])
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
             return None
-        if (not (at_q and at_k and at_v and stream) or (at_q | at_k | at_v) % 16 != alignment
-                or choose(call, engine, device) is not known_engine):
+        if not (all(addresses) and stream) or choose(call, engine, device) is not known_engine:
             return None
-        out, at_out = empty(q, *out_form)
-        if at_out % 16:
+        results = []
+        for shape, dtype in forms:
+            result, at = empty(arrays[0], shape, dtype)
+            results.append(result)
+            addresses.append(at)
+        if reduce(or_, addresses) % 16:
             return None
-        if lse_form is None:
-            launch(at_q, at_k, at_v, at_out, 0, stream)
-            return out
-        lse, at_lse = empty(q, *lse_form)
-        launch(at_q, at_k, at_v, at_out, at_lse, stream)
-        return out, lse
+        launch(addresses, stream)
+        return results
 
 
 _known: Recent[Any, Known | None] = Recent()    # None: occurred once
@@ -82,45 +81,54 @@ def _form_of(kind: type) -> Callable[[Any], Any] | None:
     return None if library is None or library.quick is None else library.quick.form
 
 
-def replay(call: str, engine: str | None, qkv: tuple[Any, Any, Any], options: tuple[Any, ...]) -> tuple[Any, Any]:
-    """(key, result). The key is None for a call that cannot be repeated here, the result None for one that takes the
+def replay(call: str, engine: str | None, arrays: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, list[Any] | None]:
+    """(key, results). The key is None for a call that cannot be repeated here, the results None for one that takes the
     full path.
 
-    `options`: plain values that, with the arrays, decide what the call does.
+    Parameters
+    ----------
+    arrays
+        Those of `Launch` but for the results, in that order.
+    options
+        Plain values that, with the arrays, decide what the call does; also which array is which, where some may be absent.
     """
-    q, k, v = qkv
-    kind = type(q)
+    kind = type(arrays[0])
     form = _form_of(kind)
-    if form is None or type(k) is not kind or type(v) is not kind:
+    if form is None:
         return None, None
     try:
-        of_q = form(q)
-        if of_q is None:
+        forms = [form(x) for x in arrays if type(x) is kind]
+        if len(forms) != len(arrays) or None in forms:
             return None, None
-        key = kind, of_q, form(k), form(v), options
+        key = call, kind, options, *forms
         known = _known.get(key)
     except (RuntimeError, TypeError):       # a sparse tensor; an engine argument that has no hash
         return None, None
-    return key, None if known is None else known.again(call, engine, q, k, v)
+    return key, None if known is None else known.again(call, engine, arrays)
 
 
-def remember(key: Any, engine: Any, problem: Problem, o: Operands, out: Output, lse: Output | None) -> None:
+def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: tuple[Any, ...], results: Sequence[Output]) -> None:
     """After a call with this key took the full path: store what it launched, if it has occurred before and the engine
     tells.
 
     Not at its first occurrence, because a call with a new seed each step never repeats.
+
+    Parameters
+    ----------
+    prepare
+        The engine's: of `where`, a Launch, or None where there is none.
+    where
+        All that the engine was called with, the Problem and the Operands first, but for the stream.
     """
-    prepare, known = getattr(engine, "prepare", None), _known.get(key)
-    if prepare is None or not o.plain or (known is not None and known.engine is engine):
+    known, o = _known.get(key), where[1]
+    if prepare is None or (known is not None and known.engine is engine):
         return
     if key not in _known:
         _known[key] = None
         return
-    view = out.view
-    launch = prepare(problem, o, view, None if lse is None else lse.view)
-    if launch is None or view.ptr % 16:
+    launch = prepare(*where)
+    if launch is None:
         return
-    read = _numpy() if key[0] is np.ndarray else by_type[key[0]].quick
+    read = _numpy() if key[1] is np.ndarray else by_type[key[1]].quick
     assert read is not None                 # the key was made with its form
-    _known[key] = Known(read, engine, o.q.device, (o.q.ptr | o.k.ptr | o.v.ptr) % 16, launch, (out.shape, view.dtype),
-                        None if lse is None else (lse.view.shape, lse.view.dtype))
+    _known[key] = Known(read, engine, o.q.device, launch, tuple([(x.shape, x.view.dtype) for x in results]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..problem import Grads, Operands, Problem
 from . import dbias, levels, plan
 from .threads import get_num_threads, set_num_threads
 
-__all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "set_num_threads", "supports"]
+__all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
+           "set_num_threads", "supports"]
 
 name = "cpu"
 _level = levels.choose()            # of those that were built
@@ -60,20 +62,47 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -
 
     Returns
     -------
-    run(q, k, v, out, lse, stream)
-        Of addresses; lse is 0 where this call has none.
+    run(addresses, stream)
+        Of q, k, v, out and lse, if this call has one. None for packed operands, whose lengths are checked in each call.
     """
+    if problem.packed:
+        return None
     p, lengths, threads = problem, plan.read_lengths(problem, operands), get_num_threads()
-    q, k, v, out = (replace(x, owner=None) for x in (operands.q, operands.k, operands.v, out))      # keeps no memory of the caller's
-    o, lse = Operands(q, k, v), None if lse is None else replace(lse, owner=None)
+    o, out, lse = Operands(*map(_bare, (operands.q, operands.k, operands.v))), _bare(out), lse and _bare(lse)
     ready = _prepared(p, o, lengths, out, lse, threads)
+    no_lse = (0,) if lse is None else ()
 
-    def run(at_q: int, at_k: int, at_v: int, at_out: int, at_lse: int, stream: int) -> None:
+    def run(addresses: Sequence[int], stream: int) -> None:
         nonlocal ready, threads
         if get_num_threads() != threads:
             threads = get_num_threads()
             ready = _prepared(p, o, lengths, out, lse, threads)
-        ready(at_q, at_k, at_v, at_out, at_lse)
+        ready(*addresses, *no_lse)
+    return run
+
+
+def _bare(x: View) -> View:
+    """The view without the caller's memory, for what is kept."""
+    return replace(x, owner=None)
+
+
+def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None,
+                     grads: Grads[View], deterministic: bool) -> Any:
+    """What `backward` does with plain dense operands of such shapes and strides, at any addresses.
+
+    Returns
+    -------
+    run(addresses, stream)
+        Of q, k, v, dout, out, lse, dlse if this call has one, dq, dk and dv. None for packed operands.
+    """
+    if problem.packed:
+        return None
+    forms = [(x.shape, x.strides, x.dtype) for x in (operands.q, operands.k, operands.v, dout, out, lse, dlse, *grads[:3]) if x]
+
+    def run(addresses: Sequence[int], stream: int) -> None:
+        q, k, v, dout, out, lse, *rest = [View(at, *form) for at, form in zip(addresses, forms, strict=True)]
+        *given, dq, dk, dv = rest
+        backward(problem, Operands(q, k, v), dout, out, lse, given[0] if given else None, Grads(dq, dk, dv))
     return run
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager
-from functools import reduce
-from operator import or_
 from typing import Any, Protocol
 
 from ..arrays.view import View
@@ -21,6 +19,7 @@ from .rows import launch as rows
 from .runtime.device import Device, current, device
 from .runtime.launcher import Launcher, on_device
 from .runtime.packed import MOST_BLOCKS, most_tiles
+from .runtime.recording import Recorder, Recording, addressed
 from .simt import launch as simt
 from .sm80 import launch as sm80
 from .sm90 import launch as sm90
@@ -31,8 +30,8 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
-__all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare", "refuses",
-           "use"]
+__all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare",
+           "prepare_backward", "refuses", "use"]
 
 
 class Family(Protocol):
@@ -90,41 +89,26 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None, s
     """Enqueue writing out, and lse if it is wanted. Packed rows that belong to no sequence become 0 and -inf."""
     if 0 in out.shape and (lse is None or 0 in lse.shape):
         return
-    launcher, call = on_device(out.device[1]), Call(problem, operands, out, lse)
-    with current(launcher.device):
-        _launch_of(call, launcher, families)(call, stream)
-
-
-def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
-            families: tuple[str, ...] = FAMILIES) -> Any:
-    """What `forward` does with dense operands of such shapes and strides, at any addresses of their alignment.
-
-    Returns
-    -------
-    run(q, k, v, out, lse, stream)
-        Of addresses; lse is 0 where this call has none. None for an empty output.
-    """
-    if 0 in out.shape:
-        return None
-    launcher = on_device(out.device[1])
-    launch, d = _launch_of(Call(problem, operands, out, lse), launcher, families), launcher.device
-    of_q, of_k, of_v, of_out, of_lse = (() if x is None else (x.shape, x.strides, x.dtype, x.device)
-                                        for x in (operands.q, operands.k, operands.v, out, lse))
-
-    def run(q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
-        operands = Operands(View(q, *of_q), View(k, *of_k), View(v, *of_v))
-        with current(d):
-            launch(Call(problem, operands, View(out, *of_out), View(lse, *of_lse) if lse else None), stream)
-    return run
+    _enqueue(Call(problem, operands, out, lse), stream, families)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View],
              stream: int, deterministic: bool, families: tuple[str, ...] = FAMILIES) -> None:
     """Enqueue writing the gradients. Rows of no sequence and keys past seqused_k get gradients 0."""
-    launcher = on_device(dout.device[1])
-    call = BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic)
-    with current(launcher.device):
-        _launch_of(call, launcher, families)(call, stream)
+    _enqueue(BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic), stream, families)
+
+
+def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
+            families: tuple[str, ...] = FAMILIES) -> Recording | None:
+    """What `forward` does with arrays of such shapes and strides, at any addresses of their alignment. None for an empty
+    output."""
+    return None if 0 in out.shape else _record(Call(problem, operands, out, lse), families)
+
+
+def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None,
+                     grads: Grads[View], deterministic: bool, families: tuple[str, ...] = FAMILIES) -> Recording:
+    """What `backward` does with arrays of such shapes and strides, at any addresses of their alignment."""
+    return _record(BackwardCall(problem, operands, dout, out, lse, dlse, grads, deterministic), families)
 
 
 def merge_states(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
@@ -135,41 +119,43 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, strea
 
 
 # ---------------------------------------------------------------- what is remembered
-_launches: Recent[Any, tuple[Problem, Launch]] = Recent()
+_recordings: Recent[Any, tuple[Problem, Recording]] = Recent()
 
 
-def _launch_of(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> Launch:
-    """What enqueues the call. It is remembered for plain operands, where only addresses differ next time: saves 25 us.
+def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
+    """Enqueue the call's kernels. What they are is remembered for plain operands, where only addresses differ next time.
 
     The key has the Problem's id, because hashing a Problem takes longer than all the rest. That is safe: an entry holds
     its Problem, so no other can have the same id while the entry is there, and `is` finds out when the entry is another
     Problem's.
     """
-    p, o = call.problem, call.operands
-    if not o.plain:
-        return _prepare(call, launcher, families)
-    key: tuple[Any, ...]
-    if isinstance(call, Call):
-        out = call.out
-        key = (id(p), launcher, o.q.strides, o.k.strides, o.v.strides, out.strides, (o.q.ptr | o.k.ptr | o.v.ptr) % 16,
-               out.ptr % 16, call.lse is None, families)
-    else:
-        g = call.grads
-        views = o.q, o.k, o.v, call.dout, g.dq, g.dk, g.dv
-        key = (id(p), launcher, *[x.strides for x in views], reduce(or_, [x.ptr for x in views]) % 16,
-               call.deterministic, families)
-    found = _launches.get(key)
+    p, launcher = call.problem, on_device(call.operands.q.device[1])
+    if not call.operands.plain:
+        with current(launcher.device):
+            _launch(call, launcher, families, stream)
+        return
+    views = call.views
+    key = (id(p), launcher, families, isinstance(call, BackwardCall) and call.deterministic,
+           *[x and (x.strides, x.ptr % 16) for x in views])
+    found = _recordings.get(key)
     if found is None or found[0] is not p:
-        found = _launches[key] = p, _prepare(call, launcher, families)
-    return found[1]
+        found = _recordings[key] = p, _record(call, families)
+    found[1]([x.ptr for x in views if x], stream)
 
 
-def _prepare(call: AnyCall, launcher: Launcher, families: tuple[str, ...]) -> Launch:
+def _launch(call: AnyCall, launcher: Launcher, families: tuple[str, ...], stream: int) -> None:
+    """Launch the call's kernels with this launcher."""
     chosen = choose(call, launcher.device, families)
     if isinstance(call, Call):
-        return chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)
-    spec = make_backward_spec(call)
+        chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)(call, stream)
+    else:
+        chosen.backward(call, make_backward_spec(call), launcher, stream)
 
-    def launch(call: BackwardCall, stream: int) -> None:
-        chosen.backward(call, spec, launcher, stream)
-    return launch
+
+def _record(call: AnyCall, families: tuple[str, ...]) -> Recording:
+    """What enqueues the call, and all that differ in addresses of the same alignment. Their order is that of `views`."""
+    views, launcher = addressed(call.views), on_device(call.operands.q.device[1])
+    recorder = Recorder(launcher, sum(x is not None for x in views))
+    with current(launcher.device):
+        _launch(call.at(views), recorder, families, 0)
+    return Recording(recorder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -125,6 +125,10 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
         bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse)
 
 
+_operands = attrgetter(*(field.name for field in fields(Operands)))
+OPERANDS = len(fields(Operands))
+
+
 @dataclass(slots=True)
 class Call:
     """One forward: the Problem and where everything is. Never changed once made."""
@@ -133,6 +137,16 @@ class Call:
     operands: Operands
     out: View
     lse: View | None
+
+    @property
+    def views(self) -> list[View | None]:
+        """All arrays of the call, in the order of `at`."""
+        return [*_operands(self.operands), self.out, self.lse]
+
+    def at(self, views: list[Any]) -> Call:
+        """The same call of other views."""
+        *operands, out, lse = views
+        return Call(self.problem, Operands(*operands), out, lse)
 
 
 @dataclass(slots=True)
@@ -150,6 +164,16 @@ class BackwardCall:
     dlse: View | None
     grads: Grads[View]
     deterministic: bool
+
+    @property
+    def views(self) -> list[View | None]:
+        """All arrays of the call, in the order of `at`."""
+        return [*_operands(self.operands), self.dout, self.out, self.lse, self.dlse, *self.grads]
+
+    def at(self, views: list[Any]) -> BackwardCall:
+        """The same call of other views."""
+        operands, (dout, out, lse, dlse), grads = views[:OPERANDS], views[OPERANDS:OPERANDS + 4], views[OPERANDS + 4:]
+        return BackwardCall(self.problem, Operands(*operands), dout, out, lse, dlse, Grads(*grads), self.deterministic)
 
 
 def make_backward_spec(c: BackwardCall) -> Spec:

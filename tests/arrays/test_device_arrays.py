@@ -19,7 +19,7 @@ from fastattn.arrays.streams import Stream
 from fastattn.arrays.view import ITEMSIZE, View, contiguous, numpy_dtype
 from fastattn.engine import _loaded as loaded
 from fastattn.memo import Recent
-from fastattn.problem import Operands
+from fastattn.problem import Grads, Operands
 from tests.tools.fake_cuda import Cuda, Driver, Speaker, waits
 
 Q, K = (2, 6, 4, 8), (2, 9, 2, 8)
@@ -105,7 +105,8 @@ class Tensor:
     def is_neg(self) -> bool:
         return self.negative
 
-    def new_empty(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    def new_empty(self, *shape: Any, dtype: str | None = None) -> Tensor:
+        shape = shape if isinstance(shape[0], int) else shape[0]
         return Tensor(shape, dtype or self.dtype, 0x9000, self.number)
 
     def record_stream(self, stream: Any) -> None:
@@ -463,9 +464,28 @@ class Prepared(Recorder):
     def prepare(self, problem: Any, operands: Any, out: Any, lse: Any) -> Any:
         forms = [None if x is None else (x.shape, x.strides, x.dtype, x.device) for x in (operands.q, operands.k, operands.v, out, lse)]
 
-        def run(*where: int) -> None:
-            q, k, v, *results = [View(ptr, *form) if form else None for ptr, form in zip(where, forms, strict=False)]
-            self.calls.append((problem, Operands(q, k, v), *results, where[-1]))
+        def run(addresses: Any, stream: int) -> None:
+            given = iter(addresses)
+            q, k, v, *results = [View(next(given), *form) if form else None for form in forms]
+            self.calls.append((problem, Operands(q, k, v), *results, stream))
+            assert next(given, None) is None
+        return run
+
+    def backward(self, problem: Any, *where: Any) -> None:
+        self.long += 1
+        self.calls.append((problem, *where))
+
+    def prepare_backward(self, problem: Any, o: Any, *where: Any) -> Any:
+        *views, grads, deterministic = where
+        views = [o.q, o.k, o.v, o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, *views, *grads]
+        forms = [x and (x.shape, x.strides, x.dtype, x.device) for x in views]
+
+        def run(addresses: Any, stream: int) -> None:
+            given = iter(addresses)
+            q, k, v, cu_q, cu_k, used, dout, out, lse, dlse, *grads = [form and View(next(given), *form) for form in forms]
+            o = Operands(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used)
+            self.calls.append((problem, o, dout, out, lse, dlse, Grads(*grads), stream, deterministic))
+            assert next(given, None) is None
         return run
 
 
@@ -477,10 +497,13 @@ def prepared(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     return engine
 
 
-def seen(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def seen(call: Any) -> Any:
     """An engine's arguments as numbers: views without their owners."""
-    problem, o, out, lse, stream = call
-    return problem, *[x and (x.ptr, x.shape, x.strides, x.dtype, x.device) for x in (o.q, o.k, o.v, o.bias, o.mask, out, lse)], stream
+    if isinstance(call, View):
+        return call.ptr, call.shape, call.strides, call.dtype, call.device
+    if isinstance(call, Operands):
+        return [seen(getattr(call, name)) for name in call.__slots__]
+    return [seen(x) for x in call] if isinstance(call, tuple) else call
 
 
 @pytest.mark.parametrize("keywords", [{}, {"return_lse": True}, {"layout": "bhsd"}, {"causal": True, "window": (3, None), "softcap": 2.0},
@@ -499,6 +522,49 @@ def test_repeated_calls_skip_the_checks(torch_streams: dict[int, int], prepared:
     torch_streams[0] = 0x60
     fastattn.attention(Tensor(shapes[0], ptr=0x5000), k, v, **keywords)
     assert prepared.long == 2 and prepared.calls[-1][1].q.ptr == 0x5000 and prepared.calls[-1][-1] == 0x60
+
+
+@pytest.mark.parametrize("keywords", [{}, {"layout": "bhsd"}, {"causal": True, "softcap": 2.0}, {"deterministic": True},
+                                      {"dlse": True, "dropout_p": 0.5, "seed": 3}, {"packed": True},
+                                      {"packed": True, "used": True, "dlse": True}], ids=str)
+def test_repeated_backwards_skip_the_checks(torch_streams: dict[int, int], prepared: Prepared, keywords: dict[str, Any]) -> None:
+    """The same of backwards, dense and packed."""
+    keywords = dict(keywords)
+    packed, used, with_dlse = (keywords.pop(name, False) for name in ("packed", "used", "dlse"))
+    if packed:
+        q_shape, k_shape, lse_shape = (12, 4, 8), (18, 2, 8), (4, 12)
+    else:
+        q_shape, k_shape, lse_shape = *(((2, 4, 6, 8), (2, 2, 9, 8)) if keywords.get("layout") else (Q, K)), (2, 4, 6)
+
+    def once(first: int, dlse: bool = with_dlse, **changed: Any) -> Any:
+        shapes = (q_shape, q_shape, k_shape, k_shape, q_shape, lse_shape, lse_shape)
+        dout, q, k, v, out, lse, x = (Tensor(shape, "float32" if shape == lse_shape else "bfloat16", ptr=first + 0x1000 * n)
+                                      for n, shape in enumerate(shapes))
+        more = (keywords | changed) | ({"dlse": x} if dlse else {})
+        if not packed:
+            return fastattn.attention_backward(dout, q, k, v, out, lse, **more)
+        lengths = [Tensor((3,), "int32", ptr=first + 0x8000), Tensor((3,), "int32", ptr=first + 0x9000)]
+        if used:
+            more["seqused_k"] = Tensor((2,), "int32", ptr=first + 0xA000)
+        return fastattn.attention_varlen_backward(dout, q, k, v, out, lse, *lengths, **more)
+    for n in range(4):
+        grads = once(0x100000)
+        assert [(x.shape, x.dtype) for x in grads[:3]] == [(shape, "bfloat16") for shape in (q_shape, k_shape, k_shape)]
+        assert type(grads) is Grads and grads.dbias is None and grads.dsinks is None
+        assert prepared.long == min(n + 1, 2) and seen(prepared.calls[-1]) == seen(prepared.calls[0])
+    torch_streams[0] = 0x60
+    once(0x200000)
+    assert prepared.long == 2 and prepared.calls[-1][-2] == 0x60 and prepared.calls[-1][1].k.ptr == 0x202000
+    once(0x200000, dlse=not with_dlse)
+    once(0x200000, deterministic=not keywords.get("deterministic", False))
+    once(0x200008)                                          # aligned to less
+    once(0x200000, softmax_scale=1.0)
+    once(0x200000, stream=0x70)
+    assert prepared.long == 7 and prepared.calls[-1][-2] == 0x70
+    with pytest.raises(ValueError, match="need_dbias"):
+        once(0x200000, need_dbias=True)
+    once(0x300000)
+    assert prepared.long == 7
 
 
 def test_a_call_that_differs_is_checked_in_full(torch_streams: dict[int, int], prepared: Prepared) -> None:

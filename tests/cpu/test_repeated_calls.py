@@ -51,6 +51,54 @@ def test_the_third_call_is_short(checked: list[str], options: dict[str, Any], dt
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3 if dtype == "float16" else 1e-6)
 
 
+@pytest.fixture
+def checked_backward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backwards that took the full way."""
+    calls, backward = list[str](), dispatch.backward
+    monkeypatch.setattr(fastattn.api, "backward", lambda *a, **k: (calls.append("full"), backward(*a, **k))[1])
+    monkeypatch.setattr(repeat, "_known", type(repeat._known)())
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("options", [{}, {"dlse": True}, {"layout": "bhsd"}, {"causal": True, "window": (3, None), "softcap": 2.0},
+                                     {"dropout_p": 0.5, "seed": 3}, {"engine": "cpu", "deterministic": True}], ids=str)
+def test_the_third_backward_is_short(checked_backward: list[str], options: dict[str, Any], dtype: str) -> None:
+    options = dict(options)
+    with_dlse = options.pop("dlse", False)
+    for n in range(4):
+        q, k, v, dout = [*arrays(n, dtype), arrays(n + 10, dtype)[0]]
+        if options.get("layout"):
+            q, k, v, dout = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v, dout))
+        out, lse = fastattn.attention(q, k, v, return_lse=True, **{name: x for name, x in options.items() if name != "deterministic"})
+        more = {"dlse": arrays(n + 20, str(lse.dtype), q=lse.shape)[0]} if with_dlse else {}
+        got = fastattn.attention_backward(dout, q, k, v, out, lse, **options, **more)
+        assert len(checked_backward) == min(n + 1, 2) + n
+        expected = fastattn.attention_backward(dout, q, k, v, out, lse, **options, **more, mask=np.ones((1, 1, 1, 1), bool))
+        assert type(got) is fastattn.Grads and got[3:] == (None, None)
+        for x, y, like in zip(got[:3], expected[:3], (q, k, v), strict=True):
+            assert type(x) is np.ndarray and x.dtype == dtype and x.shape == like.shape and x.flags.c_contiguous
+            np.testing.assert_allclose(x, y, rtol=0, atol=4e-3 if dtype == "float16" else 1e-6)
+
+
+def test_packed_lengths_in_host_memory_are_checked_in_each_call(checked_backward: list[str]) -> None:
+    """Also after calls that were right: an array may change in place."""
+    q, k, v = (x[0] for x in arrays())
+    lengths, lengths_k = np.array([0, 2, 5], np.int32), np.array([0, 3, 7], np.int32)
+    for _ in range(4):
+        out, lse = fastattn.attention_varlen(q, k, v, lengths, lengths_k, return_lse=True)
+        fastattn.attention_varlen_backward(q, q, k, v, out, lse, lengths, lengths_k)
+    assert len(checked_backward) == 4
+    lengths[1] = 3
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(fastattn.attention_varlen(q, k, v, lengths, lengths_k), out)
+    lengths[1] = 6
+    for call in (lambda: fastattn.attention_varlen(q, k, v, lengths, lengths_k),
+                 lambda: fastattn.attention_varlen_backward(q, q, k, v, out, lse, lengths, lengths_k)):
+        with pytest.raises(ValueError, match="cu_seqlens_q starts"):
+            call()
+
+
 def test_what_differs_takes_the_full_way(checked: list[str]) -> None:
     q, k, v = arrays()
     first = [fastattn.attention(q, k, v) for _ in range(3)]

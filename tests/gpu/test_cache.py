@@ -37,7 +37,6 @@ from fastattn.gpu.ptx.memory import store_b32
 from fastattn.gpu.runtime import cache
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.arch import ARCHITECTURES, arch_of, arch_of_number, parse_arch
-from fastattn.gpu.runtime.launcher import Listing
 
 ROOT = Path(__file__).parents[2]
 ARCH = "sm_80"
@@ -619,16 +618,3 @@ def test_a_want_lists_the_kernels_of_its_family() -> None:
         with pytest.raises(fastattn.UnsupportedError, match="sm90"):
             precompile.sources(call, spec, precompile.absent_device("sm_80"))
     assert sorted(key.split()[0] for key in keys) == ["forward_sm90", "plan_packed"] and any("plan_packed BLOCK_M" in key for key in keys)
-
-
-def test_a_launch_is_kept_for_the_same_alignments_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sm80's config depends on whether q, k and v are aligned and on whether
-    out is, not on which of q, k and v is unaligned."""
-    made: list[object] = []
-    monkeypatch.setattr(gpu, "_prepare", lambda *call: made.append(call))
-    call, _ = precompile.Want("float16", 64).call()
-    launcher, o, aligned = Listing(precompile.absent_device("sm_80")), call.operands, 1 << 20
-    for q, out, expected in ((aligned, aligned, 1), (aligned + 16, aligned, 1), (aligned + 8, aligned, 2), (aligned, aligned + 8, 3)):
-        moved = replace(call, operands=replace(o, q=replace(o.q, ptr=q)), out=replace(call.out, ptr=out))
-        gpu._launch_of(moved, launcher, ("sm80",))
-        assert len(made) == expected

@@ -5,7 +5,6 @@ None of this imports Numba: a kernel that is in the cache is launched without it
 """
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ from .config import (
 )
 
 WARP = 32
-_marks = itertools.count(1)
 make_preprocess, make_dsinks = late("rows.preprocess", "make_preprocess"), late("rows.preprocess", "make_dsinks")
 make_round, make_round_dbias = late("rows.postprocess", "make_round"), late("rows.postprocess", "make_round_dbias")
 make_add_part = late("rows.merge", "make_add_part")
@@ -146,8 +144,7 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
     each, sums = -(-rows * heads * size // 256) * 256, 4 * accum_dim * rows * heads
     with launcher.temporary((2 + log2) * each + sums + 4 * log2, stream) as memory:
         lse, accum = memory + 2 * each if log2 else memory, memory + (2 + log2) * each
-        # each call has its own mark, so that nothing has to be cleared; a word that holds it by chance costs time only
-        mark = next(_marks) & 0x7FFFFFFF
+        mark = launcher.mark()      # so that nothing has to be cleared; a word that holds it by chance costs time only
         where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)

@@ -208,7 +208,8 @@ def registers(report: str) -> str:
 
 # ---------------------------------------------------------------- on a device
 class Kernel:
-    """A loaded kernel: `launch(grid, values, stream)` with the values of its fields in order."""
+    """A loaded kernel: `launch(grid, values, stream)` with the values of its fields in order. `offsets`: where they are in
+    `packed(values)`."""
 
     def __init__(self, source: Source, ordinal: int) -> None:
         from cuda.bindings import driver
@@ -217,14 +218,7 @@ class Kernel:
         from .device import current, device, relaxed
         d = device(ordinal)
         self.source, self.ordinal = source, ordinal
-        self._struct = struct.Struct("@" + "".join(_LETTERS[letter] for _, letter in source.fields))
-        offset, self._offsets = 0, []
-        for _, letter in source.fields:
-            size = struct.calcsize(_LETTERS[letter])
-            offset = -(-offset // size) * size
-            self._offsets.append(offset)
-            offset += size
-        self._local = threading.local()
+        self.lay_out()
         with current(d), relaxed():
             code, self._shared_memory, _ = binary(source, d.arch)
             library = check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
@@ -235,6 +229,16 @@ class Kernel:
         self._launch, self._check = driver.cuLaunchKernel, check
         self._threads = source.threads
 
+    def lay_out(self) -> None:
+        """Find where the values of fields are in memory."""
+        self._struct = struct.Struct("@" + "".join(_LETTERS[letter] for _, letter in self.source.fields))
+        offset, self.offsets = 0, list[int]()
+        for _, letter in self.source.fields:
+            size = struct.calcsize(_LETTERS[letter])
+            offset = -(-offset // size) * size
+            self.offsets.append(offset)
+            offset += size
+
     def launch(self, grid: int, values: list[Any], stream: int) -> None:
         """Enqueue `grid` thread blocks in one dimension, at most 2**31 - 1, with the values of the kernel's fields in
         order.
@@ -244,16 +248,20 @@ class Kernel:
         """
         if grid == 0:
             return
-        local = self._local
-        try:
-            buffer, pointers, address = local.buffer, local.pointers, local.address
-        except AttributeError:
-            buffer = local.buffer = ctypes.create_string_buffer(self._struct.size)
-            start = ctypes.addressof(buffer)
-            pointers = local.pointers = (ctypes.c_void_p * len(self._offsets))(*(start + o for o in self._offsets))
-            address = local.address = ctypes.addressof(pointers)
+        buffer = self.packed(values)
+        start = ctypes.addressof(buffer)
+        pointers = (ctypes.c_void_p * len(self.offsets))(*[start + offset for offset in self.offsets])
+        self.enqueue(grid, ctypes.addressof(pointers), stream)
+
+    def packed(self, values: list[Any]) -> Any:
+        """Memory with the values of all fields."""
+        buffer = ctypes.create_string_buffer(self._struct.size)
         self._struct.pack_into(buffer, 0, *values)
-        result = self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared_memory, stream, address, 0)
+        return buffer
+
+    def enqueue(self, grid: int, arguments: int, stream: int) -> None:
+        """Enqueue `grid` blocks, at least one. `arguments`: address of a pointer to the value of each field."""
+        result = self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared_memory, stream, arguments, 0)
         if result[0]:
             self._check(result, f"launch of {self.source.key}")
 

@@ -1,10 +1,12 @@
 """What a launch needs besides its call: loaded kernels, temporary memory, counters and tensor maps.
 
-A family's launch.py gets all of that from a Launcher. There are two: `OnDevice` launches, `Listing` only notes which
-kernels a call would launch, for `explain` and `precompile`; it needs no device and no driver.
+A family's launch.py gets all of that from a Launcher. There are three: `OnDevice` launches, `Listing` only notes which
+kernels a call would launch, for `explain` and `precompile`; it needs no device and no driver. recording.Recorder notes
+launches that will be repeated.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
@@ -19,6 +21,7 @@ from .compile import Source
 from .device import Device
 
 PROGRAMS = 1024         # programs remembered of each kernel
+_marks = itertools.count(1)
 
 
 class LoadedKernel(Protocol):
@@ -63,6 +66,9 @@ class Launcher(Protocol):
     def arrivals(self, captured: bool) -> int:
         """Address of workspace.MOST_ARRIVALS int32 zeros for one launch, which must leave them zero."""
 
+    def mark(self) -> int:
+        """A positive int32 that no call before had, but for 2**31 calls ago."""
+
 
 class OnDevice:
     """The Launcher of a real device. The device's context must be current when its methods are called, but for
@@ -89,6 +95,9 @@ class OnDevice:
 
     def arrivals(self, captured: bool) -> int:
         return self._memory.arrivals.take(captured)
+
+    def mark(self) -> int:
+        return next(_marks) & 0x7FFFFFFF
 
     @cached_property
     def _memory(self) -> workspace.SmallMemory:
@@ -132,6 +141,9 @@ class Listing:
         return 0
 
     def arrivals(self, captured: bool) -> int:
+        return 0
+
+    def mark(self) -> int:
         return 0
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuda.bindings import driver
 
@@ -114,6 +114,37 @@ def form(x: View, rows: int) -> int:
     return _number(x.shape, x.strides, x.dtype, rows)
 
 
+class Wanted(NamedTuple):
+    """A map as a key and how it is made, but for its address: `offset` bytes after address number `base` of a call."""
+
+    base: int
+    offset: int
+    number: int
+    encode: Callable[[int], int]        # of the address
+
+
+def wanted(x: View, rows: int) -> Wanted:
+    """The map of a view at a recording.Address, for boxes of `rows` rows."""
+    at: Any = x.ptr
+    return Wanted(at.base, at.offset, form(x, rows), partial(_encode, x.shape, x.strides, x.dtype, rows))
+
+
+def wanted_rows(address: Any, count: int, apart: int, rows: int) -> Wanted:
+    """The map of `row_map` at a recording.Address."""
+    return Wanted(address.base, address.offset, _number("rows", count, apart, rows), partial(_encode_rows, count, apart, rows))
+
+
+def find(maps: Sequence[Wanted], addresses: Sequence[int], ordinal: int, captured: bool) -> list[int]:
+    """Device addresses of maps, of a call with these addresses. `captured`: they are for work that is being captured into
+    a graph."""
+    all_maps = _devices.get(ordinal) or _maps(ordinal)
+    kept, found = all_maps.captured if captured else all_maps.newer, []
+    for base, offset, number, encode in maps:
+        address = addresses[base] + offset
+        found.append(kept.get((address, number)) or all_maps.add((address, number), partial(encode, address), captured))
+    return found
+
+
 def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
     """Device addresses of the maps of some views, all on one device.
 
@@ -130,7 +161,8 @@ def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tupl
     kept = maps.captured if captured else maps.newer
     found = [kept.get((box[0].ptr, number), 0) for box, number in zip(boxes, forms, strict=True)]
     if not all(found):
-        found = [maps.add((x.ptr, number), partial(_encode, x, rows), captured) for (x, rows), number in zip(boxes, forms, strict=True)]
+        found = [maps.add((x.ptr, number), partial(_encode, x.shape, x.strides, x.dtype, rows, x.ptr), captured)
+                 for (x, rows), number in zip(boxes, forms, strict=True)]
     return found
 
 
@@ -139,18 +171,19 @@ def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captu
     `rows` numbers."""
     maps, key = _maps(ordinal), (address, _number("rows", count, apart, rows))
     kept = maps.captured if captured else maps.newer
-    return kept.get(key) or maps.add(key, partial(_encode_rows, address, count, apart, rows), captured)
+    return kept.get(key) or maps.add(key, partial(_encode_rows, count, apart, rows, address), captured)
 
 
-def _encode(x: View, rows: int) -> int:
+def _encode(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, address: int) -> int:
     """Host address of the encoded map of a view."""
-    shape, strides = (x.shape, x.strides) if len(x.shape) == 4 else ((1, *x.shape), (x.strides[0] * x.shape[0], *x.strides))
+    if len(shape) == 3:
+        shape, strides = (1, *shape), (strides[0] * shape[0], *strides)
     batch, length, heads, dim = shape
     by_batch, by_row, by_head, _ = (s if n > 1 else 16 for s, n in zip(strides, shape, strict=True))
-    return _encoded(_DTYPES[x.dtype], x.ptr, (dim, length, heads, batch), (by_row, by_head, by_batch), (PANEL, rows, 1, 1), "128B")
+    return _encoded(_DTYPES[dtype], address, (dim, length, heads, batch), (by_row, by_head, by_batch), (PANEL, rows, 1, 1), "128B")
 
 
-def _encode_rows(address: int, count: int, apart: int, rows: int) -> int:
+def _encode_rows(count: int, apart: int, rows: int, address: int) -> int:
     return _encoded("FLOAT32", address, (count, 2), (apart,), (rows, 1), "NONE")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from typing import Any
 
 from cuda.bindings import driver
 
@@ -76,12 +77,21 @@ class temporary:     # a context manager, and a class because a generator costs 
         self._size, self._ordinal, self._stream = size, ordinal, stream
 
     def __enter__(self) -> int:
-        pool = small_memory(self._ordinal).pool
-        self._memory = check(driver.cuMemAllocFromPoolAsync(max(self._size, 1), pool, self._stream), "cuMemAllocFromPoolAsync")
+        self._memory = allocate(self._size, self._ordinal, self._stream)
         return int(self._memory)
 
     def __exit__(self, *_: object) -> None:
-        check(driver.cuMemFreeAsync(self._memory, self._stream), "cuMemFreeAsync")
+        free(self._memory, self._stream)
+
+
+def allocate(size: int, ordinal: int, stream: int) -> Any:
+    """Address of `size` bytes, possibly none, for work enqueued on `stream` until `free`."""
+    return check(driver.cuMemAllocFromPoolAsync(max(size, 1), small_memory(ordinal).pool, stream), "cuMemAllocFromPoolAsync")
+
+
+def free(memory: Any, stream: int) -> None:
+    """Free what `allocate` gave, after the work now enqueued on `stream`."""
+    check(driver.cuMemFreeAsync(memory, stream), "cuMemFreeAsync")
 
 
 def trim(ordinal: int) -> None:

@@ -1,0 +1,240 @@
+"""A recorded call, launched at other addresses, launches what the call at these addresses launches. Without a GPU: the
+driver's launch reads its arguments and notes them."""
+from __future__ import annotations
+
+import ctypes
+import gc
+import struct
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastattn import gpu
+from fastattn.gpu import precompile
+from fastattn.gpu.precompile import Want
+from fastattn.gpu.runtime import compile, device, recording, tensormap, workspace
+from fastattn.gpu.runtime.launcher import OnDevice
+from fastattn.gpu.runtime.recording import Address, Recorder, Recording, addressed
+from fastattn.gpu.spec import AnyCall
+from fastattn.memo import Recent
+from tests.tools.gpu import jobs
+
+LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}
+FIRST_MEMORY, FIRST_MAP, COUNTER, ARRIVALS = 1 << 44, 1 << 46, 1 << 47, 1 << 48
+STREAM = 0x60
+
+
+class Noted(compile.Kernel):
+    """A kernel that notes the values that the driver would read."""
+
+    def __init__(self, source: compile.Source, log: list[Any]) -> None:
+        self.source, self.log = source, log
+        self.lay_out()
+
+    def enqueue(self, grid: int, arguments: int, stream: int) -> None:
+        pointers = (ctypes.c_uint64 * len(self.source.fields)).from_address(arguments)
+        values = [struct.unpack(LETTERS[letter], ctypes.string_at(pointer, struct.calcsize(LETTERS[letter])))[0]
+                  for pointer, (_, letter) in zip(pointers, self.source.fields, strict=True)]
+        self.log.append((self.source.key, grid, values, stream))
+
+
+class Machine:
+    """A device that notes launches. Pieces of temporary memory follow each other, as if they were one."""
+
+    def __init__(self, arch: str) -> None:
+        self.log: list[Any] = []
+        self.size, self.held, self.most, self.mark, self.capturing = 0, 0, 0, 0, False
+        self.launcher = OnDevice(precompile.absent_device(arch))
+        kernels: dict[str, Noted] = {}
+        own: dict[str, Any] = {
+            "load": lambda source: kernels.setdefault(source.key, Noted(source, self.log)), "mark": self._mark, "clear": self.clear,
+            "capturing": lambda stream: self.capturing,
+            "_memory": SimpleNamespace(counters=SimpleNamespace(take=lambda captured: COUNTER + captured),
+                                       arrivals=SimpleNamespace(take=lambda captured: ARRIVALS + captured))}
+        self.launcher.__dict__.update(own)
+
+    def _mark(self) -> int:
+        self.mark += 1
+        return self.mark
+
+    def allocate(self, size: int, ordinal: int, stream: int) -> int:
+        assert stream == STREAM
+        address, self.size, self.held = FIRST_MEMORY + self.size, self.size + -(-size // 256) * 256, self.held + 1
+        return address
+
+    def free(self, memory: int, stream: int) -> None:
+        assert stream == STREAM
+        self.held -= 1
+
+    def clear(self, memory: int, size: int, stream: int) -> None:
+        self.log.append(("clear", memory, size, stream))
+
+    def taken(self) -> list[Any]:
+        """What was launched since the last time. Then everything is as before it."""
+        assert self.held == 0
+        log, self.log[:], self.size, self.mark = list(self.log), [], 0, 0
+        return log
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    made: list[Machine] = []
+
+    def of(arch: str) -> Machine:
+        made[:] = [Machine(arch)]
+        return made[0]
+    encoded: list[Any] = []
+
+    def add(self: Any, key: Any, encode: Any, captured: bool) -> int:
+        encode()
+        return FIRST_MAP + (hash((encoded[-1], captured)) & 0xFFFFFFFF)
+
+    def note(*what: Any) -> int:
+        encoded.append(what)
+        return 0
+    monkeypatch.setattr(tensormap, "_encoded", note)
+    monkeypatch.setattr(tensormap._Maps, "__init__", lambda self: self.__dict__.update(newer={}, captured={}))
+    monkeypatch.setattr(tensormap._Maps, "add", add)
+    monkeypatch.setattr(tensormap, "_devices", {0: tensormap._Maps()})
+    for name in ("allocate", "free", "clear"):
+        monkeypatch.setattr(workspace, name, lambda *where, name=name: getattr(made[0], name)(*where))
+    monkeypatch.setattr(recording, "capturing", lambda stream: made[0].capturing)
+    monkeypatch.setattr(device.current, "__enter__", lambda self: None)
+    monkeypatch.setattr(gpu, "on_device", lambda ordinal: made[0].launcher)
+    monkeypatch.setattr(gpu, "_recordings", Recent())
+    return of
+
+
+def moved(call: AnyCall, seed: int) -> AnyCall:
+    """The call with every array elsewhere."""
+    draw = np.random.default_rng(seed)
+    return call.at([x and replace(x, ptr=int(draw.integers(1 << 20, 1 << 40)) * 16) for x in call.views])
+
+
+def record(call: AnyCall, *families: str) -> Recording:
+    return gpu._record(call, families or gpu.FAMILIES)
+
+
+def addresses(call: AnyCall) -> list[int]:
+    return [x.ptr for x in call.views if x]
+
+
+WANTS = {(job.want, job.family, job.arch): job.id for job in jobs.JOBS}
+
+
+@pytest.mark.parametrize(("want", "family", "arch"), [pytest.param(*key, id=name) for key, name in WANTS.items()])
+def test_the_same_is_launched(want: Want, family: str, arch: str, machine: Any) -> None:
+    made, (call, _) = machine(arch), want.call()
+    repeated = record(moved(call, 1), family)
+    assert not made.taken()                                 # recording launches nothing
+    for seed, made.capturing in ((2, False), (3, True), (2, False)):
+        at = moved(call, seed)
+        gpu._launch(at, made.launcher, (family,), STREAM)
+        expected = made.taken()
+        repeated(addresses(at), STREAM)
+        assert made.taken() == expected and expected
+
+
+def test_a_recording_is_kept_for_the_same_alignments_and_strides_only(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config of sm80 depends on whether q, k and v are aligned and on whether out is; the backward's kernels depend on
+    other pairs of them."""
+    made, recorded = machine("sm_80"), []
+    real = gpu._record
+    monkeypatch.setattr(gpu, "_record", lambda *call: (recorded.append(call), real(*call))[1])
+    call, _ = Want("float16", 64).call()
+    o, aligned = call.operands, 1 << 20
+    for q, out, expected in ((aligned, aligned, 1), (aligned + 16, aligned, 1), (aligned + 8, aligned, 2), (aligned, aligned + 8, 3),
+                             (aligned + 32, aligned + 16, 3)):
+        at = replace(call, operands=replace(o, q=replace(o.q, ptr=q)), out=replace(call.out, ptr=out))
+        gpu._enqueue(at, STREAM, ("sm80",))
+        repeated = made.taken()
+        gpu._launch(at, made.launcher, ("sm80",), STREAM)
+        assert len(recorded) == expected and made.taken() == repeated
+    backward, _ = Want("float16", 64, packed=True, causal=True, backward=True, lengths="int64").call()
+    views = backward.views
+    for n, x in enumerate(views):
+        if x is None:
+            continue
+        for changed in (replace(x, ptr=x.ptr + 8), replace(x, strides=tuple(2 * s for s in x.strides))):
+            before = len(recorded)
+            at = backward.at([*views[:n], changed, *views[n + 1:]])
+            gpu._enqueue(at, STREAM, ("sm80", "simt"))
+            repeated = made.taken()
+            gpu._launch(at, made.launcher, ("sm80", "simt"), STREAM)
+            assert len(recorded) == before + 1 and made.taken() == repeated
+
+
+def test_no_memory_of_the_caller_is_kept(machine: Any) -> None:
+    made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
+    owners = [np.zeros(1) for _ in call.views]
+    gone = [weakref.ref(x) for x in owners]
+    at = call.at([x and replace(x, owner=owner) for x, owner in zip(call.views, owners, strict=True)])
+    gpu._enqueue(at, STREAM, gpu.FAMILIES)
+    assert made.taken() and len(gpu._recordings) == 1
+    del at, owners
+    gc.collect()
+    assert not any(x() is not None for x in gone)
+
+
+def test_a_launch_that_fails(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is freed, and the next call is not disturbed."""
+    made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
+    repeated, enqueue = record(call), Noted.enqueue
+
+    def fails(self: Any, grid: int, arguments: int, stream: int) -> None:
+        if "round_dq" in self.source.key:
+            raise RuntimeError("no")
+        enqueue(self, grid, arguments, stream)
+    monkeypatch.setattr(Noted, "enqueue", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        repeated(addresses(call), STREAM)
+    assert len(made.taken()) == 2
+    monkeypatch.setattr(Noted, "enqueue", enqueue)
+    repeated(addresses(call), STREAM)
+    assert len(made.taken()) == 3
+
+
+def test_a_call_inside_a_call(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may run another call of the same Recording, in a thread or in a signal's handler, between two launches."""
+    made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
+    other, repeated, enqueue = moved(call, 1), record(call), Noted.enqueue
+    repeated(addresses(call), STREAM)
+    expected = made.taken()
+    inside: list[int] = []
+
+    def twice(self: Any, grid: int, arguments: int, stream: int) -> None:
+        if not inside:
+            inside.append(1)
+            size, made.size, before = made.size, 1 << 30, list(made.log)
+            repeated(addresses(other), STREAM)
+            made.size, made.log[:] = size, before
+            made.mark -= 1
+        enqueue(self, grid, arguments, stream)
+    monkeypatch.setattr(Noted, "enqueue", twice)
+    repeated(addresses(call), STREAM)
+    assert made.taken() == expected and inside
+
+
+def test_addresses() -> None:
+    x = Address(0x1000, 3)
+    assert (x + 16) == 0x1010 and ((x + 16).base, (x + 16).offset) == (3, 16) and (16 + x).offset == 16
+    assert (x - 16).offset == -16 and (x + 48) - (x + 16) == 32 and type((x + 48) - (x + 16)) is int and x % 16 == 0
+    with pytest.raises(AssertionError):
+        x - Address(0x2000, 4)
+    call, _ = Want("float16", 64).call()
+    views = addressed(call.views)
+    assert [x.ptr.base for x in views if x] == [0, 1, 2, 3] and [x is None for x in views] == [x is None for x in call.views]
+
+
+def test_an_address_that_would_not_change_is_an_error(machine: Any) -> None:
+    made = machine("sm_90a")
+    kernel = Recorder(made.launcher, 1).load(compile.Source("some kernel", lambda: None, (("x", "l"), ("n", "i")), 32))
+    for values in ([0x1000, 3], [Address(0x1000, 0), Address(5, 0)]):
+        with pytest.raises(RuntimeError, match=r"some kernel: [xn], of type '[li]', is .*: an address"):
+            kernel.launch(1, values, 0)
+    kernel.launch(1, [0, 3], 0)
