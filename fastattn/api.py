@@ -10,9 +10,8 @@ from typing import Any, Literal, Never, Unpack, overload
 
 import numpy as np
 
-from . import repeat
 from .arrays.convert import Caller
-from .dispatch import backward, forward, read
+from .dispatch import backward, forward, plain_backward, plain_forward, read
 from .engine import load
 from .options import Check, read_options
 from .problem import Grads, check_array, is_plain, make_dropout
@@ -135,16 +134,14 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     """
     if more or unknown:
         raise unknown_arguments(attention, more, unknown)
-    call, key = "attention", None
+    call = "attention"
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
     if is_plain(bias, mask, alibi_slopes, sinks) and out is None and stream is None:
-        key, results = repeat.replay(call, engine, (q, k, v), (options, layout, return_lse, engine))
-        if results is not None:
-            return tuple(results) if return_lse else results[0]
+        return plain_forward(call, engine, options, layout, return_lse, (q, k, v))
     caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
-    return forward(caller, engine, options, o, out, return_lse, key)
+    return forward(caller, engine, options, o, out, return_lse)
 
 
 @strict
@@ -208,17 +205,14 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
     """
     if more or unknown:
         raise unknown_arguments(attention_backward, more, unknown)
-    call, key = "attention_backward", None
+    call = "attention_backward"
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
     if is_plain(bias, mask, alibi_slopes, sinks) and stream is None and not need_dbias:
-        arrays = (q, k, v, dout, out, lse) if dlse is None else (q, k, v, dout, out, lse, dlse)
-        key, results = repeat.replay(call, engine, arrays, (options, layout, deterministic, engine))
-        if results is not None:
-            return Grads(*results)
+        return plain_backward(call, engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse))
     caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
-    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic, key)
+    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- packed arrays
@@ -300,18 +294,15 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     """
     if more or unknown:
         raise unknown_arguments(attention_varlen, more, unknown)
-    call, key = "attention_varlen", None
+    call = "attention_varlen"
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
     if is_plain(bias, mask, alibi_slopes, sinks) and out is None and stream is None:
-        present = lengths[:2] if seqused_k is None else lengths
-        key, results = repeat.replay(call, engine, (q, k, v, *present), (options, layout, return_lse, engine))
-        if results is not None:
-            return tuple(results) if return_lse else results[0]
+        return plain_forward(call, engine, options, layout, return_lse, (q, k, v), lengths)
     caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
-    return forward(caller, engine, options, o, out, return_lse, key)
+    return forward(caller, engine, options, o, out, return_lse)
 
 
 @strict
@@ -373,18 +364,15 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
     """
     if more or unknown:
         raise unknown_arguments(attention_varlen_backward, more, unknown)
-    call, key = "attention_varlen_backward", None
+    call = "attention_varlen_backward"
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
     if is_plain(bias, mask, alibi_slopes, sinks) and stream is None and not need_dbias:
-        present, given = lengths[:2] if seqused_k is None else lengths, (dout, out, lse) if dlse is None else (dout, out, lse, dlse)
-        key, results = repeat.replay(call, engine, (q, k, v, *present, *given), (options, layout, deterministic, engine, seqused_k is None))
-        if results is not None:
-            return Grads(*results)
+        return plain_backward(call, engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse), lengths)
     caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
-    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic, key)
+    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- helpers for callers

@@ -74,6 +74,37 @@ def _problem(caller: Caller, o: Operands, options: Options) -> tuple[Problem, Op
     return problem, o
 
 
+# ---------------------------------------------------------------- calls that may have occurred before
+PLAIN = (None, None, None, None)        # no bias, mask, alibi_slopes, sinks
+Lengths = tuple[Any, Any, Any]          # cu_seqlens_q, cu_seqlens_k, seqused_k
+
+
+def plain_forward(call: str, engine: str | None, options: Options, layout: str, return_lse: bool, qkv: tuple[Any, Any, Any],
+                  lengths: Lengths | None = None) -> Any:
+    """`forward` of a call without operands that change scores, on the current stream, into new memory."""
+    key, results = repeat.replay(call, engine, qkv + _present(lengths), (options, layout, return_lse, engine))
+    if results is not None:
+        return tuple(results) if return_lse else results[0]
+    caller, o = read(call, layout, None, qkv, PLAIN, lengths)
+    return forward(caller, engine, options, o, None, return_lse, key)
+
+
+def plain_backward(call: str, engine: str | None, options: Options, layout: str, deterministic: bool, qkv: tuple[Any, Any, Any],
+                   given: tuple[Any, Any, Any, Any], lengths: Lengths | None = None) -> Grads[Any]:
+    """`backward` of such a call."""
+    packed = _present(lengths)
+    arrays = qkv + packed + (given[:3] if given[3] is None else given)
+    key, results = repeat.replay(call, engine, arrays, (options, layout, deterministic, engine, len(packed)))
+    if results is not None:
+        return Grads(*results)
+    caller, o = read(call, layout, None, qkv, PLAIN, lengths)
+    return backward(caller, engine, options, o, given, False, deterministic, key)
+
+
+def _present(lengths: Lengths | None) -> tuple[Any, ...]:
+    return () if lengths is None else lengths if lengths[2] is not None else lengths[:2]
+
+
 # ---------------------------------------------------------------- an engine, and results out
 def forward(caller: Caller, engine: str | None, options: Options, o: Operands, out: Any, return_lse: bool, key: Any = None) -> Any:
     """out, or (out, lse). `key` is the call's in repeat.py, None where it cannot be repeated there."""

@@ -1,7 +1,8 @@
 """The derivative of attention, and the ways on which torch records it.
 
     way             when
-    Recorded        eager training: an autograd.Function straight over fastattn's functions, the least that torch's graph costs
+    Plain           eager training without operands that change scores: the least that torch's graph costs
+    Recorded        eager training with them
     the operator    torch.compile, export, fake tensors, modes, autocast
     Transformed     torch.func (grad, vjp, vmap, and nests of them)
 
@@ -9,18 +10,34 @@ All save the inputs, out and lse, and have first derivatives only.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .operators import BACKWARD, BEFORE, FORWARD, TENSORS, Arguments, backward, backward_now, each, forward, forward_now
+from ..dispatch import plain_backward, plain_forward
+from ..options import Options
+from .operators import (
+    BACKWARD,
+    BEFORE,
+    FORWARD,
+    TENSORS,
+    Arguments,
+    backward,
+    backward_now,
+    causal_name,
+    each,
+    forward,
+    forward_now,
+    seed_tensor,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)                        # subclasses may stand for something else, as FakeTensor does
 INPUTS = 5                                                  # q, k, v, bias and sinks, the first arguments, have gradients
 # Whether torch looks at each operation: dispatch modes, and the level of torch.func. torch has no public names for them.
 modes, level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
+_is_batched, _is_wrapped = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def attend(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -38,7 +55,7 @@ def attend(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def _plain(*tensors: Any) -> bool:
     """Whether all are torch's own tensors, with memory. Those of torch.autograd.grad(is_grads_batched=True) have none."""
-    return all(x is None or (type(x) in PLAIN and not x.is_meta and not torch._C._functorch.is_legacy_batchedtensor(x)) for x in tensors)
+    return all(x is None or (type(x) in PLAIN and not x.is_meta and not _is_batched(x)) for x in tensors)
 
 
 def _has_tangent(x: Tensor | None) -> bool:
@@ -61,14 +78,18 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     need_dbias, need_dsinks = ctx.needs_input_grad[INPUTS - 2:INPUTS]
     if dout is None:
         dout = torch.zeros_like(out)
-    if level() is not None:
-        derivative = TransformedBackward.apply
-    elif torch.compiler.is_compiling() or torch.is_grad_enabled() or modes() or not _plain(dout, dlse, out, lse, *tensors):
-        derivative = backward                               # grad mode is on where the graph of the gradient is asked for
-    else:
-        derivative = backward_now
+    derivative = _operator(dout, dlse, out, lse, *tensors) or backward_now
     dq, dk, dv, dbias, dsinks = derivative(dout, dlse, out, lse, need_dbias, *tensors, *ctx.options)
     return dq, dk, dv, dbias if need_dbias else None, dsinks if need_dsinks else None, *[None] * (len(ctx.needs_input_grad) - INPUTS)
+
+
+def _operator(*tensors: Any) -> Any:
+    """What computes the gradients where torch looks at each operation; None where it does not."""
+    if level() is not None:
+        return TransformedBackward.apply
+    # grad mode is on where the graph of the gradient is asked for
+    watched = torch.is_grad_enabled() or modes() or torch.compiler.is_compiling() or not _plain(*tensors)
+    return backward if watched else None
 
 
 def _second(ctx: Any, *grads: Any) -> None:
@@ -86,6 +107,73 @@ torch.library.register_autograd(BACKWARD, _second)
 
 
 # ---------------------------------------------------------------- eager training
+class Settings(NamedTuple):
+    """What a plain call has besides its tensors. `lengths` are tensors: cu_seqlens_q, cu_seqlens_k and seqused_k or None; None for dense
+    tensors."""
+
+    call: str
+    options: Options
+    layout: str
+    return_lse: bool
+    deterministic: bool
+    engine: str | None
+    lengths: tuple[Any, Any, Any] | None
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any = None, cu_k: Any = None, used: Any = None) -> Arguments:
+        """The call as the operators take it."""
+        o = self.options
+        left, right = o.window or (None, None)
+        return Arguments(q, k, v, None, None, None, None, cu_q, cu_k, used, seed_tensor(self.call, o.seed), causal_name(o.causal), left,
+                         right, o.softmax_scale, o.softcap, o.dropout_p, o.offset, o.max_seqlen_q, o.max_seqlen_k, self.layout,
+                         self.deterministic, self.engine)
+
+
+def attend_plain(q: Any, k: Any, v: Any, settings: Settings) -> Any:
+    """The call, recorded in torch's graph; None where another way is to be taken. Nothing but the graph sees it: the caller has looked."""
+    tensors = (q, k, v) if settings.lengths is None else (q, k, v, *settings.lengths)
+    if forward_ad._current_level >= 0 or _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v) or not _plain(*tensors):
+        return None
+    return _apply(q, k, v, settings)
+
+
+class Plain(torch.autograd.Function):  # type: ignore[misc]
+    """(q, k, v, Settings) -> out, or (out, lse) where lse is returned.
+
+    Few arguments, no setup_context and no result that the caller does not see: torch looks at each one, which takes as long as a small
+    attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Any:
+        call, options, layout, return_lse, _, engine, lengths = settings
+        out, lse = plain_forward(call, engine, options, layout, True, (q, k, v), lengths)
+        ctx.save_for_backward(q, k, v, out, lse, *(lengths or ()))
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)                    # None as the gradient of an unused result: most often lse
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
+        saved, settings = ctx.saved_tensors, ctx.settings
+        q, k, v, out, lse, *lengths = saved
+        if dout is None:
+            dout = torch.zeros_like(out)
+        operator = _operator(dout, dlse, *saved)
+        if operator is None:
+            call, options, layout, _, deterministic, engine, _ = settings
+            dq, dk, dv, *_ = plain_backward(f"{call}_backward", engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse),
+                                            tuple(lengths) or None)
+        else:
+            dq, dk, dv, *_ = operator(dout, dlse, out, lse, False, *settings.arguments(q, k, v, *lengths))
+        return dq, dk, dv, None
+
+    jvp = staticmethod(_forward_mode)
+
+
+# Without what Function.apply does for torch.func: its tensors do not come here.
+_apply: Any = super(torch.autograd.Function, Plain).apply
+
+
 class Recorded(torch.autograd.Function):  # type: ignore[misc]
     """(q, k, v, bias, sinks, the other arguments) -> (out, lse).
 

@@ -13,27 +13,28 @@ from torch import Tensor
 import fastattn
 
 from ..errors import message
-from ..options import SEED, Check, read_options
+from ..options import read_options
+from ..problem import is_plain
 from ..signature import hiding, unknown_arguments
 from ..types import Causal, EngineName, FrameworkOptions, Integer, Number, PackedFrameworkOptions, Window
-from .autograd import PLAIN, attend, level, modes
-from .operators import Arguments
+from .autograd import PLAIN, Settings, attend, attend_plain, level, modes
+from .operators import Arguments, causal_name, seed_tensor
 
 _autocast = torch._C._is_any_autocast_enabled
 
 
-def _direct(q: Any, k: Any, v: Any, bias: Any, sinks: Any, alibi_slopes: Any) -> bool:
-    """Whether nobody but the caller sees this call: no graph, no compiler, no mode, no transform, no autocast."""
-    if torch.compiler.is_compiling() or type(q) not in PLAIN or q.is_meta or modes() or level() is not None or _autocast():
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not (q.requires_grad or _wanted(k) or _wanted(v) or _wanted(bias) or _wanted(sinks) or _wanted(alibi_slopes))
+def _unseen(q: Any) -> bool:
+    """Whether only the caller and torch's graph see this call: no compiler, no mode, no transform, no autocast."""
+    return not (torch.compiler.is_compiling() or type(q) not in PLAIN or q.is_meta or modes() or level() is not None or _autocast())
 
 
-def _wanted(x: Any) -> bool:
-    """Whether an operand is a tensor that requires grad."""
-    return x is not None and isinstance(x, Tensor) and x.requires_grad
+def _in_graph(*operands: Any) -> bool:
+    """Whether torch records a call with these operands."""
+    if torch.is_grad_enabled():
+        for x in operands:
+            if x is not None and isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 @overload
@@ -112,10 +113,16 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         raise _unknown(attention, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
-    if _direct(q, k, v, bias, sinks, alibi_slopes):
+    unseen = _unseen(q)
+    if unseen and not _in_graph(q, k, v, bias, sinks, alibi_slopes):
         return fastattn.attention(q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
                                   alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
                                   offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    if unseen and is_plain(bias, mask, alibi_slopes, sinks):
+        options = read_options("attention", causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+        settings = Settings("attention", options, layout, bool(return_lse), _deterministic(deterministic), engine, None)
+        if (result := attend_plain(q, k, v, settings)) is not None:
+            return result
     if layout not in ("bshd", "bhsd"):
         raise ValueError(message("attention", "layout", f"is {layout!r}", "'bshd' or 'bhsd'", "attention_varlen takes packed tensors"))
     tensors = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes}
@@ -187,11 +194,19 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         raise _unknown(attention_varlen, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
-    if _direct(q, k, v, bias, sinks, alibi_slopes):
+    unseen = _unseen(q)
+    if unseen and not _in_graph(q, k, v, bias, sinks, alibi_slopes):
         return fastattn.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
                                          seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
                                          alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
                                          offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    if unseen and is_plain(bias, mask, alibi_slopes, sinks):
+        call, lengths = "attention_varlen", {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+        options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
+        given: Any = tuple([_tensor(call, name, x) for name, x in lengths.items()])
+        settings = Settings(call, options, layout, bool(return_lse), _deterministic(deterministic), engine, given)
+        if (result := attend_plain(q, k, v, settings)) is not None:
+            return result
     if layout != "thd":
         raise ValueError(message("attention_varlen", "layout", f"is {layout!r}", "'thd'", "attention takes 'bshd' and 'bhsd'"))
     tensors = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes,
@@ -215,7 +230,7 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
     """The call as an operator's. Its options become plain numbers; lists of numbers become tensors."""
     tensors = {name: _tensor(call, name, x) for name, x in tensors.items()}
     causal, window, scale, softcap, dropout_p, seed, offset, *longest = options
-    seed = _seed_tensor(call, seed)
+    seed = seed_tensor(call, seed)
     if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (offset, *longest)):
         causal, window, scale, softcap, dropout_p, _, offset, *longest = read_options(call, causal, window, scale, softcap, dropout_p, None,
                                                                                       offset, *longest)
@@ -224,8 +239,8 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
     out, lse = attend(Arguments(
         tensors["q"], tensors["k"], tensors["v"], tensors["bias"], tensors["sinks"], tensors["mask"], tensors["alibi_slopes"],
         tensors.get("cu_seqlens_q"), tensors.get("cu_seqlens_k"), tensors.get("seqused_k"), seed,
-        "bottom_right" if causal is True else causal or "", left, right, scale, softcap, dropout_p, offset, longest_q, longest_k, layout,
-        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic), engine))
+        causal_name(causal), left, right, scale, softcap, dropout_p, offset, longest_q, longest_k, layout,
+        _deterministic(deterministic), engine))
     return (out, lse) if return_lse else out
 
 
@@ -239,25 +254,10 @@ def _tensor(call: str, name: str, x: Any) -> Tensor | None:
     raise TypeError(message(call, name, f"is {type(x).__name__}", "a torch.Tensor, because torch records this call", hint))
 
 
+def _deterministic(asked: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if asked is None else bool(asked)
+
+
 def _draw() -> Tensor:
     """A new seed, from torch's CPU generator: no device is read, and in a compiled function it is drawn in each call."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-
-
-def _seed_tensor(call: str, seed: Any) -> Tensor | None:
-    """The seed as the operator takes it. Seeds of 2**63 and more become negative: the same 64 bits."""
-    if seed is None:
-        return None
-    if isinstance(seed, Tensor):
-        if seed.device.type not in ("cpu", "meta") or seed.dim() or seed.dtype != torch.int64:
-            raise TypeError(message(call, "seed", f"is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)} on {seed.device}",
-                                    "an integer, or a 0-d int64 tensor on the CPU, because the host never waits for a device"))
-        return seed
-    if not torch.compiler.is_compiling() and not isinstance(seed, torch.SymInt):
-        seed = Check(call).integer("seed", seed, *SEED)
-    if seed >= 2**63:
-        if torch.compiler.is_compiling():
-            raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles",
-                                     "seed - 2**64 is the same key"))
-        seed = seed - 2**64
-    return torch.full((), seed, dtype=torch.int64, device="cpu")

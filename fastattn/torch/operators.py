@@ -19,7 +19,8 @@ from torch import Tensor
 import fastattn
 
 from ..arrays.view import View
-from ..options import read_options
+from ..errors import message
+from ..options import SEED, Check, read_options
 from ..problem import Operands, problem_of
 
 
@@ -80,6 +81,30 @@ class Arguments(NamedTuple):
         if self.packed:
             words |= {"max_seqlen_q": self.max_seqlen_q, "max_seqlen_k": self.max_seqlen_k, "seqused_k": self.seqused_k}
         return words
+
+
+def causal_name(causal: bool | str) -> str:
+    """`causal` as an operator takes it."""
+    return "bottom_right" if causal is True else causal or ""
+
+
+def seed_tensor(call: str, seed: Any) -> Tensor | None:
+    """The seed as the operator takes it. Seeds of 2**63 and more become negative: the same 64 bits."""
+    if seed is None:
+        return None
+    if isinstance(seed, Tensor):
+        if seed.device.type not in ("cpu", "meta") or seed.dim() or seed.dtype != torch.int64:
+            raise TypeError(message(call, "seed", f"is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)} on {seed.device}",
+                                    "an integer, or a 0-d int64 tensor on the CPU, because the host never waits for a device"))
+        return seed
+    if not torch.compiler.is_compiling() and not isinstance(seed, torch.SymInt):
+        seed = Check(call).integer("seed", seed, *SEED)
+    if seed >= 2**63:
+        if torch.compiler.is_compiling():
+            raise ValueError(message(call, "seed", "is 2**63 or more", "at most 2**63 - 1 where torch compiles",
+                                     "seed - 2**64 is the same key"))
+        seed = seed - 2**64
+    return torch.full((), seed, dtype=torch.int64, device="cpu")
 
 
 TENSORS = Arguments._fields.index("causal")                 # so many arguments are tensors

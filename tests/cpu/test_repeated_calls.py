@@ -28,7 +28,8 @@ def full(*qkv: Any, **options: Any) -> Any:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that took the full way."""
     calls, forward = list[str](), dispatch.forward
-    monkeypatch.setattr(fastattn.api, "forward", lambda *a, **k: (calls.append("full"), forward(*a, **k))[1])
+    for module in (fastattn.api, dispatch):                 # of which the second has those that could be repeated
+        monkeypatch.setattr(module, "forward", lambda *a, **k: (calls.append("full"), forward(*a, **k))[1])
     monkeypatch.setattr(repeat, "_known", type(repeat._known)())
     return calls
 
@@ -55,7 +56,8 @@ def test_the_third_call_is_short(checked: list[str], options: dict[str, Any], dt
 def checked_backward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backwards that took the full way."""
     calls, backward = list[str](), dispatch.backward
-    monkeypatch.setattr(fastattn.api, "backward", lambda *a, **k: (calls.append("full"), backward(*a, **k))[1])
+    for module in (fastattn.api, dispatch):
+        monkeypatch.setattr(module, "backward", lambda *a, **k: (calls.append("full"), backward(*a, **k))[1])
     monkeypatch.setattr(repeat, "_known", type(repeat._known)())
     return calls
 

@@ -126,6 +126,48 @@ def test_repeated_calls_skip_the_checks(library: str, keywords: dict[str, Any], 
         once(6)
 
 
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("keywords", [{}, {"causal": True, "deterministic": True}, {"dropout_p": 0.3, "seed": 7, "dlse": True},
+                                      {"packed": True}, {"engine": "sm80"}, {"engine": "simt", "packed": True}], ids=str)
+def test_repeated_backwards_skip_the_checks(library: str, keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of backwards. Packed: the lengths change too, at the same address."""
+    give, options = to_torch if library == "torch" else to_cupy, dict(keywords)
+    packed, with_dlse = (options.pop(name, False) for name in ("packed", "dlse"))
+    asked = {name: x for name, x in options.items() if name not in ("engine", "deterministic")}
+    monkeypatch.setattr(repeat, "_known", {})
+    module = pytest.importorskip(library)
+    cu_q, cu_k = (module.asarray([0, 70, n], dtype=module.int32, **({"device": "cuda"} if library == "torch" else {}))
+                  for n in (SEQLEN_Q, SEQLEN_K))
+
+    def once(seed: int, shift: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        q, k, v = (x[0] if packed else x for x in host(seed=seed))
+        dout = draw.standard_normal(q.shape).astype(q.dtype)
+        lengths = []
+        if packed:
+            cu_q[1], cu_k[1] = 10 + 7 * seed, 20 + 9 * seed
+            lengths = [numbers(x).astype(np.int32) for x in (cu_q, cu_k)]
+        exact = [x.astype(np.float64) for x in (q, k, v)]
+        forward = fastattn.attention_varlen if packed else fastattn.attention
+        backward = fastattn.attention_varlen_backward if packed else fastattn.attention_backward
+        out, lse = forward(*exact, *lengths, return_lse=True, engine="reference", **asked)
+        dlse = {"dlse": draw.standard_normal(lse.shape)} if with_dlse else {}
+        wanted = backward(dout.astype(np.float64), *exact, out, lse, *lengths, engine="reference", **asked, **dlse)
+        arrays = [dout, q, k, v, out.astype(q.dtype), lse.astype(np.float32), *[x.astype(np.float32) for x in dlse.values()]]
+        given = [give([np.concatenate([np.zeros(shift, a.dtype), a.ravel()])])[0][shift:].reshape(a.shape) for a in arrays]
+        more = {"dlse": given.pop()} if with_dlse else {}
+        grads = backward(*given, *((cu_q, cu_k) if packed else ()), **options, **more)
+        for x, y in zip(grads[:3], wanted[:3], strict=True):
+            np.testing.assert_allclose(numbers(x), y, rtol=0, atol=0.02)
+    for seed in range(5):
+        once(seed)
+    assert len([x for x in repeat._known.values() if x]) == 1
+    for shift in (1, 8, 3):
+        once(5, shift)
+    with module.cuda.stream(module.cuda.Stream()) if library == "torch" else module.cuda.Stream(non_blocking=True):
+        once(6)
+
+
 def _jax() -> Any:
     jax = pytest.importorskip("jax")
     try:

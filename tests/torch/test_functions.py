@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn import dropout_mask  # noqa: E402
+from fastattn.dispatch import plain_backward  # noqa: E402
 from fastattn.torch import attention, attention_varlen  # noqa: E402
 from fastattn.torch import autograd as recorded  # noqa: E402
 
@@ -152,7 +153,8 @@ def test_without_a_graph_it_is_fastattns_own_function(monkeypatch: pytest.Monkey
     plain = [x.detach() for x in (q, k, v)]
     want, lse = fastattn.attention(*plain, causal=True, return_lse=True)
     packed = fastattn.attention_varlen(*[x[0] for x in plain], [0, 9], [0, 9])
-    monkeypatch.setattr("fastattn.torch.functions.attend", None)            # a call of it would be a TypeError
+    for name in ("attend", "attend_plain"):                 # a call of one would be a TypeError
+        monkeypatch.setattr(f"fastattn.torch.functions.{name}", None)
     got = attention(*plain, causal=True, return_lse=True)
     assert torch.equal(got[0], want) and torch.equal(got[1], lse) and not got[0].requires_grad
     for off in (torch.no_grad, torch.inference_mode):
@@ -281,7 +283,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropout_p": 2.0}, ValueError, "dropout_p is 2.0; expected a probability"),
     ({"dropout_p": 0.5, "seed": 1.5}, TypeError, "seed is 1.5; expected an integer"),
     ({"dropout_p": 0.5, "seed": 2**64}, ValueError, "seed is"),
-    ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed is a tensor of dtype torch.float32"),
+    ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed is tensor(1.); expected an integer"),
     ({"alibi_slopes": torch.ones(4, requires_grad=True)}, TypeError, "alibi_slopes requires grad"),
     ({"bias": np.zeros((9, 9), np.float32)}, TypeError, "bias is ndarray; expected a torch.Tensor"),
     ({"mask": torch.ones(9, 9)}, TypeError, "mask has dtype float32; expected bool"),
@@ -320,12 +322,11 @@ def test_saved_tensors_do_not_outlive_their_values() -> None:
 
 def test_deterministic_is_read_when_the_call_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    own = fastattn.attention_backward
 
-    def backward(*x: Any, **keywords: Any) -> Any:
-        seen.append(keywords["deterministic"])
-        return own(*x, **keywords)
-    monkeypatch.setattr(fastattn, "attention_backward", backward)
+    def backward(call: str, engine: Any, options: Any, layout: str, deterministic: bool, *more: Any) -> Any:
+        seen.append(deterministic)
+        return plain_backward(call, engine, options, layout, deterministic, *more)
+    monkeypatch.setattr("fastattn.torch.autograd.plain_backward", backward)
     attention(*draw(), deterministic=True).sum().backward()
     attention(*draw()).sum().backward()
     torch.use_deterministic_algorithms(True)
