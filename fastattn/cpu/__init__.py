@@ -95,15 +95,32 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
     run(addresses, stream)
         Of q, k, v, dout, out, lse, dlse if this call has one, dq, dk and dv. None for packed operands.
     """
-    if problem.packed:
+    arrays = operands.q, operands.k, operands.v, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv
+    if problem.packed or any(x is not None and 0 in x.shape for x in arrays):
         return None
-    forms = [(x.shape, x.strides, x.dtype) for x in (operands.q, operands.k, operands.v, dout, out, lse, dlse, *grads[:3]) if x]
+    q, k, v, *rest = [x and _bare(x) for x in arrays]
+    o, lengths, threads = Operands(q, k, v), plan.read_lengths(problem, operands), get_num_threads()    # type: ignore[arg-type]
+    no_dlse = (0,) if dlse is None else ()
+
+    def prepared() -> Any:
+        vector, waves = _waves(problem, lengths)
+        return _engine.prepare_backward(problem, o, lengths, *rest, list(waves), plan.few_rows(problem, lengths.longest_q, vector),
+                                        plan.threads_for(problem, threads))
+    ready = prepared()
 
     def run(addresses: Sequence[int], stream: int) -> None:
-        q, k, v, dout, out, lse, *rest = [View(at, *form) for at, form in zip(addresses, forms, strict=True)]
-        *given, dq, dk, dv = rest
-        backward(problem, Operands(q, k, v), dout, out, lse, given[0] if given else None, Grads(dq, dk, dv))
+        nonlocal ready, threads
+        if get_num_threads() != threads:
+            threads = get_num_threads()
+            ready = prepared()
+        ready(*addresses[:6], *no_dlse, *addresses[6:])
     return run
+
+
+def _waves(p: Problem, lengths: plan.Lengths) -> tuple[int, Sequence[plan.Wave]]:
+    """Elements of a vector, and the waves of the backward."""
+    vector, _ = _engine.vector_length(p.dtype)
+    return vector, plan.plan_backward(p, lengths, -(-p.head_dim // vector) * vector)
 
 
 def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, most: int) -> Any:
@@ -134,8 +151,7 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
         grads.dbias.numpy()[...] = 0
     elif grads.dbias is not None:
         sums, place = dbias.reals(grads.dbias.shape, p)
-    vector, _ = _engine.vector_length(p.dtype)
-    waves = plan.plan_backward(p, lengths, -(-p.head_dim // vector) * vector)
+    vector, waves = _waves(p, lengths)
     _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
                      plan.few_rows(p, lengths.longest_q, vector), plan.threads_for(p, get_num_threads()))
     if rows is not None:

@@ -441,6 +441,63 @@ cdef void run_wave(Backward* f, int threads) noexcept nogil:
     run_tasks(finish_rows, f, rows, threads, f.c.stop)
 
 
+cdef void run_waves(Backward* f, list waves, int threads) except *:
+    """All waves, [(b0, b1, head_k0, head_k1, rows)] of plan.py, unless the call is stopped."""
+    for b0, b1, head_k0, head_k1, rows in waves:
+        f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
+        f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
+        with nogil:
+            run_wave(f, threads)
+        if is_stopped(f.c.stop):
+            break
+
+
+cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, int threads, list alive) except *:
+    """Fill `f` but for dbias, delta and what a wave has."""
+    memset(f, 0, sizeof(Backward))
+    fill(&f.c, p, o, lengths, alive)
+    f.together, f.few = threads, few
+    if few and f.c.g.align == 32:
+        use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
+    packed = p.total_q is not None
+    rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")
+    f.c.out, f.c.dout, f.c.dq = tensor(out, rows_axes), tensor(dout, rows_axes), tensor(dq, rows_axes)
+    f.c.dk, f.c.dv = tensor(dk, rows_axes), tensor(dv, rows_axes)
+    f.c.lse, f.dlse = tensor(lse, lse_axes), tensor(dlse, lse_axes)
+    f.delta_batch, f.delta_head = (0, p.total_q) if packed else (p.num_heads * p.seqlen_q, p.seqlen_q)
+
+
+cdef class PreparedBackward:
+    """A backward of a dense Problem without dbias and dsinks, as C runs it. It can run again on other arrays of the same shapes and
+    strides."""
+
+    cdef Backward f
+    cdef long deltas                    # bytes
+    cdef int threads
+    cdef list waves, alive              # `alive`: the arrays behind f's pointers
+
+    def __call__(self, size_t q, size_t k, size_t v, size_t dout, size_t out, size_t lse, size_t dlse, size_t dq, size_t dk, size_t dv):
+        """Run it on arrays at these addresses; dlse is 0 if there is none."""
+        cdef Backward f = self.f        # each call has its own, so that several threads may run it
+        cdef Stop stop
+        cdef int8_t[::1] delta = np.empty(self.deltas, np.int8)
+        f.c.q.ptr, f.c.k.ptr, f.c.v.ptr, f.c.dout.ptr, f.c.out.ptr, f.c.lse.ptr = <char*>q, <char*>k, <char*>v, <char*>dout, <char*>out, <char*>lse
+        f.dlse.ptr, f.c.dq.ptr, f.c.dk.ptr, f.c.dv.ptr = <char*>dlse, <char*>dq, <char*>dk, <char*>dv
+        f.delta = <char*>&delta[0]
+        begin(&f.c, &stop)
+        run_waves(&f, self.waves, self.threads)
+        end_call(&stop)
+
+
+def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves, bint few, int threads):
+    """The backward of a dense Problem with arrays like these Views, none of them empty."""
+    cdef PreparedBackward ready = PreparedBackward()
+    ready.waves, ready.threads, ready.alive = waves, threads, []
+    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, threads, ready.alive)
+    ready.deltas = p.batch * p.num_heads * p.seqlen_q * ready.f.c.g.real
+    return ready
+
+
 def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads):
     """Gradients of a Problem.
 
@@ -450,20 +507,10 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
-    memset(&f, 0, sizeof(f))
-    fill(&f.c, p, o, lengths, alive)
+    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, threads, alive)
     begin(&f.c, &stop)
-    f.together, f.few = threads, few
-    if few and f.c.g.align == 32:
-        use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
-    packed = p.total_q is not None
-    rows_axes, lse_axes = ("rhd", "hr") if packed else ("brhd", "bhr")
-    f.c.out, f.c.dout, f.c.dq = tensor(out, rows_axes), tensor(dout, rows_axes), tensor(dq, rows_axes)
-    f.c.dk, f.c.dv = tensor(dk, rows_axes), tensor(dv, rows_axes)
-    f.c.lse, f.dlse = tensor(lse, lse_axes), tensor(dlse, lse_axes)
     if deltas.shape[0]:
         f.delta = <char*>&deltas[0]
-    f.delta_batch, f.delta_head = (0, delta.shape[1]) if packed else (delta.shape[1] * delta.shape[2], delta.shape[2])
     cdef int8_t[::1] sums
     if dbias_rows is not None and dbias_rows.size:
         sums = dbias_rows.reshape(-1).view(np.int8)
@@ -478,13 +525,7 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
         f.c.dbias, f.dbias_once = gradient, way == "once"
         f.all_batch = way == "sums" and gradient.batch == 0 and p.batch > 1
         f.all_heads = way == "sums" and gradient.head == 0 and p.num_heads > 1
-    for b0, b1, head_k0, head_k1, rows in waves:
-        f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
-        f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
-        with nogil:
-            run_wave(&f, threads)
-        if is_stopped(&stop):
-            break
+    run_waves(&f, list(waves), threads)
     with nogil:
         if f.shared.ptr != NULL:
             run_tasks(shared_task, &f, shared_tasks(&f), team_size(threads, shared_tasks(&f)), &stop)
