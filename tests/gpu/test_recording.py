@@ -33,14 +33,16 @@ class Noted(compile.Kernel):
     """A kernel that notes the values that the driver would read."""
 
     def __init__(self, source: compile.Source, log: list[Any]) -> None:
-        self.source, self.log = source, log
+        self.source, self.log, self.shared_memory = source, log, 1024
         self.lay_out()
 
-    def enqueue(self, grid: int, arguments: int, stream: int) -> None:
+    def enqueue(self, config: Any, arguments: int) -> None:
         pointers = (ctypes.c_uint64 * len(self.source.fields)).from_address(arguments)
         values = [struct.unpack(LETTERS[letter], ctypes.string_at(pointer, struct.calcsize(LETTERS[letter])))[0]
                   for pointer, (_, letter) in zip(pointers, self.source.fields, strict=True)]
-        self.log.append((self.source.key, grid, values, stream))
+        assert (config.blockDimX, config.sharedMemBytes, config.gridDimY, config.gridDimZ) == (self.source.threads, 1024, 1, 1)
+        assert config.numAttrs == self.source.early
+        self.log.append((self.source.key, config.gridDimX, values, int(config.hStream)))
 
 
 class Machine:
@@ -186,10 +188,10 @@ def test_a_launch_that_fails(machine: Any, monkeypatch: pytest.MonkeyPatch) -> N
     made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
     repeated, enqueue = record(call), Noted.enqueue
 
-    def fails(self: Any, grid: int, arguments: int, stream: int) -> None:
+    def fails(self: Any, config: Any, arguments: int) -> None:
         if "round_dq" in self.source.key:
             raise RuntimeError("no")
-        enqueue(self, grid, arguments, stream)
+        enqueue(self, config, arguments)
     monkeypatch.setattr(Noted, "enqueue", fails)
     with pytest.raises(RuntimeError, match="no"):
         repeated(addresses(call), STREAM)
@@ -197,6 +199,16 @@ def test_a_launch_that_fails(machine: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Noted, "enqueue", enqueue)
     repeated(addresses(call), STREAM)
     assert len(made.taken()) == 3
+
+
+def test_streams(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch is on its call's stream, and so is the temporary memory."""
+    made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
+    repeated = record(call)
+    for stream in (0x60, 0x70, 1, 0x60):
+        monkeypatch.setitem(globals(), "STREAM", stream)
+        repeated(addresses(call), stream)
+        assert [step[-1] for step in made.taken()] == [stream] * 3
 
 
 def test_a_call_inside_a_call(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +219,14 @@ def test_a_call_inside_a_call(machine: Any, monkeypatch: pytest.MonkeyPatch) -> 
     expected = made.taken()
     inside: list[int] = []
 
-    def twice(self: Any, grid: int, arguments: int, stream: int) -> None:
+    def twice(self: Any, config: Any, arguments: int) -> None:
         if not inside:
             inside.append(1)
             size, made.size, before = made.size, 1 << 30, list(made.log)
             repeated(addresses(other), STREAM)
             made.size, made.log[:] = size, before
             made.mark -= 1
-        enqueue(self, grid, arguments, stream)
+        enqueue(self, config, arguments)
     monkeypatch.setattr(Noted, "enqueue", twice)
     repeated(addresses(call), STREAM)
     assert made.taken() == expected and inside

@@ -24,6 +24,13 @@ thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
 # 1 if any lane of the warp has a nonzero value, else 0; warp-uniform
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 
+# The two halves of programmatic dependent launch (PTX ISA 9.7.13.13), since sm_90. A kernel that may start early waits here until
+# the kernel before it has ended and its writes can be seen; nothing before this may read or write global memory.
+wait_for_previous = instruction("griddepcontrol.wait;")
+# Once all blocks have come here, or ended, the next kernel may start if it waits itself. It gets the room that this one leaves.
+let_next_start = instruction("griddepcontrol.launch_dependents;")
+take_turn = instruction("griddepcontrol.wait; griddepcontrol.launch_dependents;")     # both
+
 
 def increase_registers(count: int) -> Any:
     """setmaxnreg.inc for the calling warpgroup; `count` a multiple of 8 in [24, 256]."""

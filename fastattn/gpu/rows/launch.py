@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 
 from ...arrays.view import View
 from ...errors import UnsupportedError
+from ..runtime.arch import arch_of
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS
@@ -52,6 +53,11 @@ TRANSFORM_BACKWARD = ("dqkv:l partial:l dq:l dq_batch:q dq_head:q dq_row:q dq_di
                       "dv:l dv_batch:q dv_head:q dv_row:q dv_dim:q rows:q seqlen:i num_heads:i head_dim:i columns:i column_blocks:i "
                       "scale:{f} cu_seqlens:l cu_step:q batch:i")
 SUM_ROWS = "partial:l rows:i columns:i to:l to_dim:q"
+
+
+def starts_early(launcher: Launcher) -> bool:
+    """Whether the device can start a kernel before the one before it has ended (ptx/sync.py)."""
+    return arch_of(launcher.device.arch).number >= 90
 
 
 # ---------------------------------------------------------------- delta and lse
@@ -120,9 +126,9 @@ def _lengths_q(call: BackwardCall) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def preprocess_program(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool) -> Program:
-    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum
-    return program(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum), 0),
+def preprocess_program(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool, early: bool) -> Program:
+    key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum + " early" * early
+    return program(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum, early), 0),
                    Arguments(spec, PREPROCESS, ("dout", "out")), PREPROCESS_THREADS)
 
 
@@ -148,7 +154,7 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
         where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
-        kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0)
+        kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0, starts_early(launcher))
         own = (where.lse, where.log2, where.delta, where.accum, where.far, mark, 4 * accum_dim, rows, chunks,
                *_row_strides(call.lse, p.packed), *_row_strides(call.dlse, p.packed), *_lengths_q(call))
         if heads and chunks:
@@ -173,9 +179,10 @@ def dsinks(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, strea
 
 # ---------------------------------------------------------------- float32 sums to gradients
 @lru_cache(maxsize=PROGRAMS)
-def round_program(spec: Spec, dim: int, vector: int, whole: bool) -> Program:
-    key = f"round_dq {spec.text} dim {dim}" + " vector" * vector + " whole" * whole
-    return program(key, lambda: (make_round(spec, dim, vector, whole), 0), Arguments(spec, ROUND, ("dq",)), ROUND_THREADS)
+def round_program(spec: Spec, dim: int, vector: int, whole: bool, early: bool) -> Program:
+    key = f"round_dq {spec.text} dim {dim}" + " vector" * vector + " whole" * whole + " early" * early
+    return program(key, lambda: (make_round(spec, dim, vector, whole, early), 0), Arguments(spec, ROUND, ("dq",)), ROUND_THREADS,
+                   early=early)
 
 
 def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Launcher, stream: int,
@@ -188,7 +195,7 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
     pieces = batch_heads(call) * rows.count * dim // SUMS_OF_PIECE
     if pieces:
         kernel = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
-                               whole_chunks(dq) and dq.shape[-1] == dim)
+                               whole_chunks(dq) and dq.shape[-1] == dim, starts_early(launcher))
         own = (rows.accum, rows.count, pieces, call.problem.score.softmax_scale, *_lengths_q(call))
         kernel.launch(launcher, -(-pieces // (ROUND_THREADS // WARP)), call, own, stream)
 

@@ -13,6 +13,7 @@ from ..dsl.inline import divide
 from ..ptx.memory import load_f32
 from ..ptx.mma import load_sums
 from ..ptx.scalar import store
+from ..ptx.sync import wait_for_previous
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, scale_rows, store_rows, store_whole_rows, thread_col
 from ..tile.gradients import PIECE
@@ -20,12 +21,15 @@ from .config import ROUND_THREADS as THREADS
 from .preprocess import make_row_at
 
 
-def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool) -> Any:
-    """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM columns and are 16-byte aligned."""
+def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> Any:
+    """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM columns and are 16-byte aligned.
+    EARLY: it may start before the kernel of the sums has ended."""
     PANELS, PACKED, LANE_BYTES = DIM // 64, spec.packed, 16 if VECTOR else 4
     to_half, row_at = make_pack(spec.dtype), make_row_at(spec)
 
     def kernel(a):
+        if EARLY:
+            wait_for_previous()
         lane = int32(cuda.threadIdx.x & 31)
         piece = int64(cuda.blockIdx.x) * (THREADS // 32) + int64(cuda.threadIdx.x >> 5)
         if piece < a.pieces:

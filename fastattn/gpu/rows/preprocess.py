@@ -23,6 +23,7 @@ from ...arrays.view import ITEMSIZE
 from ..dsl.inline import divide, inline
 from ..ptx.memory import store_b32, store_zero16
 from ..ptx.scalar import load_chunk, load_if, store
+from ..ptx.sync import let_next_start
 from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, Spec
 from ..tile.scalar import WARP, compute_of
 from ..tile.schedule import length_at
@@ -82,9 +83,9 @@ def make_row_at(spec: Spec) -> Any:
 
 
 # ---------------------------------------------------------------- delta and lse
-def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool) -> Any:
+def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool, EARLY: bool) -> Any:
     """The kernel. A block has BLOCK_ROWS rows of a line, and neighbouring lanes share a row. WHOLE: rows of dout and out are 16-byte
-    aligned, and a lane loads 16 bytes at a time."""
+    aligned, and a lane loads 16 bytes at a time. EARLY: the next kernel may start before this one has ended."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
@@ -136,6 +137,8 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
         return x
 
     def kernel(a):
+        if EARLY:
+            let_next_start()
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         rest = divide(t, a.num_heads)                       # neighbouring blocks are heads of the same rows, neighbours in memory
         head, batch = int32(t - rest * a.num_heads), divide(rest, a.chunks)

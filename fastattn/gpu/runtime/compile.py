@@ -55,6 +55,8 @@ class Source:
         Of a thread block.
     blocks_per_sm
         Thread blocks of a multiprocessor, which bound the registers of a thread.
+    early
+        It may start before the kernel before it has ended: it waits itself (ptx/sync.py).
     """
 
     key: str
@@ -62,6 +64,7 @@ class Source:
     fields: tuple[tuple[str, str], ...]
     threads: int
     blocks_per_sm: int = 1
+    early: bool = False
 
 
 def fields_of(text: str) -> tuple[tuple[str, str], ...]:
@@ -220,14 +223,13 @@ class Kernel:
         self.source, self.ordinal = source, ordinal
         self.lay_out()
         with current(d), relaxed():
-            code, self._shared_memory, _ = binary(source, d.arch)
+            code, self.shared_memory, _ = binary(source, d.arch)
             library = check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
             [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(driver.cuKernelSetAttribute(attribute, self._shared_memory, kernel, ordinal), "cuKernelSetAttribute")
+            check(driver.cuKernelSetAttribute(attribute, self.shared_memory, kernel, ordinal), "cuKernelSetAttribute")
             self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
-        self._launch, self._check = driver.cuLaunchKernel, check
-        self._threads = source.threads
+        self._launch, self._check = driver.cuLaunchKernelEx, check
 
     def lay_out(self) -> None:
         """Find where the values of fields are in memory."""
@@ -248,10 +250,10 @@ class Kernel:
         """
         if grid == 0:
             return
-        buffer = self.packed(values)
-        start = ctypes.addressof(buffer)
+        buffer, config = self.packed(values), self.config(grid)
+        start, config.hStream = ctypes.addressof(buffer), stream
         pointers = (ctypes.c_void_p * len(self.offsets))(*[start + offset for offset in self.offsets])
-        self.enqueue(grid, ctypes.addressof(pointers), stream)
+        self.enqueue(config, ctypes.addressof(pointers))
 
     def packed(self, values: list[Any]) -> Any:
         """Memory with the values of all fields."""
@@ -259,9 +261,22 @@ class Kernel:
         self._struct.pack_into(buffer, 0, *values)
         return buffer
 
-    def enqueue(self, grid: int, arguments: int, stream: int) -> None:
-        """Enqueue `grid` blocks, at least one. `arguments`: address of a pointer to the value of each field."""
-        result = self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared_memory, stream, arguments, 0)
+    def config(self, grid: int) -> Any:
+        """A launch of `grid` blocks, at least one, but for its stream."""
+        from cuda.bindings import driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX, config.sharedMemBytes = grid, self.source.threads, self.shared_memory
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        if self.source.early:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+        return config
+
+    def enqueue(self, config: Any, arguments: int) -> None:
+        """Enqueue a launch. `arguments`: address of a pointer to the value of each field."""
+        result = self._launch(config, self._function, arguments, 0)
         if result[0]:
             self._check(result, f"launch of {self.source.key}")
 

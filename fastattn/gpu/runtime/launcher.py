@@ -164,6 +164,6 @@ class Program(NamedTuple):
 
 
 def program(key: str, make: Callable[[], tuple[Any, int]], arguments: Arguments, threads: int,
-            blocks_per_sm: int = 1) -> Program:
+            blocks_per_sm: int = 1, early: bool = False) -> Program:
     """The Program of a Source with these fields, see there."""
-    return Program(Source(key, make, arguments.fields, threads, blocks_per_sm), arguments)
+    return Program(Source(key, make, arguments.fields, threads, blocks_per_sm, early), arguments)

@@ -146,7 +146,8 @@ class _Block:
 
     def __init__(self, launched: Sequence[Launched], number: dict[Any, int]) -> None:
         self.words = ctypes.create_string_buffer(WORD * max(len(number), 1))
-        self.steps: list[tuple[Kernel | None, int, int]] = []       # kernel, grid, arguments; or None, bytes, number of the word
+        self.steps: list[tuple[Kernel | None, Any, int]] = []       # kernel, config, arguments; or None, bytes, number of the word
+        self.stream = 0                                             # of the configs
         self._kept: list[Any] = []                                  # what arguments point to
         for kernel, size, values in launched:
             if kernel is None:
@@ -159,7 +160,14 @@ class _Block:
                     places[n] = ctypes.addressof(self.words) + WORD * number[_word(x)]
             pointers = (ctypes.c_void_p * len(places))(*places)
             self._kept += [constants, pointers]
-            self.steps.append((kernel, size, ctypes.addressof(pointers)))
+            self.steps.append((kernel, kernel.config(size), ctypes.addressof(pointers)))
+
+    def on(self, stream: int) -> None:
+        """Change the stream of the launches."""
+        self.stream = stream
+        for kernel, config, _ in self.steps:
+            if kernel is not None:
+                config.hStream = stream
 
 
 def _word(x: Address | Word) -> tuple[str, int, int]:
@@ -200,11 +208,13 @@ class Recording:
                 except IndexError:
                     block = _Block(self._launched, self._number)
                 self._pack(block.words, 0, *words)
-                for kernel, extent, place in block.steps:
+                if block.stream != stream:
+                    block.on(stream)
+                for kernel, what, place in block.steps:
                     if kernel is None:
-                        workspace.clear(words[place], extent, stream)
+                        workspace.clear(words[place], what, stream)
                     else:
-                        kernel.enqueue(extent, place, stream)
+                        kernel.enqueue(what, place)
                 self._free.append(block)
             finally:
                 if size:

@@ -28,7 +28,7 @@ from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import load_b32, shared_address
-from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform, warp
+from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, take_turn, uniform, warp
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.fragments import join, make_pack, make_unpack, own_zeros, part, scale_rows, zeros
@@ -449,6 +449,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         ds_full.init(base)
 
     def kernel(a):
+        take_turn()
         base = int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN)
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t, tiles, leads = int32(cuda.blockIdx.x), num_tiles(a), cuda.threadIdx.x == 0

@@ -117,8 +117,9 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
+    # with dbias, the sums are cleared before it: no kernel, so there is nothing to start early behind
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
-                   Arguments(spec, BACKWARD, ("dk", "dv")), BACKWARD_THREADS)
+                   Arguments(spec, BACKWARD, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -265,6 +265,7 @@ class Machine:
             return lambda address, value: self.block.put(address, value)
         arithmetic = SimpleNamespace(**vars(math) | {"exp": exp})
         return {"cuda": self.cuda, "inline": lambda f: f, "divide": lambda x, y: x // y, "opaque": lambda x: x, "math": arithmetic,
+                "wait_for_previous": lambda: None, "let_next_start": lambda: None,
                 "int32": int32, "int64": int, "uint64": int, "uint32": lambda x: int(x) & 0xFFFFFFFF, "float32": real, "float64": real,
                 "uint8": None, "load_if": self.load_if, "load_chunk": self.load_chunk, "store": self.store, "load_flag": self.load_flag,
                 "load_b32": self.load_b32, "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,

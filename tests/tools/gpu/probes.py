@@ -136,6 +136,19 @@ for _n, _any in ((17, 1), (32, 0)):
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
+def early() -> Any:
+    """Launched as any kernel: there is nothing to wait for, and no kernel that may start early."""
+    def kernel(a):
+        sync.wait_for_previous()
+        sync.let_next_start()
+        sync.take_turn()
+        at = uint64(4 * cuda.threadIdx.x)
+        memory.store_b32(uint64(a.dst + at), memory.load_b32(uint64(a.src + at)))
+    return kernel
+
+
+add("sync.wait_for_previous sync.let_next_start sync.take_turn", "griddepcontrol.wait; griddepcontrol.launch_dependents", early,
+    on_words(lambda x: x))
 add("sync.thread_index", "mov.u32; %tid.x", words(lambda i, x, n: sync.thread_index()), on_words(lambda x: np.arange(32)))
 
 
