@@ -78,7 +78,7 @@ def prepare(spec: Spec, arch: str) -> int:
     launcher = Checking(absent_device(arch))
     for call in calls(make(replace(spec, numbers="float"))):
         try:
-            gpu._prepare(call, launcher, (spec.engine,) if spec.engine else gpu.FAMILIES)(call, 0)
+            gpu._launch(call, launcher, (spec.engine,) if spec.engine else gpu.FAMILIES, 0)
         except UnsupportedError:
             return 0
     return len(launcher.sources)

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
 from fastattn import gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.precompile import Want
