@@ -115,10 +115,7 @@ def _torch(torch: Any) -> Library:
         return Output(found, tensor, finish)
 
     def form(x: Any) -> Any:
-        if not (x.is_cuda or x.is_cpu):
-            return None
-        in_graph = x.requires_grad and torch.is_grad_enabled()
-        return x.dtype, x.shape, x.stride(), x.get_device(), in_graph, x.is_neg()
+        return x.dtype, x.shape, x.stride(), x.device, x.is_neg(), x.requires_grad and torch.is_grad_enabled()
 
     def current(x: Any) -> int:
         if modes() or forward_ad._current_level >= 0 or traced() is not None:

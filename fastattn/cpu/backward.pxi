@@ -467,6 +467,7 @@ cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk
     f.delta_batch, f.delta_head = (0, p.total_q) if packed else (p.num_heads * p.seqlen_q, p.seqlen_q)
 
 
+@cython.auto_pickle(False)
 cdef class PreparedBackward:
     """A backward of a dense Problem without dbias and dsinks, as C runs it. It can run again on other arrays of the same shapes and
     strides."""
