@@ -11,10 +11,10 @@ from typing import Any, Literal, Never, Unpack, overload
 import numpy as np
 
 from .arrays.convert import Caller
-from .dispatch import backward, forward, plain_backward, plain_forward, read
+from .dispatch import backward, backward_again, forward, forward_again, read
 from .engine import load
 from .options import Check, read_options
-from .problem import Grads, check_array, is_plain, make_dropout
+from .problem import Grads, check_array, make_dropout
 from .signature import strict, uncompiled, unknown_arguments
 from .types import A, Array, B, Causal, D, DenseOptions, EngineName, Integer, Layout, Lengths, Number, PackedOptions, PerHead, S, Window
 
@@ -138,9 +138,10 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
-    if is_plain(bias, mask, alibi_slopes, sinks) and out is None and stream is None:
-        return plain_forward(call, engine, options, layout, return_lse, (q, k, v))
-    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
+    scores = bias, mask, alibi_slopes, sinks
+    if out is None and stream is None:
+        return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores)
+    caller, o = read(call, layout, stream, (q, k, v), scores)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -209,10 +210,11 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
-    if is_plain(bias, mask, alibi_slopes, sinks) and stream is None and not need_dbias:
-        return plain_backward(call, engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse))
-    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks))
-    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
+    scores, given, need_dbias = (bias, mask, alibi_slopes, sinks), (dout, out, lse, dlse), bool(need_dbias)
+    if stream is None:
+        return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, None, need_dbias)
+    caller, o = read(call, layout, stream, (q, k, v), scores)
+    return backward(caller, engine, options, o, given, need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- packed arrays
@@ -298,10 +300,10 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
-    if is_plain(bias, mask, alibi_slopes, sinks) and out is None and stream is None:
-        return plain_forward(call, engine, options, layout, return_lse, (q, k, v), lengths)
-    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
+    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if out is None and stream is None:
+        return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores, lengths)
+    caller, o = read(call, layout, stream, (q, k, v), scores, lengths)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -368,11 +370,12 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k
-    if is_plain(bias, mask, alibi_slopes, sinks) and stream is None and not need_dbias:
-        return plain_backward(call, engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse), lengths)
-    caller, o = read(call, layout, stream, (q, k, v), (bias, mask, alibi_slopes, sinks), lengths)
-    return backward(caller, engine, options, o, (dout, out, lse, dlse), need_dbias, deterministic)
+    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    given, need_dbias = (dout, out, lse, dlse), bool(need_dbias)
+    if stream is None:
+        return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, lengths, need_dbias)
+    caller, o = read(call, layout, stream, (q, k, v), scores, lengths)
+    return backward(caller, engine, options, o, given, need_dbias, deterministic)
 
 
 # ---------------------------------------------------------------- helpers for callers

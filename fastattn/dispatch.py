@@ -12,7 +12,7 @@ from .arrays.view import Device, Output, View, overlap
 from .errors import message
 from .memo import Recent
 from .options import Options
-from .problem import Grads, Operands, Problem, check_array, problem_of
+from .problem import Grads, Operands, Problem, check_array, is_plain, problem_of
 from .registry import choose
 
 _problems: Recent[Any, Problem] = Recent()
@@ -75,34 +75,44 @@ def _problem(caller: Caller, o: Operands, options: Options) -> tuple[Problem, Op
 
 
 # ---------------------------------------------------------------- calls that may have occurred before
-PLAIN = (None, None, None, None)        # no bias, mask, alibi_slopes, sinks
+Scores = tuple[Any, Any, Any, Any]      # bias, mask, alibi_slopes, sinks
+PLAIN: Scores = (None, None, None, None)
 Lengths = tuple[Any, Any, Any]          # cu_seqlens_q, cu_seqlens_k, seqused_k
 
 
-def plain_forward(call: str, engine: str | None, options: Options, layout: str, return_lse: bool, qkv: tuple[Any, Any, Any],
-                  lengths: Lengths | None = None) -> Any:
-    """`forward` of a call without operands that change scores, on the current stream, into new memory."""
-    key, results = repeat.replay(call, engine, qkv + _present(lengths), (options, layout, return_lse, engine))
+def forward_again(call: str, engine: str | None, options: Options, layout: str, return_lse: bool, qkv: tuple[Any, Any, Any],
+                  scores: Scores = PLAIN, lengths: Lengths | None = None) -> Any:
+    """`forward` on the current stream, into new memory, by repeat.py where the call has occurred before."""
+    more, which = _present(scores, lengths)
+    key, results = repeat.replay(call, engine, qkv + more, (options, layout, return_lse, engine, which))
     if results is not None:
         return tuple(results) if return_lse else results[0]
-    caller, o = read(call, layout, None, qkv, PLAIN, lengths)
+    caller, o = read(call, layout, None, qkv, scores, lengths)
     return forward(caller, engine, options, o, None, return_lse, key)
 
 
-def plain_backward(call: str, engine: str | None, options: Options, layout: str, deterministic: bool, qkv: tuple[Any, Any, Any],
-                   given: tuple[Any, Any, Any, Any], lengths: Lengths | None = None) -> Grads[Any]:
-    """`backward` of such a call."""
-    packed = _present(lengths)
-    arrays = qkv + packed + (given[:3] if given[3] is None else given)
-    key, results = repeat.replay(call, engine, arrays, (options, layout, deterministic, engine, len(packed)))
+def backward_again(call: str, engine: str | None, options: Options, layout: str, deterministic: bool, qkv: tuple[Any, Any, Any],
+                   given: tuple[Any, Any, Any, Any], scores: Scores = PLAIN, lengths: Lengths | None = None,
+                   need_dbias: bool = False) -> Grads[Any]:
+    """`backward` on the current stream, by repeat.py where the call has occurred before."""
+    more, which = _present(scores, lengths)
+    arrays = qkv + more + (given[:3] if given[3] is None else given)
+    key, results = repeat.replay(call, engine, arrays, (options, layout, deterministic, engine, which, need_dbias))
     if results is not None:
-        return Grads(*results)
-    caller, o = read(call, layout, None, qkv, PLAIN, lengths)
-    return backward(caller, engine, options, o, given, False, deterministic, key)
+        if len(results) == 3:
+            return Grads(*results)
+        dq, dk, dv, *rest = results
+        return Grads(dq, dk, dv, rest[0] if need_dbias else None, None if scores[3] is None else rest[-1])
+    caller, o = read(call, layout, None, qkv, scores, lengths)
+    return backward(caller, engine, options, o, given, need_dbias, deterministic, key)
 
 
-def _present(lengths: Lengths | None) -> tuple[Any, ...]:
-    return () if lengths is None else lengths if lengths[2] is not None else lengths[:2]
+def _present(scores: Scores, lengths: Lengths | None) -> tuple[tuple[Any, ...], Any]:
+    """The operands that a call has besides q, k, v, in the order of Operands, and which they are, as a plain value."""
+    if lengths is None and is_plain(*scores):
+        return (), None
+    more = scores if lengths is None else scores + lengths
+    return tuple([x for x in more if x is not None]), tuple([x is None for x in more])
 
 
 # ---------------------------------------------------------------- an engine, and results out
@@ -158,7 +168,8 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
     where = problem, ready, dout, out, lse, dlse, views
     chosen.backward(*where, caller.handle, deterministic)
     if key is not None:
-        repeat.remember(key, chosen, getattr(chosen, "prepare_backward", None), (*where, deterministic), (dq, dk, dv))
+        repeat.remember(key, chosen, getattr(chosen, "prepare_backward", None), (*where, deterministic),
+                        [x for x in (dq, dk, dv, dbias, dsinks) if x is not None])
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
                  None if dsinks is None else dsinks.finish())
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays.readers import by_type
-from .arrays.view import HOST, Device, Output, Quick, numpy_dtype
+from .arrays.view import HOST, Device, Output, Quick, View, numpy_dtype
 from .memo import Recent
+from .problem import Grads, Operands
 from .registry import choose
 
-# Of addresses, and a stream, or HOST. The addresses are those of q, k, v, the lengths of packed arrays, of a backward dout, out,
-# lse and dlse, and of the results, each if the call has it.
+# Of addresses, and a stream, or HOST. The addresses are those of all Operands in their order, of a backward dout, out, lse and
+# dlse, and of the results, each if the call has it.
 Launch = Callable[[Sequence[int], int], None]
 Form = tuple[tuple[int, ...], str]      # shape, in the caller's layout, and dtype
 
@@ -120,8 +121,8 @@ def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: t
     where
         All that the engine was called with, the Problem and the Operands first, but for the stream.
     """
-    known, o = _known.get(key), where[1]
-    if prepare is None or (known is not None and known.engine is engine):
+    known, views = _known.get(key), _views(where)
+    if prepare is None or any(x.ptr % 16 for x in views) or (known is not None and known.engine is engine):
         return
     if key not in _known:
         _known[key] = None
@@ -131,4 +132,17 @@ def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: t
         return
     read = _numpy() if key[1] is np.ndarray else by_type[key[1]].quick
     assert read is not None                 # the key was made with its form
-    _known[key] = Known(read, engine, o.q.device, launch, tuple([(x.shape, x.view.dtype) for x in results]))
+    _known[key] = Known(read, engine, views[0].device, launch, tuple([(x.shape, x.view.dtype) for x in results]))
+
+
+def _views(where: tuple[Any, ...]) -> list[View]:
+    """The Views that an engine was called with, q's first."""
+    found: list[View] = []
+    for x in where:
+        if isinstance(x, View):
+            found.append(x)
+        elif isinstance(x, Operands):
+            found += _views(tuple([getattr(x, name) for name in x.__slots__]))
+        elif isinstance(x, Grads):
+            found += _views(x)
+    return found

@@ -63,9 +63,10 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -
     Returns
     -------
     run(addresses, stream)
-        Of q, k, v, out and lse, if this call has one. None for packed operands, whose lengths are checked in each call.
+        Of q, k, v, out and lse, if this call has one. None for packed operands, whose lengths are checked in each call,
+        and for those that change scores.
     """
-    if problem.packed:
+    if problem.packed or not operands.plain:
         return None
     p, lengths, threads = problem, plan.read_lengths(problem, operands), get_num_threads()
     o, out, lse = Operands(*map(_bare, (operands.q, operands.k, operands.v))), _bare(out), lse and _bare(lse)
@@ -93,10 +94,10 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
     Returns
     -------
     run(addresses, stream)
-        Of q, k, v, dout, out, lse, dlse if this call has one, dq, dk and dv. None for packed operands.
+        Of q, k, v, dout, out, lse, dlse if this call has one, dq, dk and dv. None as in `prepare`, and for empty arrays.
     """
     arrays = operands.q, operands.k, operands.v, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv
-    if problem.packed or any(x is not None and 0 in x.shape for x in arrays):
+    if problem.packed or not operands.plain or any(x is not None and 0 in x.shape for x in arrays):
         return None
     q, k, v, *rest = [x and _bare(x) for x in arrays]
     o, lengths, threads = Operands(q, k, v), plan.read_lengths(problem, operands), get_num_threads()    # type: ignore[arg-type]

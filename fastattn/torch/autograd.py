@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..dispatch import plain_backward, plain_forward
+from ..dispatch import backward_again, forward_again
 from ..options import Options
 from .operators import (
     BACKWARD,
@@ -146,7 +146,7 @@ class Plain(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Any:
         call, options, layout, return_lse, _, engine, lengths = settings
-        out, lse = plain_forward(call, engine, options, layout, True, (q, k, v), lengths)
+        out, lse = forward_again(call, engine, options, layout, True, (q, k, v), lengths=lengths)
         ctx.save_for_backward(q, k, v, out, lse, *(lengths or ()))
         ctx.settings = settings
         ctx.set_materialize_grads(False)                    # None as the gradient of an unused result: most often lse
@@ -161,8 +161,8 @@ class Plain(torch.autograd.Function):  # type: ignore[misc]
         operator = _operator(dout, dlse, *saved)
         if operator is None:
             call, options, layout, _, deterministic, engine, _ = settings
-            dq, dk, dv, *_ = plain_backward(f"{call}_backward", engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse),
-                                            tuple(lengths) or None)
+            dq, dk, dv, *_ = backward_again(f"{call}_backward", engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse),
+                                            lengths=tuple(lengths) or None)
         else:
             dq, dk, dv, *_ = operator(dout, dlse, out, lse, False, *settings.arguments(q, k, v, *lengths))
         return dq, dk, dv, None

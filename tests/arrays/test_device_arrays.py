@@ -461,31 +461,32 @@ class Prepared(Recorder):
         self.long += 1
         super().forward(problem, *where)
 
-    def prepare(self, problem: Any, operands: Any, out: Any, lse: Any) -> Any:
-        forms = [None if x is None else (x.shape, x.strides, x.dtype, x.device) for x in (operands.q, operands.k, operands.v, out, lse)]
-
-        def run(addresses: Any, stream: int) -> None:
-            given = iter(addresses)
-            q, k, v, *results = [View(next(given), *form) if form else None for form in forms]
-            self.calls.append((problem, Operands(q, k, v), *results, stream))
-            assert next(given, None) is None
-        return run
-
     def backward(self, problem: Any, *where: Any) -> None:
         self.long += 1
         self.calls.append((problem, *where))
 
+    def prepare(self, problem: Any, o: Any, *results: Any) -> Any:
+        def record(operands: Operands, views: list[Any], stream: int) -> None:
+            self.calls.append((problem, operands, *views, stream))
+        return self._run(o, results, record)
+
     def prepare_backward(self, problem: Any, o: Any, *where: Any) -> Any:
-        *views, grads, deterministic = where
-        views = [o.q, o.k, o.v, o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, *views, *grads]
-        forms = [x and (x.shape, x.strides, x.dtype, x.device) for x in views]
+        *given, grads, deterministic = where
+
+        def record(operands: Operands, views: list[Any], stream: int) -> None:
+            self.calls.append((problem, operands, *views[:4], Grads(*views[4:]), stream, deterministic))
+        return self._run(o, (*given, *grads), record)
+
+    def _run(self, o: Any, others: Any, record: Any) -> Any:
+        """A launch that records the views at the addresses that it is given."""
+        names = o.__slots__
+        forms = [x and (x.shape, x.strides, x.dtype, x.device) for x in (*[getattr(o, name) for name in names], *others)]
 
         def run(addresses: Any, stream: int) -> None:
             given = iter(addresses)
-            q, k, v, cu_q, cu_k, used, dout, out, lse, dlse, *grads = [form and View(next(given), *form) for form in forms]
-            o = Operands(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used)
-            self.calls.append((problem, o, dout, out, lse, dlse, Grads(*grads), stream, deterministic))
+            views = [form and View(next(given), *form) for form in forms]
             assert next(given, None) is None
+            record(Operands(*views[:len(names)]), views[len(names):], stream)
         return run
 
 
@@ -565,6 +566,46 @@ def test_repeated_backwards_skip_the_checks(torch_streams: dict[int, int], prepa
         once(0x200000, need_dbias=True)
     once(0x300000)
     assert prepared.long == 7
+
+
+OPERANDS = {"bias": ((1, 4, 6, 9), "bfloat16"), "mask": ((2, 1, 1, 9), "bool"), "alibi_slopes": ((4,), "float32"),
+            "sinks": ((4,), "float32")}
+
+
+@pytest.mark.parametrize("names", [("bias",), ("mask", "alibi_slopes"), ("sinks",), ("bias", "mask", "alibi_slopes", "sinks")], ids=str)
+def test_repeated_calls_with_operands_of_scores(torch_streams: dict[int, int], prepared: Prepared, names: tuple[str, ...]) -> None:
+    def once(first: int, leave_out: str = "", **more: Any) -> Any:
+        operands = {name: Tensor(*OPERANDS[name], ptr=first + 0x1000 * n) for n, name in enumerate(OPERANDS)
+                    if name in names and name != leave_out}
+        q, k, v, out, lse = (Tensor(shape, kind, ptr=first + 0x10000 * n) for n, (shape, kind) in enumerate(
+            ((Q, "bfloat16"), (K, "bfloat16"), (K, "bfloat16"), (Q, "bfloat16"), ((2, 4, 6), "float32")), start=1))
+        if more:
+            return fastattn.attention_backward(out, q, k, v, out, lse, **operands, **more)
+        return fastattn.attention(q, k, v, **operands)
+    for n in range(4):
+        once(0x100000)
+        assert prepared.long == min(n + 1, 2) and seen(prepared.calls[-1]) == seen(prepared.calls[0])
+    once(0x200000)
+    o = prepared.calls[-1][1]
+    assert prepared.long == 2 and all((getattr(o, name) is not None) == (name in names) for name in OPERANDS)
+    assert all(getattr(o, name).ptr == 0x200000 + 0x1000 * n for n, name in enumerate(OPERANDS) if name in names)
+    once(0x200000, leave_out=names[0])
+    assert prepared.long == 3
+    prepared.calls.clear()
+    wants = {"need_dbias": "bias" in names}
+    for n in range(4):
+        grads = once(0x100000, causal=False, **wants)
+        assert prepared.long == 3 + min(n + 1, 2) and seen(prepared.calls[-1]) == seen(prepared.calls[0])
+        assert (grads.dbias is not None) == ("bias" in names) and (grads.dsinks is not None) == ("sinks" in names)
+        assert grads.dbias is None or (grads.dbias.shape, grads.dbias.dtype) == OPERANDS["bias"]
+        assert grads.dsinks is None or (grads.dsinks.shape, grads.dsinks.dtype) == OPERANDS["sinks"]
+
+
+def test_what_is_stored_is_aligned(torch_streams: dict[int, int], prepared: Prepared) -> None:
+    """A launch for arrays that are aligned to less is not repeated for others, nor the other way round."""
+    for n, ptr in enumerate((0x1000, 0x1008, 0x1000, 0x1008, 0x1000)):
+        fastattn.attention(Tensor(Q, ptr=ptr), Tensor(K), Tensor(K))
+        assert prepared.long == (n + 1 if n < 4 else 4)
 
 
 def test_a_call_that_differs_is_checked_in_full(torch_streams: dict[int, int], prepared: Prepared) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn import dropout_mask  # noqa: E402
-from fastattn.dispatch import plain_backward  # noqa: E402
+from fastattn.dispatch import backward_again  # noqa: E402
 from fastattn.torch import attention, attention_varlen  # noqa: E402
 from fastattn.torch import autograd as recorded  # noqa: E402
 
@@ -323,10 +323,10 @@ def test_saved_tensors_do_not_outlive_their_values() -> None:
 def test_deterministic_is_read_when_the_call_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def backward(call: str, engine: Any, options: Any, layout: str, deterministic: bool, *more: Any) -> Any:
+    def backward(call: str, engine: Any, options: Any, layout: str, deterministic: bool, *more: Any, **keywords: Any) -> Any:
         seen.append(deterministic)
-        return plain_backward(call, engine, options, layout, deterministic, *more)
-    monkeypatch.setattr("fastattn.torch.autograd.plain_backward", backward)
+        return backward_again(call, engine, options, layout, deterministic, *more, **keywords)
+    monkeypatch.setattr("fastattn.torch.autograd.backward_again", backward)
     attention(*draw(), deterministic=True).sum().backward()
     attention(*draw()).sum().backward()
     torch.use_deterministic_algorithms(True)
