@@ -4,6 +4,7 @@ from __future__ import annotations
 from .spec import Spec
 
 SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
+GROUP = 64                     # lines of a mask that share bounds (rows/mask_words.py): those of a warpgroup
 
 
 def num_features(spec: Spec) -> int:
@@ -12,15 +13,18 @@ def num_features(spec: Spec) -> int:
 
 
 def feature_weight(spec: Spec) -> int:
-    """0: the features take next to no registers. 1: one more value for every score. 2: several."""
-    values = spec.dropout + spec.mask + (spec.bias is not None) * (1 if spec.bias_pairs else 2)
-    return 0 if values == 0 else 1 if values + spec.softcap + (spec.alibi is not None) <= 2 else 2
+    """0: the features take next to no registers. 1: one more value for every score. 2: several.
+
+    A mask is two words of bits, which tell only where others have left no registers.
+    """
+    values = spec.dropout + (spec.bias is not None) * (1 if spec.bias_pairs else 2)
+    return 0 if values == 0 else 1 if values + spec.mask + spec.softcap + (spec.alibi is not None) <= 2 else 2
 
 
 def squeeze(spec: Spec, pieces: int = 1) -> int:
-    """Pieces in which elements of bias and mask are packed; 0: they are not.
+    """Pieces in which elements of the bias are packed; 0: they are not.
 
     A bias and a mask together take more registers than there are: 4 to 72 bytes would spill. Packing costs arithmetic,
-    so either alone stays unpacked.
+    so a bias alone stays unpacked.
     """
     return pieces if spec.mask and spec.bias is not None else 0

@@ -24,21 +24,21 @@ from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
 from fastattn.masks import row_bounds
 from fastattn.problem import Operands, Problem, make_problem
-from tests.tools.gpu.calls import Sequence, view, whole
+from tests.tools.gpu.calls import Sequence, view, whole, with_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import Play, edited, playing
 
 OUT = 1 << 40
 
 
-def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, **options: Any) -> Call:
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, mask: Any = None, **options: Any) -> Call:
     q, k = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim)
-    problem, o = make_problem("attention", Operands(q, k, k), packed=False, **options)
+    problem, o = make_problem("attention", Operands(q, k, k, mask=mask), packed=False, **options)
     return Call(problem, o, view(batch, seqlen_q, heads, dim, ptr=OUT), None)
 
 
-def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
-    """A launch of two blocks; `change` edits the kernel's text first."""
+def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: Any) -> Play:
+    """A launch of two blocks; `change` edits the kernel's text first. mask: the elements of the call's mask."""
     spec = make_spec(call.problem, call.operands, False)
     config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
@@ -46,6 +46,8 @@ def play(call: Call, seed: int, change: Any = None, **tuning: Any) -> Play:
     arguments = launch_sm90.forward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
+    if mask is not None:
+        call = with_bounds(call, mask, config.block_n, memory)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         kernel, _ = edited(forward_sm90.make_forward, change)(spec, config)
         own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call)
@@ -111,6 +113,27 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(5)]
     for seed in range(2):
         check(play(call, seed), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
+
+
+@pytest.mark.parametrize(("dim", "causal"), [(64, False), (128, True), (256, False)])
+def test_blocks_outside_a_boolean_mask(dim: int, causal: bool) -> None:
+    """A tile visits the blocks from the first to the last that the mask leaves any of its rows, or one if there is none."""
+    draw, rows, keys = np.random.default_rng(dim), 400, 700
+    mask = (draw.random((1, 2, 8, 10)) < 0.15).repeat(50, 2).repeat(70, 3)
+    mask[:, 1, :200] = False
+    call = dense(1, rows, keys, 2, 1, dim, causal=causal, mask=view(1, 2, rows, keys, dtype="bool"))
+    seen = mask[0] & (np.tri(rows, keys, keys - rows, dtype=bool) if causal else True)
+    for seed in range(2):
+        made = play(call, seed, mask=mask)
+        block_m, block_n = made.config.block_m, made.config.block_n
+        visited = {(row, head): sorted(at.row // block_n for at in blocks or ()) for (row, head, _, _), blocks in made.stored.items()}
+        assert {(row, head) for row, head in visited if row < rows} == set(itertools.product(range(0, rows, 64), range(2)))
+        for (row, head), blocks in visited.items():
+            first = row // block_m * block_m
+            needed = np.flatnonzero(np.add.reduceat(mask[0, head, first:first + block_m].any(axis=0), np.arange(0, keys, block_n)))
+            attended = np.flatnonzero(np.add.reduceat(seen[head, row:row + 64].any(axis=0), np.arange(0, keys, block_n)))
+            assert blocks == list(range(blocks[0], blocks[-1] + 1)) and set(attended) <= set(blocks)
+            assert (needed[0] <= blocks[0] and blocks[-1] <= needed[-1]) if len(needed) else len(blocks) == 1
 
 
 MUTANTS = {

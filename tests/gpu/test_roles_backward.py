@@ -22,7 +22,7 @@ from fastattn.gpu.sm90.config import choose_backward as tiling
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.masks import row_bounds
 from fastattn.problem import Operands, make_problem
-from tests.tools.gpu.calls import Sequence, view, whole
+from tests.tools.gpu.calls import Sequence, view, whole, with_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing
 from tests.tools.gpu.roles_backward import BackwardPlay
@@ -36,18 +36,20 @@ def backward(q: Any, k: Any, o: Operands, packed: bool, deterministic: bool = Fa
     return BackwardCall(problem, o, q, q, lse, None, Grads(q, replace(k, ptr=DK), replace(k, ptr=DV)), deterministic)
 
 
-def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, **options: Any) -> BackwardCall:
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, mask: Any = None, **options: Any) -> BackwardCall:
     q, k = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim)
-    return backward(q, k, Operands(q, k, k), False, **options)
+    return backward(q, k, Operands(q, k, k, mask=mask), False, **options)
 
 
-def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, **tuning: Any) -> list[BackwardPlay]:
-    """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows."""
+def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
+    """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows. mask: the elements of its mask."""
     spec = make_backward_spec(call)
     config, memory, made = replace(tiling(spec), **tuning), Memory(), []
     arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
+    if mask is not None:
+        call = with_bounds(call, mask, config.block_m, memory, by_keys=True)
     with (playing(BackwardPlay(config, 0, seed), memory) as machine,
           packed.table(call, 128, machine.launcher(), 0, True) as table):
         heads = call.problem.num_heads_k
@@ -101,6 +103,26 @@ CASES = {
 def test_every_block_once(name: str) -> None:
     for seed in range(3):
         check(CASES[name], play(CASES[name], seed), whole(CASES[name].problem))
+
+
+@pytest.mark.parametrize(("dim", "of_heads"), [(64, 1), (128, 1), (128, 2)])
+def test_blocks_outside_a_boolean_mask(dim: int, of_heads: int) -> None:
+    """A tile of keys visits the blocks of queries from the first to the last with one that attends to it in any head, for every head."""
+    draw, rows, keys = np.random.default_rng(dim), 500, 400
+    mask = (draw.random((1, of_heads, 10, 8)) < 0.15).repeat(50, 2).repeat(50, 3)
+    mask[..., 128:256] = False
+    call = dense(1, rows, keys, 2, 1, dim, mask=view(1, 2, rows, keys, dtype="bool") if of_heads == 2
+                 else view(1, 1, rows, keys, dtype="bool"))
+    for seed in range(2):
+        made = play(call, seed, mask=mask)
+        block_m = made[0].config.block_m
+        found = {(pointer, key): (kind, rows) for one in made for kind, pointer, key, _, rows in one.results}
+        assert {key for _, key in found} >= set(range(0, keys, 16))
+        for (pointer, key), (kind, blocks) in found.items():
+            first = key // 128 * 128
+            used = np.flatnonzero(np.add.reduceat(mask[0, ..., first:first + 128].any(axis=(0, 2)), np.arange(0, rows, block_m)))
+            expected = [(m * block_m, head, 0) for head in (0, 1) for m in range(used[0], used[-1] + 1)] if len(used) else []
+            assert (kind, list(blocks)) == (({DK: "dK", DV: "dV"}[pointer] if expected else "0"), expected)
 
 
 @pytest.mark.parametrize("name", [name for name, call in CASES.items() if tiling(make_backward_spec(call)).apart])

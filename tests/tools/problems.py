@@ -82,6 +82,8 @@ class Case:
     bias_inf: bool = False                      # some -inf, and row 1 all -inf
     bias_size: float = 1.0                      # standard deviation
     mask: tuple[int, ...] | None = None
+    mask_kind: str = "random"                   # or "blocks": whole blocks hidden, beside single pairs; "hidden": everything
+    mask_memory: str = "contiguous"             # or "queries": neighbouring queries are next to each other; "shifted": nothing aligned
     sinks: bool = False
     dropout_p: float = 0.0
     dlse: bool = False
@@ -159,10 +161,27 @@ class _Draw:
                 bias[..., 1 % max(c.bias[-2], 1):1 % max(c.bias[-2], 1) + 1, :] = -np.inf
             features["bias"] = bias
         if c.mask is not None:
-            features["mask"] = random.random(c.mask) < 0.7
+            features["mask"] = self.mask(c.mask)
         if c.sinks:
             features["sinks"] = random.standard_normal(c.num_heads).astype("float64" if c.dtype == "float64" else "float32")
         return features
+
+    def mask(self, shape: tuple[int, ...]) -> Array:
+        """The boolean mask."""
+        c, seen = self.case, self.random.random(shape) < 0.7
+        if c.mask_kind == "hidden":
+            seen[...] = False
+        elif c.mask_kind == "blocks":           # of 50 queries and 70 keys: most tiles have some, and some rows see nothing
+            rows, keys = (-(-n // size) for n, size in zip(shape[-2:], (50, 70), strict=True))
+            coarse = self.random.random((*shape[:-2], rows, keys)) < 0.4
+            seen &= coarse.repeat(50, -2)[..., :shape[-2], :].repeat(70, -1)[..., :shape[-1]]
+        if c.mask_memory == "queries":
+            seen = np.ascontiguousarray(seen.swapaxes(-1, -2)).swapaxes(-1, -2)
+        elif c.mask_memory == "shifted":
+            wider = np.zeros((*shape[:-1], shape[-1] + 3), bool)
+            wider[..., 1:-2] = seen
+            seen = wider[..., 1:-2]
+        return seen
 
 
 def _cumulative(lengths: tuple[int, ...]) -> Array:
@@ -243,6 +262,11 @@ def _masks() -> Iterator[Case]:
     yield Case("window_top_left", seqlen_q=30, seqlen_k=60, window=(4, 9), causal="top_left")
     for shape in ((2, 2, 37, 37), (37, 37), (2, 1, 1, 37), (1, 2, 37, 1)):
         yield Case(f"mask_{'x'.join(map(str, shape))}", mask=shape)
+    yield Case("mask_blocks", seqlen_q=230, seqlen_k=310, mask=(2, 1, 230, 310), mask_kind="blocks", dlse=True)
+    yield Case("mask_blocks_queries", seqlen_q=190, seqlen_k=270, mask=(1, 2, 190, 270), mask_kind="blocks", mask_memory="queries")
+    yield Case("mask_shifted", seqlen_q=90, seqlen_k=133, mask=(90, 133), mask_memory="shifted")
+    yield Case("mask_hidden", seqlen_q=70, seqlen_k=150, mask=(1, 1, 70, 150), mask_kind="hidden", sinks=True)
+    yield Case("mask_padding_gqa", num_heads=4, num_heads_k=2, seqlen_q=140, seqlen_k=300, mask=(2, 1, 1, 300), mask_kind="blocks")
     yield Case("mask_causal_window", seqlen_q=70, mask=(70, 70), causal=True, window=(9, None))
 
 
@@ -295,6 +319,8 @@ def _packed() -> Iterator[Case]:
     yield Case("packed_seqused_alibi", lengths_q=(5, 19), lengths_k=(20, 30), used_k=(13, 17), alibi="batch")
     yield Case("packed_spare", lengths_q=(5, 9), spare=6, sinks=True, dlse=True)
     yield Case("packed_bias", lengths_q=(5, 19), bias=(2, 2, 19, 19), causal=True)
+    yield Case("packed_mask_blocks", num_heads=4, num_heads_k=2, lengths_q=(150, 0, 70), lengths_k=(40, 210, 300), mask=(3, 4, 150, 300),
+               mask_kind="blocks", causal=True)
     yield Case("packed_bias_mask", lengths_q=(15, 9), lengths_k=(4, 12), bias=(1, 2, 1, 12), mask=(2, 1, 15, 12))
     yield Case("packed_dropout", lengths_q=(15, 39), dropout_p=0.2)
     yield Case("packed_none", lengths_q=())

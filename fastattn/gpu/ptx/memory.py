@@ -13,6 +13,8 @@ from ..dsl.asm import F32, I16, I32, I64, VOID, emit, instruction
 load_f32 = instruction("ld.global.f32 $0, [$1];", "l", "f")
 load_f64 = instruction("ld.global.f64 $0, [$1];", "l", "d")
 load_b32 = instruction("ld.global.b32 $0, [$1];", "l", "r")
+# load_b32_if(address, inside): 0 without an access if `inside` is 0
+load_b32_if = instruction("{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }", "lr", "r")
 load_u16 = instruction("{ .reg .u16 t; ld.global.u16 t, [$1]; cvt.u32.u16 $0, t; }", "l", "r")
 load_u8 = instruction("ld.global.u8 $0, [$1];", "l", "r")
 store_f32 = instruction("st.global.f32 [$0], $1;", "lf")

@@ -21,6 +21,8 @@ uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "r", "r")
 opaque = instruction("mov.b32 $0, $1;", "r", "r")
 # threadIdx.x, read again each time, so that what is computed from it is not kept in registers across a loop
 thread_index = instruction("mov.u32 $0, %tid.x;", "", "r")
+# bit n is 1 if lane n of the warp has a nonzero value
+ballot = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, -1; }", "r", "r")
 # 1 if any lane of the warp has a nonzero value, else 0; warp-uniform
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 

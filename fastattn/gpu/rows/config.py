@@ -7,6 +7,9 @@ PREPROCESS_THREADS = 256
 PREPROCESS_ROWS = PADDING   # per thread block: enough to amortise its start-up; never spans two sequences
 SINK_THREADS = 1024         # dsinks: one block a head
 
+# pack_mask
+MASK_WARPS = 4, 32          # of a thread block, for little and for much work: a padding mask of 512 keys keeps one busy
+
 # postprocess: float32 sums to gradients
 ROUND_THREADS = 256
 SUMS_OF_PIECE = 1024        # float32 that a warp rounds at a time: 16 rows by 64 columns, tile/gradients.py's PIECE

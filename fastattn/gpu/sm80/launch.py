@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from ..decode import launch as decode
 from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
+from ..rows.mask_words import mask_words
 from ..runtime.arch import arch_of
 from ..runtime.compile import late
 from ..runtime.device import Device
@@ -55,8 +56,8 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
-    problem."""
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
+    the table of a packed problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
     o = call.operands
@@ -64,10 +65,10 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
-    block_m, tiles, heads = config.block_m, most_tiles(call, config.block_m), head_group(call)
+    block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)
 
     def launch(call: Call, stream: int) -> None:
-        with table(call, block_m, launcher, stream) as sequences:
+        with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
             kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
     return launch
 
@@ -89,9 +90,10 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     tiles, columns = most_tiles(call, config.block_n, True), dq_columns(spec)
     with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
         if tiles:
-            with table(call, config.block_n, launcher, stream, True) as sequences:
+            with (table(call, config.block_n, launcher, stream, True) as sequences,
+                  mask_words(call, config.block_m // config.split, launcher, stream, True) as words):
                 own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
                        p.num_heads_k, p.score.softmax_scale)
-                backward_program(plain, config).launch(launcher, tiles, call, own, stream)
+                backward_program(plain, config).launch(launcher, tiles, words, own, stream)
         round_dq(call, spec, rows, columns, launcher, stream, config.vector)
         dsinks(call, spec, rows, launcher, stream)

@@ -51,6 +51,7 @@ from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Walk, own_lane, own_thread, own_warpgroup
 
@@ -74,7 +75,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     Q_BYTES, KV_BYTES, DS_BYTES, LSE_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, DS_PANELS * DS_PANEL, BLOCK_M * 4
     COUNT_S, COUNT_KV, COUNT_DQ = BLOCK_M // 2, DIM // 2, 32
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
-    PACKED, DROPOUT, SOFTCAP = spec.packed, spec.dropout, spec.softcap
+    PACKED, DROPOUT, SOFTCAP, BIAS = spec.packed, spec.dropout, spec.softcap, spec.bias is not None
     SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
 
     # shared memory and barriers
@@ -90,19 +91,16 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
 
     # what the steps are made of
-    qk, pv = wgmma.make_products(spec.dtype)
-    dsk, dsq = wgmma.make_grad_products(spec.dtype)
-    to_half = make_pack(spec.dtype)
-    give_registers, take_registers = decrease_registers(24), increase_registers(240)
-    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
+    (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
+    to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
+    (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
-    first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
-    clear_rows, clear_keys = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
+    tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
+    key_row, clear_rows, clear_keys = make_key_row(BLOCK_N), make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
 
     # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
     @inline
@@ -288,6 +286,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             # S^T = K Q^T; of the block before dQ = dS K
             wait_q(base, stage, phase, head, m, seqlen_q)
             acc_s = issue_s(base, w, stage)
+            if not BIAS:        # a bias takes so many registers that it is loaded only when S is there
+                early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if NEXT:
                 if SUM_DQ:
                     ds_full.wait(base, int32(other ^ 1))
@@ -310,7 +310,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 do_ring.release(base, int32(other ^ 1), lane)
 
             # score, mask
-            early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+            if BIAS:
+                early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
@@ -461,6 +462,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         if t < tiles:
             first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 tails.init(base, int32(head_k * a.group))

@@ -309,7 +309,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
         if t < num_tiles(a):
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             map_batch = int32(0) if PACKED else batch
-            n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+            n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
             if cuda.threadIdx.x == 0:
                 init_barriers(base)
                 store_shared_b32(base + Q_START, q_start)

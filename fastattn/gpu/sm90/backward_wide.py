@@ -43,6 +43,7 @@ from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, WideSm90Config
 from .config import WIDE_BLOCK_M as BLOCK_M
 from .consumer import Queries
@@ -93,7 +94,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(24), increase_registers(240)
-    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
+    (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
@@ -320,6 +321,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
             first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
             m_min, m_max = uniform(m_min), uniform(m_max)
             if cuda.threadIdx.x == 0:
                 init_barriers(base)

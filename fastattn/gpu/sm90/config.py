@@ -77,23 +77,20 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     # The fallback of `optimistic` recomputes the scores and so keeps all their operands live. With these that spills.
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
     optimistic = spec.alibi is None and not several and not capped and (spec.bias is None or spec.bias_pairs)
-    with_mask = spec.mask and num_features(spec) > 1        # the mask and another feature
     if dim <= 64:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            packed_mask = spec.mask and spec.packed         # 36 to 292 bytes would spill
-            block_n = (48 if capped else 64) if several else 96 if with_mask or packed_mask else 128
-            return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic and not packed_mask)
+            block_n = (48 if capped else 64) if several else 128
+            return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
         return ForwardSm90Config(block_m=192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
-        block_n = (48 if capped else 64) if several else 80 if with_mask or (capped and heavy) else 96 if heavy or capped else 128
+        block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
-    if dim <= 192:          # the mask and another feature spill 4 to 28 bytes at 64 keys, and in the fallback of `optimistic`
-        block_n = 32 if several else 48 if with_mask else 64 if heavy else 96
-        return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True,
-                                 optimistic=optimistic and not with_mask)
-    if heavy:
+    if dim <= 192:
+        block_n = 32 if several else 48 if capped else 64 if heavy else 96
+        return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True, optimistic=optimistic)
+    if heavy or capped:
         return ForwardSm90Config(block_m=128, block_n=32, out_panels=2, optimistic=False, hints=True)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     if plain and seqlen_k >= LONG:
@@ -122,8 +119,8 @@ class BackwardSm90Config:
         P is computed for one half of the queries before the MMA of dP is issued and for the other half after it, so
         that the registers of S, P and dP are never all live.
     squeeze
-        Pieces in which elements of bias and mask are packed as they arrive, two and 32 to a register, one piece after
-        the other. 0: they are not packed.
+        Pieces in which elements of the bias are packed as they arrive, two to a register, one piece after the other. 0:
+        they are not packed.
     apart
         Calls with far rows have a loop of their own, so that the main loop has no code for them: 538 instructions
         instead of 723 at head_dim 128. That code cost 1 to 4 % at head_dim 128 and 2 to 5 % at 64 (docs/log-gpu.md).
@@ -151,18 +148,18 @@ class BackwardSm90Config:
 def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
     240."""
-    two, is_plain = num_features(spec) > 1, num_features(spec) == 0
+    two, at_most_mask = num_features(spec) > 1, num_features(spec) == spec.mask
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
     if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
-        apart = is_plain and not crowded and not (spec.packed and (spec.left or spec.right))     # packed and causal: 8 bytes spill
+        apart = at_most_mask and not crowded and not (spec.packed and (spec.left or spec.right))     # packed and causal: 8 bytes spill
         return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded, apart=apart)
     # others spill: of calls with a bias the packed ones and those masked by position
     several = spec.packed or spec.left or spec.right
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
-    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs, apart=is_plain and not crowded)
+    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded)
 
 
 # ---------------------------------------------------------------- dQ alone
@@ -198,13 +195,13 @@ class DqSm90Config:
 def choose_dq(spec: Spec) -> DqSm90Config:
     """The widest blocks without spilled registers, for all features of a class together.
 
-    S and dP take block_n / 2 registers a thread each, dS block_n / 4, dQ head_dim / 2, bias and mask up to block_n / 2
-    each, softcap block_n / 4, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n a column of a stage of
-    K and V, columns rounded up to 64, of 227 KB: over 128 columns there is no room for all stages.
+    S and dP take block_n / 2 registers a thread each, dS block_n / 4, dQ head_dim / 2, a bias up to block_n / 2,
+    softcap block_n / 4, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n a column of a stage of K and
+    V, columns rounded up to 64, of 227 KB: over 128 columns there is no room for all stages.
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2 if dim <= 192 else 3
-    weight = feature_weight(spec) if spec.bias is not None or spec.mask or spec.softcap else 0
+    weight = feature_weight(spec) if spec.bias is not None or spec.softcap else 0
     if weight > 1:
         return DqSm90Config(block_n=(48, 48, 32, 16)[size])
     if weight > 0 or spec.softcap:
@@ -213,7 +210,8 @@ def choose_dq(spec: Spec) -> DqSm90Config:
         both = weight > 0 and (spec.softcap or (spec.mask and spec.bias is not None))
         block_n = (80, 64, 48 if both else 64)[size]
         return DqSm90Config(block_n=block_n, behind=not (size == 2 and spec.bias is not None))
-    block_n = ((112 if spec.dropout else 128, 96, 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
+    both = spec.mask and spec.dropout       # 32 bytes would spill at 80 keys
+    block_n = ((112 if spec.dropout else 128, 96, 64 if both else 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
     if size == 3:
         return DqSm90Config(block_n=block_n, stages=2, stages_v=1, behind=False)
     return DqSm90Config(block_n=block_n, stages=3, stages_v=1 if block_n == 80 and size == 2 else 2)
@@ -261,16 +259,15 @@ class WideSm90Config:
 def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     """The most stages that fit.
 
-    S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, bias and mask 32 each, of
-    240. Shared memory: 16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192
-    columns, fewer stages.
+    S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, a bias 32, of 240. Shared
+    memory: 16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer
+    stages.
     """
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
-    # of dV, in one piece 4 bytes spill at head_dim 256
-    pieces = 1 if spec.mask and spec.softcap else squeeze(spec, 2 if part == "dv" else 1)
+    pieces = squeeze(spec, 2 if part == "dv" else 1)        # of dV, in one piece 4 bytes spill at head_dim 256
     if part == "dv":
         return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=pieces)
-    crowded = spec.bias is not None or spec.mask or spec.softcap
+    crowded = spec.bias is not None or spec.softcap
     if columns == 4:
         return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=pieces)
     return WideSm90Config(part=part, q_stages=3, do_stages=1 if columns + columns_v == 7 else 2, behind=not crowded,

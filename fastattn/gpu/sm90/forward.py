@@ -61,7 +61,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
     WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
-    PACKED, MASKED_ALWAYS = spec.packed, spec.left or spec.right
+    PACKED, MASK, MASKED_ALWAYS = spec.packed, spec.mask, spec.left or spec.right
     OPTIMISTIC, HINTS = config.optimistic, config.hints
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
 
@@ -69,14 +69,14 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, PANELS_V) * OUT_PANEL)
-    records = make_records(spec, BLOCK_M, smem, WARPS)
+    tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
+    records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
 
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
-    tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     keep = make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S)
     draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
@@ -139,7 +139,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
                 m_block, head = records.word(base, i, TILE.M_BLOCK), records.word(base, i, TILE.HEAD)
                 q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
-                n_min, n_max = tile_blocks(a, m_block, records.word(base, i, TILE.SEQLEN_Q), records.word(base, i, TILE.SEQLEN_K))
+                n_min, n_max = records.blocks(a, base, i)
                 head_k, map_batch = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
                 load_k(a, base, it, row, head_k, map_batch)
@@ -309,9 +309,14 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
-        n_min, n_max = tile_blocks(a, m_block, seqlen_q, seqlen_k)
+        if MASK:
+            n_min, n_max = records.get(base, i, TILE.N_MIN), records.get(base, i, TILE.N_MAX)
+        else:
+            n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
         full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         n_min, n_max = uniform(n_min), uniform(n_max)
+        if MASK:        # an optimistic step for rows that have seen nothing would be done twice; most begin with their last block
+            full_max = int32(min(full_max, records.get(base, i, TILE.END + w) - 1))
         fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
         fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would release Q's slot a softmax later
         fast_min = uniform(int32(max(min(full_min, fast_max), fast_min)))

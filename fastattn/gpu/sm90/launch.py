@@ -9,6 +9,7 @@ from ...problem import Problem
 from ..config import feature_weight
 from ..decode import launch as decode
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq
+from ..rows.mask_words import mask_words
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
@@ -88,8 +89,8 @@ def _choice(spec: Spec, seqlen_k: int) -> tuple[ForwardSm90Config, Program]:
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the table of a packed
-    problem."""
+    """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
+    the table of a packed problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
     config, (source, arguments) = _choice(spec, call.problem.seqlen_k)
@@ -108,10 +109,10 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         maps = tensor_maps(boxes(call), captured, forms)
         kernel.launch(grid, values(call, (*maps, counter(captured), sequences, tiles, heads)), stream)
 
-    def launch_packed(call: Call, stream: int) -> None:
-        with table(call, block_m, launcher, stream) as sequences:
+    def launch_special(call: Call, stream: int) -> None:
+        with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
             launch(call, stream, sequences)
-    return launch_packed if spec.packed else launch
+    return launch_special if spec.packed or spec.mask else launch
 
 
 # ---------------------------------------------------------------- backward
@@ -152,11 +153,12 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     config, dq_alone = choose_backward(own_spec), call.deterministic or is_wide(p)
     with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
           table(call, BLOCK_N, launcher, stream, True) as sequences,
-          dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums):
+          dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums,
+          mask_words(call, WIDE_BLOCK_M if is_wide(p) else config.block_m, launcher, stream, True) as words):
         if is_wide(p):
-            _launch_wide(call, own_spec, rows, sequences, sums, launcher, stream)
+            _launch_wide(words, own_spec, rows, sequences, sums, launcher, stream)
         else:
-            _launch_backward(call, own_spec, config, rows, sequences, sums, launcher, stream)
+            _launch_backward(words, own_spec, config, rows, sequences, sums, launcher, stream)
         if dq_alone:
             _launch_dq(call, own_spec, rows, launcher, stream)
         else:
@@ -195,8 +197,8 @@ def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, s
     o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
     config = choose_dq(spec)
     tiles = most_tiles(call, DQ_BLOCK_M)
-    with table(call, DQ_BLOCK_M, launcher, stream) as sequences:
+    with table(call, DQ_BLOCK_M, launcher, stream) as sequences, mask_words(call, config.block_n, launcher, stream) as words:
         boxes = (o.q, DQ_BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, DQ_BLOCK_M)
         own = (*launcher.tensor_maps(boxes, launcher.capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count,
                sequences, tiles, head_group(call), call.problem.score.softmax_scale)
-        dq_program(spec, config).launch(launcher, tiles, call, own, stream)
+        dq_program(spec, config).launch(launcher, tiles, words, own, stream)

@@ -16,7 +16,7 @@ from ..ptx.sync import uniform
 from ..spec import Spec
 from ..tile.ring import make_ring
 from ..tile.schedule import make_tile_at, make_unowned
-from ..tile.smem import Smem
+from ..tile.smem import WARPGROUP_ROWS, Smem
 
 RECORDS = 4
 
@@ -32,9 +32,10 @@ class TILE(IntEnum):
     SEQLEN_K = 5
     KIND = 6
     K_START = 7
+    N_MIN = 8       # from here on of a call with a mask: its key blocks, and those of each warpgroup's rows, up to [END + w]
+    N_MAX = 9
+    END = 10
 
-
-RECORD_BYTES = 4 * len(TILE)
 
 
 class Records(ModuleType):
@@ -42,6 +43,7 @@ class Records(ModuleType):
 
     init(base)                      one thread, before mbarrier.fence_init
     put(a, base, i, t, tiles)       the producer writes tile t, of `tiles`, as the i-th
+    blocks(a, base, i)              (n_min, n_max) of the tile, for one thread; a call with a mask has them in the record
     word(base, i, TILE.HEAD)        a word of the record, for one thread
     wait(base, i)                   consumers, before they read
     get(base, i, TILE.HEAD)         a word of the record, for a warp; read again where it is needed, not kept in a register
@@ -51,14 +53,17 @@ class Records(ModuleType):
     init: Any
     put: Any
     word: Any
+    blocks: Any
     wait: Any
     get: Any
     release: Any
 
 
-def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Records:
-    """Records of tiles of BLOCK_M rows, read by so many consumer warps; shared memory is taken from `smem`."""
+def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int, tile_blocks: Any) -> Records:
+    """Records of tiles of BLOCK_M rows, read by so many consumer warps; shared memory is taken from `smem`. tile_blocks: see bounds.py."""
     ring = make_ring(smem, RECORDS, CONSUMERS)
+    MASK, WARPGROUPS = spec.mask, BLOCK_M // WARPGROUP_ROWS
+    RECORD_BYTES = 4 * (TILE.END + WARPGROUPS) if MASK else 4 * TILE.N_MIN
     SLOTS = smem.take(RECORDS * RECORD_BYTES, 16)
     tile_at, unowned = make_tile_at(spec, BLOCK_M), make_unowned(spec)
     records = Records("records")
@@ -82,6 +87,15 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Record
             m_block, head, batch, q_start, seqlen_q, k_start, seqlen_k = tile_at(a, t)
             put_words(record, m_block, head, batch, q_start, seqlen_q, seqlen_k, k_start)
             store_shared_b32(record + 4 * TILE.KIND, unowned(a, t))
+            if MASK:
+                n_min, n_max, ends = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
+                store_shared_b32(record + 4 * TILE.N_MIN, n_min)
+                store_shared_b32(record + 4 * TILE.N_MAX, n_max)
+                store_shared_b32(record + 4 * TILE.END, ends[0])
+                if WARPGROUPS > 1:
+                    store_shared_b32(record + 4 * TILE.END + 4, ends[1])
+                if WARPGROUPS > 2:
+                    store_shared_b32(record + 4 * TILE.END + 8, ends[2])
         else:
             put_words(record, int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), int32(0))
             store_shared_b32(record + 4 * TILE.KIND, int32(0))
@@ -96,6 +110,15 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Record
         return uniform(word(base, i, field))
 
     @inline
+    def blocks(a, base, i):
+        if MASK:
+            return word(base, i, TILE.N_MIN), word(base, i, TILE.N_MAX)
+        else:
+            n_min, n_max, _ = tile_blocks(a, word(base, i, TILE.BATCH), word(base, i, TILE.HEAD), word(base, i, TILE.M_BLOCK),
+                                          word(base, i, TILE.SEQLEN_Q), word(base, i, TILE.SEQLEN_K))
+            return n_min, n_max
+
+    @inline
     def wait(base, i):
         ring.wait_full_nth(base, i)
 
@@ -103,5 +126,6 @@ def make_records(spec: Spec, BLOCK_M: int, smem: Smem, CONSUMERS: int) -> Record
     def release(base, i, lane):
         slot, _ = ring.use(i)
         ring.release(base, slot, lane)
-    records.init, records.put, records.word, records.wait, records.get, records.release = ring.init, put, word, wait, get, release
+    records.init, records.put, records.word, records.blocks = ring.init, put, word, blocks
+    records.wait, records.get, records.release = wait, get, release
     return records

@@ -370,47 +370,12 @@ def make_unpack(dtype: str, pairs: bool) -> Any:
 
 
 @intrinsic
-def keep_nonzero(typingctx: Any, acc: Any, tile: Any) -> Any:
-    """acc where the boolean tile is True, else -inf."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, [builder.select(builder.icmp_unsigned("!=", keep, I32(0)), x, NEG_INF) for x, keep in
-                              zip(unpack(builder, args[0], acc.count), unpack(builder, args[1], acc.count), strict=True)])
-    return signature(acc, acc, tile), generate
-
-
-@intrinsic
-def bits_of(typingctx: Any, tile: Any) -> Any:
-    """At most 32 elements packed into one word: bit k is 1 if element k is not 0."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = I32(0)
-        for k, x in enumerate(unpack(builder, args[0], tile.count)):
-            word = builder.or_(word, builder.select(builder.icmp_signed("!=", x, I32(0)), _bit(k), I32(0)))
-        return pack(builder, [emit_opaque(builder, word)])      # opaque: else the compiler would keep the elements
-    return signature(types.UniTuple(types.int32, 1), tile), generate
-
-
-@intrinsic
 def pairs_of(typingctx: Any, tile: Any) -> Any:
     """16-bit elements, one a register, packed two a register: the layout of make_gather_pairs."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x = unpack(builder, args[0], tile.count)
         return pack(builder, [emit_opaque(builder, builder.or_(x[k], builder.shl(x[k + 1], I32(16)))) for k in range(0, tile.count, 2)])
     return signature(types.UniTuple(types.int32, tile.count // 2), tile), generate
-
-
-@intrinsic
-def keep_bits(typingctx: Any, acc: Any, words: Any) -> Any:
-    """acc where its bit is set, else -inf. `words`: bits_of equal parts of the fragment."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits, out, each = unpack(builder, args[1], words.count), [], acc.count // words.count
-        for k, x in enumerate(unpack(builder, args[0], acc.count)):
-            out.append(builder.select(builder.icmp_signed("!=", builder.and_(bits[k // each], _bit(k % each)), I32(0)), x, NEG_INF))
-        return pack(builder, out)
-    return signature(acc, acc, words), generate
-
-
-def _bit(k: int) -> Any:
-    return I32((1 << k) - (1 << 32 if k == 31 else 0))
 
 
 def make_draw(philox: Any, COUNT: int, EARLY: bool = False) -> Any:

@@ -11,14 +11,13 @@ from numba import float32, int32, uint64
 from ..dsl.inline import inline
 from ..ptx.arith import exp2, reciprocal
 from ..ptx.memory import load_scalar
+from ..ptx.sync import any_lane
 from ..spec import LOG2E, Spec
+from .bits import keep_words
 from .fragments import (
     add,
-    bits_of,
     elementwise,
     join,
-    keep_bits,
-    keep_nonzero,
     make_gather,
     make_gather_pairs,
     make_gather_whole,
@@ -28,6 +27,7 @@ from .fragments import (
     pairs_of,
     scale_add,
 )
+from .words import make_word_tile
 
 _LOG2E = float32(LOG2E)
 
@@ -69,24 +69,22 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     """(prepare, fetch, score) for fragments of COUNT registers.
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
-    early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): bias and mask elements, loaded while the MMAs of S run
+    early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): elements of the bias and words of the mask, loaded while the MMAs of S run
     acc_s = score(a, acc_s, early, shared, row, col, corner): corner = seqlen_k - seqlen_q, the key of row 0 on the bottom-right diagonal
 
     `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries. TRANSPOSED or
-    CAPPED, for the backward: with a softcap, acc_s is the capped scores from `cap_of`, not the dot products. SQUEEZE: elements of bias
-    and mask are packed as they arrive, in so many pieces of the fragment, to save registers.
+    CAPPED, for the backward: with a softcap, acc_s is the capped scores from `cap_of`, not the dot products. SQUEEZE: elements of a 16-bit
+    bias are packed as they arrive, in so many pieces of the fragment, to save registers.
     """
-    PACKED = spec.packed
+    PACKED, ALL_KEPT = spec.packed, -1 if COUNT == 64 else (1 << (COUNT // 2)) - 1     # bits of a word
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     CAPPED = SOFTCAP and (TRANSPOSED or CAPPED)
     PAIRS = spec.bias_pairs and not TRANSPOSED
     bias_tile, bias_float = _score_tile(spec.bias or "float32", COUNT, PAIRS, spec.bias_whole and PAIRS and COUNT % 16 == 0)
     if SQUEEZE and not PAIRS and spec.bias in ("float16", "bfloat16"):
-        bias_tile, bias_float = _squeezed_tile(spec.bias, COUNT, SQUEEZE, pairs_of), _score_tile(spec.bias, COUNT, pairs=True)[1]
-    mask_tile = _squeezed_tile("bool", COUNT, SQUEEZE, bits_of) if SQUEEZE else _score_tile("bool", COUNT)[0]
-    keep_mask = keep_bits if SQUEEZE else keep_nonzero
+        bias_tile, bias_float = _squeezed_tile(spec.bias, COUNT, SQUEEZE), _score_tile(spec.bias, COUNT, pairs=True)[1]
     load_slope = load_scalar(spec.alibi or "float32")
-    fetch_bias, fetch_mask = _make_fetch(bias_tile, TRANSPOSED), _make_fetch(mask_tile, TRANSPOSED)
+    fetch_bias, fetch_mask = _make_fetch(bias_tile, TRANSPOSED), _make_fetch(make_word_tile(2 * COUNT), TRANSPOSED)
 
     def scaled(s, row, col, scale):
         return s * scale
@@ -120,11 +118,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     def fetch(a, batch, head, row, col, seqlen_q, seqlen_k):
         if PACKED:      # bias and mask end at max_seqlen_q and max_seqlen_k, which lengths on the device may exceed
             seqlen_q, seqlen_k = int32(min(seqlen_q, a.seqlen_q)), int32(min(seqlen_k, a.seqlen_k))
-        if SQUEEZE:         # the mask first: once packed, it leaves its registers to the bias
-            mask = mask_of(a, batch, head, row, col, seqlen_q, seqlen_k)
-            return bias_of(a, batch, head, row, col, seqlen_q, seqlen_k), mask
-        else:
-            return bias_of(a, batch, head, row, col, seqlen_q, seqlen_k), mask_of(a, batch, head, row, col, seqlen_q, seqlen_k)
+        return bias_of(a, batch, head, row, col, seqlen_q, seqlen_k), mask_of(a, batch, head, row, col, seqlen_q, seqlen_k)
 
     @inline
     def score(a, acc_s, early, shared, row, col, corner):
@@ -144,7 +138,8 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
         if BIAS and (SOFTCAP or ALIBI):
             acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:
-            acc_s = keep_mask(acc_s, early[1])
+            if any_lane(int32((early[1][0] & early[1][1]) != ALL_KEPT)) != 0:      # most blocks of most masks are kept whole
+                acc_s = keep_words(acc_s, early[1])
         return acc_s
 
     return prepare, fetch, score
@@ -235,17 +230,17 @@ def _make_fetch(tile: Any, TRANSPOSED: bool) -> Any:
     return fetch
 
 
-def _squeezed_tile(dtype: str, COUNT: int, PIECES: int, squeeze: Any) -> Any:
-    """`tile` of _score_tile in PIECES pieces. Each is packed by `squeeze`, pairs_of or bits_of, before the next one needs registers."""
+def _squeezed_tile(dtype: str, COUNT: int, PIECES: int) -> Any:
+    """`tile` of _score_tile in PIECES pieces. Each is packed before the next one needs registers."""
     load, _ = _score_tile(dtype, COUNT // PIECES)
 
     @inline
     def tile(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k):
-        first = squeeze(load(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k))
+        first = pairs_of(load(pointer, by_batch, by_head, by_row, by_col, batch, head, row, col, seqlen_q, seqlen_k))
         if PIECES == 1:
             return first
         else:
             other = load(pointer, by_batch, by_head, by_row, by_col, batch, head, row, int32(col + COUNT), seqlen_q, seqlen_k)
-            return join(first, squeeze(other))
+            return join(first, pairs_of(other))
     assert PIECES in (1, 2) and COUNT <= 32 * PIECES
     return tile

@@ -1,6 +1,7 @@
 """Calls made without a GPU: arrays that are addresses only, and a backward whose kernels run in Python."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from fastattn import Grads, gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import View, contiguous
+from fastattn.gpu.config import GROUP
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.gpu.emulator import Memory, emulated
@@ -26,6 +28,25 @@ def whole(p: Problem) -> list[Sequence]:
 
 def host_view(x: Any) -> Any:
     return None if x is None else convert.view(x, "test", "x")
+
+
+def with_bounds(call: Any, mask: np.ndarray[Any, Any], block: int, memory: Memory, by_keys: bool = False) -> Any:
+    """The call with the bounds of its boolean mask's blocks in place of the mask, as rows/mask_words.py lays them out; without words.
+
+    mask: (batch, num_heads, rows, keys), or with one head for all.
+    """
+    lines = mask.swapaxes(2, 3) if by_keys else mask
+    batch, heads, count, columns = lines.shape
+    groups, found = range(0, count, GROUP), np.zeros((batch, heads, -(-count // GROUP), 2), np.int32)
+    for b, h, n in np.ndindex(found.shape[:3]):
+        used = np.flatnonzero(np.add.reduceat(lines[b, h, groups[n]:groups[n] + GROUP].any(axis=0), np.arange(0, columns, block)))
+        found[b, h, -1 - n] = (used[0], used[-1] + 1) if len(used) else (1 << 30, 0)        # the first group's are the last
+    x = host_view(found)
+    memory.allow(x)
+    memory.kept.append(found)
+    plane = found[0, 0].nbytes
+    strides = (plane * heads, plane * (heads > 1), *((0, 16) if by_keys else (16, 0)))
+    return replace(call, operands=replace(call.operands, mask=View(x.ptr + plane, call.operands.mask.shape, strides, "int32")))
 
 
 def run(inputs: Inputs) -> tuple[Grads, list[str]]:

@@ -59,13 +59,19 @@ def _large() -> Iterator[Case]:
         "narrow": {"window": (3, 0)}, "top_left": {"causal": "top_left"}, "softcap": {"softcap": 5.0}, "alibi": {"alibi": "batch"},
         "bias": {"bias": (2, 2, 300, 700)}, "bias_float32": {"bias": (2, 300, 700), "bias_dtype": "float32"},
         "bias_row": {"bias": (1, 700)}, "bias_column": {"bias": (2, 1, 300, 1)}, "bias_inf": {"bias": (2, 2, 300, 700), "bias_inf": True},
-        "mask": {"mask": (2, 1, 300, 700)}, "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.2}, "one_key": {"seqlen_k": 1},
+        "mask": {"mask": (2, 1, 300, 700)}, "mask_heads": {"mask": (2, 2, 300, 700), "mask_kind": "blocks", "causal": False},
+        "mask_padding": {"mask": (2, 1, 1, 700), "mask_kind": "blocks", "causal": False}, "mask_rows": {"mask": (2, 1, 300, 1)},
+        "mask_queries": {"mask": (1, 2, 300, 700), "mask_kind": "blocks", "mask_memory": "queries", "window": (300, 200), "causal": False},
+        "mask_gqa": {"num_heads": 8, "num_heads_k": 2, "mask": (2, 8, 300, 700), "mask_kind": "blocks", "mask_memory": "shifted"},
+        "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.2}, "one_key": {"seqlen_k": 1},
         "more_queries": {"seqlen_q": 700, "seqlen_k": 300}, "huge": {"softmax_scale": 40.0}, "negative": {"softmax_scale": -0.1},
         "zero_scale": {"softmax_scale": 0.0}, "bhsd": {"layout": "bhsd"}, "sliced": {"memory": "sliced"},
         "transposed": {"memory": "transposed"}, "dim_first": {"memory": "dim_first"},
     }
     for (name, settings), dim in itertools.product(features.items(), (64, 128)):
         yield replace(base, name=f"large_{name}_{dim}", **{**settings, "head_dim": dim})
+    for dim in (192, 256):
+        yield replace(base, name=f"large_mask_{dim}", head_dim=dim, **features["mask_heads"])
     packed = replace(base, lengths_q=(300, 0, 129, 1, 64), lengths_k=(300, 40, 700, 130, 0))
     for dim in (64, 128, 256):
         yield replace(packed, name=f"large_packed_{dim}", head_dim=dim)
@@ -74,6 +80,7 @@ def _large() -> Iterator[Case]:
     for dim, dim_v in ((160, None), (192, 128), (256, None)):        # gradients of keys past seqused_k, in a tile with used ones and alone
         yield replace(packed, name=f"large_packed_used_{dim}", used_k=(250, 40, 0, 1, 0), head_dim=dim, head_dim_v=dim_v, spare=7)
     yield replace(packed, name="large_packed_used_dropout", used_k=(250, 3, 1, 130, 0), head_dim=256, dropout_p=0.2, dtype="float16")
+    yield replace(packed, name="large_packed_mask", mask=(5, 2, 300, 700), mask_kind="blocks")
     yield replace(packed, name="large_packed_all", alibi="batch", bias=(5, 1, 300, 700), mask=(1, 2, 1, 700), sinks=True, dropout_p=0.1,
                   softcap=9.0)
 

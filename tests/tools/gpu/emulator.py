@@ -27,7 +27,7 @@ from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime.launcher import Listing
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
-           "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge")
+           "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "tile.words")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 
 
@@ -242,6 +242,9 @@ class Machine:
         self.memory.check(address, 4)
         return int(ctypes.c_int32.from_address(address).value)
 
+    def load_b32_if(self, address: int, inside: int) -> int:
+        return self.load_b32(address) if inside else 0
+
     def store_b32(self, address: int, value: int) -> None:
         self.memory.check(address, 4)
         ctypes.c_int32.from_address(address).value = value
@@ -268,7 +271,8 @@ class Machine:
                 "wait_for_previous": lambda: None, "let_next_start": lambda: None,
                 "int32": int32, "int64": int, "uint64": int, "uint32": lambda x: int(x) & 0xFFFFFFFF, "float32": real, "float64": real,
                 "uint8": None, "load_if": self.load_if, "load_chunk": self.load_chunk, "store": self.store, "load_flag": self.load_flag,
-                "load_b32": self.load_b32, "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
+                "load_b32": self.load_b32, "load_b32_if": self.load_b32_if,
+                "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
                 "store_shared": store_shared, "rounded_product": lambda compute: lambda x, y: x * y,
                 "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
                 "store_shared_b32": lambda at, value: self.block.put(at, value),

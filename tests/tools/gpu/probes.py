@@ -15,6 +15,7 @@ from numba import cuda, float32, int32, int64, uint8, uint32, uint64
 from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
 from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.tile import bits as b
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile.dropout import philox
 from fastattn.philox import keep_mask
@@ -24,6 +25,7 @@ from tests.tools.problems import NUMPY
 Array = np.ndarray[Any, Any]
 C = 64                      # columns of the test fragments: 16 x C, COUNT registers a thread
 COUNT = C // 2
+BITS = C // 4               # of a word for one of the two rows
 FIELDS = "src:l other:l dst:l map_a:l map_b:l map_c:l n:i"
 HALVES = ("float16", "bfloat16")
 
@@ -135,6 +137,9 @@ for _n, _any in ((17, 1), (32, 0)):
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_thread_{_any}")
     add("sync.any_lane", "vote.sync.any.pred", words(lambda i, x, n: sync.any_lane(int32(1) if i == n else int32(0))),
         on_words(lambda x, any_=_any: any_, _n), name=f"sync.any_lane_{_any}")
+add("sync.ballot", "vote.sync.ballot.b32", words(lambda i, x, n: sync.ballot(int32(x & 4))),
+    on_words(lambda x: np.packbits(x & 4 != 0, bitorder="little").view(np.int32)[0]))
+add("arith.shift_left", "shl.b32", words(lambda i, x, n: arith.shift_left(x, int32(3))), on_words(lambda x: x << 3))
 add("sync.opaque", "mov.b32", words(lambda i, x, n: sync.opaque(x)), on_words(lambda x: x))
 def early() -> Any:
     """Launched as any kernel: there is nothing to wait for, and no kernel that may start early."""
@@ -189,6 +194,22 @@ def check_small_loads(launch: Any) -> None:
 
 add("memory.load_u8 memory.load_u16 memory.store_b16 memory.load_f64 memory.store_f64",
     "ld.global.u8; ld.global.u16; st.global.b16; ld.global.f64; st.global.f64", small_loads, check_small_loads)
+
+
+def guarded_load() -> Any:
+    def kernel(a):
+        i = int32(cuda.threadIdx.x)
+        at = uint64(4 * i)
+        memory.store_b32(uint64(a.dst + at), memory.load_b32_if(uint64(a.src + at), int32(1) if i < a.n else int32(0)))
+    return kernel
+
+
+def check_guarded_load(launch: Any) -> None:
+    x = np.arange(5, 37, dtype=np.int32)
+    same(launch(x, dst=np.full(32, -1, np.int32), n=9), np.where(np.arange(32) < 9, x, 0))
+
+
+add("memory.load_b32_if", "@p ld.global.b32", guarded_load, check_guarded_load)
 
 
 def atomics() -> Any:
@@ -521,11 +542,9 @@ add("fragments.quad_max fragments.quad_sum sync.emit_shuffle_xor", "shfl.sync.bf
 
 
 def gathers(dtype: str, pairs: bool, squeeze: bool = False) -> Callable[[], Any]:
-    """A 10 x 37 tile of an operand of `dtype` with rows of 44: what lies outside is not read and is 0; a mask becomes -inf. Squeezed:
-    packed as it arrives, a mask in two halves."""
-    size = 1 if dtype == "bool" else NUMPY[dtype].itemsize
-    gather, plain = f.make_gather_pairs() if pairs else None, f.make_gather(dtype)
-    to_float = f.make_unpack("float32" if dtype == "bool" else dtype, pairs or squeeze)
+    """A 10 x 37 tile of an operand of `dtype` with rows of 44: what lies outside is not read and is 0. Squeezed: packed as it arrives."""
+    size = NUMPY[dtype].itemsize
+    gather, plain, to_float = f.make_gather_pairs() if pairs else None, f.make_gather(dtype), f.make_unpack(dtype, pairs or squeeze)
 
     def make() -> Any:
         def kernel(a):
@@ -537,17 +556,45 @@ def gathers(dtype: str, pairs: bool, squeeze: bool = False) -> Callable[[], Any]
                 tile = gather(at, uint64(at + uint64(8 * 44 * size)), limit0, limit1, COUNT)
             else:
                 tile = plain(at, uint64(at + uint64(8 * 44 * size)), int64(size), limit0, limit1, COUNT)
-            if dtype == "bool" and squeeze:
-                words = f.join(f.bits_of(f.part(tile, 0, 2)), f.bits_of(f.part(tile, 1, 2)))
-                save(a.dst, lane, f.keep_bits(load(a.src, lane), words))
-            elif dtype == "bool":
-                save(a.dst, lane, f.keep_nonzero(load(a.src, lane), tile))
-            elif squeeze:
+            if squeeze:
                 save(a.dst, lane, to_float(f.pairs_of(tile)))
             else:
                 save(a.dst, lane, to_float(tile))
         return kernel
     return make
+
+
+def bits() -> Any:
+    """The same of a mask, a word of bits for each of a thread's rows: what is hidden or lies outside becomes -inf."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        row, col = f.lane_row(lane), f.thread_col(lane)
+        at = uint64(a.other + uint64(44 * row + col))
+        limit0, limit1 = int32(a.n - col), int32(a.n - col) if row + 8 < 10 else int32(0)
+        words = b.line_bits(at, int64(1), limit0, BITS), b.line_bits(uint64(at + uint64(8 * 44)), int64(1), limit1, BITS)
+        save(a.dst, lane, b.keep_words(load(a.src, lane), words))
+    return kernel
+
+
+def transposed_bits() -> Any:
+    """Four lines a lane, whose bytes are next to each other: of a mask (37, 128), columns by lines."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        words = b.lines_bits(uint64(a.src + uint64(4 * lane)), int64(128), a.n, BITS)
+        memory.store_b32(uint64(a.dst + uint64(16 * lane)), words[0])
+        memory.store_b32(uint64(a.dst + uint64(16 * lane + 4)), words[1])
+        memory.store_b32(uint64(a.dst + uint64(16 * lane + 8)), words[2])
+        memory.store_b32(uint64(a.dst + uint64(16 * lane + 12)), words[3])
+    return kernel
+
+
+def check_transposed_bits(launch: Any) -> None:
+    x = np.random.default_rng(3).choice([0, 0, 1, 128, 255], (37, 128)).astype(np.uint8)
+    columns = [8 * (k // 2) + k % 2 for k in range(BITS)]
+    same(launch(x, dst=np.zeros(128, np.int32), n=37), sum((x[c] != 0).astype(np.int32) << k for k, c in enumerate(columns) if c < 37))
+
+
+add("bits.lines_bits", "@p ld.global.b32", transposed_bits, check_transposed_bits)
 
 
 def check_gathers(dtype: str, n: int) -> Callable[[Any], None]:
@@ -561,13 +608,14 @@ def check_gathers(dtype: str, n: int) -> Callable[[Any], None]:
     return check
 
 
-for _dtype in ("float32", *HALVES, "bool"):
-    add("fragments.make_gather fragments.make_unpack fragments.keep_nonzero memory.emit_load_if memory.halves memory.half_to_float",
-        {"float32": "@p ld.global.b32", "bool": "@p ld.global.u8"}.get(_dtype, "@p ld.global.u16"), gathers(_dtype, False),
+for _dtype in ("float32", *HALVES):
+    add("fragments.make_gather fragments.make_unpack memory.emit_load_if memory.halves memory.half_to_float",
+        {"float32": "@p ld.global.b32"}.get(_dtype, "@p ld.global.u16"), gathers(_dtype, False),
         check_gathers(_dtype, 37), name=f"fragments.gather_{_dtype}")
-for _dtype in (*HALVES, "bool"):
-    add("fragments.pairs_of fragments.bits_of fragments.keep_bits", "@p ld.global.u8" if _dtype == "bool" else "@p ld.global.u16",
-        gathers(_dtype, False, squeeze=True), check_gathers(_dtype, 37), name=f"fragments.squeeze_{_dtype}")
+for _dtype in HALVES:
+    add("fragments.pairs_of", "@p ld.global.u16", gathers(_dtype, False, squeeze=True), check_gathers(_dtype, 37),
+        name=f"fragments.squeeze_{_dtype}")
+add("bits.line_bits bits.keep_words", "@p ld.global.u8", bits, check_gathers("bool", 37))
 for _dtype in HALVES:
     add("fragments.make_gather_pairs fragments.make_unpack", "@p ld.global.b32", gathers(_dtype, True), check_gathers(_dtype, 38),
         name=f"fragments.gather_pairs_{_dtype}")
