@@ -53,6 +53,8 @@ class Spec:
         Of the backward: the dtype in which dbias is stored, None if it is not wanted.
     deterministic
         Of the backward: the same bits every run.
+    parts
+        Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     """
 
     dtype: str
@@ -73,11 +75,13 @@ class Spec:
     lse: bool = True
     dbias: str | None = None
     deterministic: bool = False
+    parts: bool = False
 
     @property
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
-        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic")
+        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic",
+                 "parts")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

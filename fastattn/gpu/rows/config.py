@@ -14,6 +14,10 @@ MASK_WARPS = 4, 32          # of a thread block, for little and for much work: a
 ROUND_THREADS = 256
 SUMS_OF_PIECE = 1024        # float32 that a warp rounds at a time: 16 rows by 64 columns, tile/gradients.py's PIECE
 
+# groups: dk and dv from parts
+GROUP_THREADS = 256
+GROUP_COLUMNS = 8           # of a thread: 16 bytes of results
+
 # merge_states
 MERGE_THREADS = 128
 

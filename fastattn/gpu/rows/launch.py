@@ -19,6 +19,8 @@ from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS
 from ..spec import AnyCall, Arguments, BackwardCall, Spec, whole_chunks
 from .config import (
+    GROUP_COLUMNS,
+    GROUP_THREADS,
     LOOPS,
     MERGE_THREADS,
     PADDING,
@@ -35,6 +37,7 @@ from .config import (
 WARP = 32
 make_preprocess, make_dsinks = late("rows.preprocess", "make_preprocess"), late("rows.preprocess", "make_dsinks")
 make_round, make_round_dbias = late("rows.postprocess", "make_round"), late("rows.postprocess", "make_round_dbias")
+make_sum_groups = late("rows.groups", "make_sum_groups")
 make_add_part = late("rows.merge", "make_add_part")
 make_transform, make_sum_rows = late("rows.transform", "make_transform"), late("rows.transform", "make_sum_rows")
 make_transform_backward = late("rows.transform", "make_transform_backward")
@@ -44,6 +47,8 @@ PREPROCESS = ("out_lse:l out_log2:l out_delta:l out_accum:l out_far:l far_mark:i
 DSINKS = "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q"
 ROUND = "accum:l rows:i pieces:q grad_scale:f cu_seqlens_q:l q_step:q"
 ROUND_DBIAS = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
+SUM_GROUPS = ("part_k:l part_v:l parts:i seqlen_k:i num_heads_k:i columns:i blocks_k:i dk:l dk_row:q dk_head:q dk_dim:q head_dim:i "
+              "dv:l dv_row:q dv_head:q dv_dim:q head_dim_v:i")
 MERGE = ("part:l part_batch:q part_row:q part_head:q part_dim:q part_lse:l part_lse_batch:q part_lse_head:q part_lse_row:q "
          "sum:l sum_top:l out:l out_batch:q out_row:q out_head:q out_dim:q lse:l lse_batch:q lse_head:q lse_row:q "
          "first:i last:i rows:i heads:i dim:i")
@@ -224,6 +229,22 @@ def dbias_sums(x: View | None, launcher: Launcher, stream: int) -> Iterator[tupl
         yield memory, 4 * heads * rows * cols * (batch > 1), 4 * rows * cols * (heads > 1), 4 * cols
         values = [memory, heads, rows, cols, x.ptr, *x.strides]
         launcher.load(round_dbias_source(x.dtype)).launch(batch * heads * rows, values, stream)
+
+
+# ---------------------------------------------------------------- parts of a group
+@cache
+def sum_groups_source(dtype: str, whole: bool) -> Source:
+    key = f"sum_groups {dtype}" + " whole" * whole
+    return Source(key, lambda: (make_sum_groups(dtype, whole), 0), fields_of(SUM_GROUPS), GROUP_THREADS)
+
+
+def sum_groups(part_k: View, part_v: View, dk: View, dv: View, launcher: Launcher, stream: int) -> None:
+    """Enqueue writing dk and dv (1, key, head, dim) as sums over the first axis of float32 parts (part, key, head, columns)."""
+    parts, seqlen_k, heads, columns = part_k.shape
+    blocks = -(-seqlen_k * heads * (columns // GROUP_COLUMNS) // GROUP_THREADS)
+    values = [part_k.ptr, part_v.ptr, parts, seqlen_k, heads, columns, blocks, dk.ptr, *dk.strides[1:], dk.shape[3],
+              dv.ptr, *dv.strides[1:], dv.shape[3]]
+    launcher.load(sum_groups_source(dk.dtype, whole_chunks(dk) and whole_chunks(dv))).launch(2 * blocks, values, stream)
 
 
 # ---------------------------------------------------------------- merge_states

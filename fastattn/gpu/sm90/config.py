@@ -162,6 +162,27 @@ def choose_backward(spec: Spec) -> BackwardSm90Config:
     return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded)
 
 
+# A group's query heads as separate tiles (launch.py). Estimates, in seconds and bytes a second.
+STEP_FLOPS = 4.5e12         # of a multiprocessor in a step of the backward
+PART_BANDWIDTH = 3e12       # parts are written and read, partly in L2
+PART_OVERHEAD = 8e-6        # of the kernel that adds them up, half of it on the host
+MOST_PART_BYTES = 256 << 20
+WORTH = 0.85                # of the time without parts
+
+
+def worth_parts(spec: Spec, config: BackwardSm90Config, heads_k: int, group: int, seqlen_q: int, seqlen_k: int, num_sms: int) -> bool:
+    """Whether the backward of one sequence is faster if each query head of a group has its own tiles, whose dK and dV are added up later.
+
+    The longest tile bounds a call whose tiles are few: that of the first keys, which all queries attend, of all heads of a group.
+    """
+    blocks, tiles = -(-seqlen_q // config.block_m), -(-seqlen_k // BLOCK_N)
+    steps = heads_k * group * tiles * blocks * (0.5 + 0.5 / tiles if spec.right else 1.0)
+    step = config.block_m * BLOCK_N * 10 * config.dim / STEP_FLOPS
+    part_bytes = 2 * 4 * heads_k * group * seqlen_k * config.dim
+    whole, apart = max(group * blocks, steps / num_sms) * step, max(blocks, steps / num_sms) * step
+    return part_bytes <= MOST_PART_BYTES and apart + 2 * part_bytes / PART_BANDWIDTH + PART_OVERHEAD < WORTH * whole
+
+
 # ---------------------------------------------------------------- dQ alone
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DqSm90Config:

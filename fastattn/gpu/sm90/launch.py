@@ -4,11 +4,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from ...arrays.view import View
-from ...problem import Problem
+from ...arrays.view import View, contiguous
+from ...problem import Grads, Operands, Problem
 from ..config import feature_weight
 from ..decode import launch as decode
-from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq
+from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq, sum_groups
 from ..rows.mask_words import mask_words
 from ..runtime.compile import late
 from ..runtime.device import Device
@@ -32,6 +32,7 @@ from .config import (
     choose_dq,
     choose_forward,
     choose_wide,
+    worth_parts,
 )
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
@@ -151,6 +152,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
                  and p.score.softcap is None)
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None)
     config, dq_alone = choose_backward(own_spec), call.deterministic or is_wide(p)
+    if not spec.parts and _in_parts(call, own_spec, config, launcher):
+        return _backward_in_parts(call, spec, config, launcher, stream)
     with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
           table(call, BLOCK_N, launcher, stream, True) as sequences,
           dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums,
@@ -166,6 +169,41 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
         if g.dbias is not None and not in_kernel:
             dbias(call, spec, rows, launcher, stream)
         dsinks(call, spec, rows, launcher, stream)
+
+
+def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
+    """Whether the query heads of a group get tiles of their own: one sequence with few tiles, and nothing but a mask by position."""
+    p = call.problem
+    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout or call.deterministic or is_wide(p):
+        return False
+    return call.grads.dsinks is None and worth_parts(spec, config, p.num_heads_k, p.group, p.seqlen_q, p.seqlen_k, launcher.device.num_sms)
+
+
+def _backward_in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher, stream: int) -> None:
+    """The backward of one sequence as that of a batch: entry n has query head n of each group, and all have the same keys and values.
+
+    dK and dV of the entries are float32 parts, which are added up at the end.
+    """
+    p, o, g = call.problem, call.operands, call.grads
+    parts, keys, heads = p.group, p.seqlen_k, p.num_heads_k
+
+    def entries(x: View, axis: int) -> View:
+        """x (1, ...) with every `parts`-th head in an entry; `axis` has the heads."""
+        shape, strides = list(x.shape), list(x.strides)
+        shape[0], shape[axis], strides[0], strides[axis] = parts, heads, x.strides[axis], parts * x.strides[axis]
+        return View(x.ptr, tuple(shape), tuple(strides), x.dtype, x.device)
+
+    def shared(x: View) -> View:
+        return View(x.ptr, (parts, *x.shape[1:]), (0, *x.strides[1:]), x.dtype, x.device)
+    size, form = 4 * parts * keys * heads * config.dim, (parts, keys, heads, config.dim)
+    with launcher.temporary(2 * size, stream) as memory:
+        part_k, part_v = (View(at, form, contiguous(form, 4), "float32", o.k.device) for at in (memory, memory + size))
+        problem = replace(p, batch=parts, num_heads=heads)
+        operands, grads = Operands(entries(o.q, 2), shared(o.k), shared(o.v)), Grads(entries(g.dq, 2), part_k, part_v)
+        parted = BackwardCall(problem, operands, entries(call.dout, 2), entries(call.out, 2), entries(call.lse, 1),
+                              None if call.dlse is None else entries(call.dlse, 1), grads, False)
+        backward(parted, replace(spec, parts=True), launcher, stream)
+        sum_groups(part_k, part_v, g.dk, g.dv, launcher, stream)
 
 
 def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int, sums: Sums,

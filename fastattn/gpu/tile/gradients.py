@@ -17,7 +17,15 @@ from ..dsl.asm import F32, I32, I64, VOID, emit, instruction, literals, pack, un
 from ..dsl.inline import Compiled, inline
 from ..ptx.arith import emit_abs, emit_exp2, emit_fma, emit_max, emit_min_nan, emit_product, reciprocal
 from ..ptx.matrix import emit_transpose
-from ..ptx.memory import emit_add_if, emit_load_pair, emit_load_shared_pair, emit_store_shared_vector, load_shared_b32, store_shared_b32
+from ..ptx.memory import (
+    emit_add_if,
+    emit_load_pair,
+    emit_load_shared_pair,
+    emit_store_pair_if,
+    emit_store_shared_vector,
+    load_shared_b32,
+    store_shared_b32,
+)
 from ..ptx.sync import opaque, thread_index
 from ..spec import FAR_LSE, Spec
 from .dropout import philox
@@ -223,12 +231,32 @@ def make_kept_tile(spec: Spec, smem: Smem) -> tuple[Any, Any, Any]:
     return keep_tile, kept_tile, kept_q_start
 
 
+@intrinsic
+def store_numbers(typingctx: Any, acc: Any, address0: Any, address1: Any, keep0: Any, keep1: Any) -> Any:
+    """Store a fragment of 16 rows as float32: address0 of the thread's first two numbers, address1 of those 8 rows below."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for k in range(0, acc.count, 2):
+            row = row_of(k) // 8
+            emit_store_pair_if(builder, args[3 + row], builder.add(args[1 + row], I64(4 * col_of(k))), registers[k], registers[k + 1])
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.uint64, types.uint64, types.int32, types.int32), generate
+
+
 def make_store(spec: Spec, DIM: int) -> Any:
     """store(acc, pointer, by_row, dim, lane, key, used, end): a warp's 16 rows of dK or dV, `dim` of DIM columns, rows below `end`.
 
-    Rows from `used` on become 0, by a select: their K and V took part in the MMAs and may hold anything, NaN included.
+    Rows from `used` on become 0, by a select: their K and V took part in the MMAs and may hold anything, NaN included. The float32 of
+    spec.parts have room for all DIM columns.
     """
     PACKED, to_half = spec.packed, make_pack(spec.dtype)
+    if spec.parts:
+        @inline
+        def store_part(acc, pointer, by_row, dim, lane, key, used, end):
+            address = uint64(pointer + key * by_row + 4 * thread_col(lane))
+            store_numbers(acc, address, uint64(address + uint64(8 * by_row)), int32(1) if key < end else int32(0),
+                          int32(1) if key + 8 < end else int32(0))
+        return store_part
 
     @inline
     def store(acc, pointer, by_row, dim, lane, key, used, end):

@@ -189,6 +189,9 @@ def _ci() -> Iterator[Job]:
     yield from _found()
     yield from _decode()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
+    groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
+    for dim in (64, 128):
+        yield Job("sm90", "sm_90a", _want(half, dim, lse=False, backward=True, **groups), "groups")
     for dim in (64, 128, 256):
         yield Job("sm90", "sm_90a", _want(half, dim, causal=True), "causal")
     for dim in (128, 256):
