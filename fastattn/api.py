@@ -43,14 +43,14 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     Parameters
     ----------
     q : array (batch, seqlen_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64; head_dim from 1 to 512. A NumPy array, a CPU or CUDA tensor of torch, or
+        float16, bfloat16, float32 or float64; head_dim from 1 to 576. A NumPy array, a CPU or CUDA tensor of torch, or
         any array that speaks DLPack or the CUDA Array Interface, with any strides. Shapes here are those of
         ``layout="bshd"``.
     k : array (batch, seqlen_k, num_heads_k, head_dim)
         q's dtype and device. num_heads_k divides num_heads: query heads share key heads in groups of num_heads /
         num_heads_k.
     v : array (batch, seqlen_k, num_heads_k, head_dim_v)
-        q's dtype and device. head_dim_v from 1 to 512 may differ from head_dim.
+        q's dtype and device. head_dim_v from 1 to 576 may differ from head_dim.
     causal : bool or str, default False
         True or "bottom_right": row i attends keys j <= d. "top_left": the same with d = i.
     window : (int or None, int or None), optional
@@ -247,7 +247,7 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     Parameters
     ----------
     q : array (total_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64; head_dim from 1 to 512.
+        float16, bfloat16, float32 or float64; head_dim from 1 to 576.
     k : array (total_k, num_heads_k, head_dim)
         q's dtype and device; num_heads_k divides num_heads.
     v : array (total_k, num_heads_k, head_dim_v)

@@ -18,7 +18,7 @@ from .masks import Rows, diagonal_of, row_bounds
 from .options import CAP, LENGTH, OFFSET, PROBABILITY, SCALE, SEED, Check, Options, read_options
 
 DTYPES = FLOATS
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
 G = TypeVar("G")
 
 

@@ -142,10 +142,7 @@ def options(case: Case, x: Inputs) -> dict[str, Any]:
 
 def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
     import fastattn
-    from fastattn.problem import MAX_HEAD_DIM
 
-    if case.head_dim > MAX_HEAD_DIM:
-        raise NotImplementedError(f"fastattn has head_dim up to {MAX_HEAD_DIM}")
     extra = options(case, x) | {"engine": engine}
     use = forced(case)
     arrays = (x.q, x.k, x.v) + ((x.cu_seqlens, x.cu_seqlens) if case.lengths else ())

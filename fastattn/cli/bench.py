@@ -56,13 +56,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def shape_of(given: argparse.Namespace) -> Shape:
     from ..benchmark.shape import Shape
+    from ..problem import MAX_HEAD_DIM
 
     batch, seqlen, heads, dim = given.shape
     keys, heads_k, dim_v = given.kv or (seqlen, heads, dim)
     if heads % heads_k:
         raise SystemExit(f"bench: --kv has {heads_k} heads; expected a divisor of --shape's {heads}.")
-    if max(dim, dim_v) > 512:
-        raise SystemExit(f"bench: head_dim is {max(dim, dim_v)}; expected 512 or less.")
+    if max(dim, dim_v) > MAX_HEAD_DIM:
+        raise SystemExit(f"bench: head_dim is {max(dim, dim_v)}; expected {MAX_HEAD_DIM} or less.")
     return Shape(batch, 1 if given.decode else seqlen, heads, dim, keys, heads_k, dim_v, given.dtype, given.causal, given.backward)
 
 

@@ -45,13 +45,15 @@ def _arch(text: str) -> str:
 
 
 def run(given: argparse.Namespace) -> int:
+    from ..problem import MAX_HEAD_DIM
+
     precompile, *_ = needed("precompile", ".gpu.precompile", ".gpu.runtime.compile", "numba.cuda", "cuda.core")
     unknown = [dtype for dtype in given.dtype if dtype not in DTYPES]
     if unknown:
         raise SystemExit(f"--dtype {unknown[0]}: expected float16, bfloat16, float32 or float64.")
     dims = [int(d) if d.isdigit() else 0 for d in given.head_dim]
-    if not all(1 <= d <= 512 for d in dims):
-        raise SystemExit(f"--head-dim {','.join(given.head_dim)}: expected sizes from 1 to 512.")
+    if not all(1 <= d <= MAX_HEAD_DIM for d in dims):
+        raise SystemExit(f"--head-dim {','.join(given.head_dim)}: expected sizes from 1 to {MAX_HEAD_DIM}.")
     if given.processes is not None and given.processes < 1:
         raise SystemExit(f"--processes {given.processes}: expected 1 or more.")
     try:

@@ -36,7 +36,7 @@ A scale is a positive number or a tensor. It has 1 element, or one per query hea
 as fast as bfloat16 and eight times as exact; on CPUs with bfloat16 instructions it is half as fast. Arrays with 8-bit
 operands are NumPy's (dtype ml_dtypes.float8_e4m3fn), torch's or JAX's. The host never waits for a device.
 
-Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, a D_v of its own, head sizes to 512
+Beyond the original: the CPU, bias with cu_seqlens and through triton_attention, a D_v of its own, head sizes to 576
 on the CPU, numbers as scales, errors instead of asserts. Rows that attend nothing are 0.
 
 Source: vLLM, vllm/attention/ops/triton_flash_attention.py.

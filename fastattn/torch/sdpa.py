@@ -113,7 +113,7 @@ def install(*, unsupported: Unsupported = "raise") -> None:
     ----------
     unsupported : {"raise", "torch"}, default "raise"
         What happens to a call that fastattn does not take: an error, or torch's own function. "torch" is for calls of
-        other dtypes, devices, layouts, head dimensions over 512, and forward-mode differentiation. Wrong calls, and an
+        other dtypes, devices, layouts, head dimensions over 576, and forward-mode differentiation. Wrong calls, and an
         engine that is missing, raise in any case.
 
     Raises

@@ -279,7 +279,7 @@ def test_shapes_of_arguments() -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--shape", "2,8,3,8", "--kv", "8,2,8"], "--kv has 2 heads; expected a divisor of --shape's 3"),
-    (["--shape", "2,8,3,513"], "head_dim is 513; expected 512 or less"),
+    (["--shape", "2,8,3,577"], "head_dim is 577; expected 576 or less"),
     (["--shape", "2,8,3,8", "--device", "cuda"], "no CUDA device here"),
     (["--shape", "2,8,3,8", "--seconds", "nan"], "--seconds is nan"),
     (["--shape", "2,8,3,8", "--csv", "/no/such/folder/x.csv"], "cannot be written")])

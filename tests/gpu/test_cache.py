@@ -503,7 +503,7 @@ def test_precompile_lists_every_kernel() -> None:
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--arch", "sm_70"], "sm_80, sm_86, sm_89, sm_90a, sm_120"), (["--arch", "hopper"], "sm_90a"),
     (["--arch", "sm_80", "--dtype", "int8"], "bfloat16"),
-    (["--arch", "sm_80", "--head-dim", "wide"], "sizes from 1 to 512"), (["--arch", "sm_80", "--features", "flash"], "not one of full"),
+    (["--arch", "sm_80", "--head-dim", "wide"], "sizes from 1 to 576"), (["--arch", "sm_80", "--features", "flash"], "not one of full"),
     (["--arch", "sm_80", "--processes", "0"], "1 or more")])
 def test_precompile_says_what_is_wrong(arguments: list[str], said: str) -> None:
     with pytest.raises(SystemExit, match=said):

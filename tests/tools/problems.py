@@ -230,7 +230,9 @@ def _shapes() -> Iterator[Case]:
         yield Case(f"head_dim_{dim}", seqlen_q=33, head_dim=dim, batch=1)
     for dim in (3, 40, 256):
         yield Case(f"head_dim_{dim}_bfloat16", "bfloat16", seqlen_q=33, head_dim=dim, batch=1)
-    for dim, dim_v in ((16, 40), (64, 32), (1, 256), (192, 128)):
+    for dim in (257, 512, 576):
+        yield Case(f"head_dim_{dim}", seqlen_q=33, head_dim=dim, batch=1, num_heads=1)
+    for dim, dim_v in ((16, 40), (64, 32), (1, 256), (192, 128), (576, 512)):
         yield Case(f"head_dim_{dim}_v_{dim_v}", seqlen_q=21, head_dim=dim, head_dim_v=dim_v, batch=1)
     for length in (1, 2, 5, 6, 7, 15, 16, 63, 64, 65, 191, 192, 193, 255, 256, 257, 513):
         yield Case(f"seqlen_{length}", seqlen_q=length, head_dim=32, causal=True, batch=1)
