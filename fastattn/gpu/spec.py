@@ -200,11 +200,12 @@ def _stride(x: View | None, axis: int) -> int:
     return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
 
 
-def unfit(p: Problem) -> str | None:
-    """None, or why no tensor-core kernel runs the problem."""
+def unfit(p: Problem, most: int) -> str | None:
+    """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim."""
     if p.dtype not in ("float16", "bfloat16"):
         return f"it has no {p.dtype} products"
-    return f"head_dim is {max(p.head_dim, p.head_dim_v)}, over 256" if max(p.head_dim, p.head_dim_v) > 256 else None
+    dim = max(p.head_dim, p.head_dim_v)
+    return f"head_dim is {dim}, over {most}" if dim > most else None
 
 
 def whole_chunks(x: View) -> bool:

@@ -178,12 +178,14 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
     f["bias"], f["mask"] = f["bias"] and dice.chance(0.7), f["mask"] and dice.chance(0.7)
     if family == "simt":
         f["dtype"] = dice.one(("float32", "float64", *HALVES))
-        f["head_dim"] = dice.one((dice.upto(1, 64), 16, 32, 64, 128, dice.upto(1, 512)))
+        f["head_dim"] = dice.one((dice.upto(1, 64), 16, 32, 64, 128, dice.upto(1, 576)))
     else:
         f["dtype"] = dice.one(HALVES)
         f["head_dim"] = dice.one((16, 32, 64, 64, 80, 96, 128, 128, 160, 192, 256, 8 * dice.upto(1, 32)))
         if family == "sm80" and dice.chance(0.2):
             f["head_dim"] = dice.upto(1, 256)
+        if family == "sm90" and dice.chance(0.2):
+            f["head_dim"] = dice.one((320, 512, 576, 8 * dice.upto(33, 72)))
     f["head_dim_v"] = f["head_dim"]
     if dice.chance(0.15):
         f["head_dim_v"] = dice.one((64, 128, 32, 256 if family != "decode" else 64))

@@ -44,7 +44,8 @@ pytestmark = [requires_gpu, pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 BACKWARD = True             # which kernels the fixture compiles
 # simt runs what is small; several tiles of all features, not of every head size
 LARGE_SIMT = {"tiles_64_129", "tiles_128_129_full", "large_gqa_64", "large_window_both_64", "large_bias_64", "large_bias_row_64",
-              "large_bias_column_64", "large_more_queries_64", "large_dropout_64", "large_packed_used", "large_packed_all", "large_192_128"}
+              "large_bias_column_64", "large_more_queries_64", "large_dropout_64", "large_packed_used", "large_packed_all", "large_192_128",
+              "wide_576_512"}
 REFUSED: dict[tuple[str, str], str] = {}
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("cuda.core")
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
-from fastattn.gpu.sm90.config import ForwardSm90Config
+from fastattn.gpu.sm90.config import ForwardSm90Config, slice_dim
 from fastattn.gpu.sm90.config import choose_forward as tiling
 from fastattn.gpu.spec import Call, make_spec
 from fastattn.masks import row_bounds
@@ -42,7 +42,7 @@ def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: 
     spec = make_spec(call.problem, call.operands, False)
     config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
-    made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.block_m // 64, boxes), Memory()
+    made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes), Memory()
     arguments = launch_sm90.forward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
@@ -59,12 +59,17 @@ def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: 
 def check(made: Play, p: Problem, sequences: list[Sequence]) -> None:
     """Every 64 rows are stored once and have attended to all their keys."""
     block_n, columns, stored = made.config.block_n, range(0, 64 * made.panels_v, 64), dict(made.stored)
-    from_registers = {divmod((address - OUT) // (p.head_dim_v * 2), p.num_heads): keys for address, keys in made.rows.items()}
+    slices = range(0, p.head_dim_v, slice_dim(p.head_dim_v, made.config.slices))
+    at = {(address - OUT) // 2: keys for address, keys in made.rows.items()}
+    from_registers = {(*divmod(n // p.head_dim_v, p.num_heads), n % p.head_dim_v): keys for n, keys in at.items()}
     for (plane, q_start, seqlen_q, k_start, seqlen_k), head in itertools.product(sequences, range(p.num_heads)):
         for first in range(0, seqlen_q, 64):
             last = min(first + 64, seqlen_q)
             found = [stored.pop((q_start + first, head, plane, column), None) for column in columns]
-            found += [from_registers.pop((plane * p.seqlen_q + q_start + row, head), None) for row in range(first, last, 16)]
+            pieces = [from_registers.pop((plane * p.seqlen_q + q_start + row, head, column), None)
+                      for row in range(first, last, 16) for column in slices]
+            assert None not in pieces or not any(pieces), f"rows {first} to {last} of head {head} are stored in part"
+            found += pieces
             keys = set(found) - {None}
             assert len(keys) == 1, f"rows {first} to {last} of head {head} are not stored, or differently"
             blocks = keys.pop() or ()
@@ -83,6 +88,7 @@ CASES = {
     "128 causal": dense(1, 400, 400, 3, 1, 128, causal=True), "128 window": dense(1, 600, 600, 1, 1, 128, window=(100, 30)),
     "128 one key": dense(2, 129, 1, 2, 1, 128), "192": dense(1, 200, 250, 2, 1, 192), "256": dense(1, 300, 300, 2, 1, 256),
     "256 causal": dense(1, 400, 400, 2, 1, 256, causal=True), "256 more queries": dense(1, 400, 100, 1, 1, 256, causal=True),
+    "512": dense(1, 130, 150, 2, 1, 512), "320 causal": dense(1, 200, 200, 2, 1, 320, causal=True), "576": dense(1, 70, 100, 1, 1, 576),
     "no keys": dense(1, 100, 0, 2, 2, 128), "dropout": dense(1, 200, 300, 2, 1, 128, dropout_p=0.1, seed=1),
     "softcap": dense(1, 200, 300, 2, 1, 64, softcap=5.0, causal=True),
 }
@@ -102,7 +108,7 @@ def test_other_tilings(tuning: dict[str, Any]) -> None:
         check(play(call, seed, **tuning), call.problem, whole(call.problem))
 
 
-@pytest.mark.parametrize(("dim", "causal"), [(64, False), (64, True), (128, True), (256, True)])
+@pytest.mark.parametrize(("dim", "causal"), [(64, False), (64, True), (128, True), (256, True), (512, True)])
 def test_packed_sequences(dim: int, causal: bool) -> None:
     lengths_q, lengths_k = [130, 0, 64, 200, 5], [130, 40, 0, 90, 300]
     cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
@@ -145,8 +151,8 @@ MUTANTS = {
                          "            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
     "Q never released": ("            if n_block == n_min:\n                q_ring.arrive_empty(base, 0)\n", ""),
-    "turn kept": ("        acc_o = mma_o(acc_o, p, base, before)\n        wgmma.commit()\n        pass_turn(w)\n",
-                  "        acc_o = mma_o(acc_o, p, base, before)\n        wgmma.commit()\n"),
+    "turn kept": ("        acc_o = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n        pass_turn(w)\n",
+                  "        acc_o = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n"),
     "wrong V": ("            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)\n",
                 "            acc_s, acc_o = issue(base, w, acc_o, p, stage, stage, parity)\n"),
     "O not waited for": ("                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))\n",

@@ -32,13 +32,14 @@ DK, DV = 1 << 44, 1 << 45
 
 def backward(q: Any, k: Any, o: Operands, packed: bool, deterministic: bool = False, **options: Any) -> BackwardCall:
     problem, o = make_problem("attention_backward", o, packed=packed, **options)
-    lse = view(*problem.lse_shape, dtype="int32")
-    return BackwardCall(problem, o, q, q, lse, None, Grads(q, replace(k, ptr=DK), replace(k, ptr=DV)), deterministic)
+    lse, out = view(*problem.lse_shape, dtype="int32"), view(*problem.out_shape)
+    return BackwardCall(problem, o, out, out, lse, None, Grads(q, replace(k, ptr=DK), replace(o.v, ptr=DV)), deterministic)
 
 
-def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, mask: Any = None, **options: Any) -> BackwardCall:
-    q, k = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim)
-    return backward(q, k, Operands(q, k, k, mask=mask), False, **options)
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int = 0, mask: Any = None,
+          **options: Any) -> BackwardCall:
+    q, k, v = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim), view(batch, seqlen_k, heads_k, dim_v or dim)
+    return backward(q, k, Operands(q, k, v, mask=mask), False, **options)
 
 
 def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
@@ -71,7 +72,6 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
     has got its eight
     pieces of dQ from every block of keys that it attends to."""
     p, block_m = call.problem, made[0].config.block_m
-    stride = p.num_heads_k * p.head_dim * 2
     results = {(pointer, key): (kind, rows) for one in made for kind, pointer, key, end, rows in one.results if key < end}
     sums = [(q, k) for one in made for (_, k), q in one.sums.items()]
     expected_sums = []
@@ -83,8 +83,8 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
             attended = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
             blocks = [(q_start + m * block_m, head, plane) for head in heads for m in attended]
             expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * 8
-            for key, (pointer, kind) in itertools.product(range(first, end, 16), ((DK, "dK"), (DV, "dV"))):
-                at = pointer + plane * p.seqlen_k * stride + k_start * stride + head_k * p.head_dim * 2
+            for key, (pointer, kind, dim) in itertools.product(range(first, end, 16), ((DK, "dK", p.head_dim), (DV, "dV", p.head_dim_v))):
+                at = pointer + 2 * dim * ((plane * p.seqlen_k + k_start) * p.num_heads_k + head_k)
                 assert results.pop((at, key)) == (kind if blocks else "0", tuple(blocks))
     assert not results
     assert sorted(sums) == sorted(expected_sums) if not call.deterministic else not sums
@@ -96,6 +96,7 @@ CASES = {
     "one query": dense(2, 1, 130, 2, 1, 128), "no queries for some keys": dense(1, 64, 300, 1, 1, 128, causal="top_left"),
     "deterministic": dense(1, 200, 200, 1, 1, 128, causal=True, deterministic=True), "softcap": dense(1, 200, 200, 1, 1, 64, softcap=3.0),
     "dropout": dense(1, 200, 200, 2, 1, 128, dropout_p=0.1, seed=1),
+    "192 and 128": dense(1, 300, 300, 2, 1, 192, 128, causal=True, deterministic=True),
 }
 
 

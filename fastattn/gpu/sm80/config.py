@@ -9,6 +9,7 @@ from ..runtime.arch import arch_of
 from ..spec import Spec
 
 WARP = 32                   # threads
+MOST_DIM = 256              # of head_dim and head_dim_v: the registers that O takes
 PANEL = 64                  # columns of a panel of shared memory: rows of 128 bytes
 
 

@@ -13,7 +13,7 @@ from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
-from .config import WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
+from .config import MOST_DIM, WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
 
 make_forward, make_backward = late("sm80.forward", "make_forward"), late("sm80.backward", "make_backward")
 FORWARD = "table:l tiles:i head_group:i"
@@ -25,7 +25,7 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     """None, or why this family does not run the call."""
     if arch_of(d.arch).number < 80:
         return f"it needs sm_80, this is {d.arch}"
-    if (reason := unfit(call.problem)) is not None:
+    if (reason := unfit(call.problem, MOST_DIM)) is not None:
         return reason
     if isinstance(call, BackwardCall):
         return _refuses_backward(call)

@@ -1,4 +1,5 @@
 """Backward for Hopper: a block owns 128 keys of one key head and loops over the queries that attend them; dK and dV stay in registers.
+At 192/128 and in deterministic calls it computes these two alone: no dQ.
 
     warpgroup 0     one thread issues the TMA loads of K and V once, then of Q and lse, dO and delta of one query block after the other
     warpgroups 1, 2 64 keys each, scores transposed so that P^T and dS^T are operands as they come out of the accumulators:
@@ -69,19 +70,19 @@ class Tile(NamedTuple):
 def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     # constants: tile sizes, bytes, registers a thread
-    DIM, BLOCK_M, Q_STAGES = config.dim, config.block_m, config.q_stages
-    PANELS, Q_PANEL, KV_PANEL = panels(DIM), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
+    DIM, DIM_V, BLOCK_M, Q_STAGES = config.dim, config.dim_v, config.block_m, config.q_stages
+    PANELS, PANELS_V, Q_PANEL, KV_PANEL = panels(DIM), panels(DIM_V), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     DS_PANEL, DS_PANELS, WARPGROUP_BYTES = BLOCK_N * ROW_BYTES, panels(BLOCK_M), WARPGROUP_ROWS * ROW_BYTES
-    Q_BYTES, KV_BYTES, DS_BYTES, LSE_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, DS_PANELS * DS_PANEL, BLOCK_M * 4
-    COUNT_S, COUNT_KV, COUNT_DQ = BLOCK_M // 2, DIM // 2, 32
+    Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
+    COUNT_S, COUNT_K, COUNT_V, COUNT_DQ, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, 32, DS_PANELS * DS_PANEL, BLOCK_M * 4
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
     PACKED, DROPOUT, SOFTCAP, BIAS = spec.packed, spec.dropout, spec.softcap, spec.bias is not None
     SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
 
     # shared memory and barriers
     smem = Smem()
-    K, V, Q, DO = smem.take(KV_BYTES), smem.take(KV_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * Q_BYTES)
-    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE)
+    K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * DO_BYTES)
+    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if SUM_DQ else 0)
     LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(2 * LSE_BYTES, 128)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
@@ -94,20 +95,20 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
     to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
     (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
-    store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
+    store_k, store_v, add_dbias, key_row = make_store(spec, DIM), make_store(spec, DIM_V), make_add_dbias(spec), make_key_row(BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
-    key_row, clear_rows, clear_keys = make_key_row(BLOCK_N), make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_N, PANELS, 32)
+    clear_q, clear_do, clear_k, clear_v = (make_clear(rows, count, 32) for rows in (BLOCK_M, BLOCK_N) for count in (PANELS, PANELS_V))
 
     # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
     @inline
     def load(a, base, lane, m_min, m_max, head_k, map_batch, batch, q_start, k_row, seqlen_q, keys):
         """Lane 0 issues the TMA loads. The warp clears the tails of a packed sequence's last blocks; consumers wait for that instead."""
         if lane == 0:
-            k_full.arrive_expect(base, int32(KV_BYTES))
+            k_full.arrive_expect(base, int32(K_BYTES))
             copy_rows(base, a.map_k, k_full.FULL, K, KV_PANEL, PANELS, k_row, head_k, map_batch)
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
@@ -123,25 +124,25 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
                     tma.load_rows(base + LSE + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(0))
                     if j == 0:      # V after what S needs
-                        v_full.arrive_expect(base, int32(KV_BYTES))
-                        copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS, k_row, head_k, map_batch)
+                        v_full.arrive_expect(base, int32(V_BYTES))
+                        copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS_V, k_row, head_k, map_batch)
                 do_ring.wait_empty_nth(base, j)
                 if lane == 0:
-                    mbarrier.arrive_expect(base + full_do, int32(Q_BYTES + LSE_BYTES))
-                    copy_rows(base, a.map_dout, full_do, DO + stage_do * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
+                    mbarrier.arrive_expect(base + full_do, int32(DO_BYTES + LSE_BYTES))
+                    copy_rows(base, a.map_dout, full_do, DO + stage_do * DO_BYTES, Q_PANEL, PANELS_V, row, int32(head), map_batch)
                     tma.load_rows(base + DELTA + stage_do * LSE_BYTES, a.map_rows, base + full_do, lse_row, int32(1))
                 if PACKED:
                     if j == 0 and keys < BLOCK_N:
                         k_full.wait(base, int32(0))
-                        clear_keys(int32(base + K), keys, lane)
+                        clear_k(int32(base + K), keys, lane)
                         v_full.wait(base, int32(0))
-                        clear_keys(int32(base + V), keys, lane)
+                        clear_v(int32(base + V), keys, lane)
                         keys_cleared.publish(base, lane)
                     if (m + 1) * BLOCK_M > seqlen_q:
                         mbarrier.wait(base + full, int32(phase ^ 1))
                         mbarrier.wait(base + full_do, int32((j >> 1) & 1))
-                        clear_rows(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        clear_rows(int32(base + DO + stage_do * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        clear_q(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        clear_do(int32(base + DO + stage_do * DO_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
                         tails.publish(base, head, lane)
                 stage, phase = q_ring.next(stage, phase)
                 j = int32(j + 1)
@@ -156,13 +157,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     @inline
     def mma_dp(base, w, acc_dp, stage_do):
         """dP^T = V dO^T."""
-        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * Q_BYTES), DIM, BLOCK_N,
-                  BLOCK_M)
+        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * DO_BYTES), DIM_V,
+                  BLOCK_N, BLOCK_M)
 
     @inline
     def mma_dv(base, acc_dv, p, stage_do):
         """dV += P^T dO."""
-        return pv(acc_dv, p, wgmma.mn_major(base + DO + stage_do * Q_BYTES, Q_PANEL))
+        return pv(acc_dv, p, wgmma.mn_major(base + DO + stage_do * DO_BYTES, Q_PANEL))
 
     @inline
     def mma_dq(base, w, acc_dq, buffer):
@@ -408,7 +409,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     def together(a, base, walk, queries, tile, count):
         """(acc_dk, acc_dv) over all `count` blocks of queries, counted over all heads."""
         w = own_warpgroup()
-        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_KV), zeros(COUNT_KV), walk, queries, tile)
+        acc_dk, acc_dv, walk = step_first(a, base, w, zeros(COUNT_K), zeros(COUNT_V), walk, queries, tile)
         while walk.j < count:
             acc_dk, acc_dv, walk = step(a, base, w, acc_dk, acc_dv, walk, queries, tile)
         acc_dk, acc_dv, _ = finish(a, base, w, acc_dk, acc_dv, walk, queries, tile)
@@ -417,7 +418,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     @inline
     def alone(a, base, walk, queries, tile, count):
         """`together` of a call with far rows, which is rare: block after block, so that the loop above has no code for them."""
-        acc_dk, acc_dv, going = own_zeros(COUNT_KV), own_zeros(COUNT_KV), True
+        acc_dk, acc_dv, going = own_zeros(COUNT_K), own_zeros(COUNT_V), True
         while going:
             acc_dk, acc_dv, walk = step_alone(a, base, own_warpgroup(), acc_dk, acc_dv, walk, queries, tile)
             acc_dk, acc_dv, walk = finish(a, base, own_warpgroup(), acc_dk, acc_dv, walk, queries, tile)
@@ -479,7 +480,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 w = int32(warpgroup - 1)
                 _, full_min, full_max, _ = key_bounds(a, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
                 queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))
-                acc_dk, acc_dv = zeros(COUNT_KV), zeros(COUNT_KV)
+                acc_dk, acc_dv = zeros(COUNT_K), zeros(COUNT_V)
                 if m_min < m_max:
                     tile = Tile(int32(n_block * BLOCK_N + w * WARPGROUP_ROWS), batch, q_start, seqlen_q, seqlen_k)
                     acc_dk, acc_dv = consume(a, base, queries, n_block, head_k, tile)
@@ -490,10 +491,10 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 if DROPOUT:
                     acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
                 to_v = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
-                store(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, used, keys)
+                store_v(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, used, keys)
                 acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
                 to_k = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
-                store(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, used, keys)
+                store_k(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, used, keys)
                 tma.wait_read()     # TMA has read the last dQ: shared memory ends with the block
 
     return kernel, smem.size

@@ -40,8 +40,7 @@ from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from .bounds import make_tile_bounds
-from .config import CONSUMERS, DqSm90Config
-from .config import DQ_BLOCK_M as BLOCK_M
+from .config import DqSm90Config, slice_dim
 
 INF, FAR = float32(float("inf")), float32(FAR_LSE)
 
@@ -91,11 +90,15 @@ class Stats(NamedTuple):
 def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     # constants: tile sizes, bytes, registers a thread
-    BLOCK_N, STAGES, STAGES_V, BEHIND = config.block_n, config.stages, config.stages_v, config.behind
+    BLOCK_M, BLOCK_N, STAGES, STAGES_V, BEHIND = config.block_m, config.block_n, config.stages, config.stages_v, config.behind
+    SLICES, CONSUMERS = config.slices, config.consumers
+    # each warpgroup has rows of its own, or a slice of dQ's columns
+    COLUMNS, ROWS_APART = slice_dim(spec.head_dim, SLICES), WARPGROUP_ROWS if SLICES == 1 else 0
     HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
-    Q_PANEL, KV_PANEL, WARPGROUP_BYTES = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, WARPGROUP_ROWS * ROW_BYTES
-    Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    COUNT_S, COUNT_DS, COUNT_DQ = BLOCK_N // 2, BLOCK_N // 4, HEAD_DIM // 2
+    PANELS_K, Q_PANEL, KV_PANEL = SLICES * panels(COLUMNS), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
+    Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS_K * KV_PANEL, PANELS_V * KV_PANEL
+    Q_APART, COLUMNS_APART, SLICE_APART = (ROWS_APART * ROW_BYTES, 0, 0) if SLICES == 1 else (0, COLUMNS, panels(COLUMNS) * KV_PANEL)
+    COUNT_S, COUNT_DS, COUNT_DQ = BLOCK_N // 2, BLOCK_N // 4, COLUMNS // 2
     WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, DROPOUT, SOFTCAP = spec.packed, spec.dropout, spec.softcap
 
@@ -110,7 +113,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
-    give_registers, take_registers = decrease_registers(24), increase_registers(240)
+    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N, EMPTY=True)
     keep_rows = make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
@@ -118,7 +121,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, dropout = make_dropout(spec, COUNT_S)
     tile_at, num_tiles, first_row, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_first_row(spec), make_key_row(BLOCK_N)
-    clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS, PANELS_V))
+    clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS_K, PANELS_V))
 
     @inline
     def keep(a, acc_s, row, column, seqlen_q, seqlen_k):
@@ -141,7 +144,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
         while row >= last:
             k_ring.wait_empty(base, stage, phase)
             k_ring.arrive_expect(base, stage, int32(K_BYTES))
-            copy_rows(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, map_batch)
+            copy_rows(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS_K, row, head_k, map_batch)
             if row == first:
                 do_full.arrive_expect(base, int32(DO_BYTES))
                 copy_rows(base, a.map_dout, do_full.FULL, DO, Q_PANEL, PANELS_V, q_row, head, map_batch)
@@ -154,21 +157,29 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ the MMAs
     @inline
+    def fresh(base):
+        """base; opaque if all warpgroups have the same rows, because descriptors would be kept in registers."""
+        if SLICES > 1:
+            return opaque(base)
+        else:
+            return base
+
+    @inline
     def mma_s(base, w, stage):
         """S = Q K^T of the warpgroup's rows."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + Q + w * WARPGROUP_BYTES), wgmma.k_major(base + K + stage * K_BYTES), HEAD_DIM,
+        return qk(zeros(COUNT_S), wgmma.k_major(fresh(base) + Q + w * Q_APART), wgmma.k_major(base + K + stage * K_BYTES), HEAD_DIM,
                   BLOCK_M, BLOCK_N)
 
     @inline
     def mma_dp(base, w, stage_v):
         """dP = dO V^T."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + DO + w * WARPGROUP_BYTES), wgmma.k_major(base + V + stage_v * V_BYTES), HEAD_DIM_V,
+        return qk(zeros(COUNT_S), wgmma.k_major(fresh(base) + DO + w * Q_APART), wgmma.k_major(base + V + stage_v * V_BYTES), HEAD_DIM_V,
                   BLOCK_M, BLOCK_N)
 
     @inline
-    def mma_dq(base, acc_dq, ds, stage):
-        """dQ += dS K."""
-        return pv(acc_dq, ds, wgmma.mn_major(base + K + stage * K_BYTES, KV_PANEL))
+    def mma_dq(base, w, acc_dq, ds, stage):
+        """dQ += dS K, of the warpgroup's columns."""
+        return pv(acc_dq, ds, wgmma.mn_major(base + K + stage * K_BYTES + w * SLICE_APART, KV_PANEL))
 
     @inline
     def hold(base):
@@ -194,7 +205,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
                 n_block = int32(n_block - 1)
                 stage, phase = k_ring.next(stage, phase)
                 stage_v, phase_v = v_ring.next(stage_v, phase_v)
-            row, column = thread_row(int32(m_block * BLOCK_M + w * WARPGROUP_ROWS), thread), int32(n_block * BLOCK_N + (thread & 3) * 2)
+            row, column = thread_row(int32(m_block * BLOCK_M + w * ROWS_APART), thread), int32(n_block * BLOCK_N + (thread & 3) * 2)
 
             # S = Q K^T and dP = dO V^T of this block, dQ += dS K of the block before
             k_ring.wait_full(base, stage, phase)
@@ -203,7 +214,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             wgmma.commit()
             if BETWEEN:
                 wgmma.fence()
-                acc_dq = mma_dq(base, acc_dq, ds, before)
+                acc_dq = mma_dq(base, w, acc_dq, ds, before)
                 wgmma.commit()
             if FIRST:
                 do_full.wait(base, int32(0))
@@ -213,7 +224,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             wgmma.commit()
             if LAST:
                 wgmma.fence()
-                acc_dq = mma_dq(base, acc_dq, ds, before)
+                acc_dq = mma_dq(base, w, acc_dq, ds, before)
                 wgmma.commit()
 
             # score, mask
@@ -266,7 +277,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     @inline
     def consume(a, base, w, thread, m_block, n_min, n_max, head, batch, seqlen_q, seqlen_k, stats):
         """acc_dq of a warpgroup's 64 rows; its tile attends at least one block of keys."""
-        full_min, full_max = full_blocks(a, int32(m_block * BLOCK_M + w * WARPGROUP_ROWS), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+        full_min, full_max = full_blocks(a, int32(m_block * BLOCK_M + w * ROWS_APART), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
         tile = Tile(m_block, head, batch, seqlen_q, seqlen_k, full_min, full_max, prepare(a, batch, head))
         walk = Walk(int32(n_max - 1), int32(0), int32(0), int32(0), int32(0))
         q_full.wait(base, int32(0))
@@ -277,20 +288,20 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
         while walk.n_block > n_min:
             acc_dq, ds, walk = step(a, base, w, thread, acc_dq, ds, walk, stats, tile)
         wgmma.fence()
-        acc_dq = mma_dq(base, acc_dq, ds, walk.stage)       # of the last block
+        acc_dq = mma_dq(base, w, acc_dq, ds, walk.stage)       # of the last block
         wgmma.commit()
         return wgmma.wait_all(acc_dq)
 
     # ------------------------------------------------------------ epilogue
     @inline
-    def store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, thread):
+    def store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, w, thread):
         """16 rows a warp of dQ, those below seqlen_q. 0 if lse is +inf, whatever the row's q and dout hold."""
         packed = to_half(scale_seen_rows(acc_dq, float32(0) if lse0 == INF else a.grad_scale, float32(0) if lse1 == INF else a.grad_scale))
-        lane, col = int32(thread & 31), int32((thread & 3) * 2)
+        lane, col = int32(thread & 31), int32((thread & 3) * 2 + w * COLUMNS_APART)
         address = uint64(int64(a.dq) + map_batch * a.dq_batch + head * a.dq_head + int64(q_start + row) * a.dq_row + 2 * col)
         next_row = uint64(address + uint64(8 * a.dq_row))
         rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
-        if a.head_dim == HEAD_DIM:
+        if a.head_dim == COLUMNS if SLICES == 1 else a.head_dim - w * COLUMNS_APART >= COLUMNS:
             store_whole_rows(packed, address, next_row, rows0, rows1, lane)
         else:
             store_rows(packed, address, next_row, rows0, rows1, int32(a.head_dim - col))
@@ -323,7 +334,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             else:
                 take_registers()
                 w = int32(warpgroup - 1)
-                row = thread_row(int32(m_block * BLOCK_M + w * WARPGROUP_ROWS), thread)
+                row = thread_row(int32(m_block * BLOCK_M + w * ROWS_APART), thread)
                 lse0, lse1, acc_dq = INF, INF, zeros(COUNT_DQ)
                 if n_min < n_max:
                     at = uint64(4 * (first_row(a, batch, head, q_start) + row))
@@ -331,6 +342,6 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
                     delta0, delta1 = load_f32(uint64(a.row_delta + at)), load_f32(uint64(a.row_delta + at + uint64(32)))
                     acc_dq = consume(a, base, w, thread, m_block, n_min, n_max, head, batch, seqlen_q, seqlen_k,
                                      Stats(lse0, lse1, delta0, delta1))
-                store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, thread)
+                store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, w, thread)
 
     return kernel, smem.size

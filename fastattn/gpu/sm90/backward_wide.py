@@ -1,5 +1,6 @@
 """dK alone, or dV alone, for Hopper and head sizes over 128, where the registers do not hold both: a block owns 128 keys of one key head
 and loops over the queries that attend them. With backward_dq these are three kernels and eight GEMMs instead of five.
+Over 256 a block owns 64 keys, and each warpgroup computes all of P or dS and a slice of the gradient's columns.
 
     warpgroup 0     one thread issues the TMA loads of K (and V) once, then of Q and dO of one query block after the other
     warpgroups 1, 2 64 keys each; S, P, dP and dS stay in registers, transposed:
@@ -41,11 +42,10 @@ from ..tile.mask import make_key_bounds
 from ..tile.ring import make_barrier, make_ring, make_tails
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
-from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
+from ..tile.smem import ALIGN, ROW_BYTES, TMA_ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
-from .config import BLOCK_N, CONSUMERS, WideSm90Config
-from .config import WIDE_BLOCK_M as BLOCK_M
+from .config import WideSm90Config, slice_dim
 from .consumer import Queries
 
 
@@ -73,18 +73,23 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     # constants: tile sizes, bytes, registers a thread
     DK, Q_STAGES, DO_STAGES, BEHIND, LATE = config.part == "dk", config.q_stages, config.do_stages, config.behind, config.late
-    HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
-    Q_PANEL, KV_PANEL, LSE_BYTES, WARPGROUP_BYTES = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, BLOCK_M * 4, WARPGROUP_ROWS * ROW_BYTES
-    Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    DIM = HEAD_DIM if DK else HEAD_DIM_V
-    COUNT_S, COUNT_HALF, COUNT = BLOCK_M // 2, BLOCK_M // 4, DIM // 2
-    WARPS, PRODUCERS, Q_ARRIVE = 4 * CONSUMERS, 32 if spec.packed else 1, Q_BYTES + (2 if DK else 1) * LSE_BYTES
+    BLOCK_M, BLOCK_N, SLICES, WARPS = config.block_m, config.block_n, config.slices, 4 * config.consumers
+    HEAD_DIM, HEAD_DIM_V = spec.head_dim, spec.head_dim_v
+    # each warpgroup has keys of its own, or a slice of the gradient's columns
+    COLUMNS, ROWS_APART = slice_dim(HEAD_DIM if DK else HEAD_DIM_V, SLICES), WARPGROUP_ROWS if SLICES == 1 else 0
+    PANELS, PANELS_V, SLICED_PANELS = panels(HEAD_DIM), panels(HEAD_DIM_V), SLICES * panels(COLUMNS)
+    PANELS_Q, PANELS_DO = (SLICED_PANELS, PANELS_V) if DK else (PANELS, SLICED_PANELS)
+    Q_PANEL, KV_PANEL, LSE_BYTES, LSE_SLOT = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, BLOCK_M * 4, max(BLOCK_M * 4, TMA_ALIGN)
+    Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS_Q * Q_PANEL, PANELS_DO * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
+    KEYS_APART, COLUMNS_APART, SLICE_APART = (ROWS_APART * ROW_BYTES, 0, 0) if SLICES == 1 else (0, COLUMNS, panels(COLUMNS) * Q_PANEL)
+    COUNT_S, COUNT_HALF, COUNT = BLOCK_M // 2, BLOCK_M // 4, COLUMNS // 2
+    PRODUCERS, Q_ARRIVE = 32 if spec.packed else 1, Q_BYTES + (2 if DK else 1) * LSE_BYTES
     PACKED, DROPOUT, SOFTCAP, SUM_DBIAS = spec.packed, spec.dropout, spec.softcap, spec.dbias is not None and DK
 
     # shared memory and barriers
     smem = Smem()
     K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES if DK else 0), smem.take(Q_STAGES * Q_BYTES), smem.take(DO_STAGES * DO_BYTES)
-    LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(Q_STAGES * LSE_BYTES if DK else 0, 128)
+    LSE, DELTA = smem.take(Q_STAGES * LSE_SLOT, TMA_ALIGN), smem.take(Q_STAGES * LSE_SLOT if DK else 0, TMA_ALIGN)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, DO_STAGES, WARPS)
     tails = make_tails(smem, q_ring)
@@ -93,16 +98,16 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
-    give_registers, take_registers = decrease_registers(24), increase_registers(240)
+    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    store, add_dbias = make_store(spec, DIM), make_add_dbias(spec)
+    store, add_dbias = make_store(spec, COLUMNS), make_add_dbias(spec)
     tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
     first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
-    clear_q, clear_do = make_clear(BLOCK_M, PANELS, 32), make_clear(BLOCK_M, PANELS_V, 32)
+    clear_q, clear_do = make_clear(BLOCK_M, PANELS_Q, 32), make_clear(BLOCK_M, PANELS_DO, 32)
 
     # ------------------------------------------------------------ load: the producer, one thread (a warp if packed)
     @inline
@@ -121,10 +126,10 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 q_ring.wait_empty(base, stage, phase)
                 if lane == 0:
                     mbarrier.arrive_expect(base + full, int32(Q_ARRIVE))
-                    copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
-                    tma.load_rows(base + LSE + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(0))
+                    copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS_Q, row, int32(head), map_batch)
+                    tma.load_rows(base + LSE + stage * LSE_SLOT, a.map_rows, base + full, lse_row, int32(0))
                     if DK:
-                        tma.load_rows(base + DELTA + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(1))
+                        tma.load_rows(base + DELTA + stage * LSE_SLOT, a.map_rows, base + full, lse_row, int32(1))
                         if first:
                             v_full.arrive_expect(base, int32(V_BYTES))
                             copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS_V, k_row, head_k, map_batch)
@@ -132,7 +137,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 do_ring.wait_empty(base, stage_do, phase_do)
                 if lane == 0:
                     mbarrier.arrive_expect(base + full_do, int32(DO_BYTES))
-                    copy_rows(base, a.map_dout, full_do, DO + stage_do * DO_BYTES, Q_PANEL, PANELS_V, row, int32(head),
+                    copy_rows(base, a.map_dout, full_do, DO + stage_do * DO_BYTES, Q_PANEL, PANELS_DO, row, int32(head),
                               map_batch)
                 if PACKED:
                     if (m + 1) * BLOCK_M > seqlen_q:
@@ -147,21 +152,30 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ the MMAs
     @inline
+    def fresh(base):
+        """base; opaque if all warpgroups have the same keys, because descriptors would be kept in registers."""
+        if SLICES > 1:
+            return opaque(base)
+        else:
+            return base
+
+    @inline
     def mma_s(base, w, stage):
         """S^T = K Q^T of the warpgroup's keys."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + K + w * WARPGROUP_BYTES), wgmma.k_major(base + Q + stage * Q_BYTES), HEAD_DIM,
+        return qk(zeros(COUNT_S), wgmma.k_major(fresh(base) + K + w * KEYS_APART), wgmma.k_major(base + Q + stage * Q_BYTES), HEAD_DIM,
                   BLOCK_N, BLOCK_M)
 
     @inline
     def mma_dp(base, w, stage_do):
         """dP^T = V dO^T."""
-        return qk(zeros(COUNT_S), wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * DO_BYTES), HEAD_DIM_V,
-                  BLOCK_N, BLOCK_M)
+        return qk(zeros(COUNT_S), wgmma.k_major(fresh(base) + V + w * KEYS_APART), wgmma.k_major(base + DO + stage_do * DO_BYTES),
+                  HEAD_DIM_V, BLOCK_N, BLOCK_M)
 
     @inline
-    def mma_grad(base, acc, half, stage, stage_do):
-        """dK += dS^T Q, or dV += P^T dO; `half` is dS^T or P^T."""
-        return pv(acc, half, wgmma.mn_major(base + (Q + stage * Q_BYTES if DK else DO + stage_do * DO_BYTES), Q_PANEL))
+    def mma_grad(base, w, acc, half, stage, stage_do):
+        """dK += dS^T Q, or dV += P^T dO, of the warpgroup's columns; `half` is dS^T or P^T."""
+        at = base + (Q + stage * Q_BYTES if DK else DO + stage_do * DO_BYTES) + w * SLICE_APART
+        return pv(acc, half, wgmma.mn_major(at, Q_PANEL))
 
     @inline
     def issue_dp(base, w, stage_do, phase_do, first):
@@ -174,9 +188,9 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
         return acc_dp
 
     @inline
-    def issue_grad(base, acc, half, stage, stage_do):
+    def issue_grad(base, w, acc, half, stage, stage_do):
         wgmma.fence()
-        acc = mma_grad(base, acc, half, stage, stage_do)
+        acc = mma_grad(base, w, acc, half, stage, stage_do)
         wgmma.commit()
         return acc
 
@@ -231,20 +245,20 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             if BETWEEN:
                 if not DK:
                     do_ring.wait_full(base, stage_do, phase_do)
-                acc = issue_grad(base, acc, half, before, stage_do)
+                acc = issue_grad(base, w, acc, half, before, stage_do)
             if DK and not LATE:
                 acc_dp = issue_dp(base, w, stage_do, phase_do, FIRST)
             if LAST:
-                acc = issue_grad(base, acc, half, before, stage_do)
+                acc = issue_grad(base, w, acc, half, before, stage_do)
 
             # score, mask
             early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
-            far = any_far(int32(base + LSE + stage * LSE_BYTES))
+            far = any_far(int32(base + LSE + stage * LSE_SLOT))
             acc_s = wait_s(acc_s)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
-            lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
+            lse_at = int32(base + LSE + stage * LSE_SLOT + 4 * col)
             if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
                 if far != 0:
@@ -267,10 +281,11 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                     acc_dp = issue_dp(base, w, stage_do, phase_do, FIRST)
                 acc_dp = wait_dp(acc_dp)
                 release(do_ring.empty(base, stage_do), lane)
-                acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + stage * LSE_BYTES + 4 * col), COUNT_S))
+                acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + stage * LSE_SLOT + 4 * col), COUNT_S))
                 if SUM_DBIAS:       # coordinates computed again: kept that long, they would spill
                     own = opaque(lane)
-                    add_dbias(a, acc_ds, batch, head, int32(m * BLOCK_M + (own & 3) * 2), int32(warp_keys + (own >> 2)), seqlen_q, seqlen_k)
+                    rows = seqlen_q if SLICES == 1 or w == 0 else int32(0)      # one of the warpgroups that have the same dS adds it
+                    add_dbias(a, acc_ds, batch, head, int32(m * BLOCK_M + (own & 3) * 2), int32(warp_keys + (own >> 2)), rows, seqlen_k)
                 if SOFTCAP:
                     acc_ds = multiply(acc_ds, slopes(cap_slope))
                 if LAST:
@@ -296,7 +311,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     def consume(a, base, w, thread, lane, queries, n_block, head_k, tile):
         """dK or dV of a warpgroup's 64 keys, attended by at least one block of queries."""
         blocks, head = uniform(int32((queries.m_max - queries.m_min) * a.group)), int32(head_k * a.group)
-        warp_keys = int32(n_block * BLOCK_N + w * WARPGROUP_ROWS + (thread >> 5) * 16)
+        warp_keys = int32(n_block * BLOCK_N + w * ROWS_APART + (thread >> 5) * 16)
         walk = Walk(blocks, int32(0), int32(0), int32(0), int32(0), head, queries.m_min, prepare(a, tile.batch, head))
         k_full.wait(base, int32(0))
         acc, half, walk = step_first(a, base, w, lane, warp_keys, zeros(COUNT), zeros_packed(COUNT_HALF), walk, queries, tile)
@@ -304,7 +319,15 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             acc, half, walk = step(a, base, w, lane, warp_keys, acc, half, walk, queries, tile)
         if not DK:
             do_ring.wait_full(base, walk.stage_do, walk.phase_do)
-        return wgmma.wait_all(issue_grad(base, acc, half, walk.stage, walk.stage_do))
+        return wgmma.wait_all(issue_grad(base, w, acc, half, walk.stage, walk.stage_do))
+
+    @inline
+    def own_columns(dim, column):
+        """How many of the warpgroup's columns there are."""
+        if SLICES == 1:
+            return dim
+        else:
+            return int32(min(dim - column, COLUMNS))
 
     @inline
     def init_barriers(base):
@@ -336,22 +359,22 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             else:
                 take_registers()
                 w, lane = int32(warpgroup - 1), int32(thread & 31)
-                _, full_min, full_max, _ = key_bounds(a, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
+                _, full_min, full_max, _ = key_bounds(a, int32(first + w * ROWS_APART), WARPGROUP_ROWS, seqlen_q, seqlen_k)
                 acc = zeros(COUNT)
                 if m_min < m_max:
                     queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))
                     acc = consume(a, base, w, thread, lane, queries, n_block, head_k, Tile(batch, seqlen_q, seqlen_k))
                 n_block, head_k, batch, k_start, used, keys = kept_tile(base)
-                key = int32(n_block * BLOCK_N + w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane >> 2))
+                key, column = int32(n_block * BLOCK_N + w * ROWS_APART + (thread >> 5) * 16 + (lane >> 2)), int32(w * COLUMNS_APART)
                 map_batch = int32(0) if PACKED else batch
                 if DK:
                     acc = scale_rows(acc, a.grad_scale, a.grad_scale)
-                    to = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
-                    store(acc, to, a.dk_row, a.head_dim, lane, key, used, keys)
+                    to = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row + 2 * column
+                    store(acc, to, a.dk_row, own_columns(a.head_dim, column), lane, key, used, keys)
                 else:
                     if DROPOUT:
                         acc = scale_rows(acc, a.keep_scale, a.keep_scale)
-                    to = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
-                    store(acc, to, a.dv_row, a.head_dim_v, lane, key, used, keys)
+                    to = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row + 2 * column
+                    store(acc, to, a.dv_row, own_columns(a.head_dim_v, column), lane, key, used, keys)
 
     return kernel, smem.size

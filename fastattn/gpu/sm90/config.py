@@ -9,9 +9,25 @@ from ..spec import Spec
 CONSUMERS = 2               # consumer warpgroups of the backward's kernels
 BLOCK_N = 128               # keys of a tile of `backward` and `backward_wide`: 64 per consumer warpgroup
 WIDE_BLOCK_M = 64           # query rows of a step of `backward_wide`
-DQ_BLOCK_M = 128            # query rows of a tile of `backward_dq`: 64 per consumer warpgroup
 WARPGROUP = 128             # threads
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
+MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
+SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
+
+
+def slices_of(dim: int) -> int:
+    """Warpgroups that share the `dim` columns of a result when a head size is over 256, at most 256 columns each."""
+    return 2 if dim <= 512 else 3
+
+
+def panel_columns(dim: int) -> int:
+    """Columns of the panels of 64 that `dim` columns take."""
+    return -(-dim // 64) * 64
+
+
+def slice_dim(dim: int, slices: int) -> int:
+    """Columns of each of `slices` slices of `dim` columns. Several are whole panels of 64; the last may be empty."""
+    return dim if slices == 1 else panel_columns(-(-dim // slices))
 
 
 # ---------------------------------------------------------------- forward
@@ -31,6 +47,9 @@ class ForwardSm90Config:
     turns
         FlashAttention-3's ping-pong: consumer warpgroups issue their MMAs one after another, so that one's softmax
         overlaps another's MMAs.
+    slices
+        Consumer warpgroups that share 64 query rows. Each computes all their scores and a slice of the output's
+        columns, because one has registers for 256 columns only. 1: none share.
     optimistic
         Blocks without a structural mask are exponentiated under the maximum so far. Their own maximum is computed only
         if that overflows.
@@ -45,24 +64,31 @@ class ForwardSm90Config:
     turns: bool = False
     optimistic: bool = True
     hints: bool = False
+    slices: int = 1
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
+        assert self.slices == 1 or (self.block_m == 64 and self.slices <= 3), "slices share the rows of one warpgroup"
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups."""
+        return self.block_m // 64 * self.slices
 
     @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {64: 240, 128: 232, 192: 160}[self.block_m]
+        return {1: 240, 2: 232, 3: 160}[self.consumers]
 
     @property
     def producer_registers(self) -> int:
         """Registers a thread of the producer warpgroup. 24 are too few for a producer that also draws tile numbers."""
-        return {64: 40, 128: 40, 192: 32}[self.block_m]
+        return {1: 40, 2: 40, 3: 32}[self.consumers]
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}"
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints)
 
 
@@ -73,6 +99,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     three consumers).
     """
     dim = max(spec.head_dim, spec.head_dim_v)
+    if dim > 256:
+        return _choose_sliced(spec)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
     # The fallback of `optimistic` recomputes the scores and so keeps all their operands live. With these that spills.
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
@@ -87,6 +115,9 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
         block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
+    if dim <= 192 and spec.head_dim_v <= 128 and num_features(spec) == 0:
+        # MLA's 192/128, where O takes no more than at head_dim 128: 676 TFLOP/s with 96 keys, 691 with 112, 708 with 128, 714 with hints
+        return ForwardSm90Config(block_m=128, block_n=128, out_panels=1, turns=True, optimistic=optimistic, hints=True)
     if dim <= 192:
         block_n = 32 if several else 48 if capped else 64 if heavy else 96
         return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True, optimistic=optimistic)
@@ -99,15 +130,29 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
 
 
-# ---------------------------------------------------------------- backward, head_dim to 128
+def _choose_sliced(spec: Spec) -> ForwardSm90Config:
+    """Head sizes over 256: warpgroups share 64 query rows, and two stages of K and V take the shared memory that Q leaves."""
+    slices = slices_of(spec.head_dim_v)
+    columns, columns_v = panel_columns(spec.head_dim), slices * slice_dim(spec.head_dim_v, slices)
+    room = SHARED_MEMORY - 64 * 2 * columns
+    block_n = room // (2 * 2 * (columns + columns_v)) // 16 * 16
+    # turns: 376 instead of 386 TFLOP/s at head_dim 512; optimistic: 305 instead of 303, for 30 % more instructions
+    return ForwardSm90Config(block_m=64, block_n=min(block_n, 32 if feature_weight(spec) > 0 else 64), out_panels=0, slices=slices,
+                             optimistic=False)
+
+
+# ---------------------------------------------------------------- dK and dV together
+MLA = 192, 128, 64          # head_dim, head_dim_v and query rows of a step: the largest heads whose dK and dV fit the registers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardSm90Config:
-    """A tiling of the backward for head sizes to 128: BLOCK_N keys a tile.
+    """A tiling of `backward`: BLOCK_N keys a tile.
 
     Parameters
     ----------
-    dim
-        What head sizes are padded to.
+    dim, dim_v
+        What head_dim and head_dim_v are padded to. Over 128 the Spec is deterministic: there are no registers for dQ.
     block_m
         Query rows of a step.
     q_stages
@@ -128,6 +173,7 @@ class BackwardSm90Config:
     """
 
     dim: int
+    dim_v: int
     block_m: int
     q_stages: int = 3
     crowded: bool = False
@@ -136,30 +182,76 @@ class BackwardSm90Config:
     apart: bool = False
 
     def __post_init__(self) -> None:
-        assert (self.dim, self.block_m) in ((64, 128), (128, 64)), "each warpgroup computes one panel of dQ"
+        assert (self.dim, self.dim_v, self.block_m) in ((64, 64, 128), (128, 128, 64), MLA), "each warpgroup computes one panel of dQ"
         assert not (self.crowded and self.halves), "the second half overlaps the MMA of dP"
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{BLOCK_N} dim {self.dim} stages {self.q_stages}" + " crowded" * self.crowded
+        dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
+        return (f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}" + " crowded" * self.crowded
                 + " halves" * self.halves + " apart" * self.apart + (f" squeeze {self.squeeze}" if self.squeeze else ""))
+
+
+def is_wide(spec: Spec) -> bool:
+    """Whether each gradient has a kernel of its own, because no kernel has registers for dK and dV."""
+    if spec.head_dim <= MLA[0] and spec.head_dim_v <= MLA[1] and num_features(spec) == 0:
+        return False
+    return max(spec.head_dim, spec.head_dim_v) > 128
 
 
 def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
     240."""
+    if spec.head_dim > 128:
+        dim, dim_v, block_m = MLA
+        return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=block_m, crowded=True, apart=True)
     two, at_most_mask = num_features(spec) > 1, num_features(spec) == spec.mask
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
     if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
         apart = at_most_mask and not crowded and not (spec.packed and (spec.left or spec.right))     # packed and causal: 8 bytes spill
-        return BackwardSm90Config(dim=64, block_m=128, crowded=crowded, halves=not crowded, apart=apart)
+        return BackwardSm90Config(dim=64, dim_v=64, block_m=128, crowded=crowded, halves=not crowded, apart=apart)
     # others spill: of calls with a bias the packed ones and those masked by position
     several = spec.packed or spec.left or spec.right
     crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
     packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
-    return BackwardSm90Config(dim=128, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded)
+    return BackwardSm90Config(dim=128, dim_v=128, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded)
+
+
+# ---------------------------------------------------------------- one gradient alone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sliced:
+    """What a tiling of a kernel for one gradient says of its consumer warpgroups.
+
+    Parameters
+    ----------
+    slices
+        Warpgroups that share a tile's 64 rows (keys). Each computes all their dS, or P, and a slice of the gradient's
+        columns. 1: none share, each of two has 64 rows of its own.
+    """
+
+    slices: int = 1
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of 64 rows, or keys, in a tile."""
+        return CONSUMERS if self.slices == 1 else 1
+
+    @property
+    def consumers(self) -> int:
+        """Consumer warpgroups."""
+        return self.row_groups * self.slices
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
+        return {2: 240, 3: 160}[self.consumers]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers a thread of the producer warpgroup."""
+        return {2: 24, 3: 32}[self.consumers]
 
 
 # A group's query heads as separate tiles (launch.py). Estimates, in seconds and bytes a second.
@@ -185,8 +277,8 @@ def worth_parts(spec: Spec, config: BackwardSm90Config, heads_k: int, group: int
 
 # ---------------------------------------------------------------- dQ alone
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DqSm90Config:
-    """A tiling of `backward_dq`: DQ_BLOCK_M query rows a tile.
+class DqSm90Config(Sliced):
+    """A tiling of `backward_dq`.
 
     Parameters
     ----------
@@ -209,8 +301,14 @@ class DqSm90Config:
         assert self.stages >= 2 and self.stages_v >= 1, "the next step uses K, too"
 
     @property
+    def block_m(self) -> int:
+        """Query rows of a tile."""
+        return 64 * self.row_groups
+
+    @property
     def text(self) -> str:
-        return f"{DQ_BLOCK_M}x{self.block_n} stages {self.stages} {self.stages_v}" + " behind" * self.behind
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} {self.stages_v}" + f" slices {self.slices}" * (self.slices > 1)
+                + " behind" * self.behind)
 
 
 def choose_dq(spec: Spec) -> DqSm90Config:
@@ -221,6 +319,8 @@ def choose_dq(spec: Spec) -> DqSm90Config:
     V, columns rounded up to 64, of 227 KB: over 128 columns there is no room for all stages.
     """
     dim = max(spec.head_dim, spec.head_dim_v)
+    if dim > 256:
+        return _choose_sliced_dq(spec)
     size = 0 if dim <= 64 else 1 if dim <= 128 else 2 if dim <= 192 else 3
     weight = feature_weight(spec) if spec.bias is not None or spec.softcap else 0
     if weight > 1:
@@ -238,15 +338,27 @@ def choose_dq(spec: Spec) -> DqSm90Config:
     return DqSm90Config(block_n=block_n, stages=3, stages_v=1 if block_n == 80 and size == 2 else 2)
 
 
+def _choose_sliced_dq(spec: Spec) -> DqSm90Config:
+    """The most keys that fit: Q and dO of 64 rows stay, K has two stages and V one."""
+    slices = slices_of(spec.head_dim)
+    columns, columns_v, columns_k = panel_columns(spec.head_dim), panel_columns(spec.head_dim_v), slices * slice_dim(spec.head_dim, slices)
+    room = SHARED_MEMORY - 64 * 2 * (columns + columns_v)
+    sizes = (32, 16) if num_features(spec) > 1 else (64, 32, 16)        # two features: 12 bytes spill at 64 keys
+    return DqSm90Config(block_n=next(n for n in sizes if 2 * n * (2 * columns_k + columns_v) <= room), stages=2, stages_v=1,
+                        behind=False, slices=slices)
+
+
 # ---------------------------------------------------------------- dK alone and dV alone, head_dim over 128
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WideSm90Config:
-    """A tiling of `backward_wide`: BLOCK_N keys a tile, WIDE_BLOCK_M query rows a step.
+class WideSm90Config(Sliced):
+    """A tiling of `backward_wide`.
 
     Parameters
     ----------
     part
         The gradient that the kernel computes, "dk" or "dv".
+    block_m
+        Query rows of a step.
     q_stages, do_stages
         Stages of Q and of dO.
     behind
@@ -259,6 +371,7 @@ class WideSm90Config:
     """
 
     part: str
+    block_m: int = WIDE_BLOCK_M
     q_stages: int
     do_stages: int
     behind: bool = False
@@ -272,9 +385,15 @@ class WideSm90Config:
         assert not (self.behind and self.late), "dK of the previous block would wait for P"
 
     @property
+    def block_n(self) -> int:
+        """Keys of a tile."""
+        return 64 * self.row_groups
+
+    @property
     def text(self) -> str:
-        return (f"{self.part} {WIDE_BLOCK_M}x{BLOCK_N} stages {self.q_stages} {self.do_stages}" + " behind" * self.behind
-                + " late" * self.late + (f" squeeze {self.squeeze}" if self.squeeze else ""))
+        return (f"{self.part} {self.block_m}x{self.block_n} stages {self.q_stages} {self.do_stages}"
+                + f" slices {self.slices}" * (self.slices > 1) + " behind" * self.behind + " late" * self.late
+                + (f" squeeze {self.squeeze}" if self.squeeze else ""))
 
 
 def choose_wide(spec: Spec, part: str) -> WideSm90Config:
@@ -284,12 +403,28 @@ def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     memory: 16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer
     stages.
     """
+    if max(spec.head_dim, spec.head_dim_v) > 256:
+        return _choose_sliced_wide(spec, part)
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
     pieces = squeeze(spec, 2 if part == "dv" else 1)        # of dV, in one piece 4 bytes spill at head_dim 256
     if part == "dv":
-        return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=pieces)
+        long = columns <= 3 and columns_v <= 2 and num_features(spec) == 0      # registers and shared memory for steps of 128 rows
+        return WideSm90Config(part=part, block_m=128 if long else WIDE_BLOCK_M, q_stages=2, do_stages=2, squeeze=pieces)
     crowded = spec.bias is not None or spec.softcap
     if columns == 4:
         return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=pieces)
     return WideSm90Config(part=part, q_stages=3, do_stages=1 if columns + columns_v == 7 else 2, behind=not crowded,
                           late=spec.dbias is not None, squeeze=pieces)
+
+
+def _choose_sliced_wide(spec: Spec, part: str) -> WideSm90Config:
+    """The most query rows that fit: K, and of "dk" V, of 64 keys stay; Q has two stages, dO two if there is room, else one."""
+    of_dk = part == "dk"
+    slices = slices_of(spec.head_dim if of_dk else spec.head_dim_v)
+    columns, columns_v = panel_columns(spec.head_dim), panel_columns(spec.head_dim_v)
+    columns_q = slices * slice_dim(spec.head_dim, slices) if of_dk else columns
+    columns_do = columns_v if of_dk else slices * slice_dim(spec.head_dim_v, slices)
+    room = SHARED_MEMORY - 64 * 2 * (columns + of_dk * columns_v)
+    sizes = (32, 16) if num_features(spec) > 1 else (64, 32, 16)        # two features: 16 to 60 bytes spill at 64 rows
+    block_m, do_stages = next((m, n) for m in sizes for n in (2, 1) if 2 * m * (2 * columns_q + n * columns_do) <= room)
+    return WideSm90Config(part=part, block_m=block_m, q_stages=2, do_stages=do_stages, slices=slices)

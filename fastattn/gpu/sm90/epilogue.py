@@ -14,7 +14,7 @@ from ..spec import Spec
 from ..tile.fragments import make_pack, scale_seen_rows, store_rows, store_whole_rows
 from ..tile.smem import PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, panels
 from ..tile.softmax import NEG_INF
-from .config import ForwardSm90Config
+from .config import ForwardSm90Config, slice_dim
 from .records import TILE, Records
 
 OUT_PANEL = WARPGROUP_ROWS * ROW_BYTES      # bytes: 64 rows of 64 columns
@@ -26,7 +26,9 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
 
     OUT is the offset in shared memory of config.out_panels panels for each warpgroup.
     """
-    BLOCK_M, HEAD_DIM_V, PANELS_V = config.block_m, spec.head_dim_v, panels(spec.head_dim_v)
+    BLOCK_M, SLICES, COLUMNS = config.block_m, config.slices, slice_dim(spec.head_dim_v, config.slices)
+    ROWS_APART, COLUMNS_APART = (WARPGROUP_ROWS, 0) if SLICES == 1 else (0, COLUMNS)        # of neighbouring warpgroups
+    PANELS_V = panels(COLUMNS)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
     OUT_PANELS, HINTS = min(config.out_panels, PANELS_V), config.hints
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
@@ -51,7 +53,7 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
             barrier(int32(OUT_BARRIER + w), int32(WARPGROUP))
             if thread == 0:
                 for p in range(PANELS_HERE):
-                    panel, column = int32(slot + p * OUT_PANEL), int32((FIRST + p) * PANEL)
+                    panel, column = int32(slot + p * OUT_PANEL), int32((FIRST + p) * PANEL + w * COLUMNS_APART)
                     if HINTS:
                         tma.store_hinted(a.map_out, panel, column, row, head, map_batch, tma.evict_first())
                     else:
@@ -66,12 +68,13 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         """Output rows of a warpgroup: through shared memory and TMA. From the registers if there is no room for that, or if the tile is the
         last of a packed sequence, because TMA would also write the next sequence's rows."""
         packed = to_half(acc_o)
-        row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
+        row0 = int32(m_block * BLOCK_M + w * ROWS_APART)
         map_batch = int32(0) if PACKED else batch
         if DIRECT or (PACKED and row0 + WARPGROUP_ROWS > seqlen_q):
+            col = int32(col + w * COLUMNS_APART)
             address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + 2 * col)
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
-            if a.head_dim_v == HEAD_DIM_V:
+            if a.head_dim_v == COLUMNS if SLICES == 1 else a.head_dim_v - w * COLUMNS_APART >= COLUMNS:
                 store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
@@ -81,9 +84,9 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
                 store_second(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
 
     @inline
-    def store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1):
+    def store_lse(a, head, batch, q_start, seqlen_q, w, lane, row, lse0, lse1):
         if LSE:
-            if (lane & 3) == 0:
+            if (lane & 3) == 0 and (SLICES == 1 or w == 0):
                 if PACKED:
                     at = uint64(a.lse + uint64(4) * uint64(head * a.total_q + q_start + row))
                 else:
@@ -99,14 +102,14 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
         q_start, seqlen_q = records.get(base, i, TILE.Q_START), records.get(base, i, TILE.SEQLEN_Q)
         thread = opaque(thread)     # opaque: what follows from it is computed here, not kept in registers through the loop
-        row = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS + ((thread >> 5) & 3) * 16 + (lane >> 2))
+        row = int32(m_block * BLOCK_M + w * ROWS_APART + ((thread >> 5) & 3) * 16 + (lane >> 2))
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
             if records.get(base, i, TILE.KIND) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_seen_rows(acc_o, scale0, scale1)
         store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
-        store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
+        store_lse(a, head, batch, q_start, seqlen_q, w, lane, row, lse0, lse1)
         records.release(base, i, lane)
 
     return epilogue

@@ -2,6 +2,7 @@
 
     warpgroup 0     one thread issues the TMA loads of Q, K and V and draws tile indices from an atomic counter
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax in between
+                    head_dim over 256: the same 64 rows, and a slice of O's columns each; each computes all of S
 
     shared memory   Q | STAGES x (K, V) | out, if there is room | barriers | tile records
     Q, K and V rings: FULL      TMA -> consumers: the bytes have arrived
@@ -33,7 +34,7 @@ from ..tile.scores import make_score
 from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, make_clear, make_copy_rows, panels
 from ..tile.softmax import NEG_INF, make_softmax
 from .bounds import make_tile_bounds
-from .config import ForwardSm90Config
+from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
 
@@ -55,11 +56,14 @@ class Tile(NamedTuple):
 def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     # constants: tile sizes, bytes, registers a thread
-    BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.block_m // WARPGROUP_ROWS
-    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
-    Q_PANEL, KV_PANEL, WARPGROUP_BYTES = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, WARPGROUP_ROWS * ROW_BYTES
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, SLICES = config.block_m, config.block_n, config.stages, config.consumers, config.slices
+    # each warpgroup has rows of its own, or a slice of the columns of O
+    COLUMNS, ROWS_APART = slice_dim(spec.head_dim_v, SLICES), WARPGROUP_ROWS if SLICES == 1 else 0
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), SLICES * panels(COLUMNS)
+    Q_PANEL, KV_PANEL = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
+    Q_APART, V_APART = ROWS_APART * ROW_BYTES, 0 if SLICES == 1 else panels(COLUMNS) * KV_PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    COUNT_S, COUNT_O = BLOCK_N // 2, spec.head_dim_v // 2
+    COUNT_S, COUNT_O = BLOCK_N // 2, COLUMNS // 2
     WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, MASK, MASKED_ALWAYS = spec.packed, spec.mask, spec.left or spec.right
     OPTIMISTIC, HINTS = config.optimistic, config.hints
@@ -68,7 +72,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    OUT = smem.take(CONSUMERS * min(config.out_panels, PANELS_V) * OUT_PANEL)
+    OUT = smem.take(CONSUMERS * min(config.out_panels, panels(COLUMNS)) * OUT_PANEL)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
@@ -156,15 +160,17 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none."""
         if FEW_UNIFORM:
             w = opaque(w)
-        return wgmma.k_major(base + Q + w * WARPGROUP_BYTES)
+        if SLICES > 1:      # and at larger sizes: a step has 17 to 36 descriptors, which would be kept in registers
+            base = opaque(base)
+        return wgmma.k_major(base + Q + w * Q_APART)
 
     @inline
     def k_slot(base, stage):
         return wgmma.k_major(base + K + stage * K_BYTES)
 
     @inline
-    def v_slot(base, stage):
-        return wgmma.mn_major(base + V + stage * V_BYTES, KV_PANEL)
+    def v_slot(base, w, stage):
+        return wgmma.mn_major(base + V + stage * V_BYTES + w * V_APART, KV_PANEL)
 
     @inline
     def mma_s(acc_s, base, w, stage):
@@ -172,9 +178,9 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return qk(acc_s, q_rows(base, w), k_slot(base, stage), HEAD_DIM, BLOCK_M, BLOCK_N)
 
     @inline
-    def mma_o(acc_o, p, base, stage):
-        """O += P V."""
-        return pv(acc_o, p, v_slot(base, stage))
+    def mma_o(acc_o, p, base, w, stage):
+        """O += P V, of the warpgroup's columns."""
+        return pv(acc_o, p, v_slot(base, w, stage))
 
     @inline
     def wait_turn(w):
@@ -208,7 +214,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         wgmma.commit()
         v_ring.wait_full(base, before, parity)
         wgmma.fence()
-        acc_o = mma_o(acc_o, p, base, before)
+        acc_o = mma_o(acc_o, p, base, w, before)
         wgmma.commit()
         pass_turn(w)
         return acc_s, acc_o
@@ -219,7 +225,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         v_ring.wait_full(base, stage, parity)
         wait_turn(w)
         wgmma.fence()
-        acc_o = mma_o(acc_o, p, base, stage)
+        acc_o = mma_o(acc_o, p, base, w, stage)
         wgmma.commit()
         pass_turn(w)
         return acc_o
@@ -306,7 +312,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         """(Tile, n_max, fast_min, fast_max) of the i-th tile: key blocks [fast_min, fast_max) need no mask for this warpgroup's rows."""
         m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
         seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
-        row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
+        row0 = int32(m_block * BLOCK_M + w * ROWS_APART)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
         diagonal = diagonal_of(a, seqlen_q, seqlen_k)
         if MASK:
@@ -316,7 +322,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         n_min, n_max = uniform(n_min), uniform(n_max)
         if MASK:        # an optimistic step for rows that have seen nothing would be done twice; most begin with their last block
-            full_max = int32(min(full_max, records.get(base, i, TILE.END + w) - 1))
+            full_max = int32(min(full_max, records.get(base, i, TILE.END + (w if SLICES == 1 else 0)) - 1))
         fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
         fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would release Q's slot a softmax later
         fast_min = uniform(int32(max(min(full_min, fast_max), fast_min)))

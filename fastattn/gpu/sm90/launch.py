@@ -20,10 +20,9 @@ from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_sp
 from .config import (
     BLOCK_N,
     CONSUMERS,
-    DQ_BLOCK_M,
+    MOST_DIM,
     OUT_ROWS,
     WARPGROUP,
-    WIDE_BLOCK_M,
     BackwardSm90Config,
     DqSm90Config,
     ForwardSm90Config,
@@ -32,6 +31,7 @@ from .config import (
     choose_dq,
     choose_forward,
     choose_wide,
+    is_wide,
     worth_parts,
 )
 
@@ -53,7 +53,7 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     p, o = call.problem, call.operands
     if d.arch != "sm_90a":
         return f"it needs sm_90a, this is {d.arch}"
-    if (reason := unfit(p)) is not None:
+    if (reason := unfit(p, MOST_DIM)) is not None:
         return reason
     if isinstance(call, BackwardCall):
         g = call.grads
@@ -62,8 +62,8 @@ def refuses(call: AnyCall, d: Device) -> str | None:
         return _unreadable({"q": o.q, "k": o.k, "v": o.v, "dout": call.dout, "dq": g.dq, "dk": g.dk, "dv": g.dv})
     if (reason := _unreadable({"q": o.q, "k": o.k, "v": o.v, "out": call.out})) is not None:
         return reason
-    if max(p.head_dim, p.head_dim_v) > 192 and feature_weight(make_spec(p, o, False)) > 1:
-        return "several features at head_dim over 192 do not fit its registers"
+    if (192 < max(p.head_dim, p.head_dim_v) <= 256 or p.head_dim_v > 512) and feature_weight(make_spec(p, o, False)) > 1:
+        return f"several features at head_dim {max(p.head_dim, p.head_dim_v)} do not fit its registers"
     return None
 
 
@@ -80,7 +80,7 @@ def _unreadable(views: dict[str, View]) -> str | None:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("out",), online=True), WARPGROUP * (1 + config.block_m // 64))
+                   Arguments(spec, FORWARD, ("out",), online=True), WARPGROUP * (1 + config.consumers))
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -127,41 +127,39 @@ def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
 @lru_cache(maxsize=PROGRAMS)
 def wide_program(spec: Spec, config: WideSm90Config) -> Program:
     return program(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config),
-                   Arguments(spec, WIDE, ("dk", "dv")), BACKWARD_THREADS)
+                   Arguments(spec, WIDE, ("dk", "dv")), WARPGROUP * (1 + config.consumers))
 
 
 @lru_cache(maxsize=PROGRAMS)
 def dq_program(spec: Spec, config: DqSm90Config) -> Program:
     return program(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config),
-                   Arguments(spec, DQ, ("dq",)), BACKWARD_THREADS)
-
-
-def is_wide(p: Problem) -> bool:
-    """Whether each gradient has a kernel of its own, because no kernel has registers for all of them."""
-    return max(p.head_dim, p.head_dim_v) > 128
+                   Arguments(spec, DQ, ("dq",)), WARPGROUP * (1 + config.consumers))
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
     """Enqueue the kernels: lse and delta of rows, the gradients, then what is rounded from sums.
 
-    One kernel computes all gradients, adding up dQ in memory. Deterministic and wide calls have a kernel for dQ alone.
+    One kernel computes all gradients, adding up dQ in memory. Deterministic calls and those of head_dim over 128 have a
+    kernel for dQ alone.
     """
     p, g = call.problem, call.grads
     # dbias of every score is added up by the kernel of dK; a broadcast one is computed by simt's kernel
     in_kernel = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
                  and p.score.softcap is None)
-    own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None)
-    config, dq_alone = choose_backward(own_spec), call.deterministic or is_wide(p)
-    if not spec.parts and _in_parts(call, own_spec, config, launcher):
+    dq_alone = call.deterministic or max(spec.head_dim, spec.head_dim_v) > 128
+    own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
+    config, wide = choose_backward(own_spec), is_wide(own_spec)
+    if not spec.parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
+    block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
     with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
-          table(call, BLOCK_N, launcher, stream, True) as sequences,
-          dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums,
-          mask_words(call, WIDE_BLOCK_M if is_wide(p) else config.block_m, launcher, stream, True) as words):
-        if is_wide(p):
-            _launch_wide(words, own_spec, rows, sequences, sums, launcher, stream)
+          table(call, block_n, launcher, stream, True) as sequences,
+          dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums):
+        if wide:
+            _launch_wide(call, own_spec, rows, sequences, sums, launcher, stream)
         else:
-            _launch_backward(words, own_spec, config, rows, sequences, sums, launcher, stream)
+            with mask_words(call, config.block_m, launcher, stream, True) as words:
+                _launch_backward(words, own_spec, config, rows, sequences, sums, launcher, stream)
         if dq_alone:
             _launch_dq(call, own_spec, rows, launcher, stream)
         else:
@@ -174,7 +172,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
     """Whether the query heads of a group get tiles of their own: one sequence with few tiles, and nothing but a mask by position."""
     p = call.problem
-    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout or call.deterministic or is_wide(p):
+    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout:
         return False
     return call.grads.dsinks is None and worth_parts(spec, config, p.num_heads_k, p.group, p.seqlen_q, p.seqlen_k, launcher.device.num_sms)
 
@@ -220,23 +218,26 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
 def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sums: Sums, launcher: Launcher,
                  stream: int) -> None:
     """Enqueue writing dv, then dk, the latter adding dbias up in `sums`, if `spec` has it. `sequences`: the table by
-    BLOCK_N keys."""
-    p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
-    boxes = (o.q, WIDE_BLOCK_M), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, WIDE_BLOCK_M)
-    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, WIDE_BLOCK_M, launcher, captured), rows.lse, rows.count,
-           sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    the tilings' keys."""
+    p, o, captured = call.problem, call.operands, launcher.capturing(stream)
     spec = replace(spec, deterministic=False)
     for of_part, part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
-        wide_program(of_part, choose_wide(of_part, part)).launch(launcher, tiles, call, own, stream)
+        config = choose_wide(of_part, part)
+        boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, config.block_m)
+        tiles = most_tiles(call, config.block_n, True)
+        own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.count,
+               sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+        with mask_words(call, config.block_m, launcher, stream, True) as words:
+            wide_program(of_part, config).launch(launcher, tiles, words, own, stream)
 
 
 def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
     """Enqueue writing dq."""
     o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
     config = choose_dq(spec)
-    tiles = most_tiles(call, DQ_BLOCK_M)
-    with table(call, DQ_BLOCK_M, launcher, stream) as sequences, mask_words(call, config.block_n, launcher, stream) as words:
-        boxes = (o.q, DQ_BLOCK_M), (o.k, config.block_n), (o.v, config.block_n), (call.dout, DQ_BLOCK_M)
+    tiles = most_tiles(call, config.block_m)
+    with table(call, config.block_m, launcher, stream) as sequences, mask_words(call, config.block_n, launcher, stream) as words:
+        boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, config.block_m)
         own = (*launcher.tensor_maps(boxes, launcher.capturing(stream)), rows.lse, rows.log2, rows.delta, rows.count,
                sequences, tiles, head_group(call), call.problem.score.softmax_scale)
         dq_program(spec, config).launch(launcher, tiles, words, own, stream)

@@ -145,7 +145,7 @@ def near_rows(typingctx: Any, acc: Any, scale: Any, inverse: Any, rows: Any, lse
 
 def make_any_far(BLOCK_M: int) -> Any:
     """any_far(address): 1 if any of BLOCK_M rows is far, else 0. `address`: shared address of their lse in units of log2."""
-    WORDS = BLOCK_M // 32
+    WORDS, LANES = max(BLOCK_M // 32, 1), min(BLOCK_M, 32)
     letters = "abcd"[:WORDS]
     tests = "".join(f" setp.eq{'.or' * (k > 0)}.b32 p, {x}, 0x{np.float32(FAR_LSE).view(np.uint32):08X}{', p' * (k > 0)};"
                     for k, x in enumerate(letters))
@@ -155,7 +155,7 @@ def make_any_far(BLOCK_M: int) -> Any:
 
     @inline
     def any_far(address):
-        return any_far_word(int32(address + (thread_index() & 31) * (4 * WORDS)))
+        return any_far_word(int32(address + (thread_index() & (LANES - 1)) * (4 * WORDS)))
     return any_far
 
 

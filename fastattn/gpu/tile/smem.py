@@ -19,6 +19,7 @@ PANEL = 64               # columns of a panel
 WARPGROUP = 128          # threads that issue a wgmma together
 WARPGROUP_ROWS = 64      # rows of a tile that a consumer warpgroup owns: what a wgmma multiplies
 ALIGN = 8 * ROW_BYTES    # the 128-byte swizzle repeats every 8 rows
+TMA_ALIGN = 128          # of what TMA writes without a swizzle
 NAMED_BARRIERS = 16      # of a thread block; 0 is that of cuda.syncthreads
 
 

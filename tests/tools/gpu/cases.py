@@ -72,6 +72,8 @@ def _large() -> Iterator[Case]:
         yield replace(base, name=f"large_{name}_{dim}", **{**settings, "head_dim": dim})
     for dim in (192, 256):
         yield replace(base, name=f"large_mask_{dim}", head_dim=dim, **features["mask_heads"])
+    for name in ("gqa", "window_both", "top_left", "sinks", "dropout", "huge", "more_queries", "one_key"):      # MLA: dK and dV together
+        yield replace(base, name=f"large_{name}_192_128", **{**features[name], "head_dim": 192, "head_dim_v": 128})
     packed = replace(base, lengths_q=(300, 0, 129, 1, 64), lengths_k=(300, 40, 700, 130, 0))
     for dim in (64, 128, 256):
         yield replace(packed, name=f"large_packed_{dim}", head_dim=dim)
@@ -82,6 +84,30 @@ def _large() -> Iterator[Case]:
     yield replace(packed, name="large_packed_used_dropout", used_k=(250, 3, 1, 130, 0), head_dim=256, dropout_p=0.2, dtype="float16")
     yield replace(packed, name="large_packed_mask", mask=(5, 2, 300, 700), mask_kind="blocks")
     yield replace(packed, name="large_packed_all", alibi="batch", bias=(5, 1, 300, 700), mask=(1, 2, 1, 700), sinks=True, dropout_p=0.1,
+                  softcap=9.0)
+
+
+def _wide() -> Iterator[Case]:
+    """Head sizes over 256: warpgroups share rows and divide the columns of results among them."""
+    base = Case("wide", "bfloat16", seqlen_q=200, seqlen_k=330, head_dim=512, causal=True, batch=1, dlse=True)
+    for dim, dim_v in ((264, 264), (320, 320), (384, 384), (448, 392), (512, 512), (576, 512), (576, 576), (576, 64), (64, 512), (512, 256),
+                       (8, 264)):
+        yield replace(base, name=f"wide_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v)
+        yield replace(base, name=f"wide_full_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, causal=False, dtype="float16", seqlen_q=65)
+    features: dict[str, dict[str, Any]] = {
+        "gqa": {"num_heads": 4, "num_heads_k": 2}, "window": {"window": (33, 70), "causal": False}, "softcap": {"softcap": 5.0},
+        "alibi": {"alibi": "batch"}, "bias": {"bias": (1, 2, 200, 330)}, "bias_float32": {"bias": (2, 200, 330), "bias_dtype": "float32"},
+        "bias_row": {"bias": (1, 330)}, "mask": {"mask": (1, 1, 200, 330)}, "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.2},
+        "more_queries": {"seqlen_q": 330, "seqlen_k": 100}, "one_key": {"seqlen_k": 1}, "one_row": {"seqlen_q": 1},
+        "huge": {"softmax_scale": 40.0}, "bhsd": {"layout": "bhsd"}, "transposed": {"memory": "transposed"}}
+    for (name, settings), dim in itertools.product(features.items(), (320, 512)):
+        yield replace(base, name=f"wide_{name}_{dim}", **{**settings, "head_dim": dim})
+    for name in ("window", "bias", "huge"):     # the narrowest blocks of the backward
+        yield replace(base, name=f"wide_{name}_576", **{**features[name], "head_dim": 576, "head_dim_v": 512})
+    packed = replace(base, lengths_q=(130, 0, 65, 1, 64), lengths_k=(130, 40, 200, 70, 0), num_heads=4, num_heads_k=2)
+    for dim, dim_v in ((320, 320), (512, 512), (576, 512)):
+        yield replace(packed, name=f"wide_packed_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, used_k=(100, 40, 0, 1, 0), spare=7)
+    yield replace(packed, name="wide_packed_all", alibi="batch", bias=(5, 1, 130, 200), mask=(1, 4, 1, 200), sinks=True, dropout_p=0.1,
                   softcap=9.0)
 
 
@@ -109,7 +135,7 @@ def _decode() -> Iterator[Case]:
 
 
 DECODE = list(_decode())
-LARGE = [*_large(), *DECODE]
+LARGE = [*_large(), *_wide(), *DECODE]
 SMALL = [replace(case, name=f"small_{case.name}") for case in (
     Case("plain", "bfloat16", batch=1, seqlen_q=130, head_dim=64),
     Case("causal", "float16", batch=1, seqlen_q=150, head_dim=128, causal=True),
@@ -135,9 +161,9 @@ def must_take(case: Case, family: str) -> bool:
     rows, keys = case.seqlen_q, case.seqlen_q if case.seqlen_k is None else case.seqlen_k
     if case.lengths_q is not None:
         rows, keys = sum(case.lengths_q), sum(case.lengths_q if case.lengths_k is None else case.lengths_k)
-    ordinary = case.dtype in HALVES and max(dims) <= 256 and keys > 0 and rows > 0 and case.batch > 0
+    ordinary = case.dtype in HALVES and max(dims) <= (576 if family == "sm90" else 256) and keys > 0 and rows > 0 and case.batch > 0
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and max(dims) > 192 and several:
+    if family == "sm90" and (192 < max(dims) <= 256 or dims[1] > 512) and several:
         return False                                        # not enough registers
     return ordinary and (family == "sm80" or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
 

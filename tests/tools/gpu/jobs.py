@@ -102,8 +102,22 @@ def _backward_sm90() -> Iterator[Job]:
         yield job(dim, "softcap", softcap=True, causal=True)
         yield job(dim, "mask", mask=True, alibi="float32")
     yield job(192, "causal", 128, causal=True)
+    yield job(192, "packed_window", 128, packed=True, window=(100, 50))
     yield job(64, "causal", 256, causal=True)
     yield job(128, "softcap_deterministic", softcap=True, deterministic=True)
+
+
+def _sliced() -> Iterator[Job]:
+    """Hopper: head sizes over 256, where warpgroups share rows and divide columns; three of them over 512."""
+    for backward in (False, True):
+        def job(dim: int, what: str, dim_v: int | None = None, backward: bool = backward, **settings: Any) -> Job:
+            return Job("sm90", "sm_90a", _want("bfloat16", dim, dim_v, lse=not backward, backward=backward, **settings), what)
+        yield job(512, "causal", causal=True)
+        yield job(576, "packed_window", 512, packed=True, window=(100, 50))
+        yield job(320, "bias", bias="float32", packed=True, window=(100, 50))
+        yield job(512, "mask_dropout", mask=True, dropout=True, packed=True, window=(100, 50))
+    yield Job("sm90", "sm_90a", _want("bfloat16", 512, **EVERYTHING, packed=True, seqused=True), "everything_packed")
+    yield Job("sm90", "sm_90a", _want("float16", 576, softcap=True, alibi="float32", sinks="float32", causal=True), "softcap_alibi")
 
 
 def _found() -> Iterator[Job]:
@@ -187,6 +201,7 @@ def _ci() -> Iterator[Job]:
     """What fits into CI: a Hopper kernel takes three seconds with its PTX."""
     yield from _pairs()
     yield from _found()
+    yield from _sliced()
     yield from _decode()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
@@ -216,7 +231,8 @@ def _ci() -> Iterator[Job]:
         yield Job("simt", "sm_80", want, "everything_packed")
     yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
     yield from (job for job in _backward_sm90() if job.id.endswith(("64-causal-backward", "128-causal-backward", "256-causal-backward",
-                                                                    "-bias-backward", "-softcap-backward", "128-deterministic-backward")))
+                                                                    "-bias-backward", "-softcap-backward", "128-deterministic-backward",
+                                                                    "192_128-packed_window-backward")))
 
 
 # ---------------------------------------------------------------- and random kernels
@@ -229,7 +245,7 @@ def draw_job(draw: random.Random) -> Job:
     """A kernel of the whole space that its family takes: architecture, direction, dtype, head sizes, features, masks, lengths."""
     while True:
         family = draw.choice(("sm90", "sm90", "sm80", "simt"))
-        arch, want = draw.choice(SAMPLE_ARCHS[family]), _draw_want(draw, family == "simt")
+        arch, want = draw.choice(SAMPLE_ARCHS[family]), _draw_want(draw, family)
         try:
             with gpu.use(family):
                 gpu.choose(want.call()[0], precompile.absent_device(arch))
@@ -238,14 +254,14 @@ def draw_job(draw: random.Random) -> Job:
         return Job(family, arch, want, "sample")
 
 
-def _draw_want(draw: random.Random, plain_threads: bool) -> Want:
+def _draw_want(draw: random.Random, family: str) -> Want:
     def flip(p: float) -> bool:
         return draw.random() < p
 
     def head_dim() -> int:
-        most = 512 if plain_threads and flip(0.2) else 256
+        most = {"simt": 512, "sm90": 576, "sm80": 256}[family] if flip(0.2) else 256
         return draw.choice((draw.randint(1, most), draw.randrange(8, most + 1, 8), draw.randrange(16, most + 1, 16)))
-    dtype = draw.choice((*HALVES, "float32", "float64") if plain_threads else HALVES)
+    dtype = draw.choice((*HALVES, "float32", "float64") if family == "simt" else HALVES)
     dim, heads = head_dim(), draw.choice((4, 16))
     settings: dict[str, Any] = {}
     for name in draw.sample(sorted(precompile.SCORE_FEATURES), draw.choice((0, 1, 1, 2, 2, 3, 4, 6))):

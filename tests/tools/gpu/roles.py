@@ -261,7 +261,10 @@ class Play:
 
     def pv(self, acc: Fragment, p: Fragment, v: tuple[int, int]) -> Fragment:
         agent, (at, panel) = self.pause(), v
-        values = {self.read(agent, at + j * panel, self.config.block_n * 128, j * 64) for j in range(self.panels_v)}
+        # warpgroups have all columns, or a slice each
+        count = self.panels_v if self.config.slices == 1 else -(-self.panels_v // self.config.slices)
+        first = 0 if self.config.slices == 1 else (agent.thread // 128 - 1) * count
+        values = {self.read(agent, at + j * panel, self.config.block_n * 128, (first + j) * 64) for j in range(count)}
         assert values == {("v", p.k)} and p.kind == "P", "P of one block, V of another"
         assert not acc.flying and acc.q in (None, p.q), "an output of other rows"
         return self.fly(agent, Fragment("O", p.q, None, (*acc.keys, p.k)))      # type: ignore[arg-type]

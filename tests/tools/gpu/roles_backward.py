@@ -47,13 +47,13 @@ class BackwardPlay(Play):
 
     def pv(self, acc: Fragment, p: Fragment, b: tuple[int, int]) -> Fragment:
         agent = self.pause()
-        assert p.kind == "P" and self.panel_of(agent, b) == {("dout", p.q)}, "P of one block, dO of another"
+        assert p.kind == "P" and self.panels_of(agent, b, self.config.dim_v) == {("dout", p.q)}, "P of one block, dO of another"
         return self.grow(agent, "dV", acc, p)
 
     def dsq(self, acc: Fragment, a: int, b: tuple[int, int], depth: int, a_rows: int) -> Fragment:
         agent = self.pause()
         ds = self.stored_ds(agent, [a + p * DS_PANEL + 2048 * i for p in range(depth // 64) for i in range(4)])
-        assert self.panel_of(agent, b) == {("q", ds.q)}, "dS of one block, Q of another"
+        assert self.panels_of(agent, b, self.config.dim) == {("q", ds.q)}, "dS of one block, Q of another"
         return self.grow(agent, "dK", acc, ds)
 
     def dsk(self, acc: Fragment, a: tuple[int, int], b: tuple[int, int], depth: int) -> Fragment:
@@ -64,9 +64,9 @@ class BackwardPlay(Play):
         assert (tensor, place) == ("k", ds.k) and not acc.flying
         return self.fly(agent, Fragment("dQ", ds.q, ds.k, at=ds.at))
 
-    def panel_of(self, agent: Any, b: tuple[int, int]) -> set[Any]:
+    def panels_of(self, agent: Any, b: tuple[int, int], dim: int) -> set[Any]:
         rows = self.config.block_m
-        return {self.read(agent, b[0] + p * b[1], rows * 128, p * 64) for p in range(self.config.dim // 64)}
+        return {self.read(agent, b[0] + p * b[1], rows * 128, p * 64) for p in range(dim // 64)}
 
     def stored_ds(self, agent: Any, pieces: list[int]) -> Fragment:
         found = [agent.block.words.get(piece) for piece in pieces]
