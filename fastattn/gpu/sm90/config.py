@@ -137,8 +137,8 @@ def _choose_sliced(spec: Spec) -> ForwardSm90Config:
     room = SHARED_MEMORY - 64 * 2 * columns
     block_n = room // (2 * 2 * (columns + columns_v)) // 16 * 16
     # turns: 376 instead of 386 TFLOP/s at head_dim 512; optimistic: 305 instead of 303, for 30 % more instructions
-    return ForwardSm90Config(block_m=64, block_n=min(block_n, 32 if feature_weight(spec) > 0 else 64), out_panels=0, slices=slices,
-                             optimistic=False)
+    most = 16 if slices > 2 and num_features(spec) > 1 else 32 if feature_weight(spec) > 0 else 64     # 40 bytes would spill
+    return ForwardSm90Config(block_m=64, block_n=min(block_n, most), out_panels=0, slices=slices, optimistic=False)
 
 
 # ---------------------------------------------------------------- dK and dV together
