@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from ...arrays.view import View, contiguous
-from ...problem import Grads, Operands, Problem
+from ...problem import Grads, Operands
 from ..config import feature_weight
 from ..decode import launch as decode
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq, sum_groups
