@@ -19,7 +19,9 @@ from ..problem import Grads, Operands, Problem
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
-FAR_TOPS = {"float16": 2.0**28, "bfloat16": 2.0**29}       # of a row that is far in the forward, in units of log2: far_limits
+# of a row that is far in the forward, in units of log2: far_limits. The dtypes that tensor cores have
+FAR_TOPS = {"float16": 2.0**28, "bfloat16": 2.0**29, "float32": 2.0**29}
+MOST_FLOAT_DIM = 128        # of float32 on tensor cores: wider tiles of its parts do not fit shared memory
 FAR_LSE = 2.0**-126         # marks a far row instead of its lse in units of log2: kernels subtract the lse itself from its scores
 FAR = 2**30                 # wider windows are cut to it: the sum of a limit and a position stays inside 32 bits
 
@@ -53,7 +55,7 @@ class Spec:
         Of the backward: the dtype in which dbias is stored, None if it is not wanted.
     deterministic
         Of the backward: the same bits every run.
-    parts
+    group_parts
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     """
 
@@ -75,13 +77,18 @@ class Spec:
     lse: bool = True
     dbias: str | None = None
     deterministic: bool = False
-    parts: bool = False
+    group_parts: bool = False
+
+    @property
+    def parts(self) -> int:
+        """16-bit parts of an element of q, k and v on tensor cores (ptx/parts.py)."""
+        return 3 if self.dtype == "float32" else 1
 
     @property
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic",
-                 "parts")
+                 "group_parts")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
@@ -201,10 +208,12 @@ def _stride(x: View | None, axis: int) -> int:
 
 
 def unfit(p: Problem, most: int) -> str | None:
-    """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim."""
-    if p.dtype not in ("float16", "bfloat16"):
+    """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim of 16 bits."""
+    if p.dtype not in FAR_TOPS:
         return f"it has no {p.dtype} products"
     dim = max(p.head_dim, p.head_dim_v)
+    if p.dtype == "float32" and dim > MOST_FLOAT_DIM:
+        return f"head_dim is {dim}, over {MOST_FLOAT_DIM} in float32"
     return f"head_dim is {dim}, over {most}" if dim > most else None
 
 

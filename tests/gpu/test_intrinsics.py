@@ -1,7 +1,7 @@
 """Every PTX intrinsic and every function on fragments alone: its instructions
 in the compiled code, and with a GPU its results.
 
-The probes are in tests/tools/gpu/probes*.py. A public name of gpu/ptx or gpu/tile/fragments without one fails.
+The probes are in tests/tools/gpu/probes*.py. A public name of gpu/ptx, gpu/tile/fragments or gpu/tile/stores without one fails.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ pytest.importorskip("cuda.core")
 from fastattn.arrays.view import View, contiguous
 from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
-from fastattn.gpu.tile import bits, fragments
-from tests.tools.gpu import probes_backward, probes_tiles  # noqa: F401  which add their probes to PROBES
+from fastattn.gpu.tile import bits, fragments, stores
+from tests.tools.gpu import probes_backward, probes_parts, probes_tiles  # noqa: F401  which add their probes to PROBES
 from tests.tools.gpu.probes import PROBES, Array
 
 NAMES = list(PROBES)
@@ -50,7 +50,7 @@ def _public(module: Any) -> Iterator[str]:
 def public_names() -> set[str]:
     files = [info.name for info in pkgutil.iter_modules(ptx.__path__) if info.name != "asm"]
     modules = [importlib.import_module(f"fastattn.gpu.ptx.{name}") for name in files]
-    return {f"{m.__name__.rpartition('.')[2]}.{name}" for m in (*modules, fragments, bits) for name in _public(m)} - PLUMBING
+    return {f"{m.__name__.rpartition('.')[2]}.{name}" for m in (*modules, bits, fragments, stores) for name in _public(m)} - PLUMBING
 
 
 def test_every_public_name_has_a_probe() -> None:

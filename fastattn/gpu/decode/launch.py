@@ -17,10 +17,11 @@ FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:
 
 def accepts(call: Call, spec: Spec) -> bool:
     """Whether this kernel runs a call of a tensor-core family: few queries, many keys, no features but masks by
-    position and a softcap."""
+    position and a softcap, 16-bit operands."""
     p, o = call.problem, call.operands
-    return (p.seqlen_q * p.group <= ROWS and p.seqlen_k >= FEW_KEYS and not p.packed and {p.head_dim, p.head_dim_v} <= {64, 128}
-            and num_features(spec) == spec.softcap and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
+    return (spec.parts == 1 and p.seqlen_q * p.group <= ROWS and p.seqlen_k >= FEW_KEYS and not p.packed
+            and {p.head_dim, p.head_dim_v} <= {64, 128} and num_features(spec) == spec.softcap
+            and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -124,6 +124,11 @@ def emit_store_pair_if(builder: Any, keep: Any, address: Any, x: Any, y: Any) ->
          [address, x, y, keep])
 
 
+def emit_store_f32_if(builder: Any, keep: Any, address: Any, value: Any) -> None:
+    """Store a float32 at a global address, if the 32-bit `keep` is not 0."""
+    emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r,~{memory}", [address, value, keep])
+
+
 def emit_store_halves_if(builder: Any, keep_low: Any, keep_high: Any, address: Any, word: Any) -> None:
     """Store the two halves of a word, each if its `keep` is not 0. The address is 2-byte aligned."""
     text = ("{ .reg .pred p; .reg .b16 t, u; mov.b32 {t, u}, $1; setp.ne.u32 p, $2, 0; @p st.global.b16 [$0], t; "

@@ -1,4 +1,5 @@
-"""wgmma: a warpgroup multiplies 64 rows (PTX ISA 9.7.15), operands float16 or bfloat16, sums float32.
+"""wgmma: a warpgroup multiplies 64 rows (PTX ISA 9.7.15), operands float16 or bfloat16, sums float32. Operands of float32 are three
+bfloat16 parts (parts.py): as many panels for each part, one part after the other.
 
 Shared operands are 128-byte swizzled panels of 64 elements (tile/smem.py). The accumulator of 64 x N gives a thread rows lane/4 and
 lane/4 + 8 of its warp's 16, columns 8 j + 2 (lane % 4) + {0, 1}; packed to 16 bits it is the A operand of the next MMA.
@@ -12,6 +13,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, I64, emit_many, instruction, literals, pack, unpack
+from .parts import PAIRS, PART_DTYPE, PARTS
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 SWIZZLE_128B = 1 << 62
@@ -79,7 +81,10 @@ def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: Any, cl
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for 16-bit `dtype`."""
+    """(qk, pv) for `dtype`."""
+    if dtype == "float32":
+        return _qk_parts, _pv_parts
+
     @intrinsic
     def qk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
         """acc (64 x N) = A (64 x depth) B (N x depth)^T, both in shared memory, K-major, in panels of `a_rows` and `b_rows` rows."""
@@ -105,6 +110,71 @@ def make_products(dtype: str) -> tuple[Any, Any]:
         return signature(acc, acc, p, types.uint64), generate
 
     return qk, pv
+
+
+@intrinsic
+def _qk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
+    """qk of float32."""
+    d, rows_a, rows_b = literals(depth, a_rows, b_rows)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, panels = unpack(builder, args[0], acc.count), -(-d // 64)
+        for n, pair in enumerate(PAIRS):
+            for k in range(d // 16):
+                at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
+                      for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
+                registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
+        return pack(builder, registers)
+    return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+
+
+@intrinsic
+def _pv_parts(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
+    """pv of float32, but acc = P B instead of acc += P B: who adds it to a longer sum rounds better than tensor cores do.
+
+    p: the registers of each part, one part after the other.
+    """
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
+        each, panels = p.count // PARTS, -(-acc.count // 32)       # registers of a part of P; panels of B, which has 2 * acc.count columns
+        part_bytes = panels * (each * 4 * 128)                     # each * 4 rows
+        for n, (part_a, part_b) in enumerate(PAIRS):
+            for k in range(each // 4):
+                rows, first = builder.add(args[2], I64((part_b * part_bytes + k * 2048) >> 4)), part_a * each + 4 * k
+                registers = _multiply(builder, PART_DTYPE, registers, a[first:first + 4], rows, n + k == 0, (0, 1))
+        return pack(builder, registers)
+    return signature(acc, acc, p, types.uint64), generate
+
+
+@intrinsic
+def add_pv_parts(typingctx: Any, acc: Any, p: Any, b: Any, part_bytes: Any) -> Any:
+    """acc (64 x N) += P (64 x depth, registers) B (depth x N, MN-major) of float32: the parts of B are `part_bytes` apart."""
+    [apart] = literals(part_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, a, each = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), p.count // PARTS
+        for k in range(each // 4):
+            for part_a, part_b in PAIRS:
+                rows, first = builder.add(args[2], I64((part_b * apart + k * 2048) >> 4)), part_a * each + 4 * k
+                registers = _multiply(builder, PART_DTYPE, registers, a[first:first + 4], rows, False, (0, 1))
+        return pack(builder, registers)
+    return signature(acc, acc, p, types.uint64, part_bytes), generate
+
+
+@intrinsic
+def dsk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_part: Any, b_part: Any) -> Any:
+    """acc (64 x N) = A^T (64 x depth) B (depth x N) of float32, both MN-major, their parts `a_part` and `b_part` bytes apart."""
+    d, apart_a, apart_b = literals(depth, a_part, b_part)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for n, pair in enumerate(PAIRS):
+            for k in range(d // 16):
+                at = [builder.add(x, I64((part * apart + k * 2048) >> 4))
+                      for x, part, apart in zip(args[1:3], pair, (apart_a, apart_b), strict=True)]
+                registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (1, 1))
+        return pack(builder, registers)
+    return signature(acc, acc, types.uint64, types.uint64, depth, a_part, b_part), generate
 
 
 def make_grad_products(dtype: str) -> tuple[Any, Any]:

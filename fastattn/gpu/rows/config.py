@@ -18,6 +18,10 @@ SUMS_OF_PIECE = 1024        # float32 that a warp rounds at a time: 16 rows by 6
 GROUP_THREADS = 256
 GROUP_COLUMNS = 8           # of a thread: 16 bytes of results
 
+# split: float32 operands to their parts
+SPLIT_THREADS = 256
+SPLIT_COLUMNS = 8           # of a thread: it stores 16 bytes of each part
+
 # merge_states
 MERGE_THREADS = 128
 

@@ -15,8 +15,9 @@ from ..ptx.mma import load_sums
 from ..ptx.scalar import store
 from ..ptx.sync import wait_for_previous
 from ..spec import Spec
-from ..tile.fragments import lane_row, make_pack, scale_rows, store_rows, store_whole_rows, thread_col
+from ..tile.fragments import lane_row, make_pack, scale_rows, thread_col
 from ..tile.gradients import PIECE
+from ..tile.stores import store_floats, store_rows, store_whole_rows
 from .config import ROUND_THREADS as THREADS
 from .preprocess import make_row_at
 
@@ -24,7 +25,7 @@ from .preprocess import make_row_at
 def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> Any:
     """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM columns and are 16-byte aligned.
     EARLY: it may start before the kernel of the sums has ended."""
-    PANELS, PACKED, LANE_BYTES = DIM // 64, spec.packed, 16 if VECTOR else 4
+    PANELS, PACKED, LANE_BYTES, FLOATS = DIM // 64, spec.packed, 16 if VECTOR else 4, spec.dtype == "float32"
     to_half, row_at = make_pack(spec.dtype), make_row_at(spec)
 
     def kernel(a):
@@ -42,16 +43,19 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> A
             acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)    # in flight during row_at
             first, count, _ = row_at(a, int32(p))
             if count > 0:
-                packed = to_half(scale_rows(acc, a.grad_scale, a.grad_scale))
+                acc = scale_rows(acc, a.grad_scale, a.grad_scale)
                 row, col = lane_row(lane), thread_col(lane)
                 dim = int32((number >> 2) * 64 + col)
-                address = uint64(int64(a.dq) + batch * a.dq_batch + head * a.dq_head + int64(first + row) * a.dq_row + 2 * dim)
+                address = uint64(int64(a.dq) + batch * a.dq_batch + head * a.dq_head + int64(first + row) * a.dq_row
+                                 + (a.dq_dim if FLOATS else int64(2)) * dim)
                 next_row = uint64(address + uint64(8 * a.dq_row))
                 keep0, keep1 = int32(1) if row < count else int32(0), int32(1) if row + 8 < count else int32(0)
-                if WHOLE:
-                    store_whole_rows(packed, address, next_row, keep0, keep1, lane)
+                if FLOATS:
+                    store_floats(acc, address, next_row, a.dq_dim, keep0, keep1, int32(a.head_dim - dim), 1)
+                elif WHOLE:
+                    store_whole_rows(to_half(acc), address, next_row, keep0, keep1, lane)
                 else:
-                    store_rows(packed, address, next_row, keep0, keep1, int32(a.head_dim - dim))
+                    store_rows(to_half(acc), address, next_row, keep0, keep1, int32(a.head_dim - dim))
     return kernel
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
-from ..ptx import cp_async, mma
+from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
 from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store_tiles, tiles_lane, tiles_lane_trans
@@ -39,6 +39,7 @@ from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.stores import store_floats
 from .config import BackwardSm80Config
 from .copies import arrived, make_copy_rows
 
@@ -54,29 +55,37 @@ ROW_BYTES = 128             # of a row of a panel: 64 columns
 def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     BLOCK_M, BLOCK_N, TILES, SPLIT, STAGES, WARPS = config.block_m, config.block_n, config.tiles, config.split, config.stages, config.warps
-    HEAD_DIM, HEAD_DIM_V, PANELS, PANELS_V = spec.head_dim, spec.head_dim_v, panels(spec.head_dim), panels(spec.head_dim_v)
+    HEAD_DIM, HEAD_DIM_V, PARTS, FLOATS = spec.head_dim, spec.head_dim_v, spec.parts, spec.parts > 1
+    PANELS, PANELS_V = PARTS * panels(HEAD_DIM), PARTS * panels(HEAD_DIM_V)
     WARP_KEYS, PART_M, PASS_ROWS, STORE_ROWS = 16 * TILES, BLOCK_M // SPLIT, 4 * WARPS, BLOCK_N // WARPS
     Q_PANEL, KV_PANEL, LINE = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, BLOCK_M * 16     # LINE: bytes of 8 keys of dS or P
     Q_BYTES, DO_BYTES, DS_BYTES, STAT_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, BLOCK_N // 8 * LINE, BLOCK_M * 4
     APART = config.columns_apart                    # warps that share rows of dQ; each has its part of the columns
     ROWS_DQ = BLOCK_M // (WARPS // APART)
-    TILES_DQ, ACCUM_ROW = ROWS_DQ // 16, PANELS * 64 * 4
+    TILES_DQ, ACCUM_ROW = ROWS_DQ // 16, panels(HEAD_DIM) * 64 * 4
     COUNT_S, COUNT_K, COUNT_V = PART_M // 2, TILES * pieces(HEAD_DIM, SPLIT), TILES * pieces(HEAD_DIM_V, SPLIT)
     COUNT_ALL, COUNT_DQ = TILES * COUNT_S, TILES_DQ * pieces(HEAD_DIM, APART)
     smem = Smem()
     K, V = smem.take(PANELS * KV_PANEL), smem.take(PANELS_V * KV_PANEL)
     Q, DO = smem.take(STAGES * Q_BYTES), smem.take(STAGES * DO_BYTES)
-    DS, P = smem.take(DS_BYTES), smem.take(DS_BYTES if SPLIT > 1 else 0)
+    DS = smem.take(PARTS * DS_BYTES)
+    P = DS if config.one_buffer else smem.take(PARTS * DS_BYTES if SPLIT > 1 else 0)
     LSE, DELTA = smem.take(STAGES * STAT_BYTES, 128), smem.take(STAGES * STAT_BYTES, 128)
     Q_POINTER, DO_POINTER = smem.take(8, 16), smem.take(8, 8)       # to the sequence's first row
     # HEAD_END: one past the last query head
     (BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST, M_MIN, FULL_MIN, FULL_MAX, HEAD_K, K_START, KEYS, M_MAX,
      HEAD_END) = parked(smem, 13)
-    SOFTCAP, DROPOUT = spec.softcap, spec.dropout
+    SOFTCAP, DROPOUT, ONE_BUFFER = spec.softcap, spec.dropout, config.one_buffer
     VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: 16-byte copies of lse, and of delta
     LANE_BYTES, EARLY, LATER = 16 if VECTOR else 4, STAGES == 2 and SPLIT > 1, STAGES == 2 and SPLIT == 1
-    qk, pv = mma.make_products(spec.dtype)
-    multiply_tiles, multiply_tiles_trans = mma.make_tiles_product(spec.dtype, False), mma.make_tiles_product(spec.dtype, True)
+    if FLOATS:
+        qk, pv = mma_parts.qk, mma_parts.pv
+        multiply_p, multiply_ds, multiply_ds_trans = (mma_parts.make_tiles_product(trans, DS_BYTES, panels(dim))
+                                                      for trans, dim in ((False, HEAD_DIM_V), (False, HEAD_DIM), (True, HEAD_DIM)))
+    else:
+        qk, pv = mma.make_products(spec.dtype)
+        multiply_p = multiply_ds = mma.make_tiles_product(spec.dtype, False)
+        multiply_ds_trans = mma.make_tiles_product(spec.dtype, True)
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
@@ -124,24 +133,42 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load
     @inline
+    def width(dim, count):
+        """Columns of a row in memory, of head size `dim` and in `count` panels. Rows of float32 parts fill their panels."""
+        return int32(count * 64) if FLOATS else dim
+
+    @inline
     def load_keys(a, base, batch, head_k, k_start, seqlen_k, first):
         copy_rows(int32(base + K), uint64(a.k + uint64(batch * a.k_batch + k_start * a.k_row + head_k * a.k_head)), a.k_row, a.k_dim,
-                  first, seqlen_k, a.head_dim, BLOCK_N, PANELS, KV_PANEL)
+                  first, seqlen_k, width(a.head_dim, PANELS), BLOCK_N, PANELS, KV_PANEL)
         copy_rows(int32(base + V), uint64(a.v + uint64(batch * a.v_batch + k_start * a.v_row + head_k * a.v_head)), a.v_row, a.v_dim,
-                  first, seqlen_k, a.head_dim_v, BLOCK_N, PANELS_V, KV_PANEL)
+                  first, seqlen_k, width(a.head_dim_v, PANELS_V), BLOCK_N, PANELS_V, KV_PANEL)
+
+    @inline
+    def load_q_rows(a, base, head, row, seqlen_q, stage):
+        copy_rows(int32(base + Q + stage * Q_BYTES), uint64(load_shared_b64(base + Q_POINTER) + uint64(head * a.q_head)), a.q_row, a.q_dim,
+                  row, seqlen_q, width(a.head_dim, PANELS), BLOCK_M, PANELS, Q_PANEL)
+
+    @inline
+    def load_dout_rows(a, base, head, row, seqlen_q, stage):
+        copy_rows(int32(base + DO + stage * DO_BYTES), uint64(load_shared_b64(base + DO_POINTER) + uint64(head * a.dout_head)), a.dout_row,
+                  a.dout_dim, row, seqlen_q, width(a.head_dim_v, PANELS_V), BLOCK_M, PANELS_V, Q_PANEL)
+
+    @inline
+    def stat_at(a, base, head, row, byte):
+        """Where in row_log2 and row_delta a byte of a block's rows is."""
+        return uint64(uint64(4 * (first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(row))) + uint64(byte))
 
     @inline
     def load_queries(a, base, head, m, stage):
         """Q, dO, lse and delta of a block of rows of one head."""
         row, seqlen_q = int32(m * BLOCK_M), word(base, SEQLEN_Q)
-        copy_rows(int32(base + Q + stage * Q_BYTES), uint64(load_shared_b64(base + Q_POINTER) + uint64(head * a.q_head)), a.q_row, a.q_dim,
-                  row, seqlen_q, a.head_dim, BLOCK_M, PANELS, Q_PANEL)
-        copy_rows(int32(base + DO + stage * DO_BYTES), uint64(load_shared_b64(base + DO_POINTER) + uint64(head * a.dout_head)), a.dout_row,
-                  a.dout_dim, row, seqlen_q, a.head_dim_v, BLOCK_M, PANELS_V, Q_PANEL)
+        load_q_rows(a, base, head, row, seqlen_q, stage)
+        load_dout_rows(a, base, head, row, seqlen_q, stage)
         thread = thread_index()
         if thread < 2 * COPIES:
             byte = int32((thread & (COPIES - 1)) * 16)
-            at = uint64(uint64(4 * (first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(row))) + uint64(byte))
+            at = stat_at(a, base, head, row, byte)
             if thread < COPIES:
                 copy16(int32(base + LSE + stage * STAT_BYTES + byte), uint64(a.row_log2 + at))
             else:
@@ -152,6 +179,26 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         head, m, there = following(base, head, m)
         if there:
             load_queries(a, base, head, m, stage)
+
+    @inline
+    def load_following_q(a, base, head, m):
+        """Q and lse of the next block, into the only stage."""
+        head, m, there = following(base, head, m)
+        if there:
+            load_q_rows(a, base, head, int32(m * BLOCK_M), word(base, SEQLEN_Q), int32(0))
+            byte = int32(thread_index() * 16)
+            if byte < STAT_BYTES:
+                copy16(int32(base + LSE + byte), uint64(a.row_log2 + stat_at(a, base, head, int32(m * BLOCK_M), byte)))
+
+    @inline
+    def load_following_dout(a, base, head, m):
+        """dO and delta of the next block, into the only stage."""
+        head, m, there = following(base, head, m)
+        if there:
+            load_dout_rows(a, base, head, int32(m * BLOCK_M), word(base, SEQLEN_Q), int32(0))
+            byte = int32(thread_index() * 16)
+            if byte < STAT_BYTES:
+                copy16(int32(base + DELTA + byte), uint64(a.row_delta + stat_at(a, base, head, int32(m * BLOCK_M), byte)))
 
     # ------------------------------------------------------------ the step's parts
     @inline
@@ -181,8 +228,14 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def store_scores(base, offset, halves, tile):
         """Store P^T or dS^T of 16 keys to shared memory, for all warps."""
-        store_tiles(halves, int32(base + offset + keys_of_warp() * (2 * TILES * LINE) + part_of_warp() * (PART_M * 16)
-                                  + (thread_index() & 31) * 4 + tile * 2 * LINE), LINE)
+        at = int32(base + offset + keys_of_warp() * (2 * TILES * LINE) + part_of_warp() * (PART_M * 16)
+                   + (thread_index() & 31) * 4 + tile * 2 * LINE)
+        if FLOATS:
+            store_tiles(part(halves, 0, 3), at, LINE)
+            store_tiles(part(halves, 1, 3), int32(at + DS_BYTES), LINE)
+            store_tiles(part(halves, 2, 3), int32(at + 2 * DS_BYTES), LINE)
+        else:
+            store_tiles(halves, at, LINE)
 
     @inline
     def probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far):
@@ -217,7 +270,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         rows, columns = int32((thread >> 5) // APART), int32((thread >> 5) & (APART - 1))
         ds_at = int32(base + DS + rows * (ROWS_DQ * 16) + tiles_lane_trans(thread, int32(LINE)))
         k_at = int32((base + K + lane_offset(thread)) ^ (columns << 5))
-        acc_dq = multiply_tiles_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
+        acc_dq = multiply_ds_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
         row = int64(first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(m * BLOCK_M + rows * ROWS_DQ))
         at = (row >> 6) * (64 * ACCUM_ROW) + ((row >> 4) & 3) * PIECE + int64(columns * 1024 + (thread & 31) * LANE_BYTES)
         add_sums(acc_dq, uint64(a.accum + uint64(at)), TILES_DQ, APART, VECTOR)
@@ -235,7 +288,8 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         if TILES == 1:
             of_scores = probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far)
             p_half, ds = gradients(a, of_scores, grad_probabilities(base, stage), delta_at)
-            store_scores(base, DS, ds, 0)
+            if not ONE_BUFFER:
+                store_scores(base, DS, ds, 0)
             if SPLIT > 1:
                 store_scores(base, P, p_half, 0)
             return p_half, ds
@@ -246,8 +300,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             acc_dp = grad_probabilities(base, stage)
             half0, ds0 = gradients(a, first, part(acc_dp, 0, 2), delta_at)
             half1, ds1 = gradients(a, second, part(acc_dp, 1, 2), delta_at)
-            store_scores(base, DS, ds0, 0)
-            store_scores(base, DS, ds1, 1)
+            if not ONE_BUFFER:
+                store_scores(base, DS, ds0, 0)
+                store_scores(base, DS, ds1, 1)
             if SPLIT > 1:
                 store_scores(base, P, half0, 0)
                 store_scores(base, P, half1, 1)
@@ -267,13 +322,27 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             acc_dv = pv(acc_dv, p, columns(do_at), TILES, Q_PANEL)
             acc_dk = pv(acc_dk, ds, columns(q_at), TILES, Q_PANEL)
             cuda.syncthreads()
+        elif ONE_BUFFER:
+            cuda.syncthreads()
+            acc_dv = multiply_p(acc_dv, rows_of_warp(int32(base + P)), columns(do_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            cuda.syncthreads()
+            load_following_dout(a, base, head, m)
+            if TILES == 1:
+                store_scores(base, DS, ds, 0)
+            else:
+                store_scores(base, DS, part(ds, 0, 2), 0)
+                store_scores(base, DS, part(ds, 1, 2), 1)
+            cuda.syncthreads()
+            acc_dk = multiply_ds(acc_dk, rows_of_warp(int32(base + DS)), columns(q_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            cuda.syncthreads()
+            load_following_q(a, base, head, m)
         else:
             cuda.syncthreads()
-            acc_dv = multiply_tiles(acc_dv, rows_of_warp(int32(base + P)), columns(do_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
-            acc_dk = multiply_tiles(acc_dk, rows_of_warp(int32(base + DS)), columns(q_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            acc_dv = multiply_p(acc_dv, rows_of_warp(int32(base + P)), columns(do_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
+            acc_dk = multiply_ds(acc_dk, rows_of_warp(int32(base + DS)), columns(q_at), TILES, BLOCK_M, LINE, SPLIT, Q_PANEL)
             if STAGES == 1:
                 cuda.syncthreads()
-        if STAGES == 1:
+        if STAGES == 1 and not ONE_BUFFER:
             load_following(a, base, head, m, int32(0))
         add_dq(a, base, head, m)
         return acc_dk, acc_dv
@@ -306,6 +375,33 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
                                      + word(base, HEAD_K) * by_head + 8 * chunk * by_dim))
         store_tile(int32(base + offset + row * ROW_BYTES + ((chunk ^ behind) << 4)), to, by_row, by_dim, int32(word(base, KEYS) - key),
                    int32(dim - 8 * chunk), STORE_ROWS, count, KV_PANEL)
+
+    @inline
+    def store_float_rows(base, acc, key, scale, pointer, by_row, by_dim, dim):
+        """16 keys of float32 dK or dV from the registers, 0 for keys past those used. `pointer`: to the sequence's first key."""
+        scale0 = scale if key < word(base, SEQLEN_K) else float32(0)
+        scale1 = scale if key + 8 < word(base, SEQLEN_K) else float32(0)
+        column, keys = int32(part_of_warp() * 16 + thread_col(thread_index())), word(base, KEYS)
+        at = uint64(pointer + uint64(int64(key) * by_row + column * by_dim))
+        store_floats(scale_seen_rows(acc, scale0, scale1), at, uint64(at + uint64(8 * by_row)), by_dim,
+                     int32(1) if key < keys else int32(0), int32(1) if key + 8 < keys else int32(0), int32(dim - column), SPLIT)
+
+    @inline
+    def store_float_tile(base, acc, scale, pointer, by_batch, by_row, by_head, by_dim, dim):
+        key = int32(word(base, FIRST) + key_of_thread())
+        pointer = uint64(pointer + uint64(word(base, BATCH) * by_batch + int64(word(base, K_START)) * by_row
+                                          + word(base, HEAD_K) * by_head))
+        if TILES == 1:
+            store_float_rows(base, acc, key, scale, pointer, by_row, by_dim, dim)
+        else:
+            store_float_rows(base, part(acc, 0, 2), key, scale, pointer, by_row, by_dim, dim)
+            store_float_rows(base, part(acc, 1, 2), int32(key + 16), scale, pointer, by_row, by_dim, dim)
+
+    @inline
+    def float_epilogue(a, base, acc_dk, acc_dv):
+        store_float_tile(base, acc_dk, a.grad_scale, a.dk, a.dk_batch, a.dk_row, a.dk_head, a.dk_dim, a.head_dim)
+        store_float_tile(base, acc_dv, a.keep_scale if DROPOUT else float32(1), a.dv, a.dv_batch, a.dv_row, a.dv_head, a.dv_dim,
+                         a.head_dim_v)
 
     @inline
     def epilogue(a, base, acc_dk, acc_dv):
@@ -352,6 +448,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
                 acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, shared, head, m, stage)
                 head, m, there = following(base, head, m)
                 stage = int32(stage ^ (STAGES - 1))
-        epilogue(a, base, acc_dk, acc_dv)
+        if FLOATS:
+            float_epilogue(a, base, acc_dk, acc_dv)
+        else:
+            epilogue(a, base, acc_dk, acc_dv)
 
     return kernel, smem.size - ALIGN + 128

@@ -72,6 +72,8 @@ def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = 
     dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     rows = {"whole": whole, "whole_out": whole_out}
+    if spec.parts > 1:      # 96 KB of shared memory: 6 bytes an element
+        return ForwardSm80Config(warps=4, tiles=1 if dim > 64 or heavy else 2, block_n=32, stages=1, blocks_per_sm=2 if room > 200 else 1)
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
         block_n = 64 if room > 160 and whole and not heavy else 32
         return ForwardSm80Config(warps=4, tiles=1, block_n=block_n, stages=1, blocks_per_sm=1, squeeze=squeeze(spec), **rows)
@@ -100,6 +102,8 @@ class BackwardSm80Config:
         Stages of Q and dO.
     blocks_per_sm
         As in ForwardSm80Config.
+    one_buffer
+        With `split` and one stage: dS takes the memory of P when dV is computed, from when on the next dO is in flight.
     vector
         Sums of dq take four numbers an instruction: sm_90 and later. A property of the device.
     whole, whole_out
@@ -112,12 +116,14 @@ class BackwardSm80Config:
     block_m: int
     stages: int = 2
     blocks_per_sm: int = 1
+    one_buffer: bool = False
     vector: bool = False
     whole: bool = True
     whole_out: bool = True
 
     def __post_init__(self) -> None:
         assert self.warps in (4, 8) and self.tiles in (1, 2) and self.stages in (1, 2)
+        assert not self.one_buffer or (self.split > 1 and self.stages == 1), "what shares memory, and is loaded early"
         assert self.block_m in (32, 64, 128), "divides rows.config.PADDING"
         assert self.split in (1, 2, 4) and self.block_m % (16 * self.split) == 0, "a warp has 16 queries at least"
         assert self.block_m % (4 * self.warps) == 0 and self.block_n % (8 * self.warps) == 0, "every thread copies as many rows"
@@ -135,7 +141,7 @@ class BackwardSm80Config:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} warps {self.warps} tiles {self.tiles} split {self.split} stages {self.stages} "
-                f"blocks {self.blocks_per_sm}" + " vector" * self.vector + " elements" * (not self.whole)
+                f"blocks {self.blocks_per_sm}" + " one_buffer" * self.one_buffer + " vector" * self.vector + " elements" * (not self.whole)
                 + " out_elements" * (not self.whole_out))
 
 
@@ -145,6 +151,8 @@ def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool =
     dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None or not whole
     rows = {"vector": arch_of(arch).number >= 90, "whole": whole, "whole_out": whole_out}
+    if spec.parts > 1:
+        return _choose_backward_float(dim, room, rows["vector"])
     if dim <= 64:
         if heavy:               # 97 KiB
             return BackwardSm80Config(warps=8, tiles=2, split=2, block_m=64, **rows)
@@ -162,6 +170,16 @@ def choose_backward(spec: Spec, arch: str, whole: bool = True, whole_out: bool =
     several = feature_weight(spec) > 1 or (spec.mask and spec.bias is not None)     # spills 4 to 36 bytes at 64 queries
     stages = 2 if dim <= 192 or room > 200 else 1
     return BackwardSm80Config(warps=8, tiles=1, split=2, block_m=32 if several else 64, stages=stages, **rows)
+
+
+def _choose_backward_float(dim: int, room: int, vector: bool) -> BackwardSm80Config:
+    """float32: 6 bytes an element, and P and dS take three times as many registers. One buffer for both: without it no tile of 64
+    queries fits. Shared memory: 120 KB (84 with 32 queries) at head_dim 64, 216 KB (156) at 128."""
+    if dim <= 64 and room > 200:        # two blocks hide each other's waits: 68 TFLOP/s, one with 64 queries 59
+        return BackwardSm80Config(warps=4, tiles=1, split=1, block_m=32, stages=1, blocks_per_sm=2, vector=vector)
+    block_m = 64 if room > (99 if dim <= 64 else 200) else 32
+    tiles, split = (2, 4) if dim > 64 and block_m == 64 else (1, 2)         # tiles 1 would spill 96 bytes
+    return BackwardSm80Config(warps=8, tiles=tiles, split=split, block_m=block_m, stages=1, one_buffer=True, vector=vector)
 
 
 def dq_columns(spec: Spec) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
-from ..ptx import cp_async, mma
+from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
 from ..ptx.mma import lane_offset, lane_offset_b, load_rows, store_rows
@@ -34,6 +34,7 @@ from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at,
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
+from ..tile.stores import store_floats
 from .config import ForwardSm80Config
 from .copies import arrived, make_copy_rows
 
@@ -63,7 +64,7 @@ class Stats(NamedTuple):
 def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     BLOCK_M, BLOCK_N, TILES, STAGES, WARPS = config.block_m, config.block_n, config.tiles, config.stages, config.warps
-    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), panels(spec.head_dim_v)
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, spec.parts * panels(spec.head_dim), spec.parts * panels(spec.head_dim_v)
     WARP_ROWS, PASS_ROWS = 16 * TILES, 4 * WARPS        # query rows of a warp; rows that all threads together copy at a time
     Q_PANEL, KV_PANEL = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     K_BYTES, V_BYTES = PANELS * KV_PANEL, PANELS_V * KV_PANEL
@@ -73,7 +74,8 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     K_POINTER, V_POINTER = smem.take(8, 16), smem.take(8, 8)      # to the sequence's first key
     HEAD, BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST = parked(smem, 6)
     PACKED, LEFT, KEEP_Q = spec.packed, spec.left, config.keep_q
-    qk, pv = mma.make_products(spec.dtype)
+    FLOATS = spec.parts > 1
+    qk, pv = (mma_parts.qk, mma_parts.pv) if FLOATS else mma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     (_, block_bounds), intervals, keep_rows = make_bounds(spec, BLOCK_N), make_intervals(spec), make_keep(spec)
@@ -157,14 +159,19 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load
     @inline
+    def columns(dim, count):
+        """Columns of a row in memory, of head size `dim` and in `count` panels. Rows of float32 parts fill their panels."""
+        return int32(count * 64) if FLOATS else dim
+
+    @inline
     def load_k(a, base, n_block, stage):
         copy_rows(int32(base + K + stage * K_BYTES), load_shared_b64(base + K_POINTER), a.k_row, a.k_dim, int32(n_block * BLOCK_N),
-                  load_shared_b32(base + SEQLEN_K), a.head_dim, BLOCK_N, PANELS, KV_PANEL)
+                  load_shared_b32(base + SEQLEN_K), columns(a.head_dim, PANELS), BLOCK_N, PANELS, KV_PANEL)
 
     @inline
     def load_v(a, base, n_block, stage):
         copy_rows(int32(base + V + stage * V_BYTES), load_shared_b64(base + V_POINTER), a.v_row, a.v_dim, int32(n_block * BLOCK_N),
-                  load_shared_b32(base + SEQLEN_K), a.head_dim_v, BLOCK_N, PANELS_V, KV_PANEL)
+                  load_shared_b32(base + SEQLEN_K), columns(a.head_dim_v, PANELS_V), BLOCK_N, PANELS_V, KV_PANEL)
 
     # ------------------------------------------------------------ step
     def make_step(MASKED, FAST):
@@ -249,13 +256,21 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     # ------------------------------------------------------------ epilogue
     @inline
     def finish_rows(a, acc_o, stat, to, head, batch, q_start, seqlen_q, lane, row):
-        """Of 16 rows: store lse to global memory and O to this warp's part of shared memory."""
+        """Of 16 rows: store lse to global memory and O to this warp's part of shared memory; float32 O to global memory, too."""
         max0, max1, sum0, sum1 = stat
         scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
             if unowned(a, int32(cuda.blockIdx.x)) == UNOWNED:
                 lse0, lse1 = NEG_INF, NEG_INF
-        store_rows(to_half(scale_rows(acc_o, scale0, scale1)), to, lane, Q_PANEL)
+        acc_o = scale_rows(acc_o, scale0, scale1)
+        if FLOATS:
+            at = uint64(a.out + uint64(batch * a.out_batch + int64(q_start + row) * a.out_row + head * a.out_head
+                                       + col_of_thread() * a.out_dim))
+            rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+            store_floats(acc_o, at, uint64(at + uint64(8 * a.out_row)), a.out_dim, rows0, rows1, int32(a.head_dim_v - col_of_thread()),
+                         1)
+        else:
+            store_rows(to_half(acc_o), to, lane, Q_PANEL)
         store_lse(a, head, batch, q_start, seqlen_q, lane, row, lse0, lse1)
 
     @inline
@@ -272,6 +287,8 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             finish_rows(a, part(acc_o, 0, 2), stats[0], q_rows, head, batch, q_start, seqlen_q, lane, row)
             finish_rows(a, part(acc_o, 1, 2), stats[1], int32(q_rows + 16 * ROW_BYTES), head, batch, q_start, seqlen_q, lane,
                         int32(row + 16))
+        if FLOATS:
+            return
         cuda.syncwarp()
         behind, chunk = int32(lane >> 3), int32(lane & 7)
         row0 = int32(row0 + behind)
@@ -296,7 +313,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
                  head, batch, q_start, seqlen_q, seqlen_k, first)
         cuda.syncthreads()
         copy_rows(int32(base + Q), uint64(a.q + uint64(batch * a.q_batch + int64(q_start) * a.q_row + head * a.q_head)), a.q_row, a.q_dim,
-                  first, seqlen_q, a.head_dim, BLOCK_M, PANELS, Q_PANEL)
+                  first, seqlen_q, columns(a.head_dim, PANELS), BLOCK_M, PANELS, Q_PANEL)
         load_k(a, base, int32(n_max - 1), int32(0))
         if STAGES == 2:
             load_v(a, base, int32(n_max - 1), int32(0))

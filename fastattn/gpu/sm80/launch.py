@@ -7,6 +7,7 @@ from functools import lru_cache
 from ..decode import launch as decode
 from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
 from ..rows.mask_words import mask_words
+from ..rows.parts import as_parts, parts_of, refuses_parts
 from ..runtime.arch import arch_of
 from ..runtime.compile import late
 from ..runtime.device import Device
@@ -28,11 +29,13 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     if (reason := unfit(call.problem, MOST_DIM)) is not None:
         return reason
     if isinstance(call, BackwardCall):
-        return _refuses_backward(call)
-    return "there are no keys" if 0 in call.operands.k.shape else None
+        return _refuses_backward(call, d)
+    if 0 in call.operands.k.shape:
+        return "there are no keys"
+    return refuses_parts(call) if call.problem.dtype == "float32" else None
 
 
-def _refuses_backward(call: BackwardCall) -> str | None:
+def _refuses_backward(call: BackwardCall, d: Device) -> str | None:
     dq = call.grads.dq
     if 0 in call.operands.q.shape:
         return "there are no query rows"
@@ -40,12 +43,14 @@ def _refuses_backward(call: BackwardCall) -> str | None:
         return "its sums of dq come in any order"
     if call.grads.dbias is not None:
         return "it has no dbias"
-    if dq.strides[-1] != dq.itemsize and dq.shape[-1] > 1:
+    if call.problem.dtype != "float32" and dq.strides[-1] != dq.itemsize and dq.shape[-1] > 1:
         return "dq: its last axis is not contiguous"
     tiles = most_tiles(call, LEAST_KEYS, by_keys=True)
     if tiles > MOST_BLOCKS:
         return f"it has {tiles} tiles of {LEAST_KEYS} keys, over 2**31 - 1"
-    return refuses_rows(call)
+    if call.problem.dtype == "float32" and max(call.problem.head_dim, call.problem.head_dim_v) > 64 and arch_of(d.arch).shared_memory < 160:
+        return "head_dim over 64 in float32 does not fit its shared memory"
+    return refuses_rows(call) or (refuses_parts(call) if call.problem.dtype == "float32" else None)
 
 
 # ---------------------------------------------------------------- forward
@@ -61,16 +66,20 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
     o = call.operands
-    whole = whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v)
+    whole = spec.parts > 1 or (whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v))
     config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out))
     source, arguments = forward_program(spec, config)
-    kernel, values = launcher.load(source), arguments.bound(call)
+    kernel, values = launcher.load(source), arguments.bound(parts_of(call, 0)[0] if spec.parts > 1 else call)
     block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)
 
     def launch(call: Call, stream: int) -> None:
         with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
             kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
-    return launch
+
+    def launch_float(call: Call, stream: int) -> None:
+        with as_parts(call, launcher, stream) as split:
+            launch(split, stream)  # type: ignore[arg-type]
+    return launch_float if spec.parts > 1 else launch
 
 
 # ---------------------------------------------------------------- backward
@@ -85,13 +94,13 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     """Enqueue the kernels: lse and delta of rows, the gradients, dq from its sums, dsinks."""
     p, o, g = call.problem, call.operands, call.grads
     plain = replace(spec, sinks=None, dbias=None, deterministic=False)
-    config = choose_backward(plain, launcher.device.arch, all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout)),
-                             whole_chunks(g.dk) and whole_chunks(g.dv))
+    whole = spec.parts > 1 or all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout))
+    config = choose_backward(plain, launcher.device.arch, whole, whole_chunks(g.dk) and whole_chunks(g.dv))
     tiles, columns = most_tiles(call, config.block_n, True), dq_columns(spec)
     with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
         if tiles:
-            with (table(call, config.block_n, launcher, stream, True) as sequences,
-                  mask_words(call, config.block_m // config.split, launcher, stream, True) as words):
+            with (table(call, config.block_n, launcher, stream, True) as sequences, as_parts(call, launcher, stream) as given,
+                  mask_words(given, config.block_m // config.split, launcher, stream, True) as words):
                 own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
                        p.num_heads_k, p.score.softmax_scale)
                 backward_program(plain, config).launch(launcher, tiles, words, own, stream)

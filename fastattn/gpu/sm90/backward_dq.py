@@ -31,7 +31,7 @@ from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, incre
 from ..rows.preprocess import make_first_row
 from ..spec import FAR_LSE, Spec
 from ..tile.dropout import make_dropout
-from ..tile.fragments import exp2_minus, make_pack, make_unpack, row_of, scale_seen_rows, store_rows, store_whole_rows, zeros, zeros_packed
+from ..tile.fragments import exp2_minus, make_pack, make_unpack, row_of, scale_seen_rows, zeros, zeros_packed
 from ..tile.gradients import make_near, multiply
 from ..tile.mask import diagonal_of, make_keep
 from ..tile.ring import make_barrier, make_ring
@@ -39,6 +39,7 @@ from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.stores import store_rows, store_whole_rows
 from .bounds import make_tile_bounds
 from .config import DqSm90Config, slice_dim
 

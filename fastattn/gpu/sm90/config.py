@@ -10,6 +10,8 @@ CONSUMERS = 2               # consumer warpgroups of the backward's kernels
 BLOCK_N = 128               # keys of a tile of `backward` and `backward_wide`: 64 per consumer warpgroup
 WIDE_BLOCK_M = 64           # query rows of a step of `backward_wide`
 WARPGROUP = 128             # threads
+FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: its operands take 192 KB of shared memory, dS 24
+FLOAT_WARPS = 8             # of a block of `backward_float`
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
@@ -55,6 +57,9 @@ class ForwardSm90Config:
         if that overflows.
     hints
         L2 eviction priorities: Q and the output are evicted first, K and V, which other tiles read too, last.
+    overlap
+        S of a block is issued before P V of the block before, which then runs during the softmax. Otherwise it is issued
+        when P V has ended and P's registers are free: of float32, whose softmax is short beside its MMAs.
     """
 
     block_m: int
@@ -65,8 +70,10 @@ class ForwardSm90Config:
     optimistic: bool = True
     hints: bool = False
     slices: int = 1
+    overlap: bool = True
 
     def __post_init__(self) -> None:
+        assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
         assert self.slices == 1 or (self.block_m == 64 and self.slices <= 3), "slices share the rows of one warpgroup"
@@ -89,7 +96,7 @@ class ForwardSm90Config:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
-                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints)
+                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap))
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
@@ -99,6 +106,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
     three consumers).
     """
     dim = max(spec.head_dim, spec.head_dim_v)
+    if spec.parts > 1:
+        return _choose_forward_float(spec, dim)
     if dim > 256:
         return _choose_sliced(spec)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
@@ -139,6 +148,20 @@ def _choose_sliced(spec: Spec) -> ForwardSm90Config:
     # turns: 376 instead of 386 TFLOP/s at head_dim 512; optimistic: 305 instead of 303, for 30 % more instructions
     most = 16 if slices > 2 and num_features(spec) > 1 else 32 if feature_weight(spec) > 0 else 64     # 40 bytes would spill
     return ForwardSm90Config(block_m=64, block_n=min(block_n, most), out_panels=0, slices=slices, optimistic=False)
+
+
+def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
+    """float32: P takes three times as many registers, and a block's P V has an accumulator of its own, of head_dim_v / 2.
+
+    Shared memory: 6 bytes an element. Q takes 96 KB at head_dim 128, a stage of 64 keys of K and V as much: one stage. The MMAs of a
+    block take six times as long as its softmax, which the other warpgroup's MMAs hide.
+    """
+    if dim > 64:
+        # with turns 94 TFLOP/s instead of 97
+        return ForwardSm90Config(block_m=128, block_n=64, stages=1, out_panels=0, optimistic=False, overlap=False)
+    features = num_features(spec) - (spec.alibi is not None)        # ALiBi takes no registers; with 64 keys two features spill 72 bytes
+    return ForwardSm90Config(block_m=128, block_n=(96, 64, 48)[min(features, 2)], out_panels=0, turns=True, optimistic=False,
+                             overlap=features < 2)
 
 
 # ---------------------------------------------------------------- dK and dV together

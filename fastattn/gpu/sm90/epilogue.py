@@ -11,9 +11,10 @@ from ..ptx.matrix import store_panels
 from ..ptx.memory import store_f32
 from ..ptx.sync import barrier, fence_async, opaque
 from ..spec import Spec
-from ..tile.fragments import make_pack, scale_seen_rows, store_rows, store_whole_rows
+from ..tile.fragments import make_pack, scale_seen_rows
 from ..tile.smem import PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, panels
 from ..tile.softmax import NEG_INF
+from ..tile.stores import store_floats, store_rows, store_whole_rows
 from .config import ForwardSm90Config, slice_dim
 from .records import TILE, Records
 
@@ -30,7 +31,7 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
     ROWS_APART, COLUMNS_APART = (WARPGROUP_ROWS, 0) if SLICES == 1 else (0, COLUMNS)        # of neighbouring warpgroups
     PANELS_V = panels(COLUMNS)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
-    OUT_PANELS, HINTS = min(config.out_panels, PANELS_V), config.hints
+    OUT_PANELS, HINTS, FLOATS = min(config.out_panels, PANELS_V), config.hints, spec.dtype == "float32"
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
     OUT_BARRIER = smem.named(MAX_CONSUMERS)         # one for each consumer warpgroup
     assert DIRECT or PANELS_V <= 2 * OUT_PANELS
@@ -62,6 +63,14 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         return store_round
 
     store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
+
+    @inline
+    def store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col):
+        """float32 output rows of a warpgroup, from the registers."""
+        map_batch = int32(0) if PACKED else batch
+        address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + col * a.out_dim)
+        rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+        store_floats(acc_o, address, uint64(address + uint64(8 * a.out_row)), a.out_dim, rows0, rows1, int32(a.head_dim_v - col), 1)
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
@@ -108,7 +117,10 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
             if records.get(base, i, TILE.KIND) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_seen_rows(acc_o, scale0, scale1)
-        store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
+        if FLOATS:
+            store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col)
+        else:
+            store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, w, lane, row, lse0, lse1)
         records.release(base, i, lane)
 

@@ -26,7 +26,7 @@ from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_addr
 from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
 from ..spec import Spec
 from ..tile.dropout import make_dropout
-from ..tile.fragments import make_pack, scale_rows, zeros
+from ..tile.fragments import add, make_pack, scale_rows, zeros
 from ..tile.mask import diagonal_of, make_keep
 from ..tile.ring import make_fill, make_ring
 from ..tile.schedule import make_key_row, make_num_tiles
@@ -59,14 +59,15 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     BLOCK_M, BLOCK_N, STAGES, CONSUMERS, SLICES = config.block_m, config.block_n, config.stages, config.consumers, config.slices
     # each warpgroup has rows of its own, or a slice of the columns of O
     COLUMNS, ROWS_APART = slice_dim(spec.head_dim_v, SLICES), WARPGROUP_ROWS if SLICES == 1 else 0
-    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), SLICES * panels(COLUMNS)
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, spec.parts * panels(spec.head_dim), spec.parts * SLICES * panels(COLUMNS)
     Q_PANEL, KV_PANEL = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     Q_APART, V_APART = ROWS_APART * ROW_BYTES, 0 if SLICES == 1 else panels(COLUMNS) * KV_PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_O = BLOCK_N // 2, COLUMNS // 2
     WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, MASK, MASKED_ALWAYS = spec.packed, spec.mask, spec.left or spec.right
-    OPTIMISTIC, HINTS = config.optimistic, config.hints
+    OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
+    LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
 
     # shared memory and barriers
@@ -135,8 +136,14 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
                 load_k(a, base, it, row, head_k, map_batch)
-                load_v(a, base, it, row, head_k, map_batch)
+                if LATE_V:
+                    load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, map_batch)
+                else:
+                    load_v(a, base, it, row, head_k, map_batch)
                 it = int32(it + 1)
+            if LATE_V:
+                if i > 0:
+                    load_v(a, base, int32(it - 1), row, head_k, map_batch)
             going = t < tiles
             if going:
                 prefetch_q(a, base, i)
@@ -148,7 +155,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
                 load_k(a, base, it, row, head_k, map_batch)
                 load_q(a, base, i, q_start, m_block, head, map_batch)
-                load_v(a, base, it, row, head_k, map_batch)
+                if not LATE_V:
+                    load_v(a, base, it, row, head_k, map_batch)
                 it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last thread block to end leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
@@ -157,8 +165,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     # ------------------------------------------------------------ the MMAs
     @inline
     def q_rows(base, w):
-        """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none."""
-        if FEW_UNIFORM:
+        """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none.
+
+        Opaque in float32, too, as those of K and V: ptxas would keep the descriptors of all its products through the loop."""
+        if FEW_UNIFORM or FLOATS:
             w = opaque(w)
         if SLICES > 1:      # and at larger sizes: a step has 17 to 36 descriptors, which would be kept in registers
             base = opaque(base)
@@ -166,10 +176,14 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def k_slot(base, stage):
+        if FLOATS:
+            stage = opaque(stage)
         return wgmma.k_major(base + K + stage * K_BYTES)
 
     @inline
     def v_slot(base, w, stage):
+        if FLOATS:
+            stage = opaque(stage)
         return wgmma.mn_major(base + V + stage * V_BYTES + w * V_APART, KV_PANEL)
 
     @inline
@@ -179,8 +193,18 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def mma_o(acc_o, p, base, w, stage):
-        """O += P V, of the warpgroup's columns."""
-        return pv(acc_o, p, v_slot(base, w, stage))
+        """O += P V, of the warpgroup's columns. In float32 P V alone, which `total` adds to O."""
+        return pv(zeros(COUNT_O) if FLOATS else acc_o, p, v_slot(base, w, stage))
+
+    @inline
+    def total(acc_o, product):
+        """O, when the MMA of mma_o has ended."""
+        return add(acc_o, product) if FLOATS else product
+
+    @inline
+    def landed(acc_o, product):
+        """O with what `issue` returned for P V."""
+        return total(acc_o, wgmma.wait_all(product)) if OVERLAP else product
 
     @inline
     def wait_turn(w):
@@ -206,18 +230,35 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return acc_s
 
     @inline
+    def issue_apart(base, w, acc_o, p, stage, last, parity):
+        """`issue` without OVERLAP: first O += P V of the block in `last`."""
+        v_ring.wait_full(base, last, parity)
+        wait_turn(w)
+        wgmma.fence()
+        product = mma_o(acc_o, p, base, last)
+        wgmma.commit()
+        product = wgmma.wait_all(product)
+        wgmma.fence()
+        acc_s = mma_s(zeros(COUNT_S), base, w, stage)
+        wgmma.commit()
+        pass_turn(w)
+        return acc_s, total(acc_o, product)
+
+    @inline
     def issue(base, w, acc_o, p, stage, before, parity):
-        """S of the block in `stage`, then O += P V of the one in `before`."""
+        """S of the block in `stage`, then O += P V of the one in `before`; without OVERLAP in the other order, and O += P V has ended."""
+        if not OVERLAP:
+            return issue_apart(base, w, acc_o, p, stage, before, parity)
         wait_turn(w)
         wgmma.fence()
         acc_s = mma_s(zeros(COUNT_S), base, w, stage)
         wgmma.commit()
         v_ring.wait_full(base, before, parity)
         wgmma.fence()
-        acc_o = mma_o(acc_o, p, base, w, before)
+        product = mma_o(acc_o, p, base, w, before)
         wgmma.commit()
         pass_turn(w)
-        return acc_s, acc_o
+        return acc_s, product
 
     @inline
     def issue_last(base, w, acc_o, p, stage, parity):
@@ -225,10 +266,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         v_ring.wait_full(base, stage, parity)
         wait_turn(w)
         wgmma.fence()
-        acc_o = mma_o(acc_o, p, base, w, stage)
+        product = mma_o(acc_o, p, base, w, stage)
         wgmma.commit()
         pass_turn(w)
-        return acc_o
+        return product
 
     @inline
     def release_k(base, stage, n_block, n_min, lane):
@@ -261,6 +302,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
 
+    wait_s = wgmma.wait_all_but_one if OVERLAP else wgmma.wait_all
+
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
@@ -272,20 +315,20 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
-            acc_s, acc_o = issue(base, w, acc_o, p, stage, before, parity)
+            acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
             early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
             words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
-            acc_s = wgmma.wait_all_but_one(acc_s)
+            acc_s = wait_s(acc_s)
 
             # score, mask, softmax. Both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to
             # overlap with the MMA
             if OPTIMISTIC_STEP:
                 acc_s, part0, part1, lags = optimistic(a, scores(a, acc_s, early, column, tile), max0, max1)
                 if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
-                    acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column,
+                    acc_s, acc_o, max0, max1, sum0, sum1 = redo(a, base, w, stage, acc_s, product, max0, max1, sum0, sum1, column,
                                                                     tile)
                 else:
-                    acc_o = wgmma.wait_all(acc_o)
+                    acc_o = wgmma.wait_all(product)
                     sum0, sum1 = sum0 + part0, sum1 + part1
                 release_k(base, stage, n_block, tile.n_min, lane)
                 acc_s = dropout(a, acc_s, words)
@@ -297,9 +340,9 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                    acc_o = scale_rows(wgmma.wait_all(acc_o), alpha0, alpha1)
+                    acc_o = scale_rows(landed(acc_o, product), alpha0, alpha1)
                 else:
-                    acc_o = wgmma.wait_all(acc_o)
+                    acc_o = landed(acc_o, product)
             v_ring.release(base, before, lane)
             p = to_half(acc_s)
             return acc_o, p, max0, max1, sum0, sum1, it
@@ -403,7 +446,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                         acc_o, p, max0, max1, sum0, sum1, it = step_slow(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
-                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))
+                acc_o = total(acc_o, wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase)))
                 v_ring.release(base, stage, lane)
                 epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)

@@ -6,20 +6,23 @@ from functools import lru_cache
 
 from ...arrays.view import View, contiguous
 from ...problem import Grads, Operands
-from ..config import feature_weight
+from ..config import feature_weight, num_features
 from ..decode import launch as decode
-from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, round_dq, sum_groups
+from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups
 from ..rows.mask_words import mask_words
+from ..rows.parts import as_parts, parts_of, refuses_parts
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import head_group, most_tiles, table
-from ..runtime.tensormap import fits, form
+from ..runtime.tensormap import PANEL, fits, form
 from ..simt.launch import dbias
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from .config import (
     BLOCK_N,
     CONSUMERS,
+    FLOAT_BLOCK,
+    FLOAT_WARPS,
     MOST_DIM,
     OUT_ROWS,
     WARPGROUP,
@@ -36,6 +39,7 @@ from .config import (
 )
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
+make_backward_float = late("sm90.backward_float", "make_backward_float")
 make_dq, make_wide = late("sm90.backward_dq", "make_dq"), late("sm90.backward_wide", "make_wide")
 
 FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
@@ -44,6 +48,7 @@ BACKWARD = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l far:l far_m
 WIDE = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f "
         "sums:l sums_batch:q sums_head:q sums_row:i")
 DQ = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
+BACKWARD_FLOAT = "row_lse:l row_log2:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
 BACKWARD_THREADS = WARPGROUP * (1 + CONSUMERS)
 Sums = tuple[int, int, int, int]        # rows.launch.dbias_sums
 
@@ -55,6 +60,8 @@ def refuses(call: AnyCall, d: Device) -> str | None:
         return f"it needs sm_90a, this is {d.arch}"
     if (reason := unfit(p, MOST_DIM)) is not None:
         return reason
+    if p.dtype == "float32":
+        return _refuses_float(call)
     if isinstance(call, BackwardCall):
         g = call.grads
         if feature_weight(make_spec(p, o, False)) > 1:
@@ -65,6 +72,25 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     if (192 < max(p.head_dim, p.head_dim_v) <= 256 or p.head_dim_v > 512) and feature_weight(make_spec(p, o, False)) > 1:
         return f"several features at head_dim {max(p.head_dim, p.head_dim_v)} do not fit its registers"
     return None
+
+
+def _refuses_float(call: AnyCall) -> str | None:
+    p = call.problem
+    if isinstance(call, BackwardCall):
+        if (reason := _refuses_float_backward(call)) is not None:
+            return reason
+        return refuses_rows(call) or refuses_parts(call)
+    if max(p.head_dim, p.head_dim_v) > 64 and num_features(make_spec(p, call.operands, False)) > 1:
+        return "several features at head_dim over 64 do not fit its registers in float32"
+    return refuses_parts(call)
+
+
+def _refuses_float_backward(call: BackwardCall) -> str | None:
+    if feature_weight(make_spec(call.problem, call.operands, False)) > 1:
+        return "several features do not fit its registers"
+    if call.deterministic:
+        return "the sums of its float32 dq come in any order"
+    return None if call.grads.dbias is None else "it has no float32 dbias"
 
 
 def _unreadable(views: dict[str, View]) -> str | None:
@@ -98,22 +124,29 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
-    capturing, tensor_maps, counter = launcher.capturing, launcher.tensor_maps, launcher.counter
+    capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
 
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
-        return (o.q, block_m), (o.k, block_n), (o.v, block_n), (call.out, OUT_ROWS)
-    forms = tuple(form(x, rows) for x, rows in boxes(call))
+        inputs = (o.q, block_m), (o.k, block_n), (o.v, block_n)
+        return inputs if is_float else (*inputs, (call.out, OUT_ROWS))
+    forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))  # type: ignore[arg-type]
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
         captured = capturing(stream)
         maps = tensor_maps(boxes(call), captured, forms)
+        if is_float:
+            maps = [*maps, 0]       # out is stored from the registers
         kernel.launch(grid, values(call, (*maps, counter(captured), sequences, tiles, heads)), stream)
 
     def launch_special(call: Call, stream: int) -> None:
         with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
             launch(call, stream, sequences)
-    return launch_special if spec.packed or spec.mask else launch
+
+    def launch_float(call: Call, stream: int) -> None:
+        with as_parts(call, launcher, stream) as split:
+            launch_special(split, stream)  # type: ignore[arg-type]
+    return launch_float if is_float else launch_special if spec.packed or spec.mask else launch
 
 
 # ---------------------------------------------------------------- backward
@@ -136,12 +169,20 @@ def dq_program(spec: Spec, config: DqSm90Config) -> Program:
                    Arguments(spec, DQ, ("dq",)), WARPGROUP * (1 + config.consumers))
 
 
+@lru_cache(maxsize=PROGRAMS)
+def float_program(spec: Spec) -> Program:
+    return program(f"backward_sm90_float {spec.text}", lambda: make_backward_float(spec),
+                   Arguments(spec, BACKWARD_FLOAT, ("q", "k", "v", "dout", "dk", "dv")), 32 * FLOAT_WARPS)
+
+
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
     """Enqueue the kernels: lse and delta of rows, the gradients, then what is rounded from sums.
 
     One kernel computes all gradients, adding up dQ in memory. Deterministic calls and those of head_dim over 128 have a
     kernel for dQ alone.
     """
+    if spec.parts > 1:
+        return _backward_float(call, spec, launcher, stream)
     p, g = call.problem, call.grads
     # dbias of every score is added up by the kernel of dK; a broadcast one is computed by simt's kernel
     in_kernel = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
@@ -149,7 +190,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     dq_alone = call.deterministic or max(spec.head_dim, spec.head_dim_v) > 128
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     config, wide = choose_backward(own_spec), is_wide(own_spec)
-    if not spec.parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
+    if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
     with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
@@ -200,8 +241,22 @@ def _backward_in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Confi
         operands, grads = Operands(entries(o.q, 2), shared(o.k), shared(o.v)), Grads(entries(g.dq, 2), part_k, part_v)
         parted = BackwardCall(problem, operands, entries(call.dout, 2), entries(call.out, 2), entries(call.lse, 1),
                               None if call.dlse is None else entries(call.dlse, 1), grads, False)
-        backward(parted, replace(spec, parts=True), launcher, stream)
+        backward(parted, replace(spec, group_parts=True), launcher, stream)
         sum_groups(part_k, part_v, g.dk, g.dv, launcher, stream)
+
+
+def _backward_float(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
+    """`backward` of float32: dq is added up in memory."""
+    p, tiles, columns = call.problem, most_tiles(call, FLOAT_BLOCK, True), PANEL * -(-spec.head_dim // PANEL)
+    plain = replace(spec, sinks=None, dbias=None, deterministic=False)
+    with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
+        with (as_parts(call, launcher, stream) as split, table(call, FLOAT_BLOCK, launcher, stream, True) as sequences,
+              mask_words(split, FLOAT_BLOCK, launcher, stream, True) as words):
+            own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
+                   p.score.softmax_scale)
+            float_program(plain).launch(launcher, tiles, words, own, stream)
+        round_dq(call, spec, rows, columns, launcher, stream)
+        dsinks(call, spec, rows, launcher, stream)
 
 
 def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int, sums: Sums,

@@ -16,7 +16,8 @@ from numba.cuda.typing import signature
 from ..dsl.asm import F32, I32, I64, emit, literals, pack, unpack
 from ..dsl.inline import Compiled
 from ..ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
-from ..ptx.memory import emit_load16_if, emit_load_if, emit_store16_if, emit_store_halves_if, half_to_float, halves
+from ..ptx.memory import emit_load16_if, emit_load_if, half_to_float, halves
+from ..ptx.parts import PARTS, emit_parts
 from ..ptx.sync import emit_opaque, emit_shuffle_xor
 
 NEG_INF = F32(float("-inf"))
@@ -219,7 +220,22 @@ def keep_from(typingctx: Any, acc: Any, lo0: Any, lo1: Any) -> Any:
 
 
 def make_pack(dtype: str, positive: bool = False) -> Any:
-    """packed = to_half(acc): rounded to 16-bit `dtype`, in the layout of the next MMA's A operand. `positive`: negative values become 0."""
+    """packed = to_half(acc): rounded to 16-bit `dtype`, in the layout of the next MMA's A operand. `positive`: negative values become 0.
+
+    Of float32: its three parts (ptx/parts.py), as many registers for each, one part after the other.
+    """
+    @intrinsic
+    def to_parts(typingctx: Any, acc: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            x = unpack(builder, args[0], acc.count)
+            if positive:
+                x = [emit_max(builder, y, F32(0.0)) for y in x]
+            parts = [emit_parts(builder, x[k], x[k + 1]) for k in range(0, acc.count, 2)]
+            return pack(builder, [words[n] for n in range(PARTS) for words in parts])
+        return signature(types.UniTuple(types.int32, PARTS * acc.count // 2), acc), generate
+    if dtype == "float32":
+        return to_parts
+
     @intrinsic
     def to_half(typingctx: Any, acc: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -424,38 +440,3 @@ def transpose_quad(builder: Any, lane: Any, words: list[Any]) -> list[Any]:
             received = emit_shuffle_xor(builder, builder.select(odd, words[i], words[j]), distance)
             words[i], words[j] = builder.select(odd, received, words[i]), builder.select(odd, words[j], received)
     return words
-
-
-@intrinsic
-def store_whole_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, lane: Any) -> Any:
-    """Store a packed fragment to global memory: each of the thread's rows if its keep0, keep1 is not 0.
-
-    address0, address1: of the thread's first column in its rows, which are 16-byte aligned. The threads of a quad exchange words, so
-    that each stores 16 bytes of a row at a time: a quarter of the time of 4-byte stores.
-    """
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers, thread = unpack(builder, args[0], packed.count), builder.and_(args[5], I32(3))
-        for r in (0, 1):
-            words = registers[r::2]
-            address = builder.add(args[1 + r], builder.mul(builder.zext(thread, I64), I64(12)))     # chunk t of 16 bytes, from column 2 t
-            for j in range(0, len(words), 4):
-                count, keep = min(4, len(words) - j), args[3 + r]
-                if count < 4:
-                    keep = builder.select(builder.icmp_unsigned("<", thread, I32(count)), keep, I32(0))
-                pieces = transpose_quad(builder, thread, words[j:j + 4] + [I32(0)] * (4 - count))
-                emit_store16_if(builder, keep, builder.add(address, I64(16 * j)), pieces)
-        return context.get_dummy_value()
-    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate
-
-
-@intrinsic
-def store_rows(typingctx: Any, packed: Any, address0: Any, address1: Any, keep0: Any, keep1: Any, columns: Any) -> Any:
-    """store_whole_rows for any alignment, element by element. Only `columns` columns from the thread's first on exist."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        keep = [builder.icmp_unsigned("!=", x, I32(0)) for x in args[3:5]]
-        for j, word in enumerate(unpack(builder, args[0], packed.count)):
-            row, col = row_of(2 * j) // 8, col_of(2 * j)
-            inside = [builder.zext(builder.and_(keep[row], builder.icmp_signed("<", I32(col + i), args[5])), I32) for i in (0, 1)]
-            emit_store_halves_if(builder, inside[0], inside[1], builder.add(args[1 + row], I64(2 * col)), word)
-        return context.get_dummy_value()
-    return signature(types.none, packed, types.uint64, types.uint64, types.int32, types.int32, types.int32), generate

@@ -29,9 +29,10 @@ from ..ptx.memory import (
 from ..ptx.sync import opaque, thread_index
 from ..spec import FAR_LSE, Spec
 from .dropout import philox
-from .fragments import col_of, make_pack, row_of, scale_seen_rows, store_rows, store_whole_rows, thread_col
+from .fragments import col_of, make_pack, row_of, scale_seen_rows, thread_col
 from .parked import parked
 from .smem import Smem
+from .stores import store_rows, store_whole_rows
 
 PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, in each 16 bytes a lane
 
@@ -90,6 +91,15 @@ def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
             emit_store_shared_vector(builder, args[1], 128 * j, registers[j:j + 4])
         return context.get_dummy_value()
     return signature(types.none, acc, types.int32), generate
+
+
+@intrinsic
+def add_piece(typingctx: Any, acc: Any, address: Any) -> Any:
+    """acc + what store_piece stored of a fragment of the same size."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        stored = [x for j in range(0, acc.count, 4) for half in (0, 8) for x in emit_load_shared_pair(builder, args[1], 128 * j + half)]
+        return pack(builder, [builder.fadd(x, y) for x, y in zip(unpack(builder, args[0], acc.count), stored, strict=True)])
+    return signature(acc, acc, types.int32), generate
 
 
 @intrinsic
@@ -247,10 +257,10 @@ def make_store(spec: Spec, DIM: int) -> Any:
     """store(acc, pointer, by_row, dim, lane, key, used, end): a warp's 16 rows of dK or dV, `dim` of DIM columns, rows below `end`.
 
     Rows from `used` on become 0, by a select: their K and V took part in the MMAs and may hold anything, NaN included. The float32 of
-    spec.parts have room for all DIM columns.
+    spec.group_parts have room for all DIM columns.
     """
     PACKED, to_half = spec.packed, make_pack(spec.dtype)
-    if spec.parts:
+    if spec.group_parts:
         @inline
         def store_part(acc, pointer, by_row, dim, lane, key, used, end):
             address = uint64(pointer + key * by_row + 4 * thread_col(lane))

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastattn import Grads, gpu
 from fastattn.arrays import convert
-from fastattn.arrays.view import View, contiguous
+from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
 from fastattn.gpu.spec import BackwardCall, make_backward_spec
 from fastattn.problem import Operands, Problem, make_problem
@@ -19,7 +19,7 @@ Sequence = tuple[int, int, int, int, int]       # plane, q_start, seqlen_q, k_st
 
 
 def view(*shape: int, ptr: int = 1 << 20, dtype: str = "bfloat16") -> View:
-    return View(ptr, shape, contiguous(shape, 4 if dtype == "int32" else 2), dtype, ("cuda", 0))
+    return View(ptr, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, ("cuda", 0))
 
 
 def whole(p: Problem) -> list[Sequence]:

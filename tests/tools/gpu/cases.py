@@ -2,7 +2,7 @@
 device. All kernels that
 the selected tests need, compiled in parallel before them.
 
-The tensor-core families take 16-bit floats only, so they run each case with its dtype replaced by one.
+The tensor-core families do not take float64, so they run such cases with a 16-bit dtype.
 """
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ SMALL = [replace(case, name=f"small_{case.name}") for case in (
 
 def for_family(case: Case, family: str) -> Case:
     """The case with a dtype that the family may take."""
-    if family in ("any", "simt") or case.dtype in HALVES:
+    if family in ("any", "simt") or case.dtype in (*HALVES, "float32"):
         return case
     return replace(case, dtype=HALVES[zlib.crc32(case.name.encode()) % 2], bias_dtype=case.bias_dtype and "float32")
 
@@ -161,10 +161,14 @@ def must_take(case: Case, family: str) -> bool:
     rows, keys = case.seqlen_q, case.seqlen_q if case.seqlen_k is None else case.seqlen_k
     if case.lengths_q is not None:
         rows, keys = sum(case.lengths_q), sum(case.lengths_q if case.lengths_k is None else case.lengths_k)
-    ordinary = case.dtype in HALVES and max(dims) <= (576 if family == "sm90" else 256) and keys > 0 and rows > 0 and case.batch > 0
+    floats = case.dtype == "float32"
+    most = 128 if floats else 576 if family == "sm90" else 256
+    ordinary = (case.dtype in HALVES or floats) and max(dims) <= most and keys > 0 and rows > 0 and case.batch > 0
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and (192 < max(dims) <= 256 or dims[1] > 512) and several:
+    if family == "sm90" and (max(dims) > 64 if floats else 192 < max(dims) <= 256 or dims[1] > 512) and several:
         return False                                        # not enough registers
+    if floats:
+        return ordinary                                     # its parts are copies, so any strides do
     return ordinary and (family == "sm80" or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
 
 

@@ -79,6 +79,25 @@ def _simt(arch: str, short: bool) -> Iterator[Job]:
     yield Job("simt", arch, _want("float32", 512), "full")
 
 
+def _float() -> Iterator[Job]:
+    """float32 on tensor cores: each head size's tile, features that take registers, and the tile of every architecture."""
+    def job(family: str, arch: str, dim: int, what: str, **settings: Any) -> Job:
+        return Job(family, arch, _want("float32", dim, lse=not settings.get("backward"), **settings), what)
+    several: dict[str, Any] = {**EVERYTHING, "packed": True, "seqused": True}
+    for dim in (64, 128):
+        yield job("sm90", "sm_90a", dim, "causal", causal=True)
+        yield job("sm90", "sm_90a", dim, "mask_packed", mask=True, packed=True, window=(100, 50))
+        yield job("sm80", "sm_80", dim, "everything_packed", **several)
+        yield job("sm80", "sm_90a", dim, "causal", causal=True)
+        yield job("sm80", "sm_90a", dim, "everything_packed", backward=True, **{**several, "bias": None})
+        yield job("sm80", "sm_80", dim, "causal", backward=True, causal=True)
+        yield job("sm90", "sm_90a", dim, "causal", backward=True, causal=True)
+        yield job("sm90", "sm_90a", dim, "softcap_dropout_packed", backward=True, softcap=True, dropout=True, packed=True, window=(100, 50))
+    yield job("sm90", "sm_90a", 64, "everything_packed", **several)
+    yield job("sm80", "sm_89", 128, "causal", causal=True)
+    yield job("sm80", "sm_120", 64, "causal", backward=True, causal=True)
+
+
 def _backward_sm80() -> Iterator[Job]:
     for arch, dim, what in (("sm_80", 64, "causal"), ("sm_80", 128, "everything"), ("sm_80", 256, "causal"), ("sm_89", 64, "everything"),
                             ("sm_120", 128, "causal")):
@@ -203,6 +222,7 @@ def _ci() -> Iterator[Job]:
     yield from _found()
     yield from _sliced()
     yield from _decode()
+    yield from _float()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
     for dim in (64, 128):
@@ -261,7 +281,7 @@ def _draw_want(draw: random.Random, family: str) -> Want:
     def head_dim() -> int:
         most = {"simt": 512, "sm90": 576, "sm80": 256}[family] if flip(0.2) else 256
         return draw.choice((draw.randint(1, most), draw.randrange(8, most + 1, 8), draw.randrange(16, most + 1, 16)))
-    dtype = draw.choice((*HALVES, "float32", "float64") if family == "simt" else HALVES)
+    dtype = draw.choice((*HALVES, "float32", "float64") if plain_threads else (*HALVES, "float32"))
     dim, heads = head_dim(), draw.choice((4, 16))
     settings: dict[str, Any] = {}
     for name in draw.sample(sorted(precompile.SCORE_FEATURES), draw.choice((0, 1, 1, 2, 2, 3, 4, 6))):

@@ -17,6 +17,7 @@ from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits as b
 from fastattn.gpu.tile import fragments as f
+from fastattn.gpu.tile import stores
 from fastattn.gpu.tile.dropout import philox
 from fastattn.philox import keep_mask
 from fastattn.problem import Dropout
@@ -651,7 +652,7 @@ for _dtype in HALVES:
         name=f"fragments.gather_whole_{_dtype}")
 
 
-def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
+def rows_out(dtype: str, pairs: bool) -> Callable[[], Any]:
     """The fragment, packed, into rows of PITCH elements: rows < 11 and, element by element, columns < n."""
     to_half = f.make_pack(dtype)
     PITCH = C + 8 if pairs else C + 2
@@ -664,14 +665,14 @@ def stores(dtype: str, pairs: bool) -> Callable[[], Any]:
             at = uint64(a.dst + uint64(2 * (PITCH * row + col)))
             next_row = uint64(at + uint64(16 * PITCH))
             if pairs:
-                f.store_whole_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), lane)
+                stores.store_whole_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), lane)
             else:
-                f.store_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), int32(a.n - col))
+                stores.store_rows(packed, at, next_row, int32(1), int32(row + 8 < 11), int32(a.n - col))
         return kernel
     return make
 
 
-def check_stores(dtype: str, pairs: bool) -> Callable[[Any], None]:
+def check_rows_out(dtype: str, pairs: bool) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
         x, n = normal(16, C), 33
         pitch = C + 8 if pairs else C + 2
@@ -683,9 +684,9 @@ def check_stores(dtype: str, pairs: bool) -> Callable[[Any], None]:
 
 
 for _dtype in HALVES:
-    add("fragments.make_pack fragments.store_rows memory.emit_store_halves_if arith.emit_pack_half",
-        f"{arith.CONVERT[_dtype]}; @p st.global.b16", stores(_dtype, False),
-        check_stores(_dtype, False), name=f"fragments.store_rows_{_dtype}")
-    add("fragments.make_pack fragments.store_whole_rows memory.emit_store16_if",
-        f"{arith.CONVERT[_dtype]}; shfl.sync.bfly.b32; @p st.global.v4.b32", stores(_dtype, True),
-        check_stores(_dtype, True), name=f"fragments.store_whole_rows_{_dtype}")
+    add("fragments.make_pack stores.store_rows memory.emit_store_halves_if arith.emit_pack_half",
+        f"{arith.CONVERT[_dtype]}; @p st.global.b16", rows_out(_dtype, False),
+        check_rows_out(_dtype, False), name=f"stores.store_rows_{_dtype}")
+    add("fragments.make_pack stores.store_whole_rows memory.emit_store16_if",
+        f"{arith.CONVERT[_dtype]}; shfl.sync.bfly.b32; @p st.global.v4.b32", rows_out(_dtype, True),
+        check_rows_out(_dtype, True), name=f"stores.store_whole_rows_{_dtype}")

@@ -107,8 +107,10 @@ class Play:
 
     modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.ring", "tile.smem")
 
-    def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int]) -> None:
+    def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int],
+                 parts: int = 1) -> None:
         self.config, self.panels_v, self.random, self.boxes = config, -(-head_dim_v // 64), random.Random(seed), boxes
+        self.parts = parts          # of each operand, side by side
         self.haste = self.random.choice((0.0, 0.02, 0.3))       # of the copy engine; 0: a copy comes when nobody can go on without
         self.blocks = [Block(index) for index in blocks]
         self.agents = [Agent(thread, block) for block in self.blocks for thread in (0, *range(128, 128 + 128 * consumers, 32))]
@@ -251,7 +253,7 @@ class Play:
 
     # ------------------------------------------------------------ products and fragments
     def qk(self, acc: Fragment, q: int, k: int, depth: int, q_rows: int, k_rows: int) -> Fragment:
-        agent, panels = self.pause(), range(-(-depth // 64))
+        agent, panels = self.pause(), range(self.parts * -(-depth // 64))
         rows = {self.read(agent, q + p * q_rows * 128, 64 * 128, p * 64) for p in panels}
         keys = {self.read(agent, k + p * k_rows * 128, k_rows * 128, p * 64) for p in panels}
         assert len(rows) == len(keys) == 1, "panels of several places"
@@ -264,7 +266,7 @@ class Play:
         # warpgroups have all columns, or a slice each
         count = self.panels_v if self.config.slices == 1 else -(-self.panels_v // self.config.slices)
         first = 0 if self.config.slices == 1 else (agent.thread // 128 - 1) * count
-        values = {self.read(agent, at + j * panel, self.config.block_n * 128, (first + j) * 64) for j in range(count)}
+        values = {self.read(agent, at + j * panel, self.config.block_n * 128, (first + j) * 64) for j in range(self.parts * count)}
         assert values == {("v", p.k)} and p.kind == "P", "P of one block, V of another"
         assert not acc.flying and acc.q in (None, p.q), "an output of other rows"
         return self.fly(agent, Fragment("O", p.q, None, (*acc.keys, p.k)))      # type: ignore[arg-type]
@@ -308,6 +310,13 @@ class Play:
     def store_rows(self, packed: Fragment, address: int, other: int, inside: int, *_: Any) -> None:
         if inside:
             self.keep(self.rows, address, packed.keys)
+
+    def store_floats(self, acc: Fragment, address: int, other: int, by_column: int, inside: int, *_: Any) -> None:
+        self.store_rows(self.at_rest(acc), address, other, inside)
+
+    def add(self, acc: Fragment, product: Fragment) -> Fragment:
+        assert acc.q in (None, product.q), "an output of other rows"
+        return replace(self.at_rest(product), keys=(*self.at_rest(acc).keys, *product.keys))
 
     def clear(self, address: int) -> None:
         agent = self.pause()
@@ -360,7 +369,7 @@ class Play:
             "load_shared_b32": lambda address: self.pause().block.words[address], "zeros": lambda n: Fragment("0"),
             "make_pack": lambda dtype: self.to_half, "scale_rows": same, "scale_seen_rows": same,
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
-            "store_whole_rows": self.store_rows, "make_softmax": softmax,
+            "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
             "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
             "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
