@@ -169,11 +169,11 @@ def wgmma_pv() -> Any:
     return kernel
 
 
-def check_pv(rows: int) -> Callable[[Any], None]:
+def check_pv(rows: int, times: int = 1) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
         v, p = normal(1, 64, 1, 128), normal(rows, 64, seed=1)
         got = launch(rows_of_parts(v), p, dst=np.zeros((rows // 16, 64, 32), np.float32), maps=[("src", 64)])
-        exact = p.astype(np.float64) @ v[0, :, 0].astype(np.float64)
+        exact = times * p.astype(np.float64) @ v[0, :, 0].astype(np.float64)
         result = np.concatenate([np.hstack([as_matrix(tile[:32]), as_matrix(tile[32:])]) for tile in got])
         np.testing.assert_allclose(result, exact, **EXACT)
     return check
@@ -181,6 +181,62 @@ def check_pv(rows: int) -> Callable[[Any], None]:
 
 add("wgmma.make_products wgmma.mn_major", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", wgmma_pv, check_pv(64),
     name="wgmma.pv_float32", threads=128, shared=SHARED)
+
+
+def wgmma_add_pv() -> Any:
+    """P V for P (64 x 64) in registers and V (64 x 128), added up twice."""
+    PART = 2 * PANEL
+
+    def kernel(a):
+        base = begin(1)
+        warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+        if cuda.threadIdx.x == 0:
+            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
+            for p in range(6):
+                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+        p = to_parts(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
+        mbarrier.wait(int32(base + BAR), int32(0))
+        wgmma.fence()
+        acc = wgmma.add_pv_parts(f.zeros(64), p, wgmma.mn_major(base, PANEL), PART)
+        acc = wgmma.add_pv_parts(acc, p, wgmma.mn_major(base, PANEL), PART)
+        wgmma.commit()
+        save_at(a.dst, warp * 64, wgmma.wait_all(acc), 64)
+    return kernel
+
+
+add("wgmma.add_pv_parts", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", wgmma_add_pv, check_pv(64, 2), threads=128,
+    shared=SHARED)
+
+
+def wgmma_dsk() -> Any:
+    """A^T B of two 64 x 64 tiles, each half of the columns by itself."""
+    def kernel(a):
+        base = begin(1)
+        if cuda.threadIdx.x == 0:
+            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
+            for p in range(3):
+                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+                tma.load(int32(base + (3 + p) * PANEL), a.map_b, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+        mbarrier.wait(int32(base + BAR), int32(0))
+        wgmma.fence()
+        x, y = wgmma.mn_major(base, PANEL), int32(base + 3 * PANEL)
+        left = wgmma.dsk_parts(f.zeros(16), x, wgmma.mn_major(y, PANEL), 64, PANEL, PANEL)
+        right = wgmma.dsk_parts(f.zeros(16), x, wgmma.mn_major(int32(y + 64), PANEL), 64, PANEL, PANEL)
+        wgmma.commit()
+        left, right = wgmma.wait_all(left), wgmma.wait_all(right)
+        save_at(a.dst, int32(cuda.threadIdx.x >> 5) * 32, left, 16)
+        save_at(a.dst, int32(cuda.threadIdx.x >> 5) * 32 + 16, right, 16)
+    return kernel
+
+
+def check_wgmma_dsk(launch: Any) -> None:
+    x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
+    got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
+    exact = x[0, :, 0].astype(np.float64).T @ y[0, :, 0].astype(np.float64)
+    np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, **EXACT)
+
+
+add("wgmma.dsk_parts", "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", wgmma_dsk, check_wgmma_dsk, threads=128, shared=SHARED)
 
 
 # ---------------------------------------------------------------- mma.sync
