@@ -128,6 +128,16 @@ def _qk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any,
     return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
 
 
+def _multiply_pv(builder: Any, acc: list[Any], p: list[Any], b: Any, part_bytes: int) -> list[Any]:
+    """P B, small products first. p: the registers of each part, one part after the other. b: descriptor of the first part."""
+    each = len(p) // PARTS
+    for n, (part_a, part_b) in enumerate(PAIRS):
+        for k in range(each // 4):
+            rows, first = builder.add(b, I64((part_b * part_bytes + k * 2048) >> 4)), part_a * each + 4 * k
+            acc = _multiply(builder, PART_DTYPE, acc, p[first:first + 4], rows, n + k == 0, (0, 1))
+    return acc
+
+
 @intrinsic
 def _pv_parts(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
     """pv of float32, but acc = P B instead of acc += P B: who adds it to a longer sum rounds better than tensor cores do.
@@ -135,29 +145,19 @@ def _pv_parts(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
     p: the registers of each part, one part after the other.
     """
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
-        each, panels = p.count // PARTS, -(-acc.count // 32)       # registers of a part of P; panels of B, which has 2 * acc.count columns
-        part_bytes = panels * (each * 4 * 128)                     # each * 4 rows
-        for n, (part_a, part_b) in enumerate(PAIRS):
-            for k in range(each // 4):
-                rows, first = builder.add(args[2], I64((part_b * part_bytes + k * 2048) >> 4)), part_a * each + 4 * k
-                registers = _multiply(builder, PART_DTYPE, registers, a[first:first + 4], rows, n + k == 0, (0, 1))
-        return pack(builder, registers)
+        panels, rows = -(-acc.count // 32), p.count // PARTS * 4       # of B: 2 * acc.count columns
+        return pack(builder, _multiply_pv(builder, unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), args[2],
+                                          panels * rows * 128))
     return signature(acc, acc, p, types.uint64), generate
 
 
 @intrinsic
-def add_pv_parts(typingctx: Any, acc: Any, p: Any, b: Any, part_bytes: Any) -> Any:
-    """acc (64 x N) += P (64 x depth, registers) B (depth x N, MN-major) of float32: the parts of B are `part_bytes` apart."""
+def pv_parts(typingctx: Any, acc: Any, p: Any, b: Any, part_bytes: Any) -> Any:
+    """acc (64 x N) = P (64 x depth, registers) B (depth x N, MN-major) of float32: the parts of B are `part_bytes` apart."""
     [apart] = literals(part_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers, a, each = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), p.count // PARTS
-        for k in range(each // 4):
-            for part_a, part_b in PAIRS:
-                rows, first = builder.add(args[2], I64((part_b * apart + k * 2048) >> 4)), part_a * each + 4 * k
-                registers = _multiply(builder, PART_DTYPE, registers, a[first:first + 4], rows, False, (0, 1))
-        return pack(builder, registers)
+        return pack(builder, _multiply_pv(builder, unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), args[2], apart))
     return signature(acc, acc, p, types.uint64, part_bytes), generate
 
 

@@ -31,12 +31,12 @@ from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store
 from ..ptx.sync import thread_index
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.fragments import join, lane_row, make_pack, make_unpack, part, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import join, lane_row, make_pack, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import PIECE, exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
 from ..tile.parked import parked
 from ..tile.schedule import make_num_tiles, make_tile_at
-from ..tile.scores import make_cap_of, make_score
+from ..tile.scores import make_cap_of, make_score, make_slopes
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
@@ -92,7 +92,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
-    cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
+    cap_of, slopes = make_cap_of(spec), make_slopes(spec)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel

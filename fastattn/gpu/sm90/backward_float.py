@@ -9,9 +9,11 @@
     shared memory   K | V | Q | dO | dS | lse | delta | parked words. Each operand is three parts (ptx/parts.py), one after the other:
                     216 KB, 120 to head_dim 64
 
-P and dS go from the accumulators' registers into the MMAs of dV and dK. A warpgroup's dK and dV are sums over its half of the queries;
-both halves are added at the end. Operands fill shared memory, so there is one stage: dO of the next block is in flight from the end of dV
-on, Q from the end of dK on, during the MMA of dQ.
+P and dS go from the accumulators' registers into the MMAs of dV and dK. A step's products have accumulators of their own and are added to
+dV and dK, some columns after the other, for which there are registers: tensor cores cut their sums off, which would cost 1.8e-5 over 4096
+queries. A warpgroup's dK and dV are sums over its half of the queries; both halves are added at the end.
+Operands fill shared memory, so there is one stage: dO of the next block is in flight from the end of dV on, Q from the end of dK on, during
+the MMA of dQ.
 """
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
+from ..config import num_features
 from ..dsl.inline import inline
 from ..ptx import cp_async, wgmma
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
@@ -28,7 +31,7 @@ from ..ptx.sync import fence_async, opaque, thread_index, uniform
 from ..rows.preprocess import make_first_row
 from ..sm80.copies import make_copy_rows
 from ..spec import Spec
-from ..tile.fragments import lane_row, make_pack, make_unpack, own_zeros, part, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import add_columns, lane_row, make_pack, own_zeros, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import (
     PIECE,
     add_piece,
@@ -42,8 +45,9 @@ from ..tile.gradients import (
 )
 from ..tile.mask import make_key_bounds
 from ..tile.parked import parked
+from ..tile.ring import make_barrier
 from ..tile.schedule import make_num_tiles, make_tile_at
-from ..tile.scores import make_cap_of, make_score
+from ..tile.scores import make_cap_of, make_score, make_slopes
 from ..tile.smem import ALIGN, PANEL, ROW_BYTES, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
@@ -59,6 +63,9 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     WIDTH, WIDTH_V, ACCUM_ROW, ONE = PANEL * PANELS, PANEL * PANELS_V, panels(HEAD_DIM) * PANEL * 4, 1
     # dQ: each warpgroup computes one of two panels of columns, or half of the only one
     TWO = panels(HEAD_DIM) == 2
+    PANEL_COUNT = PANEL // 2                                        # registers of a panel
+    # registers of dV or dK computed at a time: with 32, features spill 40 bytes at head_dim 128
+    CHUNK = PANEL_COUNT // 2 if max(panels(HEAD_DIM), panels(HEAD_DIM_V)) == 2 and num_features(spec) else PANEL_COUNT
     DQ_BYTES, DQ_SUMS = (PANEL_BYTES, 4 * PIECE) if TWO else (ROW_BYTES // 2, PIECE // 2)       # from half to half: of K, of the sums
     COUNT_S, COUNT_K, COUNT_V, COUNT_DQ = HALF // 2, HEAD_DIM // 2, HEAD_DIM_V // 2, PANEL // 2 if TWO else PANEL // 4
     smem = Smem()
@@ -68,7 +75,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     # HEAD_END: one past the last query head
     (BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST, M_MIN, FULL_MIN, FULL_MAX, HEAD_K, K_START, KEYS, M_MAX,
      HEAD_END) = parked(smem, 13)
-    SOFTCAP, DROPOUT = spec.softcap, spec.dropout
+    passed, SOFTCAP, DROPOUT = make_barrier(smem), spec.softcap, spec.dropout
     qk, _ = wgmma.make_products(spec.dtype)
     to_parts = make_pack(spec.dtype)
     copy_rows = make_copy_rows(True, 4 * WARPS)
@@ -76,7 +83,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK), make_near(spec), make_log2_scale(spec)
-    cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
+    cap_of, slopes = make_cap_of(spec), make_slopes(spec)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
@@ -114,6 +121,11 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         if m == word(base, M_MAX):
             head, m = int32(head + 1), word(base, M_MIN)
         return head, m, uniform(int32(1) if head < word(base, HEAD_END) else int32(0))
+
+    @inline
+    def hold(base):
+        """Scheduling fence: waits on a barrier that has completed. ptxas would add products later and run out of registers."""
+        passed.wait(base, int32(0))
 
     # ------------------------------------------------------------ load
     @inline
@@ -170,23 +182,25 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         wgmma.commit()
         return acc_dp
 
-    @inline
-    def issue_dv(base, acc_dv, p, half):
-        """dV += P^T dO."""
-        base = opaque(base)
-        wgmma.fence()
-        acc_dv = wgmma.add_pv_parts(acc_dv, p, wgmma.mn_major(base + DO + half * HALF_BYTES, PANEL_BYTES), PART_V)
-        wgmma.commit()
-        return acc_dv
+    def make_add(OPERAND, APART, COUNT, FIRST=0):
+        """acc = add(base, acc, p, half): acc + P^T B of P^T or dS^T and the warpgroup's rows of dO or Q, CHUNK registers at a time."""
+        HERE, MORE = min(CHUNK, COUNT - FIRST), FIRST + CHUNK < COUNT
+        AT = OPERAND + FIRST // PANEL_COUNT * PANEL_BYTES + FIRST % PANEL_COUNT * 4     # two columns a register
+        add_more: Any = make_add(OPERAND, APART, COUNT, FIRST + CHUNK) if MORE else None
 
-    @inline
-    def issue_dk(base, acc_dk, ds, half):
-        """dK += dS^T Q."""
-        base = opaque(base)
-        wgmma.fence()
-        acc_dk = wgmma.add_pv_parts(acc_dk, ds, wgmma.mn_major(base + Q + half * HALF_BYTES, PANEL_BYTES), PART)
-        wgmma.commit()
-        return acc_dk
+        @inline
+        def add(base, acc, p, half):
+            own = opaque(base)
+            wgmma.fence()
+            product = wgmma.pv_parts(zeros(HERE), p, wgmma.mn_major(own + AT + half * HALF_BYTES, PANEL_BYTES), APART)
+            wgmma.commit()
+            acc = add_columns(acc, wgmma.wait_all(product), FIRST)
+            hold(base)
+            if MORE:
+                acc = add_more(base, acc, p, half)
+            return acc
+        return add
+    add_dv, add_dk = make_add(DO, PART_V, COUNT_V), make_add(Q, PART, COUNT_K)
 
     @inline
     def issue_dq(base, half):
@@ -248,23 +262,21 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         acc_s = wgmma.wait_all_but_one(acc_s)
         p, cap_slope = probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far)
 
-        # dV += P^T dO; dS^T = P^T (dP^T - delta); dK += dS^T Q
-        acc_dv = issue_dv(base, acc_dv, pack_kept(p), half)
-        acc_dp = wgmma.wait_all_but_one(acc_dp)
+        # dV += P^T dO, dS^T = P^T (dP^T - delta)
+        acc_dp = wgmma.wait_all(acc_dp)
+        acc_dv = add_dv(base, acc_dv, pack_kept(p), half)
         acc_ds = grad(a, p, acc_dp, load_columns(delta_at, COUNT_S))
         if SOFTCAP:
             acc_ds = multiply(acc_ds, slopes(cap_slope))
         ds = to_parts(acc_ds)
-        acc_dk = issue_dk(base, acc_dk, ds, half)
         store_ds(base, ds)
-        acc_dv = wgmma.wait_all_but_one(acc_dv)
         cuda.syncthreads()          # dS is there, and nobody reads dO
         if more != 0:
             load_dout(a, base, next_head, next_m)
 
-        # dQ = dS K
+        # dK += dS^T Q, dQ = dS K
+        acc_dk = add_dk(base, acc_dk, ds, half)
         acc_dq = issue_dq(base, half)
-        acc_dk = wgmma.wait_all_but_one(acc_dk)
         cuda.syncthreads()          # nobody reads Q
         if more != 0:
             load_q(a, base, next_head, next_m)
@@ -309,6 +321,8 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         first = int32(n_block * BLOCK)
         m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK, seqlen_q, seqlen_k)
         if cuda.threadIdx.x == 0:
+            passed.init(base)
+            passed.arrive(base)
             store_shared_b64(base + Q_POINTER, uint64(a.q + uint64(batch * a.q_batch + q_start * a.q_row)))
             store_shared_b64(base + DO_POINTER, uint64(a.dout + uint64(batch * a.dout_batch + q_start * a.dout_row)))
             park(base, BATCH, batch)

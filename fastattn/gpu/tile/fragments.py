@@ -275,6 +275,19 @@ def add(typingctx: Any, acc: Any, other: Any) -> Any:
 
 
 @intrinsic
+def add_columns(typingctx: Any, acc: Any, other: Any, first: Any) -> Any:
+    """acc with a fragment of fewer columns added to its registers from `first` on. Added here, not where the sums are needed."""
+    [start] = literals(first)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        out = unpack(builder, args[0], acc.count)
+        for k, x in enumerate(unpack(builder, args[1], other.count)):
+            out[start + k] = emit(builder, F32, "add.rn.f32 $0, $1, $2;", "=f,f,f", [out[start + k], x])
+        return pack(builder, out)
+    return signature(acc, acc, other, first), generate
+
+
+@intrinsic
 def scale_add(typingctx: Any, acc: Any, scale: Any, other: Any) -> Any:
     """acc * scale + other, rounded once."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -91,7 +91,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     def less_distance(s, row, col, slope):
         return s - slope * float32(int32(abs(int32(row - col))))
-    scale_elements, cap_elements, less_alibi = elementwise(scaled), make_cap(), elementwise(less_distance)
+    scale_elements, cap_elements, less_alibi = elementwise(scaled), make_cap(spec), elementwise(less_distance)
 
     @inline
     def prepare(a, batch, head):
@@ -145,9 +145,15 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     return prepare, fetch, score
 
 
-def make_cap() -> Any:
-    """acc_s = cap(a, acc_s): dot products to capped scores."""
+def make_cap(spec: Spec) -> Any:
+    """acc_s = cap(a, acc_s): dot products to capped scores. float32 always takes the form for any cap, which is as exact near 0."""
     narrow, wide = elementwise(capped), elementwise(capped_wide)
+
+    @inline
+    def cap_float(a, acc_s):
+        return wide(acc_s, int32(0), int32(0), (cap_scale(a), a.softcap, a.softmax_scale))
+    if spec.parts > 1:
+        return cap_float
 
     @inline
     def cap(a, acc_s):
@@ -160,7 +166,10 @@ def make_cap() -> Any:
 
 
 def make_cap_of(spec: Spec) -> Any:
-    """acc_s, slope = cap_of(a, acc_s): dot products to capped scores, and the derivative of tanh, 1 - tanh**2, in 16 bits."""
+    """acc_s, slope = cap_of(a, acc_s): dot products to capped scores, and the derivative of tanh, 1 - tanh**2, in 16 bits (not of float32).
+
+    make_slopes converts the derivative back.
+    """
     to_half, UNIT = make_pack("float16"), float32(2**-64)
 
     def fall(s, row, col, scale):       # 1 - tanh
@@ -189,7 +198,21 @@ def make_cap_of(spec: Spec) -> Any:
             slope = to_half(slopes(acc_s, nowhere, nowhere, ()))
             acc_s = rises(acc_s, nowhere, nowhere, (a.softcap,))
         return acc_s, slope
-    return cap_of
+
+    @inline
+    def cap_of_float(a, acc_s):
+        nowhere, cap = int32(0), a.softcap * UNIT
+        acc_s = wide(acc_s, nowhere, nowhere, (cap_scale(a), a.softcap, a.softmax_scale))
+        return acc_s, slopes_at(acc_s, nowhere, nowhere, (cap, reciprocal(cap)))
+    return cap_of_float if spec.parts > 1 else cap_of
+
+
+def make_slopes(spec: Spec) -> Any:
+    """acc = slopes(slope): the derivative that cap_of kept, as a float32 fragment."""
+    @inline
+    def as_it_is(slope):
+        return slope
+    return as_it_is if spec.parts > 1 else make_unpack("float16", True)
 
 
 def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False) -> tuple[Any, Any]:

@@ -183,9 +183,9 @@ add("wgmma.make_products wgmma.mn_major", "wgmma.mma_async.sync.aligned.m64n128k
     name="wgmma.pv_float32", threads=128, shared=SHARED)
 
 
-def wgmma_add_pv() -> Any:
-    """P V for P (64 x 64) in registers and V (64 x 128), added up twice."""
-    PART = 2 * PANEL
+def wgmma_pv_apart() -> Any:
+    """2 P V for P (64 x 64) in registers and V (64 x 128), one panel of columns after the other, the second in halves."""
+    PART, RIGHT, MIDDLE, LAST = 2 * PANEL, 32, 32, 48
 
     def kernel(a):
         base = begin(1)
@@ -196,15 +196,21 @@ def wgmma_add_pv() -> Any:
                 tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
         p = to_parts(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
         mbarrier.wait(int32(base + BAR), int32(0))
-        wgmma.fence()
-        acc = wgmma.add_pv_parts(f.zeros(64), p, wgmma.mn_major(base, PANEL), PART)
-        acc = wgmma.add_pv_parts(acc, p, wgmma.mn_major(base, PANEL), PART)
-        wgmma.commit()
-        save_at(a.dst, warp * 64, wgmma.wait_all(acc), 64)
+        acc = f.zeros(64)
+        for _ in range(2):
+            wgmma.fence()
+            left = wgmma.pv_parts(f.zeros(RIGHT), p, wgmma.mn_major(base, PANEL), PART)
+            middle = wgmma.pv_parts(f.zeros(16), p, wgmma.mn_major(int32(base + PANEL), PANEL), PART)
+            right = wgmma.pv_parts(f.zeros(16), p, wgmma.mn_major(int32(base + PANEL + 64), PANEL), PART)
+            wgmma.commit()
+            left, middle, right = wgmma.wait_all(left), wgmma.wait_all(middle), wgmma.wait_all(right)
+            acc = f.add_columns(f.add_columns(f.add_columns(acc, left, 0), middle, MIDDLE), right, LAST)
+        save_at(a.dst, warp * 64, acc, 64)
     return kernel
 
 
-add("wgmma.add_pv_parts", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", wgmma_add_pv, check_pv(64, 2), threads=128,
+add("wgmma.pv_parts fragments.add_columns", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16; "
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", wgmma_pv_apart, check_pv(64, 2), name="wgmma.pv_parts", threads=128,
     shared=SHARED)
 
 
