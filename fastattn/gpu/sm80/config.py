@@ -73,6 +73,8 @@ def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = 
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
     rows = {"whole": whole, "whole_out": whole_out}
     if spec.parts > 1:      # 96 KB of shared memory: 6 bytes an element
+        if dim <= 64 and not heavy and room > 200:      # 32 rows a warp would spill 20 bytes on sm_90a, where the other family is faster
+            return ForwardSm80Config(warps=8, tiles=1, block_n=64, stages=1, blocks_per_sm=1)
         return ForwardSm80Config(warps=4, tiles=1 if dim > 64 or heavy else 2, block_n=32, stages=1, blocks_per_sm=2 if room > 200 else 1)
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
         block_n = 64 if room > 160 and whole and not heavy else 32
