@@ -281,7 +281,7 @@ def _draw_want(draw: random.Random, family: str) -> Want:
     def head_dim() -> int:
         most = {"simt": 512, "sm90": 576, "sm80": 256}[family] if flip(0.2) else 256
         return draw.choice((draw.randint(1, most), draw.randrange(8, most + 1, 8), draw.randrange(16, most + 1, 16)))
-    dtype = draw.choice((*HALVES, "float32", "float64") if plain_threads else (*HALVES, "float32"))
+    dtype = draw.choice((*HALVES, "float32", "float64") if family == "simt" else (*HALVES, "float32"))
     dim, heads = head_dim(), draw.choice((4, 16))
     settings: dict[str, Any] = {}
     for name in draw.sample(sorted(precompile.SCORE_FEATURES), draw.choice((0, 1, 1, 2, 2, 3, 4, 6))):
