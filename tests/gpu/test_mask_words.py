@@ -1,6 +1,7 @@
 """Boolean masks as bits: what the kernel packs, and what the attention kernels find in it. Both are run in Python."""
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 
+from fastattn.gpu import precompile
+from fastattn.gpu.precompile import Want
 from fastattn.gpu.rows import mask_words
 from fastattn.gpu.spec import Call
 from fastattn.problem import Operands
@@ -125,6 +128,38 @@ MASK = make_mask()
 ])
 def test_words_and_bounds(mask: Array, width: int, by_keys: bool, key: str) -> None:
     assert check(mask, width, by_keys) == key
+
+
+MODULES = ("sm80.forward", "sm80.backward", "sm90.forward", "sm90.backward", "sm90.backward_wide", "sm90.backward_dq",
+           "sm90.backward_float")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("dtype", "dims"), [("float16", (64, 128, 192, 256, 512)), ("float32", (64, 128))])
+def test_kernels_read_blocks_as_they_are_packed(arch: str, dtype: str, dims: tuple[int, ...]) -> None:
+    """The columns of a block are those of a thread's fragment, in every kernel that scores: two for each of its registers."""
+    wants = [Want(dtype, dim, mask=True, backward=way, deterministic=fixed) for dim in dims
+             for way, fixed in ((False, False), (True, False), (True, True))]
+    seen = set()
+    for want in wants:
+        read: list[int] = []
+
+        def recorded(make: Any, read: list[int] = read) -> Any:
+            def make_score(spec: Any, count: int, *rest: Any, **more: Any) -> Any:
+                read.append(2 * count)
+                return make(spec, count, *rest, **more)
+            return make_score
+        sources = precompile.sources(*want.call(), precompile.absent_device(arch))
+        with contextlib.ExitStack() as stack:
+            for module in (importlib.import_module(f"fastattn.gpu.{name}") for name in MODULES):
+                stack.enter_context(mock.patch.object(module, "make_score", recorded(module.make_score)))
+            for source in sources:
+                if source.key.startswith(("forward_sm", "backward_sm")):
+                    source.make()
+        packed = [int(source.key.split()[1]) for source in sources if source.key.startswith("pack_mask")]
+        assert sorted(packed) == sorted(read), f"{want}: {[source.key for source in sources]}"
+        seen |= {want.backward} if packed else set()
+    assert seen == {False, True} or (arch, dtype) == ("sm_80", "float32")
 
 
 def test_an_axis_that_repeats_is_packed_once() -> None:

@@ -251,7 +251,7 @@ def _backward_float(call: BackwardCall, spec: Spec, launcher: Launcher, stream: 
     plain = replace(spec, sinks=None, dbias=None, deterministic=False)
     with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
         with (as_parts(call, launcher, stream) as split, table(call, FLOAT_BLOCK, launcher, stream, True) as sequences,
-              mask_words(split, FLOAT_BLOCK, launcher, stream, True) as words):
+              mask_words(split, FLOAT_BLOCK // 2, launcher, stream, True) as words):      # a warpgroup has half of a block's queries
             own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k,
                    p.score.softmax_scale)
             float_program(plain).launch(launcher, tiles, words, own, stream)
