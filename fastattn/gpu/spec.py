@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -194,6 +194,7 @@ def make_backward_spec(c: BackwardCall) -> Spec:
 
 
 AnyCall = Call | BackwardCall
+OneCall = TypeVar("OneCall", Call, BackwardCall)      # what takes one of them and gives the same
 Launch = Callable[[Any, int], None]       # enqueues a call of the kind that it was prepared for, on a stream
 Values = Callable[[AnyCall], tuple[Any, ...]]
 _VIEWS: dict[str, Callable[[Any], View]] = {

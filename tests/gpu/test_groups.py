@@ -60,7 +60,7 @@ def test_parts(dtype: str, dim: int, dim_v: int, with_dlse: bool, monkeypatch: p
 
     def backward(c: BackwardCall, inner: Any, launcher: Any, stream: int) -> None:
         """The reference, and numbers in the columns that no result has."""
-        assert inner.parts and c.problem.group == 1 and c.problem.batch == group
+        assert inner.group_parts and c.problem.group == 1 and c.problem.batch == group
         part_k, part_v = (x.numpy() for x in c.grads[1:3])
         dk, dv = (np.zeros((group, keys, heads_k, n), np.float32) for n in (dim, dim_v))
         assert part_k.shape == part_v.shape == (group, keys, heads_k, 64)
@@ -84,10 +84,10 @@ def keys_of(**settings: Any) -> list[str]:
 
 def test_when() -> None:
     names = [key.split()[0] for key in keys_of()]
-    assert names == ["preprocess", "backward_sm90", "round_dq", "sum_groups"] and " parts " in keys_of()[1]
+    assert names == ["preprocess", "backward_sm90", "round_dq", "sum_groups"] and " group_parts " in keys_of()[1]
     for settings in ({"batch": 2}, {"num_heads_k": 32}, {"seqlen_q": 16}, {"seqlen_q": 8192}, {"deterministic": True}, {"packed": True},
                      {"softcap": True}, {"mask": True}, {"dropout": True}, {"sinks": "float32"}, {"alibi": "float32"}, {"bias": "float16"}):
-        assert not any("sum_groups" in key or " parts " in key for key in keys_of(**settings)), settings
+        assert not any("sum_groups" in key or " group_parts " in key for key in keys_of(**settings)), settings
 
 
 def test_parts_are_bounded() -> None:

@@ -18,16 +18,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ...arrays.view import View
 from ..config import GROUP
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher
-from ..spec import BackwardCall, Call
+from ..spec import OneCall
 from .config import MASK_WARPS
 
-AnyKind = TypeVar("AnyKind", Call, BackwardCall)
 PACK_MASK = ("mask:l mask_batch:q mask_head:q mask_line:q mask_column:q words:l plane:q heads:i lines:i columns:i blocks:i groups:i "
              "repeats:i")
 make_pack_mask = late("rows.pack_mask", "make_pack_mask")
@@ -100,7 +99,7 @@ def plan(shape: tuple[int, ...], by: tuple[int, ...], aligned: bool, width: int,
 
 
 @contextmanager
-def _packed(call: AnyKind, width: int, launcher: Launcher, stream: int, by_keys: bool) -> Iterator[AnyKind]:
+def _packed(call: OneCall, width: int, launcher: Launcher, stream: int, by_keys: bool) -> Iterator[OneCall]:
     x = call.operands.mask
     assert x is not None
     how: Plan = plan(x.shape, x.strides, x.ptr % 4 == 0, width, by_keys, call.problem.packed)
@@ -110,7 +109,7 @@ def _packed(call: AnyKind, width: int, launcher: Launcher, stream: int, by_keys:
         yield replace(call, operands=replace(call.operands, mask=View(words, x.shape, how.strides, "int32", x.device)))
 
 
-def mask_words(call: AnyKind, width: int, launcher: Launcher, stream: int, by_keys: bool = False) -> AbstractContextManager[AnyKind]:
+def mask_words(call: OneCall, width: int, launcher: Launcher, stream: int, by_keys: bool = False) -> AbstractContextManager[OneCall]:
     """The call with words in place of its mask, valid for work enqueued inside the `with`; the call itself if it has no mask.
 
     Strides of the mask are then bytes between planes, between lines, and between blocks of `width` columns.

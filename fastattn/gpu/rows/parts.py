@@ -11,7 +11,7 @@ from ...arrays.view import View, contiguous
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import Launcher
 from ..runtime.packed import MOST_BLOCKS
-from ..spec import AnyCall, BackwardCall, whole_chunks
+from ..spec import AnyCall, BackwardCall, OneCall, whole_chunks
 from .config import SPLIT_COLUMNS, SPLIT_THREADS
 
 make_split = late("rows.split", "make_split")
@@ -39,7 +39,7 @@ def parts_view(x: View, address: int) -> View:
     return View(address, shape, contiguous(shape, 2), "bfloat16", x.device)
 
 
-def parts_of(call: AnyCall, address: int) -> tuple[AnyCall, int]:
+def parts_of(call: OneCall, address: int) -> tuple[OneCall, int]:
     """The call with the parts of its float32 operands from an address on instead of them, and the address behind them."""
     views = {}
     for name, x in _operands(call).items():
@@ -52,7 +52,7 @@ def parts_of(call: AnyCall, address: int) -> tuple[AnyCall, int]:
 
 
 @contextmanager
-def as_parts(call: AnyCall, launcher: Launcher, stream: int) -> Iterator[AnyCall]:
+def as_parts(call: OneCall, launcher: Launcher, stream: int) -> Iterator[OneCall]:
     """The call with q, k, v, and of a backward dout, as tensor-core kernels take them, for work enqueued inside the `with`."""
     if call.problem.dtype != "float32":
         yield call

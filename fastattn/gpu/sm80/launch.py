@@ -78,7 +78,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 
     def launch_float(call: Call, stream: int) -> None:
         with as_parts(call, launcher, stream) as split:
-            launch(split, stream)  # type: ignore[arg-type]
+            launch(split, stream)
     return launch_float if spec.parts > 1 else launch
 
 

@@ -235,7 +235,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         v_ring.wait_full(base, last, parity)
         wait_turn(w)
         wgmma.fence()
-        product = mma_o(acc_o, p, base, last)
+        product = mma_o(acc_o, p, base, w, last)
         wgmma.commit()
         product = wgmma.wait_all(product)
         wgmma.fence()

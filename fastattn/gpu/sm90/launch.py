@@ -130,7 +130,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         o = call.operands
         inputs = (o.q, block_m), (o.k, block_n), (o.v, block_n)
         return inputs if is_float else (*inputs, (call.out, OUT_ROWS))
-    forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))  # type: ignore[arg-type]
+    forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
         captured = capturing(stream)
@@ -145,7 +145,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 
     def launch_float(call: Call, stream: int) -> None:
         with as_parts(call, launcher, stream) as split:
-            launch_special(split, stream)  # type: ignore[arg-type]
+            launch_special(split, stream)
     return launch_float if is_float else launch_special if spec.packed or spec.mask else launch
 
 
