@@ -346,3 +346,28 @@ def test_error_is_at_most_that_of_torch_flash(dim: int, dtype: str, causal: bool
     ours, theirs = relative(out, expected), relative(rival, expected)
     assert ours <= 1.1 * theirs, f"error {ours:.3e}, torch's flash {theirs:.3e}"
     assert relative(lse, expected_lse) <= 2e-6
+
+
+@plain(64, 128, dtype="float32")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("family", [f for f in families_here() if f != "simt"])
+def test_float32_error_is_at_most_that_of_torch_efficient(dim: int, family: str) -> None:
+    """Relative Frobenius error of out and of each gradient against float64, over 2100 keys and queries."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v, dout = (normal(2, 2100, 4, dim, dtype="float32", seed=s) for s in range(4))
+
+    def gradients(dtype: Any) -> list[Any]:
+        """out, dq, dk, dv of torch's attention."""
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        rival = torch().nn.functional.scaled_dot_product_attention(*[x.transpose(1, 2) for x in leaves]).transpose(1, 2)
+        return [rival.detach(), *torch().autograd.grad(rival, leaves, dout.to(dtype))]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = gradients(torch().float64)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        theirs = gradients(torch().float32)
+    with gpu.use(*wanted(family)):
+        out, lse = fastattn.attention(q, k, v, return_lse=True)
+        ours = [out, *fastattn.attention_backward(dout, q, k, v, out, lse)[:3]]
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), ours, theirs, expected, strict=True):
+        assert relative(x, z) <= relative(y, z), f"{name}: error {relative(x, z):.3e}, torch's efficient kernel {relative(y, z):.3e}"
