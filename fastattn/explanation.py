@@ -1,7 +1,7 @@
 """`explain`: which engine and Config a call uses, and why not each other engine. Nothing is run; no GPU is needed."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Never
 
@@ -128,7 +128,7 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     asked, by = registry.order(caught.problem.call, caught.engine, registry.in_use(), memory)
     reasons, taken = dict[str, str](), None
     for engine in asked:
-        reason = _refuses(engine, caught, d)
+        reason = _refuses(engine, caught, d, asked)
         if reason is not None:
             reasons[engine.name] = reason
         elif taken is not None:
@@ -244,11 +244,12 @@ def _device(device: str | None, caught: _Caught) -> tuple[Device, Any, str]:
     return ("cuda", 0), precompile.absent_device(arch), arch
 
 
-def _refuses(engine: Engine, caught: _Caught, d: Any) -> str | None:
+def _refuses(engine: Engine, caught: _Caught, d: Any, asked: Iterable[Engine]) -> str | None:
     if engine.name in FAMILIES:
         if isinstance(d, ImportError):
             return str(d)
-        return load("gpu", caught.problem.call).refuses(engine.name, _gpu_call(caught), d)  # type: ignore[no-any-return]
+        gpu, families = load("gpu", caught.problem.call), tuple(e.name for e in asked if e.name in FAMILIES)
+        return gpu.refuses(engine.name, _gpu_call(caught), d, families)  # type: ignore[no-any-return]
     try:
         return engine.refuses(caught.problem, caught.direction)
     except ImportError as error:

@@ -80,18 +80,22 @@ def test_explain_on_an_absent_gpu() -> None:
     found = explain(attention, *arrays(), device="8.0")
     assert found.engine == "sm80" and found.reasons["sm90"] == "it needs sm_90a, this is sm_80"
     found = explain(attention, *arrays("float32"), device="sm_90a")
+    assert found.engine == "simt" and found.reasons["sm90"] == "so few float32 products take less time on plain threads"
+    floats = [np.ones((2, 300, 4, 64), np.float32)] * 3
+    found = explain(attention, *floats, device="sm_90a")
     assert found.engine == "sm90" and [key.split()[0] for key in found.kernels] == ["forward_sm90", "split"]
-    lse = np.ones((2, 4, 70), np.float32)
-    found = explain(attention_backward, *arrays("float32"), *arrays("float32")[:2], lse, device="sm_90a")
+    lse = np.ones((2, 4, 300), np.float32)
+    found = explain(attention_backward, *floats, *floats[:2], lse, device="sm_90a")
     assert found.engine == "sm90" and "backward_sm90_float float32 head_dim 64" in found.kernels
-    found = explain(attention_backward, *arrays("float32"), *arrays("float32")[:2], lse, deterministic=True, device="sm_90a")
+    found = explain(attention_backward, *floats, *floats[:2], lse, deterministic=True, device="sm_90a")
     assert found.engine == "simt" and found.reasons["sm90"] == "the sums of its float32 dq come in any order"
-    found = explain(attention, *[np.ones((1, 4, 2, 160), np.float32)] * 3, device="sm_90a")
+    found = explain(attention, *[np.ones((1, 400, 2, 160), np.float32)] * 3, device="sm_90a")
     assert found.engine == "simt" and found.reasons["sm80"] == found.reasons["sm90"] == "head_dim is 160, over 128 in float32"
     found = explain(attention, *arrays("float64"), device="sm_90a")
     assert found.engine == "simt" and found.reasons["sm80"] == "it has no float64 products"
     found = explain(attention, *arrays(), engine="sm90", device="sm_80")
     assert found.engine is None and found.kernels == () and found.reasons["simt"] == "engine='sm90' does not name it"
+    lse = np.ones((2, 4, 70), np.float32)
     found = explain(attention_backward, *arrays(), *arrays()[:2], lse, deterministic=True, device="sm_80")
     assert found.engine == "simt" and found.reasons["sm80"] == "its sums of dq come in any order" and len(found.kernels) > 2
     packed = [np.ones((140, 4, 64), np.float16)] * 3

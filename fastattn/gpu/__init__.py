@@ -15,6 +15,7 @@ from ..errors import refused
 from ..memo import Recent
 from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
+from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .rows import launch as rows
 from .runtime.device import Device, current, device
 from .runtime.launcher import Launcher, on_device
@@ -64,19 +65,26 @@ def use(*families: str) -> AbstractContextManager[None]:
     return use_engine(*families, "cpu")
 
 
-def refuses(which: str, call: AnyCall, d: Device) -> str | None:
-    """None, or why a kernel family does not run the call."""
+def refuses(which: str, call: AnyCall, d: Device, families: tuple[str, ...] = ()) -> str | None:
+    """None, or why a kernel family does not run the call, for which all of `families` are in use."""
+    if which != "simt" and "simt" in families and _few_float(call.problem):
+        return "so few float32 products take less time on plain threads"
     tiles = most_tiles(call, 64)
     if tiles > MOST_BLOCKS:
         return f"it has {tiles} tiles of 64 query rows, over 2**31 - 1"
     return _FAMILIES[which].refuses(call, d)
 
 
+def _few_float(p: Problem) -> bool:
+    products = p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
+    return p.dtype == "float32" and p.seqlen_k <= FEW_FLOAT_KEYS and products <= FEW_FLOAT_PRODUCTS
+
+
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
     """The first of `families` (None: those of use_engine) that runs the call. UnsupportedError says why none does."""
-    reasons = {}
-    for which in families or families_in_use():
-        reason = refuses(which, call, d)
+    reasons, families = {}, families or families_in_use()
+    for which in families:
+        reason = refuses(which, call, d, families)
         if reason is None:
             return _FAMILIES[which]
         reasons[which] = reason

@@ -5,6 +5,8 @@ from .spec import Spec
 
 SHORT, LONG = 1536, 3072       # keys; measured in docs/performance.md
 GROUP = 64                     # lines of a mask that share bounds (rows/mask_words.py): those of a warpgroup
+# float32 calls that plain threads run in less time than the passes that split operands for tensor cores: some 15 us
+FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS = 128, 2**26
 
 
 def num_features(spec: Spec) -> int:
