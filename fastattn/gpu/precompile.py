@@ -54,6 +54,7 @@ class Want:
     num_heads_k: int | None = None
     backward: bool = False                  # with dbias where there is a bias; lse is then given, not wanted
     dbias: bool = True                      # of a backward with a bias
+    one_bias: bool = False                  # the same for all of the batch
     deterministic: bool = False
 
     def call(self) -> tuple[AnyCall, Spec]:
@@ -63,6 +64,7 @@ class Want:
         rows: tuple[int, ...] = (self.batch * self.seqlen_q,) if self.packed else (self.batch, self.seqlen_q)
         columns: tuple[int, ...] = (self.batch * keys,) if self.packed else (self.batch, keys)
         scores = (self.batch, self.num_heads, self.seqlen_q, keys)
+        of_bias = (1, *scores[1:]) if self.one_bias else scores
 
         def view(dtype: str | None, *shape: int) -> View | None:
             return None if dtype is None else View(1 << 20, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, HERE)
@@ -70,7 +72,7 @@ class Want:
         def array(dtype: str, *shape: int) -> View:
             return View(1 << 20, shape, contiguous(shape, ITEMSIZE[dtype]), dtype, HERE)
         o = Operands(array(self.dtype, *rows, self.num_heads, self.head_dim), array(self.dtype, *columns, heads_k, self.head_dim),
-                     array(self.dtype, *columns, heads_k, dim_v), view(self.bias, *scores), view("bool" if self.mask else None, *scores),
+                     array(self.dtype, *columns, heads_k, dim_v), view(self.bias, *of_bias), view("bool" if self.mask else None, *scores),
                      view(self.alibi, self.num_heads), view(self.sinks, self.num_heads))
         lengths: dict[str, int] = {}
         if self.packed:
@@ -83,7 +85,7 @@ class Want:
         out, lse = array(self.dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
         if not self.backward:
             return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)
-        grads = Grads(o.q, o.k, o.v, o.bias if self.dbias else None, o.sinks)
+        grads = Grads(o.q, o.k, o.v, view(self.bias, *of_bias) if self.dbias else None, o.sinks)
         call = BackwardCall(problem, o, out, out, lse, None, grads, self.deterministic)
         return call, make_backward_spec(call)
 

@@ -49,6 +49,8 @@ class Spec:
         The operand's dtype, None if absent.
     bias_pairs, bias_whole
         Two (eight) neighbours of a 16-bit bias can be read at once.
+    bias_tiles
+        TMA copies tiles of the bias; set by the launches of kernels that read them.
     lse
         The forward writes it.
     dbias
@@ -71,6 +73,7 @@ class Spec:
     bias: str | None = None
     bias_pairs: bool = False
     bias_whole: bool = False
+    bias_tiles: bool = False
     mask: bool = False
     sinks: str | None = None
     dropout: bool = False
@@ -87,8 +90,8 @@ class Spec:
     @property
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
-        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "mask", "dropout", "lse", "deterministic",
-                 "group_parts")
+        flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
+                 "deterministic", "group_parts")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

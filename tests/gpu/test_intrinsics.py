@@ -28,7 +28,7 @@ from fastattn.arrays.view import View, contiguous
 from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits, fragments, stores
-from tests.tools.gpu import probes_backward, probes_parts, probes_tiles  # noqa: F401  which add their probes to PROBES
+from tests.tools.gpu import probes_backward, probes_bias, probes_parts, probes_tiles  # noqa: F401  which add their probes to PROBES
 from tests.tools.gpu.probes import PROBES, Array
 
 NAMES = list(PROBES)

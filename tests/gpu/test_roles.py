@@ -32,18 +32,19 @@ from tests.tools.gpu.roles import Play, edited, playing
 OUT = 1 << 40
 
 
-def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dtype: str = "float16", mask: Any = None,
-          **options: Any) -> Call:
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dtype: str = "float16", bias: bool = False,
+          mask: Any = None, **options: Any) -> Call:
     q, k = view(batch, seqlen_q, heads, dim, dtype=dtype), view(batch, seqlen_k, heads_k, dim, dtype=dtype)
-    problem, o = make_problem("attention", Operands(q, k, k, mask=mask), packed=False, **options)
+    given = view(batch, heads, seqlen_q, seqlen_k, dtype=dtype) if bias else None
+    problem, o = make_problem("attention", Operands(q, k, k, given, mask), packed=False, **options)
     return Call(problem, o, view(batch, seqlen_q, heads, dim, dtype=dtype, ptr=OUT), None)
 
 
 def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: Any) -> Play:
     """A launch of two blocks; `change` edits the kernel's text first. mask: the elements of the call's mask."""
-    spec = make_spec(call.problem, call.operands, False)
+    spec = launch_sm90.with_bias_tiles(make_spec(call.problem, call.operands, False), call.operands.bias, 64)
     config: ForwardSm90Config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
-    boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
+    boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "bias": config.block_m}
     made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes, spec.parts), Memory()
     arguments = launch_sm90.forward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
@@ -52,7 +53,7 @@ def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: 
         call = with_bounds(call, mask, config.block_n, memory)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         kernel, _ = edited(forward_sm90.make_forward, change)(spec, config)
-        own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call)
+        own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), *["bias"] * spec.bias_tiles
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     assert not any(made.counters.values()), "the counter is not as it was found"
     return made
@@ -94,6 +95,7 @@ CASES = {
     "no keys": dense(1, 100, 0, 2, 2, 128), "dropout": dense(1, 200, 300, 2, 1, 128, dropout_p=0.1, seed=1),
     "softcap": dense(1, 200, 300, 2, 1, 64, softcap=5.0, causal=True), "float32 64": dense(1, 300, 300, 2, 1, 64, "float32"),
     "float32 128": dense(1, 257, 400, 2, 2, 128, "float32", causal=True), "float32 one key": dense(2, 129, 1, 2, 1, 128, "float32"),
+    "bias": dense(2, 200, 304, 2, 1, 64, bias=True), "bias causal": dense(1, 400, 400, 2, 1, 32, bias=True, causal=True),
 }
 
 
@@ -160,6 +162,9 @@ MUTANTS = {
     "K released early": ("            acc_s = wait_s(acc_s)\n",
                          "            release_k(base, stage, n_block, tile.n_min, lane)\n"
                          "            acc_s = wait_s(acc_s)\n"),
+    "bias released early": ("                if not BIAS_TILES:\n                    release_k",
+                            "                if True:\n                    release_k"),
+    "the bias of other rows": ("int32(m_block * BLOCK_M), row, head, map_batch)", "int32(0), row, head, map_batch)"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
     "Q never released": ("            if n_block == n_min:\n                q_ring.arrive_empty(base, 0)\n", ""),
     "turn kept": ("        product = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n        pass_turn(w)\n",
@@ -173,7 +178,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_faults_are_found(mutant: str) -> None:
-    call = CASES["128 causal"]
+    call = CASES["bias causal" if "bias" in mutant else "128 causal"]
     with pytest.raises(AssertionError):
         for seed in range(20):
             check(play(call, seed, MUTANTS[mutant]), call.problem, whole(call.problem))

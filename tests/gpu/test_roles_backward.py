@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import itertools
 from collections import namedtuple
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from fastattn import Grads
 from fastattn.gpu.rows.launch import padded_rows
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import backward as backward_sm90
+from fastattn.gpu.sm90 import dq_sums
 from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90.config import choose_backward as tiling
-from fastattn.gpu.spec import BackwardCall, make_backward_spec
+from fastattn.gpu.spec import BackwardCall, Spec, make_backward_spec
 from fastattn.masks import row_bounds
 from fastattn.problem import Operands, make_problem
 from tests.tools.gpu.calls import Sequence, view, whole, with_bounds
@@ -36,15 +39,24 @@ def backward(q: Any, k: Any, o: Operands, packed: bool, deterministic: bool = Fa
     return BackwardCall(problem, o, out, out, lse, None, Grads(q, replace(k, ptr=DK), replace(o.v, ptr=DV)), deterministic)
 
 
-def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int = 0, mask: Any = None,
-          **options: Any) -> BackwardCall:
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int = 0, bias: bool = False,
+          mask: Any = None, **options: Any) -> BackwardCall:
     q, k, v = view(batch, seqlen_q, heads, dim), view(batch, seqlen_k, heads_k, dim), view(batch, seqlen_k, heads_k, dim_v or dim)
-    return backward(q, k, Operands(q, k, v, mask=mask), False, **options)
+    given = view(batch, heads, seqlen_q, seqlen_k) if bias else None
+    return backward(q, k, Operands(q, k, v, given, mask), False, **options)
+
+
+def kernel(spec: Spec, config: Any, change: Any) -> Any:
+    """The kernel, with a place of its text changed, or of that of its sums of dQ."""
+    of_sums = change is not None and change[0] in inspect.getsource(dq_sums)
+    sums = edited(dq_sums.make_dq_sums, change if of_sums else None)
+    with mock.patch.object(backward_sm90, "make_dq_sums", sums):
+        return edited(backward_sm90.make_backward, None if of_sums else change)(spec, config)[0]
 
 
 def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
     """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows. mask: the elements of its mask."""
-    spec = make_backward_spec(call)
+    spec = launch_sm90.with_bias_tiles(make_backward_spec(call), call.operands.bias, 128)
     config, memory, made = replace(tiling(spec), **tuning), Memory(), []
     arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
@@ -56,14 +68,14 @@ def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, m
         heads = call.problem.num_heads_k
         tiles = packed.most_tiles(call, 128, True)
         own = ("q", "k", "v", "dout", "rows", 0, int(far), 1, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads,
-               1.0, 0, 0, 0, 0)
+               1.0, 0, 0, 0, 0, *["bias"] * spec.bias_tiles)
         values = namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.values(call, own))  # type: ignore[misc]
         # blocks past the end look at an entry that is not there before they know, and go
         count = ctypes.c_int32.from_address(table + (call.problem.batch + 1) * packed.ENTRY).value if call.problem.packed else tiles
         for block in range(count):
             made.append(BackwardPlay(config, block, seed * 100 + block))
             with playing(made[-1], memory):
-                made[-1].run(edited(backward_sm90.make_backward, change)(spec, config)[0], values)
+                made[-1].run(kernel(spec, config, change), values)
     return made
 
 
@@ -95,7 +107,8 @@ CASES = {
     "128 causal": dense(1, 300, 300, 2, 1, 128, causal=True), "128 window": dense(1, 400, 400, 1, 1, 128, window=(70, 20)),
     "one query": dense(2, 1, 130, 2, 1, 128), "no queries for some keys": dense(1, 64, 300, 1, 1, 128, causal="top_left"),
     "deterministic": dense(1, 200, 200, 1, 1, 128, causal=True, deterministic=True), "softcap": dense(1, 200, 200, 1, 1, 64, softcap=3.0),
-    "dropout": dense(1, 200, 200, 2, 1, 128, dropout_p=0.1, seed=1),
+    "dropout": dense(1, 200, 200, 2, 1, 128, dropout_p=0.1, seed=1), "bias": dense(2, 300, 200, 2, 1, 64, bias=True),
+    "bias causal": dense(1, 400, 400, 2, 1, 128, bias=True, causal=True),
     "192 and 128": dense(1, 300, 300, 2, 1, 192, 128, causal=True, deterministic=True),
 }
 
@@ -161,6 +174,9 @@ MUTANTS = {
     "Q of another block": ("before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
                            "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
     "dS without a meeting": ("        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK", "        # dK"),
+    "dS over a bias": ("                bias_read.wait(base, other)\n", "                pass\n"),
+    "bias over dS": ("DS + stage * DS_BYTES, row", "DS, row"),
+    "bias of other keys": ("DS + stage * DS_BYTES, row, k_row, int32(head)", "DS + stage * DS_BYTES, row, row, int32(head)"),
 }
 
 
@@ -184,7 +200,7 @@ def test_faults_with_far_rows_are_found(mutant: str) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_faults_are_found(mutant: str) -> None:
-    call = CASES["128 causal"]
+    call = CASES["bias causal" if "bias" in mutant else "128 causal"]
     with pytest.raises((AssertionError, AttributeError)):
         for seed in range(20):
             check(call, play(call, seed, MUTANTS[mutant]), whole(call.problem))

@@ -43,7 +43,9 @@ def lane_offset_b(thread):
     return int32((((thread >> 4) & 1) * 8 + (thread & 7)) * 128 + ((((thread >> 3) & 1) ^ (thread & 7)) << 4))
 
 
-def _ldmatrix(builder: Any, address: Any, offset: int, trans: bool) -> list[Any]:
+def emit_ldmatrix(builder: Any, address: Any, offset: int, trans: bool) -> list[Any]:
+    """Four 8x8 tiles of 16 bits at shared address + offset: a lane gives a row's address, and gets two neighbours of a row of each tile,
+    or with `trans` of a column."""
     result = ir.LiteralStructType([I32] * 4)
     text = f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if trans else ''}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
     value = emit(builder, result, text, "=r,=r,=r,=r,r,~{memory}", [address])
@@ -58,7 +60,7 @@ def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Call
         chunk = 32 * (column16 % 4)
         if chunk != last["chunk"]:      # recomputed, not kept: a register is worth more than an instruction
             last.update(chunk=chunk, at=emit(builder, I32, f"xor.b32 $0, $1, {chunk};", "=r,r", [address]) if chunk else address)
-        return _ldmatrix(builder, last["at"], column16 // 4 * panel + row16 * 2048, trans)
+        return emit_ldmatrix(builder, last["at"], column16 // 4 * panel + row16 * 2048, trans)
     return load
 
 
@@ -204,7 +206,7 @@ def make_tiles_product(dtype: str, TRANS: bool) -> Any:
             load = _loader(builder, args[2], panel, trans=True)
             return pack(builder, _products(
                 builder, dtype, unpack(builder, args[0], acc.count), t,
-                lambda step: [_ldmatrix(builder, args[1], tile * by_row + step * by_depth, TRANS) for tile in range(t)],
+                lambda step: [emit_ldmatrix(builder, args[1], tile * by_row + step * by_depth, TRANS) for tile in range(t)],
                 lambda step, j: load(step, j * step_b), d // 16))
         return signature(acc, acc, types.int32, types.int32, tiles, depth, line_bytes, step16, b_panel), generate
     return product

@@ -7,6 +7,7 @@ At 192/128 and in deterministic calls it computes these two alone: no dQ.
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
 
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
+                    a bias that TMA copies lies where dS of its block will, and arrives with Q: two stages of Q are then as far ahead as dS
     K_FULL, V_FULL, Q and dO rings: FULL      TMA -> consumers: the bytes have arrived; lse arrives with Q, delta with dO
     Q and dO rings: EMPTY                     consumers -> producer: the slot may be overwritten
     DS_FULL                                   consumers -> each other: all of dS is stored
@@ -32,6 +33,7 @@ from ..ptx.memory import load_b32, shared_address
 from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, take_turn, uniform, warp
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
+from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.fragments import join, make_pack, make_unpack, own_zeros, part, scale_rows, zeros
 from ..tile.gradients import (
     PIECE,
@@ -44,7 +46,6 @@ from ..tile.gradients import (
     make_near,
     make_store,
     multiply,
-    store_piece,
 )
 from ..tile.mask import make_key_bounds
 from ..tile.ring import make_barrier, make_ring, make_tails
@@ -55,6 +56,7 @@ from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Walk, own_lane, own_thread, own_warpgroup
+from .dq_sums import make_dq_sums
 
 
 class Tile(NamedTuple):
@@ -76,7 +78,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_K, COUNT_V, COUNT_DQ, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, 32, DS_PANELS * DS_PANEL, BLOCK_M * 4
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
-    PACKED, DROPOUT, SOFTCAP, BIAS = spec.packed, spec.dropout, spec.softcap, spec.bias is not None
+    PACKED, DROPOUT, SOFTCAP, BIAS_TILES = spec.packed, spec.dropout, spec.softcap, spec.bias_tiles
+    BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
     SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
 
     # shared memory and barriers
@@ -87,6 +90,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
     ds_full = make_barrier(smem, CONSUMERS)
+    bias_read: Any = make_barrier(smem, WARPS) if BIAS_TILES else None
+    assert not BIAS_TILES or (Q_STAGES == 2 and BIAS_BYTES == DS_BYTES)
     tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
     keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
     DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
@@ -96,10 +101,12 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
     (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     store_k, store_v, add_dbias, key_row = make_store(spec, DIM), make_store(spec, DIM_V), make_add_dbias(spec), make_key_row(BLOCK_N)
-    prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
+    copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S, True)
+    prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze, READ_BIAS=read_bias if BIAS_TILES else None)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    store_dq, row_before, send_dq = make_dq_sums(spec, DIM, BLOCK_M, DQ)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do, clear_k, clear_v = (make_clear(rows, count, 32) for rows in (BLOCK_M, BLOCK_N) for count in (PANELS, PANELS_V))
 
@@ -120,9 +127,11 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 full, full_do = q_ring.full(stage), do_ring.full(stage_do)
                 q_ring.wait_empty(base, stage, phase)
                 if lane == 0:
-                    mbarrier.arrive_expect(base + full, int32(Q_BYTES + LSE_BYTES))
+                    mbarrier.arrive_expect(base + full, int32(Q_BYTES + LSE_BYTES + BIAS_BYTES))
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
                     tma.load_rows(base + LSE + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(0))
+                    if BIAS_TILES:      # the slot of Q of two blocks ago is empty, so its dS has been read, too
+                        copy_bias(base, a, full, DS + stage * DS_BYTES, row, k_row, int32(head), map_batch)
                     if j == 0:      # V after what S needs
                         v_full.arrive_expect(base, int32(V_BYTES))
                         copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS_V, k_row, head_k, map_batch)
@@ -192,32 +201,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 ds_full.arrive(base)
 
     @inline
-    def store_dq(base, acc_dq, w, thread, lane):
-        """A warp's sums to its piece of shared memory, once TMA has read what was there."""
-        slot = int32(base + DQ + (w * 4 + (thread >> 5)) * PIECE)
-        tma.wait_read()
-        warp()
-        store_piece(acc_dq, int32(slot + lane * 16))
-
-    @inline
-    def row_before(a, batch, q_start, head, m, m_min, m_max):
-        """The first row, in a.accum, of the query block that comes before m of `head`."""
-        again = m == m_min
-        m, head = m_max if again else m, int32(head - 1) if again else head
-        return int32(first_row(a, batch, head, q_start) + (m - 1) * BLOCK_M)
-
-    @inline
-    def send_dq(a, base, w, thread, row):
-        """TMA adds the warp's piece to dQ's sums in memory. `row` is the first row there of its query block: 32 bits, for 2**31 rows fit no
-        memory. Negative: there is no piece yet. All lanes must have fenced and met before."""
-        own = int32(w * 4 + (thread >> 5))
-        # a block of 64 rows: panels of 64 columns, of four pieces each
-        block = uint64(int64(row) * (4 * DIM)) + uint64(own * PIECE)
-        tma.reduce_add_f32_if(int32(1) if ((thread & 31) == 0) & (row >= 0) else int32(0), uint64(a.accum + block),
-                              int32(base + DQ + own * PIECE), int32(PIECE))
-        tma.commit()
-
-    @inline
     def hold(base):
         """Scheduling fence: waits on a barrier that completed long ago; see backward_dq."""
         k_full.wait(base, int32(0))
@@ -258,6 +241,16 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         wgmma.commit()
         return acc_dv
 
+    @inline
+    def operands(a, base, w, buffer, batch, head, query, key, seqlen_q, seqlen_k):
+        """Bias and mask of a block; for a bias in shared memory, where this lane reads it."""
+        bias, mask = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+        if BIAS_TILES:
+            first = int32(w * WARPGROUP_ROWS + (own_thread() >> 5) * 16)
+            return lane_address(int32(base + DS + buffer * DS_BYTES), first, own_lane()), mask
+        else:
+            return bias, mask
+
     def make_step(FIRST, FAR, CROWDED, HALVES):
         # The schedules:
         # NEXT     there is a block before: its dS is in shared memory, its dQ and dK are computed in this step
@@ -287,8 +280,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             # S^T = K Q^T; of the block before dQ = dS K
             wait_q(base, stage, phase, head, m, seqlen_q)
             acc_s = issue_s(base, w, stage)
-            if not BIAS:        # a bias takes so many registers that it is loaded only when S is there
-                early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
+            if not BIAS_LATE:       # in registers a bias takes so many that it is loaded only when S is there
+                early = operands(a, base, w, other, batch, head, query, key, seqlen_q, seqlen_k)
             if NEXT:
                 if SUM_DQ:
                     ds_full.wait(base, int32(other ^ 1))
@@ -311,11 +304,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 do_ring.release(base, int32(other ^ 1), lane)
 
             # score, mask
-            if BIAS:
+            if BIAS_LATE:
                 early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+            if BIAS_TILES:
+                if lane == 0:
+                    bias_read.arrive(base)
             if ALWAYS or (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
                 acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
                 if FAR:
@@ -370,6 +366,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
+            if BIAS_TILES:      # by all warps, which have other parts of it than of dS
+                bias_read.wait(base, other)
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
             j, m = int32(j + 1), int32(m + 1)
             if m == m_max:
@@ -449,6 +447,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         do_ring.init(base)
         keys_cleared.init(base)
         ds_full.init(base)
+        if BIAS_TILES:
+            bias_read.init(base)
 
     def kernel(a):
         take_turn()

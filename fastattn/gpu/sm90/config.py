@@ -12,6 +12,7 @@ WIDE_BLOCK_M = 64           # query rows of a step of `backward_wide`
 WARPGROUP = 128             # threads
 FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: its operands take 192 KB of shared memory, dS 24
 FLOAT_WARPS = 8             # of a block of `backward_float`
+MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
@@ -30,6 +31,15 @@ def panel_columns(dim: int) -> int:
 def slice_dim(dim: int, slices: int) -> int:
     """Columns of each of `slices` slices of `dim` columns. Several are whole panels of 64; the last may be empty."""
     return dim if slices == 1 else panel_columns(-(-dim // slices))
+
+
+# ---------------------------------------------------------------- a bias in shared memory
+def takes_bias_tiles(spec: Spec, most: int) -> bool:
+    """Whether a kernel reads the bias from shared memory, where TMA has put it, if TMA can. `most`: the largest head_dim that leaves room.
+
+    Beside other features its elements stay in registers: their tilings are narrower, and tiles have whole panels of 64 keys.
+    """
+    return not (spec.softcap or spec.dropout or spec.alibi) and max(spec.head_dim, spec.head_dim_v) <= most
 
 
 # ---------------------------------------------------------------- forward
@@ -110,6 +120,9 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
         return _choose_forward_float(spec, dim)
     if dim > 256:
         return _choose_sliced(spec)
+    if spec.bias_tiles:         # 192 x 128 would spill 48 bytes; docs/log-gpu.md has the others
+        block_m, block_n = (192, 96) if dim <= 32 else (128, 128)
+        return ForwardSm90Config(block_m=block_m, block_n=block_n, turns=True)
     heavy, several = feature_weight(spec) > 0, feature_weight(spec) > 1
     # The fallback of `optimistic` recomputes the scores and so keeps all their operands live. With these that spills.
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
@@ -222,12 +235,22 @@ def is_wide(spec: Spec) -> bool:
     return max(spec.head_dim, spec.head_dim_v) > 128
 
 
+def _choose_with_tiles(spec: Spec) -> BackwardSm90Config:
+    """choose_backward for a bias in shared memory, which takes registers only while it is added. Two stages of Q, because it lies in the
+    place of dS."""
+    if max(spec.head_dim, spec.head_dim_v) <= 64:       # not crowded, 48 to 264 bytes would spill
+        return BackwardSm90Config(dim=64, dim_v=64, block_m=128, q_stages=2, crowded=True)
+    return BackwardSm90Config(dim=128, dim_v=128, block_m=64, q_stages=2, crowded=spec.mask)
+
+
 def choose_backward(spec: Spec) -> BackwardSm90Config:
     """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
     240."""
     if spec.head_dim > 128:
         dim, dim_v, block_m = MLA
         return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=block_m, crowded=True, apart=True)
+    if spec.bias_tiles:
+        return _choose_with_tiles(spec)
     two, at_most_mask = num_features(spec) > 1, num_features(spec) == spec.mask
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
     if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:

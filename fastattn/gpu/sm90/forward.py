@@ -4,9 +4,9 @@
     warpgroups 1..  64 query rows each: S = Q K^T and O += P V on the tensor cores, softmax in between
                     head_dim over 256: the same 64 rows, and a slice of O's columns each; each computes all of S
 
-    shared memory   Q | STAGES x (K, V) | out, if there is room | barriers | tile records
+    shared memory   Q | STAGES x (K, V, a bias that TMA copies) | out, if there is room | barriers | tile records
     Q, K and V rings: FULL      TMA -> consumers: the bytes have arrived
-    Q, K and V rings: EMPTY     consumers -> producer: the slot may be overwritten
+    Q, K and V rings: EMPTY     consumers -> producer: the slot may be overwritten; the bias belongs to the K ring
     tile records                the producer is up to two tiles ahead
 
 A step issues S = Q K^T of its key block, then O += P V of the block before, and computes its softmax while that MMA runs. Key blocks go
@@ -23,8 +23,20 @@ from numba import cuda, float32, int32, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, shared_address, store_b32
-from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, uniform
+from ..ptx.sync import (
+    any_lane,
+    any_thread,
+    barrier,
+    barrier_arrive,
+    decrease_registers,
+    fence_async,
+    increase_registers,
+    opaque,
+    thread_index,
+    uniform,
+)
 from ..spec import Spec
+from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.dropout import make_dropout
 from ..tile.fragments import add, make_pack, scale_rows, zeros
 from ..tile.mask import diagonal_of, make_keep
@@ -68,11 +80,13 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     PACKED, MASK, MASKED_ALWAYS = spec.packed, spec.mask, spec.left or spec.right
     OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
     LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
+    BIAS_TILES, BIAS_BYTES = spec.bias_tiles, tile_bytes(BLOCK_M, BLOCK_N) if spec.bias_tiles else 0
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
 
     # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
+    BIAS = smem.take(STAGES * BIAS_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, panels(COLUMNS)) * OUT_PANEL)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
@@ -83,7 +97,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     keep = make_keep(spec)
-    prepare, fetch, score = make_score(spec, COUNT_S)
+    copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S)
+    prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
     draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
     num_tiles, key_row = make_num_tiles(spec), make_key_row(BLOCK_N)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
@@ -96,9 +111,16 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def load_k(a, base, it, row, head_k, map_batch):
+    def load_k(a, base, it, row, head_k, map_batch, m_block, head):
+        """K of a key block, and the bias of the tile's rows there."""
         stage, phase = k_ring.use(it)
-        fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, map_batch)
+        if BIAS_TILES:
+            k_ring.wait_empty(base, stage, int32(phase ^ 1))
+            k_ring.arrive_expect(base, stage, int32(K_BYTES + BIAS_BYTES))
+            copy_kv(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, map_batch)
+            copy_bias(base, a, k_ring.full(stage), BIAS + stage * BIAS_BYTES, int32(m_block * BLOCK_M), row, head, map_batch)
+        else:
+            fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, map_batch)
 
     @inline
     def load_v(a, base, it, row, head_k, map_batch):
@@ -131,11 +153,12 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         """
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
         row, end, head_k, map_batch, going = int32(0), int32(0), int32(0), int32(0), True
+        m_block, head = int32(0), int32(0)
         while going:
             records.put(a, base, i, t, tiles)
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
-                load_k(a, base, it, row, head_k, map_batch)
+                load_k(a, base, it, row, head_k, map_batch, m_block, head)
                 if LATE_V:
                     load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, map_batch)
                 else:
@@ -153,7 +176,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 n_min, n_max = records.blocks(a, base, i)
                 head_k, map_batch = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
-                load_k(a, base, it, row, head_k, map_batch)
+                load_k(a, base, it, row, head_k, map_batch, m_block, head)
                 load_q(a, base, i, q_start, m_block, head, map_batch)
                 if not LATE_V:
                     load_v(a, base, it, row, head_k, map_batch)
@@ -286,8 +309,19 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
 
     @inline
+    def operands(a, base, w, stage, column, tile):
+        """Bias and mask of a block, loaded while the MMA of S runs; for a bias in shared memory, where this lane reads it."""
+        bias, mask = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+        if BIAS_TILES:
+            thread = thread_index()
+            first = int32(w * WARPGROUP_ROWS + ((thread >> 5) & 3) * 16)
+            return lane_address(int32(base + BIAS + stage * BIAS_BYTES), first, int32(thread & 31)), mask
+        else:
+            return bias, mask
+
+    @inline
     def scores(a, acc_s, early, column, tile):
-        """S to scores; `early` is what fetch gave for them."""
+        """S to scores; `early` is what `operands` gave for them."""
         return score(a, acc_s, early, tile.shared, tile.row, column, int32(tile.seqlen_k - tile.seqlen_q))
 
     @inline
@@ -297,7 +331,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         wgmma.fence()
         acc_s = mma_s(acc_s, base, w, stage)
         wgmma.commit()
-        early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+        early = operands(a, base, w, stage, column, tile)
         acc_s = scores(a, wgmma.wait_all(acc_s), early, column, tile)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
@@ -316,7 +350,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
-            early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+            early = operands(a, base, w, stage, column, tile)
             words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
             acc_s = wait_s(acc_s)
 
@@ -333,8 +367,11 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 release_k(base, stage, n_block, tile.n_min, lane)
                 acc_s = dropout(a, acc_s, words)
             else:
-                release_k(base, stage, n_block, tile.n_min, lane)
+                if not BIAS_TILES:
+                    release_k(base, stage, n_block, tile.n_min, lane)
                 acc_s = scores(a, acc_s, early, column, tile)
+                if BIAS_TILES:
+                    release_k(base, stage, n_block, tile.n_min, lane)
                 if MASKED:
                     acc_s = keep(acc_s, tile.intervals, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
@@ -381,11 +418,14 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         q_ring.wait_full_nth(base, i)
         k_ring.wait_full(base, stage, phase)
         acc_s = issue_first(base, w, stage)
-        early = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
+        early = operands(a, base, w, stage, column, tile)
         words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
         acc_s = wgmma.wait_all(acc_s)
-        release_k(base, stage, n_block, tile.n_min, lane)
+        if not BIAS_TILES:
+            release_k(base, stage, n_block, tile.n_min, lane)
         acc_s = scores(a, acc_s, early, column, tile)
+        if BIAS_TILES:
+            release_k(base, stage, n_block, tile.n_min, lane)
         if MASKED_ALWAYS or n_max * BLOCK_N > tile.seqlen_k:
             acc_s = keep(acc_s, tile.intervals, column)
         acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))

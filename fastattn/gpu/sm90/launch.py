@@ -23,6 +23,8 @@ from .config import (
     CONSUMERS,
     FLOAT_BLOCK,
     FLOAT_WARPS,
+    MOST_BIAS_BACKWARD,
+    MOST_BIAS_FORWARD,
     MOST_DIM,
     OUT_ROWS,
     WARPGROUP,
@@ -35,6 +37,7 @@ from .config import (
     choose_forward,
     choose_wide,
     is_wide,
+    takes_bias_tiles,
     worth_parts,
 )
 
@@ -103,11 +106,29 @@ def _unreadable(views: dict[str, View]) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------- a bias that TMA copies
+def bias_view(bias: View) -> View:
+    """The bias as (batch, row, head, column), the axes of tensor maps. An axis that it broadcasts over has length 1."""
+    shape = tuple(n if stride else 1 for n, stride in zip(bias.shape[:2], bias.strides[:2], strict=True))
+    return View(bias.ptr, (*shape, *bias.shape[2:]), bias.strides, bias.dtype, bias.device).bshd()
+
+
+def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
+    """The Spec of a kernel that reads tiles of the bias, if it `takes_bias_tiles` and TMA can copy them.
+
+    Of packed sequences it does not: rows past a sequence's end would bring what the caller left there.
+    """
+    if bias is None or bias.itemsize != 2 or spec.packed or not takes_bias_tiles(spec, most) or fits(bias_view(bias)) is not None:
+        return spec
+    return replace(spec, bias_tiles=True, bias_pairs=False, bias_whole=False)
+
+
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
+    own = FORWARD + " map_bias:l" * spec.bias_tiles
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("out",), online=True), WARPGROUP * (1 + config.consumers))
+                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers))
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -121,6 +142,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     the table of a packed problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
+    spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
     config, (source, arguments) = _choice(spec, call.problem.seqlen_k)
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
@@ -130,7 +152,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
         inputs = (o.q, block_m), (o.k, block_n), (o.v, block_n)
-        return inputs if is_float else (*inputs, (call.out, OUT_ROWS))
+        bias = ((bias_view(o.bias), block_m),) if spec.bias_tiles and o.bias else ()
+        return inputs if is_float else (*inputs, (call.out, OUT_ROWS), *bias)
     forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
@@ -138,7 +161,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         maps = tensor_maps(boxes(call), captured, forms)
         if is_float:
             maps = [*maps, 0]       # out is stored from the registers
-        kernel.launch(grid, values(call, (*maps, counter(captured), sequences, tiles, heads)), stream)
+        kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *maps[4:])), stream)
 
     def launch_special(call: Call, stream: int) -> None:
         with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
@@ -153,9 +176,10 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
+    own = BACKWARD + " map_bias:l" * spec.bias_tiles
     # with dbias, the sums are cleared before it: no kernel, so there is nothing to start early behind
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
-                   Arguments(spec, BACKWARD, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
+                   Arguments(spec, own, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -190,6 +214,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
                  and p.score.softcap is None)
     dq_alone = call.deterministic or max(spec.head_dim, spec.head_dim_v) > 128
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
+    if not dq_alone:
+        own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
     config, wide = choose_backward(own_spec), is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
@@ -265,9 +291,11 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
     """Enqueue writing dk and dv, adding dq up in rows.accum and dbias, if `spec` has it, in `sums`. `sequences`: table
     by BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
-    boxes = (o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m)
-    own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.far,
-           rows.mark, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+    bias = ((bias_view(o.bias), config.block_m),) if spec.bias_tiles and o.bias else ()
+    maps = launcher.tensor_maps(((o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m), *bias), captured)
+    own = (*maps[:4], rows.map(call, config.block_m, launcher, captured), rows.lse, rows.far,
+           rows.mark, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums,
+           *maps[4:])
     backward_program(spec, config).launch(launcher, tiles, call, own, stream)
 
 

@@ -65,7 +65,8 @@ def is_wide(a):
     return a.softcap > WIDE_CAP
 
 
-def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0) -> tuple[Any, Any, Any]:
+def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0,
+               READ_BIAS: Any = None) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers.
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
@@ -74,7 +75,8 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries. TRANSPOSED or
     CAPPED, for the backward: with a softcap, acc_s is the capped scores from `cap_of`, not the dot products. SQUEEZE: elements of a 16-bit
-    bias are packed as they arrive, in so many pieces of the fragment, to save registers.
+    bias are packed as they arrive, in so many pieces of the fragment, to save registers. READ_BIAS: the bias is in shared memory, and this
+    reads it (bias.make_bias_tile). Then fetch loads none, and early[0] is the address that the caller puts there.
     """
     PACKED, ALL_KEPT = spec.packed, -1 if COUNT == 64 else (1 << (COUNT // 2)) - 1     # bits of a word
     SCALED, SOFTCAP, ALIBI, BIAS, MASK = spec.scaled, spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
@@ -83,6 +85,10 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
     bias_tile, bias_float = _score_tile(spec.bias or "float32", COUNT, PAIRS, spec.bias_whole and PAIRS and COUNT % 16 == 0)
     if SQUEEZE and not PAIRS and spec.bias in ("float16", "bfloat16"):
         bias_tile, bias_float = _squeezed_tile(spec.bias, COUNT, SQUEEZE), _score_tile(spec.bias, COUNT, pairs=True)[1]
+    if READ_BIAS is not None:
+        @inline
+        def bias_float(at, col):
+            return READ_BIAS(at)
     load_slope = load_scalar(spec.alibi or "float32")
     fetch_bias, fetch_mask = _make_fetch(bias_tile, TRANSPOSED), _make_fetch(make_word_tile(2 * COUNT), TRANSPOSED)
 
@@ -102,7 +108,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
 
     @inline
     def bias_of(a, batch, head, row, col, seqlen_q, seqlen_k):
-        if BIAS:
+        if BIAS and READ_BIAS is None:
             return fetch_bias(a.bias, a.bias_batch, a.bias_head, a.bias_row, a.bias_col, batch, head, row, col, seqlen_q, seqlen_k)
         else:
             return int32(0)

@@ -199,6 +199,17 @@ def _decode() -> Iterator[Job]:
     yield Job("sm80", "sm_90a", _want("bfloat16", 128, 64, causal=True, **shape), "decode_causal")
 
 
+def _bias_tiles() -> Iterator[Job]:
+    """A bias that TMA copies."""
+    for name, dim in (("full", 32), ("causal", 64), ("window", 64)):
+        for mask in (False, True):
+            want = _want("float16", dim, bias="half", mask=mask, **VARIANTS[name])
+            yield Job("sm90", "sm_90a", want, f"bias_tiles_{name}{'_mask' * mask}")
+    for dim, dbias, mask in itertools.product((64, 128), (False, True), (False, True)):
+        yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, bias="half", backward=True, dbias=dbias, mask=mask, window=(100, 50)),
+                  f"bias_tiles{'_dbias' * dbias}{'_mask' * mask}")
+
+
 def _everything_there_is() -> Iterator[Job]:
     """The full list: every dtype, head size and variant, every feature alone at three sizes."""
     for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
@@ -224,6 +235,7 @@ def _ci() -> Iterator[Job]:
     yield from _sliced()
     yield from _decode()
     yield from _float()
+    yield from _bias_tiles()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
     for dim in (64, 128):
@@ -292,7 +304,7 @@ def _draw_want(draw: random.Random, family: str) -> Want:
     backward, packed, few = flip(0.5), flip(0.4), flip(0.1)
     if few:     # the keys are split
         settings |= {"seqlen_q": draw.randint(1, 4), "seqlen_k": 4096}
-    else:       # bias is read in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length
+    else:       # bias is read in tiles, in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length
         settings |= {"seqlen_q": 1024, "seqlen_k": draw.choice((4096, 1024, 4098, 1023))}
     window = draw.choice((None, None, (100, None), (100, 0), (100, 50), (None, 50)))
     return Want(dtype, dim, head_dim() if flip(0.25) else None, causal=draw.choice((False, True, True)), window=window, packed=packed,

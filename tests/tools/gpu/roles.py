@@ -105,7 +105,7 @@ class Agent:
 class Play:
     """One launch of a kernel made for `config`: `stored` has (tensor's row, head, plane, column) -> keys that went into it."""
 
-    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.ring", "tile.smem")
+    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.bias", "tile.ring", "tile.smem")
 
     def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int],
                  parts: int = 1) -> None:
@@ -297,6 +297,16 @@ class Play:
         assert not acc.flying, "a product still writes these registers"
         return acc
 
+    def score(self, a: Any, acc: Fragment, early: tuple[int, int], *_: Any) -> Fragment:
+        """Reads a bias that lies in shared memory: its panels of these rows and keys."""
+        self.at_rest(acc)
+        if early[0]:
+            agent, rows = self.pause(), early[0] // 128 * 128
+            found = [self.lies(agent.block, rows + p * 128 * self.boxes["bias"], 2048) for p in range(-(-self.config.block_n // 64))]
+            assert acc.q is not None and acc.k is not None
+            assert found == [("bias", acc.k.row + 64 * p, acc.q) for p in range(len(found))], "the bias of other scores"
+        return acc
+
     def to_half(self, acc: Fragment) -> Fragment:
         return replace(self.at_rest(acc), kind={"S": "P"}.get(acc.kind, acc.kind))
 
@@ -370,7 +380,8 @@ class Play:
             "make_pack": lambda dtype: self.to_half, "scale_rows": same, "scale_seen_rows": same,
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
-            "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), lambda a, acc, *_: self.at_rest(acc)),
+            "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), self.score), "thread_index": lambda: self.local.agent.thread,
+            "make_unpack": nothing,
             "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 

@@ -15,10 +15,12 @@ PIECE, DS_PANEL = 4096, 128 * 128
 class BackwardPlay(Play):
     """`sums`: (address, keys) -> rows of a piece of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
 
-    modules = ("sm90.backward", "sm90.consumer", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
+    modules = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "tile.bias", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
     def __init__(self, config: Any, block: int, seed: int) -> None:
-        super().__init__(config, config.dim, (block,), seed, 2, {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128})
+        boxes = {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
+        super().__init__(config, config.dim, (block,), seed, 2, boxes)
+        self.readers: dict[int, set[int]] = {}      # of a bias: its place -> the warps that have read their part
         self.sums: dict[Any, Place] = {}
         self.results: list[tuple[str, int, int, int, tuple[Place, ...]]] = []
 
@@ -34,6 +36,35 @@ class BackwardPlay(Play):
         _, line, _ = self.lies(self.pause().block, place, 4)
         assert line == 0
         return 0
+
+    # ------------------------------------------------------------ a bias, in the place of dS
+    def copy(self, to: int, size: int, what: Any, barrier: int) -> None:
+        """dS that a bias is copied over is no longer there."""
+        super().copy(to, size, what, barrier)
+        if what[0] == "bias":
+            words = self.local.agent.block.words
+            for place in [place for place in words if to <= place < to + size]:
+                del words[place]
+
+    def score(self, a: Any, acc: Fragment, early: tuple[int, int], *_: Any) -> Fragment:
+        self.at_rest(acc)
+        if early[0]:
+            agent, place = self.pause(), early[0] // 128 * 128
+            panel, size = (agent.thread - 128) // 128, 128 * self.config.block_m
+            assert acc.k is not None
+            assert self.lies(agent.block, place, size) == ("bias", acc.k.row + 64 * panel, acc.q), "the bias of other scores"
+            self.readers.setdefault(place - panel * size, set()).add(agent.thread)
+        return acc
+
+    def take_bias(self, agent: Any, place: int) -> None:
+        """The bias where dS is stored has been read by all warps; the first dS that lies there ends it."""
+        for tile, readers in self.readers.items():
+            if tile <= place < tile + 256 * self.config.block_m and readers:
+                assert len(readers) >= 8, "dS over a bias that is still to be read"
+                if agent.thread in readers:
+                    readers.add(-agent.thread)
+                if sum(reader < 0 for reader in readers) == 8:
+                    readers.clear()
 
     # ------------------------------------------------------------ products
     def qk(self, acc: Fragment, a: int, b: int, depth: int, a_rows: int, b_rows: int) -> Fragment:
@@ -98,6 +129,7 @@ class BackwardPlay(Play):
         for p in range(count):
             start = place + p * panel_bytes
             self.unread(agent.block, start, start + 2048)
+            self.take_bias(agent, start)
             agent.block.words[start] = packed       # type: ignore[assignment]
 
     def store_piece(self, acc: Fragment, place: int) -> None:
