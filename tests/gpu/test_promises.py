@@ -16,7 +16,7 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
-from fastattn import UnsupportedError, gpu
+from fastattn import UnsupportedError
 from tests.tools.devices import requires_gpu
 from tests.tools.gpu.cases import (
     LARGE,
@@ -28,7 +28,7 @@ from tests.tools.gpu.cases import (
     function_of,
     to_host,
     torch,
-    wanted,
+    using,
 )
 from tests.tools.problems import BY_NAME, Case, Inputs
 
@@ -71,7 +71,7 @@ REPEATED = ("large_gqa_128", "large_window_64", "large_packed_128", "large_dropo
 def test_same_bits_every_run(case: Case, family: str) -> None:
     """1000 launches in a row, compared on the device. Concurrent matrix products of other sizes shift their timing."""
     noise = normal(777, 777)
-    with gpu.use(*wanted(family)):
+    with using(family):
         launch = call(case.make())
         try:
             first, first_lse = launch()
@@ -107,7 +107,7 @@ def test_graph_replays_with_new_inputs(case: Case, family: str) -> None:
     one, other = case.make(), replace(case, name=case.name + "_other").make()
     args, kwargs = device_arguments(one)
     function = function_of(one)
-    with gpu.use(*wanted(family)):
+    with using(family):
         try:
             expected = [function(*device_arguments(x)[0], **device_arguments(x)[1], return_lse=True) for x in (one, other)]
         except UnsupportedError as error:
@@ -181,7 +181,7 @@ def relative(x: Any, y: Any) -> float:
 @plain(64)
 @pytest.mark.parametrize("family", families_here())
 def test_more_than_65535_batches_and_heads(family: str) -> None:
-    with gpu.use(*wanted(family)):
+    with using(family):
         for batch, heads in ((70001, 1), (1, 70001), (300, 300)):
             q, k, v = (normal(batch, 5, heads, 64, seed=s) for s in range(3))
             assert relative(fastattn.attention(q, k, v, return_lse=True)[0], exact(q, k, v)[0]) < 5e-3
@@ -206,7 +206,7 @@ def test_more_than_2_to_the_31_elements(family: str) -> None:
     ends = [normal(2, 400, 128, 128, seed=s) for s in range(3)]
     for x, end in zip((q, k, v), ends, strict=True):
         x[:, -400:] = end
-    with gpu.use(*wanted(family)):
+    with using(family):
         fastattn.attention(q, k, v, causal=True, window=(100, 0), out=out, return_lse=True)
         # the first 100 of these rows would see keys before; the others see the same keys in both
         expected, _ = fastattn.attention(*ends, causal=True, window=(100, 0), return_lse=True)
@@ -233,7 +233,7 @@ def test_dropout_drops_what_dropout_mask_says(family: str, p: float) -> None:
         count = min(104, 300 - start)
         v = torch().zeros(2, 300, 3, 104, dtype=torch().float16, device="cuda")
         v[:, start:start + count] = torch().eye(count, 104, device="cuda", dtype=torch().float16)[None, :, None]
-        with gpu.use(*wanted(family)):
+        with using(family):
             out = to_host(fastattn.attention(q, k, v, **settings, return_lse=True)[0]).astype(np.float64).transpose(0, 2, 1, 3)
         out, stretch = out[..., :count], np.s_[:, :, :, start:start + count]
         visible = probabilities[stretch] > 1e-5                      # float16 rounds smaller ones to 0
@@ -306,7 +306,7 @@ def test_keys_that_a_mask_excludes_may_hold_anything(family: str, bad: float) ->
 def test_without_lse_and_without_out(case: Case, family: str, lse: bool) -> None:
     inputs = case.make()
     args, kwargs = device_arguments(inputs)
-    with gpu.use(*wanted(family)):
+    with using(family):
         try:
             out = function_of(inputs)(*args, **kwargs, return_lse=lse)
         except UnsupportedError as error:
@@ -341,7 +341,7 @@ def test_error_is_at_most_that_of_torch_flash(dim: int, dtype: str, causal: bool
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         swapped = [x.transpose(1, 2) for x in (q, k, v)]
         rival = torch().nn.functional.scaled_dot_product_attention(*swapped, is_causal=causal).transpose(1, 2)
-    with gpu.use(*wanted(family)):
+    with using(family):
         out, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True)
     ours, theirs = relative(out, expected), relative(rival, expected)
     assert ours <= 1.1 * theirs, f"error {ours:.3e}, torch's flash {theirs:.3e}"
@@ -366,7 +366,7 @@ def test_float32_error_is_at_most_that_of_torch_efficient(dim: int, family: str)
         expected = gradients(torch().float64)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         theirs = gradients(torch().float32)
-    with gpu.use(*wanted(family)):
+    with using(family):
         out, lse = fastattn.attention(q, k, v, return_lse=True)
         ours = [out, *fastattn.attention_backward(dout, q, k, v, out, lse)[:3]]
     for name, x, y, z in zip(("out", "dq", "dk", "dv"), ours, theirs, expected, strict=True):

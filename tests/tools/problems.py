@@ -302,6 +302,9 @@ def _scores() -> Iterator[Case]:
     yield Case("scale_huge", softmax_scale=1e9, seqlen_k=300)
     yield Case("bias_inf", bias=(2, 2, 37, 37), bias_inf=True, dlse=True)
     yield Case("bias_inf_sinks", bias=(37, 37), bias_inf=True, sinks=True)
+    yield Case("bias_windows", "bfloat16", batch=9, num_heads=100, seqlen_q=49, bias=(100, 49, 49), head_dim=32)
+    yield Case("bias_few_keys", "float16", num_heads=4, num_heads_k=2, seqlen_q=100, seqlen_k=50, bias=(2, 4, 100, 50), causal=True,
+               dlse=True, head_dim=64)
     yield Case("sinks", sinks=True, dlse=True)
     yield Case("sinks_bfloat16_gqa", "bfloat16", sinks=True, num_heads=4, num_heads_k=2, causal=True)
     yield Case("sinks_empty_rows", sinks=True, seqlen_q=30, seqlen_k=12, causal=True, dlse=True)

@@ -74,6 +74,20 @@ def load_chunk(dtype: str) -> Any:
 
 
 @cache
+def load_shared_chunk(dtype: str) -> Any:
+    """load(address): the 16 bytes at a shared address, a multiple of 16, as eight float32 of a 16-bit `dtype`."""
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+            value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [args[0]])
+            words = [builder.extract_value(value, k) for k in range(4)]
+            return pack(builder, [half_to_float(builder, half, dtype) for x in words for half in halves(builder, x)])
+        return signature(types.UniTuple(types.float32, 8), types.int32), generate
+    return load
+
+
+@cache
 def store(dtype: str, compute: str) -> Any:
     """store(address, value): round to an element of `dtype` in global memory."""
     if dtype == compute:

@@ -117,7 +117,7 @@ def refuses_rows(call: BackwardCall) -> str | None:
     return None if rows <= MOST_BLOCKS else f"it has {rows} query rows with padding, over 2**31 - 1"
 
 
-def _row_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
+def row_strides(x: View | None, packed: bool) -> tuple[int, int, int, int]:
     """Pointer, batch, head and row strides of lse or dlse."""
     if x is None:
         return 0, 0, 0, 0
@@ -161,7 +161,7 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
         whole = whole_chunks(call.dout) and whole_chunks(call.out)
         kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0, starts_early(launcher))
         own = (where.lse, where.log2, where.delta, where.accum, where.far, mark, 4 * accum_dim, rows, chunks,
-               *_row_strides(call.lse, p.packed), *_row_strides(call.dlse, p.packed), *_lengths_q(call))
+               *row_strides(call.lse, p.packed), *row_strides(call.dlse, p.packed), *_lengths_q(call))
         if heads and chunks:
             kernel.launch(launcher, heads * chunks, call, own, stream)
         yield where
@@ -208,6 +208,12 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
 @cache
 def round_dbias_source(dtype: str) -> Source:
     return Source(f"round_dbias {dtype}", lambda: (make_round_dbias(dtype), 0), fields_of(ROUND_DBIAS), ROUND_THREADS)
+
+
+def sums_dbias(call: BackwardCall) -> bool:
+    """Whether dbias can be added up by a kernel that computes every dS: there is one, of every score."""
+    x, p = call.grads.dbias, call.problem
+    return x is not None and x.shape[2:] == (p.seqlen_q, p.seqlen_k) and p.score.softcap is None
 
 
 @contextmanager

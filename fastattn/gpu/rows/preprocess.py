@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numba import cuda, int32, int64, uint64
+from numba import cuda, float32, float64, int32, int64, uint64
 
 from ...arrays.view import ITEMSIZE
 from ..dsl.inline import divide, inline
@@ -83,6 +83,38 @@ def make_row_at(spec: Spec) -> Any:
 
 
 # ---------------------------------------------------------------- delta and lse
+def make_row_rules(compute: str) -> tuple[Any, Any, Any]:
+    """(hidden, kept_lse, in_log2): what becomes of a row's lse, in numbers of the dtype `compute`.
+
+    nothing = hidden(lse, inside): whether the row attends no key, or (inside == 0) does not exist
+    lse = kept_lse(lse, nothing): the lse that kernels subtract
+    x, far = in_log2(lse): the same in units of log2, and whether the row is far (tile/gradients.py)
+    """
+    REAL = float32 if compute == "float32" else float64
+    INF = REAL(math.inf)
+
+    @inline
+    def hidden(lse, inside):
+        return inside == 0 or lse == -INF
+
+    @inline
+    def kept_lse(lse, nothing):
+        """+inf is the mark of a row that attends no key; a given lse of +inf or NaN gives NaN gradients."""
+        return INF if nothing else lse + (lse - lse)
+
+    @inline
+    def in_log2(lse):
+        """NaN and infinities are kept."""
+        x = lse * REAL(LOG2E)
+        if abs(lse) < REAL(1e-30):      # could be mistaken for FAR_LSE
+            x = REAL(0)
+        far = abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF
+        if far:
+            x = REAL(FAR_LSE)
+        return x, far
+    return hidden, kept_lse, in_log2
+
+
 def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool, EARLY: bool) -> Any:
     """The kernel. A block has BLOCK_ROWS rows of a line, and neighbouring lanes share a row. WHOLE: rows of dout and out are 16-byte
     aligned, and a lane loads 16 bytes at a time. EARLY: the next kernel may start before this one has ended."""
@@ -91,11 +123,11 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
     VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
     CHUNKS = -(-spec.head_dim_v // VECTOR)
     LANES = min(32, 1 << (CHUNKS - 1).bit_length())
-    PASS, INF = THREADS // LANES, REAL(math.inf)
+    PASS = THREADS // LANES
     AT_ONCE = min(ROWS_AT_ONCE, BLOCK_ROWS // PASS)
     load_element, load_vector, load_real, put = load_if(spec.dtype, compute), load_chunk(spec.dtype), load_if(compute, compute), \
         store(compute, compute)
-    row_at = make_row_at(spec)
+    row_at, (hidden, kept_lse, in_log2) = make_row_at(spec), make_row_rules(compute)
 
     @inline
     def product(dout, out):
@@ -119,12 +151,9 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
     @inline
     def put_log2(a, at, lse):
-        """Store lse in units of log2. NaN and infinities are kept. A far row marks the call."""
-        x = lse * REAL(LOG2E)
-        if abs(lse) < REAL(1e-30):      # could be mistaken for FAR_LSE
-            x = REAL(0)
-        if abs(lse) > REAL(FAR_EXPONENT / LOG2E) and abs(lse) != INF:
-            x = REAL(FAR_LSE)
+        """Store lse in units of log2. A far row marks the call."""
+        x, far = in_log2(lse)
+        if far:
             store_b32(uint64(a.out_far), a.far_mark)
         put(uint64(int64(a.out_log2) + at * SIZE), x)
 
@@ -163,10 +192,8 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                 p = int32(first + (i0 + i) * PASS)
                 delta, at = sum_lanes(parts[i]), line * int64(a.rows) + int64(p)
                 if lane == 0 and p < a.rows:
-                    lse = lses[i]
-                    nothing = insides[i] == 0 or lse == -INF
-                    # an lse of +inf or NaN gives NaN gradients; here +inf is the mark of a row that attends no key
-                    lse = INF if nothing else lse + (lse - lse)
+                    nothing = hidden(lses[i], insides[i])
+                    lse = kept_lse(lses[i], nothing)
                     put(uint64(int64(a.out_lse) + at * SIZE), lse)
                     if IN_LOG2:
                         put_log2(a, at, lse)

@@ -13,8 +13,9 @@ from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
+from ..short import launch as short
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
-from .config import MOST_DIM, WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
+from .config import MOST_DIM, ONE_TILE, WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
 
 make_forward, make_backward = late("sm80.forward", "make_forward"), late("sm80.backward", "make_backward")
 FORWARD = "table:l tiles:i head_group:i"
@@ -39,6 +40,8 @@ def _refuses_backward(call: BackwardCall, d: Device) -> str | None:
     dq = call.grads.dq
     if 0 in call.operands.q.shape:
         return "there are no query rows"
+    if short.accepts(call):
+        return None
     if call.deterministic:
         return "its sums of dq come in any order"
     if call.grads.dbias is not None:
@@ -54,6 +57,13 @@ def _refuses_backward(call: BackwardCall, d: Device) -> str | None:
 
 
 # ---------------------------------------------------------------- forward
+def one_tile(call: Call) -> bool:
+    """Whether a head is one tile of queries and keys, of which the tiles of longer sequences would be mostly padding."""
+    p = call.problem
+    short = not p.packed and max(p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v) <= ONE_TILE
+    return short and p.dtype != "float32"
+
+
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
     return program(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config),
@@ -67,7 +77,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return decode.prepare(call, spec, launcher)
     o = call.operands
     whole = spec.parts > 1 or (whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v))
-    config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out))
+    config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out), one_tile(call))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(parts_of(call, 0)[0] if spec.parts > 1 else call)
     block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)
@@ -92,6 +102,8 @@ def backward_program(spec: Spec, config: BackwardSm80Config) -> Program:
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
     """Enqueue the kernels: lse and delta of rows, the gradients, dq from its sums, dsinks."""
+    if short.accepts(call):
+        return short.backward(call, spec, launcher, stream)
     p, o, g = call.problem, call.operands, call.grads
     plain = replace(spec, sinks=None, dbias=None, deterministic=False)
     whole = spec.parts > 1 or all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout))

@@ -8,7 +8,7 @@ from ...arrays.view import View, contiguous
 from ...problem import Grads, Operands
 from ..config import feature_weight, num_features
 from ..decode import launch as decode
-from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups
+from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of, refuses_parts
 from ..runtime.compile import late
@@ -16,7 +16,9 @@ from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import PANEL, fits, form
+from ..short import launch as short
 from ..simt.launch import dbias
+from ..sm80 import launch as sm80
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from .config import (
     BLOCK_N,
@@ -142,6 +144,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     the table of a packed problem."""
     if decode.accepts(call, spec):
         return decode.prepare(call, spec, launcher)
+    if sm80.one_tile(call):
+        return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
     config, (source, arguments) = _choice(spec, call.problem.seqlen_k)
     kernel, values = launcher.load(source), arguments.bound(call)
@@ -208,10 +212,11 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     """
     if spec.parts > 1:
         return _backward_float(call, spec, launcher, stream)
-    p, g = call.problem, call.grads
+    if not spec.group_parts and short.accepts(call):
+        return short.backward(call, spec, launcher, stream)
+    g = call.grads
     # dbias of every score is added up by the kernel of dK; a broadcast one is computed by simt's kernel
-    in_kernel = (g.dbias is not None and not call.deterministic and g.dbias.shape[2:] == (p.seqlen_q, p.seqlen_k)
-                 and p.score.softcap is None)
+    in_kernel = not call.deterministic and sums_dbias(call)
     dq_alone = call.deterministic or max(spec.head_dim, spec.head_dim_v) > 128
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:

@@ -130,16 +130,18 @@ def _emit_near(builder: Any, x: Any, scale: Any, inverse: Any, lse: Any, far: An
 @intrinsic
 def near_columns(typingctx: Any, acc: Any, scale: Any, inverse: Any, log2_address: Any, lse_address: Any) -> Any:
     """Replace the scores of far columns. log2_address: shared address of the first column's lse in units of log2. lse_address: global
-    address of its lse."""
+    (uint64) or shared address of its lse."""
+    load_lse = emit_load_pair if lse_address == types.uint64 else emit_load_shared_pair
+
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers, out = unpack(builder, args[0], acc.count), list[Any]()
         for k in range(0, acc.count, 4):
             far = [builder.fcmp_ordered("==", x, F32(FAR_LSE)) for x in emit_load_shared_pair(builder, args[3], 8 * k)]
-            lse = emit_load_pair(builder, args[4], 8 * k)
+            lse = load_lse(builder, args[4], 8 * k)
             out += [_emit_near(builder, x, args[1], args[2], lse[n % 2], far[n % 2]) for n, x in enumerate(registers[k:k + 4])]
             emit(builder, VOID, "bar.warp.sync -1;", "~{memory}", [])       # a scheduling fence: registers for one pair at a time
         return pack(builder, out)
-    return signature(acc, acc, types.float32, types.float32, types.int32, types.uint64), generate
+    return signature(acc, acc, types.float32, types.float32, types.int32, lse_address), generate
 
 
 @intrinsic

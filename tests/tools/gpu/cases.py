@@ -14,9 +14,11 @@ import random
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from fastattn import UnsupportedError, gpu
 from tests.tools.compare import Judge
 from tests.tools.devices import device_count
 from tests.tools.gpu.poison import poison
-from tests.tools.problems import NUMPY, Case, Inputs
+from tests.tools.problems import CASES, NUMPY, Case, Inputs
 
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 
@@ -34,6 +36,8 @@ from fastattn import Grads
 from fastattn.arrays import convert, dlpack, streams
 from fastattn.arrays.device_array import DeviceArray
 from fastattn.gpu import precompile
+from fastattn.gpu.short import launch as short
+from fastattn.gpu.sm80 import launch as sm80
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, make_problem
 
@@ -140,6 +144,14 @@ def _decode() -> Iterator[Case]:
         yield replace(base, name=f"decode_{name}_{dim}", **{**settings, "head_dim": dim})
 
 
+def is_short(case: Case) -> bool:
+    """Whether kernels of short sequences may run it."""
+    keys = case.seqlen_q if case.seqlen_k is None else case.seqlen_k
+    return not case.packed and max(case.seqlen_q, 2 * keys) <= 128 and max(case.head_dim, case.head_dim_v or 0) <= 64
+
+
+_SHORT = [pytest.param(case, "short", id=f"{case.name}-short") for case in CASES if is_short(case)]
+short_pairs = pytest.mark.parametrize(("case", "family"), _SHORT)
 DECODE = list(_decode())
 LARGE = [*_large(), *_wide(), *DECODE]
 SMALL = [replace(case, name=f"small_{case.name}") for case in (
@@ -177,7 +189,7 @@ def must_take(case: Case, family: str) -> bool:
         return False                                        # not enough registers
     if floats:
         return ordinary                                     # its parts are copies, so any strides do
-    return ordinary and (family == "sm80" or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
+    return ordinary and (family in ("sm80", "short") or (case.memory in ("contiguous", "transposed") and all(d % 8 == 0 for d in dims)))
 
 
 def families_here(families: tuple[str, ...] = gpu.FAMILIES) -> list[str]:
@@ -187,7 +199,19 @@ def families_here(families: tuple[str, ...] = gpu.FAMILIES) -> list[str]:
 
 
 def wanted(family: str) -> tuple[str, ...]:
-    return gpu.FAMILIES if family == "any" else (family,)
+    return {"any": gpu.FAMILIES, "short": ("sm80",)}.get(family, (family,))
+
+
+@contextmanager
+def using(family: str) -> Iterator[None]:
+    """The kernels of a family. A tensor-core family's own ones only, not those of short sequences, so that short problems test them, too.
+    "short" has those, "any" has all."""
+    with ExitStack() as stack:
+        stack.enter_context(gpu.use(*wanted(family)))
+        if family in ("sm80", "sm90"):
+            stack.enter_context(mock.patch.object(short, "accepts", lambda call: False))
+            stack.enter_context(mock.patch.object(sm80, "one_tile", lambda call: False))
+        yield
 
 
 def pairs(cases: list[Case], families: tuple[str, ...] = gpu.FAMILIES) -> Any:
@@ -199,6 +223,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": True}, "packed": {"causal": True, "packed": True},
     "packed_window": {"window": True, "packed": True, "sinks": True},
     "scores": {"causal": True, "softcap": 4.0, "alibi": "heads", "bias": True},
+    "half_bias": {"bias": True, "bias_dtype": None, "causal": True},
     "masks": {"mask": True, "bias": True, "bias_inf": True}, "dropout": {"causal": True, "dropout_p": 0.3},
     "all": {"causal": True, "window": True, "packed": True, "softcap": 4.0, "alibi": "batch", "bias": True, "mask": True, "sinks": True,
             "dropout_p": 0.1},
@@ -220,6 +245,8 @@ def _fuzz_case(draw: random.Random, profile: str, n: int, dim: int, dim_v: int |
         return draw.choice([draw.randint(1, 40), draw.randint(1, 700), draw.choice([63, 64, 65, 127, 128, 129, 192, 256, 257, 384, 512])])
     heads_k, group, batch = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 3)
     rows, keys = length(), length()
+    if on.get("bias_dtype", "float32") is None:
+        keys = -(-keys // 8) * 8        # rows of a bias of 16 bits that TMA can address
     shape: dict[str, Any] = {"batch": batch, "seqlen_q": rows, "seqlen_k": keys, "layout": draw.choice(["bshd", "bhsd"])}
     if on.get("packed"):
         count = draw.randint(1, 5)
@@ -234,7 +261,7 @@ def _fuzz_case(draw: random.Random, profile: str, n: int, dim: int, dim_v: int |
     return Case(f"fuzz_{profile}_{n}", dtype, num_heads=heads_k * group, num_heads_k=heads_k, head_dim=dim, head_dim_v=dim_v,
                 causal=draw.choice([True, "top_left"]) if on.get("causal") else False,
                 window=(draw.randint(0, 300), draw.randint(0, 300)) if on.get("window") else None, softcap=on.get("softcap"),
-                alibi=on.get("alibi"), bias=broadcast() if on.get("bias") else None, bias_dtype="float32",
+                alibi=on.get("alibi"), bias=broadcast() if on.get("bias") else None, bias_dtype=on.get("bias_dtype", "float32"),
                 bias_inf=on.get("bias_inf", False), mask=broadcast() if on.get("mask") else None,
                 sinks=on.get("sinks", False), dropout_p=on.get("dropout_p", 0.0),
                 memory=draw.choice(["contiguous", "contiguous", "transposed"]), **shape)
@@ -360,7 +387,7 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
         call = BackwardCall(problem, o, dout, out, lse, dry(inputs.dlse), Grads(*canonical[:3], dbias, o.sinks), False)
         spec = make_backward_spec(call)
     try:
-        with gpu.use(*wanted(family)):
+        with using(family):
             return precompile.sources(call, spec, precompile.absent_device(arch))
     except UnsupportedError:
         return []
@@ -405,7 +432,7 @@ def forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
     q, v = inputs.args[0], inputs.args[2]
     out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))
     poison()
-    with gpu.use(*wanted(family)):
+    with using(family):
         given, lse = function_of(inputs)(*args, **kwargs, out=out, return_lse=True)
     assert given is out
     return to_host(out), to_host(lse)

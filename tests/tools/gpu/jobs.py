@@ -199,6 +199,18 @@ def _decode() -> Iterator[Job]:
     yield Job("sm80", "sm_90a", _want("bfloat16", 128, 64, causal=True, **shape), "decode_causal")
 
 
+def _short() -> Iterator[Job]:
+    """Few queries and few keys: one kernel is the backward."""
+    most = {**EVERYTHING, "sinks": None, "softcap": False}
+    for arch in ("sm_80", "sm_90a", "sm_120"):
+        yield Job("sm80", arch, _want("bfloat16", 64, backward=True, lse=False, seqlen_q=64, **most), "short_all")
+    for dim, dbias in itertools.product((32, 64), (False, True)):
+        yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, seqlen_q=49, bias="half", one_bias=True, backward=True, dbias=dbias),
+                  f"short_bias{'_dbias' * dbias}")
+    for name, settings in {"full": {}, "causal": {"causal": True}, "dropout": {"dropout": True}, "softcap": {"softcap": True}}.items():
+        yield Job("sm90", "sm_90a", _want("float16", 64, lse=False, seqlen_q=64, backward=True, **settings), f"short_{name}")
+
+
 def _bias_tiles() -> Iterator[Job]:
     """A bias that TMA copies."""
     for name, dim in (("full", 32), ("causal", 64), ("window", 64)):
@@ -235,6 +247,7 @@ def _ci() -> Iterator[Job]:
     yield from _sliced()
     yield from _decode()
     yield from _float()
+    yield from _short()
     yield from _bias_tiles()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
@@ -304,6 +317,8 @@ def _draw_want(draw: random.Random, family: str) -> Want:
     backward, packed, few = flip(0.5), flip(0.4), flip(0.1)
     if few:     # the keys are split
         settings |= {"seqlen_q": draw.randint(1, 4), "seqlen_k": 4096}
+    elif flip(0.15):        # few queries and few keys
+        settings |= {"seqlen_q": draw.choice((49, 64, 100)), "seqlen_k": draw.choice((49, 64)), "one_bias": flip(0.5)}
     else:       # bias is read in tiles, in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length
         settings |= {"seqlen_q": 1024, "seqlen_k": draw.choice((4096, 1024, 4098, 1023))}
     window = draw.choice((None, None, (100, None), (100, 0), (100, 50), (None, 50)))

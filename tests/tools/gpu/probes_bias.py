@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, int32
+from numba import cuda, int32, uint64
 
-from fastattn.gpu.ptx import mbarrier, tma
+from fastattn.gpu.ptx import mbarrier, memory, scalar, tma
 from fastattn.gpu.spec import Spec
 from fastattn.gpu.tile.bias import make_bias_tile
-from tests.tools.gpu.probes import HALVES, add, as_matrix, normal, same
+from tests.tools.gpu.probes import HALVES, Array, add, as_matrix, normal, same
 from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
 from tests.tools.problems import NUMPY
 
@@ -49,7 +49,29 @@ def check_bias_tile(dtype: str, transposed: bool) -> Callable[[Any], None]:
     return check
 
 
+def shared_chunks(dtype: str) -> Callable[[], Any]:
+    load = scalar.load_shared_chunk(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base, i = begin(1), int32(cuda.threadIdx.x)
+            for k in range(4):
+                memory.store_shared_b32(int32(base + 16 * i + 4 * k), memory.load_b32(uint64(a.src + uint64(16 * i + 4 * k))))
+            numbers = load(int32(base + 16 * i))
+            for k in range(8):
+                memory.store_f32(uint64(a.dst + uint64(32 * i + 4 * k)), numbers[k])
+        return kernel
+    return make
+
+
+def check_shared_chunks(dtype: str) -> Callable[[Any], None]:
+    x: Array = normal(32, 8).astype(NUMPY[dtype])
+    return lambda launch: same(launch(x, dst=np.zeros((32, 8), np.float32)), x.astype(np.float32))
+
+
 for _dtype in HALVES:
     for _transposed in (False, True):
         add("mma.emit_ldmatrix", "ldmatrix.sync.aligned.m8n8.x4" + ".trans" * _transposed + ".shared.b16", bias_tile(_dtype, _transposed),
             check_bias_tile(_dtype, _transposed), name=f"tma.bias_tile_{_dtype}" + "_transposed" * _transposed, threads=128, shared=SHARED)
+    add("scalar.load_shared_chunk", "ld.shared.v4.b32", shared_chunks(_dtype), check_shared_chunks(_dtype),
+        name=f"scalar.load_shared_chunk_{_dtype}", shared=SHARED)
