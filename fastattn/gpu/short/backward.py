@@ -29,13 +29,14 @@ from ..ptx.sync import thread_index
 from ..rows.preprocess import make_row_rules
 from ..sm80.copies import arrived, make_copy_rows
 from ..spec import Spec
-from ..tile.fragments import add, lane_row, make_pack, make_unpack, scale_rows, store_rows, store_whole_rows, thread_col, zeros
+from ..tile.fragments import add, lane_row, make_pack, make_unpack, scale_rows, thread_col, zeros
 from ..tile.gradients import exp2_columns, load_columns, make_add_dbias, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
 from ..tile.scalar import WARP
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, Smem, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.stores import store_rows, store_whole_rows
 from .config import BLOCK_M, BLOCK_N, WARPS, ShortConfig
 
 
