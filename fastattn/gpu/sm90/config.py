@@ -454,8 +454,7 @@ def choose_wide(spec: Spec, part: str) -> WideSm90Config:
     columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
     pieces = squeeze(spec, 2 if part == "dv" else 1)        # of dV, in one piece 4 bytes spill at head_dim 256
     if part == "dv":
-        long = columns <= 3 and columns_v <= 2 and num_features(spec) == 0      # registers and shared memory for steps of 128 rows
-        return WideSm90Config(part=part, block_m=128 if long else WIDE_BLOCK_M, q_stages=2, do_stages=2, squeeze=pieces)
+        return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=pieces)
     crowded = spec.bias is not None or spec.softcap
     if columns == 4:
         return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=pieces)
