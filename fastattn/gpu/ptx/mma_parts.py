@@ -14,7 +14,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, literals, pack, unpack
-from .mma import _ldmatrix, _loader, multiply
+from .mma import _loader, emit_ldmatrix, multiply
 from .parts import PAIRS, PART_DTYPE, PARTS
 
 MOST_KEPT = 4               # pieces of A, of 12 registers each, that are loaded once for all columns of B
@@ -122,7 +122,7 @@ def make_tiles_product(TRANS: bool, A_PART: int, B_PANELS: int) -> Any:
             load, steps = _part_loader(builder, args[2], panel, B_PANELS, trans=True), d // 16
 
             def load_a(step: int) -> list[_Piece]:
-                return [[_ldmatrix(builder, args[1], tile * by_row + step * by_depth + part * A_PART, TRANS) for part in range(PARTS)]
+                return [[emit_ldmatrix(builder, args[1], tile * by_row + step * by_depth + part * A_PART, TRANS) for part in range(PARTS)]
                         for tile in range(t)]
             kept = [load_a(step) for step in range(steps)] if t * steps <= MOST_KEPT else []
             return pack(builder, _add_products(builder, unpack(builder, args[0], acc.count), t, steps,

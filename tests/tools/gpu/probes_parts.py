@@ -11,6 +11,7 @@ from fastattn.gpu.ptx import cp_async, mbarrier, memory, mma, mma_parts, tma, wg
 from fastattn.gpu.rows.split import store_parts
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile import stores
+from fastattn.gpu.tile.gradients import store_numbers
 from tests.tools.gpu.probes import COUNT, Array, C, add, as_matrix, load, normal, same
 from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
 from tests.tools.problems import NUMPY
@@ -115,6 +116,25 @@ def check_float_rows(step: int) -> Callable[[Any], None]:
 for _step in (1, 2):
     add("stores.store_floats memory.emit_store_f32_if", "@p st.global.f32", float_rows(_step), check_float_rows(_step),
         name=f"stores.store_floats_{_step}")
+
+
+def number_rows() -> Any:
+    """All columns of rows < 11, pairs of neighbours at once."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        row, col = f.lane_row(lane), f.thread_col(lane)
+        at = uint64(a.dst + uint64(4 * (C * row + col)))
+        store_numbers(load(a.src, lane), at, uint64(at + uint64(32 * C)), int32(1), int32(row + 8 < 11))
+    return kernel
+
+
+def check_number_rows(launch: Any) -> None:
+    x, expected = normal(16, C), np.full((16, C), 7, np.float32)
+    expected[:11] = x[:11]
+    same(launch(x, dst=np.full((16, C), 7, np.float32)), expected)
+
+
+add("memory.emit_store_pair_if", "@p st.global.v2.f32", number_rows, check_number_rows, name="gradients.store_numbers")
 
 
 # ---------------------------------------------------------------- wgmma
