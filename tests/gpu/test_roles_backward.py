@@ -81,8 +81,7 @@ def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, m
 
 def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence]) -> None:
     """Each block of keys has used every block of queries that attends to it once, for dK and dV. Each block of queries
-    has got its eight
-    pieces of dQ from every block of keys that it attends to."""
+    has got all of its dQ from every block of keys that it attends to."""
     p, block_m = call.problem, made[0].config.block_m
     results = {(pointer, key): (kind, rows) for one in made for kind, pointer, key, end, rows in one.results if key < end}
     sums = [(q, k) for one in made for (_, k), q in one.sums.items()]
@@ -93,8 +92,9 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
         for first in range(0, seqlen_k, 128):
             end = min(first + 128, seqlen_k)
             attended = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
-            blocks = [(q_start + m * block_m, head, plane) for head in heads for m in attended]
-            expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * 8
+            order = attended[::-1] if made[0].config.down else attended
+            blocks = [(q_start + m * block_m, head, plane) for head in heads for m in order]
+            expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * (block_m // 16 * made[0].config.dim // 8)
             for key, (pointer, kind, dim) in itertools.product(range(first, end, 16), ((DK, "dK", p.head_dim), (DV, "dV", p.head_dim_v))):
                 at = pointer + 2 * dim * ((plane * p.seqlen_k + k_start) * p.num_heads_k + head_k)
                 assert results.pop((at, key)) == (kind if blocks else "0", tuple(blocks))
@@ -110,6 +110,8 @@ CASES = {
     "dropout": dense(1, 200, 200, 2, 1, 128, dropout_p=0.1, seed=1), "bias": dense(2, 300, 200, 2, 1, 64, bias=True),
     "bias causal": dense(1, 400, 400, 2, 1, 128, bias=True, causal=True),
     "192 and 128": dense(1, 300, 300, 2, 1, 192, 128, causal=True, deterministic=True),
+    "40": dense(1, 300, 200, 1, 1, 40), "80": dense(1, 130, 200, 2, 1, 80), "96 causal": dense(1, 200, 200, 1, 1, 96, causal=True),
+    "40 softcap": dense(1, 100, 200, 1, 1, 40, softcap=3.0), "no queries for some keys, 64": dense(1, 64, 400, 2, 1, 64, causal="top_left"),
 }
 
 
@@ -146,10 +148,11 @@ def test_calls_with_far_rows(name: str) -> None:
         check(CASES[name], play(CASES[name], seed, far=True), whole(CASES[name].problem))
 
 
-@pytest.mark.parametrize("tuning", [{"crowded": True}, {"q_stages": 2}], ids=str)
-def test_other_orders(tuning: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "tuning"), [
+    ("128 causal", {"crowded": True}), ("128 causal", {"q_stages": 2}), ("128 causal", {"down": False}), ("64", {"down": True})], ids=str)
+def test_other_orders(name: str, tuning: dict[str, Any]) -> None:
     for seed in range(3):
-        check(CASES["128 causal"], play(CASES["128 causal"], seed, **tuning), whole(CASES["128 causal"].problem))
+        check(CASES[name], play(CASES[name], seed, **tuning), whole(CASES[name].problem))
 
 
 @pytest.mark.parametrize(("dim", "causal"), [(64, True), (128, False), (128, True)])

@@ -232,46 +232,44 @@ def store_columns(typingctx: Any, packed: Any, address: Any, lane: Any, first16:
 
 
 # ---------------------------------------------------------------- sums in global memory
-# Pieces of 16 rows by 64 columns of float32 (gradients.PIECE): 512 bytes for each 8 columns, of which each of 32 lanes has four values.
+# Bands of 16 rows of float32: 512 bytes for each 8 columns, of which each of 32 lanes has four values.
 # With vectors (red.v4, since sm_90) a lane's four are contiguous. Without them the k-th values of all lanes are. Either way an instruction
 # adds to contiguous memory (PTX ISA 9.7.13.7).
 def _sum_offset(register: int, step: int, vector: bool) -> int:
     """Byte offset of a register from the lane's first, in a fragment of 16 rows by 16 of every 16 * step columns."""
     group, k = register // 4, register % 4
-    column16 = group // 2 * step
-    return column16 // 4 * 16384 + column16 % 4 * 1024 + group % 2 * 512 + (4 if vector else 128) * k
+    return group // 2 * step * 1024 + group % 2 * 512 + (4 if vector else 128) * k
 
 
 @intrinsic
-def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, vector: Any) -> Any:
+def add_sums(typingctx: Any, acc: Any, address: Any, tiles: Any, step16: Any, columns: Any, vector: Any) -> Any:
     """Add a fragment of `tiles` x 16 rows atomically to sums in memory, in any order with others.
 
-    address: of its first piece (a panel of 64 columns has four pieces), plus 1024 * first column / 16, plus 16 * lane with `vector`, else
-    4 * lane.
+    address: of its first band, of `columns` columns, plus 1024 * first column / 16, plus 16 * lane with `vector`, else 4 * lane.
     """
-    t, step, vectors = literals(tiles, step16, vector)
+    t, step, width, vectors = literals(tiles, step16, columns, vector)
     count = acc.count // t
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for n in range(0, acc.count, 4 if vectors else 1):
-            at = n // count * 4096 + _sum_offset(n % count, step, bool(vectors))
+            at = n // count * (64 * width) + _sum_offset(n % count, step, bool(vectors))
             if vectors:
                 emit_add_vector(builder, args[1], at, registers[n:n + 4])
             else:
                 emit(builder, VOID, f"red.relaxed.gpu.global.add.f32 [$0+{at}], $1;", "l,f,~{memory}", [args[1], registers[n]])
         return context.get_dummy_value()
-    return signature(types.none, acc, types.uint64, tiles, step16, vector), generate
+    return signature(types.none, acc, types.uint64, tiles, step16, columns, vector), generate
 
 
 @intrinsic
-def load_sums(typingctx: Any, address: Any, vector: Any) -> Any:
-    """Load a piece of sums as a fragment of 16 x 64. address: the lane's first, as in add_sums."""
-    [vectors] = literals(vector)
+def load_sums(typingctx: Any, address: Any, columns: Any, vector: Any) -> Any:
+    """Load a band of sums as a fragment of 16 rows by `columns`. address: the lane's first, as in add_sums."""
+    width, vectors = literals(columns, vector)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if vectors:
-            return pack(builder, [x for j in range(8) for x in emit_load_vector(builder, args[0], 512 * j)])
+            return pack(builder, [x for j in range(width // 8) for x in emit_load_vector(builder, args[0], 512 * j)])
         return pack(builder, [emit(builder, F32, f"ld.global.f32 $0, [$1+{_sum_offset(k, 1, False)}];", "=f,l,~{memory}", [args[0]])
-                              for k in range(32)])
-    return signature(types.UniTuple(types.float32, 32), types.uint64, vector), generate
+                              for k in range(width // 2)])
+    return signature(types.UniTuple(types.float32, width // 2), types.uint64, columns, vector), generate

@@ -12,7 +12,7 @@ MASK_WARPS = 4, 32          # of a thread block, for little and for much work: a
 
 # postprocess: float32 sums to gradients
 ROUND_THREADS = 256
-SUMS_OF_PIECE = 1024        # float32 that a warp rounds at a time: 16 rows by 64 columns, tile/gradients.py's PIECE
+ROUND_ROWS = 16             # that a warp rounds at a time: a band of sums, ptx/mma.py
 
 # groups: dk and dv from parts
 GROUP_THREADS = 256

@@ -26,10 +26,10 @@ from .config import (
     PADDING,
     PREPROCESS_ROWS,
     PREPROCESS_THREADS,
+    ROUND_ROWS,
     ROUND_THREADS,
     SINK_THREADS,
     SUM_THREADS,
-    SUMS_OF_PIECE,
     TRANSFORM_BLOCK_ROWS,
     TRANSFORM_THREADS,
 )
@@ -45,7 +45,7 @@ make_transform_backward = late("rows.transform", "make_transform_backward")
 PREPROCESS = ("out_lse:l out_log2:l out_delta:l out_accum:l out_far:l far_mark:i accum_row:i rows:i chunks:i "
               "lse_in:l lse_batch:q lse_head:q lse_row:q dlse:l dlse_batch:q dlse_head:q dlse_row:q cu_seqlens_q:l q_step:q")
 DSINKS = "row_lse:l row_delta:l rows:i dsinks:l dsinks_head:q"
-ROUND = "accum:l rows:i pieces:q grad_scale:f cu_seqlens_q:l q_step:q"
+ROUND = "accum:l rows:i bands:q grad_scale:f cu_seqlens_q:l q_step:q"
 ROUND_DBIAS = "sums:l heads:i bias_rows:i bias_cols:i dbias:l dbias_batch:q dbias_head:q dbias_row:q dbias_col:q"
 SUM_GROUPS = ("part_k:l part_v:l parts:i seqlen_k:i num_heads_k:i columns:i blocks_k:i dk:l dk_row:q dk_head:q dk_dim:q head_dim:i "
               "dv:l dv_row:q dv_head:q dv_dim:q head_dim_v:i")
@@ -197,12 +197,12 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
     `vector`: whether the sums of a lane are next to each other, as mma.add_sums leaves them on sm_90 and later.
     """
     dq = call.grads.dq
-    pieces = batch_heads(call) * rows.count * dim // SUMS_OF_PIECE
-    if pieces:
+    bands = batch_heads(call) * rows.count // ROUND_ROWS
+    if bands:
         kernel = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
-                               whole_chunks(dq) and dq.shape[-1] == dim, starts_early(launcher))
-        own = (rows.accum, rows.count, pieces, call.problem.score.softmax_scale, *_lengths_q(call))
-        kernel.launch(launcher, -(-pieces // (ROUND_THREADS // WARP)), call, own, stream)
+                               whole_chunks(dq) and dim - dq.shape[-1] in (0, 8), starts_early(launcher))
+        own = (rows.accum, rows.count, bands, call.problem.score.softmax_scale, *_lengths_q(call))
+        kernel.launch(launcher, -(-bands // (ROUND_THREADS // WARP)), call, own, stream)
 
 
 @cache

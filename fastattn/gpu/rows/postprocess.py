@@ -1,7 +1,7 @@
 """The last kernel of a backward with float32 sums: round them to the gradient's dtype.
 
-dq: sums are in pieces of 16 rows by 64 columns (tile/gradients.py); 64 rows have DIM / 64 panels of four pieces. A warp loads a piece as
-the fragment that was stored, and stores rows of dq. dbias: sums have dbias's own shape, contiguous.
+dq: sums are in bands of 16 rows (ptx/mma.py). A warp loads a band as a fragment and stores rows of dq.
+dbias: sums have dbias's own shape, contiguous.
 """
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from ..ptx.scalar import store
 from ..ptx.sync import wait_for_previous
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, scale_rows, thread_col
-from ..tile.gradients import PIECE
+from ..tile.gradients import COLUMN_BYTES, without_last
 from ..tile.stores import store_floats, store_rows, store_whole_rows
 from .config import ROUND_THREADS as THREADS
 from .preprocess import make_row_at
 
 
 def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> Any:
-    """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM columns and are 16-byte aligned.
-    EARLY: it may start before the kernel of the sums has ended."""
-    PANELS, PACKED, LANE_BYTES, FLOATS = DIM // 64, spec.packed, 16 if VECTOR else 4, spec.dtype == "float32"
+    """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM or DIM - 8 columns and are 16-byte
+    aligned. EARLY: it may start before the kernel of the sums has ended."""
+    PACKED, LANE_BYTES, FLOATS = spec.packed, 16 if VECTOR else 4, spec.dtype == "float32"
     to_half, row_at = make_pack(spec.dtype), make_row_at(spec)
 
     def kernel(a):
         if EARLY:
             wait_for_previous()
         lane = int32(cuda.threadIdx.x & 31)
-        piece = int64(cuda.blockIdx.x) * (THREADS // 32) + int64(cuda.threadIdx.x >> 5)
-        if piece < a.pieces:
-            block = int64(piece // (4 * PANELS))        # of 64 rows, over all lines
-            number = int32(piece - block * (4 * PANELS))
-            line = int32(block // int64(divide(a.rows, int32(64))))
-            p = int32(block * 64 - int64(line) * a.rows) + (number & 3) * 16
+        band = int64(cuda.blockIdx.x) * (THREADS // 32) + int64(cuda.threadIdx.x >> 5)      # over all lines
+        if band < a.bands:
+            line = int32(band // int64(divide(a.rows, int32(16))))
+            p = int32(band * 16 - int64(line) * a.rows)
             batch = int32(0) if PACKED else divide(line, a.num_heads)
             head = line if PACKED else int32(line - batch * a.num_heads)
-            acc = load_sums(uint64(a.accum + uint64(piece * PIECE) + uint64(lane * LANE_BYTES)), VECTOR)    # in flight during row_at
+            at = uint64(a.accum + uint64(band * (COLUMN_BYTES * DIM)) + uint64(lane * LANE_BYTES))
+            acc = load_sums(at, DIM, VECTOR)    # in flight during row_at
             first, count, _ = row_at(a, int32(p))
             if count > 0:
                 acc = scale_rows(acc, a.grad_scale, a.grad_scale)
                 row, col = lane_row(lane), thread_col(lane)
-                dim = int32((number >> 2) * 64 + col)
                 address = uint64(int64(a.dq) + batch * a.dq_batch + head * a.dq_head + int64(first + row) * a.dq_row
-                                 + (a.dq_dim if FLOATS else int64(2)) * dim)
+                                 + (a.dq_dim if FLOATS else int64(2)) * col)
                 next_row = uint64(address + uint64(8 * a.dq_row))
                 keep0, keep1 = int32(1) if row < count else int32(0), int32(1) if row + 8 < count else int32(0)
                 if FLOATS:
-                    store_floats(acc, address, next_row, a.dq_dim, keep0, keep1, int32(a.head_dim - dim), 1)
-                elif WHOLE:
+                    store_floats(acc, address, next_row, a.dq_dim, keep0, keep1, int32(a.head_dim - col), 1)
+                elif not WHOLE:
+                    store_rows(to_half(acc), address, next_row, keep0, keep1, int32(a.head_dim - col))
+                elif a.head_dim == DIM:
                     store_whole_rows(to_half(acc), address, next_row, keep0, keep1, lane)
                 else:
-                    store_rows(to_half(acc), address, next_row, keep0, keep1, int32(a.head_dim - dim))
+                    store_whole_rows(without_last(to_half(acc)), address, next_row, keep0, keep1, lane)
     return kernel
 
 

@@ -32,7 +32,7 @@ from ..ptx.sync import thread_index
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.fragments import join, lane_row, make_pack, part, scale_seen_rows, thread_col, zeros
-from ..tile.gradients import PIECE, exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
+from ..tile.gradients import exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
 from ..tile.parked import parked
 from ..tile.schedule import make_num_tiles, make_tile_at
@@ -62,7 +62,8 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     Q_BYTES, DO_BYTES, DS_BYTES, STAT_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, BLOCK_N // 8 * LINE, BLOCK_M * 4
     APART = config.columns_apart                    # warps that share rows of dQ; each has its part of the columns
     ROWS_DQ = BLOCK_M // (WARPS // APART)
-    TILES_DQ, ACCUM_ROW = ROWS_DQ // 16, panels(HEAD_DIM) * 64 * 4
+    TILES_DQ, ACCUM_COLUMNS = ROWS_DQ // 16, panels(HEAD_DIM) * 64
+    ACCUM_ROW = ACCUM_COLUMNS * 4
     COUNT_S, COUNT_K, COUNT_V = PART_M // 2, TILES * pieces(HEAD_DIM, SPLIT), TILES * pieces(HEAD_DIM_V, SPLIT)
     COUNT_ALL, COUNT_DQ = TILES * COUNT_S, TILES_DQ * pieces(HEAD_DIM, APART)
     smem = Smem()
@@ -272,8 +273,8 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         k_at = int32((base + K + lane_offset(thread)) ^ (columns << 5))
         acc_dq = multiply_ds_trans(zeros(COUNT_DQ), ds_at, k_at, TILES_DQ, BLOCK_N, LINE, APART, KV_PANEL)
         row = int64(first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(m * BLOCK_M + rows * ROWS_DQ))
-        at = (row >> 6) * (64 * ACCUM_ROW) + ((row >> 4) & 3) * PIECE + int64(columns * 1024 + (thread & 31) * LANE_BYTES)
-        add_sums(acc_dq, uint64(a.accum + uint64(at)), TILES_DQ, APART, VECTOR)
+        at = (row >> 4) * (16 * ACCUM_ROW) + int64(columns * 1024 + (thread & 31) * LANE_BYTES)
+        add_sums(acc_dq, uint64(a.accum + uint64(at)), TILES_DQ, APART, ACCUM_COLUMNS, VECTOR)
 
     # ------------------------------------------------------------ step
     @inline

@@ -55,7 +55,7 @@ from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_
 from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
-from .consumer import Queries, Walk, own_lane, own_thread, own_warpgroup
+from .consumer import Queries, Walk, make_order, own_lane, own_thread, own_warpgroup
 from .dq_sums import make_dq_sums
 
 
@@ -76,7 +76,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     PANELS, PANELS_V, Q_PANEL, KV_PANEL = panels(DIM), panels(DIM_V), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     DS_PANEL, DS_PANELS, WARPGROUP_BYTES = BLOCK_N * ROW_BYTES, panels(BLOCK_M), WARPGROUP_ROWS * ROW_BYTES
     Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    COUNT_S, COUNT_K, COUNT_V, COUNT_DQ, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, 32, DS_PANELS * DS_PANEL, BLOCK_M * 4
+    COUNT_S, COUNT_K, COUNT_V, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, DS_PANELS * DS_PANEL, BLOCK_M * 4
+    COUNT_DQ, COLUMNS = (COUNT_K, 0) if DS_PANELS == 2 else (32, KV_PANEL) if PANELS > 1 else (COUNT_K // 2, DIM)  # see make_piece_of
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
     PACKED, DROPOUT, SOFTCAP, BIAS_TILES = spec.packed, spec.dropout, spec.softcap, spec.bias_tiles
     BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
@@ -104,9 +105,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S, True)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze, READ_BIAS=read_bias if BIAS_TILES else None)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
-    cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
+    cap_of, slopes, (store_dq, send_dq) = make_cap_of(spec), make_unpack("float16", True), make_dq_sums(DIM, BLOCK_M, DQ)
+    first_block, next_block, is_block, row_before = make_order(spec, config)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    store_dq, row_before, send_dq = make_dq_sums(spec, DIM, BLOCK_M, DQ)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do, clear_k, clear_v = (make_clear(rows, count, 32) for rows in (BLOCK_M, BLOCK_N) for count in (PANELS, PANELS_V))
 
@@ -120,8 +121,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
             head_row = first_row(a, batch, head, q_start)
-            m = m_min
-            while m < m_max:
+            m = first_block(m_min, m_max)
+            while is_block(m, m_min, m_max):
                 row, lse_row = int32(q_start + m * BLOCK_M), int32(head_row + m * BLOCK_M)
                 stage_do = int32(j & 1)
                 full, full_do = q_ring.full(stage), do_ring.full(stage_do)
@@ -155,7 +156,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                         tails.publish(base, head, lane)
                 stage, phase = q_ring.next(stage, phase)
                 j = int32(j + 1)
-                m = opaque(int32(m + 1))
+                m = opaque(next_block(m))
 
     # ------------------------------------------------------------ the MMAs
     @inline
@@ -176,10 +177,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def mma_dq(base, w, acc_dq, buffer):
-        """dQ = dS K of 64 queries and 64 columns: one of the two panels of queries, or, if there is only one, one of two of columns."""
-        queries, columns = (w, int32(0)) if DS_PANELS == 2 else (int32(0), w)
-        return dsk(acc_dq, wgmma.mn_major(base + DS + buffer * DS_BYTES + queries * DS_PANEL, DS_PANEL),
-                   wgmma.mn_major(base + K + columns * KV_PANEL, KV_PANEL), BLOCK_N)
+        """dQ = dS K: the warpgroup's half of the queries, or its panel or half of the columns."""
+        return dsk(acc_dq, wgmma.mn_major(base + DS + buffer * DS_BYTES + (w * DS_PANEL if DS_PANELS == 2 else int32(0)), DS_PANEL),
+                   wgmma.mn_major(base + K + w * COLUMNS, KV_PANEL), BLOCK_N)
 
     @inline
     def mma_dk(base, w, acc_dk, buffer, stage):
@@ -369,9 +369,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if BIAS_TILES:      # by all warps, which have other parts of it than of dS
                 bias_read.wait(base, other)
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
-            j, m = int32(j + 1), int32(m + 1)
-            if m == m_max:
-                m, head = m_min, int32(head + 1)
+            j, m = int32(j + 1), next_block(m)
+            if not is_block(m, m_min, m_max):
+                m, head = first_block(m_min, m_max), int32(head + 1)
                 shared = prepare(a, batch, int32(min(head, a.num_heads - 1)))
             return acc_dk, acc_dv, Walk(j, stage, phase, head, m, waiting, shared)
         return step
@@ -428,7 +428,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         """(acc_dk, acc_dv) of a warpgroup's 64 keys, attended by at least one block of queries."""
         count = uniform(int32((queries.m_max - queries.m_min) * a.group))
         head = int32(head_k * a.group)
-        walk = Walk(int32(0), int32(0), int32(0), head, queries.m_min, int32(-1), prepare(a, tile.batch, head))
+        walk = Walk(int32(0), int32(0), int32(0), head, first_block(queries.m_min, queries.m_max), int32(-1), prepare(a, tile.batch, head))
         far = load_b32(a.far) if APART else int32(0)        # in flight while the keys are
         k_full.wait(base, int32(0))
         if PACKED:

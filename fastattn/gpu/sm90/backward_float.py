@@ -60,13 +60,14 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     HEAD_DIM, HEAD_DIM_V, PARTS = spec.head_dim, spec.head_dim_v, spec.parts
     PANELS, PANELS_V, PANEL_BYTES, HALF = PARTS * panels(HEAD_DIM), PARTS * panels(HEAD_DIM_V), BLOCK * ROW_BYTES, BLOCK // 2
     PART, PART_V, HALF_BYTES, STAT_BYTES = panels(HEAD_DIM) * PANEL_BYTES, panels(HEAD_DIM_V) * PANEL_BYTES, HALF * ROW_BYTES, BLOCK * 4
-    WIDTH, WIDTH_V, ACCUM_ROW, ONE = PANEL * PANELS, PANEL * PANELS_V, panels(HEAD_DIM) * PANEL * 4, 1
+    WIDTH, WIDTH_V, ACCUM_COLUMNS, ONE = PANEL * PANELS, PANEL * PANELS_V, panels(HEAD_DIM) * PANEL, 1
+    ACCUM_ROW = ACCUM_COLUMNS * 4
     # dQ: each warpgroup computes one of two panels of columns, or half of the only one
     TWO = panels(HEAD_DIM) == 2
     PANEL_COUNT = PANEL // 2                                        # registers of a panel
     # registers of dV or dK computed at a time: with 32, features spill 40 bytes at head_dim 128
     CHUNK = PANEL_COUNT // 2 if max(panels(HEAD_DIM), panels(HEAD_DIM_V)) == 2 and num_features(spec) else PANEL_COUNT
-    DQ_BYTES, DQ_SUMS = (PANEL_BYTES, 4 * PIECE) if TWO else (ROW_BYTES // 2, PIECE // 2)       # from half to half: of K, of the sums
+    DQ_BYTES, DQ_SUMS = (PANEL_BYTES, PIECE) if TWO else (ROW_BYTES // 2, PIECE // 2)       # from half to half: of K, of the sums
     COUNT_S, COUNT_K, COUNT_V, COUNT_DQ = HALF // 2, HEAD_DIM // 2, HEAD_DIM_V // 2, PANEL // 2 if TWO else PANEL // 4
     smem = Smem()
     K, V, Q, DO = smem.take(PARTS * PART), smem.take(PARTS * PART_V), smem.take(PARTS * PART), smem.take(PARTS * PART_V)
@@ -243,8 +244,8 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     def add_dq(a, base, acc_dq, head, m, half):
         """Add 16 queries of the warpgroup's columns of dQ to their sums in memory."""
         row = int64(first_row(a, word(base, BATCH), head, word(base, Q_START)) + int64(m * BLOCK))
-        at = (row >> 6) * (64 * ACCUM_ROW) + int64(half * DQ_SUMS + own_warp() * PIECE + (thread_index() & 31) * 16)
-        add_sums(acc_dq, uint64(a.accum + uint64(at)), ONE, ONE, ONE)
+        at = ((row >> 4) + int64(own_warp())) * (16 * ACCUM_ROW) + int64(half * DQ_SUMS + (thread_index() & 31) * 16)
+        add_sums(acc_dq, uint64(a.accum + uint64(at)), ONE, ONE, ACCUM_COLUMNS, ONE)
 
     @inline
     def step(a, base, acc_dk, acc_dv, shared, head, m, next_head, next_m, more):

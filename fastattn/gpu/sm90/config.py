@@ -188,7 +188,7 @@ class BackwardSm90Config:
     Parameters
     ----------
     dim, dim_v
-        What head_dim and head_dim_v are padded to. Over 128 the Spec is deterministic: there are no registers for dQ.
+        head_dim and head_dim_v of the Spec. Over 128 it is deterministic: there are no registers for dQ.
     block_m
         Query rows of a step.
     q_stages
@@ -206,6 +206,10 @@ class BackwardSm90Config:
         Calls with far rows have a loop of their own, so that the main loop has no code for them: 538 instructions
         instead of 723 at head_dim 128. That code cost 1 to 4 % at head_dim 128 and 2 to 5 % at 64 (docs/log-gpu.md).
         Features leave no registers for it.
+    down
+        Blocks of queries go from last to first. Under a causal mask, tiles of different keys then begin with the same
+        blocks and read Q and dO from the L2 cache together. From first to last they would begin apart: 2 to 5 % slower at
+        512 to 8192 keys, 1 % faster at 65536.
     """
 
     dim: int
@@ -216,16 +220,17 @@ class BackwardSm90Config:
     halves: bool = False
     squeeze: int = 0
     apart: bool = False
+    down: bool = False
 
     def __post_init__(self) -> None:
-        assert (self.dim, self.dim_v, self.block_m) in ((64, 64, 128), (128, 128, 64), MLA), "each warpgroup computes one panel of dQ"
+        assert (self.block_m == 128 and max(self.dim, self.dim_v) <= 64) or self.block_m == 64, "dQ of a step is two panels at most"
         assert not (self.crowded and self.halves), "the second half overlaps the MMA of dP"
 
     @property
     def text(self) -> str:
         dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
-        return (f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}" + " crowded" * self.crowded
-                + " halves" * self.halves + " apart" * self.apart + (f" squeeze {self.squeeze}" if self.squeeze else ""))
+        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down") if getattr(self, name))
+        return f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}{flags}" + (f" squeeze {self.squeeze}" if self.squeeze else "")
 
 
 def is_wide(spec: Spec) -> bool:
@@ -239,30 +244,31 @@ def _choose_with_tiles(spec: Spec) -> BackwardSm90Config:
     """choose_backward for a bias in shared memory, which takes registers only while it is added. Two stages of Q, because it lies in the
     place of dS."""
     if max(spec.head_dim, spec.head_dim_v) <= 64:       # not crowded, 48 to 264 bytes would spill
-        return BackwardSm90Config(dim=64, dim_v=64, block_m=128, q_stages=2, crowded=True)
-    return BackwardSm90Config(dim=128, dim_v=128, block_m=64, q_stages=2, crowded=spec.mask)
+        return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=128, q_stages=2, crowded=True, down=spec.right)
+    return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=spec.right)
 
 
 def choose_backward(spec: Spec) -> BackwardSm90Config:
-    """S, dP and dQ take block_m / 2, block_m / 2 and 32 registers a thread, P block_m / 4, dK and dV dim / 2 each, of
+    """S and dP take block_m / 2 registers a thread each, dQ up to 32, P block_m / 4, dK and dV half their head size each, of
     240."""
-    if spec.head_dim > 128:
-        dim, dim_v, block_m = MLA
-        return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=block_m, crowded=True, apart=True)
+    dim, dim_v, down = spec.head_dim, spec.head_dim_v, spec.right
+    if dim > 128:
+        return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=MLA[2], crowded=True, apart=True, down=down)
     if spec.bias_tiles:
         return _choose_with_tiles(spec)
     two, at_most_mask = num_features(spec) > 1, num_features(spec) == spec.mask
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
-    if max(spec.head_dim, spec.head_dim_v) <= 64 and not spills:
+    if max(dim, dim_v) <= 64 and not spills:
         plain = spec.deterministic and not (spec.left or spec.right or spec.packed)
         crowded = spec.scaled or spec.mask or plain         # 4 to 36 bytes spill in halves
         apart = at_most_mask and not crowded and not (spec.packed and (spec.left or spec.right))     # packed and causal: 8 bytes spill
-        return BackwardSm90Config(dim=64, dim_v=64, block_m=128, crowded=crowded, halves=not crowded, apart=apart)
+        return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=128, crowded=crowded, halves=not crowded, apart=apart, down=down)
     # others spill: of calls with a bias the packed ones and those masked by position
     several = spec.packed or spec.left or spec.right
-    crowded = two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several)
+    crowded = max(dim, dim_v) > 64 and (two or spec.softcap or (spec.dropout and spec.packed) or (spec.bias is not None and several))
     packs = 1 if spec.softcap and spec.bias is not None else squeeze(spec)       # 8 bytes would spill
-    return BackwardSm90Config(dim=128, dim_v=128, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded)
+    return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=64, crowded=crowded, squeeze=packs, apart=at_most_mask and not crowded,
+                              down=down)
 
 
 # ---------------------------------------------------------------- one gradient alone

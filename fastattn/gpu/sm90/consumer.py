@@ -10,7 +10,10 @@ from numba import int32
 
 from ..dsl.inline import inline
 from ..ptx.sync import thread_index, uniform
+from ..rows.preprocess import make_first_row
+from ..spec import Spec
 from ..tile.smem import WARPGROUP
+from .config import BackwardSm90Config
 
 
 class Walk(NamedTuple):
@@ -51,3 +54,36 @@ def own_thread():
 def own_lane():
     """The lane in its warp."""
     return int32(thread_index() & 31)
+
+
+def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, Any]:
+    """The order of query blocks [m_min, m_max) in each of a key head's query heads.
+
+    first_block(m_min, m_max), next_block(m), is_block(m, m_min, m_max): a head's blocks, one after the other.
+    row_before(a, batch, q_start, head, m, m_min, m_max): first row, in a.accum, of the block that comes before m of `head`.
+    """
+    DOWN, BLOCK_M, first_row = config.down, config.block_m, make_first_row(spec)
+
+    @inline
+    def first_block(m_min, m_max):
+        return int32(m_max - 1) if DOWN else m_min
+
+    @inline
+    def next_block(m):
+        return int32(m - 1) if DOWN else int32(m + 1)
+
+    @inline
+    def is_block(m, m_min, m_max):
+        return m >= m_min if DOWN else m < m_max
+
+    @inline
+    def row_before(a, batch, q_start, head, m, m_min, m_max):
+        if DOWN:
+            again = m == m_max - 1
+            m, head = m_min if again else int32(m + 1), int32(head - 1) if again else head
+            return int32(first_row(a, batch, head, q_start) + m * BLOCK_M)
+        else:
+            again = m == m_min
+            m, head = m_max if again else m, int32(head - 1) if again else head
+            return int32(first_row(a, batch, head, q_start) + (m - 1) * BLOCK_M)
+    return first_block, next_block, is_block, row_before

@@ -266,7 +266,8 @@ def _backward_in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Confi
 
     def shared(x: View) -> View:
         return View(x.ptr, (parts, *x.shape[1:]), (0, *x.strides[1:]), x.dtype, x.device)
-    size, form = 4 * parts * keys * heads * config.dim, (parts, keys, heads, config.dim)
+    columns = max(config.dim, config.dim_v)
+    size, form = 4 * parts * keys * heads * columns, (parts, keys, heads, columns)
     with launcher.temporary(2 * size, stream) as memory:
         part_k, part_v = (View(at, form, contiguous(form, 4), "float32", o.k.device) for at in (memory, memory + size))
         problem = replace(p, batch=parts, num_heads=heads)

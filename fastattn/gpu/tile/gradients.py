@@ -1,7 +1,7 @@
 """Fragments of the backward. Its scores are transposed: a thread's rows are keys, its columns are queries.
 
 So lse and delta belong to columns. Random bits of dropout are drawn for queries by keys and transposed. Sums of dQ are stored in pieces
-of 16 rows by 64 columns, 4 KB, in the order in which a warp's lanes hold them.
+of 16 rows in groups of 8 columns, 512 bytes each, in the order in which a warp's lanes hold them.
 """
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from ..spec import FAR_LSE, Spec
 from .dropout import philox
 from .fragments import col_of, make_pack, row_of, scale_seen_rows, thread_col
 from .parked import parked
-from .smem import Smem
+from .smem import PANEL, Smem
 from .stores import store_rows, store_whole_rows
 
-PIECE = 4096        # bytes of a piece: 8 groups of 8 columns, in each 16 bytes a lane
+PIECE = 4096        # bytes of the largest piece, 64 columns
+COLUMN_BYTES = 64   # of a column of a piece: 16 rows of float32
 
 
 @intrinsic
@@ -84,7 +85,7 @@ def multiply(typingctx: Any, acc: Any, other: Any) -> Any:
 
 @intrinsic
 def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
-    """Store a fragment of 16 x 64 sums as a piece in shared memory. `address`: the lane's first."""
+    """Store a fragment of 16 rows of sums as a piece in shared memory. `address`: the lane's first."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for j in range(0, acc.count, 4):
@@ -100,6 +101,25 @@ def add_piece(typingctx: Any, acc: Any, address: Any) -> Any:
         stored = [x for j in range(0, acc.count, 4) for half in (0, 8) for x in emit_load_shared_pair(builder, args[1], 128 * j + half)]
         return pack(builder, [builder.fadd(x, y) for x, y in zip(unpack(builder, args[0], acc.count), stored, strict=True)])
     return signature(acc, acc, types.int32), generate
+
+
+def make_piece_of(HEAD_DIM: int, BLOCK_M: int) -> Any:
+    """piece_of(w, thread) -> (offset, bytes) of a warp's piece in the sums of dQ of a step.
+
+    The two warpgroups share a step of 128 rows by rows. One of 64 rows they share by columns: 64 and the rest, or half each. A band of
+    16 rows by HEAD_DIM columns is contiguous in memory.
+    """
+    BAND, FIRST = COLUMN_BYTES * HEAD_DIM, min(PANEL, HEAD_DIM if HEAD_DIM > PANEL else HEAD_DIM // 2)
+
+    @inline
+    def piece_of(w, thread):
+        number = int32(thread >> 5)
+        if BLOCK_M == 128:
+            return int32((w * 4 + number) * BAND), int32(BAND)
+        else:
+            size = int32(COLUMN_BYTES * FIRST if w == 0 or HEAD_DIM == 2 * FIRST else COLUMN_BYTES * (HEAD_DIM - FIRST))
+            return int32(number * BAND + w * (COLUMN_BYTES * FIRST)), size
+    return piece_of
 
 
 @intrinsic
@@ -255,6 +275,16 @@ def store_numbers(typingctx: Any, acc: Any, address0: Any, address1: Any, keep0:
     return signature(types.none, acc, types.uint64, types.uint64, types.int32, types.int32), generate
 
 
+@intrinsic
+def without_last(typingctx: Any, packed: Any) -> Any:
+    """A packed fragment without its last 8 columns."""
+    n = packed.count - 2
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, unpack(builder, args[0], packed.count)[:n])
+    return signature(types.UniTuple(packed.dtype, n), packed), generate
+
+
 def make_store(spec: Spec, DIM: int) -> Any:
     """store(acc, pointer, by_row, dim, lane, key, used, end): a warp's 16 rows of dK or dV, `dim` of DIM columns, rows below `end`.
 
@@ -280,6 +310,8 @@ def make_store(spec: Spec, DIM: int) -> Any:
         rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
         if dim == DIM:
             store_whole_rows(packed, address, next_row, rows0, rows1, lane)
+        elif dim == DIM - 8:
+            store_whole_rows(without_last(packed), address, next_row, rows0, rows1, lane)
         else:
             store_rows(packed, address, next_row, rows0, rows1, int32(dim - col))
     return store

@@ -54,8 +54,12 @@ def _large() -> Iterator[Case]:
         for n in lengths:
             yield replace(base, name=f"tiles_{dim}_{n}", head_dim=dim, seqlen_q=n, seqlen_k=n, dtype="float16")
             yield replace(base, name=f"tiles_{dim}_{n}_full", head_dim=dim, seqlen_q=129, seqlen_k=n, causal=False)
-    for dim in (16, 32, 80, 96, 192):
+    for dim in (16, 32, 40, 72, 80, 96, 112, 192):
         yield replace(base, name=f"large_{dim}", head_dim=dim)
+    for dim in (40, 80):        # products of one panel, and of a panel and a part
+        yield replace(base, name=f"large_softcap_{dim}", head_dim=dim, softcap=5.0)
+        yield replace(base, name=f"large_bias_{dim}", head_dim=dim, bias=(2, 2, 300, 700))
+        yield replace(base, name=f"large_packed_{dim}", head_dim=dim, lengths_q=(300, 0, 129, 1, 64), lengths_k=(300, 40, 700, 130, 0))
     for dim, dim_v in ((192, 128), (128, 192), (64, 256)):
         yield replace(base, name=f"large_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, dtype="float16")
     features: dict[str, dict[str, Any]] = {

@@ -276,9 +276,9 @@ def _ci() -> Iterator[Job]:
         want = _want("float32", 40, 24, lse=not backward, backward=backward, **EVERYTHING, packed=True, seqused=True)
         yield Job("simt", "sm_80", want, "everything_packed")
     yield from (job for job in _backward_sm80() if job.id.startswith(("sm80-sm_80-bfloat16-128", "sm80-sm_120")))
-    yield from (job for job in _backward_sm90() if job.id.endswith(("64-causal-backward", "128-causal-backward", "256-causal-backward",
-                                                                    "-bias-backward", "-softcap-backward", "128-deterministic-backward",
-                                                                    "192_128-packed_window-backward")))
+    backward = ("0-causal-backward", "64-causal-backward", "128-causal-backward", "256-causal-backward", "-bias-backward",
+                "-softcap-backward", "128-deterministic-backward", "192_128-packed_window-backward")
+    yield from (job for job in _backward_sm90() if job.id.endswith(backward))
 
 
 # ---------------------------------------------------------------- and random kernels

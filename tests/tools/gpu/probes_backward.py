@@ -105,7 +105,7 @@ def piece() -> Any:
         for i in range(lane, 1024, 32):
             memory.store_b32(uint64(a.other + uint64(4 * i)), memory.load_shared_b32(int32(base + 4 * i)))
         cuda.syncthreads()
-        save(a.dst, lane, mma.load_sums(uint64(a.other + uint64(16 * lane)), 1))
+        save(a.dst, lane, mma.load_sums(uint64(a.other + uint64(16 * lane)), C, 1))
     return kernel
 
 

@@ -462,15 +462,15 @@ def check_columns_out(dtype: str) -> Callable[[Any], None]:
 
 
 def sums(vector: int) -> Callable[[], Any]:
-    """Two tiles of 16 x 64 added to columns 16-31 of four panels of 64; then the first piece as a fragment, to src."""
+    """Two tiles of 16 x 64 added to columns 16-31 of every 64 of two bands; then the band at src as a fragment."""
     LANE = 16 if vector else 4
 
     def make() -> Any:
         def kernel(a):
             lane = int32(cuda.threadIdx.x)
             acc = f.join(load(a.other, lane), load(uint64(a.other + uint64(4 * 16 * C)), lane))
-            mma.add_sums(acc, uint64(a.dst + uint64(1024 + LANE * lane)), 2, 4, vector)
-            piece = mma.load_sums(uint64(a.src + uint64(LANE * lane)), vector)
+            mma.add_sums(acc, uint64(a.dst + uint64(1024 + LANE * lane)), 2, 4, 256, vector)
+            piece = mma.load_sums(uint64(a.src + uint64(LANE * lane)), C, vector)
             save(uint64(a.dst + uint64(65536)), lane, piece)
         return kernel
     return make
@@ -486,9 +486,9 @@ def check_sums(vector: int) -> Callable[[Any], None]:
         before, x, piece = normal(17 * 1024), normal(2, 16, 64, seed=1), normal(16, 64, seed=2)
         got = launch(pieces_of(piece), x, dst=before)
         expected = before.copy()
-        panels = expected[:16384].reshape(4, 4, 8, 128)
+        bands = expected[:16384].reshape(4, 4, 8, 128)
         for tile in (0, 1):
-            panels[:, tile, 2:4] += pieces_of(x[tile]).reshape(4, 2, 128)
+            bands[tile, :, 2:4] += pieces_of(x[tile]).reshape(4, 2, 128)
         same(got[:16384], expected[:16384])
         same(as_matrix(got[16384:].reshape(32, 32)), piece)
     return check

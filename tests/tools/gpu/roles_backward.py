@@ -13,13 +13,13 @@ PIECE, DS_PANEL = 4096, 128 * 128
 
 
 class BackwardPlay(Play):
-    """`sums`: (address, keys) -> rows of a piece of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
+    """`sums`: (address, keys) -> rows of 8 columns of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
 
     modules = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "tile.bias", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
     def __init__(self, config: Any, block: int, seed: int) -> None:
         boxes = {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
-        super().__init__(config, config.dim, (block,), seed, 2, boxes)
+        super().__init__(config, config.dim_v, (block,), seed, 2, boxes)
         self.readers: dict[int, set[int]] = {}      # of a bias: its place -> the warps that have read their part
         self.sums: dict[Any, Place] = {}
         self.results: list[tuple[str, int, int, int, tuple[Place, ...]]] = []
@@ -68,12 +68,12 @@ class BackwardPlay(Play):
 
     # ------------------------------------------------------------ products
     def qk(self, acc: Fragment, a: int, b: int, depth: int, a_rows: int, b_rows: int) -> Fragment:
-        agent, panels = self.pause(), range(depth // 64)
+        agent, panels = self.pause(), range(-(-depth // 64))
         own = {self.read(agent, a + p * a_rows * 128, 64 * 128, p * 64) for p in panels}
         other = {self.read(agent, b + p * b_rows * 128, b_rows * 128, p * 64) for p in panels}
         assert len(own) == len(other) == 1 and not acc.flying, "panels of several places"
         [(keys, at_k)], [(rows, at_q)] = own, other
-        assert (keys, rows) in (("k", "q"), ("v", "dout"))
+        assert (keys, rows, depth) in (("k", "q", self.config.dim), ("v", "dout", self.config.dim_v))
         return self.fly(agent, Fragment("S" if keys == "k" else "dP", at_q, at_k))
 
     def pv(self, acc: Fragment, p: Fragment, b: tuple[int, int]) -> Fragment:
@@ -90,14 +90,15 @@ class BackwardPlay(Play):
     def dsk(self, acc: Fragment, a: tuple[int, int], b: tuple[int, int], depth: int) -> Fragment:
         agent = self.pause()
         ds = self.stored_ds(agent, [a[0] + 2048 * i for i in range(8)])
-        tensor, _, place = self.lies(agent.block, b[0], depth * 128)
-        self.reads(agent, b[0], depth * 128)
+        start = b[0] & -128
+        tensor, column, place = self.lies(agent.block, start, depth * 128)
+        self.reads(agent, start, depth * 128)
         assert (tensor, place) == ("k", ds.k) and not acc.flying
-        return self.fly(agent, Fragment("dQ", ds.q, ds.k, at=ds.at))
+        return self.fly(agent, Fragment("dQ", ds.q, ds.k, at=(ds.at, column + (b[0] - start) // 2)))
 
     def panels_of(self, agent: Any, b: tuple[int, int], dim: int) -> set[Any]:
         rows = self.config.block_m
-        return {self.read(agent, b[0] + p * b[1], rows * 128, p * 64) for p in range(dim // 64)}
+        return {self.read(agent, b[0] + p * b[1], rows * 128, p * 64) for p in range(-(-dim // 64))}
 
     def stored_ds(self, agent: Any, pieces: list[int]) -> Fragment:
         found = [agent.block.words.get(piece) for piece in pieces]
@@ -141,10 +142,13 @@ class BackwardPlay(Play):
         agent = self.pause()
         if flag:
             piece: Any = agent.block.words[place]
-            row, rest = divmod(address - (agent.thread // 32 - 4) * PIECE, 4 * self.config.dim)
-            assert rest == 0 and row == piece.at, "sums of other rows"
-            assert (address, piece.k) not in self.sums, "added twice"
-            self.sums[address, piece.k] = piece.q
+            first, column = piece.at
+            band, rest = divmod(address, 64 * self.config.dim)      # 16 rows of float32
+            own = (agent.thread // 32 - 4) % (self.config.block_m // 16)
+            assert 16 * band == first + 16 * own and rest == 64 * column, "sums of other rows or columns"
+            for group in range(address, address + size, 512):
+                assert (group, piece.k) not in self.sums, "added twice"
+                self.sums[group, piece.k] = piece.q
             agent.block.reads.append((place, place + size, agent))
 
     def names(self) -> dict[str, Any]:
