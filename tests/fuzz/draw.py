@@ -180,10 +180,14 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
         f["dtype"] = dice.one(("float32", "float64", *HALVES))
         f["head_dim"] = dice.one((dice.upto(1, 64), 16, 32, 64, 128, dice.upto(1, 576)))
     else:
-        f["dtype"] = dice.one(HALVES)
+        f["dtype"] = dice.one((*HALVES, *HALVES, "float32")) if family != "decode" else dice.one(HALVES)
         f["head_dim"] = dice.one((16, 32, 64, 64, 80, 96, 128, 128, 160, 192, 256, 8 * dice.upto(1, 32)))
         if family == "sm80" and dice.chance(0.2):
             f["head_dim"] = dice.upto(1, 256)
+        if f["dtype"] == "float32":
+            f["head_dim"] = dice.one((32, 64, 64, 128, dice.upto(1, 128)))
+        elif family == "sm90" and dice.chance(0.1):
+            f["head_dim"] = 8 * dice.upto(33, 72)
         if family == "sm90" and dice.chance(0.2):
             f["head_dim"] = dice.one((320, 512, 576, 8 * dice.upto(33, 72)))
     f["head_dim_v"] = f["head_dim"]
