@@ -23,11 +23,8 @@ spec = importlib.util.spec_from_file_location("levels", here / "fastattn" / "cpu
 levels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(levels)
 
-NEEDED = "fastattn's CPU engine needs gcc or clang with OpenMP, and a 64-bit system"
-# Apple's clang has OpenMP behind its preprocessor alone; the library is Homebrew's libomp, which CPPFLAGS and LDFLAGS point to
-MAC = sys.platform == "darwin"
-OPENMP = ["-Xpreprocessor", "-fopenmp"] if MAC else ["-fopenmp"]
-LINK_OPENMP, STRIP = (["-lomp"], ["-Wl,-x"]) if MAC else (["-fopenmp"], ["-s"])
+NEEDED = "fastattn's CPU engine needs gcc or clang, and a 64-bit system"
+STRIP = ["-Wl,-x"] if sys.platform == "darwin" else ["-s"]
 
 
 # ---------------------------------------------------------------- README
@@ -77,7 +74,7 @@ def extensions():
                          depends=sources, extra_compile_args=[*levels.COMMON, *flags, *extra], extra_link_args=link)
 
     return [extension("detect", flags["baseline"], link),
-            *(extension(f"isa.{level}", [*OPENMP, *flags[level]], [*LINK_OPENMP, *link]) for level in wanted_levels())]
+            *(extension(f"isa.{level}", ["-pthread", *flags[level]], ["-pthread", *link]) for level in wanted_levels())]
 
 
 class build(build_ext):
@@ -100,9 +97,8 @@ class build(build_ext):
         named, compiler = "FASTATTN_LEVELS" in os.environ, self.compiler.compiler[0]
         refused = [extension for extension in self.extensions if not self._accepts(extension)]
         if any(named or extension.name.endswith(("baseline", "detect")) for extension in refused):
-            mac = " On macOS install it with `brew install libomp`, and set CPPFLAGS and LDFLAGS to its folders." if MAC else ""
             names = ", ".join(extension.name for extension in refused)
-            raise SystemExit(f"{NEEDED}. The compiler, {compiler}, refuses the flags of {names}.{mac}")
+            raise SystemExit(f"{NEEDED}. The compiler, {compiler}, refuses the flags of {names}.")
         for extension in refused:
             warnings.warn(f"{extension.name} is left out: the compiler, {compiler}, refuses its flags. With a newer one fastattn is "
                           "faster on CPUs that have them.", stacklevel=2)
@@ -110,10 +106,9 @@ class build(build_ext):
 
     def _accepts(self, extension):
         """Whether the compiler takes the flags of an extension."""
-        uses_openmp = not extension.name.endswith("detect")
         with tempfile.TemporaryDirectory() as folder:
             source = pathlib.Path(folder, "empty.c")
-            source.write_text("#include <omp.h>\nint empty;\n" if uses_openmp else "int empty;\n")
+            source.write_text("int empty;\n")
             try:
                 self.compiler.compile([str(source)], output_dir=folder, extra_postargs=extension.extra_compile_args)
             except CompileError:

@@ -174,7 +174,7 @@ def test_a_refused_level_that_was_asked_for_is_an_error(x86: ModuleType, monkeyp
 
 
 @pytest.mark.parametrize(("unknown", "options", "text"), [
-    (("-fopenmp",), {}, r"needs gcc or clang with OpenMP, and a 64-bit system\. The compiler, cc, refuses the flags of .*baseline"),
+    (("-pthread",), {}, r"needs gcc or clang, and a 64-bit system\. The compiler, cc, refuses the flags of .*baseline"),
     ((), {"kind": "msvc"}, r"Compilers of the kind 'msvc' cannot build it; on Windows use WSL\.")])
 def test_a_compiler_that_cannot_build_it(unknown: tuple[str, ...], options: dict[str, str], text: str, x86: ModuleType) -> None:
     with pytest.raises(SystemExit, match=text):

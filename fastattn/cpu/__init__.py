@@ -8,7 +8,6 @@ tile), real.h and rows.h (the micro-kernels).
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,22 +18,16 @@ from numpy.typing import NDArray
 from ..arrays.view import View, numpy_dtype
 from ..problem import Grads, Operands, Problem
 from . import dbias, levels, plan
-from .threads import get_num_threads, set_num_threads
+from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
 __all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
            "set_num_threads", "supports"]
 
 name = "cpu"
 _level = levels.choose()            # of those that were built
-# libgomp reads this when it is loaded. Its threads spin for milliseconds after a call and slow NumPy's BLAS threads.
-_patience = {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else {"GOMP_SPINCOUNT": "10000"}
-os.environ.update(_patience)
-try:
-    _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
-finally:
-    for _variable in _patience:
-        del os.environ[_variable]
+_engine: Any = importlib.import_module(f".isa.{_level}", __name__)
 address = _engine.address
+borrow_with(_engine.borrow)
 
 
 def instruction_set() -> str:
@@ -54,7 +47,7 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
         _clear_unowned(lengths.cu_q, out, 0)
         if lse is not None:
             _clear_unowned(lengths.cu_q, lse, 1)
-    _prepared(p, o, lengths, out, lse, get_num_threads())(o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr)
+    _prepared(p, o, lengths, out, lse, threads_of_call())(o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr)
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -> Any:
@@ -68,14 +61,14 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -
     """
     if problem.packed or not operands.plain:
         return None
-    p, lengths, threads = problem, plan.read_lengths(problem, operands), get_num_threads()
+    p, lengths, threads = problem, plan.read_lengths(problem, operands), threads_of_call()
     o, out, lse = Operands(*map(_bare, (operands.q, operands.k, operands.v))), _bare(out), lse and _bare(lse)
     ready = _prepared(p, o, lengths, out, lse, threads)
     no_lse = (0,) if lse is None else ()
 
     def run(addresses: Sequence[int], stream: int) -> None:
         nonlocal ready, threads
-        if get_num_threads() != threads:
+        if threads_of_call() != threads:
             threads = get_num_threads()
             ready = _prepared(p, o, lengths, out, lse, threads)
         ready(*addresses, *no_lse)
@@ -100,7 +93,7 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
     if problem.packed or not operands.plain or any(x is not None and 0 in x.shape for x in arrays):
         return None
     q, k, v, *rest = [x and _bare(x) for x in arrays]
-    o, lengths, threads = Operands(q, k, v), plan.read_lengths(problem, operands), get_num_threads()    # type: ignore[arg-type]
+    o, lengths, threads = Operands(q, k, v), plan.read_lengths(problem, operands), threads_of_call()    # type: ignore[arg-type]
     no_dlse = (0,) if dlse is None else ()
 
     def prepared() -> Any:
@@ -111,7 +104,7 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
 
     def run(addresses: Sequence[int], stream: int) -> None:
         nonlocal ready, threads
-        if get_num_threads() != threads:
+        if threads_of_call() != threads:
             threads = get_num_threads()
             ready = prepared()
         ready(*addresses[:6], *no_dlse, *addresses[6:])
@@ -154,7 +147,7 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
         sums, place = dbias.reals(grads.dbias.shape, p)
     vector, waves = _waves(p, lengths)
     _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
-                     plan.few_rows(p, lengths.longest_q, vector), plan.threads_for(p, get_num_threads()))
+                     plan.few_rows(p, lengths.longest_q, vector), plan.threads_for(p, threads_of_call()))
     if rows is not None:
         dbias.add_rows(rows, lengths, grads.dbias)
     if sums is not None:

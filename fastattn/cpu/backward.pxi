@@ -20,9 +20,7 @@ cdef struct Backward:
     bint dbias_once                     # each element of dbias is one dS, rounded and stored; else dbias is of reals, to which dS are added
     char* dbias_rows                    # a bias broadcast over keys: sums of dS, reals laid out as delta
     Tensor shared                       # dbias, if it has a pass of its own; c.dbias is then NULL
-    long together                       # pairs (sequence, key head) that run at the same time
-    long pairs, chunks                  # number of pairs in the wave, and of groups of `together`
-    long* first_task                    # of each chunk, then the total
+    Chains* chains                      # of tiles: a chain for each pair (sequence, key head)
     bint few                            # scores and dP are dot products with rows of K and V
     bint all_batch, all_heads           # one task does every sequence, every key head, because they share dbias
 
@@ -122,12 +120,11 @@ cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row)
     return False
 
 
-cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
+cdef void rows_of(const Backward* f, long b, long head, bint finish) noexcept nogil:
     """The rows of one head and sequence. Before the tiles: delta, and dQ sums set to 0. After (`finish`): dQ to the caller's array."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long heads = (f.head_k1 - f.head_k0) * c.group
-    cdef long b = f.b0 + number // heads, head = f.head_k0 * c.group + number % heads, i
+    cdef long i
     cdef Sequence s = sequence_of(c, b)
     cdef int real = 1 if g.real == 8 else 0
     cdef char* a = task_memory(2 * c.ldv * g.real, c.stop)
@@ -148,14 +145,6 @@ cdef void rows_task(const Backward* f, long number, bint finish) noexcept nogil:
         if f.dlse.ptr != NULL:
             delta -= load_element(at(&f.dlse, b, s.q0 + i, head), f.dlse.dtype)
         store_element(delta_at(f, b, head, s.q0 + i), real, delta)
-
-
-cdef void begin_rows(const void* call, long number) noexcept nogil:
-    rows_task(<const Backward*>call, number, False)
-
-
-cdef void finish_rows(const void* call, long number) noexcept nogil:
-    rows_task(<const Backward*>call, number, True)
 
 
 cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
@@ -248,7 +237,7 @@ cdef bint add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long
         i0 += g.panel
     if f.dbias_rows != NULL:
         g.add_row(f.dbias_rows + (delta_at(f, b, head, s.q0 + m0) - f.delta), 1, w.bias_sum, 0, nq)
-    pass_turn(counter)
+    pass_turn(counter, c.stop)
     return True
 
 
@@ -315,30 +304,40 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
         g.store_row(at(&c.dv, b, s.k0 + n0 + j, head_k), c.dv.dim, c.dv.dtype, g.key_row(w.dV, c.ldv, j, w.scratch), 1.0, c.head_dim_v)
 
 
+cdef long chains_across(const Backward* f) noexcept nogil:
+    """Chains of one sequence. If heads or sequences share dbias, a tile of all of them is one task."""
+    return 1 if f.all_heads else f.head_k1 - f.head_k0
+
+
 cdef void backward_task(const void* call, long number) noexcept nogil:
-    """Task `number`. A few pairs (sequence, key head) run at a time, so that their rows stay in the cache. Their tiles go in
-    key order, so that a tile never waits for a later task."""
+    """The next tile of some chain. The chain's first task prepares its rows before, and its last one finishes them."""
     cdef const Backward* f = <const Backward*>call
-    cdef long low = 0, high = f.chunks, middle
-    while high - low > 1:
-        middle = (low + high) // 2
-        if f.first_task[middle] <= number:
-            low = middle
-        else:
-            high = middle
-    cdef long nh = 1 if f.all_heads else f.head_k1 - f.head_k0
-    cdef long together = min(f.together, f.pairs - low * f.together), rest = number - f.first_task[low], pair = low * f.together + rest % together
-    cdef long n0 = rest // together * GRAD_N, b = f.b0 + pair // nh, head_k = f.head_k0 + pair % nh, i, j
+    cdef Stop* stop = f.c.stop
+    cdef int tile
+    cdef Chain* chain = take_item(f.chains, &tile)
+    cdef long nh = chains_across(f), pair = chain - f.chains.chain, b0 = f.b0 + pair // nh, head0 = f.head_k0 + pair % nh
+    cdef long b1 = f.b1 if f.all_batch else b0 + 1, head1 = f.head_k1 if f.all_heads else head0 + 1, b, head
     cdef GradWork w
+    if tile == 0:
+        for b in range(b0, b1):
+            for head in range(head0 * f.c.group, head1 * f.c.group):
+                rows_of(f, b, head, False)
+        pass_turn(&chain.started, stop)
+    elif not await_turn(&chain.started, 1, stop):
+        return
     if not open_memory(f, &w):
         return
     amx_begin()
-    for i in range(f.b0 if f.all_batch else b, f.b1 if f.all_batch else b + 1):
-        for j in range(f.head_k0 if f.all_heads else head_k, f.head_k1 if f.all_heads else head_k + 1):
-            if stopped_in_task(f.c.stop):
+    for b in range(b0, b1):
+        for head in range(head0, head1):
+            if stopped_in_task(stop):
                 break
-            tile_task(f, i, j, n0, &w)
+            tile_task(f, b, head, tile * GRAD_N, &w)
     amx_end()
+    if leave_chain(chain) and not is_stopped(stop):
+        for b in range(b0, b1):
+            for head in range(head0 * f.c.group, head1 * f.c.group):
+                rows_of(f, b, head, True)
 
 
 cdef void shared_block(const Backward* f, long b, long head, long m, long n0, GradWork* w) noexcept nogil:
@@ -406,57 +405,50 @@ cdef long wave_memory(Backward* f, char* start) noexcept nogil:
     cdef Memory memory = Memory(start, start)
     f.dq_sum = carve(&memory, heads * f.rows * f.c.ldq * f.c.g.real)
     f.turns = <int*>carve(&memory, heads * f.turn_rows * sizeof(int))
-    f.first_task = <long*>carve(&memory, (f.chunks + 1) * sizeof(long))
+    f.chains.chain = <Chain*>carve(&memory, f.chains.count * sizeof(Chain))
     return memory.next - start
 
 
-cdef bint open_wave(Backward* f) noexcept nogil:
-    """Get the wave's memory, reset its turns, number its tasks. False if there is no memory."""
-    cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = 1 if f.all_heads else f.head_k1 - f.head_k0, chunk, b, last, keys
-    f.pairs = nb * nh
-    f.chunks = (f.pairs + f.together - 1) // f.together
+cdef long open_wave(Backward* f) noexcept nogil:
+    """Get the wave's memory, reset its turns and chains; return the number of tasks. 0 if there is no memory."""
+    cdef long nb = 1 if f.all_batch else f.b1 - f.b0, nh = chains_across(f), n, b, keys, tasks = 0
+    cdef Chain* chain
+    f.chains.count, f.chains.first = nb * nh, 0
     f.turn_rows = f.rows // GRAD_M + (f.b1 - f.b0) + 1
     cdef char* memory = call_memory(wave_memory(f, NULL), f.c.stop)
     if memory == NULL:
-        return False
+        return 0
     wave_memory(f, memory)
     memset(f.turns, 0, (f.head_k1 - f.head_k0) * f.c.group * f.turn_rows * sizeof(int))
-    f.first_task[0] = 0
-    for chunk in range(f.chunks):
-        last = min((chunk + 1) * f.together, f.pairs)
-        keys = 0
-        for b in range(f.b0 if f.all_batch else f.b0 + chunk * f.together // nh, f.b1 if f.all_batch else f.b0 + (last - 1) // nh + 1):
+    memset(f.chains.chain, 0, f.chains.count * sizeof(Chain))
+    for n in range(f.chains.count):
+        keys = 1                        # without keys there is a task for the rows
+        for b in range(f.b0 if f.all_batch else f.b0 + n // nh, f.b1 if f.all_batch else f.b0 + n // nh + 1):
             keys = max(keys, sequence_of(&f.c, b).nk)
-        f.first_task[chunk + 1] = f.first_task[chunk] + (keys + GRAD_N - 1) // GRAD_N * (last - chunk * f.together)
-    return True
-
-
-cdef void run_wave(Backward* f, int threads) noexcept nogil:
-    if not open_wave(f):
-        return
-    cdef long rows = (f.b1 - f.b0) * (f.head_k1 - f.head_k0) * f.c.group, tasks = f.first_task[f.chunks]
-    threads = team_size(threads, max(rows, tasks))
-    run_tasks(begin_rows, f, rows, threads, f.c.stop)
-    run_tasks(backward_task, f, tasks, threads, f.c.stop)
-    run_tasks(finish_rows, f, rows, threads, f.c.stop)
+        chain = &f.chains.chain[n]
+        chain.length = <int>((keys + GRAD_N - 1) // GRAD_N)
+        tasks += chain.length
+    return tasks
 
 
 cdef void run_waves(Backward* f, list waves, int threads) except *:
     """All waves, [(b0, b1, head_k0, head_k1, rows)] of plan.py, unless the call is stopped."""
+    cdef Chains chains
+    f.chains = &chains
     for b0, b1, head_k0, head_k1, rows in waves:
         f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
         f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
         with nogil:
-            run_wave(f, threads)
+            run_tasks(backward_task, f, open_wave(f), threads, f.c.stop)
         if is_stopped(f.c.stop):
             break
 
 
-cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, int threads, list alive) except *:
+cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, list alive) except *:
     """Fill `f` but for dbias, delta and what a wave has."""
     memset(f, 0, sizeof(Backward))
     fill(&f.c, p, o, lengths, alive)
-    f.together, f.few = threads, few
+    f.few = few
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     packed = p.total_q is not None
@@ -494,7 +486,7 @@ def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves
     """The backward of a dense Problem with arrays like these Views, none of them empty."""
     cdef PreparedBackward ready = PreparedBackward()
     ready.waves, ready.threads, ready.alive = waves, threads, []
-    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, threads, ready.alive)
+    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, ready.alive)
     ready.deltas = p.batch * p.num_heads * p.seqlen_q * ready.f.c.g.real
     return ready
 
@@ -508,7 +500,7 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
-    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, threads, alive)
+    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, alive)
     begin(&f.c, &stop)
     if deltas.shape[0]:
         f.delta = <char*>&deltas[0]
@@ -529,5 +521,5 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     run_waves(&f, list(waves), threads)
     with nogil:
         if f.shared.ptr != NULL:
-            run_tasks(shared_task, &f, shared_tasks(&f), team_size(threads, shared_tasks(&f)), &stop)
+            run_tasks(shared_task, &f, shared_tasks(&f), threads, &stop)
     end_call(&stop)

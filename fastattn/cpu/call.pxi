@@ -61,7 +61,7 @@ cdef extern from "kernels.h" nogil:
 cdef extern from "tasks.h" nogil:
     int tasks_setup()
     void trim_workspace(int which)
-    const int OF_CALL, NO_MEMORY, INTERRUPTED
+    const int OF_CALL, NO_MEMORY, INTERRUPTED, FORKED
     const int64_t LOOK_NS
     const long REDZONE
     void poison(const char* begin, const char* end)
@@ -77,9 +77,16 @@ cdef extern from "tasks.h" nogil:
     char* task_memory(size_t size, Stop* stop)
     char* call_memory(size_t size, Stop* stop)
     int await_turn(const int* counter, int turn, Stop* stop)
-    void pass_turn(int* counter)
-    int team_size(int threads, long tasks)
+    void pass_turn(int* counter, Stop* stop)
+    ctypedef struct Chain:
+        int length, started
+    ctypedef struct Chains:
+        Chain* chain
+        long count, first
+    Chain* take_item(Chains* chains, int* item)
+    bint leave_chain(Chain* chain)
     void run_tasks(void (*task)(const void* call, long number) noexcept nogil, const void* call, long tasks, int threads, Stop* stop)
+    void lend(void* parallel, void* max_threads)
 
 cdef double LOG2E = 1.4426950408889634
 
@@ -203,10 +210,13 @@ cdef void look(Stop* stop) noexcept nogil:
 
 
 cdef void end_call(Stop* stop) except *:
-    """Raise what stopped the call, if it was stopped: MemoryError, or the exception of a signal's handler."""
+    """Raise what stopped the call, if it was stopped: the exception of a signal's handler, MemoryError, or RuntimeError in a child
+    that a handler forked."""
     trim_workspace(OF_CALL)
     if stop.state == NO_MEMORY:
         raise MemoryError("fastattn: no memory for a thread's workspace")
+    if stop.state == FORKED:
+        raise RuntimeError("fastattn: a signal handler forked this process during a call; the call has no result here")
     if stop.raised != NULL:
         error = <object>stop.raised
         Py_DECREF(error)

@@ -9,6 +9,11 @@ if tasks_setup():
     raise ImportError("fastattn: pthread setup failed")
 
 
+def borrow(size_t parallel, size_t max_threads):
+    """The entry points of an OpenMP runtime whose threads calls shall use (borrowed.h); 0 and 0 for none."""
+    lend(<void*>parallel, <void*>max_threads)
+
+
 def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left):
     """problem.row_bounds in C, for the test that compares the two."""
     cdef Call c

@@ -329,7 +329,7 @@ cdef void merge_task(const void* call, long number) noexcept nogil:
 
 
 cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
-    run_tasks(forward_task, f, tasks * f.splits, team_size(threads, tasks * f.splits), f.c.stop)
+    run_tasks(forward_task, f, tasks * f.splits, threads, f.c.stop)
     if f.splits > 1:
         run_tasks(merge_task, f, tasks, 1, f.c.stop)
 

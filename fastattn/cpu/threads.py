@@ -1,16 +1,22 @@
-"""How many threads a call may use.
+"""How many threads a call may use, and whose.
 
 As many as the process may run on, unless OMP_NUM_THREADS or set_num_threads says otherwise, and at most MAX_THREADS. A
 call uses fewer if the system makes no more or if there are fewer tasks (tasks.h).
+
+They are the engine's own, or, where PyTorch is loaded, PyTorch's (borrowed.h). FASTATTN_BORROW=0 forbids that.
 """
 from __future__ import annotations
 
+import ctypes
 import operator
 import os
+import sys
+from collections.abc import Callable
 
 from ..errors import message
 
-MAX_THREADS = 1024      # more than today's machines have processors; OpenMP keeps a list of the team on the stack
+MAX_THREADS = 1024      # more than today's machines have processors; pool.h counts helpers in 12 bits
+SWITCH = "FASTATTN_BORROW"
 
 
 def _cgroup_limit() -> float:
@@ -75,3 +81,36 @@ def set_num_threads(n: int) -> None:
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(message("set_num_threads", "n", f"is {n!r}", f"an integer from 1 to {MAX_THREADS}"))
     _threads = count
+
+
+# ---------------------------------------------------------------- PyTorch's threads
+_borrow: Callable[[int, int], None] | None = None       # the engine's function, until PyTorch is loaded
+
+
+def borrow_with(borrow: Callable[[int, int], None]) -> None:
+    """Let calls run on PyTorch's threads as soon as it is loaded, unless FASTATTN_BORROW=0. `borrow`: the engine's function."""
+    global _borrow
+    setting = os.environ.get(SWITCH) or "1"
+    if setting not in ("0", "1"):
+        raise ValueError(f"{SWITCH} is {setting!r}; expected 0 or 1.")
+    if setting == "1":
+        _borrow = borrow
+
+
+def threads_of_call() -> int:
+    """get_num_threads(), for a call that starts now: it may be the first one after PyTorch was loaded."""
+    global _borrow
+    if _borrow is not None and "torch._C" in sys.modules:
+        entries = [_address(name) for name in ("GOMP_parallel", "omp_get_max_threads")]
+        if all(entries):                    # PyTorch has other threads on macOS
+            _borrow(*entries)
+        _borrow = None
+    return _threads
+
+
+def _address(function: str) -> int:
+    """The address of a C function whose name is global in this process, as those of PyTorch's OpenMP runtime are; or 0."""
+    try:
+        return ctypes.cast(getattr(ctypes.CDLL(None), function), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..arrays import convert
 from ..arrays.view import View, numpy_dtype
-from . import _engine, get_num_threads
+from . import _engine
+from .threads import threads_of_call
 
 SERIAL_BYTES = 256 << 10        # below it one thread: starting others takes as long
 # Results from this size on are written past the caches: 36 MB in half the time (in the same time if the memory is new).
@@ -24,7 +25,7 @@ def _bytes(*arrays: View) -> int:
 
 
 def _threads(size: int) -> int:
-    return 1 if size < SERIAL_BYTES else get_num_threads()
+    return 1 if size < SERIAL_BYTES else threads_of_call()
 
 
 def _copied(cu_seqlens: View | None) -> NDArray[np.int64] | None:

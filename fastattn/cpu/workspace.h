@@ -1,4 +1,4 @@
-/* Memory per thread, kept for its next call; and whether this process is a forked child. */
+/* Memory per thread, kept for its next call. */
 #pragma once
 #include <pthread.h>
 #include <stdlib.h>
@@ -23,20 +23,18 @@ enum { OF_THREAD, OF_CALL, WORKSPACES }; /* a thread's own; and the memory that 
  * counters; it needs more only if a single head does. */
 static const size_t KEPT_BYTES[WORKSPACES] = {8 << 20, 36 << 20};
 static pthread_key_t workspace_keys[WORKSPACES];
-static int in_forked_child;
 
 static size_t *workspace_size(char *p) { return &((workspace_header *)(void *)(p - 64))->size; }
 static void workspace_free(void *p) {
   unpoison((char *)p, *workspace_size((char *)p));
   free((char *)p - 64);
 }
-static void workspace_forked(void) { in_forked_child = 1; }
 
 /* Once, at import. A thread that ends frees its memory. */
 static int workspace_setup(void) {
   for (int which = 0; which < WORKSPACES; which++)
     if (pthread_key_create(&workspace_keys[which], workspace_free)) return 1;
-  return pthread_atfork(0, 0, workspace_forked);
+  return 0;
 }
 
 /* Detach this thread's memory. The caller frees it or puts it back. */

@@ -105,12 +105,6 @@ def test_threads_from_the_affinity() -> None:
     assert printed(f"import os; os.sched_setaffinity(0, [{one}]); import fastattn; print(fastattn.get_num_threads())") == "1"
 
 
-def test_threadpoolctl_finds_the_pool() -> None:
-    code = ("import threadpoolctl, fastattn.cpu; "
-            "print(*{pool['internal_api'] + ' ' + pool['prefix'] for pool in threadpoolctl.threadpool_info()}, sep=', ')")
-    assert {"openmp libgomp", "openmp libomp"} & set(printed(code).split(", "))         # gcc's, or clang's
-
-
 def _agrees(inputs: Inputs, expected: tuple[Any, ...]) -> bool:
     out, lse = inputs.forward("cpu")
     got = (out, lse, *inputs.backward(out, lse, "cpu"))

@@ -167,7 +167,7 @@ assert False not in results
 
 @pytest.mark.parametrize(("room", "wanted"), [(0, 2), (0, 64), (3, 64), (200, 64)])
 def test_threads_that_cannot_be_made(shim: str, room: int, wanted: int) -> None:
-    """A call runs on the threads that can be created; OpenMP by itself would end the process."""
+    """A call runs on the threads that can be created."""
     printed(f"""{CALLS}
 lib = ctypes.CDLL(None)
 call, other = forward(500, 500, 64, 64), backward(300, 8, 8)

@@ -2,6 +2,7 @@ from .baseline import Prepared as Prepared
 from .baseline import PreparedBackward as PreparedBackward
 from .baseline import address as address
 from .baseline import backward as backward
+from .baseline import borrow as borrow
 from .baseline import prepare as prepare
 from .baseline import prepare_backward as prepare_backward
 from .baseline import row_bounds as row_bounds

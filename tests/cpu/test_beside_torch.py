@@ -1,4 +1,4 @@
-"""Beside PyTorch in one process. There are two OpenMP runtimes then if fastattn comes from a wheel, else one."""
+"""Beside PyTorch in one process: its threads and ours, and the mode of the processor that its libraries set."""
 from __future__ import annotations
 
 import pytest
