@@ -284,9 +284,9 @@ def _kernels(engine: Engine | None, caught: _Caught, d: Any) -> tuple[tuple[str,
         return (), "float64 NumPy"
     if engine is BUILT_IN["cpu"]:
         from . import cpu
-        from .cpu.plan import threads_for
+        from .cpu.plan import team_for
 
-        return (), f"{cpu.instruction_set()}, threads {threads_for(caught.problem, cpu.get_num_threads())}"
+        return (), f"{cpu.instruction_set()}, threads {team_for(caught.problem, cpu.get_num_threads()).threads}"
     from .gpu import precompile
     from .gpu.spec import make_backward_spec, make_spec
 

@@ -99,7 +99,7 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
     def prepared() -> Any:
         vector, waves = _waves(problem, lengths)
         return _engine.prepare_backward(problem, o, lengths, *rest, list(waves), plan.few_rows(problem, lengths.longest_q, vector),
-                                        plan.threads_for(problem, threads))
+                                        *plan.team_for(problem, threads, backward=True))
     ready = prepared()
 
     def run(addresses: Sequence[int], stream: int) -> None:
@@ -120,10 +120,10 @@ def _waves(p: Problem, lengths: plan.Lengths) -> tuple[int, Sequence[plan.Wave]]
 def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, most: int) -> Any:
     """The compiled engine's forward, on at most so many threads."""
     vector, half = _engine.vector_length(p.dtype)
-    threads = plan.threads_for(p, most)
-    cut = plan.plan_forward(p, o, lengths, vector, half, threads)
+    team = plan.team_for(p, most)
+    cut = plan.plan_forward(p, o, lengths, vector, half, team.threads)
     return _engine.prepare(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
-                           cut.all_heads, cut.few, cut.direct, threads)
+                           cut.all_heads, cut.few, cut.direct, *team)
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View]) -> None:
@@ -147,7 +147,7 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
         sums, place = dbias.reals(grads.dbias.shape, p)
     vector, waves = _waves(p, lengths)
     _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
-                     plan.few_rows(p, lengths.longest_q, vector), plan.threads_for(p, threads_of_call()))
+                     plan.few_rows(p, lengths.longest_q, vector), *plan.team_for(p, threads_of_call(), backward=True))
     if rows is not None:
         dbias.add_rows(rows, lengths, grads.dbias)
     if sums is not None:

@@ -431,7 +431,7 @@ cdef long open_wave(Backward* f) noexcept nogil:
     return tasks
 
 
-cdef void run_waves(Backward* f, list waves, int threads) except *:
+cdef void run_waves(Backward* f, list waves, int threads, bint brief) except *:
     """All waves, [(b0, b1, head_k0, head_k1, rows)] of plan.py, unless the call is stopped."""
     cdef Chains chains
     f.chains = &chains
@@ -439,7 +439,7 @@ cdef void run_waves(Backward* f, list waves, int threads) except *:
         f.b0, f.b1, f.head_k0, f.head_k1, f.rows = b0, b1, head_k0, head_k1, rows
         f.row_origin = f.c.cu_q[f.b0] if f.c.cu_q != NULL else 0
         with nogil:
-            run_tasks(backward_task, f, open_wave(f), threads, f.c.stop)
+            run_tasks(backward_task, f, open_wave(f), threads, brief, f.c.stop)
         if is_stopped(f.c.stop):
             break
 
@@ -467,6 +467,7 @@ cdef class PreparedBackward:
     cdef Backward f
     cdef long deltas                    # bytes
     cdef int threads
+    cdef bint brief
     cdef list waves, alive              # `alive`: the arrays behind f's pointers
 
     def __call__(self, size_t q, size_t k, size_t v, size_t dout, size_t out, size_t lse, size_t dlse, size_t dq, size_t dk, size_t dv):
@@ -478,20 +479,20 @@ cdef class PreparedBackward:
         f.dlse.ptr, f.c.dq.ptr, f.c.dk.ptr, f.c.dv.ptr = <char*>dlse, <char*>dq, <char*>dk, <char*>dv
         f.delta = <char*>&delta[0]
         begin(&f.c, &stop)
-        run_waves(&f, self.waves, self.threads)
+        run_waves(&f, self.waves, self.threads, self.brief)
         end_call(&stop)
 
 
-def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves, bint few, int threads):
+def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves, bint few, int threads, bint brief):
     """The backward of a dense Problem with arrays like these Views, none of them empty."""
     cdef PreparedBackward ready = PreparedBackward()
-    ready.waves, ready.threads, ready.alive = waves, threads, []
+    ready.waves, ready.threads, ready.brief, ready.alive = waves, threads, brief, []
     fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, ready.alive)
     ready.deltas = p.batch * p.num_heads * p.seqlen_q * ready.f.c.g.real
     return ready
 
 
-def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads):
+def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads, bint brief):
     """Gradients of a Problem.
 
     way: a dbias.Way. dbias: the View that it writes, four axes. dbias_rows: reals shaped as lse, for way "rows". delta: reals
@@ -518,8 +519,8 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
         f.c.dbias, f.dbias_once = gradient, way == "once"
         f.all_batch = way == "sums" and gradient.batch == 0 and p.batch > 1
         f.all_heads = way == "sums" and gradient.head == 0 and p.num_heads > 1
-    run_waves(&f, list(waves), threads)
+    run_waves(&f, list(waves), threads, brief)
     with nogil:
         if f.shared.ptr != NULL:
-            run_tasks(shared_task, &f, shared_tasks(&f), threads, &stop)
+            run_tasks(shared_task, &f, shared_tasks(&f), threads, brief, &stop)
     end_call(&stop)

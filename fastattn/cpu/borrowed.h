@@ -2,8 +2,8 @@
  * PyTorch is loaded, its own team takes a call's tasks: it is started as PyTorch starts it, through the entry point of its OpenMP
  * runtime. This module is linked with no such runtime.
  *
- * OpenMP waits until every thread of the team has come, at the start and at the end. On a busy machine that can take longer than the
- * tasks. Time that was lost so is measured, and the pool is used for a while. */
+ * OpenMP waits until every thread of the team has come, at the start and at the end. On a busy machine that can take far longer than
+ * the tasks. The time lost so is measured. If it was most of a call, the pool is used for a while. */
 #pragma once
 #include <errno.h>
 #include <sched.h>
@@ -20,7 +20,7 @@ typedef struct {
 } Lender;
 static Lender lender;
 
-enum { LOST_NS = 100 * 1000 }; /* of a call. A sleeping team costs 10 to 50 us to wake */
+enum { LOST_NS = 100 * 1000 }; /* less is nothing to avoid: a sleeping team takes 10 to 50 us to wake */
 enum { AVOID = 50 };           /* the pool is used for so many times the time lost, so that at most 2 % is lost */
 
 static void lend(void *parallel, void *max_threads) {
@@ -87,7 +87,7 @@ static void borrowed_main(void *x) {
   b->finished = clock_ns();
 }
 
-static void use_pool_until(int64_t time) { __atomic_store_n(&lender.pool_until, time, __ATOMIC_RELAXED); }
+static void use_pool_until(int64_t time) { write_time(&lender.pool_until, time); }
 
 /* Run the tasks on this thread and at most `helpers` threads of the team. False if there is none to borrow: then no task has run. */
 static int run_borrowed(Task task, const void *call, long tasks, int helpers, Stop *stop) {
@@ -95,7 +95,7 @@ static int run_borrowed(Task task, const void *call, long tasks, int helpers, St
   if (!__atomic_load_n(&lender.parallel, __ATOMIC_ACQUIRE) || forks) return 0; /* a team does not survive a fork, and its runtime does not notice */
   const int size = lender.max_threads();
   const int64_t begin = clock_ns();
-  if (size <= helpers || begin < __atomic_load_n(&lender.pool_until, __ATOMIC_RELAXED)) return 0;
+  if (size <= helpers || begin < read_time(&lender.pool_until)) return 0;
   if (known != size && !startable(size - 1)) {
     use_pool_until(begin + AGAIN_NS);
     return 0;
@@ -106,6 +106,6 @@ static int run_borrowed(Task task, const void *call, long tasks, int helpers, St
   b.helpers = helpers;
   lender.parallel(borrowed_main, &b, 0, 0);
   const int64_t end = clock_ns(), lost = (b.started - begin) + (end - b.finished);
-  if (lost > LOST_NS) use_pool_until(end + AVOID * lost);
+  if (lost > LOST_NS && 2 * lost > end - begin) use_pool_until(end + AVOID * lost);
   return 1;
 }

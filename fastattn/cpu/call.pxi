@@ -85,7 +85,7 @@ cdef extern from "tasks.h" nogil:
         long count, first
     Chain* take_item(Chains* chains, int* item)
     bint leave_chain(Chain* chain)
-    void run_tasks(void (*task)(const void* call, long number) noexcept nogil, const void* call, long tasks, int threads, Stop* stop)
+    void run_tasks(void (*task)(const void* call, long number) noexcept nogil, const void* call, long tasks, int threads, bint brief, Stop* stop)
     void lend(void* parallel, void* max_threads)
 
 cdef double LOG2E = 1.4426950408889634

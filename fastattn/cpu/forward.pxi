@@ -110,16 +110,17 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
     """Pack Q, find each row's interval of keys, clear the accumulators, and narrow the task's keys to the attended ones."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long h, i, begin = t.key_end, end = t.key_begin
+    cdef long h, r, i = 0, begin = t.key_end, end = t.key_begin
     for h in range(t.heads):
         g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, c.q.dim, c.q.dtype,
                     0, t.nq, t.nq, c.head_dim, NULL)
-    for i in range(t.rows):
-        row_interval(c, t.m0 + i % t.nq, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
-        w.lo[i], w.hi[i] = max(w.lo[i], t.key_begin), min(w.hi[i], t.key_end)
-        if w.lo[i] < w.hi[i]:
-            begin, end = min(begin, w.lo[i]), max(end, w.hi[i])
-        store_element(w.row_max + i * g.real, 1 if g.real == 8 else 0, -INFINITY)
+        for r in range(t.nq):
+            row_interval(c, t.m0 + r, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
+            w.lo[i], w.hi[i] = max(w.lo[i], t.key_begin), min(w.hi[i], t.key_end)
+            if w.lo[i] < w.hi[i]:
+                begin, end = min(begin, w.lo[i]), max(end, w.hi[i])
+            store_element(w.row_max + i * g.real, 1 if g.real == 8 else 0, -INFINITY)
+            i += 1
     memset(w.row_sum, 0, t.rows * g.real)
     memset(w.O, 0, t.rows * c.ldv * g.real)
     t.key_begin, t.key_end = begin, end
@@ -229,20 +230,16 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
         g.weighted_sum(mr, lo, hi, w.P, g.block_n, w.V, c.ldv, g.block_n, w.O + i0 * c.ldv * g.real, c.ldv, w.rescale)
 
 
-cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
+cdef inline void finish_row(const Call* c, long b, long head, long row, const char* O, const char* row_max, const char* row_sum) noexcept nogil:
     """out = O / row_sum, and lse. A sink adds to the sum only. A row that attends nothing gets 0 and -inf."""
-    cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef int real = 1 if g.real == 8 else 0
-    cdef long i, head, row
-    cdef double top, total, sink, factor, rounding, m
-    for i in range(t.rows):
-        head, row = t.head + i // t.nq, t.s.q0 + t.m0 + i % t.nq
-        m, total = load_element(w.row_max + i * g.real, real), load_element(w.row_sum + i * g.real, real)
-        factor, rounding = 1.0, g.rounding_of_unit(m, c2(c))
+    cdef double top, total = load_element(row_sum, real), sink, factor = 1.0, rounding = 0.0, m
+    if c.sinks != NULL or c.lse.ptr != NULL:
+        top = m = load_element(row_max, real)
+        rounding = g.rounding_of_unit(m, c2(c))
         if not c.scored:
-            m *= c.scale if real else <float>c.scale    # in the precision in which the backward scales the scores
-        top = m
+            top = m = m * (c.scale if real else <float>c.scale)     # in the precision in which the backward scales the scores
         if c.sinks != NULL:
             sink, factor, rounding = c.sinks[head], exp(rounding), 0.0
             if sink > m:
@@ -250,11 +247,22 @@ cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
         total *= factor
         if c.sinks != NULL and top > -INFINITY:
             total += exp(sink - top)
-        factor = 0.0 if total == 0 else factor * c.keep_scale / total
-        g.store_row(at(&c.out, t.b, row, head), c.out.dim, c.out.dtype, w.O + i * c.ldv * g.real, factor, c.head_dim_v)
-        if c.lse.ptr != NULL:
-            total *= exp(rounding)
-            store_element(at(&c.lse, t.b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY and total == 0 else top + log(total))
+    factor = 0.0 if total == 0 else factor * c.keep_scale / total
+    g.store_row(at(&c.out, b, row, head), c.out.dim, c.out.dtype, O, factor, c.head_dim_v)
+    if c.lse.ptr != NULL:
+        total *= exp(rounding)
+        store_element(at(&c.lse, b, row, head), c.lse.dtype, -INFINITY if top == -INFINITY and total == 0 else top + log(total))
+
+
+cdef void epilogue(const Forward* f, const Task* t, Work* w) noexcept nogil:
+    """The rows of a task: out, and lse if it is wanted."""
+    cdef const Call* c = &f.c
+    cdef const Kernels* g = c.g
+    cdef long h, row, i = 0
+    for h in range(t.head, t.head + t.heads):
+        for row in range(t.s.q0 + t.m0, t.s.q0 + t.m0 + t.nq):
+            finish_row(c, t.b, h, row, w.O + i * c.ldv * g.real, w.row_max + i * g.real, w.row_sum + i * g.real)
+            i += 1
 
 
 cdef void forward_task(const void* call, long number) noexcept nogil:
@@ -328,10 +336,10 @@ cdef void merge_task(const void* call, long number) noexcept nogil:
     epilogue(f, &t, &w)
 
 
-cdef void run_forward(const Forward* f, long tasks, int threads) noexcept nogil:
-    run_tasks(forward_task, f, tasks * f.splits, threads, f.c.stop)
+cdef void run_forward(const Forward* f, long tasks, int threads, bint brief) noexcept nogil:
+    run_tasks(forward_task, f, tasks * f.splits, threads, brief, f.c.stop)
     if f.splits > 1:
-        run_tasks(merge_task, f, tasks, 1, f.c.stop)
+        run_tasks(merge_task, f, tasks, 1, brief, f.c.stop)
 
 
 @cython.auto_pickle(False)
@@ -341,6 +349,7 @@ cdef class Prepared:
     cdef Forward f
     cdef long tasks
     cdef int threads
+    cdef bint brief
     cdef list alive                     # the arrays behind f's pointers
 
     def __call__(self, size_t q, size_t k, size_t v, size_t out, size_t lse):
@@ -354,16 +363,16 @@ cdef class Prepared:
             partial = np.empty(self.tasks * f.splits * f.partial_size, np.int8)
             f.partial = <char*>&partial[0]
         with nogil:
-            run_forward(&f, self.tasks, self.threads)
+            run_forward(&f, self.tasks, self.threads, self.brief)
         end_call(&stop)
 
 
 def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
-            bint all_heads, bint few, bint direct, int threads):
+            bint all_heads, bint few, bint direct, int threads, bint brief):
     """The forward of a Problem into Views like out and lse. The arguments after lse are the plan (plan.py)."""
     cdef Prepared ready = Prepared()
     cdef Forward* f = &ready.f
-    ready.alive, ready.threads = [order, first_block], threads
+    ready.alive, ready.threads, ready.brief = [order, first_block], threads, brief
     fill(&f.c, p, o, lengths, ready.alive)
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")

@@ -26,7 +26,8 @@ SHORT_M = 192        # a GQA group of at most so many rows (rows times heads) is
 FEW_ROWS = 8
 MIN_TASKS = 32       # with fewer tasks, long key ranges are split into parts of at least SPLIT_KEYS
 SPLIT_KEYS = 1024
-SERIAL_FLOPS = 2e6   # about 20 us on one core: not worth waking threads
+SHARE_FLOPS = 2.5e5  # about 5 us on one core: less is not worth another thread that is awake (1 to 2 us)
+BRIEF_FLOPS = 2e6    # about 40 us on one core: less is not worth waking a thread (30 to 50 us until it comes; tasks.h)
 PAIRS = 32           # elements of a vector of bfloat16 pairs; with them packed products beat dot products for a panel of rows
 HALF = ("float16", "bfloat16")
 
@@ -147,10 +148,17 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
     return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
 
 
-def threads_for(p: Problem, threads: int) -> int:
-    """1 if the work is too small to share."""
-    flops = 2.0 * p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
-    return 1 if flops < SERIAL_FLOPS else threads
+class Team(NamedTuple):
+    """How many threads a call may use, and whether it is so short that they should not be woken for it."""
+
+    threads: int
+    brief: bool
+
+
+def team_for(p: Problem, threads: int, backward: bool = False) -> Team:
+    """At most so many threads, and no more than have SHARE_FLOPS each."""
+    flops = (5.0 if backward else 2.0) * p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
+    return Team(max(1, int(min(threads, flops / SHARE_FLOPS))), flops < BRIEF_FLOPS)
 
 
 WAVE_BYTES = 32 << 20   # dQ sums in memory at a time

@@ -9,14 +9,40 @@ static void after_fork(void) {
 /* Once, at import. */
 static int tasks_setup(void) { return workspace_setup() || pthread_atfork(0, 0, after_fork); }
 
-/* Run task(call, 0), task(call, 1), ..., started in this order, on at most `threads` threads. */
-static void run_tasks(Task task, const void *call, long tasks, int threads, Stop *stop) {
-  const int helpers = (int)(tasks < threads ? tasks : threads) - 1;
-  if (helpers > 0 && (run_borrowed(task, call, tasks, helpers, stop) || run_on_pool(task, call, tasks, helpers, stop))) return;
+/* ---------------------------------------------------------------- brief calls
+ * A call of less than 50 us gains from threads that are awake. One that sleeps comes too late, and one that loses its processor in the middle
+ * of a task costs a hundred times the call. So such a call gets help only if another call ended just before, and if that did not take long. */
+enum { LONG_NS = 1000 * 1000 };
+static struct {
+  int64_t last;        /* when the last call ended that could have had help */
+  int64_t alone_until; /* brief calls get none */
+} brief_calls;
+
+static int better_alone(int64_t begin) { return begin > read_time(&brief_calls.last) + SPIN_NS || begin < read_time(&brief_calls.alone_until); }
+static void end_of_call(int brief, int64_t begin) {
+  const int64_t end = clock_ns();
+  write_time(&brief_calls.last, end);
+  if (brief && end - begin > LONG_NS) write_time(&brief_calls.alone_until, end + AVOID * (end - begin));
+}
+
+/* ---------------------------------------------------------------- running */
+static void run_alone(Task task, const void *call, long tasks, Stop *stop) {
   unsigned mode = exact_mode();
   for (long number = 0; number < tasks && !stopped(stop); number++) task(call, number);
   restore_mode(mode);
   trim_workspace(OF_THREAD);
+}
+/* Run task(call, 0), task(call, 1), ..., started in this order, on at most `threads` threads. `brief`: all of it takes less than 50 us. */
+static void run_tasks(Task task, const void *call, long tasks, int threads, int brief, Stop *stop) {
+  const int helpers = (int)(tasks < threads ? tasks : threads) - 1;
+  if (helpers <= 0) {
+    run_alone(task, call, tasks, stop);
+    return;
+  }
+  const int64_t begin = clock_ns();
+  if ((brief && better_alone(begin)) || !(run_borrowed(task, call, tasks, helpers, stop) || run_on_pool(task, call, tasks, helpers, stop)))
+    run_alone(task, call, tasks, stop);
+  end_of_call(brief, begin);
 }
 
 /* ---------------------------------------------------------------- turns */

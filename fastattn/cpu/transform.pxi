@@ -109,7 +109,7 @@ def transform(qkv, bias, cu_seqlens, heads, double scale, bint stream, int threa
     f.bias = tensor(bias, "d").ptr
     cdef long tasks = f.batch * ((f.seqlen + TILE - 1) // TILE)
     with nogil:
-        run_tasks(transform_task, &f, tasks, threads, &stop)
+        run_tasks(transform_task, &f, tasks, threads, False, &stop)
     end_call(&stop)
 
 
@@ -125,6 +125,6 @@ def transform_backward(heads, cu_seqlens, dqkv, double scale, int threads):
     cdef size_t address = sums.ctypes.data
     f.sums = <char*>address
     with nogil:
-        run_tasks(transform_backward_task, &f, tasks, threads, &stop)
+        run_tasks(transform_backward_task, &f, tasks, threads, False, &stop)
     end_call(&stop)
     return sums

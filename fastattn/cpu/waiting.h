@@ -26,6 +26,9 @@ static struct timespec timespec_of(int64_t ns) {
   return t;
 }
 static int64_t clock_ns(void) { return nanoseconds(CLOCK_MONOTONIC); }
+/* Times by clock_ns that threads share as hints. */
+static int64_t read_time(const int64_t *at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
+static void write_time(int64_t *at, int64_t time) { __atomic_store_n(at, time, __ATOMIC_RELAXED); }
 
 static void relax(void) {
   for (int n = 0; n < 8; n++) {

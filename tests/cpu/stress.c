@@ -42,7 +42,7 @@ static void plain_call(unsigned *seed, int threads) {
   Stop stop;
   begin_call(&stop, no_look);
   Plain p = {zeros(tasks + 1, sizeof(int)), (int)draw(seed, 3000), &stop};
-  run_tasks(plain_task, &p, tasks, threads, &stop);
+  run_tasks(plain_task, &p, tasks, threads, (int)draw(seed, 2), &stop);
   for (long n = 0; n < tasks; n++)
     if (p.runs[n] != 1) fail("a task did not run once");
   free(p.runs);
@@ -84,7 +84,7 @@ static void chained_call(unsigned *seed, int threads) {
   long tasks = 0;
   for (long n = 0; n < count; n++) tasks += chains.chain[n].length = (int)(1 + draw(seed, 9));
   Chained p = {&chains, zeros(count * blocks, sizeof(int)), blocks, (int)draw(seed, 3000), zeros(count * blocks, sizeof(double)), &stop};
-  run_tasks(chained_task, &p, tasks, threads, &stop);
+  run_tasks(chained_task, &p, tasks, threads, 0, &stop);
   for (long n = 0; n < count * blocks; n++) {
     double expected = 1;
     const int length = chains.chain[n / blocks].length;
@@ -120,7 +120,7 @@ static void stopped_call(void) {
   begin_call(&stop, raise_now);
   stop.next_look = now() + 3 * 1000 * 1000;
   Plain p = {zeros(tasks, sizeof(int)), 100000, &stop};
-  run_tasks(plain_task, &p, tasks, 3, &stop);
+  run_tasks(plain_task, &p, tasks, 3, 0, &stop);
   long runs = 0;
   for (long n = 0; n < tasks; n++) runs += p.runs[n];
   if (stop.state != INTERRUPTED || runs == tasks) fail("a call was not stopped");
@@ -142,7 +142,7 @@ static void forked_call(void) {
   Stop stop, *call = &stop;
   begin_call(&stop, fork_now);
   stop.next_look = now() + 3 * 1000 * 1000;
-  run_tasks(slow_task, &call, 2, 2, &stop);
+  run_tasks(slow_task, &call, 2, 2, 0, &stop);
   if (stop.raised) _exit(0);
   int status;
   if (wait(&status) < 0 || status || stop.state != GOING) fail("a fork in the middle of a call");
