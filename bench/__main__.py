@@ -1,20 +1,22 @@
 """The benchmark's command line.
 
 `python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench workloads`
-does so for problems of published models. `python -m bench
-ladder` measures each rung of the reading course. `python -m bench paired OLD_TREE` compares two trees of fastattn.
+does so for problems of published models. `python -m bench busy` shares the processors with other processes and with torch.
+`python -m bench ladder` measures each rung of the reading course. `python -m bench paired OLD_TREE` compares two trees of
+fastattn.
 `--help` lists the options.
 """
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from fastattn.cli.pipes import until_closed
 
-from . import cpu, ladder, machine, paired, plot, results, table
+from . import busy, cpu, ladder, machine, paired, plot, results, table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
         "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|gpu|workloads|ladder|paired")
+    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|ladder|paired")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
                                 **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
@@ -58,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
                         help="for cpu.csv and cpu.png (cpu-quick, cpu-only for parts)")
     _common(target)
     target.set_defaults(mode="full", run=_cpu)
+
+    target = targets.add_parser("busy", help="beside torch while other processes want the processors, and between torch's operators",
+                                **_example("busy --only forward.*512 --seconds 10"))
+    target.add_argument("--threads", type=int, help="for both libraries (default: the processors this process may use)")
+    target.add_argument("--processes", type=int, help="other processes that compute (default: one a processor)")
+    target.add_argument("--seconds", type=float, default=8.0, help="for each case (default: 8)")
+    _choice(target)
+    target.set_defaults(run=_busy)
 
     target = targets.add_parser("gpu", help="against torch's SDPA and varlen_attn and FlashAttention-4 on one CUDA device",
                                 **_example("gpu --quick --backward"))
@@ -141,6 +151,19 @@ def _cpu(options: argparse.Namespace) -> None:
     if not options.from_csv:
         results.write_csv(cpu.run(options.mode, options.only, options.threads), path)
     report(path, "cpu", options.update_readme)
+
+
+def _busy(options: argparse.Namespace) -> None:
+    """Print the table as it is measured."""
+    chosen = [case for case in busy.cases() if options.only is None or re.search(options.only, case.name)]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    processors = machine.available_threads()
+    threads, processes = options.threads or processors, processors if options.processes is None else options.processes
+    print(f"{machine.cpu_model()}, {threads} threads, {processes} other processes\n\n{busy.HEAD}", flush=True)
+    for case, found in busy.run(chosen, threads, processes, options.seconds):
+        print(busy.lines(case, found), flush=True)
 
 
 def report(path: Path, name: str, update_pages: bool) -> None:

@@ -234,7 +234,7 @@ cdef inline void finish_row(const Call* c, long b, long head, long row, const ch
     """out = O / row_sum, and lse. A sink adds to the sum only. A row that attends nothing gets 0 and -inf."""
     cdef const Kernels* g = c.g
     cdef int real = 1 if g.real == 8 else 0
-    cdef double top, total = load_element(row_sum, real), sink, factor = 1.0, rounding = 0.0, m
+    cdef double top = -INFINITY, total = load_element(row_sum, real), sink, factor = 1.0, rounding = 0.0, m
     if c.sinks != NULL or c.lse.ptr != NULL:
         top = m = load_element(row_max, real)
         rounding = g.rounding_of_unit(m, c2(c))

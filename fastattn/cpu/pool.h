@@ -4,6 +4,7 @@
  *
  * Several calls at once have a job each. Where no helper can be created, or no job is free, the calling thread does all. */
 #pragma once
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include "stop.h"
@@ -30,6 +31,28 @@ static void restore_mode(unsigned before) {
 #endif
 }
 
+/* ---------------------------------------------------------------- the processor itself */
+static int this_processor(void) {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+/* Move this thread elsewhere if it is on that processor. A thread that wakes prefers the processor on which it ran last. If that is the
+ * caller's, and others have work of their own, the two would take turns there, in this call and the next ones. */
+static void leave_processor(int processor) {
+#if defined(__linux__)
+  cpu_set_t all, others;
+  if (this_processor() != processor || sched_getaffinity(0, sizeof all, &all)) return;
+  others = all;
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof all, &all);
+#else
+  (void)processor;
+#endif
+}
+
 /* ---------------------------------------------------------------- jobs */
 /* A job's `state`: how many helpers are inside, how many more may join, and these two bits. */
 enum { INSIDE = 1, SEAT = 1 << 12, TAKEN = 1 << 24, OPEN = 1 << 25 };
@@ -38,6 +61,7 @@ enum { MOST_HELPERS = 1023 }; /* threads.MAX_THREADS, with the calling thread */
 typedef struct {
   _Alignas(64) int state;
   pthread_t caller;
+  int processor; /* on which the caller was */
   Task task; /* from here to `stop`: read only by who holds a task, so that the caller may be gone */
   const void *call;
   long tasks;
@@ -53,6 +77,7 @@ static int seats(int state) { return state % TAKEN / SEAT; }
 
 static void fill_job(Job *job, Task task, const void *call, long tasks, Stop *stop) {
   job->task = task, job->call = call, job->tasks = tasks, job->stop = stop, job->caller = stop->caller;
+  job->processor = this_processor();
   job->left = tasks, job->done = job->caller_sleeps = 0;
   PUT(job->next, 0);
 }
@@ -120,6 +145,7 @@ static int help(void) {
     if (GET(job->next) < job->tasks) {
       found = 1;
       if (seats(GET(job->state)) && GET(job->next) + 1 < job->tasks && GET(pool.sleepers)) wake(&pool.published, 2);
+      leave_processor(job->processor);
       take_tasks(job);
     }
     ADD(job->state, SEAT - INSIDE);
