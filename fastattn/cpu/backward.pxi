@@ -279,7 +279,7 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch
     block.P, block.dS, block.Q, block.dO, block.dK, block.dV, block.lo, block.hi = w.P, w.dS, w.Q, w.dO, w.dK, w.dV, w.lo, w.hi
     for head in range(head_k * c.group, (head_k + 1) * c.group):
-        for m in range((s.nq + GRAD_M - 1) // GRAD_M):
+        for m in range((s.nq + GRAD_M - 1) // GRAD_M - 1, -1, -1):      # from the last row: under a causal mask all tiles of a chain start there
             m0 = m * GRAD_M
             nq = min(GRAD_M, s.nq - m0)
             row_interval(c, m0, s.nq, s.nk, &lo, &unused)

@@ -89,13 +89,14 @@ static void borrowed_main(void *x) {
 
 static void use_pool_until(int64_t time) { write_time(&lender.pool_until, time); }
 
-/* Run the tasks on this thread and at most `helpers` threads of the team. False if there is none to borrow: then no task has run. */
+/* Run the tasks on this thread and at most `helpers` threads of the team. False if there is none to borrow, or it is too small, or most of it
+ * would wake for nothing: then no task has run. */
 static int run_borrowed(Task task, const void *call, long tasks, int helpers, Stop *stop) {
   static __thread int known; /* the size of this thread's team; its runtime keeps its threads */
   if (!__atomic_load_n(&lender.parallel, __ATOMIC_ACQUIRE) || forks) return 0; /* a team does not survive a fork, and its runtime does not notice */
   const int size = lender.max_threads();
   const int64_t begin = clock_ns();
-  if (size <= helpers || begin < read_time(&lender.pool_until)) return 0;
+  if (size <= helpers || size > 2 * (helpers + 1) || begin < read_time(&lender.pool_until)) return 0;
   if (known != size && !startable(size - 1)) {
     use_pool_until(begin + AGAIN_NS);
     return 0;

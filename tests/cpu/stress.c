@@ -195,6 +195,20 @@ static void borrowed_calls(void) {
   lend(0, 0);
 }
 
+/* ---------------------------------------------------------------- leaving a processor */
+static void moved(void) {
+  cpu_set_t before, after;
+  int elsewhere = 0;
+  if (sched_getaffinity(0, sizeof before, &before)) fail("sched_getaffinity");
+  for (int n = 0; n < 20; n++) {
+    const int here = this_processor();
+    leave_processor(here);
+    elsewhere += this_processor() != here;
+  }
+  if (sched_getaffinity(0, sizeof after, &after) || !CPU_EQUAL(&before, &after)) fail("a thread that moved may run elsewhere than before");
+  if (!elsewhere && CPU_COUNT(&before) > 1) fail("a thread did not move");
+}
+
 int main(int argc, char **argv) {
   if (argc != 4 || tasks_setup()) fail("usage: stress ROUNDS CALLERS FORKS");
   rounds = atoi(argv[1]);
@@ -211,6 +225,7 @@ int main(int argc, char **argv) {
   for (int n = 0; n < callers && n < MOST; n++) pthread_join(threads[n], 0);
   for (Job *job = pool.jobs; job < pool.jobs + JOBS; job++)
     if (GET(job->state) & (TAKEN | OPEN)) fail("a job stayed open");
+  moved();
   stopped_call();
   borrowed_calls();
   if (children) forked_call();

@@ -90,9 +90,9 @@ except ValueError as error:
 
 @linux
 @pytest.mark.parametrize(("switch", "torch_threads", "expected"),
-                         [("1", 2, ""), ("", 2, ""), ("0", 2, "fastattn-1"), ("1", 1, "fastattn-1")])
+                         [("1", 2, ""), ("", 2, ""), ("0", 2, "fastattn-1"), ("1", 1, "fastattn-1"), ("1", 5, "fastattn-1")])
 def test_torch_lends_its_threads(switch: str, torch_threads: int, expected: str) -> None:
-    """Unless it has fewer than a call may use. Later calls may leave it alone, on a busy machine."""
+    """Unless it has fewer than a call may use, or far more. Later calls may leave it alone, on a busy machine."""
     pytest.importorskip("torch")
     assert printed(HELPERS.format(imports="torch, fastattn") + f"""
 torch.set_num_threads({torch_threads})
