@@ -21,7 +21,7 @@ typedef struct {
 static Lender lender;
 
 enum { LOST_NS = 100 * 1000 }; /* less is nothing to avoid: a sleeping team takes 10 to 50 us to wake */
-enum { AVOID = 50 };           /* the pool is used for so many times the time lost, so that at most 2 % is lost */
+enum { AVOID = 50 };           /* what lost time is avoided for so many times as long, so that 2 % is lost at most */
 
 static void lend(void *parallel, void *max_threads) {
   *(void **)&lender.max_threads = max_threads;
@@ -71,7 +71,7 @@ static int startable(int wanted) {
 /* ---------------------------------------------------------------- running */
 typedef struct {
   Job job;
-  int helpers;              /* how many more threads of the team may help */
+  int helpers;               /* how many more threads of the team may help */
   int64_t started, finished; /* the caller: its first task, and the end of the last one */
 } Borrowed;
 
@@ -89,8 +89,8 @@ static void borrowed_main(void *x) {
 
 static void use_pool_until(int64_t time) { write_time(&lender.pool_until, time); }
 
-/* Run the tasks on this thread and at most `helpers` threads of the team. False if there is none to borrow, or it is too small, or most of it
- * would wake for nothing: then no task has run. */
+/* Run the tasks on this thread and at most `helpers` threads of the team. False if there is no team to
+ * borrow, or it is too small, or most of it would wake for nothing: then no task has run. */
 static int run_borrowed(Task task, const void *call, long tasks, int helpers, Stop *stop) {
   static __thread int known; /* the size of this thread's team; its runtime keeps its threads */
   if (!__atomic_load_n(&lender.parallel, __ATOMIC_ACQUIRE) || forks) return 0; /* a team does not survive a fork, and its runtime does not notice */

@@ -3,6 +3,7 @@
 include "call.pxi"
 include "forward.pxi"
 include "backward.pxi"
+include "backward_call.pxi"
 include "transform.pxi"
 
 if tasks_setup():

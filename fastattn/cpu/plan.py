@@ -149,7 +149,7 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
 
 
 class Team(NamedTuple):
-    """How many threads a call may use, and whether it is so short that they should not be woken for it."""
+    """How many threads a call may use, and whether it is so brief that they should not be woken for it."""
 
     threads: int
     brief: bool

@@ -9,22 +9,6 @@ static void after_fork(void) {
 /* Once, at import. */
 static int tasks_setup(void) { return workspace_setup() || pthread_atfork(0, 0, after_fork); }
 
-/* ---------------------------------------------------------------- brief calls
- * A call of less than 50 us gains from threads that are awake. One that sleeps comes too late, and one that loses its processor in the middle
- * of a task costs a hundred times the call. So such a call gets help only if another call ended just before, and if that did not take long. */
-enum { LONG_NS = 1000 * 1000 };
-static struct {
-  int64_t last;        /* when the last call ended that could have had help */
-  int64_t alone_until; /* brief calls get none */
-} brief_calls;
-
-static int better_alone(int64_t begin) { return begin > read_time(&brief_calls.last) + SPIN_NS || begin < read_time(&brief_calls.alone_until); }
-static void end_of_call(int brief, int64_t begin) {
-  const int64_t end = clock_ns();
-  write_time(&brief_calls.last, end);
-  if (brief && end - begin > LONG_NS) write_time(&brief_calls.alone_until, end + AVOID * (end - begin));
-}
-
 /* ---------------------------------------------------------------- running */
 static void run_alone(Task task, const void *call, long tasks, Stop *stop) {
   unsigned mode = exact_mode();
@@ -32,7 +16,23 @@ static void run_alone(Task task, const void *call, long tasks, Stop *stop) {
   restore_mode(mode);
   trim_workspace(OF_THREAD);
 }
-/* Run task(call, 0), task(call, 1), ..., started in this order, on at most `threads` threads. `brief`: all of it takes less than 50 us. */
+
+/* Whether a brief call gets no help: one that takes less than 50 us on one thread (plan.py). Threads that sleep come too late for it, so it
+ * gets help only if another call ended just before. And a thread that loses its processor in the middle of a task costs a hundred times
+ * the call. */
+enum { LONG_NS = 1000 * 1000 };
+static struct {
+  int64_t last;        /* when the last call ended that could have had help */
+  int64_t alone_until; /* brief calls get none */
+} brief_calls;
+static int better_alone(int64_t begin) { return begin > read_time(&brief_calls.last) + SPIN_NS || begin < read_time(&brief_calls.alone_until); }
+static void end_of_call(int brief, int64_t begin) {
+  const int64_t end = clock_ns();
+  write_time(&brief_calls.last, end);
+  if (brief && end - begin > LONG_NS) write_time(&brief_calls.alone_until, end + AVOID * (end - begin));
+}
+
+/* Run task(call, 0), task(call, 1), ..., started in this order, on at most `threads` threads. */
 static void run_tasks(Task task, const void *call, long tasks, int threads, int brief, Stop *stop) {
   const int helpers = (int)(tasks < threads ? tasks : threads) - 1;
   if (helpers <= 0) {

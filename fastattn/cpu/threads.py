@@ -100,10 +100,11 @@ def borrow_with(borrow: Callable[[int, int], None]) -> None:
 def threads_of_call() -> int:
     """get_num_threads(), for a call that starts now: it may be the first one after PyTorch was loaded."""
     global _borrow
-    if _borrow is not None and "torch._C" in sys.modules:
+    borrow = _borrow                        # another thread may set it to None meanwhile
+    if borrow is not None and "torch._C" in sys.modules:
         entries = [_address(name) for name in ("GOMP_parallel", "omp_get_max_threads")]
         if all(entries):                    # PyTorch has other threads on macOS
-            _borrow(*entries)
+            borrow(*entries)
         _borrow = None
     return _threads
 
