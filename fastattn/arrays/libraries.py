@@ -96,7 +96,7 @@ def _torch(torch: Any) -> Library:
 
     def new(x: Any, shape: Shape, dtype: str) -> tuple[Any, int]:
         wanted = dtypes[dtype]
-        tensor = x.new_empty(*shape) if x.dtype is wanted else x.new_empty(shape, dtype=wanted)     # a tuple takes longer
+        tensor = x.new_empty(*shape) if shape and x.dtype is wanted else x.new_empty(shape, dtype=wanted)       # a tuple takes longer
         return tensor, tensor.data_ptr()
 
     def empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:

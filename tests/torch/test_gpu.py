@@ -97,3 +97,9 @@ def test_autocast_and_a_model() -> None:
         results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
     for a, b in zip(*results, strict=True):
         near(a, b, 0.02)
+
+
+def test_the_gradient_of_a_bias_without_axes() -> None:
+    q, bias = draw(1, 70, 2, 64), draw()
+    got = with_grads(lambda q, bias: attention(q, q, q, bias=bias), [q, bias], torch.randn(1, 70, 2, 64, device="cuda"))
+    assert got[2].shape == () and float(got[2].abs()) < 0.1         # a constant changes no softmax

@@ -14,6 +14,7 @@ FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: 
 FLOAT_WARPS = 8             # of a block of `backward_float`
 MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
+PADDED_ROWS = 1.15          # so many times the rows of smaller tiles are too many; 512 rows, where tiles of 192 won, are 1.125
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
 
@@ -109,7 +110,7 @@ class ForwardSm90Config:
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap))
 
 
-def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
+def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
     """The widest key blocks that registers allow: features that hold another value for every score need narrower ones.
 
     Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (160 with
@@ -131,7 +132,9 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
             block_n = (48 if capped else 64) if several else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
-        return ForwardSm90Config(block_m=192, block_n=128, turns=True, optimistic=optimistic)
+        # 197 rows are 384 in tiles of 192, which was 0.84 of cuDNN, and 256 in tiles of 128
+        wasteful = not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
+        return ForwardSm90Config(block_m=128 if wasteful else 192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
         if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
@@ -150,6 +153,11 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30) -> ForwardSm90Config:
         return ForwardSm90Config(block_m=128, block_n=80, out_panels=0, turns=True, hints=True)
     block_n = 48 if spec.alibi and spec.packed else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
+
+
+def _padded(rows: int, block_m: int) -> int:
+    """Rows of the tiles of so many rows."""
+    return -(-rows // block_m) * block_m
 
 
 def _choose_sliced(spec: Spec) -> ForwardSm90Config:

@@ -134,8 +134,8 @@ def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _choice(spec: Spec, seqlen_k: int) -> tuple[ForwardSm90Config, Program]:
-    config = choose_forward(spec, seqlen_k)
+def _choice(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config, Program]:
+    config = choose_forward(spec, seqlen_k, seqlen_q)
     return config, forward_program(spec, config)
 
 
@@ -147,7 +147,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
-    config, (source, arguments) = _choice(spec, call.problem.seqlen_k)
+    config, (source, arguments) = _choice(spec, call.problem.seqlen_k, call.problem.seqlen_q)
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
