@@ -1,7 +1,7 @@
 """Tilings of the kernels on plain threads: every number with its constraint."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..config import num_features
@@ -116,11 +116,12 @@ def lines_of(spec: Spec) -> int:
     """Most lines of a tile of the backward and of dbias.
 
     With a small head_dim the compiler unrolls the loops over its columns and keeps more values live: with features, or
-    16-bit operands, 64 lines would spill 4 to 136 bytes. With most features, or float64 and two, 32 lines would spill 12,
-    and with 16-bit operands alone 8.
+    16-bit operands, 64 lines would spill 4 to 136 bytes. With most features, or float64 and two (packed: one), 32 lines
+    would spill 12, and with 16-bit operands alone 8.
     """
     small, wide = max(spec.head_dim, spec.head_dim_v) < 64, spec.dtype == "float64"
-    if small and (num_features(spec) > (1 if wide else 2) or (num_features(spec) == 0 and spec.dtype in ("float16", "bfloat16"))):
+    many = 2 if not wide else 0 if spec.packed else 1
+    if small and (num_features(spec) > many or (num_features(spec) == 0 and spec.dtype in ("float16", "bfloat16"))):
         return 16
     return 32 if wide or (small and num_features(spec) > 0) else 64
 
@@ -136,7 +137,9 @@ def _tile_of_sums(spec: Spec, columns: int) -> Tile:
     spill. Shared memory stays under 99 KB.
     """
     most = (4096 if spec.dtype == "float64" else 16384) // columns
-    return _tile(spec, max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0)))
+    tile = _tile(spec, max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0)))
+    # 16 lines of more columns than that are over 64 registers a thread: with two features of a packed call 8 bytes would spill
+    return replace(tile, loads=4) if 16 * columns > 12288 and spec.packed and num_features(spec) > 1 else tile
 
 
 @lru_cache(maxsize=1024)
