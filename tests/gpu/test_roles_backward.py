@@ -57,7 +57,7 @@ def kernel(spec: Spec, config: Any, change: Any) -> Any:
 def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
     """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows. mask: the elements of its mask."""
     spec = launch_sm90.with_bias_tiles(make_backward_spec(call), call.operands.bias, 128)
-    config, memory, made = replace(tiling(spec), **tuning), Memory(), []
+    config, memory, made = replace(tiling(spec, call.problem.seqlen_k), **tuning), Memory(), []
     arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
@@ -153,6 +153,11 @@ def test_calls_with_far_rows(name: str) -> None:
 def test_other_orders(name: str, tuning: dict[str, Any]) -> None:
     for seed in range(3):
         check(CASES[name], play(CASES[name], seed, **tuning), whole(CASES[name].problem))
+
+
+def test_long_causal_calls_begin_with_the_first_queries() -> None:
+    spec = make_backward_spec(CASES["128 causal"])
+    assert tiling(spec, 32767).down and not tiling(spec, 32768).down and not tiling(replace(spec, right=False), 100).down
 
 
 @pytest.mark.parametrize(("dim", "causal"), [(64, True), (128, False), (128, True)])

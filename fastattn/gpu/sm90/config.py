@@ -186,6 +186,7 @@ def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
 
 
 # ---------------------------------------------------------------- dK and dV together
+FIRST_TO_LAST = 32768       # keys from which causal calls go through query blocks from first to last
 MLA = 192, 128, 64          # head_dim, head_dim_v and query rows of a step: the largest heads whose dK and dV fit the registers
 
 
@@ -248,22 +249,22 @@ def is_wide(spec: Spec) -> bool:
     return max(spec.head_dim, spec.head_dim_v) > 128
 
 
-def _choose_with_tiles(spec: Spec) -> BackwardSm90Config:
+def _choose_with_tiles(spec: Spec, down: bool) -> BackwardSm90Config:
     """choose_backward for a bias in shared memory, which takes registers only while it is added. Two stages of Q, because it lies in the
     place of dS."""
     if max(spec.head_dim, spec.head_dim_v) <= 64:       # not crowded, 48 to 264 bytes would spill
-        return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=128, q_stages=2, crowded=True, down=spec.right)
-    return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=spec.right)
+        return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=128, q_stages=2, crowded=True, down=down)
+    return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=down)
 
 
-def choose_backward(spec: Spec) -> BackwardSm90Config:
+def choose_backward(spec: Spec, seqlen_k: int = 1 << 30) -> BackwardSm90Config:
     """S and dP take block_m / 2 registers a thread each, dQ up to 32, P block_m / 4, dK and dV half their head size each, of
     240."""
-    dim, dim_v, down = spec.head_dim, spec.head_dim_v, spec.right
+    dim, dim_v, down = spec.head_dim, spec.head_dim_v, spec.right and seqlen_k < FIRST_TO_LAST
     if dim > 128:
         return BackwardSm90Config(dim=dim, dim_v=dim_v, block_m=MLA[2], crowded=True, apart=True, down=down)
     if spec.bias_tiles:
-        return _choose_with_tiles(spec)
+        return _choose_with_tiles(spec, down)
     two, at_most_mask = num_features(spec) > 1, num_features(spec) == spec.mask
     spills = spec.dbias is not None or spec.softcap or (spec.mask and two)
     if max(dim, dim_v) <= 64 and not spills:

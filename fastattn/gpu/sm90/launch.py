@@ -221,7 +221,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:
         own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
-    config, wide = choose_backward(own_spec), is_wide(own_spec)
+    config, wide = choose_backward(own_spec, call.problem.seqlen_k), is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
