@@ -331,7 +331,7 @@ def worth_parts(spec: Spec, config: BackwardSm90Config, heads_k: int, group: int
     blocks, tiles = -(-seqlen_q // config.block_m), -(-seqlen_k // BLOCK_N)
     steps = heads_k * group * tiles * blocks * (0.5 + 0.5 / tiles if spec.right else 1.0)
     step = config.block_m * BLOCK_N * 10 * config.dim / STEP_FLOPS
-    part_bytes = 2 * 4 * heads_k * group * seqlen_k * config.dim
+    part_bytes = 2 * 4 * heads_k * group * seqlen_k * max(config.dim, config.dim_v)
     whole, apart = max(group * blocks, steps / num_sms) * step, max(blocks, steps / num_sms) * step
     return part_bytes <= MOST_PART_BYTES and apart + 2 * part_bytes / PART_BANDWIDTH + PART_OVERHEAD < WORTH * whole
 
