@@ -177,7 +177,7 @@ def test_precompile_takes_every_architecture(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_a_call_that_no_family_runs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     precompile = gpu_module("precompile")
-    jobs, refused = precompile.jobs_of([precompile.Want("float32", 64)], ["sm_80"], ("sm80",))
+    jobs, refused = precompile.jobs_of([precompile.Want("float64", 64)], ["sm_80"], ("sm80",))
     assert not jobs and len(refused) == 1 and "sm80" in refused[0].error
 
 
