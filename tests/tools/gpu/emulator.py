@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import ctypes
 import importlib
+import itertools
 import math
 import struct
 import threading
@@ -281,6 +282,9 @@ class Machine:
                 "scale_chunk": lambda x, factor: tuple(a * factor for a in x)}
 
 
+_marks = itertools.count(1)
+
+
 class _Launcher(Listing):
     def __init__(self, machine: Machine, arch: str) -> None:
         super().__init__(absent_device(arch))
@@ -291,6 +295,9 @@ class _Launcher(Listing):
 
     def temporary(self, size: int, stream: int) -> Any:
         return self.machine.memory.temporary(size, stream)
+
+    def mark(self) -> int:
+        return next(_marks)
 
 
 def int32(x: Any) -> int:
