@@ -47,7 +47,7 @@ def test_capped_scores(cap: float, scale: float) -> None:
     exact, slope = np.float64(F(cap)) * np.tanh(x), 1 / np.cosh(np.minimum(abs(x), 300)) ** 2
     a = SimpleNamespace(softcap=F(cap), softmax_scale=F(scale))
     with replaced(("tile.scores",), LINES), np.errstate(all="ignore"):
-        forward = scores.make_cap()(a, products)
+        forward = scores.make_cap(Spec("bfloat16", 64, 64, softcap=True))(a, products)
         backward, got_slope = scores.make_cap_of(Spec("float16", 64, 64, softcap=True, scaled=True))(a, products)
     np.testing.assert_array_less(abs(forward - exact), 12 * EPS * abs(exact) + 4 * EPS * min(cap, 64) + 1e-37)
     np.testing.assert_array_less(abs(backward - forward), 2 * EPS * abs(exact) + EPS * min(cap, 64) + 1e-37)
