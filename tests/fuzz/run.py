@@ -195,13 +195,14 @@ def _run(seed: int, device: str, levels: list[str], problems: int | None, second
     end = None if seconds is None else start + seconds
     # a GPU's families refuse some: those do not count
     todo = pieces(levels, device, None if device == "cuda" else problems, processes)
-    shown = [start]
+    shown, told = [start], 0
 
     def over() -> bool:
         late = end is not None and time.monotonic() > end
         return late or report.broken or (device == "cuda" and problems is not None and report.count >= problems)
 
     def slot() -> None:
+        nonlocal told
         workers = dict[str, Worker]()          # one for each level
         while True:
             with lock:
@@ -221,6 +222,9 @@ def _run(seed: int, device: str, levels: list[str], problems: int | None, second
                 if over():
                     break
             with lock:
+                for finding in report.findings[told:]:      # now, because a run that is stopped has no end
+                    say(show(finding, seed, device))
+                told = len(report.findings)
                 if time.monotonic() - shown[0] > 30:
                     shown[0] = time.monotonic()
                     say(f"{report.count} problems, {len(report.findings)} wrong")

@@ -81,7 +81,7 @@ def check(case: Case, family: str) -> None:
     case = for_family(case, family)
     inputs, judge = judged(case)
     # where scores are large, so is lse: rounded to float32 it is another softmax's than the one that the family's scores belong to
-    out, lse = (own_forward if case.name.startswith("scale_large") else reference_forward)(inputs)
+    out, lse = (own_forward if case.name.startswith(("scale_large", "scale_huge")) else reference_forward)(inputs)
     try:
         grads = backward(inputs, out, lse, family)
     except UnsupportedError as error:
