@@ -65,10 +65,11 @@ def backward(inputs: Inputs, out: Array, lse: Array, family: str, deterministic:
     return Grads(*(None if x is None else to_host(x) for x in grads))
 
 
-def own_forward(inputs: Inputs) -> tuple[Array, Array]:
+def own_forward(inputs: Inputs, family: str) -> tuple[Array, Array]:
     (q, k, v, *lengths), kwargs = device_arguments(inputs)
     function: Any = fastattn.attention_varlen if inputs.packed else fastattn.attention
-    out, lse = function(q, k, v, *lengths, **kwargs, return_lse=True)
+    with using(family):
+        out, lse = function(q, k, v, *lengths, **kwargs, return_lse=True)
     return to_host(out), to_host(lse)
 
 
@@ -81,8 +82,9 @@ def check(case: Case, family: str) -> None:
     case = for_family(case, family)
     inputs, judge = judged(case)
     # where scores are large, so is lse: rounded to float32 it is another softmax's than the one that the family's scores belong to
-    out, lse = (own_forward if case.name.startswith(("scale_large", "scale_huge")) else reference_forward)(inputs)
+    own = case.name.startswith(("scale_large", "scale_huge"))
     try:
+        out, lse = own_forward(inputs, family) if own else reference_forward(inputs)
         grads = backward(inputs, out, lse, family)
     except UnsupportedError as error:
         assert not must_give(case, family), f"{family} refuses {case}: {error}"
