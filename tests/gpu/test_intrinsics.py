@@ -28,7 +28,15 @@ from fastattn.arrays.view import View, contiguous
 from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits, fragments, stores
-from tests.tools.gpu import probes_backward, probes_bias, probes_parts, probes_tiles  # noqa: F401  which add their probes to PROBES
+from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
+    probes_backward,
+    probes_bias,
+    probes_fragments,
+    probes_mma,
+    probes_parts,
+    probes_scalar,
+    probes_tiles,
+)
 from tests.tools.gpu.probes import PROBES, Array
 
 NAMES = list(PROBES)

@@ -128,3 +128,20 @@ def waits(driver: Driver) -> list[tuple[int, int]]:
             assert names[i:i + 4] == ["EventCreate", "EventRecord", "StreamWaitEvent", "EventDestroy"]
             waits.append((driver.log[i + 2][1], driver.log[i + 1][2]))
     return waits
+
+
+class Recorder:
+    """An engine for CUDA memory that records its arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def supports(self, problem: Any) -> str | None:
+        return None
+
+    def forward(self, problem: Any, operands: Any, out: Any, lse: Any, stream: int) -> None:
+        self.calls.append((problem, operands, out, lse, stream))
+
+    def backward(self, problem: Any, operands: Any, dout: Any, out: Any, lse: Any, dlse: Any, grads: Any, stream: int,
+                 deterministic: bool) -> None:
+        self.calls.append((problem, grads, stream, deterministic))

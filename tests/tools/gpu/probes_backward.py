@@ -13,25 +13,10 @@ from fastattn.gpu.spec import FAR_LSE
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile import gradients as g
 from fastattn.philox import keep_mask
-from tests.tools.gpu.probes import (
-    COUNT,
-    DROPOUT,
-    HALVES,
-    NUMPY,
-    THRESHOLD,
-    Array,
-    C,
-    add,
-    as_matrix,
-    expect,
-    load,
-    minus_inf,
-    normal,
-    on_fragment,
-    same,
-    save,
-)
+from tests.tools.gpu.probes import COUNT, HALVES, Array, C, add, as_matrix, load, normal, same, save
+from tests.tools.gpu.probes_fragments import DROPOUT, THRESHOLD, expect, minus_inf, on_fragment
 from tests.tools.gpu.probes_tiles import BAR, KIND, PANEL, SHARED, begin, save_at, two_panels
+from tests.tools.problems import NUMPY
 
 add("fragments.keep_from", "selp",
     on_fragment(lambda acc, lane, row, col, n: f.keep_from(acc, int32(row + n - col), int32(row + 8 + n - col))),
