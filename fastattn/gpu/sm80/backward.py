@@ -26,7 +26,7 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 from ..dsl.inline import inline
 from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
-from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
+from ..ptx.memory import shared_address
 from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store_tiles, tiles_lane, tiles_lane_trans
 from ..ptx.sync import thread_index
 from ..rows.preprocess import make_first_row
@@ -34,7 +34,7 @@ from ..spec import Spec
 from ..tile.fragments import join, lane_row, make_pack, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
-from ..tile.parked import parked
+from ..tile.parked import park, parked, word
 from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score, make_slopes
 from ..tile.smem import ALIGN, Smem, panels
@@ -97,15 +97,6 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def park(base, offset, value):
-        store_shared_b32(int32(base + offset), int32(value))
-
-    @inline
-    def word(base, offset):
-        """A word about the tile, from shared memory: the MMAs need the registers."""
-        return load_shared_b32(int32(base + offset))
-
     @inline
     def keys_of_warp():
         """Index of the WARP_KEYS keys of this warp."""

@@ -42,6 +42,7 @@ from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_rows, store_whole_rows
 from .bounds import make_tile_bounds
 from .config import DqSm90Config, slice_dim
+from .consumer import make_fresh
 
 INF, FAR = float32(float("inf")), float32(FAR_LSE)
 
@@ -113,6 +114,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
 
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
+    fresh = make_fresh(SLICES)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N, EMPTY=True)
@@ -157,14 +159,6 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             row = opaque(int32(row - BLOCK_N))
 
     # ------------------------------------------------------------ the MMAs
-    @inline
-    def fresh(base):
-        """base; opaque if all warpgroups have the same rows, because descriptors would be kept in registers."""
-        if SLICES > 1:
-            return opaque(base)
-        else:
-            return base
-
     @inline
     def mma_s(base, w, stage):
         """S = Q K^T of the warpgroup's rows."""

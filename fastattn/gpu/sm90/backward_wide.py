@@ -46,7 +46,7 @@ from ..tile.smem import ALIGN, ROW_BYTES, TMA_ALIGN, WARPGROUP, WARPGROUP_ROWS, 
 from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
 from .config import WideSm90Config, slice_dim
-from .consumer import Queries
+from .consumer import Queries, make_fresh
 
 
 class Walk(NamedTuple):
@@ -97,6 +97,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
 
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
+    fresh = make_fresh(SLICES)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
@@ -151,14 +152,6 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 m = opaque(int32(m + 1))
 
     # ------------------------------------------------------------ the MMAs
-    @inline
-    def fresh(base):
-        """base; opaque if all warpgroups have the same keys, because descriptors would be kept in registers."""
-        if SLICES > 1:
-            return opaque(base)
-        else:
-            return base
-
     @inline
     def mma_s(base, w, stage):
         """S^T = K Q^T of the warpgroup's keys."""

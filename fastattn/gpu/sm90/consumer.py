@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from numba import int32
 
 from ..dsl.inline import inline
-from ..ptx.sync import thread_index, uniform
+from ..ptx.sync import opaque, thread_index, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.smem import WARPGROUP
@@ -54,6 +54,18 @@ def own_thread():
 def own_lane():
     """The lane in its warp."""
     return int32(thread_index() & 31)
+
+
+def make_fresh(slices: int) -> Any:
+    """fresh(base): base, from which descriptors are computed again. With slices all warpgroups have the same rows, so that ptxas
+    would compute the descriptors once and keep them in registers."""
+    @inline
+    def fresh(base):
+        if slices > 1:
+            return opaque(base)
+        else:
+            return base
+    return fresh
 
 
 def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, Any]:
