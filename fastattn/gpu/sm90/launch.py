@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 
 from ...arrays.view import View, contiguous
 from ...problem import Grads, Operands
@@ -311,14 +312,15 @@ def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sum
     the tilings' keys."""
     p, o, captured = call.problem, call.operands, launcher.capturing(stream)
     spec = replace(spec, deterministic=False)
-    for of_part, part in (replace(spec, dbias=None), "dv"), (spec, "dk"):
-        config = choose_wide(of_part, part)
-        boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, config.block_m)
-        tiles = most_tiles(call, config.block_n, True)
-        own = (*launcher.tensor_maps(boxes, captured), rows.map(call, config.block_m, launcher, captured), rows.lse, rows.count,
-               sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
-        with mask_words(call, config.block_m, launcher, stream, True) as words:
-            wide_program(of_part, config).launch(launcher, tiles, words, own, stream)
+    parts = [(of_part, choose_wide(of_part, part)) for of_part, part in ((replace(spec, dbias=None), "dv"), (spec, "dk"))]
+    for block_m, alike in groupby(parts, key=lambda part: part[1].block_m):         # up to head_dim 256 all have the same
+        with mask_words(call, block_m, launcher, stream, True) as words:
+            for of_part, config in alike:
+                boxes = (o.q, block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, block_m)
+                tiles = most_tiles(call, config.block_n, True)
+                own = (*launcher.tensor_maps(boxes, captured), rows.map(call, block_m, launcher, captured), rows.lse, rows.count,
+                       sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
+                wide_program(of_part, config).launch(launcher, tiles, words, own, stream)
 
 
 def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
