@@ -249,7 +249,8 @@ def _refuses(engine: Engine, caught: _Caught, d: Any, asked: Iterable[Engine]) -
         if isinstance(d, ImportError):
             return str(d)
         gpu, families = load("gpu", caught.problem.call), tuple(e.name for e in asked if e.name in FAMILIES)
-        return gpu.refuses(engine.name, _gpu_call(caught), d, families)  # type: ignore[no-any-return]
+        reasons: dict[str, str | None] = dict(gpu.reasons(_gpu_call(caught), d, families))
+        return reasons[engine.name]
     try:
         return engine.refuses(caught.problem, caught.direction)
     except ImportError as error:

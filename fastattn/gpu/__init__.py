@@ -6,6 +6,7 @@ refuse it runs it: its launch.py enqueues the kernels, which runtime/ compiles, 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
 __all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare",
-           "prepare_backward", "refuses", "use"]
+           "prepare_backward", "reasons", "use"]
 
 
 class Family(Protocol):
@@ -65,30 +66,31 @@ def use(*families: str) -> AbstractContextManager[None]:
     return use_engine(*families, "cpu")
 
 
-def refuses(which: str, call: AnyCall, d: Device, families: tuple[str, ...] = ()) -> str | None:
-    """None, or why a kernel family does not run the call, for which all of `families` are in use."""
-    if which != "simt" and "simt" in families and _few_float(call.problem):
-        return "so few float32 products take less time on plain threads"
-    tiles = most_tiles(call, 64)
-    if tiles > MOST_BLOCKS:
-        return f"it has {tiles} tiles of 64 query rows, over 2**31 - 1"
-    return _FAMILIES[which].refuses(call, d)
-
-
 def _few_float(p: Problem) -> bool:
     products = p.batch * p.num_heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v)
     return p.dtype == "float32" and p.seqlen_k <= FEW_FLOAT_KEYS and products <= FEW_FLOAT_PRODUCTS
 
 
+def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    """Each of `families` with the reason why it does not run the call, or with None."""
+    tiles = most_tiles(call, 64)
+    too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
+    few_float = "simt" in families and _few_float(call.problem)
+    for which in families:
+        if few_float and which != "simt":
+            yield which, "so few float32 products take less time on plain threads"
+        else:
+            yield which, too_many or _FAMILIES[which].refuses(call, d)
+
+
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
     """The first of `families` (None: those of use_engine) that runs the call. UnsupportedError says why none does."""
-    reasons, families = {}, families or families_in_use()
-    for which in families:
-        reason = refuses(which, call, d, families)
+    found = dict[str, str]()
+    for which, reason in reasons(call, d, families or families_in_use()):
         if reason is None:
             return _FAMILIES[which]
-        reasons[which] = reason
-    raise refused(call.problem.call, reasons, f" on {d.name} ({d.arch})")
+        found[which] = reason
+    raise refused(call.problem.call, found, f" on {d.name} ({d.arch})")
 
 
 # ---------------------------------------------------------------- calls
