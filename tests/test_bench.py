@@ -267,6 +267,8 @@ def test_a_wrong_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_rivals.MAKERS, "cuDNN", lambda case, x, _: gpu_rivals.make_sdpa(replace(case, causal=True), x, "sdpa"))
     found = {row.implementation: row for row in bench.rows(case)}
     assert found["cuDNN"].verdict == "WRONG" and found["fastattn"].verdict == "pass"
+    best = found["cuDNN|FA4"]
+    assert best.value == found["FA4"].value and best.note == "without cuDNN, which is wrong" and best.verdict in ("pass", "MISS")
 
 
 def gpu_rows(ratio: float = 1.02) -> list[Row]:
@@ -295,6 +297,9 @@ def test_gpu_csv_table_and_plot(tmp_path: Path) -> None:
     _, _, cell, _, decode, failed, mean = gpu_table.console(found).splitlines()
     assert cell.split()[-7:] == ["550", "550", "1.02x", ">=", "0.95x", "0.97x", "pass"]
     assert "3355 GB/s" in decode and "0.50x" in decode and "0.80x" not in decode       # the ratio to the fastest
+    wrong = [replace(row, verdict="WRONG") if row.implementation == "flash" else row for row in found]
+    decode = gpu_table.console(wrong).splitlines()[4]
+    assert "0.80x" in decode and "0.50x" not in decode and decode.endswith("WRONG")    # the fastest whose result is right
     assert failed.endswith("FAILED") and "failed: RuntimeError" in failed
     assert " ".join(mean.split()) == "geometric mean fwd over 2 cells of the grid 1.02x >= 1.00x pass"
     assert "FA4: not installed: FA4 (2x, first fwd bf16 grid full (2,16,8192,128))" in gpu_table.notes(found)

@@ -33,14 +33,14 @@ def rate(row: Row | None) -> str:
 
 
 def best(found: Mapping[str, Row]) -> Row | None:
-    """The row whose ratio represents a case: one with a bar and a value, else that of the fastest rival."""
+    """The row whose ratio represents a case: one with a bar and a value, else that of the fastest rival. Wrong results do not count."""
     rows = [row for row in found.values() if row.implementation != "fastattn"]
     barred = [row for row in rows if row.needs]
     own = found.get("fastattn")
     if own is not None and own.measure in ("host", "memory"):
         return own
-    found_rows = [row for row in barred if row.value is not None] or [row for row in rows if row.value is not None]
-    return min(found_rows, key=lambda row: row.value or 0.0, default=barred[0] if barred else None)
+    right = [row for row in rows if row.value is not None and row.verdict != "WRONG"]
+    return min([row for row in right if row.needs] or right, key=lambda row: row.value or 0.0, default=barred[0] if barred else None)
 
 
 def shown(found: Mapping[str, Row]) -> list[Row]:

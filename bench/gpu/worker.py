@@ -166,9 +166,10 @@ class Bench:
         return self._row(case, name, ours, entry, measure, value, None if not entry.errors else right(entry, case), entry.note)
 
     def _best(self, case: Case, names: str, entries: dict[str, Entry]) -> Row:
-        """The fastest of several. If one was not tried (not installed, left out) there is a value but no verdict."""
+        """The fastest of several whose results are right. If one was not tried (not installed, left out) there is a value but no
+        verdict."""
         members = {name: entries.get(name, Entry(note="left out")) for name in names.split("|")}
-        timed = {name: entry for name, entry in members.items() if entry.samples}
+        timed = {name: entry for name, entry in members.items() if entry.samples and right(entry, case)}
         if not timed:
             return make_row(self.where, case, names, note="not measured")
         name = min(timed, key=lambda name: spread(timed[name].samples).median)
@@ -176,6 +177,7 @@ class Bench:
         bar = next(bar for bar in case.bars if bar.against == names)
         absent = [name for name, entry in members.items() if entry.note.startswith(("not installed", "left out"))]
         verdict = "" if absent or row.value is None else "pass" if bar.met(row.value) else "MISS"
+        absent += [f"{name}, which is wrong" for name, entry in members.items() if not right(entry, case)]
         note = f"without {', '.join(absent)}" if absent else ""
         return replace(row, needs=str(bar), verdict=verdict, label=f"{name}: {row.label}", note=note)
 
