@@ -21,6 +21,7 @@ from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
 from .gpu import workloads, workloads_table
+from .results import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, HEADLINE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "speed-gpu.svg"
@@ -73,21 +74,15 @@ def _parser() -> argparse.ArgumentParser:
                                 **_example("gpu --quick --backward"))
     target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="bf16 and a few of the others, fewer rounds")
     target.add_argument("--backward", action="store_true", help="the backward's cases instead of the forward's")
-    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
-    target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
-    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
-    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go next to it "
-                        "(default: bench/results/gpu.csv, with -backward, -quick and -only for parts)")
+    _on_a_device(target, "6 with --quick, else 120", "; the PNG and a .log go next to it (default: bench/results/gpu.csv, with -backward, "
+                 "-quick and -only for parts)")
     _common(target)
     target.set_defaults(mode="full", run=_gpu)
 
     target = targets.add_parser("workloads", help="the attention of published models, beside the same rivals on one CUDA device",
                                 **_example("workloads --only 'Llama'"))
-    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
-    target.add_argument("--minutes", type=float, help=f"start no case after so many minutes (default: {workloads.MINUTES:.0f})")
-    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
-    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv; the PNG and a .log go next to it "
-                        "(default: bench/results/workloads.csv, with -only for parts)")
+    _on_a_device(target, f"{workloads.MINUTES:.0f}", "; the PNG and a .log go next to it (default: bench/results/workloads.csv, with -only "
+                 "for parts)")
     target.add_argument("--from-csv", action="store_true", help="measure nothing; plot and table from the CSV")
     target.add_argument("--update-docs", action="store_true", help="rewrite the table of docs/benchmarks.md")
     _choice(target)
@@ -96,11 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device",
                                 **_example("ladder --quick"))
     target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer rounds")
-    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
-    target.add_argument("--minutes", type=float, help="start no case after so many minutes (default: 6 with --quick, else 120)")
-    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
-    target.add_argument("--csv", type=Path, metavar="PATH", help="to write, or to read with --from-csv (default: bench/results/ladder.csv, "
-                        "with -quick and -only for parts)")
+    _on_a_device(target, "6 with --quick, else 120", " (default: bench/results/ladder.csv, with -quick and -only for parts)")
     target.add_argument("--from-csv", action="store_true", help="measure nothing; the table from the CSV, or from rows of bench gpu")
     target.add_argument("--update-course", action="store_true", help="rewrite the table of docs/course/index.md")
     _choice(target)
@@ -127,6 +118,14 @@ def _example(command: str, more: str = "") -> dict[str, Any]:
     """Keywords of a parser: an example below its help."""
     epilog = f"example:\n  python -m bench {command}\n{more}"
     return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _on_a_device(target: argparse.ArgumentParser, minutes: str, csv: str) -> None:
+    """Options of what runs beside rivals on one CUDA device. `minutes` is the default, `csv` the end of that option's help."""
+    target.add_argument("--skip-fa4", action="store_true", help="leave FlashAttention-4 out: it compiles for seconds per variant")
+    target.add_argument("--minutes", type=float, help=f"start no case after so many minutes (default: {minutes})")
+    target.add_argument("--jobs", type=int, help="processes that compile at once (default: the processors, 16 at most); 1: nothing ahead")
+    target.add_argument("--csv", type=Path, metavar="PATH", help=f"to write, or to read with --from-csv{csv}")
 
 
 def _common(target: argparse.ArgumentParser) -> None:
@@ -180,6 +179,23 @@ def report(path: Path, name: str, update_pages: bool) -> None:
     print(f"ceilings: {first.ceilings}\nwritten: {path}" + (f", {path.with_suffix('.png')}" if drawn else ""))
 
 
+def _read(path: Path) -> list[Row]:
+    rows = results.read_csv(path)
+    if not rows:
+        raise SystemExit(f"{path} has no rows: nothing was measured")
+    return rows
+
+
+def _measured(row: Row, path: Path) -> str:
+    """On what, against what, and where it was written."""
+    return f"\n{row.machine}, {row.instruction_set}; {row.versions}\nceilings: {row.ceilings}\nwritten: {path}"
+
+
+def _fail_if_wrong(rows: list[Row]) -> None:
+    if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
+        raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+
+
 def _gpu(options: argparse.Namespace) -> None:
     chosen = gpu.choose(options.backward, options.mode, options.only, ("FA4",) if options.skip_fa4 else ())
     if options.list:
@@ -198,9 +214,7 @@ def report_gpu(path: Path, update_pages: bool) -> None:
 
     The picture and the pages are made of the forward's and the backward's CSV together, where both are there.
     """
-    rows = results.read_csv(path)
-    if not rows:
-        raise SystemExit(f"{path} has no rows: nothing was measured")
+    rows = _read(path)
     forward = path.with_stem(path.stem.removesuffix("-backward"))
     pair = (forward, forward.with_stem(f"{forward.stem}-backward"))
     both = [row for one in pair if one.is_file() for row in results.read_csv(one)]
@@ -209,12 +223,10 @@ def report_gpu(path: Path, update_pages: bool) -> None:
         gpu_plot.headline(both, HEADLINE)
         table.update_readme(README, "gpu", gpu_table.summary(both))
         table.update_readme(BENCHMARKS, "gpu", gpu_table.markdown(both))
-    first = rows[0]
-    print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
+    print(_measured(rows[0], path))
     print(f"{gpu_table.notes(rows)}\n")
     print(f"{gpu_table.console(rows)}\n\n{gpu_table.closing(rows)}", flush=True)
-    if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
-        raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+    _fail_if_wrong(rows)
 
 
 def _workloads(options: argparse.Namespace) -> None:
@@ -231,17 +243,13 @@ def _workloads(options: argparse.Namespace) -> None:
     if not options.from_csv:
         gpu.check_device()
         gpu.run(chosen, "workloads", path, options.minutes, jobs=options.jobs, split=workloads.split)
-    rows = results.read_csv(path)
-    if not rows:
-        raise SystemExit(f"{path} has no rows: nothing was measured")
+    rows = _read(path)
     workloads_table.plot(rows, path.with_suffix(".png"))
     if options.update_docs:
         table.update_readme(BENCHMARKS, "workloads", workloads_table.markdown(rows))
-    first = rows[0]
-    print(f"\n{first.machine}, {first.instruction_set}; {first.versions}\nceilings: {first.ceilings}\nwritten: {path}")
+    print(_measured(rows[0], path))
     print(f"{gpu_table.notes(rows)}\n\n{workloads_table.console(rows)}", flush=True)
-    if any(row.verdict == "WRONG" or (row.implementation == "fastattn" and row.note.startswith("failed")) for row in rows):
-        raise SystemExit("WRONG or FAILED, see above: a fast wrong answer means nothing")
+    _fail_if_wrong(rows)
 
 
 def _ladder(options: argparse.Namespace) -> None:
