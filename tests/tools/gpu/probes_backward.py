@@ -15,7 +15,7 @@ from fastattn.gpu.tile import gradients as g
 from fastattn.philox import keep_mask
 from tests.tools.gpu.probes import COUNT, HALVES, Array, C, add, as_matrix, load, normal, same, save
 from tests.tools.gpu.probes_fragments import DROPOUT, THRESHOLD, expect, minus_inf, on_fragment
-from tests.tools.gpu.probes_tiles import BAR, KIND, PANEL, SHARED, begin, save_at, two_panels
+from tests.tools.gpu.probes_tiles import BAR, KIND, PANEL, SHARED, begin, load_panels, save_at
 from tests.tools.problems import NUMPY
 
 add("fragments.keep_from", "selp",
@@ -235,7 +235,7 @@ def dsq(dtype: str) -> Callable[[], Any]:
             if cuda.threadIdx.x == 0:
                 mbarrier.arrive_expect(int32(base + BAR), int32(3 * PANEL))
                 tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(0), int32(0), int32(0))
-                two_panels(a.map_b, base, PANEL)
+                load_panels(a.map_b, base, PANEL, 2)
             mbarrier.wait(int32(base + BAR), int32(0))
             acc = f.zeros(64)
             for _ in range(3):

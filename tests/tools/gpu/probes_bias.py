@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numba import cuda, int32, uint64
 
-from fastattn.gpu.ptx import mbarrier, memory, scalar, tma
+from fastattn.gpu.ptx import mbarrier, memory, scalar
 from fastattn.gpu.spec import Spec
 from fastattn.gpu.tile.bias import make_bias_tile
 from tests.tools.gpu.probes import HALVES, Array, add, as_matrix, normal, same
-from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
+from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, load_panels, save_at
 from tests.tools.problems import NUMPY
 
 KEYS, COUNT = 128, 64       # COUNT: registers of 16 queries by 128 keys
@@ -27,8 +27,7 @@ def bias_tile(dtype: str, transposed: bool) -> Callable[[], Any]:
             base, warp, lane = begin(1), int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
             if cuda.threadIdx.x == 0:
                 mbarrier.arrive_expect(int32(base + BAR), int32(2 * PANEL))
-                for p in range(2):
-                    tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+                load_panels(a.map_a, base, 0, 2)
             mbarrier.wait(int32(base + BAR), int32(0))
             save_at(a.dst, count * warp, read(lane_address(base, int32(16 * warp), lane)), count)
             if transposed:

@@ -220,7 +220,7 @@ def check_gathers(dtype: str, n: int) -> Callable[[Any], None]:
 
 
 for _dtype in ("float32", *HALVES):
-    add("fragments.make_gather fragments.make_unpack memory.emit_load_if memory.halves memory.halfto_float",
+    add("fragments.make_gather fragments.make_unpack memory.emit_load_if memory.halves memory.half_to_float",
         {"float32": "@p ld.global.b32"}.get(_dtype, "@p ld.global.u16"), gathers(_dtype, False),
         check_gathers(_dtype, 37), name=f"fragments.gather_{_dtype}")
 for _dtype in HALVES:

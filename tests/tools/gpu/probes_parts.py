@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numba import cuda, int32, int64, uint64
 
-from fastattn.gpu.ptx import cp_async, mbarrier, memory, mma, mma_parts, tma, wgmma
+from fastattn.gpu.dsl.inline import inline
+from fastattn.gpu.ptx import cp_async, mbarrier, memory, mma, mma_parts, wgmma
 from fastattn.gpu.rows.split import store_parts
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile import stores
 from fastattn.gpu.tile.gradients import store_numbers
 from tests.tools.gpu.probes import COUNT, Array, C, add, as_matrix, load, normal, same
-from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
+from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, load_panels, save_at
 from tests.tools.problems import NUMPY
 
 EXACT: dict[str, float] = {"rtol": 1e-6, "atol": 3e-6}      # of sums of 128 products of normal numbers: float32, not less
@@ -138,18 +139,40 @@ add("memory.emit_store_pair_if", "@p st.global.v2.f32", number_rows, check_numbe
 
 
 # ---------------------------------------------------------------- wgmma
+@inline
+def load_tiles(a, base):
+    """A and B, three parts of 64 x 64 each."""
+    if cuda.threadIdx.x == 0:
+        mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
+        load_panels(a.map_a, base, 0, 3)
+        load_panels(a.map_b, base, 3 * PANEL, 3)
+    mbarrier.wait(int32(base + BAR), int32(0))
+
+
+@inline
+def load_v(a, base):
+    """V, three parts of 64 x 128; the caller waits."""
+    if cuda.threadIdx.x == 0:
+        mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
+        load_panels(a.map_a, base, 0, 6)
+
+
+def check_tiles(product: Callable[[Array, Array], Array]) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
+        got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
+        exact = product(x[0, :, 0].astype(np.float64), y[0, :, 0].astype(np.float64))
+        np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, **EXACT)
+    return check
+
+
 def wgmma_qk() -> Any:
     """A B^T of two 64 x 64 tiles."""
     qk, _ = wgmma.make_products("float32")
 
     def kernel(a):
         base = begin(1)
-        if cuda.threadIdx.x == 0:
-            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
-            for p in range(3):
-                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
-                tma.load(int32(base + (3 + p) * PANEL), a.map_b, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
-        mbarrier.wait(int32(base + BAR), int32(0))
+        load_tiles(a, base)
         wgmma.fence()
         acc = qk(f.zeros(32), wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), 64, 64, 64)
         wgmma.commit()
@@ -157,15 +180,8 @@ def wgmma_qk() -> Any:
     return kernel
 
 
-def check_wgmma_qk(launch: Any) -> None:
-    x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
-    got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
-    exact = x[0, :, 0].astype(np.float64) @ y[0, :, 0].astype(np.float64).T
-    np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, **EXACT)
-
-
-add("wgmma.make_products", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_qk, check_wgmma_qk, name="wgmma.qk_float32",
-    threads=128, shared=SHARED)
+add("wgmma.make_products", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_qk, check_tiles(lambda x, y: x @ y.T),
+    name="wgmma.qk_float32", threads=128, shared=SHARED)
 
 
 def wgmma_pv() -> Any:
@@ -175,10 +191,7 @@ def wgmma_pv() -> Any:
     def kernel(a):
         base = begin(1)
         warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
-        if cuda.threadIdx.x == 0:
-            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
-            for p in range(6):
-                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+        load_v(a, base)
         x = load(uint64(a.other + uint64(4 * 16 * C * warp)), lane)
         p = to_parts(x)
         mbarrier.wait(int32(base + BAR), int32(0))
@@ -210,10 +223,7 @@ def wgmma_pv_apart() -> Any:
     def kernel(a):
         base = begin(1)
         warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
-        if cuda.threadIdx.x == 0:
-            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
-            for p in range(6):
-                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
+        load_v(a, base)
         p = to_parts(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
         mbarrier.wait(int32(base + BAR), int32(0))
         acc = f.zeros(64)
@@ -238,12 +248,7 @@ def wgmma_dsk() -> Any:
     """A^T B of two 64 x 64 tiles, each half of the columns by itself."""
     def kernel(a):
         base = begin(1)
-        if cuda.threadIdx.x == 0:
-            mbarrier.arrive_expect(int32(base + BAR), int32(6 * PANEL))
-            for p in range(3):
-                tma.load(int32(base + p * PANEL), a.map_a, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
-                tma.load(int32(base + (3 + p) * PANEL), a.map_b, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
-        mbarrier.wait(int32(base + BAR), int32(0))
+        load_tiles(a, base)
         wgmma.fence()
         x, y = wgmma.mn_major(base, PANEL), int32(base + 3 * PANEL)
         left = wgmma.dsk_parts(f.zeros(16), x, wgmma.mn_major(y, PANEL), 64, PANEL, PANEL)
@@ -255,20 +260,24 @@ def wgmma_dsk() -> Any:
     return kernel
 
 
-def check_wgmma_dsk(launch: Any) -> None:
-    x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
-    got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
-    exact = x[0, :, 0].astype(np.float64).T @ y[0, :, 0].astype(np.float64)
-    np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, **EXACT)
-
-
-add("wgmma.dsk_parts", "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", wgmma_dsk, check_wgmma_dsk, threads=128, shared=SHARED)
+add("wgmma.dsk_parts", "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", wgmma_dsk, check_tiles(lambda x, y: x.T @ y), threads=128,
+    shared=SHARED)
 
 
 # ---------------------------------------------------------------- mma.sync
+load_tile = cp_async.make_load(True)
+
+
+@inline
+def copy_v(a, base, thread):
+    """V, three parts of 64 x 128, by cp.async; the caller waits. `thread` is one of 64."""
+    row, chunk = int32(thread >> 3), int32(thread & 7)
+    load_tile(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(768 * row + 16 * chunk)), int64(768),
+              int64(2), int32(64 - row), int32(384 - 8 * chunk), 64, 8, 6, PANEL)
+
+
 def mma_qk() -> Any:
     """Q (32 x 128) K (32 x 128)^T by each of two warps."""
-    load_tile = cp_async.make_load(True)
     K = 6 * 4096
 
     def kernel(a):
@@ -298,14 +307,10 @@ add("mma_parts.qk", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32; ldmatr
 
 def mma_pv() -> Any:
     """P (32 x 64) in registers times V (64 x 128), by each of two warps."""
-    load_tile = cp_async.make_load(True)
-
     def kernel(a):
         base = begin(1)
         thread, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
-        row, chunk = int32(thread >> 3), int32(thread & 7)
-        load_tile(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(768 * row + 16 * chunk)), int64(768),
-                  int64(2), int32(64 - row), int32(384 - 8 * chunk), 64, 8, 6, PANEL)
+        copy_v(a, base, thread)
         cp_async.wait_all()
         cuda.syncthreads()
         p = f.join(to_parts(load(a.other, lane)), to_parts(load(uint64(a.other + uint64(4 * 16 * C)), lane)))
@@ -322,15 +327,13 @@ add("mma_parts.pv", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32; ldmatr
 def tiles_products(trans: bool) -> Callable[[], Any]:
     """P (32 x 64) V (64 x 128), or P^T (64 x 32) V[:32], P in tiles: each of two warps has 16 of every 32, or 64, columns."""
     TILES, DEPTH, STEP, P, P_PART, LINE = (4, 32, 4, 6 * PANEL, 4096, 1024) if trans else (2, 64, 2, 6 * PANEL, 4096, 1024)
-    product, load_tile = mma_parts.make_tiles_product(trans, P_PART, 2), cp_async.make_load(True)
+    product = mma_parts.make_tiles_product(trans, P_PART, 2)
 
     def make() -> Any:
         def kernel(a):
             base = begin(1)
             t, lane, warp = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
-            row, chunk = int32(t >> 3), int32(t & 7)
-            load_tile(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(768 * row + 16 * chunk)), int64(768),
-                      int64(2), int32(64 - row), int32(384 - 8 * chunk), 64, 8, 6, PANEL)
+            copy_v(a, base, t)
             words = to_parts(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
             at = int32(base + P + 2 * LINE * warp + 4 * lane)
             mma.store_tiles(f.part(words, 0, 3), at, LINE)

@@ -150,8 +150,9 @@ add("tma.load_rows tma.reduce_add_f32_if",
 
 # ---------------------------------------------------------------- wgmma
 @inline
-def two_panels(map_, base, to):
-    for p in range(2):
+def load_panels(map_, base, to, count):
+    """`count` panels of 64 columns by TMA, the first at base + to."""
+    for p in range(count):
         tma.load(int32(base + to + p * PANEL), map_, int32(base + BAR), int32(64 * p), int32(0), int32(0), int32(0))
 
 
@@ -170,8 +171,8 @@ def wgmma_qk(dtype: str) -> Callable[[], Any]:
             base = begin(1)
             if cuda.threadIdx.x == 0:
                 mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
-                two_panels(a.map_a, base, 0)
-                two_panels(a.map_b, base, 2 * PANEL)
+                load_panels(a.map_a, base, 0, 2)
+                load_panels(a.map_b, base, 2 * PANEL, 2)
             mbarrier.wait(int32(base + BAR), int32(0))
             x, y = wgmma.k_major(base), wgmma.k_major(int32(base + 2 * PANEL))
             wgmma.fence()
@@ -210,7 +211,7 @@ def wgmma_pv(dtype: str) -> Callable[[], Any]:
             warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
             if cuda.threadIdx.x == 0:
                 mbarrier.arrive_expect(int32(base + BAR), int32(2 * PANEL))
-                two_panels(a.map_a, base, 0)
+                load_panels(a.map_a, base, 0, 2)
             p = to_half(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
             mbarrier.wait(int32(base + BAR), int32(0))
             wgmma.fence()
