@@ -28,8 +28,8 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One case by one implementation.
+class Row(Where):
+    """One case by one implementation, and where it was measured.
 
     rounds: number of samples. others: processors that other processes kept busy meanwhile.
     median_ms, p20_ms, p80_ms: its time. fastattn_ms: ours in the same process, round robin.
@@ -39,13 +39,6 @@ class Row:
     gigabytes: GB/s of K and V, decode only. clock_mhz: the processor's clock under load.
     """
 
-    date: str
-    machine: str
-    instruction_set: str
-    threads: int
-    python: str
-    versions: str
-    ceilings: str
     case: str
     group: str
     passes: str

@@ -14,21 +14,26 @@ import pytest
 import fastattn
 from fastattn.arrays.device_array import DeviceArray
 from tests.tools.devices import requires_gpu
-from tests.tools.library_arrays import DlpackOnly, InterfaceOnly, close, expected, host, numbers, to_cupy, to_torch
+from tests.tools.library_arrays import Array, DlpackOnly, InterfaceOnly, close, expected, host, numbers, to_cupy, to_torch
 
 pytestmark = requires_gpu
 SPIN = 50_000_000       # clock cycles, about 30 ms
+
+
+def called_once() -> tuple[list[Any], Array]:
+    """Operands of a call whose kernels are compiled and loaded, and its result."""
+    arrays = host()
+    sources = to_torch(arrays)
+    fastattn.attention(*sources)
+    pytest.importorskip("torch").cuda.synchronize()
+    return sources, expected(arrays)[0]
 
 
 def test_the_current_stream_is_used() -> None:
     """The call reads values that a spinning stream writes late, because it is on that stream."""
     torch = pytest.importorskip("torch")
 
-    arrays = host()
-    wanted, _ = expected(arrays)
-    sources = to_torch(arrays)
-    fastattn.attention(*sources)                            # compiled and loaded
-    torch.cuda.synchronize()
+    sources, wanted = called_once()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         q, k, v = (torch.zeros_like(x) for x in sources)
@@ -44,11 +49,7 @@ def test_the_current_stream_is_used() -> None:
 def test_a_given_stream_waits_for_the_producer(kind: str) -> None:
     torch = pytest.importorskip("torch")
 
-    arrays = host()
-    wanted, _ = expected(arrays)
-    sources = to_torch(arrays)
-    fastattn.attention(*sources)                            # compiled and loaded
-    torch.cuda.synchronize()
+    sources, wanted = called_once()
     q, k, v = (torch.zeros_like(x) for x in sources)
     stream, keep = _stream(kind)
     torch.cuda._sleep(SPIN)
