@@ -16,11 +16,11 @@ from typing import Any
 
 from fastattn.cli.pipes import until_closed
 
-from . import busy, cpu, ladder, machine, paired, plot, results, table
+from . import busy, cpu, machine, paired, plot, results, table
+from .gpu import ladder, workloads, workloads_table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
 from .gpu import table as gpu_table
-from .gpu import workloads, workloads_table
 from .results import Row
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from bench.timing import Spread
 
-from bench import ladder, results
+from bench import results
 from bench.__main__ import main
 from bench.case import Case
+from bench.gpu import ladder
 from bench.results import Row
 from tests.tools.bench import WHERE, Processor, shrunk
 

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import ladder, masks, torch_calls
+from .. import masks, torch_calls
 from ..arrays import ITEMSIZE
 from ..case import Case
+from . import ladder
 
 Tensor = Any
 Tensors = dict[str, Any]

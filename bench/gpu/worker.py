@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-from .. import ladder
 from ..case import Case, Measure
 from ..events import sets_of
 from ..results import Row, Where, make_row
 from ..timing import Spread, ratios, rotate, spread
-from . import check, rivals
+from . import check, ladder, rivals
 from .check import Errors, Reference
 from .rivals import Inputs, Runner
 

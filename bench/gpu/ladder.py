@@ -6,7 +6,7 @@
     sm80        fastattn on tensor cores fed by ordinary warps
     sm90        fastattn's Hopper kernels; for one query, its kernel of few queries. These are the rows named `fastattn`
 
-All rungs and the rivals of a case are measured round robin in one process, by bench/gpu/worker.py. So the steps between rungs are ratios
+All rungs and the rivals of a case are measured round robin in one process, by worker.py. So the steps between rungs are ratios
 inside one run. The course's table is made of bench/results/ladder.csv, and while that does not exist of the same problems in gpu.csv and
 gpu-backward.csv, where rungs that `bench gpu` does not measure are missing.
 """
@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .case import Case, Mode
-from .gpu.cases import ERROR, select
-from .results import Row, read_csv
-from .table import pipes
+from ..case import Case, Mode
+from ..results import Row, read_csv
+from ..table import pipes
+from .cases import ERROR, select
 
 FAMILY = "sm90"             # of the rows named fastattn
 FORCED = ("simt", "sm80")   # rungs that are fastattn with another family
