@@ -136,7 +136,7 @@ cdef inline long diagonal_of(const Call* c, long row, long nq, long nk) noexcept
 
 
 cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long* hi) noexcept nogil:
-    """problem.row_bounds in C. No limit is a distance larger than any sequence."""
+    """masks.row_bounds in C. No limit is a distance larger than any sequence."""
     cdef long diagonal = diagonal_of(c, row, nq, nk)
     lo[0] = min(max(diagonal - c.left, 0), nk)
     hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), nk))

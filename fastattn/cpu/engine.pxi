@@ -16,7 +16,7 @@ def borrow(size_t parallel, size_t max_threads):
 
 
 def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left):
-    """problem.row_bounds in C, for the test that compares the two."""
+    """masks.row_bounds in C, for the test that compares the two."""
     cdef Call c
     cdef long lo, hi
     c.left, c.right, c.top_left = (1 << 40) if left is None else left, (1 << 40) if right is None else right, top_left

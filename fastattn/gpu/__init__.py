@@ -58,7 +58,7 @@ def family(which: str) -> Family:
 
 
 def use(*families: str) -> AbstractContextManager[None]:
-    """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Host memory keeps its engine."""
+    """fastattn.use_engine for kernel families alone: `with use("sm80", "simt"):`. Calls on host memory keep theirs."""
     unknown = [f for f in families if f not in FAMILIES]
     if unknown or not families:
         given = ", ".join(map(repr, unknown)) or "nothing"
@@ -133,7 +133,8 @@ _recordings: Recent[Any, tuple[Problem, Recording]] = Recent()
 
 
 def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
-    """Enqueue the call's kernels. What they are is remembered for plain operands, where only addresses differ next time.
+    """Enqueue the call's kernels. For plain operands the launches are remembered: in the next
+    call only addresses differ.
 
     The key has the Problem's id, because hashing a Problem takes longer than all the rest. That is safe: an entry holds
     its Problem, so no other can have the same id while the entry is there, and `is` finds out when the entry is another

@@ -17,7 +17,7 @@ def num_features(spec: Spec) -> int:
 def feature_weight(spec: Spec) -> int:
     """0: the features take next to no registers. 1: one more value for every score. 2: several.
 
-    A mask is two words of bits, which tell only where others have left no registers.
+    A mask takes two registers, which matter only where other features have left none.
     """
     values = spec.dropout + (spec.bias is not None) * (1 if spec.bias_pairs else 2)
     return 0 if values == 0 else 1 if values + spec.mask + spec.softcap + (spec.alibi is not None) <= 2 else 2

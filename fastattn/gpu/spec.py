@@ -197,8 +197,8 @@ def make_backward_spec(c: BackwardCall) -> Spec:
 
 
 AnyCall = Call | BackwardCall
-OneCall = TypeVar("OneCall", Call, BackwardCall)      # what takes one of them and gives the same
-Launch = Callable[[Any, int], None]       # enqueues a call of the kind that it was prepared for, on a stream
+OneCall = TypeVar("OneCall", Call, BackwardCall)      # of functions that take either kind of call and return that kind
+Launch = Callable[[Any, int], None]       # (call, stream): enqueues a call like the one that it was prepared for
 Values = Callable[[AnyCall], tuple[Any, ...]]
 _VIEWS: dict[str, Callable[[Any], View]] = {
     **{name: attrgetter(f"operands.{name}") for name in ("q", "k", "v")}, **{name: attrgetter(name) for name in ("out", "dout")},

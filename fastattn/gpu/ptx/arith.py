@@ -11,7 +11,7 @@ reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    #
 # rounded by itself: never fused with a following addition
 product = instruction("mul.rn.f32 $0, $1, $2;", "ff", "f", pure=True)
 fma = instruction("fma.rn.f32 $0, $1, $2, $3;", "fff", "f", pure=True)         # x * y + z, rounded once
-fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # a NaN operand loses
+fmax = instruction("max.f32 $0, $1, $2;", "ff", "f", pure=True)                # of NaN and a number it gives the number
 shift_left = instruction("shl.b32 $0, $1, $2;", "rr", "r", pure=True)         # of an int32, without widening to 64 bits
 CONVERT = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 

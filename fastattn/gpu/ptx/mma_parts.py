@@ -1,7 +1,7 @@
 """mma.py's products of float32 operands, which are three bfloat16 parts each (parts.py).
 
 In shared memory the panels of one part come after those of another. Each 16 x 16 piece of an operand is loaded once in each part and
-used in all products that it takes part in. High times high has an accumulator of its own and all smaller products share another: tensor
+used in all its products. High times high has an accumulator of its own and all smaller products share another: tensor
 cores cut a sum off to float32, which costs less in a small one.
 """
 from __future__ import annotations

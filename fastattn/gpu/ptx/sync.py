@@ -27,9 +27,9 @@ ballot = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32
 any_lane = instruction("{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }", "r", "r")
 
 # The two halves of programmatic dependent launch (PTX ISA 9.7.13.13), since sm_90. A kernel that may start early waits here until
-# the kernel before it has ended and its writes can be seen; nothing before this may read or write global memory.
+# the kernel before it has ended and its writes are visible; nothing before this may read or write global memory.
 wait_for_previous = instruction("griddepcontrol.wait;")
-# Once all blocks have come here, or ended, the next kernel may start if it waits itself. It gets the room that this one leaves.
+# Once all blocks have come here, or ended, the next kernel may start if it waits itself. Its blocks run where this kernel's have left room.
 let_next_start = instruction("griddepcontrol.launch_dependents;")
 take_turn = instruction("griddepcontrol.wait; griddepcontrol.launch_dependents;")     # both
 

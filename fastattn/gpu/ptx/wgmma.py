@@ -140,7 +140,7 @@ def _multiply_pv(builder: Any, acc: list[Any], p: list[Any], b: Any, part_bytes:
 
 @intrinsic
 def _pv_parts(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
-    """pv of float32, but acc = P B instead of acc += P B: who adds it to a longer sum rounds better than tensor cores do.
+    """pv of float32, but acc = P B instead of acc += P B. The caller adds it to a longer sum, rounded to nearest; tensor cores cut.
 
     p: the registers of each part, one part after the other.
     """

@@ -106,7 +106,7 @@ def padded_rows(call: AnyCall) -> int:
 
 
 def batch_heads(call: AnyCall) -> int:
-    """How many times there are padded_rows: number of (batch, head); packed: of heads."""
+    """Number of lines of padded_rows: one for each (batch, head); packed: one for each head."""
     p = call.problem
     return p.num_heads * (1 if p.packed else p.batch)
 
@@ -155,7 +155,7 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
     each, sums = -(-rows * heads * size // 256) * 256, 4 * accum_dim * rows * heads
     with launcher.temporary((2 + log2) * each + sums + 4 * log2, stream) as memory:
         lse, accum = memory + 2 * each if log2 else memory, memory + (2 + log2) * each
-        mark = launcher.mark()      # so that nothing has to be cleared; a word that holds it by chance costs time only
+        mark = launcher.mark()      # a new one, so that the word need not be cleared; one that holds it by chance costs time only
         where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         whole = whole_chunks(call.dout) and whole_chunks(call.out)

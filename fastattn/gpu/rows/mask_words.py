@@ -6,11 +6,11 @@ number in the quad), and finds them as bits 2 j and 2 j + 1 of one word:
 
     plane of a (batch, head)    bounds of groups of GROUP lines | words [block][line][t]
 
-Bounds are two numbers for each group, in front of the words and the first group's last: the first block in which one of its lines
-attends anything, and the end of the last one. Kernels skip the blocks outside.
+Bounds are two numbers for each group: the first block in which one of its lines attends anything, and the end of the last one. They stand
+in front of the words in reverse order, the first group's last. Kernels skip the blocks outside.
 
-A mask that is the same for all heads, batch entries, lines or columns is packed once: that axis has stride 0. So words take an eighth of
-the bytes of the mask in blocks of 128 columns, as many in the narrowest, of 16: there is no other path for large masks.
+A mask that is the same for all heads, batch entries, lines or columns is packed once: that axis has stride 0. In blocks of 128
+columns words take an eighth of the mask's bytes, in the narrowest, of 16, as many. Large masks have no other path.
 """
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plan(shape: tuple[int, ...], by: tuple[int, ...], aligned: bool, width: int,
     """The Plan of a mask with this shape and these strides. aligned: its address is a multiple of 4. packed: the problem is."""
     batch, heads, rows, keys = (_Axis(1, 0) if stride == 0 or n == 1 else _Axis(n, stride) for n, stride in zip(shape, by, strict=True))
     lines, columns = (keys, rows) if by_keys else (rows, keys)
-    # lengths of packed sequences on the device may exceed the mask, whose end therefore has to be seen
+    # lengths of packed sequences on the device may exceed the mask, so keys behind its end must be seen to be there
     repeats = by[2 if by_keys else 3] == 0 and not packed
     columns = _Axis(width, 0) if repeats else _Axis(shape[2 if by_keys else 3], columns.stride)
     blocks, groups, planes = -(-columns.length // width), -(-lines.length // GROUP), batch.length * heads.length

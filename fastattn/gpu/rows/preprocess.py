@@ -47,7 +47,7 @@ def make_padded_start(PADDING: int) -> Any:
 
 
 def make_first_row(spec: Spec) -> Any:
-    """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Argument: rows, of a line."""
+    """first_row(a, batch, head, q_start): int64 index of a sequence's row 0 in lse, delta and the sums of dq. Needs a.rows, of a line."""
     PACKED, padded_start = spec.packed, make_padded_start(PADDING)
 
     @inline
@@ -84,7 +84,7 @@ def make_row_at(spec: Spec) -> Any:
 
 # ---------------------------------------------------------------- delta and lse
 def make_row_rules(compute: str) -> tuple[Any, Any, Any]:
-    """(hidden, kept_lse, in_log2): what becomes of a row's lse, in numbers of the dtype `compute`.
+    """(hidden, kept_lse, in_log2): what becomes of a row's lse. Numbers are of the dtype `compute`.
 
     nothing = hidden(lse, inside): whether the row attends no key, or (inside == 0) does not exist
     lse = kept_lse(lse, nothing): the lse that kernels subtract

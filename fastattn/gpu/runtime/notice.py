@@ -1,6 +1,6 @@
 """The first kernels of a process take seconds to compile. On a terminal, one line says so after two of them.
 
-Whoever waits for a first call would otherwise not know what for. Without a terminal nothing is written, and where the
+Without it, nothing would explain why a first call takes so long. Without a terminal nothing is written, and where the
 log shows the start of each compilation neither.
 """
 from __future__ import annotations

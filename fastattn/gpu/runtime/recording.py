@@ -50,7 +50,7 @@ class Address(int):
 
 
 class Word(int):
-    """A value that each call finds anew: number `number` of the Recorder's `maps`, or else of its `finds`."""
+    """A value that is looked up again in each call: number `number` of the Recorder's `maps`, or else of its `finds`."""
 
     is_map: bool
     number: int

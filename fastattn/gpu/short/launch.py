@@ -38,7 +38,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     spec = replace(spec, sinks=None, dbias=None if g.dbias is None else "float32", deterministic=False, bias_pairs=False, bias_whole=False)
     config = choose_backward(spec, keep_bias, call.dlse is not None, all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout, call.out)),
                              all(whole_chunks(x) for x in (g.dq, g.dk, g.dv)))
-    # batch entries with one bias: so many that every multiprocessor is full once
+    # a block goes through several batch entries with one bias: as few blocks as fill every multiprocessor once
     parts = max(1, launcher.device.num_sms * config.blocks_per_sm // p.num_heads_k) if keep_bias else p.batch
     entries = -(-p.batch // parts)
     with dbias_sums(g.dbias, launcher, stream) as sums, mask_words(call, BLOCK_M, launcher, stream, True) as words:

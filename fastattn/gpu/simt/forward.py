@@ -12,8 +12,8 @@ keys x, x + 16, ... of S, and the same rows and every 16th column (or pair or fo
     shared memory   Q slice | K slice, then V slice | P | alive: for each key of the block, whether a row of the tile attends it
 
 Numbers are float32, or float64 for float64 arrays (threads.py). A slice of K has all keys of a block and some columns of head_dim. A
-slice of V has some keys and all columns of head_dim_v. So they fit, whatever head_dim is. All threads copy, wait for each other, compute,
-and wait for each other. The latency that is exposed here, the next rungs of the ladder hide.
+slice of V has some keys and all columns of head_dim_v. So slices fit shared memory, whatever head_dim is. All threads copy, wait for
+each other, compute, and wait for each other. The next rungs of the ladder hide the latency that is exposed here.
 
 The 16 threads of a row are half a warp and exchange maxima and sums by shuffles. Memory past the end is never read. A masked pair gets
 the score -inf. A key that no row of the tile attends counts as V = 0, so that what it holds, NaN included, does not matter.

@@ -32,7 +32,7 @@ class ForwardSm80Config:
     keep_q
         Q stays in registers instead of being read from shared memory in every step.
     optimistic
-        As in ForwardSm90Config. Needs K to be there for the fallback; written for 32 rows a warp.
+        As in ForwardSm90Config. Needs two stages, because the fallback reads K again. Written for 32 rows a warp.
     squeeze
         As in BackwardSm90Config.
     whole, whole_out

@@ -10,7 +10,7 @@
     arrived()       waits for all threads' copies, and for the end of the step before, whose operands may then be overwritten
 
 Key blocks are processed from last to first. Two blocks on a multiprocessor hide each other's latency. What this rung wins over
-forward_simt: tensor cores, and operands that are read from shared memory once for 32 rows. Reading them for every 16 rows would take
+simt/forward.py: tensor cores, and operands that are read from shared memory once for 32 rows. Reading them for every 16 rows would take
 longer than the MMAs. (Design: FlashAttention-2, Dao 2023.)
 """
 from __future__ import annotations

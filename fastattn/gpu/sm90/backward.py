@@ -7,7 +7,7 @@ At 192/128 and in deterministic calls it computes these two alone: no dQ.
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
 
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
-                    a bias that TMA copies lies where dS of its block will, and arrives with Q: two stages of Q are then as far ahead as dS
+                    a bias that TMA copies arrives with Q, in the buffer of its block's dS; Q then has two stages, as dS has two buffers
     K_FULL, V_FULL, Q and dO rings: FULL      TMA -> consumers: the bytes have arrived; lse arrives with Q, delta with dO
     Q and dO rings: EMPTY                     consumers -> producer: the slot may be overwritten
     DS_FULL                                   consumers -> each other: all of dS is stored
@@ -366,7 +366,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
-            if BIAS_TILES:      # by all warps, which have other parts of it than of dS
+            if BIAS_TILES:      # dS goes where the bias is, and a warp stores to parts that others have read
                 bias_read.wait(base, other)
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
             j, m = int32(j + 1), next_block(m)

@@ -14,7 +14,7 @@ FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: 
 FLOAT_WARPS = 8             # of a block of `backward_float`
 MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
-PADDED_ROWS = 1.15          # so many times the rows of smaller tiles are too many; 512 rows, where tiles of 192 won, are 1.125
+PADDED_ROWS = 1.15          # most padded rows over those of smaller tiles; 512 rows, where tiles of 192 won, have 1.125
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
 
@@ -38,7 +38,7 @@ def slice_dim(dim: int, slices: int) -> int:
 def takes_bias_tiles(spec: Spec, most: int) -> bool:
     """Whether a kernel reads the bias from shared memory, where TMA has put it, if TMA can. `most`: the largest head_dim that leaves room.
 
-    Beside other features its elements stay in registers: their tilings are narrower, and tiles have whole panels of 64 keys.
+    With other features its elements stay in registers: their tilings are narrower, and such tiles need whole panels of 64 keys.
     """
     return not (spec.softcap or spec.dropout or spec.alibi) and max(spec.head_dim, spec.head_dim_v) <= most
 
@@ -70,7 +70,7 @@ class ForwardSm90Config:
         L2 eviction priorities: Q and the output are evicted first, K and V, which other tiles read too, last.
     overlap
         S of a block is issued before P V of the block before, which then runs during the softmax. Otherwise it is issued
-        when P V has ended and P's registers are free: of float32, whose softmax is short beside its MMAs.
+        when P V has ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
     """
 
     block_m: int

@@ -25,8 +25,8 @@ def make_dq_sums(DIM: int, BLOCK_M: int, DQ: int) -> tuple[Any, Any]:
 
     @inline
     def send_dq(a, base, w, thread, row):
-        """TMA adds the warp's piece to dQ's sums in memory. `row` is the first row there of its query block: 32 bits, for 2**31 rows fit no
-        memory. Negative: there is no piece yet. All lanes must have fenced and met before."""
+        """TMA adds the warp's piece to dQ's sums in memory. `row` is the first row there of its query block: 32 bits are enough, because
+        memory has no room for 2**31 rows. Negative: there is no piece yet. All lanes must have fenced and passed a barrier before."""
         offset, size = piece_of(w, thread)
         block = uint64(int64(row) * (4 * DIM)) + uint64(offset)
         tma.reduce_add_f32_if(int32(1) if ((thread & 31) == 0) & (row >= 0) else int32(0), uint64(a.accum + block),

@@ -182,7 +182,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
     own = BACKWARD + " map_bias:l" * spec.bias_tiles
-    # with dbias, the sums are cleared before it: no kernel, so there is nothing to start early behind
+    # with dbias, a memset of the sums comes before it: that is no kernel behind which this one could start early
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
                    Arguments(spec, own, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
 

@@ -24,7 +24,7 @@ NEG_INF = F32(float("-inf"))
 PAIR = types.UniTuple(types.float32, 2)
 
 
-# Where a thread's first register lies. In 64 bits and then truncated, as Numba computes: the optimizer's choices depend on it.
+# Where a thread's first register lies. Computed in 64 bits and truncated, as Numba would: LLVM's choices depend on it.
 @intrinsic
 def lane_row(typingctx: Any, lane: Any) -> Any:
     """The first row of a lane in its warp's 16."""

@@ -1,7 +1,7 @@
 """The structural mask on the device: row_bounds of a query row, block_bounds of a tile of rows, query_bounds of a tile of keys.
 
-They are problem.py's functions of the same names, with the same half-open ranges [first, last). tests/gpu/test_backward_plan.py holds the
-twins equal.
+They are masks.py's functions of the same names, with the same half-open ranges [first, last). tests/gpu/test_backward_plan.py compares
+the two.
 """
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_bounds(spec: Spec, BLOCK_N: int) -> tuple[Any, Any]:
 
     @inline
     def block_bounds(a, first_row, last_row, diagonal, seqlen_k):
-        """(n_min, full_min, full_max, n_max) for query rows [first_row, last_row): see problem.block_bounds.
+        """(n_min, full_min, full_max, n_max) for query rows [first_row, last_row): see masks.block_bounds.
 
         There is always at least one block, so that kernels have no empty loop. If the mask leaves none of its keys, the block gives
         out 0 and lse -inf.
@@ -100,7 +100,7 @@ def make_keep(spec: Spec) -> Any:
 def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
     """query_bounds(a, first_key, last_key, diagonal, seqlen_q) -> (m_min, full_min, full_max, m_max).
 
-    For keys [first_key, last_key), all below seqlen_k: see problem.query_bounds. If no row attends any of the keys, all four are equal:
+    For keys [first_key, last_key), all below seqlen_k: see masks.query_bounds. If no row attends any of the keys, all four are equal:
     the kernel's loop is empty.
     """
     LEFT, RIGHT = spec.left, spec.right

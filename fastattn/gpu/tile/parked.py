@@ -1,4 +1,4 @@
-"""Words of a tile parked in shared memory, because the loop of a kernel has no registers for them."""
+"""Words of a tile parked in shared memory: the loop of a kernel needs the registers for its MMAs."""
 from __future__ import annotations
 
 from numba import int32
@@ -22,5 +22,5 @@ def park(base, offset, value):
 
 @inline
 def word(base, offset):
-    """A word about the tile, from shared memory: the MMAs need the registers."""
+    """Load a word about the tile. Again at each use, not kept in a register."""
     return load_shared_b32(int32(base + offset))

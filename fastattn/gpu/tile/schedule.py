@@ -58,8 +58,8 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     Heads are scheduled in groups of a.head_group, whose K and V fit the L2 cache. Inside a group the last rows come first: under a
     causal mask they attend most keys. BY_KEYS the first keys come first: most rows attend them.
 
-    With a bias, the batch entries of a head are neighbours. Most often they share the bias, which one of them then leaves in the L2
-    cache for the others. The same holds for the sums of dbias.
+    With a bias, the batch entries of a head are neighbours. Most often they share the bias, which then stays in the L2
+    cache from one to the next. The same holds for the sums of dbias.
     """
     PACKED, BIAS = spec.packed, spec.bias is not None
 

@@ -56,7 +56,7 @@ def capped_wide(s, row, col, scale, cap, softmax_scale):
     u, x = s * scale, s * softmax_scale
     v = u * u
     near = x + x * (v * (_P0 + v * (_P1 + v * (_P2 + v * _P3))))
-    far = float32(0.5) * cap - cap * reciprocal(exp2(u) + float32(1))       # half of it, so that the largest cap does not overflow
+    far = float32(0.5) * cap - cap * reciprocal(exp2(u) + float32(1))       # computed as two halves: 2 * cap could overflow
     return near if abs(u) < _NEAR else far + far
 
 
@@ -184,7 +184,7 @@ def make_cap_of(spec: Spec) -> Any:
     def slope_of(r, row, col):
         return r * (float32(2) - r)
 
-    def slope_at(s, row, col, cap, inverse):        # of a capped score. In units of 2**64, so that the inverse of cap is no denormal
+    def slope_at(s, row, col, cap, inverse):        # of a capped score. In units of 2**64, where the inverse of cap is not denormal
         r = (cap - abs(s * UNIT)) * inverse
         return r * (float32(2) - r)
 

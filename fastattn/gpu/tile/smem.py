@@ -26,7 +26,7 @@ NAMED_BARRIERS = 16      # of a thread block; 0 is that of cuda.syncthreads
 class Smem:
     """`take(bytes)` gives an offset from the kernel's aligned base; `size` is the dynamic shared memory of a launch, in bytes.
 
-    `named(count)` gives the numbers of the block's named barriers (bar.sync), which are not in memory but are as scarce.
+    `named(count)` gives the numbers of the block's named barriers (bar.sync), which take no memory: a block has 16.
     """
 
     def __init__(self) -> None:

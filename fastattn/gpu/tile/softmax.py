@@ -107,7 +107,7 @@ def make_finish_row(spec: Spec) -> Any:
 
     @inline
     def natural(a, maximum):
-        """(The maximum in units of lse, what is to be added to log2(total) beside it).
+        """(The maximum in units of lse, what has to be added to log2(total) as well).
 
         From some thousands on the maximum is multiplied by softmax_scale alone, which is rounded once. Then the rounding that P contains
         has to be taken out of the sum. It is 0 for far rows."""
@@ -167,7 +167,7 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         Factors of the output rows, 0 for a row that attends no key, and lse.
     """
     log2_scale, rise, finish_row = make_log2_scale(spec), make_rise(spec), make_finish_row(spec)
-    # an optimistic step leaves maxima behind; so they must not be near while scores are far
+    # scores may exceed the old maxima of an optimistic step: half the limit, so that no near maximum has far scores
     TOP_LIMIT = float32(FAR_TOPS[spec.dtype] / 2)
 
     @inline
@@ -191,7 +191,7 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
         top0, top1 = product(max0, scale), product(max1, scale)
         acc_s = exp2_minus(acc_s, scale, scale, top0, top1)
         part = row_sum(acc_s)
-        lags = max(part[0], part[1]) > LAG_LIMIT or max(abs(top0), abs(top1)) > TOP_LIMIT       # a top of -inf, too
+        lags = max(part[0], part[1]) > LAG_LIMIT or max(abs(top0), abs(top1)) > TOP_LIMIT       # also if a top is -inf
         return acc_s, part[0], part[1], int32(1) if lags else int32(0)
 
     @inline
