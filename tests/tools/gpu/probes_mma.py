@@ -7,14 +7,25 @@ from typing import Any
 import numpy as np
 from numba import cuda, int32, int64, uint8, uint64
 
+from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import cp_async, direct, memory, mma, scalar
 from fastattn.gpu.tile import fragments as f
 from tests.tools.gpu.probes import COL, COUNT, HALVES, ROW, Array, C, add, as_matrix, load, normal, same, save
 from tests.tools.gpu.probes_tiles import KIND, PANEL, SHARED, begin, save_at
 from tests.tools.problems import NUMPY
 
-
 # ---------------------------------------------------------------- mma.sync and cp.async
+load_whole = cp_async.make_load(True)
+
+
+@inline
+def copy_v(a, base, thread, panels):
+    """V, 64 rows of `panels` panels, by cp.async; the caller waits. `thread` is one of 64."""
+    row, chunk = int32(thread >> 3), int32(thread & 7)
+    load_whole(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(128 * panels * row + 16 * chunk)),
+               int64(128 * panels), int64(2), int32(64 - row), int32(64 * panels - 8 * chunk), 64, 8, panels, PANEL)
+
+
 def mma_qk(dtype: str, whole: bool) -> Callable[[], Any]:
     """Q (32 x 128) K (64 x 128)^T; warp 0 reads Q in shared memory, warp 1 keeps it in registers. n rows of K exist."""
     qk, _ = mma.make_products(dtype)
@@ -56,16 +67,13 @@ def check_mma_qk(dtype: str) -> Callable[[Any], None]:
 def mma_pv(dtype: str, whole: bool) -> Callable[[], Any]:
     """P (32 x 64) in registers times V (64 x 128), rounded and stored through shared memory: n rows and 120 columns of it."""
     _, pv = mma.make_products(dtype)
-    load_tile, store_tile, to_half = cp_async.make_load(True), cp_async.make_store(whole), f.make_pack(dtype)
+    store_tile, to_half = cp_async.make_store(whole), f.make_pack(dtype)
 
     def make() -> Any:
         def kernel(a):
             base = begin(1)
             t, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
-            row, chunk = int32(t >> 3), int32(t & 7)
-            to = int32(base + row * 128 + ((chunk ^ (row & 7)) << 4))
-            load_tile(to, uint64(a.src + uint64(256 * row + 16 * chunk)), int64(256), int64(2), int32(64 - row), int32(128 - 8 * chunk),
-                      64, 8, 2, PANEL)
+            copy_v(a, base, t, 2)
             cp_async.wait_all()
             cuda.syncthreads()
             if t < 32:
@@ -125,7 +133,7 @@ add("cp_async.copy16", "cp.async.cg.shared.global [", copies,
 def tiles_products(dtype: str, trans: bool) -> Callable[[], Any]:
     """P (32 x 64) V (64 x 128), or P^T (64 x 32) V[:32], P in tiles: each of two warps has 16 of every 32, or 64, columns."""
     product = mma.make_tiles_product(dtype, trans)
-    load_tile, to_half = cp_async.make_load(True), f.make_pack(dtype)
+    to_half = f.make_pack(dtype)
     TILES, DEPTH, STEP, P = (4, 32, 4, 4 * PANEL) if trans else (2, 64, 2, 4 * PANEL)
     LINE = 1024
 
@@ -133,9 +141,7 @@ def tiles_products(dtype: str, trans: bool) -> Callable[[], Any]:
         def kernel(a):
             base = begin(1)
             t, lane, warp = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
-            row, chunk = int32(t >> 3), int32(t & 7)
-            load_tile(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(256 * row + 16 * chunk)), int64(256),
-                      int64(2), int32(64 - row), int32(128 - 8 * chunk), 64, 8, 2, PANEL)
+            copy_v(a, base, t, 2)
             half = to_half(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
             mma.store_tiles(half, int32(base + P + 2 * LINE * warp + 4 * lane), LINE)
             cp_async.wait_all()

@@ -14,6 +14,7 @@ from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile import stores
 from fastattn.gpu.tile.gradients import store_numbers
 from tests.tools.gpu.probes import COUNT, Array, C, add, as_matrix, load, normal, same
+from tests.tools.gpu.probes_mma import copy_v, load_whole
 from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, load_panels, save_at
 from tests.tools.problems import NUMPY
 
@@ -265,17 +266,6 @@ add("wgmma.dsk_parts", "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", w
 
 
 # ---------------------------------------------------------------- mma.sync
-load_tile = cp_async.make_load(True)
-
-
-@inline
-def copy_v(a, base, thread):
-    """V, three parts of 64 x 128, by cp.async; the caller waits. `thread` is one of 64."""
-    row, chunk = int32(thread >> 3), int32(thread & 7)
-    load_tile(int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(a.src + uint64(768 * row + 16 * chunk)), int64(768),
-              int64(2), int32(64 - row), int32(384 - 8 * chunk), 64, 8, 6, PANEL)
-
-
 def mma_qk() -> Any:
     """Q (32 x 128) K (32 x 128)^T by each of two warps."""
     K = 6 * 4096
@@ -285,8 +275,8 @@ def mma_qk() -> Any:
         thread, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
         row, chunk = int32(thread >> 3), int32(thread & 7)
         to, source = int32(base + row * 128 + ((chunk ^ (row & 7)) << 4)), uint64(768 * row + 16 * chunk)
-        load_tile(to, uint64(a.src + source), int64(768), int64(2), int32(32 - row), int32(384 - 8 * chunk), 32, 8, 6, 4096)
-        load_tile(int32(to + K), uint64(a.other + source), int64(768), int64(2), int32(32 - row), int32(384 - 8 * chunk), 32, 8, 6, 4096)
+        load_whole(to, uint64(a.src + source), int64(768), int64(2), int32(32 - row), int32(384 - 8 * chunk), 32, 8, 6, 4096)
+        load_whole(int32(to + K), uint64(a.other + source), int64(768), int64(2), int32(32 - row), int32(384 - 8 * chunk), 32, 8, 6, 4096)
         cp_async.wait_all()
         cuda.syncthreads()
         acc = mma_parts.qk(f.zeros(32), int32(base + mma.lane_offset(lane)), int32(base + K + mma.lane_offset_b(lane)), 2, 128, 4096, 4096)
@@ -310,7 +300,7 @@ def mma_pv() -> Any:
     def kernel(a):
         base = begin(1)
         thread, lane = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31)
-        copy_v(a, base, thread)
+        copy_v(a, base, thread, 6)
         cp_async.wait_all()
         cuda.syncthreads()
         p = f.join(to_parts(load(a.other, lane)), to_parts(load(uint64(a.other + uint64(4 * 16 * C)), lane)))
@@ -333,7 +323,7 @@ def tiles_products(trans: bool) -> Callable[[], Any]:
         def kernel(a):
             base = begin(1)
             t, lane, warp = int32(cuda.threadIdx.x), int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
-            copy_v(a, base, t)
+            copy_v(a, base, t, 6)
             words = to_parts(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
             at = int32(base + P + 2 * LINE * warp + 4 * lane)
             mma.store_tiles(f.part(words, 0, 3), at, LINE)
