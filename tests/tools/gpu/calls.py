@@ -10,8 +10,9 @@ from fastattn import Grads, gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
-from fastattn.gpu.spec import BackwardCall, make_backward_spec
+from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, Problem, make_problem
+from tests.tools.gpu import interpreter
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.problems import Inputs
 
@@ -72,3 +73,25 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
     with emulated(memory) as machine:
         gpu.family("simt").backward(call, make_backward_spec(call), machine.launcher(), 0)
     return grads, machine.launched
+
+
+def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90") -> tuple[Any, Any, list[str]]:
+    """(out, lse, kernels) of a forward whose kernels are run from their PTX (interpreter.py)."""
+    swap, kwargs = inputs.kwargs.get("layout") == "bhsd", {name: x for name, x in inputs.kwargs.items() if name != "layout"}
+    memory = interpreter.Memory()
+
+    def placed(x: Any) -> Any:
+        return None if x is None else memory.place(x, convert.view(x, "test", "x"))
+    arrays = {name: placed(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    q, k, v = (placed(x.swapaxes(1, 2) if swap else x) for x in inputs.args[:3])
+    if inputs.packed:
+        arrays |= {"cu_seqlens_q": placed(inputs.args[3]), "cu_seqlens_k": placed(inputs.args[4])}
+        kwargs |= {f"max_seqlen_{side}": int(np.diff(cu).max(initial=0)) for side, cu in (("q", inputs.args[3]), ("k", inputs.args[4]))}
+    problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=inputs.packed, **kwargs)
+    out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in
+                ((problem.out_shape, inputs.args[0].dtype), (problem.lse_shape, np.float32)))
+    launcher = interpreter.Launcher(memory, arch)
+    with gpu.use(family):
+        gpu.family(family).prepare(Call(problem, o, out, lse), make_spec(problem, o, True), launcher)(Call(problem, o, out, lse), 0)
+    result = memory.read(out, inputs.args[0].dtype)
+    return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32), launcher.launched

@@ -1,0 +1,558 @@
+"""Kernels run from their PTX, without a GPU: the text that Numba makes, all threads of all blocks at once as NumPy arrays.
+
+What emulator.py does for the text of kernels on plain threads, this does for those with mma.sync, whose helpers are instructions. It also
+says what a GPU would not: accesses outside the arrays or not aligned, and instructions of a whole warp that a part of it comes to.
+Arithmetic is rounded as on the device, but for exponentials, which are more exact, and mma.sync: its sums are exact and then cut off.
+
+Threads run a basic block at a time, those that are farthest behind first, so that the lanes of a warp meet again after a branch.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from fastattn.arrays.view import View
+from fastattn.gpu.precompile import HERE, absent_device
+from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.runtime.launcher import Listing
+
+Array = np.ndarray[Any, Any]
+BASE, ROOM, GAP = 1 << 40, 1 << 26, 4096        # addresses begin at BASE; arrays are GAP bytes apart
+MOST_BLOCKS = 2_000_000                         # basic blocks that are run before a kernel counts as hanging
+_TYPES: dict[str, Any] = {"s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
+                          "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64, "u8": np.uint8,
+                          "b8": np.uint8}
+_LETTERS = {"l": np.uint64, "q": np.int64, "i": np.int32, "I": np.uint32, "f": np.float32, "d": np.float64}
+
+
+# ---------------------------------------------------------------- memory
+class Memory:
+    """Global memory. `valid` has a flag for each byte that may be touched; all others, and what was never written, are NaN."""
+
+    def __init__(self) -> None:
+        self.bytes, self.valid, self.end = np.full(ROOM, 0xFF, np.uint8), np.zeros(ROOM, bool), GAP
+
+    def take(self, size: int, offset: int = 0) -> int:
+        """Address of `size` new bytes, `offset` bytes behind a multiple of 256."""
+        at = -(-self.end // 256) * 256 + offset
+        self.end = at + size + GAP
+        assert self.end <= ROOM, "the memory is full"
+        self.valid[at:at + size] = True
+        return BASE + at
+
+    def place(self, x: Array, view: View) -> View:
+        """A copy of an array of which `view` is the canonical View."""
+        import ctypes
+        low, high = view.bytes_range()
+        at = self.take(high - low, low % 256)
+        self.bytes[at - BASE:at - BASE + high - low] = np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
+        return replace(view, ptr=at + view.ptr - low, device=HERE)
+
+    def read(self, view: View, dtype: Any) -> Array:
+        """The elements of a View."""
+        raw = self.bytes[view.ptr - BASE:]
+        return np.lib.stride_tricks.as_strided(raw[:raw.size // 8 * 8].view(dtype), view.shape, view.strides).copy()
+
+    def words(self, address: Array, size: int) -> Array:
+        """Indices of the elements of `size` bytes at these addresses."""
+        offset = address.astype(np.int64) - BASE
+        assert not (offset % size).any(), f"misaligned access of {size} bytes"
+        inside = (offset >= 0) & (offset + size <= ROOM)
+        assert inside.all() and self.valid[offset].all() and self.valid[offset + size - 1].all(), "access outside the arrays"
+        return offset // size
+
+
+class Shared:
+    """Shared memory of all blocks."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.size = -(-size // 16) * 16 + 16
+        self.bytes = np.full(blocks * self.size, 0xFF, np.uint8)
+        self.limit = size
+
+    def words(self, address: Array, size: int, blocks: Array) -> Array:
+        at = address.astype(np.int64)
+        assert not (at % size).any(), f"misaligned access of {size} bytes to shared memory"
+        assert ((at >= 0) & (at + size <= self.limit)).all(), f"shared memory has {self.limit} bytes"
+        return (blocks * self.size + at) // size
+
+
+# ---------------------------------------------------------------- the text
+@dataclass(slots=True)
+class Instruction:
+    op: str
+    operands: list[Any]             # register names, numbers, lists of them, ("[]", register, offset)
+    guard: str = ""                 # name of a predicate
+    inverted: bool = False
+
+
+@dataclass(slots=True)
+class Body:
+    """A kernel: basic blocks, and the index of each label's."""
+
+    blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
+    labels: dict[str, int] = field(default_factory=dict)
+    params: list[str] = field(default_factory=list)
+
+
+def _operand(text: str) -> Any:
+    text = text.strip()
+    if text.startswith("{"):
+        return [_operand(x) for x in text[1:-1].split(",")]
+    if text.startswith("["):
+        base, _, offset = text[1:-1].partition("+")
+        return ("[]", base.strip(), int(offset or 0))
+    if re.fullmatch(r"0f[0-9A-Fa-f]{8}", text):
+        return np.uint32(int(text[2:], 16)).view(np.float32)
+    if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
+        return int(text.rstrip("U"), 0)
+    return text
+
+
+def _split(text: str) -> list[str]:
+    return [x for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", text) if x.strip()]
+
+
+@functools.lru_cache(maxsize=64)
+def parse(ptx: str) -> Body:
+    """The Body of the one kernel in a module."""
+    body = Body()
+    head, _, text = ptx.partition(".visible .entry")[2].partition("\n{\n")
+    body.params = re.findall(r"\.param \.\w+ (\w+)", head)
+    for line in text.splitlines():
+        line = line.partition("//")[0].strip()
+        if not line or line == "}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
+            continue
+        if line.endswith(":"):
+            body.labels[line[:-1]] = len(body.blocks)
+            body.blocks.append([])
+            continue
+        if re.match(r"\{\s", line):
+            line = line[1:].rstrip().removesuffix("}")
+        for statement in line.split(";"):
+            statement = statement.strip()
+            if not statement or statement.startswith(".reg"):
+                continue
+            guard = re.match(r"@(!?)(\S+)\s+(.*)", statement)
+            inverted, name, rest = (guard[1] == "!", guard[2], guard[3]) if guard else (False, "", statement)
+            op, _, operands = rest.partition(" ") if " " in rest else rest.partition("\t")
+            op, operands = op.strip(), operands.strip()
+            if "\t" in op:
+                op, _, more = op.partition("\t")
+                operands = more + operands
+            body.blocks[-1].append(Instruction(op, [_operand(x) for x in _split(operands)], name, inverted))
+            if op.startswith(("bra", "bar.sync", "ret", "exit")):
+                body.blocks.append([])
+    return body
+
+
+# ---------------------------------------------------------------- numbers
+def bfloat16_bits(x: Array) -> Array:
+    """float32 rounded to nearest even."""
+    bits = x.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def bits_of(x: Array, kind: str) -> Array:
+    """float32 as the bits of a 16-bit dtype."""
+    return bfloat16_bits(x) if kind.startswith("bf16") else x.astype(np.float16).view(np.uint16)
+
+
+def floats_of(bits: Array, kind: str) -> Array:
+    if kind.startswith("bf16"):
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def cut_off(x: Array) -> Array:
+    """float64 to float32, towards zero."""
+    near = x.astype(np.float32)
+    return np.where(np.abs(near.astype(np.float64)) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+
+
+def flushed(x: Array) -> Array:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+
+
+def compare(how: str, x: Any, y: Any) -> Any:
+    if how in _COMPARE:
+        found = _COMPARE[how](x, y)
+        return found & ~np.isnan(x) & ~np.isnan(y) if how == "ne" and np.asarray(x).dtype.kind == "f" else found
+    unordered = np.isnan(x) | np.isnan(y)
+    if how in ("nan", "num"):
+        return unordered if how == "nan" else ~unordered
+    return unordered | _COMPARE[how[:-1]](x, y)
+
+
+# ---------------------------------------------------------------- running
+class Run:
+    """One launch of a kernel."""
+
+    def __init__(self, body: Body, memory: Memory, grid: int, threads: int, shared: int, values: dict[str, Any]) -> None:
+        self.body, self.memory, self.values = body, memory, values
+        self.count, self.threads = grid * threads, threads
+        number = np.arange(self.count)
+        self.thread, self.block = (number % threads).astype(np.uint32), number // threads
+        self.shared = Shared(grid, shared)
+        self.special: dict[str, Any] = {"%tid.x": self.thread, "%ctaid.x": self.block.astype(np.uint32), "%laneid": self.thread & 31,
+                                        "%ntid.x": np.uint32(threads), "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared)}
+        self.registers: dict[str, Array] = {}
+        self.everyone = number
+
+    # -------------------------------------------------------- registers
+    def get(self, name: Any, active: Array, kind: str) -> Any:
+        dtype = _TYPES.get(kind, np.bool_)
+        if isinstance(name, (int, np.floating)):
+            if isinstance(name, np.floating):
+                return dtype(name) if dtype is np.float32 else name.view(np.uint32)
+            size = np.dtype(dtype).itemsize
+            return np.array(name & ((1 << 8 * size) - 1), f"u{size}").view(dtype)[()] if dtype is not np.bool_ else bool(name)
+        if name in self.special:
+            x = self.special[name]
+            return (x[active] if np.ndim(x) else x)
+        if name not in self.registers:
+            assert name.startswith("_cudapy_smem"), f"{name} was never written"
+            return dtype(0)
+        x = self.registers[name]
+        x = x if len(active) == self.count else x[active]
+        if dtype is np.bool_ or x.dtype == dtype:
+            return x
+        if x.itemsize == np.dtype(dtype).itemsize:
+            return x.view(dtype)
+        return x.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)     # a narrower part of a register
+
+    def put(self, name: str, active: Array, value: Any) -> None:
+        if name == "_":
+            return
+        value = np.asarray(value)
+        if len(active) == self.count:
+            self.registers[name] = np.ascontiguousarray(np.broadcast_to(value, self.count))
+            return
+        held = self.registers.get(name)
+        if held is None or held.itemsize != value.itemsize or (held.dtype == np.bool_) != (value.dtype == np.bool_):
+            held = np.zeros(self.count, value.dtype)
+        held = held.copy()
+        held[active] = value.view(held.dtype) if value.ndim else value.astype(value.dtype).reshape(1).view(held.dtype)[0]
+        self.registers[name] = held
+
+    def warps(self, active: Array, what: str) -> Array:
+        """The active lanes as (warps, 32)."""
+        assert len(active) % 32 == 0, f"{what}: not all lanes of a warp are here"
+        lanes = active.reshape(-1, 32)
+        assert (lanes[:, 0] % 32 == 0).all() and (lanes == lanes[:, :1] + np.arange(32)).all(), f"{what}: lanes of a warp are missing"
+        return lanes
+
+    # -------------------------------------------------------- the loop
+    def go(self) -> None:
+        at, waiting, last = np.zeros(self.count, np.int64), np.zeros(self.count, bool), len(self.body.blocks)
+        for _ in range(MOST_BLOCKS):
+            ready = ~waiting & (at < last)
+            if not ready.any():
+                if not waiting.any():
+                    return
+                per_block = (waiting | (at >= last)).reshape(-1, self.threads)
+                assert per_block.all(), "a barrier to which not all threads come"
+                waiting[:] = False
+                continue
+            here = int(at[ready].min())
+            active = np.flatnonzero(ready & (at == here))
+            at[active] = here + 1
+            for instruction in self.body.blocks[here]:
+                op = instruction.op
+                if op.startswith("bra"):
+                    chosen = self.guarded(instruction, active)
+                    at[chosen] = self.body.labels[instruction.operands[0]]
+                elif op in ("ret", "exit"):
+                    at[self.guarded(instruction, active)] = last
+                elif op.startswith("bar.sync"):
+                    waiting[active] = True
+                    self.release(waiting, at, last)
+                else:
+                    chosen = self.guarded(instruction, active)
+                    if len(chosen):
+                        self.execute(instruction, chosen)
+        raise AssertionError("the kernel does not end")
+
+    def release(self, waiting: Array, at: Array, last: int) -> None:
+        """Let the blocks go on whose threads all wait."""
+        by_block = waiting.reshape(-1, self.threads)
+        done = (by_block | (at >= last).reshape(-1, self.threads)).all(axis=1)
+        by_block[done] = False
+
+    def guarded(self, instruction: Instruction, active: Array) -> Array:
+        if not instruction.guard:
+            return active
+        flags = np.broadcast_to(self.get(instruction.guard, active, "pred"), len(active))
+        return active[~flags if instruction.inverted else flags]
+
+    def execute(self, i: Instruction, active: Array) -> None:
+        base = i.op.split(".")[0]
+        try:
+            getattr(self, f"_{base}")(i.op.split("."), i.operands, active)
+        except Exception as error:
+            error.add_note(f"in {i.op} {i.operands}")
+            raise
+
+    # -------------------------------------------------------- instructions
+    def _binary(self, function: Callable[[Any, Any], Any], op: list[str], x: list[Any], active: Array) -> None:
+        kind = op[-1]
+        with np.errstate(all="ignore"):
+            out = function(self.get(x[1], active, kind), self.get(x[2], active, kind))
+        self.put(x[0], active, np.asarray(out).astype(_TYPES.get(kind, np.bool_), copy=False))
+
+    def _add(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.add, op, x, active)
+
+    def _sub(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.subtract, op, x, active)
+
+    def _mul(self, op: list[str], x: list[Any], active: Array) -> None:
+        if op[1] in ("wide", "hi"):
+            kind, wide = op[2], op[2][0] + "64"
+            out = self.get(x[1], active, kind).astype(_TYPES[wide]) * self.get(x[2], active, kind).astype(_TYPES[wide])
+            self.put(x[0], active, out if op[1] == "wide" else (out >> _TYPES[wide](32)).astype(_TYPES[kind]))
+        else:
+            self._binary(np.multiply, op, x, active)
+
+    def _mad(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._mul(op, ["mad.product", x[1], x[2]], active)
+        kind = op[-1] if op[1] != "wide" else op[-1][0] + "64"
+        self._binary(np.add, [kind], [x[0], "mad.product", x[3]], active)
+
+    def _fma(self, op: list[str], x: list[Any], active: Array) -> None:
+        a, b, c = (np.asarray(self.get(y, active, "f32")).astype(np.float64) for y in x[1:])
+        with np.errstate(all="ignore"):
+            self.put(x[0], active, (a * b + c).astype(np.float32))
+
+    def _min(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.fmin if op[-1] == "f32" else np.minimum, op, x, active)
+
+    def _max(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.fmax if op[-1] == "f32" else np.maximum, op, x, active)
+
+    def _and(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.bitwise_and, op, x, active)
+
+    def _or(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.bitwise_or, op, x, active)
+
+    def _xor(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.bitwise_xor, op, x, active)
+
+    def _not(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.put(x[0], active, np.invert(self.get(x[1], active, op[-1])))
+
+    def _neg(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.put(x[0], active, np.negative(self.get(x[1], active, op[-1])))
+
+    def _abs(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.put(x[0], active, np.abs(self.get(x[1], active, op[-1])))
+
+    def _div(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.divide if op[-1] == "f32" else np.floor_divide, op, x, active)
+
+    def _rem(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.remainder, op, x, active)
+
+    def _shift(self, function: Any, op: list[str], x: list[Any], active: Array) -> None:
+        kind = op[-1]
+        wide, distance = 8 * np.dtype(_TYPES[kind]).itemsize, self.get(x[2], active, "u32")
+        value = self.get(x[1], active, kind)
+        out = function(value, np.minimum(distance, wide - 1).astype(value.dtype))
+        left = _TYPES[kind](0) if kind[0] != "s" or function is np.left_shift else np.where(value < 0, -1, 0).astype(value.dtype)
+        self.put(x[0], active, np.where(distance >= wide, left, out))
+
+    def _shl(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._shift(np.left_shift, op, x, active)
+
+    def _shr(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._shift(np.right_shift, op, x, active)
+
+    def _selp(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.put(x[0], active, np.where(self.get(x[3], active, "pred"), self.get(x[1], active, op[-1]), self.get(x[2], active, op[-1])))
+
+    def _setp(self, op: list[str], x: list[Any], active: Array) -> None:
+        found = compare(op[1], self.get(x[1], active, op[-1]), self.get(x[2], active, op[-1]))
+        if op[2] in ("and", "or"):
+            other = self.get(x[3], active, "pred")
+            found = found & other if op[2] == "and" else found | other
+        self.put(x[0], active, np.broadcast_to(found, len(active)))
+
+    def _mov(self, op: list[str], x: list[Any], active: Array) -> None:
+        if isinstance(x[0], list):
+            word = self.get(x[1], active, op[-1])
+            half = 4 * word.itemsize
+            for n, name in enumerate(x[0]):
+                self.put(name, active, (word >> word.dtype.type(n * half)).astype(f"u{word.itemsize // 2}"))
+        elif isinstance(x[1], list):
+            low, high = (np.asarray(self.get(y, active, "u16")).astype(np.uint32) for y in x[1])
+            self.put(x[0], active, low | high << np.uint32(16))
+        else:
+            self.put(x[0], active, self.get(x[1], active, op[-1]))
+
+    def _cvta(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.put(x[0], active, self.get(x[1], active, "u64"))
+
+    def _cvt(self, op: list[str], x: list[Any], active: Array) -> None:
+        to, kind = op[-2], op[-1]
+        if to in ("bf16x2", "f16x2"):
+            high, low = (bits_of(np.broadcast_to(self.get(y, active, "f32"), len(active)), to).astype(np.uint32) for y in x[1:])
+            if "relu" in op:
+                high, low = (np.where(y >> np.uint32(15), np.uint32(0), y) for y in (high, low))
+            self.put(x[0], active, low | high << np.uint32(16))
+        elif to in ("bf16", "f16"):
+            self.put(x[0], active, bits_of(np.broadcast_to(self.get(x[1], active, "f32"), len(active)), to))
+        elif kind in ("bf16", "f16"):
+            self.put(x[0], active, floats_of(self.get(x[1], active, "u16"), kind))
+        else:
+            self.put(x[0], active, np.asarray(self.get(x[1], active, kind)).astype(_TYPES[to]))
+
+    def _ex2(self, op: list[str], x: list[Any], active: Array) -> None:
+        with np.errstate(all="ignore"):
+            self.put(x[0], active, flushed(np.exp2(flushed(self.get(x[1], active, "f32")))))
+
+    def _lg2(self, op: list[str], x: list[Any], active: Array) -> None:
+        with np.errstate(all="ignore"):
+            self.put(x[0], active, np.log2(flushed(self.get(x[1], active, "f32"))))
+
+    def _rcp(self, op: list[str], x: list[Any], active: Array) -> None:
+        with np.errstate(all="ignore"):
+            self.put(x[0], active, flushed(np.float32(1) / flushed(self.get(x[1], active, "f32"))))
+
+    def _prmt(self, op: list[str], x: list[Any], active: Array) -> None:
+        a, b = (np.broadcast_to(self.get(y, active, "u32"), len(active)).astype(np.uint64) for y in x[1:3])
+        both, selector, out = a | b << np.uint64(32), x[3], np.zeros(len(active), np.uint64)
+        assert isinstance(selector, int)
+        for n in range(4):
+            out |= (both >> np.uint64(8 * (selector >> 4 * n & 7)) & np.uint64(0xFF)) << np.uint64(8 * n)
+        self.put(x[0], active, out.astype(np.uint32))
+
+    def _shfl(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.warps(active, "shfl")
+        assert op[2] == "bfly"
+        value = np.broadcast_to(self.get(x[1], active, "b32"), len(active)).reshape(-1, 32)
+        self.put(x[0], active, value[:, np.arange(32) ^ x[2]].reshape(-1))
+
+    def _vote(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.warps(active, "vote")
+        flags = np.broadcast_to(self.get(x[1], active, "pred"), len(active)).reshape(-1, 32)
+        if op[2] == "ballot":
+            found: Any = (flags.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+        else:
+            found = flags.any(axis=1) if op[2] == "any" else flags.all(axis=1)
+        self.put(x[0], active, np.repeat(found, 32))
+
+    def _fence(self, op: list[str], x: list[Any], active: Array) -> None:
+        pass
+
+    _membar = _griddepcontrol = _fence
+
+    # -------------------------------------------------------- memory
+    def address(self, x: Any, active: Array, shared: bool) -> Array:
+        base = np.broadcast_to(self.get(x[1], active, "u32" if shared else "u64"), len(active))
+        return base.astype(np.int64) + x[2]
+
+    def places(self, op: list[str], x: Any, active: Array) -> tuple[Array, Any, list[Array]]:
+        """(The memory as numbers of the type, the type, indices of each of the vector's elements)."""
+        shared, dtype = "shared" in op, _TYPES[op[-1]]
+        size, vector = np.dtype(dtype).itemsize, next((int(y[1:]) for y in op if re.fullmatch(r"v\d", y)), 1)
+        at = self.address(x, active, shared)
+        assert not (at % (size * vector)).any(), "misaligned vector"
+        memory = self.shared.bytes if shared else self.memory.bytes
+        return memory.view(dtype), dtype, [self.shared.words(at + k * size, size, self.block[active]) if shared
+                                           else self.memory.words(at + k * size, size) for k in range(vector)]
+
+    def _ld(self, op: list[str], x: list[Any], active: Array) -> None:
+        if op[1] == "param":
+            self.put(x[0], active, self.values[x[1][1]])
+            return
+        memory, _, places = self.places(op, x[1], active)
+        for name, place in zip(x[0] if isinstance(x[0], list) else [x[0]], places, strict=True):
+            value = memory[place]
+            self.put(name, active, value.astype(np.uint32) if value.itemsize == 1 else value)
+
+    def _st(self, op: list[str], x: list[Any], active: Array) -> None:
+        memory, _, places = self.places(op, x[0], active)
+        for name, place in zip(x[1] if isinstance(x[1], list) else [x[1]], places, strict=True):
+            memory[place] = self.get(name, active, op[-1])
+
+    def _atom(self, op: list[str], x: list[Any], active: Array) -> None:
+        memory, _, [places] = self.places(op, x[1], active)
+        given, old = np.broadcast_to(self.get(x[2], active, "u32"), len(active)), np.zeros(len(active), np.uint32)
+        for n, place in enumerate(places):
+            old[n] = memory[place]
+            memory[place] = (0 if old[n] >= given[n] else old[n] + np.uint32(1)) if "inc" in op else old[n] + given[n]
+        self.put(x[0], active, old)
+
+    # -------------------------------------------------------- mma.sync
+    def _mma(self, op: list[str], x: list[Any], active: Array) -> None:
+        """m16n8k16 and m16n8k8 of 16-bit operands (PTX ISA 9.7.14.5.8, figures of the fragments)."""
+        count, kind, depth = len(self.warps(active, "mma")), op[-2], 16 if "m16n8k16" in op else 8
+        words = [[np.broadcast_to(self.get(name, active, "b32"), len(active)).reshape(count, 32) for name in names] for names in x[:4]]
+        lane = np.arange(32)
+        g, c = lane // 4, lane % 4
+        a, b, acc = np.zeros((count, 16, depth)), np.zeros((count, depth, 8)), np.zeros((count, 16, 8))
+        for n, word in enumerate(words[1]):
+            for half in range(2):
+                value = floats_of(word >> np.uint32(16 * half) & np.uint32(0xFFFF), kind)
+                a[:, g + 8 * (n % 2), 2 * c + half + 8 * (n // 2)] = value
+        for n, word in enumerate(words[2]):
+            for half in range(2):
+                b[:, 2 * c + half + 8 * n, g] = floats_of(word >> np.uint32(16 * half) & np.uint32(0xFFFF), kind)
+        for n, word in enumerate(words[3]):
+            acc[:, g + 8 * (n // 2), 2 * c + n % 2] = word.view(np.float32)
+        with np.errstate(all="ignore"):
+            out = cut_off(acc + a @ b)
+        for n, name in enumerate(x[0]):
+            self.put(name, active, np.ascontiguousarray(out[:, g + 8 * (n // 2), 2 * c + n % 2]).reshape(-1))
+
+
+# ---------------------------------------------------------------- a device
+@functools.lru_cache(maxsize=64)
+def ptx_of(key: str, fields: Any, arch: str, make: Any) -> tuple[str, int]:
+    """(PTX, bytes of shared memory) of a kernel."""
+    source = make()
+    return compiler.build(source, arch, output="ptx")[0].decode().rstrip("\0"), source.make()[1]
+
+
+class Launcher(Listing):
+    """A Launcher whose kernels run here. `launched`: their keys."""
+
+    def __init__(self, memory: Memory, arch: str = "sm_90a") -> None:
+        super().__init__(absent_device(arch))
+        self.memory, self.arch, self.launched = memory, arch, list[str]()
+        self.zeros = memory.take(4 * 65536)
+        memory.bytes[self.zeros - BASE:self.zeros - BASE + 4 * 65536] = 0
+
+    def load(self, source: compiler.Source) -> Any:
+        ptx = compiler.build(source, self.arch, output="ptx")[0].decode().rstrip("\0")
+        shared, body = source.make()[1], parse(ptx)
+
+        def launch(grid: int, values: list[Any], stream: int) -> None:
+            self.launched.append(source.key)
+            numbers = [_LETTERS[letter](value) for (_, letter), value in zip(source.fields, values, strict=True)]
+            if grid:
+                Run(body, self.memory, grid, source.threads, shared, dict(zip(body.params, numbers, strict=True))).go()
+        return SimpleNamespace(launch=launch)
+
+    @contextlib.contextmanager
+    def temporary(self, size: int, stream: int) -> Iterator[int]:  # type: ignore[override]
+        at = self.memory.take(size)
+        yield at
+        self.memory.valid[at - BASE:at - BASE + size] = False
+
+    def arrivals(self, captured: bool) -> int:
+        return self.zeros
