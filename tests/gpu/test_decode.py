@@ -1,7 +1,8 @@
-"""Few queries and many keys: which calls run the split-key kernels, and how
-the keys are split. test_forward.py runs the cases."""
+"""Few queries and many keys: which calls run the split-key kernels, how the keys
+are split, and what some kernels compute, from their PTX. test_forward.py runs the cases."""
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,14 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
+from fastattn import gpu
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import workspace
+from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
+from tests.tools.gpu.calls import interpreted
 from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
 from tests.tools.problems import Case
 
@@ -31,21 +35,59 @@ def test_what_runs_the_cases(family: str, arch: str) -> None:
         assert kernels_of(for_family(case, family), family, arch) == ["forward_decode"], case.name
 
 
+# the numbers of kernels that run from their PTX here; a device runs all cases
+@pytest.mark.parametrize("name", [
+    "128_128_bfloat16", "64_128_float16", "all_64", "float32_all_128", "float32_huge_64", "float32_36_60", "float32_window_both_64",
+    "all_40_24", "80_80", "all_96_256", "256_256", "rows_20_128_bfloat16", "rows_52_128_float32", "rows_64_80_float16", "many_64"])
+def test_numbers(name: str) -> None:
+    inputs = {case.name: case for case in DECODE}[f"decode_{name}"].make()
+    out, lse, kernels = interpreted(inputs)
+    assert [key.split()[0] for key in kernels] == ["forward_decode"]
+    Judge(inputs).forward(out, lse)
+
+
 @pytest.mark.parametrize("changes", [
-    {"seqlen_q": 5}, {"seqlen_k": 255}, {"head_dim": 96}, {"head_dim": 256}, {"head_dim_v": 32}, {"mask": True}, {"bias": "float32"},
+    {"seqlen_q": 17}, {"seqlen_k": 255}, {"head_dim": 264}, {"head_dim": 124}, {"head_dim_v": 512}, {"mask": True}, {"bias": "float32"},
     {"alibi": "float32"}, {"dropout": True}, {"packed": True}], ids=str)
 def test_other_calls_are_not_split(changes: dict[str, object]) -> None:
     usual = {"seqlen_q": 4, "seqlen_k": 1000, "num_heads_k": 4, "head_dim": 128}
     for arch in ("sm_90a", "sm_80"):
         assert sources(*Want(**usual).call(), absent_device(arch))[0].key.startswith("forward_decode")
         call = Want(**{**usual, **changes}).call()
+        if gpu.refuses("sm80", call[0], absent_device("sm_80")) is not None:
+            continue
         assert not any(source.key.startswith("forward_decode") for source in sources(*call, absent_device(arch)))
+
+
+def test_more_rows_than_an_mma() -> None:
+    """Up to 64 rows of a key head, where tiles of 64 rows would read K and V again or not fill the device."""
+    def taken(**changes: int) -> bool:
+        call, spec = Want(**{"seqlen_q": 32, "seqlen_k": 4096, "num_heads": 8, "num_heads_k": 8, "batch": 4, **changes}).call()
+        return launch_decode.accepts(call, spec, absent_device("sm_90a"))
+    assert taken() and taken(seqlen_q=64) and not taken(seqlen_q=65)
+    assert not taken(batch=17)                                      # 136 tiles fill 132 multiprocessors
+    assert taken(batch=17, seqlen_q=16)
+    assert taken(batch=64, seqlen_q=8, num_heads=32) and taken(batch=64, seqlen_q=16, num_heads=32)
+    assert not taken(batch=64, seqlen_q=17, num_heads=32)
+
+
+def test_tilings() -> None:
+    """What the table says: 16 to 64 registers for K of a step, and as many for V."""
+    for dtype, dim, dim_v in itertools.product(("bfloat16", "float32"), range(16, 257, 16), (16, 128, 256)):
+        if dtype == "float32" and max(dim, dim_v) > 128:
+            continue
+        for rows in (1, 16, 17, 32, 33, 64):
+            call, spec = Want(dtype, dim, dim_v, seqlen_q=rows, seqlen_k=512, num_heads=1, batch=1).call()
+            config = choose_decode(spec, call.problem)
+            registers = config.keys * max(dim, dim_v) * (4 if dtype == "float32" else 2) / 128
+            assert registers <= 64 and (registers > 16 or config.keys == 32), (dtype, dim, dim_v)
+            assert config.exact and rows <= config.rows < max(2 * rows, 17) and config.key_warps * config.row_warps == config.warps
 
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])
 def test_splits_cover_the_keys(keys: int) -> None:
-    for tiling in (DecodeConfig(keys=16), DecodeConfig(keys=32)):
-        step = tiling.keys * tiling.warps
+    for tiling in (DecodeConfig(keys=8), DecodeConfig(keys=16, row_warps=4), DecodeConfig(keys=32)):
+        step = tiling.keys * tiling.key_warps
         for planes in (1, 8, 100, 132, 133, 1000, 100_000):
             count, each = launch_decode.split_keys(planes, keys, tiling, 132)
             assert 1 <= count <= MOST_SPLITS and each % step == 0

@@ -29,8 +29,10 @@ from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits, fragments, stores
 from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
+    interpreter,
     probes_backward,
     probes_bias,
+    probes_direct,
     probes_fragments,
     probes_mma,
     probes_parts,
@@ -88,6 +90,20 @@ def test_text(name: str, texts: dict[str, Any]) -> None:
     text = texts[name].result()
     for instruction in PROBES[name].text:
         assert instruction in text, f"no {instruction!r} in\n{text}"
+
+
+# ---------------------------------------------------------------- without a GPU: the numbers of those that run from their PTX
+def run_text(name: str, src: Array, other: Array, dst: Array, n: int) -> Array:
+    """`run` in the interpreter."""
+    memory = interpreter.Memory()
+    places = [memory.place(x, View(x.ctypes.data, x.shape, contiguous(x.shape, x.itemsize), x.dtype.name)) for x in (src, other, dst)]
+    interpreter.Launcher(memory).load(PROBES[name].source(name)).launch(1, [*(place.ptr for place in places), 0, 0, 0, n], 0)
+    return memory.read(places[2], dst.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("direct")])
+def test_numbers_from_the_text(name: str) -> None:
+    PROBES[name].check(lambda *args, **kwargs: run_text(name, *args, **kwargs))
 
 
 # ---------------------------------------------------------------- with a GPU: the numbers

@@ -14,6 +14,7 @@ from ..ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_shared_b32, 
 from ..ptx.scalar import load_chunk, load_shared, store, store_shared
 from ..spec import Spec
 from ..tile.softmax import NEG_INF, make_decay, make_finish_row
+from .config import WARP, DecodeConfig
 
 
 def _make_put(spec: Spec) -> Any:
@@ -35,9 +36,10 @@ def _make_put(spec: Spec) -> Any:
     return put
 
 
-def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
-    """(put, put_part, combine) for a block of THREADS. PARTS: offset in shared memory for the maxima and sums of all splits and rows.
+def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any, Any, Any]:
+    """(fours, put, put_part, combine). PARTS: offset in shared memory for the maxima and sums of all splits and rows.
 
+    fours(a): how many times four columns a row of the output has
     put(a, batch, head_k, r, column, values, maximum, total): finish and store four columns of row r of a key head, with the first ones
     its lse too
     put_part(a, split, plane, rows, r, column, values, maximum, total): store four columns of a split's row r for the block that merges
@@ -45,9 +47,16 @@ def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
 
     `plane` is the flattened (batch, key head) index.
     """
-    HEAD_DIM_V = spec.head_dim_v
+    HEAD_DIM_V, THREADS, EXACT = spec.head_dim_v, WARP * config.warps, config.exact
     put, load, decay = _make_put(spec), load_chunk("float32"), make_decay(spec)
     read, put_shared = load_shared("float32", 1), store_shared("float32")
+
+    @inline
+    def fours(a):
+        if EXACT:
+            return int32(HEAD_DIM_V // 4)
+        else:
+            return int32(a.head_dim_v >> 2)
 
     @inline
     def first_of(a, split, plane, rows):
@@ -142,10 +151,10 @@ def make_combine(spec: Spec, THREADS: int, PARTS: int) -> tuple[Any, Any, Any]:
                 i = int32(i + THREADS)
             cuda.syncthreads()
             i = thread
-            while i < rows * (HEAD_DIM_V // 4):
-                r = divide(i, int32(HEAD_DIM_V // 4))
-                column = int32((i - r * (HEAD_DIM_V // 4)) * 4)
+            while i < rows * fours(a):
+                r = divide(i, fours(a))
+                column = int32((i - r * fours(a)) * 4)
                 values, maximum, total = merged(a, base, plane, rows, r, column)
                 put(a, batch, head_k, r, column, values, maximum, total)
                 i = int32(i + THREADS)
-    return put, put_part, combine
+    return fours, put, put_part, combine

@@ -1,14 +1,21 @@
-"""The tiling of the split-key kernel."""
+"""The tiling of the split-key kernel, and which calls it runs."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...problem import Problem
 from ..spec import Spec
 
-ROWS = 16                   # query rows of a tile, of all heads that share a key head
+ROWS = 16                   # query rows of a warp, of all heads that share a key head: those of an MMA
+# Of a block. An SM reads 10 16-bit elements of K and V a clock from memory (20 bytes: 4.4 TB/s over 132 SMs at 1.7 GHz), of which each
+# takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows keep up. Predicted, to be measured.
+MOST_ROWS = 64
 FEW_KEYS = 256              # with fewer, a tile of the other forwards takes no longer
 MOST_SPLITS = 128
+MOST_DIM = 256              # with more, registers do not hold O
 WARP = 32                   # threads
+# 16-bit Q stays in registers up to this head size, beside 64 registers of K and V and 64 of O. Parts of float32 take three times as many
+MOST_Q_DIM = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +25,13 @@ class DecodeConfig:
     Parameters
     ----------
     keys, warps
-        Each of `warps` handles every warps-th piece of `keys` keys of a split.
+        A warp handles `keys` keys at a time.
+    row_warps
+        So many warps have the same keys and different rows; the others have other keys of the split.
+    exact
+        head_dim and head_dim_v are the Spec's, without padding.
+    keep_q
+        Q is in shared memory, not in registers.
     blocks_per_sm
         Thread blocks of a multiprocessor, which bound the registers of a thread.
     overhead
@@ -27,17 +40,50 @@ class DecodeConfig:
 
     keys: int
     warps: int = 4
+    row_warps: int = 1
+    exact: bool = True
+    keep_q: bool = False
     blocks_per_sm: int = 2
     overhead: int = 4
 
     def __post_init__(self) -> None:
-        assert self.keys % 16 == 0
+        assert self.keys == 8 or self.keys % 16 == 0
+        assert self.warps % self.row_warps == 0
+
+    @property
+    def key_warps(self) -> int:
+        """Warps of a block with different keys."""
+        return self.warps // self.row_warps
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a block."""
+        return ROWS * self.row_warps
 
     @property
     def text(self) -> str:
-        return f"{self.keys} keys warps {self.warps} blocks {self.blocks_per_sm}"
+        return (f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm}" + " exact" * self.exact
+                + " keep_q" * self.keep_q)
 
 
-def choose_decode(spec: Spec) -> DecodeConfig:
-    """Two steps of K and V take 128 registers a thread at head_dim 128, and so do two of twice the keys at 64."""
-    return DecodeConfig(keys=16 if max(spec.head_dim, spec.head_dim_v) > 64 else 32)
+def choose_decode(spec: Spec, p: Problem) -> DecodeConfig:
+    """A step of K and V takes 16 to 64 registers a thread each, so that 48 to 64 KB are on their way to a multiprocessor.
+
+    4.4 TB/s times 0.7 us, what a load takes, are 23 KB a multiprocessor. More keys, at head_dim 128 and beyond, would spill.
+    """
+    dim, row_warps = max(spec.head_dim, spec.head_dim_v), -(-p.seqlen_q * p.group // ROWS)
+    wide = spec.dtype == "float32"
+    bytes_of_row = dim * (4 if wide else 2)
+    keys = 8 if bytes_of_row > 256 else 16 if bytes_of_row > 128 else 32
+    exact = (p.head_dim, p.head_dim_v) == (spec.head_dim, spec.head_dim_v)
+    return DecodeConfig(keys=keys, row_warps=1 << (row_warps - 1).bit_length(), exact=exact, keep_q=wide or dim > MOST_Q_DIM)
+
+
+def few_rows(p: Problem, num_sms: int) -> bool:
+    """Whether the queries of a key head are few enough for this kernel.
+
+    More than 16 rows are read again by tiled kernels for every query head of a group, or their tiles do not fill the device. Otherwise
+    those read K and V once, too, and multiply faster.
+    """
+    rows = p.seqlen_q * p.group
+    return rows <= ROWS or (rows <= MOST_ROWS and (p.group > 1 or p.batch * p.num_heads < num_sms))

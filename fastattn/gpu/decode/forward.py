@@ -1,11 +1,12 @@
 """Forward for few queries and many keys, since sm_80: keys are split over blocks, and inside a block over warps. Results are merged.
 
-    block           one key head, one split of the keys. Its rows are the queries of all heads that share the key head, at most 16
-    warp            16 or 32 keys at a time, alone: S = Q K^T, softmax, O += P V. K and V are loaded from global memory to registers
-    shared memory   at the end: O of each warp | its maxima and sums, then those of all splits
+    block           one key head, one split of the keys. Its rows are the queries of all heads that share the key head
+    warp            16 rows, 8 to 32 keys at a time, alone: S = Q K^T, softmax, O += P V. K and V are loaded from global memory to registers
+    shared memory   at the end: O of each warp | its maxima and sums, then those of all splits. Before: Q, where registers do not hold it
 
 A step prefetches the operands of the next one as soon as their registers are free: K after S, V after O. So memory is never idle. The
-results of the warps are summed in shared memory, those of the splits by the last block that finishes (combine.py).
+results of the warps are summed in shared memory, those of the splits by the last block that finishes (combine.py). With more than 16 rows
+several warps load the same keys at about the same time: they come from memory once, and then from the caches.
 
 The other forwards have tiles of 64 rows and more of one query head. What this one wins over them: all multiprocessors load keys, and K
 and V are loaded once for all heads that share them. (Flash-Decoding, Dao et al. 2023.)
@@ -17,7 +18,7 @@ from typing import Any
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import direct
+from ..ptx import direct, direct_parts
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane
@@ -33,22 +34,33 @@ from .config import MOST_SPLITS, ROWS, DecodeConfig
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
-    KEYS, WARPS, HEAD_DIM_V = config.keys, config.warps, spec.head_dim_v
-    TILES, GROUPS, CHUNKS, CHUNKS_V = KEYS // 8, KEYS // 16, spec.head_dim // 32, spec.head_dim_v // 64
-    COUNT_S, COUNT_O = KEYS // 2, spec.head_dim_v // 2
+    KEYS, WARPS, ROW_WARPS, KEY_WARPS, KEEP_Q = config.keys, config.warps, config.row_warps, config.key_warps, config.keep_q
+    CHUNK = 4 if spec.dtype == "float32" else 8                 # elements of 16 bytes
+    CHUNKS, CHUNKS_V = -(-spec.head_dim // (4 * CHUNK)), -(-spec.head_dim_v // (8 * CHUNK))
+    # the least head sizes that the Spec stands for, and the chunks that all of a row's lanes have then
+    least, least_v = (n if config.exact else n - 16 + CHUNK for n in (spec.head_dim, spec.head_dim_v))
+    WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
+    COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
+    BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
     keep, decay = make_keep(spec), make_decay(spec)
-    PITCH = 4 * HEAD_DIM_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
     smem = Smem()
-    OUT, TOP, TOTAL = smem.take(WARPS * ROWS * PITCH, 16), smem.take(WARPS * ROWS * 4, 16), smem.take(WARPS * ROWS * 4, 16)
-    assert ROWS * MOST_SPLITS * 8 <= TOP, "combine uses the shared memory of O"
+    OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
+    TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
+    Q_BYTES = direct.Q_STEP * (3 * CHUNKS if spec.dtype == "float32" else 2 * CHUNKS)
+    Q = smem.take(ROW_WARPS * Q_BYTES if KEEP_Q else 0, 16)
     # score() is then the scale and the softcap alone: it needs no row, and what a head shares is nothing
     assert spec.alibi is None and spec.bias is None and not spec.mask
-    qk, pv = direct.make_products(spec.dtype)
-    to_half = make_pack(spec.dtype)
+    if spec.dtype == "float32":
+        keep_q, qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
+    else:
+        qk, pv = direct.make_products(spec.dtype)
+        keep_q, kept_qk = direct.make_kept(spec.dtype)
+        qk = kept_qk if KEEP_Q else qk
+    to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
     row_bounds = make_row_bounds(spec)
     _, _, score = make_score(spec, COUNT_S)
     update, _, _ = make_softmax(spec)
-    put_out, put_part, combine = make_combine(spec, 32 * WARPS, OUT)
+    fours, put_out, put_part, combine = make_combine(spec, config, OUT)
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
 
     @inline
@@ -57,7 +69,36 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         i = divide(r, a.group)
         head = int32(head_k * a.group + r - i * a.group)
         address = uint64(a.q + uint64(batch * a.q_batch + i * a.q_row + head * a.q_head) + uint64(16 * chunk))
-        return direct.load_rows(address, int64(0), int32(0), int32(0), 1, CHUNKS)
+        return direct.load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE)
+
+    @inline
+    def load_q(a, base, batch, head_k, first, lane, w, rows):
+        """Rows g and g + 8 of the warp: in registers, or the address of its operands in shared memory."""
+        r0, r1 = int32(min(first, rows - 1)), int32(min(first + 8, rows - 1))
+        if KEEP_Q:
+            address = int32(base + Q + divide(w, KEY_WARPS) * Q_BYTES + 16 * lane)
+            if w - divide(w, KEY_WARPS) * KEY_WARPS == 0:
+                keep_q(address, q_row(a, batch, head_k, r0, int32(lane & 3)), q_row(a, batch, head_k, r1, int32(lane & 3)))
+            cuda.syncthreads()
+            return address
+        else:
+            return q_row(a, batch, head_k, r0, int32(lane & 3)), q_row(a, batch, head_k, r1, int32(lane & 3))
+
+    @inline
+    def scores_of(q, k):
+        """S = Q K^T."""
+        if KEEP_Q:
+            return qk(zeros(COUNT_S), q, k)
+        else:
+            return qk(zeros(COUNT_S), q[0], q[1], k)
+
+    @inline
+    def load_k(a, base, key, last, chunk):
+        return direct.load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE)
+
+    @inline
+    def load_v(a, base, key, last, chunk):
+        return direct.load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V)
 
     @inline
     def bounds(a, r, first, end):
@@ -76,32 +117,32 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """Store a row's maximum and sum to shared memory, for all warps."""
         total = quad_sum(total)
         if (lane & 3) == 0:
-            put(int32(base + TOP + (w * ROWS + row) * 4), maximum)
-            put(int32(base + TOTAL + (w * ROWS + row) * 4), total)
+            put(int32(base + TOP + (w * BLOCK_ROWS + row) * 4), maximum)
+            put(int32(base + TOTAL + (w * BLOCK_ROWS + row) * 4), total)
 
     @inline
     def whole(a, base, row):
-        """(maximum, sum) of a row over all warps."""
+        """(maximum, sum) of a row over all warps that have it."""
         top, total = NEG_INF, float32(0)
-        for w in range(WARPS):
-            top = max(top, read(int32(base + TOP + (w * ROWS + row) * 4))[0])
-        for w in range(WARPS):
-            total += read(int32(base + TOTAL + (w * ROWS + row) * 4))[0] * factor(a, base, w, row, top)
+        for w in range(KEY_WARPS):
+            top = max(top, read(int32(base + TOP + (w * BLOCK_ROWS + row) * 4))[0])
+        for w in range(KEY_WARPS):
+            total += read(int32(base + TOTAL + (w * BLOCK_ROWS + row) * 4))[0] * factor(a, base, w, row, top)
         return top, total
 
     @inline
     def factor(a, base, w, row, top):
         """The factor of a warp's O and sum of a row under the maximum of all warps; 0 if the warp's keys were all masked."""
-        return decay(a, read(int32(base + TOP + (w * ROWS + row) * 4))[0], top)
+        return decay(a, read(int32(base + TOP + (w * BLOCK_ROWS + row) * 4))[0], top)
 
     @inline
     def result(a, base, row, column):
         """Four columns of a row over this block's keys, its maximum and its sum."""
         top, total = whole(a, base, row)
         out0, out1, out2, out3 = float32(0), float32(0), float32(0), float32(0)
-        for n in range(WARPS):
+        for n in range(KEY_WARPS):
             part = factor(a, base, int32(n), row, top)
-            x = read4(int32(base + OUT + (n * ROWS + row) * PITCH + 4 * column))
+            x = read4(int32(base + OUT + (n * BLOCK_ROWS + row) * PITCH + 4 * column))
             out0, out1, out2, out3 = out0 + part * x[0], out1 + part * x[1], out2 + part * x[2], out3 + part * x[3]
         return (out0, out1, out2, out3), top, total
 
@@ -117,42 +158,43 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         first = int32(a.first_key + split * a.split_keys)
         end = int32(min(first + a.split_keys, a.end_key))
         last = int32(end - 1)
-        r0, r1 = int32(min(g, rows - 1)), int32(min(g + 8, rows - 1))
-        q0, q1 = q_row(a, batch, head_k, r0, c), q_row(a, batch, head_k, r1, c)
-        lo0, hi0 = bounds(a, r0, first, end)
-        lo1, hi1 = bounds(a, r1, first, end)
+        row_warp = divide(w, KEY_WARPS)
+        key_warp, row = int32(w - row_warp * KEY_WARPS), int32(row_warp * ROWS + g)
+        q = load_q(a, base, batch, head_k, row, lane, w, rows)
+        lo0, hi0 = bounds(a, int32(min(row, rows - 1)), first, end)
+        lo1, hi1 = bounds(a, int32(min(row + 8, rows - 1)), first, end)
         intervals = TwoIntervals(lo0, hi0, lo1, hi1)
         k_base = uint64(a.k + uint64(batch * a.k_batch + head_k * a.k_head) + uint64(16 * c))
         v_base = uint64(a.v + uint64(batch * a.v_batch + head_k * a.v_head) + uint64(16 * g))
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
-        key = int32(first + w * KEYS)
+        key = int32(first + key_warp * KEYS)
         if key < end:
-            k = direct.load_rows(k_base, a.k_row, int32(key + g), last, TILES, CHUNKS)
-            v = direct.load_columns(v_base, a.v_row, int32(key + 2 * c), last, GROUPS, CHUNKS_V)
+            k = load_k(a, k_base, int32(key + g), last, c)
+            v = load_v(a, v_base, int32(key + 2 * c), last, g)
             while key < end:
-                following = int32(key + WARPS * KEYS)
+                following = int32(key + KEY_WARPS * KEYS)
                 column = int32(key + 2 * c)
-                acc_s = qk(zeros(COUNT_S), q0, q1, k)
-                k = direct.load_rows(k_base, a.k_row, int32(following + g), last, TILES, CHUNKS)
+                acc_s = scores_of(q, k)
+                k = load_k(a, k_base, int32(following + g), last, c)
                 acc_s = score(a, acc_s, int32(0), float32(0), int32(0), column, int32(0))
                 acc_s = keep(acc_s, intervals, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v)
-                v = direct.load_columns(v_base, a.v_row, int32(following + 2 * c), last, GROUPS, CHUNKS_V)
+                v = load_v(a, v_base, int32(following + 2 * c), last, g)
                 key = following
-        note(base, w, g, lane, max0, sum0)
-        note(base, w, int32(g + 8), lane, max1, sum1)
-        direct.store_output(acc_o, int32(base + OUT + (w * ROWS + g) * PITCH + 64 * c), PITCH)
+        note(base, key_warp, row, lane, max0, sum0)
+        note(base, key_warp, int32(row + 8), lane, max1, sum1)
+        store_output(acc_o, int32(base + OUT + (key_warp * BLOCK_ROWS + row) * PITCH + 8 * CHUNK * c), PITCH)
         cuda.syncthreads()
         i = thread
-        while i < rows * (HEAD_DIM_V // 4):
-            row = divide(i, int32(HEAD_DIM_V // 4))
-            column = int32((i - row * (HEAD_DIM_V // 4)) * 4)
-            values, maximum, total = result(a, base, row, column)
+        while i < rows * fours(a):
+            r = divide(i, fours(a))
+            column = int32((i - r * fours(a)) * 4)
+            values, maximum, total = result(a, base, r, column)
             if a.splits == 1:
-                put_out(a, batch, head_k, row, column, values, maximum, total)
+                put_out(a, batch, head_k, r, column, values, maximum, total)
             else:
-                put_part(a, split, plane, rows, row, column, values, maximum, total)
+                put_part(a, split, plane, rows, r, column, values, maximum, total)
             i = int32(i + 32 * WARPS)
         if a.splits > 1:
             combine(a, base, thread, plane, batch, head_k, rows)

@@ -6,22 +6,22 @@ from functools import lru_cache
 from ...masks import row_bounds
 from ..config import num_features
 from ..runtime.compile import late
+from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.workspace import MOST_ARRIVALS
 from ..spec import Arguments, Call, Launch, Spec, whole_chunks
-from .config import FEW_KEYS, MOST_SPLITS, ROWS, WARP, DecodeConfig, choose_decode
+from .config import FEW_KEYS, MOST_DIM, MOST_SPLITS, WARP, DecodeConfig, choose_decode, few_rows
 
 make_forward = late("decode.forward", "make_forward")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
 
 
-def accepts(call: Call, spec: Spec) -> bool:
+def accepts(call: Call, spec: Spec, d: Device) -> bool:
     """Whether this kernel runs a call of a tensor-core family: few queries, many keys, no features but masks by
-    position and a softcap, 16-bit operands."""
+    position and a softcap."""
     p, o = call.problem, call.operands
-    return (spec.parts == 1 and p.seqlen_q * p.group <= ROWS and p.seqlen_k >= FEW_KEYS and not p.packed
-            and {p.head_dim, p.head_dim_v} <= {64, 128} and num_features(spec) == spec.softcap
-            and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
+    return (few_rows(p, d.num_sms) and p.seqlen_k >= FEW_KEYS and not p.packed and max(p.head_dim, p.head_dim_v) <= MOST_DIM
+            and num_features(spec) == spec.softcap and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -35,7 +35,7 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
 
     `key_heads`: of the whole batch. Time is counted in steps of `config.keys` keys a warp.
     """
-    step, slots = config.keys * config.warps, num_sms * config.blocks_per_sm
+    step, slots = config.keys * config.key_warps, num_sms * config.blocks_per_sm
 
     def divided(count: int) -> tuple[int, int]:
         steps = -(-keys // (count * step))
@@ -51,7 +51,8 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only."""
-    config, p = choose_decode(spec), call.problem
+    p = call.problem
+    config = choose_decode(spec, p)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
@@ -61,7 +62,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         first, end = 0, 1
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
     grid, own = key_heads * splits, (rows, splits, keys, first, end, p.num_heads_k)
-    out_bytes = 4 * splits * rows * p.head_dim_v       # of the splits' outputs; then their maxima and sums
+    out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
 
     def launch(call: Call, stream: int) -> None:
         kernel.launch(grid, values(call, (0, 0, 0, *own)), stream)

@@ -1,13 +1,13 @@
 """mma.sync with operands loaded from global memory to registers, 16 bytes a load: no shared memory, no barrier (PTX ISA 9.7.14.5.8).
 
 An MMA sums over depth in any order, as long as both operands have the same one, and the columns of its result may be permuted. So lane
-4 g + c loads whole chunks of 8 elements where the instruction's figure has pairs:
+4 g + c loads whole chunks of 16 bytes where the instruction's figure has pairs:
 
-    Q, K    chunks c, c + 4, ... of a row. The first four elements of a chunk stand for columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of one
-            step of 16, the last four for those of the next step
-    V       chunks g, g + 8, ... of keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9. The elements of a chunk are the lane's column in eight MMAs
+    Q, K    chunks c, c + 4, ... of a row. Of 16-bit elements, the first four of a chunk stand for columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of
+            one step of 16, the last four for those of the next step; a chunk of float32 is one step
+    V       chunks g, g + 8, ... of keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9. The elements of a chunk are the lane's column in as many MMAs
 
-K and V are then read in runs of 64 and 128 bytes.
+K and V are then read in runs of 64 and 128 bytes. Chunks past the end of a row are zeros. direct_parts.py multiplies float32.
 """
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ..dsl.asm import I32, I64, emit, literals, pack, unpack
+from ..dsl.asm import F32, I32, I64, VOID, emit, literals, pack, unpack
 from .memory import emit_store_shared_vector
 from .mma import multiply
 
+Q_STEP = 512                # bytes of a warp's registers of Q for an MMA in shared memory: 16 a lane
 
-def _load(builder: Any, address: Any, offset: int) -> list[Any]:
-    """Four words at a 16-byte aligned address. They are read once and bypass the L1 cache."""
-    text = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-    value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,l", [address])
+
+def _load(builder: Any, address: Any, offset: int, inside: Any = None) -> list[Any]:
+    """Four words at a 16-byte aligned address, zeros without an access if `inside` is false. They are read once and bypass the L1 cache."""
+    load, result = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", ir.LiteralStructType([I32] * 4)
+    if inside is None:
+        value = emit(builder, result, load, "=r,=r,=r,=r,l", [address])
+    else:
+        clear = " ".join(f"mov.b32 ${k}, 0;" for k in range(4))
+        text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {clear} @p {load} }}"
+        value = emit(builder, result, text, "=&r,=&r,=&r,=&r,l,r", [address, builder.zext(inside, I32)])
     return [builder.extract_value(value, k) for k in range(4)]
 
 
@@ -37,36 +44,43 @@ def _row(builder: Any, base: Any, by_row: Any, row: Any, last: Any) -> Any:
     return builder.add(base, builder.mul(builder.sext(row, I64), by_row))
 
 
-def _make_load(rows_of: Callable[[int], list[int]], apart: int) -> Any:
-    """load(base, by_row, row, last, count, chunks): `chunks` chunks, `apart` bytes apart, of rows row + n for n in rows_of(count).
+def _make_load(rows_of: Callable[[int], list[int]], lanes: int) -> Any:
+    """load(base, by_row, row, last, count, chunks, left, whole): every `lanes`-th of `chunks` chunks of rows row + n, n in rows_of(count).
 
-    base: address of the first chunk in row 0. last: the last row that exists.
+    base: address of the lane's first chunk in row 0. last: the last row that exists. left: how many chunks a row has from the lane's first
+    on. The first `whole` of the lane's chunks are there in any case.
     """
     @intrinsic
-    def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any) -> Any:
-        n, wide = literals(count, chunks)
+    def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any, left: Any, whole: Any) -> Any:
+        n, wide, sure = literals(count, chunks, whole)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            base, by_row, row, last = args[:4]
+            base, by_row, row, last, _, _, left, _ = args
             words = []
             for offset in rows_of(n):
                 at = _row(builder, base, by_row, builder.add(row, I32(offset)), last)
                 for j in range(wide):
-                    words += _load(builder, at, apart * j)
+                    inside = None if j < sure else builder.icmp_signed("<", I32(lanes * j), left)
+                    words += _load(builder, at, 16 * lanes * j, inside)
             return pack(builder, words)
         result = types.UniTuple(types.int32, 4 * len(rows_of(n)) * wide)
-        return signature(result, types.uint64, types.int64, types.int32, types.int32, count, chunks), generate
+        return signature(result, types.uint64, types.int64, types.int32, types.int32, count, chunks, types.int32, whole), generate
     return load
 
 
-# a lane's part of 8 * count rows of Q or K: `row` is the first row plus g, `base` that of chunk c
-load_rows = _make_load(lambda count: [8 * t for t in range(count)], 64)
-# of 16 * count rows of V: `row` is the first row plus 2 c, `base` that of chunk g
-load_columns = _make_load(lambda count: [16 * u + k for u in range(count) for k in (0, 1, 8, 9)], 128)
+def keys_of(count: int) -> list[int]:
+    """The keys of V that a lane loads of `count` keys, counted from 2 c."""
+    return [0, 1] if count == 8 else [16 * u + k for u in range(count // 16) for k in (0, 1, 8, 9)]
+
+
+# a lane's part of `count` rows of Q or K, a multiple of 8: `row` is the first row plus g, `base` that of chunk c
+load_rows = _make_load(lambda count: list(range(0, count, 8)), 4)
+# of `count` rows of V, 8 or a multiple of 16: `row` is the first row plus 2 c, `base` that of chunk g
+load_columns = _make_load(keys_of, 8)
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for 16 rows.
+    """(qk, pv) for 16 rows of a 16-bit dtype.
 
     acc_s = qk(acc_s, q0, q1, k): q0, q1, k from load_rows; q0 and q1 are the lane's rows g and g + 8
     acc_o = pv(acc_o, p, v): p packed, v from load_columns. Columns of acc_o are permuted; store_output restores their order
@@ -74,45 +88,96 @@ def make_products(dtype: str) -> tuple[Any, Any]:
     @intrinsic
     def qk(typingctx: Any, acc: Any, q0: Any, q1: Any, k: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            registers, words = unpack(builder, args[0], acc.count), unpack(builder, args[3], k.count)
             first, second = unpack(builder, args[1], q0.count), unpack(builder, args[2], q1.count)
-            for at in range(0, q0.count, 2):            # a step of 16 columns
-                a = [first[at], second[at], first[at + 1], second[at + 1]]
-                for t in range(acc.count // 4):
-                    b = words[t * q0.count + at:t * q0.count + at + 2]
-                    registers[4 * t:4 * t + 4] = multiply(builder, dtype, registers[4 * t:4 * t + 4], a, b)
-            return pack(builder, registers)
+            return _scores(builder, dtype, args[0], acc.count, args[3], k.count,
+                           [[first[at], second[at], first[at + 1], second[at + 1]] for at in range(0, q0.count, 2)])
         return signature(acc, acc, q0, q1, k), generate
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, v: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             registers, a, words = (unpack(builder, x, n.count) for x, n in zip(args, (acc, p, v), strict=True))
-            wide = acc.count // 32                      # chunks of a row
-            for u in range(p.count // 4):               # 16 keys
-                rows = [words[(4 * u + r) * 4 * wide:(4 * u + r + 1) * 4 * wide] for r in range(4)]
+            wide, pairs = acc.count // 32, min(p.count // 2, 2)     # chunks of a row, pairs of a lane's keys in an MMA
+            for u in range(p.count // (2 * pairs)):
+                rows = [words[(2 * pairs * u + r) * 4 * wide:(2 * pairs * u + r + 1) * 4 * wide] for r in range(2 * pairs)]
                 for tile in range(8 * wide):
                     word, selector = tile // 2, (0x7632 if tile % 2 else 0x5410)
                     b = [emit(builder, I32, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", [rows[r][word], rows[r + 1][word]], False)
-                         for r in (0, 2)]
-                    registers[4 * tile:4 * tile + 4] = multiply(builder, dtype, registers[4 * tile:4 * tile + 4], a[4 * u:4 * u + 4], b)
+                         for r in range(0, 2 * pairs, 2)]
+                    registers[4 * tile:4 * tile + 4] = multiply(builder, dtype, registers[4 * tile:4 * tile + 4],
+                                                                a[2 * pairs * u:2 * pairs * (u + 1)], b)
             return pack(builder, registers)
         return signature(acc, acc, p, v), generate
     return qk, pv
 
 
-@intrinsic
-def store_output(typingctx: Any, acc: Any, address: Any, pitch: Any) -> Any:
-    """Store acc_o of pv as float32 rows to shared memory. address: of column 16 c in the lane's row g. pitch: bytes between rows."""
-    [row_bytes] = literals(pitch)
+def make_kept(dtype: str) -> tuple[Any, Any]:
+    """(keep_q, qk) where registers do not hold Q: a warp's A operands lie in shared memory, each lane's beside each other.
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers = unpack(builder, args[0], acc.count)
-        for h in range(acc.count // 32):
-            for row in range(2):
-                # columns 64 h + 16 c + i of O are column 2 c of MMA i, the eight after them column 2 c + 1
-                values = [registers[4 * (8 * h + i) + 2 * row + column] for column in range(2) for i in range(8)]
-                for at in range(0, 16, 4):
-                    emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 256 * h + 4 * at, values[at:at + 4])
-        return context.get_dummy_value()
-    return signature(types.none, acc, types.int32, pitch), generate
+    keep_q(address, q0, q1): store them. address: the lane's, 16 bytes after its neighbour's; Q_STEP bytes for every MMA over depth
+    acc_s = qk(acc_s, address, k)
+    """
+    @intrinsic
+    def keep_q(typingctx: Any, address: Any, q0: Any, q1: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first, second = unpack(builder, args[1], q0.count), unpack(builder, args[2], q1.count)
+            for at in range(0, q0.count, 2):
+                store_operand(builder, args[0], Q_STEP * (at // 2), [first[at], second[at], first[at + 1], second[at + 1]])
+            return context.get_dummy_value()
+        return signature(types.none, types.int32, q0, q1), generate
+
+    @intrinsic
+    def qk(typingctx: Any, acc: Any, address: Any, k: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            steps = k.count // (acc.count // 4) // 2
+            return _scores(builder, dtype, args[0], acc.count, args[2], k.count,
+                           (load_operand(builder, args[1], Q_STEP * step) for step in range(steps)))
+        return signature(acc, acc, types.int32, k), generate
+    return keep_q, qk
+
+
+def _scores(builder: Any, dtype: str, acc: Any, count: int, k: Any, words_k: int, operands: Any) -> Any:
+    """acc + Q K^T. `operands`: of Q, for each step of 16 columns."""
+    registers, words, tiles = unpack(builder, acc, count), unpack(builder, k, words_k), count // 4
+    of_row = words_k // tiles
+    for step, a in enumerate(operands):
+        for t in range(tiles):
+            b = words[t * of_row + 2 * step:t * of_row + 2 * step + 2]
+            registers[4 * t:4 * t + 4] = multiply(builder, dtype, registers[4 * t:4 * t + 4], a, b)
+    return pack(builder, registers)
+
+
+def store_operand(builder: Any, address: Any, offset: int, words: list[Any]) -> None:
+    """Store four words at shared address + offset, a multiple of 16."""
+    emit(builder, VOID, f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,r,r,r,r,~{memory}", [address, *words])
+
+
+def load_operand(builder: Any, address: Any, offset: int) -> list[Any]:
+    """Load four words at shared address + offset, a multiple of 16."""
+    text = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    value = emit(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [address])
+    return [builder.extract_value(value, k) for k in range(4)]
+
+
+def make_store_output(itemsize: int) -> Any:
+    """store_output(acc_o, address, pitch): acc_o of pv as float32 rows to shared memory.
+
+    address: of column 2 c CHUNK in the lane's row g, where a chunk has CHUNK elements of V of this size. pitch: bytes between rows.
+    """
+    CHUNK = 16 // itemsize
+
+    @intrinsic
+    def store_output(typingctx: Any, acc: Any, address: Any, pitch: Any) -> Any:
+        [row_bytes] = literals(pitch)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = [builder.bitcast(x, F32) for x in unpack(builder, args[0], acc.count)]
+            for h in range(acc.count // (4 * CHUNK)):
+                for row in range(2):
+                    # column 2 c of the MMAs of a chunk is a chunk of O, column 2 c + 1 the next one
+                    values = [registers[4 * (CHUNK * h + i) + 2 * row + column] for column in range(2) for i in range(CHUNK)]
+                    for at in range(0, 2 * CHUNK, 4):
+                        emit_store_shared_vector(builder, args[1], 8 * row * row_bytes + 32 * CHUNK * h + 4 * at, values[at:at + 4])
+            return context.get_dummy_value()
+        return signature(types.none, acc, types.int32, pitch), generate
+    return store_output

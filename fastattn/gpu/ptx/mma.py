@@ -65,10 +65,11 @@ def _loader(builder: Any, address: Any, panel: int, trans: bool = False) -> Call
 
 
 def multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
-    """acc (16 x 8, four registers) + A (16 x 16, four) B (16 x 8, two)."""
-    text = (f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND[dtype]}.{KIND[dtype]}.f32 "
-            "{$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};")
-    return emit_many(builder, F32, text, "=f,=f,=f,=f,0,1,2,3,r,r,r,r,r,r", acc, [*a, *b])
+    """acc (16 x 8, four registers) + A (16 x 16, four) B (16 x 8, two), or with half the depth A of two registers and B of one."""
+    depth, inputs = (16, "{$8, $9, $10, $11}, {$12, $13}") if len(a) == 4 else (8, "{$8, $9}, {$10}")
+    text = (f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{KIND[dtype]}.{KIND[dtype]}.f32 "
+            f"{{$0, $1, $2, $3}}, {inputs}, {{$0, $1, $2, $3}};")
+    return emit_many(builder, F32, text, "=f,=f,=f,=f,0,1,2,3" + ",r" * len([*a, *b]), acc, [*a, *b])
 
 
 def _products(builder: Any, dtype: str, acc: list[Any], tiles: int, load_a: Callable[[int], list[list[Any]]],

@@ -73,7 +73,7 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
     the table of a packed problem."""
-    if decode.accepts(call, spec):
+    if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
     o = call.operands
     whole = spec.parts > 1 or (whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v))

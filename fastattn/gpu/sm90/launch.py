@@ -143,7 +143,7 @@ def _choice(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
     the table of a packed problem."""
-    if decode.accepts(call, spec):
+    if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)

@@ -146,6 +146,18 @@ def _decode() -> Iterator[Case]:
         "all": {"window": (700, None), "softcap": 9.0, "sinks": True, "seqlen_q": 4}}
     for (name, settings), dim in itertools.product(changes.items(), (64, 128)):
         yield replace(base, name=f"decode_{name}_{dim}", **{**settings, "head_dim": dim})
+    for name in ("window_both", "top_left", "softcap", "sinks", "huge", "negative", "multi_head", "odd_group", "many", "bhsd", "all"):
+        for dim in (64, 128):
+            yield replace(base, name=f"decode_float32_{name}_{dim}", **{**changes[name], "head_dim": dim, "dtype": "float32"})
+    for dim, dim_v in ((16, 16), (32, 32), (36, 60), (100, 100), (64, 128), (128, 20)):
+        yield replace(base, name=f"decode_float32_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, dtype="float32", seqlen_q=2)
+    for dim, dim_v in ((8, 8), (32, 32), (40, 24), (80, 80), (96, 96), (104, 120), (160, 160), (192, 192), (192, 128), (96, 256),
+                       (256, 256)):
+        yield replace(base, name=f"decode_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, seqlen_q=3)
+        yield replace(base, name=f"decode_all_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, **changes["all"])
+    for rows, dim, dtype in ((5, 128, "bfloat16"), (8, 64, "float16"), (9, 256, "bfloat16"), (16, 80, "float16"), (7, 64, "float32"),
+                             (13, 128, "float32"), (16, 128, "bfloat16")):        # 20 to 64 rows a key head
+        yield replace(base, name=f"decode_rows_{4 * rows}_{dim}_{dtype}", head_dim=dim, dtype=dtype, seqlen_q=rows, window=(600, None))
 
 
 def is_short(case: Case) -> bool:

@@ -24,7 +24,7 @@ from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
 
 Array = np.ndarray[Any, Any]
-BASE, ROOM, GAP = 1 << 40, 1 << 26, 4096        # addresses begin at BASE; arrays are GAP bytes apart
+BASE, ROOM, GAP = 1 << 40, 1 << 28, 4096        # addresses begin at BASE; arrays are GAP bytes apart
 MOST_BLOCKS = 2_000_000                         # basic blocks that are run before a kernel counts as hanging
 _TYPES: dict[str, Any] = {"s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
                           "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64, "u8": np.uint8,
@@ -37,14 +37,14 @@ class Memory:
     """Global memory. `valid` has a flag for each byte that may be touched; all others, and what was never written, are NaN."""
 
     def __init__(self) -> None:
-        self.bytes, self.valid, self.end = np.full(ROOM, 0xFF, np.uint8), np.zeros(ROOM, bool), GAP
+        self.bytes, self.valid, self.end = np.empty(ROOM, np.uint8), np.zeros(ROOM, bool), GAP
 
     def take(self, size: int, offset: int = 0) -> int:
         """Address of `size` new bytes, `offset` bytes behind a multiple of 256."""
         at = -(-self.end // 256) * 256 + offset
         self.end = at + size + GAP
         assert self.end <= ROOM, "the memory is full"
-        self.valid[at:at + size] = True
+        self.valid[at:at + size], self.bytes[at - GAP:at + size + GAP] = True, 0xFF
         return BASE + at
 
     def place(self, x: Array, view: View) -> View:
@@ -207,10 +207,10 @@ class Run:
         number = np.arange(self.count)
         self.thread, self.block = (number % threads).astype(np.uint32), number // threads
         self.shared = Shared(grid, shared)
-        self.special: dict[str, Any] = {"%tid.x": self.thread, "%ctaid.x": self.block.astype(np.uint32), "%laneid": self.thread & 31,
-                                        "%ntid.x": np.uint32(threads), "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared)}
+        self.special: dict[str, Any] = {
+            "%tid.x": self.thread, "%ctaid.x": self.block.astype(np.uint32), "%laneid": self.thread & 31, "%ntid.x": np.uint32(threads),
+            "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared)}
         self.registers: dict[str, Array] = {}
-        self.everyone = number
 
     # -------------------------------------------------------- registers
     def get(self, name: Any, active: Array, kind: str) -> Any:
@@ -455,6 +455,9 @@ class Run:
             found = flags.any(axis=1) if op[2] == "any" else flags.all(axis=1)
         self.put(x[0], active, np.repeat(found, 32))
 
+    def _bar(self, op: list[str], x: list[Any], active: Array) -> None:
+        self.warps(active, "bar.warp")
+
     def _fence(self, op: list[str], x: list[Any], active: Array) -> None:
         pass
 
@@ -521,13 +524,6 @@ class Run:
 
 
 # ---------------------------------------------------------------- a device
-@functools.lru_cache(maxsize=64)
-def ptx_of(key: str, fields: Any, arch: str, make: Any) -> tuple[str, int]:
-    """(PTX, bytes of shared memory) of a kernel."""
-    source = make()
-    return compiler.build(source, arch, output="ptx")[0].decode().rstrip("\0"), source.make()[1]
-
-
 class Launcher(Listing):
     """A Launcher whose kernels run here. `launched`: their keys."""
 

@@ -197,6 +197,16 @@ def _decode() -> Iterator[Job]:
         yield Job("sm80", arch, _want("bfloat16", dim, lse=False, **shape), "decode")
         yield Job("sm80", arch, _want("float16", dim, window=(100, 5), softcap=True, sinks="float32", **shape), "decode_all")
     yield Job("sm80", "sm_90a", _want("bfloat16", 128, 64, causal=True, **shape), "decode_causal")
+    every: dict[str, Any] = {"window": (100, 5), "softcap": True, "sinks": "float32", **shape}
+    for arch, dim in itertools.product(("sm_80", "sm_90a"), (32, 64, 128)):
+        yield Job("sm80", arch, _want("float32", dim, **every), "decode_all")
+    for dim, dim_v in ((32, 32), (80, 80), (96, 96), (160, 160), (192, 128), (256, 256), (104, 40)):
+        yield Job("sm80", "sm_90a", _want("float16", dim, dim_v, **every), "decode_all")
+    for arch in ARCHS:
+        yield Job("sm80", arch, _want("bfloat16", 256, **every), "decode_all")
+    for dtype, dim in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)):      # 32 and 64 rows
+        yield Job("sm80", "sm_90a", _want(dtype, dim, **{**every, "seqlen_q": 8}), "decode_rows_32")
+        yield Job("sm80", "sm_90a", _want(dtype, dim, **{**every, "seqlen_q": 16}), "decode_rows_64")
 
 
 def _short() -> Iterator[Job]:
@@ -316,7 +326,7 @@ def _draw_want(draw: random.Random, family: str) -> Want:
         settings["bias"] = dtype
     backward, packed, few = flip(0.5), flip(0.4), flip(0.1)
     if few:     # the keys are split
-        settings |= {"seqlen_q": draw.randint(1, 4), "seqlen_k": 4096}
+        settings |= {"seqlen_q": draw.choice((1, 2, 4, 9, 16)), "seqlen_k": 4096}
     elif flip(0.15):        # few queries and few keys
         settings |= {"seqlen_q": draw.choice((49, 64, 100)), "seqlen_k": draw.choice((49, 64)), "one_bias": flip(0.5)}
     else:       # bias is read in tiles, in pieces of 16 or 4 bytes, or by elements; tiles are chosen by length

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, int32, int64, uint8, uint64
+from numba import cuda, int32, int64, uint64
 
 from fastattn.gpu.dsl.inline import inline
-from fastattn.gpu.ptx import cp_async, direct, memory, mma, scalar
+from fastattn.gpu.ptx import cp_async, memory, mma
 from fastattn.gpu.tile import fragments as f
 from tests.tools.gpu.probes import COL, COUNT, HALVES, ROW, Array, C, add, as_matrix, load, normal, same, save
 from tests.tools.gpu.probes_tiles import KIND, PANEL, SHARED, begin, save_at
@@ -240,52 +240,3 @@ add("mma.add_sums mma.load_sums", "red.relaxed.gpu.global.add.f32; ld.global.f32
 add("mma.add_sums mma.load_sums memory.emit_add_vector", "red.relaxed.gpu.global.add.v4.f32; ld.global.v4.f32", sums(1), check_sums(1),
     name="matrix.sums_vector")        # a name that runs on sm_90 only
 assert COUNT == C // 2 and save is not None
-
-
-# ---------------------------------------------------------------- mma.sync straight from global memory
-def direct_products(dtype: str) -> Callable[[], Any]:
-    """S = Q K^T and O = S V of 16 queries and 16 keys, of which there are n; columns of O as float32 rows."""
-    qk, pv = direct.make_products(dtype)
-    to_half, read = f.make_pack(dtype), scalar.load_shared("float32", 1)
-    PITCH = 4 * 128 + 16
-
-    def make() -> Any:
-        def kernel(a):
-            lane = int32(cuda.threadIdx.x)
-            g, c, last = int32(lane >> 2), int32(lane & 3), int32(a.n - 1)
-            base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
-            chunk = uint64(16 * c)
-            q0 = direct.load_rows(uint64(a.src + chunk), int64(256), g, int32(15), 1, 4)
-            q1 = direct.load_rows(uint64(a.src + chunk), int64(256), int32(g + 8), int32(15), 1, 4)
-            k = direct.load_rows(uint64(a.other + chunk), int64(256), g, last, 2, 4)
-            v = direct.load_columns(uint64(a.other + uint64(16 * 256 + 16 * g)), int64(256), int32(2 * c), last, 1, 2)
-            acc_s = qk(f.zeros(8), q0, q1, k)
-            save_at(a.dst, 0, acc_s, 8)
-            direct.store_output(pv(f.zeros(64), to_half(acc_s), v), int32(base + g * PITCH + 64 * c), PITCH)
-            cuda.syncwarp()
-            for row in range(16):
-                for part in range(4):
-                    column = int32(32 * part + lane)
-                    at = uint64(a.dst + uint64(4 * (256 + 128 * row + column)))
-                    memory.store_f32(at, read(int32(base + row * PITCH + 4 * column))[0])
-        return kernel
-    return make
-
-
-def check_direct_products(dtype: str) -> Callable[[Any], None]:
-    def check(launch: Any) -> None:
-        q, k, v = (normal(16, 128, seed=s).astype(NUMPY[dtype]) for s in (0, 1, 2))
-        for n in (16, 13, 1):
-            there = np.minimum(np.arange(16), n - 1)        # the last row where there is none
-            got = launch(q, np.stack([k, v]), dst=np.zeros(256 + 16 * 128, np.float32), n=n)
-            s = as_matrix(got[:256].reshape(8, 32))
-            np.testing.assert_allclose(s, q.astype(np.float64) @ k[there].astype(np.float64).T, rtol=1e-5, atol=1e-4)
-            p = s.astype(NUMPY[dtype]).astype(np.float64)
-            np.testing.assert_allclose(got[256:].reshape(16, 128), p @ v[there].astype(np.float64), rtol=1e-5, atol=1e-3)
-    return check
-
-
-for dtype in HALVES:
-    add("direct.load_rows direct.load_columns direct.make_products direct.store_output mma.multiply",
-        f"ld.global.nc.L1::no_allocate.v4.b32; prmt.b32; mma.sync.aligned.m16n8k16.row.col.f32.{KIND[dtype]}", direct_products(dtype),
-        check_direct_products(dtype), name=f"direct.make_products {dtype}", shared=16 * (4 * 128 + 16) + 16)

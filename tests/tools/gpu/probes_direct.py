@@ -1,0 +1,94 @@
+"""Probes of gpu/test_intrinsics.py: mma.sync straight from global memory. They also run from their PTX, without a GPU."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda, int32, int64, uint8, uint64
+
+from fastattn.gpu.ptx import direct, direct_parts, memory, scalar
+from fastattn.gpu.ptx.mma import KIND
+from fastattn.gpu.tile import fragments as f
+from tests.tools.gpu.probes import HALVES, Array, add, as_matrix, normal
+from tests.tools.gpu.probes_parts import EXACT
+from tests.tools.gpu.probes_tiles import save_at
+from tests.tools.problems import NUMPY
+
+DIM = 112                   # columns, of 128 that chunks would have
+PITCH = 4 * 128 + 16
+OUT = 2 * 16 * 16           # numbers before O: S twice
+
+
+def products(dtype: str, KEYS: int) -> Callable[[], Any]:
+    """S = Q K^T and O = S V of 16 queries and KEYS keys, of which there are n; S with Q in registers and in shared memory."""
+    FLOAT = dtype == "float32"
+    CHUNK, COUNT = (4, KEYS // 2) if FLOAT else (8, KEYS // 2)
+    CHUNKS, CHUNKS_V, ROW = 32 // CHUNK, 16 // CHUNK, DIM * (4 if FLOAT else 2)
+    WHOLE, WHOLE_V = DIM // (4 * CHUNK), DIM // (8 * CHUNK)
+    if FLOAT:
+        keep_q, kept_qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
+    else:
+        (qk, pv), (keep_q, kept_qk) = direct.make_products(dtype), direct.make_kept(dtype)
+    to_half, read, store_output = f.make_pack(dtype), scalar.load_shared("float32", 1), direct.make_store_output(16 // CHUNK)
+
+    def make() -> Any:
+        def kernel(a):
+            lane = int32(cuda.threadIdx.x)
+            g, c, last = int32(lane >> 2), int32(lane & 3), int32(a.n - 1)
+            base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+            chunk, left, left_v = uint64(16 * c), int32(DIM // CHUNK - c), int32(DIM // CHUNK - g)
+            q0 = direct.load_rows(uint64(a.src + chunk), int64(ROW), g, int32(15), 8, CHUNKS, left, WHOLE)
+            q1 = direct.load_rows(uint64(a.src + chunk), int64(ROW), int32(g + 8), int32(15), 8, CHUNKS, left, WHOLE)
+            k = direct.load_rows(uint64(a.other + chunk), int64(ROW), g, last, KEYS, CHUNKS, left, WHOLE)
+            v = direct.load_columns(uint64(a.other + uint64(KEYS * ROW + 16 * g)), int64(ROW), int32(2 * c), last, KEYS, CHUNKS_V, left_v,
+                                    WHOLE_V)
+            keep_q(int32(base + 16 * lane), q0, q1)
+            acc_s = kept_qk(f.zeros(COUNT), int32(base + 16 * lane), k)
+            save_at(a.dst, 0, acc_s, COUNT)
+            if not FLOAT:
+                save_at(a.dst, COUNT, qk(f.zeros(COUNT), q0, q1, k), COUNT)
+            cuda.syncwarp()
+            store_output(pv(f.zeros(64), to_half(acc_s), v), int32(base + g * PITCH + 8 * CHUNK * c), PITCH)
+            cuda.syncwarp()
+            for row in range(16):
+                for part in range(4):
+                    column = int32(32 * part + lane)
+                    at = uint64(a.dst + uint64(4 * (OUT + 128 * row + column)))
+                    memory.store_f32(at, read(int32(base + row * PITCH + 4 * column))[0])
+        return kernel
+    return make
+
+
+def check_products(dtype: str, KEYS: int) -> Callable[[Any], None]:
+    close: dict[str, Any] = EXACT if dtype == "float32" else {"rtol": 1e-5, "atol": 1e-4}
+
+    def scores(registers: Array) -> Array:
+        wide = np.zeros((8, 32), np.float32)
+        wide[:KEYS // 2] = registers.reshape(-1, 32)
+        return as_matrix(wide)[:, :KEYS]
+
+    def check(launch: Any) -> None:
+        q, k, v = (normal(16, DIM, seed=s).astype(NUMPY[dtype]) for s in (0, 1, 2))
+        for n in (KEYS, KEYS - 3, 1):
+            there = np.minimum(np.arange(KEYS), n - 1)      # the last row where there is none
+            got = launch(q, np.stack([k[:KEYS], v[:KEYS]]), dst=np.zeros(OUT + 16 * 128, np.float32), n=n)
+            s = scores(got[:16 * KEYS])
+            if dtype != "float32":
+                np.testing.assert_array_equal(s, scores(got[16 * KEYS:32 * KEYS]))
+            np.testing.assert_allclose(s, q.astype(np.float64) @ k[there].astype(np.float64).T, **close)
+            p, o = s.astype(NUMPY[dtype]).astype(np.float64), got[OUT:].reshape(16, 128)
+            np.testing.assert_allclose(o[:, :DIM], p @ v[there].astype(np.float64), rtol=1e-5, atol=1e-4 if dtype == "float32" else 1e-3)
+            assert (o[:, DIM:] == 0).all()
+    return check
+
+
+for KEYS in (8, 16):
+    depth = f"m16n8k{KEYS}"
+    for dtype in HALVES:
+        add("direct.load_rows direct.load_columns direct.keys_of direct.make_products direct.make_kept direct.make_store_output "
+            "direct.store_operand direct.load_operand mma.multiply",
+            f"ld.global.nc.L1::no_allocate.v4.b32; prmt.b32; mma.sync.aligned.{depth}.row.col.f32.{KIND[dtype]}; st.shared.v4.b32",
+            products(dtype, KEYS), check_products(dtype, KEYS), name=f"direct.make_products {dtype} {KEYS}", shared=16 * PITCH + 16)
+    add("direct_parts.keep_q direct_parts.qk direct_parts.pv", f"mma.sync.aligned.{depth}.row.col.f32.bf16.bf16; ld.shared.v4.b32",
+        products("float32", KEYS), check_products("float32", KEYS), name=f"direct_parts {KEYS}", shared=32 * 512 * 3 // 2 + 16)
