@@ -14,6 +14,8 @@ FEW_KEYS = 256              # with fewer, a tile of the other forwards takes no 
 MOST_SPLITS = 128
 MOST_DIM = 256              # with more, registers do not hold O
 WARP = 32                   # threads
+LEAST_WIDTH = 16            # columns of a block of mask words (rows/mask_words.py); otherwise the keys of a step
+MASK_COLUMNS = 32           # splits begin at multiples of it, so that a step has whole blocks of any config, or half a block
 # 16-bit Q stays in registers up to this head size, beside 64 registers of K and V and 64 of O. Parts of float32 take three times as many
 MOST_Q_DIM = 128
 

@@ -21,15 +21,15 @@ from ..dsl.inline import divide, inline
 from ..ptx import direct, direct_parts
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
-from ..ptx.sync import any_lane
+from ..ptx.sync import any_lane, opaque, thread_index
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
-from ..tile.scores import make_score
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine
 from .config import MOST_SPLITS, ROWS, DecodeConfig
+from .scores import ROW_BYTES, make_parked, make_row_scores
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
@@ -48,8 +48,8 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
     Q_BYTES = direct.Q_STEP * (3 * CHUNKS if spec.dtype == "float32" else 2 * CHUNKS)
     Q = smem.take(ROW_WARPS * Q_BYTES if KEEP_Q else 0, 16)
-    # score() is then the scale and the softcap alone: it needs no row, and what a head shares is nothing
-    assert spec.alibi is None and spec.bias is None and not spec.mask
+    PARK = KEEP_Q and (spec.alibi is not None or spec.bias is not None or spec.mask)
+    LINES = smem.take(BLOCK_ROWS * ROW_BYTES if PARK else 0, 16)
     if spec.dtype == "float32":
         keep_q, qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
     else:
@@ -58,18 +58,38 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         qk = kept_qk if KEEP_Q else qk
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
     row_bounds = make_row_bounds(spec)
-    _, _, score = make_score(spec, COUNT_S)
+    row_of, fetch, score = make_row_scores(spec, KEYS)
+    park, unpark = make_parked(spec)
     update, _, _ = make_softmax(spec)
     fours, put_out, put_part, combine = make_combine(spec, config, OUT)
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
 
     @inline
-    def q_row(a, batch, head_k, r, chunk):
-        """A lane's chunks of row r of Q: query r / group of the key head's query head r % group."""
+    def query_of(a, head_k, r):
+        """Row r is query r / group of the key head's query head r % group: (query, head)."""
         i = divide(r, a.group)
-        head = int32(head_k * a.group + r - i * a.group)
+        return i, int32(head_k * a.group + r - i * a.group)
+
+    @inline
+    def q_row(a, batch, head_k, r, chunk):
+        """A lane's chunks of row r of Q."""
+        i, head = query_of(a, head_k, r)
         address = uint64(a.q + uint64(batch * a.q_batch + i * a.q_row + head * a.q_head) + uint64(16 * chunk))
         return direct.load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE)
+
+    @inline
+    def place_of(a, block):
+        """(plane, split, batch, head_k) of a block; a plane is a (batch, key head)."""
+        plane = divide(block, a.splits)
+        batch = divide(plane, a.heads_k)
+        return plane, int32(block - plane * a.splits), batch, int32(plane - batch * a.heads_k)
+
+    @inline
+    def warp_of(thread):
+        """(which of the warps with different keys this thread is in, its first row in the block)."""
+        w = int32(thread >> 5)
+        row_warp = divide(w, KEY_WARPS)
+        return int32(w - row_warp * KEY_WARPS), int32(row_warp * ROWS + lane_row(int32(thread & 31)))
 
     @inline
     def load_q(a, base, batch, head_k, first, lane, w, rows):
@@ -105,6 +125,29 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """The keys [lo, hi) of this split that row r attends."""
         lo, hi = row_bounds(a, divide(r, a.group), diagonal_of(a, a.seqlen_q, a.seqlen_k), a.seqlen_k)
         return int32(max(lo, first)), int32(min(hi, end))
+
+    @inline
+    def score_row(a, batch, head_k, r):
+        i, head = query_of(a, head_k, r)
+        return row_of(a, batch, head, i, a.seqlen_k)
+
+    @inline
+    def rows_of(a, base, batch, head_k, first, rows, thread):
+        """What the scores of rows `first` and first + 8 need; or where that lies, stored before load_q's barrier."""
+        if PARK:
+            if thread < BLOCK_ROWS:
+                park(int32(base + LINES + ROW_BYTES * thread), score_row(a, batch, head_k, int32(min(thread, rows - 1))))
+            return int32(base + LINES + ROW_BYTES * first), int32(base + LINES + ROW_BYTES * (first + 8))
+        else:
+            return (score_row(a, batch, head_k, int32(min(first, rows - 1))),
+                    score_row(a, batch, head_k, int32(min(first + 8, rows - 1))))
+
+    @inline
+    def loaded(line):
+        if PARK:
+            return unpark(line)
+        else:
+            return line
 
     @inline
     def rescale(acc_o, alpha0, alpha1):
@@ -151,15 +194,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         thread = int32(cuda.threadIdx.x)
         w, lane = int32(thread >> 5), int32(thread & 31)
         g, c = lane_row(lane), int32(lane & 3)          # the lane's first row, its chunk of a row
-        plane = divide(int32(cuda.blockIdx.x), a.splits)
-        split = int32(cuda.blockIdx.x - plane * a.splits)
-        batch = divide(plane, a.heads_k)
-        head_k, rows = int32(plane - batch * a.heads_k), int32(a.group * a.seqlen_q)
+        plane, split, batch, head_k = place_of(a, int32(cuda.blockIdx.x))
+        rows = int32(a.group * a.seqlen_q)
         first = int32(a.first_key + split * a.split_keys)
         end = int32(min(first + a.split_keys, a.end_key))
         last = int32(end - 1)
-        row_warp = divide(w, KEY_WARPS)
-        key_warp, row = int32(w - row_warp * KEY_WARPS), int32(row_warp * ROWS + g)
+        key_warp, row = warp_of(thread)
+        line0, line1 = rows_of(a, base, batch, head_k, row, rows, thread)
         q = load_q(a, base, batch, head_k, row, lane, w, rows)
         lo0, hi0 = bounds(a, int32(min(row, rows - 1)), first, end)
         lo1, hi1 = bounds(a, int32(min(row + 8, rows - 1)), first, end)
@@ -174,14 +215,20 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             while key < end:
                 following = int32(key + KEY_WARPS * KEYS)
                 column = int32(key + 2 * c)
+                row0, row1 = loaded(line0), loaded(line1)
+                early = fetch(a, row0, row1, column, a.seqlen_k)
                 acc_s = scores_of(q, k)
                 k = load_k(a, k_base, int32(following + g), last, c)
-                acc_s = score(a, acc_s, int32(0), float32(0), int32(0), column, int32(0))
+                acc_s = score(a, acc_s, early, row0, row1, column)
                 acc_s = keep(acc_s, intervals, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v)
                 v = load_v(a, v_base, int32(following + 2 * c), last, g)
                 key = following
+        # computed again: the loop has no registers for what is needed only behind it
+        plane, split, batch, head_k = place_of(a, opaque(int32(cuda.blockIdx.x)))
+        thread = thread_index()
+        lane, c, (key_warp, row) = int32(thread & 31), int32(thread & 3), warp_of(thread)
         note(base, key_warp, row, lane, max0, sum0)
         note(base, key_warp, int32(row + 8), lane, max1, sum1)
         store_output(acc_o, int32(base + OUT + (key_warp * BLOCK_ROWS + row) * PITCH + 8 * CHUNK * c), PITCH)

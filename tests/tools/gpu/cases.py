@@ -160,6 +160,28 @@ def _decode() -> Iterator[Case]:
         yield replace(base, name=f"decode_rows_{4 * rows}_{dim}_{dtype}", head_dim=dim, dtype=dtype, seqlen_q=rows, window=(600, None))
 
 
+def _decode_features() -> Iterator[Case]:
+    """Few queries and many keys, with what depends on the head and on the row."""
+    base = Case("decode", "bfloat16", num_heads=8, num_heads_k=2, seqlen_q=2, seqlen_k=1000, head_dim=128, causal=True)
+    changes: dict[str, dict[str, Any]] = {
+        "alibi": {"alibi": "heads"}, "alibi_batch": {"alibi": "batch", "causal": "top_left", "seqlen_q": 3},
+        "bias": {"bias": (2, 8, 2, 1000)}, "bias_odd": {"bias": (2, 8, 2, 777), "seqlen_k": 777}, "bias_row": {"bias": (1, 1000)},
+        "bias_column": {"bias": (2, 1, 2, 1)}, "bias_float32": {"bias": (8, 2, 1000), "bias_dtype": "float32", "window": (500, 3)},
+        "bias_inf": {"bias": (2, 8, 2, 1000), "bias_inf": True, "sinks": True}, "mask": {"mask": (2, 8, 2, 1000)},
+        "mask_blocks": {"mask": (2, 1, 4, 1000), "mask_kind": "blocks", "seqlen_q": 4}, "mask_hidden": {"mask": (1, 1, 2, 1000),
+                                                                                                        "mask_kind": "hidden"},
+        "mask_padding": {"mask": (2, 1, 1, 2100), "mask_kind": "blocks", "seqlen_k": 2100, "window": (1500, 0), "causal": False},
+        "many": {"alibi": "heads", "bias": (1, 8, 8, 1000), "mask": (2, 1, 8, 1000), "softcap": 4.0, "sinks": True, "seqlen_q": 8,
+                 "window": (900, 5), "causal": False},
+        "softcap_bias": {"softcap": 9.0, "bias": (2, 1, 2, 1000), "bias_size": 5.0}, "bhsd": {"layout": "bhsd", "alibi": "heads",
+                                                                                               "mask": (2, 1000)}}
+    for (name, settings), (dim, dtype) in itertools.product(changes.items(), ((64, "bfloat16"), (128, "float16"), (128, "float32"))):
+        yield replace(base, name=f"decode_{name}_{dim}_{dtype}", **{**settings, "head_dim": dim, "dtype": dtype})
+    for dim in (32, 80, 256):
+        for name in ("bias_odd", "many"):
+            yield replace(base, name=f"decode_{name}_{dim}", **{**changes[name], "head_dim": dim})
+
+
 def is_short(case: Case) -> bool:
     """Whether kernels of short sequences may run it."""
     keys = case.seqlen_q if case.seqlen_k is None else case.seqlen_k
@@ -168,7 +190,7 @@ def is_short(case: Case) -> bool:
 
 _SHORT = [pytest.param(case, "short", id=f"{case.name}-short") for case in CASES if is_short(case)]
 short_pairs = pytest.mark.parametrize(("case", "family"), _SHORT)
-DECODE = list(_decode())
+DECODE = [*_decode(), *_decode_features()]
 LARGE = [*_large(), *_wide(), *DECODE]
 SMALL = [replace(case, name=f"small_{case.name}") for case in (
     Case("plain", "bfloat16", batch=1, seqlen_q=130, head_dim=64),

@@ -100,6 +100,7 @@ class Body:
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
     params: list[str] = field(default_factory=list)
+    shared: dict[str, int] = field(default_factory=dict)        # arrays of a fixed size in shared memory, their bytes
 
 
 def _operand(text: str) -> Any:
@@ -128,7 +129,10 @@ def parse(ptx: str) -> Body:
     body.params = re.findall(r"\.param \.\w+ (\w+)", head)
     for line in text.splitlines():
         line = line.partition("//")[0].strip()
-        if not line or line == "}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
+        array = re.match(r"\.shared .* (\w+)\[(\d+)\]", line)
+        if array:
+            body.shared[array[1]] = int(array[2])
+        if array or not line or line == "}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
             continue
         if line.endswith(":"):
             body.labels[line[:-1]] = len(body.blocks)
@@ -206,7 +210,10 @@ class Run:
         self.count, self.threads = grid * threads, threads
         number = np.arange(self.count)
         self.thread, self.block = (number % threads).astype(np.uint32), number // threads
-        self.shared = Shared(grid, shared)
+        end, self.arrays = shared, dict[str, int]()         # the address of each
+        for name, size in body.shared.items():
+            self.arrays[name], end = -(-end // 16) * 16, -(-end // 16) * 16 + size
+        self.shared = Shared(grid, end)
         self.special: dict[str, Any] = {
             "%tid.x": self.thread, "%ctaid.x": self.block.astype(np.uint32), "%laneid": self.thread & 31, "%ntid.x": np.uint32(threads),
             "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared)}
@@ -225,7 +232,7 @@ class Run:
             return (x[active] if np.ndim(x) else x)
         if name not in self.registers:
             assert name.startswith("_cudapy_smem"), f"{name} was never written"
-            return dtype(0)
+            return dtype(self.arrays.get(name, 0))
         x = self.registers[name]
         x = x if len(active) == self.count else x[active]
         if dtype is np.bool_ or x.dtype == dtype:
@@ -439,6 +446,13 @@ class Run:
         for n in range(4):
             out |= (both >> np.uint64(8 * (selector >> 4 * n & 7)) & np.uint64(0xFF)) << np.uint64(8 * n)
         self.put(x[0], active, out.astype(np.uint32))
+
+    def _bfi(self, op: list[str], x: list[Any], active: Array) -> None:
+        kind, start, length = op[-1], x[3], x[4]
+        ones = ((1 << length) - 1) << start
+        word, into = self.get(x[1], active, kind), self.get(x[2], active, kind)
+        number = into.dtype.type
+        self.put(x[0], active, (into & ~number(ones)) | (word << number(start) & number(ones)))
 
     def _shfl(self, op: list[str], x: list[Any], active: Array) -> None:
         self.warps(active, "shfl")

@@ -207,6 +207,15 @@ def _decode() -> Iterator[Job]:
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128)):      # 32 and 64 rows
         yield Job("sm80", "sm_90a", _want(dtype, dim, **{**every, "seqlen_q": 8}), "decode_rows_32")
         yield Job("sm80", "sm_90a", _want(dtype, dim, **{**every, "seqlen_q": 16}), "decode_rows_64")
+    most = {**EVERYTHING, "dropout": False, **shape}
+    for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 128, 256)):
+        if (dtype, dim) != ("float32", 256):
+            yield Job("sm80", "sm_90a", _want(dtype, dim, **most), "decode_most")
+            yield Job("sm80", "sm_80", _want(dtype, dim, **{**most, "causal": False, "window": (100, 5), "seqlen_q": 8}), "decode_most")
+    for name in ("alibi", "bias", "bias_half", "mask"):
+        yield Job("sm80", "sm_90a", _want("bfloat16", 128, **FEATURES[name], **shape), f"decode_{name}")
+        if name != "bias_half":
+            yield Job("sm80", "sm_90a", _want("float32", 128, **FEATURES[name], **shape), f"decode_{name}")
 
 
 def _short() -> Iterator[Job]:
