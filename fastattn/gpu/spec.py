@@ -57,6 +57,10 @@ class Spec:
         Of the backward: the dtype in which dbias is stored, None if it is not wanted.
     deterministic
         Of the backward: the same bits every run.
+    lengths
+        Of decode/: the number of keys of each batch entry is on the device.
+    paged
+        Of decode/: keys are in pages that a table on the device names.
     group_parts
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     """
@@ -81,6 +85,8 @@ class Spec:
     dbias: str | None = None
     deterministic: bool = False
     group_parts: bool = False
+    lengths: bool = False
+    paged: bool = False
 
     @property
     def parts(self) -> int:
@@ -91,7 +97,7 @@ class Spec:
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
-                 "deterministic", "group_parts")
+                 "deterministic", "group_parts", "lengths", "paged")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

@@ -3,7 +3,9 @@ are split, and what some kernels compute, from their PTX. test_forward.py runs t
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ pytest.importorskip("cuda.core")
 import fastattn
 from fastattn import gpu
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division
 from fastattn.gpu.precompile import Want, absent_device, sources
+from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
-from tests.tools.gpu.calls import interpreted
+from tests.tools.gpu.calls import interpreted, interpreted_cache
 from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
 from tests.tools.problems import Case
 
@@ -46,6 +49,85 @@ def test_numbers(name: str) -> None:
     out, lse, kernels = interpreted(inputs)
     assert [key.split()[0] for key in kernels] == [*(["pack_mask"] if "mask" in inputs.kwargs else []), "forward_decode"]
     Judge(inputs).forward(out, lse)
+
+
+# ---------------------------------------------------------------- lengths and pages on the device
+CACHED = Case("cached", "bfloat16", batch=4, num_heads=8, num_heads_k=2, seqlen_q=3, seqlen_k=700, head_dim=64, causal=True)
+LENGTHS = [697, 0, 3, 300]          # and three new keys
+
+
+def check_cache(case: Case, page_size: int | None, lengths: list[int], new_keys: int, num_splits: int | None = None,
+                stray: bool = False) -> Any:
+    """Each request against the same problem of its keys alone. Returns out and lse."""
+    out, lse, k, v = interpreted_cache(case, page_size, lengths, new_keys, num_splits, stray)
+    inputs = case.make()
+    for b, length in enumerate(lengths):
+        keys = min(max(length + new_keys, 0), case.seqlen_k or 0)
+        args = (inputs.args[0][b:b + 1], k[b:b + 1, :keys], v[b:b + 1, :keys])
+        kwargs = {name: x[b:b + 1] if name == "alibi_slopes" and x.ndim == 2 else x for name, x in inputs.kwargs.items()}
+        Judge(replace(inputs, args=args, kwargs=kwargs, dout=inputs.dout[b:b + 1])).forward(out[b:b + 1], lse[b:b + 1])
+    return out, lse
+
+
+@pytest.mark.parametrize(("changes", "page_size", "stray"), [
+    ({}, None, False), ({}, 16, True), ({"head_dim": 128, "dtype": "float32"}, 7, False),
+    ({"window": (200, None), "softcap": 5.0, "alibi": "batch", "sinks": True, "head_dim": 80}, 1, False),
+    ({"seqlen_q": 9, "head_dim": 256}, 256, True), ({"causal": False, "head_dim": 128}, 64, False)], ids=str)
+def test_lengths_and_pages(changes: dict[str, Any], page_size: int | None, stray: bool) -> None:
+    case = replace(CACHED, **changes)
+    check_cache(case, page_size, LENGTHS, 3, stray=stray)
+
+
+def test_lengths_that_are_no_lengths() -> None:
+    """The host does not see them. The kernel reads no key outside of the cache."""
+    for page_size in (None, 50):
+        check_cache(CACHED, page_size, [-7, 2**31 - 1, 10**6, -2**31], 3)
+
+
+def test_one_split_has_the_same_bits_in_any_batch() -> None:
+    out, lse = check_cache(CACHED, 16, LENGTHS, 3, num_splits=1)
+    for page_size, splits in ((None, 1), (33, 1)):
+        again = check_cache(CACHED, page_size, LENGTHS, 3, num_splits=splits)
+        assert (out.view(np.uint16) == again[0].view(np.uint16)).all() and (lse == again[1]).all()
+    shorter = check_cache(replace(CACHED, seqlen_k=700), 16, [697, 5, 3, 1], 3, num_splits=1)
+    assert (out[::2].view(np.uint16) == shorter[0][::2].view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 63, 64, 65, 1000, 4096, 2**20 + 1, 2**31 - 1])
+def test_page_division(size: int) -> None:
+    magic, shift = page_division(size)
+    edges = [0, 1, size - 1, size, size + 1, 7 * size, 7 * size - 1, 2**31 - 1, 2**31 - 2]
+    rows = np.array([*edges, *range(0, 2**31, 2**31 // 997)], np.uint64)
+    rows = rows[rows < 2**31]
+    assert magic < 2**32 and (rows * np.uint64(magic) >> np.uint64(shift) == rows // np.uint64(size)).all()
+
+
+def test_what_has_no_kernel_for_caches() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"seqlen_q": 17}, "68 query rows"), ({"head_dim": 264}, "head_dim is 264"), ({"mask": True}, "a mask"),
+        ({"dtype": "float32", "head_dim": 132}, "over 128"), ({"packed": True}, "packed"), ({"head_dim": 100}, "16 bytes")]
+    for changes, reason in refused:
+        call, spec = Want(**{"seqlen_q": 4, "seqlen_k": 100, "num_heads_k": 4, **changes}).call()
+        assert reason in str(launch_decode.takes_cache(call, spec))
+
+
+@pytest.mark.parametrize(("arch", "dtype", "dim", "rows", "paged"), [
+    ("sm_90a", "bfloat16", 128, 4, False), ("sm_90a", "bfloat16", 128, 4, True), ("sm_90a", "bfloat16", 256, 64, True),
+    ("sm_90a", "float32", 128, 8, True), ("sm_80", "float32", 128, 64, True), ("sm_80", "float16", 64, 32, True),
+    ("sm_120", "bfloat16", 96, 16, True)], ids=str)
+def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: int, paged: bool) -> None:
+    call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
+                      alibi="float32", sinks="float32", lse=True).call()
+    spec = replace(spec, lengths=True, paged=paged)
+    source, _ = launch_decode.forward_program(spec, choose_decode(spec, call.problem))
+    assert compiler.complaints(compiler.build(source, arch)[1]) == []
+
+
+def test_splits_of_unknown_lengths() -> None:
+    splits = launch_decode.device_splits
+    assert splits(8, 1000, 3, None) == 3 and splits(2048, 65536, 1, None) == 8 and splits(8, 1000, 3, 1) == 1
+    assert splits(8, 2**30, 3, None) == MOST_SPLITS == splits(8, 1000, 3, 1000)
+    assert splits(workspace.MOST_ARRIVALS + 1, 65536, 1, None) == 1
 
 
 @pytest.mark.parametrize("changes", [

@@ -43,9 +43,9 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
     put(a, batch, head_k, r, column, values, maximum, total): finish and store four columns of row r of a key head, with the first ones
     its lse too
     put_part(a, split, plane, rows, r, column, values, maximum, total): store four columns of a split's row r for the block that merges
-    combine(a, base, thread, plane, batch, head_k, rows): by all threads, after put_part; merges if this block is the last
+    combine(a, base, thread, splits, plane, batch, head_k, rows): by all threads, after put_part; merges if this block is the last
 
-    `plane` is the flattened (batch, key head) index.
+    `plane` is the flattened (batch, key head) index, `splits` how many its keys have.
     """
     HEAD_DIM_V, THREADS, EXACT = spec.head_dim_v, WARP * config.warps, config.exact
     put, load, decay = _make_put(spec), load_chunk("float32"), make_decay(spec)
@@ -74,18 +74,18 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
             store_f32(uint64(a.part_rows + uint64(index * 8 + 4)), total)
 
     @inline
-    def is_last(a, base, thread, plane):
+    def is_last(a, base, thread, splits, plane):
         """Whether all other splits of the plane are stored. By all threads, after their own stores."""
         fence_gpu()
         cuda.syncthreads()
         if thread == 0:
-            before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(a.splits - 1))     # the last one wraps to 0
+            before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(splits - 1))     # the last one wraps to 0
             store_shared_b32(base + PARTS, before)
         cuda.syncthreads()
         found = load_shared_b32(base + PARTS)
         fence_gpu()
         cuda.syncthreads()
-        return found == a.splits - 1
+        return found == splits - 1
 
     @inline
     def maximum_of(base, n):
@@ -118,20 +118,20 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
         return add(a, base, out, x[3], int32(n + 3), int32(left - 3), top)
 
     @inline
-    def merged(a, base, plane, rows, r, column):
+    def merged(a, base, splits, plane, rows, r, column):
         """Four columns of a row, its maximum and its sum."""
-        first = int32(r * a.splits)
+        first = int32(r * splits)
         top, total = NEG_INF, float32(0)
-        for n in range(a.splits):
+        for n in range(splits):
             top = max(top, maximum_of(base, int32(first + n)))
-        for n in range(a.splits):
+        for n in range(splits):
             total += total_of(base, int32(first + n)) * decay(a, maximum_of(base, int32(first + n)), top)
         out = (float32(0), float32(0), float32(0), float32(0))
         at = uint64(a.part + uint64(((first_of(a, 0, plane, rows) + r) * HEAD_DIM_V + column) * 4))
         by_split = uint64(int64(a.lines) * (HEAD_DIM_V * 4))
         n = int32(0)
-        while n < a.splits:         # eight loads in flight
-            left = int32(a.splits - n)
+        while n < splits:         # eight loads in flight
+            left = int32(splits - n)
             x, y = four(at, by_split, left), four(uint64(at + uint64(4) * by_split), by_split, int32(left - 4))
             out = add_four(a, base, out, x, int32(first + n), left, top)
             out = add_four(a, base, out, y, int32(first + n + 4), int32(left - 4), top)
@@ -140,12 +140,12 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
         return out, top, total
 
     @inline
-    def combine(a, base, thread, plane, batch, head_k, rows):
-        if is_last(a, base, thread, plane):
+    def combine(a, base, thread, splits, plane, batch, head_k, rows):
+        if is_last(a, base, thread, splits, plane):
             i = thread
-            while i < rows * a.splits:      # row by row
-                r = divide(i, a.splits)
-                index = first_of(a, int32(i - r * a.splits), plane, rows) + r
+            while i < rows * splits:      # row by row
+                r = divide(i, splits)
+                index = first_of(a, int32(i - r * splits), plane, rows) + r
                 put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(index * 8))))
                 put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(index * 8 + 4))))
                 i = int32(i + THREADS)
@@ -154,7 +154,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
             while i < rows * fours(a):
                 r = divide(i, fours(a))
                 column = int32((i - r * fours(a)) * 4)
-                values, maximum, total = merged(a, base, plane, rows, r, column)
+                values, maximum, total = merged(a, base, splits, plane, rows, r, column)
                 put(a, batch, head_k, r, column, values, maximum, total)
                 i = int32(i + THREADS)
     return fours, put, put_part, combine

@@ -12,6 +12,9 @@ ROWS = 16                   # query rows of a warp, of all heads that share a ke
 MOST_ROWS = 64
 FEW_KEYS = 256              # with fewer, a tile of the other forwards takes no longer
 MOST_SPLITS = 128
+# Where lengths are on the device, and some may be long: 4 MB of K and V at head_dim 128, 250 us of one thread block's share of the memory.
+# Predicted, to be measured
+MOST_SPLIT_KEYS = 8192
 MOST_DIM = 256              # with more, registers do not hold O
 WARP = 32                   # threads
 LEAST_WIDTH = 16            # columns of a block of mask words (rows/mask_words.py); otherwise the keys of a step
@@ -89,3 +92,9 @@ def few_rows(p: Problem, num_sms: int) -> bool:
     """
     rows = p.seqlen_q * p.group
     return rows <= ROWS or (rows <= MOST_ROWS and (p.group > 1 or p.batch * p.num_heads < num_sms))
+
+
+def page_division(size: int) -> tuple[int, int]:
+    """(magic, shift) with row // size == row * magic >> shift for 0 <= row < 2**31 (Granlund and Montgomery 1994)."""
+    extra = (size - 1).bit_length()
+    return -(-(1 << 31 + extra) // size), 31 + extra

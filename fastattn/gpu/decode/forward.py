@@ -13,13 +13,13 @@ and V are loaded once for all heads that share them. (Flash-Decoding, Dao et al.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx import direct, direct_parts
-from ..ptx.memory import shared_address
+from ..ptx.memory import load_b32, shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane, opaque, thread_index
 from ..spec import Spec
@@ -28,8 +28,33 @@ from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine
-from .config import MOST_SPLITS, ROWS, DecodeConfig
-from .scores import ROW_BYTES, make_parked, make_row_scores
+from .config import MASK_COLUMNS, MOST_SPLITS, ROWS, DecodeConfig
+from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
+
+
+class Place(NamedTuple):
+    """What a thread block has.
+
+    Parameters
+    ----------
+    plane, batch, head_k
+        Its key head, of all the batch's and in its batch entry.
+    split, splits
+        Its split of the keys, and how many there are.
+    seqlen_k
+        Keys of the batch entry.
+    first, end
+        Keys of the split.
+    """
+
+    plane: Any
+    batch: Any
+    head_k: Any
+    split: Any
+    splits: Any
+    seqlen_k: Any
+    first: Any
+    end: Any
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
@@ -42,14 +67,14 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
     COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
+    LENGTHS, PAGED, STEP, OVERHEAD = spec.lengths, spec.paged, KEYS * KEY_WARPS, config.overhead
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
     OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
     TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
     Q_BYTES = direct.Q_STEP * (3 * CHUNKS if spec.dtype == "float32" else 2 * CHUNKS)
     Q = smem.take(ROW_WARPS * Q_BYTES if KEEP_Q else 0, 16)
-    PARK = KEEP_Q and (spec.alibi is not None or spec.bias is not None or spec.mask)
-    LINES = smem.take(BLOCK_ROWS * ROW_BYTES if PARK else 0, 16)
+    LINES, TABLE = smem.take(BLOCK_ROWS * ROW_BYTES if KEEP_Q else 0, 16), smem.take(8 if KEEP_Q and PAGED else 0, 16)
     if spec.dtype == "float32":
         keep_q, qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
     else:
@@ -59,7 +84,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
     row_bounds = make_row_bounds(spec)
     row_of, fetch, score = make_row_scores(spec, KEYS)
-    park, unpark = make_parked(spec)
+    park, addresses, numbers = make_parked(spec)
     update, _, _ = make_softmax(spec)
     fours, put_out, put_part, combine = make_combine(spec, config, OUT)
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
@@ -75,14 +100,34 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """A lane's chunks of row r of Q."""
         i, head = query_of(a, head_k, r)
         address = uint64(a.q + uint64(batch * a.q_batch + i * a.q_row + head * a.q_head) + uint64(16 * chunk))
-        return direct.load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE)
+        return direct.load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
+                                int32(0))
 
     @inline
     def place_of(a, block):
-        """(plane, split, batch, head_k) of a block; a plane is a (batch, key head)."""
+        """The Place of a block."""
         plane = divide(block, a.splits)
-        batch = divide(plane, a.heads_k)
-        return plane, int32(block - plane * a.splits), batch, int32(plane - batch * a.heads_k)
+        batch, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
+        head_k = int32(plane - batch * a.heads_k)
+        if LENGTHS:
+            seqlen_k = int32(min(max(load_b32(uint64(a.lengths + batch * a.lengths_batch)) + a.new_keys, 0), a.seqlen_k))
+            first, end, splits = part_of(a, split, seqlen_k)
+        else:
+            first, seqlen_k, splits = int32(a.first_key + split * a.split_keys), int32(a.seqlen_k), int32(a.splits)
+            end = int32(min(first + a.split_keys, a.end_key))
+        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end)
+
+    @inline
+    def part_of(a, split, seqlen_k):
+        """(first, end, splits): the keys of a split among those that any row attends, and how many splits these have. One more costs as
+        much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
+        diagonal = diagonal_of(a, a.seqlen_q, seqlen_k)
+        lo, hi = row_bounds(a, int32(0), diagonal, seqlen_k)[0], row_bounds(a, int32(a.seqlen_q - 1), diagonal, seqlen_k)[1]
+        lo = int32(lo & -MASK_COLUMNS)
+        steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
+        each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
+        first = int32(lo + split * each * STEP)
+        return first, int32(min(first + each * STEP, hi)), int32(max(divide(int32(steps + each - 1), each), 1))
 
     @inline
     def warp_of(thread):
@@ -113,41 +158,75 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             return qk(zeros(COUNT_S), q[0], q[1], k)
 
     @inline
-    def load_k(a, base, key, last, chunk):
-        return direct.load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE)
+    def table_of(a, base, batch, thread):
+        """Address of the batch entry's pages; or where that lies, stored before load_q's barrier."""
+        if not PAGED:
+            return uint64(0)
+        elif KEEP_Q:
+            if thread == 0:
+                put_address(int32(base + TABLE), uint64(a.table + batch * a.table_row))
+            return int32(base + TABLE)
+        else:
+            return uint64(a.table + batch * a.table_row)
 
     @inline
-    def load_v(a, base, key, last, chunk):
-        return direct.load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V)
+    def pages_of(a, table, by_page):
+        if not PAGED:
+            return int32(0)
+        elif KEEP_Q:
+            return direct.Pages(get_address(table), a.table_entry, by_page, a.last_page, a.page_size, a.page_magic, a.page_shift)
+        else:
+            return direct.Pages(table, a.table_entry, by_page, a.last_page, a.page_size, a.page_magic, a.page_shift)
 
     @inline
-    def bounds(a, r, first, end):
-        """The keys [lo, hi) of this split that row r attends."""
-        lo, hi = row_bounds(a, divide(r, a.group), diagonal_of(a, a.seqlen_q, a.seqlen_k), a.seqlen_k)
-        return int32(max(lo, first)), int32(min(hi, end))
+    def base_of(pointer, by_batch, by_head, batch, head_k, chunk):
+        """Address of a chunk of key 0, or of the first row of page 0."""
+        if PAGED:
+            batch = int32(0)
+        return uint64(pointer + uint64(batch * by_batch + head_k * by_head) + uint64(16 * chunk))
 
     @inline
-    def score_row(a, batch, head_k, r):
-        i, head = query_of(a, head_k, r)
-        return row_of(a, batch, head, i, a.seqlen_k)
+    def load_k(a, base, key, last, chunk, table):
+        return direct.load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
+                                pages_of(a, table, a.k_batch))
 
     @inline
-    def rows_of(a, base, batch, head_k, first, rows, thread):
-        """What the scores of rows `first` and first + 8 need; or where that lies, stored before load_q's barrier."""
-        if PARK:
+    def load_v(a, base, key, last, chunk, table):
+        return direct.load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V,
+                                   pages_of(a, table, a.v_batch))
+
+    @inline
+    def score_row(a, place, r):
+        i, head = query_of(a, place.head_k, r)
+        lo, hi = row_bounds(a, i, diagonal_of(a, a.seqlen_q, place.seqlen_k), place.seqlen_k)
+        return row_of(a, place.batch, head, i, place.seqlen_k, int32(max(lo, place.first)), int32(min(hi, place.end)))
+
+    @inline
+    def rows_of(a, base, place, first, rows, thread):
+        """What the scores of rows `first` and first + 8 need; or where that lies for `first`, stored before load_q's barrier."""
+        if KEEP_Q:
             if thread < BLOCK_ROWS:
-                park(int32(base + LINES + ROW_BYTES * thread), score_row(a, batch, head_k, int32(min(thread, rows - 1))))
-            return int32(base + LINES + ROW_BYTES * first), int32(base + LINES + ROW_BYTES * (first + 8))
+                park(int32(base + LINES + ROW_BYTES * thread), score_row(a, place, int32(min(thread, rows - 1))))
+            return int32(base + LINES + ROW_BYTES * first)
         else:
-            return (score_row(a, batch, head_k, int32(min(first, rows - 1))),
-                    score_row(a, batch, head_k, int32(min(first + 8, rows - 1))))
+            return (score_row(a, place, int32(min(first, rows - 1))),
+                    score_row(a, place, int32(min(first + 8, rows - 1))))
 
     @inline
-    def loaded(line):
-        if PARK:
-            return unpark(line)
+    def before_s(lines):
+        """The two rows, with what fetch needs."""
+        if KEEP_Q:
+            return addresses(lines), addresses(int32(lines + 8 * ROW_BYTES))
         else:
-            return line
+            return lines
+
+    @inline
+    def behind_s(lines):
+        """The two rows, with what scores need."""
+        if KEEP_Q:
+            return numbers(lines), numbers(int32(lines + 8 * ROW_BYTES))
+        else:
+            return lines
 
     @inline
     def rescale(acc_o, alpha0, alpha1):
@@ -194,40 +273,40 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         thread = int32(cuda.threadIdx.x)
         w, lane = int32(thread >> 5), int32(thread & 31)
         g, c = lane_row(lane), int32(lane & 3)          # the lane's first row, its chunk of a row
-        plane, split, batch, head_k = place_of(a, int32(cuda.blockIdx.x))
+        place = place_of(a, int32(cuda.blockIdx.x))
+        if LENGTHS:
+            if place.split >= place.splits:
+                return
         rows = int32(a.group * a.seqlen_q)
-        first = int32(a.first_key + split * a.split_keys)
-        end = int32(min(first + a.split_keys, a.end_key))
-        last = int32(end - 1)
+        last = int32(place.end - 1)
         key_warp, row = warp_of(thread)
-        line0, line1 = rows_of(a, base, batch, head_k, row, rows, thread)
-        q = load_q(a, base, batch, head_k, row, lane, w, rows)
-        lo0, hi0 = bounds(a, int32(min(row, rows - 1)), first, end)
-        lo1, hi1 = bounds(a, int32(min(row + 8, rows - 1)), first, end)
-        intervals = TwoIntervals(lo0, hi0, lo1, hi1)
-        k_base = uint64(a.k + uint64(batch * a.k_batch + head_k * a.k_head) + uint64(16 * c))
-        v_base = uint64(a.v + uint64(batch * a.v_batch + head_k * a.v_head) + uint64(16 * g))
+        lines = rows_of(a, base, place, row, rows, thread)
+        table = table_of(a, base, place.batch, thread)
+        q = load_q(a, base, place.batch, place.head_k, row, lane, w, rows)
+        k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
+        v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
-        key = int32(first + key_warp * KEYS)
-        if key < end:
-            k = load_k(a, k_base, int32(key + g), last, c)
-            v = load_v(a, v_base, int32(key + 2 * c), last, g)
-            while key < end:
+        key = int32(place.first + key_warp * KEYS)
+        if key <= last:
+            k = load_k(a, k_base, int32(key + g), last, c, table)
+            v = load_v(a, v_base, int32(key + 2 * c), last, g, table)
+            while key <= last:
                 following = int32(key + KEY_WARPS * KEYS)
                 column = int32(key + 2 * c)
-                row0, row1 = loaded(line0), loaded(line1)
-                early = fetch(a, row0, row1, column, a.seqlen_k)
+                row0, row1 = before_s(lines)
+                early = fetch(a, row0, row1, column, place.seqlen_k)
                 acc_s = scores_of(q, k)
-                k = load_k(a, k_base, int32(following + g), last, c)
+                k = load_k(a, k_base, int32(following + g), last, c, table)
+                row0, row1 = behind_s(lines)
                 acc_s = score(a, acc_s, early, row0, row1, column)
-                acc_s = keep(acc_s, intervals, column)
+                acc_s = keep(acc_s, TwoIntervals(row0.lo, row0.hi, row1.lo, row1.hi), column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v)
-                v = load_v(a, v_base, int32(following + 2 * c), last, g)
+                v = load_v(a, v_base, int32(following + 2 * c), last, g, table)
                 key = following
         # computed again: the loop has no registers for what is needed only behind it
-        plane, split, batch, head_k = place_of(a, opaque(int32(cuda.blockIdx.x)))
-        thread = thread_index()
+        place, thread = place_of(a, opaque(int32(cuda.blockIdx.x))), thread_index()
+        splits, plane, batch, head_k = place.splits, place.plane, place.batch, place.head_k
         lane, c, (key_warp, row) = int32(thread & 31), int32(thread & 3), warp_of(thread)
         note(base, key_warp, row, lane, max0, sum0)
         note(base, key_warp, int32(row + 8), lane, max1, sum1)
@@ -238,12 +317,12 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             r = divide(i, fours(a))
             column = int32((i - r * fours(a)) * 4)
             values, maximum, total = result(a, base, r, column)
-            if a.splits == 1:
+            if splits == 1:
                 put_out(a, batch, head_k, r, column, values, maximum, total)
             else:
-                put_part(a, split, plane, rows, r, column, values, maximum, total)
+                put_part(a, place.split, plane, rows, r, column, values, maximum, total)
             i = int32(i + 32 * WARPS)
-        if a.splits > 1:
-            combine(a, base, thread, plane, batch, head_k, rows)
+        if splits > 1:
+            combine(a, base, thread, splits, plane, batch, head_k, rows)
 
     return kernel, smem.size - ALIGN + 16

@@ -1,20 +1,75 @@
 """Launches of the split-key kernel: which calls it runs, how keys are split. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
+from ...arrays.view import View
 from ...masks import row_bounds
+from ...problem import Problem
 from ..rows.mask_words import mask_words
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.workspace import MOST_ARRIVALS
-from ..spec import Arguments, Call, Launch, Spec, whole_chunks
-from .config import FEW_KEYS, LEAST_WIDTH, MASK_COLUMNS, MOST_DIM, MOST_SPLITS, WARP, DecodeConfig, choose_decode, few_rows
+from ..spec import FAR_TOPS, MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, whole_chunks
+from .config import (
+    FEW_KEYS,
+    LEAST_WIDTH,
+    MASK_COLUMNS,
+    MOST_DIM,
+    MOST_ROWS,
+    MOST_SPLIT_KEYS,
+    MOST_SPLITS,
+    WARP,
+    DecodeConfig,
+    choose_decode,
+    few_rows,
+    page_division,
+)
 
 make_forward = late("decode.forward", "make_forward")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
+LENGTHS = " lengths:l lengths_batch:q new_keys:i"
+TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
+
+
+class KeyCache(NamedTuple):
+    """The caches that k and v of a call are, where they are more than arrays: how many keys a batch entry has, and where.
+
+    Parameters
+    ----------
+    new_keys
+        Keys behind those that the call's seqused_k counts.
+    block_table
+        Gives the View of the pages of each batch entry, (batch, pages), or (batch,) for one page each. k and v are then (pages, page_size,
+        num_heads_k, head_dim). None: k and v have a row for each batch entry.
+    num_splits
+        The most splits of an entry's keys. None: chosen. With 1 an entry's result has the same bits in any batch.
+    """
+
+    new_keys: int = 0
+    block_table: Callable[[Call], View] | None = None
+    num_splits: int | None = None
+
+
+def takes_cache(call: Call, spec: Spec) -> str | None:
+    """None, or why this kernel does not run a call whose k and v are a KeyCache."""
+    p, o = call.problem, call.operands
+    rows, dim, most = p.seqlen_q * p.group, max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_DIM
+    if spec.dtype not in FAR_TOPS:
+        return f"it has no {spec.dtype} products"
+    if p.total_q is not None:
+        return "queries are packed"
+    if rows > MOST_ROWS:
+        return f"a key head has {rows} query rows, over {MOST_ROWS}"
+    if dim > most:
+        return f"head_dim is {dim}, over {most}"
+    if spec.mask or spec.bias is not None or spec.dropout:
+        return "a mask, a bias or dropout is not for caches"
+    return None if all(whole_chunks(x) for x in (o.q, o.k, o.v)) else "rows are not whole, aligned pieces of 16 bytes"
 
 
 def accepts(call: Call, spec: Spec, d: Device) -> bool:
@@ -27,7 +82,8 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("q", "k", "v", "out"), online=True), WARP * config.warps, config.blocks_per_sm)
+                   Arguments(spec, FORWARD + LENGTHS * spec.lengths + TABLE * spec.paged, ("q", "k", "v", "out"), online=True),
+                   WARP * config.warps, config.blocks_per_sm)
 
 
 def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:
@@ -49,30 +105,63 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
     return count, steps * step
 
 
-def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """What enqueues the kernel for this call, or one that differs in addresses only."""
-    p, spec = call.problem, replace(spec, bias_whole=False)
+def _range(p: Problem) -> tuple[int, int]:
+    """The keys that any row attends, from a multiple of MASK_COLUMNS on; one key if there are none."""
+    limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
+    first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
+    if first >= end:
+        return 0, 1
+    return first - first % MASK_COLUMNS, end
+
+
+def _cache_values(call: Call, cache: KeyCache) -> tuple[int, ...]:
+    """Values of LENGTHS and, with a block table, of TABLE."""
+    used, k = call.operands.seqused_k, call.operands.k
+    assert used is not None
+    values: tuple[int, ...] = used.ptr, used.strides[0], cache.new_keys
+    if cache.block_table is not None:
+        table, (pages, size) = cache.block_table(call), k.shape[:2]
+        values += (table.ptr, table.strides[0], table.strides[1] if len(table.shape) == 2 else 0, pages - 1, size, *page_division(size))
+    return values
+
+
+def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None) -> Launch:
+    """What enqueues the kernel for this call, or one that differs in addresses only.
+
+    cache: what k and v are, if not arrays of problem.seqlen_k keys. Their lengths are seqused_k then, which the host does not read.
+    """
+    p = call.problem
+    spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
     config = choose_decode(spec, p)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
-    key_heads, rows = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q
-    limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
-    first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
-    if first >= end:        # no row attends any key
-        first, end = 0, 1
-    first -= first % MASK_COLUMNS
+    key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p)
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
+    if cache is not None:
+        splits = device_splits(key_heads, p.seqlen_k, splits, cache.num_splits)
     grid, own = key_heads * splits, (rows, splits, keys, first, end, p.num_heads_k)
     width = max(config.keys, LEAST_WIDTH)
     out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
 
     def launch(call: Call, stream: int) -> None:
+        more = () if cache is None else _cache_values(call, cache)
         with mask_words(call, width, launcher, stream) as call:
-            kernel.launch(grid, values(call, (0, 0, 0, *own)), stream)
+            kernel.launch(grid, values(call, (0, 0, 0, *own, *more)), stream)
 
     def launch_split(call: Call, stream: int) -> None:
-        arrived = launcher.arrivals(launcher.capturing(stream))
+        arrived, more = launcher.arrivals(launcher.capturing(stream)), () if cache is None else _cache_values(call, cache)
         with (mask_words(call, width, launcher, stream) as call,
               launcher.temporary(out_bytes + 8 * splits * rows, stream) as part):
-            kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own)), stream)
+            kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
     return launch if splits == 1 else launch_split
+
+
+def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None) -> int:
+    """The most splits of a batch entry's keys, where only the device knows how many it has.
+
+    `splits` is right if all have seqlen_k keys. If few do, theirs are the last to end: so a split has MOST_SPLIT_KEYS at most. A thread
+    block without keys ends at once.
+    """
+    if key_heads > MOST_ARRIVALS:
+        return 1
+    return min(MOST_SPLITS, max(splits, -(-seqlen_k // MOST_SPLIT_KEYS)) if asked is None else max(asked, 1))

@@ -1,4 +1,4 @@
-"""From dot products to scores in the split-key kernel, whose rows belong to different query heads: tile/scores.py has one head for all rows.
+"""From dot products to scores in the split-key kernel, whose rows belong to different query heads (tile/scores.py: to one).
 
 A thread's two rows have a slope, a row of the bias and a row of the mask each. Where these lie is computed once; a step loads the elements
 of its keys. What a Spec does not have costs nothing.
@@ -26,67 +26,84 @@ class Row(NamedTuple):
 
     Parameters
     ----------
+    bias, mask
+        Addresses of the row's elements and words.
+    lo, hi
+        The keys [lo, hi) of the split that it attends.
     slope
         Of ALiBi.
     diagonal
         The key from which ALiBi counts.
-    bias, mask
-        Addresses of the row's elements and words.
     """
 
-    slope: Any
-    diagonal: Any
     bias: Any
     mask: Any
+    lo: Any
+    hi: Any
+    slope: Any
+    diagonal: Any
 
 
-ROW_BYTES = 24              # of a parked Row
+ROW_BYTES = 32              # of a parked Row
 
 
-def make_parked(spec: Spec) -> tuple[Any, Any]:
-    """(park, unpark), where registers do not hold a Row through the loop: it is in shared memory, ROW_BYTES, and loaded for each step.
+@inline
+def put_address(address, value):
+    """Store a 64-bit address to shared memory."""
+    store_shared_b32(address, int32(value))
+    store_shared_b32(int32(address + 4), int32(value >> uint64(32)))
 
-    park(address, row); row = unpark(address). What the Spec does not have is not stored.
+
+@inline
+def get_address(address):
+    return uint64(uint32(load_shared_b32(address))) | (uint64(uint32(load_shared_b32(int32(address + 4)))) << uint64(32))
+
+
+def make_parked(spec: Spec) -> tuple[Any, Any, Any]:
+    """(park, addresses, numbers), where registers do not hold a Row through the loop: it is in shared memory, ROW_BYTES. Half of it is
+    loaded before S = Q K^T, the other half behind it.
+
+    park(address, row)
+    row = addresses(address): with its bias and mask alone
+    row = numbers(address): with all else alone
     """
     ALIBI, BIAS, MASK = spec.alibi is not None, spec.bias is not None, spec.mask
     put_float, get_float = store_shared("float32"), load_shared("float32", 1)
 
     @inline
-    def put_address(address, value):
-        store_shared_b32(address, int32(value))
-        store_shared_b32(int32(address + 4), int32(value >> uint64(32)))
-
-    @inline
-    def get_address(address):
-        return uint64(uint32(load_shared_b32(address))) | (uint64(uint32(load_shared_b32(int32(address + 4)))) << uint64(32))
-
-    @inline
     def park(address, row):
-        if ALIBI:
-            put_float(address, row.slope)
-            store_shared_b32(int32(address + 4), row.diagonal)
         if BIAS:
-            put_address(int32(address + 8), row.bias)
+            put_address(address, row.bias)
         if MASK:
-            put_address(int32(address + 16), row.mask)
+            put_address(int32(address + 8), row.mask)
+        store_shared_b32(int32(address + 16), row.lo)
+        store_shared_b32(int32(address + 20), row.hi)
+        if ALIBI:
+            put_float(int32(address + 24), row.slope)
+            store_shared_b32(int32(address + 28), row.diagonal)
 
     @inline
-    def unpark(address):
-        slope, diagonal, bias, mask = float32(0), int32(0), uint64(0), uint64(0)
-        if ALIBI:
-            slope, diagonal = get_float(address)[0], load_shared_b32(int32(address + 4))
+    def addresses(address):
+        bias, mask = uint64(0), uint64(0)
         if BIAS:
-            bias = get_address(int32(address + 8))
+            bias = get_address(address)
         if MASK:
-            mask = get_address(int32(address + 16))
-        return Row(slope, diagonal, bias, mask)
-    return park, unpark
+            mask = get_address(int32(address + 8))
+        return Row(bias, mask, int32(0), int32(0), float32(0), int32(0))
+
+    @inline
+    def numbers(address):
+        slope, diagonal = float32(0), int32(0)
+        if ALIBI:
+            slope, diagonal = get_float(int32(address + 24))[0], load_shared_b32(int32(address + 28))
+        return Row(uint64(0), uint64(0), load_shared_b32(int32(address + 16)), load_shared_b32(int32(address + 20)), slope, diagonal)
+    return park, addresses, numbers
 
 
 def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
     """(row_of, fetch, score) for steps of KEYS keys.
 
-    row = row_of(a, batch, head, i, seqlen_k): the Row of query i of a head
+    row = row_of(a, batch, head, i, seqlen_k, lo, hi): the Row of query i of a head
     early = fetch(a, row0, row1, column, seqlen_k): elements of the bias and words of the mask, loaded while the MMAs of S run
     acc_s = score(a, acc_s, early, row0, row1, column)
 
@@ -105,7 +122,7 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
     less_alibi = elementwise(less_distance)
 
     @inline
-    def row_of(a, batch, head, i, seqlen_k):
+    def row_of(a, batch, head, i, seqlen_k, lo, hi):
         slope, diagonal, bias, mask = float32(0), int32(0), uint64(0), uint64(0)
         if ALIBI:
             slope = load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head))
@@ -114,7 +131,7 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
             bias = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + i * a.bias_row)
         if MASK:
             mask = uint64(a.mask + batch * a.mask_batch + head * a.mask_head + i * a.mask_row)
-        return Row(slope, diagonal, bias, mask)
+        return Row(bias, mask, lo, hi, slope, diagonal)
 
     @inline
     def bias_of(a, row0, row1, column, seqlen_k):

@@ -12,7 +12,7 @@ K and V are then read in runs of 64 and 128 bytes. Chunks past the end of a row 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.cuda import types
@@ -44,27 +44,68 @@ def _row(builder: Any, base: Any, by_row: Any, row: Any, last: Any) -> Any:
     return builder.add(base, builder.mul(builder.sext(row, I64), by_row))
 
 
+class Pages(NamedTuple):
+    """Rows in pages: which one each is in says a table of 32-bit words. Words past the last page name the last page.
+
+    Parameters
+    ----------
+    table, by_entry
+        Address of the first page's number, and bytes to the next.
+    by_page, last_page
+        Bytes between pages, and the number of the last one.
+    size, magic, shift
+        Rows of a page; row // size is row * magic >> shift (config.page_division of decode/).
+    """
+
+    table: Any
+    by_entry: Any
+    by_page: Any
+    last_page: Any
+    size: Any
+    magic: Any
+    shift: Any
+
+
+def _paged_row(builder: Any, base: Any, by_row: Any, row: Any, last: Any, pages: Pages) -> Any:
+    """_row of rows in pages."""
+    row = builder.select(builder.icmp_signed("<", row, last), row, last)
+    wide = builder.mul(builder.zext(row, I64), builder.zext(pages.magic, I64))
+    page = builder.lshr(wide, builder.zext(pages.shift, I64))
+    within = builder.sub(row, builder.mul(builder.trunc(page, I32), pages.size))
+    entry = emit(builder, I32, "ld.global.nc.b32 $0, [$1];", "=r,l", [builder.add(pages.table, builder.mul(page, pages.by_entry))])
+    entry = builder.select(builder.icmp_unsigned("<", entry, pages.last_page), entry, pages.last_page)
+    base = builder.add(base, builder.mul(builder.zext(entry, I64), pages.by_page))
+    return builder.add(base, builder.mul(builder.zext(within, I64), by_row))
+
+
 def _make_load(rows_of: Callable[[int], list[int]], lanes: int) -> Any:
-    """load(base, by_row, row, last, count, chunks, left, whole): every `lanes`-th of `chunks` chunks of rows row + n, n in rows_of(count).
+    """load(base, by_row, row, last, count, chunks, left, whole, pages): of rows row + n for n in rows_of(count) `chunks` chunks each, every
+    `lanes`-th one.
 
     base: address of the lane's first chunk in row 0. last: the last row that exists. left: how many chunks a row has from the lane's first
-    on. The first `whole` of the lane's chunks are there in any case.
+    on. The first `whole` of the lane's chunks are there in any case. pages: the Pages of the rows, 0 if they are not in pages.
     """
     @intrinsic
-    def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any, left: Any, whole: Any) -> Any:
+    def load(typingctx: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any, left: Any, whole: Any,
+             pages: Any) -> Any:
         n, wide, sure = literals(count, chunks, whole)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            base, by_row, row, last, _, _, left, _ = args
+            base, by_row, row, last, _, _, left, _, given = args
             words = []
             for offset in rows_of(n):
-                at = _row(builder, base, by_row, builder.add(row, I32(offset)), last)
+                own = builder.add(row, I32(offset))
+                if isinstance(pages, types.NamedTuple):
+                    at = _paged_row(builder, base, by_row, own, last, Pages(*unpack(builder, given, len(Pages._fields))))
+                else:
+                    at = _row(builder, base, by_row, own, last)
                 for j in range(wide):
                     inside = None if j < sure else builder.icmp_signed("<", I32(lanes * j), left)
                     words += _load(builder, at, 16 * lanes * j, inside)
             return pack(builder, words)
         result = types.UniTuple(types.int32, 4 * len(rows_of(n)) * wide)
-        return signature(result, types.uint64, types.int64, types.int32, types.int32, count, chunks, types.int32, whole), generate
+        kinds = types.uint64, types.int64, types.int32, types.int32, count, chunks, types.int32, whole, pages
+        return signature(result, *kinds), generate
     return load
 
 

@@ -10,11 +10,12 @@ from fastattn import Grads, gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
+from fastattn.gpu.decode import launch as decode
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, Problem, make_problem
 from tests.tools.gpu import interpreter
 from tests.tools.gpu.emulator import Memory, emulated
-from tests.tools.problems import Inputs
+from tests.tools.problems import Case, Inputs
 
 Sequence = tuple[int, int, int, int, int]       # plane, q_start, seqlen_q, k_start, seqlen_k
 
@@ -95,3 +96,47 @@ def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90") -> t
         gpu.family(family).prepare(Call(problem, o, out, lse), make_spec(problem, o, True), launcher)(Call(problem, o, out, lse), 0)
     result = memory.read(out, inputs.args[0].dtype)
     return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32), launcher.launched
+
+
+def interpreted_cache(case: Case, page_size: int | None, lengths: list[int], new_keys: int = 0, num_splits: int | None = None,
+                      stray: bool = False) -> tuple[Any, Any, Any, Any]:
+    """(out, lse, k, v) of the split-key kernel over a cache, run from its PTX; k and v as they are read, (batch, keys, heads, dim).
+
+    page_size: the keys are in shuffled pages; None: the cache has a row for each request. lengths: keys of each request but for the new
+    ones. stray: the table names pages that do not exist where it is not needed, and for one that is.
+    """
+    inputs, memory, draw = case.make(), interpreter.Memory(), np.random.default_rng(1)
+    kwargs = dict(inputs.kwargs)
+
+    def placed(x: Any) -> Any:
+        return None if x is None else memory.place(x, convert.view(x, "test", "x"))
+    arrays = {name: placed(kwargs.pop(name, None)) for name in ("alibi_slopes", "sinks")}
+    q, k, v = inputs.args
+    problem, o = make_problem("test", Operands(*(placed(x) for x in (q, k, v)), **arrays), packed=False, **kwargs)
+    table = None
+    if page_size is not None:
+        batch, keys = k.shape[:2]
+        per, room = -(-keys // page_size), -(-keys // page_size) * page_size - keys
+        numbers = draw.permutation(batch * per + 3)[:batch * per].reshape(batch, per).astype(np.int32)
+        caches = []
+        for x in (k, v):
+            cache = np.full((batch * per + 3, page_size, *x.shape[2:]), np.nan, x.dtype)
+            padded = np.concatenate([x, np.full((batch, room, *x.shape[2:]), np.nan, x.dtype)], axis=1)
+            cache[numbers] = padded.reshape(batch, per, page_size, *x.shape[2:])
+            caches.append(cache)
+        if stray:
+            needed = np.arange(per) * page_size < np.array(lengths)[:, None] + new_keys
+            numbers[~needed] = draw.choice([-1, 2**31 - 1, -2**31, 10**6], int((~needed).sum()))
+            numbers[0, 0] = -5                  # read as the last page
+            k, v = (cache[np.where((numbers < 0) | (numbers >= len(cache)), len(cache) - 1, numbers)].reshape(batch, per * page_size,
+                                                                                                             *cache.shape[2:])
+                    for cache in caches)
+        o, table = replace(o, k=placed(caches[0]), v=placed(caches[1])), placed(numbers)
+    o = replace(o, seqused_k=placed(np.array(lengths, np.int32)))
+    out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))
+    call, launcher = Call(problem, o, out, lse), interpreter.Launcher(memory)
+    spec = make_spec(problem, o, True)
+    cache = decode.KeyCache(new_keys, None if table is None else lambda call: table, num_splits)
+    assert decode.takes_cache(call, spec) is None
+    decode.prepare(call, spec, launcher, cache)(call, 0)
+    return memory.read(out, q.dtype), memory.read(lse, np.float32), k, v
