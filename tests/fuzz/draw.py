@@ -180,7 +180,7 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
         f["dtype"] = dice.one(("float32", "float64", *HALVES))
         f["head_dim"] = dice.one((dice.upto(1, 64), 16, 32, 64, 128, dice.upto(1, 576)))
     else:
-        f["dtype"] = dice.one((*HALVES, *HALVES, "float32")) if family != "decode" else dice.one(HALVES)
+        f["dtype"] = dice.one((*HALVES, *HALVES, "float32"))
         f["head_dim"] = dice.one((16, 32, 64, 64, 80, 96, 128, 128, 160, 192, 256, 8 * dice.upto(1, 32)))
         if family == "sm80" and dice.chance(0.2):
             f["head_dim"] = dice.upto(1, 256)
@@ -194,9 +194,9 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
     if dice.chance(0.15):
         f["head_dim_v"] = dice.one((64, 128, 32, 256 if family != "decode" else 64))
     if family == "decode":
-        f |= {"head_dim": dice.one((64, 128)), "packed": False, "alibi": None, "bias": False, "mask": False, "dropout": False,
+        f |= {"head_dim": dice.one((64, 128, 8 * dice.upto(1, 16 if f["dtype"] == "float32" else 32))), "packed": False, "dropout": False,
               "backward": False, "causal": dice.one([False, True])}
-        f["head_dim_v"] = dice.one((f["head_dim"], 64, 128))
+        f["head_dim_v"] = dice.one((f["head_dim"], f["head_dim"], 64, 128))
     f["bias_dtype"] = dice.one((f["dtype"], "float32"))
     if dice.chance(0.03):
         f["call"] = dice.one(("merge", "parts"))
@@ -213,7 +213,8 @@ def _on_a_gpu(dice: Dice, f: dict[str, Any]) -> Spec:
     spec = _sized(dice, f, False, length, WORK["cuda"])
     if decode:
         group = dice.one((1, 2, 3, 4, 8))
-        spec = replace(spec, seqlen_q=dice.upto(1, max(1, 16 // group)), seqlen_k=dice.one((dice.upto(200, 600), dice.upto(1, 3000))),
+        rows = dice.one((16, 16, 64))
+        spec = replace(spec, seqlen_q=dice.upto(1, max(1, rows // group)), seqlen_k=dice.one((dice.upto(200, 600), dice.upto(1, 3000))),
                        num_heads_k=dice.upto(1, 2), batch=dice.upto(1, 2))
         spec = replace(spec, num_heads=spec.num_heads_k * group)
     spec = _numbers(dice, spec, f["dtype"])

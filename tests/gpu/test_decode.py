@@ -15,15 +15,20 @@ pytest.importorskip("cuda.core")
 
 import fastattn
 from fastattn import gpu
+from fastattn.arrays import convert
+from fastattn.arrays.view import View
 from fastattn.gpu.decode import launch as launch_decode
 from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
+from fastattn.gpu.runtime.device import current
+from fastattn.gpu.runtime.launcher import on_device
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
-from tests.tools.gpu.calls import interpreted, interpreted_cache
+from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache
 from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
+from tests.tools.gpu.cases import on_device as to_device
 from tests.tools.problems import Case
 
 
@@ -56,41 +61,61 @@ CACHED = Case("cached", "bfloat16", batch=4, num_heads=8, num_heads_k=2, seqlen_
 LENGTHS = [697, 0, 3, 300]          # and three new keys
 
 
-def check_cache(case: Case, page_size: int | None, lengths: list[int], new_keys: int, num_splits: int | None = None,
-                stray: bool = False) -> Any:
-    """Each request against the same problem of its keys alone. Returns out and lse."""
-    out, lse, k, v = interpreted_cache(case, page_size, lengths, new_keys, num_splits, stray)
-    inputs = case.make()
-    for b, length in enumerate(lengths):
-        keys = min(max(length + new_keys, 0), case.seqlen_k or 0)
-        args = (inputs.args[0][b:b + 1], k[b:b + 1, :keys], v[b:b + 1, :keys])
-        kwargs = {name: x[b:b + 1] if name == "alibi_slopes" and x.ndim == 2 else x for name, x in inputs.kwargs.items()}
-        Judge(replace(inputs, args=args, kwargs=kwargs, dout=inputs.dout[b:b + 1])).forward(out[b:b + 1], lse[b:b + 1])
-    return out, lse
-
-
-@pytest.mark.parametrize(("changes", "page_size", "stray"), [
+CACHES = pytest.mark.parametrize(("changes", "page_size", "stray"), [
     ({}, None, False), ({}, 16, True), ({"head_dim": 128, "dtype": "float32"}, 7, False),
     ({"window": (200, None), "softcap": 5.0, "alibi": "batch", "sinks": True, "head_dim": 80}, 1, False),
     ({"seqlen_q": 9, "head_dim": 256}, 256, True), ({"causal": False, "head_dim": 128}, 64, False)], ids=str)
+
+
+def check_cache(case: Case, lengths: list[int], **settings: Any) -> Any:
+    """Each request against the same problem of its keys alone, from the kernel's PTX. Returns out and lse."""
+    out, lse, k, v = interpreted_cache(case, lengths, new_keys=3, **settings)
+    judge_requests(case, lengths, out, lse, k, v)
+    return out, lse
+
+
+def judge_requests(case: Case, lengths: list[int], out: Any, lse: Any, k: Any, v: Any) -> None:
+    inputs = case.make()
+    for b, length in enumerate(lengths):
+        keys = min(max(length + 3, 0), case.seqlen_k or 0)
+        args = (inputs.args[0][b:b + 1], k[b:b + 1, :keys], v[b:b + 1, :keys])
+        kwargs = {name: x[b:b + 1] if name == "alibi_slopes" and x.ndim == 2 else x for name, x in inputs.kwargs.items()}
+        Judge(replace(inputs, args=args, kwargs=kwargs, dout=inputs.dout[b:b + 1])).forward(out[b:b + 1], lse[b:b + 1])
+
+
+@CACHES
 def test_lengths_and_pages(changes: dict[str, Any], page_size: int | None, stray: bool) -> None:
-    case = replace(CACHED, **changes)
-    check_cache(case, page_size, LENGTHS, 3, stray=stray)
+    check_cache(replace(CACHED, **changes), LENGTHS, page_size=page_size, stray=stray)
 
 
 def test_lengths_that_are_no_lengths() -> None:
     """The host does not see them. The kernel reads no key outside of the cache."""
     for page_size in (None, 50):
-        check_cache(CACHED, page_size, [-7, 2**31 - 1, 10**6, -2**31], 3)
+        check_cache(CACHED, [-7, 2**31 - 1, 10**6, -2**31], page_size=page_size)
 
 
 def test_one_split_has_the_same_bits_in_any_batch() -> None:
-    out, lse = check_cache(CACHED, 16, LENGTHS, 3, num_splits=1)
-    for page_size, splits in ((None, 1), (33, 1)):
-        again = check_cache(CACHED, page_size, LENGTHS, 3, num_splits=splits)
+    out, lse = check_cache(CACHED, LENGTHS, page_size=16, num_splits=1)
+    for page_size in (None, 33):
+        again = check_cache(CACHED, LENGTHS, page_size=page_size, num_splits=1)
         assert (out.view(np.uint16) == again[0].view(np.uint16)).all() and (lse == again[1]).all()
-    shorter = check_cache(replace(CACHED, seqlen_k=700), 16, [697, 5, 3, 1], 3, num_splits=1)
+    shorter = check_cache(CACHED, [697, 5, 3, 1], page_size=16, num_splits=1)
     assert (out[::2].view(np.uint16) == shorter[0][::2].view(np.uint16)).all()
+
+
+@requires_gpu
+@pytest.mark.gpu
+@CACHES
+def test_lengths_and_pages_on_a_device(changes: dict[str, Any], page_size: int | None, stray: bool) -> None:
+    case, kept, launcher = replace(CACHED, **changes), list[Any](), on_device(0)
+
+    def placed(x: Any) -> View:
+        kept.append(to_device(x))
+        return convert.view(kept[-1], "test", "x")
+    made = cache_call(case, placed, LENGTHS, page_size=page_size, new_keys=3, stray=stray)
+    with current(launcher.device):
+        made.launch(launcher)
+    judge_requests(case, LENGTHS, to_host(kept[-2]), to_host(kept[-1]), made.k, made.v)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 63, 64, 65, 1000, 4096, 2**20 + 1, 2**31 - 1])

@@ -1,8 +1,9 @@
 """Calls made without a GPU: arrays that are addresses only, and a backward whose kernels run in Python."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,45 +99,65 @@ def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90") -> t
     return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32), launcher.launched
 
 
-def interpreted_cache(case: Case, page_size: int | None, lengths: list[int], new_keys: int = 0, num_splits: int | None = None,
-                      stray: bool = False) -> tuple[Any, Any, Any, Any]:
-    """(out, lse, k, v) of the split-key kernel over a cache, run from its PTX; k and v as they are read, (batch, keys, heads, dim).
+class CacheCall(NamedTuple):
+    """A call of the split-key kernel over a cache; k and v as they are read, (batch, keys, heads, dim)."""
 
-    page_size: the keys are in shuffled pages; None: the cache has a row for each request. lengths: keys of each request but for the new
-    ones. stray: the table names pages that do not exist where it is not needed, and for one that is.
-    """
-    inputs, memory, draw = case.make(), interpreter.Memory(), np.random.default_rng(1)
-    kwargs = dict(inputs.kwargs)
+    call: Call
+    cache: decode.KeyCache
+    k: Any
+    v: Any
 
-    def placed(x: Any) -> Any:
-        return None if x is None else memory.place(x, convert.view(x, "test", "x"))
-    arrays = {name: placed(kwargs.pop(name, None)) for name in ("alibi_slopes", "sinks")}
-    q, k, v = inputs.args
-    problem, o = make_problem("test", Operands(*(placed(x) for x in (q, k, v)), **arrays), packed=False, **kwargs)
+    def launch(self, launcher: Any, stream: int = 0) -> None:
+        assert decode.takes_cache(self.call, self.spec) is None
+        decode.prepare(self.call, self.spec, launcher, self.cache)(self.call, stream)
+
+    @property
+    def spec(self) -> Any:
+        return make_spec(self.call.problem, self.call.operands, True)
+
+
+def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], page_size: int | None = None, new_keys: int = 0,
+               num_splits: int | None = None, stray: bool = False) -> CacheCall:
+    """placed(array): the View of a copy. lengths: keys of each request but for the new ones. page_size: keys are in shuffled pages; None:
+    the cache has a row for each request. stray: the table names pages that do not exist where it is not read, and for one that is."""
+    inputs, draw = case.make(), np.random.default_rng(1)
+    kwargs, (q, k, v) = dict(inputs.kwargs), inputs.args
+    small = {name: placed(kwargs.pop(name)) for name in ("alibi_slopes", "sinks") if name in kwargs}
+    problem, o = make_problem("test", Operands(*(placed(x) for x in (q, k, v)), **small), packed=False, **kwargs)
     table = None
     if page_size is not None:
-        batch, keys = k.shape[:2]
-        per, room = -(-keys // page_size), -(-keys // page_size) * page_size - keys
+        batch, per = len(lengths), -(-k.shape[1] // page_size)
         numbers = draw.permutation(batch * per + 3)[:batch * per].reshape(batch, per).astype(np.int32)
-        caches = []
-        for x in (k, v):
-            cache = np.full((batch * per + 3, page_size, *x.shape[2:]), np.nan, x.dtype)
-            padded = np.concatenate([x, np.full((batch, room, *x.shape[2:]), np.nan, x.dtype)], axis=1)
-            cache[numbers] = padded.reshape(batch, per, page_size, *x.shape[2:])
-            caches.append(cache)
+        caches = [_paged(x, numbers, page_size) for x in (k, v)]
         if stray:
             needed = np.arange(per) * page_size < np.array(lengths)[:, None] + new_keys
             numbers[~needed] = draw.choice([-1, 2**31 - 1, -2**31, 10**6], int((~needed).sum()))
             numbers[0, 0] = -5                  # read as the last page
-            k, v = (cache[np.where((numbers < 0) | (numbers >= len(cache)), len(cache) - 1, numbers)].reshape(batch, per * page_size,
-                                                                                                             *cache.shape[2:])
-                    for cache in caches)
+            last = len(caches[0]) - 1
+            there = np.where((numbers < 0) | (numbers > last), last, numbers)
+            k, v = (cache[there].reshape(batch, per * page_size, *cache.shape[2:]) for cache in caches)
         o, table = replace(o, k=placed(caches[0]), v=placed(caches[1])), placed(numbers)
     o = replace(o, seqused_k=placed(np.array(lengths, np.int32)))
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))
-    call, launcher = Call(problem, o, out, lse), interpreter.Launcher(memory)
-    spec = make_spec(problem, o, True)
     cache = decode.KeyCache(new_keys, None if table is None else lambda call: table, num_splits)
-    assert decode.takes_cache(call, spec) is None
-    decode.prepare(call, spec, launcher, cache)(call, 0)
-    return memory.read(out, q.dtype), memory.read(lse, np.float32), k, v
+    return CacheCall(Call(problem, o, out, lse), cache, k, v)
+
+
+def _paged(x: Any, numbers: Any, page_size: int) -> Any:
+    """Keys (batch, keys, heads, dim) in pages of these numbers. What is no key is not a number."""
+    batch, per = numbers.shape
+    pages = np.full((batch * per + 3, page_size, *x.shape[2:]), np.nan, x.dtype)
+    pages[-1] = 1                               # where stray entries lead
+    room = np.full((batch, per * page_size - x.shape[1], *x.shape[2:]), np.nan, x.dtype)
+    pages[numbers] = np.concatenate([x, room], axis=1).reshape(batch, per, page_size, *x.shape[2:])
+    return pages
+
+
+def interpreted_cache(case: Case, lengths: list[int], **settings: Any) -> tuple[Any, Any, Any, Any]:
+    """(out, lse, k, v) of a CacheCall, run from its PTX."""
+    memory = interpreter.Memory()
+    made = cache_call(case, lambda x: memory.place(x, convert.view(x, "test", "x")), lengths, **settings)
+    made.launch(interpreter.Launcher(memory))
+    call = made.call
+    assert call.lse is not None
+    return memory.read(call.out, case.make().args[0].dtype), memory.read(call.lse, np.float32), made.k, made.v
