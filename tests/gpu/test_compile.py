@@ -7,6 +7,7 @@ and everything") are compiled first, in as many processes as there are processor
 """
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,8 @@ from fastattn import UnsupportedError, gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.runtime import compile as compiler
 from tests.tools.gpu.jobs import JOBS, SAMPLES, SEED, Job, draw_job
+
+CONVERSIONS = {"int32", "int64", "uint32", "uint64", "float32", "REAL"}
 
 
 # ---------------------------------------------------------------- compiling, in worker processes
@@ -101,6 +105,28 @@ def test_samples_follow_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(1)
     drawn = [draw_job(draw) for _ in range(60)]
     assert {job.family for job in drawn} == set(gpu.FAMILIES) and {job.want.backward for job in drawn} == {True, False}
+
+
+def copied_returns(text: str) -> list[str]:
+    """Returns with a call of a conditional expression, which Python 3.12 compiles to two returns (dsl/inline.py). Conversions may be
+    copied, and conditions on constants disappear."""
+    found = []
+    for function in ast.walk(ast.parse(text)):
+        if isinstance(function, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "inline" for d in function.decorator_list):
+            calls = [call for statement in ast.walk(function) if isinstance(statement, ast.Return) and statement.value
+                     for call in ast.walk(statement.value) if isinstance(call, ast.Call) and ast.unparse(call.func) not in CONVERSIONS]
+            conditions = [x.test for call in calls for argument in call.args for x in ast.walk(argument) if isinstance(x, ast.IfExp)]
+            found += [ast.unparse(test) for test in conditions
+                      if any(isinstance(x, ast.Name) and not x.id.isupper() for x in ast.walk(test))]
+    return found
+
+
+def test_no_return_is_copied() -> None:
+    assert copied_returns("@inline\ndef f(x):\n    return uniform(int32(1) if x < 2 else int32(0))\n") == ["x < 2"]
+    assert copied_returns("@inline\ndef f(x):\n    return int32(x if x < 2 else 0), g(x if MASK else 0)\n") == []
+    folder = Path(gpu.__file__).parent
+    found = {str(path.relative_to(folder)): copied_returns(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+    assert len(found) > 50 and not {path: tests for path, tests in found.items() if tests}
 
 
 def test_float64_is_found() -> None:

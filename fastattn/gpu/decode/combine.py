@@ -97,7 +97,8 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
 
     @inline
     def one(at, left):
-        return load(at, int32(1) if left > 0 else int32(0))
+        inside = int32(1) if left > 0 else int32(0)
+        return load(at, inside)
 
     @inline
     def four(at, by_split, left):

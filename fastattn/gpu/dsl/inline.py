@@ -4,6 +4,9 @@ A helper is typed and lowered once for each list of argument types, into the ker
 inlines it. Numba's own inline="always" copies the callee at every call instead, which doubles the compile time
 (docs/performance.md, "Compile time"). A device function of Numba's needs a driver. Everything that depends on Numba's
 internals is in this file.
+
+A helper gives its conditional expressions names before its return. Python 3.12 compiles `return f(x if c else y)` to two
+returns, each with a call of f; LLVM does not merge calls that end in inline assembly.
 """
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         m = int32(m + 1)
         if m == word(base, M_MAX):
             head, m = int32(head + 1), word(base, M_MIN)
-        return head, m, uniform(int32(1) if head < word(base, HEAD_END) else int32(0))
+        more = uniform(int32(1) if head < word(base, HEAD_END) else int32(0))       # not in the return: see dsl/inline.py
+        return head, m, more
 
     @inline
     def hold(base):
