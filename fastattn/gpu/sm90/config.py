@@ -136,7 +136,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         wasteful = not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
         return ForwardSm90Config(block_m=128 if wasteful else 192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
-        if spec.dropout and num_features(spec) == 1:        # 112: 1.52 of cuDNN, 96: 1.33; 128 spills
+        # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
+        if num_features(spec) == 1 and (spec.dropout or spec.softcap):
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
         block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
@@ -151,6 +152,10 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     if plain and seqlen_k >= LONG:
         return ForwardSm90Config(block_m=128, block_n=80, out_panels=0, turns=True, hints=True)
+    if spec.softcap:            # 64 keys with the output in shared memory spill 44 bytes; without it, to head_dim 240, 48
+        wide = dim > 240
+        return ForwardSm90Config(block_m=128, block_n=64 if wide else 48, out_panels=0 if wide else 2, turns=wide, optimistic=False,
+                                 hints=True)
     block_n = 48 if spec.alibi and spec.packed else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
 
