@@ -130,6 +130,29 @@ def test_words_and_bounds(mask: Array, width: int, by_keys: bool, key: str) -> N
     assert check(mask, width, by_keys) == key
 
 
+@pytest.mark.parametrize(("width", "narrower"), [(64, 1), (32, 2), (16, 4)])
+def test_a_tile_of_keys_loops_over_the_queries_that_attend_it(width: int, narrower: int) -> None:
+    """Blocks of queries may be as wide as those of the mask's words, or several times as wide. Two query heads share a key head."""
+    hidden = MASK.swapaxes(2, 3)[..., :141, :77].copy()
+    hidden[:, :, :, 64:] = False
+    block, keys = width * narrower, hidden.shape[3]
+    with packed_words(hidden, width, True, False) as (x, _):
+        kept, alone = (words.make_kept_queries(mock.Mock(packed=False, mask=True), 64, narrower, one) for one in (False, True))
+        a = mock.Mock(mask=x.ptr, mask_batch=x.strides[0], mask_head=x.strides[1], mask_row=x.strides[2], mask_col=x.strides[3], group=2)
+        a_head = mock.Mock(mask=x.ptr, mask_batch=x.strides[0], mask_head=x.strides[1], mask_row=x.strides[2], mask_col=x.strides[3], group=1)
+        for first in range(0, keys, 64):
+            blocks = np.flatnonzero(np.add.reduceat(hidden[0, :, :, first:first + 64].any(axis=(0, 2)), np.arange(0, 141, block)))
+            lo, hi = kept(a, 0, 0, first, keys, 0, -(-141 // block))
+            assert (lo, hi) == (blocks[0], blocks[-1] + 1) if len(blocks) else lo >= hi
+            assert kept(a, 0, 0, first, keys, 1, 1) == (max(lo, 1), min(hi, 1))
+            assert alone(a, 0, 0, first, keys, 0, 9) == (0, 9), "both heads' masks are not looked at"
+            for head in range(2):
+                blocks = np.flatnonzero(np.add.reduceat(hidden[0, head, :, first:first + 64].any(axis=1), np.arange(0, 141, block)))
+                lo, hi = alone(a_head, 0, head, first, keys, 0, -(-141 // block))
+                assert (lo, hi) == (blocks[0], blocks[-1] + 1) if len(blocks) else lo >= hi
+    assert len(blocks) == 0
+
+
 MODULES = ("sm80.forward", "sm80.backward", "sm90.forward", "sm90.backward", "sm90.backward_wide", "sm90.backward_dq",
            "sm90.backward_float")
 

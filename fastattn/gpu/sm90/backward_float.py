@@ -51,6 +51,7 @@ from ..tile.scores import make_cap_of, make_score, make_slopes
 from ..tile.smem import ALIGN, PANEL, ROW_BYTES, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
+from ..tile.words import make_kept_queries
 from .config import FLOAT_BLOCK as BLOCK
 from .config import FLOAT_WARPS as WARPS
 
@@ -81,6 +82,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     to_parts = make_pack(spec.dtype)
     copy_rows = make_copy_rows(True, 4 * WARPS)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK)
+    kept_queries = make_kept_queries(spec, BLOCK, BLOCK // HALF, ONE_HEAD=True)       # with a loop over heads 196 bytes would spill
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK), make_near(spec), make_log2_scale(spec)
@@ -322,6 +324,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
         first = int32(n_block * BLOCK)
         m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK, seqlen_q, seqlen_k)
+        m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
         if cuda.threadIdx.x == 0:
             passed.init(base)
             passed.arrive(base)

@@ -58,10 +58,14 @@ def make_needed(LINES: int, BY_KEYS: bool = False) -> Any:
     return needed
 
 
-def make_kept_queries(spec: Spec, BLOCK_N: int) -> Any:
+def make_kept_queries(spec: Spec, BLOCK_N: int, NARROWER: int = 1, ONE_HEAD: bool = False) -> Any:
     """m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max): without the blocks of queries before and after all of
-    which any, in any head of the group, attends any of BLOCK_N keys from `first` on. If there are none, m_min >= m_max."""
-    PACKED, needed = spec.packed, make_needed(BLOCK_N, BY_KEYS=True)
+    which any, in any head of the group, attends any of BLOCK_N keys from `first` on. If there are none, m_min >= m_max.
+
+    NARROWER: the blocks of the mask's words are so many times narrower than those of queries, a power of two. ONE_HEAD: without a loop over
+    the group. Where its heads have masks of their own, no block is left out.
+    """
+    PACKED, needed, BITS = spec.packed, make_needed(BLOCK_N, BY_KEYS=True), NARROWER.bit_length() - 1
     if not spec.mask:
         @inline
         def all_queries(a, batch, head_k, first, seqlen_k, m_min, m_max):
@@ -72,9 +76,14 @@ def make_kept_queries(spec: Spec, BLOCK_N: int) -> Any:
     def kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max):
         if PACKED:
             seqlen_k = int32(min(seqlen_k, a.seqlen_k))
-        heads, lo, hi = int32(1) if a.mask_head == 0 else a.group, int32(FAR), int32(0)
-        for head in range(int32(head_k * a.group), int32(head_k * a.group + heads)):
-            first_kept, end_kept, _ = needed(a, batch, int32(head), first, seqlen_k)
-            lo, hi = int32(min(lo, first_kept)), int32(max(hi, end_kept))
-        return int32(max(m_min, lo)), int32(min(m_max, hi))
+        if ONE_HEAD:
+            lo, hi, _ = needed(a, batch, int32(head_k * a.group), first, seqlen_k)
+            if (a.mask_head != 0) & (a.group > 1):
+                lo, hi = int32(0), int32(FAR)
+        else:
+            heads, lo, hi = int32(1) if a.mask_head == 0 else a.group, int32(FAR), int32(0)
+            for head in range(int32(head_k * a.group), int32(head_k * a.group + heads)):
+                first_kept, end_kept, _ = needed(a, batch, int32(head), first, seqlen_k)
+                lo, hi = int32(min(lo, first_kept)), int32(max(hi, end_kept))
+        return int32(max(m_min, lo >> BITS)), int32(min(m_max, (hi + NARROWER - 1) >> BITS))
     return kept_queries
