@@ -138,8 +138,8 @@ def test_a_tile_of_keys_loops_over_the_queries_that_attend_it(width: int, narrow
     block, keys = width * narrower, hidden.shape[3]
     with packed_words(hidden, width, True, False) as (x, _):
         kept, alone = (words.make_kept_queries(mock.Mock(packed=False, mask=True), 64, narrower, one) for one in (False, True))
-        a = mock.Mock(mask=x.ptr, mask_batch=x.strides[0], mask_head=x.strides[1], mask_row=x.strides[2], mask_col=x.strides[3], group=2)
-        a_head = mock.Mock(mask=x.ptr, mask_batch=x.strides[0], mask_head=x.strides[1], mask_row=x.strides[2], mask_col=x.strides[3], group=1)
+        given = {"mask": x.ptr, **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_col"), x.strides, strict=True))}
+        a, a_head = mock.Mock(**given, group=2), mock.Mock(**given, group=1)
         for first in range(0, keys, 64):
             blocks = np.flatnonzero(np.add.reduceat(hidden[0, :, :, first:first + 64].any(axis=(0, 2)), np.arange(0, 141, block)))
             lo, hi = kept(a, 0, 0, first, keys, 0, -(-141 // block))

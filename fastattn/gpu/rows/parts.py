@@ -13,16 +13,20 @@ from ..runtime.launcher import Launcher
 from ..runtime.packed import MOST_BLOCKS
 from ..spec import AnyCall, BackwardCall, OneCall, whole_chunks
 from .config import SPLIT_COLUMNS, SPLIT_THREADS
+from .launch import starts_early
 
 make_split = late("rows.split", "make_split")
-SPLIT = "x:l x_batch:q x_row:q x_head:q x_dim:q to:l lines:i rows:i heads:i dim:i"
+SPLIT = "{0}:l {0}_batch:q {0}_row:q {0}_head:q {0}_dim:q {0}_to:l {0}_lines:i {0}_rows:i {0}_heads:i {0}_columns:i {0}_end:i"
 PANEL, PARTS = 64, 3
 ALIGN = 256                 # of the parts of an operand in the temporary memory
 
 
 @cache
-def split_source(panels: int, whole: bool) -> Source:
-    return Source(f"split {panels} panels" + " whole" * whole, lambda: (make_split(panels, whole), 0), fields_of(SPLIT), SPLIT_THREADS)
+def split_source(names: tuple[str, ...], panels: tuple[int, ...], whole: tuple[bool, ...], early: bool) -> Source:
+    """The kernel for operands of so many panels. whole: see make_pieces."""
+    which = " ".join(f"{name} {n}" + " whole" * x for name, n, x in zip(names, panels, whole, strict=True))
+    return Source(f"split {which}" + " early" * early, lambda: (make_split(panels, whole, early), 0),
+                  fields_of(" ".join(SPLIT.format(name) for name in names)), SPLIT_THREADS)
 
 
 def refuses_parts(call: AnyCall) -> str | None:
@@ -59,8 +63,7 @@ def as_parts(call: OneCall, launcher: Launcher, stream: int) -> Iterator[OneCall
         return
     with launcher.temporary(parts_of(call, 0)[1], stream) as memory:
         split, _ = parts_of(call, memory)
-        for x, to in zip(_operands(call).values(), _operands(split).values(), strict=True):
-            _split(x, to, launcher, stream)
+        _split(_operands(call), _operands(split), launcher, stream)
         yield split
 
 
@@ -69,11 +72,14 @@ def _operands(call: AnyCall) -> dict[str, View]:
     return {"q": o.q, "k": o.k, "v": o.v} | ({"dout": call.dout} if isinstance(call, BackwardCall) else {})
 
 
-def _split(x: View, to: View, launcher: Launcher, stream: int) -> None:
-    """Enqueue writing the parts of `x`."""
-    rows, heads, dim = x.shape[-3:]
-    lines, panels = math.prod(x.shape[:-1]), to.shape[-1] // (PARTS * PANEL)
-    strides = x.strides if len(x.shape) == 4 else (0, *x.strides)
-    kernel = launcher.load(split_source(panels, whole_chunks(x)))
-    at_once = SPLIT_THREADS // (panels * PANEL // SPLIT_COLUMNS)
-    kernel.launch(-(-lines // at_once), [x.ptr, *strides, to.ptr, lines, rows, heads, dim], stream)
+def _split(operands: dict[str, View], parts: dict[str, View], launcher: Launcher, stream: int) -> None:
+    """Enqueue writing the parts of all operands."""
+    panels = tuple([to.shape[-1] // (PARTS * PANEL) for to in parts.values()])
+    end, values = 0, list[int]()
+    for (name, x), n in zip(operands.items(), panels, strict=True):
+        lines, strides = math.prod(x.shape[:-1]), x.strides if len(x.shape) == 4 else (0, *x.strides)
+        end += -(-lines // (SPLIT_THREADS // (n * PANEL // SPLIT_COLUMNS)))
+        values += [x.ptr, *strides, parts[name].ptr, lines, *x.shape[-3:], end]
+    whole = tuple([whole_chunks(x) for x in operands.values()])
+    kernel = launcher.load(split_source(tuple(operands), panels, whole, starts_early(launcher)))
+    kernel.launch(end, values, stream)

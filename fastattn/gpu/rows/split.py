@@ -1,4 +1,5 @@
-"""Rows of float32 to rows of their three bfloat16 parts (ptx/parts.py), which tensor cores multiply: one pass over memory.
+"""Rows of float32 to rows of their three bfloat16 parts (ptx/parts.py), which tensor cores multiply: one pass over memory, for all
+operands of a call.
 
     x (batch, rows, heads, dim), any strides   ->   (batch, rows, heads, 3 * width) contiguous: all high parts, all middle, all low ones
 
@@ -19,6 +20,7 @@ from ..dsl.inline import divide, inline
 from ..ptx.memory import emit_store16_if
 from ..ptx.parts import PARTS, emit_parts
 from ..ptx.scalar import load_chunk, load_if
+from ..ptx.sync import let_next_start
 from .config import SPLIT_COLUMNS as COLUMNS
 from .config import SPLIT_THREADS as THREADS
 
@@ -36,38 +38,69 @@ def store_parts(typingctx: Any, address: Any, part_bytes: Any, x: Any, keep: Any
     return signature(types.none, types.uint64, types.int32, x, types.int32), generate
 
 
-def make_split(PANELS: int, WHOLE: bool) -> Any:
-    """The kernel: a thread has COLUMNS columns of a line, a row of one head. WHOLE: rows are aligned pieces of 16 bytes."""
+def make_pieces(PANELS: int, WHOLE: bool) -> Any:
+    """split(x, by_batch, by_row, by_head, by_dim, to, lines, rows, heads, dim, block): the lines of thread block `block` of an operand.
+
+    A thread has COLUMNS columns of a line, a row of one head. WHOLE: rows are aligned pieces of 16 bytes.
+    """
     CHUNKS = PANELS * 64 // COLUMNS
     LINES, PART_BYTES = THREADS // CHUNKS, PANELS * 128
     load_vector, load_element = load_chunk("float32"), load_if("float32", "float32")
 
     @inline
-    def load(a, source, dim, there):
-        """Eight columns from `dim` on; 0 past a.dim."""
+    def load(source, by_dim, first, dim, there):
+        """Eight columns from `first` on; 0 past `dim`."""
         if WHOLE:
-            left = load_vector(uint64(source + 4 * dim), int32(there & (dim < a.dim)))
-            right = load_vector(uint64(source + 4 * dim + 16), int32(there & (dim + 4 < a.dim)))
+            left = load_vector(uint64(source + 4 * first), int32(there & (first < dim)))
+            right = load_vector(uint64(source + 4 * first + 16), int32(there & (first + 4 < dim)))
             return left[0], left[1], left[2], left[3], right[0], right[1], right[2], right[3]
         else:
-            at = int64(source + dim * a.x_dim)
-            return (load_element(uint64(at), int32(there & (dim < a.dim))),
-                    load_element(uint64(at + a.x_dim), int32(there & (dim + 1 < a.dim))),
-                    load_element(uint64(at + 2 * a.x_dim), int32(there & (dim + 2 < a.dim))),
-                    load_element(uint64(at + 3 * a.x_dim), int32(there & (dim + 3 < a.dim))),
-                    load_element(uint64(at + 4 * a.x_dim), int32(there & (dim + 4 < a.dim))),
-                    load_element(uint64(at + 5 * a.x_dim), int32(there & (dim + 5 < a.dim))),
-                    load_element(uint64(at + 6 * a.x_dim), int32(there & (dim + 6 < a.dim))),
-                    load_element(uint64(at + 7 * a.x_dim), int32(there & (dim + 7 < a.dim))))
+            at = int64(source + first * by_dim)
+            return (load_element(uint64(at), int32(there & (first < dim))),
+                    load_element(uint64(at + by_dim), int32(there & (first + 1 < dim))),
+                    load_element(uint64(at + 2 * by_dim), int32(there & (first + 2 < dim))),
+                    load_element(uint64(at + 3 * by_dim), int32(there & (first + 3 < dim))),
+                    load_element(uint64(at + 4 * by_dim), int32(there & (first + 4 < dim))),
+                    load_element(uint64(at + 5 * by_dim), int32(there & (first + 5 < dim))),
+                    load_element(uint64(at + 6 * by_dim), int32(there & (first + 6 < dim))),
+                    load_element(uint64(at + 7 * by_dim), int32(there & (first + 7 < dim))))
+
+    @inline
+    def split(x, by_batch, by_row, by_head, by_dim, to, lines, rows, heads, dim, block):
+        thread = int32(cuda.threadIdx.x)
+        line, chunk = int32(block * LINES + thread // CHUNKS), int32(thread % CHUNKS)
+        there = line < lines
+        line = int32(min(line, lines - 1))
+        rest = divide(line, heads)
+        batch = divide(rest, rows)
+        source = int64(x) + batch * by_batch + int32(rest - batch * rows) * by_row + int32(line - rest * heads) * by_head
+        address = uint64(int64(to) + int64(line) * (PARTS * PART_BYTES) + 2 * COLUMNS * chunk)
+        store_parts(address, int32(PART_BYTES), load(source, by_dim, int32(chunk * COLUMNS), dim, there), int32(there))
+    return split
+
+
+def make_split(PANELS: tuple[int, ...], WHOLE: tuple[bool, ...], EARLY: bool) -> Any:
+    """The kernel, of q, k, v and, if there are four, dout: thread blocks up to a.q_end have lines of q, then up to a.k_end of k.
+
+    EARLY: the next kernel may start before this one has ended.
+    """
+    split_q, split_k, split_v, split_dout = (make_pieces(*which) for which in zip((*PANELS, 1)[:4], (*WHOLE, True)[:4], strict=True))
+    DOUT = len(PANELS) > 3
 
     def kernel(a):
-        thread = int32(cuda.threadIdx.x)
-        line, chunk = int32(int32(cuda.blockIdx.x) * LINES + thread // CHUNKS), int32(thread % CHUNKS)
-        there = line < a.lines
-        line = int32(min(line, a.lines - 1))
-        rest = divide(line, a.heads)
-        batch = divide(rest, a.rows)
-        source = int64(a.x) + batch * a.x_batch + int32(rest - batch * a.rows) * a.x_row + int32(line - rest * a.heads) * a.x_head
-        to = uint64(int64(a.to) + int64(line) * (PARTS * PART_BYTES) + 2 * COLUMNS * chunk)
-        store_parts(to, int32(PART_BYTES), load(a, source, int32(chunk * COLUMNS), there), int32(there))
+        if EARLY:
+            let_next_start()
+        block = int32(cuda.blockIdx.x)
+        if block < a.q_end:
+            split_q(a.q, a.q_batch, a.q_row, a.q_head, a.q_dim, a.q_to, a.q_lines, a.q_rows, a.q_heads, a.q_columns, block)
+        elif block < a.k_end:
+            split_k(a.k, a.k_batch, a.k_row, a.k_head, a.k_dim, a.k_to, a.k_lines, a.k_rows, a.k_heads, a.k_columns,
+                    int32(block - a.q_end))
+        elif block < a.v_end:
+            split_v(a.v, a.v_batch, a.v_row, a.v_head, a.v_dim, a.v_to, a.v_lines, a.v_rows, a.v_heads, a.v_columns,
+                    int32(block - a.k_end))
+        else:
+            if DOUT:
+                split_dout(a.dout, a.dout_batch, a.dout_row, a.dout_head, a.dout_dim, a.dout_to, a.dout_lines, a.dout_rows, a.dout_heads,
+                           a.dout_columns, int32(block - a.v_end))
     return kernel

@@ -27,7 +27,7 @@ from ..ptx import cp_async, wgmma
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
 from ..ptx.mma import add_sums, store_columns
-from ..ptx.sync import fence_async, opaque, thread_index, uniform
+from ..ptx.sync import fence_async, opaque, thread_index, uniform, wait_for_previous
 from ..rows.preprocess import make_first_row
 from ..sm80.copies import make_copy_rows
 from ..spec import Spec
@@ -317,6 +317,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
                   a.head_dim_v)
 
     def kernel(a):
+        wait_for_previous()
         t = int32(cuda.blockIdx.x)
         if t >= num_tiles(a):
             return

@@ -34,6 +34,7 @@ from ..ptx.sync import (
     opaque,
     thread_index,
     uniform,
+    wait_for_previous,
 )
 from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
@@ -458,6 +459,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             init_barriers(base)
             mbarrier.fence_init()
         cuda.syncthreads()
+        if FLOATS:
+            wait_for_previous()
         if warpgroup == 0:
             give_registers()
             if thread == 0:

@@ -131,7 +131,7 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     own = FORWARD + " map_bias:l" * spec.bias_tiles
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers))
+                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), early=spec.parts > 1)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -202,7 +202,7 @@ def dq_program(spec: Spec, config: DqSm90Config) -> Program:
 @lru_cache(maxsize=PROGRAMS)
 def float_program(spec: Spec) -> Program:
     return program(f"backward_sm90_float {spec.text}", lambda: make_backward_float(spec),
-                   Arguments(spec, BACKWARD_FLOAT, ("q", "k", "v", "dout", "dk", "dv")), 32 * FLOAT_WARPS)
+                   Arguments(spec, BACKWARD_FLOAT, ("q", "k", "v", "dout", "dk", "dv")), 32 * FLOAT_WARPS, early=True)
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:

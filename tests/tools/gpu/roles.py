@@ -372,7 +372,7 @@ class Play:
             "cuda": cuda, "mbarrier": mbarrier, "tma": tma, "wgmma": wgmma, "inline": lambda f: f, "divide": lambda x, y: x // y,
             "int32": int32, "float32": float, "uint64": int, "uint8": None, "opaque": lambda x: x, "uniform": lambda x: x, "any_lane": int,
             "any_thread": self.meet, "barrier": self.meet, "barrier_arrive": lambda number, threads: self.meet(number, threads, stay=False),
-            "take_turn": nothing,
+            "take_turn": nothing, "wait_for_previous": nothing,
             "fence_async": nothing, "fence_gpu": nothing, "store_f32": nothing, "increase_registers": lambda n: nothing,
             "decrease_registers": lambda n: nothing, "atomic_add_b32": count, "atomic_inc_wrap": wrap, "shared_address": lambda array: 0,
             "store_b32": self.counters.__setitem__, "store_shared_b32": put, "store_shared_zero16": self.clear,
