@@ -208,13 +208,17 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
     def kernel(a):
         thread = int32(cuda.threadIdx.x)
         sums = cuda.shared.array(THREADS, int32)
+        works = cuda.shared.array(SORTED, int64)        # computed once: in the loop below they took all registers of a thread
+        if a.batch <= SORTED:
+            for i in range(thread, a.batch, THREADS):
+                works[i] = work(a, i)
+        cuda.syncthreads()
         for i in range(thread, a.batch, THREADS):
             rank = i
             if a.batch <= SORTED:
-                mine, rank = work(a, i), 0
+                mine, rank = works[i], 0
                 for j in range(a.batch):
-                    other = work(a, j)
-                    if other > mine or (other == mine and j < i):
+                    if works[j] > mine - int64(j < i):    # of equal ones the first comes first
                         rank += 1
             q_start, seqlen_q, k_start, seqlen_k, all_keys = sequence_at(a, i)
             put(a, rank, Q_START, q_start)

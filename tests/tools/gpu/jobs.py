@@ -172,6 +172,7 @@ def _found() -> Iterator[Job]:
                                      bias="float32"), "small_float64")
     yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, packed=True, seqused=True, causal=True, softcap=True,
                                      bias="float16"), "small_packed_softcap")
+    yield Job("simt", "sm_120", _want("float16", 16, packed=True), "packed")        # the plan: with the compilers of CUDA 13.0
 
 
 def _pairs() -> Iterator[Job]:
