@@ -3,22 +3,25 @@
 Shipped are the kernels that each family's table picks for a list of calls. CI's list has the most used ones, all features together, and 40
 calls drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws that many (-k sample runs only these), and FASTATTN_SEED repeats
 those of a day. FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All selected kernels (-k sm_90a, -k "sm80
-and everything") are compiled first, in as many processes as there are processors.
+and everything") are compiled first, in as many processes as there are processors. Many calls share kernels: each is compiled once.
 """
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import multiprocessing
 import os
 import random
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
@@ -48,48 +51,87 @@ def _float64(ptx: str) -> list[str]:
     return sorted(set(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*\.f64[\w.]*)", ptx, re.MULTILINE)))
 
 
+def _may_have_float64(ir: list[str]) -> bool:
+    """Whether LLVM's text can become a float64 instruction. Without that type, and without PTX text that names it, it cannot."""
+    return any(re.search(r"\bdouble\b|\.f64\b", text) for text in ir)
+
+
 def examine(source: compiler.Source, arch: str, float64: bool) -> Result:
-    """Compile to machine code and to PTX; Numba's part, which takes most of the time, is done once for both."""
+    """Compile to machine code, and to PTX where that is needed to look for float64; Numba's part is done once for both."""
     from numba import cuda
+    from numba.cuda.cudadrv import nvvm
 
     kept: list[Any] = []
-    numba_compile = cuda.compile
+    ir: list[str] = []
+    numba_compile, to_ltoir = cuda.compile, nvvm.compile_ir
 
     def once(*args: Any, **kwargs: Any) -> Any:
         if not kept:
             kept.append(numba_compile(*args, **kwargs))
         return kept[0]
-    with mock.patch.object(cuda, "compile", once):
+
+    def read(texts: list[str], **options: Any) -> Any:
+        ir.extend(texts)
+        return to_ltoir(texts, **options)
+    with mock.patch.object(cuda, "compile", once), mock.patch.object(nvvm, "compile_ir", read):
         _, report = compiler.build(source, arch)
         wrong = compiler.complaints(report)
-        if not float64:
+        assert ir, "Numba no longer compiles through nvvm.compile_ir"
+        if not float64 and _may_have_float64(ir):
             ptx, _ = compiler.build(source, arch, output="ptx")
             wrong += [f"float64: {text}" for text in _float64(ptx.decode())]
     return Result(source.key, arch, compiler.registers(report), tuple(wrong))
 
 
-def work(job: Job) -> list[Result]:
+@dataclass(frozen=True)
+class Wanted:
+    """A kernel that must hold; `float64`: its call has that dtype. Equal ones are compiled once."""
+
+    key: str
+    arch: str
+    float64: bool
+
+
+def sources(job: Job) -> dict[Wanted, compiler.Source]:
+    """The kernels of a job."""
     with gpu.use(job.family):
-        sources = precompile.sources(*job.want.call(), precompile.absent_device(job.arch))
-    return [examine(source, job.arch, job.want.dtype == "float64") for source in sources]
+        found = precompile.sources(*job.want.call(), precompile.absent_device(job.arch))
+    return {Wanted(source.key, job.arch, job.want.dtype == "float64"): source for source in found}
+
+
+def work(job: Job, wanted: Wanted) -> Result:
+    return examine(sources(job)[wanted], wanted.arch, wanted.float64)
+
+
+def _start_worker() -> None:
+    """Collect garbage seldom: Numba makes millions of objects for a kernel, most of which live as long as it is compiled."""
+    gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="session")
-def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """A future for each selected job."""
+def results(request: pytest.FixtureRequest) -> Iterator[dict[Wanted, Future[Result]]]:
+    """A future for each kernel of the selected jobs."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     chosen = [given["job"] for given in parameters if "job" in given]
-    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(chosen)), multiprocessing.get_context("spawn")) as pool:
-        yield {job.id: pool.submit(work, job) for job in sorted(chosen, key=lambda job: "everything" not in job.what)}
+    first: dict[Wanted, Job] = {}
+    for job in sorted(chosen, key=lambda job: "everything" not in job.what):
+        with contextlib.suppress(UnsupportedError):     # its test fails
+            for wanted in sources(job):
+                first.setdefault(wanted, job)
+    processes = min(len(os.sched_getaffinity(0)), len(chosen))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        yield {wanted: pool.submit(work, job, wanted) for wanted, job in first.items()}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=[job.id for job in JOBS])
-def test_shipped_kernel(job: Job, results: dict[str, Any], record_property: Any) -> None:
+def test_shipped_kernel(job: Job, results: dict[Wanted, Future[Result]], record_property: Any) -> None:
     try:
-        found: list[Result] = results[job.id].result()
+        needed = sources(job)
     except UnsupportedError as error:
         pytest.fail(f"{job.family} does not take it: {error}")
+    assert needed
+    found = [results[wanted].result() for wanted in needed]
     for result in found:
         record_property(result.key, result.registers)
     wrong = [f"{r.key} for {r.arch} ({r.registers}): {'; '.join(r.wrong)}" for r in found if r.wrong]
@@ -127,6 +169,23 @@ def test_no_return_is_copied() -> None:
     folder = Path(gpu.__file__).parent
     found = {str(path.relative_to(folder)): copied_returns(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     assert len(found) > 50 and not {path: tests for path, tests in found.items() if tests}
+
+
+def _multiplied(factor: float) -> compiler.Source:
+    """A small kernel that multiplies a float32 by a constant."""
+    from numba.cuda import int32
+
+    from fastattn.gpu.ptx.memory import store_b32
+
+    def kernel(a: Any) -> None:
+        store_b32(a.out, int32(a.x * factor))
+    return compiler.Source(f"multiplied {factor!r}", lambda: (kernel, 0), compiler.fields_of("out:l x:f"), 32)
+
+
+def test_float64_of_a_kernel_is_found() -> None:
+    """A Python number is float64 to Numba, and makes a product float64."""
+    assert any("mul.f64" in text for text in examine(_multiplied(0.1), "sm_80", False).wrong)
+    assert examine(_multiplied(np.float32(0.1)), "sm_80", False).wrong == examine(_multiplied(0.1), "sm_80", True).wrong == ()
 
 
 def test_float64_is_found() -> None:
