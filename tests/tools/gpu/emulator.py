@@ -7,6 +7,7 @@ the same barriers, vectors that are not aligned.
 """
 from __future__ import annotations
 
+import _thread
 import bisect
 import contextlib
 import ctypes
@@ -14,7 +15,6 @@ import importlib
 import itertools
 import math
 import struct
-import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -77,8 +77,10 @@ class Block:
 
     def __init__(self, threads: int) -> None:
         self.threads, self.current, self.epoch = threads, 0, 0
-        self.turns = [threading.Semaphore(0) for _ in range(threads)]
-        self.finished, self.done = 0, threading.Event()
+        self.turns = [_thread.allocate_lock() for _ in range(threads)]      # thread n waits for turns[n]
+        self.finished, self.done = 0, _thread.allocate_lock()
+        for lock in (*self.turns, self.done):
+            lock.acquire()
         self.shared: dict[int, Any] = {}
         self.writer: dict[int, tuple[int, int]] = {}            # address -> (epoch, thread)
         self.reader: dict[int, tuple[int, int]] = {}            # thread -1: several
@@ -96,13 +98,14 @@ class Block:
             except BaseException as error:
                 self.error = self.error or error
             self.finished += 1
-            self.next(n)
-        workers = [threading.Thread(target=thread, args=(n,), daemon=True) for n in range(self.threads)]
-        for worker in workers:
-            worker.start()
+            if self.finished == self.threads:
+                self.done.release()
+            else:
+                self.next(n)
+        for n in range(self.threads):       # threading.Thread would wait for the start of each
+            _thread.start_new_thread(thread, (n,))
         self.turns[0].release()
-        for worker in workers:
-            worker.join()
+        self.done.acquire()
         if self.error is not None:
             raise self.error
 
