@@ -8,9 +8,8 @@ the full path, which raises its errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
-from operator import or_
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -23,39 +22,39 @@ from .registry import choose
 # Of addresses, and a stream, or HOST. The addresses are those of all Operands in their order, of a backward dout, out, lse and
 # dlse, and of the results, each if the call has it.
 Launch = Callable[[Sequence[int], int], None]
-Form = tuple[tuple[int, ...], str]      # shape, in the caller's layout, and dtype
 
 
-class Known(NamedTuple):
+class Known:
     """A stored call."""
 
-    read: Quick
-    engine: object
-    device: Device
-    launch: Launch
-    results: tuple[Form, ...]
+    __slots__ = ("device", "engine", "key", "launch", "makers", "read", "same")
+
+    def __init__(self, key: Any, read: Quick, engine: object, device: Device, launch: Launch, makers: tuple[Callable[[], Any], ...],
+                 same: Callable[..., bool] | None) -> None:
+        """`makers` make its results, `same` tells whether arrays have its forms."""
+        self.key, self.read, self.engine, self.device, self.launch, self.makers, self.same = key, read, engine, device, launch, makers, same
 
     def again(self, call: str, engine: str | None, arrays: Sequence[Any]) -> list[Any] | None:
         """The results for these arrays, q first. None where the call differs."""
-        (_, address, current, empty), known_engine, device, launch, forms = self
+        _, address, current, *_ = self.read
         try:
-            addresses, stream = [address(x) for x in arrays], current(arrays[0])
+            addresses, stream = [*map(address, arrays)], current(arrays[0])
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
             return None
-        if not (all(addresses) and stream) or choose(call, engine, device) is not known_engine:
+        if not stream or 0 in addresses or choose(call, engine, self.device) is not self.engine:
             return None
-        results = []
-        for shape, dtype in forms:
-            result, at = empty(arrays[0], shape, dtype)
-            results.append(result)
-            addresses.append(at)
-        if reduce(or_, addresses) % 16:
-            return None
-        launch(addresses, stream)
+        results = [make() for make in self.makers]
+        addresses += map(address, results)
+        for at in addresses:
+            if at % 16:
+                return None
+        self.launch(addresses, stream)
         return results
 
 
-_known: Recent[Any, Known | None] = Recent()    # None: occurred once
+# Stored calls by their keys; None for one that has occurred once. Also, by the first part of the key, the one that was repeated last,
+# where its arrays' forms can be compared at once.
+_known: Recent[Any, Known | None] = Recent()
 
 
 # ---------------------------------------------------------------- NumPy
@@ -67,11 +66,7 @@ def _form(x: np.ndarray[Any, Any]) -> Any:
 def _numpy() -> Quick:
     """How NumPy arrays are read and made. Compiled code reads their addresses, so the CPU engine is loaded for it."""
     from .cpu import address
-
-    def empty(x: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
-        array = np.empty(shape, numpy_dtype(dtype))
-        return array, address(array)
-    return Quick(_form, address, lambda x: HOST, empty)
+    return Quick(_form, address, lambda x: HOST, lambda x, shape, dtype: partial(np.empty, shape, numpy_dtype(dtype)))
 
 
 def _form_of(kind: type) -> Callable[[Any], Any] | None:
@@ -94,18 +89,28 @@ def replay(call: str, engine: str | None, arrays: Sequence[Any], options: tuple[
         Plain values that, with the arrays, decide what the call does; also which array is which, where some may be absent.
     """
     kind = type(arrays[0])
-    form = _form_of(kind)
-    if form is None:
-        return None, None
+    short = call, kind, options, len(arrays)
     try:
-        forms = [form(x) for x in arrays if type(x) is kind]
-        if len(forms) != len(arrays) or None in forms:
-            return None, None
-        key = call, kind, options, *forms
-        known = _known.get(key)
+        known = _known.get(short)
+        if known is not None and known.same is not None and known.same(*arrays):
+            key = known.key
+        else:
+            key = _key(short, kind, arrays)
+            known = None if key is None else _known.get(key)
+            if known is not None and known.same is not None:
+                _known[short] = known
     except (RuntimeError, TypeError):       # a sparse tensor; an engine argument that has no hash
         return None, None
     return key, None if known is None else known.again(call, engine, arrays)
+
+
+def _key(short: tuple[Any, ...], kind: type, arrays: Sequence[Any]) -> Any:
+    """All that decides what a call does but addresses. None for a call that is not repeated here."""
+    form = _form_of(kind)
+    if form is None:
+        return None
+    forms = [form(x) for x in arrays if type(x) is kind]
+    return None if len(forms) != len(arrays) or None in forms else (short, *forms)
 
 
 def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: tuple[Any, ...], results: Sequence[Output]) -> None:
@@ -130,9 +135,12 @@ def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: t
     launch = prepare(*where)
     if launch is None:
         return
-    read = _numpy() if key[1] is np.ndarray else by_type[key[1]].quick
+    (_, kind, _, count), q = key[0], views[0].source
+    read = _numpy() if kind is np.ndarray else by_type[kind].quick
     assert read is not None                 # the key was made with its form
-    _known[key] = Known(read, engine, views[0].device, launch, tuple([(x.shape, x.view.dtype) for x in results]))
+    makers = tuple([read.maker(q, x.shape, x.view.dtype) for x in results])
+    same = read.same and read.same([x.source for x in views[:count]])
+    _known[key] = Known(key, read, engine, views[0].device, launch, makers, same)
 
 
 def _views(where: tuple[Any, ...]) -> list[View]:

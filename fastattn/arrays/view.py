@@ -6,7 +6,7 @@ Sources: the CUDA Array Interface version 3 (Numba manual), NumPy's array interf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -190,7 +190,8 @@ class Quick(NamedTuple):
     form: Callable[[Any], Any]                  # hashable: all that decides a View but the address; None: take the full path
     address: Callable[[Any], int]
     stream: Callable[[Any], int]                # the library's current stream on the array's device, or HOST; 0: take the full path
-    empty: Callable[[Any, Shape, str], tuple[Any, int]]     # a new array on the device of the first argument, and its address
+    maker: Callable[[Any, Shape, str], Callable[[], Any]]   # what makes such arrays on the device of the first argument
+    same: Callable[[Sequence[Any]], Callable[..., bool]] | None = None      # whether other arrays have the forms of these, if that is fast
 
 
 class Library(NamedTuple):

@@ -30,6 +30,7 @@ def torch_streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     autograd = types.SimpleNamespace(forward_ad=types.SimpleNamespace(_current_level=-1), graph=types.SimpleNamespace(
         increment_version=lambda x: setattr(x, "_version", x._version + 1)))
     torch = types.SimpleNamespace(_C=inside, cuda=cuda, version=types.SimpleNamespace(hip=None), autograd=autograd,
-                                  is_grad_enabled=lambda: True, **{name: name for name in ITEMSIZE})
+                                  is_grad_enabled=lambda: True, Tensor=Tensor,
+                                  empty_like=lambda x: x.new_empty(x.shape), **{name: name for name in ITEMSIZE})
     monkeypatch.setitem(readers.by_type, Tensor, libraries._torch(torch))
     return current

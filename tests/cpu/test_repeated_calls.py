@@ -201,9 +201,59 @@ def test_torch_tensors(checked: list[str]) -> None:
         expected, expected_lse = full(*qkv, causal=True, return_lse=True)
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
         torch.testing.assert_close(lse, expected_lse)
-    before = len(checked)
-    with pytest.raises(TypeError, match="requires grad"):
-        fastattn.attention(qkv[0].requires_grad_(), *qkv[1:], causal=True, return_lse=True)
-    with torch.no_grad():
-        assert torch.equal(fastattn.attention(*qkv, causal=True, return_lse=True)[0], out)
-    assert len(checked) == before
+    before, trained = len(checked), qkv[0].clone().requires_grad_()
+    for n in range(4):                                      # without a graph it is an array, but not one of those above
+        with pytest.raises(TypeError, match="requires grad"):
+            fastattn.attention(trained, *qkv[1:], causal=True, return_lse=True)
+        with torch.no_grad():
+            assert torch.equal(fastattn.attention(trained, *qkv[1:], causal=True, return_lse=True)[0], out)
+        assert len(checked) == before + min(n + 1, 2)
+
+
+def test_what_torch_compares_at_once(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third call on one comparison stands for the forms of all tensors. It sees all that they see."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fastattn.attention(*[torch.ones(1, 1, 1, 1)] * 3)
+    checked.clear()
+    q, k, v = map(torch.from_numpy, arrays())
+    first = [fastattn.attention(q, k, v) for _ in range(3)].pop()
+    read, form_of = list[type](), repeat._form_of
+    monkeypatch.setattr(repeat, "_form_of", lambda kind: (read.append(kind), form_of(kind))[1])
+
+    def forms_read(*qkv: Any, **options: Any) -> int:
+        before = len(read)
+        assert torch.equal(fastattn.attention(*qkv, **options), first)
+        return len(read) - before
+    assert forms_read(q, k, v) == forms_read(q.clone(), k.clone(), v.clone()) == 0 and len(checked) == 2
+    strided = torch.empty(2, 4, 5, 8).transpose(1, 2).copy_(q)
+    for other in (strided, torch.nn.Parameter(q, False)):
+        assert forms_read(other, k, v) == 1
+    with FlopCounterMode(display=False):
+        assert forms_read(q, k, v) == 1
+    with torch.inference_mode():
+        assert forms_read(q.clone(), k, v) == 1
+    assert forms_read(q, k, v) == 0
+    for wrong in (k.double(), k[:1], k.to("meta"), k.clone().requires_grad_(), k.to_sparse(), torch._neg_view(k)):
+        with pytest.raises((TypeError, ValueError)):
+            fastattn.attention(q, wrong, v)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(TypeError, match="tangent"):
+        fastattn.attention(q, torch.autograd.forward_ad.make_dual(k, k), v)
+    other = fastattn.attention(q[:1], k[:1], v[:1])         # forms that alternate
+    for _ in range(3):
+        assert torch.equal(fastattn.attention(q, k, v), first) and torch.equal(fastattn.attention(q[:1], k[:1], v[:1]), other)
+
+
+def test_what_is_kept_of_tensors() -> None:
+    """No tensor, and no memory of results."""
+    torch = pytest.importorskip("torch")
+    qkv = [torch.ones(1, 3, 1, 7) for _ in range(3)]
+    for _ in range(3):
+        fastattn.attention(*qkv, softcap=3.5)
+    [known] = {id(x): x for key, x in repeat._known.items() if x and "3.5" in str(key)}.values()
+    gone = [weakref.ref(x) for x in qkv]
+    del qkv
+    assert not any(x() is not None for x in gone)
+    assert [make.args[0].untyped_storage().nbytes() for make in known.makers] == [0]
+    assert known.makers[0]().untyped_storage().nbytes() == 84

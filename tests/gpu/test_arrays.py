@@ -91,7 +91,7 @@ def test_repeated_calls_skip_the_checks(library: str, keywords: dict[str, Any], 
             close(numbers(lse), wanted_lse, "float16")
     for seed in range(5):
         once(seed)
-    assert len([x for x in repeat._known.values() if x]) == 1
+    assert len({id(x) for x in repeat._known.values() if x}) == 1
     for shift in (1, 8, 3):
         once(5, shift)
     module = pytest.importorskip(library)
@@ -134,7 +134,7 @@ def test_repeated_backwards_skip_the_checks(library: str, keywords: dict[str, An
             np.testing.assert_allclose(numbers(x), y, rtol=0, atol=0.02)
     for seed in range(5):
         once(seed)
-    assert len([x for x in repeat._known.values() if x]) == 1
+    assert len({id(x) for x in repeat._known.values() if x}) == 1
     for shift in (1, 8, 3):
         once(5, shift)
     with module.cuda.stream(module.cuda.Stream()) if library == "torch" else module.cuda.Stream(non_blocking=True):

@@ -110,6 +110,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(workspace, name, lambda *where, name=name: getattr(made[0], name)(*where))
     monkeypatch.setattr(recording, "capturing", lambda stream: made[0].capturing)
     monkeypatch.setattr(device.current, "__enter__", lambda self: None)
+    monkeypatch.setattr(recording, "is_current", lambda d: True)
     monkeypatch.setattr(gpu, "on_device", lambda ordinal: made[0].launcher)
     monkeypatch.setattr(gpu, "_recordings", Recent())
     return of

@@ -1,6 +1,7 @@
 """CUDA arrays of a fake torch."""
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from fastattn.arrays.view import contiguous
@@ -14,6 +15,8 @@ class Tensor:
         self.requires_grad, self.is_cuda, self.is_cpu, self.negative, self.recorded, self._version = False, True, False, False, [], 0
 
     def data_ptr(self) -> int:
+        if self.ptr < 0:
+            raise RuntimeError("cannot access data pointer")
         return self.ptr
 
     def get_device(self) -> int:
@@ -28,6 +31,12 @@ class Tensor:
     def new_empty(self, *shape: Any, dtype: str | None = None) -> Tensor:
         shape = shape if isinstance(shape[0], int) else shape[0]
         return Tensor(shape, dtype or self.dtype, 0x9000, self.number)
+
+    def is_inference(self) -> bool:
+        return False
+
+    def untyped_storage(self) -> Any:
+        return types.SimpleNamespace(resize_=lambda size: None)
 
     def record_stream(self, stream: Any) -> None:
         self.recorded.append(stream)

@@ -40,17 +40,25 @@ def device(ordinal: int) -> Device:
     return Device(ordinal, arch.name, attribute("MULTIPROCESSOR_COUNT"), attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"), name, int(context))
 
 
+def is_current(d: Device) -> bool:
+    """Whether the device's primary context is current."""
+    code, context = driver.cuCtxGetCurrent()
+    if code:
+        check((code,), "cuCtxGetCurrent")
+    return int(context) == d.context
+
+
 class current:      # a context manager, and a class because a generator costs a microsecond
     """Make a device's primary context current inside the `with`."""
 
-    __slots__ = ("_context", "_pushed")
+    __slots__ = ("_device", "_pushed")
 
     def __init__(self, d: Device) -> None:
-        self._context, self._pushed = d.context, False
+        self._device, self._pushed = d, False
 
     def __enter__(self) -> None:
-        if int(check(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")) != self._context:
-            check(driver.cuCtxPushCurrent(self._context), "cuCtxPushCurrent")
+        if not is_current(self._device):
+            check(driver.cuCtxPushCurrent(self._device.context), "cuCtxPushCurrent")
             self._pushed = True
 
     def __exit__(self, *_: object) -> None:

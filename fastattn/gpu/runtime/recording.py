@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ...arrays.view import View
 from . import tensormap, workspace
 from .compile import Kernel, Source
-from .device import capturing, current
+from .device import capturing, current, is_current
 from .launcher import LoadedKernel, OnDevice
 
 ALIGNMENT = 256         # of each piece of temporary memory
@@ -178,44 +178,54 @@ def _word(x: Address | Word) -> tuple[str, int, int]:
 class Recording:
     """What a Recorder noted: `recording(addresses, stream)` launches it.
 
-    `addresses` are those of the call's arrays, as `addressed` numbered them.
+    `addresses` are those of the call's arrays, as `addressed` numbered them. The words of a call are these, the address of its
+    temporary memory if it has any, what is counted from one of them, and what is new in each call.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self._device, self._size, self._launched = recorder.device, recorder.size, recorder.launched
         self._maps, self._finds = tuple(recorder.maps), tuple(recorder.finds)
-        places = dict.fromkeys(_word(x) for launched in self._launched for x in launched.values if isinstance(x, Address))
-        self._places = tuple([(base, offset) for _, base, offset in places])
-        words = [*places, *[("map", n, 0) for n in range(len(self._maps))], *[("find", n, 0) for n in range(len(self._finds))]]
+        bases = [("place", n, 0) for n in range(recorder.arrays + (self._size > 0))]
+        places = [_word(x) for launched in self._launched for x in launched.values if isinstance(x, Address)]
+        inside = [place for place in dict.fromkeys(places) if place not in bases]
+        self._inside = tuple([(base, offset) for _, base, offset in inside])
+        words = [*bases, *inside, *[("map", n, 0) for n in range(len(self._maps))], *[("find", n, 0) for n in range(len(self._finds))]]
         self._number = {word: n for n, word in enumerate(words)}
         self._pack = struct.Struct(f"={len(words)}Q").pack_into
         self._free: list[_Block] = []                       # that no call uses: one for each call that ran at the same time
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        ordinal, size = self._device.ordinal, self._size
-        with current(self._device):
-            captured = capturing(stream)
-            memory = workspace.allocate(size, ordinal, stream) if size else 0
+        if is_current(self._device):                        # as it nearly always is
+            self._launch(addresses, stream)
+        else:
+            with current(self._device):
+                self._launch(addresses, stream)
+
+    def _launch(self, words: Sequence[int], stream: int) -> None:
+        """Launch it with the device's context current. `words`: of the call's arrays."""
+        size, ordinal = self._size, self._device.ordinal
+        memory: Any = workspace.allocate(size, ordinal, stream) if size else None
+        try:
+            if size:
+                words = [*words, int(memory)]
+            if self._inside:
+                words = [*words, *[words[base] + offset for base, offset in self._inside]]
+            if self._maps or self._finds:
+                captured = capturing(stream)
+                words = [*words, *tensormap.find(self._maps, words, ordinal, captured), *[find(captured) for find in self._finds]]
             try:
-                bases = [*addresses, int(memory)]
-                words = [bases[base] + offset for base, offset in self._places]
-                if self._maps:
-                    words += tensormap.find(self._maps, bases, ordinal, captured)
-                if self._finds:
-                    words += [find(captured) for find in self._finds]
-                try:
-                    block = self._free.pop()
-                except IndexError:
-                    block = _Block(self._launched, self._number)
-                self._pack(block.words, 0, *words)
-                if block.stream != stream:
-                    block.on(stream)
-                for kernel, what, place in block.steps:
-                    if kernel is None:
-                        workspace.clear(words[place], what, stream)
-                    else:
-                        kernel.enqueue(what, place)
-                self._free.append(block)
-            finally:
-                if size:
-                    workspace.free(memory, stream)
+                block = self._free.pop()
+            except IndexError:
+                block = _Block(self._launched, self._number)
+            self._pack(block.words, 0, *words)
+            if block.stream != stream:
+                block.on(stream)
+            for kernel, what, place in block.steps:
+                if kernel is None:
+                    workspace.clear(words[place], what, stream)
+                else:
+                    kernel.enqueue(what, place)
+            self._free.append(block)
+        finally:
+            if size:
+                workspace.free(memory, stream)
