@@ -65,8 +65,8 @@ def _form(x: np.ndarray[Any, Any]) -> Any:
 @cache
 def _numpy() -> Quick:
     """How NumPy arrays are read and made. Compiled code reads their addresses, so the CPU engine is loaded for it."""
-    from .cpu import address
-    return Quick(_form, address, lambda x: HOST, lambda x, shape, dtype: partial(np.empty, shape, numpy_dtype(dtype)))
+    from .cpu import Forms, address
+    return Quick(_form, address, lambda x: HOST, lambda x, shape, dtype: partial(np.empty, shape, numpy_dtype(dtype)), Forms)
 
 
 def _form_of(kind: type) -> Callable[[Any], Any] | None:

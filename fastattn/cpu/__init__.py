@@ -20,13 +20,13 @@ from ..problem import Grads, Operands, Problem
 from . import dbias, levels, plan
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
-__all__ = ["address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
+__all__ = ["Forms", "address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
            "set_num_threads", "supports"]
 
 name = "cpu"
 _level = levels.choose()            # of those that were built
 _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
-address = _engine.address
+address, Forms = _engine.address, _engine.Forms
 borrow_with(_engine.borrow)
 
 

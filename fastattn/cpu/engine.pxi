@@ -39,7 +39,41 @@ cdef struct ArrayStruct:                # NumPy's PyArrayInterface
     void* data
 
 
+cdef enum:
+    ALIGNED = 0x100                     # NumPy's NPY_ARRAY_ALIGNED
+
+
 def address(array):
     """The address of an ndarray's memory, in a quarter of the time of arrays.dlpack.address."""
     capsule = array.__array_struct__    # owns what it points to
     return <size_t>(<ArrayStruct*>PyCapsule_GetPointer(capsule, NULL)).data
+
+
+cdef object ndarray = np.ndarray
+
+
+cdef class Forms:
+    """The dtypes, shapes and strides of ndarrays. Called with as many arrays, whether they have the same and are aligned."""
+
+    cdef tuple dtypes
+    cdef int64_t[::1] sizes             # of each array: number of axes, shape, strides
+
+    def __init__(self, arrays):
+        self.dtypes = tuple([x.dtype for x in arrays])
+        self.sizes = np.array([n for x in arrays for n in (x.ndim, *x.shape, *x.strides)], np.int64)
+
+    def __call__(self, *arrays):
+        cdef ArrayStruct* a
+        cdef Py_ssize_t at = 0, axis
+        for x, dtype in zip(arrays, self.dtypes):
+            if type(x) is not ndarray or x.dtype is not dtype:
+                return False
+            capsule = x.__array_struct__
+            a = <ArrayStruct*>PyCapsule_GetPointer(capsule, NULL)
+            if not a.flags & ALIGNED or a.nd != self.sizes[at]:
+                return False
+            for axis in range(a.nd):
+                if a.shape[axis] != self.sizes[at + 1 + axis] or a.strides[axis] != self.sizes[at + 1 + a.nd + axis]:
+                    return False
+            at += 1 + 2 * a.nd
+        return True

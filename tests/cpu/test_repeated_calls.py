@@ -190,6 +190,21 @@ def test_address() -> None:
         assert cpu.address(x) == x.__array_interface__["data"][0]
 
 
+def test_forms() -> None:
+    x, y = np.zeros((3, 4), np.float32), np.zeros((), np.float16)
+    same = cpu.Forms([x, y])
+    raw = np.zeros(64, np.uint8)
+    misaligned = raw[2 - raw.ctypes.data % 4:][:48].view(np.float32).reshape(3, 4)
+    assert same(x, y) and same(np.ones((6, 4), np.float32)[:3], y.copy())
+    assert not same(x, np.float16(0)) and not misaligned.flags.aligned
+    for other in (x.T, x.astype(np.float64), x.astype(">f4"), x[:2], x[:, :3], np.zeros((3, 8), np.float32)[:, ::2], x[None], x[0],
+                  misaligned, x.view(type("Sub", (np.ndarray,), {})), x.tolist(), None):
+        assert same(other, y) is False and cpu.Forms([y, x])(y, other) is False
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+
+
 def test_torch_tensors(checked: list[str]) -> None:
     torch = pytest.importorskip("torch")
     fastattn.attention(*[torch.ones(1, 1, 1, 1)] * 3)       # from here on its type is known

@@ -10,6 +10,10 @@ from ...problem import Operands, Problem
 from ..dbias import Way
 from ..plan import Lengths, Wave
 
+class Forms:
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None: ...
+    def __call__(self, *arrays: Any) -> bool: ...
+
 class Prepared:
     def __call__(self, q: int, k: int, v: int, out: int, lse: int) -> None: ...
 

@@ -1,3 +1,4 @@
+from .baseline import Forms as Forms
 from .baseline import Prepared as Prepared
 from .baseline import PreparedBackward as PreparedBackward
 from .baseline import address as address
