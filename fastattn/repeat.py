@@ -27,24 +27,24 @@ Launch = Callable[[Sequence[int], int], None]
 class Known:
     """A stored call."""
 
-    __slots__ = ("device", "engine", "key", "launch", "makers", "read", "same")
+    __slots__ = ("address", "device", "engine", "key", "launch", "makers", "same", "stream")
 
     def __init__(self, key: Any, read: Quick, engine: object, device: Device, launch: Launch, makers: tuple[Callable[[], Any], ...],
                  same: Callable[..., bool] | None) -> None:
         """`makers` make its results, `same` tells whether arrays have its forms."""
-        self.key, self.read, self.engine, self.device, self.launch, self.makers, self.same = key, read, engine, device, launch, makers, same
+        self.key, self.engine, self.device, self.launch, self.makers, self.same = key, engine, device, launch, makers, same
+        self.address, self.stream = read.address, read.stream
 
     def again(self, call: str, engine: str | None, arrays: Sequence[Any]) -> list[Any] | None:
         """The results for these arrays, q first. None where the call differs."""
-        _, address, current, *_ = self.read
         try:
-            addresses, stream = [*map(address, arrays)], current(arrays[0])
+            addresses, stream = [*map(self.address, arrays)], self.stream(arrays[0])
         except RuntimeError:                # a tensor without memory, as in a function that torch transforms
             return None
         if not stream or 0 in addresses or choose(call, engine, self.device) is not self.engine:
             return None
         results = [make() for make in self.makers]
-        addresses += map(address, results)
+        addresses += map(self.address, results)
         for at in addresses:
             if at % 16:
                 return None

@@ -215,6 +215,18 @@ def test_streams(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [step[-1] for step in made.taken()] == [stream] * 3
 
 
+def test_another_device_is_current(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()
+    repeated = record(call)
+    repeated(addresses(call), STREAM)
+    expected, entered = made.taken(), list[bool]()
+    monkeypatch.setattr(recording, "is_current", lambda d: bool(entered))
+    monkeypatch.setattr(device.current, "__enter__", lambda self: entered.append(True))
+    monkeypatch.setattr(device.current, "__exit__", lambda self, *error: made.log.append("left"))
+    repeated(addresses(call), STREAM)
+    assert made.taken() == [*expected, "left"] and entered == [True]
+
+
 def test_a_call_inside_a_call(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python may run another call of the same Recording, in a thread or in a signal's handler, between two launches."""
     made, (call, _) = machine("sm_90a"), Want("float16", 64, backward=True).call()

@@ -195,15 +195,11 @@ class Recording:
         self._free: list[_Block] = []                       # that no call uses: one for each call that ran at the same time
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        if is_current(self._device):                        # as it nearly always is
-            self._launch(addresses, stream)
-        else:
+        if not is_current(self._device):                    # it nearly always is
             with current(self._device):
-                self._launch(addresses, stream)
-
-    def _launch(self, words: Sequence[int], stream: int) -> None:
-        """Launch it with the device's context current. `words`: of the call's arrays."""
-        size, ordinal = self._size, self._device.ordinal
+                self(addresses, stream)
+            return
+        words, size, ordinal = addresses, self._size, self._device.ordinal
         memory: Any = workspace.allocate(size, ordinal, stream) if size else None
         try:
             if size:
