@@ -53,7 +53,7 @@ def _torch(torch: Any) -> Library:
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
     mark, is_hip, new_tuple = "torch", torch.version.hip is not None, tuple.__new__
     forward_ad, modes, traced = torch.autograd.forward_ad, torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-    guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    guard = _guard(torch)
 
     @lru_cache(4096)
     def in_bytes(strides: Shape, size: int) -> Shape:
@@ -127,7 +127,7 @@ def _torch(torch: Any) -> Library:
 
     def same(arrays: Sequence[Any]) -> Any:
         """The guard of torch.compile compares all that `form` has, in a fifth of its time, but for the grad mode."""
-        check = guards.TensorGuards(*arrays, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        check = guard(*arrays).check
         if any(x.requires_grad for x in arrays):
             return lambda *others: not torch.is_grad_enabled() and check(*others)
         return check
@@ -136,7 +136,16 @@ def _torch(torch: Any) -> Library:
         torch.autograd.graph.increment_version(x)           # so that a backward that has saved x raises
         return x
 
-    return Library(view, home, empty, None if is_hip else Quick(form, torch.Tensor.data_ptr, current, maker, guards and same), written)
+    return Library(view, home, empty, None if is_hip else Quick(form, torch.Tensor.data_ptr, current, maker, guard and same), written)
+
+
+def _guard(torch: Any) -> Any:
+    """What torch.compile compares its inputs with; None for a torch that has none of this kind, which has no public name."""
+    try:
+        guard = partial(torch._C._dynamo.guards.TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guard if guard().check() else None
+    except (AttributeError, TypeError):
+        return None
 
 
 def _leave_alone(torch: Any) -> None:
