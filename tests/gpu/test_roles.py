@@ -134,18 +134,22 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
         check(play(call, seed), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
 
 
-@pytest.mark.parametrize(("dim", "causal"), [(64, False), (128, True), (256, False)])
-def test_blocks_outside_a_boolean_mask(dim: int, causal: bool) -> None:
+@pytest.mark.parametrize(("dim", "causal", "dtype"), [(64, False, "float16"), (128, True, "float16"), (256, False, "float16"),
+                                                      (64, True, "float32"), (128, False, "float32")])
+def test_blocks_outside_a_boolean_mask(dim: int, causal: bool, dtype: str) -> None:
     """A tile visits the blocks from the first to the last that the mask leaves any of its rows, or one if there is none."""
     draw, rows, keys = np.random.default_rng(dim), 400, 700
     mask = (draw.random((1, 2, 8, 10)) < 0.15).repeat(50, 2).repeat(70, 3)
     mask[:, 1, :200] = False
-    call = dense(1, rows, keys, 2, 1, dim, causal=causal, mask=view(1, 2, rows, keys, dtype="bool"))
+    call = dense(1, rows, keys, 2, 1, dim, dtype, causal=causal, mask=view(1, 2, rows, keys, dtype="bool"))
     seen = mask[0] & (np.tri(rows, keys, keys - rows, dtype=bool) if causal else True)
     for seed in range(2):
         made = play(call, seed, mask=mask)
         block_m, block_n = made.config.block_m, made.config.block_n
-        visited = {(row, head): sorted(at.row // block_n for at in blocks or ()) for (row, head, _, _), blocks in made.stored.items()}
+        by_tma = {(row, head): blocks for (row, head, _, _), blocks in made.stored.items()}
+        by_registers = {divmod((address - OUT) // ITEMSIZE[dtype] // dim, 2): blocks for address, blocks in made.rows.items()}
+        stored = by_tma | {(row, head): blocks for (row, head), blocks in by_registers.items() if row % 64 == 0}
+        visited = {at: sorted(block.row // block_n for block in blocks or ()) for at, blocks in stored.items()}
         assert {(row, head) for row, head in visited if row < rows} == set(itertools.product(range(0, rows, 64), range(2)))
         for (row, head), blocks in visited.items():
             first = row // block_m * block_m

@@ -71,6 +71,8 @@ class ForwardSm90Config:
     overlap
         S of a block is issued before P V of the block before, which then runs during the softmax. Otherwise it is issued
         when P V has ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
+    wide_producer
+        16 more registers for the producer, 8 fewer for each of two consumers: it finds a mask's bounds and loads six panels.
     """
 
     block_m: int
@@ -82,8 +84,10 @@ class ForwardSm90Config:
     hints: bool = False
     slices: int = 1
     overlap: bool = True
+    wide_producer: bool = False
 
     def __post_init__(self) -> None:
+        assert self.consumers == 2 or not self.wide_producer
         assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
@@ -97,17 +101,18 @@ class ForwardSm90Config:
     @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {1: 240, 2: 232, 3: 160}[self.consumers]
+        return {1: 240, 2: 232, 3: 160}[self.consumers] - 8 * self.wide_producer
 
     @property
     def producer_registers(self) -> int:
         """Registers a thread of the producer warpgroup. 24 are too few for a producer that also draws tile numbers."""
-        return {1: 40, 2: 40, 3: 32}[self.consumers]
+        return {1: 40, 2: 40, 3: 32}[self.consumers] + 16 * self.wide_producer
 
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
-                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap))
+                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
+                + " wide_producer" * self.wide_producer)
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
@@ -152,11 +157,9 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     plain = not (spec.left or spec.packed or spec.scaled or spec.sinks)        # others spill a few registers
     if plain and seqlen_k >= LONG:
         return ForwardSm90Config(block_m=128, block_n=80, out_panels=0, turns=True, hints=True)
-    if spec.softcap:            # 64 keys with the output in shared memory spill 44 bytes; without it, to head_dim 240, 48
-        wide = dim > 240
-        return ForwardSm90Config(block_m=128, block_n=64 if wide else 48, out_panels=0 if wide else 2, turns=wide, optimistic=False,
-                                 hints=True)
-    block_n = 48 if spec.alibi and spec.packed else 64
+    if spec.softcap and dim > 240:      # with the output in shared memory 44 bytes would spill, and to head_dim 240 without it 48
+        return ForwardSm90Config(block_m=128, block_n=64, out_panels=0, turns=True, optimistic=False, hints=True)
+    block_n = 48 if spec.softcap or (spec.alibi and spec.packed) else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
 
 
@@ -183,8 +186,9 @@ def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
     block take six times as long as its softmax, which the other warpgroup's MMAs hide.
     """
     if dim > 64:
-        # with turns 94 TFLOP/s instead of 97
-        return ForwardSm90Config(block_m=128, block_n=64, stages=1, out_panels=0, optimistic=False, overlap=False)
+        # with turns 94 TFLOP/s instead of 97. A mask: in the producer 52 bytes would spill, with 64 keys 4 more
+        return ForwardSm90Config(block_m=128, block_n=48 if spec.mask else 64, stages=1, out_panels=0, optimistic=False, overlap=False,
+                                 wide_producer=spec.mask)
     features = num_features(spec) - (spec.alibi is not None)        # ALiBi takes no registers; with 64 keys two features spill 72 bytes
     return ForwardSm90Config(block_m=128, block_n=(96, 64, 48)[min(features, 2)], out_panels=0, turns=True, optimistic=False,
                              overlap=features < 2)

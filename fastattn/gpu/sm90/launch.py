@@ -86,9 +86,8 @@ def _refuses_float(call: AnyCall) -> str | None:
         if (reason := _refuses_float_backward(call)) is not None:
             return reason
         return refuses_rows(call) or refuses_parts(call)
-    # with a mask 4 to 52 bytes would spill
-    if max(p.head_dim, p.head_dim_v) > 64 and (p.score.mask or num_features(make_spec(p, call.operands, False)) > 1):
-        return "a mask, or several features, at head_dim over 64 does not fit its registers in float32"
+    if max(p.head_dim, p.head_dim_v) > 64 and num_features(make_spec(p, call.operands, False)) > 1:
+        return "several features at head_dim over 64 do not fit its registers in float32"
     return refuses_parts(call)
 
 
