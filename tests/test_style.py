@@ -44,9 +44,13 @@ def test_stubs_are_what_is_compiled(tmp_path: Path) -> None:
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
+    """Its steps as they stand there: what installs, then the tests, which CI runs beside others."""
     commands = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.strip().startswith("python3 -m venv")]
     assert len(commands) == 2, "the README has two commands for a fresh machine"
-    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+    install, _, tests = commands[1].rpartition(" && ")
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+    assert f"readme) {tests} ;;" in lines
+    assert lines.index(install) < lines.index("start readme")
 
 
 def test_files_are_short() -> None:
