@@ -119,7 +119,7 @@ def _present(scores: Scores, lengths: Lengths | None) -> tuple[tuple[Any, ...], 
 def forward(caller: Caller, engine: str | None, options: Options, o: Operands, out: Any, return_lse: bool, key: Any = None) -> Any:
     """out, or (out, lse). `key` is the call's in repeat.py, None where it cannot be repeated there."""
     problem, ready = _problem(caller, o, options)
-    given = None if out is None else _given_out(caller, out, problem, o)
+    given = None if out is None else given_out(caller, out, problem, o)
     chosen = choose(caller.call, engine, o.q.device)
     output = caller.output(problem.out_shape, problem.dtype, o.q) if given is None else given
     lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
@@ -130,16 +130,19 @@ def forward(caller: Caller, engine: str | None, options: Options, o: Operands, o
     return output.finish() if lse is None else (output.finish(), lse.finish())
 
 
-def _given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output:
+def given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output:
     """A caller's `out`: the right array, writable, and sharing no element with an input, which an engine may still
     read.
     """
     view = caller.view(out, "out")
     check_array(caller.call, "out", view, caller.shape(problem.out_shape), problem.dtype, o.q.device, output=True)
-    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
-        x = getattr(o, name)
-        if x is not None and overlap(view, x):
-            raise ValueError(message(caller.call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
+    names = {"k": "k_cache", "v": "v_cache"} if o.cache is not None else {}
+    for part, called in ((o, names), (o.cache, {})):
+        for name in () if part is None else part.__slots__:
+            x = getattr(part, name)
+            if isinstance(x, View) and overlap(view, x):
+                raise ValueError(message(caller.call, "out", f"shares memory with {called.get(name, name)}", "memory of its own",
+                                         "out=None allocates it"))
     output = Output(view, out, written(out))
     return output.bshd() if caller.bhsd else output
 

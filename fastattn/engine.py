@@ -31,11 +31,15 @@ class Engine:
     # What `forward` and `backward` take but for the stream -> a repeat.Launch for any addresses of such arrays, or None.
     prepare: Callable[..., Any] | None = field(default=None, repr=False)
     prepare_backward: Callable[..., Any] | None = field(default=None, repr=False)
+    # Whether `forward` knows Problems whose k and v are caches. Another package's engine would read them as arrays.
+    caches: bool = field(default=False, repr=False)
 
     def refuses(self, problem: Problem, direction: str) -> str | None:
         """None, or why it does not accept the problem in a direction, "forward" or "backward"."""
         if direction == "backward" and self.backward is None:
             return "it has no backward"
+        if problem.cache is not None and not self.caches:
+            return "it takes no key and value caches"
         reason = self.supports(problem)
         if reason is not None and not isinstance(reason, str):
             raise TypeError(f"engine {self.name!r}: supports(problem) gave {reason!r}; expected None, or a str with the reason.")
@@ -108,7 +112,8 @@ def _host(name: str) -> Engine:
     def prepare_backward(problem: Problem, *where: Any) -> Any:
         return load(name, problem.call).prepare_backward(problem, *where)
     tells = name == "cpu"
-    return Engine(name, "cpu", forward, backward, supports, True, prepare if tells else None, prepare_backward if tells else None)
+    return Engine(name, "cpu", forward, backward, supports, True, prepare if tells else None, prepare_backward if tells else None,
+                  caches=True)
 
 
 def families(*names: str) -> Engine:
@@ -124,7 +129,8 @@ def families(*names: str) -> Engine:
 
     def prepare_backward(problem: Problem, *where: Any) -> Any:
         return load("gpu", problem.call).prepare_backward(problem, *where, names)
-    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True, prepare, prepare_backward)
+    return Engine(names[0] if len(names) == 1 else "gpu", "cuda", forward, backward, lambda problem: None, True, prepare, prepare_backward,
+                  caches=True)
 
 
 BUILT_IN = {"cpu": _host("cpu"), "reference": _host("reference")} | {name: families(name) for name in FAMILIES}

@@ -161,7 +161,7 @@ def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[
             def run(problem: Problem, *where: Any) -> Never:
                 raise _Stop(_Caught(engine, direction, problem, where))
             return run
-        return Engine("explain", "", stop("forward"), stop("backward"), lambda problem: None)
+        return Engine("explain", "", stop("forward"), stop("backward"), lambda problem: None, caches=True)
     try:
         with registry.scope(recorder):
             call(*arguments, **keywords)

@@ -73,11 +73,39 @@ class Dropout:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary embedding of q and of the new keys: the first `dim` columns are turned by their row's position.
+
+    Column c is paired with column c + dim / 2, `interleaved` with its neighbour.
+    """
+
+    dim: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The caches that k and v are, (pages, page_size, num_heads_k, dim), and what the call does with them.
+
+    A request's keys are in the pages that its row of the block table names. A contiguous cache is pages of one request
+    each. With `append` q's rows bring keys and values, which are written behind those in the cache before the call.
+    """
+
+    pages: int
+    page_size: int
+    dtype: str
+    append: bool = False
+    rotary: Rotary | None = None
+    num_splits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One attention problem.
 
     A packed one has `total_q` and `total_k`, the rows of its packed arrays; its seqlen_q and seqlen_k are those of the
-    longest sequences.
+    longest sequences. With a `cache` seqlen_k is the most keys that a request may have, and seqused_k says how many each
+    has.
     """
 
     call: str
@@ -95,6 +123,7 @@ class Problem:
     total_q: int | None = None
     total_k: int | None = None
     seqused_k: bool = False
+    cache: Cache | None = None
 
     @property
     def packed(self) -> bool:
@@ -134,6 +163,20 @@ def is_plain(bias: Any, mask: Any, alibi_slopes: Any, sinks: Any) -> bool:
 
 
 @dataclass(slots=True)
+class CacheOperands:
+    """Where the operands are that a Problem has beside its caches."""
+
+    block_table: View                     # (batch, pages of a request)
+    k: View | None = None                 # the new keys and values, q's rows
+    v: View | None = None
+    rotary_cos: View | None = None        # (positions, rotary.dim / 2)
+    rotary_sin: View | None = None
+    q_scale: View | None = None           # broadcast to (batch, num_heads_k), each of them
+    k_scale: View | None = None
+    v_scale: View | None = None
+
+
+@dataclass(slots=True)
 class Operands:
     """Where the inputs of a Problem are: canonical Views; `bias` and `mask` are already broadcast to four axes.
 
@@ -150,6 +193,7 @@ class Operands:
     cu_seqlens_q: View | None = None
     cu_seqlens_k: View | None = None
     seqused_k: View | None = None
+    cache: CacheOperands | None = None    # k and v are caches then
 
     @property
     def packed(self) -> bool:
@@ -205,10 +249,13 @@ def _qkv(check: Check, q: View, k: View, v: View, packed: bool) -> None:
         raise check.value("k", f"has batch {k.shape[0]}", f"q's batch, {q.shape[0]}")
     for name, n in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         check.integer(name, n, 1, MAX_HEAD_DIM)
-    heads, heads_k = q.shape[-2], k.shape[-2]
+    check_heads(check, "k", q.shape[-2], k.shape[-2])
+
+
+def check_heads(check: Check, argument: str, heads: int, heads_k: int) -> None:
     if heads_k == 0 or heads % heads_k:
         near = max((d for d in range(1, min(heads, heads_k) + 1) if heads % d == 0), default=1)
-        raise check.value("k", f"has {heads_k} heads", f"a divisor of q's num_heads = {heads}", f"num_heads_k = {near} works")
+        raise check.value(argument, f"has {heads_k} heads", f"a divisor of q's num_heads = {heads}", f"num_heads_k = {near} works")
 
 
 def _limited(check: Check, argument: str, x: float, expected: str, dtype: str) -> float:
@@ -221,7 +268,7 @@ def _limited(check: Check, argument: str, x: float, expected: str, dtype: str) -
     return x if abs(x) > float(info.smallest_subnormal) / 2 else 0.0
 
 
-def _scale_and_cap(check: Check, options: Options, head_dim: int, dtype: str) -> tuple[float, float | None]:
+def scale_and_cap(check: Check, options: Options, head_dim: int, dtype: str) -> tuple[float, float | None]:
     """softmax_scale and softcap, both representable in `dtype`, the softmax's arithmetic."""
     if options.softmax_scale is None:
         scale = 1.0 / math.sqrt(head_dim)
@@ -237,7 +284,7 @@ def _scale_and_cap(check: Check, options: Options, head_dim: int, dtype: str) ->
     return scale, cap
 
 
-def _mask(options: Options) -> Mask:
+def mask_of(options: Options) -> Mask:
     left, right = options.window or (None, None)
     return Mask(left, 0 if options.causal else right, options.causal == "top_left")
 
@@ -310,6 +357,20 @@ def _used(check: Check, used: View, cu_seqlens_k: View, batch: int) -> View:
     return used
 
 
+def per_head(check: Check, o: Operands, batch: int, num_heads: int) -> Operands:
+    """The operands with alibi_slopes broadcast to (batch, num_heads); they and sinks are checked."""
+    small = tuple(dict.fromkeys(("float32", "float64", o.q.dtype)))
+    if o.alibi_slopes is not None:
+        check.dtype("alibi_slopes", o.alibi_slopes, small)
+        if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
+            raise check.value("alibi_slopes", f"has shape {o.alibi_slopes.shape}", f"({num_heads},) or ({batch}, {num_heads})")
+        o = replace(o, alibi_slopes=o.alibi_slopes.broadcast_to((batch, num_heads)))
+    if o.sinks is not None:
+        check.dtype("sinks", o.sinks, small)
+        check.shape("sinks", o.sinks, (num_heads,), "(num_heads,)")
+    return o
+
+
 def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = False, window: Any = None,
                  softmax_scale: Any = None, softcap: Any = None, dropout_p: Any = 0.0, seed: Any = None, offset: Any = 0,
                  max_seqlen_q: Any = None, max_seqlen_k: Any = None) -> tuple[Problem, Operands]:
@@ -344,16 +405,8 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
         o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu_q, cu_k, used)      # a third of the time of replace
     else:
         (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
-    scale, cap = _scale_and_cap(check, options, head_dim, o.q.compute_dtype)
-    small = tuple(dict.fromkeys(("float32", "float64", o.q.dtype)))
-    if o.alibi_slopes is not None:
-        check.dtype("alibi_slopes", o.alibi_slopes, small)
-        if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
-            raise check.value("alibi_slopes", f"has shape {o.alibi_slopes.shape}", f"({num_heads},) or ({batch}, {num_heads})")
-        o = replace(o, alibi_slopes=o.alibi_slopes.broadcast_to((batch, num_heads)))
-    if o.sinks is not None:
-        check.dtype("sinks", o.sinks, small)
-        check.shape("sinks", o.sinks, (num_heads,), "(num_heads,)")
+    scale, cap = scale_and_cap(check, options, head_dim, o.q.compute_dtype)
+    o = per_head(check, o, batch, num_heads)
     full = (batch, num_heads, seqlen_q, seqlen_k)
     axes = f"(batch, num_heads, {'max_seqlen_q, max_seqlen_k' if packed else 'seqlen_q, seqlen_k'})"
     if o.bias is not None:
@@ -368,7 +421,7 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
         o = replace(o, mask=_broadcast(check, "mask", o.mask, full, axes))
     score = Score(scale, cap, o.alibi_slopes is not None, o.bias.dtype if o.bias else None, o.mask is not None, o.sinks is not None)
     problem = Problem(call, o.q.dtype, batch, num_heads, o.k.shape[-2], seqlen_q, seqlen_k, head_dim, o.v.shape[-1], score,
-                      _mask(options), make_dropout(check, options.dropout_p, options.seed, options.offset), total_q, total_k,
+                      mask_of(options), make_dropout(check, options.dropout_p, options.seed, options.offset), total_q, total_k,
                       o.seqused_k is not None)
     return problem, o
 

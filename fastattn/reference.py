@@ -25,7 +25,9 @@ import numpy as np
 
 from .arrays.view import View, numpy_dtype
 from .philox import keep_mask
-from .problem import Grads, Operands, Problem
+from .problem import CacheOperands, Grads, Operands, Problem
+from .serving.append import append
+from .serving.paging import key_row
 
 Array = np.ndarray[Any, Any]
 name = "reference"
@@ -71,6 +73,9 @@ def supports(problem: Problem) -> str | None:
 
 def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
     """The sequences of a Problem: batch entries, or slices of the packed arrays, shortened to seqused_k."""
+    if o.cache is not None:
+        yield from _requests(problem, o, o.cache)
+        return
     if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
         for b in range(problem.batch):
             yield Sequence(b, np.s_[b, :], np.s_[b, :], np.s_[b, :, :], problem.seqlen_q, problem.seqlen_k)
@@ -80,6 +85,20 @@ def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
     for b in range(problem.batch):
         rows_q = np.s_[cu_q[b]:cu_q[b + 1]]
         yield Sequence(b, rows_q, np.s_[cu_k[b]:cu_k[b] + used[b]], np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b])
+
+
+def _requests(problem: Problem, o: Operands, cache: CacheOperands) -> Iterator[Sequence]:
+    """The requests of a Problem with caches, whose keys are gathered."""
+    assert problem.cache is not None and o.seqused_k is not None
+    table, used = cache.block_table.numpy(), o.seqused_k.numpy().tolist()
+    cu_q = None if o.cu_seqlens_q is None else o.cu_seqlens_q.numpy().tolist()
+    for b in range(problem.batch):
+        rows_k = key_row(table, b, problem.cache.page_size, np.arange(used[b]))
+        if cu_q is None:
+            yield Sequence(b, np.s_[b, :], rows_k, np.s_[b, :, :], problem.seqlen_q, used[b])
+        else:
+            rows_q = np.s_[cu_q[b]:cu_q[b + 1]]
+            yield Sequence(b, rows_q, rows_k, np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b])
 
 
 def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
@@ -155,6 +174,8 @@ def _share(own: Array, lse: Array, rounding: float, terms: int) -> Array:
 def forward(problem: Problem, o: Operands, out: View, lse: View | None, precision: Precision = FLOAT64) -> None:
     """Write out, and lse (natural log) if it is not None. Shapes as in Problem.out_shape and Problem.lse_shape."""
     p = precision
+    if problem.cache is not None:
+        o = append(problem, o)
     q, k, v = p.array(o.q), p.array(o.k), p.array(o.v)
     sinks = None if o.sinks is None else p.array(o.sinks)[:, None]
     out_array = out.numpy()

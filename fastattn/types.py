@@ -88,6 +88,29 @@ class PackedOptions(ScoreOptions, total=False):
     seqused_k: Lengths | None
 
 
+class ServingOptions(TypedDict, total=False):
+    """Keywords of `fastattn.attention_with_kvcache`, but `cache_seqlens` and `return_lse`."""
+
+    block_table: Array | None
+    cache_batch_idx: Lengths | None
+    cu_seqlens_q: Lengths | None
+    max_seqlen_q: Integer | None
+    rotary_cos: Array | None
+    rotary_sin: Array | None
+    rotary_interleaved: bool
+    causal: bool
+    window: Window | None
+    softcap: Number | None
+    alibi_slopes: PerHead | None
+    sinks: PerHead | None
+    softmax_scale: Number | None
+    num_splits: Integer | None
+    layout: Layout
+    out: Array | None
+    stream: Any
+    engine: EngineName | None
+
+
 class FrameworkOptions(CommonOptions, total=False):
     """Keywords of `fastattn.torch.attention` and `fastattn.jax.attention`, but `return_lse`. Seeds may be traced there."""
 

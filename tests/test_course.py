@@ -189,6 +189,9 @@ def test_a_page_has_its_parts(page: str) -> None:
 
 
 # ---------------------------------------------------------------- pictures
+PICTURES = (*PAGES, "../howto/pages")
+
+
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pictures", COURSE / "pictures.py")
     assert spec and spec.loader
@@ -200,12 +203,12 @@ def script() -> ModuleType:
 def test_pictures_are_what_the_script_draws() -> None:
     """`python docs/course/pictures.py` draws them."""
     drawn = script().draw()
-    assert set(drawn) == {f"{page}.svg" for page in PAGES}
+    assert set(drawn) == {f"{page}.svg" for page in PICTURES}
     for name, text in drawn.items():
         assert (COURSE / name).read_text() == text, name
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PICTURES)
 def test_pictures_can_be_read_on_a_phone(page: str) -> None:
     """A view of 360 units, the width of a small phone. Text of at least 11 units, inside the picture, which describes itself."""
     root = ElementTree.parse(COURSE / f"{page}.svg").getroot()

@@ -1,4 +1,4 @@
-"""The pictures of the reading course: `python docs/course/pictures.py` draws them next to this file.
+"""The pictures of the reading course and of the how-to: `python docs/course/pictures.py` draws them next to their pages.
 
 A picture is 360 units wide, as a small phone, and has its own background, light or dark as the reader's system is. Where
 there is room it is shown 540 pixels wide.
@@ -234,12 +234,34 @@ def change() -> Picture:
     return p
 
 
+def pages() -> Picture:
+    p = Picture(262, "Two requests, five pages",
+                "Request 0 has 20 keys and request 1 has 17. Their rows of the block table are 3, 8 and 3, 5. Pages hold 16 keys. Page 3 "
+                "holds the first 16 keys of both, page 8 the last four of request 0 and page 5 the last one of request 1.")
+    p.text(14, 46, "block_table", 12)
+    for b, (name, entries) in enumerate((("request 0", (3, 8)), ("request 1", (3, 5)))):
+        y = 54 + 30 * b
+        p.text(14, y + 17, name, 12)
+        for n, entry in enumerate((*entries, -1)):
+            p.box(84 + 34 * n, y, 34, 26, "q" if entry >= 0 else "none", str(entry), 12)
+        p.text(204, y + 17, f"cache_seqlens {(20, 17)[b]}", 12)
+    p.text(14, 140, "k_cache, v_cache: pages of page_size rows", 12)
+    for n, (page, rows) in enumerate(((3, 4), (4, 0), (5, 1), (7, 0), (8, 1))):
+        x = 14 + 68 * n
+        p.text(x + 28, 160, f"page {page}", 11, "middle")
+        for row in range(4):
+            p.box(x, 166 + 15 * row, 56, 15, "k" if row < rows else "none")
+    p.text(14, 246, "page 3 belongs to both; the next key goes behind the last", 11, soft=True)
+    return p
+
+
 PICTURES = (formula, online_softmax, simt, sm80, sm90, overlap, backward, sm90_backward, change)
+FOLDERS = {"": PICTURES, "../howto/": (pages,)}         # from this one: the pictures of its pages
 
 
 def draw() -> dict[str, str]:
     """File name -> SVG text of each picture."""
-    return {f"{make.__name__.replace('_', '-')}.svg": make().svg() for make in PICTURES}
+    return {f"{folder}{make.__name__.replace('_', '-')}.svg": make().svg() for folder, makers in FOLDERS.items() for make in makers}
 
 
 if __name__ == "__main__":

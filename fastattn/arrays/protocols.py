@@ -31,7 +31,7 @@ _TAKES = (dict.fromkeys(("k", "v", "dout", "out"), (_OF_Q,)) | dict.fromkeys(("a
 
 def _takes(argument: str) -> tuple[str, ...]:
     """The dtypes of an argument, by its name, in words; for cumulative and used lengths those of integers."""
-    return LENGTHS if argument.startswith(("cu_", "seqused")) else _TAKES.get(argument.partition("[")[0], FLOATS)
+    return LENGTHS if argument.startswith(("cu_", "seqused", "cache_", "block_table")) else _TAKES.get(argument.partition("[")[0], FLOATS)
 
 
 def wrong_dtype(name: str, call: str, argument: str, x: Any) -> TypeError:

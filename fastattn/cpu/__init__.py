@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..arrays.view import View, numpy_dtype
 from ..problem import Grads, Operands, Problem
+from ..serving.append import append
 from . import dbias, levels, plan
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
@@ -42,12 +43,20 @@ def supports(problem: Problem) -> str | None:
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
     """Write out, and lse if it is not None. Rows of a packed output that belong to no sequence become 0 and -inf."""
-    p, o, lengths = problem, operands, plan.read_lengths(problem, operands)
+    p, o = problem, operands if problem.cache is None else append(problem, operands)
+    lengths, most = plan.read_lengths(p, o), threads_of_call()
     if lengths.cu_q is not None:
         _clear_unowned(lengths.cu_q, out, 0)
         if lse is not None:
             _clear_unowned(lengths.cu_q, lse, 1)
-    _prepared(p, o, lengths, out, lse, threads_of_call())(o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr)
+    where = o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr
+    if p.cache is None:
+        _prepared(p, o, lengths, out, lse, most)(*where)
+        return
+    vector, half = _engine.vector_length(p.dtype)
+    team = plan.team_for(p, most)
+    for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
+        _planned(p, o, lengths, out, lse, cut, team)(*where)
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -> Any:
@@ -59,10 +68,10 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -
         Of q, k, v, out and lse, if this call has one. None for packed operands, whose lengths are checked in each call,
         and for those that change scores.
     """
-    if problem.packed or not operands.plain:
+    if problem.packed or problem.cache is not None or not operands.plain:
         return None
     p, lengths, threads = problem, plan.read_lengths(problem, operands), threads_of_call()
-    o, out, lse = Operands(*map(_bare, (operands.q, operands.k, operands.v))), _bare(out), lse and _bare(lse)
+    o, out, lse = Operands(_bare(operands.q), _bare(operands.k), _bare(operands.v)), _bare(out), lse and _bare(lse)
     ready = _prepared(p, o, lengths, out, lse, threads)
     no_lse = (0,) if lse is None else ()
 
@@ -121,7 +130,10 @@ def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: Vi
     """The compiled engine's forward, on at most so many threads."""
     vector, half = _engine.vector_length(p.dtype)
     team = plan.team_for(p, most)
-    cut = plan.plan_forward(p, o, lengths, vector, half, team.threads)
+    return _planned(p, o, lengths, out, lse, plan.plan_forward(p, o, lengths, vector, half, team.threads), team)
+
+
+def _planned(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, cut: plan.Plan, team: plan.Team) -> Any:
     return _engine.prepare(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
                            cut.all_heads, cut.few, cut.direct, *team)
 

@@ -158,8 +158,8 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
         w.attends[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
             w.attends[i] = mark_attended(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
-    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
-    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
+    c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, NULL, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
+    c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, NULL, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
     if c.dropout:
         keep_tile(w.keep, GRAD_N // 64, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
 
@@ -183,8 +183,8 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
     cdef char* ds
     cdef char* row
     if f.few:
-        g.direct_scores(mr, c.ldq, w.Q + i0 * c.ldq * g.real, c.ldq, w.K_rows, c.ldq * g.real, real, first, hi, w.P + i0 * lds, GRAD_N)
-        g.direct_scores(mr, c.ldv, w.dO + i0 * c.ldv * g.real, c.ldv, w.V, c.ldv * g.real, real, first, hi, w.dS + i0 * lds, GRAD_N)
+        g.direct_scores(mr, c.ldq, w.Q + i0 * c.ldq * g.real, c.ldq, w.K_rows, c.ldq * g.real, NULL, real, first, hi, w.P + i0 * lds, GRAD_N)
+        g.direct_scores(mr, c.ldv, w.dO + i0 * c.ldv * g.real, c.ldv, w.V, c.ldv * g.real, NULL, real, first, hi, w.dS + i0 * lds, GRAD_N)
     else:
         g.scores(mr, c.head_dim, w.Q + i0 * c.ldq * g.operand, c.ldq, w.K, first, hi, w.P + i0 * lds, GRAD_N)
         g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)
@@ -269,11 +269,11 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
     first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
     if f.few:
-        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.attended)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.attended)
     else:
-        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
-        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, first, last, c.head_dim_v, w.attended)
-    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, first, last, GRAD_N, c.head_dim, w.attended)
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, NULL, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, first, last, c.head_dim_v, w.attended)
+    g.pack_values(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, NULL, c.k.dim, c.k.dtype, first, last, GRAD_N, c.head_dim, w.attended)
     memset(w.dK, 0, GRAD_N * c.ldq * g.real)
     memset(w.dV, 0, GRAD_N * c.ldv * g.real)
     block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch
@@ -351,11 +351,11 @@ cdef void shared_block(const Backward* f, long b, long head, long m, long n0, Gr
         return
     mark_keys(f, &s, w, b, head, 1, m, end, n0, n)
     if f.few:
-        g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, n, c.head_dim, w.attended)
-        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, n, c.head_dim_v, w.attended)
+        g.pack_rows(w.K_rows, c.ldq, at(&c.k, b, s.k0 + n0, head_k), c.k.row, NULL, c.k.dim, c.k.dtype, lo, hi, n, c.head_dim, w.attended)
+        g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, lo, hi, n, c.head_dim_v, w.attended)
     else:
-        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, c.k.dim, c.k.dtype, lo, hi, c.head_dim, w.attended)
-        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.attended)
+        g.pack_columns(w.K, at(&c.k, b, s.k0 + n0, head_k), c.k.row, NULL, c.k.dim, c.k.dtype, lo, hi, c.head_dim, w.attended)
+        g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.attended)
     while m0 < end and not stopped_in_task(c.stop):
         nq = min(GRAD_M, end - m0)
         load_block(f, &s, w, b, head, m0, nq, n0, n)

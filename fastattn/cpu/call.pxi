@@ -27,16 +27,16 @@ cdef extern from "kernels.h" nogil:
         int half
         void (*load_row)(void* dst, long padded, const char* src, long stride, int dtype, long n) noexcept nogil
         void (*store_row)(char* dst, long stride, int dtype, const void* src, double scale, long n) noexcept nogil
-        void (*pack_rows)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* attended) noexcept nogil
-        void (*pack_columns)(void* to, const char* src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t* attended) noexcept nogil
-        void (*pack_values)(void* to, long ld, const char* src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim, const uint8_t* attended) noexcept nogil
+        void (*pack_rows)(void* to, long ld, const char* src, long row, const long* places, long dim, int dtype, long first, long last, long padded, long n_dim, const uint8_t* attended) noexcept nogil
+        void (*pack_columns)(void* to, const char* src, long row, const long* places, long dim, int dtype, long first, long last, long n_dim, const uint8_t* attended) noexcept nogil
+        void (*pack_values)(void* to, long ld, const char* src, long row, const long* places, long dim, int dtype, long first, long last, long capacity, long n_dim, const uint8_t* attended) noexcept nogil
         void (*scores)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, void* S, long lds) noexcept nogil
         void (*weighted_sum)(long mr, long first, long last, const void* P, long ldp, const void* V, long ldv, long capacity, void* O, long ldo, const void* rescale) noexcept nogil
         const void* (*grad_operands)(const GradBlock* block) noexcept nogil
         void (*key_gradients)(const GradBlock* block) noexcept nogil
         const void* (*key_row)(const void* G, long ld, long j, void* scratch) noexcept nogil
-        void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, int dtype, long first, long last, void* S, long lds) noexcept nogil
-        void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
+        void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, const long* places, int dtype, long first, long last, void* S, long lds) noexcept nogil
+        void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, const long* places, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
         void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* slope_out) noexcept nogil
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
@@ -50,6 +50,7 @@ cdef extern from "kernels.h" nogil:
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
     const Kernels* kernels_for(int dtype, int in_parts)
+    long ahead_of(long row)
     void amx_begin()
     void amx_end()
     long pairs_scratch(long ldq, long ldv, long parts)
@@ -104,6 +105,8 @@ cdef struct Call:
     const int64_t* cu_q                 # NULL for a dense problem
     const int64_t* cu_k
     const int64_t* used_k
+    const int64_t* table                # k and v are caches: the pages of each request, (batch, table_width). NULL for arrays
+    long table_width, page_size         # page_size 0: each request's keys are all in its first page
     const double* slopes                # (batch, heads)
     const double* sinks                 # (heads,)
     double scale, softcap, keep_scale
@@ -124,6 +127,7 @@ cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
     s.nq, s.nk = c.seqlen_q, c.seqlen_k
     if c.cu_q != NULL:
         s.q0, s.nq = c.cu_q[b], c.cu_q[b + 1] - c.cu_q[b]
+    if c.cu_k != NULL:
         s.k0, s.nk = c.cu_k[b], c.cu_k[b + 1] - c.cu_k[b]
     if c.used_k != NULL:
         s.nk = c.used_k[b]
@@ -144,6 +148,26 @@ cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long
 
 cdef inline char* at(const Tensor* x, long batch, long row, long head) noexcept nogil:
     return x.ptr + batch * x.batch + row * x.row + head * x.head
+
+
+cdef inline long key_row(const Call* c, const Tensor* x, long b, long key) noexcept nogil:
+    """The distance in bytes of a request's key from the start of a cache in pages: the one place in C that reads a block table."""
+    return c.table[b * c.table_width + key // c.page_size] * x.batch + key % c.page_size * x.row
+
+
+cdef void key_rows(const Call* c, const Tensor* x, long b, long first, long count, long end, long* places) noexcept nogil:
+    """key_row of `count` keys from `first`. Past the last key, end - 1, it is the last key's again."""
+    cdef long i = 0, j, run, place
+    while i < count:
+        place = key_row(c, x, b, min(first + i, end - 1))
+        run = min(count - i, c.page_size - (first + i) % c.page_size, end - first - i)
+        for j in range(i, i + run):
+            places[j] = place + (j - i) * x.row
+        if run <= 0:
+            for j in range(i, count):
+                places[j] = place
+            return
+        i += run
 
 
 cdef inline double c2(const Call* c) noexcept nogil:
@@ -254,12 +278,15 @@ cdef void begin(Call* c, Stop* stop) noexcept:
 cdef void fill(Call* c, p, o, lengths, list alive) except *:
     """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
     memset(c, 0, sizeof(Call))
-    longest_q, longest_k, cu_q, cu_k, used_k = lengths
+    longest_q, longest_k, cu_q, cu_k, used_k, table, page_size = lengths
     cdef long unlimited = 1 << 40
     c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k
     c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = longest_q, longest_k, p.head_dim, p.head_dim_v
     axes = "rhd" if p.total_q is not None else "brhd"
-    c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes), tensor(o.v, axes)
+    axes_k = axes if table is None else "brhd"
+    c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes_k), tensor(o.v, axes_k)
+    if table is not None:
+        c.table, c.table_width, c.page_size = integers(table.reshape(-1), alive), table.shape[1], page_size
     score, mask, drop = p.score, p.mask, p.dropout
     if o.bias is not None:
         c.bias = tensor(o.bias, "bhrd")

@@ -16,6 +16,7 @@ cdef enum:
     # Keys of a tile of a task with all heads. Against 64 keys, float32 with 32 key heads runs 1.33 times as fast with 16
     # (prefetch 12 rows ahead) and 1.05 with 32 (48 ahead); bfloat16 2.02 and 1.24 (docs/log-cpu.md).
     STREAM_KEYS = 16
+    MOST_AHEAD = 64                     # at least ahead_of any row
 
 cdef struct Task:
     long b, head_k, head, heads         # `heads` query heads from `head`; head_k: the key head of `head`
@@ -38,6 +39,8 @@ cdef struct Work:                       # a thread's workspace
     long* lo
     long* hi
     uint64_t* keep                      # [rows][block_n / 64] bits
+    long* k_places                      # [tile + MOST_AHEAD] rows of a tile's keys in a cache of pages (key_row); NULL without pages
+    long* v_places
     uint8_t* attended                   # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
 
 cdef struct Forward:
@@ -72,6 +75,10 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
     w.keep = <uint64_t*>carve(&memory, rows * g.block_n // 8 if f.c.dropout else 0)
+    w.k_places = <long*>carve(&memory, (f.tile + MOST_AHEAD) * sizeof(long)) if f.c.page_size else NULL
+    w.v_places = w.k_places             # rows of K and V mostly lie alike
+    if f.c.k.batch != f.c.v.batch or f.c.k.row != f.c.v.row:
+        w.v_places = <long*>carve(&memory, (f.tile + MOST_AHEAD) * sizeof(long)) if f.c.page_size else NULL
     w.attended = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
     return memory.next - start
 
@@ -112,7 +119,7 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
     cdef const Kernels* g = c.g
     cdef long h, r, i = 0, begin = t.key_end, end = t.key_begin
     for h in range(t.heads):
-        g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, c.q.dim, c.q.dtype,
+        g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, NULL, c.q.dim, c.q.dtype,
                     0, t.nq, t.nq, c.head_dim, NULL)
         for r in range(t.nq):
             row_interval(c, t.m0 + r, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
@@ -126,6 +133,13 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
     t.key_begin, t.key_end = begin, end
 
 
+cdef inline char* tile_at(const Call* c, const Tensor* x, const Task* t, long n0, long head) noexcept nogil:
+    """A head's row of key n0 of k or v; in pages, what a tile's `places` count from."""
+    if c.page_size:
+        return x.ptr + head * x.head
+    return at(x, t.b if c.table == NULL else c.table[t.b * c.table_width], t.s.k0 + n0, head)
+
+
 cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
     """Pack K and V of the tile at key n0, and draw its dropout bits. Keys that no row attends are packed as zeros."""
     cdef const Call* c = &f.c
@@ -136,12 +150,16 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
         for i in range(t.rows):
             mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
                           max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
+    if c.page_size:
+        key_rows(c, &c.k, t.b, n0, f.tile + ahead_of(c.k.row), t.key_end, w.k_places)
+        if w.v_places != w.k_places:
+            key_rows(c, &c.v, t.b, n0, f.tile + ahead_of(c.v.row), t.key_end, w.v_places)
     if f.few and not f.direct:
-        g.pack_rows(w.K, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, last, c.head_dim, w.attended)
+        g.pack_rows(w.K, c.ldq, tile_at(c, &c.k, t, n0, t.head_k), c.k.row, w.k_places, c.k.dim, c.k.dtype, first, last, last, c.head_dim, w.attended)
     elif not f.few:
-        g.pack_columns(w.K, at(&c.k, t.b, t.s.k0 + n0, t.head_k), c.k.row, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
+        g.pack_columns(w.K, tile_at(c, &c.k, t, n0, t.head_k), c.k.row, w.k_places, c.k.dim, c.k.dtype, first, last, c.head_dim, w.attended)
     if not f.direct:
-        g.pack_values(w.V, c.ldv, at(&c.v, t.b, t.s.k0 + n0, t.head_k), c.v.row, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.attended)
+        g.pack_values(w.V, c.ldv, tile_at(c, &c.v, t, n0, t.head_k), c.v.row, w.v_places, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.attended)
     if c.dropout:
         for h in range(t.heads):
             keep_tile(w.keep + h * t.nq * (g.block_n // 64), g.block_n // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
@@ -175,7 +193,7 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
             while end < hi and w.attended[end]:
                 end += 1
         if begin < end:
-            g.direct_sum(mr, begin, end, w.S, g.block_n, at(&c.v, t.b, t.s.k0 + n0, t.head_k + i0 // t.rows_k), c.v.row, c.v.dtype, c.head_dim_v,
+            g.direct_sum(mr, begin, end, w.S, g.block_n, tile_at(c, &c.v, t, n0, t.head_k + i0 // t.rows_k), c.v.row, w.v_places, c.v.dtype, c.head_dim_v,
                          w.O + i0 * c.ldv * g.real, c.ldv, w.rescale)
             for r in range(mr):
                 store_element(w.rescale + r * g.real, 1 if g.real == 8 else 0, 1.0)
@@ -189,9 +207,10 @@ cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i
     cdef long r, i, lds = g.block_n * g.real
     cdef char* Q = w.Q + i0 * c.ldq * g.operand
     if f.direct:
-        g.direct_scores(mr, c.head_dim, Q, c.ldq, at(&c.k, t.b, t.s.k0 + n0, t.head_k + i0 // t.rows_k), c.k.row, c.k.dtype, first, hi, w.S, g.block_n)
+        g.direct_scores(mr, c.head_dim, Q, c.ldq, tile_at(c, &c.k, t, n0, t.head_k + i0 // t.rows_k), c.k.row, w.k_places, c.k.dtype,
+                        first, hi, w.S, g.block_n)
     elif f.few:
-        g.direct_scores(mr, c.ldq, Q, c.ldq, w.K, c.ldq * g.real, 1 if g.real == 8 else 0, first, hi, w.S, g.block_n)
+        g.direct_scores(mr, c.ldq, Q, c.ldq, w.K, c.ldq * g.real, NULL, 1 if g.real == 8 else 0, first, hi, w.S, g.block_n)
     else:
         g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, g.block_n)
     for r in range(mr):

@@ -35,18 +35,19 @@ typedef struct {
   int half;     /* direct_* read float16 and bfloat16 in place */
   void (*load_row)(void *dst, long padded, const char *src, long stride, int dtype, long n);
   void (*store_row)(char *dst, long stride, int dtype, const void *src, double scale, long n);
-  void (*pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+  void (*pack_rows)(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long padded, long n_dim,
                     const uint8_t *attended);
-  void (*pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended);
-  void (*pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+  void (*pack_columns)(void *to, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended);
+  void (*pack_values)(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long capacity, long n_dim,
                       const uint8_t *attended);
   void (*scores)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds);
   void (*weighted_sum)(long mr, long first, long last, const void *P, long ldp, const void *V, long ldv, long capacity, void *O, long ldo, const void *rescale);
   const void *(*grad_operands)(const GradBlock *block); /* NULL: P and dS are operands already */
   void (*key_gradients)(const GradBlock *block);
   const void *(*key_row)(const void *G, long ld, long j, void *scratch);
-  void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds);
-  void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
+  void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, const long *places, int dtype, long first, long last, void *S,
+                        long lds);
+  void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, const long *places, int dtype, long n_dim, void *O, long ldo,
                      const void *rescale);
   void (*score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *slope_out);
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);

@@ -71,16 +71,16 @@ ALWAYS_INLINE void interleave(__m512i a, __m512i b, bf16 *left, bf16 *right) {
 }
 
 /* ------------------------------------------------------------------ packing */
-ALWAYS_INLINE void pairs_rows(const int PARTS, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+ALWAYS_INLINE void pairs_rows(const int PARTS, bf16 *dst, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long padded, long n_dim,
                               const uint8_t *attended) {
   const long step = PARTS * ld;
   for (long i = 0; i < padded; i++, dst += step) {
-    if (i >= first && i < last && (!attended || attended[i])) bf16_row(PARTS, dst, ld, ld, src + i * row, dim, dtype, n_dim);
+    if (i >= first && i < last && (!attended || attended[i])) bf16_row(PARTS, dst, ld, ld, row_at(src, row, places, i), dim, dtype, n_dim);
     else memset(dst, 0, (size_t)(2 * step));
   }
 }
 /* K^T: columns are keys, terms are head_dim */
-ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
+ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
   const long ld = (n_dim + 31) / 32 * 32;
   bf16 tile[PARTS][16][32] __attribute__((aligned(64)));
   for (long j = 0; j < (last + 31) / 32 * 32; j += 16) /* whole blocks of 32: a column that is computed holds nothing stale */
@@ -90,7 +90,7 @@ ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, lo
         if ((rest && (j + i < first || j + i >= last)) || (attended && !attended[j + i])) {
           for (int p = 0; p < PARTS; p++) memset(tile[p][i], 0, 64);
         } else {
-          bf16_row(PARTS, tile[0][i], 512, 32, src + (j + i) * row + d * dim, dim, dtype, w);
+          bf16_row(PARTS, tile[0][i], 512, 32, row_at(src, row, places, j + i) + d * dim, dim, dtype, w);
         }
       }
       for (int p = 0; p < PARTS; p++)
@@ -98,14 +98,14 @@ ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, lo
     }
 }
 /* V: columns are head_dim_v, terms are keys, with room for `capacity` keys */
-ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long capacity, long n_dim,
                                 const uint8_t *attended) {
   bf16 rows[2][PARTS][MAX_LD] __attribute__((aligned(64)));
   for (long j = 0; j < (last + 31) / 32 * 32; j += 2) {
     for (long i = 0; i < 2; i++) {
       long key = j + i;
       if (key >= first && key < last && (!attended || attended[key])) {
-        bf16_row(PARTS, rows[i][0], MAX_LD, ld, src + key * row, dim, dtype, n_dim);
+        bf16_row(PARTS, rows[i][0], MAX_LD, ld, row_at(src, row, places, key), dim, dtype, n_dim);
       } else {
         for (int p = 0; p < PARTS; p++) memset(rows[i][p], 0, (size_t)(2 * ld));
       }
@@ -390,16 +390,16 @@ ALWAYS_INLINE void pairs_drop_row(const int PARTS, bf16 *p, const uint64_t *keep
       _mm512_storeu_si512(p + j, _mm512_maskz_mov_epi16((__mmask32)(keep[j / 64] >> j % 64), _mm512_loadu_si512(p + j)));
 }
 #define PAIRS_KERNELS(KIND, PARTS)                                                                                                                       \
-  static void pack_rows_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,        \
+  static void pack_rows_##KIND(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long padded, long n_dim,        \
                                const uint8_t *attended) {                                                                                               \
-    pairs_rows(PARTS, (bf16 *)to, ld, src, row, dim, dtype, first, last, padded, n_dim, attended);                                                       \
+    pairs_rows(PARTS, (bf16 *)to, ld, src, row, places, dim, dtype, first, last, padded, n_dim, attended);                                                       \
   }                                                                                                                                                     \
-  static void pack_columns_##KIND(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {    \
-    pairs_columns(PARTS, (bf16 *)to, src, row, dim, dtype, first, last, n_dim, attended);                                                                \
+  static void pack_columns_##KIND(void *to, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {    \
+    pairs_columns(PARTS, (bf16 *)to, src, row, places, dim, dtype, first, last, n_dim, attended);                                                                \
   }                                                                                                                                                     \
-  static void pack_values_##KIND(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,    \
+  static void pack_values_##KIND(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long capacity, long n_dim,    \
                                  const uint8_t *attended) {                                                                                             \
-    pairs_values(PARTS, (bf16 *)to, ld, src, row, dim, dtype, first, last, capacity, n_dim, attended);                                                   \
+    pairs_values(PARTS, (bf16 *)to, ld, src, row, places, dim, dtype, first, last, capacity, n_dim, attended);                                                   \
   }                                                                                                                                                     \
   static void scores_##KIND(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, void *S, long lds) {               \
     pairs_scores(PARTS, mr, n_dim, (const bf16 *)A, lda, (const bf16 *)columns, first, last, (float *)S, lds);                                           \

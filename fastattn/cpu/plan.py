@@ -5,7 +5,7 @@ number of threads.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -44,12 +44,20 @@ class Lengths(NamedTuple):
     cu_q: NDArray[np.int64] | None = None
     cu_k: NDArray[np.int64] | None = None
     used_k: NDArray[np.int64] | None = None
+    table: NDArray[np.int64] | None = None      # of caches: the pages of each request
+    page_size: int = 0                          # 0: each request's keys are all in its first page
 
 
 _dense_lengths = lru_cache(maxsize=256)(Lengths)
 
 
 def read_lengths(p: Problem, o: Operands) -> Lengths:
+    if p.cache is not None:
+        assert o.cache is not None and o.seqused_k is not None
+        cu, keys = None if o.cu_seqlens_q is None else o.cu_seqlens_q.numpy(), o.seqused_k.numpy()
+        longest_q, longest_k = p.seqlen_q if cu is None else int(np.diff(cu).max(initial=0)), int(keys.max(initial=0))
+        in_pages = longest_k > p.cache.page_size
+        return Lengths(longest_q, longest_k, cu, None, keys, o.cache.block_table.numpy(), p.cache.page_size if in_pages else 0)
     if p.total_q is None:
         return _dense_lengths(p.seqlen_q, p.seqlen_k)
     assert o.cu_seqlens_q is not None and o.cu_seqlens_k is not None
@@ -124,28 +132,74 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
     folded = _folded(p, seqlen_q)
     heads = p.num_heads_k if folded else p.num_heads
     rows = p.total_q if p.total_q is not None else p.batch * p.seqlen_q
-    balanced, fitting = rows * heads // (threads * TASKS_PER_THREAD), BLOCK_BYTES // (4 * (p.head_dim + p.head_dim_v))
-    block_m = _block_rows(max(seqlen_q, 1), max(min(balanced, fitting), BLOCK_M))
+    block_m = _block_m(p, rows, seqlen_q, heads, threads)
     if lengths.cu_q is None:
         order, first_block = _dense_blocks(p.batch, seqlen_q, block_m)
     else:
         order, first_block = _blocks(np.diff(lengths.cu_q), block_m)
-    item = o.k.itemsize
-    task_rows, few = _task_rows(p, seqlen_q), few_rows(p, seqlen_q, vector)
-    direct = (task_rows <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
-              and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
-    # If a row of K holds all heads, a task with all heads reads one stream of memory; a task with one head reads pieces.
-    all_heads = (direct and p.num_heads_k > 1 and o.mask is None and p.total_q is None and seqlen_k >= 2 * SPLIT_KEYS
-                 and o.k.strides[2] < o.k.strides[1])
+    few, direct = few_rows(p, seqlen_q, vector), _direct(p, o, seqlen_q, vector, reads_half)
+    all_heads = o.mask is None and p.total_q is None and _reads_all_heads(p, o, direct, seqlen_k)
     if all_heads:
         heads, block_m = 1, max(seqlen_q, 1)
-    tasks = p.batch * -(-seqlen_q // SHORT_M) * heads
-    splits = 1
-    if 0 < tasks < MIN_TASKS and seqlen_k >= 2 * SPLIT_KEYS:
-        splits = min(-(-MIN_TASKS // tasks), seqlen_k // SPLIT_KEYS)
-    split_keys = -(-seqlen_k // splits // 256) * 256 if splits > 1 else max(seqlen_k, 1)
-    splits = -(-seqlen_k // split_keys) if splits > 1 else 1
+    splits = _splits(p.batch * -(-seqlen_q // SHORT_M) * heads, seqlen_k)
+    splits, split_keys = _split(seqlen_k, splits)
     return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
+
+
+def _block_m(p: Problem, rows: int, longest: int, heads: int, threads: int) -> int:
+    balanced, fitting = rows * heads // (threads * TASKS_PER_THREAD), BLOCK_BYTES // (4 * (p.head_dim + p.head_dim_v))
+    return _block_rows(max(longest, 1), max(min(balanced, fitting), BLOCK_M))
+
+
+def _direct(p: Problem, o: Operands, seqlen_q: int, vector: int, reads_half: bool) -> bool:
+    """Whether K and V are read in place."""
+    item = o.k.itemsize
+    return (_task_rows(p, seqlen_q) <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
+            and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
+
+
+def _reads_all_heads(p: Problem, o: Operands, direct: bool, seqlen_k: int) -> bool:
+    """If a row of K holds all heads, a task with all heads reads one stream of memory; a task with one head reads pieces."""
+    return direct and p.num_heads_k > 1 and seqlen_k >= 2 * SPLIT_KEYS and o.k.strides[2] < o.k.strides[1]
+
+
+def _splits(tasks: int, seqlen_k: int) -> int:
+    if 0 < tasks < MIN_TASKS and seqlen_k >= 2 * SPLIT_KEYS:
+        return min(-(-MIN_TASKS // tasks), seqlen_k // SPLIT_KEYS)
+    return 1
+
+
+def _split(seqlen_k: int, splits: int) -> tuple[int, int]:
+    """At most so many splits, and the keys of one: whole tiles."""
+    if splits == 1 or seqlen_k == 0:
+        return 1, max(seqlen_k, 1)
+    split_keys = -(-seqlen_k // splits // 256) * 256
+    return -(-seqlen_k // split_keys), split_keys
+
+
+def plan_with_cache(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_half: bool, threads: int) -> Iterator[Plan]:
+    """Plans of the requests of a call with caches, which together are all of them.
+
+    How a request is computed follows from its own query rows and from num_splits, because with one split it has the same
+    bits in any batch. Requests that are computed alike share a plan.
+    """
+    assert p.cache is not None and lengths.used_k is not None
+    keys, given = lengths.used_k, p.cache.num_splits
+    rows = np.full(p.batch, lengths.longest_q, np.int64) if lengths.cu_q is None else np.diff(lengths.cu_q)
+    alike: dict[tuple[bool, bool, bool], list[int]] = {}
+    for n in np.unique(rows[rows > 0]).tolist():
+        alike.setdefault((_folded(p, n), few_rows(p, n, vector), _direct(p, o, n, vector, reads_half)), []).append(n)
+    for (folded, few, direct), lengths_q in alike.items():
+        requests = np.flatnonzero(np.isin(rows, lengths_q))
+        requests = requests[np.argsort(-(rows * (keys + 1))[requests], kind="stable")]
+        heads, longest, longest_k = p.num_heads_k if folded else p.num_heads, max(lengths_q), int(keys[requests].max())
+        block_m = _block_m(p, int(rows[requests].sum()), longest, heads, threads)
+        all_heads = given is None and _reads_all_heads(p, o, direct, longest_k)
+        if all_heads:
+            heads, block_m = 1, longest
+        splits = _splits(len(requests) * -(-longest // SHORT_M) * heads, longest_k) if given is None else given
+        first_block = np.concatenate([[0], np.cumsum(-(-rows[requests] // block_m))]).astype(np.int64)
+        yield Plan(requests.astype(np.int64), first_block, block_m, *_split(longest_k, splits), folded, all_heads, few, direct)
 
 
 class Team(NamedTuple):

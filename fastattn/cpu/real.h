@@ -212,15 +212,15 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
 /* ------------------------------------------------------------------ the matrix micro-kernel
  * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors], with the accumulators in registers. They are named variables, because gcc would
  * keep an array in memory. They start at 0 and C is added last: one chain of sums over all tiles would round more. MR, NV, MODE and
- * B's dtype are compile-time constants, so branches on them vanish. Strides of A and C are in elements, of B in bytes. */
-enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16) };
-/* Prefetch distance in rows for K and V read in place: 48 if a head's rows are contiguous, 16 if other heads' rows, which this task
- * reads first, lie in between. */
-#define AHEAD(row) ((row) > 1024 ? 16 : 48)
+ * B's dtype are compile-time constants, so branches on them vanish. Strides of A and C are in elements, of B in bytes. PAGED: rows of B
+ * are where `places` says (row_at in simd.h), which reaches AHEAD rows past the last. */
+enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(PAGED), name(IN_PLACE_F16), name(IN_PLACE_BF16), name(PAGED_F16), name(PAGED_BF16) };
+#define IS_PAGED(MODE) ((MODE) == name(PAGED) || (MODE) >= name(PAGED_F16))
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
-                                 REAL *C, long ldc, const REAL *rescale) {
-  const int dtype = MODE == name(IN_PLACE_F16) ? DT_F16 : MODE == name(IN_PLACE_BF16) ? DT_BF16 : DT_REAL;
+                                 const long *places, REAL *C, long ldc, const REAL *rescale) {
+  const int dtype = MODE == name(IN_PLACE_F16) || MODE == name(PAGED_F16) ? DT_F16
+                    : MODE == name(IN_PLACE_BF16) || MODE == name(PAGED_BF16) ? DT_BF16 : DT_REAL;
   const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
 #define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
 #define STEP(r)                                                                 \
@@ -245,13 +245,16 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
     ADD(r, 3)                                                                                         \
   }
   ROWS(DECLARE)
-  for (long k = 0; k < K; k++, B += ldb) {
+  const char *at = B;
+  for (long k = 0; k < K; k++, at += ldb) {
+    if (IS_PAGED(MODE)) at = B + places[k];
+    const char *ahead = IS_PAGED(MODE) ? B + places[k + AHEAD(ldb)] : at + AHEAD(ldb) * ldb;
     if (MODE >= name(IN_PLACE))
-      for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(B + AHEAD(ldb) * ldb + byte);
-    vec b0 = name(load_as)(B, dtype), b1 = b0, b2 = b0, b3 = b0;
-    if (NV > 1) b1 = name(load_as)(B + step, dtype);
-    if (NV > 2) b2 = name(load_as)(B + 2 * step, dtype);
-    if (NV > 3) b3 = name(load_as)(B + 3 * step, dtype);
+      for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(ahead + byte);
+    vec b0 = name(load_as)(at, dtype), b1 = b0, b2 = b0, b3 = b0;
+    if (NV > 1) b1 = name(load_as)(at + step, dtype);
+    if (NV > 2) b2 = name(load_as)(at + 2 * step, dtype);
+    if (NV > 3) b3 = name(load_as)(at + 3 * step, dtype);
     ROWS(STEP)
   }
   ROWS(FINAL)
@@ -261,11 +264,11 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
 #undef ADD
 }
 #undef ROWS
-typedef void (*name(product_t))(long, const REAL *, long, const char *, long, REAL *, long, const REAL *);
+typedef void (*name(product_t))(long, const REAL *, long, const char *, long, const long *, REAL *, long, const REAL *);
 #define PRODUCT(MODE, MR, NV)                                                                                            \
-  static void name(product_##MODE##_##MR##_##NV)(long K, const REAL *A, long lda, const char *B, long ldb, REAL *C, long ldc, \
-                                                 const REAL *rescale) {                                                 \
-    name(product)(MR, NV, MODE, K, A, lda, B, ldb, C, ldc, rescale);                                                     \
+  static void name(product_##MODE##_##MR##_##NV)(long K, const REAL *A, long lda, const char *B, long ldb,          \
+                                                 const long *places, REAL *C, long ldc, const REAL *rescale) {          \
+    name(product)(MR, NV, MODE, K, A, lda, B, ldb, places, C, ldc, rescale);                                             \
   }
 #if TILE_VECTORS == 4
 #define WIDTHS(MODE, MR) PRODUCT(MODE, MR, 1) PRODUCT(MODE, MR, 2) PRODUCT(MODE, MR, 4)
@@ -275,14 +278,14 @@ typedef void (*name(product_t))(long, const REAL *, long, const char *, long, RE
 #define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), 0}
 #endif
 #define HEIGHTS(MODE) WIDTHS(MODE, 1) WIDTHS(MODE, 2) WIDTHS(MODE, 3) WIDTHS(MODE, 4) WIDTHS(MODE, 5) WIDTHS(MODE, 6)
-HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3)
+HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3) HEIGHTS(4)
 #if LOADS_HALF
-HEIGHTS(4) HEIGHTS(5)
+HEIGHTS(5) HEIGHTS(6) HEIGHTS(7) HEIGHTS(8)
 #endif
 #define MODE_TABLE(MODE) {ROW_TABLE(MODE, 1), ROW_TABLE(MODE, 2), ROW_TABLE(MODE, 3), ROW_TABLE(MODE, 4), ROW_TABLE(MODE, 5), ROW_TABLE(MODE, 6)}
-static const name(product_t) name(products)[6][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2), MODE_TABLE(3),
+static const name(product_t) name(products)[9][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2), MODE_TABLE(3), MODE_TABLE(4),
 #if LOADS_HALF
-                                                        MODE_TABLE(4), MODE_TABLE(5)
+                                                        MODE_TABLE(5), MODE_TABLE(6), MODE_TABLE(7), MODE_TABLE(8)
 #endif
 };
 #undef PRODUCT
@@ -292,12 +295,12 @@ static const name(product_t) name(products)[6][6][3] = {MODE_TABLE(0), MODE_TABL
 #undef MODE_TABLE
 
 /* C[mr][ncols], in column blocks of 4, 2 and 1 vectors. ncols is a multiple of VL. A vector of B has `step` bytes. */
-static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, REAL *C, long ldc,
-                           const REAL *rescale) {
+static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, const long *places,
+                           REAL *C, long ldc, const REAL *rescale) {
   long left = ncols / VL;
   for (; left >= TILE_VECTORS; left -= TILE_VECTORS, B += TILE_VECTORS * step, C += CB)
-    name(products)[mode][mr - 1][TILE_VECTORS / 2](K, A, lda, B, ldb, C, ldc, rescale);
+    name(products)[mode][mr - 1][TILE_VECTORS / 2](K, A, lda, B, ldb, places, C, ldc, rescale);
   for (int i = 1; i >= 0; i--)
     for (long w = 1 << i; left >= w; left -= w, B += w * step, C += w * VL)
-      name(products)[mode][mr - 1][i](K, A, lda, B, ldb, C, ldc, rescale);
+      name(products)[mode][mr - 1][i](K, A, lda, B, ldb, places, C, ldc, rescale);
 }

@@ -64,18 +64,18 @@ static void name(store_row)(char *dst, long stride, int dtype, const void *from,
 }
 
 /* ------------------------------------------------------------------ packing */
-static void name(pack_rows)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long padded, long n_dim,
+static void name(pack_rows)(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long padded, long n_dim,
                             const uint8_t *attended) {
   REAL *dst = (REAL *)to;
   for (long i = 0; i < padded; i++, dst += ld) {
     if (i < first || i >= last || (attended && !attended[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
-    else name(load_row)(dst, ld, src + i * row, dim, dtype, n_dim);
+    else name(load_row)(dst, ld, row_at(src, row, places, i), dim, dtype, n_dim);
   }
 }
-static void name(pack_values)(void *to, long ld, const char *src, long row, long dim, int dtype, long first, long last, long capacity, long n_dim,
+static void name(pack_values)(void *to, long ld, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long capacity, long n_dim,
                               const uint8_t *attended) {
   (void)capacity;
-  name(pack_rows)(to, ld, src, row, dim, dtype, first, last, last, n_dim, attended);
+  name(pack_rows)(to, ld, src, row, places, dim, dtype, first, last, last, n_dim, attended);
 }
 #if REAL_BITS == 32 && defined(__AVX512F__)
 ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
@@ -125,22 +125,22 @@ ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
     for (long i = 0; i < VL; i++) d[j * ds + i] = s[i * ss + j];
 }
 #endif
-static void name(pack_columns)(void *to, const char *src, long row, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
+static void name(pack_columns)(void *to, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
   REAL part[VL * VL] __attribute__((aligned(64)));
   for (long block = 0; block < last; block += CB)
     for (long j = block; j < block + CB; j += VL) {
       REAL *dst = (REAL *)to + block * n_dim + (j - block);
-      int inside = !attended && j >= first && j + VL <= last;
+      int inside = !attended && !places && j >= first && j + VL <= last;
       for (long d = 0; d < n_dim; d += VL) {
         long w = n_dim - d < VL ? n_dim - d : VL;
-        const char *s = src + j * row + d * dim;
+        const char *s = src + j * row + d * dim; /* unless in pages */
         if (inside && w == VL && dtype == DT_REAL && dim == (long)sizeof(REAL) && row % (long)sizeof(REAL) == 0) {
           name(transpose)((const REAL *)(const void *)s, row / (long)sizeof(REAL), dst + d * CB, CB);
           continue;
         }
         for (long i = 0; i < VL; i++) {
           if (j + i < first || j + i >= last || (attended && !attended[j + i])) memset(part + i * VL, 0, sizeof(REAL) * (size_t)VL);
-          else name(load_row)(part + i * VL, VL, s + i * row, dim, dtype, w);
+          else name(load_row)(part + i * VL, VL, row_at(src, row, places, j + i) + d * dim, dim, dtype, w);
         }
         if (w == VL) name(transpose)(part, VL, dst + d * CB, CB);
         else
@@ -164,7 +164,7 @@ static void name(scores)(long mr, long n_dim, const void *A, long lda, const voi
     width = VL << index;
     for (long d = 0; d < n_dim; d += CHAIN)
       name(products)[d ? name(RESCALE) : name(ZERO)][mr - 1][index](n_dim - d < CHAIN ? n_dim - d : CHAIN, (const REAL *)A + d, lda,
-                                                                     (const char *)(B + d * CB), CB * (long)sizeof(REAL), (REAL *)S + j, lds, ones);
+                                                                     (const char *)(B + d * CB), CB * (long)sizeof(REAL), 0, (REAL *)S + j, lds, ones);
   }
 }
 #undef CHAIN
@@ -174,7 +174,7 @@ static void name(weighted_sum)(long mr, long first, long last, const void *P, lo
   const long bytes = (long)sizeof(REAL);
   (void)capacity;
   name(multiply)(name(RESCALE), mr, last - first, ldv, (const REAL *)P + first, ldp, (const char *)((const REAL *)V + first * ldv), ldv * bytes,
-                 VL * bytes, (REAL *)O, ldo, (const REAL *)rescale);
+                 VL * bytes, 0, (REAL *)O, ldo, (const REAL *)rescale);
 }
 /* dV += P^T dO and dK += dS^T Q, six keys at a time, over the query rows that attend them (lo and hi rise with the row) */
 static void name(key_gradients)(const GradBlock *w) {
@@ -187,9 +187,9 @@ static void name(key_gradients)(const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + mr) end++;
     if (begin >= end) continue;
     name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldv, (const REAL *)w->P + begin * GRAD_N + j, GRAD_N,
-                   (const char *)w->dO + begin * w->ldv * bytes, w->ldv * bytes, VL * bytes, (REAL *)w->dV + j * w->ldv, w->ldv, 0);
+                   (const char *)w->dO + begin * w->ldv * bytes, w->ldv * bytes, VL * bytes, 0, (REAL *)w->dV + j * w->ldv, w->ldv, 0);
     name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldq, (const REAL *)w->dS + begin * GRAD_N + j, GRAD_N,
-                   (const char *)w->Q + begin * w->ldq * bytes, w->ldq * bytes, VL * bytes, (REAL *)w->dK + j * w->ldq, w->ldq, 0);
+                   (const char *)w->Q + begin * w->ldq * bytes, w->ldq * bytes, VL * bytes, 0, (REAL *)w->dK + j * w->ldq, w->ldq, 0);
   }
 }
 static const void *name(key_row)(const void *G, long ld, long j, void *scratch) {
@@ -215,8 +215,8 @@ ALWAYS_INLINE __m512 name(by_row)(vec a, vec b, vec c, vec d) { return name(fold
 #else
 #define DOT_KEYS 2
 #endif
-ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const REAL *A, long lda, const char *K, long row, long first, long last,
-                              REAL *S, long lds) {
+ALWAYS_INLINE void name(dots)(const int MR, const int dtype, const int IN_PAGES, long n_dim, const REAL *A, long lda, const char *K, long row,
+                              const long *places, long first, long last, REAL *S, long lds) {
   const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
 #define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
 #define STEP(r)                             \
@@ -228,16 +228,20 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
     if (DOT_KEYS > 2) c##r##3 += a * x3;    \
   }
   for (long j = first; j < last; j += DOT_KEYS) { /* past the last key: the last key again, in columns that are masked afterwards */
-    const char *k0 = K + j * row, *k1 = j + 1 < last ? k0 + row : k0, *k2 = j + 2 < last ? k1 + row : k1, *k3 = j + 3 < last ? k2 + row : k2;
+#define KEY(i) (IN_PAGES ? K + places[i] : K + (i) * row)
+    const char *k0 = KEY(j), *k1 = j + 1 < last ? KEY(j + 1) : k0, *k2 = j + 2 < last ? KEY(j + 2) : k1, *k3 = j + 3 < last ? KEY(j + 3) : k2;
+    const char *a0 = KEY(j + AHEAD(row)), *a1 = KEY(j + 1 + AHEAD(row)), *a2 = DOT_KEYS > 2 ? KEY(j + 2 + AHEAD(row)) : a1;
+    const char *a3 = DOT_KEYS > 2 ? KEY(j + 3 + AHEAD(row)) : a1;
+#undef KEY
     ROWS(DECLARE)
     for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
       vec x0 = name(load_as)(k0 + at, dtype), x1 = name(load_as)(k1 + at, dtype), x2 = x1, x3 = x1;
-      __builtin_prefetch(k0 + AHEAD(row) * row + at);
-      __builtin_prefetch(k1 + AHEAD(row) * row + at);
+      __builtin_prefetch(a0 + at);
+      __builtin_prefetch(a1 + at);
       if (DOT_KEYS > 2) {
         x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
-        __builtin_prefetch(k2 + AHEAD(row) * row + at);
-        __builtin_prefetch(k3 + AHEAD(row) * row + at);
+        __builtin_prefetch(a2 + at);
+        __builtin_prefetch(a3 + at);
       }
       ROWS(STEP)
     }
@@ -265,8 +269,10 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, long n_dim, const R
 #undef ROWS
 #undef SUMS
 #undef DOT_KEYS
-static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, int dtype, long first, long last, void *S, long lds) {
-#define DOTS(R, T) name(dots)(R, T, n_dim, (const REAL *)A, lda, K, row, first, last, (REAL *)S, lds)
+static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, const long *places, int dtype, long first, long last,
+                                void *S, long lds) {
+#define DOTS(R, T) (places ? name(dots)(R, T, 1, n_dim, (const REAL *)A, lda, K, row, places, first, last, (REAL *)S, lds) : \
+                             name(dots)(R, T, 0, n_dim, (const REAL *)A, lda, K, row, 0, first, last, (REAL *)S, lds))
 #define EACH_HEIGHT(T)                     \
   switch (mr) {                            \
     case 1: DOTS(1, T); break;             \
@@ -285,11 +291,12 @@ static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, co
 #undef DOTS
 #undef EACH_HEIGHT
 }
-static void name(direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, int dtype, long n_dim, void *O, long ldo,
-                             const void *rescale) {
+static void name(direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, const long *places, int dtype, long n_dim,
+                             void *O, long ldo, const void *rescale) {
   int mode = dtype == DT_F16 ? name(IN_PLACE_F16) : dtype == DT_BF16 ? name(IN_PLACE_BF16) : name(IN_PLACE);
-  name(multiply)(mode, mr, last - first, n_dim, (const REAL *)P + first, ldp, V + first * row, row, VL * element_size(dtype), (REAL *)O, ldo,
-                 (const REAL *)rescale);
+  if (places) mode = dtype == DT_F16 ? name(PAGED_F16) : dtype == DT_BF16 ? name(PAGED_BF16) : name(PAGED);
+  name(multiply)(mode, mr, last - first, n_dim, (const REAL *)P + first, ldp, places ? V : V + first * row, row, VL * element_size(dtype),
+                 places ? places + first : 0, (REAL *)O, ldo, (const REAL *)rescale);
 }
 
 /* ------------------------------------------------------------------ score and mask of a row, in L1

@@ -132,4 +132,11 @@ ALWAYS_INLINE void store_element(char *p, int dtype, double x) {
     default: ((unaligned16 *)p)->x = float_to_bf16((float)x);
   }
 }
+/* Prefetch distance in rows for K and V read in place: 48 if a head's rows are contiguous, 16 if other heads' rows, which this task
+ * reads first, lie in between. */
+#define AHEAD(row) ((row) > 1024 ? 16 : 48)
+/* Rows past the last of a tile whose place in pages must be known, because they are prefetched. Four keys are done at once. */
+static long ahead_of(long row) { return AHEAD(row) + 4; }
+/* Row i of a tile of keys: rows are `row` bytes apart, or, in pages, `places` has each one's distance from src. */
+ALWAYS_INLINE const char *row_at(const char *src, long row, const long *places, long i) { return src + (places ? places[i] : i * row); }
 ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : 2; }

@@ -15,6 +15,5 @@
 #undef VMAX
 #undef FLUSH
 #undef FUSES
-#undef AHEAD
 #undef LOADS_HALF
 #undef REAL_BITS

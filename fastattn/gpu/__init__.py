@@ -74,13 +74,15 @@ def _few_float(p: Problem) -> bool:
 def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     """Each of `families` with the reason why it does not run the call, or with None."""
     tiles = most_tiles(call, 64)
-    too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
+    never = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
+    if call.problem.cache is not None:
+        never = "its kernels do not take key and value caches yet; attention_varlen takes the keys of each request, gathered and packed"
     few_float = "simt" in families and _few_float(call.problem)
     for which in families:
         if few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            yield which, too_many or _FAMILIES[which].refuses(call, d)
+            yield which, never or _FAMILIES[which].refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:

@@ -1,0 +1,1 @@
+"""attention_with_kvcache: numbers, cache contents, arguments, memory."""
