@@ -27,7 +27,8 @@ How a call flows, file by file:
 
 philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
 one form of an error message, memo.py the one bounded cache, types.py the types that a type checker sees. compat/ has
-other libraries' signatures over api.py, serving/ the attention over key and value caches, torch/ and jax/ have the frameworks' own gradients and transforms. cli/ is
+other libraries' signatures over api.py, serving/ the attention over key and value caches, torch/ and jax/ have the
+frameworks' own gradients and transforms. cli/ is
 `python -m fastattn`; benchmark/ times calls for it and for bench/.
 
 Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
@@ -52,14 +53,15 @@ from .problem import Grads
 from .registry import engines, register_engine, use_engine
 from .report import show_config
 from .serving.api import attention_with_kvcache
+from .serving.quantize import quantize_fp8
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .cpu import get_num_threads, set_num_threads
 
 __all__ = ["Grads", "UnsupportedError", "attention", "attention_backward", "attention_varlen", "attention_varlen_backward",
-           "attention_with_kvcache", "dropout_mask", "engines", "explain", "get_num_threads", "merge_states", "register_engine",
-           "set_num_threads", "show_config", "use_engine"]
+           "attention_with_kvcache", "dropout_mask", "engines", "explain", "get_num_threads", "merge_states", "quantize_fp8",
+           "register_engine", "set_num_threads", "show_config", "use_engine"]
 
 
 def __getattr__(name: str) -> Any:

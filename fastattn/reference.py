@@ -134,6 +134,11 @@ def _by_head(x: Array, rows: Any, repeat: int = 1) -> Array:
     return np.repeat(x[rows].swapaxes(0, 1), repeat, axis=0)
 
 
+def _scaled(problem: Problem, s: Sequence, x: Array, scale: View | None, p: Precision) -> Array:
+    """x (num_heads, rows, dim) times the scales of its key heads, if it is 8-bit."""
+    return x if scale is None else x * np.repeat(p.array(scale)[s.b], problem.group)[:, None, None]
+
+
 def _keep(problem: Problem, s: Sequence, p: Precision) -> Array:
     """Dropout's factor of the probabilities, 0 or keep_scale, (num_heads, seqlen_q, seqlen_k)."""
     if problem.dropout is None:
@@ -183,6 +188,9 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
     out_array[...], lse_array[...] = 0, -np.inf
     for s in sequences(problem, o):
         q_s, k_s, v_s = _by_head(q, s.rows_q), _by_head(k, s.rows_k, problem.group), _by_head(v, s.rows_k, problem.group)
+        if o.cache is not None:
+            q_s, k_s, v_s = (_scaled(problem, s, x, scale, p) for x, scale in (
+                (q_s, o.cache.q_scale), (k_s, o.cache.k_scale), (v_s, o.cache.v_scale)))
         visible = _visible(problem, o, s)
         S, _ = _scores(problem, o, s, q_s, k_s, visible, p)
         row_max, row_sum = _normaliser(S, sinks)

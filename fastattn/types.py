@@ -37,6 +37,7 @@ S = TypeVar("S", bound=tuple[Any, ...])
 D = TypeVar("D", bound=np.dtype[Any])
 Lengths = Array | Sequence[int]                             # a list for host arrays
 PerHead = Array | Sequence[float]                           # a list for host arrays
+Scale = Array | Sequence[float] | SupportsFloat             # of an 8-bit operand
 
 # ---------------------------------------------------------------- values
 Number = SupportsFloat                                      # a float, an int, a NumPy scalar, a 0-d array or tensor in host memory
@@ -104,6 +105,9 @@ class ServingOptions(TypedDict, total=False):
     alibi_slopes: PerHead | None
     sinks: PerHead | None
     softmax_scale: Number | None
+    q_scale: Scale | None
+    k_scale: Scale | None
+    v_scale: Scale | None
     num_splits: Integer | None
     layout: Layout
     out: Array | None

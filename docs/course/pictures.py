@@ -251,7 +251,7 @@ def pages() -> Picture:
         p.text(x + 28, 160, f"page {page}", 11, "middle")
         for row in range(4):
             p.box(x, 166 + 15 * row, 56, 15, "k" if row < rows else "none")
-    p.text(14, 246, "page 3 belongs to both; the next key goes behind the last", 11, soft=True)
+    p.text(14, 246, "page 3 belongs to both requests", 11, soft=True)
     return p
 
 

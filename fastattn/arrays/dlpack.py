@@ -28,7 +28,7 @@ class ManagedVersioned(ctypes.Structure):
 
 
 DTYPES = {(2, 32): "float32", (2, 64): "float64", (2, 16): "float16", (4, 16): "bfloat16", (6, 8): "bool",
-          (0, 32): "int32", (0, 64): "int64"}
+          (0, 32): "int32", (0, 64): "int64", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2"}
 CODES = {name: code for code, name in DTYPES.items()}
 _KINDS = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
 _SMALL = ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",

@@ -19,9 +19,9 @@ from ..errors import message
 from ..signature import UNCOMPILED
 from . import streams, words
 from .device_array import DeviceArray
-from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, wrong_dtype
+from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, takes_float8, wrong_dtype
 from .streams import LEGACY, PER_THREAD, Home, Stream
-from .view import CPU, HOST, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
+from .view import CPU, FLOAT8, HOST, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
 
 
 def find(x: Any) -> Library | None:
@@ -48,7 +48,7 @@ def find(x: Any) -> Library | None:
 
 # ---------------------------------------------------------------- torch
 def _torch(torch: Any) -> Library:
-    names = {getattr(torch, name): (name, size) for name, size in ITEMSIZE.items()}
+    names = {getattr(torch, name): (name, size) for name, size in ITEMSIZE.items() if hasattr(torch, name)}
     dtypes = {name: dtype for dtype, (name, _) in names.items()}
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda n: torch.cuda.current_stream(n).cuda_stream)
     mark, is_hip, new_tuple = "torch", torch.version.hip is not None, tuple.__new__
@@ -66,7 +66,7 @@ def _torch(torch: Any) -> Library:
             _stand_in(x, call, argument, stream)
             raise requires_grad(call, argument)
         known = names.get(x.dtype)
-        if known is None:
+        if known is None or (known[1] == 1 and known[0] in FLOAT8 and not takes_float8(known[0], call, argument)):
             raise wrong_dtype(str(x.dtype).removeprefix("torch."), call, argument, x)
         name, size = known
         on_device = x.is_cuda

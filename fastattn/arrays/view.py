@@ -19,19 +19,22 @@ Device = tuple[str, int]
 Shape = tuple[int, ...]
 CPU: Device = ("cpu", 0)
 HOST = -1           # where repeat.py has a stream's handle: work in host memory, on no stream
-ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
-NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name != "bfloat16"}
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8, **dict.fromkeys(FLOAT8, 1)}
+NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name not in ("bfloat16", *FLOAT8)}
 _DTYPES: dict[str, np.dtype[Any]] = {name: dtype for dtype, name in NAMES.items()}
 FLOATS, LENGTHS = ("float32", "float64", "float16", "bfloat16"), ("int32", "int64")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a dtype name. bfloat16 is that of ml_dtypes, which is imported on first use."""
+    """The NumPy dtype of a dtype name. bfloat16 and 8-bit floats are those of ml_dtypes, which is imported on first use.
+    """
     if name not in _DTYPES:
         import ml_dtypes
 
-        _DTYPES[name] = np.dtype(ml_dtypes.bfloat16)
-        NAMES[_DTYPES[name]] = name
+        _DTYPES[name] = np.dtype(getattr(ml_dtypes, name))
+        if name == "bfloat16":              # few arguments take 8-bit floats: protocols.dtype_name
+            NAMES[_DTYPES[name]] = name
     return _DTYPES[name]
 
 

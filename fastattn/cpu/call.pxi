@@ -109,6 +109,9 @@ cdef struct Call:
     long table_width, page_size         # page_size 0: each request's keys are all in its first page
     const double* slopes                # (batch, heads)
     const double* sinks                 # (heads,)
+    const double* q_scales              # (batch, heads_k), of 8-bit operands
+    const double* k_scales
+    const double* v_scales
     double scale, softcap, keep_scale
     bint scored                         # scores need a pass before the softmax. Else its exponent includes the scale, a positive normal float
     long left, right
@@ -194,7 +197,7 @@ cdef inline char* carve(Memory* memory, long size) noexcept nogil:
 
 
 # ---------------------------------------------------------------- Python side
-cdef dict DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4}
+cdef dict DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4, "float8_e4m3fn": 5, "float8_e5m2": 6}
 
 
 cdef Tensor tensor(view, str axes):
@@ -287,6 +290,8 @@ cdef void fill(Call* c, p, o, lengths, list alive) except *:
     c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes_k), tensor(o.v, axes_k)
     if table is not None:
         c.table, c.table_width, c.page_size = integers(table.reshape(-1), alive), table.shape[1], page_size
+        c.q_scales, c.k_scales, c.v_scales = (doubles(o.cache.q_scale, alive), doubles(o.cache.k_scale, alive),
+                                              doubles(o.cache.v_scale, alive))
     score, mask, drop = p.score, p.mask, p.dropout
     if o.bias is not None:
         c.bias = tensor(o.bias, "bhrd")
@@ -295,7 +300,8 @@ cdef void fill(Call* c, p, o, lengths, list alive) except *:
     c.cu_q, c.cu_k, c.used_k = integers(cu_q, alive), integers(cu_k, alive), integers(used_k, alive)
     c.slopes, c.sinks = doubles(o.alibi_slopes, alive), doubles(o.sinks, alive)
     c.scale, c.softcap, c.keep_scale = score.softmax_scale, score.softcap or 0.0, 1.0
-    c.scored = c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or not 1e-37 < c.scale * LOG2E < 1e38
+    c.scored = (c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or c.q_scales != NULL or c.k_scales != NULL
+                or not 1e-37 < c.scale * LOG2E < 1e38)
     c.left = unlimited if mask.left is None else mask.left
     c.right = unlimited if mask.right is None else mask.right
     c.top_left = mask.top_left

@@ -166,6 +166,12 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
                       c.offset, c.seed, c.threshold)
 
 
+cdef inline double scale_of(const Call* c, long b, long head) noexcept nogil:
+    """The factor of a head's dot products: softmax_scale, and the scales of 8-bit operands."""
+    cdef long i = b * c.heads_k + head // c.group
+    return c.scale * (c.q_scales[i] if c.q_scales != NULL else 1.0) * (c.k_scales[i] if c.k_scales != NULL else 1.0)
+
+
 cdef void score(const Call* c, long b, long head, long row, const Sequence* s, long n0, long first, long hi, long last, char* S, char* bias,
                 char* slope_out) noexcept nogil:
     """Turn one row of S, [first, last) of the tile at key n0, from dot products into scores. bias and mask end at column hi."""
@@ -174,7 +180,7 @@ cdef void score(const Call* c, long b, long head, long row, const Sequence* s, l
     if c.bias.ptr != NULL:
         g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
     if c.scored:
-        g.score_row(S, first, last, c.scale, c.softcap, slope, diagonal_of(c, row, s.nq, s.nk) - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
+        g.score_row(S, first, last, scale_of(c, b, head), c.softcap, slope, diagonal_of(c, row, s.nq, s.nk) - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
 
@@ -267,6 +273,8 @@ cdef inline void finish_row(const Call* c, long b, long head, long row, const ch
         if c.sinks != NULL and top > -INFINITY:
             total += exp(sink - top)
     factor = 0.0 if total == 0 else factor * c.keep_scale / total
+    if c.v_scales != NULL:
+        factor *= c.v_scales[b * c.heads_k + head // c.group]
     g.store_row(at(&c.out, b, row, head), c.out.dim, c.out.dtype, O, factor, c.head_dim_v)
     if c.lse.ptr != NULL:
         total *= exp(rounding)

@@ -152,9 +152,9 @@ def _block_m(p: Problem, rows: int, longest: int, heads: int, threads: int) -> i
 
 
 def _direct(p: Problem, o: Operands, seqlen_q: int, vector: int, reads_half: bool) -> bool:
-    """Whether K and V are read in place."""
+    """Whether K and V are read in place. 8-bit ones are converted, a tile at a time."""
     item = o.k.itemsize
-    return (_task_rows(p, seqlen_q) <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
+    return (item > 1 and _task_rows(p, seqlen_q) <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
             and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
 
 

@@ -5,6 +5,15 @@
  * which of them are attended. All other keys are packed as zeros, so what they hold (NaN in padding, say) is never read. */
 
 /* ------------------------------------------------------------------ conversion */
+#if REAL_BITS == 32 && defined(__AVX2__) && defined(__F16C__)
+/* eight or sixteen 8-bit floats as halves; those of float8_e4m3fn are too small by 2^8 */
+ALWAYS_INLINE __m256i halves_of_bytes(__m128i bytes, int dtype) {
+  const __m256i x = _mm256_cvtepu8_epi16(bytes), size = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  if (dtype == DT_E5M2) return _mm256_slli_epi16(x, 8);
+  const __m256i nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f)), sign = _mm256_slli_epi16(_mm256_xor_si256(x, size), 8);
+  return _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(size, 7)), _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+}
+#endif
 static void name(load_row)(void *to, long padded, const char *src, long stride, int dtype, long n) {
   REAL *dst = (REAL *)to;
   long j = 0;
@@ -28,6 +37,16 @@ static void name(load_row)(void *to, long padded, const char *src, long stride, 
       for (; j + 8 <= n; j += 8) _mm256_storeu_ps(dst + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + 2 * j))));
 #endif
     }
+#if defined(__AVX2__) && defined(__F16C__)
+    else if (dtype >= DT_E4M3) {
+      const __m256 scale = _mm256_set1_ps(dtype == DT_E4M3 ? 256 : 1);
+      for (; j + 16 <= n; j += 16) {
+        const __m256i h = halves_of_bytes(_mm_loadu_si128((const __m128i *)(src + j)), dtype);
+        _mm256_storeu_ps(dst + j, _mm256_cvtph_ps(_mm256_castsi256_si128(h)) * scale);
+        _mm256_storeu_ps(dst + j + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)) * scale);
+      }
+    }
+#endif
 #endif
   }
   for (; j < n; j++) dst[j] = (REAL)load_element(src + j * stride, dtype);

@@ -41,7 +41,7 @@ typedef struct {
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-enum { DT_F32 = 0, DT_F64 = 1, DT_F16 = 2, DT_BF16 = 3 };
+enum { DT_F32 = 0, DT_F64 = 1, DT_F16 = 2, DT_BF16 = 3, DT_E4M3 = 5, DT_E5M2 = 6 }; /* 4 is bool */
 
 typedef struct __attribute__((packed)) { uint16_t x; } unaligned16;
 typedef struct __attribute__((packed)) { float x; } unaligned32;
@@ -116,11 +116,17 @@ ALWAYS_INLINE uint16_t float_to_half(float f) {
 }
 #endif
 
+/* float8_e4m3fn: a half's fields, but the exponent's bias is 7 instead of 15 and 0x7f is NaN. float8_e5m2 is the first byte of a half. */
+ALWAYS_INLINE float e4m3_to_float(uint8_t x) {
+  return (x & 0x7f) == 0x7f ? NAN : half_to_float((uint16_t)((x & 0x80) << 8 | (x & 0x7f) << 7)) * 256;
+}
 ALWAYS_INLINE double load_element(const char *p, int dtype) {
   switch (dtype) {
     case DT_F32: return ((const unaligned32 *)p)->x;
     case DT_F64: return ((const unaligned64 *)p)->x;
     case DT_F16: return half_to_float(((const unaligned16 *)p)->x);
+    case DT_E4M3: return e4m3_to_float(*(const uint8_t *)p);
+    case DT_E5M2: return half_to_float((uint16_t)(*(const uint8_t *)p << 8));
     default: return bf16_to_float(((const unaligned16 *)p)->x);
   }
 }
@@ -139,4 +145,4 @@ ALWAYS_INLINE void store_element(char *p, int dtype, double x) {
 static long ahead_of(long row) { return AHEAD(row) + 4; }
 /* Row i of a tile of keys: rows are `row` bytes apart, or, in pages, `places` has each one's distance from src. */
 ALWAYS_INLINE const char *row_at(const char *src, long row, const long *places, long i) { return src + (places ? places[i] : i * row); }
-ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : 2; }
+ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : dtype >= DT_E4M3 ? 1 : 2; }

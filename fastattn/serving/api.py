@@ -7,11 +7,12 @@ import numpy as np
 
 from ..arrays.convert import Caller
 from ..arrays.readers import written
+from ..arrays.view import View
 from ..dispatch import given_out
 from ..options import Check, Options, read_options
 from ..registry import choose
 from ..signature import strict, unknown_arguments
-from ..types import A, Array, D, EngineName, Integer, Layout, Lengths, Number, PerHead, S, ServingOptions, Window
+from ..types import A, Array, D, EngineName, Integer, Layout, Lengths, Number, PerHead, S, Scale, ServingOptions, Window
 from .problem import Given, problem_with_cache
 
 
@@ -34,7 +35,8 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
                            cu_seqlens_q: Lengths | None = None, max_seqlen_q: Integer | None = None, rotary_cos: Array | None = None,
                            rotary_sin: Array | None = None, rotary_interleaved: bool = False, causal: bool = True,
                            window: Window | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
-                           sinks: PerHead | None = None, softmax_scale: Number | None = None, num_splits: Integer | None = None,
+                           sinks: PerHead | None = None, softmax_scale: Number | None = None, q_scale: Scale | None = None,
+                           k_scale: Scale | None = None, v_scale: Scale | None = None, num_splits: Integer | None = None,
                            layout: Layout = "bshd", out: Array | None = None, return_lse: bool = False, stream: Any = None,
                            engine: EngineName | None = None, **unknown: Never) -> Any:
     """Attention over key and value caches: decoding, prefill in chunks and speculative decoding in one call.
@@ -46,15 +48,17 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     ----------
     q : array (batch, seqlen_q, num_heads, head_dim)
         The queries of `batch` requests; with `cu_seqlens_q` (total_q, num_heads, head_dim). float16, bfloat16, float32
-        or float64. Shapes of q, k, v and out here are those of ``layout="bshd"``.
+        or float64; float8_e4m3fn with 8-bit caches. Shapes of q, k, v and out here are those of ``layout="bshd"``.
     k_cache : array (batch, seqlen_cache, num_heads_k, head_dim)
-        q's dtype and device, any strides. With `cache_batch_idx` its first axis is of any length. With `block_table` it
-        is in pages, (pages, page_size, num_heads_k, head_dim), of any page_size.
+        q's dtype and device, any strides; or float8_e4m3fn or float8_e5m2 beside 16-bit and 8-bit q. With
+        `cache_batch_idx` its first axis is of any length. With `block_table` it is in pages, (pages, page_size,
+        num_heads_k, head_dim), of any page_size.
     v_cache : array
         As k_cache, with head_dim_v, which may differ. It may be a view of k_cache's first columns (a latent cache).
     k, v : array (batch, seqlen_q, num_heads_k, head_dim or head_dim_v), optional
         New keys and values, as many rows as q and of the caches' dtype. k is rotated, if `rotary_cos` is given, before
-        it is written.
+        it is written. For 8-bit caches they may have 16 bits: they are divided by k_scale and v_scale, and rounded once,
+        saturating.
     cache_seqlens : array (batch,)
         int32 or int64, a list for host arrays: the keys of each request in the cache before this call.
     block_table : array (batch, most pages of a request), optional
@@ -78,6 +82,9 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
         As in `attention`.
     softcap, alibi_slopes, sinks, softmax_scale : optional
         As in `attention`.
+    q_scale, k_scale, v_scale : float or array (1,), (num_heads_k,) or (batch, num_heads_k), optional
+        float32: what 8-bit operands are multiplied by; query heads have their key head's q_scale. None is 1. See
+        `quantize_fp8`.
     num_splits : int, optional
         Into at most how many parts the keys of a request are divided, which are then merged. None: the engine chooses,
         by the sizes of the whole call. With 1 a request's result has the same bits in any batch, packed or not, with
@@ -90,7 +97,7 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     Returns
     -------
     out : array (batch, seqlen_q, num_heads, head_dim_v)
-        q's dtype; packed (total_q, num_heads, head_dim_v), where rows of no request are 0.
+        q's dtype, bfloat16 for 8-bit q; packed (total_q, num_heads, head_dim_v), where rows of no request are 0.
     lse : array (batch, num_heads, seqlen_q)
         Only with ``return_lse``, packed (num_heads, total_q): as in `attention`.
 
@@ -136,8 +143,17 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
                       ("block_table", block_table), ("cache_batch_idx", cache_batch_idx), ("cu_seqlens_q", cu_seqlens_q))],
                   *[None if x is None else caller.view(x, name) for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin))],
                   *[None if x is None else caller.small(x, name, compute) for name, x in (
-                      ("alibi_slopes", alibi_slopes), ("sinks", sinks))])
+                      ("alibi_slopes", alibi_slopes), ("sinks", sinks))],
+                  *[None if x is None else _scale(caller, check, x, name) for name, x in (
+                      ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))])
     return _run(caller, given, options, bool(rotary_interleaved), splits, out, bool(return_lse), engine)
+
+
+def _scale(caller: Caller, check: Check, x: Any, name: str) -> View:
+    """A scale as an array: a number becomes one of one element."""
+    if isinstance(x, (list, tuple)) or tuple(getattr(x, "shape", ())) != ():
+        return caller.small(x, name, "float32")
+    return caller.view(np.array([check.number(name, x, "a positive number, or an array")], np.float32), name)
 
 
 def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_splits: int | None, out: Any, return_lse: bool,

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dlpack import address
-from ..arrays.view import View
+from ..arrays.view import FLOAT8, View
 from ..problem import Operands, Problem, Rotary
 from .paging import key_row
+from .quantize import quantized
 
 Array = np.ndarray[Any, Any]
 
@@ -31,9 +32,12 @@ def append(problem: Problem, o: Operands) -> Operands:
     if cache.append:
         assert given.k is not None and given.v is not None
         pages, slots = key_row(given.block_table.numpy(), requests, cache.page_size, positions)
-        for cached, new, turned in ((o.k, given.k, turn), (o.v, given.v, None)):
+        for cached, new, scale, turned in ((o.k, given.k, given.k_scale, turn), (o.v, given.v, given.v_scale, None)):
             x = new.numpy()[rows]
-            _write(cached, pages, slots, x if turned is None else rotated(x, positions, *turned))
+            x = x if turned is None else rotated(x, positions, *turned)
+            if cached.dtype in FLOAT8 and new.dtype not in FLOAT8:
+                x = quantized(x, scale.numpy()[requests][:, :, None] if scale is not None else np.float32(1), cached.dtype)
+            cached.numpy()[pages, slots] = x
     if turn is not None:
         turned_q = np.array(q.numpy())
         turned_q[rows] = rotated(turned_q[rows], positions, *turn)
@@ -51,12 +55,6 @@ def _new_rows(problem: Problem, o: Operands) -> tuple[Array, Array, Any]:
     cu = o.cu_seqlens_q.numpy()
     requests, row = np.repeat(np.arange(problem.batch), np.diff(cu)), np.arange(cu[-1])
     return requests, (used - cu[1:])[requests] + row, row
-
-
-def _write(cached: View, pages: Array, slots: Array, x: Array) -> None:
-    """cached[pages, slots] = x, rounded to the cache's dtype. Copies of bits where the dtypes are one."""
-    to = cached.numpy()
-    to[pages, slots] = x
 
 
 def rotated(x: Array, positions: Array, rotary: Rotary, cos: Array, sin: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import words
 from ..arrays.dlpack import address
-from ..arrays.view import LENGTHS, View, overlap
+from ..arrays.view import FLOAT8, LENGTHS, View, overlap
 from ..options import Check, Options
 from ..problem import (
     DTYPES,
@@ -32,6 +32,7 @@ from ..problem import (
 from .paging import key_row
 
 Array = np.ndarray[Any, Any]
+HALF = ("float16", "bfloat16")
 
 
 class Given(NamedTuple):
@@ -50,6 +51,9 @@ class Given(NamedTuple):
     rotary_sin: View | None
     alibi_slopes: View | None
     sinks: View | None
+    q_scale: View | None = None
+    k_scale: View | None = None
+    v_scale: View | None = None
 
     @property
     def packed(self) -> bool:
@@ -76,9 +80,6 @@ def _arrays(check: Check, g: Given) -> None:
             packs = name == "q" and len(x.shape) == 3
             raise check.value(name, f"has {len(x.shape)} axes, shape {x.shape}", f"{rank} axes {axes}",
                               "cu_seqlens_q packs queries" if packs else "")
-        check.dtype(name, x, DTYPES)
-        if x.dtype != g.q.dtype:
-            raise check.type(name, f"has dtype {x.dtype}", f"q's dtype, {g.q.dtype}", words.like(name, x.source, "q"))
     if g.k_cache.shape[:-1] != g.v_cache.shape[:-1]:
         raise check.value("v_cache", f"has shape {g.v_cache.shape}",
                           f"k_cache's shape but for the last axis, {g.k_cache.shape[:-1]} + (head_dim_v,)")
@@ -87,10 +88,46 @@ def _arrays(check: Check, g: Given) -> None:
     for name, n in (("head_dim", g.q.shape[-1]), ("head_dim_v", g.v_cache.shape[-1])):
         check.integer(name, n, 1, MAX_HEAD_DIM)
     check_heads(check, "k_cache", g.q.shape[-2], g.k_cache.shape[-2])
+    _dtypes(check, g)
     for name in g._fields[1:]:
         x = getattr(g, name)
         if x is not None and x.device != g.q.device:
             raise check.value(name, f"is on device {x.device}", f"q's device, {g.q.device}")
+
+
+def _dtypes(check: Check, g: Given) -> None:
+    """q and the caches have one dtype, or the caches are 8-bit and q has 16 bits or 8."""
+    check.dtype("q", g.q, (*DTYPES, "float8_e4m3fn"))
+    if g.q.dtype in FLOAT8:
+        check.dtype("k_cache", g.k_cache, FLOAT8, "quantize_fp8 makes 8-bit keys and values")
+    elif g.k_cache.dtype != g.q.dtype and not (g.k_cache.dtype in FLOAT8 and g.q.dtype in HALF):
+        hint = words.like("k_cache", g.k_cache.source, "q")
+        raise check.type("k_cache", f"has dtype {g.k_cache.dtype}", f"q's dtype, {g.q.dtype}",
+                         "8-bit caches go with 16-bit and 8-bit q" if g.k_cache.dtype in FLOAT8 else hint)
+    if g.v_cache.dtype != g.k_cache.dtype:
+        raise check.type("v_cache", f"has dtype {g.v_cache.dtype}", f"k_cache's dtype, {g.k_cache.dtype}")
+    for name, scale, x in (("q_scale", g.q_scale, g.q), ("k_scale", g.k_scale, g.k_cache), ("v_scale", g.v_scale, g.v_cache)):
+        if scale is not None and x.dtype not in FLOAT8:
+            whose = {"q_scale": "q", "k_scale": "k_cache", "v_scale": "v_cache"}[name]
+            raise check.value(name, f"is given, and {whose} is {x.dtype}", "None, because only 8-bit operands have scales")
+
+
+def _scale(check: Check, name: str, scale: View | None, batch: int, heads_k: int) -> View | None:
+    """A scale, broadcast to (batch, num_heads_k)."""
+    if scale is None:
+        return None
+    check.dtype(name, scale, ("float32",))
+    if scale.shape not in ((1,), (heads_k,), (batch, heads_k)):
+        raise check.value(name, f"has shape {scale.shape}", f"a number, (1,), (num_heads_k,) = ({heads_k},) or (batch, num_heads_k) = "
+                          f"({batch}, {heads_k})")
+    scale = scale.broadcast_to((batch, heads_k))
+    if scale.device[0] == "cpu":
+        values = scale.numpy()
+        wrong = ~(np.isfinite(values) & (values > 0))
+        if wrong.any():
+            b, h = (int(i) for i in np.argwhere(wrong)[0])
+            raise check.value(name, f"has {values[b, h]} for request {b}, head {h}", "positive finite numbers")
+    return scale
 
 
 def _rows(check: Check, g: Given, max_seqlen_q: int | None) -> Rows:
@@ -112,7 +149,8 @@ def _new(check: Check, g: Given) -> bool:
             raise check.value(name, "is None", f"{'keys' if name == 'k' else 'values'} of q's rows, because {other} is given")
     for name, x, cached in (("k", g.k, g.k_cache), ("v", g.v, g.v_cache)):
         assert x is not None
-        check_array(check.call, name, x, (*g.q.shape[:-2], *cached.shape[-2:]), cached.dtype, g.q.device)
+        wide = (HALF if g.q.dtype in FLOAT8 else (g.q.dtype,)) if cached.dtype in FLOAT8 else ()       # quantised when it is written
+        check_array(check.call, name, x, (*g.q.shape[:-2], *cached.shape[-2:]), x.dtype if x.dtype in wide else cached.dtype, g.q.device)
         check_array(check.call, f"{name}_cache", cached, cached.shape, cached.dtype, g.q.device, output=True)
         for cache_name, cache in (("k_cache", g.k_cache), ("v_cache", g.v_cache)):
             if overlap(x, cache):
@@ -224,6 +262,10 @@ def _rotary(check: Check, g: Given, new: bool, interleaved: bool, after: Array |
     if not new:
         raise check.value("rotary_cos", "is given, and k is None", "k and v, which are rotated as q is",
                           "keys in the cache are rotated already, and q alone can be rotated before the call")
+    for name, given in (("q", g.q), ("k", g.k)):
+        if given is not None and given.dtype in FLOAT8:
+            raise check.type(name, f"is {given.dtype}, and rotary_cos is given", "16 bits, because a rotation is rounded once",
+                             "k is quantised when it is written, with k_scale")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         check.dtype(name, x, tuple(dict.fromkeys((g.q.dtype, "float32"))))
         if len(x.shape) != 2 or not 1 <= 2 * x.shape[1] <= g.q.shape[-1]:
@@ -258,12 +300,15 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
         _written_once(check, table, page_size, rows, after)
     rotary = _rotary(check, g, new, rotary_interleaved, after)
     scale, cap = scale_and_cap(check, options, g.q.shape[-1], g.q.compute_dtype)
-    operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin)
+    scales = [_scale(check, name, x, rows.batch, g.k_cache.shape[-2]) for name, x in (
+        ("q_scale", g.q_scale), ("k_scale", g.k_scale), ("v_scale", g.v_scale))]
+    operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin, *scales)
     o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, operands)
     o = per_head(check, o, rows.batch, g.q.shape[-2])
     cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, num_splits)
     score = Score(scale, cap, alibi=o.alibi_slopes is not None, sinks=o.sinks is not None)
     seqlen_k = width * page_size if after is None else int(after.max(initial=0))
-    problem = Problem(call, g.q.dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
+    dtype = "bfloat16" if g.q.dtype in FLOAT8 else g.q.dtype
+    problem = Problem(call, dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
                       g.v_cache.shape[-1], score, mask_of(options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True, cache=cache)
     return problem, o

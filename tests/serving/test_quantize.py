@@ -1,0 +1,164 @@
+"""8-bit caches and quantize_fp8: bits of every code, numbers against float64, scales of every shape."""
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastattn
+
+Array = np.ndarray[Any, Any]
+E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+BATCH, KEYS, HEADS, HEADS_K, DIM, PAGE = 3, (40, 0, 17), 4, 2, 32, 16
+
+
+def error(got: Array, exact: Array) -> float:
+    return float(np.linalg.norm(got.astype(np.float64) - exact) / np.linalg.norm(exact))
+
+
+def gathered(pages: Array, table: Array, n: int, scale: Array) -> Array:
+    """(n, heads, dim) in float64, key by key."""
+    return np.array([pages[table[j // PAGE], j % PAGE].astype(np.float64) for j in range(n)]).reshape(n, *pages.shape[2:]) * scale[:, None]
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("scales", ["none", "number", "one", "head", "batch"])
+@pytest.mark.parametrize(("q_dtype", "dtype", "new"), [(q, x, new) for q, x in ((BF16, E4M3), (F16, E5M2), (E4M3, E4M3), (E4M3, E5M2))
+                                                       for new in ("eight", "sixteen", "rotary") if (q, new) != (E4M3, "rotary")], ids=str)
+def test_caches(engine: str, new: str, scales: str, q_dtype: Any, dtype: Any) -> None:
+    random = np.random.default_rng(3)
+    rows = 5
+    table = random.permutation(12).reshape(BATCH, 4).astype(np.int32)
+
+    def draw(*shape: int, to: Any) -> Array:
+        return random.standard_normal(shape, np.float32).astype(to)
+    k_pages, v_pages = draw(12, PAGE, HEADS_K, DIM, to=dtype), draw(12, PAGE, HEADS_K, DIM, to=dtype)
+    q = draw(BATCH, rows, HEADS, DIM, to=q_dtype)
+    wide = BF16 if q_dtype is E4M3 else q_dtype
+    k, v = (draw(BATCH, rows, HEADS_K, DIM, to=dtype if new == "eight" else wide) for _ in "kv")
+    shape = {"none": None, "number": (), "one": (1,), "head": (HEADS_K,), "batch": (BATCH, HEADS_K)}[scales]
+    given: dict[str, Any] = {}
+    full = {name: np.ones((BATCH, HEADS_K)) for name in "qkv"}
+    for name in "qkv" if q_dtype is E4M3 else "kv":
+        if shape is not None:
+            scale = random.uniform(0.1, 3, shape).astype(np.float32) if shape else float(np.float32(0.75))
+            given[f"{name}_scale"], full[name] = scale, np.broadcast_to(np.asarray(scale, np.float64), (BATCH, HEADS_K))
+    if new == "rotary":
+        angle = random.uniform(0, 6, (64, DIM // 2)).astype(np.float32)
+        given |= {"rotary_cos": np.cos(angle), "rotary_sin": np.sin(angle)}
+    expected_k, expected_v = k_pages.copy(), v_pages.copy()
+    turned = q.astype(np.float32)
+    for b, n in enumerate(KEYS):
+        for i in range(rows):
+            at = table[b, (n + i) // PAGE], (n + i) % PAGE
+            key, value = k[b, i].astype(np.float32), v[b, i].astype(np.float32)
+            if new == "rotary":
+                c, s, half = given["rotary_cos"][n + i], given["rotary_sin"][n + i], DIM // 2
+                key = np.concatenate([key[:, :half] * c - key[:, half:] * s, key[:, :half] * s + key[:, half:] * c], axis=1)
+                x = turned[b, i].copy()
+                turned[b, i] = np.concatenate([x[:, :half] * c - x[:, half:] * s, x[:, :half] * s + x[:, half:] * c], axis=1)
+            for pages, row, name in ((expected_k, key, "k"), (expected_v, value, "v")):
+                row = row if new == "eight" else np.clip(row / full[name][b].astype(np.float32)[:, None], -LARGEST[dtype], LARGEST[dtype])
+                pages[at] = row.astype(dtype)
+    turned = turned.astype(q_dtype).astype(np.float64)
+    out, lse = fastattn.attention_with_kvcache(q, k_pages, v_pages, k, v, cache_seqlens=list(KEYS), block_table=table, engine=engine,
+                                               return_lse=True, **given)
+    assert k_pages.tobytes() == expected_k.tobytes() and v_pages.tobytes() == expected_v.tobytes()
+    assert out.dtype == wide and lse.dtype == np.float32
+    for b, n in enumerate(KEYS):
+        key, value = gathered(k_pages, table[b], n + rows, full["k"][b]), gathered(v_pages, table[b], n + rows, full["v"][b])
+        query = turned[b] * np.repeat(full["q"][b], HEADS // HEADS_K)[:, None]
+        exact, exact_lse = fastattn.attention(query[None], key[None], value[None], causal=True, return_lse=True, engine="reference")
+        assert error(out[b], exact[0]) < (2.0**-8 if wide is BF16 else 2.0**-11) and error(lse[b], exact_lse[0]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_every_code_is_read(dtype: Any) -> None:
+    """One key, whose value is the output: all 256 codes, by vectors and one by one, NaN where it is NaN."""
+    codes = np.arange(256, dtype=np.uint8).view(dtype).reshape(1, 1, 1, 256)
+    for dim, dim_v in ((256, 256), (7, 256)):
+        values = codes[..., :dim_v]
+        q, keys = np.zeros((1, 1, 1, dim), np.float16), np.zeros((1, 1, 1, dim), dtype)
+        out = fastattn.attention_with_kvcache(q, keys, values, cache_seqlens=[1], engine="cpu")
+        assert np.array_equal(out, values.astype(np.float16), equal_nan=True)
+    strided = np.zeros((1, 1, 1, 512), np.uint8)
+    strided[..., ::2] = codes.view(np.uint8)
+    out = fastattn.attention_with_kvcache(q, keys, strided.view(dtype)[..., ::2], cache_seqlens=[1], engine="cpu")
+    assert np.array_equal(out, codes.astype(np.float16), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize(("axis", "shape"), [(None, (1,)), ("head", (3,)), ("batch_head", (2, 3))])
+def test_quantize(dtype: Any, axis: Any, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 7, 3, 16)).astype(np.float32) * np.array([1e-30, 1.0, 1e30], np.float32)[:, None]
+    x8, scale = fastattn.quantize_fp8(x, axis, dtype.name)
+    assert x8.dtype == dtype and x8.shape == x.shape and scale.shape == shape and scale.dtype == np.float32
+    per = scale if axis is None else scale[..., :, None] if axis == "head" else scale[:, None, :, None]
+    most = np.abs(x8.astype(np.float64)).max(axis={None: None, "head": (0, 1, 3), "batch_head": (1, 3)}[axis])
+    assert (most > LARGEST[dtype] / 2).all() and (most <= LARGEST[dtype]).all()
+    seen = np.abs(x) > 2.0**-5 * np.abs(x).max(axis=(1, 3), keepdims=True) if axis is not None else np.abs(x) > 1e29
+    assert np.allclose((x8.astype(np.float64) * per)[seen], x[seen], rtol=2.0**-4 if dtype is E4M3 else 2.0**-3)
+    swapped, again = fastattn.quantize_fp8(x.swapaxes(1, 2), axis, dtype.name, layout="bhsd")
+    assert np.array_equal(swapped.swapaxes(1, 2), x8) and np.array_equal(again, scale)
+
+
+def test_edges_of_quantize() -> None:
+    """0 has scale 1; an infinity saturates, NaN stays, and neither decides the scale."""
+    zero, one = fastattn.quantize_fp8(np.zeros((2, 3, 4), np.float16), layout="thd")
+    assert one == 1 and not zero.any()
+    x = np.array([np.inf, -np.inf, np.nan, 2.0], np.float32).reshape(1, 1, 4)
+    x8, scale = fastattn.quantize_fp8(x, layout="thd")
+    assert scale == np.float32(2 / 448) and np.array_equal(x8.astype(np.float32).reshape(-1), [448, -448, np.nan, 448], equal_nan=True)
+    for tiny in (1e-45, 3.4e38):
+        x8, scale = fastattn.quantize_fp8(np.full((1, 1, 4), tiny, np.float32), layout="thd")
+        assert 0 < scale < np.inf and (x8.astype(np.float32) > 0).all()
+
+
+def test_torch_has_numpys_bits() -> None:
+    torch: Any = pytest.importorskip("torch")
+    x = np.random.default_rng(0).standard_normal((2, 5, 4, 16), np.float32)
+    x8, scale = fastattn.quantize_fp8(x, "head")
+    y8, other = fastattn.quantize_fp8(torch.from_numpy(x), "head")
+    assert y8.dtype is torch.float8_e4m3fn and y8.view(torch.uint8).numpy().tobytes() == x8.tobytes() and np.array_equal(other, scale)
+    q = np.ones((2, 1, 8, 16), np.float16)
+    out = fastattn.attention_with_kvcache(q, x8, x8, cache_seqlens=[5, 2], k_scale=scale, v_scale=scale)
+    same = fastattn.attention_with_kvcache(torch.from_numpy(q), y8, y8, cache_seqlens=[5, 2], k_scale=other, v_scale=other)
+    assert same.numpy().tobytes() == out.tobytes()
+
+
+def test_errors_of_scales() -> None:
+    ones, eight = np.ones((2, 4, 2, 8), BF16), np.ones((2, 4, 2, 8), E4M3)
+
+    def fails(kind: type[Exception], text: str, *arrays: Any, **more: Any) -> None:
+        with pytest.raises(kind) as raised:
+            fastattn.attention_with_kvcache(*arrays, cache_seqlens=[1, 0], **more)
+        assert str(raised.value).startswith(f"attention_with_kvcache(): {text}"), raised.value
+    q = ones[:, :1]
+    fails(ValueError, "k_scale is given, and k_cache is bfloat16; expected None", q, ones, ones, k_scale=2.0)
+    fails(ValueError, "q_scale is given, and q is bfloat16; expected None", q, eight, eight, q_scale=2.0)
+    fails(ValueError, "v_scale has shape (3,); expected a number, (1,), (num_heads_k,) = (2,) or", q, eight, eight, v_scale=[1.0, 2, 3])
+    fails(ValueError, "v_scale has 0.0 for request 0, head 1; expected positive finite", q, eight, eight, v_scale=[1.0, 0.0])
+    fails(ValueError, "k_scale is nan; expected a positive number", q, eight, eight, k_scale=float("nan"))
+    fails(TypeError, "k_scale has dtype float64; expected float32", q, eight, eight, k_scale=np.ones(2))
+    fails(TypeError, "v_cache has dtype bfloat16; expected k_cache's dtype, float8_e4m3fn", q, eight, ones)
+    fails(TypeError, "k_cache has dtype bfloat16; expected float8_e4m3fn or float8_e5m2", eight, ones, ones)
+    fails(TypeError, "k_cache has dtype float8_e4m3fn; expected q's dtype, float32; 8-bit caches go with 16-bit and 8-bit q.",
+          q.astype(np.float32), eight, eight)
+    fails(TypeError, "k has dtype float32; expected float8_e4m3fn", q, eight, eight,
+          np.ones((2, 1, 2, 8), np.float32), eight[:, :1].copy())
+    angle = np.ones((4, 2), np.float32)
+    fails(TypeError, "k is float8_e4m3fn, and rotary_cos is given; expected 16 bits", q, eight, eight, eight[:, :1].copy(),
+          eight[:, :1].copy(), rotary_cos=angle, rotary_sin=angle)
+    for text, more in (("axis is 'batch'; expected None, 'head' or 'batch_head'", {"axis": "batch"}),
+                       ("dtype is 'int8'", {"dtype": "int8"}),
+                       ("x has 4 axes", {"layout": "thd"}), ("layout is 'sbhd'", {"layout": "sbhd"})):
+        with pytest.raises(ValueError, match=f"quantize_fp8\\(\\): {text}".replace("(", "\\(", 0)):
+            fastattn.quantize_fp8(ones, **more)
+    with pytest.raises(TypeError, match="x has dtype float8_e4m3fn; expected float32"):
+        fastattn.quantize_fp8(eight)
+    with pytest.raises(ValueError, match="axis is 'batch_head'; expected None or 'head', because packed x"):
+        fastattn.quantize_fp8(ones[0], "batch_head", layout="thd")
