@@ -27,6 +27,7 @@ for package in ("matplotlib", "safetensors", "tokenizers", "tqdm"):
     pytest.importorskip(package)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import generate as serve  # noqa: E402
 import sentence_embeddings as embeddings  # noqa: E402
 import train_char_gpt as gpt  # noqa: E402
 
@@ -148,6 +149,32 @@ def test_cache_gives_the_logits_of_the_whole_text() -> None:
     np.testing.assert_allclose(np.concatenate(steps), gpt.forward(w, TINY, tokens)[0], atol=1e-5)
 
 
+def test_a_server_gives_the_logits_of_each_whole_text() -> None:
+    """Requests of any length, that wait for pages, in chunks: every logit against the text computed at once."""
+    config, rng = gpt.Config(vocab=11, context=30, layers=2, heads=2, width=8), np.random.default_rng(0)
+    w = gpt.init(config, rng)
+    server = serve.Server(w, config, pages=12, most_rows=9)
+    requests = [serve.Request(rng.integers(0, 11, n), count, np.random.default_rng(n))
+                for n, count in ((1, 20), (40, 5), (3, 50), (17, 1), (90, 9), (16, 16))]
+    for request in requests[:4]:
+        server.add(request)
+    steps, together, checked = 0, 0, 0
+    while server.running or server.waiting:
+        together = max(together, len(server.running))
+        for request, logits in server.step():
+            whole = gpt.forward(w, config, request.text[None, :-1])[0]
+            np.testing.assert_allclose(logits, whole[-1], atol=1e-5)
+            checked += 1
+        steps += 1
+        if steps == 12:
+            for request in requests[4:]:
+                server.add(request)
+    assert checked == sum(request.count for request in requests) and together >= 3 and sorted(server.free) == list(range(12))
+    server.add(serve.Request(np.zeros(200, np.int64), 1, rng))
+    with pytest.raises(ValueError, match="a request needs 13 pages; the cache has 12"):
+        server.step()
+
+
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpt, "Config", partial(gpt.Config, context=32, layers=1, heads=2, width=32))
     monkeypatch.setattr(sys, "argv", ["train_char_gpt.py", "--steps", "3", "--out", str(tmp_path)])
@@ -156,6 +183,10 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["train_char_gpt.py", "--generate", "20", "--out", str(tmp_path), "--prompt", "A "])
     gpt.main()
     assert len(capsys.readouterr().out) == 23
+    for more in ([], ["--weights", str(tmp_path / "weights.safetensors")]):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--requests", "3", "--count", "6", *more])
+        serve.main()
+        assert "characters of 3 requests in" in capsys.readouterr().out
     if importlib.util.find_spec(embeddings.PACKAGE):
         monkeypatch.setattr(sys, "argv", ["sentence_embeddings.py", "--sentences", "50", "--query", "copying a list", "--nearest", "1"])
         embeddings.main()

@@ -305,7 +305,7 @@ def flash_attn_with_kvcache(q: Any, k_cache: Any, v_cache: Any, k: Any = None, v
         raise call.value("cu_seqlens_k_new", "is not cu_seqlens_q", "the same lengths, because k has as many rows as q")
     causal, sides = call.flag("causal", causal), window(call, "window_size", *pair(call, "window_size", window_size))
     rows = shape_of(q, call.name, "q")
-    batch = rows[0] if cu_seqlens_q is None else tuple(getattr(cu_seqlens_q, "shape", (len(cu_seqlens_q),)))[0] - 1
+    batch = rows[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     if rotary_cos is not None and not causal and sides is None and (cu_seqlens_q is not None or rows[1:2] != (1,)):
         raise call.value("rotary_cos", f"is given for {rows[1] if cu_seqlens_q is None else 'packed'} rows without causal and window_size",
                          "causal=True, or one row", "the original rotates all rows for one position then")
