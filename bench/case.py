@@ -48,6 +48,7 @@ class Case:
     kernels: the kernel family that is forced; "" lets the engine choose.
     head_dim_v: of v and out; 0 is head_dim. latent: v is a view of k's first columns (the absorbed form of MLA).
     bias_batch: the bias has a plane for each sequence, else one for all. mask_kind: see bench/masks.py.
+    page_size: k and v are caches in pages of so many keys, in random order. cache_dtype: theirs, if it is an 8-bit float.
     title, source: of a workload, and the model or paper it is from. wall: time from call to call, not the device's.
     """
 
@@ -83,6 +84,8 @@ class Case:
     title: str = ""
     source: str = ""
     wall: bool = False
+    page_size: int = 0
+    cache_dtype: str = ""
 
     @property
     def shape_q(self) -> tuple[int, int, int, int]:
@@ -105,7 +108,8 @@ class Case:
         """Names of the features that are on, the mask first."""
         names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p,
                  "bias": self.bias, "mask": self.mask, "sinks": self.sinks, "dbias": self.need_dbias, "deterministic": self.deterministic}
-        return tuple(name for name, on in names.items() if on)
+        caches = (f"page{self.page_size}", self.cache_dtype) if self.page_size else ()
+        return (*(name for name, on in names.items() if on), *filter(None, caches))
 
     @property
     def shape(self) -> str:
@@ -147,7 +151,8 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V, which a decode step must read at least. A latent V is read with K."""
-        return (int(np.prod(self.shape_k)) + (0 if self.latent else int(np.prod(self.shape_v)))) * ITEMSIZE[self.dtype]
+        itemsize = 1 if self.cache_dtype else ITEMSIZE[self.dtype]
+        return (int(np.prod(self.shape_k)) + (0 if self.latent else int(np.prod(self.shape_v)))) * itemsize
 
     @property
     def few_queries(self) -> bool:

@@ -43,12 +43,13 @@ SPEEDUP: dict[tuple[bool, str], dict[tuple[int, ...], tuple[float, float]]] = {
     (FORWARD, "float16"): dict.fromkeys((SMALL, BASE, BATCHED, WIDE), (2.0, 2.0)),
 }
 DECODE_SPEEDUP = {"float32": 4.0, "bfloat16": 10.0}
+PAGED_COST = 1.1
 FMA_FRACTION, FEATURES_COST, DROPOUT_COST, EXTRA_MEGABYTES = 0.7, 1.6, 1.5, 64.0
 
 
 def cases() -> list[Case]:
     """Every case, in the order in which they run."""
-    return [*_dense(), *_decode(), *_features(), *_memory(), *_short(), *_long()]
+    return [*_dense(), *_decode(), *_paged(), *_features(), *_memory(), *_short(), *_long()]
 
 
 def _dense() -> Iterator[Case]:
@@ -72,6 +73,14 @@ def _decode() -> Iterator[Case]:
         against = ["torch"] + ["torch folded"] * (heads_k != 32) + ["onnxruntime"] * (dtype == "float32") + ["memory read"]
         yield Case("decode", 1, 32, 1, 128, dtype=dtype, num_heads_k=heads_k, seqlen_k=8192, against=tuple(against),
                    bars=(Bar("torch", "speedup", DECODE_SPEEDUP[dtype]),), mode="quick")
+
+
+def _paged() -> Iterator[Case]:
+    """A decoding step over caches in pages, against the same step over contiguous ones."""
+    for (batch, keys), (dtype, cache_dtype) in itertools.product(((1, 8192), (8, 1024)), (("float32", ""), ("bfloat16", ""),
+                                                                                          ("bfloat16", "float8_e4m3fn"))):
+        yield Case("paged", batch, 32, 1, 128, dtype=dtype, num_heads_k=8, seqlen_k=keys, page_size=16, cache_dtype=cache_dtype,
+                   against=("contiguous",), bars=(Bar("contiguous", "cost", PAGED_COST),), mode="quick" if batch == 1 else "full")
 
 
 def _features() -> Iterator[Case]:
@@ -148,6 +157,8 @@ class Runs:
             measure = "cost"
             per_pair = case.plain.pairs / case.pairs
             value = Spread(per_pair / value.median, per_pair / value.high, per_pair / value.low)
+        elif rival == "contiguous":
+            measure, value = "cost", Spread(1 / value.median, 1 / value.high, 1 / value.low)
         elif rival in ("fma peak", "memory read"):
             measure = "ceiling"
         return make_row(self.where, case, rival, time=pair.theirs, measure=measure, value=value, agree=pair.agree,

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.arrays.view import numpy_dtype
+
 from . import ceilings
 from .arrays import Array, aligned, tensor
 from .case import Case
@@ -52,6 +54,8 @@ def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None
 
     if engine is None:
         fastattn.set_num_threads(threads)
+    if case.page_size:
+        return _with_caches(case, x, case.page_size)
     options: dict[str, Any] = {"causal": case.causal, "layout": "bhsd", "engine": engine}
     if case.window is not None:
         options["window"] = (case.window, 0 if case.causal else case.window)
@@ -72,6 +76,26 @@ def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None
 
     label = f"fastattn {fastattn.__version__}" + (f" ({engine})" if engine else "")
     return Runner(both if case.backward else forward, label, lambda result: [np.asarray(a, np.float32) for a in result])
+
+
+def _with_caches(case: Case, x: Inputs, page_size: int) -> Runner:
+    """A decoding step over caches in pages, which lie in random order; contiguous ones if page_size is 0."""
+    import fastattn
+
+    batch, heads, keys, _ = case.shape_k
+    k, v = (np.ascontiguousarray(a.swapaxes(1, 2)) for a in (x.k, x.v))
+    if case.cache_dtype:
+        k, v = (a.astype(numpy_dtype(case.cache_dtype)) for a in (k, v))
+    options: dict[str, Any] = {"cache_seqlens": np.full(batch, keys, np.int32)}
+    if page_size:
+        pages = batch * keys // page_size
+        place = np.random.default_rng(0).permutation(pages)
+        k, v = (a.reshape(pages, page_size, heads, -1)[np.argsort(place)] for a in (k, v))
+        options["block_table"] = place.reshape(batch, -1).astype(np.int32)
+    q = np.ascontiguousarray(x.q.swapaxes(1, 2))
+    label = f"fastattn {fastattn.__version__}" + ("" if page_size else " (contiguous caches)")
+    return Runner(lambda: fastattn.attention_with_kvcache(q, k, v, **options), label,
+                  lambda out: [np.asarray(out, np.float32).swapaxes(1, 2)])
 
 
 def make_torch(case: Case, x: Inputs, threads: int, fold: bool = False) -> Runner:
@@ -174,6 +198,7 @@ MAKERS: dict[str, Callable[[Case, Inputs, int], Runner]] = {
     "onnxruntime": make_onnxruntime,
     "fma peak": make_fma_peak,
     "memory read": make_memory_read,
+    "contiguous": lambda case, x, threads: _with_caches(case, x, 0),
     "plain": make_plain,
 }
 # What each needs besides fastattn: Python packages, or a compiler for the hardware probes.

@@ -117,6 +117,17 @@ def test_torch_computes_the_same_on_a_cpu(case: Case) -> None:
         assert all(worker.difference(a, b) <= worker.TOLERANCE[case.dtype] for a, b in both)
 
 
+@pytest.mark.parametrize("cache_dtype", ["", "float8_e4m3fn"])
+def test_caches_in_pages_hold_the_same_keys(cache_dtype: str) -> None:
+    case = next(case for case in cpu.cases() if case.group == "paged" and case.cache_dtype == cache_dtype)
+    case = replace(case, batch=2, num_heads=4, num_heads_k=2, seqlen_k=64, head_dim=16)
+    x = rivals.make_inputs(case)
+    ours, theirs = rivals.make_fastattn(case, x, 1), rivals.MAKERS["contiguous"](case, x, 1)
+    assert ours.arrays and theirs.arrays and "contiguous" in theirs.label
+    assert np.array_equal(ours.arrays(ours.call())[0], theirs.arrays(theirs.call())[0])
+    assert case.kv_bytes == 2 * 2 * 2 * 64 * 16 * (1 if cache_dtype else 4) and "page16" in case.name
+
+
 def test_a_failing_child_is_a_note() -> None:
     answer = cpu.child({"kind": "pair", "threads": 1}, 1)
     assert answer == "failed: KeyError: 'case'"
