@@ -5,6 +5,7 @@ number of threads.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -184,22 +185,24 @@ def plan_with_cache(p: Problem, o: Operands, lengths: Lengths, vector: int, read
     bits in any batch. Requests that are computed alike share a plan.
     """
     assert p.cache is not None and lengths.used_k is not None
-    keys, given = lengths.used_k, p.cache.num_splits
-    rows = np.full(p.batch, lengths.longest_q, np.int64) if lengths.cu_q is None else np.diff(lengths.cu_q)
+    keys, given = lengths.used_k.tolist(), p.cache.num_splits
+    rows = [lengths.longest_q] * p.batch if lengths.cu_q is None else np.diff(lengths.cu_q).tolist()
+    ways = {n: (_folded(p, n), few_rows(p, n, vector), _direct(p, o, n, vector, reads_half)) for n in set(rows)}
     alike: dict[tuple[bool, bool, bool], list[int]] = {}
-    for n in np.unique(rows[rows > 0]).tolist():
-        alike.setdefault((_folded(p, n), few_rows(p, n, vector), _direct(p, o, n, vector, reads_half)), []).append(n)
-    for (folded, few, direct), lengths_q in alike.items():
-        requests = np.flatnonzero(np.isin(rows, lengths_q))
-        requests = requests[np.argsort(-(rows * (keys + 1))[requests], kind="stable")]
-        heads, longest, longest_k = p.num_heads_k if folded else p.num_heads, max(lengths_q), int(keys[requests].max())
-        block_m = _block_m(p, int(rows[requests].sum()), longest, heads, threads)
+    for b, n in enumerate(rows):
+        if n:
+            alike.setdefault(ways[n], []).append(b)
+    for (folded, few, direct), requests in alike.items():
+        requests.sort(key=lambda b: -rows[b] * (keys[b] + 1))
+        lengths_q = [rows[b] for b in requests]
+        heads, longest, longest_k = p.num_heads_k if folded else p.num_heads, max(lengths_q), max([keys[b] for b in requests])
+        block_m = _block_m(p, sum(lengths_q), longest, heads, threads)
         all_heads = given is None and _reads_all_heads(p, o, direct, longest_k)
         if all_heads:
             heads, block_m = 1, longest
         splits = _splits(len(requests) * -(-longest // SHORT_M) * heads, longest_k) if given is None else given
-        first_block = np.concatenate([[0], np.cumsum(-(-rows[requests] // block_m))]).astype(np.int64)
-        yield Plan(requests.astype(np.int64), first_block, block_m, *_split(longest_k, splits), folded, all_heads, few, direct)
+        first_block = np.array([0, *itertools.accumulate(-(-n // block_m) for n in lengths_q)], np.int64)
+        yield Plan(np.array(requests, np.int64), first_block, block_m, *_split(longest_k, splits), folded, all_heads, few, direct)
 
 
 class Team(NamedTuple):

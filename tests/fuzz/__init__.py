@@ -12,5 +12,6 @@ judge.py    runs one Spec and says what is wrong
 shrink.py   the smallest Spec that is wrong still
 device.py   where arrays live: the host, or a GPU by torch, CuPy or DLPack
 run.py      processes, crashes, hangs, the report
+caches.py   calls of attention_with_kvcache, drawn and judged apart: python -m tests.fuzz.caches
 found.py    problems that were wrong once: test_fuzz.py runs them every time
 """

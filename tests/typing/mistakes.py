@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward
+from fastattn import attention, attention_backward, attention_varlen, attention_varlen_backward, attention_with_kvcache
 from fastattn.compat.flash_attn import flash_attn_func
 from fastattn.compat.sdpa import scaled_dot_product_attention
 
@@ -42,6 +42,10 @@ def mistakes(q: Array, cu: np.ndarray[tuple[int], np.dtype[np.int32]], lse: np.n
     attention_varlen(q, q, q, cu, 3)  # wrong
     attention_varlen(q, q, q, cu, cu, layout="bshd")  # wrong
     attention_varlen(q, q, q, cu, cu, max_seqlen=3)  # wrong
+    attention_with_kvcache(q, q, q)  # wrong
+    attention_with_kvcache(q, q, q, cache_seqlens=3)  # wrong
+    attention_with_kvcache(q, q, q, cache_seqlens=[3], causal="top_left")  # wrong
+    attention_with_kvcache(q, q, q, cache_seqlens=[3], mask=q)  # wrong
     attention_backward(q, q, q, q)  # wrong
     attention_backward(q, q, q, q, q, lse, casual=True)  # wrong
     attention_backward(q, q, q, q, q, lse, layout="thd")  # wrong

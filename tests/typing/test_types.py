@@ -99,7 +99,8 @@ def test_a_lost_type_is_found(check: Callable[[str], Found]) -> None:
 
 
 # ---------------------------------------------------------------- one definition of each signature
-@pytest.mark.parametrize("function", [DENSE, PACKED, scaled_dot_product_attention, flash_attn_func, flash_attn_varlen_func],
+@pytest.mark.parametrize("function", [DENSE, PACKED, fastattn.attention_with_kvcache, scaled_dot_product_attention, flash_attn_func,
+                                      flash_attn_varlen_func],
                          ids=lambda function: function.__name__)
 def test_overloads_take_what_the_function_takes(function: Callable[..., Any]) -> None:
     """Names, order, types and which have a default; keywords in a TypedDict count as keywords."""

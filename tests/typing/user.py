@@ -6,7 +6,16 @@ from typing import Any, Unpack, assert_type
 import numpy as np
 
 import fastattn
-from fastattn import Grads, attention, attention_backward, attention_varlen, attention_varlen_backward, merge_states
+from fastattn import (
+    Grads,
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    attention_with_kvcache,
+    merge_states,
+    quantize_fp8,
+)
 from fastattn.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.compat.sdpa import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from fastattn.types import A, Array, DenseOptions
@@ -38,6 +47,18 @@ def packed(q: Singles, cu: np.ndarray[tuple[int], np.dtype[np.int32]], flag: boo
     maybe = attention_varlen(q, q, q, cu, cu, return_lse=flag)
     assert_type(maybe[0] if isinstance(maybe, tuple) else maybe, Singles)
     assert_type(attention_varlen_backward(out, q, q, q, out, lse, cu, cu), Grads[Singles])
+
+
+def serving(q: Singles, half: Halves, table: np.ndarray[tuple[int, int], np.dtype[np.int32]], flag: bool) -> None:
+    assert_type(attention_with_kvcache(q, q, q, cache_seqlens=[3, 4]), Singles)
+    assert_type(attention_with_kvcache(half, half, half, half, half, cache_seqlens=table[0], block_table=table, num_splits=1), Halves)
+    out, lse = attention_with_kvcache(half, half, half, None, None, cache_seqlens=(1,), k_scale=0.5, v_scale=[1.0, 2.0], return_lse=True)
+    assert_type(out, Halves)
+    assert_type(lse, AnyArray)
+    maybe = attention_with_kvcache(q, q, q, cache_seqlens=[3], return_lse=flag)
+    assert_type(maybe[0] if isinstance(maybe, tuple) else maybe, Singles)
+    x8, scale = quantize_fp8(q, "head")
+    attention_with_kvcache(half, x8, x8, cache_seqlens=[1], k_scale=scale)
 
 
 def backward(q: Singles, lse: AnyArray) -> None:

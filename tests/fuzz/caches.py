@@ -1,0 +1,96 @@
+"""Random calls with key and value caches: `python -m tests.fuzz.caches --seconds 60`.
+
+Each is a Case of tests/tools/caches.py, which judges. Any instruction-set level is run with FASTATTN_ISA.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import fastattn
+from tests.tools.caches import Case
+
+from .draw import Dice
+
+DTYPES = ("float32", "float32", "float64", "float16", "bfloat16", "bfloat16")
+WORK = 3_000_000                            # num_heads * rows * keys * (head_dim + head_dim_v) of the longest request
+
+
+def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
+    """Call `index` of a run, and options of `Case.check`. The case's name is its seed, so that it can be made again."""
+    dice = Dice(seed, index, 7)
+    heads_k, group = dice.upto(1, 3), dice.one([1, 1, 2, 3, 4, 8])
+    dim = dice.one((dice.upto(1, 40), 16, 32, 64, 64, 96, 128))
+    dim_v = dice.upto(1, 64) if dice.chance(0.2) else dim
+
+    def keys() -> int:
+        return dice.one((0, dice.upto(0, 20), dice.upto(0, 70), dice.upto(0, 600), dice.upto(200, 2600) if dice.chance(0.1) else 16))
+
+    def rows() -> int:
+        return dice.one((1, 1, 1, dice.upto(1, 9), dice.upto(0, 40), dice.upto(1, 250)))
+    requests = 0 if dice.chance(0.02) else dice.upto(1, 5)
+    before, packed = [keys() for _ in range(requests)], dice.chance(0.5)
+    lengths = [rows() for _ in range(requests)] if packed else [rows()] * requests
+    for n in range(requests):
+        while heads_k * group * lengths[n] * (before[n] + lengths[n]) * (dim + dim_v) > WORK:
+            before[n], lengths[n] = before[n] // 2, lengths[n] if lengths[n] == 1 else (lengths[n] + 1) // 2
+    if not packed:
+        lengths = [min(lengths)] * requests if requests else []
+    append = dice.chance(0.7)
+    paged = dice.chance(0.75)
+    page = dice.one((1, 2, 3, 8, 16, 16, 16, 32, 64, 100, 256)) if paged else None
+    shared = min(before, default=0) // page if page and dice.chance(0.3) else 0
+    even = dim // 2
+    rotary = (2 * dice.upto(1, even), dice.chance(0.5)) if append and even and dice.chance(0.4) else None
+    dtype = dice.one(DTYPES)
+    options: dict[str, Any] = {}
+    if dice.chance(0.3):
+        options["causal"] = False
+    if dice.chance(0.3):
+        options["window"] = tuple(dice.maybe(0.7, lambda: dice.one((dice.upto(0, 5), dice.upto(0, 300)))) for _ in range(2))
+    if dice.chance(0.2):
+        options["softcap"] = float(dice.one([0.5, 2.0, 30.0]))
+    if dice.chance(0.2):
+        options["softmax_scale"] = float(dice.one([0.3, -0.2, 1.0, 0.0]))
+    each = tuple(lengths) if packed else lengths[0] if lengths else 1
+    case = Case(f"{seed}:{index}", dtype, tuple(before), each, heads_k * group, heads_k, dim, dim_v,
+                page, not paged and dice.chance(0.4), append, shared, rotary,
+                dice.one([dtype, "float32"]), "bhsd" if not packed and dice.chance(0.3) else "bshd", dice.chance(0.3),
+                dice.upto(0, 3) if packed else 0, options, dice.one([None, None, None, "heads", "batch"]), dice.chance(0.2))
+    return case, {"num_splits": dice.one([None, None, 1, 2, 7])}
+
+
+def run(seed: int, index: int) -> str | None:
+    """None, or what is wrong with a call."""
+    case, options = draw(seed, index)
+    fastattn.set_num_threads(1 + index % 3)
+    try:
+        case.make().check("cpu", **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n    {case!r} {options}"
+    return None
+
+
+def main() -> int:
+    from .__main__ import today
+
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.caches", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, help="of the run; the date's by default")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="the first call's number")
+    given = parser.parse_args()
+    seed, start, index, wrong = given.seed or today(), time.monotonic(), given.first, 0
+    while time.monotonic() - start < given.seconds:
+        found = run(seed, index)
+        if found:
+            wrong += 1
+            print(f"{seed}:{index} {found}", flush=True)
+        index += 1
+    print(f"{index - given.first} calls, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Random calls with key and value caches, with the seed of the day, on the instruction set in use."""
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import fastattn
+from tests.fuzz import caches
+from tests.fuzz.__main__ import today
+
+COUNT = int(120 * float(os.environ.get("FASTATTN_FUZZ", "1")))
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def test_calls_of_the_day() -> None:
+    seed, threads = today(), fastattn.get_num_threads()
+    print(f"FASTATTN_FUZZ_SEED={seed}")
+    try:
+        found = [f"{seed}:{n} {wrong}" for n in range(COUNT) if (wrong := caches.run(seed, n))]
+    finally:
+        fastattn.set_num_threads(threads)
+    assert not found, "\n".join(found)
+
+
+def test_draws_cover_the_features() -> None:
+    drawn = [caches.draw(1, n)[0] for n in range(200)]
+    for name in ("packed", "append", "batch_idx", "shared", "rotary", "strided", "alibi", "sinks", "page_size", "options"):
+        count = sum(bool(getattr(case, name)) for case in drawn)
+        assert 3 < count < 200, name
+
+
+def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rotation by the next position."""
+    from fastattn.serving import append
+
+    rotated = append.rotated
+    numbers = [n for n in range(60) if caches.draw(1, n)[0].rotary and sum(caches.draw(1, n)[0].lengths)][:3]
+    monkeypatch.setattr(append, "rotated", lambda x, positions, *rest: rotated(x, positions + 1, *rest))
+    assert numbers and all("bits" in (caches.run(1, n) or "") for n in numbers)
