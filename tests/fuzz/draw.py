@@ -217,6 +217,7 @@ def _on_a_gpu(dice: Dice, f: dict[str, Any]) -> Spec:
         spec = replace(spec, seqlen_q=dice.upto(1, max(1, rows // group)), seqlen_k=dice.one((dice.upto(200, 600), dice.upto(1, 3000))),
                        num_heads_k=dice.upto(1, 2), batch=dice.upto(1, 2))
         spec = replace(spec, num_heads=spec.num_heads_k * group)
+        spec = replace(spec, **{name: _broadcast(dice, spec.full) for name in ("bias", "mask") if getattr(spec, name) is not None})
     spec = _numbers(dice, spec, f["dtype"])
     held = "plain" if dice.chance(0.75) else dice.one(memory.KINDS)
     library = dice.one(("torch", "torch", "cupy", "dlpack", "interface") if spec.call != "parts" else ("torch", "cupy"))

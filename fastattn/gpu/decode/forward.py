@@ -6,7 +6,8 @@
 
 A step prefetches the operands of the next one as soon as their registers are free: K after S, V after O. So memory is never idle. The
 results of the warps are summed in shared memory, those of the splits by the last block that finishes (combine.py). With more than 16 rows
-several warps load the same keys at about the same time: they come from memory once, and then from the caches.
+several warps load the same keys at about the same time: they come from memory once, and then from the L1 cache. None gets far ahead: the
+first one waits for memory, the others do not.
 
 The other forwards have tiles of 64 rows and more of one query head. What this one wins over them: all multiprocessors load keys, and K
 and V are loaded once for all heads that share them. (Flash-Decoding, Dao et al. 2023.)
@@ -81,6 +82,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         qk, pv = direct.make_products(spec.dtype)
         keep_q, kept_qk = direct.make_kept(spec.dtype)
         qk = kept_qk if KEEP_Q else qk
+    load_rows, load_columns = direct.make_loads(ROW_WARPS == 1)
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
     row_bounds = make_row_bounds(spec)
     row_of, fetch, score = make_row_scores(spec, KEYS)
@@ -100,8 +102,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """A lane's chunks of row r of Q."""
         i, head = query_of(a, head_k, r)
         address = uint64(a.q + uint64(batch * a.q_batch + i * a.q_row + head * a.q_head) + uint64(16 * chunk))
-        return direct.load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
-                                int32(0))
+        return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
     def place_of(a, block):
@@ -187,13 +188,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
 
     @inline
     def load_k(a, base, key, last, chunk, table):
-        return direct.load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
-                                pages_of(a, table, a.k_batch))
+        return load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
+                         pages_of(a, table, a.k_batch))
 
     @inline
     def load_v(a, base, key, last, chunk, table):
-        return direct.load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V,
-                                   pages_of(a, table, a.v_batch))
+        return load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V,
+                            pages_of(a, table, a.v_batch))
 
     @inline
     def score_row(a, place, r):

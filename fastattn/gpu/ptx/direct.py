@@ -26,9 +26,10 @@ from .mma import multiply
 Q_STEP = 512                # bytes of a warp's registers of Q for an MMA in shared memory: 16 a lane
 
 
-def _load(builder: Any, address: Any, offset: int, inside: Any = None) -> list[Any]:
-    """Four words at a 16-byte aligned address, zeros without an access if `inside` is false. They are read once and bypass the L1 cache."""
-    load, result = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];", ir.LiteralStructType([I32] * 4)
+def _load(builder: Any, once: bool, address: Any, offset: int, inside: Any = None) -> list[Any]:
+    """Four words at a 16-byte aligned address, zeros without an access if `inside` is false. once: they bypass the L1 cache."""
+    hint, result = ".L1::no_allocate" * once, ir.LiteralStructType([I32] * 4)
+    load = f"ld.global.nc{hint}.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
     if inside is None:
         value = emit(builder, result, load, "=r,=r,=r,=r,l", [address])
     else:
@@ -78,7 +79,7 @@ def _paged_row(builder: Any, base: Any, by_row: Any, row: Any, last: Any, pages:
     return builder.add(base, builder.mul(builder.zext(within, I64), by_row))
 
 
-def _make_load(rows_of: Callable[[int], list[int]], lanes: int) -> Any:
+def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> Any:
     """load(base, by_row, row, last, count, chunks, left, whole, pages): of rows row + n for n in rows_of(count) `chunks` chunks each, every
     `lanes`-th one.
 
@@ -101,7 +102,7 @@ def _make_load(rows_of: Callable[[int], list[int]], lanes: int) -> Any:
                     at = _row(builder, base, by_row, own, last)
                 for j in range(wide):
                     inside = None if j < sure else builder.icmp_signed("<", I32(lanes * j), left)
-                    words += _load(builder, at, 16 * lanes * j, inside)
+                    words += _load(builder, once, at, 16 * lanes * j, inside)
             return pack(builder, words)
         result = types.UniTuple(types.int32, 4 * len(rows_of(n)) * wide)
         kinds = types.uint64, types.int64, types.int32, types.int32, count, chunks, types.int32, whole, pages
@@ -114,10 +115,13 @@ def keys_of(count: int) -> list[int]:
     return [0, 1] if count == 8 else [16 * u + k for u in range(count // 16) for k in (0, 1, 8, 9)]
 
 
-# a lane's part of `count` rows of Q or K, a multiple of 8: `row` is the first row plus g, `base` that of chunk c
-load_rows = _make_load(lambda count: list(range(0, count, 8)), 4)
-# of `count` rows of V, 8 or a multiple of 16: `row` is the first row plus 2 c, `base` that of chunk g
-load_columns = _make_load(keys_of, 8)
+def make_loads(once: bool) -> tuple[Any, Any]:
+    """(load_rows, load_columns): see _make_load. once: no other warp of the block loads the same.
+
+    load_rows: a lane's part of `count` rows of Q or K, a multiple of 8: `row` is the first row plus g, `base` that of chunk c
+    load_columns: of `count` rows of V, 8 or a multiple of 16: `row` is the first row plus 2 c, `base` that of chunk g
+    """
+    return _make_load(lambda count: list(range(0, count, 8)), 4, once), _make_load(keys_of, 8, once)
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ def products(dtype: str, KEYS: int) -> Callable[[], Any]:
     CHUNK, COUNT = (4, KEYS // 2) if FLOAT else (8, KEYS // 2)
     CHUNKS, CHUNKS_V, ROW = 32 // CHUNK, 16 // CHUNK, DIM * (4 if FLOAT else 2)
     WHOLE, WHOLE_V = DIM // (4 * CHUNK), DIM // (8 * CHUNK)
+    load_rows, load_columns = direct.make_loads(KEYS == 16)
     if FLOAT:
         keep_q, kept_qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
     else:
@@ -38,11 +39,11 @@ def products(dtype: str, KEYS: int) -> Callable[[], Any]:
             g, c, last = int32(lane >> 2), int32(lane & 3), int32(a.n - 1)
             base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
             chunk, left, left_v = uint64(16 * c), int32(DIM // CHUNK - c), int32(DIM // CHUNK - g)
-            q0 = direct.load_rows(uint64(a.src + chunk), int64(ROW), g, int32(15), 8, CHUNKS, left, WHOLE, int32(0))
-            q1 = direct.load_rows(uint64(a.src + chunk), int64(ROW), int32(g + 8), int32(15), 8, CHUNKS, left, WHOLE, int32(0))
-            k = direct.load_rows(uint64(a.other + chunk), int64(ROW), g, last, KEYS, CHUNKS, left, WHOLE, int32(0))
-            v = direct.load_columns(uint64(a.other + uint64(KEYS * ROW + 16 * g)), int64(ROW), int32(2 * c), last, KEYS, CHUNKS_V, left_v,
-                                    WHOLE_V, int32(0))
+            q0 = load_rows(uint64(a.src + chunk), int64(ROW), g, int32(15), 8, CHUNKS, left, WHOLE, int32(0))
+            q1 = load_rows(uint64(a.src + chunk), int64(ROW), int32(g + 8), int32(15), 8, CHUNKS, left, WHOLE, int32(0))
+            k = load_rows(uint64(a.other + chunk), int64(ROW), g, last, KEYS, CHUNKS, left, WHOLE, int32(0))
+            v = load_columns(uint64(a.other + uint64(KEYS * ROW + 16 * g)), int64(ROW), int32(2 * c), last, KEYS, CHUNKS_V, left_v,
+                             WHOLE_V, int32(0))
             keep_q(int32(base + 16 * lane), q0, q1)
             acc_s = kept_qk(f.zeros(COUNT), int32(base + 16 * lane), k)
             save_at(a.dst, 0, acc_s, COUNT)
@@ -84,11 +85,11 @@ def check_products(dtype: str, KEYS: int) -> Callable[[Any], None]:
 
 
 for KEYS in (8, 16):
-    depth = f"m16n8k{KEYS}"
+    depth, hint = f"m16n8k{KEYS}", ".L1::no_allocate" * (KEYS == 16)
     for dtype in HALVES:
-        add("direct.load_rows direct.load_columns direct.keys_of direct.make_products direct.make_kept direct.make_store_output "
+        add("direct.make_loads direct.keys_of direct.make_products direct.make_kept direct.make_store_output "
             "direct.store_operand direct.load_operand mma.multiply",
-            f"ld.global.nc.L1::no_allocate.v4.b32; prmt.b32; mma.sync.aligned.{depth}.row.col.f32.{KIND[dtype]}; st.shared.v4.b32",
+            f"ld.global.nc{hint}.v4.b32; prmt.b32; mma.sync.aligned.{depth}.row.col.f32.{KIND[dtype]}; st.shared.v4.b32",
             products(dtype, KEYS), check_products(dtype, KEYS), name=f"direct.make_products {dtype} {KEYS}", shared=16 * PITCH + 16)
     add("direct_parts.keep_q direct_parts.qk direct_parts.pv", f"mma.sync.aligned.{depth}.row.col.f32.bf16.bf16; ld.shared.v4.b32",
         products("float32", KEYS), check_products("float32", KEYS), name=f"direct_parts {KEYS}", shared=32 * 512 * 3 // 2 + 16)
