@@ -74,15 +74,16 @@ def _few_float(p: Problem) -> bool:
 def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     """Each of `families` with the reason why it does not run the call, or with None."""
     tiles = most_tiles(call, 64)
-    never = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
-    if call.problem.cache is not None:
-        never = "its kernels do not take key and value caches yet; attention_varlen takes the keys of each request, gathered and packed"
-    few_float = "simt" in families and _few_float(call.problem)
+    too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
+    cached = call.problem.cache is not None
+    few_float = not cached and "simt" in families and _few_float(call.problem)
     for which in families:
-        if few_float and which != "simt":
+        if cached and which != "sm80":
+            yield which, "caches are run by the kernels of sm80"
+        elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            yield which, never or _FAMILIES[which].refuses(call, d)
+            yield which, too_many or _FAMILIES[which].refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
@@ -143,7 +144,7 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
     Problem's.
     """
     p, launcher = call.problem, on_device(call.operands.q.device[1])
-    if not call.operands.plain:
+    if not call.operands.plain or call.problem.cache is not None:
         with current(launcher.device):
             _launch(call, launcher, families, stream)
         return

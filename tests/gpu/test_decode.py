@@ -19,14 +19,15 @@ from fastattn.arrays import convert
 from fastattn.arrays.view import View
 from fastattn.gpu.decode import launch as launch_decode
 from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division
-from fastattn.gpu.precompile import Want, absent_device, sources
+from fastattn.gpu.precompile import HERE, Want, absent_device, sources
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
 from fastattn.gpu.runtime.device import current
 from fastattn.gpu.runtime.launcher import on_device
+from tests.tools import caches
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
-from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache
+from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache, interpreted_serving, serving_call
 from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
 from tests.tools.gpu.cases import on_device as to_device
 from tests.tools.problems import Case
@@ -40,7 +41,8 @@ def kernels_of(case: Case, family: str, arch: str) -> list[str]:
                                               ("any", "sm_89")])
 def test_what_runs_the_cases(family: str, arch: str) -> None:
     for case in DECODE:
-        assert kernels_of(for_family(case, family), family, arch) == ["forward_decode"], case.name
+        wanted = ["forward_decode", *(["pack_mask"] if case.mask else [])]
+        assert kernels_of(for_family(case, family), family, arch) == wanted, case.name
 
 
 # the numbers of kernels that run from their PTX here; a device runs all cases
@@ -103,6 +105,40 @@ def test_one_split_has_the_same_bits_in_any_batch() -> None:
     assert (out[::2].view(np.uint16) == shorter[0][::2].view(np.uint16)).all()
 
 
+# ---------------------------------------------------------------- attention_with_kvcache
+SERVED = [caches.Case(f"decode_{n}", append=False, **settings) for n, settings in enumerate([  # type: ignore[arg-type]
+    {"dtype": "bfloat16", "head_dim": 64, "rows": 3, "keys": (300, 0, 41), "shared": 1}, {"dtype": "float32", "page_size": None},
+    {"dtype": "float16", "page_size": None, "batch_idx": True, "rows": 2, "head_dim": 128, "keys": (700, 33)},
+    {"dtype": "bfloat16", "page_size": 5, "alibi": "batch", "sinks": True, "layout": "bhsd", "rows": 9, "num_heads": 8,
+     "options": {"window": (60, None), "softcap": 9.0, "num_splits": 1}}])]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_attention_with_kvcache(case: caches.Case) -> None:
+    made = case.make()
+    made.judge(*interpreted_serving(made))
+
+
+def test_caches_that_no_kernel_takes() -> None:
+    for changes, reason in (({"append": True}, "no kernel appends"), ({"rows": 40}, "80 query rows"), ({"dtype": "float64"}, "float64")):
+        made = replace(SERVED[0], **changes).make()  # type: ignore[arg-type]
+        call = serving_call(made, lambda x: replace(convert.view(x, "test", "x"), device=HERE))
+        if changes.get("append"):
+            call = gpu.Call(replace(call.problem, cache=replace(call.problem.cache, append=True)), call.operands, call.out, call.lse)
+        with pytest.raises(fastattn.UnsupportedError, match=reason):
+            gpu.choose(call, absent_device("sm_90a"))
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_attention_with_kvcache_on_a_device(case: caches.Case) -> None:
+    made = case.make()
+    options = {name: to_device(x) if isinstance(x, np.ndarray) else x for name, x in made.options.items()}
+    arrays = [None if x is None else to_device(x) for x in made.arrays]
+    made.judge(*(to_host(x) for x in fastattn.attention_with_kvcache(*arrays, **options, return_lse=True)))
+
+
 @requires_gpu
 @pytest.mark.gpu
 @CACHES
@@ -129,11 +165,11 @@ def test_page_division(size: int) -> None:
 
 def test_what_has_no_kernel_for_caches() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"seqlen_q": 17}, "68 query rows"), ({"head_dim": 264}, "head_dim is 264"), ({"mask": True}, "a mask"),
+        ({"seqlen_q": 17}, "68 query rows"), ({"head_dim": 264}, "head_dim is 264"), ({"seqlen_k": 0}, "room for 0 keys"),
         ({"dtype": "float32", "head_dim": 132}, "over 128"), ({"packed": True}, "packed"), ({"head_dim": 100}, "16 bytes")]
     for changes, reason in refused:
         call, spec = Want(**{"seqlen_q": 4, "seqlen_k": 100, "num_heads_k": 4, **changes}).call()
-        assert reason in str(launch_decode.takes_cache(call, spec))
+        assert reason in str(launch_decode.refuses_cache(call, spec))
 
 
 @pytest.mark.parametrize(("arch", "dtype", "dim", "rows", "paged"), [

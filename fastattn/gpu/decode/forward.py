@@ -29,7 +29,7 @@ from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine
-from .config import MASK_COLUMNS, MOST_SPLITS, ROWS, DecodeConfig
+from .config import MOST_SPLITS, ROWS, DecodeConfig
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
 
 
@@ -124,7 +124,6 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
         diagonal = diagonal_of(a, a.seqlen_q, seqlen_k)
         lo, hi = row_bounds(a, int32(0), diagonal, seqlen_k)[0], row_bounds(a, int32(a.seqlen_q - 1), diagonal, seqlen_k)[1]
-        lo = int32(lo & -MASK_COLUMNS)
         steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
         each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
         first = int32(lo + split * each * STEP)

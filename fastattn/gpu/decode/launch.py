@@ -13,8 +13,9 @@ from ..rows.mask_words import mask_words
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
+from ..runtime.packed import MOST_BLOCKS
 from ..runtime.workspace import MOST_ARRIVALS
-from ..spec import FAR_TOPS, MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, whole_chunks
+from ..spec import FAR_TOPS, MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, make_spec, whole_chunks
 from .config import (
     FEW_KEYS,
     LEAST_WIDTH,
@@ -55,21 +56,30 @@ class KeyCache(NamedTuple):
     num_splits: int | None = None
 
 
-def takes_cache(call: Call, spec: Spec) -> str | None:
+def refuses_cache(call: Call, spec: Spec) -> str | None:
     """None, or why this kernel does not run a call whose k and v are a KeyCache."""
     p, o = call.problem, call.operands
     rows, dim, most = p.seqlen_q * p.group, max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_DIM
-    if spec.dtype not in FAR_TOPS:
-        return f"it has no {spec.dtype} products"
-    if p.total_q is not None:
+    if p.packed:
         return "queries are packed"
     if rows > MOST_ROWS:
         return f"a key head has {rows} query rows, over {MOST_ROWS}"
     if dim > most:
         return f"head_dim is {dim}, over {most}"
-    if spec.mask or spec.bias is not None or spec.dropout:
-        return "a mask, a bias or dropout is not for caches"
+    if 0 in o.k.shape or p.seqlen_k > MOST_BLOCKS:
+        return f"a request has room for {p.seqlen_k} keys in {o.k.shape[0]} pages"
     return None if all(whole_chunks(x) for x in (o.q, o.k, o.v)) else "rows are not whole, aligned pieces of 16 bytes"
+
+
+def refuses_caches(call: Call) -> str | None:
+    """None, or why no kernel runs this call of attention_with_kvcache."""
+    p, extra = call.problem, call.operands.cache
+    assert p.cache is not None and extra is not None
+    if p.cache.append:
+        return "no kernel appends keys and values yet: write them into the cache before the call, and count them in cache_seqlens"
+    if p.dtype not in FAR_TOPS or {call.operands.q.dtype, p.cache.dtype} != {p.dtype}:
+        return f"it has no products of {call.operands.q.dtype} and {p.cache.dtype}"
+    return refuses_cache(call, make_spec(p, call.operands, False))
 
 
 def accepts(call: Call, spec: Spec, d: Device) -> bool:
@@ -106,12 +116,12 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
 
 
 def _range(p: Problem) -> tuple[int, int]:
-    """The keys that any row attends, from a multiple of MASK_COLUMNS on; one key if there are none."""
+    """The keys that any row attends, with a mask from a multiple of MASK_COLUMNS on; one key if there are none."""
     limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
     if first >= end:
         return 0, 1
-    return first - first % MASK_COLUMNS, end
+    return first - first % (MASK_COLUMNS if p.score.mask else 1), end
 
 
 def _cache_values(call: Call, cache: KeyCache) -> tuple[int, ...]:
@@ -165,3 +175,14 @@ def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None)
     if key_heads > MOST_ARRIVALS:
         return 1
     return min(MOST_SPLITS, max(splits, -(-seqlen_k // MOST_SPLIT_KEYS)) if asked is None else max(asked, 1))
+
+
+def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
+    """`prepare` for a call of attention_with_kvcache."""
+    def table(call: Call) -> View:
+        assert call.operands.cache is not None
+        return call.operands.cache.block_table
+    p = call.problem
+    assert p.cache is not None
+    contiguous = table(call).device != call.operands.k.device       # the host made its table: request b has row b
+    return prepare(call, spec, launcher, KeyCache(0, None if contiguous else table, p.cache.num_splits))

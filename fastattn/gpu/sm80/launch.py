@@ -27,6 +27,8 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     """None, or why this family does not run the call."""
     if arch_of(d.arch).number < 80:
         return f"it needs sm_80, this is {d.arch}"
+    if isinstance(call, Call) and call.problem.cache is not None:
+        return decode.refuses_caches(call)
     if (reason := unfit(call.problem, MOST_DIM)) is not None:
         return reason
     if isinstance(call, BackwardCall):
@@ -73,6 +75,8 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
     the table of a packed problem."""
+    if call.problem.cache is not None:
+        return decode.prepare_caches(call, spec, launcher)
     if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
     o = call.operands

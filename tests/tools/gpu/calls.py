@@ -13,7 +13,10 @@ from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
 from fastattn.gpu.decode import launch as decode
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
+from fastattn.options import read_options
 from fastattn.problem import Operands, Problem, make_problem
+from fastattn.serving.problem import Given, problem_with_cache
+from tests.tools import caches
 from tests.tools.gpu import interpreter
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.problems import Case, Inputs
@@ -108,7 +111,7 @@ class CacheCall(NamedTuple):
     v: Any
 
     def launch(self, launcher: Any, stream: int = 0) -> None:
-        assert decode.takes_cache(self.call, self.spec) is None
+        assert decode.refuses_cache(self.call, self.spec) is None
         decode.prepare(self.call, self.spec, launcher, self.cache)(self.call, stream)
 
     @property
@@ -161,3 +164,32 @@ def interpreted_cache(case: Case, lengths: list[int], **settings: Any) -> tuple[
     call = made.call
     assert call.lse is not None
     return memory.read(call.out, case.make().args[0].dtype), memory.read(call.lse, np.float32), made.k, made.v
+
+
+def serving_call(made: caches.Call, placed: Callable[[Any], Any]) -> Call:
+    """A call of attention_with_kvcache on a device. placed(array): the View of a copy there."""
+    options = dict(made.options)
+    small = {name: placed(options.pop(name)) for name in ("cache_seqlens", "block_table", "cache_batch_idx", "alibi_slopes", "sinks")
+             if name in options}
+    q, k_cache, v_cache, *_ = made.arrays
+    layout = options.pop("layout", "bshd")
+    given = Given(placed(q.swapaxes(1, 2) if layout == "bhsd" else q), placed(k_cache), placed(v_cache), None, None,
+                  **{name: small.get(name) for name in ("cache_seqlens", "block_table", "cache_batch_idx", "alibi_slopes", "sinks")},
+                  cu_seqlens_q=None, rotary_cos=None, rotary_sin=None)
+    splits = options.pop("num_splits", None)
+    read = read_options("test", options.pop("causal", True), options.pop("window", None), options.pop("softmax_scale", None),
+                        options.pop("softcap", None), 0.0, None, 0)
+    assert not options
+    problem, o = problem_with_cache("test", given, read, False, splits)
+    out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))
+    return Call(problem, o, out, lse)
+
+
+def interpreted_serving(made: caches.Call) -> tuple[Any, Any]:
+    """(out, lse) of a call of attention_with_kvcache, run from the kernel's PTX."""
+    memory = interpreter.Memory()
+    call, launcher = serving_call(made, lambda x: memory.place(x, convert.view(x, "test", "x"))), interpreter.Launcher(memory)
+    gpu._launch(call, launcher, gpu.FAMILIES, 0)
+    assert call.lse is not None and [key.split()[0] for key in launcher.launched] == ["forward_decode"]
+    out = memory.read(call.out, made.arrays[0].dtype)
+    return out.swapaxes(1, 2) if made.case.layout == "bhsd" else out, memory.read(call.lse, np.float32)
