@@ -85,5 +85,5 @@ def make_kept_queries(spec: Spec, BLOCK_N: int, NARROWER: int = 1, ONE_HEAD: boo
             for head in range(int32(head_k * a.group), int32(head_k * a.group + heads)):
                 first_kept, end_kept, _ = needed(a, batch, int32(head), first, seqlen_k)
                 lo, hi = int32(min(lo, first_kept)), int32(max(hi, end_kept))
-        return int32(max(m_min, lo >> BITS)), int32(min(m_max, (hi + NARROWER - 1) >> BITS))
+        return int32(max(m_min, int32(lo >> BITS))), int32(min(m_max, int32((hi + NARROWER - 1) >> BITS)))
     return kept_queries
