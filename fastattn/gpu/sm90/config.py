@@ -189,7 +189,8 @@ def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
         # with turns 94 TFLOP/s instead of 97. A mask: in the producer 52 bytes would spill, with 64 keys 4 more
         return ForwardSm90Config(block_m=128, block_n=48 if spec.mask else 64, stages=1, out_panels=0, optimistic=False, overlap=False,
                                  wide_producer=spec.mask)
-    features = num_features(spec) - (spec.alibi is not None)        # ALiBi takes no registers; with 64 keys two features spill 72 bytes
+    # ALiBi takes no registers but for packed windows, where 24 bytes would spill; with 64 keys two features spill 72 bytes
+    features = num_features(spec) - (spec.alibi is not None and not (spec.packed and spec.left))
     return ForwardSm90Config(block_m=128, block_n=(96, 64, 48)[min(features, 2)], out_panels=0, turns=True, optimistic=False,
                              overlap=features < 2)
 

@@ -95,6 +95,7 @@ def _float() -> Iterator[Job]:
         yield job("sm90", "sm_90a", dim, "mask", backward=True, mask=True)
         yield job("sm90", "sm_90a", dim, "softcap_dropout_packed", backward=True, softcap=True, dropout=True, packed=True, window=(100, 50))
         yield job("sm90", "sm_90a", dim, "mask_packed", mask=True, packed=True, window=(100, 50))
+    yield job("sm90", "sm_90a", 64, "alibi_packed", alibi="float32", packed=True, window=(100, 50))
     yield job("sm90", "sm_90a", 64, "everything_packed", **several)
     yield job("sm80", "sm_89", 128, "causal", causal=True)
     yield job("sm80", "sm_120", 64, "causal", backward=True, causal=True)
