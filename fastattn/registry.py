@@ -137,9 +137,9 @@ def register_engine(name: str, forward: Callable[..., None], backward: Callable[
     that one current first: ``torch.cuda.ExternalStream(stream)``; 1 is the legacy default stream. The device,
     ``operands.q.device``, need not be current. Free the engine's own memory in the order of that stream.
 
-    An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it writes
-    anything; the next engine is tried. An engine that calls fastattn passes an `engine=`, so that it does not call
-    itself.
+    An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it
+    writes anything; the next engine is tried. Calls of `attention_with_kvcache` go to the built-in engines only. An
+    engine that calls fastattn passes an `engine=`, so that it does not call itself.
 
     Examples
     --------

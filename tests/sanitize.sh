@@ -28,7 +28,7 @@ status=0
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
   FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider \
-    tests/test_engines.py tests/test_errors.py tests/cpu/test_engine.py tests/cpu/test_limits.py tests/cpu/test_written.py tests/fuzz tests/compat/test_multi_head.py \
+    tests/test_engines.py tests/test_errors.py tests/cpu/test_engine.py tests/cpu/test_limits.py tests/cpu/test_written.py tests/fuzz tests/serving tests/compat/test_multi_head.py \
     -k "not reference_agrees and not test_reference" || status=1
 done
 exit $status

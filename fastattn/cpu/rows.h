@@ -87,6 +87,10 @@ static void name(pack_rows)(void *to, long ld, const char *src, long row, const 
                             const uint8_t *attended) {
   REAL *dst = (REAL *)to;
   for (long i = 0; i < padded; i++, dst += ld) {
+    if (dtype >= DT_E4M3) { /* caches, one head of them: rows are too far apart for the processor's own prefetch */
+      const char *ahead = row_at(src, row, places, i + AHEAD(row));
+      for (long byte = 0; byte < n_dim; byte += 64) __builtin_prefetch(ahead + byte);
+    }
     if (i < first || i >= last || (attended && !attended[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
     else name(load_row)(dst, ld, row_at(src, row, places, i), dim, dtype, n_dim);
   }
@@ -152,7 +156,7 @@ static void name(pack_columns)(void *to, const char *src, long row, const long *
       int inside = !attended && !places && j >= first && j + VL <= last;
       for (long d = 0; d < n_dim; d += VL) {
         long w = n_dim - d < VL ? n_dim - d : VL;
-        const char *s = src + j * row + d * dim; /* unless in pages */
+        const char *s = src + j * row + d * dim; /* where a block of whole vectors begins */
         if (inside && w == VL && dtype == DT_REAL && dim == (long)sizeof(REAL) && row % (long)sizeof(REAL) == 0) {
           name(transpose)((const REAL *)(const void *)s, row / (long)sizeof(REAL), dst + d * CB, CB);
           continue;
