@@ -87,6 +87,7 @@ ALWAYS_INLINE void pairs_columns(const int PARTS, bf16 *dst, const char *src, lo
     for (long d = 0; d < ld; d += 32) {
       long w = n_dim - d < 32 ? n_dim - d : 32, rest = first > j || last < j + 16;
       for (long i = 0; i < 16; i++) {
+        if (d == 0) prefetch_key(src, row, places, dtype, j + i, n_dim);
         if ((rest && (j + i < first || j + i >= last)) || (attended && !attended[j + i])) {
           for (int p = 0; p < PARTS; p++) memset(tile[p][i], 0, 64);
         } else {
@@ -104,6 +105,7 @@ ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char 
   for (long j = 0; j < (last + 31) / 32 * 32; j += 2) {
     for (long i = 0; i < 2; i++) {
       long key = j + i;
+      prefetch_key(src, row, places, dtype, key, n_dim);
       if (key >= first && key < last && (!attended || attended[key])) {
         bf16_row(PARTS, rows[i][0], MAX_LD, ld, row_at(src, row, places, key), dim, dtype, n_dim);
       } else {

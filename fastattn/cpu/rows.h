@@ -87,10 +87,7 @@ static void name(pack_rows)(void *to, long ld, const char *src, long row, const 
                             const uint8_t *attended) {
   REAL *dst = (REAL *)to;
   for (long i = 0; i < padded; i++, dst += ld) {
-    if (dtype >= DT_E4M3) { /* caches, one head of them: rows are too far apart for the processor's own prefetch */
-      const char *ahead = row_at(src, row, places, i + AHEAD(row));
-      for (long byte = 0; byte < n_dim; byte += 64) __builtin_prefetch(ahead + byte);
-    }
+    prefetch_key(src, row, places, dtype, i, n_dim);
     if (i < first || i >= last || (attended && !attended[i])) memset(dst, 0, (size_t)(ld * (long)sizeof(REAL)));
     else name(load_row)(dst, ld, row_at(src, row, places, i), dim, dtype, n_dim);
   }

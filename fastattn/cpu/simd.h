@@ -146,3 +146,10 @@ static long ahead_of(long row) { return AHEAD(row) + 4; }
 /* Row i of a tile of keys: rows are `row` bytes apart, or, in pages, `places` has each one's distance from src. */
 ALWAYS_INLINE const char *row_at(const char *src, long row, const long *places, long i) { return src + (places ? places[i] : i * row); }
 ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : dtype >= DT_E4M3 ? 1 : 2; }
+/* Before row i of a tile of keys is packed: prefetch a row AHEAD of it, where rows are in pages or 8-bit. One head of a row is read at a
+ * time, and the processor's own prefetch does not follow. */
+ALWAYS_INLINE void prefetch_key(const char *src, long row, const long *places, int dtype, long i, long n) {
+  if (!places && dtype < DT_E4M3) return;
+  const char *ahead = row_at(src, row, places, i + AHEAD(row));
+  for (long byte = 0; byte < n * element_size(dtype); byte += 64) __builtin_prefetch(ahead + byte);
+}
