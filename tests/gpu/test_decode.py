@@ -28,7 +28,7 @@ from tests.tools import caches
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
 from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache, interpreted_serving, serving_call
-from tests.tools.gpu.cases import DECODE, device_arguments, for_family, sources_of, to_host
+from tests.tools.gpu.cases import DECODE, device_arguments, for_family, must_take, sources_of, to_host
 from tests.tools.gpu.cases import on_device as to_device
 from tests.tools.problems import Case
 
@@ -41,8 +41,9 @@ def kernels_of(case: Case, family: str, arch: str) -> list[str]:
                                               ("any", "sm_89")])
 def test_what_runs_the_cases(family: str, arch: str) -> None:
     for case in DECODE:
-        wanted = ["forward_decode", *(["pack_mask"] if case.mask else [])]
-        assert kernels_of(for_family(case, family), family, arch) == wanted, case.name
+        found = kernels_of(for_family(case, family), family, arch)
+        if found or must_take(for_family(case, family), family):        # sm90 leaves some float32 ones to sm80
+            assert found == ["forward_decode", *(["pack_mask"] if case.mask else [])], case.name
 
 
 # the numbers of kernels that run from their PTX here; a device runs all cases
