@@ -3,7 +3,7 @@
 This file chooses the instruction set and divides Problems into tasks. FASTATTN_ISA forces one that `levels.py` lists.
 
 Reading order: plan.py (how a problem is divided), forward.pxi (the loop), backward.pxi, kernels.h (what is done with a
-tile), real.h and rows.h (the micro-kernels).
+tile), real.h, rows.h and rows_backward.h (the micro-kernels).
 """
 from __future__ import annotations
 

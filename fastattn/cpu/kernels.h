@@ -5,10 +5,12 @@
 #define REAL_BITS 32
 #include "real.h"
 #include "rows.h"
+#include "rows_backward.h"
 #include "undefine.h"
 #define REAL_BITS 64
 #include "real.h"
 #include "rows.h"
+#include "rows_backward.h"
 #include "undefine.h"
 #include "dropout.h"
 #include "pairs.h"

@@ -1,4 +1,4 @@
-/* Ends one inclusion of real.h and rows.h. */
+/* Ends one inclusion of real.h, rows.h and rows_backward.h. */
 #undef CAT_
 #undef CAT
 #undef REAL

@@ -9,10 +9,9 @@ Threads run a basic block at a time, those that are farthest behind first, so th
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ from fastattn.arrays.view import View
 from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
+from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
 Array = np.ndarray[Any, Any]
 BASE, ROOM, GAP = 1 << 40, 1 << 28, 4096        # addresses begin at BASE; arrays are GAP bytes apart
@@ -82,79 +82,6 @@ class Shared:
         assert not (at % size).any(), f"misaligned access of {size} bytes to shared memory"
         assert ((at >= 0) & (at + size <= self.limit)).all(), f"shared memory has {self.limit} bytes"
         return (blocks * self.size + at) // size
-
-
-# ---------------------------------------------------------------- the text
-@dataclass(slots=True)
-class Instruction:
-    op: str
-    operands: list[Any]             # register names, numbers, lists of them, ("[]", register, offset)
-    guard: str = ""                 # name of a predicate
-    inverted: bool = False
-
-
-@dataclass(slots=True)
-class Body:
-    """A kernel: basic blocks, and the index of each label's."""
-
-    blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
-    labels: dict[str, int] = field(default_factory=dict)
-    params: list[str] = field(default_factory=list)
-    shared: dict[str, int] = field(default_factory=dict)        # arrays of a fixed size in shared memory, their bytes
-
-
-def _operand(text: str) -> Any:
-    text = text.strip()
-    if text.startswith("{"):
-        return [_operand(x) for x in text[1:-1].split(",")]
-    if text.startswith("["):
-        base, _, offset = text[1:-1].partition("+")
-        return ("[]", base.strip(), int(offset or 0))
-    if re.fullmatch(r"0f[0-9A-Fa-f]{8}", text):
-        return np.uint32(int(text[2:], 16)).view(np.float32)
-    if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
-        return int(text.rstrip("U"), 0)
-    return text
-
-
-def _split(text: str) -> list[str]:
-    return [x for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", text) if x.strip()]
-
-
-@functools.lru_cache(maxsize=64)
-def parse(ptx: str) -> Body:
-    """The Body of the one kernel in a module."""
-    body = Body()
-    head, _, text = ptx.partition(".visible .entry")[2].partition("\n{\n")
-    body.params = re.findall(r"\.param \.\w+ (\w+)", head)
-    for line in text.splitlines():
-        line = line.partition("//")[0].strip()
-        array = re.match(r"\.shared .* (\w+)\[(\d+)\]", line)
-        if array:
-            body.shared[array[1]] = int(array[2])
-        if array or not line or line == "}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
-            continue
-        if line.endswith(":"):
-            body.labels[line[:-1]] = len(body.blocks)
-            body.blocks.append([])
-            continue
-        if re.match(r"\{\s", line):
-            line = line[1:].rstrip().removesuffix("}")
-        for statement in line.split(";"):
-            statement = statement.strip()
-            if not statement or statement.startswith(".reg"):
-                continue
-            guard = re.match(r"@(!?)(\S+)\s+(.*)", statement)
-            inverted, name, rest = (guard[1] == "!", guard[2], guard[3]) if guard else (False, "", statement)
-            op, _, operands = rest.partition(" ") if " " in rest else rest.partition("\t")
-            op, operands = op.strip(), operands.strip()
-            if "\t" in op:
-                op, _, more = op.partition("\t")
-                operands = more + operands
-            body.blocks[-1].append(Instruction(op, [_operand(x) for x in _split(operands)], name, inverted))
-            if op.startswith(("bra", "bar.sync", "ret", "exit")):
-                body.blocks.append([])
-    return body
 
 
 # ---------------------------------------------------------------- numbers
