@@ -50,10 +50,10 @@ from .api import (
 from .errors import UnsupportedError
 from .explanation import explain
 from .problem import Grads
+from .quantize import quantize_fp8
 from .registry import engines, register_engine, use_engine
 from .report import show_config
 from .serving.api import attention_with_kvcache
-from .serving.quantize import quantize_fp8
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:

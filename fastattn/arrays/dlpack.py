@@ -1,5 +1,5 @@
 """DLPack capsules: reading any, making our own; and the address of an ndarray. NumPy's own reader knows neither
-bfloat16 nor devices.
+bfloat16, 8-bit floats nor devices.
 
 Sources: the DLPack C header (dmlc/dlpack, versions 0.x and 1.x); NumPy's manual, "The array interface protocol".
 """

@@ -19,9 +19,9 @@ from ..errors import message
 from ..signature import UNCOMPILED
 from . import streams, words
 from .device_array import DeviceArray
-from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, takes_float8, wrong_dtype
+from .protocols import DLPACK, INTERFACE, cannot, dtype_name, empty_device_array, requires_grad, wrong_dtype
 from .streams import LEGACY, PER_THREAD, Home, Stream
-from .view import CPU, FLOAT8, HOST, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
+from .view import CPU, EIGHT_BIT, HOST, ITEMSIZE, Library, Output, Quick, Shape, View, contiguous, numpy_dtype
 
 
 def find(x: Any) -> Library | None:
@@ -66,7 +66,7 @@ def _torch(torch: Any) -> Library:
             _stand_in(x, call, argument, stream)
             raise requires_grad(call, argument)
         known = names.get(x.dtype)
-        if known is None or (known[1] == 1 and known[0] in FLOAT8 and not takes_float8(known[0], call, argument)):
+        if known is None:
             raise wrong_dtype(str(x.dtype).removeprefix("torch."), call, argument, x)
         name, size = known
         on_device = x.is_cuda
@@ -186,6 +186,8 @@ def _cupy(cupy: Any) -> Library:
         return Home(number, current(number), mark)
 
     def empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
+        if dtype in EIGHT_BIT:                              # CuPy has none
+            return empty_device_array(x, shape, dtype, stream)
         with contextlib.ExitStack() as inside:
             if cupy.cuda.runtime.getDevice() != stream.device:
                 inside.enter_context(cupy.cuda.Device(stream.device))
@@ -213,10 +215,12 @@ def _cupy(cupy: Any) -> Library:
 
 # ---------------------------------------------------------------- Numba
 def _numba_empty(x: Any, shape: Shape, dtype: str, stream: Stream) -> Output:
-    """A Numba device array bound to our stream, so that `copy_to_host` waits for our work.
+    """A Numba device array bound to our stream, so that `copy_to_host` waits for our work. A DeviceArray of 8-bit floats.
 
     In a graph capture pass out=: Numba's allocator cannot be captured.
     """
+    if dtype in EIGHT_BIT:
+        return empty_device_array(x, shape, dtype, stream)
     cuda = sys.modules["numba.cuda"]
     with cuda.gpus[stream.device]:
         if stream.handle == LEGACY:

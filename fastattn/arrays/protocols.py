@@ -20,15 +20,13 @@ from ..errors import message
 from . import dlpack, streams, words
 from .dlpack import EXPORT_ERRORS
 from .streams import Home, Stream
-from .view import CPU, FLOAT8, FLOATS, ITEMSIZE, LENGTHS, NAMES, Library, Output, Shape, View, contiguous, numpy_dtype
+from .view import CPU, EIGHT_BIT, FLOATS, ITEMSIZE, LENGTHS, NAMES, NO_NUMPY, Library, Output, Shape, View, contiguous, numpy_dtype
 
 # ---------------------------------------------------------------- errors of every reader
 _OF_Q = "q's dtype"
 _TAKES = (dict.fromkeys(("k", "v", "dout", "out"), (_OF_Q,)) | dict.fromkeys(("alibi_slopes", "sinks"), ("float32", "float64", _OF_Q))
           | dict.fromkeys(("lse", "dlse", "lses"), ("float32", "float64 for float64 input"))
           | {"mask": ("bool",), "bias": ("float32", _OF_Q)})
-
-_FLOAT8 = {"attention_with_kvcache": ("q", "k_cache", "v_cache", "k", "v"), "allocate": ("out",)}
 
 
 def _takes(argument: str) -> tuple[str, ...]:
@@ -44,20 +42,15 @@ def wrong_dtype(name: str, call: str, argument: str, x: Any) -> TypeError:
         hint += " if it holds real numbers"
     if hint and argument == "bias":
         hint += f", and a mask of what may be attended goes in mask=, as {words.cast(argument, x, 'bool').removesuffix(' works')}"
-    if name == "float8_e4m3fn" and argument in ("q", "k", "v"):
-        hint = f"fastattn.compat.vllm.triton_attention takes it, with scales{hint and f'; {hint}'}"
+    if name.startswith("float8") and argument in ("q", "k", "v"):
+        hint = f"of 8-bit floats {' and '.join(EIGHT_BIT)} are taken{hint and f'; {hint}'}"
     return TypeError(message(call, argument, f"has dtype {name}", " or ".join(takes), hint))
-
-
-def takes_float8(name: str, call: str, argument: str) -> bool:
-    """Whether `name` is an 8-bit float that this argument takes. "allocate" makes results."""
-    return name in FLOAT8 and argument in _FLOAT8.get(call, ())
 
 
 def dtype_name(dtype: np.dtype[Any], call: str, argument: str, x: Any) -> str:
     """The name of the dtype that an array x has; TypeError for one that no argument takes."""
     name = NAMES.get(dtype)
-    if name is None and (dtype.name == "bfloat16" or takes_float8(dtype.name, call, argument)) and dtype == numpy_dtype(dtype.name):
+    if name is None and dtype.name in NO_NUMPY and dtype == numpy_dtype(dtype.name):
         return dtype.name
     if name is None:
         raise wrong_dtype(dtype.name, call, argument, x)
@@ -128,7 +121,7 @@ def _from_dlpack(x: Any, call: str, argument: str, stream: Stream | None) -> Vie
         d = dlpack.described(capsule)
     except EXPORT_ERRORS as error:
         raise cannot(x, error, call, argument) from error
-    if d.dtype not in ITEMSIZE or (d.dtype in FLOAT8 and not takes_float8(d.dtype, call, argument)):
+    if d.dtype not in ITEMSIZE:
         raise wrong_dtype(d.dtype, call, argument, x)
     device = (kind, index) if kind == "cuda" else CPU
     if dlpack.DEVICES.get(d.device[0]) != kind or (kind == "cuda" and d.device[1] != index):

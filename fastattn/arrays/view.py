@@ -19,22 +19,22 @@ Device = tuple[str, int]
 Shape = tuple[int, ...]
 CPU: Device = ("cpu", 0)
 HOST = -1           # where repeat.py has a stream's handle: work in host memory, on no stream
-FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
-ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8, **dict.fromkeys(FLOAT8, 1)}
-NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name not in ("bfloat16", *FLOAT8)}
+LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}      # the largest finite 8-bit numbers
+EIGHT_BIT = tuple(LARGEST)
+NO_NUMPY = ("bfloat16", *EIGHT_BIT)         # dtypes of ml_dtypes, which NumPy has no type strings for
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8} | dict.fromkeys(EIGHT_BIT, 1)
+NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ITEMSIZE if name not in NO_NUMPY}
 _DTYPES: dict[str, np.dtype[Any]] = {name: dtype for dtype, name in NAMES.items()}
 FLOATS, LENGTHS = ("float32", "float64", "float16", "bfloat16"), ("int32", "int64")
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a dtype name. bfloat16 and 8-bit floats are those of ml_dtypes, which is imported on first use.
-    """
+    """The NumPy dtype of a dtype name. Those of NO_NUMPY are ml_dtypes', which is imported on first use."""
     if name not in _DTYPES:
         import ml_dtypes
 
         _DTYPES[name] = np.dtype(getattr(ml_dtypes, name))
-        if name == "bfloat16":              # few arguments take 8-bit floats: protocols.dtype_name
-            NAMES[_DTYPES[name]] = name
+        NAMES[_DTYPES[name]] = name
     return _DTYPES[name]
 
 
@@ -135,15 +135,15 @@ class View:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        if self.device[0] == "cpu" or self.dtype == "bfloat16":
-            raise AttributeError("host memory and bfloat16 have no __cuda_array_interface__; __dlpack__ is there")
+        if self.device[0] == "cpu" or self.dtype in NO_NUMPY:
+            raise AttributeError(f"host memory and {' and '.join(NO_NUMPY)} have no __cuda_array_interface__; __dlpack__ is there")
         typestr = "|b1" if self.dtype == "bool" else f"<{self.dtype[0]}{self.itemsize}"
         return {"version": 3, "shape": self.shape, "strides": self.strides, "typestr": typestr, "data": (self.ptr, self.readonly),
                 "stream": None}
 
 
 class _Interface:
-    """What NumPy reads a View through: raw bytes of the item's size, because NumPy has no type string for bfloat16.
+    """What NumPy reads a View through: raw bytes of the item's size, because NumPy has no type string for NO_NUMPY.
 
     The array of a CUDA view is for address arithmetic only; its memory is not the host's.
     """

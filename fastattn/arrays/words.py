@@ -42,6 +42,14 @@ def shown(x: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def dtype_of(dtype: Any) -> str:
+    """The plain name, such as "float16", of a dtype in torch's, NumPy's, ml_dtypes' or JAX's spelling; "" for what is none."""
+    try:
+        return str(np.dtype(dtype) if isinstance(dtype, type) else dtype).rpartition(".")[2]
+    except TypeError:
+        return ""
+
+
 # ---------------------------------------------------------------- casts
 def cast(argument: str, x: Any, dtype: str) -> str:
     """`k.to(torch.float16) works`, as x's library writes it; "" for a library that is not known."""

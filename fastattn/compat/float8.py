@@ -30,15 +30,10 @@ HALF_MAX = 65504.0
 
 
 # ---------------------------------------------------------------- dtypes
-def dtype_name(dtype: Any) -> str:
-    """The dtype's plain name, such as "float16", from torch's, NumPy's, ml_dtypes' or JAX's spelling."""
-    return str(np.dtype(dtype) if isinstance(dtype, type) else dtype).rpartition(".")[2]
-
-
 def name_of(x: Any, call: Call, argument: str) -> str:
     """The name of an array's dtype. TypeError for 8-bit floats other than float8_e4m3fn."""
     try:
-        name = dtype_name(x.dtype if hasattr(x, "dtype") else np.dtype(x.__cuda_array_interface__["typestr"]))
+        name = words.dtype_of(x.dtype if hasattr(x, "dtype") else np.dtype(x.__cuda_array_interface__["typestr"]))
     except (AttributeError, TypeError):
         raise TypeError(message(call.name, argument, f"is a {type(x).__name__}", "an array")) from None
     if name.startswith("float8") and name != NAME:
@@ -181,6 +176,6 @@ def widen(x: Any, name: str, scale: Scale, axes: int) -> Any:
 
 def quantize(x: Any, scale: Scale, axes: int) -> Any:
     """x / scale in float32 (float64 for float64), saturated and rounded once."""
-    y = cast(x, wide(dtype_name(x.dtype)))
+    y = cast(x, wide(words.dtype_of(x.dtype)))
     divisor = scale.number if scale.tensor is None else (scale.tensor * scale.number).reshape((-1,) + (1,) * axes)
     return cast(saturate(y / divisor, FP8_MAX), NAME)

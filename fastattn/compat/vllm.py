@@ -48,6 +48,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import words
 from ..errors import message
 from ..options import Check
 from ..problem import DTYPES
@@ -388,10 +389,7 @@ def _output_name(call: Call, o: Any, m: MetaData, work: str, eight_bit: str) -> 
         argument, name = "o", name_of(o, call, "o")
     else:
         argument = "output_dtype"
-        try:
-            name = (NAME if eight_bit else work) if m.output_dtype is None else float8.dtype_name(m.output_dtype)
-        except TypeError:
-            name = repr(m.output_dtype)
+        name = (NAME if eight_bit else work) if m.output_dtype is None else words.dtype_of(m.output_dtype) or repr(m.output_dtype)
     if name not in ((*DTYPES, NAME) if eight_bit else (work,)):
         expected = " or ".join((*DTYPES, NAME)) if eight_bit else f"q's dtype, {work}, because no scale is given"
         raise TypeError(message(call.name, argument, f"has dtype {name}" if o is not None else f"is {name}", expected))
@@ -439,7 +437,7 @@ def _check_output(call: Call, o: Any, q: Any, shape: Shape) -> None:
 
 def _finished(out: Any, o: Any, result: Scale, name: str, after: int, clamp: bool) -> Any:
     """The output times `result` in float32, clamped to the 8-bit range, rounded once more, in o if given."""
-    y = result.apply(float8.cast(out, float8.wide(float8.dtype_name(out.dtype))), after)
+    y = result.apply(float8.cast(out, float8.wide(words.dtype_of(out.dtype))), after)
     y = float8.cast(float8.saturate(y, FP8_MAX) if clamp else y, name)
     if o is None:
         return y

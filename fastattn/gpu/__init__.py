@@ -18,6 +18,7 @@ from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .rows import launch as rows
+from .rows import quantize_launch
 from .runtime.device import Device, current, device
 from .runtime.launcher import Launcher, on_device
 from .runtime.packed import MOST_BLOCKS, most_tiles
@@ -33,7 +34,7 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
 __all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare",
-           "prepare_backward", "reasons", "use"]
+           "prepare_backward", "quantize", "reasons", "use"]
 
 
 class Family(Protocol):
@@ -129,6 +130,13 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, strea
     launcher = on_device(out.device[1])
     with current(launcher.device):
         rows.merge_states(outs, lses, out, lse, launcher, stream)
+
+
+def quantize(x: View, out: View, scale: View, stream: int) -> None:
+    """rows.quantize_launch.quantize on the device of x."""
+    launcher = on_device(x.device[1])
+    with current(launcher.device):
+        quantize_launch.quantize(x, out, scale, launcher, stream)
 
 
 # ---------------------------------------------------------------- what is remembered

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dlpack import address
-from ..arrays.view import FLOAT8, View
+from ..arrays.view import EIGHT_BIT, View
 from ..problem import Operands, Problem, Rotary
+from ..quantize import quantized
 from .paging import key_row
-from .quantize import quantized
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +35,7 @@ def append(problem: Problem, o: Operands) -> Operands:
         for cached, new, scale, turned in ((o.k, given.k, given.k_scale, turn), (o.v, given.v, given.v_scale, None)):
             x = new.numpy()[rows]
             x = x if turned is None else rotated(x, positions, *turned)
-            if cached.dtype in FLOAT8 and new.dtype not in FLOAT8:
+            if cached.dtype in EIGHT_BIT and new.dtype not in EIGHT_BIT:
                 x = quantized(x, scale.numpy()[requests][:, :, None] if scale is not None else np.float32(1), cached.dtype)
             cached.numpy()[pages, slots] = x
     if turn is not None:

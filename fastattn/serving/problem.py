@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import words
 from ..arrays.dlpack import address
-from ..arrays.view import FLOAT8, LENGTHS, View, overlap
+from ..arrays.view import EIGHT_BIT, LENGTHS, View, overlap
 from ..options import Check, Options
 from ..problem import (
     DTYPES,
@@ -98,16 +98,16 @@ def _arrays(check: Check, g: Given) -> None:
 def _dtypes(check: Check, g: Given) -> None:
     """q and the caches have one dtype, or the caches are 8-bit and q has 16 bits or 8."""
     check.dtype("q", g.q, (*DTYPES, "float8_e4m3fn"))
-    if g.q.dtype in FLOAT8:
-        check.dtype("k_cache", g.k_cache, FLOAT8, "quantize_fp8 makes 8-bit keys and values")
-    elif g.k_cache.dtype != g.q.dtype and not (g.k_cache.dtype in FLOAT8 and g.q.dtype in HALF):
+    if g.q.dtype in EIGHT_BIT:
+        check.dtype("k_cache", g.k_cache, EIGHT_BIT, "quantize_fp8 makes 8-bit keys and values")
+    elif g.k_cache.dtype != g.q.dtype and not (g.k_cache.dtype in EIGHT_BIT and g.q.dtype in HALF):
         hint = words.like("k_cache", g.k_cache.source, "q")
         raise check.type("k_cache", f"has dtype {g.k_cache.dtype}", f"q's dtype, {g.q.dtype}",
-                         "8-bit caches go with 16-bit and 8-bit q" if g.k_cache.dtype in FLOAT8 else hint)
+                         "8-bit caches go with 16-bit and 8-bit q" if g.k_cache.dtype in EIGHT_BIT else hint)
     if g.v_cache.dtype != g.k_cache.dtype:
         raise check.type("v_cache", f"has dtype {g.v_cache.dtype}", f"k_cache's dtype, {g.k_cache.dtype}")
     for name, scale, x in (("q_scale", g.q_scale, g.q), ("k_scale", g.k_scale, g.k_cache), ("v_scale", g.v_scale, g.v_cache)):
-        if scale is not None and x.dtype not in FLOAT8:
+        if scale is not None and x.dtype not in EIGHT_BIT:
             whose = {"q_scale": "q", "k_scale": "k_cache", "v_scale": "v_cache"}[name]
             raise check.value(name, f"is given, and {whose} is {x.dtype}", "None, because only 8-bit operands have scales")
 
@@ -149,7 +149,7 @@ def _new(check: Check, g: Given) -> bool:
             raise check.value(name, "is None", f"{'keys' if name == 'k' else 'values'} of q's rows, because {other} is given")
     for name, x, cached in (("k", g.k, g.k_cache), ("v", g.v, g.v_cache)):
         assert x is not None
-        wide = (HALF if g.q.dtype in FLOAT8 else (g.q.dtype,)) if cached.dtype in FLOAT8 else ()       # quantised when it is written
+        wide = (HALF if g.q.dtype in EIGHT_BIT else (g.q.dtype,)) if cached.dtype in EIGHT_BIT else ()       # quantised when it is written
         check_array(check.call, name, x, (*g.q.shape[:-2], *cached.shape[-2:]), x.dtype if x.dtype in wide else cached.dtype, g.q.device)
         check_array(check.call, f"{name}_cache", cached, cached.shape, cached.dtype, g.q.device, output=True)
         for cache_name, cache in (("k_cache", g.k_cache), ("v_cache", g.v_cache)):
@@ -263,7 +263,7 @@ def _rotary(check: Check, g: Given, new: bool, interleaved: bool, after: Array |
         raise check.value("rotary_cos", "is given, and k is None", "k and v, which are rotated as q is",
                           "keys in the cache are rotated already, and q alone can be rotated before the call")
     for name, given in (("q", g.q), ("k", g.k)):
-        if given is not None and given.dtype in FLOAT8:
+        if given is not None and given.dtype in EIGHT_BIT:
             raise check.type(name, f"is {given.dtype}, and rotary_cos is given", "16 bits, because a rotation is rounded once",
                              "k is quantised when it is written, with k_scale")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
@@ -308,7 +308,7 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
     cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, num_splits)
     score = Score(scale, cap, alibi=o.alibi_slopes is not None, sinks=o.sinks is not None)
     seqlen_k = width * page_size if after is None else int(after.max(initial=0))
-    dtype = "bfloat16" if g.q.dtype in FLOAT8 else g.q.dtype
+    dtype = "bfloat16" if g.q.dtype in EIGHT_BIT else g.q.dtype
     problem = Problem(call, dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
                       g.v_cache.shape[-1], score, mask_of(options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True, cache=cache)
     return problem, o

@@ -30,6 +30,7 @@ from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits, fragments, stores
 from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     interpreter,
+    probes_8bit,
     probes_backward,
     probes_bias,
     probes_direct,

@@ -22,6 +22,10 @@ GROUP_COLUMNS = 8           # of a thread: 16 bytes of results
 SPLIT_THREADS = 256
 SPLIT_COLUMNS = 8           # of a thread: it stores 16 bytes of each part
 
+# quantize_fp8: memory-bound, one element a thread and step
+QUANTIZE_THREADS = 256
+QUANTIZE_ROWS = 64          # of one head, of a thread block: 16 KB of 16-bit numbers at head_dim 128
+
 # merge_states
 MERGE_THREADS = 128
 

@@ -23,13 +23,14 @@ from unittest import mock
 
 import numpy as np
 
-from fastattn.arrays.view import ITEMSIZE, View
+from fastattn.arrays.view import EIGHT_BIT, ITEMSIZE, LARGEST, View, numpy_dtype
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime.launcher import Listing
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
-           "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "tile.words")
+           "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize", "tile.words")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
+_C |= dict.fromkeys(EIGHT_BIT, ctypes.c_uint8)
 
 
 class Memory:
@@ -60,12 +61,16 @@ class Memory:
 
 
 def decode(value: Any, dtype: str) -> float:
+    if dtype in EIGHT_BIT:
+        return float(np.uint8(value).view(numpy_dtype(dtype)))
     if dtype == "bfloat16":
         return float(struct.unpack("f", struct.pack("I", value << 16))[0])
     return float(np.uint16(value).view(np.float16)) if dtype == "float16" else float(value)
 
 
 def encode(x: float, dtype: str) -> Any:
+    if dtype in EIGHT_BIT:
+        return int(np.clip(np.float32(x), -LARGEST[dtype], LARGEST[dtype]).astype(numpy_dtype(dtype)).view(np.uint8))
     if dtype == "bfloat16":
         import ml_dtypes
         return int(np.array(x, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16))
