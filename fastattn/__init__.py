@@ -44,9 +44,9 @@ from .api import (
     attention_backward,
     attention_varlen,
     attention_varlen_backward,
-    dropout_mask,
     merge_states,
 )
+from .dropout import dropout_mask
 from .errors import UnsupportedError
 from .explanation import explain
 from .problem import Grads

@@ -13,10 +13,27 @@ import numpy as np
 from .arrays.convert import Caller
 from .dispatch import backward, backward_again, forward, forward_again, read
 from .engine import load
-from .options import Check, read_options
-from .problem import Grads, check_array, make_dropout
+from .options import Check, read_eight_bit, read_options
+from .problem import Grads, check_array
 from .signature import strict, uncompiled, unknown_arguments
-from .types import A, Array, B, Causal, D, DenseOptions, EngineName, Integer, Layout, Lengths, Number, PackedOptions, PerHead, S, Window
+from .types import (
+    A,
+    Array,
+    B,
+    Causal,
+    D,
+    DenseOptions,
+    EngineName,
+    Integer,
+    Layout,
+    Lengths,
+    Number,
+    PackedOptions,
+    PerHead,
+    S,
+    Scale,
+    Window,
+)
 
 
 # ---------------------------------------------------------------- dense arrays
@@ -34,7 +51,9 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
               bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0,
               seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd", out: Array | None = None,
-              return_lse: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
+              return_lse: bool = False, q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None,
+              out_dtype: Any = None, out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None,
+              **unknown: Never) -> Any:
     """Exact attention, softmax(scores) @ v, on arrays where they are.
 
     The score of query row i and key j is ``softcap(softmax_scale * q_i . k_j) + alibi + bias``. Masks then select which
@@ -43,14 +62,14 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     Parameters
     ----------
     q : array (batch, seqlen_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64; head_dim from 1 to 576. A NumPy array, a CPU or CUDA tensor of torch, or
+        float16, bfloat16, float32, float64 or float8_e4m3fn; head_dim from 1 to 576. A NumPy array, a CPU or CUDA tensor of torch, or
         any array that speaks DLPack or the CUDA Array Interface, with any strides. Shapes here are those of
         ``layout="bshd"``.
     k : array (batch, seqlen_k, num_heads_k, head_dim)
-        q's dtype and device. num_heads_k divides num_heads: query heads share key heads in groups of num_heads /
-        num_heads_k.
+        q's dtype, or float8_e4m3fn or float8_e5m2 as v is; q's device. num_heads_k divides num_heads: query heads share
+        key heads in groups of num_heads / num_heads_k.
     v : array (batch, seqlen_k, num_heads_k, head_dim_v)
-        q's dtype and device. head_dim_v from 1 to 576 may differ from head_dim.
+        As k. head_dim_v from 1 to 576 may differ from head_dim.
     causal : bool or str, default False
         True or "bottom_right": row i attends keys j <= d. "top_left": the same with d = i.
     window : (int or None, int or None), optional
@@ -78,10 +97,17 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
         32-bit counter: one seed gives a different mask for each offset.
     layout : {"bshd", "bhsd"}, default "bshd"
         Order of the axes of q, k, v and out. "bhsd" is (batch, num_heads, seqlen, head_dim). lse does not depend on it.
-    out : array of the result's shape and q's dtype, optional
+    out : array of the result's shape and dtype, optional
         Written and returned. It may share no memory with an input.
     return_lse : bool, default False
         Return (out, lse).
+    q_scale, k_scale, v_scale : float or array (1,), (num_heads_k,) or (batch, num_heads_k), optional
+        Of 8-bit operands, which stand for q * q_scale, k * k_scale and v * v_scale; see `quantize_fp8`. float32. Query
+        heads use their key head's q_scale.
+    out_dtype : str or dtype, optional
+        Beside 8-bit k and v: "bfloat16", the default with an 8-bit q, else q's, "float16", "float32" or "float8_e4m3fn".
+    out_scale : float or array (1,), optional
+        An 8-bit output stands for out * out_scale; it saturates.
     stream : int or stream, optional
         CUDA arrays only: a CUstream handle, or a stream of cuda.core, torch, CuPy, Numba or anything with
         ``__cuda_stream__``. All work of the call goes on it, after what q's library has on its current stream. None:
@@ -94,7 +120,7 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     Returns
     -------
     out : array (batch, seqlen_q, num_heads, head_dim_v)
-        q's dtype, of q's library, in the caller's layout. A row that attends no key is 0.
+        q's dtype or out_dtype, of q's library, in the caller's layout. A row that attends no key is 0.
     lse : array (batch, num_heads, seqlen_q)
         Only with ``return_lse``: the natural log of the softmax's denominator, float32 (float64 for float64 input). A
         row that attends no key has -inf, or its sink.
@@ -138,10 +164,11 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+    options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
     scores = bias, mask, alibi_slopes, sinks
-    if out is None and stream is None:
+    if out is None and stream is None and scales is None:
         return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores)
-    caller, o = read(call, layout, stream, (q, k, v), scores)
+    caller, o = read(call, layout, stream, (q, k, v), scores, None, scales)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -238,7 +265,8 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
                      softcap: Number | None = None, alibi_slopes: PerHead | None = None, bias: Array | None = None,
                      mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
                      offset: Integer = 0, layout: Literal["thd"] = "thd", out: Array | None = None, return_lse: bool = False,
-                     stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
+                     q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None, out_dtype: Any = None,
+                     out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
     """`attention` of sequences of different lengths, packed along one axis.
 
     Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
@@ -247,11 +275,10 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     Parameters
     ----------
     q : array (total_q, num_heads, head_dim)
-        float16, bfloat16, float32 or float64; head_dim from 1 to 576.
+        Dtypes are those of `attention`; head_dim from 1 to 576.
     k : array (total_k, num_heads_k, head_dim)
-        q's dtype and device; num_heads_k divides num_heads.
+        num_heads_k divides num_heads.
     v : array (total_k, num_heads_k, head_dim_v)
-        q's dtype and device.
     cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
         int32 or int64, cumulative lengths in rows: 0 first, never decreasing, the last at most total_q or total_k. A
         list for host arrays.
@@ -267,8 +294,8 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
         As in `attention`, inside each sequence.
     layout : {"thd"}
         The one layout of packed arrays.
-    out, return_lse, stream, engine : optional
-        As in `attention`.
+    out, return_lse, q_scale, k_scale, v_scale, out_dtype, out_scale, stream, engine : optional
+        As in `attention`; the batch of scales is that of sequences.
 
     Returns
     -------
@@ -300,10 +327,11 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
+    options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
     scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    if out is None and stream is None:
+    if out is None and stream is None and scales is None:
         return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores, lengths)
-    caller, o = read(call, layout, stream, (q, k, v), scores, lengths)
+    caller, o = read(call, layout, stream, (q, k, v), scores, lengths, scales)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -379,50 +407,6 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
 
 
 # ---------------------------------------------------------------- helpers for callers
-def dropout_mask(batch: Integer, num_heads: Integer, seqlen_q: Integer, seqlen_k: Integer, *, dropout_p: Number, seed: Integer | None,
-                 offset: Integer = 0) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.bool_]]:
-    """The dropout mask of a call: the exact elements that every engine keeps.
-
-    Parameters
-    ----------
-    batch, num_heads, seqlen_q, seqlen_k : int
-        The call's sizes. For packed arrays: the number of sequences and the longest ones.
-    dropout_p, seed, offset
-        As in `attention`.
-
-    Returns
-    -------
-    numpy.ndarray (batch, num_heads, seqlen_q, seqlen_k)
-        bool, True = kept. Packed: entry n is sequence n, its first seqlen rows and columns.
-
-    Raises
-    ------
-    ValueError, TypeError
-        An argument is out of range or no number.
-
-    Notes
-    -----
-    Source: Philox4x32-10 of Salmon et al., SC 2011, addressed by position (fastattn/philox.py).
-
-    Examples
-    --------
-    >>> from fastattn import dropout_mask
-    >>> keep = dropout_mask(1, 2, 64, 64, dropout_p=0.25, seed=7)
-    >>> keep.shape, bool(0.7 < keep.mean() < 0.8)
-    ((1, 2, 64, 64), True)
-    """
-    from .philox import keep_mask
-
-    check = Check("dropout_mask")
-    shape = [check.integer(name, n, 0, 2**31 - 1) for name, n in (("batch", batch), ("num_heads", num_heads), ("seqlen_q", seqlen_q),
-                                                                 ("seqlen_k", seqlen_k))]
-    options = read_options(check.call, False, None, None, None, dropout_p, seed, offset)
-    dropout = make_dropout(check, options.dropout_p, options.seed, options.offset)
-    if dropout is None:
-        return np.ones(shape, bool)
-    return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])
-
-
 @uncompiled
 def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", stream: Any = None) -> tuple[A, B]:
     """Attention over all keys from partial results over disjoint keys.

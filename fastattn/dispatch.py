@@ -9,9 +9,10 @@ from . import repeat
 from .arrays.convert import Caller
 from .arrays.readers import written
 from .arrays.view import Device, Output, View, overlap
+from .eight_bit import refuse_backward
 from .errors import message
 from .memo import Recent
-from .options import Options
+from .options import SCALES, Check, Options
 from .problem import Grads, Operands, Problem, check_array, is_plain, problem_of
 from .registry import choose
 
@@ -20,11 +21,11 @@ _problems: Recent[Any, Problem] = Recent()
 
 # ---------------------------------------------------------------- arrays in
 def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores: tuple[Any, Any, Any, Any],
-         lengths: tuple[Any, Any, Any] | None = None) -> tuple[Caller, Operands]:
+         lengths: tuple[Any, Any, Any] | None = None, scales: tuple[Any, ...] | None = None) -> tuple[Caller, Operands]:
     """The call, and canonical Views of its arrays.
 
     `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k,
-    seqused_k).
+    seqused_k); `scales` are those of options.SCALES that are arrays.
     """
     packed = lengths is not None
     if layout not in (("thd",) if packed else ("bshd", "bhsd")):
@@ -46,6 +47,9 @@ def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores:
         o.alibi_slopes = caller.small(alibi_slopes, "alibi_slopes", o.q.compute_dtype)
     if sinks is not None:
         o.sinks = caller.small(sinks, "sinks", o.q.compute_dtype)
+    if scales is not None:
+        o.q_scale, o.k_scale, o.v_scale, o.out_scale = [
+            None if x is None else caller.small(x, name, "float32") for name, x in zip(SCALES, scales, strict=True)]
     return caller, o
 
 
@@ -121,7 +125,7 @@ def forward(caller: Caller, engine: str | None, options: Options, o: Operands, o
     problem, ready = _problem(caller, o, options)
     given = None if out is None else given_out(caller, out, problem, o)
     chosen = choose(caller.call, engine, o.q.device)
-    output = caller.output(problem.out_shape, problem.dtype, o.q) if given is None else given
+    output = caller.output(problem.out_shape, problem.out_dtype, o.q) if given is None else given
     lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
     where, results = (output.view, None if lse is None else lse.view), (output,) if lse is None else (output, lse)
     chosen.forward(problem, ready, *where, caller.handle)
@@ -135,7 +139,7 @@ def given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output
     read.
     """
     view = caller.view(out, "out")
-    check_array(caller.call, "out", view, caller.shape(problem.out_shape), problem.dtype, o.q.device, output=True)
+    check_array(caller.call, "out", view, caller.shape(problem.out_shape), problem.out_dtype, o.q.device, output=True)
     names = {"k": "k_cache", "v": "v_cache"} if o.cache is not None else {}
     for part, called in ((o, names), (o.cache, {})):
         for name in () if part is None else part.__slots__:
@@ -151,6 +155,7 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
              deterministic: bool, key: Any = None) -> Grads[Any]:
     """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse), `key` as in `forward`."""
     call, device = caller.call, o.q.device
+    refuse_backward(Check(call), o.q, o.k, o.v)
     problem, ready = _problem(caller, o, options)
     if need_dbias and o.bias is None:
         raise ValueError(message(call, "need_dbias", "is True", "a bias to differentiate", "pass bias= or need_dbias=False"))

@@ -40,6 +40,8 @@ class Engine:
             return "it has no backward"
         if problem.cache is not None and not self.caches:
             return "it takes no key and value caches"
+        if problem.eight_bit is not None and not self.built_in:
+            return "8-bit operands are for the built-in engines"
         reason = self.supports(problem)
         if reason is not None and not isinstance(reason, str):
             raise TypeError(f"engine {self.name!r}: supports(problem) gave {reason!r}; expected None, or a str with the reason.")

@@ -215,7 +215,9 @@ def _assumed(p: Problem, engine: str | None) -> _Caught:
                  array((p.batch, p.num_heads), p.compute_dtype) if p.score.alibi else None,
                  array((p.num_heads,), p.compute_dtype) if p.score.sinks else None, lengths, lengths,
                  array((p.batch,), "int32") if p.seqused_k else None)
-    out, lse = array(p.out_shape), array(p.lse_shape, p.lse_dtype)
+    if p.eight_bit is not None:
+        o.k, o.v = array(o.k.shape, p.eight_bit.dtype_k), array(o.v.shape, p.eight_bit.dtype_v)
+    out, lse = array(p.out_shape, p.out_dtype), array(p.lse_shape, p.lse_dtype)
     if "backward" not in p.call:
         return _Caught(engine, "forward", p, (o, out, None, None))
     return _Caught(engine, "backward", p, (o, out, out, lse, None, Grads(o.q, o.k, o.v, None, o.sinks), None, False))

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import words
+from .arrays.convert import view
 from .arrays.readers import in_device_memory
-from .arrays.view import View
+from .arrays.view import FLOATS, View
 from .errors import message
 
 
@@ -88,6 +89,17 @@ class Check:
 
 
 # ---------------------------------------------------------------- options
+class EightBitOptions(NamedTuple):
+    """The arguments of 8-bit operands as plain values. A scale that is not given is 1, and so is one that is an array, an operand then."""
+
+    given: tuple[str, ...]                                  # names of the arguments
+    q_scale: float = 1.0
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    out_scale: float = 1.0
+    out_dtype: str | None = None
+
+
 class Options(NamedTuple):
     """The options of one call as plain values. Nothing behind the public functions looks at the caller's own objects.
 
@@ -104,6 +116,7 @@ class Options(NamedTuple):
     offset: int = 0
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    eight_bit: EightBitOptions | None = None                # None: no argument of 8-bit operands is given
 
 
 SCALE, CAP, PROBABILITY = "a finite number", "a positive number, or None for no cap", "a probability in [0, 1]"
@@ -135,7 +148,49 @@ def read_options(call: str, causal: Any, window: Any, softmax_scale: Any, softca
         max_seqlen_q = Check(call).integer("max_seqlen_q", max_seqlen_q, *LENGTH)
     if max_seqlen_k is not None and type(max_seqlen_k) is not int:
         max_seqlen_k = Check(call).integer("max_seqlen_k", max_seqlen_k, *LENGTH)
-    return tuple.__new__(Options, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k))
+    return tuple.__new__(Options, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, None))
+
+
+SCALES = ("q_scale", "k_scale", "v_scale", "out_scale")
+ONE_SCALE = "a positive finite number"
+
+
+def read_eight_bit(call: str, options: Options, scales: tuple[Any, Any, Any, Any],
+                   out_dtype: Any) -> tuple[Options, tuple[Any, ...] | None]:
+    """The Options with the arguments of 8-bit operands, and the scales that stay arrays, in the order of SCALES; None where none does.
+
+    A scale of one element in host memory is a number: its value is read.
+    """
+    if out_dtype is None and not any(x is not None for x in scales):
+        return options, None
+    check, numbers, arrays = Check(call), dict[str, float](), list[Any]()
+    for name, x in zip(SCALES, scales, strict=True):
+        number = None if x is None else _one_scale(check, name, x)
+        if number is not None:
+            numbers[name] = number
+        arrays.append(x if number is None else None)
+    given = tuple([name for name, x in zip((*SCALES, "out_dtype"), (*scales, out_dtype), strict=True) if x is not None])
+    wanted = None if out_dtype is None else words.dtype_of(out_dtype) or repr(out_dtype)
+    options = options._replace(eight_bit=EightBitOptions(given, out_dtype=wanted, **numbers))
+    return options, tuple(arrays) if any(x is not None for x in arrays) else None
+
+
+def _one_scale(check: Check, argument: str, x: Any) -> float | None:
+    """A scale as a number; None where it has several elements or is on a device."""
+    if isinstance(x, (list, tuple)):
+        return _one_scale(check, argument, x[0]) if len(x) == 1 else None
+    if not isinstance(x, np.generic) and (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
+        if in_device_memory(x):
+            return None
+        found = view(x, check.call, argument)
+        if math.prod(found.shape) != 1:
+            return None
+        check.dtype(argument, found, FLOATS)
+        x = float(found.numpy().reshape(()))
+    number = check.number(argument, x, ONE_SCALE)
+    if number <= 0:
+        raise check.value(argument, f"is {number}", ONE_SCALE)
+    return number
 
 
 def _causal(check: Check, causal: Any) -> bool | str:

@@ -13,9 +13,10 @@ import numpy as np
 
 from .arrays import words
 from .arrays.dlpack import address
-from .arrays.view import FLOATS, LENGTHS, View
+from .arrays.view import EIGHT_BIT, FLOATS, LENGTHS, View
+from .eight_bit import EightBit, check_dtypes, make_eight_bit, read_scales
 from .masks import Rows, diagonal_of, row_bounds
-from .options import CAP, LENGTH, OFFSET, PROBABILITY, SCALE, SEED, Check, Options, read_options
+from .options import CAP, LENGTH, OFFSET, PROBABILITY, SCALE, SCALES, SEED, Check, Options, read_options
 
 DTYPES = FLOATS
 MAX_HEAD_DIM = 576
@@ -97,11 +98,13 @@ class Cache:
     append: bool = False
     rotary: Rotary | None = None
     num_splits: int | None = None
+    k_scale: float = 1.0                  # what new 16-bit keys and values of 8-bit caches are divided by, where it is a number
+    v_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One attention problem.
+    """One attention problem. `dtype` is q's; that of k, v and out too unless `eight_bit` says otherwise.
 
     A packed one has `total_q` and `total_k`, the rows of its packed arrays; its seqlen_q and seqlen_k are those of the
     longest sequences. With a `cache` seqlen_k is the most keys that a request may have, and seqused_k says how many each
@@ -123,6 +126,7 @@ class Problem:
     total_q: int | None = None
     total_k: int | None = None
     seqused_k: bool = False
+    eight_bit: EightBit | None = None
     cache: Cache | None = None
 
     @property
@@ -143,6 +147,10 @@ class Problem:
     @property
     def lse_shape(self) -> tuple[int, ...]:
         return (self.num_heads, self.total_q or 0) if self.packed else (self.batch, self.num_heads, self.seqlen_q)
+
+    @property
+    def out_dtype(self) -> str:
+        return self.dtype if self.eight_bit is None else self.eight_bit.out_dtype
 
     @property
     def compute_dtype(self) -> str:
@@ -171,9 +179,6 @@ class CacheOperands:
     v: View | None = None
     rotary_cos: View | None = None        # (positions, rotary.dim / 2)
     rotary_sin: View | None = None
-    q_scale: View | None = None           # broadcast to (batch, num_heads_k), each of them
-    k_scale: View | None = None
-    v_scale: View | None = None
 
 
 @dataclass(slots=True)
@@ -193,6 +198,10 @@ class Operands:
     cu_seqlens_q: View | None = None
     cu_seqlens_k: View | None = None
     seqused_k: View | None = None
+    q_scale: View | None = None           # float32, as those below: broadcast to (batch, num_heads_k)
+    k_scale: View | None = None
+    v_scale: View | None = None
+    out_scale: View | None = None         # (1,)
     cache: CacheOperands | None = None    # k and v are caches then
 
     @property
@@ -200,10 +209,15 @@ class Operands:
         return self.cu_seqlens_q is not None
 
     @property
+    def scaled(self) -> bool:
+        """Whether scales of 8-bit numbers are arrays. Those that are numbers are in the Problem."""
+        return not (self.q_scale is None and self.k_scale is None and self.v_scale is None and self.out_scale is None)
+
+    @property
     def plain(self) -> bool:
-        """No bias, mask, ALiBi slopes or sinks: shapes, dtypes, strides and options alone decide what an engine does.
+        """No bias, mask, ALiBi slopes, sinks or scales: shapes, dtypes, strides and options alone decide what an engine does.
         """
-        return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks)
+        return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks) and not self.scaled
 
 
 class Grads(NamedTuple, Generic[G]):
@@ -236,11 +250,9 @@ def _qkv(check: Check, q: View, k: View, v: View, packed: bool) -> None:
         if len(x.shape) != rank:
             hint = "use attention_varlen for packed (total, num_heads, head_dim) arrays" if rank == 4 and len(x.shape) == 3 else ""
             raise check.value(name, f"has {len(x.shape)} axes, shape {x.shape}", f"{rank} axes {axes}", hint)
-        check.dtype(name, x, DTYPES)
-        if x.dtype != q.dtype:
-            raise check.type(name, f"has dtype {x.dtype}", f"q's dtype, {q.dtype}", words.like(name, x.source, "q"))
         if x.device != q.device:
             raise check.value(name, f"is on device {x.device}", f"q's device, {q.device}")
+    check_dtypes(check, q, k, v)
     if k.shape[:-1] != v.shape[:-1]:
         raise check.value("v", f"has shape {v.shape}", f"k's shape but for the last axis, {k.shape[:-1]} + (head_dim_v,)")
     if k.shape[-1] != q.shape[-1]:
@@ -357,9 +369,28 @@ def _used(check: Check, used: View, cu_seqlens_k: View, batch: int) -> View:
     return used
 
 
+def _own(o: Operands) -> tuple[str, ...]:
+    """The dtype that small operands may have because q has it: none for an 8-bit q."""
+    return () if o.q.dtype in EIGHT_BIT else (o.q.dtype,)
+
+
+def with_scales(check: Check, o: Operands, options: Options, scale: float, batch: int) -> tuple[Operands, float, EightBit | None]:
+    """What 8-bit operands make of a call: the operands with checked scales, its softmax_scale, and its EightBit."""
+    names = ("k", "v") if o.cache is None else ("k_cache", "v_cache")
+    eight_bit, given = make_eight_bit(check, o.q, o.k, o.v, options.eight_bit, names), options.eight_bit
+    if given is None:
+        return o, scale, eight_bit
+    scale = _limited(check, "q_scale", scale * given.q_scale * given.k_scale, "a scale of scores", "float32")
+    if o.scaled:
+        views = {name: x for name in SCALES if (x := getattr(o, name)) is not None}
+        entry = "sequence" if o.packed else "batch entry"
+        o = replace(o, **read_scales(check, views, batch, o.k.shape[-2], entry if o.cache is None else "request"))
+    return o, scale, eight_bit
+
+
 def per_head(check: Check, o: Operands, batch: int, num_heads: int) -> Operands:
     """The operands with alibi_slopes broadcast to (batch, num_heads); they and sinks are checked."""
-    small = tuple(dict.fromkeys(("float32", "float64", o.q.dtype)))
+    small = tuple(dict.fromkeys(("float32", "float64", *_own(o))))
     if o.alibi_slopes is not None:
         check.dtype("alibi_slopes", o.alibi_slopes, small)
         if o.alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
@@ -388,7 +419,7 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
     """
     check, o, packed = Check(call), operands, operands.packed
     _qkv(check, o.q, o.k, o.v, packed)
-    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", *SCALES):
         x = getattr(o, name)
         if x is not None and x.device != o.q.device:
             raise check.value(name, f"is on device {x.device}", f"q's device, {o.q.device}")
@@ -402,16 +433,18 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
         if batch_k != batch:
             raise check.value("cu_seqlens_k", f"describes {batch_k} sequences", f"as many as cu_seqlens_q, {batch}")
         used = None if o.seqused_k is None else _used(check, o.seqused_k, cu_k, batch)
-        o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu_q, cu_k, used)      # a third of the time of replace
+        o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu_q, cu_k, used,      # a third of the time of replace
+                     o.q_scale, o.k_scale, o.v_scale, o.out_scale)
     else:
         (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
     scale, cap = scale_and_cap(check, options, head_dim, o.q.compute_dtype)
+    o, scale, eight_bit = with_scales(check, o, options, scale, batch)
     o = per_head(check, o, batch, num_heads)
     full = (batch, num_heads, seqlen_q, seqlen_k)
     axes = f"(batch, num_heads, {'max_seqlen_q, max_seqlen_k' if packed else 'seqlen_q, seqlen_k'})"
     if o.bias is not None:
         hint = "a boolean mask goes in mask=, True where a query may attend" if o.bias.dtype == "bool" else None
-        check.dtype("bias", o.bias, tuple(dict.fromkeys((o.q.dtype, "float32"))), hint)
+        check.dtype("bias", o.bias, tuple(dict.fromkeys((*_own(o), "float32"))), hint)
         o = replace(o, bias=_broadcast(check, "bias", o.bias, full, axes))
     if o.mask is not None:
         if o.mask.dtype != "bool":
@@ -422,7 +455,7 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
     score = Score(scale, cap, o.alibi_slopes is not None, o.bias.dtype if o.bias else None, o.mask is not None, o.sinks is not None)
     problem = Problem(call, o.q.dtype, batch, num_heads, o.k.shape[-2], seqlen_q, seqlen_k, head_dim, o.v.shape[-1], score,
                       mask_of(options), make_dropout(check, options.dropout_p, options.seed, options.offset), total_q, total_k,
-                      o.seqused_k is not None)
+                      o.seqused_k is not None, eight_bit)
     return problem, o
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays.view import View, numpy_dtype
+from .eight_bit import saturated
 from .philox import keep_mask
 from .problem import CacheOperands, Grads, Operands, Problem
 from .serving.append import append
@@ -186,18 +187,22 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
     out_array = out.numpy()
     lse_array = np.empty(problem.lse_shape, p.compute) if lse is None else lse.numpy()
     out_array[...], lse_array[...] = 0, -np.inf
+    e = problem.eight_bit
     for s in sequences(problem, o):
         q_s, k_s, v_s = _by_head(q, s.rows_q), _by_head(k, s.rows_k, problem.group), _by_head(v, s.rows_k, problem.group)
-        if o.cache is not None:
+        if e is not None:
             q_s, k_s, v_s = (_scaled(problem, s, x, scale, p) for x, scale in (
-                (q_s, o.cache.q_scale), (k_s, o.cache.k_scale), (v_s, o.cache.v_scale)))
+                (q_s, o.q_scale), (k_s, o.k_scale), (v_s * e.factor, o.v_scale)))
         visible = _visible(problem, o, s)
         S, _ = _scores(problem, o, s, q_s, k_s, visible, p)
         row_max, row_sum = _normaliser(S, sinks)
         P = np.exp(S - row_max[:, :, None])
         P = np.where(row_sum[:, :, None] == 0, 0, P / row_sum[:, :, None]) * _keep(problem, s, p)
         v_s = np.where(np.logical_or.reduce(visible, axis=1)[:, :, None], v_s, 0)
-        out_array[s.rows_q] = (p.rounded(P) @ v_s).swapaxes(0, 1)
+        out_s = p.rounded(P) @ v_s
+        if o.out_scale is not None:
+            out_s = out_s / o.out_scale.numpy()
+        out_array[s.rows_q] = saturated(out_s, problem.out_dtype).swapaxes(0, 1)
         lse_array[s.rows_lse] = row_max + np.log(row_sum)
 
 

@@ -37,7 +37,7 @@ S = TypeVar("S", bound=tuple[Any, ...])
 D = TypeVar("D", bound=np.dtype[Any])
 Lengths = Array | Sequence[int]                             # a list for host arrays
 PerHead = Array | Sequence[float]                           # a list for host arrays
-Scale = Array | Sequence[float] | SupportsFloat             # of an 8-bit operand
+Scale = SupportsFloat | PerHead                             # of 8-bit operands
 
 # ---------------------------------------------------------------- values
 Number = SupportsFloat                                      # a float, an int, a NumPy scalar, a 0-d array or tensor in host memory
@@ -77,6 +77,11 @@ class DenseOptions(ScoreOptions, total=False):
 
     layout: Layout
     out: Array | None
+    q_scale: Scale | None
+    k_scale: Scale | None
+    v_scale: Scale | None
+    out_dtype: Any
+    out_scale: Scale | None
 
 
 class PackedOptions(ScoreOptions, total=False):
@@ -84,6 +89,11 @@ class PackedOptions(ScoreOptions, total=False):
 
     layout: Literal["thd"]
     out: Array | None
+    q_scale: Scale | None
+    k_scale: Scale | None
+    v_scale: Scale | None
+    out_dtype: Any
+    out_scale: Scale | None
     max_seqlen_q: Integer | None
     max_seqlen_k: Integer | None
     seqused_k: Lengths | None

@@ -166,7 +166,7 @@ def test_read_options() -> None:
     plain = Options(True, (3, None), 0.5, 2.0, 0.25, 7, 1, 6, 9)
     given = [np.bool_(True), [np.int64(3), None], fractions.Fraction(1, 2), np.float32(2), torch.tensor(0.25), torch.tensor(7), np.array(1),
              np.uint8(6), torch.tensor(9)]
-    for kinds in (given, ["bottom_right", np.array([3, 0]), np.array(0.5), 2, np.float64(0.25), 7, True, 6, np.array(9)], list(plain)):
+    for kinds in (given, ["bottom_right", np.array([3, 0]), np.array(0.5), 2, np.float64(0.25), 7, True, 6, np.array(9)], list(plain)[:9]):
         found = read_options("f", *kinds)
         assert [type(x) for x in found] == [type(x) for x in plain] and found._replace(window=None) == plain._replace(window=None)
     assert read_options("f", np.str_("top_left"), None, 1, None, 0, None, 0) == Options("top_left", None, 1.0)

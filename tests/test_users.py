@@ -82,7 +82,7 @@ def test_a_mask_of_integers_is_named_boolean(library: str, dtype: str) -> None:
 ARGUMENTS = {"q": Q, "k": K, "v": V, "mask": np.ones((16, 16), bool), "bias": draw(16, 16), "sinks": draw(4), "alibi_slopes": draw(4),
              "out": Q, "dout": Q, "lse": draw(2, 4, 16), "dlse": draw(2, 4, 16)}
 STRANGE = {"uint8": np.uint8, "object": object, "structured": [("a", "f4")], "complex64": np.complex64, "int4": ml_dtypes.int4,
-           "float8_e5m2": ml_dtypes.float8_e5m2, "bytes": "S3"}
+           "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz, "bytes": "S3"}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -261,28 +261,26 @@ def test_xarray_and_dask_themselves() -> None:
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-def test_8_bit_floats_are_named_and_led_to_vllms_function(library: str) -> None:
-    """JAX's were "of code 10, bits 8"."""
+def test_8_bit_floats_as_the_messages_say(library: str) -> None:
+    """8-bit q alone: the messages lead to a call that works."""
     make, names = tensors(library)
-    for x in "qkv":
+    eight = [make(x).to(names["torch"].float8_e4m3fn) if library == "torch" else make(x).astype(ml_dtypes.float8_e4m3fn) for x in (Q, K, V)]
+    for x, other in (("q", "k"), ("k", "v"), ("v", "k")):
         wide = {"q": make(Q), "k": make(K), "v": make(V)}
-        eight = wide[x].to(names["torch"].float8_e4m3fn) if library == "torch" else wide[x].astype(ml_dtypes.float8_e4m3fn)
-        said = follow(attention, names, **(wide | {x: eight}))[1][0]
-        assert said.startswith(f"attention(): {x} has dtype float8_e4m3fn; expected ")
-        assert "; fastattn.compat.vllm.triton_attention takes it, with scales; " in said
-    from fastattn.compat import vllm
+        with pytest.raises(TypeError) as caught:
+            attention(**(wide | {x: eight["qkv".index(x)]}))
+        expected = f"attention(): {other} has dtype float32; expected float8_e4m3fn or float8_e5m2, because {x} has"
+        assert str(caught.value).startswith(expected)
+        assert str(caught.value).endswith(f"quantize_fp8({other}) gives it, and its scale.")
+    out = np.asarray(attention(*eight, out_dtype="float32"), np.float32)
+    wide_again = [np.asarray(x.float() if library == "torch" else x, np.float32) for x in eight]
+    np.testing.assert_allclose(out, attention(*wide_again), rtol=1e-5, atol=1e-6)
 
-    assert callable(vllm.triton_attention)
 
-
-def test_float8_as_the_message_says() -> None:
-    """The function that the message names takes such arrays."""
-    from fastattn.compat.vllm import triton_attention
-
-    q, k, v = (x.astype(ml_dtypes.float8_e4m3fn) for x in (Q[0], K[0], V[0]))
-    cu = np.array([0, 16], np.int32)
-    out = triton_attention(q, k, v, None, cu, cu, 16, 16, False, 8**-0.5, None, (1.0, 1.0, 1.0, 1.0))
-    assert np.isfinite(np.asarray(out[0] if isinstance(out, tuple) else out, np.float32)).all()
+def test_other_8_bit_floats_are_refused() -> None:
+    for dtype in (ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e3m4):
+        with pytest.raises(TypeError, match="; of 8-bit floats float8_e4m3fn and float8_e5m2 are taken; "):
+            attention(Q.astype(dtype), K, V)
 
 
 # ---------------------------------------------------------------- what is silent

@@ -31,7 +31,7 @@ native_functions.yaml.
 """
 from __future__ import annotations
 
-from ..api import dropout_mask
+from ..dropout import dropout_mask
 from .aten_cudnn import (
     cudnn_attention_backward,
     cudnn_attention_forward,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..arrays.view import View, numpy_dtype
 from ..problem import Grads, Operands, Problem
 from ..serving.append import append
-from . import dbias, levels, plan
+from . import dbias, eight_bit, levels, plan
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
 __all__ = ["Forms", "address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
@@ -43,20 +43,24 @@ def supports(problem: Problem) -> str | None:
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
     """Write out, and lse if it is not None. Rows of a packed output that belong to no sequence become 0 and -inf."""
-    p, o = problem, operands if problem.cache is None else append(problem, operands)
+    p, o, into = problem, operands if problem.cache is None else append(problem, operands), out
+    if p.eight_bit is not None:
+        p, into = eight_bit.for_kernels(p, out)
     lengths, most = plan.read_lengths(p, o), threads_of_call()
     if lengths.cu_q is not None:
-        _clear_unowned(lengths.cu_q, out, 0)
+        _clear_unowned(lengths.cu_q, into, 0)
         if lse is not None:
             _clear_unowned(lengths.cu_q, lse, 1)
-    where = o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr
+    where = o.q.ptr, o.k.ptr, o.v.ptr, into.ptr, 0 if lse is None else lse.ptr
     if p.cache is None:
-        _prepared(p, o, lengths, out, lse, most)(*where)
-        return
-    vector, half = _engine.vector_length(p.dtype)
-    team = plan.team_for(p, most)
-    for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
-        _planned(p, o, lengths, out, lse, cut, team)(*where)
+        _prepared(p, o, lengths, into, lse, most)(*where)
+    else:
+        vector, half = _engine.vector_length(p.dtype)
+        team = plan.team_for(p, most)
+        for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
+            _planned(p, o, lengths, into, lse, cut, team)(*where)
+    if into is not out:
+        eight_bit.store(into, out)
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -> Any:
@@ -66,9 +70,9 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -
     -------
     run(addresses, stream)
         Of q, k, v, out and lse, if this call has one. None for packed operands, whose lengths are checked in each call,
-        and for those that change scores.
+        for those that change scores, and for 8-bit ones.
     """
-    if problem.packed or problem.cache is not None or not operands.plain:
+    if problem.packed or problem.cache is not None or problem.eight_bit is not None or not operands.plain:
         return None
     p, lengths, threads = problem, plan.read_lengths(problem, operands), threads_of_call()
     o, out, lse = Operands(_bare(operands.q), _bare(operands.k), _bare(operands.v)), _bare(out), lse and _bare(lse)

@@ -113,6 +113,7 @@ cdef struct Call:
     const double* k_scales
     const double* v_scales
     double scale, softcap, keep_scale
+    double out_factor                   # of 8-bit operands
     bint scored                         # scores need a pass before the softmax. Else its exponent includes the scale, a positive normal float
     long left, right
     bint top_left, dropout
@@ -290,8 +291,10 @@ cdef void fill(Call* c, p, o, lengths, list alive) except *:
     c.q, c.k, c.v = tensor(o.q, axes), tensor(o.k, axes_k), tensor(o.v, axes_k)
     if table is not None:
         c.table, c.table_width, c.page_size = integers(table.reshape(-1), alive), table.shape[1], page_size
-        c.q_scales, c.k_scales, c.v_scales = (doubles(o.cache.q_scale, alive), doubles(o.cache.k_scale, alive),
-                                              doubles(o.cache.v_scale, alive))
+    c.q_scales, c.k_scales, c.v_scales = doubles(o.q_scale, alive), doubles(o.k_scale, alive), doubles(o.v_scale, alive)
+    c.out_factor = 1.0 if p.eight_bit is None else p.eight_bit.factor
+    if o.out_scale is not None:
+        c.out_factor /= o.out_scale.numpy()[0]
     score, mask, drop = p.score, p.mask, p.dropout
     if o.bias is not None:
         c.bias = tensor(o.bias, "bhrd")

@@ -272,7 +272,7 @@ cdef inline void finish_row(const Call* c, long b, long head, long row, const ch
         total *= factor
         if c.sinks != NULL and top > -INFINITY:
             total += exp(sink - top)
-    factor = 0.0 if total == 0 else factor * c.keep_scale / total
+    factor = 0.0 if total == 0 else factor * c.keep_scale * c.out_factor / total
     if c.v_scales != NULL:
         factor *= c.v_scales[b * c.heads_k + head // c.group]
     g.store_row(at(&c.out, b, row, head), c.out.dim, c.out.dtype, O, factor, c.head_dim_v)

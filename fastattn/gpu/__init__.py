@@ -17,6 +17,7 @@ from ..memo import Recent
 from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
+from .eight_bit import Widening
 from .rows import launch as rows
 from .rows import quantize_launch
 from .runtime.device import Device, current, device
@@ -51,6 +52,7 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family] = {"sm90": sm90, "sm80": sm80, "simt": simt}
+_WIDENING: dict[str, Family] = {name: Widening(family) for name, family in _FAMILIES.items()}     # for 8-bit operands
 
 
 def family(which: str) -> Family:
@@ -72,6 +74,11 @@ def _few_float(p: Problem) -> bool:
     return p.dtype == "float32" and p.seqlen_k <= FEW_FLOAT_KEYS and products <= FEW_FLOAT_PRODUCTS
 
 
+def _for(which: str, call: AnyCall) -> Family:
+    """The family's launches for such a call. Caches are never copied, so they are not widened."""
+    return _FAMILIES[which] if call.problem.eight_bit is None or call.problem.cache is not None else _WIDENING[which]
+
+
 def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     """Each of `families` with the reason why it does not run the call, or with None."""
     tiles = most_tiles(call, 64)
@@ -84,7 +91,7 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
         elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            yield which, too_many or _FAMILIES[which].refuses(call, d)
+            yield which, too_many or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
@@ -92,7 +99,7 @@ def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) ->
     found = dict[str, str]()
     for which, reason in reasons(call, d, families or families_in_use()):
         if reason is None:
-            return _FAMILIES[which]
+            return _for(which, call)
         found[which] = reason
     raise refused(call.problem.call, found, f" on {d.name} ({d.arch})")
 

@@ -7,9 +7,8 @@ import numpy as np
 
 from ..arrays.convert import Caller
 from ..arrays.readers import written
-from ..arrays.view import View
 from ..dispatch import given_out
-from ..options import Check, Options, read_options
+from ..options import SCALES, Check, Options, read_eight_bit, read_options
 from ..registry import choose
 from ..signature import strict, unknown_arguments
 from ..types import A, Array, D, EngineName, Integer, Layout, Lengths, Number, PerHead, S, Scale, ServingOptions, Window
@@ -131,6 +130,7 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
         raise unknown_arguments(attention_with_kvcache, more, unknown)
     call, check = "attention_with_kvcache", Check("attention_with_kvcache")
     options = read_options(call, causal, window, softmax_scale, softcap, 0.0, None, 0, max_seqlen_q)
+    options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, None), None)
     splits = None if num_splits is None else check.integer("num_splits", num_splits, 1, 2**31 - 1, "None lets the engine choose")
     packed = cu_seqlens_q is not None
     if layout not in (("bshd", "thd") if packed else ("bshd", "bhsd")):
@@ -145,16 +145,8 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
                   *[None if x is None else caller.view(x, name) for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin))],
                   *[None if x is None else caller.small(x, name, compute) for name, x in (
                       ("alibi_slopes", alibi_slopes), ("sinks", sinks))],
-                  *[None if x is None else _scale(caller, check, x, name) for name, x in (
-                      ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))])
+                  *[None if x is None else caller.small(x, name, "float32") for name, x in zip(SCALES[:3], scales or (), strict=False)])
     return _run(caller, given, options, bool(rotary_interleaved), splits, out, bool(return_lse), engine)
-
-
-def _scale(caller: Caller, check: Check, x: Any, name: str) -> View:
-    """A scale as an array: a number becomes one of one element."""
-    if isinstance(x, (list, tuple)) or tuple(getattr(x, "shape", ())) != ():
-        return caller.small(x, name, "float32")
-    return caller.view(np.array([check.number(name, x, "a positive number, or an array")], np.float32), name)
 
 
 def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_splits: int | None, out: Any, return_lse: bool,
@@ -167,7 +159,7 @@ def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_
         raise
     into = None if out is None else given_out(caller, out, problem, o)
     chosen = choose(caller.call, engine, o.q.device)
-    output = caller.output(problem.out_shape, problem.dtype, o.q) if into is None else into
+    output = caller.output(problem.out_shape, problem.out_dtype, o.q) if into is None else into
     lse = caller.allocate(problem.lse_shape, problem.lse_dtype, o.q) if return_lse else None
     chosen.forward(problem, o, output.view, None if lse is None else lse.view, caller.handle)
     if given.k is not None:

@@ -32,11 +32,12 @@ def append(problem: Problem, o: Operands) -> Operands:
     if cache.append:
         assert given.k is not None and given.v is not None
         pages, slots = key_row(given.block_table.numpy(), requests, cache.page_size, positions)
-        for cached, new, scale, turned in ((o.k, given.k, given.k_scale, turn), (o.v, given.v, given.v_scale, None)):
+        for cached, new, scale, number, turned in ((o.k, given.k, o.k_scale, cache.k_scale, turn),
+                                                   (o.v, given.v, o.v_scale, cache.v_scale, None)):
             x = new.numpy()[rows]
             x = x if turned is None else rotated(x, positions, *turned)
             if cached.dtype in EIGHT_BIT and new.dtype not in EIGHT_BIT:
-                x = quantized(x, scale.numpy()[requests][:, :, None] if scale is not None else np.float32(1), cached.dtype)
+                x = quantized(x, number if scale is None else scale.numpy()[requests][:, :, None], cached.dtype)
             cached.numpy()[pages, slots] = x
     if turn is not None:
         turned_q = np.array(q.numpy())

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import words
 from ..arrays.dlpack import address
 from ..arrays.view import EIGHT_BIT, LENGTHS, View, overlap
-from ..options import Check, Options
+from ..options import Check, EightBitOptions, Options
 from ..problem import (
     DTYPES,
     MAX_HEAD_DIM,
@@ -28,6 +28,7 @@ from ..problem import (
     per_head,
     read_lengths,
     scale_and_cap,
+    with_scales,
 )
 from .paging import key_row
 
@@ -106,28 +107,6 @@ def _dtypes(check: Check, g: Given) -> None:
                          "8-bit caches go with 16-bit and 8-bit q" if g.k_cache.dtype in EIGHT_BIT else hint)
     if g.v_cache.dtype != g.k_cache.dtype:
         raise check.type("v_cache", f"has dtype {g.v_cache.dtype}", f"k_cache's dtype, {g.k_cache.dtype}")
-    for name, scale, x in (("q_scale", g.q_scale, g.q), ("k_scale", g.k_scale, g.k_cache), ("v_scale", g.v_scale, g.v_cache)):
-        if scale is not None and x.dtype not in EIGHT_BIT:
-            whose = {"q_scale": "q", "k_scale": "k_cache", "v_scale": "v_cache"}[name]
-            raise check.value(name, f"is given, and {whose} is {x.dtype}", "None, because only 8-bit operands have scales")
-
-
-def _scale(check: Check, name: str, scale: View | None, batch: int, heads_k: int) -> View | None:
-    """A scale, broadcast to (batch, num_heads_k)."""
-    if scale is None:
-        return None
-    check.dtype(name, scale, ("float32",))
-    if scale.shape not in ((1,), (heads_k,), (batch, heads_k)):
-        raise check.value(name, f"has shape {scale.shape}", f"a number, (1,), (num_heads_k,) = ({heads_k},) or (batch, num_heads_k) = "
-                          f"({batch}, {heads_k})")
-    scale = scale.broadcast_to((batch, heads_k))
-    if scale.device[0] == "cpu":
-        values = scale.numpy()
-        wrong = ~(np.isfinite(values) & (values > 0))
-        if wrong.any():
-            b, h = (int(i) for i in np.argwhere(wrong)[0])
-            raise check.value(name, f"has {values[b, h]} for request {b}, head {h}", "positive finite numbers")
-    return scale
 
 
 def _rows(check: Check, g: Given, max_seqlen_q: int | None) -> Rows:
@@ -300,15 +279,16 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
         _written_once(check, table, page_size, rows, after)
     rotary = _rotary(check, g, new, rotary_interleaved, after)
     scale, cap = scale_and_cap(check, options, g.q.shape[-1], g.q.compute_dtype)
-    scales = [_scale(check, name, x, rows.batch, g.k_cache.shape[-2]) for name, x in (
-        ("q_scale", g.q_scale), ("k_scale", g.k_scale), ("v_scale", g.v_scale))]
-    operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin, *scales)
-    o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, operands)
+    operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin)
+    o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, g.q_scale, g.k_scale, g.v_scale,
+                 cache=operands)
+    o, scale, eight_bit = with_scales(check, o, options, scale, rows.batch)
     o = per_head(check, o, rows.batch, g.q.shape[-2])
-    cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, num_splits)
+    numbers = options.eight_bit or EightBitOptions(())
+    cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, num_splits, numbers.k_scale, numbers.v_scale)
     score = Score(scale, cap, alibi=o.alibi_slopes is not None, sinks=o.sinks is not None)
     seqlen_k = width * page_size if after is None else int(after.max(initial=0))
-    dtype = "bfloat16" if g.q.dtype in EIGHT_BIT else g.q.dtype
-    problem = Problem(call, dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
-                      g.v_cache.shape[-1], score, mask_of(options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True, cache=cache)
+    problem = Problem(call, g.q.dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
+                      g.v_cache.shape[-1], score, mask_of(options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True,
+                      eight_bit=eight_bit, cache=cache)
     return problem, o

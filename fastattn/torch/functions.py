@@ -232,8 +232,8 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
     causal, window, scale, softcap, dropout_p, seed, offset, *longest = options
     seed = seed_tensor(call, seed)
     if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (offset, *longest)):
-        causal, window, scale, softcap, dropout_p, _, offset, *longest = read_options(call, causal, window, scale, softcap, dropout_p, None,
-                                                                                      offset, *longest)
+        causal, window, scale, softcap, dropout_p, _, offset, *longest, _ = read_options(call, causal, window, scale, softcap, dropout_p,
+                                                                                         None, offset, *longest)
     left, right = (None, None) if window is None else window
     longest_q, longest_k = longest or (None, None)
     out, lse = attend(Arguments(

@@ -82,7 +82,7 @@ CAPSULES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "other_device": (_put(device_type=2), "is on DLPack device (2, 0) by its capsule and (1, 0) by __dlpack_device__; expected one"),
     "unknown_device": (_put(device_type=99), "is on DLPack device (99, 0) by its capsule"),
     "lanes": (_put(lanes=4), "has dtype float32 in vectors of 4; expected "),
-    "float8": (_put(code=10, bits=8), "has dtype float8_e4m3fn; expected "),
+    "float8": (_put(code=8, bits=8), "has dtype float8_e4m3; expected "),
     "float4": (_put(code=17, bits=4), "has dtype float4_e2m1fn; expected "),
     "unknown_code": (_put(code=77), "has dtype of code 77, bits 32; expected "),
     "complex": (_put(code=5, bits=64), "has dtype complex64; expected "),

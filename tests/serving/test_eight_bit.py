@@ -110,11 +110,12 @@ def test_errors_of_scales() -> None:
             fastattn.attention_with_kvcache(*arrays, cache_seqlens=[1, 0], **more)
         assert str(raised.value).startswith(f"attention_with_kvcache(): {text}"), raised.value
     q = ones[:, :1]
-    fails(ValueError, "k_scale is given, and k_cache is bfloat16; expected None", q, ones, ones, k_scale=2.0)
-    fails(ValueError, "q_scale is given, and q is bfloat16; expected None", q, eight, eight, q_scale=2.0)
+    fails(ValueError, "k_scale is given, and k_cache has dtype bfloat16; expected k_scale beside 8-bit k_cache and v_cache only",
+          q, ones, ones, k_scale=2.0)
+    fails(ValueError, "q_scale is given, and q has dtype bfloat16; expected None, because only 8-bit", q, eight, eight, q_scale=2.0)
     fails(ValueError, "v_scale has shape (3,); expected a number, (1,), (num_heads_k,) = (2,) or", q, eight, eight, v_scale=[1.0, 2, 3])
-    fails(ValueError, "v_scale has 0.0 for request 0, head 1; expected positive finite", q, eight, eight, v_scale=[1.0, 0.0])
-    fails(ValueError, "k_scale is nan; expected a positive number", q, eight, eight, k_scale=float("nan"))
+    fails(ValueError, "v_scale has 0.0 for request 0, head 1; expected a positive finite", q, eight, eight, v_scale=[1.0, 0.0])
+    fails(ValueError, "k_scale is nan; expected a positive finite number", q, eight, eight, k_scale=float("nan"))
     fails(TypeError, "k_scale has dtype float64; expected float32", q, eight, eight, k_scale=np.ones(2))
     fails(TypeError, "v_cache has dtype bfloat16; expected k_cache's dtype, float8_e4m3fn", q, eight, ones)
     fails(TypeError, "k_cache has dtype bfloat16; expected float8_e4m3fn or float8_e5m2", eight, ones, ones)
