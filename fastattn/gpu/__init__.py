@@ -27,6 +27,7 @@ from .runtime.recording import Recorder, Recording, addressed
 from .simt import launch as simt
 from .sm80 import launch as sm80
 from .sm90 import launch as sm90
+from .sm90 import launch_8bit
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
 
 # looked for, not imported: a kernel in the cache needs neither. The api says what to install where one is missing.
@@ -52,7 +53,8 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family] = {"sm90": sm90, "sm80": sm80, "simt": simt}
-_WIDENING: dict[str, Family] = {name: Widening(family) for name, family in _FAMILIES.items()}     # for 8-bit operands
+# for 8-bit operands
+_WIDENING: dict[str, Family] = {name: Widening(family, launch_8bit if name == "sm90" else None) for name, family in _FAMILIES.items()}
 
 
 def family(which: str) -> Family:

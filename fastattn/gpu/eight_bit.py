@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from ..arrays.view import EIGHT_BIT, View, contiguous
 from ..problem import Problem
@@ -79,18 +79,32 @@ def refuses_widening(call: Call) -> str | None:
     return None if most <= MOST_BLOCKS else f"it has {most} pieces of {QUANTIZE_ROWS} rows, over 2**31 - 1"
 
 
-class Widening:
-    """A kernel family for forwards with 8-bit operands, over one without."""
+class Products(Protocol):
+    """Launches of a kernel on 8-bit products."""
 
-    def __init__(self, family: Any) -> None:
-        self.family = family
+    def refuses(self, call: AnyCall, d: Any) -> str | None:
+        """None, or why it does not run the call."""
+
+    def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
+        """As a kernel family's."""
+
+
+class Widening:
+    """A kernel family for forwards with 8-bit operands, over one without. `products` runs the calls that it takes."""
+
+    def __init__(self, family: Any, products: Products | None = None) -> None:
+        self.family, self.products = family, products
 
     def refuses(self, call: AnyCall, d: Any) -> str | None:
         if isinstance(call, BackwardCall):
             return "8-bit operands have no backward"
+        if self.products is not None and self.products.refuses(call, d) is None:
+            return None
         return refuses_widening(call) or self.family.refuses(widened(call, ALIGN).call, d)
 
     def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
+        if self.products is not None and self.products.refuses(call, launcher.device) is None:
+            return self.products.prepare(call, spec, launcher)
         size = widened(call, 0).end
 
         def launch(call: Call, stream: int) -> None:

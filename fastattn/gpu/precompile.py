@@ -82,7 +82,7 @@ class Want:
             lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
         problem, o = make_problem("precompile", o, packed=self.packed, causal=self.causal, window=self.window,
                                   softcap=30.0 if self.softcap else None, dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
-        out, lse = array(self.dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
+        out, lse = array(problem.out_dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
         if not self.backward:
             return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)
         grads = Grads(o.q, o.k, o.v, view(self.bias, *of_bias) if self.dbias else None, o.sinks)

@@ -63,6 +63,8 @@ class Spec:
         Of decode/: keys are in pages that a table on the device names.
     group_parts
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
+    out_dtype
+        Of kernels on 8-bit operands: the output's dtype. None: q's.
     """
 
     dtype: str
@@ -87,6 +89,7 @@ class Spec:
     group_parts: bool = False
     lengths: bool = False
     paged: bool = False
+    out_dtype: str | None = None
 
     @property
     def parts(self) -> int:
@@ -99,7 +102,7 @@ class Spec:
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
                  "deterministic", "group_parts", "lengths", "paged")
         on = [name for name in flags if getattr(self, name)]
-        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias") if getattr(self, name)]
+        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias", "out_dtype") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])
 

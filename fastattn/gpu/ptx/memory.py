@@ -20,6 +20,7 @@ load_u8 = instruction("ld.global.u8 $0, [$1];", "l", "r")
 store_f32 = instruction("st.global.f32 [$0], $1;", "lf")
 store_f64 = instruction("st.global.f64 [$0], $1;", "ld")
 store_b32 = instruction("st.global.b32 [$0], $1;", "lr")
+store_words = instruction("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "lrrrr")      # four words at an address that is a multiple of 16
 store_zero16 = instruction("st.global.v4.b32 [$0], {0, 0, 0, 0};", "l")
 store_b16 = instruction("{ .reg .b16 t; cvt.u16.u32 t, $1; st.global.b16 [$0], t; }", "lr")
 load_shared_b32 = instruction("ld.shared.b32 $0, [$1];", "r", "r")

@@ -26,6 +26,9 @@ SPLIT_COLUMNS = 8           # of a thread: it stores 16 bytes of each part
 QUANTIZE_THREADS = 256
 QUANTIZE_ROWS = 64          # of one head, of a thread block: 16 KB of 16-bit numbers at head_dim 128
 
+# transpose_8bit
+TRANSPOSE_THREADS = 256
+
 # merge_states
 MERGE_THREADS = 128
 

@@ -1,7 +1,8 @@
 """Tensor maps: descriptors by which TMA, the bulk copy engine, addresses tiles (CUDA driver API,
 cuTensorMapEncodeTiled).
 
-Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`. Or they are (row, 2)
+Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`; of 8-bit elements it is
+32, 64 or 128, swizzled over their width. Or they are (row, 2)
 float32 of lse and delta, and a box is `rows` of one of the two. TMA reads what lies outside the tensor as 0 and does
 not write it.
 
@@ -21,13 +22,13 @@ from typing import Any, NamedTuple
 from cuda.bindings import driver
 
 from ...arrays.streams import check
-from ...arrays.view import View
+from ...arrays.view import EIGHT_BIT, View
 from .device import private_stream, relaxed
 
 _MAP_BYTES = 128
 _CHUNK = 4096                  # maps that are allocated at a time
 _MOST = 32768                  # maps of a device in one generation: more than those of all launches that can be pending
-_DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+_DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"} | dict.fromkeys(EIGHT_BIT, "UINT8")
 PANEL = 64                     # elements of a 128-byte row
 
 
@@ -180,7 +181,9 @@ def _encode(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: 
         shape, strides = (1, *shape), (strides[0] * shape[0], *strides)
     batch, length, heads, dim = shape
     by_batch, by_row, by_head, _ = (s if n > 1 else 16 for s, n in zip(strides, shape, strict=True))
-    return _encoded(_DTYPES[dtype], address, (dim, length, heads, batch), (by_row, by_head, by_batch), (PANEL, rows, 1, 1), "128B")
+    columns = min(dim, 2 * PANEL) if dtype in EIGHT_BIT else PANEL
+    swizzle = f"{columns}B" if dtype in EIGHT_BIT else "128B"
+    return _encoded(_DTYPES[dtype], address, (dim, length, heads, batch), (by_row, by_head, by_batch), (columns, rows, 1, 1), swizzle)
 
 
 def _encode_rows(count: int, apart: int, rows: int, address: int) -> int:

@@ -22,10 +22,12 @@ OUT_PANEL = WARPGROUP_ROWS * ROW_BYTES      # bytes: 64 rows of 64 columns
 MAX_CONSUMERS = 3
 
 
-def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, finish: Any, records: Records) -> Any:
+def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, finish: Any, records: Records,
+                  BY_BATCH: bool = False) -> Any:
     """epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col) of the i-th tile, whose record it releases.
 
-    OUT is the offset in shared memory of config.out_panels panels for each warpgroup.
+    OUT is the offset in shared memory of config.out_panels panels for each warpgroup. BY_BATCH: finish takes batch * num_heads + head
+    instead of the head.
     """
     BLOCK_M, SLICES, COLUMNS = config.block_m, config.slices, slice_dim(spec.head_dim_v, config.slices)
     ROWS_APART, COLUMNS_APART = (WARPGROUP_ROWS, 0) if SLICES == 1 else (0, COLUMNS)        # of neighbouring warpgroups
@@ -112,7 +114,8 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         q_start, seqlen_q = records.get(base, i, TILE.Q_START), records.get(base, i, TILE.SEQLEN_Q)
         thread = opaque(thread)     # opaque: what follows from it is computed here, not kept in registers through the loop
         row = int32(m_block * BLOCK_M + w * ROWS_APART + ((thread >> 5) & 3) * 16 + (lane >> 2))
-        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        of = int32(batch * a.num_heads + head) if BY_BATCH else head
+        scale0, scale1, lse0, lse1 = finish(a, of, max0, max1, sum0, sum1)
         if PACKED and SINKS:
             if records.get(base, i, TILE.KIND) == 2:
                 lse0, lse1 = NEG_INF, NEG_INF

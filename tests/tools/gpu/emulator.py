@@ -29,7 +29,7 @@ from fastattn.gpu.runtime.launcher import Listing
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
            "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize",
-           "rows.rescale", "tile.words")
+           "rows.rescale", "rows.transpose_8bit", "tile.words")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 _C |= dict.fromkeys(EIGHT_BIT, ctypes.c_uint8)
 
@@ -264,6 +264,11 @@ class Machine:
         for k in range(4):
             self.store_b32(address + 4 * k, 0)
 
+    def store_words(self, address: int, *words: int) -> None:
+        assert address % 16 == 0
+        for k, word in enumerate(words):
+            self.store_b32(address + 4 * k, word)
+
     def load_shared(self, compute: str, count: int) -> Any:
         size = ITEMSIZE[compute]
 
@@ -286,7 +291,8 @@ class Machine:
                 "store_shared": store_shared, "rounded_product": lambda compute: lambda x, y: x * y,
                 "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
                 "store_shared_b32": lambda at, value: self.block.put(at, value),
-                "store_chunk": self.store_chunk,
+                "store_chunk": self.store_chunk, "load_f32": lambda at: self.load_if("float32", "float32")(at, 1),
+                "store_f32": self.store("float32", "float32"), "store_words": self.store_words, "transpose_bytes": transpose_bytes,
                 "add_chunk": lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
                 "scale_chunk": lambda x, factor: tuple(a * factor for a in x)}
 
@@ -313,6 +319,11 @@ def int32(x: Any) -> int:
     x = int(x)
     assert -(2**31) <= x < 2**31, f"{x} does not fit 32 bits"
     return x
+
+
+def transpose_bytes(*words: int) -> Any:
+    """ptx.wgmma_8bit.transpose_bytes."""
+    return tuple(int(x) for x in np.array(words, np.int32).view(np.uint8).reshape(4, 4).T.copy().view(np.int32).ravel())
 
 
 def real(x: Any) -> float:

@@ -265,6 +265,19 @@ def _everything_there_is() -> Iterator[Job]:
                     yield Job(family, arch, _want(dtype, dim, packed=True, causal=True, **settings), f"packed_{name}")
 
 
+def _eight_bit() -> Iterator[Job]:
+    """8-bit operands: Hopper's products, with the transposition of V, and copies around the kernels of 16 bits."""
+    for dim in (64, 128):
+        for lse in (False, True):
+            yield Job("sm90", "sm_90a", _want("float8_e4m3fn", dim, lse=lse), "full")
+            yield Job("sm90", "sm_90a", _want("float8_e4m3fn", dim, lse=lse, causal=True, num_heads_k=4), "causal")
+        yield Job("sm90", "sm_90a", _want("float8_e4m3fn", dim, window=(100, 50)), "window")
+        yield Job("sm90", "sm_90a", _want("float8_e4m3fn", dim, packed=True, causal=True), "packed_causal")
+        yield Job("sm90", "sm_90a", _want("float8_e4m3fn", dim, packed=True, seqused=True, window=(100, 50)), "packed_window")
+    yield Job("sm90", "sm_90a", _want("float8_e4m3fn", 256, causal=True), "widened")
+    yield Job("sm80", "sm_80", _want("float8_e4m3fn", 128, packed=True, softcap=True), "widened")
+
+
 def _ci() -> Iterator[Job]:
     """What fits into CI: a Hopper kernel takes three seconds with its PTX."""
     yield from _pairs()
@@ -274,6 +287,7 @@ def _ci() -> Iterator[Job]:
     yield from _float()
     yield from _short()
     yield from _bias_tiles()
+    yield from _eight_bit()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}
     for dim in (64, 128):

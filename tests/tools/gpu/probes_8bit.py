@@ -1,16 +1,19 @@
-"""Probes of gpu/test_intrinsics.py: 8-bit floats."""
+"""Probes of gpu/test_intrinsics.py: 8-bit floats, and exponentials that are exact enough for them."""
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, int32, uint64
+from numba import cuda, float32, int32, uint64
 
 from fastattn.arrays.view import EIGHT_BIT, LARGEST, numpy_dtype
-from fastattn.gpu.ptx import memory, scalar
+from fastattn.gpu.ptx import mbarrier, memory, scalar, tma, wgmma, wgmma_8bit
+from fastattn.gpu.tile import fragments as f
+from tests.tools.gpu.probes import C, add, as_matrix, check_unary, expect, load, normal, on_fragment, same, unary
+from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
 
-from .probes import add
+E4M3, E5M2 = EIGHT_BIT
 
 
 # ---------------------------------------------------------------- single bytes
@@ -64,3 +67,110 @@ def check_stores(dtype: str) -> Callable[[Any], None]:
 for _dtype in EIGHT_BIT:
     add("scalar.load_if", "ld.global.u8; cvt.f32.f16", loads(_dtype), check_loads(_dtype), name=f"scalar.load_if_{_dtype}")
     add("scalar.store", "st.global.u8; add.rn.f32", stores(_dtype), check_stores(_dtype), name=f"scalar.store_{_dtype}")
+
+
+# ---------------------------------------------------------------- exponentials
+_mixed, _all = f.make_exp2_minus(4), f.make_exp2_minus(1)
+add("arith.emit_exp2_polynomial fragments.make_exp2_minus", "fma.rn.f32; ex2.approx.ftz.f32; shl.b32",
+    on_fragment(lambda acc, lane, row, col, n: _mixed(acc, float32(1.5), float32(1.25), float32(row), float32(row + 8))),
+    expect(lambda x, r, c: np.exp2(np.where(r < 8, 1.5, 1.25) * x - r), rtol=1.2e-4))
+add("fragments.make_exp2_minus", "fma.rn.f32", unary(lambda x: _all((x, x, x, x), float32(1), float32(1), float32(0), float32(0))[0]),
+    check_unary(np.r_[-np.inf, -1e30, -127, -126, 0, 1, -1, np.linspace(-20, 20, 25)], lambda x: np.where(x <= -127, 0, np.exp2(x)), 1000),
+    name="fragments.exp2_polynomial")
+
+
+# ---------------------------------------------------------------- words and bytes
+def turned() -> Any:
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        at = uint64(a.src + 16 * lane)
+        x = wgmma_8bit.transpose_bytes(memory.load_b32(at), memory.load_b32(uint64(at + 4)), memory.load_b32(uint64(at + 8)),
+                                       memory.load_b32(uint64(at + 12)))
+        memory.store_words(uint64(a.dst + 16 * lane), x[0], x[1], x[2], x[3])
+    return kernel
+
+
+def check_turned(launch: Any) -> None:
+    src = np.random.default_rng(0).integers(0, 256, (32, 4, 4), np.uint8)
+    same(launch(src, dst=np.zeros((32, 4, 4), np.uint8)), src.swapaxes(1, 2))
+
+
+add("wgmma_8bit.transpose_bytes memory.store_words", "prmt.b32; st.global.v4.b32", turned, check_turned)
+
+
+# ---------------------------------------------------------------- wgmma
+def drawn(dtype: str, *shape: int, seed: int = 0) -> Any:
+    return np.clip(normal(*shape, seed=seed), -8, 8).astype(numpy_dtype(dtype))
+
+
+def product_qk(dim: int, dtype_a: str, dtype_b: str) -> Callable[[], Any]:
+    """A B^T of two 64 x dim tiles."""
+    ROW = min(dim, 128)
+    qk, rows_of, PANELS, BYTES = wgmma_8bit.make_qk(dtype_a, dtype_b, ROW), wgmma_8bit.make_descriptor(ROW), dim // ROW, 64 * ROW
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            if cuda.threadIdx.x == 0:
+                mbarrier.arrive_expect(int32(base + BAR), int32(2 * PANELS * BYTES))
+                for p in range(PANELS):
+                    tma.load(int32(base + p * BYTES), a.map_a, int32(base + BAR), int32(p * ROW), int32(0), int32(0), int32(0))
+                    tma.load(int32(base + 2 * PANEL + p * BYTES), a.map_b, int32(base + BAR), int32(p * ROW), int32(0), int32(0), int32(0))
+            mbarrier.wait(int32(base + BAR), int32(0))
+            wgmma.fence()
+            acc = qk(f.zeros(32), rows_of(base), rows_of(int32(base + 2 * PANEL)), dim, 64, 64)
+            wgmma.commit()
+            save_at(a.dst, int32(cuda.threadIdx.x >> 5) * 32, wgmma.wait_all(acc), 32)
+        return kernel
+    return make
+
+
+def check_qk(dim: int, dtype_a: str, dtype_b: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        x, y = drawn(dtype_a, 1, 64, 1, dim), drawn(dtype_b, 1, 64, 1, dim, seed=1)
+        got = launch(x, y, dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
+        exact = x[0, :, 0].astype(np.float64) @ y[0, :, 0].astype(np.float64).T
+        np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, rtol=2e-3, atol=2e-2)
+    return check
+
+
+def product_pv(panel: int, dtype_v: str) -> Callable[[], Any]:
+    """P V of the columns 64 to 127, for P (64 x 64) in registers and the transposed V (128 x 64 keys) in panels of `panel` keys."""
+    pv, values_of, PANELS, BYTES = wgmma_8bit.make_pv(dtype_v, panel), wgmma_8bit.make_descriptor(panel), 64 // panel, 128 * panel
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+            if cuda.threadIdx.x == 0:
+                mbarrier.arrive_expect(int32(base + BAR), int32(PANELS * BYTES))
+                for p in range(PANELS):
+                    tma.load(int32(base + p * BYTES), a.map_a, int32(base + BAR), int32(0), int32(128 * p), int32(0), int32(0))
+            p = wgmma_8bit.to_e4m3(load(uint64(a.other + uint64(4 * 16 * C * warp)), lane))
+            mbarrier.wait(int32(base + BAR), int32(0))
+            wgmma.fence()
+            acc = pv(f.zeros(32), p, values_of(int32(base + 64 * panel)), 128)
+            wgmma.commit()
+            save_at(a.dst, warp * 32, wgmma.wait_all(acc), 32)
+        return kernel
+    return make
+
+
+def check_pv(panel: int, dtype_v: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        v, p = drawn(dtype_v, 64, 128), normal(64, 64, seed=1)
+        p[0, :3] = 1000, -1000, 0.001           # saturate; a subnormal number
+        order = (np.array(wgmma_8bit.KEY_OF) + 32 * np.arange(2)[:, None]).ravel()
+        turned = np.ascontiguousarray(v[order].reshape(64 // panel, panel, 128).swapaxes(1, 2)).reshape(1, -1, 1, panel)
+        got = launch(turned, p, dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 128)])
+        exact = np.clip(p, -448, 448).astype(numpy_dtype(E4M3)).astype(np.float64) @ v[:, 64:].astype(np.float64)
+        np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, rtol=2e-3, atol=2e-2)
+    return check
+
+
+for _dim, _a, _b in ((64, E4M3, E4M3), (256, E4M3, E4M3), (128, E4M3, E5M2)):
+    add("wgmma_8bit.make_qk wgmma_8bit.make_descriptor", f"m64n64k32.f32.{wgmma_8bit.KIND[_a]}.{wgmma_8bit.KIND[_b]}",
+        product_qk(_dim, _a, _b), check_qk(_dim, _a, _b), name=f"wgmma_8bit.qk_{_dim}_{_b}", threads=128, shared=SHARED)
+for _panel, _v in ((64, E4M3), (32, E4M3), (64, E5M2)):
+    add("wgmma_8bit.make_pv wgmma_8bit.to_e4m3", f"m64n64k32.f32.e4m3.{wgmma_8bit.KIND[_v]}; cvt.rn.satfinite.e4m3x2.f32",
+        product_pv(_panel, _v), check_pv(_panel, _v), name=f"wgmma_8bit.pv_{_panel}_{_v}", threads=128, shared=SHARED)

@@ -1,0 +1,56 @@
+"""Tilings of the Hopper forward on 8-bit operands: every number with its constraint, and the measurement that chose it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..spec import Spec
+from .config import ForwardSm90Config
+
+# head sizes that have a tiling; others are widened to 16 bits. At 256 O and a quarter of P V spill 300 to 500 bytes beside 32 to 96 keys
+DIMS = (64, 128)
+# P is multiplied by 2**OFFSET before it is rounded: e4m3 ends at 448 and its steps below 2**-6 are 2**-9. 7 leaves a factor of 3.5 for
+# maxima that lag (tile/softmax_8bit.py)
+OFFSET = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward8BitConfig(ForwardSm90Config):
+    """A tiling of the forward on 8-bit operands. Its steps are never optimistic: one that is done twice costs more than a maximum.
+
+    Parameters
+    ----------
+    pieces
+        P V of a block is added to O in so many pieces of columns, one after the other. O in float32 takes head_dim_v / 2
+        registers a thread, a piece head_dim_v / 2 / pieces more.
+    polynomial
+        Of so many neighbouring exponentials one is a polynomial on the FMA units instead of ex2, of which a
+        multiprocessor does 16 a cycle. 0: none.
+    """
+
+    pieces: int = 1
+    polynomial: int = 0
+
+    @property
+    def panel(self) -> int:
+        """Keys of a panel of the transposed V: its rows' bytes, a width of the swizzle."""
+        return next(n for n in (128, 64, 32) if self.block_n % n == 0)
+
+    @property
+    def text(self) -> str:
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} pieces {self.pieces}" + " turns" * self.turns
+                + f" polynomial {self.polynomial}" * (self.polynomial > 0))
+
+
+def row_bytes(dim: int) -> int:
+    """Bytes of a row of a panel of `dim` columns."""
+    return min(dim, 128)
+
+
+def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
+    """S takes block_n / 2 registers a thread, P block_n / 8, O head_dim / 2 and a piece of P V, of 232."""
+    direct = (spec.out_dtype or spec.dtype) == "float32"       # stored from the registers
+    dim = spec.head_dim
+    if dim <= 64:
+        return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1, turns=True, optimistic=False)
+    # 144 keys and more spill, in two or four pieces too
+    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, turns=True, optimistic=False)

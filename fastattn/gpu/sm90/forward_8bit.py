@@ -1,0 +1,362 @@
+"""Forward for Hopper on 8-bit operands: forward.py's roles and rings, with products of twice the speed.
+
+What differs from it: V comes transposed (rows/transpose_8bit.py), because 8-bit operands are K-major always. P V of a block is a sum of its
+own, added to O in float32: the tensor cores' 8-bit sums keep some 14 bits, and over 16384 positive keys they lose a quarter. P is e4m3,
+times 2**OFFSET. Scores and the output are scaled by the numbers of their (batch, key head). Every step computes its maxima first.
+
+    shared memory   Q | STAGES x (K, V) | out | barriers | tile records
+
+P V is issued in PIECES of columns, because O in float32 and another accumulator of its size do not fit the registers together: the first
+beside S, each other one when the one before is added, the last of them before the exponentials, which it overlaps with.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from numba import cuda, float32, int32, uint8, uint64
+
+from ..dsl.inline import divide, inline
+from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
+from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
+from ..ptx.sync import any_lane, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, uniform
+from ..spec import Spec
+from ..tile.fragments import add_columns, scale_rows, zeros
+from ..tile.mask import diagonal_of, make_keep
+from ..tile.ring import make_ring
+from ..tile.schedule import make_num_tiles
+from ..tile.smem import ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, panels
+from ..tile.softmax import NEG_INF
+from ..tile.softmax_8bit import make_softmax_8bit
+from .bounds import make_tile_bounds
+from .config_8bit import OFFSET, Forward8BitConfig, row_bytes
+from .epilogue import OUT_PANEL, make_epilogue
+from .records import TILE, make_records
+
+
+class Tile(NamedTuple):
+    """What a consumer keeps of its tile. `intervals`: the keys that its two rows attend; `scale`: the factor from q.k to exponents of 2;
+    n_min: the tile's last key block in the order of the loop."""
+
+    intervals: Any
+    scale: Any
+    n_min: Any
+
+
+def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype_v: str) -> tuple[Any, int]:
+    """(kernel, bytes of shared memory); spec.dtype is q's."""
+    # constants: tile sizes, bytes, registers a thread
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, PIECES = config.block_m, config.block_n, config.stages, config.consumers, config.pieces
+    HEAD_DIM, ROW, PANEL = spec.head_dim, row_bytes(spec.head_dim), config.panel
+    PANELS, PANELS_V, PIECE_DIM = HEAD_DIM // ROW, BLOCK_N // PANEL, HEAD_DIM // PIECES
+    Q_PANEL, K_PANEL, V_PANEL = BLOCK_M * ROW, BLOCK_N * ROW, HEAD_DIM * PANEL
+    Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * K_PANEL, PANELS_V * V_PANEL
+    COUNT_S, COUNT_O, COUNT_PIECE = BLOCK_N // 2, HEAD_DIM // 2, PIECE_DIM // 2
+    LAST_PIECE = (PIECES - 1) * COUNT_PIECE
+    WARPS, PACKED, MASKED_ALWAYS, TURNS = 4 * CONSUMERS, spec.packed, spec.left or spec.right, config.turns and CONSUMERS > 1
+
+    # shared memory and barriers
+    smem = Smem()
+    Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
+    OUT = smem.take(CONSUMERS * min(config.out_panels, panels(HEAD_DIM)) * OUT_PANEL)
+    tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
+    records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
+    q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
+    TURN_BARRIER = smem.named(4)
+
+    # what the steps are made of
+    qk, pv = wgmma_8bit.make_qk(spec.dtype, dtype_k, ROW), wgmma_8bit.make_pv(dtype_v, PANEL)
+    rows_of, values_of = wgmma_8bit.make_descriptor(ROW), wgmma_8bit.make_descriptor(PANEL)
+    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
+    keep, num_tiles = make_keep(spec), make_num_tiles(spec)
+    raised, probabilities, finish_row = make_softmax_8bit(OFFSET, config.polynomial)
+
+    @inline
+    def scales_at(a, plane):
+        """Address of the scales of batch * num_heads + head."""
+        batch = divide(plane, a.num_heads)
+        head_k = divide(int32(plane - batch * a.num_heads), a.group)
+        return uint64(a.scales + uint64(8) * uint64(batch * a.num_heads_k + head_k))
+
+    @inline
+    def finish(a, plane, max0, max1, sum0, sum1):
+        at = scales_at(a, plane)
+        scale, out_scale = load_f32(at), load_f32(at + uint64(4))
+        scale0, lse0 = finish_row(scale, out_scale, max0, sum0)
+        scale1, lse1 = finish_row(scale, out_scale, max1, sum1)
+        return scale0, scale1, lse0, lse1
+    epilogue = make_epilogue(replace(spec, dtype=spec.out_dtype or spec.dtype), config, smem, OUT, finish, records, BY_BATCH=True)
+
+    # ------------------------------------------------------------ load: the producer, one thread
+    @inline
+    def load_k(a, base, it, row, head_k, map_batch):
+        stage, phase = k_ring.use(it)
+        k_ring.wait_empty(base, stage, int32(phase ^ 1))
+        k_ring.arrive_expect(base, stage, int32(K_BYTES))
+        for p in range(PANELS):
+            tma.load(base + K + stage * K_BYTES + p * K_PANEL, a.map_k, base + k_ring.full(stage), int32(p * ROW), row, head_k, map_batch)
+
+    @inline
+    def load_v(a, base, it, block, head_k, map_batch):
+        """The transposed V of a key block: `block` counts blocks of the whole tensor."""
+        stage, phase = v_ring.use(it)
+        v_ring.wait_empty(base, stage, int32(phase ^ 1))
+        v_ring.arrive_expect(base, stage, int32(V_BYTES))
+        for p in range(PANELS_V):
+            tma.load(base + V + stage * V_BYTES + p * V_PANEL, a.map_v, base + v_ring.full(stage), int32(0),
+                     int32((block * PANELS_V + p) * HEAD_DIM), head_k, map_batch)
+
+    @inline
+    def load_q(a, base, i, row, head, map_batch):
+        q_ring.wait_empty_nth(base, i)
+        q_ring.arrive_expect(base, 0, int32(Q_BYTES))
+        for p in range(PANELS):
+            tma.load(base + Q + p * Q_PANEL, a.map_q, base + q_ring.full(0), int32(p * ROW), row, head, map_batch)
+
+    @inline
+    def load(a, base):
+        """Tile after tile: its record, K of its first key block, Q, V of that block; then K and V of the other blocks.
+
+        `it` counts key blocks, `i` tiles. A tile's other blocks are loaded after the next record is written, so that consumers never wait
+        for a record.
+        """
+        it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
+        n, end, row, block, head_k, map_batch, going = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0), True
+        while going:
+            records.put(a, base, i, t, tiles)
+            while n > end:              # the other blocks of the tile before
+                n = opaque(int32(n - 1))
+                load_k(a, base, it, int32(row + n * BLOCK_N), head_k, map_batch)
+                load_v(a, base, it, int32(block + n), head_k, map_batch)
+                it = int32(it + 1)
+            going = t < tiles
+            if going:
+                t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
+                head, batch = records.word(base, i, TILE.HEAD), records.word(base, i, TILE.BATCH)
+                q_row = int32(records.word(base, i, TILE.Q_START) + records.word(base, i, TILE.M_BLOCK) * BLOCK_M)
+                row = records.word(base, i, TILE.K_START)
+                end, n_max = records.blocks(a, base, i)
+                head_k, map_batch, n = divide(head, a.group), int32(0) if PACKED else batch, int32(n_max - 1)
+                block = int32(divide(row, int32(BLOCK_N)) + batch) if PACKED else int32(0)
+                load_k(a, base, it, int32(row + n * BLOCK_N), head_k, map_batch)
+                load_q(a, base, i, q_row, head, map_batch)
+                load_v(a, base, it, int32(block + n), head_k, map_batch)
+                it, i = int32(it + 1), int32(i + 1)
+        fence_gpu()     # the last thread block to end leaves the counter as it was found
+        if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
+            store_b32(a.counter, int32(0))
+
+    # ------------------------------------------------------------ the MMAs
+    @inline
+    def mma_s(base, w, stage):
+        """S = Q K^T of the warpgroup's rows."""
+        q, k = rows_of(base + Q + w * WARPGROUP_ROWS * ROW), rows_of(base + K + stage * K_BYTES)
+        return qk(zeros(COUNT_S), q, k, HEAD_DIM, BLOCK_M, BLOCK_N)
+
+    @inline
+    def mma_o(p, base, stage, piece):
+        """P V, of a piece of the columns."""
+        return pv(zeros(COUNT_PIECE), p, values_of(base + V + stage * V_BYTES + piece * PIECE_DIM * PANEL), HEAD_DIM)
+
+    @inline
+    def wait_turn(w):
+        """Ping-pong: until it is this warpgroup's turn to issue MMAs, so that its softmax overlaps with another's MMAs."""
+        if TURNS:
+            barrier(int32(TURN_BARRIER + opaque(w)), int32(2 * WARPGROUP))
+
+    @inline
+    def pass_turn(w):
+        """Ping-pong: the next warpgroup's turn."""
+        if TURNS:
+            after = int32(opaque(w) + 1)
+            barrier_arrive(int32(TURN_BARRIER if after == CONSUMERS else TURN_BARRIER + after), int32(2 * WARPGROUP))
+
+    @inline
+    def issue_first(base, w, stage):
+        """S of a tile's first block, alone."""
+        wait_turn(w)
+        wgmma.fence()
+        acc_s = mma_s(base, w, stage)
+        wgmma.commit()
+        pass_turn(w)
+        return acc_s
+
+    @inline
+    def issue(base, w, p, stage, before, parity):
+        """S of the block in `stage`, then the first piece of P V of the one in `before`."""
+        wait_turn(w)
+        wgmma.fence()
+        acc_s = mma_s(base, w, stage)
+        wgmma.commit()
+        v_ring.wait_full(base, before, parity)
+        wgmma.fence()
+        product = mma_o(p, base, before, 0)
+        wgmma.commit()
+        pass_turn(w)
+        return acc_s, product
+
+    def make_others(PIECE):
+        """others(acc_o, product, p, base, stage): O with the pieces of P V from PIECE on, which is in flight, but for the last, which is
+        then in flight."""
+        AT, NEXT = PIECE * COUNT_PIECE, PIECE + 1
+        if NEXT == PIECES:
+            @inline
+            def none(acc_o, product, p, base, stage):
+                return acc_o, product
+            return none
+        following = make_others(NEXT)
+
+        @inline
+        def others(acc_o, product, p, base, stage):
+            acc_o = add_columns(acc_o, wgmma.wait_all(product), AT)
+            wgmma.fence()
+            product = mma_o(p, base, stage, NEXT)
+            wgmma.commit()
+            return following(acc_o, product, p, base, stage)
+        return others
+
+    other_pieces = make_others(0)
+
+    @inline
+    def landed(acc_o, product):
+        """O with the last piece."""
+        return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
+
+    @inline
+    def issue_last(base, w, acc_o, p, stage, parity):
+        """O with P V of a tile's last block."""
+        v_ring.wait_full(base, stage, parity)
+        wait_turn(w)
+        wgmma.fence()
+        product = mma_o(p, base, stage, 0)
+        wgmma.commit()
+        pass_turn(w)
+        acc_o, product = other_pieces(acc_o, product, p, base, stage)
+        return landed(acc_o, product)
+
+    @inline
+    def release_k(base, stage, n_block, n_min, lane):
+        """The slot of K, and with a tile's last block that of Q, may be overwritten."""
+        if lane == 0:
+            k_ring.arrive_empty(base, stage)
+            if n_block == n_min:
+                q_ring.arrive_empty(base, 0)
+
+    # ------------------------------------------------------------ the parts of a step
+    @inline
+    def changed(alpha0, alpha1, sum0, sum1):
+        """1 if O must be rescaled. The test on the sums is never true; it is a data dependence that keeps this after the softmax."""
+        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
+
+    def make_step(MASKED):
+        @inline
+        def step(base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
+            """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
+            before, parity = v_ring.use(it)
+            it = int32(it + 1)
+            stage, _ = k_ring.use(it)
+
+            # S = Q K^T of this block, O += P V of the block before
+            k_ring.wait_full_nth(base, it)
+            acc_s, product = issue(base, w, p, stage, before, parity)
+            acc_s = wgmma.wait_all_but_one(acc_s)
+            release_k(base, stage, n_block, tile.n_min, lane)
+
+            # mask, softmax
+            if MASKED:
+                acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
+            max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1)
+            acc_o, product = other_pieces(acc_o, product, p, base, before)
+            acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
+            sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
+            # both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to overlap with the MMA
+            if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                acc_o = scale_rows(landed(acc_o, product), alpha0, alpha1)
+            else:
+                acc_o = landed(acc_o, product)
+            v_ring.release(base, before, lane)
+            return acc_o, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
+        return step
+
+    step_masked, step_whole = make_step(MASKED_ALWAYS), make_step(False)
+
+    @inline
+    def tile_of(a, base, i, w, thread, lane):
+        """(Tile, n_max, full_min, full_max, seqlen_k) of the i-th tile: blocks [full_min, full_max) need no mask for this warpgroup."""
+        m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
+        seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
+        row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
+        row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
+        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
+        full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
+        scale = load_f32(scales_at(a, int32(batch * a.num_heads + head)))
+        tile = Tile(intervals(a, row, diagonal, seqlen_k), scale, uniform(n_min))
+        return tile, uniform(n_max), uniform(full_min), uniform(full_max), seqlen_k
+
+    @inline
+    def first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k):
+        """P of a tile's first block (its last keys), of which some may be past the sequence's end."""
+        n_block = int32(n_max - 1)
+        stage, phase = k_ring.use(it)
+        q_ring.wait_full_nth(base, i)
+        k_ring.wait_full(base, stage, phase)
+        acc_s = wgmma.wait_all(issue_first(base, w, stage))
+        release_k(base, stage, n_block, tile.n_min, lane)
+        if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
+            acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
+        max0, max1, _, _ = raised(tile.scale, acc_s, NEG_INF, NEG_INF)
+        acc_s, sum0, sum1 = probabilities(tile.scale, acc_s, max0, max1)
+        return wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1
+
+    @inline
+    def init_barriers(base):
+        q_ring.init_stage(base, 0)
+        records.init(base)
+        for s in range(STAGES):
+            k_ring.init_stage(base, s)
+            v_ring.init_stage(base, s)
+
+    def kernel(a):
+        base = opaque(int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN))     # opaque: not computed again
+        warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
+        thread = int32(cuda.threadIdx.x & (WARPGROUP - 1))
+        if cuda.threadIdx.x == 0:
+            init_barriers(base)
+            mbarrier.fence_init()
+        cuda.syncthreads()
+        if warpgroup == 0:
+            give_registers()
+            if thread == 0:
+                load(a, base)
+        else:
+            take_registers()
+            w, lane = int32(warpgroup - 1), int32(thread & 31)
+            col = int32((lane & 3) * 2)
+            it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
+            if w == CONSUMERS - 1:
+                pass_turn(w)
+            records.wait(base, i)
+            while records.get(base, i, TILE.KIND) != 0:
+                tile, n_max, full_min, full_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
+                n_block, it = int32(n_max - 1), int32(it + 1)
+                p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
+                acc_o = zeros(COUNT_O)
+                while n_block > tile.n_min:
+                    n_block = int32(n_block - 1)
+                    if (n_block >= full_min) & (n_block < full_max):
+                        acc_o, p, max0, max1, sum0, sum1, it = step_whole(
+                            base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                    else:
+                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
+                            base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                stage, phase = v_ring.use(it)
+                acc_o = issue_last(base, w, acc_o, p, stage, phase)
+                v_ring.release(base, stage, lane)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
+                i = int32(i + 1)
+                records.wait(base, i)
+            if thread == 0:
+                tma.wait_all()
+
+    return kernel, smem.size
