@@ -97,7 +97,7 @@ def test_copies_are_compiled(arch: str, packed: bool) -> None:
 
 def test_which_family_runs_them() -> None:
     """With any feature, head size and scale a family of tensor cores takes the call, as it takes it in 16 bits."""
-    for name in ("plain", "features", "packed", "head_dim_256", "dropout", "float16_q", "e5m2", "mixed", "out_8"):
+    for name in ("plain", "features", "packed", "head_dim_256", "dropout", "float16_q", "e5m2", "mixed", "out_8", "out_float32"):
         case = by_name(name)
         function: Any = attention_varlen if case.lengths else attention
         for arch, family in (("sm_80", "sm80"), ("sm_90a", "sm90")):

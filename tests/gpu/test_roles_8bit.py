@@ -3,6 +3,7 @@ transposition of V in Python, the order of its keys, and the choice of the kerne
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from fastattn.arrays import convert
-from fastattn.arrays.view import numpy_dtype
+from fastattn.arrays.view import ITEMSIZE, numpy_dtype
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.ptx.wgmma_8bit import KEY_OF
+from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.sm90 import launch_8bit
 from fastattn.gpu.sm90.config_8bit import Forward8BitConfig, choose_forward_8bit
-from fastattn.gpu.spec import Call
+from fastattn.gpu.spec import Call, Spec
 from fastattn.problem import Operands, make_problem
 from tests.tools.gpu.calls import view, whole
 from tests.tools.gpu.emulator import Memory, emulated
@@ -51,6 +53,21 @@ def test_every_block_once(name: str) -> None:
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     for seed in range(2):
         check(play(CASES["128 causal"], seed, **tuning), CASES["128 causal"], whole(CASES["128 causal"].problem))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float32"])
+def test_output_from_registers(dtype: str) -> None:
+    """Each row once, with the blocks that the stores of 16 bits have."""
+    call = CASES["128 causal"]
+    out = view(*call.out.shape, dtype=dtype, ptr=OUT)
+    assert call.problem.eight_bit is not None
+    other = replace(call, problem=replace(call.problem, eight_bit=replace(call.problem.eight_bit, out_dtype=dtype)), out=out)
+    made = play(other, 0)
+    size, (rows, heads) = ITEMSIZE[dtype], call.out.shape[1:3]
+    found = {divmod((address - OUT) // size // 128, heads): keys for address, keys in made.rows.items()}
+    assert not made.stored and set(found) == {(row, head) for row in range(0, rows, 16) for head in range(heads)}
+    for (row, _), keys in found.items():
+        assert set(range(0, row + 1, made.config.block_n)) <= {key.row for key in keys}
 
 
 @pytest.mark.parametrize(("dim", "causal"), [(64, False), (128, True)])
@@ -156,6 +173,21 @@ def test_order_of_keys() -> None:
     assert sorted(KEY_OF) == list(range(32))
     for place, key in enumerate(KEY_OF):
         assert place % 16 // 4 == key % 8 // 2              # the lane of its quad: 4 c + i of the operand, 8 j + 2 c + e of the accumulator
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, "float8_e4m3fn"), (128, "float8_e4m3fn"), (128, "float32"), (64, "float16")])
+def test_every_output_is_compiled(dim: int, dtype: str) -> None:
+    """Beside those of test_compile.py, which are bfloat16; and with K and V of different dtypes."""
+    spec = Spec("float8_e4m3fn", dim, dim, right=True, packed=True, out_dtype=dtype)
+    program = launch_8bit.forward_program(spec, choose_forward_8bit(spec), "float8_e5m2", "float8_e4m3fn")
+    assert compiler.complaints(compiler.build(program.source, "sm_90a")[1]) == []
+
+
+@pytest.mark.parametrize("polynomial", [4])
+def test_polynomial_exponentials_are_compiled(polynomial: int) -> None:
+    spec = Spec("float8_e4m3fn", 128, 128, right=True, out_dtype="bfloat16")
+    program = launch_8bit.forward_program(spec, replace(choose_forward_8bit(spec), polynomial=polynomial), E4M3, E4M3)
+    assert compiler.complaints(compiler.build(program.source, "sm_90a")[1]) == []
 
 
 def test_what_is_refused() -> None:

@@ -125,6 +125,14 @@ def emit_store_pair_if(builder: Any, keep: Any, address: Any, x: Any, y: Any) ->
          [address, x, y, keep])
 
 
+def emit_store_e4m3_pair_if(builder: Any, keep: Any, address: Any, offset: int, x: Any, y: Any) -> None:
+    """Store two float32 as float8_e4m3fn at global address + offset, a multiple of 2, if the 32-bit `keep` is not 0. Larger numbers than
+    448 become 448. Since sm_89."""
+    text = ("{ .reg .pred p; .reg .b16 t; setp.ne.u32 p, $3, 0; cvt.rn.satfinite.e4m3x2.f32 t, $2, $1; "
+            f"@p st.global.b16 [$0+{offset}], t; }}")
+    emit(builder, VOID, text, "l,f,f,r,~{memory}", [address, x, y, keep])
+
+
 def emit_store_f32_if(builder: Any, keep: Any, address: Any, value: Any) -> None:
     """Store a float32 at a global address, if the 32-bit `keep` is not 0."""
     emit(builder, VOID, "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r,~{memory}", [address, value, keep])

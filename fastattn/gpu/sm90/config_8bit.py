@@ -48,7 +48,7 @@ def row_bytes(dim: int) -> int:
 
 def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
     """S takes block_n / 2 registers a thread, P block_n / 8, O head_dim / 2 and a piece of P V, of 232."""
-    direct = (spec.out_dtype or spec.dtype) == "float32"       # stored from the registers
+    direct = (spec.out_dtype or spec.dtype) not in ("float16", "bfloat16")      # the output is stored from the registers
     dim = spec.head_dim
     if dim <= 64:
         return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1, turns=True, optimistic=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 from numba import int32, uint64
 
+from ...arrays.view import EIGHT_BIT
 from ..dsl.inline import inline
 from ..ptx import tma
 from ..ptx.matrix import store_panels
@@ -14,7 +15,7 @@ from ..spec import Spec
 from ..tile.fragments import make_pack, scale_seen_rows
 from ..tile.smem import PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, panels
 from ..tile.softmax import NEG_INF
-from ..tile.stores import store_floats, store_rows, store_whole_rows
+from ..tile.stores import store_bytes, store_floats, store_rows, store_whole_rows
 from .config import ForwardSm90Config, slice_dim
 from .records import TILE, Records
 
@@ -34,10 +35,11 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
     PANELS_V = panels(COLUMNS)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
     OUT_PANELS, HINTS, FLOATS = min(config.out_panels, PANELS_V), config.hints, spec.dtype == "float32"
+    BYTES = spec.dtype in EIGHT_BIT
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
     OUT_BARRIER = smem.named(MAX_CONSUMERS)         # one for each consumer warpgroup
     assert DIRECT or PANELS_V <= 2 * OUT_PANELS
-    to_half = make_pack(spec.dtype)
+    to_half: Any = None if BYTES else make_pack(spec.dtype)
 
     def make_round(FIRST):
         PANELS_HERE = min(OUT_PANELS, PANELS_V - FIRST)
@@ -73,6 +75,14 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + col * a.out_dim)
         rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
         store_floats(acc_o, address, uint64(address + uint64(8 * a.out_row)), a.out_dim, rows0, rows1, int32(a.head_dim_v - col), 1)
+
+    @inline
+    def store_byte_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col):
+        """8-bit output rows of a warpgroup, from the registers. All columns are there."""
+        map_batch = int32(0) if PACKED else batch
+        address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + col)
+        rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+        store_bytes(acc_o, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1)
 
     @inline
     def store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col):
@@ -122,6 +132,8 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         acc_o = scale_seen_rows(acc_o, scale0, scale1)
         if FLOATS:
             store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col)
+        elif BYTES:
+            store_byte_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col)
         else:
             store(a, base, acc_o, m_block, head, batch, q_start, seqlen_q, w, thread, lane, row, col)
         store_lse(a, head, batch, q_start, seqlen_q, w, lane, row, lse0, lse1)

@@ -24,7 +24,6 @@ FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_grou
 TRANSPOSE = ("v:l v_batch:q v_row:q v_head:q vt:l scales:l log2_scale:f factor:f q_scale:l q_scale_batch:q q_scale_head:q "
              "k_scale:l k_scale_batch:q k_scale_head:q v_scale:l v_scale_batch:q v_scale_head:q out_scale:l "
              f"blocks:i heads:i batch:i seqlen_k:i total_q:i {LENGTHS}")
-OUT = ("bfloat16", "float16", "float32")        # dtypes of the output
 ALIGN = 256                                     # of the arrays in the temporary memory
 
 
@@ -43,8 +42,6 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     spec = make_spec(p, o, False)
     if num_features(spec) or spec.scaled or spec.sinks:
         return "it has features that the 8-bit kernel has not"
-    if p.out_dtype not in OUT:
-        return f"its output is {p.out_dtype}"
     if p.seqlen_k == 0 or (p.packed and not p.batch):
         return "it has no keys"
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
@@ -122,8 +119,9 @@ def prepare_as(call: Call, config: Forward8BitConfig, launcher: Launcher) -> Lau
             transpose(call, config, memory + scale_bytes, memory, launcher, stream)
             vt, captured = transposed(call, config, memory + scale_bytes), launcher.capturing(stream)
             boxes = (o.q, config.block_m), (o.k, config.block_n), (vt, p.head_dim)
-            maps = launcher.tensor_maps(boxes if p.out_dtype == "float32" else (*boxes, (call.out, OUT_ROWS)), captured)
-            own = (*maps[:3], maps[3] if len(maps) > 3 else 0, launcher.counter(captured), sequences, tiles, heads, memory, p.num_heads_k)
+            maps = launcher.tensor_maps((*boxes, (call.out, OUT_ROWS)) if config.out_panels else boxes, captured)
+            map_out = maps[3] if config.out_panels else 0       # else stored from the registers
+            own = (*maps[:3], map_out, launcher.counter(captured), sequences, tiles, heads, memory, p.num_heads_k)
             kernel.launch(grid, values(call, own), stream)
     return launch
 

@@ -1,4 +1,4 @@
-"""Rows of a result from a fragment to global memory: 16-bit rows from a packed fragment, float32 rows as they are."""
+"""Rows of a result from a fragment to global memory: 16-bit rows from a packed fragment, float32 and 8-bit rows from float32."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +8,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import I32, I64, literals, unpack
-from ..ptx.memory import emit_store16_if, emit_store_f32_if, emit_store_halves_if
+from ..ptx.memory import emit_store16_if, emit_store_e4m3_pair_if, emit_store_f32_if, emit_store_halves_if
 from .fragments import col_of, row_of, transpose_quad
 
 
@@ -62,3 +62,15 @@ def store_floats(typingctx: Any, acc: Any, address0: Any, address1: Any, by_colu
         return context.get_dummy_value()
     return signature(types.none, acc, types.uint64, types.uint64, types.int64, types.int32, types.int32, types.int32,
                      step16), generate
+
+
+@intrinsic
+def store_bytes(typingctx: Any, acc: Any, address0: Any, address1: Any, keep0: Any, keep1: Any) -> Any:
+    """Store a float32 fragment as contiguous float8_e4m3fn, two at a time: each of the thread's rows if its keep0, keep1 is not 0."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = unpack(builder, args[0], acc.count)
+        for k in range(0, acc.count, 2):
+            row = row_of(k) // 8
+            emit_store_e4m3_pair_if(builder, args[3 + row], args[1 + row], col_of(k), x[k], x[k + 1])
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.uint64, types.uint64, types.int32, types.int32), generate

@@ -10,6 +10,7 @@ from numba import cuda, float32, int32, uint64
 from fastattn.arrays.view import EIGHT_BIT, LARGEST, numpy_dtype
 from fastattn.gpu.ptx import mbarrier, memory, scalar, tma, wgmma, wgmma_8bit
 from fastattn.gpu.tile import fragments as f
+from fastattn.gpu.tile.stores import store_bytes as stores_rows
 from tests.tools.gpu.probes import C, add, as_matrix, check_unary, expect, load, normal, on_fragment, same, unary
 from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
 
@@ -96,6 +97,27 @@ def check_turned(launch: Any) -> None:
 
 
 add("wgmma_8bit.transpose_bytes memory.store_words", "prmt.b32; st.global.v4.b32", turned, check_turned)
+
+
+def stored_rows() -> Any:
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        at = uint64(a.dst + uint64(f.lane_row(lane) * C + f.thread_col(lane)))
+        stores_rows(load(a.src, lane), at, uint64(at + uint64(8 * C)), int32(1), int32(f.lane_row(lane) < a.n))
+    return kernel
+
+
+def check_stored_rows(launch: Any) -> None:
+    x = 100 * normal(16, C)
+    x[3, :4] = 1e9, -1e9, np.inf, np.nan
+    got = launch(x, dst=np.full((16, C), 0xAA, np.uint8), n=5)
+    want = np.clip(x, -448, 448).astype(numpy_dtype(E4M3)).view(np.uint8)
+    want[13:] = 0xAA
+    same(got & 0x7F, want & 0x7F)
+    same(got[np.isfinite(x)], want[np.isfinite(x)])
+
+
+add("stores.store_bytes memory.emit_store_e4m3_pair_if", "cvt.rn.satfinite.e4m3x2.f32; st.global.b16", stored_rows, check_stored_rows)
 
 
 # ---------------------------------------------------------------- wgmma

@@ -75,6 +75,9 @@ class Play8(Play):
         assert keys[-1] == product.k
         return Fragment("O", product.q, None, keys, at=(done + 1) % self.pieces)
 
+    def store_bytes(self, acc: Fragment, address: int, other: int, inside: int, *_: Any) -> None:
+        self.store_rows(self.pack(acc), address, other, inside)
+
     def pack(self, acc: Fragment) -> Fragment:
         if acc.kind == "O":
             assert not acc.at, "a block in part"
@@ -90,7 +93,7 @@ class Play8(Play):
         products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half)
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
-                                  "load_f32": lambda address: 1.0, "make_pack": lambda dtype: self.pack}
+                                  "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes, "make_pack": lambda dtype: self.pack}
 
 
 def play(call: Call, seed: int, change: Any = None, starts: list[tuple[int, int]] | None = None, **tuning: Any) -> Play8:
