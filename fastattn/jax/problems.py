@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arrays.view import CPU, ITEMSIZE, Device, View, contiguous
-from ..options import Options
+from ..eight_bit import refuse_backward
+from ..options import Check, Options
 from ..problem import Operands, Problem, problem_of
 from .record import Record
 
@@ -32,7 +33,8 @@ def canonical(record: Record, name: str, view: View) -> View:
 
 
 def problem(record: Record, options: Options, operands: Operands) -> tuple[Problem, Operands]:
-    """problem_of, whose errors say in which order their shapes are."""
+    """problem_of, whose errors say in which order their shapes are. 8-bit operands are refused: a program may be differentiated."""
+    refuse_backward(Check(record.call), operands.q, operands.k, operands.v)
     try:
         return problem_of(record.call, operands, options)
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 
+from ..arrays.view import EIGHT_BIT
 from ..errors import message
 from ..options import read_options
 from ..problem import is_plain
@@ -118,6 +119,7 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         return fastattn.attention(q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
                                   alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
                                   offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    _refuse_8_bits("attention", q, k, v)
     if unseen and is_plain(bias, mask, alibi_slopes, sinks):
         options = read_options("attention", causal, window, softmax_scale, softcap, dropout_p, seed, offset)
         settings = Settings("attention", options, layout, bool(return_lse), _deterministic(deterministic), engine, None)
@@ -200,6 +202,7 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                                          seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
                                          alibi_slopes=alibi_slopes, bias=bias, mask=mask, sinks=sinks, dropout_p=dropout_p, seed=seed,
                                          offset=offset, layout=layout, return_lse=return_lse, engine=engine)
+    _refuse_8_bits("attention_varlen", q, k, v)
     if unseen and is_plain(bias, mask, alibi_slopes, sinks):
         call, lengths = "attention_varlen", {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
         options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
@@ -242,6 +245,18 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
         causal_name(causal), left, right, scale, softcap, dropout_p, offset, longest_q, longest_k, layout,
         _deterministic(deterministic), engine))
     return (out, lse) if return_lse else out
+
+
+_EIGHT_BIT = tuple([getattr(torch, name) for name in EIGHT_BIT if hasattr(torch, name)])
+
+
+def _refuse_8_bits(call: str, *qkv: Any) -> None:
+    """TypeError for an 8-bit operand of a call that torch sees: it has no backward."""
+    for name, x in zip("qkv", qkv, strict=True):
+        if getattr(x, "dtype", None) in _EIGHT_BIT:
+            raise TypeError(message(call, name, f"has dtype {str(x.dtype).removeprefix('torch.')}",
+                                    "16 bits or more, because torch records this call",
+                                    f"8-bit operands have no backward; fastattn.{call} takes them"))
 
 
 def _tensor(call: str, name: str, x: Any) -> Tensor | None:

@@ -129,3 +129,9 @@ def test_keywords_are_those_of_fastattn() -> None:
         a, b = (inspect.signature(f).parameters for f in (ours, plain))
         assert set(b) - set(a) == MISSING and set(a) - set(b) == {"deterministic"}
         assert {name: x.default for name, x in a.items() if name in b} == {name: x.default for name, x in b.items() if name in a}
+
+
+def test_8_bit_operands_are_refused() -> None:
+    eight = jnp.asarray(Q).astype(jnp.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"q has dtype float8_e4m3fn; .*8-bit operands have no backward"):
+        attention(eight, eight, eight)

@@ -343,3 +343,13 @@ def test_eager_training_does_not_take_the_dispatcher(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(recorded, "forward", None)
     monkeypatch.setattr(recorded, "backward", None)
     attention(*draw()).sum().backward()
+
+
+def test_8_bit_operands_have_no_graph() -> None:
+    q = torch.randn(1, 16, 2, 8, requires_grad=True)
+    eight = torch.randn(1, 16, 2, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"^attention\(\): k has dtype float8_e4m3fn; expected 16 bits or more, .*no backward"):
+        attention(q, eight, eight)
+    with pytest.raises(TypeError, match=r"^attention\(\): q has dtype float8_e4m3fn"):
+        torch.compile(lambda x: attention(x, x, x), backend="eager")(eight)
+    assert attention(eight, eight, eight).dtype == torch.bfloat16         # outside graphs it is fastattn.attention
