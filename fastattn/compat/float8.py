@@ -18,14 +18,14 @@ from ..arrays import words
 from ..arrays.convert import view
 from ..arrays.protocols import requires_grad
 from ..arrays.readers import library_of
-from ..arrays.view import numpy_dtype
+from ..arrays.view import LARGEST, numpy_dtype
 from ..errors import message
 from ..problem import DTYPES
 from .arrays import namespace
 from .translate import Call
 
 NAME = "float8_e4m3fn"
-FP8_MAX, FP8_MIN = 448.0, -448.0                            # it has no infinity: larger values would become NaN
+FP8_MAX, FP8_MIN = LARGEST[NAME], -LARGEST[NAME]           # it has no infinity: larger values would become NaN
 HALF_MAX = 65504.0
 
 

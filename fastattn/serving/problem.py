@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import words
 from ..arrays.dlpack import address
 from ..arrays.view import EIGHT_BIT, LENGTHS, View, overlap
+from ..eight_bit import OF_Q
 from ..options import Check, EightBitOptions, Options
 from ..problem import (
     DTYPES,
@@ -98,7 +99,7 @@ def _arrays(check: Check, g: Given) -> None:
 
 def _dtypes(check: Check, g: Given) -> None:
     """q and the caches have one dtype, or the caches are 8-bit and q has 16 bits or 8."""
-    check.dtype("q", g.q, (*DTYPES, "float8_e4m3fn"))
+    check.dtype("q", g.q, (*DTYPES, OF_Q))
     if g.q.dtype in EIGHT_BIT:
         check.dtype("k_cache", g.k_cache, EIGHT_BIT, "quantize_fp8 makes 8-bit keys and values")
     elif g.k_cache.dtype != g.q.dtype and not (g.k_cache.dtype in EIGHT_BIT and g.q.dtype in HALF):

@@ -67,7 +67,7 @@ Q, CACHE = np.ones((2, 3, 2, 8), np.float32), np.ones((2, 6, 2, 8), np.float32)
      {"k": Q, "v": Q, "rotary_cos": Q[0, :, 0], "rotary_sin": Q[0, :, 0], "cache_seqlens": 0}),
     ("cache_seqlens has 7 for request 0; expected a count from 0 to 6", {"cache_seqlens": 7}),
     ("page_table has 9 for request 1, entry 0; expected a page", {"page_table": [[0], [9]], "cache_seqlens": 2}),
-    ("k_descale is given, and k_cache is float32; expected None", {"k_descale": np.ones((2, 2), np.float32)}),
+    ("k_descale is given, and k_cache has dtype float32; expected k_descale beside", {"k_descale": np.ones((2, 2), np.float32)}),
     ("window_size is 3; expected a pair (left, right), -1 for no limit", {"window_size": 3})])
 def test_errors(text: str, more: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as raised:
