@@ -24,7 +24,7 @@ from fastattn.gpu import eight_bit
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.spec import Call, make_spec
 from fastattn.tolerance import distance
-from tests.tools.gpu.cases import families_here, to_host, torch
+from tests.tools.gpu.cases import families_here, to_host, torch, using
 from tests.tools.gpu.emulator import Memory, emulated
 
 Array = np.ndarray[Any, Any]
@@ -131,7 +131,8 @@ def test_on_the_device(name: str) -> None:
     want, want_lse = exact(case)
     for family in families_here():
         try:
-            out, lse = function(*args, return_lse=True, engine=family, **kwargs)
+            with using(family):
+                out, lse = function(*args, return_lse=True, **kwargs)
         except fastattn.UnsupportedError:
             continue
         out, lse = host(out), host(lse)

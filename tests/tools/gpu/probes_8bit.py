@@ -11,7 +11,9 @@ from fastattn.arrays.view import EIGHT_BIT, LARGEST, numpy_dtype
 from fastattn.gpu.ptx import mbarrier, memory, scalar, tma, wgmma, wgmma_8bit
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile.stores import store_bytes as stores_rows
-from tests.tools.gpu.probes import C, add, as_matrix, check_unary, expect, load, normal, on_fragment, same, unary
+from tests.tools.gpu.probes import C, add, as_matrix, load, normal, same
+from tests.tools.gpu.probes_fragments import expect, on_fragment
+from tests.tools.gpu.probes_scalar import check_unary, unary
 from tests.tools.gpu.probes_tiles import BAR, PANEL, SHARED, begin, save_at
 
 E4M3, E5M2 = EIGHT_BIT
