@@ -48,7 +48,7 @@ def test_every_block_once(name: str) -> None:
         check(play(CASES[name], seed), CASES[name], whole(CASES[name].problem))
 
 
-@pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 64}, {"stages": 1}, {"turns": False}, {"pieces": 2},
+@pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 64}, {"stages": 1}, {"turns": True}, {"pieces": 2},
                                     {"pieces": 4, "block_n": 192}, {"block_m": 64, "turns": False}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     for seed in range(2):
@@ -118,7 +118,7 @@ def test_faults_are_found(mutant: str) -> None:
     call = CASES["128 causal"]
     with pytest.raises(AssertionError):
         for seed in range(20):
-            check(play(call, seed, MUTANTS[mutant]), call, whole(call.problem))
+            check(play(call, seed, MUTANTS[mutant], turns=True), call, whole(call.problem))
 
 
 # ---------------------------------------------------------------- the transposed V
