@@ -200,10 +200,10 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
         P = np.where(row_sum[:, :, None] == 0, 0, P / row_sum[:, :, None]) * _keep(problem, s, p)
         v_s = np.where(np.logical_or.reduce(visible, axis=1)[:, :, None], v_s, 0)
         out_s = p.rounded(P) @ v_s
+        lse_array[s.rows_lse] = row_max + np.log(row_sum)
         if o.out_scale is not None:
             out_s = out_s / o.out_scale.numpy()
         out_array[s.rows_q] = saturated(out_s, problem.out_dtype).swapaxes(0, 1)
-        lse_array[s.rows_lse] = row_max + np.log(row_sum)
 
 
 @np.errstate(all="ignore")

@@ -8,7 +8,8 @@ from ..spec import Spec
 
 ROWS = 16                   # query rows of a warp, of all heads that share a key head: those of an MMA
 # Of a block. An SM reads 10 16-bit elements of K and V a clock from memory (20 bytes: 4.4 TB/s over 132 SMs at 1.7 GHz), of which each
-# takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows keep up. Predicted, to be measured.
+# takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows should keep up. Measured, 16 x 8192 keys of 8
+# heads of 128: 16 rows 141 us, 32 rows 168, 64 rows 294, for which too few bytes are in flight (docs/log-gpu.md)
 MOST_ROWS = 64
 FEW_KEYS = 256              # with fewer, a tile of the other forwards takes no longer
 MOST_SPLITS = 128
