@@ -25,7 +25,7 @@ from ..config import num_features
 from ..dsl.inline import inline
 from ..ptx import cp_async, wgmma
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
-from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
+from ..ptx.memory import shared_address
 from ..ptx.mma import add_sums, store_columns
 from ..ptx.sync import fence_async, opaque, thread_index, uniform, wait_for_previous
 from ..rows.preprocess import make_first_row
@@ -44,7 +44,7 @@ from ..tile.gradients import (
     store_piece,
 )
 from ..tile.mask import make_key_bounds
-from ..tile.parked import parked
+from ..tile.parked import park, parked, word
 from ..tile.ring import make_barrier
 from ..tile.schedule import make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score, make_slopes
@@ -90,15 +90,6 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
-    @inline
-    def park(base, offset, value):
-        store_shared_b32(int32(base + offset), int32(value))
-
-    @inline
-    def word(base, offset):
-        """A word about the tile, from shared memory: the MMAs need the registers."""
-        return load_shared_b32(int32(base + offset))
-
     @inline
     def own_half():
         """The warpgroup's half: of a block's queries, and of the columns of dQ."""
