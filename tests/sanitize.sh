@@ -26,11 +26,11 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONMALLOC=malloc FASTATTN_LEVELS="${levels[*]}" FASTATTN_FUZZ=0.2
 status=0
 # what is computed, on every level; what is the same code on all levels (arguments, threads, memory, signals), on the first
-more=(tests/test_errors.py tests/cpu/test_limits.py tests/serving/test_eight_bit.py tests/serving/test_memory.py tests/compat/test_multi_head.py)
+more=(tests/test_errors.py tests/cpu/test_limits.py tests/compat/test_multi_head.py)
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
   FASTATTN_ISA=$level "$PYTHON" -m pytest -q -p no:cacheprovider \
-    tests/test_engines.py tests/cpu/test_engine.py tests/cpu/test_written.py tests/fuzz tests/serving/test_numbers.py "${more[@]}" \
+    tests/test_engines.py tests/cpu/test_engine.py tests/cpu/test_written.py tests/fuzz/test_fuzz.py "${more[@]}" \
     -k "not reference_agrees and not test_reference" || status=1
   more=()
 done
