@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-from fastattn import gpu
+from fastattn import UnsupportedError, gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.precompile import Want
 from fastattn.gpu.runtime import compile, device, recording, tensormap, workspace
@@ -25,6 +25,11 @@ from fastattn.gpu.runtime.launcher import OnDevice
 from fastattn.gpu.runtime.recording import Address, Recorder, Recording, addressed
 from fastattn.gpu.spec import AnyCall
 from fastattn.memo import Recent
+from tests.fuzz.__main__ import today
+from tests.fuzz.draw import draw
+from tests.fuzz.inputs import make
+from tests.fuzz.spec import Spec
+from tests.gpu.test_launch_values import calls
 from tests.tools.gpu import jobs
 
 LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}
@@ -144,6 +149,38 @@ def test_the_same_is_launched(want: Want, family: str, arch: str, machine: Any) 
         expected = made.taken()
         repeated(addresses(at), STREAM)
         assert made.taken() == expected and expected
+
+
+def test_random_problems_repeat(machine: Any) -> None:
+    """Forwards and backwards of the day's problems: whatever is empty, a call that repeats launches what the call launches."""
+    made, launched = machine("sm_90a"), 0
+    for index in range(0, 2400, 8):                         # four problems of each kernel
+        spec = draw(today(), index, "cuda")
+        if spec.call != "attention":
+            continue
+        families = (spec.engine,) if spec.engine else gpu.FAMILIES
+        for call in calls(make(replace(spec, numbers="float"))):
+            try:
+                repeated = record(moved(call, 1), *families)
+            except UnsupportedError:
+                continue
+            at = moved(call, 2)
+            gpu._launch(at, made.launcher, families, STREAM)
+            expected = made.taken()
+            repeated(addresses(at), STREAM)
+            assert made.taken() == expected, spec
+            launched += len(expected)
+    assert launched > 300, "most problems are refused: nothing was tested"
+
+
+@pytest.mark.parametrize("empty", ["seqlen_q", "num_heads"])
+def test_a_backward_without_queries_repeats(empty: str, machine: Any) -> None:
+    """Its temporary memory is empty."""
+    made = machine("sm_90a")
+    spec = Spec(seed=1, num_heads_k=1, head_dim=16, head_dim_v=16, backward=True, engine="simt", library="cupy")
+    _, call = calls(make(replace(spec, **{empty: 0})))
+    record(moved(call, 1), "simt")(addresses(call), STREAM)
+    assert {name.split()[0] for name, *_ in made.taken()} == {"backward_simt"}
 
 
 def test_a_recording_is_kept_for_the_same_alignments_and_strides_only(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

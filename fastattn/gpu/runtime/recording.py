@@ -91,8 +91,8 @@ class Recorder:
         return _Noted(self.launched, source, self.launcher.load(source))
 
     def temporary(self, size: int, stream: int) -> AbstractContextManager[int]:
-        """All temporary memory of a call is one allocation."""
-        offset, self.size = self.size, self.size + -(-size // ALIGNMENT) * ALIGNMENT
+        """All temporary memory of a call is one allocation. Where arrays are empty, so may be a piece of it: that has an address, too."""
+        offset, self.size = self.size, self.size + max(-(-size // ALIGNMENT), 1) * ALIGNMENT
         return nullcontext(Address(ALIGNMENT + offset, self.arrays, offset))
 
     def clear(self, memory: int, size: int, stream: int) -> None:
