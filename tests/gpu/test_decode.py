@@ -28,13 +28,13 @@ from tests.tools import caches
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
 from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache, interpreted_serving, serving_call
-from tests.tools.gpu.cases import DECODE, device_arguments, for_family, must_take, sources_of, to_host
+from tests.tools.gpu.cases import DECODE, asks_lse, device_arguments, for_family, must_take, sources_of, to_host
 from tests.tools.gpu.cases import on_device as to_device
 from tests.tools.problems import Case
 
 
 def kernels_of(case: Case, family: str, arch: str) -> list[str]:
-    return [source.key.split()[0] for source in sources_of(case, family, arch)]
+    return [source.key.split()[0] for source in sources_of(case, family, arch, asks_lse(case))]
 
 
 @pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_90a"), ("sm80", "sm_80"), ("sm80", "sm_120"),
@@ -53,8 +53,9 @@ def test_what_runs_the_cases(family: str, arch: str) -> None:
     "alibi_batch_64_bfloat16", "bias_odd_128_float16", "bias_inf_64_bfloat16", "mask_padding_128_float32", "mask_blocks_64_bfloat16",
     "many_128_float32", "many_32", "many_256"])
 def test_numbers(name: str) -> None:
-    inputs = {case.name: case for case in DECODE}[f"decode_{name}"].make()
-    out, lse, kernels = interpreted(inputs)
+    case = {case.name: case for case in DECODE}[f"decode_{name}"]
+    inputs = case.make()
+    out, lse, kernels = interpreted(inputs, return_lse=asks_lse(case))
     assert [key.split()[0] for key in kernels] == [*(["pack_mask"] if "mask" in inputs.kwargs else []), "forward_decode"]
     Judge(inputs).forward(out, lse)
 

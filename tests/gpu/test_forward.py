@@ -13,6 +13,7 @@ from tests.tools.gpu.cases import (
     PROFILES,
     SMALL,
     TIMES,
+    asks_lse,
     families_here,
     for_family,
     forward,
@@ -35,7 +36,7 @@ def check(case: Case, family: str) -> None:
     case = for_family(case, family)
     inputs, judge = judged(case)
     try:
-        out, lse = forward(inputs, family)
+        out, lse = forward(inputs, family, asks_lse(case))
     except UnsupportedError as error:
         assert not must_take(case, family), f"{family} refuses {case}: {error}"
         assert wanted(family)[0] in str(error)

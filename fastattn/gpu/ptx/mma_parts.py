@@ -15,15 +15,16 @@ from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, literals, pack, unpack
 from .mma import _loader, emit_ldmatrix, multiply
-from .parts import PAIRS, PART_DTYPE, PARTS
+from .parts import PAIRS, PART_DTYPE, PARTS, SWAPPED
 
 MOST_KEPT = 4               # pieces of A, of 12 registers each, that are loaded once for all columns of B
 _Piece = list[list[Any]]     # the registers of each part
 
 
-def _multiply_parts(builder: Any, large: list[Any], small: list[Any], a: _Piece, b: _Piece) -> tuple[list[Any], list[Any]]:
+def _multiply_parts(builder: Any, large: list[Any], small: list[Any], a: _Piece, b: _Piece,
+                    pairs: tuple[tuple[int, int], ...] = PAIRS) -> tuple[list[Any], list[Any]]:
     """(large, small) with the products of a 16 x 16 by a 16 x 8 piece added."""
-    for part_a, part_b in PAIRS[:-1]:
+    for part_a, part_b in pairs[:-1]:
         small = multiply(builder, PART_DTYPE, small, a[part_a], b[part_b])
     return multiply(builder, PART_DTYPE, large, a[0], b[0]), small
 
@@ -43,30 +44,37 @@ def _part_loader(builder: Any, address: Any, panel: int, panels: int, trans: boo
     return lambda row16, column16: [load(row16, column16 + 4 * panels * part) for part in range(PARTS)]
 
 
-@intrinsic
-def qk(typingctx: Any, acc: Any, q: Any, k: Any, tiles: Any, depth: Any, q_panel: Any, k_panel: Any) -> Any:
-    """acc + Q K^T over `depth` columns. q, k: this lane's shared addresses."""
-    t, d, panel_q, panel_k = literals(tiles, depth, q_panel, k_panel)
+def _make_qk(pairs: tuple[tuple[int, int], ...]) -> Any:
+    @intrinsic
+    def qk(typingctx: Any, acc: Any, q: Any, k: Any, tiles: Any, depth: Any, q_panel: Any, k_panel: Any) -> Any:
+        """acc + Q K^T over `depth` columns. q, k: this lane's shared addresses."""
+        t, d, panel_q, panel_k = literals(tiles, depth, q_panel, k_panel)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        large, panels = unpack(builder, args[0], acc.count), -(-d // 64)
-        small, count = [F32(0.0)] * acc.count, acc.count // t
-        load_q, load_k = (_part_loader(builder, x, panel, panels) for x, panel in ((args[1], panel_q), (args[2], panel_k)))
-        order = [(step, j) for step in range(d // 16) for j in range(count // 8)]
-        coming = load_k(0, 0)
-        for n, (step, j) in enumerate(order):
-            if j == 0:
-                a = [load_q(tile, step) for tile in range(t)]
-            b = coming
-            if n + 1 < len(order):
-                after, k16 = order[n + 1]
-                coming = load_k(k16, after)
-            for half, piece in enumerate(_halves(b)):
-                for tile in range(t):
-                    at = tile * count + 8 * j + 4 * half
-                    large[at:at + 4], small[at:at + 4] = _multiply_parts(builder, large[at:at + 4], small[at:at + 4], a[tile], piece)
-        return pack(builder, _sum(builder, large, small))
-    return signature(acc, acc, types.int32, types.int32, tiles, depth, q_panel, k_panel), generate
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            large, panels = unpack(builder, args[0], acc.count), -(-d // 64)
+            small, count = [F32(0.0)] * acc.count, acc.count // t
+            load_q, load_k = (_part_loader(builder, x, panel, panels) for x, panel in ((args[1], panel_q), (args[2], panel_k)))
+            order = [(step, j) for step in range(d // 16) for j in range(count // 8)]
+            coming = load_k(0, 0)
+            for n, (step, j) in enumerate(order):
+                if j == 0:
+                    a = [load_q(tile, step) for tile in range(t)]
+                b = coming
+                if n + 1 < len(order):
+                    after, k16 = order[n + 1]
+                    coming = load_k(k16, after)
+                for half, piece in enumerate(_halves(b)):
+                    for tile in range(t):
+                        at = tile * count + 8 * j + 4 * half
+                        large[at:at + 4], small[at:at + 4] = _multiply_parts(
+                            builder, large[at:at + 4], small[at:at + 4], a[tile], piece, pairs)
+            return pack(builder, _sum(builder, large, small))
+        return signature(acc, acc, types.int32, types.int32, tiles, depth, q_panel, k_panel), generate
+    return qk
+
+
+qk = _make_qk(PAIRS)
+kq = _make_qk(SWAPPED)                      # K Q^T, with the bits of Q K^T
 
 
 def _add_products(builder: Any, acc: list[Any], tiles: int, steps: int, load_a: Callable[[int], list[_Piece]],

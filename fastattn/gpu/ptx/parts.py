@@ -16,6 +16,8 @@ from .arith import emit_pack_half
 PARTS = 3
 PART_DTYPE = "bfloat16"
 PAIRS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))       # parts of the two factors, smallest products first
+# of y * x, in the order of x * y. A backward's S^T = K Q^T then has the bits of the forward's S = Q K^T, which its lse belongs to
+SWAPPED = tuple([(b, a) for a, b in PAIRS])
 
 
 def _upper(builder: Any, bits: Any) -> Any:

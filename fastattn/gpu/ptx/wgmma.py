@@ -13,7 +13,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, I64, emit_many, instruction, literals, pack, unpack
-from .parts import PAIRS, PART_DTYPE, PARTS
+from .parts import PAIRS, PART_DTYPE, PARTS, SWAPPED
 
 KIND = {"float16": "f16", "bfloat16": "bf16"}
 SWIZZLE_128B = 1 << 62
@@ -112,20 +112,26 @@ def make_products(dtype: str) -> tuple[Any, Any]:
     return qk, pv
 
 
-@intrinsic
-def _qk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
-    """qk of float32."""
-    d, rows_a, rows_b = literals(depth, a_rows, b_rows)
+def _make_qk_parts(pairs: tuple[tuple[int, int], ...]) -> Any:
+    @intrinsic
+    def qk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
+        """qk of float32."""
+        d, rows_a, rows_b = literals(depth, a_rows, b_rows)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers, panels = unpack(builder, args[0], acc.count), -(-d // 64)
-        for n, pair in enumerate(PAIRS):
-            for k in range(d // 16):
-                at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
-                      for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
-                registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
-        return pack(builder, registers)
-    return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers, panels = unpack(builder, args[0], acc.count), -(-d // 64)
+            for n, pair in enumerate(pairs):
+                for k in range(d // 16):
+                    at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
+                          for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
+                    registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
+            return pack(builder, registers)
+        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+    return qk_parts
+
+
+_qk_parts = _make_qk_parts(PAIRS)
+kq_parts = _make_qk_parts(SWAPPED)         # K Q^T, with the bits of Q K^T
 
 
 def _multiply_pv(builder: Any, acc: list[Any], p: list[Any], b: Any, part_bytes: int) -> list[Any]:

@@ -80,7 +80,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     VECTOR, COPIES, SHIFT = int(config.vector), BLOCK_M // 4, 4 + SPLIT.bit_length()    # COPIES: 16-byte copies of lse, and of delta
     LANE_BYTES, EARLY, LATER = 16 if VECTOR else 4, STAGES == 2 and SPLIT > 1, STAGES == 2 and SPLIT == 1
     if FLOATS:
-        qk, pv = mma_parts.qk, mma_parts.pv
+        qk, pv = mma_parts.kq, mma_parts.pv             # S^T has the bits of the forward's S
         multiply_p, multiply_ds, multiply_ds_trans = (mma_parts.make_tiles_product(trans, DS_BYTES, panels(dim))
                                                       for trans, dim in ((False, HEAD_DIM_V), (False, HEAD_DIM), (True, HEAD_DIM)))
     else:

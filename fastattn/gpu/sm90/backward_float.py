@@ -78,7 +78,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     (BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST, M_MIN, FULL_MIN, FULL_MAX, HEAD_K, K_START, KEYS, M_MAX,
      HEAD_END) = parked(smem, 13)
     passed, SOFTCAP, DROPOUT = make_barrier(smem), spec.softcap, spec.dropout
-    qk, _ = wgmma.make_products(spec.dtype)
+    qk = wgmma.kq_parts                                                     # S^T has the bits of the forward's S
     to_parts = make_pack(spec.dtype)
     copy_rows = make_copy_rows(True, 4 * WARPS)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK)

@@ -80,8 +80,8 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
     return grads, machine.launched
 
 
-def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90") -> tuple[Any, Any, list[str]]:
-    """(out, lse, kernels) of a forward whose kernels are run from their PTX (interpreter.py)."""
+def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90", return_lse: bool = True) -> tuple[Any, Any, list[str]]:
+    """(out, lse or None, kernels) of a forward whose kernels are run from their PTX (interpreter.py)."""
     swap, kwargs = inputs.kwargs.get("layout") == "bhsd", {name: x for name, x in inputs.kwargs.items() if name != "layout"}
     memory = interpreter.Memory()
 
@@ -95,11 +95,11 @@ def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90") -> t
     problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=inputs.packed, **kwargs)
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in
                 ((problem.out_shape, inputs.args[0].dtype), (problem.lse_shape, np.float32)))
-    launcher = interpreter.Launcher(memory, arch)
+    launcher, call = interpreter.Launcher(memory, arch), Call(problem, o, out, lse if return_lse else None)
     with gpu.use(family):
-        gpu.family(family).prepare(Call(problem, o, out, lse), make_spec(problem, o, True), launcher)(Call(problem, o, out, lse), 0)
+        gpu.family(family).prepare(call, make_spec(problem, o, return_lse), launcher)(call, 0)
     result = memory.read(out, inputs.args[0].dtype)
-    return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32), launcher.launched
+    return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32) if return_lse else None, launcher.launched
 
 
 class CacheCall(NamedTuple):
