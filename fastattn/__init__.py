@@ -7,7 +7,7 @@ How a call flows, file by file:
 
     attention(q, k, v, causal=True, ...)
         |
-    api.py          the public functions: signatures and documentation
+    api.py          the public functions: signatures and documentation (packed arrays: api_packed.py)
         |           (a repeated dense forward goes straight to its kernel: repeat.py)
     dispatch.py     the flow that they share
         |
@@ -39,16 +39,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import log as _log  # noqa: F401     (FASTATTN_LOG)
-from .api import (
-    attention,
-    attention_backward,
-    attention_varlen,
-    attention_varlen_backward,
-    merge_states,
-)
+from .api import attention, attention_backward
+from .api_packed import attention_varlen, attention_varlen_backward
 from .dropout import dropout_mask
 from .errors import UnsupportedError
 from .explanation import explain
+from .merging import merge_states
 from .problem import Grads
 from .quantize import quantize_fp8
 from .registry import engines, register_engine, use_engine

@@ -1,34 +1,29 @@
-"""The public functions. Nothing is computed here: each one reads its options and hands its arrays to dispatch.py.
+"""The public functions on dense arrays; those on packed ones are in api_packed.py. Nothing is computed here: each one reads its
+options and hands its arrays to dispatch.py.
 
-Signatures and documentation are the content of this file. `help(fastattn.attention)` documents every keyword; the other
+Signatures and documentation are the content of both files. `help(fastattn.attention)` documents every keyword; the other
 three attention functions share its keywords and describe what differs.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, Never, Unpack, overload
 
 import numpy as np
 
-from .arrays.convert import Caller
 from .dispatch import backward, backward_again, forward, forward_again, read
-from .engine import load
-from .options import Check, read_eight_bit, read_options
-from .problem import Grads, check_array
-from .signature import strict, uncompiled, unknown_arguments
+from .options import read_eight_bit, read_options
+from .problem import Grads
+from .signature import strict, unknown_arguments
 from .types import (
     A,
     Array,
-    B,
     Causal,
     D,
     DenseOptions,
     EngineName,
     Integer,
     Layout,
-    Lengths,
     Number,
-    PackedOptions,
     PerHead,
     S,
     Scale,
@@ -36,7 +31,6 @@ from .types import (
 )
 
 
-# ---------------------------------------------------------------- dense arrays
 @overload
 def attention(q: A, k: Array, v: Array, *, return_lse: Literal[False] = ..., **options: Unpack[DenseOptions]) -> A: ...
 @overload                                                   # NumPy's types know shape and dtype, and lse has others than out
@@ -244,237 +238,3 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, None, need_dbias)
     caller, o = read(call, layout, stream, (q, k, v), scores)
     return backward(caller, engine, options, o, given, need_dbias, deterministic)
-
-
-# ---------------------------------------------------------------- packed arrays
-@overload
-def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[False] = ...,
-                     **options: Unpack[PackedOptions]) -> A: ...
-@overload
-def attention_varlen(q: np.ndarray[S, D], k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
-                     return_lse: Literal[True],
-                     **options: Unpack[PackedOptions]) -> tuple[np.ndarray[S, D], np.ndarray[Any, Any]]: ...
-@overload
-def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: Literal[True],
-                     **options: Unpack[PackedOptions]) -> tuple[A, A]: ...
-@overload
-def attention_varlen(q: A, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, return_lse: bool,
-                     **options: Unpack[PackedOptions]) -> A | tuple[A, Any]: ...
-@strict
-def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *more: Never,
-                     max_seqlen_q: Integer | None = None, max_seqlen_k: Integer | None = None, seqused_k: Lengths | None = None,
-                     causal: Causal = False, window: Window | None = None, softmax_scale: Number | None = None,
-                     softcap: Number | None = None, alibi_slopes: PerHead | None = None, bias: Array | None = None,
-                     mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
-                     offset: Integer = 0, layout: Literal["thd"] = "thd", out: Array | None = None, return_lse: bool = False,
-                     q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None, out_dtype: Any = None,
-                     out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
-    """`attention` of sequences of different lengths, packed along one axis.
-
-    Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
-    keys only.
-
-    Parameters
-    ----------
-    q : array (total_q, num_heads, head_dim)
-        Dtypes are those of `attention`; head_dim from 1 to 576.
-    k : array (total_k, num_heads_k, head_dim)
-        num_heads_k divides num_heads.
-    v : array (total_k, num_heads_k, head_dim_v)
-    cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
-        int32 or int64, cumulative lengths in rows: 0 first, never decreasing, the last at most total_q or total_k. A
-        list for host arrays.
-    max_seqlen_q, max_seqlen_k : int, optional
-        At least the longest sequence. Lengths on a device are not read by the host, so there the defaults are total_q
-        and total_k, and a smaller value saves work.
-    seqused_k : array (sequences,), optional
-        int32 or int64: only the first seqused_k[n] keys of sequence n exist.
-    alibi_slopes : array (num_heads,) or (sequences, num_heads), optional
-    bias, mask : array that broadcasts to (sequences, num_heads, max_seqlen_q, max_seqlen_k), optional
-        Indexed inside each sequence.
-    causal, window, softmax_scale, softcap, sinks, dropout_p, seed, offset : optional
-        As in `attention`, inside each sequence.
-    layout : {"thd"}
-        The one layout of packed arrays.
-    out, return_lse, q_scale, k_scale, v_scale, out_dtype, out_scale, stream, engine : optional
-        As in `attention`; the batch of scales is that of sequences.
-
-    Returns
-    -------
-    out : array (total_q, num_heads, head_dim_v)
-        Rows of no sequence are 0.
-    lse : array (num_heads, total_q)
-        Only with ``return_lse``. Rows of no sequence are -inf.
-
-    Raises
-    ------
-    ValueError, TypeError, UnsupportedError, ImportError
-        As `attention`. Lengths on a device are not checked.
-
-    Notes
-    -----
-    Source: Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", ICLR 2024.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastattn import attention_varlen
-    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 7, 4, 8), np.float32)
-    >>> attention_varlen(q, k, v, [0, 3, 7], [0, 3, 7], causal=True).shape          # two sequences, of 3 and 4 rows
-    (7, 4, 8)
-    """
-    if more or unknown:
-        raise unknown_arguments(attention_varlen, more, unknown)
-    call = "attention_varlen"
-    if type(return_lse) is not bool:
-        return_lse = bool(return_lse)
-    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    scales = None
-    if not (q_scale is None and k_scale is None and v_scale is None and out_dtype is None and out_scale is None):       # 0.1 us
-        options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
-    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    if out is None and stream is None and scales is None:
-        return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores, lengths)
-    caller, o = read(call, layout, stream, (q, k, v), scores, lengths, scales)
-    return forward(caller, engine, options, o, out, return_lse)
-
-
-@strict
-def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: Array, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths,
-                              *more: Never, max_seqlen_q: Integer | None = None, max_seqlen_k: Integer | None = None,
-                              seqused_k: Lengths | None = None, causal: Causal = False, window: Window | None = None,
-                              softmax_scale: Number | None = None, softcap: Number | None = None,
-                              alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
-                              sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
-                              offset: Integer = 0, layout: Literal["thd"] = "thd", dlse: Array | None = None, need_dbias: bool = False,
-                              deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
-                              **unknown: Never) -> Grads[A]:
-    """Gradients of `attention_varlen`.
-
-    Parameters
-    ----------
-    dout, out : array (total_q, num_heads, head_dim_v)
-        Gradient of the forward's result, and that result.
-    q, k, v : array
-        The forward's: (total_q, num_heads, head_dim), (total_k, num_heads_k, head_dim) and (total_k, num_heads_k,
-        head_dim_v).
-    lse : array (num_heads, total_q)
-        The forward's result with ``return_lse=True``.
-    cu_seqlens_q, cu_seqlens_k : array (sequences + 1,)
-        The forward's.
-    max_seqlen_q, max_seqlen_k, seqused_k : optional
-        The forward's.
-    causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
-        The forward's, with the same values.
-    dlse : array (num_heads, total_q), optional
-        Gradient of lse, if the loss depends on lse.
-    need_dbias, deterministic : bool, default False
-        As in `attention_backward`.
-    stream, engine : optional
-        As in `attention`.
-
-    Returns
-    -------
-    Grads
-        As `attention_backward`. Rows of no sequence and keys past seqused_k have gradient 0.
-
-    Raises
-    ------
-    ValueError, TypeError, UnsupportedError, ImportError
-        As `attention_varlen`.
-
-    Notes
-    -----
-    Source: as `attention_backward`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastattn import attention_varlen, attention_varlen_backward
-    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 7, 4, 8), np.float32)
-    >>> out, lse = attention_varlen(q, k, v, [0, 3, 7], [0, 3, 7], return_lse=True)
-    >>> attention_varlen_backward(dout, q, k, v, out, lse, [0, 3, 7], [0, 3, 7]).dk.shape
-    (7, 4, 8)
-    """
-    if more or unknown:
-        raise unknown_arguments(attention_varlen_backward, more, unknown)
-    call = "attention_varlen_backward"
-    if type(deterministic) is not bool:
-        deterministic = bool(deterministic)
-    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    given, need_dbias = (dout, out, lse, dlse), bool(need_dbias)
-    if stream is None:
-        return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, lengths, need_dbias)
-    caller, o = read(call, layout, stream, (q, k, v), scores, lengths)
-    return backward(caller, engine, options, o, given, need_dbias, deterministic)
-
-
-# ---------------------------------------------------------------- helpers for callers
-@uncompiled
-def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", stream: Any = None) -> tuple[A, B]:
-    """Attention over all keys from partial results over disjoint keys.
-
-    Parameters
-    ----------
-    outs : sequence of arrays
-        One out for each part, of one shape, dtype and device: (batch, seqlen_q, num_heads, head_dim_v), with
-        "bhsd" (batch, num_heads, seqlen_q, head_dim_v), with "thd" (total_q, num_heads, head_dim_v).
-    lses : sequence of arrays
-        One lse for each part: (batch, num_heads, seqlen_q), with "thd" (num_heads, total_q); float32 (float64 for
-        float64 outs).
-    layout : {"bshd", "bhsd", "thd"}, default "bshd"
-        Order of the axes of outs.
-    stream : int or stream, optional
-        As in `attention`, CUDA arrays only.
-
-    Returns
-    -------
-    out, lse : array
-        The shapes and dtypes of one part.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The parts do not fit together.
-
-    Notes
-    -----
-    ``out = sum(exp(lse_n - lse) * out_n)``. A row without keys in a part, lse -inf or +inf (FlashAttention's mark), adds nothing, whatever
-    out holds there. Give sinks to one of the parts only.
-
-    Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastattn import attention, merge_states
-    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 6, 2, 8), np.float32)
-    >>> parts = [attention(q, k[:, keys], v[:, keys], return_lse=True) for keys in (np.s_[:4], np.s_[4:])]
-    >>> out, lse = merge_states(*zip(*parts))
-    >>> np.allclose(out, attention(q, k, v), atol=1e-6)
-    True
-    """
-    call, check = "merge_states", Check("merge_states")
-    if layout not in ("bshd", "bhsd", "thd"):
-        raise check.value("layout", f"is {layout!r}", "'bshd', 'bhsd' or 'thd'")
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise check.value("lses", f"has {len(lses)} parts", f"one for each of at least one out, {len(outs)}")
-    caller = Caller(call, layout, stream, "outs[0]", outs[0])
-    out_views = [caller.first, *[caller.tokens(x, f"outs[{n}]") for n, x in enumerate(outs) if n]]
-    lse_views = [caller.view(x, f"lses[{n}]") for n, x in enumerate(lses)]
-    first, rank = out_views[0], 3 if layout == "thd" else 4
-    if len(first.shape) != rank:
-        raise check.value("outs[0]", f"has shape {first.shape}", f"{rank} axes for layout {layout!r}")
-    check.dtype("outs[0]", first, ("float32", "float64", "float16", "bfloat16"))
-    lse_shape, lse_dtype = (*first.shape[:-3], first.shape[-2], first.shape[-3]), first.compute_dtype
-    for n, (out, lse) in enumerate(zip(out_views, lse_views, strict=True)):
-        check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
-        check_array(call, f"lses[{n}]", lse, lse_shape, lse_dtype, first.device)
-    if caller.stream is None:
-        from .merging import merge_states as merge
-    else:
-        merge = load("gpu", call).merge_states
-    merged, merged_lse = caller.output(first.shape, first.dtype, first), caller.allocate(lse_shape, lse_dtype, lse_views[0])
-    merge(out_views, lse_views, merged.view, merged_lse.view, caller.handle)
-    return merged.finish(), merged_lse.finish()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Never
 
-from . import api, registry
+from . import api, api_packed, registry
 from .arrays.view import CPU, ITEMSIZE, Device, View, contiguous
 from .engine import BUILT_IN, FAMILIES, Engine, load
 from .errors import message
@@ -181,8 +181,8 @@ def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], ke
     arrays: tuple[str, ...]
     if call is api.attention_backward:
         forward, arrays = api.attention, ("q", "k", "v")
-    elif call is api.attention_varlen_backward:
-        forward, arrays = api.attention_varlen, ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    elif call is api_packed.attention_varlen_backward:
+        forward, arrays = api_packed.attention_varlen, ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     else:
         return None
     named = [name for name in arrays if name in keywords]

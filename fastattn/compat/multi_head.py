@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from ..arrays.convert import small, view
 from ..arrays.view import View
+from ..lengths import cumulative
 from ..options import Check
-from ..problem import DTYPES, check_array, cumulative
+from ..problem import DTYPES, check_array
 from .arrays import count, is_boolean, namespace, zeros
 from .probabilities import encode
 from .transform import padded, transform_bias_rescale_qkv, transform_bias_rescale_qkv_backward

@@ -21,8 +21,9 @@ from ..arrays.convert import allocate, resolve, small, view
 from ..arrays.streams import Stream
 from ..arrays.view import View
 from ..engine import load
+from ..lengths import cumulative
 from ..options import Check
-from ..problem import DTYPES, check_array, cumulative
+from ..problem import DTYPES, check_array
 
 PADDED = 8          # ragged sequences are padded to a multiple of this
 

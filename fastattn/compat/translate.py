@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..api import attention, attention_backward, attention_varlen, attention_varlen_backward
+from ..api import attention, attention_backward
+from ..api_packed import attention_varlen, attention_varlen_backward
 from ..arrays import words
 from ..errors import message
 from ..options import Check

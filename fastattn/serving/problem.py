@@ -12,6 +12,7 @@ from ..arrays import words
 from ..arrays.dlpack import address
 from ..arrays.view import EIGHT_BIT, LENGTHS, View, overlap
 from ..eight_bit import OF_Q
+from ..lengths import cumulative, read_lengths
 from ..options import Check, EightBitOptions, Options
 from ..problem import (
     DTYPES,
@@ -24,10 +25,8 @@ from ..problem import (
     Score,
     check_array,
     check_heads,
-    cumulative,
     mask_of,
     per_head,
-    read_lengths,
     scale_and_cap,
     with_scales,
 )
