@@ -11,7 +11,7 @@ from typing import Any, Literal, Never, Unpack, overload
 import numpy as np
 
 from .dispatch import backward, backward_again, forward, forward_again, read
-from .options import read_eight_bit, read_options
+from .options import NO_SCALES, read_eight_bit, read_options, read_position
 from .problem import Grads
 from .signature import strict, unknown_arguments
 from .types import (
@@ -25,6 +25,7 @@ from .types import (
     Layout,
     Number,
     PerHead,
+    Place,
     S,
     Scale,
     Window,
@@ -45,13 +46,14 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
               bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0,
               seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd", out: Array | None = None,
+              diagonal: Integer | None = None, dropout_at: Place | None = None, dropout_heads: Integer | None = None,
               return_lse: bool = False, q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None,
               out_dtype: Any = None, out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None,
               **unknown: Never) -> Any:
     """Exact attention, softmax(scores) @ v, on arrays where they are.
 
     The score of query row i and key j is ``softcap(softmax_scale * q_i . k_j) + alibi + bias``. Masks then select which
-    keys a row attends. Below, d is the key on the diagonal of row i: ``i + seqlen_k - seqlen_q``.
+    keys a row attends. Below, d is the key on the diagonal of row i: ``i + seqlen_k - seqlen_q``, or ``i + diagonal``.
 
     Parameters
     ----------
@@ -89,6 +91,14 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
         64-bit key of the dropout's random numbers. Needed if dropout_p > 0. Use a new one each step.
     offset : int, default 0
         32-bit counter: one seed gives a different mask for each offset.
+    diagonal : int, optional
+        The key on which row 0 stands, counted from this call's first key; it may lie before or beyond the keys. For a
+        call that has some of a problem's rows or keys. Not beside ``causal="top_left"``, which is diagonal 0.
+    dropout_at : (int, int, int, int), optional
+        Where this call begins in a larger problem, (batch, head, row, column): it drops what a call on the whole would
+        drop there. row and column are multiples of 16. Only with dropout.
+    dropout_heads : int, optional
+        num_heads of that larger problem, by default this call's.
     layout : {"bshd", "bhsd"}, default "bshd"
         Order of the axes of q, k, v and out. "bhsd" is (batch, num_heads, seqlen, head_dim). lse does not depend on it.
     out : array of the result's shape and dtype, optional
@@ -99,7 +109,8 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
         Of 8-bit operands, which stand for q * q_scale, k * k_scale and v * v_scale; see `quantize_fp8`. float32. Query
         heads use their key head's q_scale.
     out_dtype : str or dtype, optional
-        Beside 8-bit k and v: "bfloat16", the default with an 8-bit q, else q's, "float16", "float32" or "float8_e4m3fn".
+        "float32" beside float16 and bfloat16: out is not rounded to q's dtype. Beside 8-bit k and v: "bfloat16", the
+        default with an 8-bit q, else q's, "float16", "float32" or "float8_e4m3fn".
     out_scale : float or array (1,), optional
         An 8-bit output stands for out * out_scale; it saturates.
     stream : int or stream, optional
@@ -151,6 +162,9 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     >>> out, lse = attention(q, k, v, causal=True, return_lse=True)
     >>> out.shape, lse.shape
     ((2, 5, 4, 8), (2, 4, 5))
+    >>> chunk = attention(q[:, :3], k, v, causal=True, diagonal=2)         # rows 0 to 2 of the same call
+    >>> np.allclose(chunk, out[:, :3], atol=1e-6)
+    True
     """
     if more or unknown:
         raise unknown_arguments(attention, more, unknown)
@@ -158,6 +172,8 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+    if not (diagonal is None and dropout_at is None and dropout_heads is None):                                         # 0.1 us
+        options, _ = read_position(call, options, diagonal, dropout_at, dropout_heads)
     scales = None
     if not (q_scale is None and k_scale is None and v_scale is None and out_dtype is None and out_scale is None):       # 0.1 us
         options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
@@ -173,8 +189,9 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
                        window: Window | None = None, softmax_scale: Number | None = None, softcap: Number | None = None,
                        alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
                        sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None, offset: Integer = 0,
-                       layout: Layout = "bshd", dlse: Array | None = None, need_dbias: bool = False, deterministic: bool = False,
-                       stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Grads[A]:
+                       diagonal: Integer | None = None, dropout_at: Place | None = None, dropout_heads: Integer | None = None,
+                       out_dtype: Any = None, layout: Layout = "bshd", dlse: Array | None = None, need_dbias: bool = False,
+                       deterministic: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Grads[A]:
     """Gradients of `attention`.
 
     Parameters
@@ -190,6 +207,11 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         The forward's result with ``return_lse=True``, float32 (float64 for float64 input).
     causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
         The forward's, with the same values: see `attention`.
+    diagonal, dropout_at, dropout_heads : optional
+        The forward's, with the same values.
+    out_dtype : str or dtype, optional
+        "float32" beside float16 and bfloat16: dq, dk and dv are not rounded to q's dtype, and out and dout may have
+        either dtype.
     dlse : array (batch, num_heads, seqlen_q), optional
         Gradient of lse, of lse's dtype, if the loss depends on lse.
     need_dbias : bool, default False
@@ -202,7 +224,7 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
     Returns
     -------
     Grads
-        dq, dk, dv, dbias and dsinks, each with its input's shape, layout and dtype. dbias only with
+        dq, dk, dv, dbias and dsinks, each with its input's shape, layout and dtype; dq, dk and dv with out_dtype. dbias only with
         ``need_dbias=True``, dsinks only if sinks are given; otherwise None.
 
     Raises
@@ -233,6 +255,9 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
+    if not (diagonal is None and dropout_at is None and dropout_heads is None and out_dtype is None):
+        options, _ = read_position(call, options, diagonal, dropout_at, dropout_heads)
+        options, _ = read_eight_bit(call, options, NO_SCALES, out_dtype)
     scores, given, need_dbias = (bias, mask, alibi_slopes, sinks), (dout, out, lse, dlse), bool(need_dbias)
     if stream is None:
         return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, None, need_dbias)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Never, Unpack, overload
 import numpy as np
 
 from .dispatch import backward, backward_again, forward, forward_again, read
-from .options import read_eight_bit, read_options
+from .options import NO_SCALES, read_eight_bit, read_options, read_position
 from .problem import Grads
 from .signature import strict, unknown_arguments
 from .types import (
@@ -20,6 +20,7 @@ from .types import (
     Number,
     PackedOptions,
     PerHead,
+    Place,
     S,
     Scale,
     Window,
@@ -45,9 +46,11 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
                      causal: Causal = False, window: Window | None = None, softmax_scale: Number | None = None,
                      softcap: Number | None = None, alibi_slopes: PerHead | None = None, bias: Array | None = None,
                      mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
-                     offset: Integer = 0, layout: Literal["thd"] = "thd", out: Array | None = None, return_lse: bool = False,
-                     q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None, out_dtype: Any = None,
-                     out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
+                     offset: Integer = 0, diagonal: Integer | Lengths | None = None, dropout_at: Place | None = None,
+                     dropout_heads: Integer | None = None, layout: Literal["thd"] = "thd", out: Array | None = None,
+                     return_lse: bool = False, q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None,
+                     out_dtype: Any = None, out_scale: Scale | None = None, stream: Any = None, engine: EngineName | None = None,
+                     **unknown: Never) -> Any:
     """`attention` of sequences of different lengths, packed along one axis.
 
     Sequence n has rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] of q, and likewise of k and v. Its queries attend its
@@ -73,6 +76,10 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
         Indexed inside each sequence.
     causal, window, softmax_scale, softcap, sinks, dropout_p, seed, offset : optional
         As in `attention`, inside each sequence.
+    diagonal : int or array (sequences,), optional
+        As in `attention`, for all sequences or each one; int32 or int64, a list for host arrays.
+    dropout_at, dropout_heads : optional
+        As in `attention`: batch entry n is sequence n, and row and column are added in each.
     layout : {"thd"}
         The one layout of packed arrays.
     out, return_lse, q_scale, k_scale, v_scale, out_dtype, out_scale, stream, engine : optional
@@ -108,10 +115,12 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     if type(return_lse) is not bool:
         return_lse = bool(return_lse)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    scales = None
+    diagonals = scales = None
+    if not (diagonal is None and dropout_at is None and dropout_heads is None):                                         # 0.1 us
+        options, diagonals = read_position(call, options, diagonal, dropout_at, dropout_heads, packed=True)
     if not (q_scale is None and k_scale is None and v_scale is None and out_dtype is None and out_scale is None):       # 0.1 us
         options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
-    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k, diagonals)
     if out is None and stream is None and scales is None:
         return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores, lengths)
     caller, o = read(call, layout, stream, (q, k, v), scores, lengths, scales)
@@ -125,7 +134,9 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
                               softmax_scale: Number | None = None, softcap: Number | None = None,
                               alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
                               sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
-                              offset: Integer = 0, layout: Literal["thd"] = "thd", dlse: Array | None = None, need_dbias: bool = False,
+                              offset: Integer = 0, diagonal: Integer | Lengths | None = None, dropout_at: Place | None = None,
+                              dropout_heads: Integer | None = None, out_dtype: Any = None, layout: Literal["thd"] = "thd",
+                              dlse: Array | None = None, need_dbias: bool = False,
                               deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
                               **unknown: Never) -> Grads[A]:
     """Gradients of `attention_varlen`.
@@ -145,6 +156,10 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
         The forward's.
     causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
         The forward's, with the same values.
+    diagonal, dropout_at, dropout_heads : optional
+        The forward's, with the same values.
+    out_dtype : str or dtype, optional
+        As in `attention_backward`.
     dlse : array (num_heads, total_q), optional
         Gradient of lse, if the loss depends on lse.
     need_dbias, deterministic : bool, default False
@@ -181,7 +196,11 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
     if type(deterministic) is not bool:
         deterministic = bool(deterministic)
     options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    diagonals = None
+    if not (diagonal is None and dropout_at is None and dropout_heads is None and out_dtype is None):
+        options, diagonals = read_position(call, options, diagonal, dropout_at, dropout_heads, packed=True)
+        options, _ = read_eight_bit(call, options, NO_SCALES, out_dtype)
+    scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k, diagonals)
     given, need_dbias = (dout, out, lse, dlse), bool(need_dbias)
     if stream is None:
         return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, lengths, need_dbias)

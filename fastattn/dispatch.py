@@ -17,15 +17,18 @@ from .problem import Grads, Operands, Problem, check_array, is_plain, problem_of
 from .registry import choose
 
 _problems: Recent[Any, Problem] = Recent()
+Scores = tuple[Any, Any, Any, Any]      # bias, mask, alibi_slopes, sinks
+PLAIN: Scores = (None, None, None, None)
+Lengths = tuple[Any, Any, Any, Any]     # cu_seqlens_q, cu_seqlens_k, seqused_k, diagonal of each sequence
 
 
 # ---------------------------------------------------------------- arrays in
 def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores: tuple[Any, Any, Any, Any],
-         lengths: tuple[Any, Any, Any] | None = None, scales: tuple[Any, ...] | None = None) -> tuple[Caller, Operands]:
+         lengths: Lengths | None = None, scales: tuple[Any, ...] | None = None) -> tuple[Caller, Operands]:
     """The call, and canonical Views of its arrays.
 
     `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k,
-    seqused_k); `scales` are those of options.SCALES that are arrays.
+    seqused_k, diagonal where it is an array); `scales` are those of options.SCALES that are arrays.
     """
     packed = lengths is not None
     if layout not in (("thd",) if packed else ("bshd", "bhsd")):
@@ -38,6 +41,7 @@ def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores:
     if lengths is not None:
         o.cu_seqlens_q, o.cu_seqlens_k = caller.small(lengths[0], "cu_seqlens_q"), caller.small(lengths[1], "cu_seqlens_k")
         o.seqused_k = None if lengths[2] is None else caller.small(lengths[2], "seqused_k")
+        o.diagonals = None if lengths[3] is None else caller.small(lengths[3], "diagonal")
     bias, mask, alibi_slopes, sinks = scores
     if bias is not None:
         o.bias = caller.view(bias, "bias")
@@ -63,7 +67,8 @@ def _problem(caller: Caller, o: Operands, options: Options) -> tuple[Problem, Op
         q, k, v = o.q, o.k, o.v
         key = (caller.call, options, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
         if o.packed:
-            key += tuple([(x.shape, x.dtype, x.device) for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) if x is not None])
+            lengths = (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k, o.diagonals)
+            key += tuple([x and (x.shape, x.dtype, x.device) for x in lengths])
         found = _problems.get(key)
         if found is not None:
             return found, o
@@ -79,9 +84,6 @@ def _problem(caller: Caller, o: Operands, options: Options) -> tuple[Problem, Op
 
 
 # ---------------------------------------------------------------- calls that may have occurred before
-Scores = tuple[Any, Any, Any, Any]      # bias, mask, alibi_slopes, sinks
-PLAIN: Scores = (None, None, None, None)
-Lengths = tuple[Any, Any, Any]          # cu_seqlens_q, cu_seqlens_k, seqused_k
 
 
 def forward_again(call: str, engine: str | None, options: Options, layout: str, return_lse: bool, qkv: tuple[Any, Any, Any],
@@ -160,14 +162,14 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
     if need_dbias and o.bias is None:
         raise ValueError(message(call, "need_dbias", "is True", "a bias to differentiate", "pass bias= or need_dbias=False"))
     shape = caller.shape(problem.out_shape)
-    dout = _checked(caller, "dout", given[0], shape, problem.dtype, device)
-    out = _checked(caller, "out", given[1], shape, problem.dtype, device)
-    lse = _checked(caller, "lse", given[2], problem.lse_shape, problem.lse_dtype, device)
-    dlse = None if given[3] is None else _checked(caller, "dlse", given[3], problem.lse_shape, problem.lse_dtype, device)
+    dtypes = (problem.dtype, problem.out_dtype) if problem.float32_out else (problem.dtype,)
+    dout, out = _checked(caller, "dout", given[0], shape, dtypes, device), _checked(caller, "out", given[1], shape, dtypes, device)
+    lse = _checked(caller, "lse", given[2], problem.lse_shape, (problem.lse_dtype,), device)
+    dlse = None if given[3] is None else _checked(caller, "dlse", given[3], problem.lse_shape, (problem.lse_dtype,), device)
     if caller.bhsd:
         dout, out = dout.bshd(), out.bshd()
     chosen = choose(call, engine, device)
-    dq, dk, dv = [caller.output(x.shape, x.dtype, x) for x in (o.q, o.k, o.v)]
+    dq, dk, dv = [caller.output(x.shape, problem.out_dtype, x) for x in (o.q, o.k, o.v)]
     dbias = caller.allocate(o.bias.shape, o.bias.dtype, o.bias) if need_dbias and o.bias is not None else None
     dsinks = None
     if o.sinks is not None:
@@ -182,10 +184,10 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
                  None if dsinks is None else dsinks.finish())
 
 
-def _checked(caller: Caller, name: str, x: Any, shape: tuple[int, ...], dtype: str, device: Device) -> View:
-    """The View of an array of exactly this shape, in the caller's layout, and dtype."""
+def _checked(caller: Caller, name: str, x: Any, shape: tuple[int, ...], dtypes: tuple[str, ...], device: Device) -> View:
+    """The View of an array of exactly this shape, in the caller's layout, and one of these dtypes."""
     view = caller.view(x, name)
-    check_array(caller.call, name, view, shape, dtype, device)
+    check_array(caller.call, name, view, shape, dtypes, device)
     return view
 
 

@@ -3,20 +3,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from .options import Check, read_options
+from .options import Check, read_options, read_position
 from .problem import make_dropout
 from .types import Integer, Number
 
 
 def dropout_mask(batch: Integer, num_heads: Integer, seqlen_q: Integer, seqlen_k: Integer, *, dropout_p: Number, seed: Integer | None,
-                 offset: Integer = 0) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.bool_]]:
+                 offset: Integer = 0, dropout_at: tuple[Integer, Integer, Integer, Integer] | None = None,
+                 dropout_heads: Integer | None = None) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.bool_]]:
     """The dropout mask of a call: the exact elements that every engine keeps.
 
     Parameters
     ----------
     batch, num_heads, seqlen_q, seqlen_k : int
         The call's sizes. For packed arrays: the number of sequences and the longest ones.
-    dropout_p, seed, offset
+    dropout_p, seed, offset, dropout_at, dropout_heads
         As in `attention`.
 
     Returns
@@ -46,7 +47,9 @@ def dropout_mask(batch: Integer, num_heads: Integer, seqlen_q: Integer, seqlen_k
     shape = [check.integer(name, n, 0, 2**31 - 1) for name, n in (("batch", batch), ("num_heads", num_heads), ("seqlen_q", seqlen_q),
                                                                  ("seqlen_k", seqlen_k))]
     options = read_options(check.call, False, None, None, None, dropout_p, seed, offset)
-    dropout = make_dropout(check, options.dropout_p, options.seed, options.offset)
+    if dropout_at is not None or dropout_heads is not None:
+        options, _ = read_position(check.call, options, None, dropout_at, dropout_heads)
+    dropout = make_dropout(check, options.dropout_p, options.seed, options.offset, options.position, shape[1])
     if dropout is None:
         return np.ones(shape, bool)
     return keep_mask(dropout, range(shape[0]), shape[1], shape[2], shape[3])

@@ -59,11 +59,13 @@ def refuse_backward(check: Check, q: View, k: View, v: View) -> None:
 
 
 def make_eight_bit(check: Check, q: View, k: View, v: View, given: EightBitOptions | None, names: tuple[str, str]) -> EightBit | None:
-    """The EightBit of checked operands; None where k and v are not 8-bit. `names` are those of k and v in the call."""
+    """The EightBit of checked operands; None where k and v are not 8-bit, and then out_dtype is not looked at. `names` are those of k and
+    v in the call."""
     e = given or EightBitOptions(())
     if k.dtype not in EIGHT_BIT:
-        if e.given:
-            name = e.given[0]
+        scales = [name for name in e.given if name != "out_dtype"]
+        if scales:
+            name = scales[0]
             raise check.value(name, f"is given, and {names[0]} has dtype {k.dtype}", f"{name} beside 8-bit {' and '.join(names)} only",
                               "quantize_fp8 makes 8-bit keys and values")
         return None

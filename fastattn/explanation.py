@@ -197,7 +197,7 @@ def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], ke
     dbias = None
     if own["need_dbias"] and o.bias is not None:            # 1 where bias broadcasts
         dbias = new(o.bias, tuple([1 if s == 0 else n for n, s in zip(o.bias.shape, o.bias.strides, strict=True)]))
-    dq, dk, dv = (new(x, x.shape) for x in (o.q, o.k, o.v))
+    dq, dk, dv = (View(1 << 20, x.shape, contiguous(x.shape, out.itemsize), out.dtype, x.device) for x in (o.q, o.k, o.v))
     grads = Grads(dq, dk, dv, dbias, None if o.sinks is None else new(o.sinks, o.sinks.shape))
     where = (o, out, out, lse, None if own["dlse"] is None else lse, grads, stream, bool(own["deterministic"]))
     return _Caught(caught.engine, "backward", replace(caught.problem, call=call.__name__), where)
@@ -214,13 +214,14 @@ def _assumed(p: Problem, engine: str | None) -> _Caught:
                  array(scores, "bool") if p.score.mask else None,
                  array((p.batch, p.num_heads), p.compute_dtype) if p.score.alibi else None,
                  array((p.num_heads,), p.compute_dtype) if p.score.sinks else None, lengths, lengths,
-                 array((p.batch,), "int32") if p.seqused_k else None)
+                 array((p.batch,), "int32") if p.seqused_k else None, array((p.batch,), "int32") if p.diagonals else None)
     if p.eight_bit is not None:
         o.k, o.v = array(o.k.shape, p.eight_bit.dtype_k), array(o.v.shape, p.eight_bit.dtype_v)
     out, lse = array(p.out_shape, p.out_dtype), array(p.lse_shape, p.lse_dtype)
     if "backward" not in p.call:
         return _Caught(engine, "forward", p, (o, out, None, None))
-    return _Caught(engine, "backward", p, (o, out, out, lse, None, Grads(o.q, o.k, o.v, None, o.sinks), None, False))
+    dq, dk, dv = [array(x.shape, p.out_dtype) for x in (o.q, o.k, o.v)]
+    return _Caught(engine, "backward", p, (o, out, out, lse, None, Grads(dq, dk, dv, None, o.sinks), None, False))
 
 
 def _device(device: str | None, caught: _Caught) -> tuple[Device, Any, str]:

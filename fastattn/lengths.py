@@ -7,7 +7,7 @@ import numpy as np
 
 from .arrays.dlpack import address
 from .arrays.view import LENGTHS, View
-from .options import LENGTH, Check
+from .options import DIAGONAL, LENGTH, Check
 
 
 def read_lengths(check: Check, argument: str, lengths: View) -> tuple[View, np.ndarray[Any, Any] | None]:
@@ -55,3 +55,16 @@ def used_lengths(check: Check, used: View, cu_seqlens_k: View, batch: int) -> Vi
             i = int(np.argmax(wrong))
             raise check.value("seqused_k", f"has {counts[i]} for sequence {i}", f"a count from 0 to its length, {room[i]}")
     return used
+
+
+def read_diagonals(check: Check, diagonals: View, batch: int) -> View:
+    """The keys on which the first rows of sequences stand, in host memory a private copy whose values are checked."""
+    own, values = read_lengths(check, "diagonal", diagonals)
+    check.shape("diagonal", own, (batch,), "a number or (number of sequences,)")
+    if values is not None:
+        low, high = DIAGONAL
+        wrong = (values < low) | (values > high)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            raise check.value("diagonal", f"has {values[i]} for sequence {i}", f"an integer in [{low}, {high}]")
+    return own

@@ -8,19 +8,22 @@ import numpy as np
 Rows = TypeVar("Rows", int, np.ndarray[Any, Any])
 
 
-def diagonal_of(row: Rows, seqlen_q: int, seqlen_k: int, top_left: bool = False) -> Rows:
-    """The key on the diagonal of a query row. Masks, windows and ALiBi count from it."""
+def diagonal_of(row: Rows, seqlen_q: int, seqlen_k: int, top_left: bool = False, first: int | None = None) -> Rows:
+    """The key on the diagonal of a query row. Masks, windows and ALiBi count from it. `first` is that of row 0, where a call gives it."""
+    if first is not None:
+        return row + first
     return row if top_left else row + (seqlen_k - seqlen_q)
 
 
 def row_bounds(row: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None,
-               top_left: bool = False) -> tuple[int, int]:
+               top_left: bool = False, first: int | None = None) -> tuple[int, int]:
     """Keys [lo, hi) that query `row` attends. Every structural mask (causal, window, padding, tail) is this interval.
 
     `left` and `right` count keys from the diagonal, inclusive; None is no limit. The diagonal of row i is key
-    i + seqlen_k - seqlen_q (bottom-right aligned), or i when `top_left`. An empty interval has lo == hi.
+    i + seqlen_k - seqlen_q (bottom-right aligned), i when `top_left`, i + first where that is given. An empty interval
+    has lo == hi.
     """
-    diagonal = diagonal_of(row, seqlen_q, seqlen_k, top_left)
+    diagonal = diagonal_of(row, seqlen_q, seqlen_k, top_left, first)
     lo = 0 if left is None else min(max(diagonal - left, 0), seqlen_k)
     hi = seqlen_k if right is None else min(max(diagonal + right + 1, 0), seqlen_k)
     return lo, max(lo, hi)

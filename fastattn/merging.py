@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from .arrays.convert import Caller
-from .arrays.view import View
+from .arrays.readers import written
+from .arrays.view import Output, View, overlap
 from .engine import load
 from .options import Check
 from .problem import check_array
@@ -20,26 +21,33 @@ from .types import A, B, Layout
 
 
 @uncompiled
-def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", stream: Any = None) -> tuple[A, B]:
+def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Literal["thd"] = "bshd", out: A | None = None,
+                 lse: B | None = None, stream: Any = None) -> tuple[A, B]:
     """Attention over all keys from partial results over disjoint keys.
 
     Parameters
     ----------
     outs : sequence of arrays
-        One out for each part, of one shape, dtype and device: (batch, seqlen_q, num_heads, head_dim_v), with
-        "bhsd" (batch, num_heads, seqlen_q, head_dim_v), with "thd" (total_q, num_heads, head_dim_v).
+        One out for each part, of one shape and device: (batch, seqlen_q, num_heads, head_dim_v), with
+        "bhsd" (batch, num_heads, seqlen_q, head_dim_v), with "thd" (total_q, num_heads, head_dim_v). Their dtypes may
+        differ, but float64 stands beside float64 only.
     lses : sequence of arrays
         One lse for each part: (batch, num_heads, seqlen_q), with "thd" (num_heads, total_q); float32 (float64 for
         float64 outs).
     layout : {"bshd", "bhsd", "thd"}, default "bshd"
         Order of the axes of outs.
+    out : array of the shape of one part, optional
+        Written and returned; of the parts' dtype, or float32 beside 16 bits. It may be ``outs[0]`` itself, for a running
+        result, and otherwise shares no memory with the parts.
+    lse : array of the shape and dtype of one part's lse, optional
+        Written and returned; it may be ``lses[0]`` itself.
     stream : int or stream, optional
         As in `attention`, CUDA arrays only.
 
     Returns
     -------
     out, lse : array
-        The shapes and dtypes of one part.
+        The shape of one part. out has the parts' dtype, float32 where they differ. It is rounded once, at the end.
 
     Raises
     ------
@@ -62,6 +70,13 @@ def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Liter
     >>> out, lse = merge_states(*zip(*parts))
     >>> np.allclose(out, attention(q, k, v), atol=1e-6)
     True
+
+    A running result is kept in float32, and each part is merged into it:
+
+    >>> part, part_lse = attention(q, k[:, 4:], v[:, 4:], return_lse=True)
+    >>> out, lse = attention(q, k[:, :4], v[:, :4], return_lse=True)
+    >>> merge_states([out, part], [lse, part_lse], out=out, lse=lse)[0] is out
+    True
     """
     call, check = "merge_states", Check("merge_states")
     if layout not in ("bshd", "bhsd", "thd"):
@@ -74,15 +89,37 @@ def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Liter
     first, rank = out_views[0], 3 if layout == "thd" else 4
     if len(first.shape) != rank:
         raise check.value("outs[0]", f"has shape {first.shape}", f"{rank} axes for layout {layout!r}")
-    check.dtype("outs[0]", first, ("float32", "float64", "float16", "bfloat16"))
+    check.dtype("outs[0]", first, (*SINGLE, "float64"))
     lse_shape, lse_dtype = (*first.shape[:-3], first.shape[-2], first.shape[-3]), first.compute_dtype
-    for n, (out, lse) in enumerate(zip(out_views, lse_views, strict=True)):
-        check_array(call, f"outs[{n}]", out, first.shape, first.dtype, first.device)
-        check_array(call, f"lses[{n}]", lse, lse_shape, lse_dtype, first.device)
+    beside = SINGLE if first.dtype in SINGLE else ("float64",)
+    for n, part in enumerate(out_views):
+        check_array(call, f"outs[{n}]", part, first.shape, beside, first.device)
+    for n, part_lse in enumerate(lse_views):
+        check_array(call, f"lses[{n}]", part_lse, lse_shape, lse_dtype, first.device)
+    dtype = first.dtype if all(x.dtype == first.dtype for x in out_views) else "float32"
+    into = None if out is None else caller.tokens(out, "out")
+    into_lse = None if lse is None else caller.view(lse, "lse")
+    if into is not None:
+        check_array(call, "out", into, first.shape, tuple(dict.fromkeys((dtype, lse_dtype))), first.device, output=True)
+        _refuse_shared(check, "out", into, out_views, lse_views)
+    if into_lse is not None:
+        check_array(call, "lse", into_lse, lse_shape, lse_dtype, first.device, output=True)
+        _refuse_shared(check, "lse", into_lse, lse_views, out_views if into is None else [*out_views, into])
     merge = _merge if caller.stream is None else load("gpu", call).merge_states
-    merged, merged_lse = caller.output(first.shape, first.dtype, first), caller.allocate(lse_shape, lse_dtype, lse_views[0])
+    merged = caller.output(first.shape, dtype, first) if into is None else Output(into, out, written(out))
+    merged_lse = caller.allocate(lse_shape, lse_dtype, lse_views[0]) if into_lse is None else Output(into_lse, lse, written(lse))
     merge(out_views, lse_views, merged.view, merged_lse.view, caller.handle)
     return merged.finish(), merged_lse.finish()
+
+
+SINGLE = ("float32", "float16", "bfloat16")     # dtypes whose lse is float32
+
+
+def _refuse_shared(check: Check, argument: str, x: View, parts: list[View], others: list[View]) -> None:
+    """ValueError if an output shares memory with an input, unless it is the first part itself."""
+    same = (x.ptr, x.strides, x.dtype) == (parts[0].ptr, parts[0].strides, parts[0].dtype)
+    if any(overlap(x, part) for part in (*(parts[1:] if same else parts), *others)):
+        raise check.value(argument, "shares memory with a part", f"memory of its own, or {argument}s[0] itself")
 
 
 @np.errstate(all="ignore")

@@ -100,6 +100,14 @@ class EightBitOptions(NamedTuple):
     out_dtype: str | None = None
 
 
+class Position(NamedTuple):
+    """Where a call lies in a larger problem. None is what a call by itself has."""
+
+    diagonal: int | None = None                             # the key on which row 0 stands; None too where there is one for each sequence
+    dropout_at: tuple[int, int, int, int] | None = None     # batch, head, row and column of the first element of the dropout's mask
+    dropout_heads: int | None = None                        # heads of the larger problem
+
+
 class Options(NamedTuple):
     """The options of one call as plain values. Nothing behind the public functions looks at the caller's own objects.
 
@@ -116,7 +124,8 @@ class Options(NamedTuple):
     offset: int = 0
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
-    eight_bit: EightBitOptions | None = None                # None: no argument of 8-bit operands is given
+    eight_bit: EightBitOptions | None = None                # None: neither out_dtype nor an argument of 8-bit operands is given
+    position: Position | None = None                        # None: no argument of it is given
 
 
 SCALE, CAP, PROBABILITY = "a finite number", "a positive number, or None for no cap", "a probability in [0, 1]"
@@ -148,18 +157,47 @@ def read_options(call: str, causal: Any, window: Any, softmax_scale: Any, softca
         max_seqlen_q = Check(call).integer("max_seqlen_q", max_seqlen_q, *LENGTH)
     if max_seqlen_k is not None and type(max_seqlen_k) is not int:
         max_seqlen_k = Check(call).integer("max_seqlen_k", max_seqlen_k, *LENGTH)
-    return tuple.__new__(Options, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, None))
+    return tuple.__new__(Options, (causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k, None,
+                                   None))
+
+
+DIAGONAL, COUNT = (-(2**30), 2**30), (0, 2**31 - 1)
+AT = "four counts (batch, head, row, column)"
+
+
+def read_position(call: str, options: Options, diagonal: Any, dropout_at: Any, dropout_heads: Any,
+                  packed: bool = False) -> tuple[Options, Any]:
+    """The Options with the arguments of a Position, and `diagonal` where it is an array: one number for each packed sequence."""
+    if diagonal is None and dropout_at is None and dropout_heads is None:
+        return options, None
+    check, each = Check(call), None
+    if packed and (isinstance(diagonal, (list, tuple)) or tuple(getattr(diagonal, "shape", ())) != ()
+                   or (hasattr(diagonal, "__dlpack__") and not hasattr(diagonal, "shape"))):
+        diagonal, each = None, diagonal
+    if diagonal is not None:
+        hint = "only attention_varlen takes one for each sequence" if getattr(diagonal, "shape", ()) != () else ""
+        diagonal = check.integer("diagonal", diagonal, *DIAGONAL, hint)
+    if dropout_at is not None:
+        if not isinstance(dropout_at, (tuple, list)) or len(dropout_at) != 4:
+            raise check.value("dropout_at", f"is {words.shown(dropout_at)}", AT)
+        dropout_at = tuple([check.integer(f"dropout_at[{n}]", x, *COUNT) for n, x in enumerate(dropout_at)])
+    if dropout_heads is not None:
+        dropout_heads = check.integer("dropout_heads", dropout_heads, *COUNT)
+    return options._replace(position=Position(diagonal, dropout_at, dropout_heads)), each
 
 
 SCALES = ("q_scale", "k_scale", "v_scale", "out_scale")
 ONE_SCALE = "a positive finite number"
 
 
+NO_SCALES = (None, None, None, None)
+
+
 def read_eight_bit(call: str, options: Options, scales: tuple[Any, Any, Any, Any],
                    out_dtype: Any) -> tuple[Options, tuple[Any, ...] | None]:
-    """The Options with the arguments of 8-bit operands, and the scales that stay arrays, in the order of SCALES; None where none does.
+    """The Options with out_dtype and the arguments of 8-bit operands, and the scales that stay arrays, in the order of SCALES.
 
-    A scale of one element in host memory is a number: its value is read.
+    The second is None where no scale stays one. A scale of one element in host memory is a number: its value is read.
     """
     if out_dtype is None and not any(x is not None for x in scales):
         return options, None

@@ -4,7 +4,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 One Philox call covers eight elements of a 16 x 16 piece of the score matrix, addressed by position and not by tile:
 
-    element (batch b, head h, row i, column j)
+    element (batch b, head h, row i, column j) of the problem that dropout_at and dropout_heads speak of
     counter = ((i // 16) * 8 + i % 8, (j // 16) * 4 + (j % 8) // 2, b * num_heads + h, offset)
     key     = (low, high) word of the seed
     lane    = ((i % 16) // 8) * 4 + ((j % 16) // 8) * 2 + j % 2      16 bits each; lane 0 is the low half of word 0
@@ -42,10 +42,11 @@ def keep_mask(dropout: Dropout, batches: Sequence[int], num_heads: int, seqlen_q
     `batches` are sequence numbers.
     """
     rows, columns = -(-seqlen_q // 16), -(-seqlen_k // 16)
-    heads = (np.asarray(batches, np.int64).reshape(-1, 1) * num_heads + np.arange(num_heads)).reshape(-1, 1, 1)
+    first, all_heads = dropout.plane(num_heads)
+    heads = (first + np.asarray(batches, np.int64).reshape(-1, 1) * all_heads + np.arange(num_heads)).reshape(-1, 1, 1)
     counter = np.empty((heads.size, rows * 8, columns * 4, 4), np.uint32)
-    counter[..., 0] = np.arange(rows * 8).reshape(-1, 1)
-    counter[..., 1] = np.arange(columns * 4)
+    counter[..., 0] = dropout.row // 2 + np.arange(rows * 8).reshape(-1, 1)
+    counter[..., 1] = dropout.column // 4 + np.arange(columns * 4)
     counter[..., 2] = heads & 0xFFFFFFFF
     counter[..., 3] = dropout.offset
     words = philox4x32(counter, np.array([dropout.seed & 0xFFFFFFFF, dropout.seed >> 32], np.uint32))

@@ -14,92 +14,32 @@ import numpy as np
 from .arrays import words
 from .arrays.view import EIGHT_BIT, FLOATS, View
 from .eight_bit import EightBit, check_dtypes, make_eight_bit, read_scales
-from .lengths import cumulative, used_lengths
-from .masks import Rows, diagonal_of, row_bounds
-from .options import CAP, OFFSET, PROBABILITY, SCALE, SCALES, SEED, Check, Options, read_options
+from .features import NO_LIMITS
+from .features import Cache as Cache
+from .features import Dropout as Dropout
+from .features import Mask as Mask
+from .features import Rotary as Rotary
+from .features import Score as Score
+from .lengths import cumulative, read_diagonals, used_lengths
+from .options import (
+    CAP,
+    NO_SCALES,
+    OFFSET,
+    PROBABILITY,
+    SCALE,
+    SCALES,
+    SEED,
+    Check,
+    Options,
+    Position,
+    read_eight_bit,
+    read_options,
+    read_position,
+)
 
 DTYPES = FLOATS
 MAX_HEAD_DIM = 576
 G = TypeVar("G")
-
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """The structural mask: keys from `left` before to `right` after the diagonal, inclusive; None is no limit."""
-
-    left: int | None = None
-    right: int | None = None
-    top_left: bool = False
-
-    def diagonal(self, row: Rows, seqlen_q: int, seqlen_k: int) -> Rows:
-        return diagonal_of(row, seqlen_q, seqlen_k, self.top_left)
-
-    def bounds(self, row: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
-        return row_bounds(row, seqlen_q, seqlen_k, self.left, self.right, self.top_left)
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How a dot product becomes a score: softcap(softmax_scale * q.k) + alibi + bias, then the boolean mask.
-
-    `bias` is the dtype of the bias operand or None. The other features are flags: whether the operand is given.
-    """
-
-    softmax_scale: float
-    softcap: float | None = None
-    alibi: bool = False
-    bias: str | None = None
-    mask: bool = False
-    sinks: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Dropout:
-    """Philox dropout addressed by position (see philox.py): `seed` is the 64-bit key, `offset` the last counter word.
-    """
-
-    p: float
-    seed: int
-    offset: int = 0
-
-    @property
-    def threshold(self) -> int:
-        """A 16-bit lane is kept when it is >= threshold = round(p * 65536)."""
-        return round(self.p * 65536)
-
-    @property
-    def keep_scale(self) -> float:
-        """1 / (1 - threshold / 65536); 0 when nothing is kept, so that p = 1 gives zeros."""
-        return 65536.0 / (65536 - self.threshold) if self.threshold < 65536 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """Rotary embedding of q and of the new keys: the first `dim` columns are turned by their row's position.
-
-    Column c is paired with column c + dim / 2, `interleaved` with its neighbour.
-    """
-
-    dim: int
-    interleaved: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """The caches that k and v are, (pages, page_size, num_heads_k, dim), and what the call does with them.
-
-    A request's keys are in the pages that its row of the block table names. A contiguous cache is pages of one request
-    each. With `append` q's rows bring keys and values, which are written behind those in the cache before the call.
-    """
-
-    pages: int
-    page_size: int
-    dtype: str
-    append: bool = False
-    rotary: Rotary | None = None
-    num_splits: int | None = None
-    k_scale: float = 1.0                  # what new 16-bit keys and values of 8-bit caches are divided by, where it is a number
-    v_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +61,15 @@ class Problem:
     head_dim: int
     head_dim_v: int
     score: Score
-    mask: Mask = Mask()
+    mask: Mask = NO_LIMITS
     dropout: Dropout | None = None
     total_q: int | None = None
     total_k: int | None = None
     seqused_k: bool = False
     eight_bit: EightBit | None = None
     cache: Cache | None = None
+    diagonals: bool = False               # a key for row 0 of each sequence
+    float32_out: bool = False             # out, of a backward dq, dk and dv, are float32 beside 16-bit operands
 
     @property
     def packed(self) -> bool:
@@ -150,7 +92,10 @@ class Problem:
 
     @property
     def out_dtype(self) -> str:
-        return self.dtype if self.eight_bit is None else self.eight_bit.out_dtype
+        """The dtype of out, of a backward that of dq, dk and dv."""
+        if self.eight_bit is not None:
+            return self.eight_bit.out_dtype
+        return "float32" if self.float32_out else self.dtype
 
     @property
     def compute_dtype(self) -> str:
@@ -198,6 +143,7 @@ class Operands:
     cu_seqlens_q: View | None = None
     cu_seqlens_k: View | None = None
     seqused_k: View | None = None
+    diagonals: View | None = None         # (sequences,)
     q_scale: View | None = None           # float32, as those below: broadcast to (batch, num_heads_k)
     k_scale: View | None = None
     v_scale: View | None = None
@@ -296,22 +242,49 @@ def scale_and_cap(check: Check, options: Options, head_dim: int, dtype: str) -> 
     return scale, cap
 
 
-def mask_of(options: Options) -> Mask:
+def mask_of(check: Check, options: Options, diagonals: bool = False) -> Mask:
     left, right = options.window or (None, None)
-    return Mask(left, 0 if options.causal else right, options.causal == "top_left")
+    first = None if options.position is None else options.position.diagonal
+    if options.causal == "top_left" and (first is not None or diagonals):
+        raise check.value("causal", "is 'top_left' beside diagonal", "causal=True beside diagonal", "diagonal=0 is what 'top_left' means")
+    return Mask(left, 0 if options.causal else right, options.causal == "top_left", first)
 
 
-def make_dropout(check: Check, dropout_p: float, seed: int | None, offset: int) -> Dropout | None:
-    """The dropout of a call; None where nothing can be dropped."""
+def _float32_out(check: Check, options: Options, dtype: str) -> bool:
+    """Whether out_dtype asks for float32 beside 16-bit operands."""
+    wanted = None if options.eight_bit is None else options.eight_bit.out_dtype
+    if wanted is None or wanted == dtype:
+        return False
+    if wanted != "float32" or dtype not in ("float16", "bfloat16"):
+        raise check.value("out_dtype", f"is {wanted}, and q has dtype {dtype}",
+                          "None, q's dtype, or float32 beside float16 and bfloat16; 8-bit operands have more")
+    return True
+
+
+def make_dropout(check: Check, dropout_p: float, seed: int | None, offset: int, position: Position | None = None,
+                 num_heads: int = 0) -> Dropout | None:
+    """The dropout of a call with so many heads; None where nothing can be dropped."""
     p = check.number("dropout_p", dropout_p, PROBABILITY)
     if not 0.0 <= p <= 1.0:
         raise check.value("dropout_p", f"is {p}", PROBABILITY)
+    at, heads = (None, None) if position is None else (position.dropout_at, position.dropout_heads)
     if p == 0.0:
+        for name, x in (("dropout_at", at), ("dropout_heads", heads)):
+            if x is not None:
+                raise check.value(name, f"is {x} without dropout", "None, because dropout_p = 0.0")
         return None
     if seed is None:
         raise check.value("seed", "is None", f"a 64-bit integer, because dropout_p = {p}",
                           "pass seed=..., a fresh one each step; backward takes the same one")
-    return Dropout(p, check.integer("seed", seed, *SEED) & (2**64 - 1), check.integer("offset", offset, *OFFSET))
+    batch, head, row, column = at or (0, 0, 0, 0)
+    for n, x in ((2, row), (3, column)):
+        if x % 16:
+            raise check.value(f"dropout_at[{n}]", f"is {x}", "a multiple of 16", f"{x - x % 16} is the one below it")
+    if head + num_heads > (num_heads if heads is None else heads):
+        has = f"is {heads}" if heads is not None else f"is None, which means {num_heads}"
+        raise check.value("dropout_heads", has, f"at least dropout_at's head + num_heads = {head + num_heads}")
+    return Dropout(p, check.integer("seed", seed, *SEED) & (2**64 - 1), check.integer("offset", offset, *OFFSET), batch, head, row, column,
+                   heads)
 
 
 def _broadcast(check: Check, argument: str, x: View, shape: tuple[int, ...], axes: str) -> View:
@@ -357,11 +330,13 @@ def per_head(check: Check, o: Operands, batch: int, num_heads: int) -> Operands:
 
 def make_problem(call: str, operands: Operands, *, packed: bool, causal: Any = False, window: Any = None,
                  softmax_scale: Any = None, softcap: Any = None, dropout_p: Any = 0.0, seed: Any = None, offset: Any = 0,
-                 max_seqlen_q: Any = None, max_seqlen_k: Any = None) -> tuple[Problem, Operands]:
+                 max_seqlen_q: Any = None, max_seqlen_k: Any = None, diagonal: Any = None, dropout_at: Any = None,
+                 dropout_heads: Any = None, out_dtype: Any = None) -> tuple[Problem, Operands]:
     """`problem_of` with the options as keywords, as the public functions take them."""
     assert packed == operands.packed
-    return problem_of(call, operands, read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q,
-                                                   max_seqlen_k))
+    options = read_options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
+    options, _ = read_position(call, options, diagonal, dropout_at, dropout_heads)
+    return problem_of(call, operands, read_eight_bit(call, options, NO_SCALES, out_dtype)[0])
 
 
 def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem, Operands]:
@@ -372,10 +347,10 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
     """
     check, o, packed = Check(call), operands, operands.packed
     _qkv(check, o.q, o.k, o.v, packed)
-    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", *SCALES):
+    for name in ("alibi_slopes", "sinks", "bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "diagonals", *SCALES):
         x = getattr(o, name)
         if x is not None and x.device != o.q.device:
-            raise check.value(name, f"is on device {x.device}", f"q's device, {o.q.device}")
+            raise check.value("diagonal" if name == "diagonals" else name, f"is on device {x.device}", f"q's device, {o.q.device}")
     num_heads, head_dim = o.q.shape[-2:]
     total_q = total_k = None
     if packed:
@@ -386,8 +361,9 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
         if batch_k != batch:
             raise check.value("cu_seqlens_k", f"describes {batch_k} sequences", f"as many as cu_seqlens_q, {batch}")
         used = None if o.seqused_k is None else used_lengths(check, o.seqused_k, cu_k, batch)
+        diagonals = None if o.diagonals is None else read_diagonals(check, o.diagonals, batch)
         o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu_q, cu_k, used,      # a third of the time of replace
-                     o.q_scale, o.k_scale, o.v_scale, o.out_scale)
+                     diagonals, o.q_scale, o.k_scale, o.v_scale, o.out_scale)
     else:
         (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
     scale, cap = scale_and_cap(check, options, head_dim, o.q.compute_dtype)
@@ -406,21 +382,22 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
                              "an additive float mask goes in bias=" if additive else words.cast("mask", o.mask.source, "bool"))
         o = replace(o, mask=_broadcast(check, "mask", o.mask, full, axes))
     score = Score(scale, cap, o.alibi_slopes is not None, o.bias.dtype if o.bias else None, o.mask is not None, o.sinks is not None)
+    dropout = make_dropout(check, options.dropout_p, options.seed, options.offset, options.position, num_heads)
     problem = Problem(call, o.q.dtype, batch, num_heads, o.k.shape[-2], seqlen_q, seqlen_k, head_dim, o.v.shape[-1], score,
-                      mask_of(options), make_dropout(check, options.dropout_p, options.seed, options.offset), total_q, total_k,
-                      o.seqused_k is not None, eight_bit)
+                      mask_of(check, options, o.diagonals is not None), dropout, total_q, total_k, o.seqused_k is not None, eight_bit,
+                      diagonals=o.diagonals is not None, float32_out=eight_bit is None and _float32_out(check, options, o.q.dtype))
     return problem, o
 
 
-def check_array(call: str, argument: str, view: View, shape: tuple[int, ...], dtype: str, device: tuple[str, int], *,
+def check_array(call: str, argument: str, view: View, shape: tuple[int, ...], dtypes: str | tuple[str, ...], device: tuple[str, int], *,
                 output: bool = False) -> None:
-    """Check out, dout, lse and the like: exact shape, dtype and device.
+    """Check out, dout, lse and the like: exact shape, dtype (or one of several) and device.
 
     An output must also be writable, aligned and without overlap.
     """
     check = Check(call)
     check.shape(argument, view, shape, "the shape")
-    check.dtype(argument, view, (dtype,), "" if output else None)
+    check.dtype(argument, view, (dtypes,) if isinstance(dtypes, str) else dtypes, "" if output else None)
     if view.device != device:
         raise check.value(argument, f"is on device {view.device}", f"q's device, {device}")
     if output:

@@ -25,6 +25,7 @@ import numpy as np
 
 from .arrays.view import View, numpy_dtype
 from .eight_bit import saturated
+from .masks import row_bounds
 from .philox import keep_mask
 from .problem import CacheOperands, Grads, Operands, Problem
 from .serving.append import append
@@ -58,7 +59,9 @@ FLOAT64 = Precision()
 
 
 class Sequence(NamedTuple):
-    """Sequence number b, the indices of its rows in q-like, k-like and lse-like arrays, and its lengths."""
+    """Sequence number b, the indices of its rows in q-like, k-like and lse-like arrays, its lengths, and the key on which its row 0
+    stands.
+    """
 
     b: int
     rows_q: Any
@@ -66,6 +69,7 @@ class Sequence(NamedTuple):
     rows_lse: Any
     seqlen_q: int
     seqlen_k: int
+    diagonal: int
 
 
 def supports(problem: Problem) -> str | None:
@@ -79,13 +83,15 @@ def sequences(problem: Problem, o: Operands) -> Iterator[Sequence]:
         return
     if o.cu_seqlens_q is None or o.cu_seqlens_k is None:
         for b in range(problem.batch):
-            yield Sequence(b, np.s_[b, :], np.s_[b, :], np.s_[b, :, :], problem.seqlen_q, problem.seqlen_k)
+            diagonal = problem.mask.diagonal(0, problem.seqlen_q, problem.seqlen_k)
+            yield Sequence(b, np.s_[b, :], np.s_[b, :], np.s_[b, :, :], problem.seqlen_q, problem.seqlen_k, diagonal)
         return
     cu_q, cu_k = o.cu_seqlens_q.numpy().tolist(), o.cu_seqlens_k.numpy().tolist()
     used = np.diff(cu_k).tolist() if o.seqused_k is None else o.seqused_k.numpy().tolist()
     for b in range(problem.batch):
-        rows_q = np.s_[cu_q[b]:cu_q[b + 1]]
-        yield Sequence(b, rows_q, np.s_[cu_k[b]:cu_k[b] + used[b]], np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b])
+        rows_q, seqlen_q = np.s_[cu_q[b]:cu_q[b + 1]], cu_q[b + 1] - cu_q[b]
+        diagonal = problem.mask.diagonal(0, seqlen_q, used[b]) if o.diagonals is None else int(o.diagonals.numpy()[b])
+        yield Sequence(b, rows_q, np.s_[cu_k[b]:cu_k[b] + used[b]], np.s_[:, rows_q], seqlen_q, used[b], diagonal)
 
 
 def _requests(problem: Problem, o: Operands, cache: CacheOperands) -> Iterator[Sequence]:
@@ -96,17 +102,17 @@ def _requests(problem: Problem, o: Operands, cache: CacheOperands) -> Iterator[S
     for b in range(problem.batch):
         rows_k = key_row(table, b, problem.cache.page_size, np.arange(used[b]))
         if cu_q is None:
-            yield Sequence(b, np.s_[b, :], rows_k, np.s_[b, :, :], problem.seqlen_q, used[b])
+            yield Sequence(b, np.s_[b, :], rows_k, np.s_[b, :, :], problem.seqlen_q, used[b], used[b] - problem.seqlen_q)
         else:
             rows_q = np.s_[cu_q[b]:cu_q[b + 1]]
-            yield Sequence(b, rows_q, rows_k, np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b])
+            yield Sequence(b, rows_q, rows_k, np.s_[:, rows_q], cu_q[b + 1] - cu_q[b], used[b], used[b] - (cu_q[b + 1] - cu_q[b]))
 
 
 def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
     """(num_heads, seqlen_q, seqlen_k) bool: True where a row attends a key."""
     visible = np.zeros((problem.num_heads, s.seqlen_q, s.seqlen_k), bool)
     for row in range(s.seqlen_q):
-        lo, hi = problem.mask.bounds(row, s.seqlen_q, s.seqlen_k)
+        lo, hi = row_bounds(row, s.seqlen_q, s.seqlen_k, problem.mask.left, problem.mask.right, first=s.diagonal)
         visible[:, row, lo:hi] = True
     if o.mask is not None:
         visible &= o.mask.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k]
@@ -123,7 +129,7 @@ def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visi
         S, slope = tanh * cap, 1 - tanh * tanh
     if o.alibi_slopes is not None:
         i, j = np.arange(s.seqlen_q)[:, None], np.arange(s.seqlen_k)
-        distance = np.abs(problem.mask.diagonal(i, s.seqlen_q, s.seqlen_k) - j).astype(p.compute)
+        distance = np.abs(i + s.diagonal - j).astype(p.compute)
         S = S - p.array(o.alibi_slopes)[s.b][:, None, None] * distance
     if o.bias is not None:
         S = S + o.bias.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k].astype(p.compute)

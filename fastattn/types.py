@@ -44,6 +44,7 @@ Number = SupportsFloat                                      # a float, an int, a
 Integer = SupportsIndex
 Causal = bool | np.bool_ | Literal["bottom_right", "top_left"]
 Window = tuple[Integer | None, Integer | None]              # keys left and right of the diagonal; None is no limit
+Place = tuple[Integer, Integer, Integer, Integer] | Sequence[Integer]       # batch, head, row, column
 Layout = Literal["bshd", "bhsd"]
 EngineName = Literal["cpu", "gpu", "reference", "sm90", "sm80", "simt"]     # others are named by use_engine
 
@@ -69,12 +70,15 @@ class ScoreOptions(CommonOptions, total=False):
 
     seed: Integer | None
     offset: Integer
+    dropout_at: Place | None
+    dropout_heads: Integer | None
     stream: Any
 
 
 class DenseOptions(ScoreOptions, total=False):
     """Keywords of `fastattn.attention`, but `return_lse`, which decides the type of the result."""
 
+    diagonal: Integer | None
     layout: Layout
     out: Array | None
     q_scale: Scale | None
@@ -87,6 +91,7 @@ class DenseOptions(ScoreOptions, total=False):
 class PackedOptions(ScoreOptions, total=False):
     """Keywords of `fastattn.attention_varlen`, but `return_lse`."""
 
+    diagonal: Integer | Lengths | None
     layout: Literal["thd"]
     out: Array | None
     q_scale: Scale | None

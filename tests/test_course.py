@@ -155,7 +155,7 @@ def test_the_worked_change_works(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.c", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     found = changes((COURSE / "change.md").read_text())
-    assert len(found) == 11
+    assert len(found) == 12
     for path, change in found:
         (tmp_path / path).write_text(changed((tmp_path / path).read_text(), change))
 

@@ -104,7 +104,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "wide": ({"q": WIDE, "k": WIDE, "v": WIDE, "v_scale": 1.0}, ValueError,
              "v_scale is given, and k has dtype float32; expected v_scale beside 8-bit k and v only"),
     "wide_dtype": ({"q": WIDE, "k": WIDE, "v": WIDE, "out_dtype": "float16"}, ValueError,
-                   "out_dtype is given, and k has .*; expected out_dtype beside"),
+                   "out_dtype is float16, and q has dtype float32; expected None, q's dtype, or float32 beside float16 and bfloat16"),
     "q_scale": ({"q": WIDE, "q_scale": 1.0}, ValueError,
                 "q_scale is given, and q has dtype float32; expected None, because only 8-bit operands have scales"),
     "shape": ({"q_scale": np.ones(4, np.float32)}, ValueError,

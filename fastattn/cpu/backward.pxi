@@ -111,7 +111,7 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
 cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row) noexcept nogil:
     """Whether the masks leave the row any key."""
     cdef long lo, hi, j
-    row_interval(c, row, s.nq, s.nk, &lo, &hi)
+    row_interval(c, s, row, &lo, &hi)
     if c.mask.ptr == NULL:
         return lo < hi
     for j in range(lo, hi):
@@ -153,7 +153,7 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
     cdef uint8_t ignored[GRAD_N]
     cdef long i
     for i in range(nq):
-        row_interval(c, m0 + i, s.nq, s.nk, &w.lo[i], &w.hi[i])
+        row_interval(c, s, m0 + i, &w.lo[i], &w.hi[i])
         w.lo[i], w.hi[i] = max(w.lo[i] - n0, 0), min(w.hi[i] - n0, n)
         w.attends[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
@@ -161,7 +161,8 @@ cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, 
     c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, NULL, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
     c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, NULL, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
     if c.dropout:
-        keep_tile(w.keep, GRAD_N // 64, m0, m0 + nq, n0, n, <uint32_t>(b * c.heads + head), c.offset, c.seed, c.threshold)
+        keep_tile(w.keep, GRAD_N // 64, c.first_row + m0, c.first_row + m0 + nq, c.first_column + n0, n, plane_of(c, b, head), c.offset, c.seed,
+                  c.threshold)
 
 
 cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long i0, long mr, long n0, long n) noexcept nogil:
@@ -250,7 +251,7 @@ cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, l
     memset(w.attended, 0, GRAD_N)
     for head in range(head0, head0 + heads):
         for i in range(m0, m1):
-            row_interval(c, i, s.nq, s.nk, &lo, &hi)
+            row_interval(c, s, i, &lo, &hi)
             mark_attended(w.attended, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
 
 
@@ -265,8 +266,8 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     if n <= 0:
         return
     mark_keys(f, &s, w, b, head_k * c.group, c.group, 0, s.nq, n0, n)
-    row_interval(c, 0, s.nq, s.nk, &lo, &unused)            # both bounds rise with the row, so the keys of all rows are one interval
-    row_interval(c, s.nq - 1, s.nq, s.nk, &unused, &hi)
+    row_interval(c, &s, 0, &lo, &unused)            # both bounds rise with the row, so the keys of all rows are one interval
+    row_interval(c, &s, s.nq - 1, &unused, &hi)
     first, last = max(lo - n0, 0), max(min(hi - n0, n), 0)
     if f.few:
         g.pack_rows(w.V, c.ldv, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, first, last, n, c.head_dim_v, w.attended)
@@ -282,8 +283,8 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
         for m in range((s.nq + GRAD_M - 1) // GRAD_M - 1, -1, -1):      # from the last row: under a causal mask all tiles of a chain start there
             m0 = m * GRAD_M
             nq = min(GRAD_M, s.nq - m0)
-            row_interval(c, m0, s.nq, s.nk, &lo, &unused)
-            row_interval(c, m0 + nq - 1, s.nq, s.nk, &unused, &hi)
+            row_interval(c, &s, m0, &lo, &unused)
+            row_interval(c, &s, m0 + nq - 1, &unused, &hi)
             if lo >= hi or lo >= n0 + n or hi <= n0:
                 continue
             if stopped_in_task(c.stop):
@@ -344,8 +345,8 @@ cdef void shared_block(const Backward* f, long b, long head, long m, long n0, Gr
     cdef long n = min(GRAD_N, s.nk - n0), end = min(m + DBIAS_M, s.nq), head_k = head // c.group, m0 = m, nq, i0, lo, hi, unused
     if n <= 0 or end <= m:
         return
-    row_interval(c, m, s.nq, s.nk, &lo, &unused)
-    row_interval(c, end - 1, s.nq, s.nk, &unused, &hi)
+    row_interval(c, &s, m, &lo, &unused)
+    row_interval(c, &s, end - 1, &unused, &hi)
     lo, hi = max(lo - n0, 0), min(hi - n0, n)
     if lo >= hi:
         return

@@ -116,13 +116,19 @@ cdef struct Call:
     double out_factor                   # of 8-bit operands
     bint scored                         # scores need a pass before the softmax. Else its exponent includes the scale, a positive normal float
     long left, right
-    bint top_left, dropout
+    bint given_diagonal                 # `diagonal` is the key of row 0; otherwise the diagonal is bottom-right
+    long diagonal
+    const int64_t* diagonals            # of each sequence; NULL where they are alike
+    bint dropout
     uint64_t seed
     uint32_t offset, threshold
+    long first_row, first_column        # of the mask that dropout draws; multiples of 16
+    long first_plane, plane_heads       # sequence b and head h have plane first_plane + b * plane_heads + h
     long ldq, ldv                       # padded head_dim and head_dim_v of packed rows
 
 cdef struct Sequence:
     long q0, nq, k0, nk                 # first row and length of queries and keys
+    long diagonal                       # the key on which row 0 stands; masks, windows and ALiBi count from it
 
 
 cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
@@ -135,19 +141,20 @@ cdef Sequence sequence_of(const Call* c, long b) noexcept nogil:
         s.k0, s.nk = c.cu_k[b], c.cu_k[b + 1] - c.cu_k[b]
     if c.used_k != NULL:
         s.nk = c.used_k[b]
+    s.diagonal = c.diagonals[b] if c.diagonals != NULL else c.diagonal if c.given_diagonal else s.nk - s.nq
     return s
 
 
-cdef inline long diagonal_of(const Call* c, long row, long nq, long nk) noexcept nogil:
-    """The key of a row's diagonal, from which masks, windows and ALiBi count."""
-    return row if c.top_left else row + nk - nq
-
-
-cdef void row_interval(const Call* c, long row, long nq, long nk, long* lo, long* hi) noexcept nogil:
+cdef void row_interval(const Call* c, const Sequence* s, long row, long* lo, long* hi) noexcept nogil:
     """masks.row_bounds in C. No limit is a distance larger than any sequence."""
-    cdef long diagonal = diagonal_of(c, row, nq, nk)
-    lo[0] = min(max(diagonal - c.left, 0), nk)
-    hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), nk))
+    cdef long diagonal = s.diagonal + row
+    lo[0] = min(max(diagonal - c.left, 0), s.nk)
+    hi[0] = max(lo[0], min(max(diagonal + c.right + 1, 0), s.nk))
+
+
+cdef inline uint32_t plane_of(const Call* c, long b, long head) noexcept nogil:
+    """The third word of philox.py's counter."""
+    return <uint32_t>(c.first_plane + b * c.plane_heads + head)
 
 
 cdef inline char* at(const Tensor* x, long batch, long row, long head) noexcept nogil:
@@ -282,7 +289,7 @@ cdef void begin(Call* c, Stop* stop) noexcept:
 cdef void fill(Call* c, p, o, lengths, list alive) except *:
     """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
     memset(c, 0, sizeof(Call))
-    longest_q, longest_k, cu_q, cu_k, used_k, table, page_size = lengths
+    longest_q, longest_k, cu_q, cu_k, used_k, table, page_size, diagonals = lengths
     cdef long unlimited = 1 << 40
     c.batch, c.heads, c.heads_k, c.group = p.batch, p.num_heads, p.num_heads_k, p.num_heads // p.num_heads_k
     c.seqlen_q, c.seqlen_k, c.head_dim, c.head_dim_v = longest_q, longest_k, p.head_dim, p.head_dim_v
@@ -307,7 +314,10 @@ cdef void fill(Call* c, p, o, lengths, list alive) except *:
                 or not 1e-37 < c.scale * LOG2E < 1e38)
     c.left = unlimited if mask.left is None else mask.left
     c.right = unlimited if mask.right is None else mask.right
-    c.top_left = mask.top_left
+    c.given_diagonal, c.diagonal = mask.top_left or mask.first is not None, mask.first or 0
+    c.diagonals = integers(diagonals, alive)
     if drop is not None:
+        c.first_row, c.first_column = drop.row, drop.column
+        c.first_plane, c.plane_heads = drop.plane(p.num_heads)
         c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
     use_kernels(c, kernels_for(DTYPE[p.dtype], True))

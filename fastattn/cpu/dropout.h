@@ -52,7 +52,8 @@ ALWAYS_INLINE void philox8(uint32_t bits[4], uint32_t c0, uint32_t c1, uint32_t 
 #endif
 
 /* Set bit j % 64 of keep[(row - row_first) * ld + j / 64] for rows [row_first, row_last) and the `n` keys from `key_first`, a multiple of
- * 16. Whole groups of 32 keys are written. `head` is batch * num_heads + head. */
+ * 16. Whole groups of 32 keys are written. Rows, keys and `head`
+ * (batch * num_heads + head) count in the problem whose mask it is. */
 static void keep_tile(uint64_t *keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed,
                       uint32_t threshold) {
   if (threshold > 0xffff) { /* p = 1 keeps nothing */

@@ -15,12 +15,17 @@ def borrow(size_t parallel, size_t max_threads):
     lend(<void*>parallel, <void*>max_threads)
 
 
-def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left):
+def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_left, first=None):
     """masks.row_bounds in C, for the test that compares the two."""
     cdef Call c
+    cdef Sequence s
     cdef long lo, hi
-    c.left, c.right, c.top_left = (1 << 40) if left is None else left, (1 << 40) if right is None else right, top_left
-    row_interval(&c, row, seqlen_q, seqlen_k, &lo, &hi)
+    memset(&c, 0, sizeof(Call))
+    c.seqlen_q, c.seqlen_k = seqlen_q, seqlen_k
+    c.left, c.right = (1 << 40) if left is None else left, (1 << 40) if right is None else right
+    c.given_diagonal, c.diagonal = top_left or first is not None, first or 0
+    s = sequence_of(&c, 0)
+    row_interval(&c, &s, row, &lo, &hi)
     return lo, hi
 
 

@@ -122,7 +122,7 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
         g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, NULL, c.q.dim, c.q.dtype,
                     0, t.nq, t.nq, c.head_dim, NULL)
         for r in range(t.nq):
-            row_interval(c, t.m0 + r, t.s.nq, t.s.nk, &w.lo[i], &w.hi[i])
+            row_interval(c, &t.s, t.m0 + r, &w.lo[i], &w.hi[i])
             w.lo[i], w.hi[i] = max(w.lo[i], t.key_begin), min(w.hi[i], t.key_end)
             if w.lo[i] < w.hi[i]:
                 begin, end = min(begin, w.lo[i]), max(end, w.hi[i])
@@ -162,8 +162,8 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
         g.pack_values(w.V, c.ldv, tile_at(c, &c.v, t, n0, t.head_k), c.v.row, w.v_places, c.v.dim, c.v.dtype, first, last, g.block_n, c.head_dim_v, w.attended)
     if c.dropout:
         for h in range(t.heads):
-            keep_tile(w.keep + h * t.nq * (g.block_n // 64), g.block_n // 64, t.m0, t.m0 + t.nq, n0, last, <uint32_t>(t.b * c.heads + t.head + h),
-                      c.offset, c.seed, c.threshold)
+            keep_tile(w.keep + h * t.nq * (g.block_n // 64), g.block_n // 64, c.first_row + t.m0, c.first_row + t.m0 + t.nq,
+                      c.first_column + n0, last, plane_of(c, t.b, t.head + h), c.offset, c.seed, c.threshold)
 
 
 cdef inline double scale_of(const Call* c, long b, long head) noexcept nogil:
@@ -180,7 +180,7 @@ cdef void score(const Call* c, long b, long head, long row, const Sequence* s, l
     if c.bias.ptr != NULL:
         g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
     if c.scored:
-        g.score_row(S, first, last, scale_of(c, b, head), c.softcap, slope, diagonal_of(c, row, s.nq, s.nk) - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
+        g.score_row(S, first, last, scale_of(c, b, head), c.softcap, slope, s.diagonal + row - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
 

@@ -47,6 +47,7 @@ class Lengths(NamedTuple):
     used_k: NDArray[np.int64] | None = None
     table: NDArray[np.int64] | None = None      # of caches: the pages of each request
     page_size: int = 0                          # 0: each request's keys are all in its first page
+    diagonals: NDArray[np.int64] | None = None
 
 
 _dense_lengths = lru_cache(maxsize=256)(Lengths)
@@ -65,7 +66,8 @@ def read_lengths(p: Problem, o: Operands) -> Lengths:
     cu_q, cu_k = np.array(o.cu_seqlens_q.numpy(), np.int64), np.array(o.cu_seqlens_k.numpy(), np.int64)
     used = None if o.seqused_k is None else np.array(o.seqused_k.numpy(), np.int64)
     keys = np.diff(cu_k) if used is None else used
-    return Lengths(int(np.diff(cu_q).max(initial=0)), int(keys.max(initial=0)), cu_q, cu_k, used)
+    diagonals = None if o.diagonals is None else np.array(o.diagonals.numpy(), np.int64)
+    return Lengths(int(np.diff(cu_q).max(initial=0)), int(keys.max(initial=0)), cu_q, cu_k, used, diagonals=diagonals)
 
 
 @dataclass(frozen=True, slots=True)

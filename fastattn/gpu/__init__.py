@@ -86,6 +86,9 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     tiles = most_tiles(call, 64)
     too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
     cached = call.problem.cache is not None
+    p = call.problem
+    missing = p.diagonals or p.mask.first is not None or p.float32_out or (p.dropout is not None and p.dropout.heads is not None)
+    missing = missing or (p.dropout is not None and (p.dropout.batch, p.dropout.head, p.dropout.row, p.dropout.column) != (0, 0, 0, 0))
     few_float = not cached and "simt" in families and _few_float(call.problem)
     for which in families:
         if cached and which != "sm80":
@@ -93,7 +96,8 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
         elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            yield which, too_many or _for(which, call).refuses(call, d)
+            lacks = "it has no diagonal, dropout_at, dropout_heads and float32 results yet" if missing else None
+            yield which, lacks or too_many or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:

@@ -21,7 +21,9 @@ from .derivative import attend
 from .problems import LENGTHS, NUMBERS, traced_problem
 from .record import Record
 
-_OF_XLA = {"out": "XLA allocates the results", "stream": "XLA chooses the stream"}
+_PLACED = "a call that JAX differentiates is a problem by itself; fastattn's own function has it"
+_OF_XLA = {"out": "XLA allocates the results", "stream": "XLA chooses the stream", "diagonal": _PLACED, "dropout_at": _PLACED,
+           "dropout_heads": _PLACED, "out_dtype": "gradients have the dtypes of their inputs"}
 _NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 

@@ -280,7 +280,7 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
     rotary = _rotary(check, g, new, rotary_interleaved, after)
     scale, cap = scale_and_cap(check, options, g.q.shape[-1], g.q.compute_dtype)
     operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin)
-    o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, g.q_scale, g.k_scale, g.v_scale,
+    o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, None, g.q_scale, g.k_scale, g.v_scale,
                  cache=operands)
     o, scale, eight_bit = with_scales(check, o, options, scale, rows.batch)
     o = per_head(check, o, rows.batch, g.q.shape[-2])
@@ -289,6 +289,6 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
     score = Score(scale, cap, alibi=o.alibi_slopes is not None, sinks=o.sinks is not None)
     seqlen_k = width * page_size if after is None else int(after.max(initial=0))
     problem = Problem(call, g.q.dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],
-                      g.v_cache.shape[-1], score, mask_of(options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True,
+                      g.v_cache.shape[-1], score, mask_of(check, options), total_q=g.q.shape[0] if g.packed else None, seqused_k=True,
                       eight_bit=eight_bit, cache=cache)
     return problem, o

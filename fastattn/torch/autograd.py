@@ -146,7 +146,7 @@ class Plain(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Any:
         call, options, layout, return_lse, _, engine, lengths = settings
-        out, lse = forward_again(call, engine, options, layout, True, (q, k, v), lengths=lengths)
+        out, lse = forward_again(call, engine, options, layout, True, (q, k, v), lengths=None if lengths is None else (*lengths, None))
         ctx.save_for_backward(q, k, v, out, lse, *(lengths or ()))
         ctx.settings = settings
         ctx.set_materialize_grads(False)                    # None as the gradient of an unused result: most often lse
@@ -162,7 +162,7 @@ class Plain(torch.autograd.Function):  # type: ignore[misc]
         if operator is None:
             call, options, layout, _, deterministic, engine, _ = settings
             dq, dk, dv, *_ = backward_again(f"{call}_backward", engine, options, layout, deterministic, (q, k, v), (dout, out, lse, dlse),
-                                            lengths=tuple(lengths) or None)
+                                            lengths=(*lengths, None) if lengths else None)
         else:
             dq, dk, dv, *_ = operator(dout, dlse, out, lse, False, *settings.arguments(q, k, v, *lengths))
         return dq, dk, dv, None

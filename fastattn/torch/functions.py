@@ -218,9 +218,15 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                                                    max_seqlen_k), layout, return_lse, deterministic, engine)
 
 
+_PLACED = "a call that torch differentiates is a problem by itself"
+_ELSEWHERE = {"out": "the result's graph needs memory of its own", "stream": "the call is on torch's current stream",
+              "diagonal": _PLACED, "dropout_at": _PLACED, "dropout_heads": _PLACED,
+              "out_dtype": "autograd wants gradients in the dtypes of their inputs"}
+
+
 def _unknown(function: Any, more: tuple[Any, ...], unknown: dict[str, Any]) -> TypeError:
-    """The TypeError for arguments that are not in the signature; two of them fastattn's own functions have."""
-    for name, instead in (("out", "the result's graph needs memory of its own"), ("stream", "the call is on torch's current stream")):
+    """The TypeError for arguments that are not in the signature; some of them fastattn's own functions have."""
+    for name, instead in _ELSEWHERE.items():
         if name in unknown and not more:
             call = function.__name__
             return TypeError(f"{call}(): {name} is no keyword of fastattn.torch.{call}, because {instead}; fastattn.{call} has it.")
@@ -235,8 +241,8 @@ def _recorded(call: str, tensors: dict[str, Any], options: tuple[Any, ...], layo
     causal, window, scale, softcap, dropout_p, seed, offset, *longest = options
     seed = seed_tensor(call, seed)
     if not torch.compiler.is_compiling() and not any(isinstance(x, torch.SymInt) for x in (offset, *longest)):
-        causal, window, scale, softcap, dropout_p, _, offset, *longest, _ = read_options(call, causal, window, scale, softcap, dropout_p,
-                                                                                         None, offset, *longest)
+        causal, window, scale, softcap, dropout_p, _, offset, *longest = read_options(call, causal, window, scale, softcap, dropout_p,
+                                                                                      None, offset, *longest)[:9]
     left, right = (None, None) if window is None else window
     longest_q, longest_k = longest or (None, None)
     out, lse = attend(Arguments(

@@ -61,6 +61,7 @@ def _features(dice: Dice) -> dict[str, Any]:
     return {"causal": dice.one([False, False, True, True, "top_left"]), "window": dice.chance(0.2), "softcap": dice.chance(0.15),
             "alibi": dice.maybe(0.15, lambda: dice.one(["heads", "batch"])), "bias": dice.chance(0.35), "mask": dice.chance(0.25),
             "sinks": dice.maybe(0.2, lambda: dice.one(["normal", "normal", "large"])), "dropout": dice.chance(0.15),
+            "diagonal": dice.chance(0.15), "out_dtype": dice.chance(0.2), "place": dice.chance(0.4),
             "backward": dice.chance(0.6), "dlse": dice.chance(0.3), "need_dbias": dice.chance(0.6)}
 
 
@@ -116,13 +117,36 @@ def _sized(dice: Dice, f: dict[str, Any], long: bool, length: Callable[[], int],
     if f["dropout"]:
         more |= {"dropout_p": float(dice.one([0.05, 0.1, 0.3, 0.5, 0.9, 1.0, 1e-6, 0.99999])), "offset": dice.one([0, 3, 2**32 - 1]),
                  "dropout_seed": dice.one([dice.upto(0, 2**31), -1, 2**63 - 1, 2**64 - 1])}
+    more |= _position(dice, spec, f, "dropout_p" in more)
     more["dlse"] = bool(f["backward"] and f["dlse"])
     if f["call"] == "parts":
         cuts = sorted(dice.upto(0, spec.seqlen_k) for _ in range(dice.upto(0, 3)))
-        more |= {"parts": tuple(cuts), "causal": False, "window": None, "dropout_p": 0.0, "alibi": None}
+        more |= {"parts": tuple(cuts), "causal": False, "window": None, "dropout_p": 0.0, "alibi": None, "diagonal": None,
+                 "dropout_at": None, "dropout_heads": None}
     elif f["call"] == "merge":
         more["parts"] = (0,) * dice.upto(0, 3)
     return replace(spec, **more)
+
+
+def _position(dice: Dice, spec: Spec, f: dict[str, Any], dropout: bool) -> dict[str, Any]:
+    """diagonal, dropout_at, dropout_heads and out_dtype."""
+    more: dict[str, Any] = {}
+    rows, keys = spec.full[2:]
+
+    def diagonal() -> int:
+        return dice.one((0, keys - rows, dice.upto(-rows - 3, keys + 3), dice.upto(-rows - 3, keys + 3), dice.one((-2**30, 2**30))))
+    if f["diagonal"]:
+        each = spec.packed and f.get("diagonals", dice.chance(0.5))
+        more["diagonal"] = tuple(diagonal() for _ in range(spec.sequences)) if each else diagonal()
+        more["causal"] = bool(spec.causal)
+    if f["place"] and dropout:
+        head = dice.one((0, 1, 5, 2**31 - 2000))
+        row, column = 16 * dice.one((0, 1, 3, 2**27 - 1)), 16 * dice.one((0, 2, 9, 2**27 - 1))
+        more["dropout_at"] = (dice.one((0, 1, 7, 2**31 - 1)), head, row, column)
+        more["dropout_heads"] = head + spec.num_heads + dice.upto(0, 3)
+    if f["out_dtype"] and spec.dtype in HALVES:
+        more["out_dtype"] = "float32"
+    return more
 
 
 def _broadcast(dice: Dice, full: Shape) -> Shape:

@@ -49,6 +49,8 @@ def distance(s: Spec, n: int) -> Array:
     """(rows, keys): how far a key is behind the mask's diagonal."""
     seqlen_q, seqlen_k = lengths(s, n)
     shift = 0 if s.causal == "top_left" else seqlen_k - seqlen_q
+    if s.diagonal is not None:
+        shift = s.diagonal if isinstance(s.diagonal, int) else s.diagonal[n]
     return np.arange(seqlen_q)[:, None] + shift - np.arange(seqlen_k)
 
 
@@ -207,18 +209,19 @@ class Rounding(NamedTuple):
     real: str
 
 
-def rounding(dtype: str) -> Rounding:
+def rounding(dtype: str, result: str | None = None) -> Rounding:
+    """`result`: its dtype, None for the operands'."""
     real = "float64" if dtype == "float64" else "float32"
     low = dtype in ("float16", "bfloat16")
     # this file's own arithmetic is float64 too
-    return Rounding(EPS[real] * (2 if real == "float64" else 1), EPS[dtype] if low else 0.0, EPS[dtype],
+    return Rounding(EPS[real] * (2 if real == "float64" else 1), EPS[dtype] if low else 0.0, EPS[result or dtype],
                     2.0**-24 if dtype == "float16" else 0.0, NOTHING[real], real)
 
 
 @np.errstate(all="ignore")
 def forward(x: Inputs) -> dict[str, Value]:
     """out (as q, head_dim_v) and lse."""
-    s, r = x.spec, rounding(x.spec.dtype)
+    s, r = x.spec, rounding(x.spec.dtype, x.spec.result)
     shape = (*x.q.shape[:-1], s.head_dim_v)
     out = Value(*(np.zeros(shape) for _ in range(3)))
     lse = Value(np.full(x.lse_shape, -np.inf), np.zeros(x.lse_shape), np.zeros(x.lse_shape))
@@ -263,7 +266,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
 
     The reference takes an lse that is its own up to rounding as if it had not been rounded, so there scores count from the row's largest.
     """
-    s, r = x.spec, rounding(x.spec.dtype)
+    s, r = x.spec, rounding(x.spec.dtype, x.spec.result)
     dq, dk, dv = (Value(*(np.zeros(a.shape) for _ in range(3))) for a in (x.q, x.k, x.v))
     dbias = None if x.bias is None else Value(*(np.zeros(s.full) for _ in range(3)))
     dsinks = Value(*(np.zeros(s.num_heads) for _ in range(3)))
@@ -349,9 +352,9 @@ def _add(to: Value, at: Any, exact: Array, off: Array, size: Array, group: int) 
 
 
 @np.errstate(all="ignore")
-def merged(outs: list[Array], lses: list[Array], dtype: str) -> dict[str, Value]:
+def merged(outs: list[Array], lses: list[Array], dtype: str, result: str) -> dict[str, Value]:
     """merge_states of canonical outs (..., rows, num_heads, head_dim_v) and lses (..., num_heads, rows); infinite lses are empty."""
-    r = rounding(dtype)
+    r = rounding(dtype, result)
     levels = np.stack([np.where(np.isinf(y), -np.inf, y.astype(np.float64)) for y in lses])
     highest = levels.max(axis=0)
     zero = np.where(highest == -np.inf, 0, highest)

@@ -45,6 +45,18 @@ def compute_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def _whole(s: Spec) -> Array:
+    """The part at dropout_at of a larger problem's mask. That of a far one is only drawn where the part is."""
+    b, h, i, j = s.dropout_at or (0, 0, 0, 0)
+    heads = s.num_heads if s.dropout_heads is None else s.dropout_heads
+    if max(b, h, i, j, heads) > 200:
+        return fastattn.dropout_mask(s.sequences, s.num_heads, *s.full[2:], dropout_p=s.dropout_p, seed=s.dropout_seed, offset=s.offset,
+                                     dropout_at=s.dropout_at, dropout_heads=s.dropout_heads)
+    whole = fastattn.dropout_mask(b + s.sequences, heads, i + s.full[2], j + s.full[3], dropout_p=s.dropout_p, seed=s.dropout_seed,
+                                  offset=s.offset)
+    return whole[b:, h:h + s.num_heads, i:, j:]
+
+
 def make(spec: Spec) -> Inputs:
     """The numbers of a problem; every one follows from the spec."""
     s, random = spec, np.random.default_rng(spec.seed)
@@ -76,6 +88,8 @@ def make(spec: Spec) -> Inputs:
             x.sinks *= random.choice([1e2, 1e5, 1e9, 1e20], s.num_heads).astype(real)
     if s.dropout_p:
         kept = fastattn.dropout_mask(s.sequences, s.num_heads, *s.full[2:], dropout_p=s.dropout_p, seed=s.dropout_seed, offset=s.offset)
+        if s.dropout_at is not None or s.dropout_heads is not None:
+            kept = _whole(s)
         threshold = round(s.dropout_p * 65536)
         x.keep = kept * (65536 / (65536 - threshold) if threshold < 65536 else 0.0)
     for entry in s.repeats:
@@ -161,6 +175,14 @@ def arguments(x: Inputs) -> Arguments:
     if s.dropout_p:
         options |= {"dropout_p": values.number(s.numbers, s.dropout_p), "seed": values.count(s.numbers, s.dropout_seed),
                     "offset": values.count(s.numbers, s.offset)}
+        if s.dropout_at is not None:
+            options["dropout_at"] = tuple([values.count(s.numbers, n) for n in s.dropout_at])
+        if s.dropout_heads is not None:
+            options["dropout_heads"] = values.count(s.numbers, s.dropout_heads)
+    if isinstance(s.diagonal, int):
+        options["diagonal"] = values.count(s.numbers, s.diagonal)
+    if s.out_dtype is not None:
+        options["out_dtype"] = s.out_dtype
     if not s.packed:
         return Arguments(arrays, (), options | ({"layout": s.layout} if s.layout != "bshd" else {}))
     wide = np.int64 if s.numbers in ("np.float64", "array") else np.int32
@@ -168,6 +190,8 @@ def arguments(x: Inputs) -> Arguments:
     lengths: tuple[Any, ...] = tuple(lay("cu", cu.astype(wide)) for cu in (x.cu_q, x.cu_k))
     if s.used_k is not None:
         options["seqused_k"] = lay("used", np.array(s.used_k, wide))
+    if isinstance(s.diagonal, tuple):
+        options["diagonal"] = lay("diagonal", np.array(s.diagonal, wide))
     if s.numbers == "int" and s.library == "numpy":
         lengths = tuple(cu.tolist() for cu in lengths)
     if s.beyond != (0, 0) or s.library != "numpy":

@@ -92,8 +92,8 @@ def _forward(x: Inputs, there: Arguments, device: Device) -> tuple[Array, Array 
     options: dict[str, Any] = {name: y for name, y in there.options.items() if name != "dlse"} | {"engine": s.engine}
     place = None
     if s.give_out is not None:
-        shape = swapped(s, np.empty((*x.q.shape[:-1], s.head_dim_v), NUMPY[s.dtype])).shape
-        place = device.place(s, shape, s.dtype, s.give_out)
+        shape = swapped(s, np.empty((*x.q.shape[:-1], s.head_dim_v), NUMPY[s.result])).shape
+        place = device.place(s, shape, s.result, s.give_out)
         options["out"] = place.array
     q, k, v = (there.arrays[name] for name in ("q", "k", "v"))
     result = device.call(s, function, q, k, v, *there.lengths, **options, return_lse=s.return_lse)
@@ -169,7 +169,7 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     out, lse = fastattn.merge_states([state[0] for state in states], [state[1] for state in states], layout=s.layout)  # type: ignore[arg-type]
     right = formula.forward(x)
     value = right["out"]
-    right["out"] = value._replace(allowed=value.allowed + 2 * EPS[s.dtype] * value.size)
+    right["out"] = value._replace(allowed=value.allowed + 2 * EPS[s.result] * value.size)
     found = _judged(x, {"out": swapped(s, device.get(out)), "lse": device.get(lse)}, right, None)
     if not s.backward or found:
         return found
@@ -179,11 +179,11 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     gradients = formula.backward(x, swapped(s, device.get(out)), device.get(lse))
     got = {name: np.concatenate([swapped(s, device.get(getattr(share, name))) for share in shares], axis=1) for name in ("dk", "dv")}
     with np.errstate(all="ignore"):
-        got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.dtype])  # type: ignore[union-attr]
+        got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.result])  # type: ignore[union-attr]
     value = gradients["dq"]
-    allowed = value.allowed + len(shares) * EPS[s.dtype] * value.size
+    allowed = value.allowed + len(shares) * EPS[s.result] * value.size
     # shares that cancel may each be beyond the dtype: only a sum of terms inside it is determined
-    allowed = np.where(value.size + allowed > values.LARGEST[s.dtype], np.inf, allowed)
+    allowed = np.where(value.size + allowed > values.LARGEST[s.result], np.inf, allowed)
     wanted = {"dk": gradients["dk"], "dv": gradients["dv"], "dq": value._replace(allowed=allowed)}
     if "sinks" in there.options:
         got["dsinks"], wanted["dsinks"] = device.get(shares[0].dsinks), gradients["dsinks"]
@@ -207,8 +207,14 @@ def _merge(x: Inputs, device: Device) -> list[str]:
             out.swapaxes(-2, -3)[empty] = np.nan
     there = [device.lay(s, swapped(s, out)) for out in outs], [device.lay(s, lse) for lse in lses]
     layout: Any = "thd" if s.packed else s.layout
-    out, lse = device.call(s, fastattn.merge_states, *there, layout=layout)
-    return _judged(x, {"out": swapped(s, device.get(out)), "lse": device.get(lse)}, formula.merged(outs, lses, s.dtype), None)
+    given = {}
+    if s.out_dtype is not None:                 # a running state: the first part is of another dtype, and is written to
+        outs[0] = outs[0].astype(NUMPY[s.out_dtype])
+        there[0][0] = device.lay(s, swapped(s, outs[0]))
+        given = {"out": there[0][0], "lse": there[1][0]} if not s.readonly and s.memory != "dlpack" else {}
+    out, lse = device.call(s, fastattn.merge_states, *there, layout=layout, **given)
+    right = formula.merged(outs, lses, s.dtype, s.result)
+    return _judged(x, {"out": swapped(s, device.get(out)), "lse": device.get(lse)}, right, None)
 
 
 # ---------------------------------------------------------------- what is right
@@ -228,7 +234,7 @@ def _judged(x: Inputs, got: dict[str, Array], right: dict[str, Value], naive: di
     for name, value in right.items():
         if name not in got:
             continue
-        dtype = {"lse": real, "dsinks": real, "dbias": s.bias_dtype}.get(name, s.dtype)
+        dtype = {"lse": real, "dsinks": real, "dbias": s.bias_dtype}.get(name, s.result)
         wrong = _far(name, got[name], value, dtype)
         if wrong is None and naive is not None and value.exact.size >= MANY:
             wrong = _farther_than_naive(s, name, got[name], value, naive[name], dtype)

@@ -11,8 +11,8 @@ from .spec import Spec
 PLAIN = {f.name: f.default for f in fields(Spec)}
 # what only the caller's side decides comes first: it leaves the kernel as it is
 HELD = ("memory", "repeats", "readonly", "numbers", "give_out", "layout", "return_lse", "threads", "stream")
-SCORES = ("dropout_p", "offset", "dropout_seed", "alibi", "softcap", "mask", "bias", "sinks", "window", "causal", "softmax_scale",
-          "bias_values", "mask_density", "bias_dtype")
+SCORES = ("dropout_at", "dropout_heads", "diagonal", "out_dtype", "dropout_p", "offset", "dropout_seed", "alibi", "softcap", "mask", "bias",
+          "sinks", "window", "causal", "softmax_scale", "bias_values", "mask_density", "bias_dtype")
 OTHERS = ("deterministic", "dlse", "need_dbias", "backward", "beyond", "spare", "used_k", "hidden", "v_size", "values", "parts")
 FEATURES = (*HELD, *OTHERS, *SCORES)
 Move = Callable[[Spec], list[Spec]]
@@ -37,13 +37,13 @@ def _sequences(spec: Spec) -> list[Spec]:
     if spec.lengths_q is None:
         return []
     count = len(spec.lengths_q)
-    if count == 1 and spec.used_k is None and spec.spare == (0, 0):
+    if count == 1 and spec.used_k is None and spec.spare == (0, 0) and not isinstance(spec.diagonal, tuple):
         return [replace(spec, lengths_q=None, lengths_k=(), beyond=(0, 0), batch=1, seqlen_q=spec.lengths_q[0], seqlen_k=spec.lengths_k[0])]
     choices = [[n] for n in range(count)] + [[m for m in range(count) if m != n] for n in range(count)]
 
     def only(kept: list[int]) -> Spec:
-        settings: dict[str, Any] = {name: tuple(getattr(spec, name)[n] for n in kept) for name in ("lengths_q", "lengths_k", "used_k")
-                                    if getattr(spec, name) is not None}
+        settings: dict[str, Any] = {name: tuple(getattr(spec, name)[n] for n in kept)
+                                    for name in ("lengths_q", "lengths_k", "used_k", "diagonal") if isinstance(getattr(spec, name), tuple)}
         return replace(spec, **settings)
     return [only(kept) for kept in choices if len(kept) < count]
 
@@ -71,6 +71,8 @@ def _fitting(spec: Spec, old: Spec) -> Spec:
             lead = 4 - len(shape)
             settings[name] = tuple(1 if n == 1 and m != 1 else full for n, m, full in
                                    zip(shape, old.full[lead:], spec.full[lead:], strict=True))
+    if spec.dropout_p == 0:
+        settings |= {"dropout_at": None, "dropout_heads": None}
     if spec.used_k is not None:
         settings["used_k"] = tuple(map(min, spec.used_k, spec.lengths_k))
     settings["need_dbias"] = spec.need_dbias and spec.bias is not None and spec.backward

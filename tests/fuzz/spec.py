@@ -41,6 +41,10 @@ class Spec:
     dropout_p: float = 0.0
     dropout_seed: int = 0
     offset: int = 0
+    dropout_at: tuple[int, int, int, int] | None = None
+    dropout_heads: int | None = None
+    diagonal: int | Shape | None = None         # a tuple: of each sequence
+    out_dtype: str | None = None
     values: str = "normal"                      # values.SCORES: of q and k
     v_size: float = 1.0
     hidden: str | None = None                   # what hidden places hold: "nan", "inf"; None: ordinary numbers
@@ -60,6 +64,11 @@ class Spec:
     engine: str | None = None
     library: str = "numpy"                      # whose arrays: "torch", "cupy", "dlpack"
     stream: str | None = None                   # "side": another than the current one; "capture": a graph, replayed
+
+    @property
+    def result(self) -> str:
+        """The dtype of out, dq, dk and dv."""
+        return self.out_dtype or self.dtype
 
     @property
     def packed(self) -> bool:

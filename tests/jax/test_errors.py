@@ -18,7 +18,7 @@ Q = np.ones((2, 16, 4, 8), np.float32)
 P = np.ones((9, 4, 8), np.float32)
 CU = [0, 4, 9]
 # keywords of fastattn that are not here: XLA allocates, and chooses the stream; 8-bit operands have no gradients
-MISSING = {"out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale"}
+MISSING = {"out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale", "diagonal", "dropout_at", "dropout_heads"}
 WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda q: attention(q, Q[:, :, :3], Q[:, :, :3]), ValueError,
      "attention(): k has 3 heads; expected a divisor of q's num_heads = 4; num_heads_k = 2"),

@@ -48,6 +48,7 @@ class Judge:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.dtype = inputs, inputs.dtype
+        self.result = inputs.kwargs.get("out_dtype", self.dtype)        # of out, dq, dk and dv
         self.exact_inputs = inputs.float64()
         self.exact = self.exact_inputs.forward("reference")
         # float64 has no better arithmetic to be judged by: its rival is float32's error scaled to its rounding
@@ -60,7 +61,7 @@ class Judge:
     def forward(self, out: Any, lse: Any) -> None:
         """lse: None where the call did not ask for it."""
         compute = "float64" if self.dtype == "float64" else "float32"
-        self._check("out", out, self.exact[0], self.naive[0], self.dtype, norm(self.exact[0]))
+        self._check("out", out, self.exact[0], self.naive[0], self.result, norm(self.exact[0]))
         if lse is None:
             return
         # a logit's rounding is absolute: q.k may cancel
@@ -73,8 +74,10 @@ class Judge:
         for name, got, e, n, terms in zip(Grads._fields, grads, exact, naive, self._terms(), strict=True):
             assert (got is None) == (e is None), f"{name} is {type(got)}"
             if got is not None:
-                # out is given in the input's dtype, and all gradients inherit its rounding through delta
-                self._check(name, got, e, n, np.asarray(got).dtype.name, norm(e) + norm(terms), self.dtype)
+                dtype = np.asarray(got).dtype.name
+                assert dtype == self.result or name in ("dbias", "dsinks"), f"{name} has dtype {dtype}, expected {self.result}"
+                # out is given in the result's dtype, and all gradients inherit its rounding through delta
+                self._check(name, got, e, n, dtype, norm(e) + norm(terms), self.result)
 
     def _terms(self) -> Grads:
         """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""

@@ -56,7 +56,9 @@ class Inputs:
         return Inputs(tuple(f(x) for x in self.args), kwargs, f(self.dout), None if self.dlse is None else f(self.dlse))
 
     def float64(self) -> Inputs:
-        return self.map(lambda x: x.astype(np.float64) if x.dtype.kind not in "iub" or x.dtype == NUMPY["bfloat16"] else x)
+        wide = self.map(lambda x: x.astype(np.float64) if x.dtype.kind not in "iub" or x.dtype == NUMPY["bfloat16"] else x)
+        wide.kwargs.pop("out_dtype", None)
+        return wide
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Case:
     mask_memory: str = "contiguous"             # or "queries": neighbouring queries are next to each other; "shifted": nothing aligned
     sinks: bool = False
     dropout_p: float = 0.0
+    dropout_at: tuple[int, int, int, int] | None = None
+    dropout_heads: int | None = None
+    diagonal: int | tuple[int, ...] | None = None       # a tuple has a key for each sequence
+    out_dtype: str | None = None
     dlse: bool = False
     layout: str = "bshd"
     memory: str = "contiguous"
@@ -97,6 +103,11 @@ class Case:
     @property
     def packed(self) -> bool:
         return self.lengths_q is not None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it has a keyword that fastattn.torch and fastattn.jax do not have."""
+        return not (self.diagonal is None and self.dropout_at is None and self.dropout_heads is None and self.out_dtype is None)
 
     def make(self) -> Inputs:
         """The arguments, from a seed that is the case's name."""
@@ -133,10 +144,14 @@ class Case:
         return Inputs((q, k, v, *lengths), kwargs, dout, dlse)
 
     def _numbers(self) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {name: getattr(self, name) for name in ("causal", "window", "softmax_scale", "softcap")}
+        names = ("causal", "window", "softmax_scale", "softcap", "diagonal", "out_dtype")
+        kwargs: dict[str, Any] = {name: getattr(self, name) for name in names}
         kwargs = {name: x for name, x in kwargs.items() if x is not None and x is not False}
         if self.dropout_p:
             kwargs.update(dropout_p=self.dropout_p, seed=0x1234_5678_9ABC_DEF0, offset=3)
+            kwargs.update({name: x for name in ("dropout_at", "dropout_heads") if (x := getattr(self, name)) is not None})
+        if isinstance(self.diagonal, tuple):
+            kwargs["diagonal"] = np.array(self.diagonal, np.int32)
         return kwargs
 
 
@@ -335,6 +350,36 @@ def _packed() -> Iterator[Case]:
     yield Case("packed_many", lengths_q=tuple(i % 7 for i in range(60)), num_heads=1, head_dim=8)
 
 
+def _position() -> Iterator[Case]:
+    for diagonal in (-50, -7, 0, 19, 33, 400):                  # rows that attend nothing, some, and everything
+        yield Case(f"diagonal_{diagonal}_causal", diagonal=diagonal, causal=True, seqlen_q=70, seqlen_k=90, dlse=True)
+        yield Case(f"diagonal_{diagonal}_alibi", diagonal=diagonal, alibi="batch", window=(40, 11), seqlen_q=30, seqlen_k=140, head_dim=40)
+    yield Case("diagonal_window_bfloat16", "bfloat16", diagonal=100, window=(90, 0), num_heads=4, num_heads_k=2, seqlen_q=130, seqlen_k=300,
+               head_dim=64)
+    yield Case("diagonal_decode", "float16", diagonal=600, causal=True, window=(500, None), num_heads=8, num_heads_k=1, seqlen_q=3,
+               seqlen_k=700, head_dim=64, alibi="heads")
+    lengths_q, lengths_k = (13, 0, 33, 1, 20), (20, 5, 0, 17, 60)
+    yield Case("diagonal_packed", lengths_q=lengths_q, lengths_k=lengths_k, diagonal=5, causal=True, alibi="heads", dlse=True)
+    yield Case("diagonals_packed", lengths_q=lengths_q, lengths_k=lengths_k, diagonal=(-4, 2, 0, 9, 70), causal=True, dlse=True)
+    yield Case("diagonals_packed_alibi", "bfloat16", lengths_q=(70, 9, 150), lengths_k=(150, 40, 90), used_k=(140, 0, 90), num_heads=4,
+               num_heads_k=2, diagonal=(60, 3, -20), window=(80, 5), alibi="batch", head_dim=64)
+    yield Case("dropout_at", dropout_p=0.3, dropout_at=(3, 1, 48, 2**31 - 32), dropout_heads=5, seqlen_q=70, seqlen_k=90)
+    yield Case("dropout_at_bfloat16", "bfloat16", dropout_p=0.3, dropout_at=(2**31 - 1, 0, 16, 160), num_heads=4, num_heads_k=2,
+               causal=True, diagonal=30, seqlen_q=90, seqlen_k=140, head_dim=64, sinks=True)
+    yield Case("dropout_heads_packed", dropout_p=0.2, dropout_heads=7, dropout_at=(0, 2, 32, 0), lengths_q=(15, 39, 4),
+               lengths_k=(20, 39, 70))
+    for dtype in ("float16", "bfloat16"):
+        yield Case(f"float32_out_{dtype}", dtype, out_dtype="float32", num_heads=4, num_heads_k=2, seqlen_q=70, seqlen_k=90, head_dim=64,
+                   causal=True, dlse=True)
+        yield Case(f"float32_out_decode_{dtype}", dtype, out_dtype="float32", num_heads=8, num_heads_k=1, seqlen_q=1, seqlen_k=1030,
+                   head_dim=64)
+    yield Case("float32_out_bhsd", "float16", out_dtype="float32", layout="bhsd", memory="sliced", bias=(2, 37, 37), sinks=True,
+               head_dim=40)
+    yield Case("float32_out_packed", "bfloat16", out_dtype="float32", lengths_q=(17, 0, 140, 1), lengths_k=(30, 4, 150, 70), causal=True,
+               diagonal=(9, 0, 10, 69), dropout_p=0.2, dropout_at=(1, 0, 16, 0), head_dim=64, spare=5)
+    yield Case("out_dtype_float32", out_dtype="float32")
+
+
 def _memory() -> Iterator[Case]:
     yield Case("bhsd", layout="bhsd", causal=True)
     yield Case("bhsd_all", "bfloat16", layout="bhsd", num_heads=4, num_heads_k=2, bias=(4, 37, 37), sinks=True, causal=True)
@@ -356,6 +401,6 @@ def _everything() -> Iterator[Case]:
     yield replace(every, name="everything_strided", memory="reversed", layout="bhsd")
 
 
-CASES: list[Case] = [*_dtypes(), *_shapes(), *_masks(), *_scores(), *_packed(), *_memory(), *_everything()]
+CASES: list[Case] = [*_dtypes(), *_shapes(), *_masks(), *_scores(), *_packed(), *_position(), *_memory(), *_everything()]
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES)

@@ -182,7 +182,7 @@ def test_the_way_without_a_graph_costs_3_us() -> None:
 def test_keywords_are_those_of_fastattn() -> None:
     for ours, theirs in ((attention, fastattn.attention), (attention_varlen, fastattn.attention_varlen)):
         here, there = (inspect.signature(function).parameters for function in (ours, theirs))
-        missing = ("out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale")
+        missing = ("out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale", "diagonal", "dropout_at", "dropout_heads")
         shared = [name for name in there if name not in missing]
         assert list(here) == [*shared[:-1], "deterministic", "engine"]
         assert all(p.default == there[name].default for name, p in here.items() if name != "deterministic")

@@ -28,7 +28,7 @@ def tensor(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("operator", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.placed], ids=lambda case: case.name)
 def test_the_bits_are_those_of_fastattn(case: Case, operator: bool) -> None:
     inputs = case.make().map(tensor)
     out, lse = inputs.forward()

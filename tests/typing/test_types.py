@@ -148,7 +148,7 @@ def test_a_backward_shares_its_forwards_keywords(forward: Callable[..., Any]) ->
     of_forward, of_backward = typing.get_type_hints(forward), typing.get_type_hints(backward)
     a, b = inspect.signature(forward).parameters, inspect.signature(backward).parameters
     keywords = {name for name, parameter in a.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    assert keywords - set(b) == {"return_lse", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale"}      # of 8-bit operands
+    assert keywords - set(b) == {"return_lse", "q_scale", "k_scale", "v_scale", "out_scale"}      # of 8-bit operands
     assert set(b) - set(a) == {"dout", "lse", "dlse", "need_dbias", "deterministic"}
     for name in keywords & set(b) - {"out"}:                # an option there, the forward's result here
         assert (of_forward[name], a[name].default) == (of_backward[name], b[name].default), name

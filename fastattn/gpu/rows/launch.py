@@ -255,13 +255,15 @@ def sum_groups(part_k: View, part_v: View, dk: View, dv: View, launcher: Launche
 
 # ---------------------------------------------------------------- merge_states
 @cache
-def merge_source(dtype: str) -> Source:
-    return Source(f"merge {dtype}", lambda: (make_add_part(dtype), 0), fields_of(MERGE), MERGE_THREADS)
+def merge_source(dtype: str, target: str | None = None) -> Source:
+    """`target`: the result's dtype, None for the part's."""
+    key = f"merge {dtype}" + (f" {target}" if target else "")
+    return Source(key, lambda: (make_add_part(dtype, target or dtype), 0), fields_of(MERGE), MERGE_THREADS)
 
 
 def merge_states(outs: list[View], lses: list[View], out: View, lse: View, launcher: Launcher, stream: int) -> None:
     """Enqueue writing out (batch, rows, heads, dim) and lse (batch, heads, rows) from parts of the same shapes, or all
-    without the batch axis."""
+    without the batch axis. out may be the first part, and lse its lse."""
     shape = (1,) * (4 - len(out.shape)) + out.shape
     rows, real = math.prod(shape[:3]), lse.itemsize
     if rows > MOST_BLOCKS:
@@ -273,12 +275,11 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, launc
         return (0,) * (axes - len(x.strides)) + x.strides
     out_bytes = rows * shape[3] * real
     with launcher.temporary(out_bytes + 2 * rows * real, stream) as memory:
-        kernel = launcher.load(merge_source(out.dtype))
         result = out.ptr, *strides(out, 4), lse.ptr, *strides(lse, 3)
         for n, (part, part_lse) in enumerate(zip(outs, lses, strict=True)):
             values = [part.ptr, *strides(part, 4), part_lse.ptr, *strides(part_lse, 3), memory, memory + out_bytes, *result, int(n == 0),
                       int(n == len(outs) - 1), *shape[1:]]
-            kernel.launch(rows, values, stream)
+            launcher.load(merge_source(part.dtype, None if part.dtype == out.dtype else out.dtype)).launch(rows, values, stream)
 
 
 # ---------------------------------------------------------------- transform_bias_rescale_qkv

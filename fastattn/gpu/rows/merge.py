@@ -17,12 +17,12 @@ from ..ptx.scalar import load_if, store
 from .config import MERGE_THREADS as THREADS
 
 
-def make_add_part(dtype: str) -> Any:
-    """The kernel that adds one part."""
+def make_add_part(dtype: str, target: str) -> Any:
+    """The kernel that adds one part of that dtype; the last one rounds the sum to `target`."""
     wide = dtype == "float64"
     compute, REAL, SIZE = ("float64", float64, 8) if wide else ("float32", float32, 4)
     INF, NEG_INF = REAL(math.inf), REAL(-math.inf)
-    load, load_real, put, put_real = load_if(dtype, compute), load_if(compute, compute), store(dtype, compute), store(compute, compute)
+    load, load_real, put, put_real = load_if(dtype, compute), load_if(compute, compute), store(target, compute), store(compute, compute)
 
     @inline
     def weights(before, total, new):
