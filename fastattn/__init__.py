@@ -54,18 +54,23 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .cpu import get_num_threads, set_num_threads
+    from .flex.blocks import BlockMask, and_masks, block_mask, or_masks
 
-__all__ = ["Grads", "UnsupportedError", "attention", "attention_backward", "attention_varlen", "attention_varlen_backward",
-           "attention_with_kvcache", "dropout_mask", "engines", "explain", "get_num_threads", "merge_states", "quantize_fp8",
-           "register_engine", "set_num_threads", "show_config", "use_engine"]
+__all__ = ["BlockMask", "Grads", "UnsupportedError", "and_masks", "attention", "attention_backward", "attention_varlen",
+           "attention_varlen_backward", "attention_with_kvcache", "block_mask", "dropout_mask", "engines", "explain", "get_num_threads",
+           "merge_states", "or_masks", "quantize_fp8", "register_engine", "set_num_threads", "show_config", "use_engine"]
 
 
 def __getattr__(name: str) -> Any:
-    """set_num_threads and get_num_threads load the compiled CPU engine on first use."""
+    """set_num_threads and get_num_threads load the compiled CPU engine on first use, block_mask and its like the tracing."""
     if name in ("set_num_threads", "get_num_threads"):
         from . import cpu
 
         return getattr(cpu, name)
+    if name in ("BlockMask", "and_masks", "block_mask", "or_masks"):
+        from .flex import blocks
+
+        return getattr(blocks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

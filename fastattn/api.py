@@ -11,23 +11,28 @@ from typing import Any, Literal, Never, Unpack, overload
 import numpy as np
 
 from .dispatch import backward, backward_again, forward, forward_again, read
+from .flex.operands import functions_of
 from .options import NO_SCALES, read_eight_bit, read_options, read_position
 from .problem import Grads
 from .signature import strict, unknown_arguments
 from .types import (
     A,
     Array,
+    BlockMask,
+    Captured,
     Causal,
     D,
     DenseOptions,
     EngineName,
     Integer,
     Layout,
+    MaskMod,
     Number,
     PerHead,
     Place,
     S,
     Scale,
+    ScoreMod,
     Window,
 )
 
@@ -44,7 +49,9 @@ def attention(q: A, k: Array, v: Array, *, return_lse: bool, **options: Unpack[D
 @strict
 def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False, window: Window | None = None,
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
-              bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0,
+              bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None,
+              score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None, captured: Captured = (),
+              block_mask: BlockMask | None = None, dropout_p: Number = 0.0,
               seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd", out: Array | None = None,
               diagonal: Integer | None = None, dropout_at: Place | None = None, dropout_heads: Integer | None = None,
               return_lse: bool = False, q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None,
@@ -84,6 +91,17 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
         seqlen_k) as ``mask[:, None, None, :]``, or it is read as rows of queries where batch == seqlen_q.
     sinks : array (num_heads,), optional
         float32, float64 or q's dtype; a list for host arrays. Logits that join the softmax's denominator only.
+    score_mod : callable, optional
+        ``score_mod(score, b, h, q_idx, kv_idx, *captured)`` gives the score to use instead, from the score so far and its place: batch
+        entry, query head, row and key. It is called once with stand-ins, not for each pair, so it computes with numbers, conditions and
+        elements of arrays, in Python's, NumPy's or torch's words: ``numpy.where`` instead of ``if``.
+    mask_mod : callable, optional
+        ``mask_mod(b, h, q_idx, kv_idx)`` gives a condition, True where a row attends a key. It applies beside all other masks.
+    captured : sequence of arrays, optional
+        More arguments of score_mod: float, int32, int64 or bool arrays on q's device, or numbers. Both functions may also close over
+        arrays. An index below 0 or past the end takes the first or the last element.
+    block_mask : BlockMask, optional
+        What `block_mask` returns: a mask_mod or an array of blocks, or both, for many calls.
     dropout_p : float, default 0.0
         Probability in [0, 1] of dropping a softmax weight; the others are scaled by 1 / (1 - dropout_p). It counts in
         steps of 1 / 65536, so below 7.6e-6, half a step, nothing is dropped.
@@ -149,6 +167,9 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     nothing. In a graph capture they come from torch's or CuPy's pools; otherwise pass `out`. A call that raises in an
     engine may have written part of `out`.
 
+    score_mod is applied to ``softcap(softmax_scale * q_i . k_j) + alibi + bias``, before the masks. Integers are 32 bits and wrap, floats
+    are float32 (float64 for float64 input). A number that the functions hold may differ from call to call.
+
     Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and memory-efficient exact attention with IO-awareness",
     NeurIPS 2022. ALiBi: Press, Smith, Lewis, ICLR 2022. Dropout: Philox4x32-10, Salmon et al., SC 2011.
 
@@ -178,9 +199,10 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
     if not (q_scale is None and k_scale is None and v_scale is None and out_dtype is None and out_scale is None):       # 0.1 us
         options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
     scores = bias, mask, alibi_slopes, sinks
-    if out is None and stream is None and scales is None:
+    flex = functions_of(score_mod, mask_mod, captured, block_mask)
+    if out is None and stream is None and scales is None and flex is None:
         return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores)
-    caller, o = read(call, layout, stream, (q, k, v), scores, None, scales)
+    caller, o = read(call, layout, stream, (q, k, v), scores, None, scales, flex)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -188,10 +210,13 @@ def attention(q: Array, k: Array, v: Array, *more: Never, causal: Causal = False
 def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: Array, *more: Never, causal: Causal = False,
                        window: Window | None = None, softmax_scale: Number | None = None, softcap: Number | None = None,
                        alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
-                       sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None, offset: Integer = 0,
+                       sinks: PerHead | None = None, score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None,
+                       captured: Captured = (), block_mask: BlockMask | None = None, dropout_p: Number = 0.0,
+                       seed: Integer | None = None, offset: Integer = 0,
                        diagonal: Integer | None = None, dropout_at: Place | None = None, dropout_heads: Integer | None = None,
                        out_dtype: Any = None, layout: Layout = "bshd", dlse: Array | None = None, need_dbias: bool = False,
-                       deterministic: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Grads[A]:
+                       need_dcaptured: bool = False, deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
+                       **unknown: Never) -> Grads[A]:
     """Gradients of `attention`.
 
     Parameters
@@ -207,6 +232,8 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         The forward's result with ``return_lse=True``, float32 (float64 for float64 input).
     causal, window, softmax_scale, softcap, alibi_slopes, bias, mask, sinks, dropout_p, seed, offset, layout : optional
         The forward's, with the same values: see `attention`.
+    score_mod, mask_mod, captured, block_mask : optional
+        The forward's.
     diagonal, dropout_at, dropout_heads : optional
         The forward's, with the same values.
     out_dtype : str or dtype, optional
@@ -216,6 +243,8 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         Gradient of lse, of lse's dtype, if the loss depends on lse.
     need_dbias : bool, default False
         Compute the gradient of bias too.
+    need_dcaptured : bool, default False
+        Compute the gradients of the float arrays that score_mod reads: `Grads.dcaptured`.
     deterministic : bool, default False
         The same bits in every run. Slower on the GPU. The CPU engine is always deterministic.
     stream, engine : optional
@@ -259,7 +288,8 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         options, _ = read_position(call, options, diagonal, dropout_at, dropout_heads)
         options, _ = read_eight_bit(call, options, NO_SCALES, out_dtype)
     scores, given, need_dbias = (bias, mask, alibi_slopes, sinks), (dout, out, lse, dlse), bool(need_dbias)
-    if stream is None:
+    flex = functions_of(score_mod, mask_mod, captured, block_mask)
+    if stream is None and flex is None and not need_dcaptured:
         return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, None, need_dbias)
-    caller, o = read(call, layout, stream, (q, k, v), scores)
-    return backward(caller, engine, options, o, given, need_dbias, deterministic)
+    caller, o = read(call, layout, stream, (q, k, v), scores, flex=flex)
+    return backward(caller, engine, options, o, given, need_dbias, deterministic, need_dcaptured=bool(need_dcaptured))

@@ -6,23 +6,28 @@ from typing import Any, Literal, Never, Unpack, overload
 import numpy as np
 
 from .dispatch import backward, backward_again, forward, forward_again, read
+from .flex.operands import functions_of
 from .options import NO_SCALES, read_eight_bit, read_options, read_position
 from .problem import Grads
 from .signature import strict, unknown_arguments
 from .types import (
     A,
     Array,
+    BlockMask,
+    Captured,
     Causal,
     D,
     EngineName,
     Integer,
     Lengths,
+    MaskMod,
     Number,
     PackedOptions,
     PerHead,
     Place,
     S,
     Scale,
+    ScoreMod,
     Window,
 )
 
@@ -45,7 +50,9 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
                      max_seqlen_q: Integer | None = None, max_seqlen_k: Integer | None = None, seqused_k: Lengths | None = None,
                      causal: Causal = False, window: Window | None = None, softmax_scale: Number | None = None,
                      softcap: Number | None = None, alibi_slopes: PerHead | None = None, bias: Array | None = None,
-                     mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
+                     mask: Array | None = None, sinks: PerHead | None = None, score_mod: ScoreMod | None = None,
+                     mask_mod: MaskMod | None = None, captured: Captured = (), block_mask: BlockMask | None = None,
+                     dropout_p: Number = 0.0, seed: Integer | None = None,
                      offset: Integer = 0, diagonal: Integer | Lengths | None = None, dropout_at: Place | None = None,
                      dropout_heads: Integer | None = None, layout: Literal["thd"] = "thd", out: Array | None = None,
                      return_lse: bool = False, q_scale: Scale | None = None, k_scale: Scale | None = None, v_scale: Scale | None = None,
@@ -76,6 +83,8 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
         Indexed inside each sequence.
     causal, window, softmax_scale, softcap, sinks, dropout_p, seed, offset : optional
         As in `attention`, inside each sequence.
+    score_mod, mask_mod, captured, block_mask : optional
+        As in `attention`: b is the number of the sequence, q_idx and kv_idx count inside it.
     diagonal : int or array (sequences,), optional
         As in `attention`, for all sequences or each one; int32 or int64, a list for host arrays.
     dropout_at, dropout_heads : optional
@@ -121,9 +130,10 @@ def attention_varlen(q: Array, k: Array, v: Array, cu_seqlens_q: Lengths, cu_seq
     if not (q_scale is None and k_scale is None and v_scale is None and out_dtype is None and out_scale is None):       # 0.1 us
         options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, out_scale), out_dtype)
     scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k, diagonals)
-    if out is None and stream is None and scales is None:
+    flex = functions_of(score_mod, mask_mod, captured, block_mask)
+    if out is None and stream is None and scales is None and flex is None:
         return forward_again(call, engine, options, layout, return_lse, (q, k, v), scores, lengths)
-    caller, o = read(call, layout, stream, (q, k, v), scores, lengths, scales)
+    caller, o = read(call, layout, stream, (q, k, v), scores, lengths, scales, flex)
     return forward(caller, engine, options, o, out, return_lse)
 
 
@@ -133,10 +143,12 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
                               seqused_k: Lengths | None = None, causal: Causal = False, window: Window | None = None,
                               softmax_scale: Number | None = None, softcap: Number | None = None,
                               alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None,
-                              sinks: PerHead | None = None, dropout_p: Number = 0.0, seed: Integer | None = None,
+                              sinks: PerHead | None = None, score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None,
+                              captured: Captured = (), block_mask: BlockMask | None = None, dropout_p: Number = 0.0,
+                              seed: Integer | None = None,
                               offset: Integer = 0, diagonal: Integer | Lengths | None = None, dropout_at: Place | None = None,
                               dropout_heads: Integer | None = None, out_dtype: Any = None, layout: Literal["thd"] = "thd",
-                              dlse: Array | None = None, need_dbias: bool = False,
+                              dlse: Array | None = None, need_dbias: bool = False, need_dcaptured: bool = False,
                               deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
                               **unknown: Never) -> Grads[A]:
     """Gradients of `attention_varlen`.
@@ -162,7 +174,9 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
         As in `attention_backward`.
     dlse : array (num_heads, total_q), optional
         Gradient of lse, if the loss depends on lse.
-    need_dbias, deterministic : bool, default False
+    score_mod, mask_mod, captured, block_mask : optional
+        The forward's.
+    need_dbias, need_dcaptured, deterministic : bool, default False
         As in `attention_backward`.
     stream, engine : optional
         As in `attention`.
@@ -202,7 +216,8 @@ def attention_varlen_backward(dout: Array, q: A, k: Array, v: Array, out: Array,
         options, _ = read_eight_bit(call, options, NO_SCALES, out_dtype)
     scores, lengths = (bias, mask, alibi_slopes, sinks), (cu_seqlens_q, cu_seqlens_k, seqused_k, diagonals)
     given, need_dbias = (dout, out, lse, dlse), bool(need_dbias)
-    if stream is None:
+    flex = functions_of(score_mod, mask_mod, captured, block_mask)
+    if stream is None and flex is None and not need_dcaptured:
         return backward_again(call, engine, options, layout, deterministic, (q, k, v), given, scores, lengths, need_dbias)
-    caller, o = read(call, layout, stream, (q, k, v), scores, lengths)
-    return backward(caller, engine, options, o, given, need_dbias, deterministic)
+    caller, o = read(call, layout, stream, (q, k, v), scores, lengths, flex=flex)
+    return backward(caller, engine, options, o, given, need_dbias, deterministic, need_dcaptured=bool(need_dcaptured))

@@ -8,7 +8,7 @@ from typing import Any
 from . import repeat
 from .arrays.convert import Caller
 from .arrays.readers import written
-from .arrays.view import Device, Output, View, overlap
+from .arrays.view import FLOATS, Device, Output, View, overlap
 from .eight_bit import refuse_backward
 from .errors import message
 from .memo import Recent
@@ -24,11 +24,13 @@ Lengths = tuple[Any, Any, Any, Any]     # cu_seqlens_q, cu_seqlens_k, seqused_k,
 
 # ---------------------------------------------------------------- arrays in
 def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores: tuple[Any, Any, Any, Any],
-         lengths: Lengths | None = None, scales: tuple[Any, ...] | None = None) -> tuple[Caller, Operands]:
+         lengths: Lengths | None = None, scales: tuple[Any, ...] | None = None,
+         flex: Any = None) -> tuple[Caller, Operands]:
     """The call, and canonical Views of its arrays.
 
     `scores` is (bias, mask, alibi_slopes, sinks); `lengths` of packed arrays is (cu_seqlens_q, cu_seqlens_k,
-    seqused_k, diagonal where it is an array); `scales` are those of options.SCALES that are arrays.
+    seqused_k, diagonal where it is an array); `scales` are those of options.SCALES that are arrays;
+    `flex` are the call's Functions.
     """
     packed = lengths is not None
     if layout not in (("thd",) if packed else ("bshd", "bhsd")):
@@ -54,6 +56,10 @@ def read(call: str, layout: str, stream: Any, qkv: tuple[Any, Any, Any], scores:
     if scales is not None:
         o.q_scale, o.k_scale, o.v_scale, o.out_scale = [
             None if x is None else caller.small(x, name, "float32") for name, x in zip(SCALES, scales, strict=True)]
+    if flex is not None:
+        from .flex.read import read_flex
+
+        o.flex = read_flex(caller, flex)
     return caller, o
 
 
@@ -147,20 +153,29 @@ def given_out(caller: Caller, out: Any, problem: Problem, o: Operands) -> Output
         for name in () if part is None else part.__slots__:
             x = getattr(part, name)
             if isinstance(x, View) and overlap(view, x):
-                raise ValueError(message(caller.call, "out", f"shares memory with {called.get(name, name)}", "memory of its own",
-                                         "out=None allocates it"))
+                raise _shared(caller.call, called.get(name, name))
+    for name, x in {} if o.flex is None else o.flex.views.items():
+        if overlap(view, x):
+            raise _shared(caller.call, name)
     output = Output(view, out, written(out))
     return output.bshd() if caller.bhsd else output
 
 
+def _shared(call: str, name: str) -> ValueError:
+    return ValueError(message(call, "out", f"shares memory with {name}", "memory of its own", "out=None allocates it"))
+
+
 def backward(caller: Caller, engine: str | None, options: Options, o: Operands, given: tuple[Any, Any, Any, Any], need_dbias: bool,
-             deterministic: bool, key: Any = None) -> Grads[Any]:
+             deterministic: bool, key: Any = None, need_dcaptured: bool = False) -> Grads[Any]:
     """The gradients, each of the kind of its input's array. `given` is (dout, out, lse, dlse), `key` as in `forward`."""
     call, device = caller.call, o.q.device
     refuse_backward(Check(call), o.q, o.k, o.v)
     problem, ready = _problem(caller, o, options)
     if need_dbias and o.bias is None:
         raise ValueError(message(call, "need_dbias", "is True", "a bias to differentiate", "pass bias= or need_dbias=False"))
+    if need_dcaptured and not (o.flex is not None and o.flex.score_arrays):
+        raise ValueError(message(call, "need_dcaptured", "is True", "a score_mod with arrays to differentiate",
+                                 "pass them in captured=, or need_dcaptured=False"))
     shape = caller.shape(problem.out_shape)
     dtypes = (problem.dtype, problem.out_dtype) if problem.float32_out else (problem.dtype,)
     dout, out = _checked(caller, "dout", given[0], shape, dtypes, device), _checked(caller, "out", given[1], shape, dtypes, device)
@@ -174,14 +189,29 @@ def backward(caller: Caller, engine: str | None, options: Options, o: Operands, 
     dsinks = None
     if o.sinks is not None:
         dsinks = caller.allocate(o.sinks.shape, o.sinks.dtype, o.q if isinstance(o.sinks.source, (list, tuple)) else o.sinks)
-    views = Grads(dq.view, dk.view, dv.view, None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view)
+    dcaptured = _captured(caller, o) if need_dcaptured else None
+    views = Grads(dq.view, dk.view, dv.view, None if dbias is None else _four_axes(dbias.view), None if dsinks is None else dsinks.view,
+                  None if dcaptured is None else tuple([x and x.view for x in dcaptured]))
     where = problem, ready, dout, out, lse, dlse, views
     chosen.backward(*where, caller.handle, deterministic)
     if key is not None:
         repeat.remember(key, chosen, getattr(chosen, "prepare_backward", None), (*where, deterministic),
                         [x for x in (dq, dk, dv, dbias, dsinks) if x is not None])
     return Grads(dq.finish(), dk.finish(), dv.finish(), None if dbias is None else dbias.finish(),
-                 None if dsinks is None else dsinks.finish())
+                 None if dsinks is None else dsinks.finish(), None if dcaptured is None else _entries(o, dcaptured))
+
+
+def _captured(caller: Caller, o: Operands) -> tuple[Output | None, ...]:
+    """For each array of score_mod the gradient's, if it has one."""
+    assert o.flex is not None
+    return tuple([caller.allocate(x.shape, x.dtype, x) if x.dtype in FLOATS else None for x in o.flex.score_arrays])
+
+
+def _entries(o: Operands, dcaptured: tuple[Output | None, ...]) -> tuple[Any, ...]:
+    """The gradients in the order of Grads.dcaptured."""
+    assert o.flex is not None
+    arrays = [None if x is None else x.finish() for x in dcaptured]
+    return tuple([None if n is None else arrays[n] for n in o.flex.entries])
 
 
 def _checked(caller: Caller, name: str, x: Any, shape: tuple[int, ...], dtypes: tuple[str, ...], device: Device) -> View:

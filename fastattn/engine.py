@@ -42,6 +42,8 @@ class Engine:
             return "it takes no key and value caches"
         if problem.eight_bit is not None and not self.built_in:
             return "8-bit operands are for the built-in engines"
+        if problem.flex is not None and not self.built_in:
+            return "score_mod, mask_mod and block_mask are for the built-in engines"
         reason = self.supports(problem)
         if reason is not None and not isinstance(reason, str):
             raise TypeError(f"engine {self.name!r}: supports(problem) gave {reason!r}; expected None, or a str with the reason.")
@@ -98,12 +100,20 @@ def load(name: str, call: str) -> Any:
 
 
 def _host(name: str) -> Engine:
+    def accepting(problem: Problem) -> Any:
+        """The engine's module. UnsupportedError where it refuses the problem, because it may be the only one that is asked."""
+        module = load(name, problem.call)
+        reason = module.supports(problem)
+        if reason is not None:
+            raise refused(problem.call, {name: reason})
+        return module
+
     def forward(problem: Problem, operands: Any, out: Any, lse: Any, stream: None) -> None:
-        load(name, problem.call).forward(problem, operands, out, lse)
+        accepting(problem).forward(problem, operands, out, lse)
 
     def backward(problem: Problem, operands: Any, dout: Any, out: Any, lse: Any, dlse: Any, grads: Any, stream: None,
                  deterministic: bool) -> None:
-        load(name, problem.call).backward(problem, operands, dout, out, lse, dlse, grads)
+        accepting(problem).backward(problem, operands, dout, out, lse, dlse, grads)
 
     def supports(problem: Problem) -> str | None:
         return load(name, problem.call).supports(problem)  # type: ignore[no-any-return]

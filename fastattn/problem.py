@@ -20,6 +20,7 @@ from .features import Dropout as Dropout
 from .features import Mask as Mask
 from .features import Rotary as Rotary
 from .features import Score as Score
+from .flex.operands import Flex, FlexOperands
 from .lengths import cumulative, read_diagonals, used_lengths
 from .options import (
     CAP,
@@ -70,6 +71,7 @@ class Problem:
     cache: Cache | None = None
     diagonals: bool = False               # a key for row 0 of each sequence
     float32_out: bool = False             # out, of a backward dq, dk and dv, are float32 beside 16-bit operands
+    flex: Flex | None = None
 
     @property
     def packed(self) -> bool:
@@ -149,6 +151,7 @@ class Operands:
     v_scale: View | None = None
     out_scale: View | None = None         # (1,)
     cache: CacheOperands | None = None    # k and v are caches then
+    flex: FlexOperands | None = None
 
     @property
     def packed(self) -> bool:
@@ -161,14 +164,23 @@ class Operands:
 
     @property
     def plain(self) -> bool:
-        """No bias, mask, ALiBi slopes, sinks or scales: shapes, dtypes, strides and options alone decide what an engine does.
+        """No bias, mask, ALiBi slopes, sinks, functions or scales: shapes, dtypes, strides and options alone decide what an
+        engine does.
         """
-        return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks) and not self.scaled
+        return is_plain(self.bias, self.mask, self.alibi_slopes, self.sinks) and self.flex is None and not self.scaled
 
 
-class Grads(NamedTuple, Generic[G]):
+class _Five(NamedTuple, Generic[G]):
+    dq: G
+    dk: G
+    dv: G
+    dbias: Any = None
+    dsinks: Any = None
+
+
+class Grads(_Five[G]):
     """Gradients, each with its input's shape, layout and dtype. Between api.py and an engine the same tuple holds
-    Views.
+    Views. It unpacks as five: dcaptured is an attribute alone.
 
     Attributes
     ----------
@@ -179,13 +191,24 @@ class Grads(NamedTuple, Generic[G]):
         Summed over the axes where bias broadcasts. Only with ``need_dbias=True``.
     dsinks : array (num_heads,), or None
         Only if sinks were given.
+    dcaptured : tuple of arrays, or None
+        Only with ``need_dcaptured=True``: an entry for each of captured, then for each array that score_mod holds, in order of
+        first use. None for integers and conditions.
     """
 
-    dq: G
-    dk: G
-    dv: G
-    dbias: Any = None
-    dsinks: Any = None
+    dcaptured: Any
+
+    def __new__(cls, dq: G, dk: G, dv: G, dbias: Any = None, dsinks: Any = None, dcaptured: Any = None) -> Grads[G]:
+        self: Grads[G] = tuple.__new__(cls, (dq, dk, dv, dbias, dsinks))
+        self.dcaptured = dcaptured
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.dcaptured)
+
+    def _replace(self, **changed: Any) -> Grads[G]:
+        names = (*self._fields, "dcaptured")
+        return Grads(**dict(zip(names, self.__getnewargs__(), strict=True)) | changed)
 
 
 # ---------------------------------------------------------------- validation
@@ -363,7 +386,7 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
         used = None if o.seqused_k is None else used_lengths(check, o.seqused_k, cu_k, batch)
         diagonals = None if o.diagonals is None else read_diagonals(check, o.diagonals, batch)
         o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu_q, cu_k, used,      # a third of the time of replace
-                     diagonals, o.q_scale, o.k_scale, o.v_scale, o.out_scale)
+                     diagonals, o.q_scale, o.k_scale, o.v_scale, o.out_scale, flex=o.flex)
     else:
         (batch, seqlen_q), seqlen_k = o.q.shape[:2], o.k.shape[1]
     scale, cap = scale_and_cap(check, options, head_dim, o.q.compute_dtype)
@@ -381,11 +404,16 @@ def problem_of(call: str, operands: Operands, options: Options) -> tuple[Problem
             raise check.type("mask", f"has dtype {o.mask.dtype}", "bool, True where a query may attend",
                              "an additive float mask goes in bias=" if additive else words.cast("mask", o.mask.source, "bool"))
         o = replace(o, mask=_broadcast(check, "mask", o.mask, full, axes))
+    if o.flex is not None:
+        from .flex.read import check_flex
+
+        o = replace(o, flex=check_flex(check, o.flex, o.q.device, (batch, num_heads, seqlen_q, seqlen_k)))
     score = Score(scale, cap, o.alibi_slopes is not None, o.bias.dtype if o.bias else None, o.mask is not None, o.sinks is not None)
     dropout = make_dropout(check, options.dropout_p, options.seed, options.offset, options.position, num_heads)
     problem = Problem(call, o.q.dtype, batch, num_heads, o.k.shape[-2], seqlen_q, seqlen_k, head_dim, o.v.shape[-1], score,
                       mask_of(check, options, o.diagonals is not None), dropout, total_q, total_k, o.seqused_k is not None, eight_bit,
-                      diagonals=o.diagonals is not None, float32_out=eight_bit is None and _float32_out(check, options, o.q.dtype))
+                      diagonals=o.diagonals is not None, float32_out=eight_bit is None and _float32_out(check, options, o.q.dtype),
+                      flex=None if o.flex is None else o.flex.flex)
     return problem, o
 
 

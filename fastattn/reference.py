@@ -25,6 +25,7 @@ import numpy as np
 
 from .arrays.view import View, numpy_dtype
 from .eight_bit import saturated
+from .flex import pairs
 from .masks import row_bounds
 from .philox import keep_mask
 from .problem import CacheOperands, Grads, Operands, Problem
@@ -116,11 +117,13 @@ def _visible(problem: Problem, o: Operands, s: Sequence) -> Array:
         visible[:, row, lo:hi] = True
     if o.mask is not None:
         visible &= o.mask.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k]
+    if o.flex is not None:
+        visible &= pairs.seen(o.flex, s.b, *visible.shape)
     return visible
 
 
-def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visible: Array, p: Precision) -> tuple[Array, Array | float]:
-    """S (num_heads, seqlen_q, seqlen_k), -inf where masked, and the softcap's derivative d(capped) / d(scale * q.k)."""
+def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, p: Precision) -> tuple[Array, Array | float]:
+    """S (num_heads, seqlen_q, seqlen_k) before score_mod and masks, and the softcap's derivative d(capped) / d(scale * q.k)."""
     score, slope = problem.score, np.ones((), p.compute)
     S = q @ k.swapaxes(1, 2) * slope.dtype.type(score.softmax_scale)
     if score.softcap is not None:
@@ -133,7 +136,14 @@ def _scores(problem: Problem, o: Operands, s: Sequence, q: Array, k: Array, visi
         S = S - p.array(o.alibi_slopes)[s.b][:, None, None] * distance
     if o.bias is not None:
         S = S + o.bias.numpy()[s.b, :, :s.seqlen_q, :s.seqlen_k].astype(p.compute)
-    return np.where(visible, S, -np.inf), slope
+    return S, slope
+
+
+def _modified(o: Operands, s: Sequence, S: Array, visible: Array) -> Array:
+    """The scores after score_mod, -inf where masked."""
+    if o.flex is not None and o.flex.flex.score_mod is not None:
+        S = pairs.modified(o.flex, s.b, S)
+    return np.where(visible, S, -np.inf)
 
 
 def _by_head(x: Array, rows: Any, repeat: int = 1) -> Array:
@@ -200,7 +210,7 @@ def forward(problem: Problem, o: Operands, out: View, lse: View | None, precisio
             q_s, k_s, v_s = (_scaled(problem, s, x, scale, p) for x, scale in (
                 (q_s, o.q_scale), (k_s, o.k_scale), (v_s * e.factor, o.v_scale)))
         visible = _visible(problem, o, s)
-        S, _ = _scores(problem, o, s, q_s, k_s, visible, p)
+        S = _modified(o, s, _scores(problem, o, s, q_s, k_s, p)[0], visible)
         row_max, row_sum = _normaliser(S, sinks)
         P = np.exp(S - row_max[:, :, None])
         P = np.where(row_sum[:, :, None] == 0, 0, P / row_sum[:, :, None]) * _keep(problem, s, p)
@@ -224,7 +234,7 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
     dlse_array = np.zeros(problem.lse_shape, p.compute) if dlse is None else p.array(dlse)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias = None if grads.dbias is None or o.bias is None else np.zeros(o.bias.shape, p.compute)
-    dsinks = np.zeros(problem.num_heads, p.compute)
+    dsinks, dcaptured = np.zeros(problem.num_heads, p.compute), dict[int, Array]()
     sinks = None if o.sinks is None else p.array(o.sinks)[:, None]
     rounding = float(np.finfo(lse.dtype).eps)
     for s in sequences(problem, o):
@@ -233,7 +243,8 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
         q_s, out_s, dout_s = (np.where(attends, _by_head(x, s.rows_q), 0) for x in (q, out_array, dout_array))
         k_s, v_s = (np.where(attended, _by_head(x, s.rows_k, problem.group), 0) for x in (k, v))
         lse_s, dlse_s = lse_array[s.rows_lse], dlse_array[s.rows_lse]
-        S, slope = _scores(problem, o, s, q_s, k_s, visible, p)
+        plain, slope = _scores(problem, o, s, q_s, k_s, p)
+        S = _modified(o, s, plain, visible)
         keep = _keep(problem, s, p)
         alive = visible & (lse_s != -np.inf)[:, :, None]    # a row whose scores are all -inf is an empty row too
         row_max, row_sum = _normaliser(S, sinks)
@@ -245,6 +256,10 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
         delta = (dout_s * out_s).sum(axis=2)
         dP = dout_s @ v_s.swapaxes(1, 2) * keep
         dS = np.where(alive, P * (dP + (dlse_s - delta)[:, :, None]), 0)
+        if o.flex is not None and o.flex.flex.score_mod is not None:
+            dS, parts = pairs.gradients(o.flex, s.b, plain, dS, grads.dcaptured)
+            for n, part in parts:
+                dcaptured[n] = dcaptured.get(n, 0) + part
         if dbias is not None:
             dbias[s.b, :, :s.seqlen_q, :s.seqlen_k] += dS
         if sinks is not None:
@@ -259,6 +274,9 @@ def backward(problem: Problem, o: Operands, dout: View, out: View, lse: View, dl
         grads.dbias.numpy()[...] = dbias.sum(axis=axes, keepdims=True)
     if grads.dsinks is not None:
         grads.dsinks.numpy()[...] = dsinks
+    for n, view in enumerate(grads.dcaptured or ()):
+        if view is not None:
+            view.numpy()[...] = dcaptured.get(n, 0)
 
 
 def _sum_group(problem: Problem, x: Array) -> Array:

@@ -10,10 +10,15 @@ Nothing here is checked when the program runs; problem.py does that.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .flex.blocks import BlockMask as BlockMask
+else:
+    BlockMask = Any
 
 
 # ---------------------------------------------------------------- arrays
@@ -49,6 +54,12 @@ Layout = Literal["bshd", "bhsd"]
 EngineName = Literal["cpu", "gpu", "reference", "sm90", "sm80", "simt"]     # others are named by use_engine
 
 
+# ---------------------------------------------------------------- functions
+ScoreMod = Callable[..., Any]                               # (score, b, h, q_idx, kv_idx, *captured) -> score
+MaskMod = Callable[..., Any]                                # (b, h, q_idx, kv_idx) -> condition
+Captured = Sequence[Array | Number]
+
+
 # ---------------------------------------------------------------- keywords
 class CommonOptions(TypedDict, total=False):
     """Keywords of every attention function, those of `fastattn.torch` and `fastattn.jax` too."""
@@ -73,6 +84,10 @@ class ScoreOptions(CommonOptions, total=False):
     dropout_at: Place | None
     dropout_heads: Integer | None
     stream: Any
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    captured: Captured
+    block_mask: BlockMask | None
 
 
 class DenseOptions(ScoreOptions, total=False):

@@ -37,7 +37,9 @@ def instruction_set() -> str:
 
 
 def supports(problem: Problem) -> str | None:
-    """None: this engine supports every valid Problem."""
+    """None, or what the engine does not have."""
+    if problem.flex is not None:
+        return "it has no score_mod, mask_mod and block_mask; engine='reference' has them, slowly"
     return None
 
 

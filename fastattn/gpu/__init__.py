@@ -91,7 +91,9 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     missing = missing or (p.dropout is not None and (p.dropout.batch, p.dropout.head, p.dropout.row, p.dropout.column) != (0, 0, 0, 0))
     few_float = not cached and "simt" in families and _few_float(call.problem)
     for which in families:
-        if cached and which != "sm80":
+        if call.problem.flex is not None:
+            yield which, "it has no score_mod, mask_mod and block_mask; host arrays have, with engine='reference'"
+        elif cached and which != "sm80":
             yield which, "caches are run by the kernels of sm80"
         elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"

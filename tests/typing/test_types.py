@@ -149,7 +149,7 @@ def test_a_backward_shares_its_forwards_keywords(forward: Callable[..., Any]) ->
     a, b = inspect.signature(forward).parameters, inspect.signature(backward).parameters
     keywords = {name for name, parameter in a.items() if parameter.kind is parameter.KEYWORD_ONLY}
     assert keywords - set(b) == {"return_lse", "q_scale", "k_scale", "v_scale", "out_scale"}      # of 8-bit operands
-    assert set(b) - set(a) == {"dout", "lse", "dlse", "need_dbias", "deterministic"}
+    assert set(b) - set(a) == {"dout", "lse", "dlse", "need_dbias", "need_dcaptured", "deterministic"}
     for name in keywords & set(b) - {"out"}:                # an option there, the forward's result here
         assert (of_forward[name], a[name].default) == (of_backward[name], b[name].default), name
 
