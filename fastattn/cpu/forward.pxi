@@ -114,10 +114,12 @@ cdef bint make_task(const Forward* f, long number, Task* t) noexcept nogil:
 
 
 cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
-    """Pack Q, find each row's interval of keys, clear the accumulators, and narrow the task's keys to the attended ones."""
+    """Pack Q, find each row's interval of keys, clear the accumulators, and narrow the task's keys to the attended ones.
+
+    A split may begin past the last key of a sequence that is shorter than others; then it has no keys."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long h, r, i = 0, begin = t.key_end, end = t.key_begin
+    cdef long h, r, i = 0, begin = t.key_end, end = 0
     for h in range(t.heads):
         g.pack_rows(w.Q + h * t.nq * c.ldq * g.operand, c.ldq, at(&c.q, t.b, t.s.q0 + t.m0, t.head + h), c.q.row, NULL, c.q.dim, c.q.dtype,
                     0, t.nq, t.nq, c.head_dim, NULL)
@@ -130,6 +132,8 @@ cdef void load_queries(const Forward* f, Task* t, Work* w) noexcept nogil:
             i += 1
     memset(w.row_sum, 0, t.rows * g.real)
     memset(w.O, 0, t.rows * c.ldv * g.real)
+    if begin >= end:
+        begin = end = 0
     t.key_begin, t.key_end = begin, end
 
 

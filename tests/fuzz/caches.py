@@ -78,11 +78,14 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.caches", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--calls", type=int, help="how many, however long they take; each is named before it runs")
     parser.add_argument("--seed", type=int, help="of the run; the date's by default")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first call's number")
     given = parser.parse_args()
     seed, start, index, wrong = given.seed or today(), time.monotonic(), given.first, 0
-    while time.monotonic() - start < given.seconds:
+    while index - given.first < given.calls if given.calls is not None else time.monotonic() - start < given.seconds:
+        if given.calls is not None:
+            print(f"at {seed}:{index}", flush=True)
         found = run(seed, index)
         if found:
             wrong += 1

@@ -1,9 +1,15 @@
-"""The same numbers elsewhere in memory: any order of the axes, gaps, negative strides, stride 0, an offset; all bytes between are 0xFF."""
+"""The same numbers elsewhere in memory: any order of the axes, gaps, negative strides, stride 0, an offset; all bytes between are 0xFF.
+
+The memory ends, or begins, at a page that nobody may touch: a read past it ends the process.
+"""
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
+
+from tests.tools.guard import guarded
 
 Array = np.ndarray[Any, Any]
 KINDS = ("plain", "strange", "gaps", "transposed", "reversed")
@@ -26,7 +32,7 @@ def place(random: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[A
         extra = int(random.integers(0, 4)) if kind in ("strange", "gaps") else 0
         strides[axis] = reach * steps[axis]
         reach = strides[axis] * max(shape[axis], 1) + extra
-    memory = np.full((before + reach + after) * dtype.itemsize, POISON, np.uint8)
+    memory = guarded((before + reach + after) * dtype.itemsize, ends=zlib.crc32(repr(shape).encode()) % 4 != 0, fill=POISON)
     start = before + sum((n - 1) * s for n, s, sign in zip(shape, strides, signs, strict=True) if sign < 0 and n > 0)
     base = memory.view(f"u{dtype.itemsize}")
     if rank == 0:

@@ -6,7 +6,6 @@ The random ones run on all instruction sets of this machine. FASTATTN_FUZZ_SEED 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
 from dataclasses import replace
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn.cpu import levels
 from tests.fuzz import formula, judge, memory, run, shrink, values
 from tests.fuzz.__main__ import today
 from tests.fuzz.device import Device
@@ -26,16 +24,10 @@ from tests.fuzz.inputs import make
 from tests.fuzz.spec import Spec
 from tests.tools import fake_cuda
 from tests.tools.problems import NUMPY
+from tests.tools.processes import levels_here
 
 TIMES = float(os.environ.get("FASTATTN_FUZZ", "1"))
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")      # numbers that overflow are what is drawn
-
-
-def levels_here() -> list[str]:
-    """The one that FASTATTN_ISA forces, else all that this machine has and that were built."""
-    forced = os.environ.get("FASTATTN_ISA")
-    found = [forced] if forced else levels.available()
-    return [level for level in found if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is not None]
 
 
 def complaints(spec: Spec, device: Device | None = None) -> list[str]:

@@ -1,6 +1,7 @@
-"""Code that runs in a fresh interpreter."""
+"""Code that runs in a fresh interpreter, and the instruction sets to run it on."""
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from fastattn.cpu import levels
+
 ROOT = Path(__file__).parents[2]
 not_sanitized = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""),
                                    reason="AddressSanitizer keeps freed memory, and its own locks do not survive a fork among threads")
+
+
+def levels_here() -> list[str]:
+    """The one that FASTATTN_ISA forces, else all that this machine has and that were built."""
+    forced = os.environ.get("FASTATTN_ISA")
+    found = [forced] if forced else levels.available()
+    return [level for level in found if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is not None]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
