@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastattn
+from tests.tools.guard import guarded_copy
 
 Array = np.ndarray[Any, Any]
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
@@ -35,7 +36,7 @@ def test_caches(engine: str, new: str, scales: str, q_dtype: Any, dtype: Any) ->
     table = random.permutation(12).reshape(BATCH, 4).astype(np.int32)
 
     def draw(*shape: int, to: Any) -> Array:
-        return random.standard_normal(shape, np.float32).astype(to)
+        return guarded_copy(random.standard_normal(shape, np.float32).astype(to))
     k_pages, v_pages = draw(12, PAGE, HEADS_K, DIM, to=dtype), draw(12, PAGE, HEADS_K, DIM, to=dtype)
     q = draw(BATCH, rows, HEADS, DIM, to=q_dtype)
     wide = BF16 if q_dtype is E4M3 else q_dtype

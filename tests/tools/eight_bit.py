@@ -8,6 +8,7 @@ import numpy as np
 
 from fastattn import attention, attention_varlen, quantize_fp8
 from fastattn.tolerance import EPS, norm
+from tests.tools.guard import guarded_copy
 from tests.tools.problems import NUMPY, Case
 
 Array = np.ndarray[Any, Any]
@@ -54,7 +55,7 @@ class Quantised:
             for name in ("out_dtype", "out_scale"):
                 if getattr(self, name) is not None:
                     kwargs[name] = getattr(self, name)
-            self.made.update(args=tuple(arrays), lengths=tuple(lengths), kwargs=kwargs)
+            self.made.update(args=tuple(map(guarded_copy, arrays)), lengths=tuple(lengths), kwargs=kwargs)
         return self.made
 
     @property
