@@ -93,8 +93,6 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     for which in families:
         if call.problem.flex is not None:
             yield which, "it has no score_mod, mask_mod and block_mask; host arrays have, with engine='reference'"
-        elif cached and which != "sm80":
-            yield which, "caches are run by the kernels of sm80"
         elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:

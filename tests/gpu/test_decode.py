@@ -128,7 +128,7 @@ def test_caches_that_no_kernel_takes() -> None:
         if changes.get("append"):
             call = gpu.Call(replace(call.problem, cache=replace(call.problem.cache, append=True)), call.operands, call.out, call.lse)
         with pytest.raises(fastattn.UnsupportedError, match=reason):
-            gpu.choose(call, absent_device("sm_90a"))
+            gpu.choose(call, absent_device("sm_80"))
 
 
 @requires_gpu

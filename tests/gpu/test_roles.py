@@ -168,7 +168,7 @@ MUTANTS = {
                          "            acc_s = wait_s(acc_s)\n"),
     "bias released early": ("                if not BIAS_TILES:\n                    release_k",
                             "                if True:\n                    release_k"),
-    "the bias of other rows": ("int32(m_block * BLOCK_M), row, head, map_batch)", "int32(0), row, head, map_batch)"),
+    "the bias of other rows": ("int32(m_block * BLOCK_M), row, head, keys)", "int32(0), row, head, keys)"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
     "Q never released": ("            if n_block == n_min:\n                q_ring.arrive_empty(base, 0)\n", ""),
     "turn kept": ("        product = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n        pass_turn(w)\n",

@@ -34,6 +34,7 @@ from .config import (
 make_forward = late("decode.forward", "make_forward")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
 LENGTHS = " lengths:l lengths_batch:q new_keys:i"
+NO_APPEND = "no kernel appends keys and values yet: write them into the cache before the call, and count them in cache_seqlens"
 TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
 
@@ -76,7 +77,7 @@ def refuses_caches(call: Call) -> str | None:
     p, extra = call.problem, call.operands.cache
     assert p.cache is not None and extra is not None
     if p.cache.append:
-        return "no kernel appends keys and values yet: write them into the cache before the call, and count them in cache_seqlens"
+        return NO_APPEND
     if p.dtype not in FAR_TOPS or {call.operands.q.dtype, p.cache.dtype} != {p.dtype}:
         return f"it has no products of {call.operands.q.dtype} and {p.cache.dtype}"
     return refuses_cache(call, make_spec(p, call.operands, False))

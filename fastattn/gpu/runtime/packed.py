@@ -27,19 +27,21 @@ make_plan = late("tile.schedule", "make_plan")
 
 
 @cache
-def plan_packed(used: bool, block: int, by_keys: bool = False) -> Source:
-    """The kernel that writes the table for blocks of `block` rows (keys). `used`: the problem has seqused_k."""
-    fields = f"table:l {LENGTHS} batch:i num_heads:i total_q:i blocks:i"
-    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used,
-                  lambda: (make_plan(used, block, by_keys), 0),
+def plan_packed(used: bool, block: int, by_keys: bool = False, cached: bool = False) -> Source:
+    """The kernel that writes the table for blocks of `block` rows (keys). `used`: the problem has seqused_k. `cached`: keys are in
+    caches."""
+    fields = f"table:l {LENGTHS} batch:i num_heads:i total_q:i blocks:i" + " append:i" * cached
+    return Source(f"plan_packed {'BLOCK_N' if by_keys else 'BLOCK_M'} {block}" + " seqused_k" * used + " cached" * cached,
+                  lambda: (make_plan(used, block, by_keys, cached), 0),
                   fields_of(fields), PLAN_THREADS)
 
 
 def lengths(call: AnyCall) -> list[Any]:
-    """Values of the fields LENGTHS: where a packed problem's lengths are. Zeros for a dense one."""
-    o = call.operands
+    """Values of the fields LENGTHS: where a packed problem's lengths are. Zeros for a dense one. Of caches total_k is the room of a
+    request."""
+    o, p = call.operands, call.problem
     words = [word for x in (o.cu_seqlens_q, o.cu_seqlens_k, o.seqused_k) for word in ((x.ptr, x.strides[0]) if x else (0, 0))]
-    return [*words, call.problem.total_k or 0]
+    return [*words, (p.total_k or 0) if p.cache is None else p.seqlen_k]
 
 
 def table(call: AnyCall, block: int, launcher: Launcher, stream: int, by_keys: bool = False) -> AbstractContextManager[int]:
@@ -54,10 +56,11 @@ _NO_TABLE = nullcontext(0)
 @contextmanager
 def _packed_table(call: AnyCall, block: int, launcher: Launcher, stream: int, by_keys: bool) -> Iterator[int]:
     p = call.problem
-    source, blocks = plan_packed(p.seqused_k, block, by_keys), most_blocks(call, block, by_keys)
+    cached, blocks = p.cache is not None, most_blocks(call, block, by_keys)
+    source, append = plan_packed(p.seqused_k, block, by_keys, cached), [int(p.cache.append)] if p.cache is not None else []
     heads = p.num_heads_k if by_keys else p.num_heads
     with launcher.temporary(table_bytes(p.batch, blocks), stream) as memory:
-        launcher.load(source).launch(1, [memory, *lengths(call), p.batch, heads, p.total_q, blocks], stream)
+        launcher.load(source).launch(1, [memory, *lengths(call), p.batch, heads, p.total_q, blocks, *append], stream)
         yield memory
 
 

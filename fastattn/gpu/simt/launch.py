@@ -30,7 +30,9 @@ def _of(text: str, spec: Spec) -> str:
 
 
 def refuses(call: AnyCall, d: Device) -> str | None:
-    """None, but for more tiles than a grid has blocks, or more rows than int32 counts."""
+    """None, but for caches, more tiles than a grid has blocks, or more rows than int32 counts."""
+    if call.problem.cache is not None:
+        return "it reads no caches"
     if isinstance(call, BackwardCall):
         tiles = max(most_tiles(call, LEAST_LINES), most_tiles(call, LEAST_LINES, by_keys=True))
         if tiles > MOST_BLOCKS:

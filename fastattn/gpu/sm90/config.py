@@ -55,24 +55,23 @@ class ForwardSm90Config:
     stages
         Stages of K and V in flight.
     out_panels
-        Panels of 64 columns of the output that fit in shared memory at once, for each warpgroup. 0: the output goes
-        from registers to global memory, 16 bytes a thread at a time.
+        Panels of 64 columns of the output that fit in shared memory at once, for each warpgroup. 0: it goes from registers to memory.
     turns
-        FlashAttention-3's ping-pong: consumer warpgroups issue their MMAs one after another, so that one's softmax
-        overlaps another's MMAs.
+        FlashAttention-3's ping-pong: warpgroups issue their MMAs one after another, so that one's softmax overlaps another's MMAs.
     slices
-        Consumer warpgroups that share 64 query rows. Each computes all their scores and a slice of the output's
-        columns, because one has registers for 256 columns only. 1: none share.
+        Consumer warpgroups that share 64 query rows. Each computes all their scores and a slice of the output's columns, because one
+        has registers for 256 columns only. 1: none share.
     optimistic
-        Blocks without a structural mask are exponentiated under the maximum so far. Their own maximum is computed only
-        if that overflows.
+        Blocks without a structural mask are exponentiated under the maximum so far. Their own one is computed only if that overflows.
     hints
         L2 eviction priorities: Q and the output are evicted first, K and V, which other tiles read too, last.
     overlap
-        S of a block is issued before P V of the block before, which then runs during the softmax. Otherwise it is issued
-        when P V has ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
+        S of a block is issued before P V of the one before, which then runs during the softmax. Otherwise it is issued when P V has
+        ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
     wide_producer
         16 more registers for the producer, 8 fewer for each of two consumers: it finds a mask's bounds and loads six panels.
+    box, whole
+        Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     """
 
     block_m: int
@@ -85,6 +84,8 @@ class ForwardSm90Config:
     slices: int = 1
     overlap: bool = True
     wide_producer: bool = False
+    box: int = 0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.consumers == 2 or not self.wide_producer
@@ -112,14 +113,13 @@ class ForwardSm90Config:
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
-                + " wide_producer" * self.wide_producer)
+                + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
     """The widest key blocks that registers allow: features that hold another value for every score need narrower ones.
 
-    Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (160 with
-    three consumers).
+    Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (three consumers: 160).
     """
     dim = max(spec.head_dim, spec.head_dim_v)
     if spec.parts > 1:

@@ -41,7 +41,8 @@ from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.dropout import make_dropout
 from ..tile.fragments import add, make_pack, scale_rows, zeros
 from ..tile.mask import diagonal_of, make_keep
-from ..tile.ring import make_fill, make_ring
+from ..tile.pages import make_key_loads
+from ..tile.ring import make_ring
 from ..tile.schedule import make_key_row, make_num_tiles
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, make_clear, make_copy_rows, panels
@@ -78,7 +79,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_O = BLOCK_N // 2, COLUMNS // 2
     WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
-    PACKED, MASK, MASKED_ALWAYS = spec.packed, spec.mask, spec.left or spec.right
+    PACKED, MASK, MASKED_ALWAYS, CACHED = spec.packed, spec.mask, spec.left or spec.right, spec.lengths
     OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
     LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
     BIAS_TILES, BIAS_BYTES = spec.bias_tiles, tile_bytes(BLOCK_M, BLOCK_N) if spec.bias_tiles else 0
@@ -87,22 +88,20 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    BIAS = smem.take(STAGES * BIAS_BYTES)
-    OUT = smem.take(CONSUMERS * min(config.out_panels, panels(COLUMNS)) * OUT_PANEL)
+    BIAS, OUT = smem.take(STAGES * BIAS_BYTES), smem.take(CONSUMERS * min(config.out_panels, panels(COLUMNS)) * OUT_PANEL)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
 
     # what the steps are made of
-    qk, pv = wgmma.make_products(spec.dtype)
-    to_half = make_pack(spec.dtype)
+    (qk, pv), to_half = wgmma.make_products(spec.dtype), make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
-    keep = make_keep(spec)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S)
     prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
     draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
-    num_tiles, key_row = make_num_tiles(spec), make_key_row(BLOCK_N)
+    keep, num_tiles, key_row = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
+    make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
     fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
     update, optimistic, finish = make_softmax(spec)
     clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
@@ -112,21 +111,21 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ load: the producer, one thread
     @inline
-    def load_k(a, base, it, row, head_k, map_batch, m_block, head):
-        """K of a key block, and the bias of the tile's rows there."""
+    def load_k(a, base, it, row, head_k, keys, m_block, head):
+        """K of a key block, and the bias of the tile's rows there. keys: the plane of K and V, or where a cache has them."""
         stage, phase = k_ring.use(it)
         if BIAS_TILES:
             k_ring.wait_empty(base, stage, int32(phase ^ 1))
             k_ring.arrive_expect(base, stage, int32(K_BYTES + BIAS_BYTES))
-            copy_kv(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, map_batch)
-            copy_bias(base, a, k_ring.full(stage), BIAS + stage * BIAS_BYTES, int32(m_block * BLOCK_M), row, head, map_batch)
+            copy_kv(base, a.map_k, k_ring.full(stage), K + stage * K_BYTES, KV_PANEL, PANELS, row, head_k, keys)
+            copy_bias(base, a, k_ring.full(stage), BIAS + stage * BIAS_BYTES, int32(m_block * BLOCK_M), row, head, keys)
         else:
-            fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, map_batch)
+            fill_k(base, a.map_k, stage, int32(phase ^ 1), row, head_k, keys)
 
     @inline
-    def load_v(a, base, it, row, head_k, map_batch):
+    def load_v(a, base, it, row, head_k, keys):
         stage, phase = v_ring.use(it)
-        fill_v(base, a.map_v, stage, int32(phase ^ 1), row, head_k, map_batch)
+        fill_v(base, a.map_v, stage, int32(phase ^ 1), row, head_k, keys)
 
     @inline
     def load_q(a, base, i, q_start, m_block, head, map_batch):
@@ -153,21 +152,21 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         for a record.
         """
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
-        row, end, head_k, map_batch, going = int32(0), int32(0), int32(0), int32(0), True
-        m_block, head = int32(0), int32(0)
+        row, end, head_k, m_block, head, going = int32(0), int32(0), int32(0), int32(0), int32(0), True
+        keys = keys_at(a, int32(0), int32(0))
         while going:
             records.put(a, base, i, t, tiles)
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
-                load_k(a, base, it, row, head_k, map_batch, m_block, head)
+                load_k(a, base, it, row, head_k, keys, m_block, head)
                 if LATE_V:
-                    load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, map_batch)
+                    load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, keys)
                 else:
-                    load_v(a, base, it, row, head_k, map_batch)
+                    load_v(a, base, it, row, head_k, keys)
                 it = int32(it + 1)
             if LATE_V:
                 if i > 0:
-                    load_v(a, base, int32(it - 1), row, head_k, map_batch)
+                    load_v(a, base, int32(it - 1), row, head_k, keys)
             going = t < tiles
             if going:
                 prefetch_q(a, base, i)
@@ -176,11 +175,12 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
                 n_min, n_max = records.blocks(a, base, i)
                 head_k, map_batch = divide(head, a.group), int32(0) if PACKED else records.word(base, i, TILE.BATCH)
+                keys = keys_at(a, records.word(base, i, TILE.BATCH), records.word(base, i, TILE.SEQLEN_K)) if CACHED else map_batch
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
-                load_k(a, base, it, row, head_k, map_batch, m_block, head)
+                load_k(a, base, it, row, head_k, keys, m_block, head)
                 load_q(a, base, i, q_start, m_block, head, map_batch)
                 if not LATE_V:
-                    load_v(a, base, it, row, head_k, map_batch)
+                    load_v(a, base, it, row, head_k, keys)
                 it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last thread block to end leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
@@ -435,7 +435,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def clear_tail(base, w, thread, it, n_block, seqlen_k):
-        """Zeros in V behind the keys of a packed sequence. All consumers clear, all wait."""
+        """Zeros in V behind the keys of a packed sequence, or of a cache. All consumers clear, all wait."""
         if seqlen_k - n_block * BLOCK_N < BLOCK_N:
             stage, phase = v_ring.use(it)
             v_ring.wait_full(base, stage, phase)
@@ -478,7 +478,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 n_block, it = int32(n_max - 1), int32(it + 1)
                 p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, tile)
                 acc_o = zeros(COUNT_O)
-                if PACKED:
+                if PACKED or CACHED:
                     clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
                 while n_block > tile.n_min:
                     n_block = int32(n_block - 1)

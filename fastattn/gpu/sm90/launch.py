@@ -21,6 +21,7 @@ from ..short import launch as short
 from ..simt.launch import dbias
 from ..sm80 import launch as sm80
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
+from . import caches
 from .config import (
     BLOCK_N,
     CONSUMERS,
@@ -64,6 +65,8 @@ def refuses(call: AnyCall, d: Device) -> str | None:
     p, o = call.problem, call.operands
     if d.arch != "sm_90a":
         return f"it needs sm_90a, this is {d.arch}"
+    if isinstance(call, Call) and p.cache is not None:
+        return _refuses_caches(call, d)
     if (reason := unfit(p, MOST_DIM)) is not None:
         return reason
     if p.dtype == "float32":
@@ -73,11 +76,32 @@ def refuses(call: AnyCall, d: Device) -> str | None:
         if feature_weight(make_spec(p, o, False)) > 1:
             return "several features do not fit its registers"
         return _unreadable({"q": o.q, "k": o.k, "v": o.v, "dout": call.dout, "dq": g.dq, "dk": g.dk, "dv": g.dv})
+    return _refuses_forward(call)
+
+
+def _refuses_forward(call: Call) -> str | None:
+    p, o = call.problem, call.operands
     if (reason := _unreadable({"q": o.q, "k": o.k, "v": o.v, "out": call.out})) is not None:
         return reason
     if (192 < max(p.head_dim, p.head_dim_v) <= 256 or p.head_dim_v > 512) and feature_weight(make_spec(p, o, False)) > 1:
         return f"several features at head_dim {max(p.head_dim, p.head_dim_v)} do not fit its registers"
     return None
+
+
+def _refuses_tiled(call: Call) -> str | None:
+    """None, or why `forward` does not run a call over caches."""
+    if (reason := unfit(call.problem, MOST_DIM)) is not None:
+        return reason
+    return caches.refuses(call, make_spec(call.problem, call.operands, False)) or _refuses_forward(call)
+
+
+def _refuses_caches(call: Call, d: Device) -> str | None:
+    """None, or why neither `forward` nor decode/ runs it: of few rows the reason of decode/."""
+    reason = _refuses_tiled(call)
+    if reason is None or caches.by_splits(call, d, reason):
+        return None
+    split = decode.refuses_caches(call)
+    return reason if split == reason else f"{reason}; for few query rows: {split}"
 
 
 def _refuses_float(call: AnyCall) -> str | None:
@@ -128,7 +152,7 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
-    own = FORWARD + " map_bias:l" * spec.bias_tiles
+    own = FORWARD + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), early=spec.parts > 1)
 
@@ -142,20 +166,37 @@ def _choice(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
     the table of a packed problem."""
+    if call.problem.cache is not None:
+        return _prepare_caches(call, spec, launcher)
     if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
-    config, (source, arguments) = _choice(spec, call.problem.seqlen_k, call.problem.seqlen_q)
+    return _prepare(call, spec, *_choice(spec, call.problem.seqlen_k, call.problem.seqlen_q), launcher)
+
+
+def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
+    """`prepare` for a call of attention_with_kvcache."""
+    if caches.by_splits(call, launcher.device, _refuses_tiled(call)):
+        return decode.prepare_caches(call, spec, launcher)
+    spec = caches.spec_of(call, spec)
+    config = caches.tiling(call, spec)
+    return _prepare(call, spec, config, forward_program(spec, config), launcher)
+
+
+def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program, launcher: Launcher) -> Launch:
+    """`prepare` of a kernel with a tiling."""
+    source, arguments = chosen
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
     capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
+    cached, box = call.problem.cache is not None, config.box or block_n
 
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
-        inputs = (o.q, block_m), (o.k, block_n), (o.v, block_n)
+        inputs = (o.q, block_m), (o.k, box), (o.v, box)
         bias = ((bias_view(o.bias), block_m),) if spec.bias_tiles and o.bias else ()
         return inputs if is_float else (*inputs, (call.out, OUT_ROWS), *bias)
     forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
@@ -165,7 +206,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         maps = tensor_maps(boxes(call), captured, forms)
         if is_float:
             maps = [*maps, 0]       # out is stored from the registers
-        kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *maps[4:])), stream)
+        more = caches.values(call) if cached else maps[4:]
+        kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *more)), stream)
 
     def launch_special(call: Call, stream: int) -> None:
         with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:

@@ -52,6 +52,21 @@ class KeyTile(NamedTuple):
     keys: Any
 
 
+def make_length_of(spec: Spec) -> Any:
+    """length_of(a, batch, seqlen_q): keys of a dense batch entry. With spec.lengths its own, and as many new ones as rows where a.append
+    is 1; never more than a.seqlen_k."""
+    if not spec.lengths:
+        @inline
+        def same(a, batch, seqlen_q):
+            return a.seqlen_k
+        return same
+
+    @inline
+    def length_of(a, batch, seqlen_q):
+        return int32(min(length_at(a.lengths, batch, a.lengths_batch, a.seqlen_k) + a.append * seqlen_q, a.seqlen_k))
+    return length_of
+
+
 def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     """tile_at(a, t) -> Tile, or BY_KEYS KeyTile, for 0 <= t < num_tiles(a).
 
@@ -61,7 +76,7 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
     With a bias, the batch entries of a head are neighbours. Most often they share the bias, which then stays in the L2
     cache from one to the next. The same holds for the sums of dbias.
     """
-    PACKED, BIAS = spec.packed, spec.bias is not None
+    PACKED, BIAS, length_of = spec.packed, spec.bias is not None, make_length_of(spec)
 
     @inline
     def in_group(r, blocks, heads, head_group):
@@ -104,7 +119,8 @@ def make_tile_at(spec: Spec, BLOCK: int, BY_KEYS: bool = False) -> Any:
             heads, length = heads_of(a), a.seqlen_k if BY_KEYS else a.seqlen_q
             block, plane = in_group(t, divide(int32(length + BLOCK - 1), BLOCK), int32(heads * a.batch), a.head_group)
             head, batch = split(a, plane, heads)
-            q_start, seqlen_q, k_start, seqlen_k, keys = int32(0), a.seqlen_q, int32(0), a.seqlen_k, a.seqlen_k
+            q_start, seqlen_q, k_start, keys = int32(0), a.seqlen_q, int32(0), a.seqlen_k
+            seqlen_k = length_of(a, batch, seqlen_q)
         if BY_KEYS:
             return KeyTile(block, head, batch, q_start, seqlen_q, k_start, seqlen_k, keys)
         else:
@@ -162,11 +178,21 @@ def length_at(pointer, i, step, total):
     return int32(min(max(load_b32(uint64(pointer + uint64(i * step))), 0), total))
 
 
-def make_sequence_at(USED: bool) -> Any:
+def make_sequence_at(USED: bool, CACHED: bool = False) -> Any:
     """sequence_at(a, i) -> (q_start, seqlen_q, k_start, seqlen_k, keys) of sequence i; `keys` counts those past seqused_k too.
 
-    USED: there is a seqused_k. Arguments: LENGTHS and total_q. Steps are bytes between lengths, int32 or int64.
+    USED: there is a seqused_k. Arguments: LENGTHS and total_q. Steps are bytes between lengths, int32 or int64. CACHED: it counts the keys
+    of each request in a cache, at most total_k, and a.append is 1 where its rows bring new ones.
     """
+    @inline
+    def request_at(a, i):
+        q_start = length_at(a.cu_seqlens_q, i, a.q_step, a.total_q)
+        seqlen_q = int32(max(length_at(a.cu_seqlens_q, i + 1, a.q_step, a.total_q) - q_start, 0))
+        keys = int32(min(length_at(a.seqused_k, i, a.used_step, a.total_k) + a.append * seqlen_q, a.total_k))
+        return q_start, seqlen_q, int32(0), keys, keys
+    if CACHED:
+        return request_at
+
     @inline
     def sequence_at(a, i):
         q_start = length_at(a.cu_seqlens_q, i, a.q_step, a.total_q)
@@ -178,10 +204,10 @@ def make_sequence_at(USED: bool) -> Any:
     return sequence_at
 
 
-def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
-    """The kernel that writes the table: a grid of one block. USED: there is a seqused_k. a.num_heads: heads that have tiles."""
+def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False, CACHED: bool = False) -> Any:
+    """The kernel that writes the table: a grid of one block. USED, CACHED: see make_sequence_at. a.num_heads: heads that have tiles."""
     THREADS = PLAN_THREADS
-    sequence_at = make_sequence_at(USED)
+    sequence_at = make_sequence_at(USED, CACHED)
 
     @inline
     def work(a, i):
@@ -229,7 +255,7 @@ def make_plan(USED: bool, BLOCK: int, BY_KEYS: bool = False) -> Any:
             put(a, rank, KEYS, all_keys)
         if thread == 0:     # rows and keys of no sequence
             end_q = length_at(a.cu_seqlens_q, a.batch, a.q_step, a.total_q)
-            end_k = length_at(a.cu_seqlens_k, a.batch, a.k_step, a.total_k)
+            end_k = int32(0) if CACHED else length_at(a.cu_seqlens_k, a.batch, a.k_step, a.total_k)
             put(a, a.batch, Q_START, end_q)
             put(a, a.batch, SEQLEN_Q, 0 if BY_KEYS else a.total_q - end_q)
             put(a, a.batch, K_START, end_k if BY_KEYS else 0)

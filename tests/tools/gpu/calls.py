@@ -169,16 +169,15 @@ def interpreted_cache(case: Case, lengths: list[int], **settings: Any) -> tuple[
 def serving_call(made: caches.Call, placed: Callable[[Any], Any]) -> Call:
     """A call of attention_with_kvcache on a device. placed(array): the View of a copy there."""
     options = dict(made.options)
-    small = {name: placed(options.pop(name)) for name in ("cache_seqlens", "block_table", "cache_batch_idx", "alibi_slopes", "sinks")
-             if name in options}
+    names = "cache_seqlens", "block_table", "cache_batch_idx", "cu_seqlens_q", "alibi_slopes", "sinks"
+    small = {name: placed(options.pop(name)) for name in names if name in options}
     q, k_cache, v_cache, *_ = made.arrays
     layout = options.pop("layout", "bshd")
     given = Given(placed(q.swapaxes(1, 2) if layout == "bhsd" else q), placed(k_cache), placed(v_cache), None, None,
-                  **{name: small.get(name) for name in ("cache_seqlens", "block_table", "cache_batch_idx", "alibi_slopes", "sinks")},
-                  cu_seqlens_q=None, rotary_cos=None, rotary_sin=None)
+                  **{name: small.get(name) for name in names}, rotary_cos=None, rotary_sin=None)
     splits = options.pop("num_splits", None)
     read = read_options("test", options.pop("causal", True), options.pop("window", None), options.pop("softmax_scale", None),
-                        options.pop("softcap", None), 0.0, None, 0)
+                        options.pop("softcap", None), 0.0, None, 0, max(made.case.lengths) if made.case.packed else None)
     assert not options
     problem, o = problem_with_cache("test", given, read, False, splits)
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))

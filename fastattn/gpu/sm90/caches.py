@@ -1,0 +1,100 @@
+"""The Hopper forward over caches: which calls it runs, its tiling, and what its kernel has to know. Without Numba: see runtime/compile.py.
+
+A block of K or V is loaded in boxes of rows that lie in one page each. So a page's size and the block's have a common divisor, the rows of
+a box. Where a request has one page alone, a box is the block: TMA reads rows behind the page as zeros.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ...arrays.view import View
+from ..decode import launch as decode
+from ..decode.config import few_rows, page_division
+from ..runtime.device import Device
+from ..spec import Call, Spec
+from .config import ForwardSm90Config, choose_forward
+
+LENGTHS = " lengths:l lengths_batch:q append:i"
+LEAST_BOX = 16              # rows: more boxes than eight of a block of 128 keys take longer to issue than the block's MMAs
+MOST_KEYS = 2**31 - 1024    # of a request: positions behind a block of keys are int32, too
+PAGES = " pages:l pages_batch:q pages_entry:q last_page:i page_size:i page_magic:I page_shift:i"
+
+
+def pages_of(call: Call) -> View | None:
+    """The block table (batch, pages of a request), or (batch,) for one page each. None: request b has row b of its caches."""
+    extra = call.operands.cache
+    assert extra is not None
+    return None if extra.block_table.device != call.operands.k.device else extra.block_table        # else the host made it
+
+
+def spec_of(call: Call, spec: Spec) -> Spec:
+    """The Spec of the kernel."""
+    return replace(spec, lengths=True, paged=pages_of(call) is not None)
+
+
+def tiling(call: Call, spec: Spec) -> ForwardSm90Config:
+    """The kernel's tiling.
+
+    Nothing that differs between batches changes what is added to what: with num_splits=1 a request has the same bits in all of them. So
+    lengths are taken for long, and the widest heads for packed. Blocks have a power of two of keys, because pages do.
+    """
+    wide = max(spec.head_dim, spec.head_dim_v) > 192
+    config = choose_forward(replace(spec, packed=spec.packed or wide), seqlen_q=call.problem.seqlen_q)
+    block_n = 1 << (config.block_n.bit_length() - 1)
+    if not spec.paged:
+        return replace(config, block_n=block_n)
+    box = _box(call, block_n)
+    whole = box == call.operands.k.shape[1]
+    # parts of pages: 8 to 16 bytes of the producer's registers would spill beside three consumers
+    block_m = 128 if config.consumers == 3 and box < block_n and not whole else config.block_m
+    return replace(config, block_m=block_m, block_n=block_n, box=box, whole=whole)
+
+
+def _box(call: Call, block_n: int) -> int:
+    """Rows of a box."""
+    table = pages_of(call)
+    alone = table is None or len(table.shape) == 1 or table.shape[1] == 1
+    return block_n if alone else math.gcd(call.operands.k.shape[1], block_n)
+
+
+def refuses(call: Call, spec: Spec) -> str | None:
+    """None, or why this kernel does not run a call of attention_with_kvcache that `sm90.launch.refuses` finds nothing else against."""
+    p, k = call.problem, call.operands.k
+    assert p.cache is not None
+    if p.cache.append:
+        return decode.NO_APPEND
+    if p.dtype == "float32" or p.cache.dtype != p.dtype:
+        return f"its products are of 16 bits, q is {call.operands.q.dtype} and the caches are {p.cache.dtype}"
+    if p.seqlen_k > MOST_KEYS:
+        return f"a request has room for {p.seqlen_k} keys, over {MOST_KEYS}"
+    if p.packed and p.cache.num_splits == 1:
+        return "packed requests of few rows would have other bits than alone, and num_splits=1 promises the same ones: pack without it"
+    spec = spec_of(call, spec)
+    if _box(call, tiling(call, spec).block_n) < LEAST_BOX:
+        return f"pages have {k.shape[1]} keys, not a multiple of {LEAST_BOX}"
+    return None
+
+
+def by_splits(call: Call, d: Device, tiled: str | None) -> bool:
+    """Whether the split-key kernel runs the call, and not the tiled one. tiled: why that does not run it.
+
+    The split-key kernel takes up to MOST_ROWS query rows of a key head, where the tiled one would read K and V for every query head. With
+    num_splits=1 the rows alone decide: a request has the same bits in any batch.
+    """
+    p = call.problem
+    assert p.cache is not None
+    if decode.refuses_caches(call) is not None:
+        return False
+    return tiled is not None or p.cache.num_splits == 1 or few_rows(p, d.num_sms)
+
+
+def values(call: Call) -> tuple[int, ...]:
+    """Values of LENGTHS and, with pages, of PAGES."""
+    p, used, table = call.problem, call.operands.seqused_k, pages_of(call)
+    assert p.cache is not None and used is not None
+    found: tuple[int, ...] = used.ptr, used.strides[0], int(p.cache.append)
+    if table is not None:
+        entry = table.strides[1] if len(table.shape) == 2 else 0
+        found += (table.ptr, table.strides[0], entry, p.cache.pages - 1, p.cache.page_size, *page_division(p.cache.page_size))
+    return found
