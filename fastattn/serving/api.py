@@ -109,8 +109,9 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     Notes
     -----
     There is no gradient. On CUDA arrays a call that brings k and v, or has 8-bit caches, raises UnsupportedError
-    for now. So does one with over 64 query rows of a key head, or packed ones, but on Hopper, with 16-bit caches. A rotation is computed in float32 (float64 for float64) and rounded once, to the dtype of q and of the
-    cache. If v_cache shares memory with k_cache, v is written last.
+    for now. So does one with over 64 query rows of a key head, or packed ones, but on Hopper, with 16-bit caches. A
+    rotation is computed in float32 (float64 for float64) and rounded once, to the dtype of q and of the cache.
+    If v_cache shares memory with k_cache, v is written last.
 
     Source: Kwon et al., "Efficient memory management for large language model serving with PagedAttention", SOSP 2023.
     Rotary embedding: Su et al., "RoFormer", 2021. Splits: Dao et al., "Flash-Decoding", 2023.

@@ -182,10 +182,10 @@ def test_engines_that_take_no_caches() -> None:
     except ImportError:
         return
     found = fastattn.explain(fastattn.attention_with_kvcache, **given, device="sm_90a")
-    assert found.engine is None and found.reasons["sm90"] == "caches are run by the kernels of sm80"
-    assert found.reasons["sm80"].startswith("no kernel appends keys and values yet")
+    assert found.engine is None and found.reasons["simt"] == "it reads no caches"
+    assert all(found.reasons[family].startswith("no kernel appends keys and values yet") for family in ("sm90", "sm80"))
     read_only = {**given, "k": None, "v": None, "q": ones(2, 3, 4, 8).astype(np.float16), "k_cache": ones(7, 4, 2, 8).astype(np.float16),
                  "v_cache": ones(7, 4, 2, 8).astype(np.float16)}
     found = fastattn.explain(fastattn.attention_with_kvcache, **read_only, device="sm_90a")
-    assert found.engine == "sm80" and found.kernels[0].startswith("forward_decode") and "paged" in found.kernels[0]
+    assert found.engine == "sm90" and found.kernels[0].startswith("forward_decode") and "paged" in found.kernels[0]
     assert fastattn.explain(fastattn.attention_with_kvcache, **given).engine == "cpu"
