@@ -16,6 +16,7 @@ from ..errors import refused
 from ..memo import Recent
 from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
+from . import caches
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
 from .rows import launch as rows
@@ -85,7 +86,10 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     """Each of `families` with the reason why it does not run the call, or with None."""
     tiles = most_tiles(call, 64)
     too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
-    cached = call.problem.cache is not None
+    cached, refused_append = call.problem.cache is not None, None
+    if isinstance(call, Call) and cached:
+        refused_append = caches.refuses(call)
+        call, _ = caches.attention_alone(call)
     p = call.problem
     missing = p.diagonals or p.mask.first is not None or p.float32_out or (p.dropout is not None and p.dropout.heads is not None)
     missing = missing or (p.dropout is not None and (p.dropout.batch, p.dropout.head, p.dropout.row, p.dropout.column) != (0, 0, 0, 0))
@@ -97,7 +101,7 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
             yield which, "so few float32 products take less time on plain threads"
         else:
             lacks = "it has no diagonal, dropout_at, dropout_heads and float32 results yet" if missing else None
-            yield which, lacks or too_many or _for(which, call).refuses(call, d)
+            yield which, lacks or too_many or refused_append or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
@@ -181,7 +185,9 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
 def _launch(call: AnyCall, launcher: Launcher, families: tuple[str, ...], stream: int) -> None:
     """Launch the call's kernels with this launcher."""
     chosen = choose(call, launcher.device, families)
-    if isinstance(call, Call):
+    if isinstance(call, Call) and call.problem.cache is not None:
+        caches.prepare(call, chosen, launcher)(call, stream)
+    elif isinstance(call, Call):
         chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)(call, stream)
     else:
         chosen.backward(call, make_backward_spec(call), launcher, stream)

@@ -24,10 +24,9 @@ from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
 from fastattn.gpu.runtime.device import current
 from fastattn.gpu.runtime.launcher import on_device
-from tests.tools import caches
 from tests.tools.compare import Judge
 from tests.tools.devices import requires_gpu
-from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache, interpreted_serving, serving_call
+from tests.tools.gpu.calls import cache_call, interpreted, interpreted_cache
 from tests.tools.gpu.cases import DECODE, asks_lse, device_arguments, for_family, must_take, sources_of, to_host
 from tests.tools.gpu.cases import on_device as to_device
 from tests.tools.problems import Case
@@ -62,7 +61,7 @@ def test_numbers(name: str) -> None:
 
 # ---------------------------------------------------------------- lengths and pages on the device
 CACHED = Case("cached", "bfloat16", batch=4, num_heads=8, num_heads_k=2, seqlen_q=3, seqlen_k=700, head_dim=64, causal=True)
-LENGTHS = [697, 0, 3, 300]          # and three new keys
+LENGTHS = [697, 0, 3, 300]          # and as many new keys as there are queries
 
 
 CACHES = pytest.mark.parametrize(("changes", "page_size", "stray"), [
@@ -73,7 +72,7 @@ CACHES = pytest.mark.parametrize(("changes", "page_size", "stray"), [
 
 def check_cache(case: Case, lengths: list[int], **settings: Any) -> Any:
     """Each request against the same problem of its keys alone, from the kernel's PTX. Returns out and lse."""
-    out, lse, k, v = interpreted_cache(case, lengths, new_keys=3, **settings)
+    out, lse, k, v = interpreted_cache(case, lengths, append=True, **settings)
     judge_requests(case, lengths, out, lse, k, v)
     return out, lse
 
@@ -81,7 +80,7 @@ def check_cache(case: Case, lengths: list[int], **settings: Any) -> Any:
 def judge_requests(case: Case, lengths: list[int], out: Any, lse: Any, k: Any, v: Any) -> None:
     inputs = case.make()
     for b, length in enumerate(lengths):
-        keys = min(max(length + 3, 0), case.seqlen_k or 0)
+        keys = min(max(length, 0) + case.seqlen_q, case.seqlen_k or 0)
         args = (inputs.args[0][b:b + 1], k[b:b + 1, :keys], v[b:b + 1, :keys])
         kwargs = {name: x[b:b + 1] if name == "alibi_slopes" and x.ndim == 2 else x for name, x in inputs.kwargs.items()}
         Judge(replace(inputs, args=args, kwargs=kwargs, dout=inputs.dout[b:b + 1])).forward(out[b:b + 1], lse[b:b + 1])
@@ -107,40 +106,6 @@ def test_one_split_has_the_same_bits_in_any_batch() -> None:
     assert (out[::2].view(np.uint16) == shorter[0][::2].view(np.uint16)).all()
 
 
-# ---------------------------------------------------------------- attention_with_kvcache
-SERVED = [caches.Case(f"decode_{n}", append=False, **settings) for n, settings in enumerate([  # type: ignore[arg-type]
-    {"dtype": "bfloat16", "head_dim": 64, "rows": 3, "keys": (300, 0, 41), "shared": 1}, {"dtype": "float32", "page_size": None},
-    {"dtype": "float16", "page_size": None, "batch_idx": True, "rows": 2, "head_dim": 128, "keys": (700, 33)},
-    {"dtype": "bfloat16", "page_size": 5, "alibi": "batch", "sinks": True, "layout": "bhsd", "rows": 9, "num_heads": 8,
-     "options": {"window": (60, None), "softcap": 9.0, "num_splits": 1}}])]
-
-
-@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
-def test_attention_with_kvcache(case: caches.Case) -> None:
-    made = case.make()
-    made.judge(*interpreted_serving(made))
-
-
-def test_caches_that_no_kernel_takes() -> None:
-    for changes, reason in (({"append": True}, "no kernel appends"), ({"rows": 40}, "80 query rows"), ({"dtype": "float64"}, "float64")):
-        made = replace(SERVED[0], **changes).make()  # type: ignore[arg-type]
-        call = serving_call(made, lambda x: replace(convert.view(x, "test", "x"), device=HERE))
-        if changes.get("append"):
-            call = gpu.Call(replace(call.problem, cache=replace(call.problem.cache, append=True)), call.operands, call.out, call.lse)
-        with pytest.raises(fastattn.UnsupportedError, match=reason):
-            gpu.choose(call, absent_device("sm_80"))
-
-
-@requires_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
-def test_attention_with_kvcache_on_a_device(case: caches.Case) -> None:
-    made = case.make()
-    options = {name: to_device(x) if isinstance(x, np.ndarray) else x for name, x in made.options.items()}
-    arrays = [None if x is None else to_device(x) for x in made.arrays]
-    made.judge(*(to_host(x) for x in fastattn.attention_with_kvcache(*arrays, **options, return_lse=True)))
-
-
 @requires_gpu
 @pytest.mark.gpu
 @CACHES
@@ -150,7 +115,7 @@ def test_lengths_and_pages_on_a_device(changes: dict[str, Any], page_size: int |
     def placed(x: Any) -> View:
         kept.append(to_device(x))
         return convert.view(kept[-1], "test", "x")
-    made = cache_call(case, placed, LENGTHS, page_size=page_size, new_keys=3, stray=stray)
+    made = cache_call(case, placed, LENGTHS, page_size=page_size, append=True, stray=stray)
     with current(launcher.device):
         made.launch(launcher)
     judge_requests(case, LENGTHS, to_host(kept[-2]), to_host(kept[-1]), made.k, made.v)
@@ -167,8 +132,8 @@ def test_page_division(size: int) -> None:
 
 def test_what_has_no_kernel_for_caches() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"seqlen_q": 17}, "68 query rows"), ({"head_dim": 264}, "head_dim is 264"), ({"seqlen_k": 0}, "room for 0 keys"),
-        ({"dtype": "float32", "head_dim": 132}, "over 128"), ({"packed": True}, "packed"), ({"head_dim": 100}, "16 bytes")]
+        ({"head_dim": 264}, "head_dim is 264"), ({"seqlen_k": 0}, "room for 0 keys"),
+        ({"dtype": "float32", "head_dim": 132}, "over 128"), ({"head_dim": 100}, "16 bytes")]
     for changes, reason in refused:
         call, spec = Want(**{"seqlen_q": 4, "seqlen_k": 100, "num_heads_k": 4, **changes}).call()
         assert reason in str(launch_decode.refuses_cache(call, spec))

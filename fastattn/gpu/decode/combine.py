@@ -17,22 +17,40 @@ from ..tile.softmax import NEG_INF, make_decay, make_finish_row
 from .config import WARP, DecodeConfig
 
 
+@inline
+def query_of(a, place, r):
+    """Row r of a block is query i of a query head: (i, head). The heads that share a key head are neighbours."""
+    r = int32(place.row + r)
+    i = divide(r, a.group)
+    return i, int32(place.head_k * a.group + r - i * a.group)
+
+
 def _make_put(spec: Spec) -> Any:
     LSE, store_out, finish_row = spec.lse, store(spec.dtype, "float32"), make_finish_row(spec)
+    PACKED, SINKS = spec.packed, spec.sinks is not None
 
     @inline
-    def put(a, batch, head_k, r, column, values, maximum, total):
-        row = divide(r, a.group)
-        head = int32(head_k * a.group + r - row * a.group)
+    def line_of(a, place, row, head):
+        """Index of a row's lse."""
+        if PACKED:
+            return int64(head) * a.total_q + place.q_start + row
+        else:
+            return (int64(place.batch) * a.num_heads + head) * a.seqlen_q + row
+
+    @inline
+    def put(a, place, r, column, values, maximum, total):
+        row, head = query_of(a, place, r)
         factor, lse = finish_row(a, head, maximum, total)
-        at = uint64(a.out + uint64(batch * a.out_batch + row * a.out_row + head * a.out_head + column * a.out_dim))
+        if PACKED and SINKS:
+            if place.batch == a.batch:      # rows of no request
+                lse = NEG_INF
+        at = uint64(a.out + uint64(place.batch * a.out_batch + (place.q_start + row) * a.out_row + head * a.out_head + column * a.out_dim))
         for n in range(4):
             store_out(at, values[n] * factor)
             at = uint64(at + uint64(a.out_dim))
         if LSE:
             if column == 0:
-                index = (int64(batch) * a.num_heads + head) * a.seqlen_q + row
-                store_f32(uint64(a.lse + uint64(index * 4)), lse)
+                store_f32(uint64(a.lse + uint64(line_of(a, place, row, head) * 4)), lse)
     return put
 
 
@@ -40,14 +58,13 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
     """(fours, put, put_part, combine). PARTS: offset in shared memory for the maxima and sums of all splits and rows.
 
     fours(a): how many times four columns a row of the output has
-    put(a, batch, head_k, r, column, values, maximum, total): finish and store four columns of row r of a key head, with the first ones
-    its lse too
-    put_part(a, split, plane, rows, r, column, values, maximum, total): store four columns of a split's row r for the block that merges
-    combine(a, base, thread, splits, plane, batch, head_k, rows): by all threads, after put_part; merges if this block is the last
+    put(a, place, r, column, values, maximum, total): finish and store four columns of row r of a block, with the first ones its lse too
+    put_part(a, place, split, r, column, values, maximum, total): store four columns of a split's row r for the block that merges
+    combine(a, base, thread, place): by all threads, after put_part; merges if this block is the last
 
-    `plane` is the flattened (batch, key head) index, `splits` how many its keys have.
+    place: forward.Place.
     """
-    HEAD_DIM_V, THREADS, EXACT = spec.head_dim_v, WARP * config.warps, config.exact
+    HEAD_DIM_V, THREADS, EXACT, LENGTHS, BLOCK_ROWS = spec.head_dim_v, WARP * config.warps, config.exact, spec.lengths, config.rows
     put, load, decay = _make_put(spec), load_chunk("float32"), make_decay(spec)
     read, put_shared = load_shared("float32", 1), store_shared("float32")
 
@@ -59,13 +76,16 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
             return int32(a.head_dim_v >> 2)
 
     @inline
-    def first_of(a, split, plane, rows):
+    def first_of(a, place, split):
         """Index of a split's first row among those of all splits and planes."""
-        return int64(split) * int64(a.lines) + int64(plane * rows)
+        if LENGTHS:
+            return int64(split) * int64(a.lines) + int64(place.plane) * BLOCK_ROWS
+        else:
+            return int64(split) * int64(a.lines) + int64(place.plane * place.rows)
 
     @inline
-    def put_part(a, split, plane, rows, r, column, values, maximum, total):
-        index = first_of(a, split, plane, rows) + r
+    def put_part(a, place, split, r, column, values, maximum, total):
+        index = first_of(a, place, split) + r
         at = uint64(a.part + uint64((index * HEAD_DIM_V + column) * 4))
         for n in range(4):
             store_f32(uint64(at + uint64(4 * n)), values[n])
@@ -119,8 +139,9 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
         return add(a, base, out, x[3], int32(n + 3), int32(left - 3), top)
 
     @inline
-    def merged(a, base, splits, plane, rows, r, column):
+    def merged(a, base, place, r, column):
         """Four columns of a row, its maximum and its sum."""
+        splits = place.splits
         first = int32(r * splits)
         top, total = NEG_INF, float32(0)
         for n in range(splits):
@@ -128,7 +149,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
         for n in range(splits):
             total += total_of(base, int32(first + n)) * decay(a, maximum_of(base, int32(first + n)), top)
         out = (float32(0), float32(0), float32(0), float32(0))
-        at = uint64(a.part + uint64(((first_of(a, 0, plane, rows) + r) * HEAD_DIM_V + column) * 4))
+        at = uint64(a.part + uint64(((first_of(a, place, 0) + r) * HEAD_DIM_V + column) * 4))
         by_split = uint64(int64(a.lines) * (HEAD_DIM_V * 4))
         n = int32(0)
         while n < splits:         # eight loads in flight
@@ -141,12 +162,13 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
         return out, top, total
 
     @inline
-    def combine(a, base, thread, splits, plane, batch, head_k, rows):
-        if is_last(a, base, thread, splits, plane):
+    def combine(a, base, thread, place):
+        splits, rows = place.splits, place.rows
+        if is_last(a, base, thread, splits, place.plane):
             i = thread
             while i < rows * splits:      # row by row
                 r = divide(i, splits)
-                index = first_of(a, int32(i - r * splits), plane, rows) + r
+                index = first_of(a, place, int32(i - r * splits)) + r
                 put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(index * 8))))
                 put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(index * 8 + 4))))
                 i = int32(i + THREADS)
@@ -155,7 +177,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
             while i < rows * fours(a):
                 r = divide(i, fours(a))
                 column = int32((i - r * fours(a)) * 4)
-                values, maximum, total = merged(a, base, splits, plane, rows, r, column)
-                put(a, batch, head_k, r, column, values, maximum, total)
+                values, maximum, total = merged(a, base, place, r, column)
+                put(a, place, r, column, values, maximum, total)
                 i = int32(i + THREADS)
     return fours, put, put_part, combine

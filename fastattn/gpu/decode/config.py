@@ -73,11 +73,33 @@ class DecodeConfig:
 
 
 def choose_decode(spec: Spec, p: Problem) -> DecodeConfig:
+    """The tiling for the rows of the problem, all in one block."""
+    return _of_rows(spec, p, p.seqlen_q * p.group)
+
+
+def choose_cached(spec: Spec, p: Problem, num_splits: int | None) -> DecodeConfig:
+    """The tiling of a call over caches, whose rows may be in several blocks.
+
+    Packed requests have as many rows as they have on average. With num_splits=1 it does not depend on how many rows there are, so that a
+    request has the same bits whatever it is batched with.
+    """
+    rows = p.seqlen_q if not p.packed else min(-(-(p.total_q or 0) // max(p.batch, 1)), p.seqlen_q)
+    return _of_rows(spec, p, min(max((1 if num_splits == 1 else rows) * p.group, 1), MOST_ROWS))
+
+
+def most_units(batch: int, rows: int | None, total_q: int, group: int, block_rows: int) -> int:
+    """How many blocks of rows a call over caches has at most, of one key head (units.py). rows: of each request, None if they are packed."""
+    if rows is not None:
+        return batch * -(-rows // block_rows)
+    return total_q * group // block_rows + batch + 1
+
+
+def _of_rows(spec: Spec, p: Problem, rows: int) -> DecodeConfig:
     """A step of K and V takes 16 to 64 registers a thread each, so that 48 to 64 KB are on their way to a multiprocessor.
 
     4.4 TB/s times 0.7 us, what a load takes, are 23 KB a multiprocessor. More keys, at head_dim 128 and beyond, would spill.
     """
-    dim, row_warps = max(spec.head_dim, spec.head_dim_v), -(-p.seqlen_q * p.group // ROWS)
+    dim, row_warps = max(spec.head_dim, spec.head_dim_v), -(-rows // ROWS)
     wide = spec.dtype == "float32"
     bytes_of_row = dim * (4 if wide else 2)
     keys = 8 if bytes_of_row > 256 else 16 if bytes_of_row > 128 else 32

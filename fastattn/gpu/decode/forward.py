@@ -20,17 +20,19 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx import direct, direct_parts
-from ..ptx.memory import load_b32, shared_address
+from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane, opaque, thread_index
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
+from ..tile.requests import make_request_at
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
-from .combine import make_combine
+from .combine import make_combine, query_of
 from .config import MOST_SPLITS, ROWS, DecodeConfig
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
+from .units import make_units
 
 
 class Place(NamedTuple):
@@ -39,13 +41,17 @@ class Place(NamedTuple):
     Parameters
     ----------
     plane, batch, head_k
-        Its key head, of all the batch's and in its batch entry.
+        Its key head, of all the batch's and in its batch entry. With LENGTHS a plane is a block of rows of a key head.
     split, splits
         Its split of the keys, and how many there are.
     seqlen_k
         Keys of the batch entry.
     first, end
         Keys of the split.
+    q_start, seqlen_q
+        Queries of the batch entry, from q_start on of packed arrays.
+    row, rows
+        Its rows, from `row` on of those of the key head: the queries of all heads that share it.
     """
 
     plane: Any
@@ -56,6 +62,10 @@ class Place(NamedTuple):
     seqlen_k: Any
     first: Any
     end: Any
+    q_start: Any
+    seqlen_q: Any
+    row: Any
+    rows: Any
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
@@ -68,7 +78,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
     COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
-    LENGTHS, PAGED, STEP, OVERHEAD = spec.lengths, spec.paged, KEYS * KEY_WARPS, config.overhead
+    LENGTHS, PAGED, PACKED, STEP, OVERHEAD = spec.lengths, spec.paged, spec.packed, KEYS * KEY_WARPS, config.overhead
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
     OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
@@ -84,7 +94,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         qk = kept_qk if KEEP_Q else qk
     load_rows, load_columns = direct.make_loads(ROW_WARPS == 1)
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
-    row_bounds = make_row_bounds(spec)
+    row_bounds, request_at, (batch_of, tile_of) = make_row_bounds(spec), make_request_at(spec.packed), make_units(spec.packed, BLOCK_ROWS)
     row_of, fetch, score = make_row_scores(spec, KEYS)
     park, addresses, numbers = make_parked(spec)
     update, _, _ = make_softmax(spec)
@@ -92,38 +102,36 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
 
     @inline
-    def query_of(a, head_k, r):
-        """Row r is query r / group of the key head's query head r % group: (query, head)."""
-        i = divide(r, a.group)
-        return i, int32(head_k * a.group + r - i * a.group)
-
-    @inline
-    def q_row(a, batch, head_k, r, chunk):
+    def q_row(a, place, r, chunk):
         """A lane's chunks of row r of Q."""
-        i, head = query_of(a, head_k, r)
-        address = uint64(a.q + uint64(batch * a.q_batch + i * a.q_row + head * a.q_head) + uint64(16 * chunk))
+        i, head = query_of(a, place, r)
+        address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head) + uint64(16 * chunk))
         return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
     def place_of(a, block):
         """The Place of a block."""
         plane = divide(block, a.splits)
-        batch, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
-        head_k = int32(plane - batch * a.heads_k)
+        unit, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
+        head_k = int32(plane - unit * a.heads_k)
         if LENGTHS:
-            seqlen_k = int32(min(max(load_b32(uint64(a.lengths + batch * a.lengths_batch)) + a.new_keys, 0), a.seqlen_k))
-            first, end, splits = part_of(a, split, seqlen_k)
+            batch = batch_of(a, unit)
+            q_start, seqlen_q, _, seqlen_k = request_at(a, batch)
+            row = int32(tile_of(a, unit, batch) * BLOCK_ROWS)
+            rows = int32(min(max(seqlen_q * a.group - row, 0), BLOCK_ROWS))
+            first, end, splits = part_of(a, split, row, rows, seqlen_q, seqlen_k)
         else:
+            batch, q_start, seqlen_q, row, rows = unit, int32(0), int32(a.seqlen_q), int32(0), int32(a.group * a.seqlen_q)
             first, seqlen_k, splits = int32(a.first_key + split * a.split_keys), int32(a.seqlen_k), int32(a.splits)
             end = int32(min(first + a.split_keys, a.end_key))
-        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end)
+        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, row, rows)
 
     @inline
-    def part_of(a, split, seqlen_k):
+    def part_of(a, split, row, rows, seqlen_q, seqlen_k):
         """(first, end, splits): the keys of a split among those that any row attends, and how many splits these have. One more costs as
         much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
-        diagonal = diagonal_of(a, a.seqlen_q, seqlen_k)
-        lo, hi = row_bounds(a, int32(0), diagonal, seqlen_k)[0], row_bounds(a, int32(a.seqlen_q - 1), diagonal, seqlen_k)[1]
+        diagonal, last = diagonal_of(a, seqlen_q, seqlen_k), divide(int32(row + max(rows, 1) - 1), a.group)
+        lo, hi = row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
         steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
         each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
         first = int32(lo + split * each * STEP)
@@ -137,17 +145,17 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return int32(w - row_warp * KEY_WARPS), int32(row_warp * ROWS + lane_row(int32(thread & 31)))
 
     @inline
-    def load_q(a, base, batch, head_k, first, lane, w, rows):
+    def load_q(a, base, place, first, lane, w, rows):
         """Rows g and g + 8 of the warp: in registers, or the address of its operands in shared memory."""
         r0, r1 = int32(min(first, rows - 1)), int32(min(first + 8, rows - 1))
         if KEEP_Q:
             address = int32(base + Q + divide(w, KEY_WARPS) * Q_BYTES + 16 * lane)
             if w - divide(w, KEY_WARPS) * KEY_WARPS == 0:
-                keep_q(address, q_row(a, batch, head_k, r0, int32(lane & 3)), q_row(a, batch, head_k, r1, int32(lane & 3)))
+                keep_q(address, q_row(a, place, r0, int32(lane & 3)), q_row(a, place, r1, int32(lane & 3)))
             cuda.syncthreads()
             return address
         else:
-            return q_row(a, batch, head_k, r0, int32(lane & 3)), q_row(a, batch, head_k, r1, int32(lane & 3))
+            return q_row(a, place, r0, int32(lane & 3)), q_row(a, place, r1, int32(lane & 3))
 
     @inline
     def scores_of(q, k):
@@ -197,9 +205,10 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
 
     @inline
     def score_row(a, place, r):
-        i, head = query_of(a, place.head_k, r)
-        lo, hi = row_bounds(a, i, diagonal_of(a, a.seqlen_q, place.seqlen_k), place.seqlen_k)
-        return row_of(a, place.batch, head, i, place.seqlen_k, int32(max(lo, place.first)), int32(min(hi, place.end)))
+        i, head = query_of(a, place, r)
+        lo, hi = row_bounds(a, i, diagonal_of(a, place.seqlen_q, place.seqlen_k), place.seqlen_k)
+        batch = int32(min(place.batch, a.batch - 1)) if PACKED else place.batch         # rows of no request have no slope
+        return row_of(a, batch, head, i, place.seqlen_q, place.seqlen_k, int32(max(lo, place.first)), int32(min(hi, place.end)))
 
     @inline
     def rows_of(a, base, place, first, rows, thread):
@@ -275,14 +284,14 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         g, c = lane_row(lane), int32(lane & 3)          # the lane's first row, its chunk of a row
         place = place_of(a, int32(cuda.blockIdx.x))
         if LENGTHS:
-            if place.split >= place.splits:
+            if place.split >= place.splits or place.rows == 0:
                 return
-        rows = int32(a.group * a.seqlen_q)
+        rows = place.rows
         last = int32(place.end - 1)
         key_warp, row = warp_of(thread)
         lines = rows_of(a, base, place, row, rows, thread)
         table = table_of(a, base, place.batch, thread)
-        q = load_q(a, base, place.batch, place.head_k, row, lane, w, rows)
+        q = load_q(a, base, place, row, lane, w, rows)
         k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
         v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
@@ -306,7 +315,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
                 key = following
         # computed again: the loop has no registers for what is needed only behind it
         place, thread = place_of(a, opaque(int32(cuda.blockIdx.x))), thread_index()
-        splits, plane, batch, head_k = place.splits, place.plane, place.batch, place.head_k
+        splits, rows = place.splits, place.rows
         lane, c, (key_warp, row) = int32(thread & 31), int32(thread & 3), warp_of(thread)
         note(base, key_warp, row, lane, max0, sum0)
         note(base, key_warp, int32(row + 8), lane, max1, sum1)
@@ -318,11 +327,11 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             column = int32((i - r * fours(a)) * 4)
             values, maximum, total = result(a, base, r, column)
             if splits == 1:
-                put_out(a, batch, head_k, r, column, values, maximum, total)
+                put_out(a, place, r, column, values, maximum, total)
             else:
-                put_part(a, place.split, plane, rows, r, column, values, maximum, total)
+                put_part(a, place, place.split, r, column, values, maximum, total)
             i = int32(i + 32 * WARPS)
         if splits > 1:
-            combine(a, base, thread, splits, plane, batch, head_k, rows)
+            combine(a, base, thread, place)
 
     return kernel, smem.size - ALIGN + 16

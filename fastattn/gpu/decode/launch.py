@@ -21,20 +21,21 @@ from .config import (
     LEAST_WIDTH,
     MASK_COLUMNS,
     MOST_DIM,
-    MOST_ROWS,
     MOST_SPLIT_KEYS,
     MOST_SPLITS,
+    ROWS,
     WARP,
     DecodeConfig,
+    choose_cached,
     choose_decode,
     few_rows,
+    most_units,
     page_division,
 )
 
 make_forward = late("decode.forward", "make_forward")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
-LENGTHS = " lengths:l lengths_batch:q new_keys:i"
-NO_APPEND = "no kernel appends keys and values yet: write them into the cache before the call, and count them in cache_seqlens"
+LENGTHS = " lengths:l lengths_step:q cu_seqlens_q:l q_step:q room:i appends:i tiles:i"
 TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
 
@@ -43,8 +44,8 @@ class KeyCache(NamedTuple):
 
     Parameters
     ----------
-    new_keys
-        Keys behind those that the call's seqused_k counts.
+    append
+        A batch entry has as many keys as it has queries behind those that the call's seqused_k counts.
     block_table
         Gives the View of the pages of each batch entry, (batch, pages), or (batch,) for one page each. k and v are then (pages, page_size,
         num_heads_k, head_dim). None: k and v have a row for each batch entry.
@@ -52,7 +53,7 @@ class KeyCache(NamedTuple):
         The most splits of an entry's keys. None: chosen. With 1 an entry's result has the same bits in any batch.
     """
 
-    new_keys: int = 0
+    append: bool = False
     block_table: Callable[[Call], View] | None = None
     num_splits: int | None = None
 
@@ -60,13 +61,12 @@ class KeyCache(NamedTuple):
 def refuses_cache(call: Call, spec: Spec) -> str | None:
     """None, or why this kernel does not run a call whose k and v are a KeyCache."""
     p, o = call.problem, call.operands
-    rows, dim, most = p.seqlen_q * p.group, max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_DIM
-    if p.packed:
-        return "queries are packed"
-    if rows > MOST_ROWS:
-        return f"a key head has {rows} query rows, over {MOST_ROWS}"
+    dim, most = max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_DIM
     if dim > most:
         return f"head_dim is {dim}, over {most}"
+    blocks = p.num_heads_k * _units(p, ROWS)
+    if blocks > MOST_BLOCKS:
+        return f"it has {blocks} blocks of {ROWS} query rows, over 2**31 - 1"
     if 0 in o.k.shape or p.seqlen_k > MOST_BLOCKS:
         return f"a request has room for {p.seqlen_k} keys in {o.k.shape[0]} pages"
     return None if all(whole_chunks(x) for x in (o.q, o.k, o.v)) else "rows are not whole, aligned pieces of 16 bytes"
@@ -76,8 +76,6 @@ def refuses_caches(call: Call) -> str | None:
     """None, or why no kernel runs this call of attention_with_kvcache."""
     p, extra = call.problem, call.operands.cache
     assert p.cache is not None and extra is not None
-    if p.cache.append:
-        return NO_APPEND
     if p.dtype not in FAR_TOPS or {call.operands.q.dtype, p.cache.dtype} != {p.dtype}:
         return f"it has no products of {call.operands.q.dtype} and {p.cache.dtype}"
     return refuses_cache(call, make_spec(p, call.operands, False))
@@ -131,11 +129,18 @@ def _range(p: Problem) -> tuple[int, int]:
     return first - first % (MASK_COLUMNS if p.score.mask else 1), end
 
 
-def _cache_values(call: Call, cache: KeyCache) -> tuple[int, ...]:
+def _units(p: Problem, block_rows: int) -> int:
+    """Blocks of rows of a key head, of all requests."""
+    return most_units(p.batch, None if p.packed else p.seqlen_q * p.group, p.total_q or 0, p.group, block_rows)
+
+
+def _cache_values(call: Call, cache: KeyCache, block_rows: int) -> tuple[int, ...]:
     """Values of LENGTHS and, with a block table, of TABLE."""
-    used, k = call.operands.seqused_k, call.operands.k
+    used, k, cu, p = call.operands.seqused_k, call.operands.k, call.operands.cu_seqlens_q, call.problem
     assert used is not None
-    values: tuple[int, ...] = used.ptr, used.strides[0], cache.new_keys
+    packed = (0, 0) if cu is None else (cu.ptr, cu.strides[0])
+    values: tuple[int, ...] = (used.ptr, used.strides[0], *packed, p.seqlen_k, int(cache.append),
+                               -(-p.seqlen_q * p.group // block_rows))
     if cache.block_table is not None:
         table, (pages, size) = cache.block_table(call), k.shape[:2]
         values += (table.ptr, table.strides[0], table.strides[1] if len(table.shape) == 2 else 0, pages - 1, size, *page_division(size))
@@ -149,10 +154,13 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     """
     p = call.problem
     spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
-    config = choose_decode(spec, p)
+    config = choose_decode(spec, p) if cache is None else choose_cached(spec, p, cache.num_splits)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p)
+    if cache is not None:
+        key_heads = p.num_heads_k * _units(p, config.rows)
+        rows = key_heads * config.rows
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
     if cache is not None:
         splits = device_splits(key_heads, p.seqlen_k, splits, cache.num_splits)
@@ -161,12 +169,12 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
 
     def launch(call: Call, stream: int) -> None:
-        more = () if cache is None else _cache_values(call, cache)
+        more = () if cache is None else _cache_values(call, cache, config.rows)
         with mask_words(call, width, launcher, stream) as call:
             kernel.launch(grid, values(call, (0, 0, 0, *own, *more)), stream)
 
     def launch_split(call: Call, stream: int) -> None:
-        arrived, more = launcher.arrivals(launcher.capturing(stream)), () if cache is None else _cache_values(call, cache)
+        arrived, more = launcher.arrivals(launcher.capturing(stream)), () if cache is None else _cache_values(call, cache, config.rows)
         with (mask_words(call, width, launcher, stream) as call,
               launcher.temporary(out_bytes + 8 * splits * rows, stream) as part):
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
@@ -192,4 +200,4 @@ def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     p = call.problem
     assert p.cache is not None
     contiguous = table(call).device != call.operands.k.device       # the host made its table: request b has row b
-    return prepare(call, spec, launcher, KeyCache(0, None if contiguous else table, p.cache.num_splits))
+    return prepare(call, spec, launcher, KeyCache(p.cache.append, None if contiguous else table, p.cache.num_splits))

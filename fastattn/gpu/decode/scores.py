@@ -103,7 +103,7 @@ def make_parked(spec: Spec) -> tuple[Any, Any, Any]:
 def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
     """(row_of, fetch, score) for steps of KEYS keys.
 
-    row = row_of(a, batch, head, i, seqlen_k, lo, hi): the Row of query i of a head
+    row = row_of(a, batch, head, i, seqlen_q, seqlen_k, lo, hi): the Row of query i of a head
     early = fetch(a, row0, row1, column, seqlen_k): elements of the bias and words of the mask, loaded while the MMAs of S run
     acc_s = score(a, acc_s, early, row0, row1, column)
 
@@ -122,11 +122,11 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
     less_alibi = elementwise(less_distance)
 
     @inline
-    def row_of(a, batch, head, i, seqlen_k, lo, hi):
+    def row_of(a, batch, head, i, seqlen_q, seqlen_k, lo, hi):
         slope, diagonal, bias, mask = float32(0), int32(0), uint64(0), uint64(0)
         if ALIBI:
             slope = load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head))
-            diagonal = int32(i + diagonal_of(a, a.seqlen_q, seqlen_k))
+            diagonal = int32(i + diagonal_of(a, seqlen_q, seqlen_k))
         if BIAS:
             bias = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + i * a.bias_row)
         if MASK:

@@ -3,7 +3,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..dsl.asm import F32, I32, emit, instruction
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ..dsl.asm import F32, I32, emit, instruction, pack, unpack
 
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
@@ -63,3 +66,13 @@ def emit_pack_half(builder: Any, low: Any, high: Any, dtype: str, positive: bool
     """Two float32 rounded to 16 bits, in one 32-bit register. `positive`: negative values become 0."""
     convert = CONVERT[dtype].replace("cvt.rn.", "cvt.rn.relu.") if positive else CONVERT[dtype]
     return emit(builder, I32, f"{convert} $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)
+
+
+@intrinsic
+def turn(typingctx: Any, x: Any, y: Any, c: Any, s: Any) -> Any:
+    """x * c + y * s, number by number of tuples of float32. Both products are rounded before the sum, as NumPy does."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows = [unpack(builder, z, x.count) for z in args]
+        sums = [builder.fadd(emit_product(builder, a, b), emit_product(builder, d, e)) for a, d, b, e in zip(*rows, strict=True)]
+        return pack(builder, sums)
+    return signature(x, x, y, c, s), generate

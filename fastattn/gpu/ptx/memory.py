@@ -32,6 +32,15 @@ atomic_inc_wrap = instruction("atom.global.inc.u32 $0, [$1], $2;", "lr", "r")
 fence_gpu = instruction("fence.acq_rel.gpu;")
 
 
+def copy_bytes(size: int) -> Any:
+    """copy(to, source): 1, 2, 4, 8 or 16 bytes between global addresses that are multiples of `size`, as they are."""
+    if size == 16:
+        return instruction("{ .reg .b32 a, b, c, d; ld.global.v4.b32 {a, b, c, d}, [$1]; st.global.v4.b32 [$0], {a, b, c, d}; }", "ll")
+    if size == 1:
+        return instruction("{ .reg .u32 t; ld.global.u8 t, [$1]; st.global.u8 [$0], t; }", "ll")
+    return instruction(f"{{ .reg .b{8 * size} t; ld.global.b{8 * size} t, [$1]; st.global.b{8 * size} [$0], t; }}", "ll")
+
+
 @intrinsic
 def shared_address(typingctx: Any, array: Any) -> Any:
     """The 32-bit shared address of a cuda.shared.array."""

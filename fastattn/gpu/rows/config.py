@@ -29,6 +29,9 @@ QUANTIZE_ROWS = 64          # of one head, of a thread block: 16 KB of 16-bit nu
 # transpose_8bit
 TRANSPOSE_THREADS = 256
 
+# append of keys and values, and the rotation of q: memory-bound, 16 bytes a thread
+APPEND_THREADS = 256
+
 # merge_states
 MERGE_THREADS = 128
 

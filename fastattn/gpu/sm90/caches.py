@@ -62,8 +62,6 @@ def refuses(call: Call, spec: Spec) -> str | None:
     """None, or why this kernel does not run a call of attention_with_kvcache that `sm90.launch.refuses` finds nothing else against."""
     p, k = call.problem, call.operands.k
     assert p.cache is not None
-    if p.cache.append:
-        return decode.NO_APPEND
     if p.dtype == "float32" or p.cache.dtype != p.dtype:
         return f"its products are of 16 bits, q is {call.operands.q.dtype} and the caches are {p.cache.dtype}"
     if p.seqlen_k > MOST_KEYS:

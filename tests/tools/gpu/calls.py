@@ -13,13 +13,13 @@ from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
 from fastattn.gpu.decode import launch as decode
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
-from fastattn.options import read_options
+from fastattn.options import read_eight_bit, read_options
 from fastattn.problem import Operands, Problem, make_problem
 from fastattn.serving.problem import Given, problem_with_cache
 from tests.tools import caches
 from tests.tools.gpu import interpreter
 from tests.tools.gpu.emulator import Memory, emulated
-from tests.tools.problems import Case, Inputs
+from tests.tools.problems import NUMPY, Case, Inputs
 
 Sequence = tuple[int, int, int, int, int]       # plane, q_start, seqlen_q, k_start, seqlen_k
 
@@ -119,9 +119,9 @@ class CacheCall(NamedTuple):
         return make_spec(self.call.problem, self.call.operands, True)
 
 
-def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], page_size: int | None = None, new_keys: int = 0,
+def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], page_size: int | None = None, append: bool = False,
                num_splits: int | None = None, stray: bool = False) -> CacheCall:
-    """placed(array): the View of a copy. lengths: keys of each request but for the new ones. page_size: keys are in shuffled pages; None:
+    """placed(array): the View of a copy. lengths: keys of each request, but with append for the new ones. page_size: keys are in shuffled pages; None:
     the cache has a row for each request. stray: the table names pages that do not exist where it is not read, and for one that is."""
     inputs, draw = case.make(), np.random.default_rng(1)
     kwargs, (q, k, v) = dict(inputs.kwargs), inputs.args
@@ -133,7 +133,7 @@ def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], pag
         numbers = draw.permutation(batch * per + 3)[:batch * per].reshape(batch, per).astype(np.int32)
         caches = [_paged(x, numbers, page_size) for x in (k, v)]
         if stray:
-            needed = np.arange(per) * page_size < np.array(lengths)[:, None] + new_keys
+            needed = np.arange(per) * page_size < np.array(lengths)[:, None] + problem.seqlen_q * append
             numbers[~needed] = draw.choice([-1, 2**31 - 1, -2**31, 10**6], int((~needed).sum()))
             numbers[0, 0] = -5                  # read as the last page
             last = len(caches[0]) - 1
@@ -142,7 +142,7 @@ def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], pag
         o, table = replace(o, k=placed(caches[0]), v=placed(caches[1])), placed(numbers)
     o = replace(o, seqused_k=placed(np.array(lengths, np.int32)))
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))
-    cache = decode.KeyCache(new_keys, None if table is None else lambda call: table, num_splits)
+    cache = decode.KeyCache(append, None if table is None else lambda call: table, num_splits)
     return CacheCall(Call(problem, o, out, lse), cache, k, v)
 
 
@@ -166,29 +166,51 @@ def interpreted_cache(case: Case, lengths: list[int], **settings: Any) -> tuple[
     return memory.read(call.out, case.make().args[0].dtype), memory.read(call.lse, np.float32), made.k, made.v
 
 
-def serving_call(made: caches.Call, placed: Callable[[Any], Any]) -> Call:
-    """A call of attention_with_kvcache on a device. placed(array): the View of a copy there."""
-    options = dict(made.options)
-    names = "cache_seqlens", "block_table", "cache_batch_idx", "cu_seqlens_q", "alibi_slopes", "sinks"
-    small = {name: placed(options.pop(name)) for name in names if name in options}
-    q, k_cache, v_cache, *_ = made.arrays
+SMALL = ("cache_seqlens", "block_table", "cache_batch_idx", "cu_seqlens_q", "alibi_slopes", "sinks", "q_scale", "k_scale", "v_scale")
+ANGLES = ("rotary_cos", "rotary_sin")
+
+
+def serving_call(made: caches.Call, placed: Callable[[Any], Any], **more: Any) -> Call:
+    """A call of attention_with_kvcache on a device. placed(array): the View of a copy there. more: options beside the case's."""
+    options = {**made.options, **more}
+    q, k_cache, v_cache, k, v = made.arrays
     layout = options.pop("layout", "bshd")
-    given = Given(placed(q.swapaxes(1, 2) if layout == "bhsd" else q), placed(k_cache), placed(v_cache), None, None,
-                  **{name: small.get(name) for name in names}, rotary_cos=None, rotary_sin=None)
-    splits = options.pop("num_splits", None)
+
+    def canonical(x: Any) -> Any:
+        return None if x is None else placed(x.swapaxes(1, 2) if layout == "bhsd" else x)
+    scales = tuple(options.get(name) for name in ("q_scale", "k_scale", "v_scale"))
+    given = {name: placed(options.pop(name)) for name in (*SMALL, *ANGLES) if isinstance(options.get(name), np.ndarray)}
     read = read_options("test", options.pop("causal", True), options.pop("window", None), options.pop("softmax_scale", None),
-                        options.pop("softcap", None), 0.0, None, 0, max(made.case.lengths) if made.case.packed else None)
-    assert not options
-    problem, o = problem_with_cache("test", given, read, False, splits)
-    out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, q.dtype), (problem.lse_shape, np.float32)))
+                        options.pop("softcap", None), 0.0, None, 0, options.pop("max_seqlen_q", None))
+    read, _ = read_eight_bit("test", read, (*scales, None), None)
+    interleaved, splits = options.pop("rotary_interleaved", False), options.pop("num_splits", None)
+    assert not [name for name, x in options.items() if name not in ("q_scale", "k_scale", "v_scale")]
+    call = Given(canonical(q), placed(k_cache), placed(v_cache), canonical(k), canonical(v),
+                 **{name: given.get(name) for name in (*SMALL, *ANGLES)})
+    problem, o = problem_with_cache("test", call, read, interleaved, splits)
+    out_dtype = NUMPY[problem.out_dtype]
+    out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, out_dtype), (problem.lse_shape, np.float32)))
     return Call(problem, o, out, lse)
 
 
-def interpreted_serving(made: caches.Call) -> tuple[Any, Any]:
-    """(out, lse) of a call of attention_with_kvcache, run from the kernel's PTX."""
+class Served(NamedTuple):
+    """What a call of attention_with_kvcache left: its results, its caches, and the names of the kernels."""
+
+    out: Any
+    lse: Any
+    k_cache: Any
+    v_cache: Any
+    kernels: list[str]
+
+
+def interpreted_serving(made: caches.Call, arch: str = "sm_90a", **more: Any) -> Served:
+    """A call of attention_with_kvcache, run from its kernels' PTX."""
     memory = interpreter.Memory()
-    call, launcher = serving_call(made, lambda x: memory.place(x, convert.view(x, "test", "x"))), interpreter.Launcher(memory)
+    call = serving_call(made, lambda x: memory.place(x, convert.view(x, "test", "x")), **more)
+    launcher = interpreter.Launcher(memory, arch)
     gpu._launch(call, launcher, gpu.FAMILIES, 0)
-    assert call.lse is not None and [key.split()[0] for key in launcher.launched] == ["forward_decode"]
-    out = memory.read(call.out, made.arrays[0].dtype)
-    return out.swapaxes(1, 2) if made.case.layout == "bhsd" else out, memory.read(call.lse, np.float32)
+    assert call.lse is not None
+    out = memory.read(call.out, NUMPY[call.problem.out_dtype])
+    of_caches = [memory.read(x, y.dtype) for x, y in zip((call.operands.k, call.operands.v), made.arrays[1:3], strict=True)]
+    return Served(out.swapaxes(1, 2) if made.case.layout == "bhsd" else out, memory.read(call.lse, np.float32), *of_caches,
+                  [key.split()[0] for key in launcher.launched])

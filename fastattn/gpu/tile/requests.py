@@ -1,0 +1,68 @@
+"""The requests of a call over key and value caches, from lengths that only the device knows.
+
+Wrong lengths are clamped: a request has at least 0 keys before the call, and `room` at most after it.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba import int32, uint64
+
+from ..dsl.inline import divide, inline
+from ..ptx.memory import load_b32
+from .schedule import length_at
+
+
+class Request(NamedTuple):
+    """A request's query rows, q_start and on of the packed arrays, and its keys before and after the call."""
+
+    q_start: Any
+    rows: Any
+    before: Any
+    keys: Any
+
+
+def make_request_at(PACKED: bool) -> Any:
+    """request_at(a, b) -> Request. Packed, request a.batch has the rows that belong to none, and no keys."""
+    @inline
+    def rows_of(a, b):
+        if PACKED:
+            start = length_at(a.cu_seqlens_q, b, a.q_step, a.total_q)
+            end = int32(a.total_q)
+            if b < a.batch:
+                end = length_at(a.cu_seqlens_q, int32(b + 1), a.q_step, a.total_q)
+            return start, int32(max(end - start, 0))
+        else:
+            return int32(0), int32(a.seqlen_q)
+
+    @inline
+    def keys_of(a, b, rows):
+        before = int32(min(max(load_b32(uint64(a.lengths + uint64(b * a.lengths_step))), 0), a.room))
+        return before, int32(min(int32(before) + rows * a.appends, a.room))
+
+    @inline
+    def request_at(a, b):
+        start, rows = rows_of(a, b)
+        before, keys = int32(0), int32(0)
+        if not PACKED or b < a.batch:
+            before, keys = keys_of(a, b, rows)
+        return Request(start, rows, before, keys)
+    return request_at
+
+
+def make_request_of_row(PACKED: bool) -> Any:
+    """request_of_row(a, row): the request that a row of q belongs to; packed a.batch, if it belongs to none."""
+    @inline
+    def request_of_row(a, row):
+        if PACKED:
+            low, high = int32(0), int32(a.batch)        # the first request that ends behind the row
+            while low < high:
+                middle = int32((low + high) >> 1)
+                if length_at(a.cu_seqlens_q, int32(middle + 1), a.q_step, a.total_q) <= row:
+                    low = int32(middle + 1)
+                else:
+                    high = middle
+            return low
+        else:
+            return divide(row, a.seqlen_q)
+    return request_of_row
