@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ..arrays.view import View
 from ..engine import FAMILIES
-from ..errors import refused
+from ..errors import UnsupportedError, refused
 from ..memo import Recent
 from ..problem import Grads, Operands, Problem
 from ..registry import families_in_use, use_engine
@@ -21,7 +21,7 @@ from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
 from .rows import launch as rows
 from .rows import quantize_launch
-from .runtime.device import Device, current, device
+from .runtime.device import Device, capturing, current, device, read_back
 from .runtime.launcher import Launcher, on_device
 from .runtime.packed import MOST_BLOCKS, most_tiles
 from .runtime.recording import Recorder, Recording, addressed
@@ -37,7 +37,7 @@ for _package in ("numba", "numba_cuda", "cuda.core"):
         raise ModuleNotFoundError(f"No module named {_package!r}")
 
 __all__ = ["FAMILIES", "Family", "backward", "choose", "device", "family", "forward", "merge_states", "prepare",
-           "prepare_backward", "quantize", "reasons", "use"]
+           "prepare_backward", "quantize", "reasons", "to_host", "use"]
 
 
 class Family(Protocol):
@@ -54,7 +54,8 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family] = {"sm90": sm90, "sm80": sm80, "simt": simt}
-# for 8-bit operands
+# for calls over key and value caches, and for 8-bit operands
+_CACHED: dict[str, Family] = {name: caches.Cached(family) for name, family in _FAMILIES.items()}
 _WIDENING: dict[str, Family] = {name: Widening(family, launch_8bit if name == "sm90" else None) for name, family in _FAMILIES.items()}
 
 
@@ -79,17 +80,16 @@ def _few_float(p: Problem) -> bool:
 
 def _for(which: str, call: AnyCall) -> Family:
     """The family's launches for such a call. Caches are never copied, so they are not widened."""
-    return _FAMILIES[which] if call.problem.eight_bit is None or call.problem.cache is not None else _WIDENING[which]
+    if call.problem.cache is not None:
+        return _CACHED[which]
+    return _FAMILIES[which] if call.problem.eight_bit is None else _WIDENING[which]
 
 
 def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     """Each of `families` with the reason why it does not run the call, or with None."""
     tiles = most_tiles(call, 64)
     too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
-    cached, refused_append = call.problem.cache is not None, None
-    if isinstance(call, Call) and cached:
-        refused_append = caches.refuses(call)
-        call, _ = caches.attention_alone(call)
+    cached = call.problem.cache is not None
     p = call.problem
     missing = p.diagonals or p.mask.first is not None or p.float32_out or (p.dropout is not None and p.dropout.heads is not None)
     missing = missing or (p.dropout is not None and (p.dropout.batch, p.dropout.head, p.dropout.row, p.dropout.column) != (0, 0, 0, 0))
@@ -101,7 +101,7 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
             yield which, "so few float32 products take less time on plain threads"
         else:
             lacks = "it has no diagonal, dropout_at, dropout_heads and float32 results yet" if missing else None
-            yield which, lacks or too_many or refused_append or _for(which, call).refuses(call, d)
+            yield which, lacks or too_many or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:
@@ -156,6 +156,16 @@ def quantize(x: View, out: View, scale: View, stream: int) -> None:
         quantize_launch.quantize(x, out, scale, launcher, stream)
 
 
+def to_host(call: str, x: View, stream: int) -> View:
+    """A copy of a small array in host memory. Waits for the stream's work."""
+    with current(device(x.device[1])):
+        if capturing(stream):
+            raise UnsupportedError(f"{call}(): FASTATTN_CHECK=1 reads lengths and tables; while a stream is captured that is not allowed.")
+        low, high = x.bytes_range()
+        own = read_back(low, high - low, stream)
+    return View(own.ctypes.data + x.ptr - low, x.shape, x.strides, x.dtype, owner=own)
+
+
 # ---------------------------------------------------------------- what is remembered
 _recordings: Recent[Any, tuple[Problem, Recording]] = Recent()
 
@@ -185,9 +195,7 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
 def _launch(call: AnyCall, launcher: Launcher, families: tuple[str, ...], stream: int) -> None:
     """Launch the call's kernels with this launcher."""
     chosen = choose(call, launcher.device, families)
-    if isinstance(call, Call) and call.problem.cache is not None:
-        caches.prepare(call, chosen, launcher)(call, stream)
-    elif isinstance(call, Call):
+    if isinstance(call, Call):
         chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)(call, stream)
     else:
         chosen.backward(call, make_backward_spec(call), launcher, stream)

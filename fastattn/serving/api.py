@@ -1,6 +1,7 @@
 """`attention_with_kvcache`: its signature, its documentation, and the flow of a call."""
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, Never, Unpack, overload
 
 import numpy as np
@@ -8,11 +9,12 @@ import numpy as np
 from ..arrays.convert import Caller
 from ..arrays.readers import written
 from ..dispatch import given_out
+from ..engine import load
 from ..options import SCALES, Check, Options, read_eight_bit, read_options
 from ..registry import choose
 from ..signature import strict, unknown_arguments
 from ..types import A, Array, D, EngineName, Integer, Layout, Lengths, Number, PerHead, S, Scale, ServingOptions, Window
-from .problem import Given, problem_with_cache
+from .problem import OF_VALUES, Given, check_values, problem_with_cache
 
 
 @overload
@@ -108,10 +110,11 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
 
     Notes
     -----
-    There is no gradient. On CUDA arrays a call that brings k and v, or has 8-bit caches, raises UnsupportedError
-    for now. So does one with over 64 query rows of a key head, or packed ones, but on Hopper, with 16-bit caches. A
-    rotation is computed in float32 (float64 for float64) and rounded once, to the dtype of q and of the cache.
-    If v_cache shares memory with k_cache, v is written last.
+    There is no gradient. A rotation is computed in float32 (float64 for float64) and rounded once, to the dtype of q and of
+    the cache. On CUDA arrays lengths and tables stay on the device, and the host neither reads them nor waits. Wrong ones
+    lead to no access outside the caches: a count below 0 is 0, new keys past the cache's end are not written, nor are those
+    whose entry of block_table names no page; when it is read, such an entry is the last page. With the environment variable
+    ``FASTATTN_CHECK=1`` the host waits for them and checks them. If v_cache shares memory with k_cache, v is written last.
 
     Source: Kwon et al., "Efficient memory management for large language model serving with PagedAttention", SOSP 2023.
     Rotary embedding: Su et al., "RoFormer", 2021. Splits: Dao et al., "Flash-Decoding", 2023.
@@ -150,6 +153,13 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     return _run(caller, given, options, bool(rotary_interleaved), splits, out, bool(return_lse), engine)
 
 
+def _check_on_device(caller: Caller, given: Given, options: Options) -> None:
+    """The debug mode: lengths and tables are copied to the host, which waits for them, and are checked as those in host memory."""
+    to_host = load("gpu", caller.call).to_host
+    copies = {name: to_host(caller.call, x, caller.handle) for name in OF_VALUES if (x := getattr(given, name)) is not None}
+    check_values(caller.call, given._replace(**copies), options.max_seqlen_q)
+
+
 def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_splits: int | None, out: Any, return_lse: bool,
          engine: str | None) -> Any:
     try:
@@ -158,6 +168,8 @@ def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_
         if caller.bhsd:
             error.add_note("Shapes of q, k and v in this message are in the order (batch, seqlen, num_heads, head_dim).")
         raise
+    if caller.handle is not None and os.environ.get("FASTATTN_CHECK") == "1":
+        _check_on_device(caller, given, options)
     into = None if out is None else given_out(caller, out, problem, o)
     chosen = choose(caller.call, engine, o.q.device)
     output = caller.output(problem.out_shape, problem.out_dtype, o.q) if into is None else into

@@ -257,6 +257,24 @@ def _rotary(check: Check, g: Given, new: bool, interleaved: bool, after: Array |
 
 
 # ---------------------------------------------------------------- all of it
+OF_VALUES = ("cache_seqlens", "block_table", "cache_batch_idx", "cu_seqlens_q")
+
+
+def check_values(call: str, g: Given, max_seqlen_q: int | None) -> None:
+    """What `problem_with_cache` checks of lengths and tables in host memory. Of a call on a device: those of `g` are copies in host memory.
+
+    Raises ValueError with the request's number.
+    """
+    check, new = Check(call), g.k is not None
+    rows, page_size = _rows(check, g, max_seqlen_q), g.k_cache.shape[1]
+    width = 1 if g.block_table is None else g.block_table.shape[1]
+    _, after = _lengths(check, g, rows, new, width * page_size)
+    table = _table(check, g, rows.batch, new, after)
+    if new and g.block_table is not None:
+        _written_once(check, table, page_size, rows, after)
+    _rotary(check, g, new, False, after)
+
+
 def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved: bool, num_splits: int | None) -> tuple[Problem, Operands]:
     """Validate one call. Returns its Problem and its operands, with private copies of lengths and tables.
 

@@ -1,6 +1,7 @@
 """Random calls with key and value caches: `python -m tests.fuzz.caches --seconds 60`.
 
-Each is a Case of tests/tools/caches.py, which judges. Any instruction-set level is run with FASTATTN_ISA.
+Each is a Case of tests/tools/caches.py, which judges. `--device cuda` runs them on a GPU.
+Any instruction-set level is run with FASTATTN_ISA.
 """
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import argparse
 import sys
 import time
 from typing import Any
+
+import numpy as np
 
 import fastattn
 from tests.tools.caches import Case
@@ -62,12 +65,42 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
     return case, {"num_splits": dice.one([None, None, 1, 2, 7])}
 
 
-def run(seed: int, index: int) -> str | None:
+def on_device(case: Case, options: dict[str, Any]) -> None:
+    """Case.check on a GPU; what no kernel takes is refused before anything is written."""
+    from tests.tools.gpu.cases import on_device as to_device
+    from tests.tools.gpu.cases import to_host
+
+    made = case.make()
+    expected = made.caches_after()
+    arrays = [None if x is None else to_device(x) for x in made.arrays]
+    placed = {name: to_device(x) if isinstance(x, np.ndarray) else x for name, x in {**made.options, **options}.items()}
+    try:
+        out, lse = fastattn.attention_with_kvcache(*arrays, return_lse=True, **placed)
+    except fastattn.UnsupportedError:
+        assert not taken(case), "a call that the kernels take is refused"
+        expected, out, lse = (made.arrays[1], made.arrays[2]), None, None
+    for name, got, right in (("k_cache", arrays[1], expected[0]), ("v_cache", arrays[2], expected[1])):
+        assert to_host(got).tobytes() == right.tobytes(), f"{name}'s bits"
+    if out is not None:
+        made.judge(to_host(out), to_host(lse))
+
+
+def taken(case: Case) -> bool:
+    """Whether the GPU's kernels must take the call: rows of whole pieces of 16 bytes, no float64."""
+    vector = 4 if case.dtype == "float32" else 8
+    dims = case.head_dim, case.head_dim_v or case.head_dim
+    return case.dtype != "float64" and not case.strided and max(dims) <= (128 if vector == 4 else 256) and not any(n % vector for n in dims)
+
+
+def run(seed: int, index: int, device: str = "cpu") -> str | None:
     """None, or what is wrong with a call."""
     case, options = draw(seed, index)
     fastattn.set_num_threads(1 + index % 3)
     try:
-        case.make().check("cpu", **options)
+        if device == "cuda":
+            on_device(case, options)
+        else:
+            case.make().check("cpu", **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}\n    {case!r} {options}"
     return None
@@ -77,6 +110,7 @@ def main() -> int:
     from .__main__ import today
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.caches", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--calls", type=int, help="how many, however long they take; each is named before it runs")
     parser.add_argument("--seed", type=int, help="of the run; the date's by default")
@@ -86,7 +120,7 @@ def main() -> int:
     while index - given.first < given.calls if given.calls is not None else time.monotonic() - start < given.seconds:
         if given.calls is not None:
             print(f"at {seed}:{index}", flush=True)
-        found = run(seed, index)
+        found = run(seed, index, given.device)
         if found:
             wrong += 1
             print(f"{seed}:{index} {found}", flush=True)

@@ -157,3 +157,22 @@ def test_on_a_device(case: Case) -> None:
     for got, right in zip(arrays[1:3], expected, strict=True):
         assert to_host(got).tobytes() == right.tobytes()
     made.judge(to_host(out), to_host(lse))
+
+
+@requires_gpu
+@pytest.mark.gpu
+def test_the_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTATTN_CHECK=1 finds the request whose length or table entry is wrong, before anything is written."""
+    made = Case("checked", dtype="bfloat16", rows=2).make()
+    for name, b, x, text in (("cache_seqlens", 1, 10**6, "cache_seqlens has 1000000 for request 1"),
+                             ("block_table", 2, 10**6, "block_table has 1000000 for request 2, entry 0")):
+        arrays = [None if x is None else to_device(x) for x in made.arrays]
+        wrong = made.options[name].copy()
+        wrong[b] = x
+        options = {key: to_device(x) for key, x in {**made.options, name: wrong}.items()}
+        monkeypatch.setenv("FASTATTN_CHECK", "1")
+        with pytest.raises(ValueError, match=text):
+            fastattn.attention_with_kvcache(*arrays, **options)
+        assert to_host(arrays[1]).tobytes() == made.arrays[1].tobytes()
+        monkeypatch.delenv("FASTATTN_CHECK")
+        fastattn.attention_with_kvcache(*arrays, **options)

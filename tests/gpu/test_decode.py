@@ -19,7 +19,7 @@ from fastattn.arrays import convert
 from fastattn.arrays.view import View
 from fastattn.gpu.decode import launch as launch_decode
 from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division
-from fastattn.gpu.precompile import HERE, Want, absent_device, sources
+from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
 from fastattn.gpu.runtime.device import current

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,26 @@ def test_shared_memory() -> None:
         fastattn.attention_with_kvcache(**{**given, "v": (memory := ones(2, 3, 4, 6))[:, :, :2], "out": memory})
 
 
+@pytest.mark.parametrize(("changes", "text"), [
+    ({"cache_seqlens": [5, 10]}, "cache_seqlens has 10 for request 1, which appends 3; expected a count from 0 to 9"),
+    ({"block_table": [[0, 1, 9], [2, 3, 7]]}, "block_table has 7 for request 1, entry 2; expected a page of k_cache, from 0 to 6"),
+    ({"block_table": [[0, 1, 9], [0, 1, 1]]}, "block_table sends key 9 of request 1 to page 1, row 1"),
+    ({"block_table": None, "cache_seqlens": [1, 0], "cache_batch_idx": [0, 0]}, "cache_batch_idx has 0 for requests 0 and 1")], ids=str)
+def test_values_that_a_device_has(changes: Arguments, text: str) -> None:
+    """What FASTATTN_CHECK=1 checks: lengths and tables are copies, all other arrays stay where they are."""
+    from fastattn.arrays import convert
+    from fastattn.serving.problem import Given, check_values
+
+    given = {name: None if x is None else convert.view(np.asarray(x), "test", name) for name, x in {**paged(), **changes}.items()}
+    here = Given(**{**dict.fromkeys(Given._fields), **given})
+    away = {name: replace(x, device=("cuda", 0)) for name, x in given.items() if name in ("q", "k_cache", "v_cache", "k", "v")}
+    with pytest.raises(ValueError) as raised:
+        check_values("attention_with_kvcache", here._replace(**away), None)
+    assert str(raised.value).startswith(f"attention_with_kvcache(): {text}"), raised.value
+    check_values("attention_with_kvcache", here._replace(**away, **{
+        name: convert.view(np.asarray(x), "test", name) for name, x in paged().items() if name in changes}, cache_batch_idx=None), None)
+
+
 def test_layout_of_shapes_is_said() -> None:
     given = contiguous() | {"layout": "bhsd", "q": ones(2, 4, 3, 8), "k": ones(2, 3, 2, 8)}
     with pytest.raises(ValueError, match="k has shape") as raised:
@@ -183,9 +204,12 @@ def test_engines_that_take_no_caches() -> None:
         return
     found = fastattn.explain(fastattn.attention_with_kvcache, **given, device="sm_90a")
     assert found.engine is None and found.reasons["simt"] == "it reads no caches"
-    assert all(found.reasons[family].startswith("no kernel appends keys and values yet") for family in ("sm90", "sm80"))
+    assert "rows are not whole, aligned pieces of 16 bytes" in found.reasons["sm80"]
     read_only = {**given, "k": None, "v": None, "q": ones(2, 3, 4, 8).astype(np.float16), "k_cache": ones(7, 4, 2, 8).astype(np.float16),
                  "v_cache": ones(7, 4, 2, 8).astype(np.float16)}
     found = fastattn.explain(fastattn.attention_with_kvcache, **read_only, device="sm_90a")
     assert found.engine == "sm90" and found.kernels[0].startswith("forward_decode") and "paged" in found.kernels[0]
+    appended = {**read_only, "k": ones(2, 3, 2, 8).astype(np.float16), "v": ones(2, 3, 2, 8).astype(np.float16)}
+    found = fastattn.explain(fastattn.attention_with_kvcache, **appended, device="sm_90a")
+    assert [kernel.split()[0] for kernel in found.kernels] == ["append", "forward_decode"]
     assert fastattn.explain(fastattn.attention_with_kvcache, **given).engine == "cpu"

@@ -88,7 +88,7 @@ def choose_cached(spec: Spec, p: Problem, num_splits: int | None) -> DecodeConfi
 
 
 def most_units(batch: int, rows: int | None, total_q: int, group: int, block_rows: int) -> int:
-    """How many blocks of rows a call over caches has at most, of one key head (units.py). rows: of each request, None if they are packed."""
+    """How many blocks of rows (units.py) a call over caches has at most, of one key head. rows: of each request, None: packed."""
     if rows is not None:
         return batch * -(-rows // block_rows)
     return total_q * group // block_rows + batch + 1

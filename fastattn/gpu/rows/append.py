@@ -152,8 +152,9 @@ def make_append(dtype: str, target: str, WHOLE: bool, rotary: tuple[bool, str, b
     VECTOR, ROTARY, QUANTISED = (16 // SIZE if WHOLE else 1), rotary is not None, target != dtype
     request_at, request_of_row = make_request_at(PACKED), make_request_of_row(PACKED)
     copy, put_q, put_new = copy_bytes(VECTOR * SIZE), make_put(dtype, dtype, VECTOR), make_put(dtype, target, VECTOR)
-    load_scale, (load, _) = load_if("float32", "float32"), make_access(dtype, WHOLE) if SIZE > 1 else (None, None)
-    rotate = make_rotate(dtype, VECTOR, *rotary) if rotary is not None else None
+    load_scale = load_if("float32", "float32")
+    load, _ = make_access("float32" if SIZE == 1 else dtype, WHOLE)         # 8-bit numbers are copied
+    rotate = make_rotate(dtype, VECTOR, *(rotary or (False, "float32", False)))
 
     @inline
     def scale_of(pointer, by_batch, by_head, b, head, number):

@@ -5,7 +5,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 from cuda.bindings import driver
 
 from ...arrays.streams import check
@@ -80,6 +82,15 @@ def relaxed() -> Iterator[None]:
 def private_stream() -> int:
     """A private non-blocking stream."""
     return int(check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
+
+
+def read_back(address: int, size: int, stream: int) -> Any:
+    """Bytes of device memory, as an array. Waits for the stream's work."""
+    made = np.zeros(max(size, 1), np.uint8)
+    if size:
+        check(driver.cuMemcpyDtoHAsync(made.ctypes.data, address, size, stream), "cuMemcpyDtoHAsync")
+    check(driver.cuStreamSynchronize(stream), "cuStreamSynchronize")
+    return made
 
 
 def capturing(stream: int) -> bool:

@@ -121,7 +121,7 @@ class CacheCall(NamedTuple):
 
 def cache_call(case: Case, placed: Callable[[Any], Any], lengths: list[int], page_size: int | None = None, append: bool = False,
                num_splits: int | None = None, stray: bool = False) -> CacheCall:
-    """placed(array): the View of a copy. lengths: keys of each request, but with append for the new ones. page_size: keys are in shuffled pages; None:
+    """placed(array): the View of a copy. lengths: keys of each request, without the new ones. page_size: keys are in shuffled pages; None:
     the cache has a row for each request. stray: the table names pages that do not exist where it is not read, and for one that is."""
     inputs, draw = case.make(), np.random.default_rng(1)
     kwargs, (q, k, v) = dict(inputs.kwargs), inputs.args

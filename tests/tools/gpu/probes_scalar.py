@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, int32, uint8, uint64
 
+from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import arith, cp_async, memory, scalar, sync
 from tests.tools.gpu.probes import Array, add, inlined, normal, same
 from tests.tools.problems import NUMPY
@@ -49,6 +50,31 @@ for _name, _product in (("arith.product", arith.product), ("scalar.rounded_produ
     add(_name, "mul.rn.f32", unary(square_less(_product)), check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x, 0), name=_name)
 add("arith.fma", "fma.rn.f32", unary(lambda x: arith.fma(x, x, float32(-(2**24 + 2**13)))),
     check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x + 1, 0))
+@inline
+def turned(x):
+    """A sum of two rounded products: the lost last bits of both. A fused one would keep one of them."""
+    y = arith.turn((x, x), (x, -x), (x, x), (x, x))
+    return y[0] - float32(2**25 + 2**14) + y[1]
+
+
+add("arith.turn", "mul.rn.f32; add", unary(turned), check_unary(np.full(32, 2.0**12 + 1), lambda x: 0 * x, 0))
+
+
+def copied(size: int) -> Callable[[], Any]:
+    copy = memory.copy_bytes(size)
+
+    def make() -> Any:
+        def kernel(a):
+            at = uint64(size * cuda.threadIdx.x)
+            copy(uint64(a.dst + at), uint64(a.src + at))
+        return kernel
+    return make
+
+
+for _size in (1, 2, 4, 8, 16):
+    add("memory.copy_bytes", "ld.global; st.global", copied(_size), name=f"memory.copy_bytes_{_size}",
+        check=lambda launch, n=_size: same(launch(np.arange(32 * n, dtype=np.uint8), dst=np.zeros(32 * n, np.uint8)),
+                                           np.arange(32 * n, dtype=np.uint8)))
 add("memory.load_f32 memory.store_f32", "ld.global.f32; st.global.f32", unary(lambda x: x),
     lambda launch: same(launch(normal(32), dst=normal(32)), normal(32)))
 
