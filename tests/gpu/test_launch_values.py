@@ -15,17 +15,15 @@ import pytest
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
-from fastattn import Grads, UnsupportedError, gpu
+from fastattn import UnsupportedError, gpu
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime import compile
 from fastattn.gpu.runtime.launcher import Listing
-from fastattn.gpu.spec import AnyCall, BackwardCall, Call
-from fastattn.problem import Operands, make_problem
 from tests.fuzz.__main__ import today
 from tests.fuzz.draw import draw
-from tests.fuzz.inputs import Inputs, arguments, make, swapped
+from tests.fuzz.inputs import make
 from tests.fuzz.spec import Spec
-from tests.tools.gpu.calls import host_view
+from tests.tools.gpu.drawn import calls
 
 COUNT = 1500
 
@@ -48,29 +46,6 @@ class Checked:
             assert letter not in "fd" or np.isfinite(value), f"{self.source.key}: {name} is {value}"
         struct.pack("@" + "".join(compile._LETTERS[letter] for _, letter in self.source.fields), *values)
         self.kernel.launch(grid, values, stream)
-
-
-def calls(x: Inputs) -> list[AnyCall]:
-    """The forward of a problem, and its backward if it has one."""
-    s, there = x.spec, arguments(x)
-    options = {name: y for name, y in there.options.items() if name not in ("layout", "dlse")}
-
-    def canonical(array: Any) -> Any:
-        return host_view(swapped(s, array))
-    arrays = {name: host_view(options.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
-    if s.packed:
-        arrays |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(host_view, there.lengths), strict=True))
-    q, k, v, dout = (canonical(there.arrays[name]) for name in ("q", "k", "v", "dout"))
-    problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=s.packed, **options)
-    out, lse = host_view(np.empty((*x.q.shape[:-1], s.head_dim_v), x.q.dtype)), host_view(np.empty(x.lse_shape, np.float32))
-    found: list[AnyCall] = [Call(problem, o, out, lse if s.return_lse else None)]
-    if s.backward:
-        dbias = np.empty((1,) * (4 - x.bias.ndim) + x.bias.shape, x.bias.dtype) if x.bias is not None and s.need_dbias else None
-        grads = Grads(*(host_view(np.empty_like(y)) for y in (x.q, x.k, x.v)), host_view(dbias),
-                      None if x.sinks is None else host_view(np.empty_like(x.sinks)))
-        dlse = None if x.dlse is None else host_view(x.dlse)
-        found.append(BackwardCall(problem, o, dout, out, lse, dlse, grads, s.deterministic))
-    return found
 
 
 def prepare(spec: Spec, arch: str) -> int:

@@ -29,8 +29,8 @@ from tests.fuzz.__main__ import today
 from tests.fuzz.draw import draw
 from tests.fuzz.inputs import make
 from tests.fuzz.spec import Spec
-from tests.gpu.test_launch_values import calls
 from tests.tools.gpu import jobs
+from tests.tools.gpu.drawn import calls
 
 LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}
 FIRST_MEMORY, FIRST_MAP, COUNTER, ARRIVALS = 1 << 44, 1 << 46, 1 << 47, 1 << 48

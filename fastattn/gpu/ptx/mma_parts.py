@@ -73,8 +73,8 @@ def _make_qk(pairs: tuple[tuple[int, int], ...]) -> Any:
     return qk
 
 
-qk = _make_qk(PAIRS)
-kq = _make_qk(SWAPPED)                      # K Q^T, with the bits of Q K^T
+qk = _make_qk(SWAPPED)
+kq = _make_qk(PAIRS)                        # K Q^T, with the bits of Q K^T. The other way round, a backward spills
 
 
 def _add_products(builder: Any, acc: list[Any], tiles: int, steps: int, load_a: Callable[[int], list[_Piece]],
