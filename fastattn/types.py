@@ -76,7 +76,16 @@ class CommonOptions(TypedDict, total=False):
     engine: EngineName | None
 
 
-class ScoreOptions(CommonOptions, total=False):
+class FunctionOptions(TypedDict, total=False):
+    """Keywords of calls with functions, which `fastattn.jax` does not have."""
+
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    captured: Captured
+    block_mask: BlockMask | None
+
+
+class ScoreOptions(CommonOptions, FunctionOptions, total=False):
     """Keywords of all four attention functions."""
 
     seed: Integer | None
@@ -84,10 +93,6 @@ class ScoreOptions(CommonOptions, total=False):
     dropout_at: Place | None
     dropout_heads: Integer | None
     stream: Any
-    score_mod: ScoreMod | None
-    mask_mod: MaskMod | None
-    captured: Captured
-    block_mask: BlockMask | None
 
 
 class DenseOptions(ScoreOptions, total=False):
@@ -154,6 +159,10 @@ class FrameworkOptions(CommonOptions, total=False):
     deterministic: bool
 
 
+class TorchOptions(FrameworkOptions, FunctionOptions, total=False):
+    """Keywords of `fastattn.torch.attention`, but `return_lse`."""
+
+
 class PackedFrameworkOptions(CommonOptions, total=False):
     """Keywords of their `attention_varlen`, but `return_lse`."""
 
@@ -164,3 +173,7 @@ class PackedFrameworkOptions(CommonOptions, total=False):
     max_seqlen_q: Integer | None
     max_seqlen_k: Integer | None
     seqused_k: Lengths | None
+
+
+class PackedTorchOptions(PackedFrameworkOptions, FunctionOptions, total=False):
+    """Keywords of `fastattn.torch.attention_varlen`, but `return_lse`."""

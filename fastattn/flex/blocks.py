@@ -144,11 +144,6 @@ class BlockMask:
             self.traced = _pinned(traced("block_mask", "mask_mod", mask_mod, (), True),
                                   frozenset([name for name, n in planes.items() if n in (None, 1)]))
 
-    def pinned(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        """The function, with b and h 0 where one plane serves all."""
-        assert self.mask_mod is not None
-        return self.mask_mod(b * 0 if self.batch in (None, 1) else b, h * 0 if self.num_heads in (None, 1) else h, q_idx, kv_idx)
-
     @property
     def program(self) -> Program | None:
         return None if self.traced is None else self.traced.program

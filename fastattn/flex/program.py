@@ -120,6 +120,13 @@ class Builder:
         """A line of another program, on lines of this one."""
         return self.do(line.op, *args) if line.op in OPS else self.add(line.op, args, line.kind, line.value)
 
+    def include(self, p: Program) -> tuple[int, ...]:
+        """The outputs of a program over the same arrays and numbers, as lines of this one."""
+        new: list[int] = []
+        for x in p.lines:
+            new.append(self.copy(x, tuple([new[n] for n in x.args])))
+        return tuple([new[n] for n in p.outputs])
+
     def const(self, value: Any, kind: str = FLOAT) -> int:
         x = float(value) if kind == FLOAT else bool(value) if kind == BOOL else wrapped(int(value))
         return self.add("const", (), kind, x)
@@ -212,13 +219,7 @@ class Builder:
 def joined(*programs: Program) -> Program:
     """The outputs of programs over the same arrays and numbers, as one program."""
     b = Builder(programs[0].arrays, programs[0].numbers)
-    outputs: list[int] = []
-    for p in programs:
-        new: list[int] = []
-        for x in p.lines:
-            new.append(b.copy(x, tuple([new[n] for n in x.args])))
-        outputs += [new[n] for n in p.outputs]
-    return b.program(*outputs)
+    return b.program(*[n for p in programs for n in b.include(p)])
 
 
 def renumbered(p: Program, arrays: Sequence[Captured], numbers: Sequence[str], array: dict[int, int], number: dict[int, int]) -> Program:

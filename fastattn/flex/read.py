@@ -10,10 +10,11 @@ from ..arrays.convert import Caller
 from ..arrays.view import CPU, EIGHT_BIT, Device, View
 from ..errors import message
 from ..options import Check
-from .blocks import BlockMask, and_masks
+from .blocks import BlockMask
 from .capture import is_number
 from .operands import Flex, FlexOperands, Functions
 from .ops import FLOAT, kind_of
+from .program import Builder, renumbered
 from .trace import Traced, traced
 
 
@@ -29,7 +30,9 @@ def read_flex(caller: Caller, g: Functions) -> FlexOperands:
         torchs = type(block).__name__ == "BlockMask"
         raise TypeError(message(call, "block_mask", f"is {'torch' if torchs else words.kind(block)}{'s BlockMask' if torchs else ''}",
                                 "what fastattn.block_mask returns", "fastattn.block_mask takes the arguments of create_block_mask"))
-    score = None if g.score_mod is None else traced(call, "score_mod", g.score_mod, g.captured)
+    score = g.score_mod
+    if score is not None and not isinstance(score, Traced):
+        score = traced(call, "score_mod", score, g.captured)
     mask = _mask(call, g.mask_mod, block)
     flex = Flex(None if score is None else score.program, None if mask is None else mask.program,
                 None if block is None or block.blocks is None else block.block)
@@ -52,14 +55,26 @@ def _place(caller: Caller) -> Device:
 
 
 def _mask(call: str, mask_mod: Any, block: BlockMask | None) -> Traced | None:
-    """The program of the masks that the call has. A mask that a BlockMask has traced is not traced again."""
-    if block is None or block.mask_mod is None:
-        return None if mask_mod is None else traced(call, "mask_mod", mask_mod, (), True)
-    if mask_mod is None:
-        return block.traced
-    if not callable(mask_mod):
-        traced(call, "mask_mod", mask_mod, (), True)        # raises
-    return traced(call, "mask_mod", and_masks(mask_mod, block.pinned), (), True)
+    """The program of the masks that the call has: both where there are two. What is traced already is not traced again."""
+    if mask_mod is not None and not isinstance(mask_mod, Traced):
+        mask_mod = traced(call, "mask_mod", mask_mod, (), True)
+    other = None if block is None else block.traced
+    if mask_mod is None or other is None:
+        return other if mask_mod is None else mask_mod
+    return _both(mask_mod, other)
+
+
+def _both(one: Traced, other: Traced) -> Traced:
+    """A pair is seen if both masks let it."""
+    arrays, numbers = one.program.arrays + other.program.arrays, one.program.numbers + other.program.numbers
+    b, outputs = Builder(arrays, numbers), list[int]()
+    first_array = first_number = 0
+    for t in (one, other):
+        count, kinds = len(t.program.arrays), len(t.program.numbers)
+        p = renumbered(t.program, arrays, numbers, {n: first_array + n for n in range(count)}, {n: first_number + n for n in range(kinds)})
+        outputs += b.include(p)
+        first_array, first_number = first_array + count, first_number + kinds
+    return Traced(b.program(b.do("and", *outputs)), one.arrays + other.arrays, one.names + other.names, one.numbers + other.numbers)
 
 
 def _entries(captured: Sequence[Any], score: Traced) -> tuple[int | None, ...]:

@@ -23,7 +23,9 @@ from .record import Record
 
 _PLACED = "a call that JAX differentiates is a problem by itself; fastattn's own function has it"
 _OF_XLA = {"out": "XLA allocates the results", "stream": "XLA chooses the stream", "diagonal": _PLACED, "dropout_at": _PLACED,
-           "dropout_heads": _PLACED, "out_dtype": "gradients have the dtypes of their inputs"}
+           "dropout_heads": _PLACED, "out_dtype": "gradients have the dtypes of their inputs",
+           **dict.fromkeys(("score_mod", "mask_mod", "captured", "block_mask"),
+                           "a compiled program holds no functions; fastattn's own function has it")}
 _NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 

@@ -14,10 +14,23 @@ import fastattn
 
 from ..arrays.view import EIGHT_BIT
 from ..errors import message
+from ..flex.operands import functions_of
 from ..options import read_options
 from ..problem import is_plain
 from ..signature import hiding, unknown_arguments
-from ..types import Causal, EngineName, FrameworkOptions, Integer, Number, PackedFrameworkOptions, Window
+from ..types import (
+    BlockMask,
+    Captured,
+    Causal,
+    EngineName,
+    Integer,
+    MaskMod,
+    Number,
+    PackedTorchOptions,
+    ScoreMod,
+    TorchOptions,
+    Window,
+)
 from .autograd import PLAIN, Settings, attend, attend_plain, level, modes
 from .operators import Arguments, causal_name, seed_tensor
 
@@ -39,17 +52,18 @@ def _in_graph(*operands: Any) -> bool:
 
 
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[FrameworkOptions]) -> Tensor: ...
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[TorchOptions]) -> Tensor: ...
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True],
-              **options: Unpack[FrameworkOptions]) -> tuple[Tensor, Tensor]: ...
+              **options: Unpack[TorchOptions]) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool,
-              **options: Unpack[FrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+              **options: Unpack[TorchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: Window | None = None,
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None,
-              mask: Any = None, sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
+              mask: Any = None, sinks: Any = None, score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None,
+              captured: Captured = (), block_mask: BlockMask | None = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
               layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool | None = None,
               engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention` that torch differentiates, compiles, exports and casts.
@@ -68,6 +82,9 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         q's dtype or float32, added to the scores. Has a gradient, of bias's own shape.
     sinks : Tensor (num_heads,), optional
         Logits that join the softmax's denominator only. Has a gradient.
+    score_mod, mask_mod, captured, block_mask : optional
+        As in `fastattn.attention`. The float tensors that score_mod reads, captured or in its closure, have gradients.
+        torch.compile runs such a call outside of its graph.
     alibi_slopes : Tensor (num_heads,) or (batch, num_heads), optional
         Has no gradient: slopes that require one are refused.
     dropout_p : float, default 0.0
@@ -114,6 +131,11 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         raise _unknown(attention, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
+    if functions_of(score_mod, mask_mod, captured, block_mask) is not None:
+        return _flexible("attention", q, k, v, {"bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes},
+                         {"score_mod": score_mod, "mask_mod": mask_mod, "captured": captured, "block_mask": block_mask},
+                         {"causal": causal, "window": window, "softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p,
+                          "seed": seed, "offset": offset, "layout": layout, "engine": engine}, deterministic, return_lse)
     unseen = _unseen(q)
     if unseen and not _in_graph(q, k, v, bias, sinks, alibi_slopes):
         return fastattn.attention(q, k, v, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
@@ -134,19 +156,21 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
 
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[False] = ...,
-                     **options: Unpack[PackedFrameworkOptions]) -> Tensor: ...
+                     **options: Unpack[PackedTorchOptions]) -> Tensor: ...
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[True],
-                     **options: Unpack[PackedFrameworkOptions]) -> tuple[Tensor, Tensor]: ...
+                     **options: Unpack[PackedTorchOptions]) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool,
-                     **options: Unpack[PackedFrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+                     **options: Unpack[PackedTorchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: Integer | None = None,
                      max_seqlen_k: Integer | None = None, seqused_k: Any = None, causal: Causal = False,
                      window: Window | None = None, softmax_scale: Number | None = None,
                      softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None,
-                     sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
+                     sinks: Any = None, score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None,
+                     captured: Captured = (), block_mask: BlockMask | None = None, dropout_p: Number = 0.0,
+                     seed: Any = None, offset: Any = 0,
                      layout: Literal["thd"] = "thd", return_lse: bool = False, deterministic: bool | None = None,
                      engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention_varlen` that torch differentiates, compiles, exports and casts.
@@ -169,6 +193,8 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         Has a gradient.
     causal, window, softmax_scale, softcap, mask, sinks, dropout_p, seed, offset, return_lse, deterministic, engine : optional
         As in `attention`.
+    score_mod, mask_mod, captured, block_mask : optional
+        As in `attention`; indices count inside each sequence.
     layout : {"thd"}
         The one layout of packed tensors.
 
@@ -196,6 +222,14 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         raise _unknown(attention_varlen, more, unknown)
     if dropout_p and seed is None:
         seed = _draw()
+    if functions_of(score_mod, mask_mod, captured, block_mask) is not None:
+        return _flexible("attention_varlen", q, k, v, {
+            "bias": bias, "sinks": sinks, "mask": mask, "alibi_slopes": alibi_slopes, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k},
+            {"score_mod": score_mod, "mask_mod": mask_mod, "captured": captured, "block_mask": block_mask},
+            {"causal": causal, "window": window, "softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "seed": seed,
+             "offset": offset, "layout": layout, "engine": engine, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k},
+            deterministic, return_lse)
     unseen = _unseen(q)
     if unseen and not _in_graph(q, k, v, bias, sinks, alibi_slopes):
         return fastattn.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
@@ -231,6 +265,14 @@ def _unknown(function: Any, more: tuple[Any, ...], unknown: dict[str, Any]) -> T
             call = function.__name__
             return TypeError(f"{call}(): {name} is no keyword of fastattn.torch.{call}, because {instead}; fastattn.{call} has it.")
     return unknown_arguments(function, more, unknown)
+
+
+def _flexible(call: str, q: Any, k: Any, v: Any, tensors: dict[str, Any], functions: dict[str, Any], options: dict[str, Any],
+              deterministic: bool | None, return_lse: bool) -> Any:
+    """A call with functions: see flex.py, which is imported for the first."""
+    from . import flex
+
+    return flex.attend(call, {"q": q, "k": k, "v": v} | tensors, functions, options, _deterministic(deterministic), bool(return_lse))
 
 
 # ---------------------------------------------------------------- a call that torch sees
