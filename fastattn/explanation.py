@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Never
 
 from . import api, api_packed, registry
-from .arrays.view import CPU, ITEMSIZE, Device, View, contiguous
+from .arrays.view import CPU, FLOATS, ITEMSIZE, Device, View, contiguous
 from .engine import BUILT_IN, FAMILIES, Engine, load
 from .errors import message
+from .flex.operands import FlexOperands
 from .problem import Grads, Operands, Problem
 
 
@@ -188,7 +189,7 @@ def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], ke
     named = [name for name in arrays if name in keywords]
     if not {"dout", "out", "lse"}.isdisjoint(keywords) or len(arguments) + len(named) != len(arrays):
         return None
-    own = {name: keywords.get(name) for name in ("dlse", "need_dbias", "deterministic")}
+    own = {name: keywords.get(name) for name in ("dlse", "need_dbias", "need_dcaptured", "deterministic")}
     caught = _catch(forward, arguments, {name: x for name, x in keywords.items() if name not in own} | {"return_lse": True})
     o, out, lse, stream = caught.where
 
@@ -198,7 +199,10 @@ def _backward_of_inputs(call: Callable[..., Any], arguments: tuple[Any, ...], ke
     if own["need_dbias"] and o.bias is not None:            # 1 where bias broadcasts
         dbias = new(o.bias, tuple([1 if s == 0 else n for n, s in zip(o.bias.shape, o.bias.strides, strict=True)]))
     dq, dk, dv = (View(1 << 20, x.shape, contiguous(x.shape, out.itemsize), out.dtype, x.device) for x in (o.q, o.k, o.v))
-    grads = Grads(dq, dk, dv, dbias, None if o.sinks is None else new(o.sinks, o.sinks.shape))
+    dcaptured = None
+    if own["need_dcaptured"] and o.flex is not None:
+        dcaptured = tuple([new(x, x.shape) if x.dtype in FLOATS else None for x in o.flex.score_arrays])
+    grads = Grads(dq, dk, dv, dbias, None if o.sinks is None else new(o.sinks, o.sinks.shape), dcaptured)
     where = (o, out, out, lse, None if own["dlse"] is None else lse, grads, stream, bool(own["deterministic"]))
     return _Caught(caught.engine, "backward", replace(caught.problem, call=call.__name__), where)
 
@@ -217,6 +221,12 @@ def _assumed(p: Problem, engine: str | None) -> _Caught:
                  array((p.batch,), "int32") if p.seqused_k else None, array((p.batch,), "int32") if p.diagonals else None)
     if p.eight_bit is not None:
         o.k, o.v = array(o.k.shape, p.eight_bit.dtype_k), array(o.v.shape, p.eight_bit.dtype_v)
+    if p.flex is not None:                                  # arrays of one element: of an index, a program asks for what there is
+        score, mask = ([] if f is None else [array((1,) * x.ndim, x.dtype) for x in f.arrays] for f in (p.flex.score_mod, p.flex.mask_mod))
+        numbers = [() if f is None else (0,) * len(f.numbers) for f in (p.flex.score_mod, p.flex.mask_mod)]
+        rows, keys = p.flex.block or (1, 1)
+        blocks = array((p.batch, p.num_heads, -(-p.seqlen_q // rows), -(-p.seqlen_k // keys)), "bool") if p.flex.block else None
+        o.flex = FlexOperands(p.flex, tuple(score), numbers[0], tuple(mask), numbers[1], blocks, names=tuple(map(str, range(len(score)))))
     out, lse = array(p.out_shape, p.out_dtype), array(p.lse_shape, p.lse_dtype)
     if "backward" not in p.call:
         return _Caught(engine, "forward", p, (o, out, None, None))

@@ -74,6 +74,18 @@ def test_engines_of_others_refuse_and_explain_says_so() -> None:
     assert fastattn.explain(attention, X, X, X, mask_mod=causal, engine="reference").engine == "reference"
 
 
+def test_explain_takes_backwards_and_problems() -> None:
+    flex: dict[str, Any] = {"score_mod": lambda s, b, h, q, k, t: s + t[h, 0], "captured": (TABLE,), "engine": "reference",
+                            "block_mask": block_mask(causal, None, None, 4, 4, blocks=np.ones((2, 2), bool), block=2)}
+    found = fastattn.explain(attention_backward, X, X, X, need_dcaptured=True, **flex)
+    assert found.engine == "reference" and found.call == "attention_backward"
+    from fastattn.explanation import _catch
+
+    caught = _catch(attention, (X, X, X), flex)
+    assert fastattn.explain(caught.problem, device="cpu", engine="reference").engine == "reference"
+    assert fastattn.explain(caught.problem, device="cpu").engine in (None, "cpu")
+
+
 def test_no_engine_computes_without_the_function() -> None:
     """Each engine that takes the call gives what the reference gives; the others refuse by name."""
     want = attention(X, X, X, mask_mod=lambda b, h, q, k: k < 1, engine="reference")
