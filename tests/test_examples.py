@@ -391,3 +391,11 @@ def test_the_masks_of_the_pictures(figures: Any) -> None:
     assert len(figures.get_fignums()) == 4
     assert np.array_equal(weights(3, 3, causal=True) > 0, np.tri(3, dtype=bool))
     np.testing.assert_allclose(weights(2, 4, causal="top_left"), [[1, 0, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-6)
+
+
+def test_twelve_kinds_of_attention(figures: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """flex/test_gallery.py compares their numbers; here: pictures, and the printed one of the blocks."""
+    runpy.run_path(str(EXAMPLES / "twelve_attentions.py"))
+    assert len(figures.get_fignums()) == 6
+    assert capsys.readouterr().out.splitlines()[:3] == ["BlockMask(64 x 64, blocks of 4 x 4, one plane for all, of a function)",
+                                                       "▒" + "·" * 15, "█▒" + "·" * 14]
