@@ -2,8 +2,8 @@
 
 `python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench workloads`
 does so for problems of published models. `python -m bench busy` shares the processors with other processes and with torch.
-`python -m bench ladder` measures each rung of the reading course. `python -m bench paired OLD_TREE` compares two trees of
-fastattn.
+`python -m bench flex` measures score and mask functions. `python -m bench ladder` measures each rung of the reading course.
+`python -m bench paired OLD_TREE` compares two trees of fastattn.
 `--help` lists the options.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from fastattn.cli.pipes import until_closed
 
-from . import busy, cpu, machine, paired, plot, results, table
+from . import busy, cpu, flex, machine, paired, plot, results, table
 from .gpu import ladder, workloads, workloads_table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
         "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|ladder|paired")
+    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|flex|ladder|paired")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
                                 **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
@@ -87,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--update-docs", action="store_true", help="rewrite the table of docs/benchmarks.md")
     _choice(target)
     target.set_defaults(run=_workloads)
+
+    target = targets.add_parser("flex", help="score and mask functions beside built-in features and torch's flex_attention",
+                                **_example("flex --device cuda --backward"))
+    target.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    target.add_argument("--quick", action="store_true", help=f"at {flex.QUICK} instead of {flex.SHAPE}")
+    target.add_argument("--dtype", choices=tuple(flex.TOLERANCE), help="(default: bfloat16 on a device, float32 on the host)")
+    target.add_argument("--backward", action="store_true", help="the backward instead of the forward")
+    target.add_argument("--engine", help="of fastattn (default: the one that a call takes)")
+    target.add_argument("--csv", type=Path, metavar="PATH", help="write the table there, too")
+    _choice(target)
+    target.set_defaults(run=_flex)
 
     target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device",
                                 **_example("ladder --quick"))
@@ -163,6 +174,23 @@ def _busy(options: argparse.Namespace) -> None:
     print(f"{machine.cpu_model()}, {threads} threads, {processes} other processes\n\n{busy.HEAD}", flush=True)
     for case, found in busy.run(chosen, threads, processes, options.seconds):
         print(busy.lines(case, found), flush=True)
+
+
+def _flex(options: argparse.Namespace) -> None:
+    """Print the table as it is measured. Exit status 1 if a number is wrong."""
+    shape = flex.QUICK if options.quick else flex.SHAPE
+    if options.list:
+        print("\n".join(kind.name for kind in flex.kinds(shape[1], shape[2], "cpu")))
+        return
+    dtype, rows = options.dtype or ("bfloat16" if options.device == "cuda" else "float32"), []
+    print(f"{shape}, {dtype}, {'backward' if options.backward else 'forward'}\n\n{flex.HEAD}", flush=True)
+    for row in flex.run(options.device, shape, dtype, options.backward, options.only, options.engine):
+        rows.append(row)
+        print(flex.line(row), flush=True)
+    if options.csv and rows:
+        flex.write_csv(rows, options.csv)
+    if any("WRONG" in row.note for row in rows):
+        raise SystemExit("WRONG, see above: a fast wrong answer means nothing")
 
 
 def report(path: Path, name: str, update_pages: bool) -> None:
