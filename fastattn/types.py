@@ -72,20 +72,15 @@ class CommonOptions(TypedDict, total=False):
     bias: Array | None
     mask: Array | None
     sinks: PerHead | None
-    dropout_p: Number
-    engine: EngineName | None
-
-
-class FunctionOptions(TypedDict, total=False):
-    """Keywords of calls with functions, which `fastattn.jax` does not have."""
-
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
     captured: Captured
     block_mask: BlockMask | None
+    dropout_p: Number
+    engine: EngineName | None
 
 
-class ScoreOptions(CommonOptions, FunctionOptions, total=False):
+class ScoreOptions(CommonOptions, total=False):
     """Keywords of all four attention functions."""
 
     seed: Integer | None
@@ -159,10 +154,6 @@ class FrameworkOptions(CommonOptions, total=False):
     deterministic: bool
 
 
-class TorchOptions(FrameworkOptions, FunctionOptions, total=False):
-    """Keywords of `fastattn.torch.attention`, but `return_lse`."""
-
-
 class PackedFrameworkOptions(CommonOptions, total=False):
     """Keywords of their `attention_varlen`, but `return_lse`."""
 
@@ -173,7 +164,3 @@ class PackedFrameworkOptions(CommonOptions, total=False):
     max_seqlen_q: Integer | None
     max_seqlen_k: Integer | None
     seqused_k: Lengths | None
-
-
-class PackedTorchOptions(PackedFrameworkOptions, FunctionOptions, total=False):
-    """Keywords of `fastattn.torch.attention_varlen`, but `return_lse`."""

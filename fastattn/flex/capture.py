@@ -34,7 +34,7 @@ def is_array(x: Any) -> bool:
     if isinstance(x, type | types.ModuleType | np.generic):
         return False
     protocols = "__dlpack__", "__cuda_array_interface__", "__array_interface__"
-    return isinstance(x, np.ndarray) or any(hasattr(type(x), name) for name in protocols)
+    return isinstance(x, np.ndarray) or any(hasattr(type(x), name) for name in protocols) or words.is_tracer(x)
 
 
 def is_number(x: Any) -> bool:

@@ -18,9 +18,9 @@ from .program import Builder, renumbered
 from .trace import Traced, traced
 
 
-def read_flex(caller: Caller, g: Functions) -> FlexOperands:
-    """The programs, and Views of what they read. Shapes are checked by `check_flex`."""
-    call, block = caller.call, g.block_mask
+def programs_of(call: str, g: Functions) -> tuple[Traced | None, Traced | None]:
+    """The programs of score_mod and of the masks, after the checks that need no array."""
+    block = g.block_mask
     if not isinstance(g.captured, Sequence) or isinstance(g.captured, str | bytes):
         raise TypeError(message(call, "captured", f"is {words.kind(g.captured)}", "a tuple of arrays", "(x,) is a tuple of one"))
     if g.captured and g.score_mod is None:
@@ -33,21 +33,35 @@ def read_flex(caller: Caller, g: Functions) -> FlexOperands:
     score = g.score_mod
     if score is not None and not isinstance(score, Traced):
         score = traced(call, "score_mod", score, g.captured)
-    mask = _mask(call, g.mask_mod, block)
-    flex = Flex(None if score is None else score.program, None if mask is None else mask.program,
+    return score, _mask(call, g.mask_mod, block)
+
+
+def flex_of(score: Traced | None, mask: Traced | None, block: BlockMask | None) -> Flex:
+    return Flex(None if score is None else score.program, None if mask is None else mask.program,
                 None if block is None or block.blocks is None else block.block)
-    o = FlexOperands(flex)
+
+
+def read_flex(caller: Caller, g: Functions) -> FlexOperands:
+    """The programs, and Views of what they read. Shapes are checked by `check_flex`."""
+    score, mask = programs_of(caller.call, g)
+    block = g.block_mask
+    o = FlexOperands(flex_of(score, mask, block))
     if score is not None:
         o.score_arrays, o.score_numbers = _views(caller, score, "score_mod"), score.numbers
-        o.names, o.entries = score.names, _entries(g.captured, score)
+        o.names, o.entries = tuple([shown_name(name, "score_mod") for name in score.names]), _entries(g.captured, score)
     if mask is not None:
         o.mask_arrays, o.mask_numbers = _views(caller, mask, "mask_mod"), mask.numbers
     if block is not None:
         if block.device is not None and block.device != _place(caller):
-            raise ValueError(message(call, "block_mask", f"is for device {block.device}", f"q's device, {_place(caller)}"))
+            raise ValueError(message(caller.call, "block_mask", f"is for device {block.device}", f"q's device, {_place(caller)}"))
         o.blocks = None if block.blocks is None else caller.view(block.blocks, "block_mask")
         o.kept, o.planes = block.kept if g.mask_mod is None else None, (block.batch, block.num_heads)
     return o
+
+
+def shown_name(name: str, argument: str) -> str:
+    """What errors call an array: `captured[0]`, `table in score_mod`."""
+    return name if name.startswith("captured[") else f"{name} in {argument}"
 
 
 def _place(caller: Caller) -> Device:
@@ -88,9 +102,8 @@ def _entries(captured: Sequence[Any], score: Traced) -> tuple[int | None, ...]:
 def _views(caller: Caller, t: Traced, argument: str) -> tuple[View, ...]:
     found = []
     for x, name in zip(t.arrays, t.names, strict=True):
-        shown = name if name.startswith("captured[") else f"{name} in {argument}"
         try:
-            found.append(caller.view(x, shown))
+            found.append(caller.view(x, shown_name(name, argument)))
         except TypeError as error:
             error.add_note(f"The function of {argument}= holds it.")
             raise

@@ -31,6 +31,23 @@ class DecidesError(RefusalError):
         self.numbers = numbers
 
 
+def of_jax() -> RefusalError:
+    return RefusalError("calls a function of jax.numpy or jax.nn", "NumPy's are traced: numpy.where(c, x, y) works")
+
+
+def raised_in_jax(error: Exception) -> bool:
+    """Whether JAX raised it, which takes no stand-ins: every function of jax.numpy makes arrays of what it gets.
+
+    JAX hides its own frames, so its words count too.
+    """
+    if "__jax_array__" in str(error):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and f"{os.sep}jax{os.sep}" in traceback.tb_frame.f_code.co_filename
+
+
 def line_of(traceback: TracebackType | None) -> str:
     """`line 12 of model.py, "if score > 0:"`: the innermost line of the user's own; "" without one."""
     found = ""

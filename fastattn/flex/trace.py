@@ -20,7 +20,7 @@ from ..memo import Recent
 from .capture import Held, Leaf, is_array, is_number
 from .ops import BOOL, FLOAT, HIGH, INT, LOW
 from .program import INPUTS, Builder, Captured, Program
-from .refusal import DecidesError, RefusalError, line_of
+from .refusal import DecidesError, RefusalError, line_of, of_jax, raised_in_jax
 from .values import Array, Value, line
 
 SIGNATURES = {False: "(score, b, h, q_idx, kv_idx)", True: "(b, h, q_idx, kv_idx)"}
@@ -203,6 +203,8 @@ def _trace(call: str, argument: str, function: Callable[..., Any], held: Held, l
         except RefusalError as error:
             raise _refused(call, argument, error, mask) from None
         except Exception as error:
+            if raised_in_jax(error):
+                raise _refused(call, argument, of_jax().with_traceback(error.__traceback__), mask) from None
             error.add_note(f"It was raised by {argument}, which {call}() called to trace it; its arguments stand for any place.")
             raise
     if first.program != second.program:

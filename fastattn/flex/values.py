@@ -14,7 +14,7 @@ import numpy as np
 
 from .ops import BOOL, FLOAT, HIGH, INT, LOW
 from .program import Builder
-from .refusal import DecidesError, RefusalError, torch_dtype
+from .refusal import DecidesError, RefusalError, of_jax, torch_dtype
 
 _BRANCH = "numpy.where(c, x, y) instead of `x if c else y`, &, | and ~ instead of and, or and not, numpy.minimum and numpy.maximum " \
     "instead of min and max work"
@@ -47,6 +47,9 @@ class Value:
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return called(self.b, function.__name__, args, kwargs, "numpy.")
+
+    def __jax_array__(self) -> Any:
+        raise of_jax()
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

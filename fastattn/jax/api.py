@@ -14,18 +14,32 @@ from ..arrays import words
 from ..arrays.convert import small
 from ..arrays.view import CPU, View
 from ..errors import message
+from ..flex.operands import functions_of
 from ..options import Options, read_options
 from ..signature import hiding, unknown_arguments
-from ..types import Array, Causal, EngineName, FrameworkOptions, Integer, Lengths, Number, PackedFrameworkOptions, Window
+from ..types import (
+    Array,
+    BlockMask,
+    Captured,
+    Causal,
+    EngineName,
+    FrameworkOptions,
+    Integer,
+    Lengths,
+    MaskMod,
+    Number,
+    PackedFrameworkOptions,
+    ScoreMod,
+    Window,
+)
+from . import flex
 from .derivative import attend
 from .problems import LENGTHS, NUMBERS, traced_problem
 from .record import Record
 
 _PLACED = "a call that JAX differentiates is a problem by itself; fastattn's own function has it"
 _OF_XLA = {"out": "XLA allocates the results", "stream": "XLA chooses the stream", "diagonal": _PLACED, "dropout_at": _PLACED,
-           "dropout_heads": _PLACED, "out_dtype": "gradients have the dtypes of their inputs",
-           **dict.fromkeys(("score_mod", "mask_mod", "captured", "block_mask"),
-                           "a compiled program holds no functions; fastattn's own function has it")}
+           "dropout_heads": _PLACED, "out_dtype": "gradients have the dtypes of their inputs"}
 _NEEDED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _INTEGERS = ("int32", "uint32", "int64", "uint64")
 
@@ -41,7 +55,8 @@ def attention(q: Array, k: Array, v: Array, *, return_lse: bool,
 @hiding
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: Window | None = None,
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None,
-              mask: Any = None, sinks: Any = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
+              mask: Any = None, sinks: Any = None, score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None,
+              captured: Captured = (), block_mask: BlockMask | None = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
               layout: Literal["bshd", "bhsd"] = "bshd", return_lse: bool = False, deterministic: bool = False,
               engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention` for JAX: differentiable, and part of compiled programs.
@@ -67,6 +82,9 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         bool, True where a query attends a key.
     sinks : array (num_heads,), optional
         float32, float64, q's dtype, or a list.
+    score_mod, mask_mod, captured, block_mask : optional
+        As in `fastattn.attention`, in Python's and NumPy's words: ``numpy.where``, not ``jax.numpy.where``. The float arrays
+        that score_mod reads, captured or in its closure, have gradients. Numbers are part of the compiled program.
     seed, offset : int or array (), optional
         Of dropout, as in `fastattn.attention`. An int is part of the compiled program: a new one compiles again. An
         array of (u)int32 or (u)int64 is read when the program runs, on the CPU; on CUDA it is refused.
@@ -116,7 +134,9 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
         raise ValueError(message(call, "layout", f"is {layout!r}", "'bshd' or 'bhsd'", "attention_varlen takes packed arrays"))
     arrays = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
     options, numbers = _options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset)
-    return _call(call, {**_arrays(call, arrays), **numbers}, options, layout, engine, return_lse, deterministic)
+    functions, held = flex.read(call, functions_of(score_mod, mask_mod, captured, block_mask))
+    found = {**_arrays(call, arrays), **numbers, **{name: _array(call, name, x) for name, x in held.items()}}
+    return _call(call, found, options, layout, engine, return_lse, deterministic, functions)
 
 
 @overload
@@ -133,7 +153,9 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
                      max_seqlen_k: Integer | None = None, seqused_k: Any = None, causal: Causal = False,
                      window: Window | None = None, softmax_scale: Number | None = None,
                      softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None, mask: Any = None, sinks: Any = None,
-                     dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0, layout: Literal["thd"] = "thd",
+                     score_mod: ScoreMod | None = None, mask_mod: MaskMod | None = None, captured: Captured = (),
+                     block_mask: BlockMask | None = None, dropout_p: Number = 0.0, seed: Any = None, offset: Any = 0,
+                     layout: Literal["thd"] = "thd",
                      return_lse: bool = False, deterministic: bool = False, engine: EngineName | None = None, **unknown: Never) -> Any:
     """`fastattn.attention_varlen` for JAX: sequences of different lengths, packed along one axis.
 
@@ -158,6 +180,8 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
         Indexed inside each sequence.
     causal, window, softmax_scale, softcap, sinks, dropout_p, seed, offset : optional
         As in `attention`, inside each sequence.
+    score_mod, mask_mod, captured, block_mask : optional
+        As in `attention`, of fastattn.jax.
     layout : {"thd"}
         The one layout of packed arrays.
     return_lse, deterministic, engine : optional
@@ -192,16 +216,17 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     arrays = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     options, numbers = _options(call, causal, window, softmax_scale, softcap, dropout_p, seed, offset, max_seqlen_q, max_seqlen_k)
-    found = _arrays(call, {**arrays, **lengths})
-    return _call(call, {**found, **numbers}, options, layout, engine, return_lse, deterministic, _known_lengths(call, lengths))
+    functions, held = flex.read(call, functions_of(score_mod, mask_mod, captured, block_mask))
+    found = {**_arrays(call, {**arrays, **lengths}), **numbers, **{name: _array(call, name, x) for name, x in held.items()}}
+    return _call(call, found, options, layout, engine, return_lse, deterministic, functions, _known_lengths(call, lengths))
 
 
 def _call(call: str, arrays: dict[str, Any], options: Options, layout: str, engine: str | None, return_lse: Any, deterministic: Any,
-          lengths: Mapping[str, View] | None = None) -> Any:
+          functions: str | None, lengths: Mapping[str, View] | None = None) -> Any:
     """Check a call, and make it. `lengths` are Views of lengths whose numbers are known."""
     _check_engine(call, engine)
     record = Record(call, tuple(arrays), ("out", "lse") if return_lse else ("out",), options, layout, engine,
-                    registry.in_use() if engine is None else None, bool(deterministic))
+                    registry.in_use() if engine is None else None, bool(deterministic), functions)
     problem = traced_problem(record, arrays, lengths)
     if record.packed:       # the program keeps the maxima of now, so that shapes that follow from them never change
         for name, n in (("max_seqlen_q", problem.seqlen_q), ("max_seqlen_k", problem.seqlen_k)):

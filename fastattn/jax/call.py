@@ -53,7 +53,8 @@ def _results(record: Record, arrays: Arrays) -> list[tuple[tuple[int, ...], Any]
         out = (out[0], out[2], out[1], out[3])
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"out": (out, arrays["q"].dtype), "lse": (p.lse_shape, jnp.dtype(p.lse_dtype))}
     of = {"dq": "q", "dk": "k", "dv": "v", "dbias": "bias", "dsinks": "sinks"}
-    return [shapes[name] if name in shapes else (arrays[of[name]].shape, arrays[of[name]].dtype) for name in record.results]
+    sources = {name: arrays[of.get(name, name[1:])] for name in record.results if name not in shapes}
+    return [shapes[name] if name in shapes else (sources[name].shape, sources[name].dtype) for name in record.results]
 
 
 def alike(operands: list[Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -83,10 +84,10 @@ def _mesh_axes(x: Any) -> frozenset[Any]:
 def fold(record: Record, size: int, mapped: Mapping[str, bool], arrays: Arrays) -> Arrays | None:
     """The arrays of one call whose batch is the mapped axis times the batch; None where one call cannot do it.
 
-    That is: packed sequences; dropout, whose elements depend on the position in the batch; sinks, and a bias or mask of
+    That is: packed sequences; dropout and functions, which depend on the position in the batch; sinks, and a bias or mask of
     one batch entry, that each element of the mapped axis has for itself.
     """
-    if record.packed or record.options.dropout_p or mapped.get("sinks") or "dsinks" in record.results:
+    if record.packed or record.flex is not None or record.options.dropout_p or mapped.get("sinks") or "dsinks" in record.results:
         return None
     batch = arrays["q"].shape[int(mapped["q"])]
     folded = {}

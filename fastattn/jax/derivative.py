@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import flex
 from .call import Arrays, alike, bind
 from .record import Record
 
@@ -23,26 +24,34 @@ def _attend(record: Record, arrays: Arrays) -> Arrays:
 
 def _forward(record: Record, primals: Any) -> tuple[Arrays, tuple[Arrays, Any]]:
     differentiated = {name for name, x in primals.items() if x.perturbed}
-    for name in differentiated.difference(_ALWAYS, _OPTIONAL):
-        raise TypeError(f"{record.call}(): {name} is differentiated; expected a constant, because fastattn has no gradient of it; "
-                        f"jax.lax.stop_gradient({name}) works.")
+    for name in differentiated.difference(_ALWAYS, _optional(record)):
+        of, hint = flex.shown(name), "jax.lax.stop_gradient(" + (name if name == flex.shown(name) else "it") + ") works."
+        raise TypeError(f"{record.call}(): {of} is differentiated; expected a constant, because fastattn has no gradient of it; {hint}")
     arrays = {name: x.value for name, x in primals.items()}
     found = bind(replace(record, results=("out", "lse")), arrays)
-    return {name: found[name] for name in record.results}, ({**arrays, **found}, _mark(differentiated))
+    return {name: found[name] for name in record.results}, ({**arrays, **found}, _mark(record, differentiated))
 
 
-def _mark(differentiated: set[str]) -> Any:
-    """An array of at most 3 bytes whose length says which optional gradients are wanted, for the backward, which JAX does not tell.
+def _optional(record: Record) -> tuple[str, ...]:
+    """Operands that may have a gradient; those of score_mod together, because the engines compute all or none."""
+    return (*_OPTIONAL, *flex.differentiable(record.flex))
+
+
+def _mark(record: Record, differentiated: set[str]) -> Any:
+    """An array of at most 7 bytes whose length says which optional gradients are wanted, for the backward, which JAX does not tell.
 
     Shapes are the one static thing that JAX keeps for each linearization. The structure of what a forward saves, where a
     static value could lie, is kept once for all linearizations of a jitted function: the last one traced would count.
     """
-    return jnp.zeros(sum(1 << i for i, name in enumerate(_OPTIONAL) if name in differentiated), jnp.int8)
+    wanted = [name in differentiated for name in _OPTIONAL] + [not differentiated.isdisjoint(flex.differentiable(record.flex))]
+    return jnp.zeros(sum(1 << i for i, x in enumerate(wanted) if x), jnp.int8)
 
 
 def _backward(record: Record, saved: tuple[Arrays, Any], cotangents: Arrays) -> tuple[Arrays]:
     (arrays, mark), used = saved, {name: x for name, x in cotangents.items() if not _is_zero(x)}
     wanted = [name for i, name in enumerate(_OPTIONAL) if mark.shape[0] >> i & 1]
+    if mark.shape[0] >> len(_OPTIONAL) & 1:
+        wanted += flex.differentiable(record.flex)
     given = {**arrays, "dout": used["out"] if "out" in used else jnp.zeros(arrays["out"].shape, arrays["out"].dtype)}
     if "lse" in used:
         given["dlse"] = used["lse"]

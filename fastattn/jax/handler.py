@@ -21,7 +21,7 @@ from ..memo import Recent
 from ..options import Options
 from ..problem import Grads, Operands, Problem
 from ..registry import choose, scope
-from . import ffi, problems, record
+from . import ffi, flex, problems, record
 from .record import Record
 
 TARGET = "fastattn"
@@ -43,7 +43,7 @@ def run(r: Record, operands: Mapping[str, View], results: Mapping[str, View], st
         dbias = x.get("dbias")
         if dbias is not None:
             dbias = dbias.broadcast_to((1,) * (4 - len(dbias.shape)) + dbias.shape)
-        grads = Grads(x["dq"], x["dk"], x["dv"], dbias, x.get("dsinks"))
+        grads = Grads(x["dq"], x["dk"], x["dv"], dbias, x.get("dsinks"), flex.gradients(r.flex, x))
         chosen.backward(problem, ready, x["dout"], x["out"], x["lse"], x.get("dlse"), grads, stream, r.deterministic)
 
 

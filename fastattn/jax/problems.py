@@ -12,6 +12,7 @@ from ..arrays.view import CPU, ITEMSIZE, Device, View, contiguous
 from ..eight_bit import refuse_backward
 from ..options import Check, Options
 from ..problem import Operands, Problem, problem_of
+from . import flex
 from .record import Record
 
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
@@ -24,7 +25,7 @@ _ADDRESS = 1 << 20
 def operands_of(record: Record, views: Mapping[str, View]) -> Operands:
     """The canonical Operands among the named Views of a call."""
     given: dict[str, Any] = {name: canonical(record, name, views[name]) for name in OPERANDS if name in views}
-    return Operands(**given)
+    return Operands(**given, flex=None if record.flex is None else flex.operands(record.flex, views))
 
 
 def canonical(record: Record, name: str, view: View) -> View:
@@ -53,5 +54,5 @@ def traced_problem(record: Record, arrays: Mapping[str, Any], lengths: Mapping[s
     def view(name: str, x: Any) -> View:
         dtype = str(x.dtype)
         return View(_ADDRESS, tuple(x.shape), contiguous(tuple(x.shape), ITEMSIZE.get(dtype, 1)), dtype, device, x)
-    views = {name: view(name, arrays[name]) for name in OPERANDS if name in arrays}
+    views = {name: view(name, x) for name, x in arrays.items() if name in OPERANDS or flex.is_operand(name)}
     return problem(record, record.options, operands_of(record, {**views, **(lengths or {})}))[0]

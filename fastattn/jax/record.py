@@ -31,6 +31,7 @@ class Record:
     engine: str | None = None
     engines: tuple[str, ...] | None = None
     deterministic: bool = False
+    flex: str | None = None             # the functions, as flex.py of this folder writes them
 
     @property
     def packed(self) -> bool:

@@ -23,12 +23,12 @@ from ..types import (
     Captured,
     Causal,
     EngineName,
+    FrameworkOptions,
     Integer,
     MaskMod,
     Number,
-    PackedTorchOptions,
+    PackedFrameworkOptions,
     ScoreMod,
-    TorchOptions,
     Window,
 )
 from .autograd import PLAIN, Settings, attend, attend_plain, level, modes
@@ -52,13 +52,13 @@ def _in_graph(*operands: Any) -> bool:
 
 
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[TorchOptions]) -> Tensor: ...
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[FrameworkOptions]) -> Tensor: ...
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True],
-              **options: Unpack[TorchOptions]) -> tuple[Tensor, Tensor]: ...
+              **options: Unpack[FrameworkOptions]) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool,
-              **options: Unpack[TorchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+              **options: Unpack[FrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
 def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, window: Window | None = None,
               softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: Any = None, bias: Any = None,
@@ -156,13 +156,13 @@ def attention(q: Any, k: Any, v: Any, *more: Never, causal: Causal = False, wind
 
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[False] = ...,
-                     **options: Unpack[PackedTorchOptions]) -> Tensor: ...
+                     **options: Unpack[PackedFrameworkOptions]) -> Tensor: ...
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[True],
-                     **options: Unpack[PackedTorchOptions]) -> tuple[Tensor, Tensor]: ...
+                     **options: Unpack[PackedFrameworkOptions]) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool,
-                     **options: Unpack[PackedTorchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+                     **options: Unpack[PackedFrameworkOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 @hiding
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *more: Never, max_seqlen_q: Integer | None = None,
                      max_seqlen_k: Integer | None = None, seqused_k: Any = None, causal: Causal = False,

@@ -18,8 +18,7 @@ Q = np.ones((2, 16, 4, 8), np.float32)
 P = np.ones((9, 4, 8), np.float32)
 CU = [0, 4, 9]
 # keywords of fastattn that are not here: XLA allocates, and chooses the stream; 8-bit operands have no gradients
-MISSING = {"out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale", "diagonal", "dropout_at", "dropout_heads",
-           "score_mod", "mask_mod", "captured", "block_mask"}
+MISSING = {"out", "stream", "q_scale", "k_scale", "v_scale", "out_dtype", "out_scale", "diagonal", "dropout_at", "dropout_heads"}
 WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda q: attention(q, Q[:, :, :3], Q[:, :, :3]), ValueError,
      "attention(): k has 3 heads; expected a divisor of q's num_heads = 4; num_heads_k = 2"),
@@ -54,8 +53,9 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda q: attention(q, Q, Q, sinks=[1.0, "x", 2.0, 3.0]), TypeError, "attention(): sinks is"),
     (lambda q: attention(q, Q, Q, out=q), TypeError,
      "attention(): out is no keyword of it in fastattn.jax, because XLA allocates the results."),
-    (lambda q: attention(q, Q, Q, mask_mod=lambda b, h, i, j: i >= j), TypeError,
-     "attention(): mask_mod is no keyword of it in fastattn.jax, because a compiled program holds no functions"),
+    (lambda q: attention(q, Q, Q, mask_mod=lambda b, h, i, j: jnp.where(i >= j, True, False)), TypeError,
+     "attention(): mask_mod calls a function of jax.numpy or jax.nn"),
+    (lambda q: attention(q, Q, Q, captured=(q,)), ValueError, "attention(): captured has 1 arrays without score_mod"),
     (lambda q: attention(q, Q, Q, stream=0), TypeError,
      "attention(): stream is no keyword of it in fastattn.jax, because XLA chooses the stream."),
     (lambda q: attention(q, Q, Q, is_causal=True), TypeError, "attention(): is_causal is no keyword of it; here it is causal="),

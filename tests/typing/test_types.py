@@ -138,8 +138,7 @@ def test_overloads_of_the_frameworks_have_every_keyword(framework: str, name: st
     assert len(overloads) == 3
     for overload in overloads:
         own = set(inspect.signature(overload).parameters) - {"options"}
-        kind = {"torch": "Torch", "jax": "Framework"}[framework]
-        options = getattr(types, f"{kind}Options" if name == "attention" else f"Packed{kind}Options")
+        options = types.FrameworkOptions if name == "attention" else types.PackedFrameworkOptions
         assert own | set(typing.get_type_hints(options)) == shown
 
 
