@@ -49,6 +49,8 @@ class Case:
     head_dim_v: of v and out; 0 is head_dim. latent: v is a view of k's first columns (the absorbed form of MLA).
     bias_batch: the bias has a plane for each sequence, else one for all. mask_kind: see bench/masks.py.
     page_size: k and v are caches in pages of so many keys, in random order. cache_dtype: theirs, if it is an 8-bit float.
+    position: the call says on which key its row 0 stands, which is where it would stand anyway, and where it lies in the dropout's mask.
+    float32_out: results are not rounded to 16 bits.
     title, source: of a workload, and the model or paper it is from. wall: time from call to call, not the device's.
     """
 
@@ -86,6 +88,8 @@ class Case:
     wall: bool = False
     page_size: int = 0
     cache_dtype: str = ""
+    position: bool = False
+    float32_out: bool = False
 
     @property
     def shape_q(self) -> tuple[int, int, int, int]:
@@ -107,7 +111,8 @@ class Case:
     def features(self) -> tuple[str, ...]:
         """Names of the features that are on, the mask first."""
         names = {"causal": self.causal, "window": self.window, "alibi": self.alibi, "softcap": self.softcap, "dropout": self.dropout_p,
-                 "bias": self.bias, "mask": self.mask, "sinks": self.sinks, "dbias": self.need_dbias, "deterministic": self.deterministic}
+                 "bias": self.bias, "mask": self.mask, "sinks": self.sinks, "dbias": self.need_dbias, "deterministic": self.deterministic,
+                 "position": self.position, "float32_out": self.float32_out}
         caches = (f"page{self.page_size}", self.cache_dtype) if self.page_size else ()
         return (*(name for name, on in names.items() if on), *filter(None, caches))
 
@@ -131,7 +136,7 @@ class Case:
     def plain(self) -> Case:
         """The same case with its causal mask only: the yardstick for a feature's cost."""
         return replace(self, window=None, softcap=None, alibi=False, dropout_p=0.0, bias=False, mask=False, sinks=False,
-                       need_dbias=False, deterministic=False, against=(), bars=())
+                       need_dbias=False, deterministic=False, position=False, float32_out=False, against=(), bars=())
 
     @property
     def pairs(self) -> int:

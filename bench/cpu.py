@@ -44,7 +44,7 @@ SPEEDUP: dict[tuple[bool, str], dict[tuple[int, ...], tuple[float, float]]] = {
 }
 DECODE_SPEEDUP = {"float32": 4.0, "bfloat16": 10.0}
 PAGED_COST = 1.1
-FMA_FRACTION, FEATURES_COST, DROPOUT_COST, EXTRA_MEGABYTES = 0.7, 1.6, 1.5, 64.0
+FMA_FRACTION, FEATURES_COST, DROPOUT_COST, POSITION_COST, EXTRA_MEGABYTES = 0.7, 1.6, 1.5, 1.05, 64.0
 
 
 def cases() -> list[Case]:
@@ -88,6 +88,8 @@ def _features() -> Iterator[Case]:
     for backward in (FORWARD, BACKWARD):
         yield Case("features", *BASE, causal=True, window=511, softcap=30.0, alibi=True, backward=backward, against=("plain",),
                    bars=(Bar("plain", "cost", FEATURES_COST),), mode="quick")
+        yield Case("features", *BASE, causal=True, position=True, backward=backward, against=("plain",),
+                   bars=(Bar("plain", "cost", POSITION_COST),), mode="quick")
         yield Case("features", *BASE, dropout_p=0.1, backward=backward, against=("plain",),
                    bars=(Bar("plain", "cost", DROPOUT_COST),), mode="quick")
 

@@ -65,6 +65,8 @@ def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None
         options["alibi_slopes"] = np.float32(2.0) ** (-8 * np.arange(1, case.num_heads + 1, dtype=np.float32) / case.num_heads)
     if case.dropout_p:
         options |= {"dropout_p": case.dropout_p, "seed": 1}
+    if case.position:
+        options["diagonal"] = case.shape_k[2] - case.seqlen
 
     def forward() -> list[Any]:
         return [fastattn.attention(x.q, x.k, x.v, **options)]

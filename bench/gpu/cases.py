@@ -122,6 +122,8 @@ def _costs() -> Iterator[Case]:
     base = Case("features", *FEATURES, dtype="bfloat16", against=("plain",), bars=(ERROR,), mode="quick")
     yield from (replace(base, causal=True, alibi=True), replace(base, causal=True, softcap=30.0), replace(base, window=512),
                 replace(base, sinks=True), replace(base, mask=True))
+    for case in (replace(base, causal=True, position=True), replace(base, causal=True, float32_out=True)):
+        yield replace(case, bars=(ERROR, Bar("plain", "cost", 1.02 if case.position else 1.1)))
 
 
 def _decode() -> Iterator[Case]:

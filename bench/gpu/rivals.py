@@ -134,6 +134,11 @@ def options(case: Case, x: Inputs) -> dict[str, Any]:
         found["softcap"] = case.softcap
     if case.dropout_p:
         found |= {"dropout_p": case.dropout_p, "seed": SEED}
+    if case.position:
+        found["diagonal"] = case.shape_k[2] - case.seqlen
+        found |= {"dropout_at": (0, 0, 0, 0), "dropout_heads": case.num_heads} if case.dropout_p else {}
+    if case.float32_out:
+        found["out_dtype"] = "float32"
     found |= {name: array for name, array in (("alibi_slopes", x.slopes), ("bias", x.bias), ("mask", x.mask), ("sinks", x.sinks))
               if array is not None}
     if case.lengths:
@@ -142,6 +147,8 @@ def options(case: Case, x: Inputs) -> dict[str, Any]:
 
 
 def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
+    import torch
+
     import fastattn
 
     extra = options(case, x) | {"engine": engine}
@@ -157,7 +164,8 @@ def make_fastattn(case: Case, x: Inputs, engine: str | None = None) -> Runner:
 
         def checked() -> Tensors:
             with use():
-                out, lse = attention(*arrays, **extra, out=x.q.new_full((*x.q.shape[:-1], x.v.shape[-1]), float("nan")), return_lse=True)
+                place = x.q.new_full((*x.q.shape[:-1], x.v.shape[-1]), float("nan"), dtype=torch.float32 if case.float32_out else None)
+                out, lse = attention(*arrays, **extra, out=place, return_lse=True)
             return {"out": out, "lse": lse}
 
         return Runner(forward, label, lambda out: {"out": out}, checked)

@@ -21,9 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=_words, default=["64", "128"], help="comma-separated, default 64,128")
     parser.add_argument("--dtype", type=_words, default=["float16", "bfloat16"], help="comma-separated, default float16,bfloat16")
     parser.add_argument("--features", type=_words, default=["full", "causal"],
-                        help="comma-separated, default full,causal; also window, dropout, softcap, alibi, sinks, mask, bias, several at "
-                             "once as causal+alibi, and their backward as backward+causal. Each dense and packed, forward with lse and "
-                             "without")
+                        help="comma-separated, default full,causal; also window, dropout, softcap, alibi, sinks, mask, bias, "
+                             "float32_out, several at once as causal+alibi, and their backward as backward+causal. Each dense and "
+                             "packed, forward with lse and without")
     parser.add_argument("--processes", type=int, default=None, help="compilers at once, default: one a processor")
 
 

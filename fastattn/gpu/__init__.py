@@ -19,6 +19,7 @@ from ..registry import families_in_use, use_engine
 from . import caches
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
+from .narrow import Narrowing
 from .rows import launch as rows
 from .rows import quantize_launch
 from .runtime.device import Device, capturing, current, device, read_back
@@ -59,6 +60,10 @@ _CACHED: dict[str, Family] = {name: caches.Cached(family) for name, family in _F
 _WIDENING: dict[str, Family] = {name: Widening(family, launch_8bit if name == "sm90" else None) for name, family in _FAMILIES.items()}
 
 
+# for a float32 dout beside 16-bit operands
+_NARROWING: dict[str, Family] = {name: Narrowing(family) for name, family in _FAMILIES.items()}
+
+
 def family(which: str) -> Family:
     """The kernel family of this name."""
     return _FAMILIES[which]
@@ -82,7 +87,10 @@ def _for(which: str, call: AnyCall) -> Family:
     """The family's launches for such a call. Caches are never copied, so they are not widened."""
     if call.problem.cache is not None:
         return _CACHED[which]
-    return _FAMILIES[which] if call.problem.eight_bit is None else _WIDENING[which]
+    if call.problem.eight_bit is not None:
+        return _WIDENING[which]
+    narrow = isinstance(call, BackwardCall) and call.dout.dtype != call.problem.dtype
+    return _NARROWING[which] if narrow else _FAMILIES[which]
 
 
 def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
@@ -90,9 +98,6 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     tiles = most_tiles(call, 64)
     too_many = f"it has {tiles} tiles of 64 query rows, over 2**31 - 1" if tiles > MOST_BLOCKS else None
     cached = call.problem.cache is not None
-    p = call.problem
-    missing = p.diagonals or p.mask.first is not None or p.float32_out or (p.dropout is not None and p.dropout.heads is not None)
-    missing = missing or (p.dropout is not None and (p.dropout.batch, p.dropout.head, p.dropout.row, p.dropout.column) != (0, 0, 0, 0))
     few_float = not cached and "simt" in families and _few_float(call.problem)
     for which in families:
         if call.problem.flex is not None:
@@ -100,8 +105,7 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
         elif few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            lacks = "it has no diagonal, dropout_at, dropout_heads and float32 results yet" if missing else None
-            yield which, lacks or too_many or _for(which, call).refuses(call, d)
+            yield which, too_many or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:

@@ -72,10 +72,9 @@ def widened(call: Call, address: int) -> Wide:
     return Wide(Call(replace(p, dtype=dtype, eight_bit=None), operands, out, call.lse), tuple(views), apart, address)
 
 
-def refuses_widening(call: Call) -> str | None:
-    """None, or that int32 cannot count the pieces of an operand."""
-    most = max(math.prod(x.shape[:-3]) * x.shape[-2] * (x.shape[-3] // QUANTIZE_ROWS + 1)
-               for x in (call.operands.q, call.operands.k, call.out))
+def refuses_pieces(*views: View) -> str | None:
+    """None, or that int32 cannot count the pieces of an array that is converted."""
+    most = max(math.prod(x.shape[:-3]) * x.shape[-2] * (x.shape[-3] // QUANTIZE_ROWS + 1) for x in views)
     return None if most <= MOST_BLOCKS else f"it has {most} pieces of {QUANTIZE_ROWS} rows, over 2**31 - 1"
 
 
@@ -100,7 +99,7 @@ class Widening:
             return "8-bit operands have no backward"
         if self.products is not None and self.products.refuses(call, d) is None:
             return None
-        return refuses_widening(call) or self.family.refuses(widened(call, ALIGN).call, d)
+        return refuses_pieces(call.operands.q, call.operands.k, call.out) or self.family.refuses(widened(call, ALIGN).call, d)
 
     def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
         if self.products is not None and self.products.refuses(call, launcher.device) is None:
@@ -113,20 +112,20 @@ class Widening:
                 o, w, p = call.operands, wide.call.operands, call.problem
                 for name in wide.copied:
                     scales = (o.q_scale, o.k_scale) if name == "q" else (None, None)
-                    _rescale(call, getattr(o, name), getattr(w, name), scales, launcher, stream, p.group)
+                    rescale(call, getattr(o, name), getattr(w, name), scales, launcher, stream, p.group)
                 inner = make_spec(wide.call.problem, w, call.lse is not None)
                 self.family.prepare(wide.call, inner, launcher)(wide.call, stream)
                 if wide.out_apart:
                     assert p.eight_bit is not None
-                    _rescale(call, wide.call.out, call.out, (o.v_scale, None), launcher, stream, p.group, p.eight_bit.factor, o.out_scale)
+                    rescale(call, wide.call.out, call.out, (o.v_scale, None), launcher, stream, p.group, p.eight_bit.factor, o.out_scale)
         return launch
 
     def backward(self, call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
         raise AssertionError("problem.py refuses backwards of 8-bit operands")
 
 
-def _rescale(call: Call, x: View, out: View, scales: tuple[View | None, View | None], launcher: Launcher, stream: int, group: int,
-             factor: float = 1.0, divisor: View | None = None) -> None:
+def rescale(call: AnyCall, x: View, out: View, scales: tuple[View | None, View | None], launcher: Launcher, stream: int, group: int,
+            factor: float = 1.0, divisor: View | None = None) -> None:
     """Enqueue writing x times scales to out."""
     x, out = four_axes(x), four_axes(out)
     batches, rows, heads, dim = x.shape

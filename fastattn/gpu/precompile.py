@@ -56,6 +56,7 @@ class Want:
     dbias: bool = True                      # of a backward with a bias
     one_bias: bool = False                  # the same for all of the batch
     deterministic: bool = False
+    out_dtype: str | None = None            # of out, dq, dk and dv: "float32" beside 16 bits
 
     def call(self) -> tuple[AnyCall, Spec]:
         """The call and its Spec, with addresses that are never used."""
@@ -80,12 +81,14 @@ class Want:
             o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu, cu,
                          view(self.lengths if self.seqused else None, self.batch))
             lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
-        problem, o = make_problem("precompile", o, packed=self.packed, causal=self.causal, window=self.window,
+        out_dtype = self.out_dtype if ITEMSIZE[self.dtype] == 2 else None
+        problem, o = make_problem("precompile", o, out_dtype=out_dtype, packed=self.packed, causal=self.causal, window=self.window,
                                   softcap=30.0 if self.softcap else None, dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
         out, lse = array(problem.out_dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
         if not self.backward:
             return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)
-        grads = Grads(o.q, o.k, o.v, view(self.bias, *of_bias) if self.dbias else None, o.sinks)
+        dq, dk, dv = (array(problem.out_dtype, *x.shape) for x in (o.q, o.k, o.v))
+        grads = Grads(dq, dk, dv, view(self.bias, *of_bias) if self.dbias else None, o.sinks)
         call = BackwardCall(problem, o, out, out, lse, None, grads, self.deterministic)
         return call, make_backward_spec(call)
 
@@ -174,7 +177,7 @@ def build_all(jobs: Sequence[Job], processes: int | None = None, families: tuple
 # score features as keywords of a Want: one list, for the command and for the tests that draw kernels at random
 SCORE_FEATURES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": True}, "softcap": {"softcap": True}, "alibi": {"alibi": "float32"}, "sinks": {"sinks": "float32"},
-    "mask": {"mask": True}, "bias": {"bias": "float32"},
+    "mask": {"mask": True}, "bias": {"bias": "float32"}, "float32_out": {"out_dtype": "float32"},
 }
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {}, "causal": {"causal": True}, "window": {"window": (1024, 0)}, **SCORE_FEATURES, "backward": {"backward": True},

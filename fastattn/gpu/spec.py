@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..arrays.view import View
-from ..problem import Grads, Operands, Problem
+from ..problem import Grads, Mask, Operands, Problem
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
@@ -64,7 +64,9 @@ class Spec:
     group_parts
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     out_dtype
-        Of kernels on 8-bit operands: the output's dtype. None: q's.
+        The dtype of the output, of a backward that of dq, dk and dv, where it is not q's.
+    diagonals
+        Each packed sequence has a diagonal of its own. Plain threads only.
     """
 
     dtype: str
@@ -90,6 +92,7 @@ class Spec:
     lengths: bool = False
     paged: bool = False
     out_dtype: str | None = None
+    diagonals: bool = False
 
     @property
     def parts(self) -> int:
@@ -100,7 +103,8 @@ class Spec:
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
-                 "deterministic", "group_parts", "lengths", "paged")
+                 "deterministic", "group_parts", "lengths", "paged",
+                 "diagonals")
         on = [name for name in flags if getattr(self, name)]
         on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias", "out_dtype") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
@@ -145,7 +149,8 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
     return Spec(
         p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), left=p.mask.left is not None, right=p.mask.right is not None, packed=p.packed,
         scaled=scaled, softcap=s.softcap is not None, alibi=o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, bias=s.bias,
-        bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse)
+        bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse,
+        out_dtype="float32" if p.float32_out else None, diagonals=p.diagonals)
 
 
 _operands = attrgetter(*(field.name for field in fields(Operands)))
@@ -224,6 +229,8 @@ def unfit(p: Problem, most: int) -> str | None:
     """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim of 16 bits."""
     if p.dtype not in FAR_TOPS:
         return f"it has no {p.dtype} products"
+    if p.diagonals:
+        return "its sequences have one diagonal, a number"
     dim = max(p.head_dim, p.head_dim_v)
     if p.dtype == "float32" and dim > MOST_FLOAT_DIM:
         return f"head_dim is {dim}, over {MOST_FLOAT_DIM} in float32"
@@ -262,17 +269,21 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
     return [
         ("softmax_scale:f", lambda c: (c.problem.score.softmax_scale,)),
         *_group(not spec.scaled, "log2_scale:f", lambda c: (c.problem.score.softmax_scale * LOG2E,)),
-        *_group(spec.left, "left:i", lambda c: (min(c.problem.mask.left or 0, FAR),)),
-        *_group(spec.right, "right:i", lambda c: (min(c.problem.mask.right or 0, FAR),)),
-        ("top_left:i", lambda c: (int(c.problem.mask.top_left),)),
+        *_group(spec.left, "left:i", lambda c: (_limit(c.problem.mask, c.problem.mask.left, -1),)),
+        *_group(spec.right, "right:i", lambda c: (_limit(c.problem.mask, c.problem.mask.right, 1),)),
+        ("top_left:i", lambda c: (int(c.problem.mask.top_left or c.problem.mask.first is not None),)),
+        *_group(spec.diagonals, "diagonals:l diagonals_step:q",
+                lambda c: (c.operands.diagonals.ptr, c.operands.diagonals.strides[0])),  # type: ignore[union-attr]
         *_group(spec.softcap, "softcap:f", lambda c: (c.problem.score.softcap,)),
         *_group(spec.alibi is not None, "alibi:l alibi_batch:q alibi_head:q",
                 lambda c: (c.operands.alibi_slopes.ptr, *c.operands.alibi_slopes.strides)),  # type: ignore[union-attr]
+        *_group(spec.alibi is not None, "alibi_diagonal:i", lambda c: (c.problem.mask.first or 0,)),
         *([_score_operand("bias", lambda c: c.operands.bias)] if spec.bias else []),
         *([_score_operand("mask", lambda c: c.operands.mask)] if spec.mask else []),
         *_group(spec.sinks is not None, "sinks:l sinks_head:q",
                 lambda c: (c.operands.sinks.ptr, c.operands.sinks.strides[0])),  # type: ignore[union-attr]
-        *_group(spec.dropout, "threshold:I keep_scale:f seed_low:I seed_high:I offset:I", _dropout_values),
+        *_group(spec.dropout, "threshold:I keep_scale:f seed_low:I seed_high:I offset:I row16:i column16:i plane:I plane_heads:i",
+                _dropout_values),
         *_group(spec.lse, "lse:l", lambda c: (c.lse.ptr if c.lse else 0,)),
     ]
 
@@ -281,7 +292,18 @@ def _dropout_values(c: AnyCall) -> tuple[Any, ...]:
     d = c.problem.dropout
     assert d is not None
     # compared with 16 random bits in the upper half of a word; with p = 1 the value 65535 is kept, and keep_scale 0 makes it 0
-    return min(d.threshold, 65535) << 16, d.keep_scale, d.seed & 0xFFFFFFFF, d.seed >> 32, d.offset
+    first, heads = d.plane(c.problem.num_heads)
+    return (min(d.threshold, 65535) << 16, d.keep_scale, d.seed & 0xFFFFFFFF, d.seed >> 32, d.offset, d.row // 16, d.column // 16,
+            first, heads)
+
+
+def _limit(mask: Mask, keys: int | None, sign: int) -> int:
+    """A limit of a row in keys from its diagonal, as kernels take it; `sign` is that of its direction.
+
+    Where the call says on which key row 0 stands, that is part of the limits, and kernels take the diagonal to be top-left. So they have
+    one rule, and a limit may be negative.
+    """
+    return max(min((keys or 0) + sign * (mask.first or 0), FAR), -FAR)
 
 
 def _sizes(c: AnyCall) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ def query_of(a, place, r):
 
 
 def _make_put(spec: Spec) -> Any:
-    LSE, store_out, finish_row = spec.lse, store(spec.dtype, "float32"), make_finish_row(spec)
+    LSE, store_out, finish_row = spec.lse, store(spec.out_dtype or spec.dtype, "float32"), make_finish_row(spec)
     PACKED, SINKS = spec.packed, spec.sinks is not None
 
     @inline

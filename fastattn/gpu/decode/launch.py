@@ -122,7 +122,7 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
 
 def _range(p: Problem) -> tuple[int, int]:
     """The keys that any row attends, with a mask from a multiple of MASK_COLUMNS on; one key if there are none."""
-    limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left
+    limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left, p.mask.first
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
     if first >= end:
         return 0, 1

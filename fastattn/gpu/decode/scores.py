@@ -16,7 +16,7 @@ from ..ptx.scalar import load_shared, store_shared
 from ..spec import Spec
 from ..tile.bits import keep_words
 from ..tile.fragments import add, elementwise, make_gather, make_gather_pairs, make_unpack
-from ..tile.mask import diagonal_of
+from ..tile.mask import alibi_from
 from ..tile.scores import make_score
 from .config import LEAST_WIDTH
 
@@ -126,7 +126,7 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
         slope, diagonal, bias, mask = float32(0), int32(0), uint64(0), uint64(0)
         if ALIBI:
             slope = load_slope(uint64(a.alibi + batch * a.alibi_batch + head * a.alibi_head))
-            diagonal = int32(i + diagonal_of(a, seqlen_q, seqlen_k))
+            diagonal = int32(i + alibi_from(a, seqlen_q, seqlen_k))
         if BIAS:
             bias = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + i * a.bias_row)
         if MASK:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from ...arrays.view import View
@@ -158,7 +158,9 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
         mark = launcher.mark()      # a new one, so that the word need not be cleared; one that holds it by chance costs time only
         where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
-        whole = whole_chunks(call.dout) and whole_chunks(call.out)
+        if call.out.dtype != spec.dtype:
+            plain = replace(plain, out_dtype=call.out.dtype)
+        whole = whole_chunks(call.dout) and whole_chunks(call.out) and plain.out_dtype is None
         kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0, starts_early(launcher))
         own = (where.lse, where.log2, where.delta, where.accum, where.far, mark, 4 * accum_dim, rows, chunks,
                *row_strides(call.lse, p.packed), *row_strides(call.dlse, p.packed), *_lengths_q(call))
@@ -199,7 +201,7 @@ def round_dq(call: BackwardCall, spec: Spec, rows: Rows, dim: int, launcher: Lau
     dq = call.grads.dq
     bands = batch_heads(call) * rows.count // ROUND_ROWS
     if bands:
-        kernel = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False), dim, int(vector),
+        kernel = round_program(Spec(spec.dtype, 16, 16, packed=spec.packed, lse=False, out_dtype=spec.out_dtype), dim, int(vector),
                                whole_chunks(dq) and dim - dq.shape[-1] in (0, 8), starts_early(launcher))
         own = (rows.accum, rows.count, bands, call.problem.score.softmax_scale, *_lengths_q(call))
         kernel.launch(launcher, -(-bands // (ROUND_THREADS // WARP)), call, own, stream)

@@ -25,7 +25,7 @@ from .preprocess import make_row_at
 def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> Any:
     """The kernel. VECTOR: a lane's four sums are contiguous (mma.add_sums). WHOLE: rows of dq have DIM or DIM - 8 columns and are 16-byte
     aligned. EARLY: it may start before the kernel of the sums has ended."""
-    PACKED, LANE_BYTES, FLOATS = spec.packed, 16 if VECTOR else 4, spec.dtype == "float32"
+    PACKED, LANE_BYTES, FLOATS = spec.packed, 16 if VECTOR else 4, (spec.out_dtype or spec.dtype) == "float32"
     to_half, row_at = make_pack(spec.dtype), make_row_at(spec)
 
     def kernel(a):

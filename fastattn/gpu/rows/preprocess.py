@@ -117,7 +117,8 @@ def make_row_rules(compute: str) -> tuple[Any, Any, Any]:
 
 def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool, EARLY: bool) -> Any:
     """The kernel. A block has BLOCK_ROWS rows of a line, and neighbouring lanes share a row. WHOLE: rows of dout and out are 16-byte
-    aligned, and a lane loads 16 bytes at a time. EARLY: the next kernel may start before this one has ended."""
+    aligned and of one dtype, and a lane loads 16 bytes at a time. EARLY: the next kernel may start before this one has ended.
+    spec.out_dtype: that of out, where it is not dout's."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
@@ -127,6 +128,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
     AT_ONCE = min(ROWS_AT_ONCE, BLOCK_ROWS // PASS)
     load_element, load_vector, load_real, put = load_if(spec.dtype, compute), load_chunk(spec.dtype), load_if(compute, compute), \
         store(compute, compute)
+    load_out = load_if(spec.out_dtype or spec.dtype, compute)
     row_at, (hidden, kept_lse, in_log2) = make_row_at(spec), make_row_rules(compute)
 
     @inline
@@ -146,7 +148,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                 for e in range(VECTOR):
                     total += product(x[e], y[e])
             else:
-                total += product(load_element(uint64(dout + dim * a.dout_dim), there), load_element(uint64(out + dim * a.out_dim), there))
+                total += product(load_element(uint64(dout + dim * a.dout_dim), there), load_out(uint64(out + dim * a.out_dim), there))
         return total
 
     @inline

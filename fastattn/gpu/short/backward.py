@@ -58,7 +58,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
     load_real, put, (hidden, kept_lse, in_log2) = load_if("float32", "float32"), store_shared("float32"), make_row_rules("float32")
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
-    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes, add_dbias = make_cap_of(spec), make_unpack("float16", True), make_add_dbias(spec)
 
@@ -145,7 +145,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
         if any_far(int32(base + LOG2)) != 0:
             acc_s = near_columns(a, acc_s, log2_at, int32(base + LSE + columns))
         p = exp2_columns(acc_s, log2_scale(a), load_columns(log2_at, COUNT_S))
-        return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
+        return mark(a, p, draw(a, key, query, plane_of(a, batch, head))), cap_slope
 
     @inline
     def store(acc, pointer, by_row, dim, DIM, row, end):

@@ -22,7 +22,8 @@ def accepts(call: BackwardCall) -> bool:
     short = 0 < p.seqlen_k <= BLOCK_N and 0 < p.seqlen_q <= MOST_ROWS and max(p.head_dim, p.head_dim_v) <= MOST_DIM
     sums = g.dbias is None or (sums_dbias(call) and not call.deterministic)
     contiguous = all(x.strides[-1] == x.itemsize or x.shape[-1] == 1 for x in (g.dq, g.dk, g.dv))
-    return short and sums and contiguous and not p.packed and g.dsinks is None and p.dtype != "float32" and unfit(p, MOST_DIM) is None
+    halves = p.dtype != "float32" and not p.float32_out
+    return short and sums and contiguous and halves and not p.packed and g.dsinks is None and unfit(p, MOST_DIM) is None
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -25,7 +25,7 @@ from ..dsl.inline import inline
 from ..ptx.memory import shared_address
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds, make_query_bounds
+from ..tile.mask import make_bounds, make_diagonals, make_query_bounds
 from ..tile.scalar import compute_of, make_score
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from .config import WIDE, Tile
@@ -40,7 +40,7 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
     REAL = compute_of(spec)[1]
     pairs, put_tile, accumulate = make_pairs(spec, tile, False), make_put_tile(spec, tile), make_accumulate(spec, tile, spec.head_dim)
     store_rows, first_row = make_store(spec, tile, spec.head_dim), make_first_row(spec)
-    _, block_bounds = make_bounds(spec, BLOCK_N)
+    (_, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     prepare, _, _ = make_score(spec)
     tile_at, num_tiles, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_key_row(BLOCK_N)
 
@@ -77,7 +77,7 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
             for i in range(ROWS):
                 for c in range(OUTS):
                     acc_dq[i, c] = REAL(0)
-            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_min, n_max):
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
                 step(a, base, acc_dq, Pointers(q, k, v, dout), Corner(batch, head, row0, int32(0), seqlen_q, seqlen_k, first), n_block,
@@ -96,7 +96,7 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
     pairs, put_tile = make_pairs(spec, tile, True), make_put_tile(spec, tile)
     accumulate_dk, accumulate_dv = make_accumulate(spec, tile, spec.head_dim), make_accumulate(spec, tile, spec.head_dim_v)
     store_dk, store_dv, first_row = make_store(spec, tile, spec.head_dim), make_store(spec, tile, spec.head_dim_v), make_first_row(spec)
-    query_bounds = make_query_bounds(spec, BLOCK_M)
+    query_bounds, (diagonal_of, _) = make_query_bounds(spec, BLOCK_M), make_diagonals(spec)
     prepare, _, _ = make_score(spec)
     tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
 
@@ -138,7 +138,7 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
                     acc_dv[i, c] = REAL(0)
             if col0 < seqlen_k:
                 last = min(col0 + BLOCK_N, seqlen_k)
-                m_min, full_min, full_max, m_max = query_bounds(a, col0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_q)
+                m_min, full_min, full_max, m_max = query_bounds(a, col0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_q)
                 for member in range(a.group):
                     head = int32(head_k * a.group + member)
                     q = row_address(a.q, a.q_batch, a.q_head, a.q_row, batch, head, q_start)

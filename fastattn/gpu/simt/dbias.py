@@ -19,7 +19,7 @@ from ..ptx.scalar import load_shared, store, store_shared
 from ..ptx.sync import opaque
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds
+from ..tile.mask import make_bounds, make_diagonals
 from ..tile.scalar import compute_of, make_score
 from ..tile.schedule import make_sequence_at
 from .config import WIDE, Tile
@@ -36,7 +36,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
     get, put, store_element = load_shared(compute, 1), store_shared(compute), store(spec.dbias, compute)
     pairs, put_tile, first_row, sequence_at = make_pairs(spec, tile, False, True), make_put_tile(spec, tile), make_first_row(spec), \
         make_sequence_at(USED)
-    _, block_bounds = make_bounds(spec, BLOCK_N)
+    (_, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     prepare, _, _ = make_score(spec)
 
     @inline
@@ -68,7 +68,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
         for m_block in range(m_begin, m_end):
             row0 = int32(m_block * BLOCK_M)
             last = min(row0 + BLOCK_M, seqlen_q)
-            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(max(n_min, n_begin), min(n_max, n_end)):
                 col0 = int32(n_block * BLOCK_N)
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)

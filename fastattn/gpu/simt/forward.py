@@ -29,7 +29,7 @@ from ..dsl.inline import inline
 from ..ptx.memory import shared_address, store_shared_b32
 from ..ptx.scalar import store, store_shared
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds
+from ..tile.mask import make_bounds, make_diagonals
 from ..tile.scalar import compute_of, make_dropout, make_score, make_softmax
 from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.smem import Smem
@@ -54,12 +54,12 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
     P = smem.take(BLOCK_M * PITCH_P * SIZE, 16)
     ALIVE = smem.take(BLOCK_N * 4, 16)
     PACKED, LSE, MASK, NEG_INF = spec.packed, spec.lse, spec.mask, REAL(-math.inf)
-    store_element, store_lse, put = store(spec.dtype, compute), store(compute, compute), store_shared(compute)
+    store_element, store_lse, put = store(spec.out_dtype or spec.dtype, compute), store(compute, compute), store_shared(compute)
     load_q, load_k = make_load(spec, tile, BLOCK_M, SLICE, PITCH, False), make_load(spec, tile, BLOCK_N, SLICE, PITCH, False)
     load_v = make_load(spec, tile, KEYS, HEAD_DIM_V, HEAD_DIM_V, True)
     multiply_qk, multiply_pv = make_product(spec, tile, SLICE), make_outer_product(spec, tile, HEAD_DIM_V)
     column = make_column(spec, HEAD_DIM_V)
-    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    (row_bounds, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     prepare, score, visible = make_score(spec)
     max16, sum16, finish = make_softmax(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, 1, THREADS)
@@ -108,7 +108,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
             multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
         for i in range(ROWS):               # score and mask
             row = int32(row0 + y + i * HIGH)
-            lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            lo, hi = row_bounds(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for j in range(COLS):
                 col = int32(col0 + x + j * WIDE)
                 s, _ = score(a, acc_s[i, j], shared, batch, head, row, col, seqlen_q, seqlen_k)
@@ -122,7 +122,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
         for key0 in range(0, BLOCK_N, KEYS):        # O += P V
             cuda.syncthreads()
             if key0 == 0:
-                dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)
+                dropout(a, base + P, row0, col0, batch, head, thread)
             load_v(base + KV, pointer_v + (col0 + key0) * a.v_row, a.v_row, a.v_dim, seqlen_k - col0 - key0, 0, a.head_dim_v,
                    base + ALIVE + key0 * 4, thread)
             cuda.syncthreads()
@@ -166,7 +166,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                     acc_o[i, c] = REAL(0)
             if SLICES == 1:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, 0, a.head_dim, base, thread)
-            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_max - 1, n_min - 1, -1):
                 full = int32(not MASK and full_min <= n_block and n_block < full_max)
                 step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, shared, batch, head,

@@ -22,7 +22,7 @@ from ..dsl.inline import inline
 from ..ptx.memory import store_shared_b32
 from ..ptx.scalar import load_if, load_shared, store_shared
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds
+from ..tile.mask import make_bounds, make_diagonals
 from ..tile.scalar import compute_of, make_dropout, make_score
 from ..tile.smem import Smem
 from .config import WIDE, Tile
@@ -90,7 +90,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
     load_a, load_b = (make_load(spec, tile, n, SLICE, SLICE + VECTOR, False) for n in (LINES, COLUMNS))
     multiply = make_product(spec, tile, SLICE)
     load_real, get, put = load_if(compute, compute), load_shared(compute, 1), store_shared(compute)
-    row_bounds, _ = make_bounds(spec, BLOCK_N)
+    (row_bounds, _), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     _, score, visible = make_score(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, BY_ROW, BY_COL, tile.threads)
 
@@ -122,7 +122,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
             for dim0 in range(0, dims, SLICE):
                 cuda.syncthreads()
                 if which == 1 and dim0 == 0:
-                    dropout(a, base + P, row0, col0, batch * a.num_heads + head, thread)
+                    dropout(a, base + P, row0, col0, batch, head, thread)
                 if TRANSPOSED:
                     load_a(base + A, n, n_row, n_dim, keys, dim0, dims, base, thread)
                     load_b(base + B, m, m_row, m_dim, rows, dim0, dims, base, thread)
@@ -159,7 +159,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
             row = int32(row0 + x + r * WIDE) if TRANSPOSED else int32(row0 + y + r * HIGH)
             lse = load_real(uint64(int64(a.row_lse) + (first + row) * SIZE), int32(1))
             delta = load_real(uint64(int64(a.row_delta) + (first + row) * SIZE), int32(1))
-            lo, hi = row_bounds(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            lo, hi = row_bounds(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for c in range(INNER):
                 col = int32(col0 + y + c * HIGH) if TRANSPOSED else int32(col0 + x + c * WIDE)
                 i, j = (c, r) if TRANSPOSED else (r, c)

@@ -136,7 +136,8 @@ def make_store(spec: Spec, tile: Tile, DIM: int) -> Any:
     Only the first `lines` lines and `dims` columns exist. Lines from `real` on become 0.
     """
     compute, REAL, _ = compute_of(spec)
-    HIGH, ROWS, OUTS, column, store_element = tile.high, tile.rows, DIM // WIDE, make_column(spec, DIM), store(spec.dtype, compute)
+    HIGH, ROWS, OUTS, column = tile.high, tile.rows, DIM // WIDE, make_column(spec, DIM)
+    store_element = store(spec.out_dtype or spec.dtype, compute)
 
     @inline
     def put(acc, factor, pointer, by_line, by_dim, lines, real, dims, x, y):

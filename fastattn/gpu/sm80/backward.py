@@ -56,6 +56,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     BLOCK_M, BLOCK_N, TILES, SPLIT, STAGES, WARPS = config.block_m, config.block_n, config.tiles, config.split, config.stages, config.warps
     HEAD_DIM, HEAD_DIM_V, PARTS, FLOATS = spec.head_dim, spec.head_dim_v, spec.parts, spec.parts > 1
+    STORE_FLOATS = FLOATS or spec.out_dtype == "float32"
     PANELS, PANELS_V = PARTS * panels(HEAD_DIM), PARTS * panels(HEAD_DIM_V)
     WARP_KEYS, PART_M, PASS_ROWS, STORE_ROWS = 16 * TILES, BLOCK_M // SPLIT, 4 * WARPS, BLOCK_N // WARPS
     Q_PANEL, KV_PANEL, LINE = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES, BLOCK_M * 16     # LINE: bytes of 8 keys of dS or P
@@ -91,7 +92,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True)
-    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_slopes(spec)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
@@ -244,7 +245,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
             at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
         p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
-        return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
+        return mark(a, p, draw(a, key, query, plane_of(a, batch, head))), cap_slope
 
     @inline
     def gradients(a, of_scores, acc_dp, delta_at):
@@ -440,7 +441,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
                 acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, shared, head, m, stage)
                 head, m, there = following(base, head, m)
                 stage = int32(stage ^ (STAGES - 1))
-        if FLOATS:
+        if STORE_FLOATS:
             float_epilogue(a, base, acc_dk, acc_dv)
         else:
             epilogue(a, base, acc_dk, acc_dv)

@@ -75,12 +75,13 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     HEAD, BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST = parked(smem, 6)
     PACKED, LEFT, KEEP_Q = spec.packed, spec.left, config.keep_q
     FLOATS = spec.parts > 1
+    STORE_FLOATS = FLOATS or spec.out_dtype == "float32"
     qk, pv = (mma_parts.qk, mma_parts.pv) if FLOATS else mma.make_products(spec.dtype)
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     (_, block_bounds), intervals, keep_rows = make_bounds(spec, BLOCK_N), make_intervals(spec), make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
-    draw, dropout = make_dropout(spec, COUNT_S // TILES)
+    plane_of, draw, dropout = make_dropout(spec, COUNT_S // TILES)
     (update, optimistic, finish), store_lse = make_softmax(spec), make_store_lse(spec)
     tile_at, num_tiles, unowned, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec), make_key_row(BLOCK_N)
     SINKS, OPTIMISTIC = spec.sinks is not None, config.optimistic
@@ -183,7 +184,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             if MASKED:
                 acc_s = keep(a, acc_s, row, column, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-            acc_s = dropout(a, acc_s, draw(a, row, column, int32(batch * a.num_heads + head)))
+            acc_s = dropout(a, acc_s, draw(a, row, column, plane_of(a, batch, head)))
             return to_half(acc_s), Stats(max0, max1, sum0, sum1), (alpha0, alpha1)
 
         @inline
@@ -210,7 +211,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             s0, part00, part01, lags0 = optimistic(a, s0, max00, max01)
             s1 = scores(a, part(acc_s, 1, 2), shared, head, batch, int32(row + 16), column, seqlen_q, seqlen_k)
             s1, part10, part11, lags1 = optimistic(a, s1, max10, max11)
-            plane = int32(batch * a.num_heads + head)
+            plane = plane_of(a, batch, head)
             s0, s1 = dropout(a, s0, draw(a, row, column, plane)), dropout(a, s1, draw(a, int32(row + 16), column, plane))
             return join(to_half(s0), to_half(s1)), (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
 
@@ -263,7 +264,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             if unowned(a, int32(cuda.blockIdx.x)) == UNOWNED:
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_rows(acc_o, scale0, scale1)
-        if FLOATS:
+        if STORE_FLOATS:
             at = uint64(a.out + uint64(batch * a.out_batch + int64(q_start + row) * a.out_row + head * a.out_head
                                        + col_of_thread() * a.out_dim))
             rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
@@ -287,7 +288,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             finish_rows(a, part(acc_o, 0, 2), stats[0], q_rows, head, batch, q_start, seqlen_q, lane, row)
             finish_rows(a, part(acc_o, 1, 2), stats[1], int32(q_rows + 16 * ROW_BYTES), head, batch, q_start, seqlen_q, lane,
                         int32(row + 16))
-        if FLOATS:
+        if STORE_FLOATS:
             return
         cuda.syncwarp()
         behind, chunk = int32(lane >> 3), int32(lane & 7)

@@ -107,7 +107,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes, (store_dq, send_dq) = make_cap_of(spec), make_unpack("float16", True), make_dq_sums(DIM, BLOCK_M, DQ)
     first_block, next_block, is_block, row_before = make_order(spec, config)
-    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do, clear_k, clear_v = (make_clear(rows, count, 32) for rows in (BLOCK_M, BLOCK_N) for count in (PANELS, PANELS_V))
 
@@ -320,7 +320,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                         acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
 
             # P^T = exp2(S^T - lse)
-            scale, draw_head = log2_scale(a), int32(batch * a.num_heads + head)
+            scale, draw_head = log2_scale(a), plane_of(a, batch, head)
             if HALVES:
                 left = exp2_columns(part(acc_s, 0, 2), scale, lses)
             else:

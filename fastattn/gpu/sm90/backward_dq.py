@@ -39,7 +39,7 @@ from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
-from ..tile.stores import store_rows, store_whole_rows
+from ..tile.stores import store_floats, store_rows, store_whole_rows
 from .bounds import make_tile_bounds
 from .config import DqSm90Config, slice_dim
 from .consumer import make_fresh
@@ -115,14 +115,14 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     # what the steps are made of
     qk, pv = wgmma.make_products(spec.dtype)
     fresh = make_fresh(SLICES)
-    to_half = make_pack(spec.dtype)
+    to_half, SIZE = make_pack(spec.dtype), 4 if spec.out_dtype == "float32" else 2
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N, EMPTY=True)
     keep_rows = make_keep(spec)
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
     (_, near_rows), log2_scale = make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
-    draw, dropout = make_dropout(spec, COUNT_S)
+    plane_of, draw, dropout = make_dropout(spec, COUNT_S)
     tile_at, num_tiles, first_row, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_first_row(spec), make_key_row(BLOCK_N)
     clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS_K, PANELS_V))
 
@@ -245,7 +245,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
                 k_ring.release(base, before, thread & 31)
             acc_dp = wait_dp(acc_dp)
             v_ring.release(base, stage_v, thread & 31)
-            acc_dp = dropout(a, acc_dp, draw(a, row, column, int32(batch * a.num_heads + head)))
+            acc_dp = dropout(a, acc_dp, draw(a, row, column, plane_of(a, batch, head)))
             acc_s = grad_rows(acc_s, acc_dp, a.keep_scale if DROPOUT else float32(1), delta0, delta1)
             if SOFTCAP:
                 acc_s = multiply(acc_s, slopes(cap_slope))
@@ -291,11 +291,15 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     @inline
     def store(a, acc_dq, lse0, lse1, map_batch, head, q_start, row, seqlen_q, w, thread):
         """16 rows a warp of dQ, those below seqlen_q. 0 if lse is +inf, whatever the row's q and dout hold."""
-        packed = to_half(scale_seen_rows(acc_dq, float32(0) if lse0 == INF else a.grad_scale, float32(0) if lse1 == INF else a.grad_scale))
+        acc_dq = scale_seen_rows(acc_dq, float32(0) if lse0 == INF else a.grad_scale, float32(0) if lse1 == INF else a.grad_scale)
         lane, col = int32(thread & 31), int32((thread & 3) * 2 + w * COLUMNS_APART)
-        address = uint64(int64(a.dq) + map_batch * a.dq_batch + head * a.dq_head + int64(q_start + row) * a.dq_row + 2 * col)
+        address = uint64(int64(a.dq) + map_batch * a.dq_batch + head * a.dq_head + int64(q_start + row) * a.dq_row + SIZE * col)
         next_row = uint64(address + uint64(8 * a.dq_row))
         rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
+        if SIZE == 4:
+            store_floats(acc_dq, address, next_row, int64(4), rows0, rows1, int32(a.head_dim - col), 1)
+            return
+        packed = to_half(acc_dq)
         if a.head_dim == COLUMNS if SLICES == 1 else a.head_dim - w * COLUMNS_APART >= COLUMNS:
             store_whole_rows(packed, address, next_row, rows0, rows1, lane)
         else:

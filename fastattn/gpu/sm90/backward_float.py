@@ -84,7 +84,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK)
     kept_queries = make_kept_queries(spec, BLOCK, BLOCK // HALF, ONE_HEAD=True)       # with a loop over heads 196 bytes would spill
     prepare, fetch, score = make_score(spec, COUNT_S, True)
-    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_slopes(spec)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK, True), make_num_tiles(spec), make_first_row(spec)
@@ -223,7 +223,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
             at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
         p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
-        return mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head))), cap_slope
+        return mark(a, p, draw(a, key, query, plane_of(a, batch, head))), cap_slope
 
     @inline
     def store_ds(base, ds):

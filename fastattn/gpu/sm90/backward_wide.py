@@ -104,8 +104,8 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
-    draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
-    store, add_dbias = make_store(spec, COLUMNS), make_add_dbias(spec)
+    plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    store, add_dbias, SIZE = make_store(spec, COLUMNS), make_add_dbias(spec), 4 if spec.out_dtype == "float32" else 2
     tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
     first_row, key_row = make_first_row(spec), make_key_row(BLOCK_N)
     clear_q, clear_do = make_clear(BLOCK_M, PANELS_Q, 32), make_clear(BLOCK_M, PANELS_DO, 32)
@@ -260,7 +260,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
 
             # P^T = exp2(S^T - lse)
             p = exp2_columns(acc_s, log2_scale(a), load_columns(lse_at, COUNT_S))
-            p = mark(a, p, draw(a, key, query, int32(batch * a.num_heads + head)))
+            p = mark(a, p, draw(a, key, query, plane_of(a, batch, head)))
 
             # the block before: its gradient's MMA has ended
             if NEXT:
@@ -362,12 +362,12 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                 map_batch = int32(0) if PACKED else batch
                 if DK:
                     acc = scale_rows(acc, a.grad_scale, a.grad_scale)
-                    to = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row + 2 * column
+                    to = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row + SIZE * column
                     store(acc, to, a.dk_row, own_columns(a.head_dim, column), lane, key, used, keys)
                 else:
                     if DROPOUT:
                         acc = scale_rows(acc, a.keep_scale, a.keep_scale)
-                    to = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row + 2 * column
+                    to = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row + SIZE * column
                     store(acc, to, a.dv_row, own_columns(a.head_dim_v, column), lane, key, used, keys)
 
     return kernel, smem.size

@@ -34,7 +34,7 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
     ROWS_APART, COLUMNS_APART = (WARPGROUP_ROWS, 0) if SLICES == 1 else (0, COLUMNS)        # of neighbouring warpgroups
     PANELS_V = panels(COLUMNS)
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
-    OUT_PANELS, HINTS, FLOATS = min(config.out_panels, PANELS_V), config.hints, spec.dtype == "float32"
+    OUT_PANELS, HINTS, FLOATS = min(config.out_panels, PANELS_V), config.hints, (spec.out_dtype or spec.dtype) == "float32"
     BYTES = spec.dtype in EIGHT_BIT
     TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
     OUT_BARRIER = smem.named(MAX_CONSUMERS)         # one for each consumer warpgroup
@@ -69,9 +69,9 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
     store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
 
     @inline
-    def store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col):
+    def store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, w, row, col):
         """float32 output rows of a warpgroup, from the registers."""
-        map_batch = int32(0) if PACKED else batch
+        map_batch, col = int32(0) if PACKED else batch, int32(col + w * COLUMNS_APART)
         address = uint64(a.out + map_batch * a.out_batch + (q_start + row) * a.out_row + head * a.out_head + col * a.out_dim)
         rows0, rows1 = int32(1) if row < seqlen_q else int32(0), int32(1) if row + 8 < seqlen_q else int32(0)
         store_floats(acc_o, address, uint64(address + uint64(8 * a.out_row)), a.out_dim, rows0, rows1, int32(a.head_dim_v - col), 1)
@@ -131,7 +131,7 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
                 lse0, lse1 = NEG_INF, NEG_INF
         acc_o = scale_seen_rows(acc_o, scale0, scale1)
         if FLOATS:
-            store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col)
+            store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, w, row, col)
         elif BYTES:
             store_byte_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, row, col)
         else:

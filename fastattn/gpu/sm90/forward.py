@@ -98,7 +98,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S)
     prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
-    draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
+    plane_of, draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
     keep, num_tiles, key_row = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
@@ -352,7 +352,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
             early = operands(a, base, w, stage, column, tile)
-            words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
+            words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
             acc_s = wait_s(acc_s)
 
             # score, mask, softmax. Both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to
@@ -420,7 +420,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         k_ring.wait_full(base, stage, phase)
         acc_s = issue_first(base, w, stage)
         early = operands(a, base, w, stage, column, tile)
-        words = draw(a, tile.row, column, int32(tile.batch * a.num_heads + tile.head))
+        words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
         acc_s = wgmma.wait_all(acc_s)
         if not BIAS_TILES:
             release_k(base, stage, n_block, tile.n_min, lane)

@@ -75,13 +75,17 @@ def refuses(call: AnyCall, d: Device) -> str | None:
         g = call.grads
         if feature_weight(make_spec(p, o, False)) > 1:
             return "several features do not fit its registers"
-        return _unreadable({"q": o.q, "k": o.k, "v": o.v, "dout": call.dout, "dq": g.dq, "dk": g.dk, "dv": g.dv})
+        if p.float32_out and any(x.strides[-1] != x.itemsize and x.shape[-1] > 1 for x in g[:3]):
+            return "float32 gradients: their last axis is not contiguous"
+        written = {} if p.float32_out else {"dq": g.dq, "dk": g.dk, "dv": g.dv}
+        return _unreadable({"q": o.q, "k": o.k, "v": o.v, "dout": call.dout, **written})
     return _refuses_forward(call)
 
 
 def _refuses_forward(call: Call) -> str | None:
     p, o = call.problem, call.operands
-    if (reason := _unreadable({"q": o.q, "k": o.k, "v": o.v, "out": call.out})) is not None:
+    copied = {} if p.float32_out else {"out": call.out}         # float32 is stored from the registers
+    if (reason := _unreadable({"q": o.q, "k": o.k, "v": o.v, **copied})) is not None:
         return reason
     if (192 < max(p.head_dim, p.head_dim_v) <= 256 or p.head_dim_v > 512) and feature_weight(make_spec(p, o, False)) > 1:
         return f"several features at head_dim {max(p.head_dim, p.head_dim_v)} do not fit its registers"
@@ -192,20 +196,20 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
     capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
-    cached, box = call.problem.cache is not None, config.box or block_n
+    cached, box, floats = call.problem.cache is not None, config.box or block_n, is_float or spec.out_dtype is not None
 
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
         inputs = (o.q, block_m), (o.k, box), (o.v, box)
         bias = ((bias_view(o.bias), block_m),) if spec.bias_tiles and o.bias else ()
-        return inputs if is_float else (*inputs, (call.out, OUT_ROWS), *bias)
+        return (*inputs, *bias) if floats else (*inputs, (call.out, OUT_ROWS), *bias)
     forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
 
     def launch(call: Call, stream: int, sequences: int = 0) -> None:
         captured = capturing(stream)
         maps = tensor_maps(boxes(call), captured, forms)
-        if is_float:
-            maps = [*maps, 0]       # out is stored from the registers
+        if floats:
+            maps = [*maps[:3], 0, *maps[3:]]        # out is stored from the registers
         more = caches.values(call) if cached else maps[4:]
         kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *more)), stream)
 
@@ -285,9 +289,12 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
-    """Whether the query heads of a group get tiles of their own: one sequence with few tiles, and nothing but a mask by position."""
+    """Whether the query heads of a group get tiles of their own: one sequence with few tiles, and nothing but a mask by position.
+
+    The sums of the parts are rounded to 16 bits (rows/groups.py), so not for float32 gradients.
+    """
     p = call.problem
-    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout:
+    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout or p.float32_out:
         return False
     return call.grads.dsinks is None and worth_parts(spec, config, p.num_heads_k, p.group, p.seqlen_q, p.seqlen_k, launcher.device.num_sms)
 

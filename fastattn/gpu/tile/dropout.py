@@ -21,10 +21,22 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any]:
-    """(draw, dropout) for a fragment of COUNT registers. Without dropout both do nothing. EARLY: see fragments.make_draw.
+@inline
+def plane_of(a, batch, head):
+    """The third word of philox.py's counter."""
+    return uint32(a.plane + batch * a.plane_heads + head)
 
-    words = draw(a, row, col, plane)        row, col: the thread's first. plane: batch * num_heads + head
+
+@inline
+def no_plane(a, batch, head):
+    return uint32(0)
+
+
+def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any, Any]:
+    """(plane_of, draw, dropout) for a fragment of COUNT registers. Without dropout they do nothing. EARLY: see fragments.make_draw.
+
+    plane = plane_of(a, batch, head)
+    words = draw(a, row, col, plane)        row, col: the thread's first
     p = dropout(a, p, words)                0 where dropped; the factor 1 / (1 - dropout_p) is applied to the output
     """
     if not spec.dropout:
@@ -35,15 +47,15 @@ def make_dropout(spec: Spec, COUNT: int, EARLY: bool = False) -> tuple[Any, Any]
         @inline
         def nothing(a, p, words):
             return p
-        return no_words, nothing
+        return no_plane, no_words, nothing
     draw_words = make_draw(philox, COUNT, EARLY)
 
     @inline
     def draw(a, row, col, plane):
         lane = int32(((row & 7) << 2) | ((col & 7) >> 1))
-        return draw_words(int32(row >> 4), int32(col >> 4), lane, plane, a.offset, a.seed_low, a.seed_high)
+        return draw_words(int32((row >> 4) + a.row16), int32((col >> 4) + a.column16), lane, plane, a.offset, a.seed_low, a.seed_high)
 
     @inline
     def dropout(a, p, words):
         return drop(p, words, a.threshold)
-    return draw, dropout
+    return plane_of, draw, dropout

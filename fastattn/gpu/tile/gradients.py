@@ -28,11 +28,11 @@ from ..ptx.memory import (
 )
 from ..ptx.sync import opaque, thread_index
 from ..spec import FAR_LSE, Spec
-from .dropout import philox
+from .dropout import no_plane, philox, plane_of
 from .fragments import col_of, make_pack, row_of, scale_seen_rows, thread_col
 from .parked import parked
 from .smem import PANEL, Smem
-from .stores import store_rows, store_whole_rows
+from .stores import store_floats, store_rows, store_whole_rows
 
 PIECE = 4096        # bytes of the largest piece, 64 columns
 COLUMN_BYTES = 64   # of a column of a piece: 16 rows of float32
@@ -299,16 +299,19 @@ def make_store(spec: Spec, DIM: int) -> Any:
             store_numbers(acc, address, uint64(address + uint64(8 * by_row)), int32(1) if key < end else int32(0),
                           int32(1) if key + 8 < end else int32(0))
         return store_part
+    SIZE = 4 if spec.out_dtype == "float32" else 2
 
     @inline
     def store(acc, pointer, by_row, dim, lane, key, used, end):
         if PACKED:
             acc = scale_seen_rows(acc, float32(1) if key < used else float32(0), float32(1) if key + 8 < used else float32(0))
         packed, col = to_half(acc), thread_col(lane)
-        address = uint64(pointer + key * by_row + 2 * col)
+        address = uint64(pointer + key * by_row + SIZE * col)
         next_row = uint64(address + uint64(8 * by_row))
         rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
-        if dim == DIM:
+        if SIZE == 4:
+            store_floats(acc, address, next_row, int64(4), rows0, rows1, int32(dim - col), 1)
+        elif dim == DIM:
             store_whole_rows(packed, address, next_row, rows0, rows1, lane)
         elif dim == DIM - 8:
             store_whole_rows(without_last(packed), address, next_row, rows0, rows1, lane)
@@ -383,9 +386,10 @@ def grad_marked(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> A
     return signature(p, p, p, types.float32, columns), generate
 
 
-def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]:
-    """(draw, mark, pack_kept, grad). A dropped probability is marked by a negative sign: no registers, and little arithmetic.
+def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any, Any]:
+    """(plane_of, draw, mark, pack_kept, grad). A dropped probability is marked by a negative sign: no registers, and little arithmetic.
 
+    plane = plane_of(a, batch, head)
     words = draw(a, key, query, plane)      key, query: the thread's first
     p = mark(a, p, words)                   negative where philox.py drops
     half = pack_kept(p)                     rounded to 16 bits, 0 where dropped; 1 / (1 - dropout_p) is applied to dV at the end
@@ -404,13 +408,14 @@ def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]
         @inline
         def grad_all(a, p, acc_dp, deltas):
             return grad_scores(p, acc_dp, float32(1), deltas)
-        return no_words, unmarked, pack_kept, grad_all
+        return no_plane, no_words, unmarked, pack_kept, grad_all
     draw_words = make_draw(COUNT)
 
     @inline
     def draw(a, key, query, plane):
         lane = int32(((key & 7) << 2) | ((query & 7) >> 1))
-        return draw_words(int32(query >> 4), int32(key >> 4), lane, plane, uint32(a.offset), a.seed_low, a.seed_high)
+        row16, column16 = int32((query >> 4) + a.row16), int32((key >> 4) + a.column16)
+        return draw_words(row16, column16, lane, plane, uint32(a.offset), a.seed_low, a.seed_high)
 
     @inline
     def mark(a, p, words):
@@ -419,4 +424,4 @@ def make_dropout_transposed(spec: Spec, COUNT: int) -> tuple[Any, Any, Any, Any]
     @inline
     def grad(a, p, acc_dp, deltas):
         return grad_marked(p, acc_dp, a.keep_scale, deltas)
-    return draw, mark, pack_kept, grad
+    return plane_of, draw, mark, pack_kept, grad

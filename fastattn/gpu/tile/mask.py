@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import int32
+from numba import int32, uint64
 
 from ..dsl.inline import divide, inline
+from ..ptx.memory import load_b32
 from ..spec import FAR, Spec
 from .fragments import keep_below, keep_from, keep_interval
 
@@ -25,8 +26,32 @@ class TwoIntervals(NamedTuple):
 
 @inline
 def diagonal_of(a, seqlen_q, seqlen_k):
-    """The key on the diagonal of row 0."""
+    """The key on the diagonal of row 0, from which the limits count. One that the call gives is part of the limits (spec._limit)."""
     return int32(0) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
+
+
+@inline
+def alibi_from(a, seqlen_q, seqlen_k):
+    """The key on the diagonal of row 0, from which ALiBi counts: one that the call gives is here."""
+    return int32(a.alibi_diagonal) if a.top_left != 0 else int32(seqlen_k - seqlen_q)
+
+
+def make_diagonals(spec: Spec) -> tuple[Any, Any]:
+    """(diagonal_of, alibi_from) with the batch entry, for kernels whose packed sequences may each have a diagonal of their own."""
+    @inline
+    def of_call(a, batch, seqlen_q, seqlen_k):
+        return diagonal_of(a, seqlen_q, seqlen_k)
+
+    @inline
+    def alibi_of_call(a, batch, seqlen_q, seqlen_k):
+        return alibi_from(a, seqlen_q, seqlen_k)
+
+    @inline
+    def of_sequence(a, batch, seqlen_q, seqlen_k):
+        """Rows of no sequence have the last one's. The low word of an integer is at its address."""
+        given = load_b32(uint64(a.diagonals + min(batch, a.batch - 1) * a.diagonals_step))
+        return int32(min(max(given, -FAR), FAR))
+    return (of_sequence, of_sequence) if spec.diagonals else (of_call, alibi_of_call)
 
 
 def make_row_bounds(spec: Spec) -> Any:

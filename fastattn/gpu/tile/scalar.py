@@ -13,7 +13,8 @@ from ..dsl.inline import inline
 from ..ptx.scalar import load_flag, load_if, rounded_product, store_shared
 from ..spec import Spec
 from .dropout import philox as philox_words
-from .mask import diagonal_of
+from .dropout import plane_of
+from .mask import make_diagonals
 
 WARP = 0xFFFFFFFF
 philox = inline(philox_words)
@@ -35,6 +36,7 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
     SOFTCAP, ALIBI, BIAS, MASK = spec.softcap, spec.alibi is not None, spec.bias is not None, spec.mask
     compute, REAL, _ = compute_of(spec)
     load_slope, load_bias = load_if(spec.alibi or compute, compute), load_if(spec.bias or compute, compute)
+    _, alibi_from = make_diagonals(spec)
     product = rounded_product(compute)      # rounded, like the maximum or lse that is subtracted from a score
 
     @inline
@@ -56,7 +58,7 @@ def make_score(spec: Spec) -> tuple[Any, Any, Any]:
             tanh = math.tanh(s / a.cap)
             s, rate = product(a.cap, tanh), REAL(1) - tanh * tanh
         if ALIBI:       # from the mask's diagonal
-            s = s - shared * REAL(int32(abs(int32(row + diagonal_of(a, seqlen_q, seqlen_k) - col))))
+            s = s - shared * REAL(int32(abs(int32(row + alibi_from(a, batch, seqlen_q, seqlen_k) - col))))
         if BIAS:
             address = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + row * a.bias_row + col * a.bias_col)
             s = s + load_bias(address, int32((row < seqlen_q) & (col < seqlen_k) & operand_has(a, row, col)))
@@ -121,10 +123,10 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
 
 
 def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: int, THREADS: int) -> Any:
-    """dropout(a, p, row0, col0, plane, thread): store zeros in the tile P at shared address p. Without dropout nothing is done.
+    """dropout(a, p, row0, col0, batch, head, thread): store zeros in the tile P at shared address p. Without dropout nothing is done.
 
     Query rows of P are BY_ROW elements apart, keys BY_COL. Each thread handles the eight elements of one Philox call (philox.py): rows r,
-    r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a 16 x 16 piece. plane: batch * num_heads + head.
+    r + 8 and columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a 16 x 16 piece.
     """
     compute, REAL, SIZE = compute_of(spec)
     put = store_shared(compute)
@@ -132,7 +134,7 @@ def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: in
 
     if not spec.dropout:
         @inline
-        def nothing(a, p, row0, col0, plane, thread):
+        def nothing(a, p, row0, col0, batch, head, thread):
             pass
         return nothing
 
@@ -144,10 +146,12 @@ def make_dropout(spec: Spec, BLOCK_M: int, BLOCK_N: int, BY_ROW: int, BY_COL: in
             put(int32(address + BY_COL * SIZE), REAL(0))
 
     @inline
-    def dropout(a, p, row0, col0, plane, thread):
+    def dropout(a, p, row0, col0, batch, head, thread):
+        plane = plane_of(a, batch, head)
         for call in range(thread, CALLS, THREADS):
             row, col = int32(call // (BLOCK_N // 4)), int32(call % (BLOCK_N // 4))      # of the Philox counter, inside the tile
-            w0, w1, w2, w3 = philox(uint32((row0 >> 1) + row), uint32((col0 >> 2) + col), uint32(plane), a.offset, a.seed_low, a.seed_high)
+            c0, c1 = uint32(8 * a.row16 + (row0 >> 1) + row), uint32(4 * a.column16 + (col0 >> 2) + col)
+            w0, w1, w2, w3 = philox(c0, c1, plane, a.offset, a.seed_low, a.seed_high)
             at = int32(p + (((row >> 3) * 16 + (row & 7)) * BY_ROW + ((col >> 2) * 16 + (col & 3) * 2) * BY_COL) * SIZE)
             drop(at, w0, a.threshold)
             drop(int32(at + 8 * BY_COL * SIZE), w1, a.threshold)

@@ -136,7 +136,7 @@ def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = 
         elif SCALED:
             acc_s = scale_elements(acc_s, row, col, (a.softmax_scale,))
         if ALIBI:
-            diagonal = int32(0) if a.top_left != 0 else corner      # ALiBi counts from the mask's diagonal, see diagonal_of
+            diagonal = int32(a.alibi_diagonal) if a.top_left != 0 else corner       # from the mask's diagonal, see alibi_from
             if TRANSPOSED:
                 acc_s = less_alibi(acc_s, col, int32(row + diagonal), (shared,))    # |row - col| is the same
             else:

@@ -36,6 +36,14 @@ def host_view(x: Any) -> Any:
     return None if x is None else convert.view(x, "test", "x")
 
 
+def operands_of(kwargs: dict[str, Any], placed: Callable[[Any], Any]) -> dict[str, Any]:
+    """The operands among the keywords of a call, which are taken out of them. placed(array): its View, None for None."""
+    arrays = {name: placed(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    if isinstance(kwargs.get("diagonal"), np.ndarray):
+        arrays["diagonals"] = placed(kwargs.pop("diagonal"))
+    return arrays
+
+
 def with_bounds(call: Any, mask: np.ndarray[Any, Any], block: int, memory: Memory, by_keys: bool = False) -> Any:
     """The call with the bounds of its boolean mask's blocks in place of the mask, as rows/mask_words.py lays them out; without words.
 
@@ -62,13 +70,14 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
 
     def canonical(x: Any) -> Any:
         return host_view(x.swapaxes(1, 2) if swap else x)
-    arrays = {name: host_view(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    arrays = operands_of(kwargs, host_view)
     q, k, v = (canonical(x) for x in inputs.args[:3])
     if inputs.packed:
         arrays |= {"cu_seqlens_q": host_view(inputs.args[3]), "cu_seqlens_k": host_view(inputs.args[4])}
     problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=inputs.packed, **kwargs)
-    grads = Grads(*(None if x is None else np.full(x.shape, np.nan, x.dtype)
-                    for x in (*inputs.args[:3], inputs.kwargs.get("bias"), inputs.kwargs.get("sinks"))))
+    grads = Grads(*(np.full(x.shape, np.nan, NUMPY[problem.out_dtype]) for x in inputs.args[:3]),
+                  *(None if x is None else np.full(x.shape, np.nan, x.dtype)
+                    for x in (inputs.kwargs.get("bias"), inputs.kwargs.get("sinks"))))
     dbias = None if grads.dbias is None else host_view(grads.dbias.reshape((1,) * (4 - grads.dbias.ndim) + grads.dbias.shape))
     places = Grads(canonical(grads.dq), canonical(grads.dk), canonical(grads.dv), dbias, host_view(grads.dsinks))
     call = BackwardCall(problem, o, canonical(inputs.dout), canonical(out), host_view(lse), host_view(inputs.dlse), places, False)
@@ -76,7 +85,7 @@ def run(inputs: Inputs) -> tuple[Grads, list[str]]:
     for x in (*(getattr(o, name) for name in o.__slots__), call.dout, call.out, call.lse, call.dlse, *places):
         memory.allow(x)
     with emulated(memory) as machine:
-        gpu.family("simt").backward(call, make_backward_spec(call), machine.launcher(), 0)
+        gpu._for("simt", call).backward(call, make_backward_spec(call), machine.launcher(), 0)
     return grads, machine.launched
 
 
@@ -87,18 +96,18 @@ def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90", retu
 
     def placed(x: Any) -> Any:
         return None if x is None else memory.place(x, convert.view(x, "test", "x"))
-    arrays = {name: placed(kwargs.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    arrays = operands_of(kwargs, placed)
     q, k, v = (placed(x.swapaxes(1, 2) if swap else x) for x in inputs.args[:3])
     if inputs.packed:
         arrays |= {"cu_seqlens_q": placed(inputs.args[3]), "cu_seqlens_k": placed(inputs.args[4])}
         kwargs |= {f"max_seqlen_{side}": int(np.diff(cu).max(initial=0)) for side, cu in (("q", inputs.args[3]), ("k", inputs.args[4]))}
     problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=inputs.packed, **kwargs)
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in
-                ((problem.out_shape, inputs.args[0].dtype), (problem.lse_shape, np.float32)))
+                ((problem.out_shape, NUMPY[problem.out_dtype]), (problem.lse_shape, np.float32)))
     launcher, call = interpreter.Launcher(memory, arch), Call(problem, o, out, lse if return_lse else None)
     with gpu.use(family):
         gpu.family(family).prepare(call, make_spec(problem, o, return_lse), launcher)(call, 0)
-    result = memory.read(out, inputs.args[0].dtype)
+    result = memory.read(out, NUMPY[problem.out_dtype])
     return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32) if return_lse else None, launcher.launched
 
 

@@ -40,6 +40,7 @@ from fastattn.gpu.short import launch as short
 from fastattn.gpu.sm80 import launch as sm80
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.problem import Operands, make_problem
+from tests.tools.gpu.calls import operands_of
 
 HALVES = ("float16", "bfloat16")
 Array = np.ndarray[Any, Any]
@@ -403,16 +404,16 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
             return None
         place = convert.view(x, "test", "x")
         return replace(place, ptr=(1 << 20) + place.ptr - place.bytes_range()[0], device=precompile.HERE)
-    arrays = {name: dry(inputs.kwargs.get(name)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    settings = {name: x for name, x in inputs.kwargs.items() if name != "layout"}
+    arrays = operands_of(settings, dry)
     swap = inputs.kwargs.get("layout") == "bhsd"
     canonical = [dry(x.swapaxes(1, 2) if swap else x) for x in inputs.args]
     lengths = {}
     if inputs.packed:
         arrays |= {"cu_seqlens_q": canonical[3], "cu_seqlens_k": canonical[4]}
         lengths = {f"max_seqlen_{side}": int(np.diff(cu).max(initial=0)) for side, cu in (("q", inputs.args[3]), ("k", inputs.args[4]))}
-    settings = {name: x for name, x in inputs.kwargs.items() if name not in arrays and name != "layout"}
     problem, o = make_problem("test", Operands(*canonical[:3], **arrays), packed=inputs.packed, **settings, **lengths)
-    out, lse = (dry(np.empty(shape, NUMPY[dtype])) for shape, dtype in ((problem.out_shape, problem.dtype),
+    out, lse = (dry(np.empty(shape, NUMPY[dtype])) for shape, dtype in ((problem.out_shape, problem.out_dtype),
                                                                         (problem.lse_shape, problem.lse_dtype)))
     if 0 in problem.out_shape and not backward:
         return []
@@ -422,7 +423,8 @@ def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backwa
         bias = inputs.kwargs.get("bias")
         dbias = None if bias is None else dry(np.empty((1,) * (4 - bias.ndim) + bias.shape, bias.dtype))
         dout = dry(inputs.dout.swapaxes(1, 2) if swap else inputs.dout)
-        call = BackwardCall(problem, o, dout, out, lse, dry(inputs.dlse), Grads(*canonical[:3], dbias, o.sinks), False)
+        grads = Grads(*(dry(np.empty(x.shape, NUMPY[problem.out_dtype])) for x in canonical[:3]), dbias, o.sinks)
+        call = BackwardCall(problem, o, dout, out, lse, dry(inputs.dlse), grads, False)
         spec = make_backward_spec(call)
     try:
         with using(family):
@@ -473,7 +475,7 @@ def forward(inputs: Inputs, family: str, return_lse: bool = True) -> tuple[Array
     """(out, lse) of the family, written into memory that held NaN; all other free memory holds NaN too."""
     args, kwargs = device_arguments(inputs)
     q, v = inputs.args[0], inputs.args[2]
-    out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, q.dtype))
+    out = on_device(np.full((*q.shape[:-1], v.shape[-1]), np.nan, NUMPY[kwargs.get("out_dtype", inputs.dtype)]))
     poison()
     with using(family):
         given = function_of(inputs)(*args, **kwargs, out=out, return_lse=return_lse)

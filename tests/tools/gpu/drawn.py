@@ -9,7 +9,8 @@ from fastattn import Grads
 from fastattn.gpu.spec import AnyCall, BackwardCall, Call
 from fastattn.problem import Operands, make_problem
 from tests.fuzz.inputs import Inputs, arguments, swapped
-from tests.tools.gpu.calls import host_view
+from tests.tools.gpu.calls import host_view, operands_of
+from tests.tools.problems import NUMPY
 
 
 def calls(x: Inputs) -> list[AnyCall]:
@@ -19,16 +20,16 @@ def calls(x: Inputs) -> list[AnyCall]:
 
     def canonical(array: Any) -> Any:
         return host_view(swapped(s, array))
-    arrays = {name: host_view(options.pop(name, None)) for name in ("bias", "mask", "alibi_slopes", "sinks", "seqused_k")}
+    arrays = operands_of(options, host_view)
     if s.packed:
         arrays |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(host_view, there.lengths), strict=True))
     q, k, v, dout = (canonical(there.arrays[name]) for name in ("q", "k", "v", "dout"))
     problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=s.packed, **options)
-    out, lse = host_view(np.empty((*x.q.shape[:-1], s.head_dim_v), x.q.dtype)), host_view(np.empty(x.lse_shape, np.float32))
+    out, lse = host_view(np.empty((*x.q.shape[:-1], s.head_dim_v), NUMPY[s.result])), host_view(np.empty(x.lse_shape, np.float32))
     found: list[AnyCall] = [Call(problem, o, out, lse if s.return_lse else None)]
     if s.backward:
         dbias = np.empty((1,) * (4 - x.bias.ndim) + x.bias.shape, x.bias.dtype) if x.bias is not None and s.need_dbias else None
-        grads = Grads(*(host_view(np.empty_like(y)) for y in (x.q, x.k, x.v)), host_view(dbias),
+        grads = Grads(*(host_view(np.empty(y.shape, NUMPY[s.result])) for y in (x.q, x.k, x.v)), host_view(dbias),
                       None if x.sinks is None else host_view(np.empty_like(x.sinks)))
         dlse = None if x.dlse is None else host_view(x.dlse)
         found.append(BackwardCall(problem, o, dout, out, lse, dlse, grads, s.deterministic))

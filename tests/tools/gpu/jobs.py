@@ -142,6 +142,23 @@ def _sliced() -> Iterator[Job]:
     yield Job("sm90", "sm_90a", _want("float16", 576, softcap=True, alibi="float32", sinks="float32", causal=True), "softcap_alibi")
 
 
+def _float32_out() -> Iterator[Job]:
+    """float32 results of 16-bit operands: each way in which kernels store them."""
+    for family, arch in (("sm90", "sm_90a"), ("sm80", "sm_80"), ("simt", "sm_80")):
+        yield Job(family, arch, _want("bfloat16", 128, causal=True, out_dtype="float32"), "float32_out")
+        yield Job(family, arch, _want("bfloat16", 128, lse=False, causal=True, out_dtype="float32", backward=True), "float32_out")
+    for settings in ({}, {"packed": True, "dropout": True}):
+        for dim, dim_v in ((64, None), (192, 128), (256, None), (512, None)):
+            for backward in (False, True):
+                yield Job("sm90", "sm_90a", _want("bfloat16", dim, dim_v, lse=not backward, backward=backward, causal=True,
+                                                  out_dtype="float32", **settings), "float32_out" + "_packed_dropout" * bool(settings))
+    yield Job("sm90", "sm_90a", _want("bfloat16", 128, lse=False, backward=True, causal=True, deterministic=True, out_dtype="float32"),
+              "float32_out_deterministic")
+    yield Job("sm80", "sm_80", _want("float16", 256, lse=False, backward=True, causal=True, packed=True, out_dtype="float32"),
+              "float32_out_packed")
+    yield Job("sm80", "sm_80", _want("bfloat16", 128, seqlen_q=1, num_heads_k=4, out_dtype="float32"), "float32_out_decode")
+
+
 def _found() -> Iterator[Job]:
     """Kernels that spilled when drawn at random, one of each kind."""
     both: dict[str, Any] = {"bias": "float16", "mask": True, "lse": False}
@@ -318,6 +335,7 @@ def _ci() -> Iterator[Job]:
     backward = ("0-causal-backward", "64-causal-backward", "128-causal-backward", "256-causal-backward", "-bias-backward",
                 "-softcap-backward", "128-deterministic-backward", "192_128-packed_window-backward")
     yield from (job for job in _backward_sm90() if job.id.endswith(backward))
+    yield from (job for job in _float32_out() if job.id.endswith(("128-float32_out-backward", "64-float32_out_packed_dropout-lse")))
 
 
 # ---------------------------------------------------------------- and random kernels
@@ -378,6 +396,7 @@ def _jobs() -> list[Job]:
         jobs += [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm80(), *_backward_sm90(),
+                 *_float32_out(),
                  *_everything_there_is()]
     return list({job.id: job for job in jobs}.values())
 
