@@ -49,7 +49,9 @@ def test_every_block_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 64}, {"stages": 1}, {"turns": True}, {"pieces": 2},
-                                    {"pieces": 4, "block_n": 192}, {"block_m": 64, "turns": False}], ids=str)
+                                    {"pieces": 4, "block_n": 192}, {"block_m": 64, "turns": False}, {"gather": 2},
+                                    {"gather": 4, "block_n": 64}, {"optimistic": True, "offset": 3},
+                                    {"optimistic": True, "offset": 3, "gather": 2}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     for seed in range(2):
         check(play(CASES["128 causal"], seed, **tuning), CASES["128 causal"], whole(CASES["128 causal"].problem))
@@ -101,16 +103,37 @@ MUTANTS = {
                          "            release_k(base, stage, n_block, tile.n_min, lane)\n"
                          "            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
-    "turn kept": ("        product = mma_o(p, base, before, 0)\n        wgmma.commit()\n        pass_turn(w)\n",
-                  "        product = mma_o(p, base, before, 0)\n        wgmma.commit()\n"),
-    "wrong V": ("            acc_s, product = issue(base, w, p, stage, before, parity)\n",
-                "            acc_s, product = issue(base, w, p, stage, stage, parity)\n"),
-    "O not waited for": ("        return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)\n",
-                         "        return add_columns(acc_o, product, LAST_PIECE)\n"),
+    "turn kept": ("before, int32(n_block + 1), tile)\n        wgmma.commit()\n        pass_turn(w)\n",
+                  "before, int32(n_block + 1), tile)\n        wgmma.commit()\n"),
+    "wrong V": ("            acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)\n            acc_s = wgmma",
+                "            acc_s, product = issue(base, w, sums, p, stage, stage, parity, n_block, tile)\n            acc_s = wgmma"),
+    "O not waited for": ("            return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE), int32(0)\n",
+                         "            return add_columns(acc_o, product, LAST_PIECE), int32(0)\n"),
     "V of another block": ("                load_v(a, base, it, int32(block + n), head_k, map_batch)\n                it = int32(it + 1)\n"
                            "            going", "                load_v(a, base, it, int32(block + n + 1), head_k, map_batch)\n"
                            "                it = int32(it + 1)\n            going"),
 }
+
+
+GATHERED = {
+    "a sum lost": ("                acc_o = add_columns(acc_o, sums, 0)\n", "                acc_o = acc_o\n"),
+    "a sum added early": ("place_in_sum(n_block, tile) == GATHER - 1", "place_in_sum(n_block, tile) == 0"),
+    "a sum begun late": ("return pv_onto(sums, p, values, HEAD_DIM, place_in_sum(n_block, tile))",
+                         "return pv_onto(sums, p, values, HEAD_DIM, int32(1))"),
+    "a sum not waited for": ("            return acc_o, wgmma.wait_all(product)\n", "            return acc_o, product\n"),
+    "K released before the vote": ("        lags = int32(1) if",
+                                   "        release_k(base, stage, n_block, tile.n_min, lane)\n        lags = int32(1) if"),
+    "scores of another block again": ("        acc_s = mma_s(base, w, stage)\n        wgmma.commit()\n        acc_s = wgmma",
+                                      "        acc_s = mma_s(base, w, int32(stage ^ 1))\n        wgmma.commit()\n        acc_s = wgmma"),
+}
+
+
+@pytest.mark.parametrize("mutant", GATHERED)
+def test_faults_of_sums_and_optimism_are_found(mutant: str) -> None:
+    call = CASES["128 causal"]
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            check(play(call, seed, GATHERED[mutant], optimistic=True, offset=3, gather=2), call, whole(call.problem))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

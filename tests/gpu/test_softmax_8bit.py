@@ -34,19 +34,27 @@ def names(polynomial_error: float) -> dict[str, Any]:
         return power
     return {"inline": lambda f: f, "float32": F32, "exp2": exp2, "log2": lambda x: np.log2(F32(x)), "quad_max": lambda x: x,
             "quad_sum": lambda x: x, "row_max": lambda acc, a, b: (max(acc[0].max(), a), max(acc[1].max(), b)),
-            "row_sum": lambda acc: acc.sum(axis=1, dtype=F32), "make_exp2_minus": lambda n: exp2_minus,
+            "row_sum": lambda acc: acc.sum(axis=1, dtype=F32), "make_exp2_minus": lambda n, degree: exp2_minus,
             "finite": lambda x: F32(0) if x == -np.inf else x, "NEG_INF": F32(-np.inf), "LN2": F32(np.log(2))}
 
 
-def run(scores: Array, v: Array, scale: float, polynomial_error: float = 0.0) -> tuple[Array, Array, float]:
-    """(out, lse, largest P) of two rows of products q.k, block after block from the last to the first."""
+def run(scores: Array, v: Array, scale: float, polynomial_error: float = 0.0, offset: int = OFFSET,
+        optimistic: bool = False) -> tuple[Array, Array, float]:
+    """(out, lse, largest P) of two rows of products q.k, block after block from the last to the first. optimistic: the kernel's steps of
+    that name, which raise maxima only where a thread's sum is over 448."""
     with replaced(("tile.softmax_8bit",), names(polynomial_error)):
-        raised, probabilities, finish_row = softmax_8bit.make_softmax_8bit(OFFSET, 4)
+        raised, probabilities, finish_row = softmax_8bit.make_softmax_8bit(offset, 4)
+        lag, limit = F32(softmax_8bit.lag_of(offset)), F32(softmax_8bit.TOP)
         top, total, out, largest = [F32(-np.inf)] * 2, [F32(0)] * 2, np.zeros((2, v.shape[1]), F32), 0.0
         for first in range(KEYS - BLOCK, -1, -BLOCK):
             acc = scores[:, first:first + BLOCK].astype(F32)
-            *top, alpha0, alpha1 = raised(F32(scale), acc, *top)
-            P, *parts = probabilities(F32(scale), acc, *top)
+            first_of_all, alpha0, alpha1 = first == KEYS - BLOCK, F32(1), F32(1)
+            if optimistic and not first_of_all:
+                P, *parts = probabilities(F32(scale), acc, *top)
+                again = P.reshape(2, -1, 4, 2).sum(axis=(1, 3)).max() > limit       # of each thread of a quad
+            if not optimistic or first_of_all or again:
+                *top, alpha0, alpha1 = raised(F32(scale), acc, *top, F32(0) if optimistic and not first_of_all else lag)
+                P, *parts = probabilities(F32(scale), acc, *top)
             total = [total[0] * alpha0 + parts[0], total[1] * alpha1 + parts[1]]
             largest = max(largest, float(P.max()))
             rounded = np.minimum(P, F32(448)).astype(E4M3).astype(F32)
@@ -78,19 +86,21 @@ def drawn(kind: str, seed: int = 0) -> tuple[Array, Array]:
     return scores, v
 
 
-@pytest.mark.parametrize("polynomial_error", [0.0, 1.1e-4])
+@pytest.mark.parametrize(("offset", "optimistic", "polynomial_error"), [
+    (OFFSET, False, 0.0), (OFFSET, False, 1.1e-4), (3, True, 0.0), (3, True, 2.0e-3), (3, False, 0.0)])
 @pytest.mark.parametrize("kind", ["normal", "ones", "growing", "spread", "positive"])
-def test_as_exact_as_a_rounded_p(kind: str, polynomial_error: float) -> None:
+def test_as_exact_as_a_rounded_p(kind: str, offset: int, optimistic: bool, polynomial_error: float) -> None:
     scale, errors, ideal, size = 0.0013, 0.0, 0.0, 0.0
     for seed in range(24):                  # one row's roundings may have a common part
         scores, v = drawn(kind, seed)
-        out, lse, largest = run(scores, v, scale, polynomial_error)
+        out, lse, largest = run(scores, v, scale, polynomial_error, offset, optimistic)
         want, want_lse, rounded = exact(scores, v, scale)
         assert largest <= 448
-        np.testing.assert_allclose(lse, want_lse, rtol=2e-6, atol=2e-4)
+        np.testing.assert_allclose(lse, want_lse, rtol=2e-6, atol=2e-4 + polynomial_error)
         errors, ideal, size = errors + ((out - want)**2).sum(), ideal + ((rounded - want)**2).sum(), size + (want**2).sum()
-    # what lags is rounded at another place of e4m3's steps, with the same relative error
-    assert errors**0.5 <= 1.15 * ideal**0.5 + 2e-4 * size**0.5
+    # what lags is rounded at another place of e4m3's steps, with the same relative error; but P of a row's maximum is exact where it does
+    # not lag, which is half of the error of rows that a few keys dominate
+    assert errors**0.5 <= (2.1 if offset < OFFSET and kind == "spread" else 1.15) * ideal**0.5 + (2e-4 + polynomial_error / 3) * size**0.5
     if kind == "positive":
         assert errors**0.5 <= 2e-3 * size**0.5
 

@@ -15,20 +15,37 @@ OFFSET = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward8BitConfig(ForwardSm90Config):
-    """A tiling of the forward on 8-bit operands. Its steps are never optimistic: one that is done twice costs more than a maximum.
+    """A tiling of the forward on 8-bit operands.
 
     Parameters
     ----------
+    optimistic
+        As in ForwardSm90Config, and a thread's sum of a row in a block is at most 448, so each probability is, too. The offset leaves room
+        for equal ones, 32 in a block of 128 keys.
     pieces
         P V of a block is added to O in so many pieces of columns, one after the other. O in float32 takes head_dim_v / 2
         registers a thread, a piece head_dim_v / 2 / pieces more.
+    gather
+        P V of so many blocks is summed by the tensor cores before it is added to O in float32: fewer additions, and a larger error.
+    offset
+        P is multiplied by 2**offset before it is rounded.
     polynomial
         Of so many neighbouring exponentials one is a polynomial on the FMA units instead of ex2, of which a
         multiprocessor does 16 a cycle. 0: none.
+    degree
+        Of the polynomial: 2 or 3.
     """
 
     pieces: int = 1
     polynomial: int = 0
+    degree: int = 3
+    gather: int = 1
+    offset: int = OFFSET
+
+    def __post_init__(self) -> None:
+        assert self.gather in (1, 2, 4) and self.degree in (2, 3)
+        assert self.pieces == 1 or (self.gather == 1 and not self.optimistic), "a piece is added when it is there"
+        assert not self.optimistic or self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
 
     @property
     def panel(self) -> int:
@@ -38,7 +55,8 @@ class Forward8BitConfig(ForwardSm90Config):
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} pieces {self.pieces}" + " turns" * self.turns
-                + f" polynomial {self.polynomial}" * (self.polynomial > 0))
+                + f" polynomial {self.polynomial} of {self.degree}" * (self.polynomial > 0) + " optimistic" * self.optimistic
+                + f" gather {self.gather}" * (self.gather > 1) + f" offset {self.offset}" * (self.offset != OFFSET))
 
 
 def row_bytes(dim: int) -> int:

@@ -2,7 +2,8 @@
 
 What differs from it: V comes transposed (rows/transpose_8bit.py), because 8-bit operands are K-major always. P V of a block is a sum of its
 own, added to O in float32: the tensor cores' 8-bit sums keep some 14 bits, and over 16384 positive keys they lose a quarter. P is e4m3,
-times 2**OFFSET. Scores and the output are scaled by the numbers of their (batch, key head). Every step computes its maxima first.
+times 2**offset. Scores and the output are scaled by the numbers of their (batch, key head). A step computes its maxima first, or is
+optimistic. With config.gather a sum has several blocks, which begin with a tile's first one.
 
     shared memory   Q | STAGES x (K, V) | out | barriers | tile records
 
@@ -19,28 +20,29 @@ from numba import cuda, float32, int32, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
-from ..ptx.sync import any_lane, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, uniform
+from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, uniform
 from ..spec import Spec
-from ..tile.fragments import add_columns, scale_rows, zeros
+from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
 from ..tile.mask import diagonal_of, make_keep
 from ..tile.ring import make_ring
 from ..tile.schedule import make_num_tiles
 from ..tile.smem import ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, panels
 from ..tile.softmax import NEG_INF
-from ..tile.softmax_8bit import make_softmax_8bit
+from ..tile.softmax_8bit import TOP, lag_of, make_softmax_8bit
 from .bounds import make_tile_bounds
-from .config_8bit import OFFSET, Forward8BitConfig, row_bytes
+from .config_8bit import Forward8BitConfig, row_bytes
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
 
 
 class Tile(NamedTuple):
     """What a consumer keeps of its tile. `intervals`: the keys that its two rows attend; `scale`: the factor from q.k to exponents of 2;
-    n_min: the tile's last key block in the order of the loop."""
+    n_min, n_first: the tile's last and first key block in the order of the loop."""
 
     intervals: Any
     scale: Any
     n_min: Any
+    n_first: Any
 
 
 def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype_v: str) -> tuple[Any, int]:
@@ -52,7 +54,8 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     Q_PANEL, K_PANEL, V_PANEL = BLOCK_M * ROW, BLOCK_N * ROW, HEAD_DIM * PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * K_PANEL, PANELS_V * V_PANEL
     COUNT_S, COUNT_O, COUNT_PIECE = BLOCK_N // 2, HEAD_DIM // 2, PIECE_DIM // 2
-    LAST_PIECE = (PIECES - 1) * COUNT_PIECE
+    LAST_PIECE, GATHER, OPTIMISTIC = (PIECES - 1) * COUNT_PIECE, config.gather, config.optimistic
+    LAG, LIMIT = float32(lag_of(config.offset)), float32(TOP)
     WARPS, PACKED, MASKED_ALWAYS, TURNS = 4 * CONSUMERS, spec.packed, spec.left or spec.right, config.turns and CONSUMERS > 1
 
     # shared memory and barriers
@@ -62,14 +65,15 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
-    TURN_BARRIER = smem.named(4)
+    TURN_BARRIER, VOTE_BARRIER = smem.named(4), smem.named(CONSUMERS)
 
     # what the steps are made of
     qk, pv = wgmma_8bit.make_qk(spec.dtype, dtype_k, ROW), wgmma_8bit.make_pv(dtype_v, PANEL)
+    pv_onto = wgmma_8bit.make_pv_onto(dtype_v, PANEL)
     rows_of, values_of = wgmma_8bit.make_descriptor(ROW), wgmma_8bit.make_descriptor(PANEL)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     keep, num_tiles = make_keep(spec), make_num_tiles(spec)
-    raised, probabilities, finish_row = make_softmax_8bit(OFFSET, config.polynomial)
+    raised, probabilities, finish_row = make_softmax_8bit(config.offset, config.polynomial, config.degree)
 
     @inline
     def scales_at(a, plane):
@@ -159,6 +163,20 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         return pv(zeros(COUNT_PIECE), p, values_of(base + V + stage * V_BYTES + piece * PIECE_DIM * PANEL), HEAD_DIM)
 
     @inline
+    def place_in_sum(n_block, tile):
+        """Which of the blocks of its sum a block of keys is."""
+        return int32((tile.n_first - n_block) & (GATHER - 1))
+
+    @inline
+    def mma_first(sums, p, base, stage, n_block, tile):
+        """P V of n_block, of the first piece of the columns, or with GATHER onto the sum that it belongs to."""
+        if GATHER > 1:
+            values = values_of(base + V + stage * V_BYTES)
+            return pv_onto(sums, p, values, HEAD_DIM, place_in_sum(n_block, tile))
+        else:
+            return mma_o(p, base, stage, 0)
+
+    @inline
     def wait_turn(w):
         """Ping-pong: until it is this warpgroup's turn to issue MMAs, so that its softmax overlaps with another's MMAs."""
         if TURNS:
@@ -182,15 +200,15 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         return acc_s
 
     @inline
-    def issue(base, w, p, stage, before, parity):
-        """S of the block in `stage`, then the first piece of P V of the one in `before`."""
+    def issue(base, w, sums, p, stage, before, parity, n_block, tile):
+        """S of n_block, then the first piece of P V of the block before it."""
         wait_turn(w)
         wgmma.fence()
         acc_s = mma_s(base, w, stage)
         wgmma.commit()
         v_ring.wait_full(base, before, parity)
         wgmma.fence()
-        product = mma_o(p, base, before, 0)
+        product = mma_first(sums, p, base, before, int32(n_block + 1), tile)
         wgmma.commit()
         pass_turn(w)
         return acc_s, product
@@ -219,20 +237,38 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
     @inline
     def landed(acc_o, product):
-        """O with the last piece."""
-        return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
+        """(O, the sum in front of it), when P V of a block has ended: the last piece is added to O, a sum of GATHER blocks is not yet."""
+        if GATHER > 1:
+            return acc_o, wgmma.wait_all(product)
+        else:
+            return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE), int32(0)
 
     @inline
-    def issue_last(base, w, acc_o, p, stage, parity):
+    def scaled(acc_o, product, alpha0, alpha1):
+        if GATHER > 1:
+            return scale_rows(acc_o, alpha0, alpha1), scale_rows(product, alpha0, alpha1)
+        else:
+            return scale_rows(acc_o, alpha0, alpha1), product
+
+    @inline
+    def gathered(acc_o, sums, n_block, tile):
+        """O, with the sum that n_block ends."""
+        if GATHER > 1:
+            if place_in_sum(n_block, tile) == GATHER - 1:
+                acc_o = add_columns(acc_o, sums, 0)
+        return acc_o
+
+    @inline
+    def issue_last(base, w, acc_o, sums, p, stage, parity, tile):
         """O with P V of a tile's last block."""
         v_ring.wait_full(base, stage, parity)
         wait_turn(w)
         wgmma.fence()
-        product = mma_o(p, base, stage, 0)
+        product = mma_first(sums, p, base, stage, tile.n_min, tile)
         wgmma.commit()
         pass_turn(w)
         acc_o, product = other_pieces(acc_o, product, p, base, stage)
-        return landed(acc_o, product)
+        return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
 
     @inline
     def release_k(base, stage, n_block, n_min, lane):
@@ -248,9 +284,42 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         """1 if O must be rescaled. The test on the sums is never true; it is a data dependence that keeps this after the softmax."""
         return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
 
+    @inline
+    def redo(base, w, stage, acc_s, acc_o, product, max0, max1, sum0, sum1, scale):
+        """Recompute the block's scores, and raise the maxima. Warpgroup-uniform."""
+        acc_o, product = landed(acc_o, product)
+        wgmma.fence()
+        acc_s = mma_s(base, w, stage)
+        wgmma.commit()
+        acc_s = wgmma.wait_all(acc_s)
+        max0, max1, alpha0, alpha1 = raised(scale, acc_s, max0, max1, float32(0))
+        acc_s, part0, part1 = probabilities(scale, acc_s, max0, max1)
+        acc_o, product = scaled(acc_o, product, alpha0, alpha1)
+        return acc_s, acc_o, product, max0, max1, sum0 * alpha0 + part0, sum1 * alpha1 + part1
+
+    @inline
+    def step_fast(base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile):
+        """A step under the maxima so far, which all rows have."""
+        before, parity = v_ring.use(it)
+        it = int32(it + 1)
+        stage, _ = k_ring.use(it)
+        k_ring.wait_full_nth(base, it)
+        acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)
+        acc_s, part0, part1 = probabilities(tile.scale, wgmma.wait_all_but_one(acc_s), max0, max1)
+        lags = int32(1) if max(part0, part1) > LIMIT else int32(0)
+        if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
+            acc_s, acc_o, sums, max0, max1, sum0, sum1 = redo(base, w, stage, acc_s, acc_o, product, max0, max1, sum0, sum1, tile.scale)
+        else:
+            acc_o, sums = landed(acc_o, product)
+            sum0, sum1 = sum0 + part0, sum1 + part1
+        release_k(base, stage, n_block, tile.n_min, lane)
+        acc_o = gathered(acc_o, sums, int32(n_block + 1), tile)
+        v_ring.release(base, before, lane)
+        return acc_o, sums, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
+
     def make_step(MASKED):
         @inline
-        def step(base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
+        def step(base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile):
             """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
             before, parity = v_ring.use(it)
             it = int32(it + 1)
@@ -258,27 +327,29 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
-            acc_s, product = issue(base, w, p, stage, before, parity)
+            acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)
             acc_s = wgmma.wait_all_but_one(acc_s)
             release_k(base, stage, n_block, tile.n_min, lane)
 
             # mask, softmax
             if MASKED:
                 acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
-            max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1)
+            max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1, LAG)
             acc_o, product = other_pieces(acc_o, product, p, base, before)
             acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
             sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
             # both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to overlap with the MMA
             if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                acc_o = scale_rows(landed(acc_o, product), alpha0, alpha1)
+                acc_o, sums = landed(acc_o, product)
+                acc_o, sums = scaled(acc_o, sums, alpha0, alpha1)
             else:
-                acc_o = landed(acc_o, product)
+                acc_o, sums = landed(acc_o, product)
+            acc_o = gathered(acc_o, sums, int32(n_block + 1), tile)
             v_ring.release(base, before, lane)
-            return acc_o, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
+            return acc_o, sums, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
         return step
 
-    step_masked, step_whole = make_step(MASKED_ALWAYS), make_step(False)
+    step_masked, step_whole = make_step(MASKED_ALWAYS), step_fast if OPTIMISTIC else make_step(False)
 
     @inline
     def tile_of(a, base, i, w, thread, lane):
@@ -291,7 +362,9 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
         full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         scale = load_f32(scales_at(a, int32(batch * a.num_heads + head)))
-        tile = Tile(intervals(a, row, diagonal, seqlen_k), scale, uniform(n_min))
+        if OPTIMISTIC:      # the last full block gives all rows a maximum; a tile's last one would release Q a softmax later
+            full_min, full_max = int32(max(full_min, n_min + 1)), int32(full_max - 1)
+        tile = Tile(intervals(a, row, diagonal, seqlen_k), scale, uniform(n_min), uniform(int32(n_max - 1)))
         return tile, uniform(n_max), uniform(full_min), uniform(full_max), seqlen_k
 
     @inline
@@ -305,7 +378,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         release_k(base, stage, n_block, tile.n_min, lane)
         if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
             acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
-        max0, max1, _, _ = raised(tile.scale, acc_s, NEG_INF, NEG_INF)
+        max0, max1, _, _ = raised(tile.scale, acc_s, NEG_INF, NEG_INF, LAG)
         acc_s, sum0, sum1 = probabilities(tile.scale, acc_s, max0, max1)
         return wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1
 
@@ -341,17 +414,17 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
                 tile, n_max, full_min, full_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
                 n_block, it = int32(n_max - 1), int32(it + 1)
                 p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
-                acc_o = zeros(COUNT_O)
+                acc_o, sums = zeros(COUNT_O), own_zeros(COUNT_PIECE) if GATHER > 1 else int32(0)
                 while n_block > tile.n_min:
                     n_block = int32(n_block - 1)
                     if (n_block >= full_min) & (n_block < full_max):
-                        acc_o, p, max0, max1, sum0, sum1, it = step_whole(
-                            base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_whole(
+                            base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
                     else:
-                        acc_o, p, max0, max1, sum0, sum1, it = step_masked(
-                            base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_masked(
+                            base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
-                acc_o = issue_last(base, w, acc_o, p, stage, phase)
+                acc_o = issue_last(base, w, acc_o, sums, p, stage, phase, tile)
                 v_ring.release(base, stage, lane)
                 epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)

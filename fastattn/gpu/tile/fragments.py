@@ -169,8 +169,8 @@ def exp2_minus(typingctx: Any, acc: Any, scale0: Any, scale1: Any, max0: Any, ma
     return signature(acc, acc, *[types.float32] * 4), generate
 
 
-def make_exp2_minus(polynomial: int) -> Any:
-    """exp2_minus, in which one of `polynomial` neighbouring columns is a polynomial instead of ex2; 0: none."""
+def make_exp2_minus(polynomial: int, degree: int = 3) -> Any:
+    """exp2_minus, in which one of `polynomial` neighbouring columns is a polynomial of `degree` instead of ex2; 0: none."""
     if not polynomial:
         return exp2_minus
 
@@ -181,7 +181,7 @@ def make_exp2_minus(polynomial: int) -> Any:
             out = []
             for k, x in enumerate(unpack(builder, args[0], acc.count)):
                 power = emit_fma(builder, x, scales[row_of(k) // 8], minus[row_of(k) // 8])
-                out.append(emit_exp2_polynomial(builder, power) if k % polynomial == polynomial - 1 else emit_exp2(builder, power))
+                out.append(emit_exp2_polynomial(builder, power, degree) if k % polynomial == polynomial - 1 else emit_exp2(builder, power))
             return pack(builder, out)
         return signature(acc, acc, *[types.float32] * 4), generate
     return exp2_minus_mixed

@@ -19,26 +19,30 @@ from .softmax import LN2, NEG_INF, finite
 TOP, ROUNDING = 448.0, 0.5          # the largest e4m3; room for the rounding of maximum * scale, in units of log2
 
 
-def make_softmax_8bit(OFFSET: int, POLYNOMIAL: int) -> tuple[Any, Any, Any]:
+def lag_of(offset: int) -> float:
+    """How far scores may exceed a maximum that is kept, in units of log2."""
+    return math.log2(TOP) - offset - ROUNDING
+
+
+def make_softmax_8bit(OFFSET: int, POLYNOMIAL: int, DEGREE: int = 3) -> tuple[Any, Any, Any]:
     """(raised, probabilities, finish_row).
 
-    new0, new1, alpha0, alpha1 = raised(scale, acc_s, max0, max1)
-        The rows' maxima with these scores, and the factors of their sums and outputs so far.
+    new0, new1, alpha0, alpha1 = raised(scale, acc_s, max0, max1, lag)
+        The rows' maxima with these scores, and the factors of their sums and outputs so far. lag: LAG, or 0 to keep no lower maximum.
     acc_s, part0, part1 = probabilities(scale, acc_s, max0, max1)
         Scores become P; part: their sums over the thread's columns.
     factor, lse = finish_row(scale, out_scale, maximum, total)
         Factor of the output row, 0 for a row that attends no key, and lse.
     """
-    SHIFT, LAG = float32(OFFSET), float32(math.log2(TOP) - OFFSET - ROUNDING)
-    exp2_minus = make_exp2_minus(POLYNOMIAL)
+    SHIFT, exp2_minus = float32(OFFSET), make_exp2_minus(POLYNOMIAL, DEGREE)
 
     @inline
-    def raised(scale, acc_s, max0, max1):
+    def raised(scale, acc_s, max0, max1, lag):
         new = row_max(acc_s, max0, max1)
         new0, new1 = quad_max(new[0]), quad_max(new[1])
-        if (new0 - max0) * scale <= LAG:
+        if (new0 - max0) * scale <= lag:
             new0 = max0
-        if (new1 - max1) * scale <= LAG:
+        if (new1 - max1) * scale <= lag:
             new1 = max1
         return new0, new1, exp2(max0 * scale - finite(new0) * scale), exp2(max1 * scale - finite(new1) * scale)
 

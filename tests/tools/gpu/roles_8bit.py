@@ -1,7 +1,7 @@
 """The Hopper forward on 8-bit operands, played as roles.py plays the other one.
 
 V comes transposed: a place in it is a row (block * panels + panel) * head_dim, which must belong to the keys of P. An output counts its
-pieces: all of a block must be added, in order, before the first of the next.
+pieces: all of a block must be added, in order, before the first of the next. With config.gather a piece has so many blocks at most.
 """
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ class Play8(Play):
         return {block + (key.row - row) // self.config.block_n for row, block in self.starts
                 if row <= key.row and (key.row - row) % self.config.block_n == 0}
 
+    def pv8_onto(self, acc: Fragment, p: Fragment, v: int, rows: int, add: int) -> Fragment:
+        before = self.at_rest(acc).keys if add else ()
+        assert not add or acc.q == p.q, "a sum of other rows"
+        assert len(before) < self.config.gather, "a sum of more blocks"
+        product = self.pv8(acc, p, v, rows)
+        product.keys = (*before, *product.keys)
+        return product
+
     def pv8(self, acc: Fragment, p: Fragment, v: int, rows: int) -> Fragment:
         agent, size = self.pause(), rows * self.config.panel
         assert p.kind == "P" and rows == self.dim
@@ -63,7 +71,7 @@ class Play8(Play):
             tensor, place = self.read(agent, v + j * size, size // self.pieces, 0)
             assert p.k is not None and tensor == "v" and (place.head, place.batch) == (p.k.head, p.k.batch)
             assert place.row in {(n * self.panels + j) * self.dim for n in self.blocks_of(p.k)}, "P of one block, V of another"
-        return self.fly(agent, Fragment("piece", p.q, p.k, at=piece))
+        return self.fly(agent, Fragment("piece", p.q, p.k, (p.k,), at=piece))
 
     def add_columns(self, acc: Fragment, product: Fragment, first: int) -> Fragment:
         self.at_rest(product)
@@ -71,7 +79,7 @@ class Play8(Play):
         assert product.kind == "piece" and product.k is not None
         done = acc.at or 0          # pieces of the last block in acc.keys that are there, 0: all
         assert product.at == done, "a piece twice, or not at all"
-        keys = acc.keys if done else (*acc.keys, product.k)
+        keys = acc.keys if done else (*acc.keys, *product.keys)
         assert keys[-1] == product.k
         return Fragment("O", product.q, None, keys, at=(done + 1) % self.pieces)
 
@@ -84,15 +92,20 @@ class Play8(Play):
         return self.to_half(acc)
 
     def names(self) -> dict[str, Any]:
-        def softmax(offset: int, polynomial: int) -> tuple[Any, ...]:
+        def softmax(offset: int, polynomial: int, degree: int) -> tuple[Any, ...]:
+            def probabilities(scale: float, acc: Fragment, *_: Any) -> tuple[Any, ...]:
+                return self.at_rest(acc), self.random.choice((1.0, 1.0, 1.0, 1000.0)), 1.0
+
             def raised(scale: float, acc: Fragment, *_: Any) -> tuple[float, ...]:
                 self.at_rest(acc)
                 alpha = self.random.choice((1.0, 0.5))
                 return 0.0, 0.0, alpha, alpha
-            return raised, lambda scale, acc, *_: (self.at_rest(acc), 1.0, 1.0), lambda *_: (1.0, 0.0)
-        products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_descriptor=lambda width: lambda at: at,
+            return raised, probabilities, lambda *_: (1.0, 0.0)
+        products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_pv_onto=lambda *_: self.pv8_onto,
+                                   make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half)
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
+                                  "own_zeros": lambda n: Fragment("0"),
                                   "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes, "make_pack": lambda dtype: self.pack}
 
 
