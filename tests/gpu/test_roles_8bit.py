@@ -51,7 +51,9 @@ def test_every_block_once(name: str) -> None:
 @pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 64}, {"stages": 1}, {"turns": True}, {"pieces": 2},
                                     {"pieces": 4, "block_n": 192}, {"block_m": 64, "turns": False}, {"gather": 2},
                                     {"gather": 4, "block_n": 64}, {"optimistic": True, "offset": 3},
-                                    {"optimistic": True, "offset": 3, "gather": 2}], ids=str)
+                                    {"optimistic": True, "offset": 3, "gather": 2}, {"parked": True, "gather": 2},
+                                    {"parked": True, "gather": 4, "block_m": 192, "block_n": 64, "out_panels": 1},
+                                    {"parked": True, "gather": 2, "block_n": 192, "optimistic": True, "offset": 3}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     for seed in range(2):
         check(play(CASES["128 causal"], seed, **tuning), CASES["128 causal"], whole(CASES["128 causal"].problem))
@@ -115,9 +117,26 @@ MUTANTS = {
 }
 
 
+PARKED = {
+    "a sum of the tile before": ("        if tile.n_first - n_block >= GATHER:\n", "        if True:\n"),
+    "the first sum alone": ("        if tile.n_first - n_block >= GATHER:\n", "        if False:\n"),
+    "another warpgroup's sums": ("opaque(w) * SUMS_BYTES", "opaque(0) * SUMS_BYTES"),
+    "sums not stored": ("                store_sums(parked_at(base, w), with_parked(acc_o, sums, n_block, tile, base, w))\n", ""),
+}
+
+
+@pytest.mark.parametrize("mutant", PARKED)
+def test_faults_of_sums_in_shared_memory_are_found(mutant: str) -> None:
+    call = CASES["128 causal"]
+    with pytest.raises((AssertionError, KeyError)):
+        for seed in range(20):
+            check(play(call, seed, PARKED[mutant], parked=True, gather=2, block_n=64), call, whole(call.problem))
+
+
 GATHERED = {
     "a sum lost": ("                acc_o = add_columns(acc_o, sums, 0)\n", "                acc_o = acc_o\n"),
-    "a sum added early": ("place_in_sum(n_block, tile) == GATHER - 1", "place_in_sum(n_block, tile) == 0"),
+    "a sum added early": ("place_in_sum(n_block, tile) == GATHER - 1:\n                acc_o = add",
+                          "place_in_sum(n_block, tile) == 0:\n                acc_o = add"),
     "a sum begun late": ("return pv_onto(sums, p, values, HEAD_DIM, place_in_sum(n_block, tile))",
                          "return pv_onto(sums, p, values, HEAD_DIM, int32(1))"),
     "a sum not waited for": ("            return acc_o, wgmma.wait_all(product)\n", "            return acc_o, product\n"),

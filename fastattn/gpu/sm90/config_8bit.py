@@ -27,6 +27,8 @@ class Forward8BitConfig(ForwardSm90Config):
         registers a thread, a piece head_dim_v / 2 / pieces more.
     gather
         P V of so many blocks is summed by the tensor cores before it is added to O in float32: fewer additions, and a larger error.
+    parked
+        O in float32 is in shared memory, where each sum of `gather` blocks is added: registers for wider blocks of keys.
     offset
         P is multiplied by 2**offset before it is rounded.
     polynomial
@@ -40,10 +42,11 @@ class Forward8BitConfig(ForwardSm90Config):
     polynomial: int = 0
     degree: int = 3
     gather: int = 1
+    parked: bool = False
     offset: int = OFFSET
 
     def __post_init__(self) -> None:
-        assert self.gather in (1, 2, 4) and self.degree in (2, 3)
+        assert self.gather in (1, 2, 4) and self.degree in (2, 3) and (self.gather > 1 or not self.parked)
         assert self.pieces == 1 or (self.gather == 1 and not self.optimistic), "a piece is added when it is there"
         assert not self.optimistic or self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
 
@@ -56,7 +59,8 @@ class Forward8BitConfig(ForwardSm90Config):
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} pieces {self.pieces}" + " turns" * self.turns
                 + f" polynomial {self.polynomial} of {self.degree}" * (self.polynomial > 0) + " optimistic" * self.optimistic
-                + f" gather {self.gather}" * (self.gather > 1) + f" offset {self.offset}" * (self.offset != OFFSET))
+                + f" gather {self.gather}" * (self.gather > 1) + " parked" * self.parked
+                + f" offset {self.offset}" * (self.offset != OFFSET))
 
 
 def row_bytes(dim: int) -> int:

@@ -3,7 +3,8 @@
 What differs from it: V comes transposed (rows/transpose_8bit.py), because 8-bit operands are K-major always. P V of a block is a sum of its
 own, added to O in float32: the tensor cores' 8-bit sums keep some 14 bits, and over 16384 positive keys they lose a quarter. P is e4m3,
 times 2**offset. Scores and the output are scaled by the numbers of their (batch, key head). A step computes its maxima first, or is
-optimistic. With config.gather a sum has several blocks, which begin with a tile's first one.
+optimistic. With config.gather a sum has several blocks, which begin with a tile's first one. With config.parked O is in shared memory, and
+registers have the factors that its rows must be multiplied by since.
 
     shared memory   Q | STAGES x (K, V) | out | barriers | tile records
 
@@ -20,7 +21,8 @@ from numba import cuda, float32, int32, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
-from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, uniform
+from ..ptx.sums import APART, PIECE, add_sums, store_sums
+from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, thread_index, uniform
 from ..spec import Spec
 from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
 from ..tile.mask import diagonal_of, make_keep
@@ -54,6 +56,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     Q_PANEL, K_PANEL, V_PANEL = BLOCK_M * ROW, BLOCK_N * ROW, HEAD_DIM * PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * K_PANEL, PANELS_V * V_PANEL
     COUNT_S, COUNT_O, COUNT_PIECE = BLOCK_N // 2, HEAD_DIM // 2, PIECE_DIM // 2
+    PARKED, SUMS_BYTES = config.parked, COUNT_O // 4 * APART if config.parked else 0
     LAST_PIECE, GATHER, OPTIMISTIC = (PIECES - 1) * COUNT_PIECE, config.gather, config.optimistic
     LAG, LIMIT = float32(lag_of(config.offset)), float32(TOP)
     WARPS, PACKED, MASKED_ALWAYS, TURNS = 4 * CONSUMERS, spec.packed, spec.left or spec.right, config.turns and CONSUMERS > 1
@@ -62,6 +65,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, panels(HEAD_DIM)) * OUT_PANEL)
+    SUMS = smem.take(CONSUMERS * SUMS_BYTES)
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
@@ -245,15 +249,32 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
     @inline
     def scaled(acc_o, product, alpha0, alpha1):
-        if GATHER > 1:
+        if PARKED:
+            return (acc_o[0] * alpha0, acc_o[1] * alpha1), scale_rows(product, alpha0, alpha1)
+        elif GATHER > 1:
             return scale_rows(acc_o, alpha0, alpha1), scale_rows(product, alpha0, alpha1)
         else:
             return scale_rows(acc_o, alpha0, alpha1), product
 
     @inline
-    def gathered(acc_o, sums, n_block, tile):
+    def parked_at(base, w):
+        return int32(base + SUMS + opaque(w) * SUMS_BYTES + (thread_index() & (WARPGROUP - 1)) * PIECE)
+
+    @inline
+    def with_parked(acc_o, sums, n_block, tile, base, w):
+        """O of all sums in front of n_block's, which are in shared memory, and of this one."""
+        if tile.n_first - n_block >= GATHER:
+            sums = add_sums(parked_at(base, w), sums, acc_o[0], acc_o[1])
+        return sums
+
+    @inline
+    def gathered(acc_o, sums, n_block, tile, base, w):
         """O, with the sum that n_block ends."""
-        if GATHER > 1:
+        if PARKED:
+            if place_in_sum(n_block, tile) == GATHER - 1:
+                store_sums(parked_at(base, w), with_parked(acc_o, sums, n_block, tile, base, w))
+                acc_o = float32(1), float32(1)
+        elif GATHER > 1:
             if place_in_sum(n_block, tile) == GATHER - 1:
                 acc_o = add_columns(acc_o, sums, 0)
         return acc_o
@@ -267,8 +288,11 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         product = mma_first(sums, p, base, stage, tile.n_min, tile)
         wgmma.commit()
         pass_turn(w)
-        acc_o, product = other_pieces(acc_o, product, p, base, stage)
-        return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
+        if PARKED:
+            return with_parked(acc_o, wgmma.wait_all(product), tile.n_min, tile, base, w)
+        else:
+            acc_o, product = other_pieces(acc_o, product, p, base, stage)
+            return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
 
     @inline
     def release_k(base, stage, n_block, n_min, lane):
@@ -313,9 +337,10 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
             acc_o, sums = landed(acc_o, product)
             sum0, sum1 = sum0 + part0, sum1 + part1
         release_k(base, stage, n_block, tile.n_min, lane)
-        acc_o = gathered(acc_o, sums, int32(n_block + 1), tile)
+        p = wgmma_8bit.to_e4m3(acc_s)
+        acc_o = gathered(acc_o, sums, int32(n_block + 1), tile, base, w)
         v_ring.release(base, before, lane)
-        return acc_o, sums, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
+        return acc_o, sums, p, max0, max1, sum0, sum1, it
 
     def make_step(MASKED):
         @inline
@@ -344,9 +369,10 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
                 acc_o, sums = scaled(acc_o, sums, alpha0, alpha1)
             else:
                 acc_o, sums = landed(acc_o, product)
-            acc_o = gathered(acc_o, sums, int32(n_block + 1), tile)
+            p = wgmma_8bit.to_e4m3(acc_s)
+            acc_o = gathered(acc_o, sums, int32(n_block + 1), tile, base, w)
             v_ring.release(base, before, lane)
-            return acc_o, sums, wgmma_8bit.to_e4m3(acc_s), max0, max1, sum0, sum1, it
+            return acc_o, sums, p, max0, max1, sum0, sum1, it
         return step
 
     step_masked, step_whole = make_step(MASKED_ALWAYS), step_fast if OPTIMISTIC else make_step(False)
@@ -414,7 +440,8 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
                 tile, n_max, full_min, full_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
                 n_block, it = int32(n_max - 1), int32(it + 1)
                 p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
-                acc_o, sums = zeros(COUNT_O), own_zeros(COUNT_PIECE) if GATHER > 1 else int32(0)
+                acc_o = (float32(1), float32(1)) if PARKED else zeros(COUNT_O)
+                sums = own_zeros(COUNT_PIECE) if GATHER > 1 else int32(0)
                 while n_block > tile.n_min:
                     n_block = int32(n_block - 1)
                     if (n_block >= full_min) & (n_block < full_max):
@@ -424,9 +451,9 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
                         acc_o, sums, p, max0, max1, sum0, sum1, it = step_masked(
                             base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
-                acc_o = issue_last(base, w, acc_o, sums, p, stage, phase, tile)
+                out = issue_last(base, w, acc_o, sums, p, stage, phase, tile)
                 v_ring.release(base, stage, lane)
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
+                epilogue(a, base, out, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)
                 records.wait(base, i)
             if thread == 0:

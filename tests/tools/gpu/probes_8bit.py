@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, int32, uint64
+from numba import cuda, float32, int32, uint8, uint64
 
 from fastattn.arrays.view import EIGHT_BIT, LARGEST, numpy_dtype
-from fastattn.gpu.ptx import mbarrier, memory, scalar, tma, wgmma, wgmma_8bit
+from fastattn.gpu.ptx import mbarrier, memory, scalar, sums, tma, wgmma, wgmma_8bit
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile.stores import store_bytes as stores_rows
 from tests.tools.gpu.probes import C, add, as_matrix, load, normal, same
@@ -70,6 +70,26 @@ def check_stores(dtype: str) -> Callable[[Any], None]:
 for _dtype in EIGHT_BIT:
     add("scalar.load_if", "ld.global.u8; cvt.f32.f16", loads(_dtype), check_loads(_dtype), name=f"scalar.load_if_{_dtype}")
     add("scalar.store", "st.global.u8; add.rn.f32", stores(_dtype), check_stores(_dtype), name=f"scalar.store_{_dtype}")
+
+
+# ---------------------------------------------------------------- sums in shared memory
+def stored_sums() -> Any:
+    """A fragment, to which its double in shared memory is added: 3 times row 0 of each pair of rows, and 0.5 times the other."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x & 31)
+        acc, at = load(a.src, lane), int32(memory.shared_address(cuda.shared.array(0, uint8)) + sums.PIECE * lane)
+        sums.store_sums(at, f.scale_rows(acc, float32(2), float32(2)))
+        save_at(a.dst, int32(0), sums.add_sums(at, acc, float32(3), float32(0.5)), 32)
+    return kernel
+
+
+def check_sums(launch: Any) -> None:
+    src = normal(16, C)
+    got = as_matrix(launch(src, dst=np.zeros((C // 2, 32), np.float32)))
+    np.testing.assert_array_equal(got, src + 2 * src * np.where(np.arange(16) < 8, np.float32(3), np.float32(0.5))[:, None])
+
+
+add("sums.store_sums sums.add_sums", "st.shared.v4.f32; ld.shared.v4.f32; fma.rn.f32", stored_sums, check_sums, shared=C // 8 * sums.APART)
 
 
 # ---------------------------------------------------------------- exponentials

@@ -83,6 +83,14 @@ class Play8(Play):
         assert keys[-1] == product.k
         return Fragment("O", product.q, None, keys, at=(done + 1) % self.pieces)
 
+    def store_sums(self, address: int, acc: Fragment) -> None:
+        self.pause().block.words[-address] = self.at_rest(acc)      # type: ignore[assignment]
+
+    def add_sums(self, address: int, acc: Fragment, scale0: float, scale1: float) -> Fragment:
+        stored: Any = self.pause().block.words[-address]
+        assert stored.q == self.at_rest(acc).q, "sums of other rows"
+        return Fragment("O", acc.q, None, (*stored.keys, *acc.keys))
+
     def store_bytes(self, acc: Fragment, address: int, other: int, inside: int, *_: Any) -> None:
         self.store_rows(self.pack(acc), address, other, inside)
 
@@ -105,7 +113,7 @@ class Play8(Play):
                                    make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half)
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
-                                  "own_zeros": lambda n: Fragment("0"),
+                                  "own_zeros": lambda n: Fragment("0"), "store_sums": self.store_sums, "add_sums": self.add_sums,
                                   "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes, "make_pack": lambda dtype: self.pack}
 
 
