@@ -1,0 +1,61 @@
+"""Prompts over paged caches beside `attention` on whole arrays, in one run: `python -m tests.tools.gpu.prefill_times [--dim 128]`.
+
+TFLOP/s, causal, bfloat16, 32 query and 8 key heads, of requests with so many rows and keys; pages are shuffled. `packed`: queries of all
+requests in one array. The last column is the slower one of pages of 16 and 64, as a part of `attention`. Medians of rounds in which all
+take turns.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tests.tools.gpu.variants_8bit import seconds
+
+HEADS, HEADS_K = 32, 8
+SHAPES = ((1, 8192, 8192), (16, 1024, 1024), (4, 2048, 8192), (1, 4096, 32768), (16, 512, 8192), (16, 128, 8192))    # requests, rows, keys
+
+
+def calls_of(batch: int, rows: int, keys: int, dim: int) -> dict[str, Callable[[], Any]]:
+    import torch
+
+    import fastattn
+    q, k, v = (torch.randn(batch, n, heads, dim, device="cuda", dtype=torch.bfloat16)
+               for n, heads in ((rows, HEADS), (keys, HEADS_K), (keys, HEADS_K)))
+    lengths = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
+    cu = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * rows
+    wanted = fastattn.attention(q, k, v, causal=True)
+    calls: dict[str, Callable[[], Any]] = {"attention": partial(fastattn.attention, q, k, v, causal=True)}
+    calls["rows"] = partial(fastattn.attention_with_kvcache, q, k, v, cache_seqlens=lengths)
+    for size in (16, 32, 64, 128, 256):
+        table = torch.randperm(batch * keys // size, device="cuda", dtype=torch.int32).reshape(batch, -1)
+        pages = [torch.empty(batch * keys // size, size, HEADS_K, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for page, x in zip(pages, (k, v), strict=True):
+            page[table.flatten().long()] = x.reshape(-1, size, HEADS_K, dim)
+        calls[f"{size}"] = partial(fastattn.attention_with_kvcache, q, *pages, cache_seqlens=lengths, block_table=table)
+        if size == 64:
+            calls["packed 64"] = partial(fastattn.attention_with_kvcache, q.flatten(0, 1), *pages, cache_seqlens=lengths, block_table=table,
+                                         cu_seqlens_q=cu, max_seqlen_q=rows)
+    for name, call in calls.items():
+        error = (call().reshape(wanted.shape).float() - wanted.float()).norm() / wanted.float().norm()
+        assert error < 1e-2, f"{name}: {error}"
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    for batch, rows, keys in SHAPES:
+        found = seconds(calls_of(batch, rows, keys, given.dim), given.rounds)
+        flops = 4 * batch * HEADS * given.dim * rows * (keys - (rows - 1) / 2)
+        if rows == SHAPES[0][1] and keys == SHAPES[0][2]:
+            print(f"{'':22}" + "".join(f"{name:>11}" for name in found))
+        text = "".join(f"{flops / s / 1e12:11.0f}" for s in found.values())
+        print(f"{batch:3} x {rows:5} of {keys:6}  {text}  {found['attention'] / max(found['16'], found['64']):.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
