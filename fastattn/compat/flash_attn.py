@@ -22,6 +22,7 @@ import numpy as np
 from ..serving.api import attention_with_kvcache
 from ..types import A, Array, Integer, Number, PerHead
 from .arrays import namespace, shape_of
+from .kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .probabilities import encode
 from .translate import Call, Lengths, backward, dropout, forward, pair, window
 
@@ -145,22 +146,22 @@ def flash_attn_qkvpacked_func(qkv: Any, dropout_p: float = 0.0, softmax_scale: f
 # ---------------------------------------------------------------- varlen
 @overload
 def flash_attn_varlen_func(q: A, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
-                           dropout_p: Number = ..., *, return_attn_probs: Literal[False] = ..., block_table: None = ...,
+                           dropout_p: Number = ..., *, return_attn_probs: Literal[False] = ..., block_table: Array | None = ...,
                            **options: Unpack[ForwardOptions]) -> A: ...
 @overload
 def flash_attn_varlen_func(q: A, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
-                           dropout_p: Number = ..., *, return_attn_probs: Literal[True], block_table: None = ...,
+                           dropout_p: Number = ..., *, return_attn_probs: Literal[True], block_table: Array | None = ...,
                            **options: Unpack[ForwardOptions]) -> tuple[A, Any, Any]: ...
 @overload                                                   # options by position
 def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
                            dropout_p: Number = ..., softmax_scale: Number | None = ..., causal: bool = ...,
                            window_size: tuple[int, int] = ..., softcap: Number = ..., alibi_slopes: PerHead | None = ...,
-                           deterministic: bool = ..., return_attn_probs: bool = ..., block_table: None = ..., *, bias: Array | None = ...,
-                           seed: Integer | None = ..., offset: Integer = ...) -> Any: ...
+                           deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Array | None = ..., *,
+                           bias: Array | None = ..., seed: Integer | None = ..., offset: Integer = ...) -> Any: ...
 def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
                            dropout_p: Number = 0.0, softmax_scale: Number | None = None, causal: bool = False,
                            window_size: tuple[int, int] = _OPEN, softcap: Number = 0.0, alibi_slopes: PerHead | None = None,
-                           deterministic: bool = False, return_attn_probs: bool = False, block_table: None = None, *,
+                           deterministic: bool = False, return_attn_probs: bool = False, block_table: Array | None = None, *,
                            bias: Array | None = None, seed: Integer | None = None, offset: Integer = 0) -> Any:
     """flash_attn.flash_attn_varlen_func: attention inside each of the packed sequences.
 
@@ -174,8 +175,9 @@ def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu
         (batch + 1,) int32 or int64: where each sequence begins.
     max_seqlen_q, max_seqlen_k : int
         The longest sequences.
-    block_table : None
-        flash_attn_with_kvcache reads keys in pages, with cu_seqlens_q.
+    block_table : array (batch, most pages of a sequence), optional
+        k and v are in pages then, (pages, page_size, nheads_k, headdim), and cu_seqlens_k says how many keys each
+        sequence has. Without dropout, bias and return_attn_probs, and without a backward.
     bias : array, optional
         Additive, broadcasts to (batch, nheads, max_seqlen_q, max_seqlen_k), indexed inside each sequence. Not in the
         original.
@@ -193,8 +195,12 @@ def flash_attn_varlen_func(q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu
         Naming the argument.
     """
     if block_table is not None:
-        raise Call("flash_attn_varlen_func").value("block_table", "is given", "None, because keys in pages are not read in place",
-                                                   "flash_attn_with_kvcache reads pages, with cu_seqlens_q")
+        call = Call("flash_attn_varlen_func", _NAMES | {"k_cache": "k", "v_cache": "v", "cache_seqlens": "cu_seqlens_k"})
+        for name, x in (("dropout_p", dropout_p or None), ("bias", bias), ("return_attn_probs", return_attn_probs or None)):
+            if x is not None:
+                raise call.value(name, "is given beside block_table", "one of the two", "pages are read without it")
+        return _in_pages(call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table,
+                         _options(call, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, None, None, 0))
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward("flash_attn_varlen_func", q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), return_attn_probs,
                     *options)
@@ -241,88 +247,6 @@ def flash_attn_varlen_qkvpacked_func(qkv: Any, cu_seqlens: Any, max_seqlen: int,
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, seed, offset)
     return _forward(call, *_unpack(call, "qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), return_attn_probs,
                     *options)
-
-
-# ---------------------------------------------------------------- caches
-def flash_attn_with_kvcache(q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, rotary_cos: Any = None,
-                            rotary_sin: Any = None, cache_seqlens: Any = None, cache_batch_idx: Any = None, cache_leftpad: None = None,
-                            block_table: Any = None, softmax_scale: float | None = None, causal: bool = False,
-                            window_size: tuple[int, int] = _OPEN, softcap: float = 0.0, rotary_interleaved: bool = True,
-                            alibi_slopes: Any = None, num_splits: int = 0, return_softmax_lse: bool = False, *, qv: None = None,
-                            page_table: Any = None, cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None, max_seqlen_q: int | None = None,
-                            rotary_seqlens: None = None, q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
-                            attention_chunk: int = 0, scheduler_metadata: Any = None, pack_gqa: bool | None = None,
-                            sm_margin: int = 0) -> Any:
-    """flash_attn.flash_attn_with_kvcache, with FlashAttention-3's arguments by keyword: `fastattn.attention_with_kvcache`.
-
-    Parameters
-    ----------
-    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_batch_idx, block_table, cu_seqlens_q, max_seqlen_q : array, optional
-        As in `fastattn.attention_with_kvcache`. k and v have as many rows as q. Pages are of any size. page_table is
-        FlashAttention-3's name of block_table.
-    cache_seqlens : int or array (batch,)
-        Keys in the cache before the call. None: the whole contiguous cache, if k is None.
-    softmax_scale, causal, window_size, softcap, alibi_slopes
-        As in flash_attn_func.
-    rotary_interleaved : bool
-        Columns 2 c and 2 c + 1 are a pair. Without causal and window the original rotates all rows of q for one
-        position; more than one row is refused then.
-    num_splits : int
-        0: chosen. 1: the same bits in any batch.
-    return_softmax_lse : bool
-        Return (out, softmax_lse).
-    cu_seqlens_k_new : array, optional
-        Equal to cu_seqlens_q.
-    q_descale, k_descale, v_descale : array (batch, nheads_k), optional
-        Scales of 8-bit arrays.
-    cache_leftpad, qv, rotary_seqlens, attention_chunk
-        Refused if given. qv: with one latent cache, concatenate q with it.
-    scheduler_metadata, pack_gqa, sm_margin
-        Tune the original's kernels. They change no result, here either.
-
-    Returns
-    -------
-    array, or tuple
-        out of q's shape with v's headdim, or (out, softmax_lse).
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument.
-    """
-    table = "page_table" if page_table is not None else "block_table"
-    scales = {"q_scale": q_descale, "k_scale": k_descale, "v_scale": v_descale}
-    call = Call("flash_attn_with_kvcache", {**_NAMES, "block_table": table, **{name: name.replace("scale", "descale") for name in scales}})
-    for name, x, hint in (("cache_leftpad", cache_leftpad, "a request's keys begin at the cache's first row"),
-                          ("qv", qv, "with one cache of [k, v] columns, pass q and qv concatenated"),
-                          ("rotary_seqlens", rotary_seqlens, "a row is rotated for its position in the cache"),
-                          ("attention_chunk", attention_chunk or None, "")):
-        if x is not None:
-            raise call.value(name, "is given", "0" if name == "attention_chunk" else "None", hint)
-    if page_table is not None and block_table is not None:
-        raise call.value("page_table", "is given beside block_table", "one of the two, which mean the same")
-    if cu_seqlens_k_new is not None and (cu_seqlens_q is None or not np.array_equal(cu_seqlens_k_new, cu_seqlens_q)):
-        raise call.value("cu_seqlens_k_new", "is not cu_seqlens_q", "the same lengths, because k has as many rows as q")
-    causal, sides = call.flag("causal", causal), window(call, "window_size", *pair(call, "window_size", window_size))
-    rows = shape_of(q, call.name, "q")
-    batch = rows[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    if rotary_cos is not None and not causal and sides is None and (cu_seqlens_q is not None or rows[1:2] != (1,)):
-        raise call.value("rotary_cos", f"is given for {rows[1] if cu_seqlens_q is None else 'packed'} rows without causal and window_size",
-                         "causal=True, or one row", "the original rotates all rows for one position then")
-    if cache_seqlens is None:
-        if k is not None or block_table is not None or page_table is not None:
-            raise call.value("cache_seqlens", "is None", "the keys of each request", "None means the whole contiguous cache, without k")
-        cache_seqlens = shape_of(k_cache, call.name, "k_cache")[1]
-    if not isinstance(cache_seqlens, (list, tuple)) and tuple(getattr(cache_seqlens, "shape", ())) == ():
-        cache_seqlens = [call.length("cache_seqlens", cache_seqlens)] * batch
-    splits = call.plain("num_splits", num_splits, "an integer, 0 to choose")
-    return call.run(attention_with_kvcache, q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens,
-                    block_table=block_table if page_table is None else page_table, cache_batch_idx=cache_batch_idx,
-                    cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-                    rotary_interleaved=rotary_cos is not None and call.flag("rotary_interleaved", rotary_interleaved), causal=causal,
-                    window=sides, softcap=call.plain("softcap", softcap, "a number, 0 for no cap") or None, alibi_slopes=alibi_slopes,
-                    softmax_scale=softmax_scale, num_splits=splits or None, return_lse=call.flag("return_softmax_lse", return_softmax_lse),
-                    **scales)
 
 
 # ---------------------------------------------------------------- backward
@@ -417,6 +341,15 @@ def _unpack(call: str, argument: str, packed: Any, parts: int, rank: int) -> tup
 def _pack(call: str, like: Any, grads: Any, parts: int) -> tuple[Any, ...]:
     """The first `parts` gradients stacked as _unpack's argument was, then the others."""
     return namespace(like, call, "dout").stack(list(grads[:parts]), -3), *grads[parts:]
+
+
+def _in_pages(call: Call, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, block_table: Any,
+              options: dict[str, Any]) -> Any:
+    """Packed queries over keys in pages."""
+    cu = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+    used = {name: options[name] for name in ("softmax_scale", "causal", "softcap", "window", "alibi_slopes")}
+    return call.run(attention_with_kvcache, q, k, v, cache_seqlens=cu[1:] - cu[:-1], block_table=block_table, cu_seqlens_q=cu_seqlens_q,
+                    max_seqlen_q=call.length("max_seqlen_q", max_seqlen_q), **used)
 
 
 def _options(call: Call, dropout_p: Number, softmax_scale: Number | None, causal: bool, window_size: Any, softcap: Number,
