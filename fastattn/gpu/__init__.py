@@ -20,8 +20,8 @@ from . import caches
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
 from .narrow import Narrowing
+from .rows import accumulate_launch, quantize_launch
 from .rows import launch as rows
-from .rows import quantize_launch
 from .runtime.device import Device, capturing, current, device, read_back
 from .runtime.launcher import Launcher, on_device
 from .runtime.packed import MOST_BLOCKS, most_tiles
@@ -151,6 +151,13 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, strea
     launcher = on_device(out.device[1])
     with current(launcher.device):
         rows.merge_states(outs, lses, out, lse, launcher, stream)
+
+
+def accumulate(out: View, x: View, add: bool, stream: int) -> None:
+    """rows.accumulate_launch.accumulate on the device of `out`."""
+    launcher = on_device(out.device[1])
+    with current(launcher.device):
+        accumulate_launch.accumulate(out, x, add, launcher, stream)
 
 
 def quantize(x: View, out: View, scale: View, stream: int) -> None:

@@ -43,3 +43,7 @@ TRANSFORM_BLOCK_ROWS = TRANSFORM_WARPS * TRANSFORM_ROWS
 LOOPS = 4                   # blocks of rows of a backward block: partial sums are 1/64 of dqkv, for 16-bit dtypes 1/32
 SUM_WARPS = 32
 SUM_THREADS = 32 * SUM_WARPS
+
+# accumulate
+ACCUMULATE_THREADS = 256
+ACCUMULATE_STEPS = 4        # vectors of a thread: 16 KB of a block, whose loads can be in flight together

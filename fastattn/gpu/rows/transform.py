@@ -71,11 +71,12 @@ def store_chunk(dtype: str) -> Any:
     return put
 
 
-def make_access(dtype: str, WHOLE: bool) -> tuple[Any, Any]:
-    """(load, put): x = load(address, inside), zeros without an access if `inside` is 0; put(address, x)."""
+def make_access(dtype: str, WHOLE: bool, compute: str = "") -> tuple[Any, Any]:
+    """(load, put): x = load(address, inside), zeros without an access if `inside` is 0; put(address, x). `compute`: the dtype of single
+    numbers, if another than compute_of says."""
     if WHOLE:
         return load_chunk(dtype), store_chunk(dtype)
-    compute = compute_of(dtype)
+    compute = compute or compute_of(dtype)
     load_one, put_one = load_if(dtype, compute), store(dtype, compute)
 
     @inline

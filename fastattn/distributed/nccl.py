@@ -1,0 +1,126 @@
+"""A group over nccl4py: CUDA arrays.
+
+All messages of an exchange are one NCCL group on the device's stream of transfers, behind an event of the call's stream; the call's stream
+waits for it when the buffers are used. The host never waits. A thread watches: an error of NCCL, or a transfer that takes too long, ends
+the group.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from typing import Any
+
+from ..arrays.streams import Stream, on_device
+from ..arrays.view import View
+from ..errors import message
+from .device import Event, transfer_stream
+from .group import Message, Pending, RankError
+from .memory import size_of
+from .sockets import SocketGroup
+
+LOOK = 0.2              # seconds between two looks of the thread that watches
+
+
+class Words:
+    """The bytes of a contiguous View, as nccl4py reads them."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.__cuda_array_interface__ = {"version": 3, "shape": (size_of(view),), "typestr": "|u1", "data": (view.ptr, False),
+                                         "strides": None, "stream": None}
+
+
+class NcclGroup:
+    """`control`, if there is one, says when another rank ends; then this process ends too, because NCCL would wait for ever."""
+
+    reads = "cuda"
+
+    def __init__(self, comm: Any, timeout: float, control: SocketGroup | None = None) -> None:
+        if not comm.is_valid:
+            raise ValueError(message("group", "comm", "is a communicator without ranks", "one that Communicator.init has made"))
+        self._core, self._comm, self._control = sys.modules["nccl.core"], comm, control
+        self.rank, self.size, self.device = int(comm.rank), int(comm.nranks), int(comm.device.device_id)
+        self.timeout, self.failed = timeout, ""
+        self._under_way, self._lock = deque[tuple[float, Event]](), threading.Lock()
+        if control is not None:
+            control.on_failure = self._end_process
+        threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="fastattn NCCL watch").start()
+
+    def exchange(self, give: list[Message], take: list[Message], stream: Stream | None) -> Pending:
+        if self.failed:
+            raise RankError(self.failed)
+        assert stream is not None and stream.device == self.device, "checks.check_memory lets no other array in"
+        transfers = transfer_stream(self.device)
+        with on_device(self.device):
+            Event(stream).wait(transfers)
+            with self._core.group():
+                for view, to in give:
+                    self._comm.send(Words(view), to, stream=transfers.handle)
+                for view, source in take:
+                    self._comm.recv(Words(view), source, stream=transfers.handle)
+            done = Event(transfers)
+        with self._lock:
+            self._under_way.append((time.monotonic(), done))
+        return _Exchange(stream, done, (give, take))
+
+    def abort(self, reason: str) -> None:
+        if self._control is not None:
+            self._control.abort(reason)
+        self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = reason
+            print(f"fastattn.distributed: rank {self.rank} ends its group: {reason}", file=sys.stderr, flush=True)
+            self._comm.abort()
+
+    def _end_process(self, reason: str) -> None:
+        """What is on the device would wait for ever, and so would the end of Python."""
+        print(f"fastattn.distributed: rank {self.rank} ends: {reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+    def look(self) -> None:
+        """End the group if something is wrong."""
+        with self._lock:
+            while self._under_way and self._under_way[0][1].happened:
+                self._under_way.popleft()
+            oldest = self._under_way[0][0] if self._under_way else None
+        if oldest is not None and time.monotonic() - oldest > self.timeout:
+            self._lost(f"a transfer has not ended in {self.timeout:g} seconds")
+        elif self._comm.is_valid and self._failed_in_nccl():
+            self._lost(f"NCCL: {self._comm.get_last_error()}")
+
+    def _failed_in_nccl(self) -> bool:
+        return self._comm.get_async_error().name not in ("Success", "InProgress")
+
+    def _lost(self, reason: str) -> None:
+        if self._control is not None:
+            self._control.abort(reason)         # ends this process too
+        self._fail(reason)
+
+
+def _watch(group: weakref.ref[NcclGroup]) -> None:
+    """Looks at the group until it has failed or nobody has it."""
+    while True:
+        time.sleep(LOOK)
+        found = group()
+        if found is None or found.failed:
+            return
+        found.look()
+        del found
+
+
+class _Exchange:
+    """`kept` are the messages, whose memory must not be used again before the call's stream has waited."""
+
+    def __init__(self, stream: Stream, done: Event, kept: Any) -> None:
+        self.stream, self.done, self.kept = stream, done, kept
+
+    def wait(self) -> None:
+        self.done.wait(self.stream)
+        self.kept = None

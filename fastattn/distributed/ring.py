@@ -1,0 +1,185 @@
+"""The method "ring": keys and values of one other rank at a time, straight from their owner, and partial results that are merged.
+
+At step s rank r computes with the keys of rank (r - s) mod P, while those of the next step are under way. What is sent never changes and
+waits for nobody's arithmetic. In the backward the shares of dk and dv go straight back to the owner, who adds them in the order of steps.
+A rank holds the keys of AHEAD + 1 ranks at most.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..arrays.view import View
+from ..problem import Grads, Mask, Operands, Problem
+from .gather import packed
+from .group import Message, Pending
+from .memory import cut
+from .reach import Piece, Reach, begun, paired
+from .run import Given, Local, Run, buffer, canonical, in_float32, rows_first
+from .shares import add_keys, add_scores, piece_grads
+from .spans import Span, Spans, parts, total
+
+AHEAD = 2           # steps: a transfer that becomes ready beside a kernel which has all SMs begins when that kernel ends
+
+
+def wanted(reach: Reach, rows: Spans, keys: Spans) -> list[Span]:
+    """Of each span of keys the part that some of the rows attend."""
+    found = []
+    for span in keys:
+        seen = [some for q in rows if (some := begun(reach.keys(q)).cut(span)).length]
+        found.append(Span(min(s.start for s in seen), max(s.stop for s in seen)) if seen else Span(span.start, span.start))
+    return found
+
+
+class Ring:
+    """The exchanges of one call."""
+
+    def __init__(self, run: Run, local: Local) -> None:
+        self.run, self.local, self.size = run, local, len(local.ranks)
+        self.own = [rows_first(x) for x in (local.o.k, local.o.v)]
+        self.give = [packed(run, x) for x in self.own] if self.size > 1 else self.own
+
+    def at(self, step: int) -> int:
+        """The participant whose keys are used at a step."""
+        return (self.local.me - step) % self.size
+
+    def by(self, step: int) -> int:
+        """The participant who uses own keys at a step."""
+        return (self.local.me + step) % self.size
+
+    def spans(self, user: int, owner: int) -> list[Span]:
+        """The keys of `owner` that `user` computes with."""
+        if user == owner:
+            return list(self.local.keys[owner])
+        return wanted(self.local.reach, self.local.rows[user], self.local.keys[owner])
+
+    def mine(self, user: int) -> list[slice]:
+        """Where the keys that `user` computes with are among own ones."""
+        at = parts(self.local.keys[self.local.me])
+        return [slice(own.first + span.start - own.span.start, own.first + span.stop - own.span.start)
+                for own, span in zip(at, self.spans(user, self.local.me), strict=True)]
+
+    def start(self, step: int) -> tuple[list[View], Pending]:
+        """Start the exchange of keys for a step: rows-first buffers of the other's keys and values."""
+        owner, user, ranks = self.at(step), self.by(step), self.local.ranks
+        rows = total(self.spans(self.local.me, owner))
+        buffers = [buffer(self.run.memory, x, rows, x.dtype) for x in self.own]
+        give = [Message(cut(x, 0, rows), ranks[user]) for rows in self.mine(user) for x in self.give]
+        take = [Message(cut(x, 0, part.rows), ranks[owner]) for part in parts(self.spans(self.local.me, owner)) for x in buffers]
+        return buffers, self.run.exchange(give, take)
+
+    def steps(self) -> Iterator[tuple[int, View, View]]:
+        """(step, canonical k and v). Exchanges start AHEAD steps before their keys are used."""
+        under_way = {step: self.start(step) for step in range(1, min(AHEAD, self.size))}
+        held = self.own
+        for step in range(self.size):
+            if step + AHEAD < self.size:
+                under_way[step + AHEAD] = self.start(step + AHEAD)
+            if step:
+                held, pending = under_way.pop(step)
+                pending.wait()
+            k, v = held
+            yield step, canonical(k), canonical(v)
+
+    def give_back(self, step: int, sums: list[View]) -> tuple[list[slice], list[View], Pending]:
+        """Send shares of dk and dv to the owner of a step's keys. (Places among own keys, buffers of what arrives, the exchange.)"""
+        owner, user, ranks = self.at(step), self.by(step), self.local.ranks
+        places = self.mine(user)
+        rows = sum(place.stop - place.start for place in places)
+        arrived = [buffer(self.run.memory, x, rows, self.local.wide) for x in self.own]
+        give = [Message(x, ranks[owner]) for x in sums]
+        return places, arrived, self.run.exchange(give, [Message(x, ranks[user]) for x in arrived])
+
+    def pieces(self, step: int) -> list[Piece]:
+        owner = self.at(step)
+        return paired(self.local.reach, parts(self.local.rows[self.local.me]), parts(self.spans(self.local.me, owner)), self.local.exact)
+
+
+def bare(run: Run, local: Local, keys: int) -> tuple[Problem, Operands]:
+    """The call of all own rows over so many keys that are 0, whatever the mask. Over none out is 0, and lse the sinks or -inf. Over one its
+    backward gives dsinks, which depends on lse, out and dout alone.
+    """
+    p, o = local.problem, local.o
+    k, v = [run.memory.empty((x.shape[0], keys, *x.shape[2:]), x.dtype) for x in (o.k, o.v)]
+    for x in (k, v):
+        run.memory.zero(x)
+    score = replace(p.score, alibi=False, bias=None, mask=False)
+    problem = replace(p, seqlen_q=o.q.shape[1], seqlen_k=keys, mask=Mask(), dropout=None, score=score)
+    return problem, replace(o, k=k, v=v, alibi_slopes=None, bias=None, mask=None)
+
+
+def without_sinks(local: Local) -> Local:
+    """Sinks are counted once, by `bare`."""
+    return replace(local, problem=replace(local.problem, score=replace(local.problem.score, sinks=False)), o=replace(local.o, sinks=None))
+
+
+def forward(run: Run, local: Local, out: View, lse: View) -> None:
+    """Write out and lse of own rows, canonical. The sum so far is float32 (float64)."""
+    memory, ring = run.memory, Ring(run, local)
+    sums = out if out.dtype == local.wide else memory.empty(out.shape, local.wide)
+    problem, o = bare(run, local, 0)
+    run.forward(in_float32(problem), o, sums, lse)
+    local = without_sinks(local)
+    for step, k, v in ring.steps():
+        for piece in ring.pieces(step):
+            problem, o = local.piece(piece, k, v)
+            rows, rows_lse = cut(sums, 1, piece.rows), cut(lse, 2, piece.rows)
+            part, part_lse = memory.empty(rows.shape, sums.dtype), memory.empty(rows_lse.shape, lse.dtype)
+            run.forward(in_float32(problem), o, part, part_lse)
+            memory.merge(rows, rows_lse, part, part_lse)
+    if sums is not out:
+        memory.copy(out, sums)
+
+
+def backward(run: Run, local: Local, given: Given, grads: Grads[View]) -> None:
+    """Write dq, dk, dv of own rows. dbias and dsinks, if wanted, are sums that the caller cleared: shares of this rank are added.
+
+    Every call gets the out and lse of all keys, so that its gradients are its exact shares.
+    """
+    memory, ring, wide = run.memory, Ring(run, local), local.wide
+    dq = memory.empty(grads.dq.shape, wide)
+    memory.zero(dq)
+    own = [memory.empty(x.shape, wide) for x in ring.own]
+    for x in own:
+        memory.zero(x)
+    if grads.dsinks is not None:
+        add_dsinks(run, *bare(run, local, 1), given, grads.dsinks)
+    returning = list[tuple[list[slice], list[View], Pending]]()
+    local = without_sinks(local)
+    for step, k, v in ring.steps():
+        sums = own
+        if step:
+            sums = [memory.empty((x.shape[1], *rows_first(x).shape[1:]), wide) for x in (k, v)]
+            for x in sums:
+                memory.zero(x)
+        for piece in ring.pieces(step):
+            found = piece_grads(run, local, piece, k, v, given, grads)
+            memory.add(cut(dq, 1, piece.rows), found.dq)
+            add_keys(run, found, piece.keys, sums)
+            add_scores(run, found, piece, grads)
+        if step:
+            returning.append(ring.give_back(step, sums))
+        while returning and (len(returning) > 1 or step + 1 == ring.size):
+            add_returned(run, own, *returning.pop(0))
+    memory.copy(grads.dq, dq)
+    for to, x in zip((grads.dk, grads.dv), own, strict=True):
+        memory.copy(rows_first(to), x)
+
+
+def add_returned(run: Run, own: list[View], places: list[slice], arrived: list[View], pending: Pending) -> None:
+    """Add the shares of dk and dv that another rank has computed."""
+    pending.wait()
+    for to, x in zip(own, arrived, strict=True):
+        first = 0
+        for rows in places:
+            length = rows.stop - rows.start
+            run.memory.add(cut(to, 0, rows), cut(x, 0, slice(first, first + length)))
+            first += length
+
+
+def add_dsinks(run: Run, problem: Problem, o: Operands, given: Given, dsinks: View) -> None:
+    memory, problem = run.memory, in_float32(problem)
+    dq, dk, dv = [memory.empty(x.shape, problem.out_dtype) for x in (o.q, o.k, o.v)]
+    found = memory.empty(dsinks.shape, dsinks.dtype if o.sinks is None else o.sinks.dtype)
+    run.backward(problem, o, given, Grads(dq, dk, dv, None, found))
+    memory.add(dsinks, found)

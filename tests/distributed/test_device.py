@@ -1,0 +1,65 @@
+"""Streams, events and buffers of CUDA calls, without a GPU: everything is enqueued first, and runs in a random order then
+(tools/stream_machine.py). Two ranks with a device each, over a fake NCCL, and over the transport of threads.
+"""
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+import fastattn.distributed as fd
+from tests.tools import ranks
+from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
+
+NAMES = ["gather", "gather in pieces", "gather halo", "gather everything", "gather bias of keys", "ring", "ring everything", "ulysses",
+         "ulysses everything", "ulysses x ring"]
+
+
+def run(group: Any, whole: ranks.Whole, m: Machine) -> dict[str, Any]:
+    """Results of a rank, on its device, beside what one rank computes."""
+    m.contexts.append(group.rank)
+    return ranks.results(group, whole, lambda x: DeviceInput(m, x, group.rank), stream=5)
+
+
+def check(of_ranks: list[dict[str, Any]], m: Machine) -> None:
+    """Run what was enqueued, and compare."""
+    m.run()
+    for found in of_ranks:
+        errors = {key: ranks.error(content(x), expected) for key, (x, expected) in found.items()}
+        assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_nccl(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ranks.CASES[name]
+    size = case.size[-1] if name == "ulysses x ring" else case.size[0]
+    with machine(monkeypatch, seed) as m:
+        comms = [Nccl(m, rank, size) for rank in range(size)]
+        from fastattn.distributed.nccl import NcclGroup
+
+        def work(group: Any) -> Any:
+            core = types.SimpleNamespace(group=comms[group.rank].group)
+            monkeypatch.setitem(sys.modules, "nccl.core", core)
+            return run(Ordered(NcclGroup(comms[group.rank], 60), core), whole, m)
+        whole = ranks.Whole(name, ranks.shorter(case, 136))
+        check(fd.threads(size, work, timeout=60), m)
+        assert not m.mail
+
+
+class Ordered:
+    """The group itself, with its own communicator's grouping, because all ranks share this process's modules."""
+
+    def __init__(self, group: Any, core: Any) -> None:
+        group._core, self._group = core, group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+@pytest.mark.parametrize("name", ["gather", "ring", "ulysses"])
+def test_threads_on_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, 3) as m:
+        check(fd.threads(2, run, ranks.Whole(name, ranks.shorter(ranks.CASES[name], 136)), m, timeout=60), m)

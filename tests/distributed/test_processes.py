@@ -1,0 +1,89 @@
+"""Ranks that are processes: MPI, TCP, torch.distributed. All cases, and what happens when a rank fails."""
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.tools.rank_processes import needs_mpi, of_environment, of_mpi
+
+ILL = """
+import numpy as np, os, sys, fastattn.distributed as fd
+if "{transport}" == "mpi":
+    from mpi4py import MPI
+    group = fd.group(MPI.COMM_WORLD, timeout=60)
+else:
+    group = fd.connect("cpu", timeout=60)
+x = np.ones((1, 64, 2, 8))
+fd.attention(x, x, x, group=group)
+if group.rank == 1:
+    {fails}
+fd.attention(x, x, x, group=group)
+print("went on")
+"""
+FAILURES = {"error": "raise RuntimeError('this rank is ill')", "killed": "os.kill(os.getpid(), 9)",
+            "thread": "import threading, time; threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)"}
+
+
+@needs_mpi
+@pytest.mark.parametrize("size", [2, 4])
+def test_mpi(size: int) -> None:
+    status, output = of_mpi(size, "-m", "tests.tools.ranks", "mpi")
+    assert status == 0 and output.count("done") == size and "rank" not in output, output         # mpiexec may mix lines
+
+
+def test_tcp() -> None:
+    assert of_environment(2, "-m", "tests.tools.ranks", "connect") == [(0, "done\n")] * 2
+
+
+def test_torch() -> None:
+    pytest.importorskip("torch")
+    for status, output in of_environment(2, "-m", "tests.tools.ranks", "torch", "e"):
+        assert status == 0 and output.splitlines()[-1] == "done" and "rank" not in output.replace("Rank", ""), output
+
+
+@needs_mpi
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_rank_of_mpi_that_fails_ends_all(kind: str) -> None:
+    start = time.monotonic()
+    status, output = of_mpi(2, "-c", ILL.format(transport="mpi", fails=FAILURES[kind]), seconds=20)
+    assert status != 0 and "went on" not in output and time.monotonic() - start < 20
+    if kind == "error":
+        assert "RuntimeError: this rank is ill" in output
+
+
+@pytest.mark.parametrize("kind", ["error", "killed"])
+def test_a_rank_of_tcp_that_fails_ends_all(kind: str) -> None:
+    (status, output), (failed, _) = of_environment(2, "-c", ILL.format(transport="connect", fails=FAILURES[kind]), seconds=20)
+    assert status == 1 and failed != 0 and "went on" not in output
+    assert ("RankError: rank 1 failed: RuntimeError: this rank is ill" if kind == "error" else "RankError: rank 1 ") in output
+
+
+@needs_mpi
+def test_ranks_of_mpi_that_disagree_all_raise() -> None:
+    code = """
+import numpy as np, fastattn.distributed as fd
+from mpi4py import MPI
+group, x = fd.group(MPI.COMM_WORLD, timeout=60), np.ones((1, 64, 2, 8))
+try:
+    fd.attention(x, x, x, group=group, causal=group.rank == 1)
+except fd.RankError as error:
+    assert str(error) == "distributed.attention(): ranks do not agree: causal is False in rank 0, True in rank 1.", error
+    print("raised", flush=True)
+fd.attention(x, x, x, group=group)
+print("went on", flush=True)
+"""
+    status, output = of_mpi(2, "-c", code, seconds=20, FASTATTN_CHECK_RANKS="1")
+    assert status == 0 and output.count("raised") == output.count("went on") == 2, output
+
+
+def test_ranks_that_do_not_come() -> None:
+    code = """
+import os, fastattn.distributed as fd
+os.environ["WORLD_SIZE"] = "2"
+try:
+    fd.connect("cpu", timeout=1)
+except fd.RankError as error:
+    print(error)
+"""
+    assert of_environment(1, "-c", code, seconds=20) == [(0, "only 1 of 2 ranks have come\n")]

@@ -1,0 +1,90 @@
+"""Copies, rounding and sums of strided arrays: compiled for every architecture, and run in Python (tools/gpu/emulator.py)."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tools.problems import NUMPY
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn.arrays import convert
+from fastattn.gpu.rows import accumulate_launch as launches
+from fastattn.gpu.runtime import compile as compiler
+from tests.tools.gpu.emulator import Memory, emulated
+
+PAIRS = [("float32", "float32", True), ("float32", "float32", False), ("bfloat16", "float32", True), ("float16", "float32", True),
+         ("float32", "bfloat16", False), ("float32", "float16", False), ("bfloat16", "bfloat16", False), ("float64", "float64", True)]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled(arch: str, whole: bool) -> None:
+    for dtype, target, add in PAIRS:
+        if not whole or dtype == target:
+            source = launches.accumulate_source(dtype, target, add, whole)
+            assert compiler.complaints(compiler.build(source, arch)[1]) == [], source.key
+
+
+def arrays(kind: str, dtype: str, target: str, rng: Any) -> tuple[Any, Any]:
+    """(out, x) of one shape, with the strides of a way in which they occur."""
+    def draw(*shape: int, of: str = dtype) -> Any:
+        return rng.standard_normal(shape).astype(NUMPY[of])
+    if kind == "contiguous":
+        return draw(2, 5, 3, 8, of=target), draw(2, 5, 3, 8)
+    if kind == "rows first":
+        return draw(5, 2, 3, 8, of=target), draw(2, 5, 3, 8).transpose(1, 0, 2, 3)
+    if kind == "heads of rows":
+        return draw(5, 2, 6, 8, of=target)[1:4, :, 2:4], draw(2, 6, 4, 8)[:, 4:, 1:].transpose(2, 0, 1, 3)
+    if kind == "odd":
+        return draw(3, 7, of=target)[:, 1:6], draw(5, 3).T
+    if kind == "broadcast":
+        return draw(2, 3, 8, of=target), np.broadcast_to(draw(3, 1), (2, 3, 8))
+    return draw(2, 3, 2, 3, 2, of=target)[..., ::-1], draw(2, 3, 4, 3, 2)[:, :, ::2]
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "rows first", "heads of rows", "odd", "broadcast", "five axes"])
+@pytest.mark.parametrize(("dtype", "target", "add"), PAIRS)
+def test_in_python(dtype: str, target: str, add: bool, kind: str) -> None:
+    out, x = arrays(kind, dtype, target, np.random.default_rng(0))
+    before = out.astype(np.float64)
+    expected = (before + x.astype(np.float64)).astype(np.float32) if add else x
+    memory, views = Memory(), [convert.view(out, "test", "out"), convert.view(x, "test", "x")]
+    for view in views:
+        memory.allow(view)
+    with emulated(memory) as machine:
+        launches.accumulate(*views, add, machine.launcher(), 0)
+    tolerance = 2e-2 if target == "bfloat16" or (dtype == "bfloat16" and add) else 2e-3 if "float16" in (dtype, target) else 1e-6
+    np.testing.assert_allclose(out.astype(np.float64), expected.astype(np.float64), rtol=tolerance, atol=1e-6)
+    if kind in ("contiguous", "rows first", "heads of rows") and dtype == target and "64" not in dtype:
+        assert machine.launched == [f"accumulate {dtype} {target}" + " add" * add + " whole"]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "int64"])
+def test_other_dtypes_are_copied(dtype: str) -> None:
+    x = np.random.default_rng(0).integers(0, 2, (3, 5)).astype(dtype)
+    out = np.zeros((5, 3), dtype)
+    memory, views = Memory(), [convert.view(out, "test", "out"), convert.view(x.T, "test", "x")]
+    for view in views:
+        memory.allow(view)
+    with emulated(memory) as machine:
+        launches.accumulate(*views, False, machine.launcher(), 0)
+    np.testing.assert_array_equal(out, x.T)
+
+
+def test_many_elements_are_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "MOST", 64)
+    rng = np.random.default_rng(0)
+    for shape in ((300,), (7, 40), (9, 2, 3, 5)):
+        x = rng.standard_normal(tuple(2 * n for n in shape)).astype(np.float32)[tuple(slice(0, None, 2) for _ in shape)]
+        out = np.zeros(shape, np.float32)
+        memory, views = Memory(), [convert.view(out, "test", "out"), convert.view(x, "test", "x")]
+        for view in views:
+            memory.allow(view)
+        with emulated(memory) as machine:
+            launches.accumulate(*views, False, machine.launcher(), 0)
+        np.testing.assert_array_equal(out, x)
+        assert len(machine.launched) > 1

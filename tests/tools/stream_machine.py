@@ -1,0 +1,243 @@
+"""CUDA devices that run nothing until the end, and then in a random order that streams and events allow.
+
+Ranks are threads with a device each, whose memory is the host's. What they enqueue is kept; `Machine.run` then runs it: at each step a
+random stream that can go on does one thing. New memory is NaN, and so is memory that is freed, once its stream gets there. So a transfer
+that does not wait for what fills its buffer, or memory that is used again too early, gives wrong numbers.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastattn
+from fastattn import engine, merging, reference
+from fastattn.arrays import streams
+from fastattn.arrays.view import CPU, View
+from fastattn.distributed import device as distributed_device
+from fastattn.problem import Operands
+from tests.tools import fake_cuda
+
+Step = Callable[[], bool]       # does its work, or returns False because something is not there yet
+
+
+class Machine(fake_cuda.Driver):
+    """The driver, and the work of all streams. Streams are (device, handle)."""
+
+    CUmemAllocationType = types.SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = types.SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemPool_attribute = types.SimpleNamespace(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD=4)
+    CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUresult = types.SimpleNamespace(CUDA_ERROR_NOT_READY=600)
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.lock, self.own = random.Random(seed), threading.RLock(), threading.local()
+        super().__init__()
+        self.queues: dict[tuple[int, int], deque[Step]] = {}
+        self.happened: set[int] = set()
+        self.recorded: dict[int, int] = {}                  # the last record of each event
+        self.numbers = iter(range(1000, 1 << 30))
+        self.kept: list[Any] = []
+        self.mail: dict[Any, bytes] = {}
+
+    @property
+    def contexts(self) -> list[int]:  # type: ignore[override]
+        if not hasattr(self.own, "contexts"):
+            self.own.contexts = [0]
+        return self.own.contexts  # type: ignore[no-any-return]
+
+    @contexts.setter
+    def contexts(self, x: list[int]) -> None:
+        self.own.contexts = x
+
+    def enqueue(self, stream: int, step: Step) -> None:
+        with self.lock:
+            self.queues.setdefault((self.contexts[-1], int(stream)), deque()).append(step)
+
+    def run(self) -> None:
+        """Until nothing is left. AssertionError where streams wait for each other for ever."""
+        stuck = 0
+        while any(self.queues.values()):
+            key = self.random.choice([key for key, queue in self.queues.items() if queue])
+            if self.queues[key][0]():
+                self.queues[key].popleft()
+                stuck = 0
+            else:
+                stuck += 1
+                assert stuck < 10_000, f"streams wait for ever: {[key for key, queue in self.queues.items() if queue]}"
+
+    # ------------------------------------------------------------ the driver
+    def cuStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[int, int]:
+        return 0, next(self.numbers)
+
+    def cuCtxGetStreamPriorityRange(self) -> tuple[int, int, int]:
+        return 0, 0, -5
+
+    def cuEventCreate(self, flags: int) -> tuple[int, int]:
+        return 0, next(self.numbers)
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[int]:
+        number = self.recorded[event] = next(self.numbers)
+        self.enqueue(stream, lambda: self.happened.add(number) or True)  # type: ignore[func-returns-value]
+        return (0,)
+
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:
+        number = self.recorded[event]
+        self.enqueue(stream, lambda: number in self.happened)
+        return (0,)
+
+    def cuEventQuery(self, event: int) -> tuple[int]:
+        return (0 if self.recorded[event] in self.happened else 600,)
+
+    def cuDeviceTotalMem(self, device: int) -> tuple[int, int]:
+        return 0, 1 << 30
+
+    def cuuint64_t(self, x: int) -> int:
+        return x
+
+    def CUmemPoolProps(self) -> Any:
+        return types.SimpleNamespace(location=types.SimpleNamespace())
+
+    def cuMemAllocAsync(self, size: int, stream: int) -> tuple[int, int]:
+        array = np.full(size, 0xFF, np.uint8)
+        self.kept.append(array)
+        self.memory[array.ctypes.data] = array
+        return 0, array.ctypes.data
+
+    def cuMemAllocFromPoolAsync(self, size: int, pool: Any, stream: int) -> tuple[int, int]:
+        return self.cuMemAllocAsync(size, stream)
+
+    def cuMemFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
+        array = self.memory[pointer]
+        self.enqueue(stream, lambda: array.fill(0xFF) or True)  # type: ignore[func-returns-value]
+        return (0,)
+
+    def cuMemsetD8Async(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
+        self.enqueue(stream, lambda: ctypes.memset(pointer, value, size) or True)
+        return (0,)
+
+    def cuMemcpyAsync(self, to: int, x: int, size: int, stream: int) -> tuple[int]:
+        self.enqueue(stream, lambda: bool(ctypes.memmove(to, x, size)))
+        return (0,)
+
+
+def on_host(x: View | None) -> Any:
+    return x if x is None else replace(x, device=CPU)
+
+
+class Nccl:
+    """A communicator of nccl4py: grouped messages are one step of a stream, done when all of them have come."""
+
+    is_valid, _lock = True, threading.Lock()
+
+    def __init__(self, machine: Machine, rank: int, size: int) -> None:
+        self.machine, self.rank, self.nranks, self.device = machine, rank, size, types.SimpleNamespace(device_id=rank)
+        self.given, self.taken = [0] * size, [0] * size
+        self.batch: list[tuple[str, int, Any, int]] = []
+        self.stream = 0
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[None]:
+        self.batch = []
+        yield
+        batch, sent, machine = self.batch, [False], self.machine
+
+        def step() -> bool:
+            if not sent[0]:
+                for kind, peer, words, number in batch:
+                    if kind == "send":
+                        machine.mail[self.rank, peer, number] = ctypes.string_at(words.view.ptr, words.view_bytes)
+                sent[0] = True
+            mine = [(words, (peer, self.rank, number)) for kind, peer, words, number in batch if kind == "recv"]
+            if any(key not in machine.mail for _, key in mine):
+                return False
+            for words, key in mine:
+                found = machine.mail.pop(key)
+                assert len(found) == words.view_bytes, "messages do not match"
+                ctypes.memmove(words.view.ptr, found, len(found))
+            return True
+        machine.enqueue(self.stream, step)
+
+    def send(self, words: Any, peer: int, stream: int) -> None:
+        self._add("send", words, peer, self.given, stream)
+
+    def recv(self, words: Any, peer: int, stream: int) -> None:
+        self._add("recv", words, peer, self.taken, stream)
+
+    def _add(self, kind: str, words: Any, peer: int, counts: list[int], stream: int) -> None:
+        words.view_bytes = words.__cuda_array_interface__["shape"][0]
+        self.batch.append((kind, peer, words, counts[peer]))
+        counts[peer] += 1
+        self.stream = stream
+
+    def get_async_error(self) -> Any:
+        return types.SimpleNamespace(name="Success")
+
+    def abort(self) -> None:
+        self.is_valid = False
+
+
+@contextlib.contextmanager
+def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
+    """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams."""
+    found = Machine(seed)
+    for cached in (streams._primary_context, distributed_device.transfer_stream, distributed_device.pool):
+        cached.cache_clear()
+    monkeypatch.setattr(streams, "driver", lambda: found)
+    monkeypatch.setattr(distributed_device, "driver", lambda: found)
+
+    def accumulate(out: View, x: View, add: bool, stream: int) -> None:
+        out, x = on_host(out), on_host(x)
+
+        def step() -> bool:
+            to = out.numpy()
+            to[...] = to + x.numpy().astype(to.dtype) if add else x.numpy()
+            return True
+        found.enqueue(stream, step)
+
+    def merge(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
+        all_out, all_lse = [on_host(x) for x in (*outs, out)], [on_host(x) for x in (*lses, lse)]
+        host = getattr(merging, "_merge", merging.merge_states)
+        found.enqueue(stream, lambda: host(all_out[:-1], all_lse[:-1], all_out[-1], all_lse[-1]) or True)
+    fake = types.SimpleNamespace(accumulate=accumulate, merge_states=merge)
+    monkeypatch.setitem(engine._loaded, "gpu", fake)
+
+    def of(o: Operands) -> Operands:
+        return Operands(**{name: on_host(x) if isinstance(x := getattr(o, name), View) else x for name in o.__slots__})
+
+    def forward(problem: Any, o: Operands, out: View, lse: View | None, stream: int) -> None:
+        found.enqueue(stream, lambda: reference.forward(problem, of(o), on_host(out), on_host(lse)) or True)  # type: ignore[func-returns-value]
+
+    def backward(problem: Any, o: Operands, *given: Any) -> None:
+        views, grads, stream = [on_host(x) for x in given[:4]], given[4], given[5]
+        host = type(grads)(*[on_host(x) for x in grads])
+        found.enqueue(stream, lambda: reference.backward(problem, of(o), *views, host) or True)
+    with fastattn.register_engine("machine", forward, backward, lambda problem: None, "cuda").activate():
+        yield found
+    for cached in (streams._primary_context, distributed_device.transfer_stream, distributed_device.pool):
+        cached.cache_clear()
+
+
+class DeviceInput:
+    """A NumPy array as an array on a device, on a stream of its own."""
+
+    def __init__(self, machine: Machine, array: Any, device: int) -> None:
+        self.array = np.array(array, order="C")
+        machine.kept.append(self.array)
+        machine.devices[self.array.ctypes.data] = device
+        self.__cuda_array_interface__ = {"shape": self.array.shape, "typestr": self.array.dtype.str, "version": 3, "strides": None,
+                                         "data": (self.array.ctypes.data, False), "stream": None}
+
+
+def content(x: Any) -> Any:
+    """The numbers of a DeviceArray, once the machine has run."""
+    return on_host(x.view()).numpy().copy()
