@@ -105,7 +105,7 @@ def merge_states(outs: Sequence[A], lses: Sequence[B], *, layout: Layout | Liter
     if into_lse is not None:
         check_array(call, "lse", into_lse, lse_shape, lse_dtype, first.device, output=True)
         _refuse_shared(check, "lse", into_lse, lse_views, out_views if into is None else [*out_views, into])
-    merge = _merge if caller.stream is None else load("gpu", call).merge_states
+    merge = merge_views if caller.stream is None else load("gpu", call).merge_states
     merged = caller.output(first.shape, dtype, first) if into is None else Output(into, out, written(out))
     merged_lse = caller.allocate(lse_shape, lse_dtype, lse_views[0]) if into_lse is None else Output(into_lse, lse, written(lse))
     merge(out_views, lse_views, merged.view, merged_lse.view, caller.handle)
@@ -123,7 +123,7 @@ def _refuse_shared(check: Check, argument: str, x: View, parts: list[View], othe
 
 
 @np.errstate(all="ignore")
-def _merge(outs: list[View], lses: list[View], out: View, lse: View, stream: int | None = None) -> None:
+def merge_views(outs: list[View], lses: list[View], out: View, lse: View, stream: int | None = None) -> None:
     """Write out = sum(exp(lse_n - lse) * out_n) and lse = log(sum(exp(lse_n))), in lse's dtype.
 
     `stream` is the kernel's.

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arrays.dlpack import address
 from ..arrays.view import CPU, Device, Shape, View, contiguous, numpy_dtype
-from ..merging import merge_states
+from ..merging import merge_views
 
 
 def cut(x: View, axis: int, span: slice) -> View:
@@ -92,7 +92,7 @@ class Host:
         target += x.numpy().astype(target.dtype, copy=False)
 
     def merge(self, out: View, lse: View, part: View, part_lse: View) -> None:
-        merge_states([out, part], [lse, part_lse], out, lse)
+        merge_views([out, part], [lse, part_lse], out, lse)
 
     def upload(self, words: bytes) -> View:
         array = np.frombuffer(words, np.int32).copy()

@@ -124,17 +124,14 @@ def heads_of(o: Operands, q: slice, k: slice) -> Operands:
 
 def in_float32(problem: Problem) -> Problem:
     """The Problem whose results are float32 beside 16-bit operands: parts of sums are not rounded."""
-    return replace(problem, float32_out=True) if FLOAT32 and problem.dtype in ("float16", "bfloat16") else problem  # type: ignore[call-arg]
-
-
-FLOAT32 = "float32_out" in Problem.__dataclass_fields__     # XXX until Position
+    return replace(problem, float32_out=True) if problem.dtype in ("float16", "bfloat16") else problem
 
 
 def placed(problem: Problem, reach: Reach, piece: Piece, first_head: int, heads: int) -> Problem:
     """The Problem of a piece with the mask and the dropout of the place where it lies in the whole."""
     if problem.dropout is not None and piece.spans is not None:
         rows, keys = piece.spans
-        problem = replace(problem, dropout=replace(problem.dropout, head=first_head, row=rows.start, column=keys.start, heads=heads))  # type: ignore[call-arg]
+        problem = replace(problem, dropout=replace(problem.dropout, head=first_head, row=rows.start, column=keys.start, heads=heads))
     if not piece.masked and not problem.score.alibi:
         return replace(problem, mask=Mask())
     left, right = (reach.left, reach.right) if piece.masked else (None, None)
@@ -142,7 +139,7 @@ def placed(problem: Problem, reach: Reach, piece: Piece, first_head: int, heads:
         return replace(problem, mask=Mask(left, right))
     first = reach.diagonal(*piece.spans)
     own = problem.seqlen_k - problem.seqlen_q       # bottom-right, which needs no argument
-    return replace(problem, mask=Mask(left, right) if first == own else Mask(left, right, False, first))  # type: ignore[call-arg]
+    return replace(problem, mask=Mask(left, right) if first == own else Mask(left, right, False, first))
 
 
 def sum_over_ranks(run: Run, x: View) -> None:

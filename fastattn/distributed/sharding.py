@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays.convert import Caller
+from ..lengths import read_lengths
 from ..options import LENGTH, Check
-from ..problem import read_lengths
 from ..types import A, Integer, Lengths
 from .checks import group_of, shard_of
 from .group import Message, exchange

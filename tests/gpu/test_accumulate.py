@@ -20,13 +20,14 @@ PAIRS = [("float32", "float32", True), ("float32", "float32", False), ("bfloat16
          ("float32", "bfloat16", False), ("float32", "float16", False), ("bfloat16", "bfloat16", False), ("float64", "float64", True)]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_compiled(arch: str, whole: bool) -> None:
-    for dtype, target, add in PAIRS:
-        if not whole or dtype == target:
-            source = launches.accumulate_source(dtype, target, add, whole)
-            assert compiler.complaints(compiler.build(source, arch)[1]) == [], source.key
+KINDS = [launches.Kind(*pair, whole) for pair in PAIRS for whole in (False, True) if not whole or pair[0] == pair[1]]
+
+
+@pytest.mark.parametrize(("arch", "kinds"), [("sm_80", KINDS[:2]), ("sm_90a", KINDS), ("sm_120", KINDS[-2:])])
+def test_compiled(arch: str, kinds: list[launches.Kind]) -> None:
+    for n, kind in enumerate(kinds):
+        source = launches.accumulate_source(kind._replace(gather=n % 2 == 1, scatter=n % 3 == 1))
+        assert compiler.complaints(compiler.build(source, arch)[1]) == [], source.key
 
 
 def arrays(kind: str, dtype: str, target: str, rng: Any) -> tuple[Any, Any]:
@@ -73,6 +74,30 @@ def test_other_dtypes_are_copied(dtype: str) -> None:
     with emulated(memory) as machine:
         launches.accumulate(*views, False, machine.launcher(), 0)
     np.testing.assert_array_equal(out, x.T)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("gather", "scatter"), [(True, False), (False, True), (True, True)])
+def test_rows_by_number(gather: bool, scatter: bool, add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, out = rng.standard_normal((9, 3, 8)).astype(np.float32)[:, :2], rng.standard_normal((7, 2, 8)).astype(np.float32)
+    count = 5
+    x_rows, out_rows = [rng.permutation(n)[:count].astype(np.int32) for n in (9, 7)]
+    x, out = x if gather else x[:count], out if scatter else out[:count]
+    expected = out.copy()
+    to = out_rows if scatter else np.arange(count)
+    expected[to] = x[x_rows if gather else np.arange(count)] + (expected[to] if add else 0)
+    for most in (1 << 30, 32):
+        monkeypatch.setattr(launches, "MOST", most)
+        memory, mine = Memory(), out.copy()
+        views = [convert.view(array, "test", "x") for array in (mine, x, x_rows, out_rows)]
+        for view in views:
+            memory.allow(view)
+        rows = launches.Rows(views[2].ptr if gather else 0, views[3].ptr if scatter else 0)
+        with emulated(memory) as machine:
+            launches.accumulate_rows(*views[:2], count, rows, add, machine.launcher(), 0)
+        np.testing.assert_allclose(mine, expected, rtol=1e-6)
+        assert (len(machine.launched) > 1) == (most == 32)
 
 
 def test_many_elements_are_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:

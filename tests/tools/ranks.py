@@ -51,6 +51,7 @@ class Case:
 
 
 CAUSAL = {"causal": True}
+DROPOUT = {"dropout_p": 0.3, "seed": 11, "offset": 5}
 CASES = {
     "gather": Case("gather", 1003, options=CAUSAL),
     "gather of 3": Case("auto", 700, size=(1, 3), options=CAUSAL),
@@ -72,6 +73,26 @@ CASES = {
                             options={"causal": True, "softcap": 5.0}),
     "ring bias of keys": Case("ring", 300, bias=(4, 1, 300), sinks=True, layout="bhsd", options=CAUSAL),
     "ring empty ranks": Case("ring", 20, size=(2, 4), sinks=True, options=CAUSAL),
+    "ring window": Case("ring", 900, options={"causal": True, "window": (70, None)}),
+    "ring window both ways": Case("ring", 517, "contiguous", batch=2, options={"window": (300, 57)}),
+    "ring alibi and dropout": Case("ring", 517, alibi=True, sinks=True, options={"causal": True} | DROPOUT),
+    "ring window and dropout": Case("ring", 517, bias=(4, 517, 517), options={"window": (93, 41)} | DROPOUT),
+    "ring short queries": Case("ring", 100, seqlen_k=301, alibi=True, options=CAUSAL),
+    "ring top left": Case("ring", 301, seqlen_k=100, options={"causal": "top_left"}),
+    "ring bfloat16": Case("ring", 515, dtype="bfloat16", sinks=True, options=CAUSAL),
+    "ring float16": Case("ring", 515, dtype="float16", options=CAUSAL),
+    "ring float32": Case("ring", 515, dtype="float32", options=CAUSAL),
+    "gather window both ways": Case("gather", 900, "contiguous", options={"window": (300, 57)}),
+    "gather dropout": Case("gather", 517, batch=2, alibi=True, options={"causal": True} | DROPOUT),
+    "gather dropout in pieces": Case("gather", 300, heads=8, heads_k=4, pieces=2, options=DROPOUT),
+    "gather short queries": Case("gather", 300, seqlen_k=700, alibi=True, options=CAUSAL),
+    "gather alibi full": Case("gather", 300, alibi=True),
+    "gather top left": Case("gather", 301, seqlen_k=150, options={"causal": "top_left", "window": (30, None)}),
+    "gather bfloat16": Case("gather", 1000, dtype="bfloat16", options=CAUSAL),
+    "gather float32": Case("gather", 515, dtype="float32", bias=(4, 515, 515), sinks=True, options=CAUSAL),
+    "ulysses dropout": Case("ulysses", 300, size=(2,), batch=2, alibi=True, options={"causal": True} | DROPOUT),
+    "ulysses bfloat16": Case("ulysses", 515, size=(2,), dtype="bfloat16", options=CAUSAL),
+    "ulysses x ring dropout": Case((2, 2), 300, size=(4,), batch=2, alibi=True, options={"causal": True} | DROPOUT),
     "ulysses": Case("ulysses", 515, heads=8, heads_k=4, options=CAUSAL),
     "ulysses uneven heads": Case("ulysses", 300, size=(2, 3), heads=10, heads_k=5, dim_v=8, options={"causal": True, "window": (70, None)}),
     "ulysses everything": Case("ulysses", 300, size=(2,), batch=2, bias=(2, 4, 300, 300), mask=(1, 1, 300, 300), sinks=True, dlse=True,

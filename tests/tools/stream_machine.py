@@ -206,7 +206,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
 
     def merge(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
         all_out, all_lse = [on_host(x) for x in (*outs, out)], [on_host(x) for x in (*lses, lse)]
-        host = getattr(merging, "_merge", merging.merge_states)
+        host = merging.merge_views
         found.enqueue(stream, lambda: host(all_out[:-1], all_lse[:-1], all_out[-1], all_lse[-1]) or True)
     fake = types.SimpleNamespace(accumulate=accumulate, merge_states=merge)
     monkeypatch.setitem(engine._loaded, "gpu", fake)

@@ -1,4 +1,5 @@
-"""Arrays copied, rounded and added on the device: out = x, or out += x, element by element of four axes with any strides.
+"""Arrays copied, rounded and added on the device: out = x, or out += x, element by element of four axes with any strides. On the first axis
+GATHER takes row x_rows[i] of x, and SCATTER writes row out_rows[i] of out, where no number may stand twice.
 
 A thread has STEPS vectors of 16 bytes, or elements, a block apart from each other, so that a warp's accesses are contiguous.
 """
@@ -9,12 +10,13 @@ from typing import Any
 from numba import cuda, int32, int64, uint64
 
 from ..dsl.inline import divide, inline
+from ..ptx.memory import load_b32
 from .config import ACCUMULATE_STEPS as STEPS
 from .config import ACCUMULATE_THREADS as THREADS
 from .transform import add_chunk, make_access
 
 
-def make_accumulate(dtype: str, target: str, ADD: bool, WHOLE: bool) -> Any:
+def make_accumulate(dtype: str, target: str, ADD: bool, WHOLE: bool, GATHER: bool = False, SCATTER: bool = False) -> Any:
     """The kernel for x of `dtype` and out of `target`, the same if WHOLE. a.columns: vectors on the last axis; a.count: all vectors."""
     compute = "float64" if "float64" in (dtype, target) else "float32"
     load, put = make_access(dtype, WHOLE, compute)
@@ -38,7 +40,12 @@ def make_accumulate(dtype: str, target: str, ADD: bool, WHOLE: bool) -> Any:
                 row = int64(line - plane * a.size2)
                 block = divide(plane, a.size1)
                 middle = int64(plane - block * a.size1)
-                to = int64(a.out) + int64(block) * a.out0 + middle * a.out1 + row * a.out2 + column * a.out3
-                source = int64(a.x) + int64(block) * a.x0 + middle * a.x1 + row * a.x2 + column * a.x3
+                to_row, from_row = int64(block), int64(block)
+                if SCATTER:
+                    to_row = int64(load_b32(uint64(int64(a.out_rows) + int64(block) * 4)))
+                if GATHER:
+                    from_row = int64(load_b32(uint64(int64(a.x_rows) + int64(block) * 4)))
+                to = int64(a.out) + to_row * a.out0 + middle * a.out1 + row * a.out2 + column * a.out3
+                source = int64(a.x) + from_row * a.x0 + middle * a.x1 + row * a.x2 + column * a.x3
                 move(uint64(to), uint64(source))
     return kernel

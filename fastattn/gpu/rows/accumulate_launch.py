@@ -11,7 +11,7 @@ from ..runtime.launcher import Launcher
 from .config import ACCUMULATE_STEPS, ACCUMULATE_THREADS
 
 make_accumulate = late("rows.accumulate", "make_accumulate")
-ACCUMULATE = "x:l x0:q x1:q x2:q x3:q out:l out0:q out1:q out2:q out3:q size1:i size2:i columns:i count:i"
+ACCUMULATE = "x:l x0:q x1:q x2:q x3:q out:l out0:q out1:q out2:q out3:q size1:i size2:i columns:i count:i x_rows:l out_rows:l"
 AXES, MOST = 4, 1 << 30             # elements of a launch: indices are int32
 _RAW = {1: "float8_e4m3fn", 2: "float16", 4: "float32", 8: "float64"}       # what a dtype without arithmetic is copied as; bool is 0 or 1
 
@@ -24,16 +24,37 @@ class Axis(NamedTuple):
     x: int
 
 
+class Kind(NamedTuple):
+    """What a kernel is compiled for. `gather` and `scatter`: rows of x and out are numbered."""
+
+    dtype: str
+    target: str
+    add: bool
+    whole: bool
+    gather: bool = False
+    scatter: bool = False
+
+
 @cache
-def accumulate_source(dtype: str, target: str, add: bool, whole: bool) -> Source:
-    key = f"accumulate {dtype} {target}" + " add" * add + " whole" * whole
-    return Source(key, lambda: (make_accumulate(dtype, target, add, whole), 0), fields_of(ACCUMULATE), ACCUMULATE_THREADS)
+def accumulate_source(kind: Kind) -> Source:
+    flags = [name for name in ("add", "whole", "gather", "scatter") if getattr(kind, name)]
+    key = " ".join(["accumulate", kind.dtype, kind.target, *flags])
+    return Source(key, lambda: (make_accumulate(*kind), 0), fields_of(ACCUMULATE), ACCUMULATE_THREADS)
 
 
-def axes_of(out: View, x: View) -> list[Axis]:
+class Rows(NamedTuple):
+    """Addresses of int32 row numbers; 0: each row is its own."""
+
+    x: int = 0
+    out: int = 0
+
+
+NO_ROWS = Rows()
+
+
+def axes_of(shape: tuple[int, ...], out: tuple[int, ...], x: tuple[int, ...]) -> list[Axis]:
     """The axes by out's strides, the largest first; neighbours that are contiguous in both arrays are one axis."""
-    axes = sorted([Axis(*three) for three in zip(out.shape, out.strides, x.strides, strict=True) if three[0] != 1],
-                  key=lambda axis: -abs(axis.out))
+    axes = sorted([Axis(*three) for three in zip(shape, out, x, strict=True) if three[0] != 1], key=lambda axis: -abs(axis.out))
     found = list[Axis]()
     for axis in axes:
         last = found[-1] if found else None
@@ -48,13 +69,30 @@ def accumulate(out: View, x: View, add: bool, launcher: Launcher, stream: int) -
     """Enqueue out = x, or out += x, of one shape. Arrays without arithmetic, bool and integers, only as a copy of the same dtype."""
     if 0 in out.shape:
         return
+    axes = axes_of(out.shape, out.strides, x.strides) or [Axis(1, out.itemsize, x.itemsize)]
+    step, kind = _kind(out, x, axes, add)
+    _launch(out.ptr, x.ptr, axes, step, accumulate_source(kind), launcher, stream)
+
+
+def accumulate_rows(out: View, x: View, count: int, rows: Rows, add: bool, launcher: Launcher, stream: int) -> None:
+    """Enqueue out[out rows] = x[x rows], or +=, for `count` rows of the first axis."""
+    if count == 0 or 0 in out.shape[1:]:
+        return
+    axes = axes_of(out.shape[1:], out.strides[1:], x.strides[1:]) or [Axis(1, out.itemsize, x.itemsize)]
+    assert len(axes) < AXES
+    axes = [Axis(count, out.strides[0], x.strides[0]), *[Axis(1, 0, 0)] * (AXES - 1 - len(axes)), *axes]
+    step, kind = _kind(out, x, axes, add)
+    kind = kind._replace(gather=rows.x != 0, scatter=rows.out != 0)
+    _launch(out.ptr, x.ptr, axes, step, accumulate_source(kind), launcher, stream, rows)
+
+
+def _kind(out: View, x: View, axes: list[Axis], add: bool) -> tuple[int, Kind]:
+    """(elements of a vector, the kernel)."""
     dtype, target = [view.dtype if view.dtype.startswith(("float", "bfloat")) else _RAW[view.itemsize] for view in (x, out)]
-    axes, size = axes_of(out, x), out.itemsize
-    axes = axes or [Axis(1, size, x.itemsize)]
-    step = 1
+    size, step = out.itemsize, 1
     if dtype == target and axes[-1].out == size == axes[-1].x and _aligned(out, x, axes, size):
         step = 16 // size
-    _launch(out.ptr, x.ptr, axes, step, accumulate_source(dtype, target, add, step > 1), launcher, stream)
+    return step, Kind(dtype, target, add, step > 1)
 
 
 def _aligned(out: View, x: View, axes: list[Axis], size: int) -> bool:
@@ -63,15 +101,17 @@ def _aligned(out: View, x: View, axes: list[Axis], size: int) -> bool:
             and all(axis.out % 16 == axis.x % 16 == 0 for axis in axes[:-1]))
 
 
-def _launch(out: int, x: int, axes: list[Axis], step: int, source: Source, launcher: Launcher, stream: int) -> None:
+def _launch(out: int, x: int, axes: list[Axis], step: int, source: Source, launcher: Launcher, stream: int, rows: Rows = NO_ROWS) -> None:
     """Launches for all elements; the first axis is divided where there are too many elements or axes."""
     first, rest = axes[0], math.prod([axis.size for axis in axes[1:]])
     if len(axes) > 1 and (len(axes) > AXES or first.size * rest > MOST):
         each = 1 if len(axes) > AXES else max(MOST // rest, 1)
         for begin in range(0, first.size, each):
             part = Axis(min(each, first.size - begin), first.out, first.x)
-            inner = axes[1:] if part.size == 1 else [part, *axes[1:]]
-            _launch(out + begin * first.out, x + begin * first.x, inner, step, source, launcher, stream)
+            inner = axes[1:] if len(axes) > AXES else [part, *axes[1:]]
+            to = out if rows.out else out + begin * first.out
+            _launch(to, x if rows.x else x + begin * first.x, inner, step, source, launcher, stream,
+                    Rows(rows.x and rows.x + 4 * begin, rows.out and rows.out + 4 * begin))
         return
     if first.size * rest > MOST:        # one axis
         half = first.size // 2 // step * step
@@ -83,5 +123,5 @@ def _launch(out: int, x: int, axes: list[Axis], step: int, source: Source, launc
     columns = last.size // step
     count = columns * math.prod([axis.size for axis in padded[:-1]])
     values = [x, *[axis.x for axis in padded[:-1]], last.x * step, out, *[axis.out for axis in padded[:-1]], last.out * step,
-              padded[1].size, padded[2].size, columns, count]
+              padded[1].size, padded[2].size, columns, count, *rows]
     launcher.load(source).launch(-(-count // (ACCUMULATE_THREADS * ACCUMULATE_STEPS)), values, stream)
