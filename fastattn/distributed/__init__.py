@@ -15,16 +15,18 @@ How a call flows, file by file:
     plan.py                 the method, and why
     dense.py, packed.py     from arguments to a method and back
     gather.py, ring.py, heads.py    the methods; run.py and shares.py are what they have in common
+    packed_gather.py, packed_ring.py, packed_heads.py   those of packed sequences; packed_plan.py and packed_calls.py likewise
     memory.py, device.py    buffers in host and CUDA memory
     group.py                what a group is; threads.py, mpi.py, nccl.py, process_group.py: transports; connect.py: a group without MPI
 """
 from __future__ import annotations
 
 from .api import attention, attention_backward
+from .api_packed import attention_varlen, attention_varlen_backward
 from .connect import connect
 from .group import Group, RankError, group
 from .sharding import chunks, positions, shard, unshard
 from .threads import threads
 
-__all__ = ["Group", "RankError", "attention", "attention_backward", "chunks", "connect", "group", "positions", "shard", "threads",
-           "unshard"]
+__all__ = ["Group", "RankError", "attention", "attention_backward", "attention_varlen", "attention_varlen_backward", "chunks", "connect",
+           "group", "positions", "shard", "threads", "unshard"]

@@ -132,6 +132,13 @@ class Cuda:
     def add(self, to: View, x: View) -> None:
         load("gpu", "distributed").accumulate(to, x, True, self.handle)
 
+    def numbers(self, numbers: Any) -> View:
+        return self.upload(np.ascontiguousarray(numbers, np.int32).tobytes())
+
+    def move(self, to: View, x: View, count: int, to_rows: View | None = None, x_rows: View | None = None, add: bool = False) -> None:
+        numbers = [0 if rows is None else rows.ptr for rows in (x_rows, to_rows)]
+        load("gpu", "distributed").accumulate_rows(to, x, count, *numbers, add, self.handle)
+
     def merge(self, out: View, lse: View, part: View, part_lse: View) -> None:
         load("gpu", "distributed").merge_states([out, part], [lse, part_lse], out, lse, self.handle)
 

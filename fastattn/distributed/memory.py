@@ -63,6 +63,12 @@ class Memory(Protocol):
     def merge(self, out: View, lse: View, part: View, part_lse: View) -> None:
         """Merge a partial result into (out, lse), as merge_states does. `part_lse` is contiguous."""
 
+    def numbers(self, numbers: Any) -> View:
+        """Lengths or row numbers, an integer array in host memory, as an operand."""
+
+    def move(self, to: View, x: View, count: int, to_rows: View | None = None, x_rows: View | None = None, add: bool = False) -> None:
+        """to[to_rows] = x[x_rows], or +=, for `count` rows. No row of `to` is named twice."""
+
     def upload(self, words: bytes) -> View:
         """Bytes of the host as a buffer of int32."""
 
@@ -93,6 +99,16 @@ class Host:
 
     def merge(self, out: View, lse: View, part: View, part_lse: View) -> None:
         merge_views([out, part], [lse, part_lse], out, lse)
+
+    def numbers(self, numbers: Any) -> View:
+        array = np.ascontiguousarray(numbers, np.int64)
+        return View(address(array), array.shape, array.strides, "int64", CPU, array)
+
+    def move(self, to: View, x: View, count: int, to_rows: View | None = None, x_rows: View | None = None, add: bool = False) -> None:
+        target, source = to.numpy(), x.numpy()
+        where: Any = slice(0, count) if to_rows is None else to_rows.numpy()
+        source = source[:count] if x_rows is None else source[x_rows.numpy()]
+        target[where] = target[where] + source.astype(target.dtype, copy=False) if add else source
 
     def upload(self, words: bytes) -> View:
         array = np.frombuffer(words, np.int32).copy()

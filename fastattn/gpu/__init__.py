@@ -160,6 +160,13 @@ def accumulate(out: View, x: View, add: bool, stream: int) -> None:
         accumulate_launch.accumulate(out, x, add, launcher, stream)
 
 
+def accumulate_rows(out: View, x: View, count: int, x_rows: int, out_rows: int, add: bool, stream: int) -> None:
+    """rows.accumulate_launch.accumulate_rows on the device of `out`; addresses of int32 row numbers, or 0."""
+    launcher = on_device(out.device[1])
+    with current(launcher.device):
+        accumulate_launch.accumulate_rows(out, x, count, accumulate_launch.Rows(x_rows, out_rows), add, launcher, stream)
+
+
 def quantize(x: View, out: View, scale: View, stream: int) -> None:
     """rows.quantize_launch.quantize on the device of x."""
     launcher = on_device(x.device[1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fastattn.distributed as fd
-from tests.tools import ranks
+from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
 
 NAMES = ["gather", "gather in pieces", "gather halo", "gather everything", "gather bias of keys", "ring", "ring everything", "ulysses",
@@ -57,6 +57,15 @@ class Ordered:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
+
+
+@pytest.mark.parametrize("name", ["gather short", "gather everything", "ring short queries", "ring everything", "ulysses everything"])
+def test_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_packed(group: Any, whole: packed_ranks.Whole) -> dict[str, Any]:
+        m.contexts.append(group.rank)
+        return packed_ranks.results(group, whole, lambda x: DeviceInput(m, x, group.rank), stream=5)
+    with machine(monkeypatch, 4) as m:
+        check(fd.threads(2, run_packed, packed_ranks.Whole(name), timeout=60), m)
 
 
 @pytest.mark.parametrize("name", ["gather", "ring", "ulysses"])

@@ -125,6 +125,10 @@ class Machine(fake_cuda.Driver):
         self.enqueue(stream, lambda: ctypes.memset(pointer, value, size) or True)
         return (0,)
 
+    def cuMemcpyHtoD(self, to: int, x: int, size: int) -> tuple[int]:
+        ctypes.memmove(to, x, size)
+        return (0,)
+
     def cuMemcpyAsync(self, to: int, x: int, size: int, stream: int) -> tuple[int]:
         self.enqueue(stream, lambda: bool(ctypes.memmove(to, x, size)))
         return (0,)
@@ -204,11 +208,23 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
             return True
         found.enqueue(stream, step)
 
+    def accumulate_rows(out: View, x: View, count: int, x_rows: int, out_rows: int, add: bool, stream: int) -> None:
+        out, x = on_host(out), on_host(x)
+
+        def step() -> bool:
+            to, source = out.numpy(), x.numpy()
+            numbers = [np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(rows)) if rows else np.arange(count)
+                       for rows in (out_rows, x_rows)]
+            to[numbers[0]] = source[numbers[1]].astype(to.dtype) + (to[numbers[0]] if add else 0)
+            return True
+        if count:
+            found.enqueue(stream, step)
+
     def merge(outs: list[View], lses: list[View], out: View, lse: View, stream: int) -> None:
         all_out, all_lse = [on_host(x) for x in (*outs, out)], [on_host(x) for x in (*lses, lse)]
         host = merging.merge_views
         found.enqueue(stream, lambda: host(all_out[:-1], all_lse[:-1], all_out[-1], all_lse[-1]) or True)
-    fake = types.SimpleNamespace(accumulate=accumulate, merge_states=merge)
+    fake = types.SimpleNamespace(accumulate=accumulate, accumulate_rows=accumulate_rows, merge_states=merge)
     monkeypatch.setitem(engine._loaded, "gpu", fake)
 
     def of(o: Operands) -> Operands:

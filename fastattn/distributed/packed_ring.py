@@ -1,0 +1,121 @@
+"""The method "ring" for packed sequences: the keys of one other rank at a time, all of its rows, and partial results that are merged."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..arrays.view import View
+from ..problem import Grads, Mask, Operands, Problem
+from .gather import packed
+from .group import Message, Pending
+from .memory import cut
+from .packed_calls import Packed, dense, forward_into, grads_of
+from .ring import AHEAD
+from .run import Given, in_float32
+
+
+class Ring:
+    """The exchanges of one call. Whether a rank has anything to compute with another's keys, both know."""
+
+    def __init__(self, local: Packed) -> None:
+        self.local, self.own = local, [local.o.k, local.o.v]
+        self.give = [packed(local.run, x) for x in self.own]
+        self.size, self.rank = local.plan.size, local.plan.rank
+
+    def start(self, step: int) -> tuple[list[View], Pending]:
+        memory, owner, user = self.local.run.memory, (self.rank - step) % self.size, (self.rank + step) % self.size
+        buffers = [memory.empty((len(self.local.plan.k.rows[owner]), *x.shape[1:]), x.dtype) for x in self.own]
+        return buffers, self.local.run.exchange([Message(x, user) for x in self.give], [Message(x, owner) for x in buffers])
+
+    def steps(self) -> Iterator[tuple[int, View, View]]:
+        """(step, k, v). Exchanges start AHEAD steps before their keys are used."""
+        under_way = {step: self.start(step) for step in range(1, min(AHEAD, self.size))}
+        held = self.own
+        for step in range(self.size):
+            if step + AHEAD < self.size:
+                under_way[step + AHEAD] = self.start(step + AHEAD)
+            if step:
+                held, pending = under_way.pop(step)
+                pending.wait()
+            yield step, held[0], held[1]
+
+    def give_back(self, step: int, sums: list[View]) -> tuple[list[View], Pending]:
+        """Send shares of dk and dv to the owner of a step's keys; (buffers of what arrives, the exchange)."""
+        memory, owner, user = self.local.run.memory, (self.rank - step) % self.size, (self.rank + step) % self.size
+        arrived = [memory.empty(x.shape, self.local.wide) for x in self.own]
+        return arrived, self.local.run.exchange([Message(x, owner) for x in sums], [Message(x, user) for x in arrived])
+
+
+def bare(local: Packed, keys: int) -> tuple[Problem, Operands]:
+    """The dense call of all own rows over so many keys that are 0, see ring.bare."""
+    p, o, memory = local.problem, local.o, local.run.memory
+    k, v = [memory.empty((1, keys, *x.shape[1:]), x.dtype) for x in (o.k, o.v)]
+    for x in (k, v):
+        memory.zero(x)
+    problem = replace(p, batch=1, total_q=None, total_k=None, seqlen_q=o.q.shape[0], seqlen_k=keys, mask=Mask(), dropout=None,
+                      score=replace(p.score, alibi=False, bias=None, mask=False))
+    return problem, replace(o, q=dense(o.q), k=k, v=v, alibi_slopes=None, bias=None, mask=None, cu_seqlens_q=None, cu_seqlens_k=None)
+
+
+def forward(local: Packed, out: View, lse: View) -> None:
+    """Write out and lse of own rows. The sum so far is float32 (float64)."""
+    run, memory, ring = local.run, local.run.memory, Ring(local)
+    sums = out if out.dtype == local.wide else memory.empty(out.shape, local.wide)
+    problem, o = bare(local, 0)
+    run.forward(in_float32(problem), o, dense(sums), dense(lse))
+    local = local.without_sinks()
+    for step, k, v in ring.steps():
+        owner = (ring.rank - step) % ring.size
+        for n, call in enumerate(local.plan.paired(owner)):
+            for piece in local.pieces(("ring", owner, n), call, k, v):
+                piece = piece._replace(problem=in_float32(piece.problem))
+                rows, rows_lse = cut(sums, 0, piece.rows), cut(lse, 1, piece.rows)
+                part, part_lse = memory.empty(rows.shape, local.wide), memory.empty(rows_lse.shape, lse.dtype)
+                forward_into(local, piece, part, part_lse)
+                memory.merge(dense(rows), dense(rows_lse), dense(part), dense(part_lse))
+    if sums is not out:
+        memory.copy(out, sums)
+
+
+def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
+    """Write dq, dk, dv of own rows; shares of dbias and dsinks are added."""
+    memory, ring, wide = local.run.memory, Ring(local), local.wide
+    dq, *own = [memory.empty(x.shape, wide) for x in (local.o.q, *ring.own)]
+    for x in (dq, *own):
+        memory.zero(x)
+    if grads.dsinks is not None:
+        _add_dsinks(local, given, grads.dsinks)
+    local, returning = local.without_sinks(), list[tuple[list[View], Pending]]()
+    for step, k, v in ring.steps():
+        owner, sums = (ring.rank - step) % ring.size, own
+        if step:
+            sums = [memory.empty(x.shape, wide) for x in (k, v)]
+            for x in sums:
+                memory.zero(x)
+        for n, call in enumerate(local.plan.paired(owner)):
+            for piece in local.pieces(("ring", owner, n), call, k, v):
+                found = grads_of(local, piece, given, grads)
+                memory.add(cut(dq, 0, piece.rows), found.dq)
+                for to, x in zip(sums, (found.dk, found.dv), strict=True):
+                    memory.add(cut(to, 0, piece.keys), x)
+        if step:
+            returning.append(ring.give_back(step, sums))
+        while returning and (len(returning) > 1 or step + 1 == ring.size):
+            arrived, pending = returning.pop(0)
+            pending.wait()
+            for to, x in zip(own, arrived, strict=True):
+                memory.add(to, x)
+    for to, x in zip((grads.dq, grads.dk, grads.dv), (dq, *own), strict=True):
+        memory.copy(to, x)
+
+
+def _add_dsinks(local: Packed, given: Given, dsinks: View) -> None:
+    memory, (problem, o) = local.run.memory, bare(local, 1)
+    problem = in_float32(problem)
+    dq, dk, dv = [memory.empty(x.shape, problem.out_dtype) for x in (o.q, o.k, o.v)]
+    found = memory.empty(dsinks.shape, dsinks.dtype if o.sinks is None else o.sinks.dtype)
+    of = Given(dense(given.dout), dense(given.out), dense(given.lse), None if given.dlse is None else dense(given.dlse))
+    local.run.backward(problem, o, of, Grads(dq, dk, dv, None, found))
+    memory.add(dsinks, found)
+
+
