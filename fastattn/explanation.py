@@ -32,7 +32,7 @@ class Explanation:
     reasons : mapping of str to str
         Why not, for each engine that does not run the call.
     notes : tuple of str
-        What looks like a mistake, though the call is valid.
+        What looks like a mistake, though the call is valid; of a call of fastattn.distributed its method, and why.
     """
 
     call: str
@@ -62,6 +62,7 @@ class _Caught:
     direction: str
     problem: Problem
     where: tuple[Any, ...]
+    remarks: tuple[str, ...] = ()
 
 
 class _Stop(BaseException):
@@ -78,7 +79,8 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     ----------
     call : callable or Problem
         attention, attention_backward, attention_varlen, attention_varlen_backward, or a function that calls one of
-        them, of fastattn.compat for example: its first attention call is explained. Or a Problem, whose operands are
+        them, of fastattn.compat for example: its first attention call is explained. Functions of fastattn.distributed
+        send nothing then. Or a Problem, whose operands are
         taken as contiguous.
     *arguments
         Those of the call. The two backward functions also accept the forward's arrays alone; then dout, out and lse are
@@ -145,7 +147,7 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
 
 def _notes(caught: _Caught) -> tuple[str, ...]:
     """What a valid call may not mean: heads and sequence swapped, a padding mask that is read as (seqlen_q, seqlen_k)."""
-    p, o, notes = caught.problem, caught.where[0], list[str]()
+    p, o, notes = caught.problem, caught.where[0], list(caught.remarks)
     plain = o.q.strides[1] > o.q.strides[2]                 # rows outside heads: no transposed view and no layout="bhsd"
     if plain and not p.packed and p.num_heads > max(p.seqlen_q, p.seqlen_k):
         notes.append(f"num_heads = {p.num_heads} is above seqlen_q = {p.seqlen_q} and seqlen_k = {p.seqlen_k}; if the arrays are (batch, "
@@ -163,11 +165,15 @@ def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[
                 raise _Stop(_Caught(engine, direction, problem, where))
             return run
         return Engine("explain", "", stop("forward"), stop("backward"), lambda problem: None, caches=True)
+    remarks = list[str]()
+    token = registry.remarks.set(remarks)
     try:
         with registry.scope(recorder):
             call(*arguments, **keywords)
     except _Stop as stopped:
-        return stopped.caught
+        return replace(stopped.caught, remarks=tuple(remarks))
+    finally:
+        registry.remarks.reset(token)
     name = getattr(call, "__name__", repr(call))
     raise TypeError(message("explain", "call", f"is {name}, which called no attention", "fastattn.attention, attention_backward, "
                             "attention_varlen, attention_varlen_backward, or a function that calls one"))

@@ -220,6 +220,10 @@ def report() -> str:
 _used: ContextVar[Names | Callable[[str | None], Engine] | None] = ContextVar("fastattn_engines", default=None)
 
 
+# What explain adds to its notes about the call that it explains; None outside of explain.
+remarks: ContextVar[list[str] | None] = ContextVar("fastattn_remarks", default=None)
+
+
 @contextlib.contextmanager
 def scope(names: Names | Callable[[str | None], Engine]) -> Iterator[None]:
     """use_engine without its checks.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from .. import registry
 from ..arrays.view import View
 from ..options import LENGTH, Check
 from ..problem import Problem
@@ -78,14 +79,14 @@ def ranks_agree(call: str, group: Group) -> Iterator[Facts]:
     """Runs the checks of a call, which add its Facts. With FASTATTN_CHECK_RANKS=1 ranks tell each other then; if their facts differ, or if
     the checks of some fail, all ranks raise, and the group stays usable.
     """
-    facts, error = Facts(), None
+    facts, error, quiet = Facts(), None, group.size == 1 or not asked() or registry.remarks.get() is not None
     try:
         yield facts
     except Exception as found:
-        if group.size == 1 or not asked():
+        if quiet:
             raise
         error = found
-    if group.size == 1 or not asked():
+    if quiet:
         return
     facts.add(call=call)
     texts = everyones(group, f"{type(error).__name__}: {error}" if error else facts.text(), error is not None)

@@ -13,6 +13,7 @@ from ..options import Check, Options, read_options
 from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import gather, ring
 from .checks import check_memory, group_of, local_rows, ranks_agree, shard_of, shared_facts, whole_length
+from .explained import explained
 from .group import Group
 from .heads import Team, to_heads, to_rows
 from .memory import cut, memory_of
@@ -68,7 +69,8 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
             facts.add(dlse=found.dlse is not None)
-        run = Run(registry.choose(w.call, engine, o.q.device), memory_of(caller.stream), group, caller.stream, deterministic)
+        chosen = registry.choose(w.call, engine, o.q.device)
+        run = explained(Run(chosen, memory_of(caller.stream), group, caller.stream, deterministic), method)
         lengths, bias = [total(spans) for spans in rows], as_given.bias
         bias_has_rows = bias is None or not need_dbias or has_rows(check, four_axes(bias.shape)[2], lengths, group.rank)
     return Prepared(caller, run, problem, o, rows, keys, method, min(pieces, problem.num_heads_k), bias, bias_has_rows, need_dbias), found

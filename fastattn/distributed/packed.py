@@ -12,6 +12,7 @@ from ..options import Check, Options, read_options
 from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import packed_gather, packed_heads, packed_ring
 from .checks import check_memory, group_of, ranks_agree, shard_of, shared_facts
+from .explained import explained
 from .memory import Memory, memory_of
 from .packed_calls import Packed
 from .packed_plan import Plan, plan_of
@@ -67,7 +68,7 @@ def prepare(w: Whole, raw: tuple[Any, ...], stream: Any, engine: str | None, qkv
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
             facts.add(dlse=found.dlse is not None)
-        run = Run(registry.choose(w.call, engine, o.q.device), memory, group, caller.stream, deterministic)
+        run = explained(Run(registry.choose(w.call, engine, o.q.device), memory, group, caller.stream, deterministic), method)
     return Prepared(caller, Packed(run, problem, o, plan, problem.num_heads), method, as_given.bias, need_dbias), found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastattn
 import fastattn.distributed as fd
 from fastattn.distributed import plan, reach, spans
 from fastattn.options import Check
@@ -113,3 +114,20 @@ def test_auto_says_why() -> None:
     halo = plan.choose(check, "auto", 8, problem(2**24, 2**24, Mask(4096, 0)), "contiguous", True)
     assert str(halo) == "gather"
     assert str(plan.choose(check, (2, 4), 8, problem(64, 64, Mask()), "zigzag", False)) == "ulysses 2 x ring 4"
+
+
+@pytest.mark.parametrize("method", ["auto", "ring", "ulysses"])
+def test_explain_sends_nothing(method: str) -> None:
+    x = np.ones((1, 64, 4, 16), np.float32)
+
+    def work(group: Any) -> Any:
+        if group.rank == 0:                                 # alone
+            for call in (fd.attention, lambda *a, **k: fd.attention_varlen(*[x[0] for x in a], [0, 128], **k)):
+                found = fastattn.explain(call, x, x, x, group=group, causal=True, method=method)
+                assert found.engine == "cpu" and found.call.startswith("distributed.attention")
+            return found.notes
+        return ()
+    notes = fd.threads(2, work, timeout=20)[0]
+    expected = {"auto": "gather (auto: whole calls, 0.00 GiB of keys and values in a rank, limit 16 GiB)", "ring": "ring (method='ring')",
+                "ulysses": "ulysses (method='ulysses')"}
+    assert notes == (f"rank 0 of 2 runs method {expected[method]}; this is its first call",)
