@@ -189,7 +189,7 @@ def test_a_page_has_its_parts(page: str) -> None:
 
 
 # ---------------------------------------------------------------- pictures
-PICTURES = (*PAGES, "../howto/pages")
+PICTURES = (*PAGES, "../howto/pages", "../howto/ranks")
 
 
 def script() -> ModuleType:

@@ -6,6 +6,7 @@ JAX's own differentiation.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import re
 import runpy
@@ -399,3 +400,21 @@ def test_twelve_kinds_of_attention(figures: Any, capsys: pytest.CaptureFixture[s
     assert len(figures.get_fignums()) == 6
     assert capsys.readouterr().out.splitlines()[:3] == ["BlockMask(64 x 64, blocks of 4 x 4, one plane for all, of a function)",
                                                        "▒" + "·" * 15, "█▒" + "·" * 14]
+
+
+# ---------------------------------------------------------------- a sequence over ranks
+def test_training_over_ranks_has_the_losses_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastattn.distributed as fd
+
+    for name in ("attention", "attention_backward"):        # the example puts its own in their place
+        monkeypatch.setattr(gpt, name, getattr(gpt, name))
+    monkeypatch.delitem(sys.modules, "train_over_ranks", raising=False)
+    ranks = importlib.import_module("train_over_ranks")
+    text = gpt.load_text()[:20000]
+    chars = "".join(sorted(set(text)))
+    config, data = gpt.Config(len(chars), context=160, layers=1, width=32), gpt.to_numbers(text, chars)
+    losses = [fd.threads(size, ranks.train, config, data, 4, timeout=60) for size in (1, 2, 3)]
+    for of_ranks in losses[1:]:
+        for of_one in of_ranks:
+            np.testing.assert_allclose(of_one, losses[0][0], rtol=1e-4)
+    assert losses[0][0][-1] < losses[0][0][0]

@@ -255,8 +255,30 @@ def pages() -> Picture:
     return p
 
 
+def ranks() -> Picture:
+    p = Picture(300, "Two ranks, zigzag",
+                "A sequence is cut into four chunks. Rank 0 owns chunks 0 and 3, rank 1 chunks 1 and 2. Of a causal mask both have the same "
+                "number of pairs. Rank 0 receives the keys of chunks 1 and 2, rank 1 those of chunk 0.")
+    p.text(14, 46, "rows of the sequence, and who owns them", 12)
+    for n, rank in enumerate((0, 1, 1, 0)):
+        p.box(14 + 83 * n, 54, 83, 26, "k" if rank else "q", f"{n}: rank {rank}", 12)
+    p.text(14, 102, "pairs of rows and keys that each computes", 12)
+    for row, rank in enumerate((0, 1, 1, 0)):
+        for key in range(4):
+            p.box(24 + 30 * key, 112 + 30 * row, 30, 30, "none" if key > row else "k" if rank else "q", "" if key > row else str(key), 11)
+    p.text(162, 128, "rank 0 holds keys 0, 3", 11)
+    p.text(162, 146, "and receives 1, 2", 11)
+    p.text(162, 172, "rank 1 holds keys 1, 2", 11)
+    p.text(162, 190, "and receives 0", 11)
+    p.text(162, 216, "dk and dv of keys that", 11)
+    p.text(162, 234, "were received go back", 11)
+    p.text(14, 254, "rows down, keys across", 11, soft=True)
+    p.text(14, 286, "the squares on the diagonal count half: 5 pairs each", 11, soft=True)
+    return p
+
+
 PICTURES = (formula, online_softmax, simt, sm80, sm90, overlap, backward, sm90_backward, change)
-FOLDERS = {"": PICTURES, "../howto/": (pages,)}         # from this one: the pictures of its pages
+FOLDERS = {"": PICTURES, "../howto/": (pages, ranks)}         # from this one: the pictures of its pages
 
 
 def draw() -> dict[str, str]:
