@@ -4,6 +4,7 @@
 does so for problems of published models. `python -m bench busy` shares the processors with other processes and with torch.
 `python -m bench flex` measures score and mask functions. `python -m bench ladder` measures each rung of the reading course.
 `python -m bench paired OLD_TREE` compares two trees of fastattn.
+`python -m bench distributed` spreads one sequence over several devices.
 `--help` lists the options.
 """
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 from fastattn.cli.pipes import until_closed
 
 from . import busy, cpu, flex, machine, paired, plot, results, table
+from .distributed import cases as distributed_cases
+from .distributed import report as distributed_report
+from .distributed import run as distributed
 from .gpu import ladder, workloads, workloads_table
 from .gpu import plot as gpu_plot
 from .gpu import run as gpu
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
         "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|flex|ladder|paired")
+    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|flex|ladder|paired|distributed")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
                                 **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
@@ -107,6 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--update-course", action="store_true", help="rewrite the table of docs/course/index.md")
     _choice(target)
     target.set_defaults(mode="full", run=_ladder)
+
+    target = targets.add_parser("distributed", help="one sequence over several devices: efficiency, error, traces",
+                                **_example("distributed --quick --ranks 1 2"))
+    target.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer lengths")
+    target.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda, over NCCL; cpu: over TCP)")
+    target.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (default: 1 2 4 8)")
+    target.add_argument("--seconds", type=float, default=distributed.SECONDS, help="that the ranks of one number may take")
+    target.add_argument("--json", type=Path, metavar="PATH", help="to write, or to read with --from-json; the PNG goes next to it "
+                        "(default: bench/results/distributed.json, with -quick, -only and -cpu for parts)")
+    target.add_argument("--from-json", action="store_true", help="measure nothing; table and picture from the file")
+    _choice(target)
+    target.set_defaults(mode="full", run=_distributed)
 
     target = targets.add_parser("paired", help="an older tree of fastattn against this one: the ratio of each cell, round robin in one run",
                                 **_example("paired ../old --quick"))
@@ -298,6 +314,28 @@ def _ladder(options: argparse.Namespace) -> None:
     print(f"{gpu_table.notes(rows)}\n\n{ladder.markdown(rows)}")
     if any(row.verdict == "WRONG" for row in rows):
         raise SystemExit("WRONG, see above: a fast wrong answer means nothing")
+
+
+def _distributed(options: argparse.Namespace) -> None:
+    """Print each line as it is measured, then the table. Exit status 1 if ranks failed."""
+    chosen = distributed_cases.select(options.mode, options.device, options.only)
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    part = ("-cpu" if options.device == "cpu" else "") + ("-only" if options.only else "-quick" if options.mode == "quick" else "")
+    path: Path = options.json or ROOT / "bench" / "results" / f"distributed{part}.json"
+    if not options.from_json:
+        rows = []
+        for row in distributed.run(chosen, options.ranks, options.device, options.seconds):
+            rows.append(row)
+            print(distributed_report.lines([row], options.device).splitlines()[-1], flush=True)
+        distributed_report.write(rows, distributed.versions(), path)
+    rows, versions = distributed_report.read(path)
+    drawn = distributed_report.picture(rows, path.with_suffix(".png"))
+    print(f"\n{distributed_report.lines(rows, options.device)}\n\n{versions}")
+    print(f"written: {path}" + (f", {path.with_suffix('.png')}" if drawn else ""))
+    if any("ended with" in row.get("note", "") for row in rows):
+        raise SystemExit(1)
 
 
 def _paired(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ gpt.attention, gpt.attention_backward = attention, attention_backward       # wh
 
 
 def summed(arrays: dict[str, Array], group: fd.Group) -> dict[str, Array]:
-    """The sums over all ranks, in every rank. All arrays travel as one; a rank's part is padded, because chunks begin at multiples of 128."""
+    """The sums over all ranks, in every rank. All arrays travel as one, padded because chunks begin at multiples of 128."""
     flat = np.concatenate([x.reshape(-1) for x in arrays.values()])
     padded = np.pad(flat, (0, -len(flat) % 128))
     total = fd.unshard(padded, group, len(padded) * group.size, 0, shard=SHARD).reshape(group.size, -1).sum(axis=0)
@@ -79,8 +79,8 @@ def work(group: fd.Group, steps: int, context: int) -> None:
     start = time.perf_counter()
     losses = train(group, config, gpt.to_numbers(text, chars), steps)
     rows = sum(stop - first for first, stop in fd.chunks(context, group.size, group.rank, SHARD))
-    print(f"rank {group.rank} of {group.size}: {rows} of {context} characters, loss {losses[0]:.4f} at first, {losses[-1]:.4f} after {steps} "
-          f"steps, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"rank {group.rank} of {group.size}: {rows} of {context} characters, loss {losses[0]:.4f} at first, {losses[-1]:.4f} after "
+          f"{steps} steps, {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def main() -> None:

@@ -257,8 +257,8 @@ def pages() -> Picture:
 
 def ranks() -> Picture:
     p = Picture(300, "Two ranks, zigzag",
-                "A sequence is cut into four chunks. Rank 0 owns chunks 0 and 3, rank 1 chunks 1 and 2. Of a causal mask both have the same "
-                "number of pairs. Rank 0 receives the keys of chunks 1 and 2, rank 1 those of chunk 0.")
+                "A sequence is cut into four chunks. Rank 0 owns chunks 0 and 3, rank 1 chunks 1 and 2. Of a causal mask both have "
+                "the same number of pairs. Rank 0 receives the keys of chunks 1 and 2, rank 1 those of chunk 0.")
     p.text(14, 46, "rows of the sequence, and who owns them", 12)
     for n, rank in enumerate((0, 1, 1, 0)):
         p.box(14 + 83 * n, 54, 83, 26, "k" if rank else "q", f"{n}: rank {rank}", 12)

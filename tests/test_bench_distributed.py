@@ -1,0 +1,53 @@
+"""`python -m bench distributed`: a small problem over TCP, the table, the picture."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import main
+from bench.distributed import report, run
+from bench.distributed.cases import Case, cases, select
+
+
+def test_ranks_are_measured_beside_one() -> None:
+    case = Case(256, 4, 2, "gather", 16, "float32")
+    rows = list(run.run([case], [2], "cpu", seconds=120))
+    assert [row["ranks"] for row in rows] == [2] and rows[0]["forward"] > 0 < rows[0]["one_backward"]
+    assert rows[0]["errors"]["out"] == 0 and all(x < 1e-6 for x in rows[0]["errors"].values()) and rows[0]["trace"] == []
+
+
+def test_ranks_that_fail_are_a_row() -> None:
+    rows = list(run.run([Case(256, 4, 2, "gathers", 16, "float32")], [1], "cpu", seconds=60))
+    assert rows == [{"name": "all", "ranks": 1, "note": "the ranks ended with status 1"}]
+
+
+def row(name: str, ranks: int, **more: Any) -> dict[str, Any]:
+    return {"name": name, "ranks": ranks, "forward": 0.05, "backward": 0.15, "trace": [], "errors": {"out": 0.0, "dq": 1e-3}} | more
+
+
+def test_the_table() -> None:
+    rows = [row("gather 128k 32/8", 2, one_forward=0.098, one_backward=0.27),
+            row("gather 1024k 32/8", 8, forward=0.8, backward=2.4, errors={}),
+            {"name": "all", "ranks": 4, "note": "this machine has 2 CUDA devices"}]
+    lines = report.lines(rows, "cuda").splitlines()[2:]
+    assert lines[0] == "| gather 128k 32/8 | 2 | 50.00 | 150.00 | 6.55e+05 | 98 %, 90 %, 92 % | 0.0e+00, 1.0e-03 |"
+    assert lines[1] == "| gather 1024k 32/8 | 8 | 800.00 | 2400.00 | 3.28e+05 | 98 %, 90 %, 92 % |  |"
+    assert lines[2] == "| all | 4 | this machine has 2 CUDA devices | | | | |"
+
+
+def test_the_file_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("ring 32k 32/8", 2, trace=[("forward", 0.0, 1.0), ("transfer", 0.2, 0.6), ("backward", 1.0, 3.0)])]
+    report.write(rows, "fastattn 1", tmp_path / "d.json")
+    main(["distributed", "--from-json", "--json", str(tmp_path / "d.json")])
+    assert "| ring 32k 32/8 | 2 | 50.00 |" in capsys.readouterr().out and (tmp_path / "d.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "d.json").read_text())["versions"] == "fastattn 1"
+
+
+def test_the_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["distributed", "--list", "--quick", "--only", "ulysses.*32k"])
+    assert capsys.readouterr().out.splitlines() == ["ulysses 32k 32/8", "ulysses 32k 16/16"]
+    assert len(cases("full", "cuda")) > len(cases("quick", "cuda")) and select("full", "cuda", "window")[0].window == 4096
