@@ -24,8 +24,8 @@ class Event:
     """All that is on a stream now."""
 
     def __init__(self, stream: Stream) -> None:
-        self._driver = d = driver()
-        self._event: Any = None
+        self._driver, self._device = driver(), stream.device
+        d, self._event = self._driver, None
         with on_device(stream.device):
             self._event = check(d.cuEventCreate(d.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
             check(d.cuEventRecord(self._event, stream.handle), "cuEventRecord")
@@ -38,11 +38,13 @@ class Event:
     @property
     def happened(self) -> bool:
         d = self._driver
-        return bool(d.cuEventQuery(self._event)[0] != d.CUresult.CUDA_ERROR_NOT_READY)
+        with on_device(self._device):
+            return bool(d.cuEventQuery(self._event)[0] != d.CUresult.CUDA_ERROR_NOT_READY)
 
     def __del__(self) -> None:
         if self._event is not None:
-            self._driver.cuEventDestroy(self._event)
+            with contextlib.suppress(Exception), on_device(self._device):
+                self._driver.cuEventDestroy(self._event)
 
 
 @cache
@@ -52,6 +54,15 @@ def transfer_stream(device: int) -> Stream:
     with on_device(device):
         _, highest = d.cuCtxGetStreamPriorityRange()[1:]
         made = check(d.cuStreamCreateWithPriority(d.CUstream_flags.CU_STREAM_NON_BLOCKING, highest), "cuStreamCreateWithPriority")
+    return Stream(int(made), device, made)
+
+
+@cache
+def upload_stream(device: int) -> Stream:
+    """The stream on which row numbers and lengths are made."""
+    d = driver()
+    with on_device(device):
+        made = check(d.cuStreamCreate(d.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
     return Stream(int(made), device, made)
 
 
@@ -133,7 +144,12 @@ class Cuda:
         load("gpu", "distributed").accumulate(to, x, True, self.handle)
 
     def numbers(self, numbers: Any) -> View:
-        return self.upload(np.ascontiguousarray(numbers, np.int32).tobytes())
+        """On a stream of its own, which the host waits for: the numbers are there for every later call, on any stream."""
+        own = upload_stream(self.stream.device)
+        found = Cuda(own).upload(np.ascontiguousarray(numbers, np.int32).tobytes())
+        with on_device(own.device):
+            check(driver().cuStreamSynchronize(own.handle), "cuStreamSynchronize")
+        return found
 
     def move(self, to: View, x: View, count: int, to_rows: View | None = None, x_rows: View | None = None, add: bool = False) -> None:
         numbers = [0 if rows is None else rows.ptr for rows in (x_rows, to_rows)]
@@ -145,7 +161,8 @@ class Cuda:
     def upload(self, words: bytes) -> View:
         array, found = np.frombuffer(words, np.int32).copy(), self.empty((len(words) // 4,), "int32")
         with on_device(self.stream.device):
-            check(driver().cuMemcpyHtoD(found.ptr, address(array), array.nbytes), "cuMemcpyHtoD")
+            # the driver has copied pageable memory when it returns
+            check(driver().cuMemcpyHtoDAsync(found.ptr, address(array), array.nbytes, self.handle), "cuMemcpyHtoDAsync")
         return found
 
     def download(self, x: View) -> bytes:

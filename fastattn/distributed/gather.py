@@ -174,11 +174,15 @@ def _shares(run: Run, local: Local, keys: Keys, given: Given, grads: Grads[View]
     k, v = keys.wait()
     memory, rows = run.memory, total([part.span for part in keys.held])
     sums = [buffer(memory, x, rows, local.wide) for x in keys.own]
-    for x in sums:
+    pieces = sorted(gathered(local.reach, parts(local.rows[local.me]), keys.held), key=lambda piece: piece.keys.start - piece.keys.stop)
+    whole = bool(pieces) and pieces[0].keys == slice(0, rows)       # the call with most keys writes the sums, others are added
+    for x in sums if not whole else []:
         memory.zero(x)
-    for piece in gathered(local.reach, parts(local.rows[local.me]), keys.held):
-        found = piece_grads(run, local, piece, k, v, given, grads)
+    for n, piece in enumerate(pieces):
+        direct = whole and n == 0
+        found = piece_grads(run, local, piece, k, v, given, grads, None, sums if direct else None)
         memory.copy(cut(grads.dq, 1, piece.rows), found.dq)
-        add_keys(run, found, piece.keys, sums)
+        if not direct:
+            add_keys(run, found, piece.keys, sums)
         add_scores(run, found, piece, grads)
     return sums

@@ -15,7 +15,7 @@ from .checks import check_memory, group_of, ranks_agree, shard_of, shared_facts
 from .explained import explained
 from .memory import Memory, memory_of
 from .packed_calls import Packed
-from .packed_plan import Plan, plan_of
+from .packed_plan import Plan, cumulative, plan_of
 from .plan import GATHER_BYTES, Method
 from .plan import choose as choose_method
 from .run import Given, Run, sum_over_ranks
@@ -94,7 +94,7 @@ def whole_problem(check: Check, memory: Memory, q: Sequences, k: Sequences, rank
                               f"{sequences.number} sequences", "shard(x, group, 0, cu_seqlens=...) cuts them")
     whole = [View(x.ptr, (sequences.starts[-1], *x.shape[1:]), x.strides, x.dtype, x.device, x.owner) if len(x.shape) == 3 else x
              for x, sequences in ((o.q, q), (o.k, k), (o.v, k))]
-    cu = [memory.numbers(sequences.starts) for sequences in (q, k)]
+    cu = [cumulative(memory, sequences) for sequences in (q, k)]
     options = options._replace(max_seqlen_q=lengths[0], max_seqlen_k=lengths[1])
     of_all = replace(o, q=whole[0], k=whole[1], v=whole[2], cu_seqlens_q=cu[0], cu_seqlens_k=cu[1])
     problem, checked = problem_of(check.call, of_all, options)

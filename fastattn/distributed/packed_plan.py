@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.view import View
+from ..memo import Recent
 from ..problem import Mask
 from .memory import Memory
 from .spans import KEY_TILE, Sequences
@@ -145,6 +146,18 @@ class Plan:
         if found is None:
             found = self._views[memory.device, name] = memory.numbers(numbers)
         return found
+
+
+_cumulative: Recent[Any, View] = Recent()
+
+
+def cumulative(memory: Memory, sequences: Sequences) -> View:
+    """The cumulative lengths as an operand, made once."""
+    key = memory.device, sequences.starts
+    found = _cumulative.get(key)
+    if found is None:
+        found = _cumulative[key] = memory.numbers(np.asarray(sequences.starts))
+    return found
 
 
 @lru_cache(64)

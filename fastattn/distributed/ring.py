@@ -16,7 +16,7 @@ from .group import Message, Pending
 from .memory import cut
 from .reach import Piece, Reach, begun, paired
 from .run import Given, Local, Run, buffer, canonical, in_float32, rows_first
-from .shares import add_keys, add_scores, piece_grads
+from .shares import add_keys, add_scores, covers, piece_grads
 from .spans import Span, Spans, parts, total
 
 AHEAD = 2           # steps: a transfer that becomes ready beside a kernel which has all SMs begins when that kernel ends
@@ -117,12 +117,17 @@ def forward(run: Run, local: Local, out: View, lse: View) -> None:
     """Write out and lse of own rows, canonical. The sum so far is float32 (float64)."""
     memory, ring = run.memory, Ring(run, local)
     sums = out if out.dtype == local.wide else memory.empty(out.shape, local.wide)
-    problem, o = bare(run, local, 0)
-    run.forward(in_float32(problem), o, sums, lse)
-    local = without_sinks(local)
+    first = ring.pieces(0)
+    begun = len(first) == 1 and first[0].rows == slice(0, local.o.q.shape[1])       # it writes the sum, and has the sinks
+    if not begun:
+        problem, o = bare(run, local, 0)
+        run.forward(in_float32(problem), o, sums, lse)
     for step, k, v in ring.steps():
         for piece in ring.pieces(step):
-            problem, o = local.piece(piece, k, v)
+            problem, o = (local if begun and step == 0 else without_sinks(local)).piece(piece, k, v)
+            if begun and step == 0:
+                run.forward(in_float32(problem), o, sums, lse)
+                continue
             rows, rows_lse = cut(sums, 1, piece.rows), cut(lse, 2, piece.rows)
             part, part_lse = memory.empty(rows.shape, sums.dtype), memory.empty(rows_lse.shape, lse.dtype)
             run.forward(in_float32(problem), o, part, part_lse)
@@ -137,25 +142,29 @@ def backward(run: Run, local: Local, given: Given, grads: Grads[View]) -> None:
     Every call gets the out and lse of all keys, so that its gradients are its exact shares.
     """
     memory, ring, wide = run.memory, Ring(run, local), local.wide
-    dq = memory.empty(grads.dq.shape, wide)
-    memory.zero(dq)
-    own = [memory.empty(x.shape, wide) for x in ring.own]
-    for x in own:
+    dq, own = memory.empty(grads.dq.shape, wide), [memory.empty(x.shape, wide) for x in ring.own]
+    first, n, m = ring.pieces(0), *[x.shape[0] for x in (rows_first(dq), own[0])]
+    begun = len(first) == 1 and covers(first[0], n, m)          # it writes the sums, others are added
+    for x in (dq, *own) if not begun else ():
         memory.zero(x)
     if grads.dsinks is not None:
         add_dsinks(run, *bare(run, local, 1), given, grads.dsinks)
     returning = list[tuple[list[slice], list[View], Pending]]()
     local = without_sinks(local)
     for step, k, v in ring.steps():
-        sums = own
+        pieces = ring.pieces(step)
+        sums, direct = own, begun
         if step:
-            sums = [memory.empty((x.shape[1], *rows_first(x).shape[1:]), wide) for x in (k, v)]
-            for x in sums:
+            sums = [memory.empty(rows_first(x).shape, wide) for x in (k, v)]
+            direct = len(pieces) == 1 and pieces[0].keys == slice(0, k.shape[1])
+            for x in sums if not direct else []:
                 memory.zero(x)
-        for piece in ring.pieces(step):
-            found = piece_grads(run, local, piece, k, v, given, grads)
-            memory.add(cut(dq, 1, piece.rows), found.dq)
-            add_keys(run, found, piece.keys, sums)
+        for piece in pieces:
+            found = piece_grads(run, local, piece, k, v, given, grads, dq if begun and step == 0 else None, sums if direct else None)
+            if step or not begun:
+                memory.add(cut(dq, 1, piece.rows), found.dq)
+            if not direct:
+                add_keys(run, found, piece.keys, sums)
             add_scores(run, found, piece, grads)
         if step:
             returning.append(ring.give_back(step, sums))

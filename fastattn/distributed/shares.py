@@ -8,11 +8,15 @@ from .reach import Piece
 from .run import Given, Local, Run, canonical, in_float32
 
 
-def piece_grads(run: Run, local: Local, piece: Piece, k: View, v: View, given: Given, grads: Grads[View]) -> Grads[View]:
-    """New arrays with the gradients of one call, dq, dk and dv in float32 (float64). `grads` says which others are wanted."""
+def piece_grads(run: Run, local: Local, piece: Piece, k: View, v: View, given: Given, grads: Grads[View], dq: View | None = None,
+                keys: list[View] | None = None) -> Grads[View]:
+    """The gradients of one call, dq, dk and dv in float32 (float64). `grads` says which others are wanted. `dq`, and `keys`, rows-first dk
+    and dv, are written where they are given; other arrays are new.
+    """
     memory, (problem, o) = run.memory, local.piece(piece, k, v)
     problem = in_float32(problem)
-    dq, dk, dv = [memory.empty(x.shape, problem.out_dtype) for x in (o.q, o.k, o.v)]
+    dq = memory.empty(o.q.shape, problem.out_dtype) if dq is None else dq
+    dk, dv = [memory.empty(x.shape, problem.out_dtype) for x in (o.k, o.v)] if keys is None else [canonical(x) for x in keys]
     dbias = None
     if grads.dbias is not None and o.bias is not None:
         dbias = memory.empty(tuple([1 if n == 1 else m for n, m in zip(grads.dbias.shape, o.bias.shape, strict=True)]), o.bias.dtype)
@@ -25,6 +29,11 @@ def add_keys(run: Run, found: Grads[View], keys: slice, sums: list[View]) -> Non
     """Add dk and dv of a call to rows-first sums."""
     for to, x in zip(sums, (found.dk, found.dv), strict=True):
         run.memory.add(cut(canonical(to), 1, keys), x)
+
+
+def covers(piece: Piece, rows: int, keys: int) -> bool:
+    """Whether a call has all rows and all keys, so that it can write sums instead of adding to them."""
+    return piece.rows == slice(0, rows) and piece.keys == slice(0, keys)
 
 
 def add_scores(run: Run, found: Grads[View], piece: Piece, grads: Grads[View]) -> None:

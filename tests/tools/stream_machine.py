@@ -24,6 +24,7 @@ from fastattn import engine, merging, reference
 from fastattn.arrays import streams
 from fastattn.arrays.view import CPU, View
 from fastattn.distributed import device as distributed_device
+from fastattn.distributed import packed_plan
 from fastattn.problem import Operands
 from tests.tools import fake_cuda
 
@@ -125,9 +126,21 @@ class Machine(fake_cuda.Driver):
         self.enqueue(stream, lambda: ctypes.memset(pointer, value, size) or True)
         return (0,)
 
-    def cuMemcpyHtoD(self, to: int, x: int, size: int) -> tuple[int]:
-        ctypes.memmove(to, x, size)
+    def cuMemcpyHtoDAsync(self, to: int, x: int, size: int, stream: int) -> tuple[int]:
+        words = ctypes.string_at(x, size)
+        self.enqueue(stream, lambda: bool(ctypes.memmove(to, words, size)))
         return (0,)
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        """Of a stream that waits for no other."""
+        with self.lock:
+            queue = self.queues[self.contexts[-1], int(stream)]
+            while queue:
+                assert queue.popleft()()
+        return (0,)
+
+    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
+        return 0, next(self.numbers)
 
     def cuMemcpyAsync(self, to: int, x: int, size: int, stream: int) -> tuple[int]:
         self.enqueue(stream, lambda: bool(ctypes.memmove(to, x, size)))
@@ -194,8 +207,11 @@ class Nccl:
 def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
     """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams."""
     found = Machine(seed)
-    for cached in (streams._primary_context, distributed_device.transfer_stream, distributed_device.pool):
-        cached.cache_clear()
+    cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream, distributed_device.pool,
+              packed_plan.plan_of)
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setattr(packed_plan, "_cumulative", {})
     monkeypatch.setattr(streams, "driver", lambda: found)
     monkeypatch.setattr(distributed_device, "driver", lambda: found)
 
@@ -239,8 +255,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
         found.enqueue(stream, lambda: reference.backward(problem, of(o), *views, host) or True)
     with fastattn.register_engine("machine", forward, backward, lambda problem: None, "cuda").activate():
         yield found
-    for cached in (streams._primary_context, distributed_device.transfer_stream, distributed_device.pool):
-        cached.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 class DeviceInput:
