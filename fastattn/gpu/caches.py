@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..arrays.view import EIGHT_BIT
+from .eight_bit import rescale
 from .rows import append_launch
 from .runtime.launcher import Launcher
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_spec
@@ -17,12 +19,14 @@ ALIGNED = 256               # an address as good as any of the temporary memory
 
 
 def attention_alone(call: Call, address: int = ALIGNED) -> tuple[Call, int]:
-    """The call after the append, with the rotated q at an address, and the bytes of q there."""
-    p = call.problem
-    if p.cache is None or p.cache.rotary is None:
+    """The call after the append, with its q at an address, and the bytes of q there; 0 where q is the call's. A q is rotated there, or
+    widened: 8-bit numbers to float16, which is exact."""
+    p, q = call.problem, call.operands.q
+    eight = p.dtype in EIGHT_BIT
+    if p.cache is None or not (eight or p.cache.rotary is not None):
         return call, 0
-    q, size = append_launch.workspace_of(call.operands.q, address)
-    return replace(call, operands=replace(call.operands, q=q)), size
+    made, size = append_launch.workspace_of(q, address, "float16" if eight else q.dtype)
+    return replace(call, problem=replace(p, dtype=made.dtype) if eight else p, operands=replace(call.operands, q=made)), size
 
 
 class Cached:
@@ -39,20 +43,24 @@ class Cached:
     def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
         assert call.problem.cache is not None
         append = append_launch.prepare(call, launcher) if call.problem.cache.append else None
+        eight = call.problem.dtype in EIGHT_BIT
         alone, size = attention_alone(call)
         attend: Launch = self.family.prepare(alone, make_spec(alone.problem, alone.operands, spec.lse), launcher)
-        if append is None:
-            return attend
 
         def launch(call: Call, stream: int) -> None:
-            append(call, 0, stream)
+            if append is not None:
+                append(call, 0, stream)
             attend(call, stream)
 
-        def launch_rotated(call: Call, stream: int) -> None:
+        def launch_own_q(call: Call, stream: int) -> None:
             with launcher.temporary(size, stream) as memory:
-                append(call, memory, stream)
-                attend(attention_alone(call, memory)[0], stream)
-        return launch_rotated if size else launch
+                alone, _ = attention_alone(call, memory)
+                if append is not None:
+                    append(call, memory, stream)
+                if eight:
+                    rescale(call.operands.q, alone.operands.q, launcher, stream)
+                attend(alone, stream)
+        return launch_own_q if size else launch
 
     def backward(self, call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
         raise AssertionError("problem.py has no backward of caches")

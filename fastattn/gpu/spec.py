@@ -67,6 +67,8 @@ class Spec:
         The dtype of the output, of a backward that of dq, dk and dv, where it is not q's.
     diagonals
         Each packed sequence has a diagonal of its own. Plain threads only.
+    cache_dtype
+        Of decode/: the dtype of 8-bit k and v beside 16-bit q.
     """
 
     dtype: str
@@ -93,6 +95,7 @@ class Spec:
     paged: bool = False
     out_dtype: str | None = None
     diagonals: bool = False
+    cache_dtype: str | None = None
 
     @property
     def parts(self) -> int:
@@ -106,7 +109,8 @@ class Spec:
                  "deterministic", "group_parts", "lengths", "paged",
                  "diagonals")
         on = [name for name in flags if getattr(self, name)]
-        on += [f"{name}={getattr(self, name)}" for name in ("alibi", "bias", "sinks", "dbias", "out_dtype") if getattr(self, name)]
+        named = ("alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
+        on += [f"{name}={getattr(self, name)}" for name in named if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])
 

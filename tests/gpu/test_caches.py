@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ pytest.importorskip("cuda.core")
 import fastattn
 from fastattn import gpu
 from fastattn.arrays import convert
+from fastattn.arrays.view import numpy_dtype
 from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.rows.append_launch import append_source
 from fastattn.gpu.runtime import compile as compiler
@@ -124,10 +125,141 @@ def test_one_split_has_the_same_bits_in_any_batch(case: Case) -> None:
         assert out.tobytes() == np.ascontiguousarray(made.rows_of(together, b)).tobytes()
 
 
+# ---------------------------------------------------------------- 8 bits
+class Eight(NamedTuple):
+    """A call over 8-bit caches. scales: none, a number, or of this shape; `new`: what it appends, if anything."""
+
+    q: str = "bfloat16"
+    cache: str = "float8_e4m3fn"
+    scales: str = "none"
+    new: str | None = None
+    dim: int = 64
+    rows: int | tuple[int, ...] = 2
+    arch: str = "sm_90a"
+    page: int | None = 16
+
+    def make(self) -> Call:
+        """Its arrays, and the options of the scales."""
+        case = Case(str(self), dtype="float16" if self.q == "float16" else "bfloat16", keys=(40, 0, 217), rows=self.rows,
+                    head_dim=self.dim, rotary=(32, False) if self.new == "rotary" else None, append=self.new is not None, num_heads=8,
+                    page_size=self.page)
+        made, draw = case.make(), np.random.default_rng(5)
+        eight = numpy_dtype(self.cache)
+        made.arrays[1:3] = [np.nan_to_num(x.astype(np.float32), nan=0.5).astype(eight) for x in made.arrays[1:3]]
+        if self.q == "float8_e4m3fn":
+            made.arrays[0] = made.arrays[0].astype(numpy_dtype(self.q))
+        if self.new == "eight":
+            made.arrays[3:] = [x.astype(eight) for x in made.arrays[3:]]
+        shape = {"none": None, "number": (), "one": (1,), "head": (2,), "batch": (3, 2)}[self.scales]
+        if shape is not None:
+            for name in ("q_scale", "k_scale", "v_scale")[self.q != "float8_e4m3fn":]:
+                made.options[name] = draw.uniform(0.1, 3, shape).astype(np.float32) if shape else 0.75
+        return made
+
+
+EIGHT = [Eight(), Eight(scales="batch", new="sixteen", dim=128), Eight("float16", "float8_e5m2", "head", "rotary", rows=(1, 30, 4)),
+         Eight("float16", scales="one", new="eight", dim=128, rows=1, page=None), Eight("bfloat16", "float8_e5m2", "number", "rotary", 256),
+         Eight("float8_e4m3fn", "float8_e4m3fn", "batch", "sixteen", 64), Eight("float8_e4m3fn", "float8_e5m2", "head", None, 128, 20),
+         Eight(scales="batch", dim=96, rows=(2, 0, 3)), Eight(arch="sm_80", scales="head", new="sixteen", dim=128),
+         Eight("float16", arch="sm_80", dim=64, rows=9), Eight("bfloat16", scales="number", dim=80, new="rotary")]
+
+
+def judge_eight(given: Eight, out: Array, lse: Array, k_cache: Array, v_cache: Array) -> None:
+    """Against the engines of host memory: the caches' bits, and numbers of the exact formula."""
+    made = given.make()
+    exact, exact_lse = made.run("reference", return_lse=True)
+    assert k_cache.tobytes() == made.arrays[1].tobytes() and v_cache.tobytes() == made.arrays[2].tobytes()
+    assert out.dtype == exact.dtype
+    for got, right, most in ((out, exact, 2.0**-8 if out.dtype != np.float16 else 2.0**-10), (lse, exact_lse, 1e-6)):
+        wide = right.astype(np.float64)
+        seen = np.isfinite(wide)
+        assert np.array_equal(np.isfinite(got.astype(np.float64)), seen)
+        assert np.linalg.norm((got.astype(np.float64) - wide)[seen]) <= most * np.linalg.norm(wide[seen])
+
+
+@pytest.mark.parametrize("given", EIGHT, ids=str)
+def test_eight_bit_caches(given: Eight) -> None:
+    judge_eight(given, *interpreted_serving(given.make(), given.arch)[:4])
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [given for given in EIGHT if given.arch == "sm_90a"], ids=str)
+def test_eight_bit_caches_on_a_device(given: Eight) -> None:
+    made = given.make()
+    arrays = [None if x is None else to_device(x) for x in made.arrays]
+    options = {name: to_device(x) if isinstance(x, np.ndarray) else x for name, x in made.options.items()}
+    out, lse = fastattn.attention_with_kvcache(*arrays, **options, return_lse=True)
+    caches = [np.asarray(x.view(torch_uint8()).cpu().numpy()).view(numpy_dtype(given.cache)) for x in arrays[1:3]]
+    judge_eight(given, to_host(out), to_host(lse), *caches)
+
+
+def torch_uint8() -> Any:
+    return pytest.importorskip("torch").uint8
+
+
+# ---------------------------------------------------------------- latent caches
+class Latent(NamedTuple):
+    """One cache of 576 columns, whose first 512 are the values."""
+
+    arrays: list[Any]
+    options: dict[str, Any]
+    exact: Array
+    cache: Array
+
+
+def latent(rows: int = 2, dtype: str = "bfloat16") -> Latent:
+    draw = np.random.default_rng(0)
+    kind = numpy_dtype(dtype)
+    cache = draw.standard_normal((9, 16, 1, 576), np.float32).astype(kind)
+    q, new = (draw.standard_normal((2, rows, n, 576), np.float32).astype(kind) for n in (20, 1))
+    options = {"cache_seqlens": np.array([40, 7], np.int32), "block_table": draw.permutation(9)[:6].reshape(2, 3).astype(np.int32)}
+    after = cache.copy()
+    exact = fastattn.attention_with_kvcache(*(x.astype(np.float64) for x in (q, after, after[..., :512], new, new[..., :512])), **options)
+    fastattn.attention_with_kvcache(q, after, after[..., :512], new, new[..., :512], **options)
+    return Latent([q, cache, cache[..., :512], new, new[..., :512]], options, exact, after)
+
+
+def near(out: Array, exact: Array) -> bool:
+    return bool(np.linalg.norm(out.astype(np.float64) - exact) < 2.0**-8 * np.linalg.norm(exact))
+
+
+def test_latent_cache() -> None:
+    from tests.tools.gpu import interpreter
+
+    made, memory = latent(), interpreter.Memory()
+    placed = dict[int, Any]()
+
+    def place(x: Any) -> Any:
+        view = convert.view(x, "test", "x")
+        if x.shape == made.arrays[2].shape:         # the values: in the keys' memory
+            return replace(placed[view.ptr], shape=view.shape)
+        placed[view.ptr] = memory.place(x, view)
+        return placed[view.ptr]
+    case = Case("latent", dtype="bfloat16", keys=(40, 7), rows=2, num_heads=20, num_heads_k=1, head_dim=576, head_dim_v=512)
+    call = serving_call(Call(case, made.arrays, made.options, made.options["block_table"]), place)
+    launcher = interpreter.Launcher(memory)
+    gpu._launch(call, launcher, gpu.FAMILIES, 0)
+    assert [key.split()[0] for key in launcher.launched] == ["append"] * 2 + ["forward_decode"] * 4
+    assert memory.read(call.operands.k, made.cache.dtype).tobytes() == made.cache.tobytes()
+    assert near(memory.read(call.out, made.cache.dtype), made.exact)
+
+
+@requires_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_latent_cache_on_a_device(rows: int) -> None:
+    made = latent(rows)
+    q, cache, _, new, _ = (to_device(x) for x in made.arrays)
+    options = {name: to_device(x) for name, x in made.options.items()}
+    out = fastattn.attention_with_kvcache(q, cache, cache[..., :512], new, new[..., :512], **options)
+    assert to_host(cache).tobytes() == made.cache.tobytes() and near(to_host(out), made.exact)
+
+
 # ---------------------------------------------------------------- what no kernel takes
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"dtype": "float64"}, "no kernel appends float64"), ({"dtype": "float64", "append": False}, "no products of float64"),
-    ({"head_dim": 100}, "16 bytes"), ({"head_dim": 264}, "head_dim is 264")], ids=str)
+    ({"head_dim": 100}, "16 bytes"), ({"head_dim": 132, "dtype": "float32"}, "head_dim is 132")], ids=str)
 def test_what_is_refused(changes: dict[str, Any], reason: str) -> None:
     made = replace(READ[0], **{"append": True, **changes}).make()
     call = serving_call(made, lambda x: replace(convert.view(x, "test", "x"), device=HERE))

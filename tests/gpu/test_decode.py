@@ -18,7 +18,7 @@ from fastattn import gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import View
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_cached, choose_decode, page_division
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
@@ -132,7 +132,7 @@ def test_page_division(size: int) -> None:
 
 def test_what_has_no_kernel_for_caches() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"head_dim": 264}, "head_dim is 264"), ({"seqlen_k": 0}, "room for 0 keys"),
+        ({"seqlen_k": 0}, "room for 0 keys"),
         ({"dtype": "float32", "head_dim": 132}, "over 128"), ({"head_dim": 100}, "16 bytes")]
     for changes, reason in refused:
         call, spec = Want(**{"seqlen_q": 4, "seqlen_k": 100, "num_heads_k": 4, **changes}).call()
@@ -149,6 +149,31 @@ def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: 
     spec = replace(spec, lengths=True, paged=paged)
     source, _ = launch_decode.forward_program(spec, choose_decode(spec, call.problem))
     assert compiler.complaints(compiler.build(source, arch)[1]) == []
+
+
+@pytest.mark.parametrize(("arch", "dtype", "source", "dim", "rows"), [
+    ("sm_90a", "bfloat16", "float8_e4m3fn", 128, 4), ("sm_90a", "float16", "float8_e4m3fn", 64, 64),
+    ("sm_80", "bfloat16", "float8_e4m3fn", 128, 16), ("sm_120", "float16", "float8_e5m2", 256, 32),
+    ("sm_90a", "bfloat16", "float8_e4m3fn", 256, 16)], ids=str)
+def test_kernels_for_eight_bit_caches_do_not_spill(arch: str, dtype: str, source: str, dim: int, rows: int) -> None:
+    call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
+                      alibi="float32", sinks="float32", lse=True).call()
+    spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=dtype)
+    config = replace(choose_decode(spec, call.problem), native=arch != "sm_80")
+    assert compiler.complaints(compiler.build(launch_decode.forward_program(spec, config)[0], arch)[1]) == []
+
+
+@pytest.mark.parametrize(("arch", "source"), [("sm_90a", None), ("sm_80", None), ("sm_120", None), ("sm_90a", "float8_e4m3fn")], ids=str)
+def test_latent_caches_do_not_spill(arch: str, source: str | None) -> None:
+    """head_dim 576 with 512: slices of the values' columns."""
+    width = launch_decode.slices_of(576, 512)[0][1]
+    call, spec = Want("bfloat16", 576, width, seqlen_q=1, seqlen_k=4096, num_heads=128, num_heads_k=1, lse=True, window=(100, 5),
+                      softcap=True).call()
+    spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=source and "bfloat16")
+    config = launch_decode.fitted(choose_cached(spec, call.problem, None), spec, absent_device(arch))
+    source_of, _ = launch_decode.forward_program(spec, config)
+    assert compiler.complaints(compiler.build(source_of, arch)[1]) == [] and source_of.make()[1] <= absent_device(arch).shared_memory
+    assert sum(width for _, width in launch_decode.slices_of(576, 500)) == 500
 
 
 def test_splits_of_unknown_lengths() -> None:

@@ -34,6 +34,7 @@ from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     probes_backward,
     probes_bias,
     probes_direct,
+    probes_direct_8bit,
     probes_fragments,
     probes_mma,
     probes_parts,

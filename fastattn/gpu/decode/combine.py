@@ -25,9 +25,18 @@ def query_of(a, place, r):
     return i, int32(place.head_k * a.group + r - i * a.group)
 
 
+@inline
+def scale_at(pointer, by_batch, by_head, place):
+    """The scale of a request's key head; 1 without scales."""
+    scale = float32(1)
+    if pointer != 0:
+        scale = load_f32(uint64(pointer + uint64(place.batch * by_batch + place.head_k * by_head)))
+    return scale
+
+
 def _make_put(spec: Spec) -> Any:
     LSE, store_out, finish_row = spec.lse, store(spec.out_dtype or spec.dtype, "float32"), make_finish_row(spec)
-    PACKED, SINKS = spec.packed, spec.sinks is not None
+    PACKED, SINKS, EIGHT_BIT = spec.packed, spec.sinks is not None, spec.cache_dtype is not None
 
     @inline
     def line_of(a, place, row, head):
@@ -44,6 +53,8 @@ def _make_put(spec: Spec) -> Any:
         if PACKED and SINKS:
             if place.batch == a.batch:      # rows of no request
                 lse = NEG_INF
+        if EIGHT_BIT:
+            factor = factor * a.v_number * scale_at(a.v_scale, a.v_scale_batch, a.v_scale_head, place)
         at = uint64(a.out + uint64(place.batch * a.out_batch + (place.q_start + row) * a.out_row + head * a.out_head + column * a.out_dim))
         for n in range(4):
             store_out(at, values[n] * factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...problem import Problem
+from ..config import num_features
 from ..spec import Spec
 
 ROWS = 16                   # query rows of a warp, of all heads that share a key head: those of an MMA
@@ -17,10 +18,15 @@ MOST_SPLITS = 128
 # Predicted, to be measured
 MOST_SPLIT_KEYS = 8192
 MOST_DIM = 256              # with more, registers do not hold O
+# Of calls over caches, whose values may then be computed a slice of columns at a time: 576 columns of K of 8 keys take 72 registers, and O
+# of SLICE columns 64. Each slice computes all scores
+MOST_CACHED_DIM, SLICE = 576, 128
 WARP = 32                   # threads
+NATIVE = 89                 # architectures from here on have an instruction that widens 8-bit numbers
 LEAST_WIDTH = 16            # columns of a block of mask words (rows/mask_words.py); otherwise the keys of a step
 MASK_COLUMNS = 32           # splits begin at multiples of it, so that a step has whole blocks of any config, or half a block
-# 16-bit Q stays in registers up to this head size, beside 64 registers of K and V and 64 of O. Parts of float32 take three times as many
+# 16-bit Q stays in registers up to this head size, beside 64 registers of K and V and 64 of O. Parts of float32 take three times as many.
+# Beside 8-bit K and V up to half of it: the numbers that they are widened to take registers, too
 MOST_Q_DIM = 128
 
 
@@ -38,6 +44,8 @@ class DecodeConfig:
         head_dim and head_dim_v are the Spec's, without padding.
     keep_q
         Q is in shared memory, not in registers.
+    native
+        An instruction widens 8-bit numbers: since sm_89. A property of the device.
     blocks_per_sm
         Thread blocks of a multiprocessor, which bound the registers of a thread.
     overhead
@@ -51,6 +59,7 @@ class DecodeConfig:
     keep_q: bool = False
     blocks_per_sm: int = 2
     overhead: int = 4
+    native: bool = False
 
     def __post_init__(self) -> None:
         assert self.keys == 8 or self.keys % 16 == 0
@@ -69,7 +78,7 @@ class DecodeConfig:
     @property
     def text(self) -> str:
         return (f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm}" + " exact" * self.exact
-                + " keep_q" * self.keep_q)
+                + " keep_q" * self.keep_q + " native" * self.native)
 
 
 def choose_decode(spec: Spec, p: Problem) -> DecodeConfig:
@@ -100,11 +109,14 @@ def _of_rows(spec: Spec, p: Problem, rows: int) -> DecodeConfig:
     4.4 TB/s times 0.7 us, what a load takes, are 23 KB a multiprocessor. More keys, at head_dim 128 and beyond, would spill.
     """
     dim, row_warps = max(spec.head_dim, spec.head_dim_v), -(-rows // ROWS)
-    wide = spec.dtype == "float32"
-    bytes_of_row = dim * (4 if wide else 2)
+    wide, eight = spec.dtype == "float32", spec.cache_dtype is not None
+    bytes_of_row = dim * (1 if eight else 4 if wide else 2)
+    if eight and dim > MOST_Q_DIM and num_features(spec) > 1:       # 16 keys spill on sm_120
+        bytes_of_row *= 2
     keys = 8 if bytes_of_row > 256 else 16 if bytes_of_row > 128 else 32
     exact = (p.head_dim, p.head_dim_v) == (spec.head_dim, spec.head_dim_v)
-    return DecodeConfig(keys=keys, row_warps=1 << (row_warps - 1).bit_length(), exact=exact, keep_q=wide or dim > MOST_Q_DIM)
+    keep_q = wide or dim > (MOST_Q_DIM // 2 if eight else MOST_Q_DIM)
+    return DecodeConfig(keys=keys, row_warps=1 << (row_warps - 1).bit_length(), exact=exact, keep_q=keep_q)
 
 
 def few_rows(p: Problem, num_sms: int) -> bool:

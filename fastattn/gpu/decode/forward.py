@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import direct, direct_parts
+from ..ptx import direct, direct_8bit, direct_parts
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane, opaque, thread_index
@@ -29,7 +29,7 @@ from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.requests import make_request_at
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
-from .combine import make_combine, query_of
+from .combine import make_combine, query_of, scale_at
 from .config import MOST_SPLITS, ROWS, DecodeConfig
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
 from .units import make_units
@@ -71,7 +71,8 @@ class Place(NamedTuple):
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     KEYS, WARPS, ROW_WARPS, KEY_WARPS, KEEP_Q = config.keys, config.warps, config.row_warps, config.key_warps, config.keep_q
-    CHUNK = 4 if spec.dtype == "float32" else 8                 # elements of 16 bytes
+    EIGHT_BIT = spec.cache_dtype is not None
+    CHUNK = 16 if EIGHT_BIT else 4 if spec.dtype == "float32" else 8        # elements of K and V in 16 bytes
     CHUNKS, CHUNKS_V = -(-spec.head_dim // (4 * CHUNK)), -(-spec.head_dim_v // (8 * CHUNK))
     # the least head sizes that the Spec stands for, and the chunks that all of a row's lanes have then
     least, least_v = (n if config.exact else n - 16 + CHUNK for n in (spec.head_dim, spec.head_dim_v))
@@ -83,7 +84,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     smem = Smem()
     OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
     TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
-    Q_BYTES = direct.Q_STEP * (3 * CHUNKS if spec.dtype == "float32" else 2 * CHUNKS)
+    Q_BYTES = direct.Q_STEP * CHUNKS * (4 if EIGHT_BIT else 3 if spec.dtype == "float32" else 2)
     Q = smem.take(ROW_WARPS * Q_BYTES if KEEP_Q else 0, 16)
     LINES, TABLE = smem.take(BLOCK_ROWS * ROW_BYTES if KEEP_Q else 0, 16), smem.take(8 if KEEP_Q and PAGED else 0, 16)
     if spec.dtype == "float32":
@@ -91,8 +92,11 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     else:
         qk, pv = direct.make_products(spec.dtype)
         keep_q, kept_qk = direct.make_kept(spec.dtype)
+        if spec.cache_dtype is not None:
+            qk, kept_qk, pv = direct_8bit.make_products(spec.dtype, spec.cache_dtype, config.native)
         qk = kept_qk if KEEP_Q else qk
     load_rows, load_columns = direct.make_loads(ROW_WARPS == 1)
+    load_every_second = direct.make_load_pairs(ROW_WARPS == 1)
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
     row_bounds, request_at, (batch_of, tile_of) = make_row_bounds(spec), make_request_at(spec.packed), make_units(spec.packed, BLOCK_ROWS)
     row_of, fetch, score = make_row_scores(spec, KEYS)
@@ -105,7 +109,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     def q_row(a, place, r, chunk):
         """A lane's chunks of row r of Q."""
         i, head = query_of(a, place, r)
-        address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head) + uint64(16 * chunk))
+        address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head))
+        if EIGHT_BIT:       # a chunk of K has as many elements as two of Q
+            left, address = int32(divide(a.head_dim, 8) - 2 * chunk), uint64(address + uint64(32 * chunk))
+            even = load_every_second(address, int64(0), int32(0), int32(0), 8, CHUNKS, left, 0, int32(0))
+            odd = load_every_second(uint64(address + uint64(16)), int64(0), int32(0), int32(0), 8, CHUNKS, int32(left - 1), 0, int32(0))
+            return direct_8bit.weave(even, odd)
+        address = uint64(address + uint64(16 * chunk))
         return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
@@ -136,6 +146,20 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
         first = int32(lo + split * each * STEP)
         return first, int32(min(first + each * STEP, hi)), int32(max(divide(int32(steps + each - 1), each), 1))
+
+    @inline
+    def scale_of_keys(a, place):
+        if EIGHT_BIT:
+            return scale_at(a.q_scale, a.q_scale_batch, a.q_scale_head, place) * scale_at(a.k_scale, a.k_scale_batch, a.k_scale_head, place)
+        else:
+            return float32(1)
+
+    @inline
+    def scale_keys(acc_s, scale):
+        if EIGHT_BIT:
+            return scale_rows(acc_s, scale, scale)
+        else:
+            return acc_s
 
     @inline
     def warp_of(thread):
@@ -294,6 +318,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         q = load_q(a, base, place, row, lane, w, rows)
         k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
         v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
+        key_scale = scale_of_keys(a, place)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
         key = int32(place.first + key_warp * KEYS)
         if key <= last:
@@ -304,7 +329,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
                 column = int32(key + 2 * c)
                 row0, row1 = before_s(lines)
                 early = fetch(a, row0, row1, column, place.seqlen_k)
-                acc_s = scores_of(q, k)
+                acc_s = scale_keys(scores_of(q, k), key_scale)
                 k = load_k(a, k_base, int32(following + g), last, c, table)
                 row0, row1 = behind_s(lines)
                 acc_s = score(a, acc_s, early, row0, row1, column)

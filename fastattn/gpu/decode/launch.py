@@ -4,12 +4,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...arrays.view import View
+from ...arrays.view import EIGHT_BIT, View
 from ...masks import row_bounds
 from ...problem import Problem
 from ..rows.mask_words import mask_words
+from ..runtime.arch import arch_of
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
@@ -20,10 +21,13 @@ from .config import (
     FEW_KEYS,
     LEAST_WIDTH,
     MASK_COLUMNS,
+    MOST_CACHED_DIM,
     MOST_DIM,
     MOST_SPLIT_KEYS,
     MOST_SPLITS,
+    NATIVE,
     ROWS,
+    SLICE,
     WARP,
     DecodeConfig,
     choose_cached,
@@ -36,6 +40,7 @@ from .config import (
 make_forward = late("decode.forward", "make_forward")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
 LENGTHS = " lengths:l lengths_step:q cu_seqlens_q:l q_step:q room:i appends:i tiles:i"
+SCALES = " " + " ".join(f"{x}_scale:l {x}_scale_batch:q {x}_scale_head:q" for x in "qkv") + " v_number:f"
 TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
 
@@ -61,7 +66,7 @@ class KeyCache(NamedTuple):
 def refuses_cache(call: Call, spec: Spec) -> str | None:
     """None, or why this kernel does not run a call whose k and v are a KeyCache."""
     p, o = call.problem, call.operands
-    dim, most = max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_DIM
+    dim, most = max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_CACHED_DIM
     if dim > most:
         return f"head_dim is {dim}, over {most}"
     blocks = p.num_heads_k * _units(p, ROWS)
@@ -76,7 +81,7 @@ def refuses_caches(call: Call) -> str | None:
     """None, or why no kernel runs this call of attention_with_kvcache."""
     p, extra = call.problem, call.operands.cache
     assert p.cache is not None and extra is not None
-    if p.dtype not in FAR_TOPS or {call.operands.q.dtype, p.cache.dtype} != {p.dtype}:
+    if p.dtype not in FAR_TOPS or p.cache.dtype not in (p.dtype, *EIGHT_BIT):
         return f"it has no products of {call.operands.q.dtype} and {p.cache.dtype}"
     return refuses_cache(call, make_spec(p, call.operands, False))
 
@@ -96,8 +101,9 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
+    own = FORWARD + LENGTHS * spec.lengths + SCALES * (spec.cache_dtype is not None) + TABLE * spec.paged
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD + LENGTHS * spec.lengths + TABLE * spec.paged, ("q", "k", "v", "out"), online=True),
+                   Arguments(spec, own, ("q", "k", "v", "out"), online=True),
                    WARP * config.warps, config.blocks_per_sm)
 
 
@@ -134,17 +140,27 @@ def _units(p: Problem, block_rows: int) -> int:
     return most_units(p.batch, None if p.packed else p.seqlen_q * p.group, p.total_q or 0, p.group, block_rows)
 
 
-def _cache_values(call: Call, cache: KeyCache, block_rows: int) -> tuple[int, ...]:
-    """Values of LENGTHS and, with a block table, of TABLE."""
+def _cache_values(call: Call, cache: KeyCache, block_rows: int) -> tuple[Any, ...]:
+    """Values of LENGTHS, of SCALES with 8-bit caches, and with a block table of TABLE."""
     used, k, cu, p = call.operands.seqused_k, call.operands.k, call.operands.cu_seqlens_q, call.problem
     assert used is not None
     packed = (0, 0) if cu is None else (cu.ptr, cu.strides[0])
-    values: tuple[int, ...] = (used.ptr, used.strides[0], *packed, p.seqlen_k, int(cache.append),
+    values: tuple[Any, ...] = (used.ptr, used.strides[0], *packed, p.seqlen_k, int(cache.append),
                                -(-p.seqlen_q * p.group // block_rows))
+    if p.eight_bit is not None:
+        values += _scales(call, p.eight_bit.factor)
     if cache.block_table is not None:
         table, (pages, size) = cache.block_table(call), k.shape[:2]
         values += (table.ptr, table.strides[0], table.strides[1] if len(table.shape) == 2 else 0, pages - 1, size, *page_division(size))
     return values
+
+
+def _scales(call: Call, factor: float) -> tuple[Any, ...]:
+    """Values of SCALES: of q, k and v, where they are arrays, and the output's factor."""
+    o, values = call.operands, list[Any]()
+    for x in (o.q_scale, o.k_scale, o.v_scale):
+        values += [0, 0, 0] if x is None else [x.ptr, *x.strides]
+    return *values, factor
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None) -> Launch:
@@ -154,7 +170,10 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     """
     p = call.problem
     spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
+    if p.eight_bit is not None:
+        spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=p.eight_bit.out_dtype)
     config = choose_decode(spec, p) if cache is None else choose_cached(spec, p, cache.num_splits)
+    config = config if cache is None else fitted(config, spec, launcher.device)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p)
@@ -181,6 +200,26 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     return launch if splits == 1 else launch_split
 
 
+def fitted(config: DecodeConfig, spec: Spec, d: Device) -> DecodeConfig:
+    """The tiling on a device: 64 rows of a wide Q need 142 KB of shared memory, 32 need 72."""
+    native = spec.cache_dtype is not None and arch_of(d.arch).number >= NATIVE
+    rows = min(config.row_warps, 2) if spec.head_dim > MOST_DIM and arch_of(d.arch).shared_memory < 160 else config.row_warps
+    return replace(config, native=native, row_warps=rows)
+
+
+def slices_of(head_dim: int, head_dim_v: int) -> list[tuple[int, int]]:
+    """(first column, columns) of each slice of the values."""
+    width = SLICE if head_dim > MOST_DIM else MOST_DIM
+    return [(first, min(width, head_dim_v - first)) for first in range(0, head_dim_v, width)]
+
+
+def _sliced(call: Call, first: int, columns: int) -> Call:
+    """The call of some columns of the values and of the output."""
+    def part(x: View) -> View:
+        return View(x.ptr + first * x.strides[-1], (*x.shape[:-1], columns), x.strides, x.dtype, x.device)
+    return Call(replace(call.problem, head_dim_v=columns), replace(call.operands, v=part(call.operands.v)), part(call.out), call.lse)
+
+
 def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None) -> int:
     """The most splits of a batch entry's keys, where only the device knows how many it has.
 
@@ -200,4 +239,15 @@ def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     p = call.problem
     assert p.cache is not None
     contiguous = table(call).device != call.operands.k.device       # the host made its table: request b has row b
-    return prepare(call, spec, launcher, KeyCache(p.cache.append, None if contiguous else table, p.cache.num_splits))
+    cache, slices = KeyCache(p.cache.append, None if contiguous else table, p.cache.num_splits), slices_of(p.head_dim, p.head_dim_v)
+    if len(slices) == 1:
+        return prepare(call, spec, launcher, cache)
+    each = list[tuple[int, int, Launch]]()
+    for first, columns in slices:
+        part = _sliced(call, first, columns)
+        each.append((first, columns, prepare(part, make_spec(part.problem, part.operands, spec.lse), launcher, cache)))
+
+    def launch(call: Call, stream: int) -> None:
+        for first, columns, one in each:
+            one(_sliced(call, first, columns), stream)
+    return launch

@@ -124,6 +124,11 @@ def make_loads(once: bool) -> tuple[Any, Any]:
     return _make_load(lambda count: list(range(0, count, 8)), 4, once), _make_load(keys_of, 8, once)
 
 
+def make_load_pairs(once: bool) -> Any:
+    """load_rows of every second chunk: chunks c, c + 8, ... of a row, where K's have 8 bits."""
+    return _make_load(lambda count: list(range(0, count, 8)), 8, once)
+
+
 def make_products(dtype: str) -> tuple[Any, Any]:
     """(qk, pv) for 16 rows of a 16-bit dtype.
 

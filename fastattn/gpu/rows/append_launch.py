@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...arrays.view import EIGHT_BIT, ITEMSIZE, View, overlap
+from ...arrays.view import ITEMSIZE, View, contiguous, overlap
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher
 from ..runtime.packed import MOST_BLOCKS
@@ -167,16 +167,7 @@ def _scales(call: Call) -> list[Any]:
     return values
 
 
-def workspace_of(q: View, address: int) -> tuple[View, int]:
-    """A contiguous View of q's shape at an address, and its bytes."""
-    strides, step = list[int](), q.itemsize
-    for n in reversed(q.shape):
-        strides.insert(0, step)
-        step *= n
-    return View(address, q.shape, tuple(strides), q.dtype, q.device), math.prod(q.shape) * ITEMSIZE[q.dtype]
-
-
-def copies_eight_bit(call: Call) -> bool:
-    """Whether new keys are 8-bit numbers."""
-    c = call.operands.cache
-    return c is not None and c.k is not None and c.k.dtype in EIGHT_BIT
+def workspace_of(q: View, address: int, dtype: str) -> tuple[View, int]:
+    """A contiguous View of q's shape in a dtype at an address, and its bytes."""
+    size = ITEMSIZE[dtype]
+    return View(address, q.shape, contiguous(q.shape, size), dtype, q.device), math.prod(q.shape) * size

@@ -187,13 +187,14 @@ def serving_call(made: caches.Call, placed: Callable[[Any], Any], **more: Any) -
 
     def canonical(x: Any) -> Any:
         return None if x is None else placed(x.swapaxes(1, 2) if layout == "bhsd" else x)
-    scales = tuple(options.get(name) for name in ("q_scale", "k_scale", "v_scale"))
+    scales = tuple(options.pop(name, None) for name in SMALL[-3:])
     given = {name: placed(options.pop(name)) for name in (*SMALL, *ANGLES) if isinstance(options.get(name), np.ndarray)}
     read = read_options("test", options.pop("causal", True), options.pop("window", None), options.pop("softmax_scale", None),
                         options.pop("softcap", None), 0.0, None, 0, options.pop("max_seqlen_q", None))
-    read, _ = read_eight_bit("test", read, (*scales, None), None)
+    read, arrays = read_eight_bit("test", read, (*scales, None), None)
+    given |= {name: placed(x) for name, x in zip(SMALL[-3:], arrays or (), strict=False) if x is not None}
     interleaved, splits = options.pop("rotary_interleaved", False), options.pop("num_splits", None)
-    assert not [name for name, x in options.items() if name not in ("q_scale", "k_scale", "v_scale")]
+    assert not options
     call = Given(canonical(q), placed(k_cache), placed(v_cache), canonical(k), canonical(v),
                  **{name: given.get(name) for name in (*SMALL, *ANGLES)})
     problem, o = problem_with_cache("test", call, read, interleaved, splits)

@@ -21,6 +21,7 @@ from fastattn.arrays.view import View
 from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
+from tests.tools.gpu.numbers import bits_of, compare, cut_off, floats_of, flushed, halves_of_bytes, halves_times
 from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
 Array = np.ndarray[Any, Any]
@@ -57,8 +58,9 @@ class Memory:
 
     def read(self, view: View, dtype: Any) -> Array:
         """The elements of a View."""
-        raw = self.bytes[view.ptr - BASE:]
-        return np.lib.stride_tricks.as_strided(raw[:raw.size // 8 * 8].view(dtype), view.shape, view.strides).copy()
+        raw, kind = self.bytes[view.ptr - BASE:], np.dtype(dtype)
+        elements = raw[:raw.size // 8 * 8].view(f"u{kind.itemsize}")
+        return np.lib.stride_tricks.as_strided(elements, view.shape, view.strides).copy().view(kind)
 
     def words(self, address: Array, size: int) -> Array:
         """Indices of the elements of `size` bytes at these addresses."""
@@ -82,50 +84,6 @@ class Shared:
         assert not (at % size).any(), f"misaligned access of {size} bytes to shared memory"
         assert ((at >= 0) & (at + size <= self.limit)).all(), f"shared memory has {self.limit} bytes"
         return (blocks * self.size + at) // size
-
-
-# ---------------------------------------------------------------- numbers
-def bfloat16_bits(x: Array) -> Array:
-    """float32 rounded to nearest even."""
-    bits = x.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
-
-
-def bits_of(x: Array, kind: str) -> Array:
-    """float32 as the bits of a 16-bit dtype."""
-    return bfloat16_bits(x) if kind.startswith("bf16") else x.astype(np.float16).view(np.uint16)
-
-
-def floats_of(bits: Array, kind: str) -> Array:
-    if kind.startswith("bf16"):
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
-
-
-def cut_off(x: Array) -> Array:
-    """float64 to float32, towards zero."""
-    near = x.astype(np.float32)
-    return np.where(np.abs(near.astype(np.float64)) > np.abs(x), np.nextafter(near, np.float32(0)), near)
-
-
-def flushed(x: Array) -> Array:
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
-
-
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
-
-
-def compare(how: str, x: Any, y: Any) -> Any:
-    if how in _COMPARE:
-        found = _COMPARE[how](x, y)
-        return found & ~np.isnan(x) & ~np.isnan(y) if how == "ne" and np.asarray(x).dtype.kind == "f" else found
-    unordered = np.isnan(x) | np.isnan(y)
-    if how in ("nan", "num"):
-        return unordered if how == "nan" else ~unordered
-    return unordered | _COMPARE[how[:-1]](x, y)
 
 
 # ---------------------------------------------------------------- running
@@ -254,7 +212,9 @@ class Run:
         self._binary(np.subtract, op, x, active)
 
     def _mul(self, op: list[str], x: list[Any], active: Array) -> None:
-        if op[1] in ("wide", "hi"):
+        if op[-1] == "f16x2":
+            self.put(x[0], active, halves_times(*[np.broadcast_to(self.get(y, active, "u32"), len(active)) for y in x[1:]]))
+        elif op[1] in ("wide", "hi"):
             kind, wide = op[2], op[2][0] + "64"
             out = self.get(x[1], active, kind).astype(_TYPES[wide]) * self.get(x[2], active, kind).astype(_TYPES[wide])
             self.put(x[0], active, out if op[1] == "wide" else (out >> _TYPES[wide](32)).astype(_TYPES[kind]))
@@ -342,7 +302,9 @@ class Run:
 
     def _cvt(self, op: list[str], x: list[Any], active: Array) -> None:
         to, kind = op[-2], op[-1]
-        if to in ("bf16x2", "f16x2"):
+        if kind == "e4m3x2":
+            self.put(x[0], active, halves_of_bytes(np.broadcast_to(self.get(x[1], active, "u16"), len(active))))
+        elif to in ("bf16x2", "f16x2"):
             high, low = (bits_of(np.broadcast_to(self.get(y, active, "f32"), len(active)), to).astype(np.uint32) for y in x[1:])
             if "relu" in op:
                 high, low = (np.where(y >> np.uint32(15), np.uint32(0), y) for y in (high, low))
