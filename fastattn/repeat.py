@@ -16,11 +16,11 @@ import numpy as np
 from .arrays.readers import by_type
 from .arrays.view import HOST, Device, Output, Quick, View, numpy_dtype
 from .memo import Recent
-from .problem import Grads, Operands
+from .problem import CacheOperands, Grads, Operands
 from .registry import choose
 
-# Of addresses, and a stream, or HOST. The addresses are those of all Operands in their order, of a backward dout, out, lse and
-# dlse, and of the results, each if the call has it.
+# Of addresses, and a stream, or HOST. The addresses are those of all Operands in their order, of CacheOperands, of a backward dout, out,
+# lse and dlse, and of the results, each if the call has it.
 Launch = Callable[[Sequence[int], int], None]
 
 
@@ -127,6 +127,7 @@ def remember(key: Any, engine: Any, prepare: Callable[..., Any] | None, where: t
         All that the engine was called with, the Problem and the Operands first, but for the stream.
     """
     known, views = _known.get(key), _views(where)
+    views = [x for x in views if x.device == views[0].device]       # the host makes the table of a contiguous cache
     if prepare is None or any(x.ptr % 16 for x in views) or (known is not None and known.engine is engine):
         return
     if key not in _known:
@@ -149,7 +150,7 @@ def _views(where: tuple[Any, ...]) -> list[View]:
     for x in where:
         if isinstance(x, View):
             found.append(x)
-        elif isinstance(x, Operands):
+        elif isinstance(x, (Operands, CacheOperands)):
             found += _views(tuple([getattr(x, name) for name in x.__slots__]))
         elif isinstance(x, Grads):
             found += _views(x)

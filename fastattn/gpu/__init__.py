@@ -134,10 +134,15 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
-            families: tuple[str, ...] = FAMILIES) -> Recording | None:
+            families: tuple[str, ...] = FAMILIES) -> Recording | caches.Repeated | None:
     """What `forward` does with arrays of such shapes and strides, at any addresses of their alignment. None for an empty
     output."""
-    return None if 0 in out.shape else _record(Call(problem, operands, out, lse), families)
+    call = Call(problem, operands, out, lse)
+    if 0 in out.shape:
+        return None
+    if problem.cache is not None and problem.cache.append:
+        return caches.Repeated(call, lambda call: _record(call, families))
+    return _record(call, families)
 
 
 def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None,
@@ -221,8 +226,10 @@ def _launch(call: AnyCall, launcher: Launcher, families: tuple[str, ...], stream
 
 def _record(call: AnyCall, families: tuple[str, ...]) -> Recording:
     """What enqueues the call, and all that differ in addresses of the same alignment. Their order is that of `views`."""
-    views, launcher = addressed(call.views), on_device(call.operands.q.device[1])
+    launcher = on_device(call.operands.q.device[1])
+    cached = isinstance(call, Call) and call.problem.cache is not None
+    views = addressed(caches.views_of(call) if cached else call.views)  # type: ignore[arg-type]
     recorder = Recorder(launcher, sum(x is not None for x in views))
     with current(launcher.device):
-        _launch(call.at(views), recorder, families, 0)
+        _launch(caches.at(call, views) if cached else call.at(views), recorder, families, 0)  # type: ignore[arg-type]
     return Recording(recorder)

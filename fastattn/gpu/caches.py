@@ -6,10 +6,13 @@ with the keys.
 """
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-from ..arrays.view import EIGHT_BIT
+from ..arrays.view import EIGHT_BIT, View, overlap
+from ..memo import Recent
+from ..problem import CacheOperands, Operands
 from .eight_bit import rescale
 from .rows import append_launch
 from .runtime.launcher import Launcher
@@ -27,6 +30,50 @@ def attention_alone(call: Call, address: int = ALIGNED) -> tuple[Call, int]:
         return call, 0
     made, size = append_launch.workspace_of(q, address, "float16" if eight else q.dtype)
     return replace(call, problem=replace(p, dtype=made.dtype) if eight else p, operands=replace(call.operands, q=made)), size
+
+
+# ---------------------------------------------------------------- what is remembered
+def views_of(call: Call) -> list[View | None]:
+    """All arrays of the call, in the order of `at`: Operands, then those of its cache, out and lse. Not the table of a contiguous cache,
+    which the host made."""
+    o, c = call.operands, call.operands.cache
+    assert c is not None
+    table = c.block_table if append_launch.is_paged(call) else None
+    return [*[getattr(o, name) for name in _OPERANDS], table, c.k, c.v, c.rotary_cos, c.rotary_sin, call.out, call.lse]
+
+
+def at(call: Call, views: list[Any]) -> Call:
+    """The same call of other views."""
+    *operands, table, k, v, cos, sin, out, lse = views
+    assert call.operands.cache is not None
+    cache = CacheOperands(table or call.operands.cache.block_table, k, v, cos, sin)
+    return Call(call.problem, Operands(**dict(zip(_OPERANDS, operands, strict=True)), cache=cache), out, lse)
+
+
+_OPERANDS = tuple(field.name for field in fields(Operands) if field.name != "cache")
+K_CACHE, V_CACHE = 1, 2         # of the addresses of a call that is repeated
+
+
+class Repeated:
+    """What enqueues a call that appends, at any addresses. Caches that share memory are written one after the other, so they have another
+    recording than caches that do not."""
+
+    def __init__(self, call: Call, record: Callable[[Call], Callable[[Sequence[int], int], None]]) -> None:
+        views = [x and View(x.ptr, x.shape, x.strides, x.dtype, x.device) for x in views_of(call)]     # without the caller's memory
+        self._call, self._record = at(call, views), record
+        self._of = {overlap(call.operands.k, call.operands.v): record(call)}
+        self._apart: Recent[int, bool] = Recent()           # bytes from one cache to the other: whether they share memory
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        apart = addresses[V_CACHE] - addresses[K_CACHE]
+        shared = self._apart.get(apart)
+        if shared is None:
+            o = self._call.operands
+            k, v = replace(o.k, ptr=addresses[K_CACHE]), replace(o.v, ptr=addresses[V_CACHE])
+            shared = self._apart[apart] = overlap(k, v)
+            if shared not in self._of:
+                self._of[shared] = self._record(replace(self._call, operands=replace(o, k=k, v=v)))
+        self._of[shared](addresses, stream)
 
 
 class Cached:

@@ -18,8 +18,9 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from fastattn import UnsupportedError, gpu
-from fastattn.gpu import precompile
-from fastattn.gpu.precompile import Want
+from fastattn.arrays import convert
+from fastattn.gpu import caches, precompile
+from fastattn.gpu.precompile import HERE, Want
 from fastattn.gpu.runtime import compile, device, recording, tensormap, workspace
 from fastattn.gpu.runtime.launcher import OnDevice
 from fastattn.gpu.runtime.recording import Address, Recorder, Recording, addressed
@@ -29,7 +30,9 @@ from tests.fuzz.__main__ import today
 from tests.fuzz.draw import draw
 from tests.fuzz.inputs import make
 from tests.fuzz.spec import Spec
+from tests.tools.caches import Case
 from tests.tools.gpu import jobs
+from tests.tools.gpu.calls import serving_call
 from tests.tools.gpu.drawn import calls
 
 LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}
@@ -171,6 +174,30 @@ def test_random_problems_repeat(machine: Any) -> None:
             assert made.taken() == expected, spec
             launched += len(expected)
     assert launched > 300, "most problems are refused: nothing was tested"
+
+
+@pytest.mark.parametrize("case", [
+    Case("read", dtype="bfloat16", append=False, rows=2), Case("append", dtype="float16", alibi="batch", sinks=True, page_size=None),
+    Case("rotary", dtype="bfloat16", rotary=(32, False), rows=3), Case("packed", dtype="bfloat16", rows=(5, 1, 30), rotary=(16, True)),
+    Case("slices", dtype="bfloat16", head_dim=64, head_dim_v=512, page_size=None, batch_idx=True)], ids=lambda case: case.name)
+def test_calls_over_caches_repeat(case: Case, machine: Any) -> None:
+    """Also where the caches share memory in one of the calls: then their kernels are others."""
+    made, given = machine("sm_90a"), serving_call(case.make(), lambda x: replace(convert.view(x, "test", "x"), device=HERE))
+
+    def elsewhere(seed: int) -> Any:
+        draw = np.random.default_rng(seed)
+        return caches.at(given, [x and replace(x, ptr=int(draw.integers(1 << 20, 1 << 40)) * 16) for x in caches.views_of(given)])
+    first = elsewhere(1)
+    repeated = gpu.prepare(first.problem, first.operands, first.out, first.lse)
+    assert not made.taken() and repeated is not None
+    shared = elsewhere(3)
+    shared.operands.v = replace(shared.operands.v, ptr=shared.operands.k.ptr)
+    for at in (elsewhere(2), shared, elsewhere(4)):
+        gpu._launch(at, made.launcher, gpu.FAMILIES, STREAM)
+        expected = made.taken()
+        repeated([x.ptr for x in caches.views_of(at) if x], STREAM)
+        assert made.taken() == expected and expected
+        assert sum(key.startswith("append") for key, *_ in expected) == case.append * (1 + (at is shared))
 
 
 @pytest.mark.parametrize("empty", ["seqlen_q", "num_heads"])

@@ -96,6 +96,17 @@ def timed(torch: Any) -> dict[str, Timed]:
         "fastattn backward": Timed(lambda: fastattn.attention_backward(dout, q, k, v, out, lse, layout="bhsd")),
     }
 
+    k_pages, v_pages = torch.zeros(2, 64, 16, 8, 64, device=q.device).half().unbind()
+    rows, heads = torch.zeros(4, 1, 32, 64, device=q.device).half(), torch.zeros(2, 4, 1, 8, 64, device=q.device).half()
+    small: dict[str, Any] = {"cache_seqlens": torch.full((4,), 100, device=q.device, dtype=torch.int32),
+                             "block_table": torch.arange(32, device=q.device, dtype=torch.int32).reshape(4, 8)}
+    angles = torch.zeros(128, 32, device=q.device)
+    found |= {
+        "a step over caches": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, **small)),
+        "a step that appends": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *heads, **small)),
+        "a step that rotates": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *heads, rotary_cos=angles,
+                                                                             rotary_sin=angles, **small))}
+
     def add(name: str, attend: Callable[..., Any], backend: Any = None) -> None:
         kept: list[Any] = []
 
