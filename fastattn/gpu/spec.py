@@ -61,6 +61,8 @@ class Spec:
         Of decode/: the number of keys of each batch entry is on the device.
     paged
         Of decode/: keys are in pages that a table on the device names.
+    planned
+        Of decode/: a plan on the device says how keys are split.
     group_parts
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     out_dtype
@@ -93,6 +95,7 @@ class Spec:
     group_parts: bool = False
     lengths: bool = False
     paged: bool = False
+    planned: bool = False
     out_dtype: str | None = None
     diagonals: bool = False
     cache_dtype: str | None = None
@@ -106,8 +109,7 @@ class Spec:
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
-                 "deterministic", "group_parts", "lengths", "paged",
-                 "diagonals")
+                 "deterministic", "group_parts", "lengths", "paged", "planned", "diagonals")
         on = [name for name in flags if getattr(self, name)]
         named = ("alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
         on += [f"{name}={getattr(self, name)}" for name in named if getattr(self, name)]

@@ -90,7 +90,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
     def first_of(a, place, split):
         """Index of a split's first row among those of all splits and planes."""
         if LENGTHS:
-            return int64(split) * int64(a.lines) + int64(place.plane) * BLOCK_ROWS
+            return int64(split) * int64(a.lines) + int64(place.part) * BLOCK_ROWS
         else:
             return int64(split) * int64(a.lines) + int64(place.plane * place.rows)
 

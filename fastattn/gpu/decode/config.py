@@ -17,6 +17,10 @@ MOST_SPLITS = 128
 # Where lengths are on the device, and some may be long: 4 MB of K and V at head_dim 128, 250 us of one thread block's share of the memory.
 # Predicted, to be measured
 MOST_SPLIT_KEYS = 8192
+# With more than that in the cache and several requests their splits are planned on the device (plan.py): a launch of 2 to 3 us more, which
+# is predicted, too. The plan's block has PLANNED_REQUESTS words of shared memory for their lengths
+PLAN_THREADS, PLANNED_REQUESTS, PLAN_ENTRY = 1024, 2048, 16             # threads, requests, bytes of an entry
+CANDIDATES, WAVES = 32, 2   # splits that fill a CANDIDATES-th of WAVES waves and more are compared
 MOST_DIM = 256              # with more, registers do not hold O
 # Of calls over caches, whose values may then be computed a slice of columns at a time: 576 columns of K of 8 keys take 72 registers, and O
 # of SLICE columns 64. Each slice computes all scores
@@ -127,6 +131,11 @@ def few_rows(p: Problem, num_sms: int) -> bool:
     """
     rows = p.seqlen_q * p.group
     return rows <= ROWS or (rows <= MOST_ROWS and (p.group > 1 or p.batch * p.num_heads < num_sms))
+
+
+def plan_entries(batch: int, heads_k: int, slots: int) -> int:
+    """Splits of a plan at most: those that fill WAVES waves, and one more of each request."""
+    return -(-WAVES * slots // heads_k) + batch + 1
 
 
 def page_division(size: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx import direct, direct_8bit, direct_parts
-from ..ptx.memory import shared_address
+from ..ptx.memory import load_b32, shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane, opaque, thread_index
 from ..spec import Spec
@@ -30,7 +30,7 @@ from ..tile.requests import make_request_at
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine, query_of, scale_at
-from .config import MOST_SPLITS, ROWS, DecodeConfig
+from .config import MOST_SPLITS, PLAN_ENTRY, ROWS, DecodeConfig
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
 from .units import make_units
 
@@ -50,6 +50,8 @@ class Place(NamedTuple):
         Keys of the split.
     q_start, seqlen_q
         Queries of the batch entry, from q_start on of packed arrays.
+    part
+        The results of the plane's splits begin with the rows of this plane of a split.
     row, rows
         Its rows, from `row` on of those of the key head: the queries of all heads that share it.
     """
@@ -64,6 +66,7 @@ class Place(NamedTuple):
     end: Any
     q_start: Any
     seqlen_q: Any
+    part: Any
     row: Any
     rows: Any
 
@@ -79,6 +82,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
     COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
+    PLANNED = spec.planned
     LENGTHS, PAGED, PACKED, STEP, OVERHEAD = spec.lengths, spec.paged, spec.packed, KEYS * KEY_WARPS, config.overhead
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
@@ -121,6 +125,8 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     @inline
     def place_of(a, block):
         """The Place of a block."""
+        if PLANNED:
+            return planned_place(a, block)
         plane = divide(block, a.splits)
         unit, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
         head_k = int32(plane - unit * a.heads_k)
@@ -134,14 +140,33 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             batch, q_start, seqlen_q, row, rows = unit, int32(0), int32(a.seqlen_q), int32(0), int32(a.group * a.seqlen_q)
             first, seqlen_k, splits = int32(a.first_key + split * a.split_keys), int32(a.seqlen_k), int32(a.splits)
             end = int32(min(first + a.split_keys, a.end_key))
-        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, row, rows)
+        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, plane, row, rows)
+
+    @inline
+    def planned_place(a, block):
+        """place_of by the plan's entry."""
+        entry = divide(block, a.heads_k)
+        head_k, at = int32(block - entry * a.heads_k), uint64(a.plan + uint64(int64(entry) * PLAN_ENTRY))
+        batch, split = load_b32(at), load_b32(uint64(at + uint64(4)))
+        splits, each = load_b32(uint64(at + uint64(8))), load_b32(uint64(at + uint64(12)))
+        _, seqlen_q, _, seqlen_k = request_at(a, batch)
+        rows = int32(seqlen_q * a.group)
+        lo, hi = attended(a, int32(0), rows, seqlen_q, seqlen_k)
+        first, plane = int32(lo + split * each * STEP), int32(batch * a.heads_k + head_k)
+        return Place(plane, batch, head_k, split, splits, seqlen_k, first, int32(min(first + each * STEP, hi)), int32(0), seqlen_q,
+                     int32((entry - split) * a.heads_k + head_k), int32(0), rows)
+
+    @inline
+    def attended(a, row, rows, seqlen_q, seqlen_k):
+        """The keys [lo, hi) that any row attends."""
+        diagonal, last = diagonal_of(a, seqlen_q, seqlen_k), divide(int32(row + max(rows, 1) - 1), a.group)
+        return row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
 
     @inline
     def part_of(a, split, row, rows, seqlen_q, seqlen_k):
         """(first, end, splits): the keys of a split among those that any row attends, and how many splits these have. One more costs as
         much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
-        diagonal, last = diagonal_of(a, seqlen_q, seqlen_k), divide(int32(row + max(rows, 1) - 1), a.group)
-        lo, hi = row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
+        lo, hi = attended(a, row, rows, seqlen_q, seqlen_k)
         steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
         each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
         first = int32(lo + split * each * STEP)

@@ -26,6 +26,9 @@ from .config import (
     MOST_SPLIT_KEYS,
     MOST_SPLITS,
     NATIVE,
+    PLAN_ENTRY,
+    PLAN_THREADS,
+    PLANNED_REQUESTS,
     ROWS,
     SLICE,
     WARP,
@@ -35,12 +38,15 @@ from .config import (
     few_rows,
     most_units,
     page_division,
+    plan_entries,
 )
 
-make_forward = late("decode.forward", "make_forward")
+make_forward, make_plan = late("decode.forward", "make_forward"), late("decode.plan", "make_plan")
 FORWARD = "part:l part_rows:l arrived:l lines:i splits:i split_keys:i first_key:i end_key:i heads_k:i"
 LENGTHS = " lengths:l lengths_step:q cu_seqlens_q:l q_step:q room:i appends:i tiles:i"
 SCALES = " " + " ".join(f"{x}_scale:l {x}_scale_batch:q {x}_scale_head:q" for x in "qkv") + " v_number:f"
+PLAN = " plan:l"
+MAKE_PLAN = "plan:l entries:i slots:i heads_k:i"
 TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
 
@@ -100,8 +106,16 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 
 
 @lru_cache(maxsize=PROGRAMS)
+def plan_program(left: bool, right: bool, step: int, overhead: int) -> Program:
+    """The kernel that plans splits, of steps of `step` keys."""
+    spec = Spec("float16", 16, 16, left=left, right=right, lse=False)
+    return program(f"plan_splits {spec.text} | step {step} overhead {overhead}", lambda: (make_plan(spec, step, overhead), 0),
+                   Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
+
+
+@lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
-    own = FORWARD + LENGTHS * spec.lengths + SCALES * (spec.cache_dtype is not None) + TABLE * spec.paged
+    own = FORWARD + LENGTHS * spec.lengths + PLAN * spec.planned + SCALES * (spec.cache_dtype is not None) + TABLE * spec.paged
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("q", "k", "v", "out"), online=True),
                    WARP * config.warps, config.blocks_per_sm)
@@ -140,13 +154,18 @@ def _units(p: Problem, block_rows: int) -> int:
     return most_units(p.batch, None if p.packed else p.seqlen_q * p.group, p.total_q or 0, p.group, block_rows)
 
 
-def _cache_values(call: Call, cache: KeyCache, block_rows: int) -> tuple[Any, ...]:
-    """Values of LENGTHS, of SCALES with 8-bit caches, and with a block table of TABLE."""
-    used, k, cu, p = call.operands.seqused_k, call.operands.k, call.operands.cu_seqlens_q, call.problem
+def _lengths(call: Call, append: bool, block_rows: int) -> tuple[int, ...]:
+    """Values of LENGTHS."""
+    used, cu, p = call.operands.seqused_k, call.operands.cu_seqlens_q, call.problem
     assert used is not None
     packed = (0, 0) if cu is None else (cu.ptr, cu.strides[0])
-    values: tuple[Any, ...] = (used.ptr, used.strides[0], *packed, p.seqlen_k, int(cache.append),
-                               -(-p.seqlen_q * p.group // block_rows))
+    return used.ptr, used.strides[0], *packed, p.seqlen_k, int(append), -(-p.seqlen_q * p.group // block_rows)
+
+
+def _cache_values(call: Call, cache: KeyCache, block_rows: int, plan: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """Values of LENGTHS, of PLAN, of SCALES with 8-bit caches, and with a block table of TABLE."""
+    k, p = call.operands.k, call.problem
+    values: tuple[Any, ...] = *_lengths(call, cache.append, block_rows), *plan
     if p.eight_bit is not None:
         values += _scales(call, p.eight_bit.factor)
     if cache.block_table is not None:
@@ -172,14 +191,19 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
     if p.eight_bit is not None:
         spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=p.eight_bit.out_dtype)
-    config = choose_decode(spec, p) if cache is None else choose_cached(spec, p, cache.num_splits)
-    config = config if cache is None else fitted(config, spec, launcher.device)
+    if cache is None:
+        config = choose_decode(spec, p)
+    else:
+        config = fitted(choose_cached(spec, p, cache.num_splits), spec, launcher.device)
+        spec = replace(spec, planned=plans(p, config, cache.num_splits))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p)
     if cache is not None:
         key_heads = p.num_heads_k * _units(p, config.rows)
         rows = key_heads * config.rows
+    if cache is not None and plans(p, config, cache.num_splits):
+        return _prepare_planned(call, spec, launcher, cache, config)
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
     if cache is not None:
         splits = device_splits(key_heads, p.seqlen_k, splits, cache.num_splits)
@@ -198,6 +222,38 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
               launcher.temporary(out_bytes + 8 * splits * rows, stream) as part):
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
     return launch if splits == 1 else launch_split
+
+
+def plans(p: Problem, config: DecodeConfig, num_splits: int | None) -> bool:
+    """Whether the splits of a call over caches are planned on the device: some of several requests may be long."""
+    one_block = not p.packed and p.seqlen_q * p.group <= config.rows
+    return (one_block and num_splits is None and p.seqlen_k > MOST_SPLIT_KEYS and 1 < p.batch <= PLANNED_REQUESTS
+            and p.batch * p.num_heads_k <= MOST_ARRIVALS)
+
+
+def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache, config: DecodeConfig) -> Launch:
+    """`prepare` with a plan."""
+    p = call.problem
+    slots, step = launcher.device.num_sms * config.blocks_per_sm, config.keys * config.key_warps
+    entries = plan_entries(p.batch, p.num_heads_k, slots)
+    makes = plan_program(spec.left, spec.right, step, config.overhead)
+    maker, planned_by = launcher.load(makes.source), makes.arguments.bound(call)
+    source, arguments = forward_program(spec, config)
+    kernel, values = launcher.load(source), arguments.bound(call)
+    grid, rows = entries * p.num_heads_k, p.num_heads_k * config.rows
+    own = rows, 1, 0, 0, 0, p.num_heads_k
+    out_bytes, plan_bytes = 4 * grid * config.rows * spec.head_dim_v, PLAN_ENTRY * entries
+    rows_bytes = 8 * grid * config.rows
+
+    def launch(call: Call, stream: int) -> None:
+        arrived = launcher.arrivals(launcher.capturing(stream))
+        with launcher.temporary(out_bytes + rows_bytes + plan_bytes, stream) as part:
+            plan = part + out_bytes + rows_bytes
+            lengths = _lengths(call, cache.append, config.rows)
+            maker.launch(1, planned_by(call, (plan, entries, slots, p.num_heads_k, *lengths)), stream)
+            more = _cache_values(call, cache, config.rows, (plan,))
+            kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
+    return launch
 
 
 def fitted(config: DecodeConfig, spec: Spec, d: Device) -> DecodeConfig:
