@@ -136,7 +136,7 @@ def rescale(call: AnyCall, x: View, out: View, scales: tuple[View | None, View |
     _write(x, out, values, cu is not None, launcher, stream)
 
 
-def rescale(x: View, out: View, launcher: Launcher, stream: int) -> None:
+def round_to(x: View, out: View, launcher: Launcher, stream: int) -> None:
     """Enqueue writing x to out, rounded to its dtype."""
     _write(x, out, [1.0, *[0] * 6, 0, 1, 0, 0, 0], False, launcher, stream)
 
