@@ -17,7 +17,7 @@ import numpy as np
 from ..arrays import words
 
 MOST = 20_000                           # parts of what a function holds
-_SIMPLE = (str, bytes, bool, type(None), type(Ellipsis), complex, slice, range)
+_SIMPLE = str | bytes | bool | None | types.EllipsisType | complex | slice | range
 _LIBRARIES = frozenset(["numpy", "torch", "jax", "jaxlib", "cupy", "numba", "ml_dtypes", "fastattn", "scipy", "builtins", "enum"])
 
 
@@ -61,6 +61,42 @@ def names_of(code: types.CodeType) -> set[str]:
     return found
 
 
+def _is_network(x: Any) -> bool:
+    """Whether x is a torch.nn.Module, which may hold a whole model."""
+    inside = getattr(x, "__dict__", {})
+    return "_parameters" in inside and "_modules" in inside
+
+
+def _depends_on_names(x: Any) -> bool:
+    """Whether only those parts of x count whose names the code around it has: all of a module or a model is too much."""
+    return isinstance(x, types.ModuleType) or _is_network(x)
+
+
+def _reached(x: Any, names: frozenset[str]) -> frozenset[str]:
+    """Names in the code that runs where something calls `names` of x: methods, and methods that these call."""
+    found, new = set(names), set(names)
+    while new:
+        methods = [getattr(type(x), name, None) for name in new]
+        codes = [m.__code__ for m in (getattr(m, "fget", m) for m in methods) if isinstance(m, types.FunctionType)]
+        new = set[str]().union(*map(names_of, codes)) - found
+        found |= new
+    return frozenset(found)
+
+
+_IN_NETWORKS = ("_parameters", "_buffers", "_modules")
+
+
+def _named_in(x: Any, names: frozenset[str]) -> frozenset[str]:
+    return _reached(x, names | {"__call__", "forward"})
+
+
+def _network(x: Any, names: frozenset[str]) -> list[tuple[str, Any]]:
+    """A torch.nn.Module's own attributes, and those of its parameters, buffers and modules that are named."""
+    reached = _named_in(x, names)
+    found = [(k, v) for k, v in vars(x).items() if not k.startswith("_")]
+    return found + [(k, v) for kind in _IN_NETWORKS for k, v in vars(x).get(kind, {}).items() if k in reached]
+
+
 def _state(x: Any) -> dict[str, Any]:
     """What an object of a class of the user's holds, with arrays and numbers of the class."""
     found: dict[str, Any] = {}
@@ -89,6 +125,8 @@ def _parts(x: Any, names: frozenset[str]) -> tuple[str, list[tuple[str, Any]]] |
     if isinstance(x, types.ModuleType):
         used = sorted(names & vars(x).keys()) if _ours(x.__name__) else []
         return ("module", [(k, vars(x)[k]) for k in used]) if used else None
+    if _is_network(x):
+        return "network", _network(x, names)
     if isinstance(x, type | types.BuiltinFunctionType | np.ufunc | np.dtype | Enum) or not _ours(type(x).__module__):
         return None
     state = _state(x)
@@ -114,7 +152,7 @@ class Held:
         self.leaves: list[Leaf] = []
         self._leaf: dict[int, int] = {}                     # by id; numbers by where they are
         self._seen: dict[tuple[int, frozenset[str]], int] = {}
-        self._known: dict[int, bool] = {}                   # ids of parts -> whether a leaf is in them
+        self._known: dict[tuple[int, frozenset[str]], bool] = {}    # parts -> whether a leaf is in them
         tokens: list[Any] = []
         self.fixed = True
         self._walk(function, "", frozenset(), tokens)
@@ -131,26 +169,30 @@ class Held:
         if isinstance(x, set | frozenset):                  # its numbers stay constants
             tokens.append(frozenset(x))
             return False
-        key = id(x), names if isinstance(x, types.ModuleType) else frozenset[str]()
+        key = id(x), names if _depends_on_names(x) else frozenset[str]()
         if key in self._seen:
             tokens.append(("seen", self._seen[key]))
-            return self._known.get(id(x), True)
+            return self._known.get(key, True)
         self._seen[key] = len(self._seen)
         if len(self._seen) > MOST:
             raise OverflowError
         if isinstance(x, types.FunctionType):
             tokens.append(x.__code__)
             names = frozenset(names_of(x.__code__))
+        elif isinstance(x, types.MethodType):
+            names = _reached(x.__self__, frozenset(names_of(x.__func__.__code__)))
+        elif _is_network(x):
+            names = _named_in(x, names)
         found = _parts(x, names)
         if found is None:
             tokens.append(x if _stays(x) else ("object", id(x)))
             self.fixed = self.fixed and _stays(x)
-            self._known[id(x)] = False
+            self._known[key] = False
             return False
         kind, parts = found
-        tokens.append((kind, type(x), len(parts), tuple([n for n, _ in parts]) if kind in ("dict", "object", "module") else ()))
+        tokens.append((kind, type(x), len(parts), tuple([n for n, _ in parts]) if kind in ("dict", "object", "module", "network") else ()))
         inside = [self._walk(part, _named(kind, name, label), names, tokens) for label, part in parts]
-        self._known[id(x)] = any(inside)
+        self._known[key] = any(inside)
         return any(inside)
 
     def _note(self, x: Any, name: str) -> int:
@@ -177,7 +219,7 @@ def _named(kind: str, name: str, label: str) -> str:
     """What a user calls a part: `table`, `self.table`, `tables[0]`."""
     if kind in ("function", "method", "partial"):
         return f"argument {label}" if label.isdigit() else label.replace("default ", "default value ")
-    if kind in ("object", "module"):
+    if kind in ("object", "module", "network"):
         return f"{name}.{label}" if name else label
     return f"{name}[{label}]"
 
@@ -194,13 +236,17 @@ class _Rebuild:
             return self.stand_ins[self.held._leaf[id(x)]]
         if is_number(x):
             return self.stand_ins[next(self.numbers)]
-        if isinstance(x, _SIMPLE) or not self.held._known.get(id(x), True):
+        key = id(x), names if _depends_on_names(x) else frozenset[str]()
+        if isinstance(x, _SIMPLE | set | frozenset) or not self.held._known.get(key, True):
             return x
-        key = id(x), names if isinstance(x, types.ModuleType) else frozenset[str]()
         if key in self.made:
             return self.made[key]
         if isinstance(x, types.FunctionType):
             names = frozenset(names_of(x.__code__))
+        elif isinstance(x, types.MethodType):
+            names = _reached(x.__self__, frozenset(names_of(x.__func__.__code__)))
+        elif _is_network(x):
+            names = _named_in(x, names)
         found = _parts(x, names)
         if found is None:
             self.made[key] = x
@@ -213,8 +259,11 @@ class _Rebuild:
         if isinstance(x, types.ModuleType) or not isinstance(x, functools.partial | types.MethodType | list | tuple | Mapping):
             new = types.ModuleType(x.__name__) if isinstance(x, types.ModuleType) else object.__new__(type(x))
             self.made[key] = new
-            if isinstance(x, types.ModuleType):
+            if _depends_on_names(x):
                 vars(new).update(vars(x))
+            if _is_network(x):
+                self._fill(new, x, parts, names)
+                return new
             for name, part in parts:
                 object.__setattr__(new, name, self.of(part, names))
             return new
@@ -239,6 +288,14 @@ class _Rebuild:
             result = tuple(new)
         self.made[key] = result
         return result
+
+    def _fill(self, new: Any, x: Any, parts: list[tuple[str, Any]], names: frozenset[str]) -> None:
+        """Give the copy of a torch.nn.Module what holds leaves."""
+        for kind in _IN_NETWORKS:
+            vars(new)[kind] = dict(vars(x).get(kind, {}))
+        for name, part in parts:
+            where = next((vars(new)[kind] for kind in _IN_NETWORKS if name in vars(new)[kind]), vars(new))
+            where[name] = self.of(part, names)
 
     def _function(self, x: types.FunctionType, key: Any, parts: list[tuple[str, Any]], names: frozenset[str]) -> Any:
         cells = [types.CellType() for _ in x.__closure__ or ()]

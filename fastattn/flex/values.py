@@ -309,6 +309,8 @@ def called(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any],
 
     plain = name.strip("_")
     function = FUNCTIONS.get(plain)
+    if plain == "getitem":
+        raise RefusalError("indexes an array that cannot be seen from outside", "pass it in captured=, or let the function close over it")
     if function is None:
         random = "rand" in plain or "normal" in plain or "bernoulli" in plain
         hint = "random numbers are drawn outside and passed in captured=; dropout_p= is dropout" if random else f"it knows {KNOWN}"

@@ -52,6 +52,51 @@ def test_gradients_of_captured_and_of_closures() -> None:
         same(x, y)
 
 
+class Layer(torch.nn.Module):  # type: ignore[misc]
+    """A module with much that the function does not name: other layers, hooks, and a method that it calls."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.others = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(50)])
+        self.inner, self.width = Slopes(), width
+        self.register_buffer("offset", torch.arange(4, dtype=torch.float64))
+
+    @property
+    def far(self) -> int:
+        return self.width * 2
+
+    def shift(self, h: Any) -> Any:
+        return self.offset[h] * 0.1
+
+    def forward(self, s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return self.inner.score(s, b, h, q, k) + torch.where(q - k > self.far, self.shift(h), 0.0)
+
+
+def test_a_large_module_gives_what_its_function_names() -> None:
+    from fastattn.flex.trace import traced
+
+    for width in (1, 2, 3):
+        layer = Layer(width)
+        for function in (layer, layer.forward, lambda s, b, h, q, k, layer=layer: layer(s, b, h, q, k)):
+            t = traced("attention", "score_mod", function)
+            assert [x is y for x, y in zip(t.arrays, (layer.inner.slopes, layer.offset), strict=True)] == [True, True]
+            out = attention(*(x.detach() for x in (draw(), draw(), draw())), score_mod=function, engine="reference")
+            out.sum().backward()
+            assert layer.inner.slopes.grad.abs().max() > 0
+        assert t.numbers in ((), (width,))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_calls_it_outside_of_its_graph() -> None:
+    q, k, v, module = draw(), draw(), draw(), Slopes()
+
+    def step(q: Any, k: Any, v: Any) -> Any:
+        return attention(2 * q, k, v, score_mod=module.score, engine="reference") * 3
+    out = torch.compile(step, backend="eager")(q, k, v)
+    same(out, step(q, k, v))
+    same(torch.autograd.grad(out.sum(), [module.slopes])[0], torch.autograd.grad(step(q, k, v).sum(), [module.slopes])[0])
+
+
 def test_only_what_is_asked_and_lse() -> None:
     q, k, v, table = draw(), draw().detach(), draw().detach(), draw(9)
     out, lse = attention(q, k, v, score_mod=lambda s, b, h, q, k: s + table[k], return_lse=True, engine="reference")
