@@ -14,6 +14,8 @@ _HERE = {
     "alibi": "alibi_slopes=", "slopes": "alibi_slopes=", "s_aux": "sinks=", "learnable_sink": "sinks=",
     "return_attn_probs": "return_lse=", "philox_seed": "seed=", "philox_offset": "offset=",
     "cu_seqlens": "cu_seqlens_q and cu_seqlens_k", "max_seqlen": "max_seqlen_q= and max_seqlen_k=",
+    "score_fn": "score_mod=", "aux_tensors": "captured=", "mask_fn": "mask_mod=", "score_modifier": "score_mod=",
+    "kernel_options": "nothing: tiles are chosen, and fastattn.explain shows them", "BLOCK_SIZE": "block= of fastattn.block_mask",
     "key_padding_mask": "mask=, True where a query may attend, as mask[:, None, None, :]", "backend": "engine=",
     "enable_gqa": "nothing: fewer key heads than query heads just work"
 }
