@@ -84,9 +84,9 @@ def in_graph(x: Any) -> bool:
     return torch is None or not isinstance(x, torch.Tensor) or bool(torch.is_grad_enabled())
 
 
-def is_tracer(x: Any) -> bool:
-    """Whether x stands for an array in a JAX program."""
-    return any(base.__name__ == "Tracer" and base.__module__.partition(".")[0] == "jax" for base in type(x).__mro__)
+def is_tracer(kind: type) -> bool:
+    """Whether a type is of what stands for an array in a JAX program."""
+    return any(base.__name__ == "Tracer" and base.__module__.partition(".")[0] == "jax" for base in kind.__mro__)
 
 
 def transformed(x: Any) -> tuple[str, str] | None:
@@ -97,7 +97,7 @@ def transformed(x: Any) -> tuple[str, str] | None:
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _transformed_by_torch(torch, x)
-    if is_tracer(x):
+    if is_tracer(type(x)):
         return ("is a JAX tracer, which stands for an array inside jit, grad, vmap or scan",
                 "attention and attention_varlen of fastattn.jax take tracers")
     if root(x) in ("tensorflow", "keras") and type(x).__name__ in ("SymbolicTensor", "KerasTensor"):

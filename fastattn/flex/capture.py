@@ -31,10 +31,15 @@ class Leaf(NamedTuple):
 
 def is_array(x: Any) -> bool:
     """Whether x is an array of any library. NumPy's scalars are numbers."""
-    if isinstance(x, type | types.ModuleType | np.generic):
+    return _holds_elements(type(x))  # type: ignore[arg-type]     # a type is hashable
+
+
+@functools.lru_cache(1000)
+def _holds_elements(kind: type) -> bool:
+    if issubclass(kind, type | types.ModuleType | np.generic):
         return False
     protocols = "__dlpack__", "__cuda_array_interface__", "__array_interface__"
-    return isinstance(x, np.ndarray) or any(hasattr(type(x), name) for name in protocols) or words.is_tracer(x)
+    return issubclass(kind, np.ndarray) or any(hasattr(kind, name) for name in protocols) or words.is_tracer(kind)
 
 
 def is_number(x: Any) -> bool:
@@ -52,13 +57,11 @@ def _own_code(x: types.FunctionType) -> bool:
     return _ours(x.__module__) or x.__code__.co_filename.startswith("<")
 
 
-def names_of(code: types.CodeType) -> set[str]:
+@functools.lru_cache(1000)
+def names_of(code: types.CodeType) -> frozenset[str]:
     """Names of globals and attributes in a function and those inside it."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= names_of(constant)
-    return found
+    inside = [names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(code.co_names).union(*inside)
 
 
 def _is_network(x: Any) -> bool:
@@ -178,9 +181,9 @@ class Held:
             raise OverflowError
         if isinstance(x, types.FunctionType):
             tokens.append(x.__code__)
-            names = frozenset(names_of(x.__code__))
+            names = names_of(x.__code__)
         elif isinstance(x, types.MethodType):
-            names = _reached(x.__self__, frozenset(names_of(x.__func__.__code__)))
+            names = _reached(x.__self__, names_of(x.__func__.__code__))
         elif _is_network(x):
             names = _named_in(x, names)
         found = _parts(x, names)
@@ -242,9 +245,9 @@ class _Rebuild:
         if key in self.made:
             return self.made[key]
         if isinstance(x, types.FunctionType):
-            names = frozenset(names_of(x.__code__))
+            names = names_of(x.__code__)
         elif isinstance(x, types.MethodType):
-            names = _reached(x.__self__, frozenset(names_of(x.__func__.__code__)))
+            names = _reached(x.__self__, names_of(x.__func__.__code__))
         elif _is_network(x):
             names = _named_in(x, names)
         found = _parts(x, names)

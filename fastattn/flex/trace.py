@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..arrays import words
+from ..arrays.view import NAMES
 from ..errors import message
 from ..memo import Recent
 from .capture import Held, Leaf, is_array, is_number
@@ -131,7 +134,9 @@ def described(x: Any) -> Captured:
     """dtype and number of axes of an array of any library, or of a pair that says both."""
     if isinstance(x, tuple):
         return Captured(*x)
-    return Captured(words.dtype_of(getattr(x, "dtype", "")), len(x.shape))
+    dtype = getattr(x, "dtype", "")
+    known = NAMES.get(dtype) if isinstance(dtype, np.dtype) else None
+    return Captured(known or words.dtype_of(dtype), len(x.shape))
 
 
 # ---------------------------------------------------------------- tracing
