@@ -17,7 +17,9 @@ import numpy as np
 from ..arrays import words
 
 MOST = 20_000                           # parts of what a function holds
-_SIMPLE = str | bytes | bool | None | types.EllipsisType | complex | slice | range
+_SIMPLE = (str, bytes, bool, type(None), types.EllipsisType, complex, slice, range)
+_WHOLE = (type, types.BuiltinFunctionType, np.ufunc, np.dtype, Enum)           # holds nothing of the user's
+_STAYING = (*_WHOLE, types.ModuleType, types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _LIBRARIES = frozenset(["numpy", "torch", "jax", "jaxlib", "cupy", "numba", "ml_dtypes", "fastattn", "scipy", "builtins", "enum"])
 
 
@@ -130,7 +132,7 @@ def _parts(x: Any, names: frozenset[str]) -> tuple[str, list[tuple[str, Any]]] |
         return ("module", [(k, vars(x)[k]) for k in used]) if used else None
     if _is_network(x):
         return "network", _network(x, names)
-    if isinstance(x, type | types.BuiltinFunctionType | np.ufunc | np.dtype | Enum) or not _ours(type(x).__module__):
+    if isinstance(x, _WHOLE) or not _ours(type(x).__module__):
         return None
     state = _state(x)
     return ("object", list(state.items())) if state else None
@@ -188,8 +190,9 @@ class Held:
             names = _named_in(x, names)
         found = _parts(x, names)
         if found is None:
-            tokens.append(x if _stays(x) else ("object", id(x)))
-            self.fixed = self.fixed and _stays(x)
+            if not (isinstance(x, types.FunctionType) and _own_code(x)):       # its code says all: it may be made anew for each call
+                tokens.append(x if _stays(x) else ("object", id(x)))
+                self.fixed = self.fixed and _stays(x)
             self._known[key] = False
             return False
         kind, parts = found
@@ -214,8 +217,7 @@ class Held:
 
 def _stays(x: Any) -> bool:
     """Whether an object without parts is the same as long as it is itself: code, types, modules of libraries, dtypes."""
-    return isinstance(x, type | types.ModuleType | types.BuiltinFunctionType | types.FunctionType | np.ufunc | np.dtype | Enum
-                      | types.MethodDescriptorType | types.WrapperDescriptorType) or words.root(x) in _LIBRARIES - {"builtins"}
+    return isinstance(x, _STAYING) or words.root(x) in _LIBRARIES - {"builtins"}
 
 
 def _named(kind: str, name: str, label: str) -> str:
@@ -240,7 +242,7 @@ class _Rebuild:
         if is_number(x):
             return self.stand_ins[next(self.numbers)]
         key = id(x), names if _depends_on_names(x) else frozenset[str]()
-        if isinstance(x, _SIMPLE | set | frozenset) or not self.held._known.get(key, True):
+        if isinstance(x, (*_SIMPLE, set, frozenset)) or not self.held._known.get(key, True):
             return x
         if key in self.made:
             return self.made[key]

@@ -225,6 +225,28 @@ def repeated(n: int, factor: float) -> Callable[..., Any]:
     return f
 
 
+def test_a_function_that_is_made_anew_is_known() -> None:
+    """A lambda in a loop: traced once, whatever it holds."""
+    from fastattn.flex import trace as tracing
+
+    calls = [0]
+
+    def counted(*arguments: Any) -> Any:
+        calls[0] += 1
+        return plain_run(*arguments)
+    plain_run = tracing._Tracing.run
+    tracing._Tracing.run = counted  # type: ignore[method-assign]
+    try:
+        for _ in range(5):
+            table = TABLE.copy()
+            mod(lambda s, b, h, q, k: s + 17.25 * q)
+            mod(lambda s, b, h, q, k, t: s + t[h, k] * 17.25, table)
+            mod(lambda s, b, h, q, k: s - (lambda i, table=table: table[h, i])(k))      # noqa: B023
+    finally:
+        tracing._Tracing.run = plain_run  # type: ignore[method-assign]
+    assert calls[0] == 6                # each twice, to see that it does not change
+
+
 def test_a_number_that_python_must_know_stays_a_constant() -> None:
     for n, factor in ((1, 2.0), (2, 2.0), (3, 3.0), (3, 4.0), (2, 20.0)):
         t = mod(repeated(n, factor))
