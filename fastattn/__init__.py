@@ -25,11 +25,11 @@ How a call flows, file by file:
         |
     arrays/         outputs, allocated in the caller's own library and layout, are handed over
 
-philox.py defines dropout: a mask addressed by position, the same for every engine, tile and split. errors.py has the
-one form of an error message, memo.py the one bounded cache, types.py the types that a type checker sees. compat/ has
-other libraries' signatures over api.py, serving/ the attention over key and value caches, torch/ and jax/ have the
-frameworks' own gradients and transforms. cli/ is
-`python -m fastattn`; benchmark/ times calls for it and for bench/.
+flex/ makes programs of score_mod and mask_mod, which the engines run. philox.py defines dropout: a mask addressed
+by position, the same for every engine, tile and split. errors.py has the one form of an error message, memo.py the
+one bounded cache, types.py the types that a type checker sees. compat/ has other libraries' signatures over api.py,
+serving/ the attention over key and value caches, torch/ and jax/ have the frameworks' own gradients and transforms.
+cli/ is `python -m fastattn`; benchmark/ times calls for it and for bench/.
 
 Three nouns: a Problem says what, an engine's private Config says how, a View says where. Nothing heavy is imported
 before the first call that needs it.

@@ -138,9 +138,9 @@ def register_engine(name: str, forward: Callable[..., None], backward: Callable[
     ``operands.q.device``, need not be current. Free the engine's own memory in the order of that stream.
 
     An engine that cannot accept a call because of its Views raises UnsupportedError with the reason before it
-    writes anything; the next engine is tried. Calls of `attention_with_kvcache` and calls with
-    8-bit operands go to the built-in engines only. An engine that calls fastattn passes an `engine=`, so that it does
-    not call itself.
+    writes anything; the next engine is tried. Calls of `attention_with_kvcache`, and calls with 8-bit operands,
+    `score_mod`, `mask_mod` or `block_mask`, go to the built-in engines only. An engine that calls fastattn passes an
+    `engine=`, so that it does not call itself.
 
     Examples
     --------
