@@ -24,8 +24,7 @@ LN2 = math.log(2)
 class Derivative(NamedTuple):
     """`program` has as outputs the score, its derivative by the score, then one by each of `loads`, which are lines of it.
 
-    The gradient of a captured array's element is the sum of dS times that, over all places that load it. `addresses` has as
-    outputs the indices of each load in turn.
+    The gradient of a captured array's element is the sum of dS times that, over all places that load it.
     """
 
     program: Program
@@ -35,10 +34,6 @@ class Derivative(NamedTuple):
     def arrays(self) -> tuple[int, ...]:
         """For each of `loads` the array."""
         return tuple([self.program.lines[n].value for n in self.loads])
-
-    @property
-    def addresses(self) -> Program:
-        return self.program.only(*[m for n in self.loads for m in self.program.lines[n].args])
 
 
 class _Part(NamedTuple):

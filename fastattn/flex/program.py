@@ -84,11 +84,6 @@ class Program:
         """The inputs that the outputs depend on."""
         return frozenset[str]().union(*(self.depends[n] for n in self.outputs))
 
-    @property
-    def gathers(self) -> bool:
-        """Whether it loads an element for every score."""
-        return any(x.op == "load" and c == ELEMENT for x, c in zip(self.lines, self.classes, strict=True))
-
     def only(self, *outputs: int) -> Program:
         """What these lines need."""
         b = Builder(self.arrays, self.numbers)
@@ -214,12 +209,6 @@ class Builder:
         new = {n: i for i, n in enumerate(sorted(needed))}
         lines = tuple([self.lines[n]._replace(args=tuple([new[m] for m in self.lines[n].args])) for n in new])
         return Program(lines, tuple([new[n] for n in outputs]), tuple(self.arrays), tuple(self.numbers))
-
-
-def joined(*programs: Program) -> Program:
-    """The outputs of programs over the same arrays and numbers, as one program."""
-    b = Builder(programs[0].arrays, programs[0].numbers)
-    return b.program(*[n for p in programs for n in b.include(p)])
 
 
 def renumbered(p: Program, arrays: Sequence[Captured], numbers: Sequence[str], array: dict[int, int], number: dict[int, int]) -> Program:

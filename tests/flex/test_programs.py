@@ -10,7 +10,7 @@ import pytest
 from fastattn.flex.derivative import Derivative, derivative
 from fastattn.flex.evaluate import cut, evaluate, every_line, places
 from fastattn.flex.lower import lower
-from fastattn.flex.program import Program, joined, renumbered
+from fastattn.flex.program import Program, renumbered
 from fastattn.flex.trace import trace
 
 RNG = np.random.default_rng(0)
@@ -132,17 +132,13 @@ def test_only_asked_gradients_are_made() -> None:
     assert derivative(p, ()).loads == () and derivative(p, [0]).loads == derivative(p).loads != ()
     d = derivative(p)
     assert len(d.program.outputs) == 2 + len(d.loads) and d.arrays == (0, 0)
-    assert len(d.addresses.outputs) == 4 and d.addresses.used == {"head", "q", "k"}
 
 
-def test_programs_join_and_renumber() -> None:
-    one = trace(lambda s, b, h, q, k, x, y: s + x[h], [("float32", 1), ("float32", 2)])
-    other = trace(lambda s, b, h, q, k, x, y: s + x[h] + y[h, k], [("float32", 1), ("float32", 2)])
-    both = joined(one, other)
-    a, t = np.ones(3), TABLE
-    assert len(both.lines) < len(one.lines) + len(other.lines)
-    wants = SCORE + 1, SCORE + 1 + t[PLACES["head"], PLACES["k"]]
-    for got, want in zip(evaluate(both, PLACES | {"score": SCORE}, [a, t]), wants, strict=True):
-        assert np.allclose(got, want)
-    moved = renumbered(other, (other.arrays[1], other.arrays[0]), (), {0: 1, 1: 0}, {})
-    assert np.array_equal(evaluate(moved, PLACES | {"score": SCORE}, [t, a])[0], evaluate(other, PLACES | {"score": SCORE}, [a, t])[0])
+def test_programs_are_renumbered_and_cut() -> None:
+    p = trace(lambda s, b, h, q, k, x, y: s + x[h] + y[h, k], [("float32", 1), ("float32", 2)])
+    a = np.ones(3)
+    moved = renumbered(p, (p.arrays[1], p.arrays[0]), (), {0: 1, 1: 0}, {})
+    assert np.array_equal(evaluate(moved, PLACES | {"score": SCORE}, [TABLE, a])[0], evaluate(p, PLACES | {"score": SCORE}, [a, TABLE])[0])
+    load = next(n for n, x in enumerate(p.lines) if x.op == "load" and x.value == 1)
+    part = p.only(load)
+    assert len(part.lines) == 3 and np.array_equal(evaluate(part, PLACES, [a, TABLE])[0], TABLE[PLACES["head"], PLACES["k"]])

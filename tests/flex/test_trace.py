@@ -117,8 +117,7 @@ def test_where_lines_can_be_computed() -> None:
     by_op = {(x.op, x.value, x.args): c for x, c in zip(p.lines, p.classes, strict=True)}
     loads = {key[2]: c for key, c in by_op.items() if key[0] == "load"}
     assert sorted(loads.values()) == sorted([TILE, COLUMN, ELEMENT]) and [c for key, c in by_op.items() if key[0] == "sin"] == [ROW]
-    assert p.gathers and p.used == {"score", "batch", "head", "q", "k"}
-    assert not trace(lambda s, b, h, q, k, a: s + a[h], [("float32", 1)]).gathers
+    assert p.used == {"score", "batch", "head", "q", "k"} and trace(lambda s, b, h, q, k: q).used == {"q"}
 
 
 # ---------------------------------------------------------------- what a function holds
