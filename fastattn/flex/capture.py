@@ -77,29 +77,63 @@ def _depends_on_names(x: Any) -> bool:
     return isinstance(x, types.ModuleType) or _is_network(x)
 
 
-def _reached(x: Any, names: frozenset[str]) -> frozenset[str]:
-    """Names in the code that runs where something calls `names` of x: methods, and methods that these call."""
+def _reached(kind: type, names: frozenset[str]) -> frozenset[str]:
+    """Names in the code that runs where something calls `names` of a class: methods, and methods that these call."""
     found, new = set(names), set(names)
     while new:
-        methods = [getattr(type(x), name, None) for name in new]
+        methods = [getattr(kind, name, None) for name in new]
         codes = [m.__code__ for m in (getattr(m, "fget", m) for m in methods) if isinstance(m, types.FunctionType)]
         new = set[str]().union(*map(names_of, codes)) - found
         found |= new
     return frozenset(found)
 
 
+def _changes_unseen(x: Any, names: frozenset[str]) -> bool:
+    """Whether a class of the user's, or x's, has what is not walked and may change: its attributes, and what its methods read."""
+    kind = x if isinstance(x, type) else type(x)
+    reached, own = _reached(kind, names | {"__call__", "forward"}), {} if isinstance(x, type) else getattr(x, "__dict__", {})
+    for base in kind.__mro__:
+        for name, value in vars(base).items() if _ours(base.__module__) else ():
+            if name not in reached or name in own:
+                continue
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(function, types.FunctionType):
+                if not _reads_nothing(function, set()):
+                    return True
+            elif isinstance(x, type) or not (is_array(value) or is_number(value) or _stays(value)):     # numbers of x's class: _state
+                return True
+    return False
+
+
+def _reads_nothing(function: types.FunctionType, seen: set[types.FunctionType]) -> bool:
+    """Whether a function reads no global, closure or default of the user's that may change."""
+    found = _function(function)
+    if found is None or function in seen:
+        return True
+    seen.add(function)
+    for name, x in found[1]:
+        if isinstance(x, types.FunctionType):
+            if not _reads_nothing(x, seen):
+                return False
+        elif name != "__class__" and not (_stays(x) and not (isinstance(x, types.ModuleType) and _ours(x.__name__))
+                                          and not (isinstance(x, type) and _ours(x.__module__))):
+            return False
+    return True
+
+
 _IN_NETWORKS = ("_parameters", "_buffers", "_modules")
 
 
 def _named_in(x: Any, names: frozenset[str]) -> frozenset[str]:
-    return _reached(x, names | {"__call__", "forward"})
+    return _reached(type(x), names | {"__call__", "forward"})
 
 
 def _network(x: Any, names: frozenset[str]) -> list[tuple[str, Any]]:
     """A torch.nn.Module's own attributes, and those of its parameters, buffers and modules that are named."""
     reached = _named_in(x, names)
     found = [(k, v) for k, v in vars(x).items() if not k.startswith("_")]
-    return found + [(k, v) for kind in _IN_NETWORKS for k, v in vars(x).get(kind, {}).items() if k in reached]
+    return found + [(k, v) for kind in _IN_NETWORKS for k, v in vars(x).get(kind, {}).items()
+                    if k in reached or (k.isdigit() and kind != "_modules")]        # of a ParameterList
 
 
 def _state(x: Any) -> dict[str, Any]:
@@ -132,6 +166,8 @@ def _parts(x: Any, names: frozenset[str]) -> tuple[str, list[tuple[str, Any]]] |
         return ("module", [(k, vars(x)[k]) for k in used]) if used else None
     if _is_network(x):
         return "network", _network(x, names)
+    if isinstance(x, types.SimpleNamespace):
+        return "object", list(vars(x).items())
     if isinstance(x, _WHOLE) or not _ours(type(x).__module__):
         return None
     state = _state(x)
@@ -185,10 +221,13 @@ class Held:
             tokens.append(x.__code__)
             names = names_of(x.__code__)
         elif isinstance(x, types.MethodType):
-            names = _reached(x.__self__, names_of(x.__func__.__code__))
+            names = _reached(type(x.__self__), names_of(x.__func__.__code__))
         elif _is_network(x):
             names = _named_in(x, names)
         found = _parts(x, names)
+        of_class = x if isinstance(x, type) else type(x) if found is not None and found[0] in ("object", "network") else None
+        if of_class is not None and _ours(of_class.__module__) and _changes_unseen(x, names):
+            self.fixed = False                              # it is traced in each call
         if found is None:
             if not (isinstance(x, types.FunctionType) and _own_code(x)):       # its code says all: it may be made anew for each call
                 tokens.append(x if _stays(x) else ("object", id(x)))
@@ -249,7 +288,7 @@ class _Rebuild:
         if isinstance(x, types.FunctionType):
             names = names_of(x.__code__)
         elif isinstance(x, types.MethodType):
-            names = _reached(x.__self__, names_of(x.__func__.__code__))
+            names = _reached(type(x.__self__), names_of(x.__func__.__code__))
         elif _is_network(x):
             names = _named_in(x, names)
         found = _parts(x, names)
@@ -262,7 +301,8 @@ class _Rebuild:
         if isinstance(x, types.FunctionType):
             return self._function(x, key, parts, names)
         if isinstance(x, types.ModuleType) or not isinstance(x, functools.partial | types.MethodType | list | tuple | Mapping):
-            new = types.ModuleType(x.__name__) if isinstance(x, types.ModuleType) else object.__new__(type(x))
+            new = types.ModuleType(x.__name__) if isinstance(x, types.ModuleType) else \
+                types.SimpleNamespace() if isinstance(x, types.SimpleNamespace) else object.__new__(type(x))
             self.made[key] = new
             if _depends_on_names(x):
                 vars(new).update(vars(x))

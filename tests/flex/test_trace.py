@@ -157,6 +157,7 @@ def first_argument(table: Any, s: Any, b: Any, h: Any, q: Any, k: Any, factor: f
 
 def holders() -> dict[str, tuple[Callable[..., Any], Any]]:
     local, slots, inside = TABLE * 2, Slots(TABLE), {"tables": [(TABLE,)]}
+    space = types.SimpleNamespace(table=TABLE)
     module = types.ModuleType("somebodys_module")
     module.TABLE = TABLE  # type: ignore[attr-defined]
     h, q, k = PLACES["head"], PLACES["q"], PLACES["k"]
@@ -169,6 +170,7 @@ def holders() -> dict[str, tuple[Callable[..., Any], Any]]:
         "callable": (Holder(TABLE, 4.0), 4 * SCORE + TABLE[h, k]),
         "slots": (lambda s, b, h, q, k: s + slots.table[h, k], SCORE + TABLE[h, k]),
         "containers": (lambda s, b, h, q, k: s + inside["tables"][0][0][h][k], SCORE + TABLE[h, k]),
+        "namespace": (lambda s, b, h, q, k: s + space.table[h, k], SCORE + TABLE[h, k]),
         "module": (lambda s, b, h, q, k: s + module.TABLE[h, k], SCORE + TABLE[h, k]),
         "no axes": ((lambda x: lambda s, b, h, q, k: s * x)(np.array(2.5)), 2.5 * SCORE),
     }
@@ -259,6 +261,42 @@ def test_an_attribute_that_changes_is_seen() -> None:
         assert np.allclose(value(mod(holder.mod)), SCORE * scale + TABLE[PLACES["head"], PLACES["k"]])
     holder.table = TABLE * 2
     assert mod(holder.mod).arrays[0] is holder.table
+
+
+class Settings:
+    factor, word = 2.0, "plus"
+
+
+def of_class(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    return s * Settings.factor + (1 if Settings.word == "plus" else -1)
+
+
+GLOBAL = {"factor": 2.0}
+
+
+class Calling:
+    """Its method reads a global through another method, and a property."""
+
+    def inner(self, s: Any) -> Any:
+        return s * GLOBAL["factor"]
+
+    @property
+    def shift(self) -> float:
+        return GLOBAL["factor"]
+
+    def mod(self, s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return self.inner(s) + self.shift
+
+
+def test_what_is_not_walked_is_never_stale() -> None:
+    """Attributes of classes, and globals of methods that a method calls."""
+    calling = Calling()
+    for factor in (2.0, 3.0, 4.0):
+        Settings.factor = GLOBAL["factor"] = factor
+        Settings.word = "minus" if factor == 4.0 else "plus"
+        assert np.allclose(value(mod(of_class)), SCORE * factor + (-1 if factor == 4.0 else 1))
+        assert np.allclose(value(mod(calling.mod)), SCORE * factor + factor)
+        assert np.allclose(value(mod(lambda s, b, h, q, k: calling.mod(s, b, h, q, k))), SCORE * factor + factor)
 
 
 @pytest.mark.parametrize("word", ["plus", "minus"])

@@ -59,6 +59,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         self.others = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(50)])
         self.inner, self.width = Slopes(), width
+        self.list = torch.nn.ParameterList([torch.zeros(4, dtype=torch.float64)])
         self.register_buffer("offset", torch.arange(4, dtype=torch.float64))
 
     @property
@@ -66,7 +67,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         return self.width * 2
 
     def shift(self, h: Any) -> Any:
-        return self.offset[h] * 0.1
+        return self.offset[h] * 0.1 + self.list[0][h]
 
     def forward(self, s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
         return self.inner.score(s, b, h, q, k) + torch.where(q - k > self.far, self.shift(h), 0.0)
@@ -79,7 +80,7 @@ def test_a_large_module_gives_what_its_function_names() -> None:
         layer = Layer(width)
         for function in (layer, layer.forward, lambda s, b, h, q, k, layer=layer: layer(s, b, h, q, k)):
             t = traced("attention", "score_mod", function)
-            assert [x is y for x, y in zip(t.arrays, (layer.inner.slopes, layer.offset), strict=True)] == [True, True]
+            assert [x is y for x, y in zip(t.arrays, (layer.inner.slopes, layer.offset, layer.list[0]), strict=True)] == [True] * 3
             out = attention(*(x.detach() for x in (draw(), draw(), draw())), score_mod=function, engine="reference")
             out.sum().backward()
             assert layer.inner.slopes.grad.abs().max() > 0
