@@ -58,6 +58,8 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda q: attention(q, Q, Q, captured=(q,)), ValueError, "attention(): captured has 1 arrays without score_mod"),
     (lambda q: attention(q, Q, Q, stream=0), TypeError,
      "attention(): stream is no keyword of it in fastattn.jax, because XLA chooses the stream."),
+    (lambda q: attention(q, Q, Q, dropout_heads=3), TypeError,
+     "attention(): dropout_heads is no keyword of it in fastattn.jax, because a call that JAX differentiates is a problem by itself"),
     (lambda q: attention(q, Q, Q, is_causal=True), TypeError, "attention(): is_causal is no keyword of it; here it is causal="),
     (lambda q: attention(q, Q, Q, True), TypeError, "attention(): 4 positional arguments are given; expected 3, q, k, v"),
     (lambda q: attention(q[0], Q, Q), ValueError, "attention(): q has 3 axes, shape (16, 4, 8); expected 4 axes"),

@@ -276,6 +276,8 @@ def test_forward_mode_is_refused() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": 1}, TypeError, "out is no keyword of fastattn.torch.attention, because the result's graph needs memory of its own"),
     ({"stream": 1}, TypeError, "stream is no keyword of fastattn.torch.attention"),
+    ({"diagonal": 3}, TypeError, "diagonal is no keyword of fastattn.torch.attention, because a call that torch"),
+    ({"out_dtype": "float32"}, TypeError, "out_dtype is no keyword of fastattn.torch.attention, because autograd wants gradients in"),
     ({"is_causal": True}, TypeError, "is_causal is no keyword of it; here it is causal="),
     ({"layout": "thd"}, ValueError, "layout is 'thd'; expected 'bshd' or 'bhsd'"),
     ({"causal": "left"}, ValueError, "causal is 'left'; expected False, True"),
