@@ -180,12 +180,14 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
         memset(w.bias_sum + i0 * g.real, 0, mr * g.real)
         return
     cdef long first = lo // g.cols * g.cols, last = round_up(hi, g.cols)
+    cdef TileRows apart_q, apart_v
     cdef char* p
     cdef char* ds
     cdef char* row
     if f.few:
-        g.direct_scores(mr, c.ldq, w.Q + i0 * c.ldq * g.real, c.ldq, w.K_rows, c.ldq * g.real, NULL, real, first, hi, w.P + i0 * lds, GRAD_N)
-        g.direct_scores(mr, c.ldv, w.dO + i0 * c.ldv * g.real, c.ldv, w.V, c.ldv * g.real, NULL, real, first, hi, w.dS + i0 * lds, GRAD_N)
+        apart_q, apart_v = rows_apart(c.ldq * g.real), rows_apart(c.ldv * g.real)
+        g.direct_scores(mr, c.ldq, w.Q + i0 * c.ldq * g.real, c.ldq, w.K_rows, &apart_q, real, first, hi, w.P + i0 * lds, GRAD_N)
+        g.direct_scores(mr, c.ldv, w.dO + i0 * c.ldv * g.real, c.ldv, w.V, &apart_v, real, first, hi, w.dS + i0 * lds, GRAD_N)
     else:
         g.scores(mr, c.head_dim, w.Q + i0 * c.ldq * g.operand, c.ldq, w.K, first, hi, w.P + i0 * lds, GRAD_N)
         g.scores(mr, c.head_dim_v, w.dO + i0 * c.ldv * g.operand, c.ldv, w.V, first, hi, w.dS + i0 * lds, GRAD_N)

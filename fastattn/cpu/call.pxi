@@ -22,6 +22,9 @@ cdef extern from "kernels.h" nogil:
         void* scratch
         long* lo
         long* hi
+    ctypedef struct TileRows:
+        long row, ahead
+        const long* places
     ctypedef struct Kernels:
         long real, operand, panel, cols, block_n, align
         int half
@@ -35,8 +38,8 @@ cdef extern from "kernels.h" nogil:
         const void* (*grad_operands)(const GradBlock* block) noexcept nogil
         void (*key_gradients)(const GradBlock* block) noexcept nogil
         const void* (*key_row)(const void* G, long ld, long j, void* scratch) noexcept nogil
-        void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, long row, const long* places, int dtype, long first, long last, void* S, long lds) noexcept nogil
-        void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, long row, const long* places, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
+        void (*direct_scores)(long mr, long n_dim, const void* A, long lda, const char* K, const TileRows* rows, int dtype, long first, long last, void* S, long lds) noexcept nogil
+        void (*direct_sum)(long mr, long first, long last, const void* P, long ldp, const char* V, const TileRows* rows, int dtype, long n_dim, void* O, long ldo, const void* rescale) noexcept nogil
         void (*score_row)(void* row, long first, long last, double scale, double softcap, double slope, double distance, const void* bias, void* slope_out) noexcept nogil
         void (*mask_row)(void* row, long first, long last, const char* mask, long stride) noexcept nogil
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
@@ -51,6 +54,7 @@ cdef extern from "kernels.h" nogil:
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
+    TileRows rows_apart(long row)
     void amx_begin()
     void amx_end()
     long pairs_scratch(long ldq, long ldv, long parts)

@@ -41,6 +41,8 @@ cdef struct Work:                       # a thread's workspace
     uint64_t* keep                      # [rows][block_n / 64] bits
     long* k_places                      # [tile + MOST_AHEAD] rows of a tile's keys in a cache of pages (key_row); NULL without pages
     long* v_places
+    TileRows k_rows, v_rows             # rows of a tile's keys that are read in place
+    long k_start, v_start               # bytes from tile_at to the tile's first row
     uint8_t* attended                   # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
 
 cdef struct Forward:
@@ -53,6 +55,7 @@ cdef struct Forward:
     long tile                           # keys of a tile
     bint few                            # scores are dot products with rows of K
     bint direct                         # rows of K and V are read in place
+    bint in_one_page                    # each tile is in one page, and its rows at one distance
     bint optimistic                     # a tile is first tried under the maxima of the tiles before
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
@@ -144,6 +147,20 @@ cdef inline char* tile_at(const Call* c, const Tensor* x, const Task* t, long n0
     return at(x, t.b if c.table == NULL else c.table[t.b * c.table_width], t.s.k0 + n0, head)
 
 
+cdef inline long one_page(const Call* c, const Tensor* x, long b, long n0, long end, TileRows* rows) noexcept nogil:
+    """The distance in bytes of a tile's first row from the start of a cache in pages. What it prefetches is in one page too."""
+    cdef long start = key_row(c, x, b, n0)
+    rows.ahead = key_row(c, x, b, min(n0 + ahead_of(x.row) // STREAM_KEYS * STREAM_KEYS, end - 1)) - start
+    return start
+
+
+cdef void open_rows(const Forward* f, Work* w) noexcept nogil:
+    """Rows that are read in place: at one distance, or at places that load_tile finds."""
+    w.k_rows, w.v_rows, w.k_start, w.v_start = rows_apart(f.c.k.row), rows_apart(f.c.v.row), 0, 0
+    if not f.in_one_page:
+        w.k_rows.places, w.v_rows.places = w.k_places, w.v_places
+
+
 cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
     """Pack K and V of the tile at key n0, and draw its dropout bits. Keys that no row attends are packed as zeros."""
     cdef const Call* c = &f.c
@@ -154,7 +171,10 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
         for i in range(t.rows):
             mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
                           max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
-    if c.page_size:
+    if f.in_one_page:
+        w.k_start = one_page(c, &c.k, t.b, n0, t.key_end, &w.k_rows)
+        w.v_start = one_page(c, &c.v, t.b, n0, t.key_end, &w.v_rows)
+    elif c.page_size:
         key_rows(c, &c.k, t.b, n0, f.tile + ahead_of(c.k.row), t.key_end, w.k_places)
         if w.v_places != w.k_places:
             key_rows(c, &c.v, t.b, n0, f.tile + ahead_of(c.v.row), t.key_end, w.v_places)
@@ -203,7 +223,7 @@ cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long 
             while end < hi and w.attended[end]:
                 end += 1
         if begin < end:
-            g.direct_sum(mr, begin, end, w.S, g.block_n, tile_at(c, &c.v, t, n0, t.head_k + i0 // t.rows_k), c.v.row, w.v_places, c.v.dtype, c.head_dim_v,
+            g.direct_sum(mr, begin, end, w.S, g.block_n, tile_at(c, &c.v, t, n0, t.head_k + i0 // t.rows_k) + w.v_start, &w.v_rows, c.v.dtype, c.head_dim_v,
                          w.O + i0 * c.ldv * g.real, c.ldv, w.rescale)
             for r in range(mr):
                 store_element(w.rescale + r * g.real, 1 if g.real == 8 else 0, 1.0)
@@ -215,12 +235,13 @@ cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long r, i, lds = g.block_n * g.real
+    cdef TileRows packed = rows_apart(c.ldq * g.real)
     cdef char* Q = w.Q + i0 * c.ldq * g.operand
     if f.direct:
-        g.direct_scores(mr, c.head_dim, Q, c.ldq, tile_at(c, &c.k, t, n0, t.head_k + i0 // t.rows_k), c.k.row, w.k_places, c.k.dtype,
+        g.direct_scores(mr, c.head_dim, Q, c.ldq, tile_at(c, &c.k, t, n0, t.head_k + i0 // t.rows_k) + w.k_start, &w.k_rows, c.k.dtype,
                         first, hi, w.S, g.block_n)
     elif f.few:
-        g.direct_scores(mr, c.ldq, Q, c.ldq, w.K, c.ldq * g.real, NULL, 1 if g.real == 8 else 0, first, hi, w.S, g.block_n)
+        g.direct_scores(mr, c.ldq, Q, c.ldq, w.K, &packed, 1 if g.real == 8 else 0, first, hi, w.S, g.block_n)
     else:
         g.scores(mr, c.head_dim, Q, c.ldq, w.K, first, hi, w.S, g.block_n)
     for r in range(mr):
@@ -311,6 +332,7 @@ cdef void forward_task(const void* call, long number) noexcept nogil:
     if memory == NULL:
         return
     forward_memory(f, rows, memory, &w)
+    open_rows(f, &w)
     if f.splits > 1:
         partial = f.partial + number * f.partial_size
         w.O, w.row_max = partial, partial + round_up(t.rows, g.panel) * f.c.ldv * g.real
@@ -415,6 +437,7 @@ def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
     f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and f.c.mask.ptr == NULL
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
+    f.in_one_page = all_heads and f.c.page_size > 0 and f.c.page_size % STREAM_KEYS == 0
     f.order, f.first_block = &order[0], &first_block[0]
     ready.tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
     if splits > 1:

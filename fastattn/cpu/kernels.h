@@ -47,9 +47,9 @@ typedef struct {
   const void *(*grad_operands)(const GradBlock *block); /* NULL: P and dS are operands already */
   void (*key_gradients)(const GradBlock *block);
   const void *(*key_row)(const void *G, long ld, long j, void *scratch);
-  void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, const long *places, int dtype, long first, long last, void *S,
+  void (*direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, const TileRows *rows, int dtype, long first, long last, void *S,
                         long lds);
-  void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, const long *places, int dtype, long n_dim, void *O, long ldo,
+  void (*direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, const TileRows *rows, int dtype, long n_dim, void *O, long ldo,
                      const void *rescale);
   void (*score_row)(void *row, long first, long last, double scale, double softcap, double slope, double distance, const void *bias, void *slope_out);
   void (*mask_row)(void *row, long first, long last, const char *mask, long stride);

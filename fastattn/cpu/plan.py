@@ -127,7 +127,7 @@ def few_rows(p: Problem, seqlen_q: int, vector: int) -> bool:
 
 
 def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_half: bool, threads: int) -> Plan:
-    """The forward's plan. `vector`: elements per vector. `reads_half`: this level reads 16-bit floats in place.
+    """The forward's plan. `vector`: elements per vector. `reads_half`: this level reads 16-bit and 8-bit floats in place.
 
     A row's result does not depend on its block, so block_m may depend on the number of threads. The splits may not.
     """
@@ -155,10 +155,10 @@ def _block_m(p: Problem, rows: int, longest: int, heads: int, threads: int) -> i
 
 
 def _direct(p: Problem, o: Operands, seqlen_q: int, vector: int, reads_half: bool) -> bool:
-    """Whether K and V are read in place. 8-bit ones are converted, a tile at a time."""
+    """Whether K and V are read in place."""
     item = o.k.itemsize
-    return (item > 1 and _task_rows(p, seqlen_q) <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
-            and o.k.strides[-1] == item and o.v.strides[-1] == item and (p.dtype not in HALF or reads_half))
+    return (_task_rows(p, seqlen_q) <= FEW_ROWS and p.head_dim % vector == 0 and p.head_dim_v % vector == 0
+            and o.k.strides[-1] == item and o.v.strides[-1] == item and (reads_half or (item > 1 and p.dtype not in HALF)))
 
 
 def _reads_all_heads(p: Problem, o: Operands, direct: bool, seqlen_k: int) -> bool:

@@ -192,6 +192,10 @@ ALWAYS_INLINE vec name(slope_of_tanh)(vec x, vec t) {
 ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
   if (dtype == DT_F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
   if (dtype == DT_BF16) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+  if (dtype >= DT_E4M3) {
+    vec x = (vec)_mm512_cvtph_ps(halves_of_bytes(_mm_loadu_si128((const __m128i *)p), dtype));
+    return dtype == DT_E4M3 ? (vec)(x * SPLAT(256)) : x;
+  }
   return LOAD((const REAL *)(const void *)p);
 }
 #elif REAL_BITS == 32 && defined(__AVX2__) && defined(__F16C__)
@@ -199,6 +203,10 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
 ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
   if (dtype == DT_F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
   if (dtype == DT_BF16) return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+  if (dtype >= DT_E4M3) {
+    vec x = (vec)_mm256_cvtph_ps(_mm256_castsi256_si128(halves_of_bytes(_mm_loadl_epi64((const __m128i *)p), dtype)));
+    return dtype == DT_E4M3 ? (vec)(x * SPLAT(256)) : x;
+  }
   return LOAD((const REAL *)(const void *)p);
 }
 #else
@@ -214,14 +222,15 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
  * keep an array in memory. They start at 0 and C is added last: one chain of sums over all tiles would round more. MR, NV, MODE and
  * B's dtype are compile-time constants, so branches on them vanish. Strides of A and C are in elements, of B in bytes. PAGED: rows of B
  * are where `places` says (row_at in simd.h), which reaches AHEAD rows past the last. */
-enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(PAGED), name(IN_PLACE_F16), name(IN_PLACE_BF16), name(PAGED_F16), name(PAGED_BF16) };
-#define IS_PAGED(MODE) ((MODE) == name(PAGED) || (MODE) >= name(PAGED_F16))
+enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16), name(IN_PLACE_E4M3), name(IN_PLACE_E5M2),
+       name(PAGED), name(PAGED_F16), name(PAGED_BF16), name(PAGED_E4M3), name(PAGED_E5M2) };
+#define IS_PAGED(MODE) ((MODE) >= name(PAGED))
+#define IS_MODE(MODE, DTYPE) ((MODE) == name(IN_PLACE_##DTYPE) || (MODE) == name(PAGED_##DTYPE))
 #define ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, long K, const REAL *A, long lda, const char *B, long ldb,
-                                 const long *places, REAL *C, long ldc, const REAL *rescale) {
-  const int dtype = MODE == name(IN_PLACE_F16) || MODE == name(PAGED_F16) ? DT_F16
-                    : MODE == name(IN_PLACE_BF16) || MODE == name(PAGED_BF16) ? DT_BF16 : DT_REAL;
-  const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
+                                 long distance, const long *places, REAL *C, long ldc, const REAL *rescale) {
+  const int dtype = IS_MODE(MODE, F16) ? DT_F16 : IS_MODE(MODE, BF16) ? DT_BF16 : IS_MODE(MODE, E4M3) ? DT_E4M3 : IS_MODE(MODE, E5M2) ? DT_E5M2 : DT_REAL;
+  const long step = VL * element_size(dtype);
 #define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
 #define STEP(r)                                                                 \
   if (r < MR) {                                                                 \
@@ -248,7 +257,7 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
   const char *at = B;
   for (long k = 0; k < K; k++, at += ldb) {
     if (IS_PAGED(MODE)) at = B + places[k];
-    const char *ahead = IS_PAGED(MODE) ? B + places[k + AHEAD(ldb)] : at + AHEAD(ldb) * ldb;
+    const char *ahead = IS_PAGED(MODE) ? B + places[k + AHEAD(ldb)] : at + distance;
     if (MODE >= name(IN_PLACE))
       for (long byte = 0; byte < NV * step; byte += 64) __builtin_prefetch(ahead + byte);
     vec b0 = name(load_as)(at, dtype), b1 = b0, b2 = b0, b3 = b0;
@@ -264,11 +273,11 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
 #undef ADD
 }
 #undef ROWS
-typedef void (*name(product_t))(long, const REAL *, long, const char *, long, const long *, REAL *, long, const REAL *);
+typedef void (*name(product_t))(long, const REAL *, long, const char *, long, long, const long *, REAL *, long, const REAL *);
 #define PRODUCT(MODE, MR, NV)                                                                                            \
   static void name(product_##MODE##_##MR##_##NV)(long K, const REAL *A, long lda, const char *B, long ldb,          \
-                                                 const long *places, REAL *C, long ldc, const REAL *rescale) {          \
-    name(product)(MR, NV, MODE, K, A, lda, B, ldb, places, C, ldc, rescale);                                             \
+                                                 long distance, const long *places, REAL *C, long ldc, const REAL *rescale) { \
+    name(product)(MR, NV, MODE, K, A, lda, B, ldb, distance, places, C, ldc, rescale);                                   \
   }
 #if TILE_VECTORS == 4
 #define WIDTHS(MODE, MR) PRODUCT(MODE, MR, 1) PRODUCT(MODE, MR, 2) PRODUCT(MODE, MR, 4)
@@ -278,29 +287,32 @@ typedef void (*name(product_t))(long, const REAL *, long, const char *, long, co
 #define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), 0}
 #endif
 #define HEIGHTS(MODE) WIDTHS(MODE, 1) WIDTHS(MODE, 2) WIDTHS(MODE, 3) WIDTHS(MODE, 4) WIDTHS(MODE, 5) WIDTHS(MODE, 6)
-HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3) HEIGHTS(4)
+HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3) HEIGHTS(8)
 #if LOADS_HALF
-HEIGHTS(5) HEIGHTS(6) HEIGHTS(7) HEIGHTS(8)
+HEIGHTS(4) HEIGHTS(5) HEIGHTS(6) HEIGHTS(7) HEIGHTS(9) HEIGHTS(10) HEIGHTS(11) HEIGHTS(12)
 #endif
 #define MODE_TABLE(MODE) {ROW_TABLE(MODE, 1), ROW_TABLE(MODE, 2), ROW_TABLE(MODE, 3), ROW_TABLE(MODE, 4), ROW_TABLE(MODE, 5), ROW_TABLE(MODE, 6)}
-static const name(product_t) name(products)[9][6][3] = {MODE_TABLE(0), MODE_TABLE(1), MODE_TABLE(2), MODE_TABLE(3), MODE_TABLE(4),
+#define IN_TABLE(MODE) [MODE] = MODE_TABLE(MODE)
+static const name(product_t) name(products)[13][6][3] = {IN_TABLE(0), IN_TABLE(1), IN_TABLE(2), IN_TABLE(3), IN_TABLE(8),
 #if LOADS_HALF
-                                                        MODE_TABLE(5), MODE_TABLE(6), MODE_TABLE(7), MODE_TABLE(8)
+                                                         IN_TABLE(4), IN_TABLE(5), IN_TABLE(6), IN_TABLE(7), IN_TABLE(9), IN_TABLE(10), IN_TABLE(11), IN_TABLE(12)
 #endif
 };
+#undef IN_TABLE
 #undef PRODUCT
 #undef WIDTHS
 #undef HEIGHTS
 #undef ROW_TABLE
 #undef MODE_TABLE
 
-/* C[mr][ncols], in column blocks of 4, 2 and 1 vectors. ncols is a multiple of VL. A vector of B has `step` bytes. */
-static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, const long *places,
+/* C[mr][ncols], in column blocks of 4, 2 and 1 vectors. ncols is a multiple of VL. A vector of B has `step` bytes. In place, the row
+ * `distance` bytes behind each one is prefetched. */
+static void name(multiply)(int mode, long mr, long K, long ncols, const REAL *A, long lda, const char *B, long ldb, long step, long distance, const long *places,
                            REAL *C, long ldc, const REAL *rescale) {
   long left = ncols / VL;
   for (; left >= TILE_VECTORS; left -= TILE_VECTORS, B += TILE_VECTORS * step, C += CB)
-    name(products)[mode][mr - 1][TILE_VECTORS / 2](K, A, lda, B, ldb, places, C, ldc, rescale);
+    name(products)[mode][mr - 1][TILE_VECTORS / 2](K, A, lda, B, ldb, distance, places, C, ldc, rescale);
   for (int i = 1; i >= 0; i--)
     for (long w = 1 << i; left >= w; left -= w, B += w * step, C += w * VL)
-      name(products)[mode][mr - 1][i](K, A, lda, B, ldb, places, C, ldc, rescale);
+      name(products)[mode][mr - 1][i](K, A, lda, B, ldb, distance, places, C, ldc, rescale);
 }

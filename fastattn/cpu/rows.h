@@ -5,15 +5,6 @@
  * which of them are attended. All other keys are packed as zeros, so what they hold (NaN in padding, say) is never read. */
 
 /* ------------------------------------------------------------------ conversion */
-#if REAL_BITS == 32 && defined(__AVX2__) && defined(__F16C__)
-/* eight or sixteen 8-bit floats as halves; those of float8_e4m3fn are too small by 2^8 */
-ALWAYS_INLINE __m256i halves_of_bytes(__m128i bytes, int dtype) {
-  const __m256i x = _mm256_cvtepu8_epi16(bytes), size = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
-  if (dtype == DT_E5M2) return _mm256_slli_epi16(x, 8);
-  const __m256i nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f)), sign = _mm256_slli_epi16(_mm256_xor_si256(x, size), 8);
-  return _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(size, 7)), _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
-}
-#endif
 static void name(load_row)(void *to, long padded, const char *src, long stride, int dtype, long n) {
   REAL *dst = (REAL *)to;
   long j = 0;
@@ -184,7 +175,7 @@ static void name(scores)(long mr, long n_dim, const void *A, long lda, const voi
     width = VL << index;
     for (long d = 0; d < n_dim; d += CHAIN)
       name(products)[d ? name(RESCALE) : name(ZERO)][mr - 1][index](n_dim - d < CHAIN ? n_dim - d : CHAIN, (const REAL *)A + d, lda,
-                                                                     (const char *)(B + d * CB), CB * (long)sizeof(REAL), 0, (REAL *)S + j, lds, ones);
+                                                                     (const char *)(B + d * CB), CB * (long)sizeof(REAL), 0, 0, (REAL *)S + j, lds, ones);
   }
 }
 #undef CHAIN
@@ -194,7 +185,7 @@ static void name(weighted_sum)(long mr, long first, long last, const void *P, lo
   const long bytes = (long)sizeof(REAL);
   (void)capacity;
   name(multiply)(name(RESCALE), mr, last - first, ldv, (const REAL *)P + first, ldp, (const char *)((const REAL *)V + first * ldv), ldv * bytes,
-                 VL * bytes, 0, (REAL *)O, ldo, (const REAL *)rescale);
+                 VL * bytes, 0, 0, (REAL *)O, ldo, (const REAL *)rescale);
 }
 /* dV += P^T dO and dK += dS^T Q, six keys at a time, over the query rows that attend them (lo and hi rise with the row) */
 static void name(key_gradients)(const GradBlock *w) {
@@ -207,9 +198,9 @@ static void name(key_gradients)(const GradBlock *w) {
     while (end < w->rows && w->lo[end] < j + mr) end++;
     if (begin >= end) continue;
     name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldv, (const REAL *)w->P + begin * GRAD_N + j, GRAD_N,
-                   (const char *)w->dO + begin * w->ldv * bytes, w->ldv * bytes, VL * bytes, 0, (REAL *)w->dV + j * w->ldv, w->ldv, 0);
+                   (const char *)w->dO + begin * w->ldv * bytes, w->ldv * bytes, VL * bytes, 0, 0, (REAL *)w->dV + j * w->ldv, w->ldv, 0);
     name(multiply)(name(TRANSPOSED_A), mr, end - begin, w->ldq, (const REAL *)w->dS + begin * GRAD_N + j, GRAD_N,
-                   (const char *)w->Q + begin * w->ldq * bytes, w->ldq * bytes, VL * bytes, 0, (REAL *)w->dK + j * w->ldq, w->ldq, 0);
+                   (const char *)w->Q + begin * w->ldq * bytes, w->ldq * bytes, VL * bytes, 0, 0, (REAL *)w->dK + j * w->ldq, w->ldq, 0);
   }
 }
 static const void *name(key_row)(const void *G, long ld, long j, void *scratch) {
@@ -235,9 +226,10 @@ ALWAYS_INLINE __m512 name(by_row)(vec a, vec b, vec c, vec d) { return name(fold
 #else
 #define DOT_KEYS 2
 #endif
-ALWAYS_INLINE void name(dots)(const int MR, const int dtype, const int IN_PAGES, long n_dim, const REAL *A, long lda, const char *K, long row,
-                              const long *places, long first, long last, REAL *S, long lds) {
-  const long step = dtype == DT_REAL ? VL * (long)sizeof(REAL) : VL * 2;
+ALWAYS_INLINE void name(dots)(const int MR, const int dtype, const int IN_PAGES, long n_dim, const REAL *A, long lda, const char *K,
+                              const TileRows *rows, long first, long last, REAL *S, long lds) {
+  const long row = rows->row, ahead = rows->ahead, *places = rows->places;
+  const long step = VL * element_size(dtype);
 #define DECLARE(r) vec c##r##0 = {0}, c##r##1 = {0}, c##r##2 = {0}, c##r##3 = {0};
 #define STEP(r)                             \
   if (r < MR) {                             \
@@ -249,19 +241,22 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, const int IN_PAGES,
   }
   for (long j = first; j < last; j += DOT_KEYS) { /* past the last key: the last key again, in columns that are masked afterwards */
 #define KEY(i) (IN_PAGES ? K + places[i] : K + (i) * row)
+#define AHEAD_OF(i) (IN_PAGES ? K + places[(i) + AHEAD(row)] : K + (i) * row + ahead)
     const char *k0 = KEY(j), *k1 = j + 1 < last ? KEY(j + 1) : k0, *k2 = j + 2 < last ? KEY(j + 2) : k1, *k3 = j + 3 < last ? KEY(j + 3) : k2;
-    const char *a0 = KEY(j + AHEAD(row)), *a1 = KEY(j + 1 + AHEAD(row)), *a2 = DOT_KEYS > 2 ? KEY(j + 2 + AHEAD(row)) : a1;
-    const char *a3 = DOT_KEYS > 2 ? KEY(j + 3 + AHEAD(row)) : a1;
+    const char *a0 = AHEAD_OF(j), *a1 = AHEAD_OF(j + 1), *a2 = DOT_KEYS > 2 ? AHEAD_OF(j + 2) : a1, *a3 = DOT_KEYS > 2 ? AHEAD_OF(j + 3) : a1;
 #undef KEY
+#undef AHEAD_OF
     ROWS(DECLARE)
     for (long d = 0, at = 0; d < n_dim; d += VL, at += step) {
       vec x0 = name(load_as)(k0 + at, dtype), x1 = name(load_as)(k1 + at, dtype), x2 = x1, x3 = x1;
-      __builtin_prefetch(a0 + at);
-      __builtin_prefetch(a1 + at);
-      if (DOT_KEYS > 2) {
-        x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
-        __builtin_prefetch(a2 + at);
-        __builtin_prefetch(a3 + at);
+      if (DOT_KEYS > 2) x2 = name(load_as)(k2 + at, dtype), x3 = name(load_as)(k3 + at, dtype);
+      if (step >= 32 || at % 64 == 0) { /* a line of 64 bytes is several steps of 8-bit elements */
+        __builtin_prefetch(a0 + at);
+        __builtin_prefetch(a1 + at);
+        if (DOT_KEYS > 2) {
+          __builtin_prefetch(a2 + at);
+          __builtin_prefetch(a3 + at);
+        }
       }
       ROWS(STEP)
     }
@@ -289,10 +284,10 @@ ALWAYS_INLINE void name(dots)(const int MR, const int dtype, const int IN_PAGES,
 #undef ROWS
 #undef SUMS
 #undef DOT_KEYS
-static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, long row, const long *places, int dtype, long first, long last,
+static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, const char *K, const TileRows *rows, int dtype, long first, long last,
                                 void *S, long lds) {
-#define DOTS(R, T) (places ? name(dots)(R, T, 1, n_dim, (const REAL *)A, lda, K, row, places, first, last, (REAL *)S, lds) : \
-                             name(dots)(R, T, 0, n_dim, (const REAL *)A, lda, K, row, 0, first, last, (REAL *)S, lds))
+#define DOTS(R, T) (rows->places ? name(dots)(R, T, 1, n_dim, (const REAL *)A, lda, K, rows, first, last, (REAL *)S, lds) : \
+                                   name(dots)(R, T, 0, n_dim, (const REAL *)A, lda, K, rows, first, last, (REAL *)S, lds))
 #define EACH_HEIGHT(T)                     \
   switch (mr) {                            \
     case 1: DOTS(1, T); break;             \
@@ -305,18 +300,22 @@ static void name(direct_scores)(long mr, long n_dim, const void *A, long lda, co
 #if LOADS_HALF
   if (dtype == DT_F16) { EACH_HEIGHT(DT_F16) return; }
   if (dtype == DT_BF16) { EACH_HEIGHT(DT_BF16) return; }
+  if (dtype == DT_E4M3) { EACH_HEIGHT(DT_E4M3) return; }
+  if (dtype == DT_E5M2) { EACH_HEIGHT(DT_E5M2) return; }
 #endif
   EACH_HEIGHT(DT_REAL)
   (void)dtype;
 #undef DOTS
 #undef EACH_HEIGHT
 }
-static void name(direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, long row, const long *places, int dtype, long n_dim,
+static void name(direct_sum)(long mr, long first, long last, const void *P, long ldp, const char *V, const TileRows *rows, int dtype, long n_dim,
                              void *O, long ldo, const void *rescale) {
-  int mode = dtype == DT_F16 ? name(IN_PLACE_F16) : dtype == DT_BF16 ? name(IN_PLACE_BF16) : name(IN_PLACE);
-  if (places) mode = dtype == DT_F16 ? name(PAGED_F16) : dtype == DT_BF16 ? name(PAGED_BF16) : name(PAGED);
-  name(multiply)(mode, mr, last - first, n_dim, (const REAL *)P + first, ldp, places ? V : V + first * row, row, VL * element_size(dtype),
-                 places ? places + first : 0, (REAL *)O, ldo, (const REAL *)rescale);
+#define MODE(PLACE) (dtype == DT_F16 ? name(PLACE##_F16) : dtype == DT_BF16 ? name(PLACE##_BF16) : dtype == DT_E4M3 ? name(PLACE##_E4M3) : \
+                     dtype == DT_E5M2 ? name(PLACE##_E5M2) : name(PLACE))
+  const long *places = rows->places;
+  name(multiply)(places ? MODE(PAGED) : MODE(IN_PLACE), mr, last - first, n_dim, (const REAL *)P + first, ldp, places ? V : V + first * rows->row,
+                 rows->row, VL * element_size(dtype), rows->ahead, places ? places + first : 0, (REAL *)O, ldo, (const REAL *)rescale);
+#undef MODE
 }
 
 /* ------------------------------------------------------------------ score and mask of a row, in L1

@@ -120,6 +120,15 @@ ALWAYS_INLINE uint16_t float_to_half(float f) {
 ALWAYS_INLINE float e4m3_to_float(uint8_t x) {
   return (x & 0x7f) == 0x7f ? NAN : half_to_float((uint16_t)((x & 0x80) << 8 | (x & 0x7f) << 7)) * 256;
 }
+#if defined(__AVX2__) && defined(__F16C__)
+/* sixteen of them as halves; those of float8_e4m3fn are too small by 2^8 */
+ALWAYS_INLINE __m256i halves_of_bytes(__m128i bytes, int dtype) {
+  const __m256i x = _mm256_cvtepu8_epi16(bytes), size = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  if (dtype == DT_E5M2) return _mm256_slli_epi16(x, 8);
+  const __m256i nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f)), sign = _mm256_slli_epi16(_mm256_xor_si256(x, size), 8);
+  return _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(size, 7)), _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+}
+#endif
 ALWAYS_INLINE double load_element(const char *p, int dtype) {
   switch (dtype) {
     case DT_F32: return ((const unaligned32 *)p)->x;
@@ -143,6 +152,16 @@ ALWAYS_INLINE void store_element(char *p, int dtype, double x) {
 #define AHEAD(row) ((row) > 1024 ? 16 : 48)
 /* Rows past the last of a tile whose place in pages must be known, because they are prefetched. Four keys are done at once. */
 static long ahead_of(long row) { return AHEAD(row) + 4; }
+/* Where the rows of a tile of keys are: `row` bytes apart, or each at its place in pages. `ahead`: bytes from a row to the one that is
+ * prefetched with it; in pages their places say it. */
+typedef struct {
+  long row, ahead;
+  const long *places; /* or NULL */
+} TileRows;
+static TileRows rows_apart(long row) {
+  const TileRows rows = {row, AHEAD(row) * row, 0};
+  return rows;
+}
 /* Row i of a tile of keys: rows are `row` bytes apart, or, in pages, `places` has each one's distance from src. */
 ALWAYS_INLINE const char *row_at(const char *src, long row, const long *places, long i) { return src + (places ? places[i] : i * row); }
 ALWAYS_INLINE long element_size(int dtype) { return dtype == DT_F32 ? 4 : dtype == DT_F64 ? 8 : dtype >= DT_E4M3 ? 1 : 2; }

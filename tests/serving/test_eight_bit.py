@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastattn
+from fastattn import cpu
 from tests.tools.guard import guarded_copy
 
 Array = np.ndarray[Any, Any]
@@ -77,6 +78,16 @@ def test_caches(engine: str, new: str, scales: str, q_dtype: Any, dtype: Any) ->
         assert error(out[b], exact[0]) < (2.0**-8 if wide is BF16 else 2.0**-11) and error(lse[b], exact_lse[0]) < 1e-6
 
 
+def test_rows_of_few_queries_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 16-bit ones are: no tile is converted before."""
+    plans, original = list[Any](), cpu._planned
+    monkeypatch.setattr(cpu, "_planned", lambda *given: plans.append(given[5]) or original(*given))
+    cache, q = np.zeros((1, 2100, 2, 64), E4M3), np.zeros((1, 1, 8, 64), BF16)
+    for x, k in ((q, cache), (q.astype(E4M3), cache), (q, cache.astype(BF16))):
+        fastattn.attention_with_kvcache(x, k, k, cache_seqlens=[2100], engine="cpu")
+    assert [(cut.direct, cut.all_heads) for cut in plans] == [(cpu._engine.vector_length("bfloat16")[1],) * 2] * 3
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 def test_every_code_is_read(dtype: Any) -> None:
     """One key, whose value is the output: all 256 codes, by vectors and one by one, NaN where it is NaN."""
@@ -86,6 +97,12 @@ def test_every_code_is_read(dtype: Any) -> None:
         q, keys = np.zeros((1, 1, 1, dim), np.float16), np.zeros((1, 1, 1, dim), dtype)
         out = fastattn.attention_with_kvcache(q, keys, values, cache_seqlens=[1], engine="cpu")
         assert np.array_equal(out, values.astype(np.float16), equal_nan=True)
+    for code in range(256):                                         # and as keys, in every place of a vector
+        key, one = np.full((1, 1, 1, 64), 0, dtype), np.zeros((1, 1, 1, 64), np.float16)
+        key[..., code % 64], one[..., code % 64] = codes[0, 0, 0, code], 1
+        _, lse = fastattn.attention_with_kvcache(one, key, key, cache_seqlens=[1], softmax_scale=1.0, return_lse=True, engine="cpu")
+        right = np.float32(codes[0, 0, 0, code])                    # a softmax over infinity is NaN
+        np.testing.assert_allclose(lse.item(), np.nan if np.isinf(right) and right > 0 else right, rtol=1e-6, atol=1e-6)
     strided = np.zeros((1, 1, 1, 512), np.uint8)
     strided[..., ::2] = codes.view(np.uint8)
     out = fastattn.attention_with_kvcache(q, keys, strided.view(dtype)[..., ::2], cache_seqlens=[1], engine="cpu")

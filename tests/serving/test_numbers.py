@@ -4,11 +4,13 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import fastattn
 from tests.tools.caches import Case
+from tests.tools.guard import guarded
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROTARY = [Case(f"rotary {dim} {'pairs' if pairs else 'halves'} {dtype}", dtype=dtype, rotary=(dim, pairs), rotary_dtype=table, rows=rows)
@@ -80,6 +82,28 @@ def test_tables_of_zeros_and_many_heads() -> None:
     call.case = replace(call.case, append=False, keys=(0, 37, 90))
     out, lse = call.run("cpu", return_lse=True)
     call.judge(out, lse)
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_pages_of_any_size_have_the_same_bits(dtype: str, heads: tuple[int, int]) -> None:
+    """All heads at once, rows read in place: tiles in one page (16 and 48), across pages (3 and 24), and contiguous."""
+    random, kind = np.random.default_rng(4), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    k, v = (random.standard_normal((1, 2736, heads[1], 64), np.float32).astype(kind) for _ in "kv")
+    q = random.standard_normal((1, 1, heads[0], 64), np.float32).astype(ml_dtypes.bfloat16 if "float8" in dtype else kind)
+    results = [fastattn.attention_with_kvcache(q, k, v, cache_seqlens=[2701], window=(2600, None), engine="cpu")]
+    for size in (16, 48, 3, 24):
+        table = random.permutation(2736 // size + 5)[:2736 // size].astype(np.int32)
+        pages = []
+        for x in (k, v):
+            cache = guarded(x.nbytes + 5 * size * x[0, 0].nbytes).view(kind).reshape(-1, size, heads[1], 64)
+            cache[table] = x.reshape(-1, size, heads[1], 64)
+            pages.append(cache)
+        results.append(fastattn.attention_with_kvcache(q, *pages, cache_seqlens=[2701], block_table=table[None], window=(2600, None),
+                                                       engine="cpu"))
+    assert all(x.tobytes() == results[0].tobytes() for x in results[1:])
+    exact = fastattn.attention(*[x.astype(np.float64) for x in (q, k[:, :2701], v[:, :2701])], window=(2600, 0), engine="reference")
+    assert np.linalg.norm(results[0].astype(np.float64) - exact) < np.linalg.norm(exact) * 2.0 ** (-9 if q.dtype.itemsize == 2 else -20)
 
 
 def test_latent_cache() -> None:
