@@ -1,5 +1,5 @@
 """Which instruction set is chosen; and every one of this machine runs the engine's
-tests, each in a process of its own; the best one runs in this process."""
+tests, each in processes of its own; the best one runs in this process."""
 from __future__ import annotations
 
 import importlib.util
@@ -16,7 +16,8 @@ from fastattn import cpu
 from fastattn.cpu import detect, levels
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/test_engines.py", "tests/cpu/test_engine.py", "tests/test_huge_scores.py", "tests/fuzz/test_fuzz.py::test_found"]
+TESTS = ["tests/test_engines.py", "tests/serving/test_numbers.py", "tests/fuzz/test_fuzz.py::test_found"]
+SAMPLED = ["tests/cpu/test_engine.py", "tests/test_huge_scores.py"]   # many cases of one test: here a fifth of them, all on the best level
 # equal on every level, or a test of all levels itself
 LEFT_OUT = ("not reference_agrees and not test_reference and not reference] and not no_memory and not leftovers and not isa "
             "and not threads_from")
@@ -26,10 +27,12 @@ LEFT_OUT = ("not reference_agrees and not test_reference and not reference] and 
 def test_level(level: str) -> None:
     if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is None and "FASTATTN_LEVELS" in os.environ:
         pytest.skip("not built: FASTATTN_LEVELS")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", LEFT_OUT]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"FASTATTN_ISA": level}, capture_output=True, text=True)
-    print(f"{level}: {done.stdout.strip().splitlines()[-1]}")
-    assert done.returncode == 0, f"{level}:\n{done.stdout[-10_000:]}\n{done.stderr[-2000:]}"
+    for tests, every in ((TESTS, "1"), (SAMPLED, "5")):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", LEFT_OUT]
+        environment = os.environ | {"FASTATTN_ISA": level, "FASTATTN_EVERY": every}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        print(f"{level}: {done.stdout.strip().splitlines()[-1]}")
+        assert done.returncode == 0, f"{level}:\n{done.stdout[-10_000:]}\n{done.stderr[-2000:]}"
 
 
 # ---------------------------------------------------------------- what the CPU has
