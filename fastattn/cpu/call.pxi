@@ -10,7 +10,7 @@ import threading
 import numpy as np
 
 cdef extern from "kernels.h" nogil:
-    const int BLOCK_N, GRAD_M, GRAD_N
+    const int BLOCK_N, GRAD_M, GRAD_N, VBYTES
     ctypedef struct GradBlock:
         long ldq, ldv, rows, keys
         void* P
@@ -25,6 +25,24 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct TileRows:
         long row, ahead
         const long* places
+    ctypedef struct Line:
+        pass
+    ctypedef struct Captured:
+        pass
+    ctypedef struct Program:
+        const Line* lines
+        const Line* bounds
+        const Captured* arrays
+        const int32_t* lists
+        long once, end, end_bounds, bytes
+        int32_t out, out_wide, batch, head, q
+        int by_head
+    ctypedef struct Registers:
+        char* registers
+        long batch, head, key
+    const int NONE, SOME, ALL, SCORE
+    const char* program_ops()
+    int bounds_of(const Program* p, long batch, long head, long q0, long q1, long k0, long k1)
     ctypedef struct Kernels:
         long real, operand, panel, cols, block_n, align
         int half
@@ -52,6 +70,10 @@ cdef extern from "kernels.h" nogil:
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
+        void (*run_program)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, const void* score, long first, long last) noexcept nogil
+        void (*modify_row)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, void* row, long first, long last) noexcept nogil
+        void (*see_row)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, uint64_t* seen, long first, long last) noexcept nogil
+        void (*hide_row)(void* row, const uint64_t* seen, long first, long last) noexcept nogil
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
     TileRows rows_apart(long row)

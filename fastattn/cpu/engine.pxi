@@ -1,6 +1,7 @@
 # The CPU engine: one source, compiled once per instruction set (isa/). Read forward.pxi, then backward.pxi. kernels.h lists
 # the operations on a tile.
 include "call.pxi"
+include "program.pxi"
 include "forward.pxi"
 include "backward.pxi"
 include "backward_call.pxi"
