@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..arrays.view import View, numpy_dtype
 from ..problem import Grads, Operands, Problem
 from ..serving.append import append
-from . import dbias, eight_bit, levels, plan
+from . import dbias, eight_bit, flex, levels, plan
+from .rowcode import Machine
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
 __all__ = ["Forms", "address", "backward", "forward", "get_num_threads", "instruction_set", "name", "prepare", "prepare_backward",
@@ -29,6 +30,7 @@ _level = levels.choose()            # of those that were built
 _engine: Any = importlib.import_module(f".isa.{_level}", __name__)
 address, Forms = _engine.address, _engine.Forms
 borrow_with(_engine.borrow)
+_machine = Machine(*_engine.machine())
 
 
 def instruction_set() -> str:
@@ -141,7 +143,7 @@ def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: Vi
 
 def _planned(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, cut: plan.Plan, team: plan.Team) -> Any:
     return _engine.prepare(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
-                           cut.all_heads, cut.few, cut.direct, *team)
+                           cut.all_heads, cut.few, cut.direct, *team, flex.functions_of(p, o.flex, _machine))
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View]) -> None:
@@ -164,8 +166,12 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
     elif grads.dbias is not None:
         sums, place = dbias.reals(grads.dbias.shape, p)
     vector, waves = _waves(p, lengths)
+    wanted = grads.dcaptured or ()
+    captured = None if o.flex is None or not wanted else flex.sums_of(p, o.flex, lengths, wanted)
     _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
-                     plan.few_rows(p, lengths.longest_q, vector), *plan.team_for(p, threads_of_call(), backward=True))
+                     plan.few_rows(p, lengths.longest_q, vector), *plan.team_for(p, threads_of_call(), backward=True),
+                     flex.functions_of(p, o.flex, _machine, wanted), captured)
+    flex.store(captured, wanted)
     if rows is not None:
         dbias.add_rows(rows, lengths, grads.dbias)
     if sums is not None:

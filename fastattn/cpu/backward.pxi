@@ -22,6 +22,9 @@ cdef struct Backward:
     Tensor shared                       # dbias, if it has a pass of its own; c.dbias is then NULL
     Chains* chains                      # of tiles: a chain for each pair (sequence, key head)
     bint few                            # scores and dP are dot products with rows of K and V
+    double** captured                   # [lanes][arrays]: sums of gradients of captured arrays (captured.pxi)
+    long captured_arrays, lanes
+    bint by_batch, by_head, by_rows
     bint all_batch, all_heads           # one task does every sequence, every key head, because they share dbias
 
 cdef struct GradWork:
@@ -41,8 +44,15 @@ cdef struct GradWork:
     char* ones                          # [panel]
     long* lo                            # each row's keys, relative to the tile
     long* hi
+    long* rising_lo                     # the same, but both rise with the row; where a mask_mod or block_mask makes others, some more keys
+    long* rising_hi
     uint64_t* keep                      # [GRAD_M][GRAD_N / 64] bits
-    uint8_t* attended                   # [GRAD_N] keys that the boolean mask leaves to some row; NULL without a mask
+    Seen seen                           # of the block's rows
+    Registers score_mod
+    Registers derivative
+    double** captured                   # sums of the gradients of captured arrays, in the pass that wants them; else NULL
+    char* before                        # [GRAD_N] one row of scores before score_mod; NULL if nobody asks for its derivative
+    uint8_t* attended                   # [GRAD_N] keys that the masks leave to some row; NULL without a mask
     uint8_t* attends                    # [GRAD_M] rows that attend a key of the tile
     Tensor dbias                        # where dS is added: c.dbias or, in the extra pass, dbias_sum
     char* dbias_sum                     # [DBIAS_M][GRAD_N] reals
@@ -71,10 +81,19 @@ cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) 
     w.ones = carve(&memory, g.panel * g.real)
     w.lo = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.hi = <long*>carve(&memory, GRAD_M * sizeof(long))
+    w.rising_lo, w.rising_hi = w.lo, w.hi
+    if c.narrows:
+        w.rising_lo = <long*>carve(&memory, GRAD_M * sizeof(long))
+        w.rising_hi = <long*>carve(&memory, GRAD_M * sizeof(long))
     w.keep = <uint64_t*>carve(&memory, GRAD_M * GRAD_N // 8 if c.dropout else 0)
-    w.attended = <uint8_t*>carve(&memory, GRAD_N) if c.mask.ptr != NULL else NULL
+    w.seen = open_seen(c, GRAD_M, GRAD_N, &memory)
+    w.score_mod = open_registers(c.score_mod, GRAD_N, &memory)
+    w.derivative = open_registers(c.derivative, GRAD_N, &memory)
+    w.before = carve(&memory, GRAD_N * g.real) if c.derivative != NULL else NULL
+    w.attended = <uint8_t*>carve(&memory, GRAD_N) if masked(c) else NULL
     w.attends = <uint8_t*>carve(&memory, GRAD_M)
     w.dbias = c.dbias
+    w.captured = NULL
     w.dbias_sum = carve(&memory, DBIAS_M * GRAD_N * g.real if shared else 0)
     return memory.next - start
 
@@ -108,15 +127,20 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
     return f.dq_sum + ((head - f.head_k0 * f.c.group) * f.rows + first_row(f, s, b) + row) * f.c.ldq * f.c.g.real
 
 
-cdef bint attends(const Call* c, const Sequence* s, long b, long head, long row) noexcept nogil:
-    """Whether the masks leave the row any key."""
-    cdef long lo, hi, j
+cdef bint attends(const Call* c, const Sequence* s, Seen* seen, long b, long head, long row) noexcept nogil:
+    """Whether the masks leave the row any key. `seen` has room for one row."""
+    cdef uint8_t ignored[GRAD_N]
+    cdef long lo, hi, n0, first, last
     row_interval(c, s, row, &lo, &hi)
-    if c.mask.ptr == NULL:
+    if not masked(c):
         return lo < hi
-    for j in range(lo, hi):
-        if at(&c.mask, b, row, head)[j * c.mask.dim]:
-            return True
+    n0 = lo // GRAD_N * GRAD_N
+    while n0 < hi:
+        first, last = max(lo - n0, 0), min(hi - n0, GRAD_N)
+        if not c.narrows or see(c, seen, b, head, row, 0, 1, n0, GRAD_N, n0, &first, &last):
+            if mark_row(c, ignored, seen, 0, b, head, row, n0, first, last):
+                return True
+        n0 += GRAD_N
     return False
 
 
@@ -127,10 +151,14 @@ cdef void rows_of(const Backward* f, long b, long head, bint finish) noexcept no
     cdef long i
     cdef Sequence s = sequence_of(c, b)
     cdef int real = 1 if g.real == 8 else 0
-    cdef char* a = task_memory(2 * c.ldv * g.real, c.stop)
+    cdef Memory memory = Memory(NULL, NULL)
+    cdef Seen seen = open_seen(c, 1, GRAD_N, &memory)
+    cdef char* a = task_memory(2 * c.ldv * g.real + memory.next - memory.start, c.stop)
     cdef double delta
     if a == NULL:
         return
+    memory.start = memory.next = a + 2 * c.ldv * g.real
+    seen = open_seen(c, 1, GRAD_N, &memory)
     if not finish:
         memset(dq_row(f, &s, b, head, 0), 0, round_up(s.nq, 32) * c.ldq * g.real)
     for i in range(s.nq):
@@ -140,29 +168,66 @@ cdef void rows_of(const Backward* f, long b, long head, bint finish) noexcept no
         g.load_row(a, c.ldv, at(&c.dout, b, s.q0 + i, head), c.dout.dim, c.dout.dtype, c.head_dim_v)
         g.load_row(a + c.ldv * g.real, c.ldv, at(&c.out, b, s.q0 + i, head), c.out.dim, c.out.dtype, c.head_dim_v)
         delta = g.dot_row(a, a + c.ldv * g.real, c.ldv)
-        if delta - delta != 0 and not attends(c, &s, b, head, i):       # NaN in dout of a row whose out is 0
+        if delta - delta != 0 and not attends(c, &s, &seen, b, head, i):       # NaN in dout of a row whose out is 0
             delta = 0
         if f.dlse.ptr != NULL:
             delta -= load_element(at(&f.dlse, b, s.q0 + i, head), f.dlse.dtype)
         store_element(delta_at(f, b, head, s.q0 + i), real, delta)
 
 
-cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
-    """Query rows m0 to m0 + nq: key intervals in the tile, Q and dO packed (0 for rows that attend none of it), dropout bits."""
-    cdef const Call* c = &f.c
-    cdef uint8_t ignored[GRAD_N]
+cdef inline bint mark_row(const Call* c, uint8_t* attended, const Seen* seen, long i, long b, long head, long row, long n0, long first, long last) noexcept nogil:
+    """Mark the keys [first, last) of the tile that the masks leave to a row, row i of `seen`. Returns whether there are any."""
+    return mark_attended(attended, at(&c.mask, b, row, head) + n0 * c.mask.dim if c.mask.ptr != NULL else NULL, c.mask.dim,
+                         seen.bits + i * seen.ld if c.narrows and seen.partly[i] else NULL, first, last) != 0
+
+
+cdef bint see_block(const Call* c, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
+    """The keys in the tile of query rows m0 to m0 + nq. False if the tile has none for them."""
     cdef long i
+    cdef bint some = False
     for i in range(nq):
         row_interval(c, s, m0 + i, &w.lo[i], &w.hi[i])
         w.lo[i], w.hi[i] = max(w.lo[i] - n0, 0), min(w.hi[i] - n0, n)
+        some |= w.lo[i] < w.hi[i]
+    return some if not c.narrows else see(c, &w.seen, b, head, m0, 0, nq, n0, n, n0, w.lo, w.hi)
+
+
+cdef void rise(GradWork* w, long nq, long n) noexcept nogil:
+    """rising_lo: the smallest lo of a row and those after it; rising_hi: the largest hi of a row and those before it."""
+    cdef long i, lo = n, hi = 0
+    for i in range(nq - 1, -1, -1):
+        lo = min(lo, w.lo[i]) if w.lo[i] < w.hi[i] else lo
+        w.rising_lo[i] = lo
+    for i in range(nq):
+        hi = max(hi, w.hi[i]) if w.lo[i] < w.hi[i] else hi
+        w.rising_hi[i] = hi
+
+
+cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
+    """Q and dO of query rows m0 to m0 + nq packed (0 for rows that attend none of the tile), after see_block; dropout bits."""
+    cdef const Call* c = &f.c
+    cdef uint8_t ignored[GRAD_N]
+    cdef long i
+    if c.narrows:
+        rise(w, nq, n)
+    for i in range(nq):
         w.attends[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
-            w.attends[i] = mark_attended(ignored, at(&c.mask, b, m0 + i, head) + n0 * c.mask.dim, c.mask.dim, w.lo[i], w.hi[i]) != 0
+            w.attends[i] = mark_row(c, ignored, &w.seen, i, b, head, m0 + i, n0, w.lo[i], w.hi[i])
     c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, NULL, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
     c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, NULL, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
     if c.dropout:
         keep_tile(w.keep, GRAD_N // 64, c.first_row + m0, c.first_row + m0 + nq, c.first_column + n0, n, plane_of(c, b, head), c.offset, c.seed,
                   c.threshold)
+
+
+cdef void modified(const Call* c, GradWork* w, long b, long head, long row, long n0, long first, long last, char* ds) noexcept nogil:
+    """score_mod's backward for one row: gradients of captured arrays where they are wanted, then dS *= its derivative by the score."""
+    cdef const Kernels* g = c.g
+    g.run_program(c.derivative, &w.derivative, b, head, row, n0, w.before, first, last)
+    if w.captured != NULL:
+        g.scatter_row(c.derivative, &w.derivative, w.captured, w.before, ds, first, last)
+    g.slope_row(c.derivative, &w.derivative, w.before, ds, first, last)
 
 
 cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long i0, long mr, long n0, long n) noexcept nogil:
@@ -199,12 +264,16 @@ cdef void grad_step(const Backward* f, const Sequence* s, GradWork* w, long b, l
             store_element(w.bias_sum + i * g.real, real, 0)
             continue
         if c.scored or c.mask.ptr != NULL:
-            score(c, b, head, m0 + i, s, n0, first, hi, last, p, w.bias, w.slope)
+            score(c, b, head, m0 + i, s, n0, first, hi, last, p, w.bias, w.slope, &w.score_mod, w.before)
+        if c.narrows and w.seen.partly[i]:
+            g.hide_row(p, w.seen.bits + i * w.seen.ld, first, hi)
         if w.lo[i] > first or w.hi[i] < last:
             g.fill_outside(p, first, w.lo[i], w.hi[i], last, -INFINITY)
             g.fill_outside(ds, first, w.lo[i], w.hi[i], last, 0)
         g.grad_row(p, ds, first, last, 1.0 if c.scored else c.scale, load_element(row, c.lse.dtype),
                    load_element(delta_at(f, b, head, s.q0 + m0 + i), real), w.keep + i * (GRAD_N // 64) if c.dropout else NULL, c.keep_scale)
+        if c.derivative != NULL:
+            modified(c, w, b, head, m0 + i, n0, first, last, ds)
         if w.dbias.ptr != NULL:
             row = at(&w.dbias, b, m0 + i, head) + n0 * w.dbias.dim
             if f.dbias_once:
@@ -245,16 +314,22 @@ cdef bint add_dq(const Backward* f, const Sequence* s, GradWork* w, long b, long
 
 
 cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, long head0, long heads, long m0, long m1, long n0, long n) noexcept nogil:
-    """Mark the keys of the tile that the boolean mask leaves to some row from m0 to m1 of these heads."""
+    """Mark the keys of the tile that the masks leave to some row from m0 to m1 of these heads."""
     cdef const Call* c = &f.c
-    cdef long head, i, lo, hi
+    cdef long head, m, i, nq
     if w.attended == NULL:
         return
     memset(w.attended, 0, GRAD_N)
     for head in range(head0, head0 + heads):
-        for i in range(m0, m1):
-            row_interval(c, s, i, &lo, &hi)
-            mark_attended(w.attended, at(&c.mask, b, i, head) + n0 * c.mask.dim, c.mask.dim, max(lo - n0, 0), min(hi - n0, n))
+        m = m0
+        while m < m1:
+            nq = min(GRAD_M, m1 - m)
+            if see_block(c, s, w, b, head, m, nq, n0, n):
+                for i in range(nq):
+                    mark_row(c, w.attended, &w.seen, i, b, head, m + i, n0, w.lo[i], w.hi[i])
+                if c.mask.ptr == NULL and memchr(w.attended, 0, n) == NULL:
+                    return
+            m += nq
 
 
 cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w) noexcept nogil:
@@ -280,7 +355,7 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
     memset(w.dK, 0, GRAD_N * c.ldq * g.real)
     memset(w.dV, 0, GRAD_N * c.ldv * g.real)
     block.ldq, block.ldv, block.keys, block.scratch = c.ldq, c.ldv, n, w.scratch
-    block.P, block.dS, block.Q, block.dO, block.dK, block.dV, block.lo, block.hi = w.P, w.dS, w.Q, w.dO, w.dK, w.dV, w.lo, w.hi
+    block.P, block.dS, block.Q, block.dO, block.dK, block.dV, block.lo, block.hi = w.P, w.dS, w.Q, w.dO, w.dK, w.dV, w.rising_lo, w.rising_hi
     for head in range(head_k * c.group, (head_k + 1) * c.group):
         for m in range((s.nq + GRAD_M - 1) // GRAD_M - 1, -1, -1):      # from the last row: under a causal mask all tiles of a chain start there
             m0 = m * GRAD_M
@@ -291,6 +366,11 @@ cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w
                 continue
             if stopped_in_task(c.stop):
                 return
+            if not see_block(c, &s, w, b, head, m0, nq, n0, n):      # the tiles after this one wait for its turn all the same
+                memset(w.bias_sum, 0, nq * g.real)
+                if not add_dq(f, &s, w, b, head, m0, nq, n, n0 // GRAD_N - lo // GRAD_N, w.dS):
+                    return
+                continue
             load_block(f, &s, w, b, head, m0, nq, n0, n)
             i0 = 0
             while i0 < nq:
@@ -361,8 +441,10 @@ cdef void shared_block(const Backward* f, long b, long head, long m, long n0, Gr
         g.pack_columns(w.V, at(&c.v, b, s.k0 + n0, head_k), c.v.row, NULL, c.v.dim, c.v.dtype, lo, hi, c.head_dim_v, w.attended)
     while m0 < end and not stopped_in_task(c.stop):
         nq = min(GRAD_M, end - m0)
-        load_block(f, &s, w, b, head, m0, nq, n0, n)
-        i0 = 0
+        i0 = nq
+        if see_block(c, &s, w, b, head, m0, nq, n0, n):
+            load_block(f, &s, w, b, head, m0, nq, n0, n)
+            i0 = 0
         while i0 < nq:
             grad_step(f, &s, w, b, head, m0, i0, min(g.panel, nq - i0), n0, n)
             i0 += g.panel

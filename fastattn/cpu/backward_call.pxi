@@ -44,10 +44,12 @@ cdef void run_waves(Backward* f, list waves, int threads, bint brief) except *:
             break
 
 
-cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, list alive) except *:
+cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, functions, list alive) except *:
     """Fill `f` but for dbias, delta and what a wave has."""
     memset(f, 0, sizeof(Backward))
-    fill(&f.c, p, o, lengths, alive)
+    fill(&f.c, p, o, lengths, functions, alive)
+    if functions is not None:
+        f.c.derivative = program_of(functions.derivative, functions.score_arrays, alive)
     f.few = few
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
@@ -87,21 +89,23 @@ def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves
     """The backward of a dense Problem with arrays like these Views, none of them empty."""
     cdef PreparedBackward ready = PreparedBackward()
     ready.waves, ready.threads, ready.brief, ready.alive = waves, threads, brief, []
-    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, ready.alive)
+    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, None, ready.alive)
     ready.deltas = p.batch * p.num_heads * p.seqlen_q * ready.f.c.g.real
     return ready
 
 
-def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads, bint brief):
+def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads, bint brief, functions=None,
+             captured=None):
     """Gradients of a Problem.
 
     way: a dbias.Way. dbias: the View that it writes, four axes. dbias_rows: reals shaped as lse, for way "rows". delta: reals
-    shaped as lse; dsinks needs them later. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py."""
+    shaped as lse; dsinks needs them later. waves: [(b0, b1, head_k0, head_k1, rows)], see plan.py.
+    functions: flex.Functions. captured: flex.Sums, where gradients of captured arrays are wanted."""
     cdef Backward f
     cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
-    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, alive)
+    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, functions, alive)
     begin(&f.c, &stop)
     if deltas.shape[0]:
         f.delta = <char*>&deltas[0]
@@ -123,4 +127,6 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     with nogil:
         if f.shared.ptr != NULL:
             run_tasks(shared_task, &f, shared_tasks(&f), threads, brief, &stop)
+    if captured is not None:
+        sum_captured(&f, functions, captured, threads, brief, alive)
     end_call(&stop)

@@ -1,7 +1,7 @@
 # One call in C: tensors as pointer and byte strides, the Problem's numbers, and the rows and keys of a sequence.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, INT64_MAX
 from libc.math cimport exp, log, INFINITY
-from libc.string cimport memset
+from libc.string cimport memchr, memcpy, memset
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_DECREF
@@ -29,6 +29,8 @@ cdef extern from "kernels.h" nogil:
         pass
     ctypedef struct Captured:
         pass
+    ctypedef struct Scatter:
+        pass
     ctypedef struct Program:
         const Line* lines
         const Line* bounds
@@ -37,11 +39,15 @@ cdef extern from "kernels.h" nogil:
         long once, end, end_bounds, bytes
         int32_t out, out_wide, batch, head, q
         int by_head
+        const Scatter* scatters
+        long end_scatters
     ctypedef struct Registers:
         char* registers
-        long batch, head, key
+        long batch, head, key, width
     const int NONE, SOME, ALL, SCORE
     const char* program_ops()
+    void set_bits(uint64_t* bits, long first, long last, bint value)
+    bint narrow_keys(const uint64_t* seen, long* first, long* last)
     int bounds_of(const Program* p, long batch, long head, long q0, long q1, long k0, long k1)
     ctypedef struct Kernels:
         long real, operand, panel, cols, block_n, align
@@ -70,10 +76,12 @@ cdef extern from "kernels.h" nogil:
         void (*add_row)(void* to, long stride, const void* src, long first, long last) noexcept nogil
         double (*dot_row)(const void* a, const void* b, long n) noexcept nogil
         void (*add_scaled)(void* to, const void* src, double factor, long n) noexcept nogil
-        void (*run_program)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, const void* score, long first, long last) noexcept nogil
-        void (*modify_row)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, void* row, long first, long last) noexcept nogil
-        void (*see_row)(const Program* p, Registers* r, long batch, long head, long q, long key, long width, uint64_t* seen, long first, long last) noexcept nogil
+        void (*run_program)(const Program* p, Registers* r, long batch, long head, long q, long key, const void* score, long first, long last) noexcept nogil
+        void (*modify_row)(const Program* p, Registers* r, long batch, long head, long q, long key, void* row, long first, long last) noexcept nogil
+        void (*see_row)(const Program* p, Registers* r, long batch, long head, long q, long key, uint64_t* seen, long first, long last) noexcept nogil
         void (*hide_row)(void* row, const uint64_t* seen, long first, long last) noexcept nogil
+        void (*slope_row)(const Program* p, const Registers* r, const void* score, void* grad, long first, long last) noexcept nogil
+        void (*scatter_row)(const Program* p, const Registers* r, double** sums, const void* score, const void* grad, long first, long last) noexcept nogil
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
     TileRows rows_apart(long row)
@@ -82,7 +90,7 @@ cdef extern from "kernels.h" nogil:
     long pairs_scratch(long ldq, long ldv, long parts)
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
-    int mark_attended(uint8_t* attended, const char* mask, long stride, long first, long last)
+    int mark_attended(uint8_t* attended, const char* mask, long stride, const uint64_t* seen, long first, long last)
     void keep_tile(uint64_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
 cdef extern from "tasks.h" nogil:
@@ -138,6 +146,13 @@ cdef struct Call:
     const double* q_scales              # (batch, heads_k), of 8-bit operands
     const double* k_scales
     const double* v_scales
+    const Program* score_mod            # NULL: none
+    const Program* mask_mod
+    Tensor blocks                       # of a block_mask: bool, (batch, heads, blocks of rows, blocks of keys)
+    long block_rows, block_keys
+    const Kernels* mask_kernels         # run mask_mod: float64's where it has floats
+    bint narrows                        # there is a mask_mod or a block_mask
+    const Program* derivative           # of score_mod, in a backward; NULL where it is 1
     double scale, softcap, keep_scale
     double out_factor                   # of 8-bit operands
     bint scored                         # scores need a pass before the softmax. Else its exponent includes the scale, a positive normal float
@@ -312,8 +327,8 @@ cdef void begin(Call* c, Stop* stop) noexcept:
     c.stop = stop
 
 
-cdef void fill(Call* c, p, o, lengths, list alive) except *:
-    """Fill `c` from a Problem, its Operands and plan.Lengths. `alive` keeps the arrays behind its pointers."""
+cdef void fill(Call* c, p, o, lengths, functions, list alive) except *:
+    """Fill `c` from a Problem, its Operands, plan.Lengths and flex.Functions. `alive` keeps the arrays behind its pointers."""
     memset(c, 0, sizeof(Call))
     longest_q, longest_k, cu_q, cu_k, used_k, table, page_size, diagonals = lengths
     cdef long unlimited = 1 << 40
@@ -338,6 +353,14 @@ cdef void fill(Call* c, p, o, lengths, list alive) except *:
     c.scale, c.softcap, c.keep_scale = score.softmax_scale, score.softcap or 0.0, 1.0
     c.scored = (c.softcap > 0 or c.slopes != NULL or c.bias.ptr != NULL or c.q_scales != NULL or c.k_scales != NULL
                 or not 1e-37 < c.scale * LOG2E < 1e38)
+    if functions is not None:
+        c.score_mod = program_of(functions.score_mod, functions.score_arrays, alive)
+        c.mask_mod = program_of(functions.mask_mod, functions.mask_arrays, alive)
+        c.mask_kernels = kernels_for(DTYPE["float64" if functions.mask_real == 8 else "float32"], False)
+        c.scored = c.scored or c.score_mod != NULL
+        c.blocks = tensor(functions.blocks, "bhrd")
+        c.block_rows, c.block_keys = functions.block
+        c.narrows = c.mask_mod != NULL or c.blocks.ptr != NULL
     c.left = unlimited if mask.left is None else mask.left
     c.right = unlimited if mask.right is None else mask.right
     c.given_diagonal, c.diagonal = mask.top_left or mask.first is not None, mask.first or 0

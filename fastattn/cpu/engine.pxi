@@ -4,6 +4,7 @@ include "call.pxi"
 include "program.pxi"
 include "forward.pxi"
 include "backward.pxi"
+include "captured.pxi"
 include "backward_call.pxi"
 include "transform.pxi"
 

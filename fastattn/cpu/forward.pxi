@@ -1,6 +1,6 @@
 # Forward. A task is a block of query rows of one head and a range of keys. If a GQA group has few rows, a task has all of them.
 #
-#   for each tile of block_n keys:   pack K transposed, pack V
+#   for each tile of block_n keys:   pack K transposed, pack V, unless the masks leave none of it to any row
 #       for each panel of rows:      S = Q K^T, score, mask, softmax (P, rescale), dropout, O = O * rescale + P V
 #   out = O / row_sum,  lse = row_max + log(row_sum)
 #
@@ -36,14 +36,18 @@ cdef struct Work:                       # a thread's workspace
     char* row_sum
     char* rescale
     char* bias                          # one row of a tile
-    long* lo
+    long* lo                            # each row's keys in this task
     long* hi
+    long* begin                         # and in this tile, where a mask_mod or block_mask narrows them; else the same memory
+    long* end
+    Seen seen
+    Registers score_mod
     uint64_t* keep                      # [rows][block_n / 64] bits
     long* k_places                      # [tile + MOST_AHEAD] rows of a tile's keys in a cache of pages (key_row); NULL without pages
     long* v_places
     TileRows k_rows, v_rows             # rows of a tile's keys that are read in place
     long k_start, v_start               # bytes from tile_at to the tile's first row
-    uint8_t* attended                   # [block_n] keys that the boolean mask leaves to some row; NULL without a mask
+    uint8_t* attended                   # [block_n] keys that the masks leave to some row; NULL without a mask
 
 cdef struct Forward:
     Call c
@@ -77,12 +81,18 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.bias = carve(&memory, g.block_n * g.real)
     w.lo = <long*>carve(&memory, rows * sizeof(long))
     w.hi = <long*>carve(&memory, rows * sizeof(long))
+    w.begin, w.end = w.lo, w.hi
+    if f.c.narrows:
+        w.begin = <long*>carve(&memory, rows * sizeof(long))
+        w.end = <long*>carve(&memory, rows * sizeof(long))
+    w.seen = open_seen(&f.c, rows, g.block_n, &memory)
+    w.score_mod = open_registers(f.c.score_mod, g.block_n, &memory)
     w.keep = <uint64_t*>carve(&memory, rows * g.block_n // 8 if f.c.dropout else 0)
     w.k_places = <long*>carve(&memory, (f.tile + MOST_AHEAD) * sizeof(long)) if f.c.page_size else NULL
     w.v_places = w.k_places             # rows of K and V mostly lie alike
     if f.c.k.batch != f.c.v.batch or f.c.k.row != f.c.v.row:
         w.v_places = <long*>carve(&memory, (f.tile + MOST_AHEAD) * sizeof(long)) if f.c.page_size else NULL
-    w.attended = <uint8_t*>carve(&memory, g.block_n) if f.c.mask.ptr != NULL else NULL
+    w.attended = <uint8_t*>carve(&memory, g.block_n) if masked(&f.c) else NULL
     return memory.next - start
 
 
@@ -161,16 +171,35 @@ cdef void open_rows(const Forward* f, Work* w) noexcept nogil:
         w.k_rows.places, w.v_rows.places = w.k_places, w.v_places
 
 
+cdef inline bint masked(const Call* c) noexcept nogil:
+    """Whether a row may attend some keys of an interval and not others."""
+    return c.mask.ptr != NULL or c.narrows
+
+
+cdef bint see_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
+    """Which keys of the tile at key n0 each row attends, and which some row does. False if none does."""
+    cdef const Call* c = &f.c
+    cdef long h, i
+    cdef bint some = not c.narrows
+    if c.narrows:
+        memcpy(w.begin, w.lo, t.rows * sizeof(long))
+        memcpy(w.end, w.hi, t.rows * sizeof(long))
+        for h in range(t.heads):
+            some |= see(c, &w.seen, t.b, t.head + h, t.m0, h * t.nq, t.nq, n0, f.tile, 0, w.begin, w.end)
+    if some and w.attended != NULL:
+        memset(w.attended, 0, c.g.block_n)
+        for i in range(t.rows):
+            mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim if c.mask.ptr != NULL else NULL, c.mask.dim,
+                          w.seen.bits + i * w.seen.ld if c.narrows and w.seen.partly[i] else NULL,
+                          max(w.begin[i] - n0, 0), min(w.end[i] - n0, c.g.block_n))
+    return some
+
+
 cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept nogil:
     """Pack K and V of the tile at key n0, and draw its dropout bits. Keys that no row attends are packed as zeros."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long h, i, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
-    if w.attended != NULL:
-        memset(w.attended, 0, g.block_n)
-        for i in range(t.rows):
-            mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim, c.mask.dim,
-                          max(w.lo[i] - n0, 0), min(w.hi[i] - n0, g.block_n))
+    cdef long h, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
     if f.in_one_page:
         w.k_start = one_page(c, &c.k, t.b, n0, t.key_end, &w.k_rows)
         w.v_start = one_page(c, &c.v, t.b, n0, t.key_end, &w.v_rows)
@@ -197,20 +226,26 @@ cdef inline double scale_of(const Call* c, long b, long head) noexcept nogil:
 
 
 cdef void score(const Call* c, long b, long head, long row, const Sequence* s, long n0, long first, long hi, long last, char* S, char* bias,
-                char* slope_out) noexcept nogil:
-    """Turn one row of S, [first, last) of the tile at key n0, from dot products into scores. bias and mask end at column hi."""
+                char* slope_out, Registers* score_mod, char* before) noexcept nogil:
+    """Turn one row of S, [first, last) of the tile at key n0, from dot products into scores. bias and mask end at column hi.
+
+    before: if not NULL, gets the scores that score_mod was given."""
     cdef const Kernels* g = c.g
     cdef double slope = c.slopes[b * c.heads + head] if c.slopes != NULL else 0.0
     if c.bias.ptr != NULL:
         g.load_row(bias + first * g.real, last - first, at(&c.bias, b, row, head) + (n0 + first) * c.bias.dim, c.bias.dim, c.bias.dtype, hi - first)
     if c.scored:
         g.score_row(S, first, last, scale_of(c, b, head), c.softcap, slope, s.diagonal + row - n0, bias if c.bias.ptr != NULL else NULL, slope_out)
+    if c.score_mod != NULL:
+        if before != NULL:
+            memcpy(before + first * g.real, S + first * g.real, (last - first) * g.real)
+        g.modify_row(c.score_mod, score_mod, b, head, row, n0, S, first, last)
     if c.mask.ptr != NULL:
         g.mask_row(S, first, hi, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim)
 
 
 cdef void direct_values(const Forward* f, const Task* t, Work* w, long n0, long i0, long mr, long lo, long hi) noexcept nogil:
-    """O = O * rescale + P V with V read in place, over runs of keys that the boolean mask leaves to some row."""
+    """O = O * rescale + P V with V read in place, over runs of keys that the masks leave to some row."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long begin = lo, end, r
@@ -247,9 +282,11 @@ cdef void tile_softmax(const Forward* f, const Task* t, Work* w, long n0, long i
     for r in range(mr):
         i = i0 + r
         if c.scored or c.mask.ptr != NULL:
-            score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL)
-        if w.lo[i] - n0 > first or w.hi[i] - n0 < last:
-            g.fill_outside(w.S + r * lds, first, w.lo[i] - n0, w.hi[i] - n0, last, -INFINITY)
+            score(c, t.b, t.head + i // t.nq, t.m0 + i % t.nq, &t.s, n0, first, hi, last, w.S + r * lds, w.bias, NULL, &w.score_mod, NULL)
+        if c.narrows and w.seen.partly[i]:
+            g.hide_row(w.S + r * lds, w.seen.bits + i * w.seen.ld, first, hi)
+        if w.begin[i] - n0 > first or w.end[i] - n0 < last:
+            g.fill_outside(w.S + r * lds, first, w.begin[i] - n0, w.end[i] - n0, last, -INFINITY)
     g.softmax(mr, rows, w.S, g.block_n, w.P, g.block_n, first, last, c2(c), w.row_max + i0 * g.real, w.row_sum + i0 * g.real, w.rescale)
 
 
@@ -260,8 +297,8 @@ cdef void step(const Forward* f, const Task* t, Work* w, long n0, long i0, long 
     cdef long r, i, lo = f.tile, hi = 0
     cdef uint32_t rows = 0xffffffff
     for i in range(i0, i0 + mr):
-        if w.lo[i] < w.hi[i]:
-            lo, hi = min(lo, w.lo[i] - n0), max(hi, w.hi[i] - n0)
+        if w.begin[i] < w.end[i]:
+            lo, hi = min(lo, w.begin[i] - n0), max(hi, w.end[i] - n0)
     lo, hi = max(lo, 0), min(hi, f.tile)
     if lo >= hi:
         return
@@ -343,8 +380,10 @@ cdef void forward_task(const void* call, long number) noexcept nogil:
     while n0 < t.key_end:
         if n0 % g.block_n == 0 and stopped_in_task(f.c.stop):
             break
-        load_tile(f, &t, &w, n0)
-        i0 = 0
+        i0 = t.rows
+        if see_tile(f, &t, &w, n0):
+            load_tile(f, &t, &w, n0)
+            i0 = 0
         while i0 < t.rows:
             mr = min(g.panel, t.rows_k - i0 % t.rows_k)
             step(f, &t, &w, n0, i0, mr)
@@ -421,12 +460,12 @@ cdef class Prepared:
 
 
 def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
-            bint all_heads, bint few, bint direct, int threads, bint brief):
-    """The forward of a Problem into Views like out and lse. The arguments after lse are the plan (plan.py)."""
+            bint all_heads, bint few, bint direct, int threads, bint brief, functions=None):
+    """The forward of a Problem into Views like out and lse. The arguments after lse are the plan (plan.py) and flex.Functions."""
     cdef Prepared ready = Prepared()
     cdef Forward* f = &ready.f
     ready.alive, ready.threads, ready.brief = [order, first_block], threads, brief
-    fill(&f.c, p, o, lengths, ready.alive)
+    fill(&f.c, p, o, lengths, functions, ready.alive)
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
     f.sequences, f.block_m, f.splits, f.split_keys = order.shape[0], block_m, splits, split_keys
@@ -435,7 +474,7 @@ def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1
         return ready                    # without tasks
     if few and f.c.g.align == 32:
         use_kernels(&f.c, kernels_for(DTYPE["float32"], False))
-    f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and f.c.mask.ptr == NULL
+    f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and not masked(&f.c)
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
     f.in_one_page = all_heads and f.c.page_size > 0 and f.c.page_size % STREAM_KEYS == 0
     f.order, f.first_block = &order[0], &first_block[0]

@@ -21,13 +21,14 @@
 #include "pairs.h"
 #include "pairs_backward.h"
 
-/* attended[j] |= mask[j] for keys [first, last) of a tile: attended[j] says whether some row attends key j. Returns whether this row
- * attends any. */
-static int mark_attended(uint8_t *attended, const char *mask, long stride, long first, long last) {
+/* attended[j] |= mask[j] and bit j of `seen`, for keys [first, last) of a tile: attended[j] says whether some row attends key j. NULL is
+ * no mask. Returns whether this row attends any. */
+static int mark_attended(uint8_t *attended, const char *mask, long stride, const uint64_t *seen, long first, long last) {
   int any = 0;
   for (long j = first; j < last; j++) {
-    attended[j] |= (uint8_t)mask[j * stride];
-    any |= mask[j * stride];
+    const uint8_t attends = (uint8_t)((mask ? mask[j * stride] : 1) & (seen ? seen[j / 64] >> j % 64 & 1 : 1));
+    attended[j] |= attends;
+    any |= attends;
   }
   return any;
 }
@@ -69,17 +70,19 @@ typedef struct {
   void (*add_row)(void *to, long stride, const void *from, long first, long last);
   double (*dot_row)(const void *a, const void *b, long n);
   void (*add_scaled)(void *to, const void *from, double factor, long n);
-  void (*run_program)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, const void *score, long first, long last);
-  void (*modify_row)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, void *row, long first, long last);
-  void (*see_row)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, uint64_t *seen, long first, long last);
+  void (*run_program)(const Program *p, Registers *r, long batch, long head, long q, long key, const void *score, long first, long last);
+  void (*modify_row)(const Program *p, Registers *r, long batch, long head, long q, long key, void *row, long first, long last);
+  void (*see_row)(const Program *p, Registers *r, long batch, long head, long q, long key, uint64_t *seen, long first, long last);
   void (*hide_row)(void *row, const uint64_t *seen, long first, long last);
+  void (*slope_row)(const Program *p, const Registers *r, const void *score, void *grad, long first, long last);
+  void (*scatter_row)(const Program *p, const Registers *r, double *const *sums, const void *score, const void *grad, long first, long last);
 } Kernels;
 
 #define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
   {BYTES, BYTES, PANEL_ROWS, VBYTES / BYTES, BLOCK_N, VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
    pack_columns_##T, pack_values_##T, scores_##T, weighted_sum_##T, 0, key_gradients_##T, key_row_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
    fill_outside_##T, 0, softmax_##T, rounding_of_unit_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T,  \
-   run_program_##T, modify_row_##T, see_row_##T, hide_row_##T}
+   run_program_##T, modify_row_##T, see_row_##T, hide_row_##T, slope_row_##T, scatter_row_##T}
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 #define READS_HALF 1
 #else
@@ -95,7 +98,7 @@ static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
    scores_##KIND, weighted_sum_##KIND, grad_operands_##KIND, key_gradients_##KIND, pairs_key_row, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, OPTIMISTIC, softmax_##KIND, \
    rounding_of_unit_f32, drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32, \
-   run_program_f32, modify_row_f32, see_row_f32, hide_row_f32}
+   run_program_f32, modify_row_f32, see_row_f32, hide_row_f32, slope_row_f32, scatter_row_f32}
 #if HAVE_AMX
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, optimistic_bf16);
 static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2, optimistic_two_parts);

@@ -141,7 +141,7 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
     else:
         order, first_block = _blocks(np.diff(lengths.cu_q), block_m)
     few, direct = few_rows(p, seqlen_q, vector), _direct(p, o, seqlen_q, vector, reads_half)
-    all_heads = o.mask is None and p.total_q is None and _reads_all_heads(p, o, direct, seqlen_k)
+    all_heads = o.mask is None and o.flex is None and p.total_q is None and _reads_all_heads(p, o, direct, seqlen_k)
     if all_heads:
         heads, block_m = 1, max(seqlen_q, 1)
     splits = _splits(p.batch * -(-seqlen_q // SHORT_M) * heads, seqlen_k)

@@ -46,6 +46,9 @@ typedef struct {
   int32_t axes, dtype;
 } Captured;
 
+/* An element that is loaded has a gradient: dS times the `factor`, a register. lists[list] are the registers of its indices. */
+typedef struct { int32_t array, factor, wide, list; } Scatter;
+
 typedef struct {
   const Line *lines;
   long once, end;                 /* lines before `once` are done once for a head and tile; the others, up to `end`, for each row */
@@ -56,13 +59,15 @@ typedef struct {
   int32_t out, out_wide;          /* the register of the first output: the new score, or which keys are attended */
   int32_t batch, head, q;         /* narrow registers, or SCORE if they are not used */
   int by_head;                    /* whether the lines before `once` depend on the head */
+  const Scatter *scatters;        /* gradients of captured arrays; then the first output is the derivative by the score */
+  long end_scatters;
   long bytes;                     /* of all registers */
 } Program;
 
 /* What a thread keeps of a program: its registers, and for which keys the lines of a tile were run. */
 typedef struct {
   char *registers;
-  long batch, head, key;
+  long batch, head, key, width; /* width: keys of a tile */
 } Registers;
 
 ALWAYS_INLINE int64_t within(int64_t i, int64_t length) { return i < 0 ? 0 : i < length ? i : length - 1; }
@@ -178,4 +183,30 @@ static int bounds_of(const Program *p, long batch, long head, long q0, long q1, 
   }
   const Interval out = v[p->end_bounds - 1];
   return out.high < 0 ? ALL : out.low == 0 ? NONE : SOME;
+}
+
+/* The bits of keys [first, last) of a tile become `value`. */
+static void set_bits(uint64_t *bits, long first, long last, int value) {
+  for (long word = first / 64; word * 64 < last; word++) {
+    const long begin = first - word * 64, end = last - word * 64;
+    const uint64_t here = (begin > 0 ? ~(uint64_t)0 << begin : ~(uint64_t)0) & (end < 64 ? ~(~(uint64_t)0 << end) : ~(uint64_t)0);
+    bits[word] = value ? bits[word] | here : bits[word] & ~here;
+  }
+}
+/* The keys [first, last) of a tile cut to those between the first and the last one whose bit is set; empty if none is. Returns whether
+ * some key in between is not set. */
+static int narrow_keys(const uint64_t *seen, long *first, long *last) {
+  long count = 0, low = *last, high = *first;
+  for (long word = *first / 64; word * 64 < *last; word++) {
+    const long begin = *first - word * 64, end = *last - word * 64;
+    uint64_t bits = seen[word];
+    if (begin > 0) bits &= ~(uint64_t)0 << begin;
+    if (end < 64) bits &= ~(~(uint64_t)0 << end);
+    if (!bits) continue;
+    if (low == *last) low = word * 64 + __builtin_ctzll(bits);
+    high = word * 64 + 64 - __builtin_clzll(bits);
+    count += __builtin_popcountll(bits);
+  }
+  *first = low, *last = low < high ? high : low;
+  return count < high - low;
 }

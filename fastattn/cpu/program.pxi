@@ -19,16 +19,108 @@ cdef const Program* program_of(code, arrays, list alive) except? NULL:
     p.lists = <const int32_t*>memory_of(code.lists, alive)
     p.once, p.end, p.end_bounds, p.bytes = code.once, code.lines.size, code.bounds.size, code.bytes
     p.out, p.out_wide = code.outputs[0].at, code.outputs[0].wide
+    p.scatters, p.end_scatters = <const Scatter*>memory_of(code.scatters, alive), code.scatters.size
     p.batch, p.head, p.q, p.by_head = code.batch, code.head, code.q, code.by_head
     return p
 
 
-cdef inline Registers open_registers(const Program* p, Memory* memory) noexcept nogil:
-    """A thread's registers. No lines of a tile have been run yet."""
+cdef inline Registers open_registers(const Program* p, long width, Memory* memory) noexcept nogil:
+    """A thread's registers for tiles of `width` keys. No lines of a tile have been run yet."""
     cdef Registers r
     r.registers = carve(memory, p.bytes) if p != NULL else NULL
     r.batch = r.head = r.key = -1
+    r.width = width
     return r
+
+
+cdef struct Seen:                       # which keys of a tile a mask_mod and a block_mask leave to the rows of a task
+    Registers mask_mod
+    uint64_t* bits                      # [rows][ld], of the rows that are `partly` seen
+    uint8_t* partly                     # [rows] whether there are keys between a row's first and last one that it does not attend
+    long ld                             # words of a row
+
+
+cdef enum:
+    SEEN_ROWS = 32                      # rows whose keys are bounded together, before a mask_mod is run for each row
+
+
+cdef inline Seen open_seen(const Call* c, long rows, long width, Memory* memory) noexcept nogil:
+    cdef Seen w
+    w.mask_mod = open_registers(c.mask_mod, width, memory)
+    w.ld = (width + 63) // 64
+    w.bits = <uint64_t*>carve(memory, rows * w.ld * 8) if c.narrows else NULL
+    w.partly = <uint8_t*>carve(memory, rows) if c.narrows else NULL
+    return w
+
+
+cdef int blocks_of(const Call* c, long b, long head, long q0, long q1, long k0, long k1) noexcept nogil:
+    """NONE, SOME or ALL of a block_mask's blocks that rows [q0, q1) and keys [k0, k1) touch."""
+    cdef long i, j, some = 0, count = 0
+    if c.blocks.ptr == NULL:
+        return ALL
+    for i in range(q0 // c.block_rows, (q1 - 1) // c.block_rows + 1):
+        for j in range(k0 // c.block_keys, (k1 - 1) // c.block_keys + 1):
+            some += at(&c.blocks, b, i, head)[j * c.blocks.dim] != 0
+            count += 1
+            if 0 < some < count:
+                return SOME
+    return ALL if some else NONE
+
+
+cdef int seen_of(const Call* c, long b, long head, long q0, long q1, long k0, long k1) noexcept nogil:
+    """What both leave of all pairs of rows [q0, q1) and keys [k0, k1). SOME may also be none or all."""
+    cdef int what
+    if k0 >= k1:
+        return NONE
+    what = blocks_of(c, b, head, q0, q1, k0, k1)
+    return what if c.mask_mod == NULL or what == NONE else min(what, bounds_of(c.mask_mod, b, head, q0, q1, k0, k1))
+
+
+cdef void see_row(const Call* c, Seen* w, long i, long b, long head, long row, long n0, long first, long last) noexcept nogil:
+    """The bits of a row, row i of the task: of keys [first, last) of the tile at key n0."""
+    cdef uint64_t* bits = w.bits + i * w.ld
+    cdef long key = n0 + first, end
+    memset(bits, 0, w.ld * 8)
+    if c.mask_mod != NULL:
+        c.mask_kernels.see_row(c.mask_mod, &w.mask_mod, b, head, row, n0, bits, first, last)
+    else:
+        set_bits(bits, first, last, True)
+    while c.blocks.ptr != NULL and key < n0 + last:
+        end = min((key // c.block_keys + 1) * c.block_keys, n0 + last)
+        if not at(&c.blocks, b, row // c.block_rows, head)[key // c.block_keys * c.blocks.dim]:
+            set_bits(bits, key - n0, end - n0, False)
+        key = end
+
+
+cdef bint see(const Call* c, Seen* w, long b, long head, long row, long first, long rows, long n0, long n, long origin, long* lo, long* hi) noexcept nogil:
+    """Narrow the keys [lo, hi) of rows `first` to `first` + `rows` of the task to those that are left in the tile at key n0.
+
+    `row`: the query row of the first. lo and hi count keys from `origin`. Returns whether any row has one."""
+    cdef long i, begin = n0 + n, end = n0, j, k
+    cdef int what
+    cdef bint some = False
+    for i in range(first, first + rows):
+        lo[i], hi[i] = max(lo[i], n0 - origin), min(hi[i], n0 + n - origin)
+        if lo[i] < hi[i]:
+            begin, end = min(begin, lo[i] + origin), max(end, hi[i] + origin)
+        w.partly[i] = False
+    what = seen_of(c, b, head, row, row + rows, begin, end)
+    if what == SOME and rows > SEEN_ROWS:
+        i = 0
+        while i < rows:
+            some |= see(c, w, b, head, row + i, first + i, min(SEEN_ROWS, rows - i), n0, n, origin, lo, hi)
+            i += SEEN_ROWS
+        return some
+    for i in range(first, first + rows):
+        j, k = lo[i] + origin - n0, hi[i] + origin - n0
+        if what == NONE or j >= k:
+            j = k = 0
+        elif what == SOME:
+            see_row(c, w, i, b, head, row + i - first, n0, j, k)
+            w.partly[i] = narrow_keys(w.bits + i * w.ld, &j, &k)
+        lo[i], hi[i] = j + n0 - origin, k + n0 - origin
+        some |= j < k
+    return some
 
 
 def machine():
@@ -43,11 +135,11 @@ def run_program(code, arrays, str dtype, long batch, long head, long q, long key
     cdef const Kernels* g = kernels_for(DTYPE[dtype], False)
     cdef Registers r
     cdef long first = 0, count = scores.size, i
-    r.registers, r.batch, r.head, r.key = memory_of(np.zeros(p.bytes + 64, np.int8), alive), -1, -1, -1
+    r.registers, r.batch, r.head, r.key, r.width = memory_of(np.zeros(p.bytes + 64, np.int8), alive), -1, -1, -1, count
     padded = np.zeros(BLOCK_N, scores.dtype)
     padded[:count] = scores
     cdef const char* row = memory_of(padded, alive)
-    g.run_program(p, &r, batch, head, q, key, count, row, first, round_up(count, g.cols))
+    g.run_program(p, &r, batch, head, q, key, row, first, round_up(count, g.cols))
     found = []
     for x in code.outputs:
         values = np.zeros(count, np.int64 if g.real == 8 else np.int32)

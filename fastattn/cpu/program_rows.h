@@ -51,21 +51,19 @@ static void name(load_places)(const Captured *x, const name(operands) *o, long c
 #undef PICK
 }
 
-/* The place of an element of an array of any size: indices are registers of `list`. */
-ALWAYS_INLINE int64_t name(far_place)(const Captured *x, const char *registers, const int32_t *list, const int64_t *by, long j) {
-  int64_t place = 0;
-  for (int axis = 0; axis < x->axes; axis++) { /* two numbers an axis: the register, and whether it is wide */
-    const INT *index = (const INT *)(const void *)(registers + list[2 * axis]);
-    place += within(index[list[2 * axis + 1] ? j : 0], x->length[axis]) * by[axis];
-  }
-  return place;
+/* An axis's index, cut to the array. `list` has two numbers an axis: the register, and whether it is wide. */
+ALWAYS_INLINE int64_t name(index_at)(const Captured *x, const char *registers, const int32_t *list, int axis, long j) {
+  const INT *index = (const INT *)(const void *)(registers + list[2 * axis]);
+  return within(index[list[2 * axis + 1] ? j : 0], x->length[axis]);
 }
 static void name(load_far)(const Program *p, const Line *line, const char *registers, char *to, long first, long last) {
   const Captured *x = &p->arrays[line->k.i];
   const int32_t *list = p->lists + line->axis;
   const int whole = line->op != OP_f_far;
   for (long j = first; j < last; j++) {
-    const double value = load_any(x->ptr + name(far_place)(x, registers, list, x->by, j), x->dtype);
+    int64_t place = 0;
+    for (int axis = 0; axis < x->axes; axis++) place += name(index_at)(x, registers, list, axis, j) * x->by[axis];
+    const double value = load_any(x->ptr + place, x->dtype);
     if (whole) ((INT *)(void *)to)[j] = (INT)value;
     else ((REAL *)(void *)to)[j] = (REAL)value;
   }
@@ -186,22 +184,21 @@ static void name(run_lines)(const Program *p, const Line *begin, const Line *end
 ALWAYS_INLINE void name(set_narrow)(char *registers, int32_t at, long value) {
   if (at != SCORE) *(ivec *)(void *)(registers + at) = (INT)value - (ivec){0};
 }
-/* Run a program for keys [first, last) of the tile at key n0, whole vectors, of one row. `score`: the row of scores, from key n0. A tile
- * has `width` keys. */
-static void name(run_program)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, const void *score, long first, long last) {
+/* Run a program for keys [first, last) of the tile at key n0, whole vectors, of one row. `score`: the row of scores, from key n0. */
+static void name(run_program)(const Program *p, Registers *r, long batch, long head, long q, long key, const void *score, long first, long last) {
   const Line *l = p->lines;
   if (r->batch != batch || r->key != key || (r->head != head && p->by_head)) {
     name(set_narrow)(r->registers, p->batch, batch);
     name(set_narrow)(r->registers, p->head, head);
-    name(run_lines)(p, l, l + p->once, r->registers, 0, key, 0, (width + VL - 1) / VL * VL);
+    name(run_lines)(p, l, l + p->once, r->registers, 0, key, 0, (r->width + VL - 1) / VL * VL);
   }
   r->batch = batch, r->head = head, r->key = key;
   name(set_narrow)(r->registers, p->q, q);
   name(run_lines)(p, l + p->once, l + p->end, r->registers, score, key, first, last);
 }
 /* score_mod: scores of a row become new ones */
-static void name(modify_row)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, void *row, long first, long last) {
-  name(run_program)(p, r, batch, head, q, key, width, row, first, last);
+static void name(modify_row)(const Program *p, Registers *r, long batch, long head, long q, long key, void *row, long first, long last) {
+  name(run_program)(p, r, batch, head, q, key, row, first, last);
   if (p->out == SCORE) return;
   long by;
   const char *from = name(operand)(r->registers, row, p->out, p->out_wide, first, &by);
@@ -221,9 +218,9 @@ ALWAYS_INLINE uint64_t name(bits_of)(ivec x) {
 }
 /* mask_mod: seen[j / 64] gets the bits of the keys [first, last) of the tile that the row attends, from whole vectors; the words' other
  * bits are 0. */
-static void name(see_row)(const Program *p, Registers *r, long batch, long head, long q, long key, long width, uint64_t *seen, long first, long last) {
+static void name(see_row)(const Program *p, Registers *r, long batch, long head, long q, long key, uint64_t *seen, long first, long last) {
   const long begin = first / VL * VL, end = (last + VL - 1) / VL * VL;
-  name(run_program)(p, r, batch, head, q, key, width, 0, begin, end);
+  name(run_program)(p, r, batch, head, q, key, 0, begin, end);
   long by;
   const char *from = name(operand)(r->registers, 0, p->out, p->out_wide, begin, &by);
   for (long j = begin / 64; j < (end + 63) / 64; j++) seen[j] = 0;
@@ -243,5 +240,44 @@ static void name(hide_row)(void *row, const uint64_t *seen, long first, long las
     for (long i = 0; i < VL; i++) bit[i] = (INT)1 << i;
     STORE(s + j, name(choose)((ivec)((((INT)(bits & 0xff) - (ivec){0}) & bit) == bit), LOAD(s + j), SPLAT(-INFINITY)));
 #endif
+  }
+}
+/* dS *= a program's first output, the derivative by the score. 0 stays 0, whatever the derivative is there. */
+static void name(slope_row)(const Program *p, const Registers *r, const void *score, void *grad, long first, long last) {
+  REAL *g = (REAL *)grad;
+  long by;
+  const char *slope = name(operand)(r->registers, score, p->out, p->out_wide, first, &by);
+  for (long j = first; j < last; j += VL, slope += by) {
+    const vec x = LOAD(g + j);
+    STORE(g + j, name(choose)((ivec)(x == (vec){0}), (vec){0}, x * LOAD(slope)));
+  }
+}
+/* Add dS times its factor to sums[array], for each element that was loaded. Where dS is 0 there is none. Sums are laid out as C does. */
+static void name(scatter_row)(const Program *p, const Registers *r, double *const *sums, const void *score, const void *grad, long first, long last) {
+  const REAL *g = (const REAL *)grad;
+  for (const Scatter *s = p->scatters; s < p->scatters + p->end_scatters; s++) {
+    const Captured *x = &p->arrays[s->array];
+    const int32_t *list = p->lists + s->list;
+    const vec zero = {0};
+    vec total = zero;
+    long by;
+    const char *factor = name(operand)(r->registers, score, s->factor, s->wide, first, &by);
+    int everywhere = 1; /* one element for the whole row */
+    for (int axis = 0; axis < x->axes; axis++) everywhere &= !list[2 * axis + 1];
+    for (long j = first; j < last; j += VL, factor += by) {
+      const vec d = LOAD(g + j), share = name(choose)((ivec)(d == zero), zero, d * LOAD(factor));
+      total += share;
+      for (long i = 0; !everywhere && i < VL; i++) {
+        int64_t place = 0;
+        if (share[i] == 0) continue;
+        for (int axis = 0; axis < x->axes; axis++) place = place * x->length[axis] + name(index_at)(x, r->registers, list, axis, j + i);
+        sums[s->array][place] += (double)share[i];
+      }
+    }
+    if (everywhere) {
+      int64_t place = 0;
+      for (int axis = 0; axis < x->axes; axis++) place = place * x->length[axis] + name(index_at)(x, r->registers, list, axis, 0);
+      sums[s->array][place] += (double)name(reduce_add)(total);
+    }
   }
 }

@@ -21,6 +21,7 @@ from ..flex.program import COLUMN, ELEMENT, ROW, TILE, Line, Program
 SCORE, MOST_AXES, LAST_PLACE = -1, 8, 2**31 - 1         # program.h
 CODE = np.dtype([("op", np.int32), ("flags", np.int32), ("to", np.int32), ("a", np.int32), ("b", np.int32), ("c", np.int32),
                  ("k", np.int64), ("axis", np.int32), ("spare", np.int32)])
+SCATTER = np.dtype([("array", np.int32), ("factor", np.int32), ("wide", np.int32), ("list", np.int32)])
 CAPTURED = np.dtype([("ptr", np.int64), ("by", np.int64, MOST_AXES), ("length", np.int64, MOST_AXES), ("axes", np.int32),
                      ("dtype", np.int32)])
 DTYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3, "bool": 4, "int32": 16, "int64": 17}      # program.h
@@ -37,6 +38,13 @@ class Machine(NamedTuple):
     ops: tuple[str, ...]
 
 
+class Scatter(NamedTuple):
+    """A gradient: which array it belongs to, and how many axes that has."""
+
+    array: int
+    axes: int
+
+
 class Form(NamedTuple):
     """What code needs to know of an array. Its address is no part of it."""
 
@@ -47,7 +55,9 @@ class Form(NamedTuple):
 
 @dataclass(slots=True)
 class _Step:
-    """An operation on earlier steps; `where` it is computed. `index`: the steps of the indices of an array of any size."""
+    """An operation on earlier steps; `where` it is computed; whether it depends on the score. `index`: the steps of the indices of
+    an array of any size.
+    """
 
     op: str
     args: tuple[int, ...]
@@ -55,6 +65,7 @@ class _Step:
     k: Any = 0
     axis: int = 0
     index: tuple[int, ...] = ()
+    scored: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -71,13 +82,17 @@ class Register:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines [0, once) are run once for a head and tile, the others for each row. `bounds`: the program for interval arithmetic."""
+    """Lines [0, once) are run once for a head and tile, the others for each row. `bounds`: the program for interval arithmetic.
+
+    `scatters`: which outputs, but for the first, are factors of a gradient.
+    """
 
     lines: NDArray[Any]
     once: int
     bounds: NDArray[Any]
     lists: NDArray[np.int32]
     outputs: tuple[Register, ...]
+    scatters: NDArray[Any]
     batch: int
     head: int
     q: int
@@ -107,12 +122,15 @@ ZERO = np.zeros(1)
 
 @lru_cache(maxsize=128)
 def assemble(program: Program, forms: tuple[Form, ...], numbers: tuple[float, ...], machine: Machine, real: int,
-             bounded: bool = False) -> Code:
-    """Code for arrays of these forms and these run-time numbers. `real`: bytes of the arithmetic's floats."""
-    steps = _Steps(program, forms, numbers)
+             bounded: bool = False, scatters: tuple[Scatter, ...] = ()) -> Code:
+    """Code for arrays of these forms and these run-time numbers. `real`: bytes of the arithmetic's floats.
+
+    bounded: with bounds, of a mask. scatters: the outputs after the first are a factor for each, then the indices of each.
+    """
+    steps = _Steps(program, forms, numbers, real)
     outputs = tuple([steps.of[n] for n in program.outputs])
     steps.fuse(outputs)
-    return _Allocation(steps.steps, outputs, machine, real).code(_bounds(program, forms, numbers, machine) if bounded else None)
+    return _Allocation(steps.steps, outputs, machine, real).code(_bounds(program, forms, numbers, machine) if bounded else None, scatters)
 
 
 # ---------------------------------------------------------------- lines to steps
@@ -152,7 +170,8 @@ def _of_call(p: Program, line: Line, forms: Sequence[Form], numbers: Sequence[fl
 class _Steps:
     """The program in the machine's operations: loads as places and elements, constants of the call put in. `of`: line -> step."""
 
-    def __init__(self, p: Program, forms: tuple[Form, ...], numbers: tuple[float, ...]) -> None:
+    def __init__(self, p: Program, forms: tuple[Form, ...], numbers: tuple[float, ...], real: int) -> None:
+        self.real = real
         self.steps: list[_Step] = []
         self.known: dict[tuple[Any, ...], int] = {}
         self.of: list[int] = []
@@ -174,15 +193,18 @@ class _Steps:
         key = (op, args, type(k).__name__, repr(k), axis, index)
         if key not in self.known:
             self.known[key] = len(self.steps)
-            self.steps.append(_Step(op, args, where, k, axis, index))
+            scored = op == "score" or any(self.steps[n].scored for n in (*args, *index))
+            self.steps.append(_Step(op, args, where, k, axis, index, scored))
         return self.known[key]
 
     def _place_of(self, *args: int) -> str:
         return _joined(*(self.steps[n].where for n in args))
 
     def _plain(self, op: str, args: tuple[int, ...]) -> int:
-        """A power of two divides by bits."""
+        """A power of two divides by bits; in float32 scores are divided by a reciprocal."""
         last = self.steps[args[-1]]
+        if op == "f_div" and self.real == 4 and last.where != ELEMENT and self.steps[args[0]].scored:
+            return self._plain("f_mul", (args[0], self._plain("f_reciprocal", args[1:])))
         if op in ("i_floordiv", "i_mod") and last.op == "i_const" and last.k > 0 and last.k & last.k - 1 == 0:
             k = last.k.bit_length() - 1 if op == "i_floordiv" else last.k - 1
             return self._plain("i_shr" if op == "i_floordiv" else "i_and", (args[0], self.add("i_const", (), TILE, k)))
@@ -295,7 +317,11 @@ class _Allocation:
         start = self.narrow * self.machine.vector if wide else 0
         return Register(start + number * (self.machine.keys * self.real if wide else self.machine.vector), wide)
 
-    def code(self, bounds: tuple[NDArray[Any], list[int]] | None) -> Code:
+    def _list(self, index: Sequence[int]) -> list[int]:
+        """Registers of the indices of an array, two numbers each."""
+        return [x for n in index for x in (self._at(n).at, int(self._at(n).wide))]
+
+    def code(self, bounds: tuple[NDArray[Any], list[int]] | None, scatters: tuple[Scatter, ...]) -> Code:
         lists = [] if bounds is None else list(bounds[1])
         lines: list[tuple[Any, ...]] = []
         once = 0
@@ -312,8 +338,7 @@ class _Allocation:
                 k = int(np.float64(k).view(np.int64))
             if step.index or step.op.endswith("_far"):
                 axis = len(lists)
-                for m in step.index:
-                    lists += [self._at(m).at, int(self._at(m).wide)]
+                lists += self._list(step.index)
             if step.op == "place" and len(args) == 2:
                 args.insert(1, args[1])             # what comes before is operand c
             flags = int(to.wide) | sum(2 << i for i, x in enumerate(args) if x.wide)
@@ -323,8 +348,14 @@ class _Allocation:
                 name, c = "first_place", 0
             lines.append((self.machine.ops.index(name), flags, to.at, a, b, c, k, axis, 0))
             once += step.where in _ONCE
+        outputs, found = [self._at(n) for n in self.outputs], []
+        index = self.outputs[1 + len(scatters):]
+        for s, factor in zip(scatters, outputs[1:], strict=False):
+            found.append((s.array, factor.at, factor.wide, len(lists)))
+            lists += self._list(index[:s.axes])
+            index = index[s.axes:]
         by_head = any(self.steps[n].op == "head" for n in self.order)
         total = self.narrow * self.machine.vector + self.wide * self.machine.keys * self.real
         return Code(np.array(lines, CODE), once, np.zeros(0, CODE) if bounds is None else bounds[0],
-                    np.array(lists, np.int32), tuple([self._at(n) for n in self.outputs]), inputs["batch"], inputs["head"], inputs["q"],
+                    np.array(lists, np.int32), tuple(outputs), np.array(found, SCATTER), inputs["batch"], inputs["head"], inputs["q"],
                     by_head, total)
