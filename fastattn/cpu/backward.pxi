@@ -52,7 +52,7 @@ cdef struct GradWork:
     Registers derivative
     double** captured                   # sums of the gradients of captured arrays, in the pass that wants them; else NULL
     char* before                        # [GRAD_N] one row of scores before score_mod; NULL if nobody asks for its derivative
-    uint8_t* attended                   # [GRAD_N] keys that the masks leave to some row; NULL without a mask
+    uint8_t* attended                   # [TILE_KEYS] keys that the masks leave to some row; NULL without a mask
     uint8_t* attends                    # [GRAD_M] rows that attend a key of the tile
     Tensor dbias                        # where dS is added: c.dbias or, in the extra pass, dbias_sum
     char* dbias_sum                     # [DBIAS_M][GRAD_N] reals
@@ -90,7 +90,7 @@ cdef long backward_memory(const Call* c, bint shared, char* start, GradWork* w) 
     w.score_mod = open_registers(c.score_mod, GRAD_N, &memory)
     w.derivative = open_registers(c.derivative, GRAD_N, &memory)
     w.before = carve(&memory, GRAD_N * g.real) if c.derivative != NULL else NULL
-    w.attended = <uint8_t*>carve(&memory, GRAD_N) if masked(c) else NULL
+    w.attended = <uint8_t*>carve(&memory, TILE_KEYS) if masked(c) else NULL
     w.attends = <uint8_t*>carve(&memory, GRAD_M)
     w.dbias = c.dbias
     w.captured = NULL
@@ -129,7 +129,7 @@ cdef inline char* dq_row(const Backward* f, const Sequence* s, long b, long head
 
 cdef bint attends(const Call* c, const Sequence* s, Seen* seen, long b, long head, long row) noexcept nogil:
     """Whether the masks leave the row any key. `seen` has room for one row."""
-    cdef uint8_t ignored[GRAD_N]
+    cdef Marks ignored
     cdef long lo, hi, n0, first, last
     row_interval(c, s, row, &lo, &hi)
     if not masked(c):
@@ -138,7 +138,7 @@ cdef bint attends(const Call* c, const Sequence* s, Seen* seen, long b, long hea
     while n0 < hi:
         first, last = max(lo - n0, 0), min(hi - n0, GRAD_N)
         if not c.narrows or see(c, seen, b, head, row, 0, 1, n0, GRAD_N, n0, &first, &last):
-            if mark_row(c, ignored, seen, 0, b, head, row, n0, first, last):
+            if mark_row(c, &ignored, seen, 0, b, head, row, n0, first, last):
                 return True
         n0 += GRAD_N
     return False
@@ -175,12 +175,6 @@ cdef void rows_of(const Backward* f, long b, long head, bint finish) noexcept no
         store_element(delta_at(f, b, head, s.q0 + i), real, delta)
 
 
-cdef inline bint mark_row(const Call* c, uint8_t* attended, const Seen* seen, long i, long b, long head, long row, long n0, long first, long last) noexcept nogil:
-    """Mark the keys [first, last) of the tile that the masks leave to a row, row i of `seen`. Returns whether there are any."""
-    return mark_attended(attended, at(&c.mask, b, row, head) + n0 * c.mask.dim if c.mask.ptr != NULL else NULL, c.mask.dim,
-                         seen.bits + i * seen.ld if c.narrows and seen.partly[i] else NULL, first, last) != 0
-
-
 cdef bint see_block(const Call* c, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
     """The keys in the tile of query rows m0 to m0 + nq. False if the tile has none for them."""
     cdef long i
@@ -206,14 +200,14 @@ cdef void rise(GradWork* w, long nq, long n) noexcept nogil:
 cdef void load_block(const Backward* f, const Sequence* s, GradWork* w, long b, long head, long m0, long nq, long n0, long n) noexcept nogil:
     """Q and dO of query rows m0 to m0 + nq packed (0 for rows that attend none of the tile), after see_block; dropout bits."""
     cdef const Call* c = &f.c
-    cdef uint8_t ignored[GRAD_N]
+    cdef Marks ignored
     cdef long i
     if c.narrows:
         rise(w, nq, n)
     for i in range(nq):
         w.attends[i] = w.lo[i] < w.hi[i]
         if c.mask.ptr != NULL:
-            w.attends[i] = mark_row(c, ignored, &w.seen, i, b, head, m0 + i, n0, w.lo[i], w.hi[i])
+            w.attends[i] = mark_row(c, &ignored, &w.seen, i, b, head, m0 + i, n0, w.lo[i], w.hi[i])
     c.g.pack_rows(w.Q, c.ldq, at(&c.q, b, s.q0 + m0, head), c.q.row, NULL, c.q.dim, c.q.dtype, 0, nq, round_up(nq, 32), c.head_dim, w.attends)
     c.g.pack_rows(w.dO, c.ldv, at(&c.dout, b, s.q0 + m0, head), c.dout.row, NULL, c.dout.dim, c.dout.dtype, 0, nq, round_up(nq, 32), c.head_dim_v, w.attends)
     if c.dropout:
@@ -317,19 +311,19 @@ cdef void mark_keys(const Backward* f, const Sequence* s, GradWork* w, long b, l
     """Mark the keys of the tile that the masks leave to some row from m0 to m1 of these heads."""
     cdef const Call* c = &f.c
     cdef long head, m, i, nq
+    cdef Marks marks
     if w.attended == NULL:
         return
-    memset(w.attended, 0, GRAD_N)
+    memset(&marks, 0, sizeof(Marks))
     for head in range(head0, head0 + heads):
         m = m0
         while m < m1:
             nq = min(GRAD_M, m1 - m)
             if see_block(c, s, w, b, head, m, nq, n0, n):
                 for i in range(nq):
-                    mark_row(c, w.attended, &w.seen, i, b, head, m + i, n0, w.lo[i], w.hi[i])
-                if c.mask.ptr == NULL and memchr(w.attended, 0, n) == NULL:
-                    return
-            m += nq
+                    mark_row(c, &marks, &w.seen, i, b, head, m + i, n0, w.lo[i], w.hi[i])
+            m = m1 if all_marked(c, &marks, n) else m + nq
+    end_marks(c, &marks, w.attended)
 
 
 cdef void tile_task(const Backward* f, long b, long head_k, long n0, GradWork* w) noexcept nogil:

@@ -1,7 +1,7 @@
 # One call in C: tensors as pointer and byte strides, the Problem's numbers, and the rows and keys of a sequence.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, INT64_MAX
 from libc.math cimport exp, log, INFINITY
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memcpy, memset
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_DECREF
@@ -46,6 +46,8 @@ cdef extern from "kernels.h" nogil:
         long batch, head, key, width
     const int NONE, SOME, ALL, SCORE
     const char* program_ops()
+    void add_bits(uint64_t* all, const uint64_t* seen, long first, long last)
+    void bytes_of(uint8_t* bytes, const uint64_t* bits, long n)
     void set_bits(uint64_t* bits, long first, long last, bint value)
     bint narrow_keys(const uint64_t* seen, long* first, long* last)
     int bounds_of(const Program* p, long batch, long head, long q0, long q1, long k0, long k1)
@@ -90,7 +92,7 @@ cdef extern from "kernels.h" nogil:
     long pairs_scratch(long ldq, long ldv, long parts)
     double load_element(const char* p, int dtype)
     void store_element(char* p, int dtype, double x)
-    int mark_attended(uint8_t* attended, const char* mask, long stride, const uint64_t* seen, long first, long last)
+    bint mark_attended(uint8_t* attended, const char* mask, long stride, const uint64_t* seen, long first, long last)
     void keep_tile(uint64_t* keep, long ld, long row_first, long row_last, long key_first, long n, uint32_t head, uint32_t offset, uint64_t seed, uint32_t threshold)
 
 cdef extern from "tasks.h" nogil:

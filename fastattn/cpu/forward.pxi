@@ -47,7 +47,7 @@ cdef struct Work:                       # a thread's workspace
     long* v_places
     TileRows k_rows, v_rows             # rows of a tile's keys that are read in place
     long k_start, v_start               # bytes from tile_at to the tile's first row
-    uint8_t* attended                   # [block_n] keys that the masks leave to some row; NULL without a mask
+    uint8_t* attended                   # [TILE_KEYS] keys that the masks leave to some row; NULL without a mask
 
 cdef struct Forward:
     Call c
@@ -92,7 +92,7 @@ cdef long forward_memory(const Forward* f, long rows, char* start, Work* w) noex
     w.v_places = w.k_places             # rows of K and V mostly lie alike
     if f.c.k.batch != f.c.v.batch or f.c.k.row != f.c.v.row:
         w.v_places = <long*>carve(&memory, (f.tile + MOST_AHEAD) * sizeof(long)) if f.c.page_size else NULL
-    w.attended = <uint8_t*>carve(&memory, g.block_n) if masked(&f.c) else NULL
+    w.attended = <uint8_t*>carve(&memory, TILE_KEYS) if masked(&f.c) else NULL
     return memory.next - start
 
 
@@ -181,17 +181,17 @@ cdef bint see_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept n
     cdef const Call* c = &f.c
     cdef long h, i
     cdef bint some = not c.narrows
+    cdef Marks marks
     if c.narrows:
         memcpy(w.begin, w.lo, t.rows * sizeof(long))
         memcpy(w.end, w.hi, t.rows * sizeof(long))
         for h in range(t.heads):
             some |= see(c, &w.seen, t.b, t.head + h, t.m0, h * t.nq, t.nq, n0, f.tile, 0, w.begin, w.end)
     if some and w.attended != NULL:
-        memset(w.attended, 0, c.g.block_n)
+        memset(&marks, 0, sizeof(Marks))
         for i in range(t.rows):
-            mark_attended(w.attended, at(&c.mask, t.b, t.m0 + i % t.nq, t.head + i // t.nq) + n0 * c.mask.dim if c.mask.ptr != NULL else NULL, c.mask.dim,
-                          w.seen.bits + i * w.seen.ld if c.narrows and w.seen.partly[i] else NULL,
-                          max(w.begin[i] - n0, 0), min(w.end[i] - n0, c.g.block_n))
+            mark_row(c, &marks, &w.seen, i, t.b, t.head + i // t.nq, t.m0 + i % t.nq, n0, max(w.begin[i] - n0, 0), min(w.end[i] - n0, c.g.block_n))
+        end_marks(c, &marks, w.attended)
     return some
 
 

@@ -174,8 +174,9 @@ static Interval bound(const Program *p, const Line *line, const Interval *v) {
 }
 /* What a mask leaves of rows [q0, q1) and keys [k0, k1). The first four lines of `bounds` are batch, head, q and k. */
 static int bounds_of(const Program *p, long batch, long head, long q0, long q1, long k0, long k1) {
-  Interval v[MOST_BOUNDS] = {{batch, batch}, {head, head}, {q0, q1 - 1}, {k0, k1 - 1}};
+  Interval v[MOST_BOUNDS];
   if (p->end_bounds > MOST_BOUNDS || p->end_bounds == 0) return SOME;
+  v[0] = (Interval){batch, batch}, v[1] = (Interval){head, head}, v[2] = (Interval){q0, q1 - 1}, v[3] = (Interval){k0, k1 - 1};
   for (long n = 4; n < p->end_bounds; n++) {
     Interval x = bound(p, &p->bounds[n], v);
     if (x.low < INT32_MIN || x.high > INT32_MAX) x = anything; /* it may wrap */
@@ -192,6 +193,18 @@ static void set_bits(uint64_t *bits, long first, long last, int value) {
     const uint64_t here = (begin > 0 ? ~(uint64_t)0 << begin : ~(uint64_t)0) & (end < 64 ? ~(~(uint64_t)0 << end) : ~(uint64_t)0);
     bits[word] = value ? bits[word] | here : bits[word] & ~here;
   }
+}
+/* `all` gets the bits of `seen`, or all if that is NULL, for keys [first, last) of a tile. */
+static void add_bits(uint64_t *all, const uint64_t *seen, long first, long last) {
+  for (long word = first / 64; word * 64 < last; word++) {
+    const long begin = first - word * 64, end = last - word * 64;
+    const uint64_t here = (begin > 0 ? ~(uint64_t)0 << begin : ~(uint64_t)0) & (end < 64 ? ~(~(uint64_t)0 << end) : ~(uint64_t)0);
+    all[word] |= seen ? seen[word] & here : here;
+  }
+}
+/* A byte for each of n bits. */
+static void bytes_of(uint8_t *bytes, const uint64_t *bits, long n) {
+  for (long j = 0; j < n; j++) bytes[j] = bits[j / 64] >> j % 64 & 1;
 }
 /* The keys [first, last) of a tile cut to those between the first and the last one whose bit is set; empty if none is. Returns whether
  * some key in between is not set. */

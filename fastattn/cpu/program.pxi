@@ -33,6 +33,10 @@ cdef inline Registers open_registers(const Program* p, long width, Memory* memor
     return r
 
 
+cdef enum:
+    TILE_KEYS = 256                     # BLOCK_N
+
+
 cdef struct Seen:                       # which keys of a tile a mask_mod and a block_mask leave to the rows of a task
     Registers mask_mod
     uint64_t* bits                      # [rows][ld], of the rows that are `partly` seen
@@ -40,8 +44,14 @@ cdef struct Seen:                       # which keys of a tile a mask_mod and a 
     long ld                             # words of a row
 
 
+cdef struct Marks:                      # keys of a tile that some row attends: of a boolean mask a byte each, else bits
+    uint8_t keys[256]
+    uint64_t bits[4]
+
+
 cdef enum:
     SEEN_ROWS = 32                      # rows whose keys are bounded together, before a mask_mod is run for each row
+    WORD = 64                           # and so many keys
 
 
 cdef inline Seen open_seen(const Call* c, long rows, long width, Memory* memory) noexcept nogil:
@@ -76,14 +86,59 @@ cdef int seen_of(const Call* c, long b, long head, long q0, long q1, long k0, lo
     return what if c.mask_mod == NULL or what == NONE else min(what, bounds_of(c.mask_mod, b, head, q0, q1, k0, k1))
 
 
+cdef void ask_rows(const Call* c, Seen* w, long b, long head, long row, long first, long rows, long n0, long begin, long end) noexcept nogil:
+    """The bits of rows `first` to `first` + `rows` of the task, for keys [begin, end) of the tile at key n0, row by row."""
+    cdef long i
+    if begin < end:
+        for i in range(rows):
+            see_row(c, w, first + i, b, head, row + i, n0, begin, end)
+
+
+cdef void see_rows(const Call* c, Seen* w, long b, long head, long row, long first, long rows, long n0, long begin, long end) noexcept nogil:
+    """The same, but words of keys that are all or not attended are not asked for."""
+    cdef long word, i, at, last, asked = begin
+    cdef int what
+    for word in range(begin // WORD, (end + WORD - 1) // WORD):
+        at, last = max(word * WORD, begin), min((word + 1) * WORD, end)
+        what = seen_of(c, b, head, row, row + rows, n0 + at, n0 + last)
+        if what != SOME:
+            ask_rows(c, w, b, head, row, first, rows, n0, asked, at)
+            asked = last
+            for i in range(first, first + rows):
+                w.bits[i * w.ld + word] = ~<uint64_t>0 if what == ALL else 0
+    ask_rows(c, w, b, head, row, first, rows, n0, asked, end)
+
+
+cdef inline bint mark_row(const Call* c, Marks* marks, const Seen* seen, long i, long b, long head, long row, long n0, long first, long last) noexcept nogil:
+    """Mark the keys [first, last) of the tile that the masks leave to a row, row i of `seen`. Returns whether there are any."""
+    cdef const uint64_t* bits = seen.bits + i * seen.ld if c.narrows and seen.partly[i] else NULL
+    if c.mask.ptr != NULL:
+        return mark_attended(marks.keys, at(&c.mask, b, row, head) + n0 * c.mask.dim, c.mask.dim, bits, first, last)
+    add_bits(marks.bits, bits, first, last)
+    return first < last
+
+
+cdef inline bint all_marked(const Call* c, const Marks* marks, long n) noexcept nogil:
+    """Whether all n keys are known to be attended, so that no row more need be asked."""
+    cdef long first = 0, last = n
+    return c.mask.ptr == NULL and not narrow_keys(marks.bits, &first, &last) and first == 0 and last == n
+
+
+cdef inline void end_marks(const Call* c, Marks* marks, uint8_t* attended) noexcept nogil:
+    """The marks of all rows, a byte for each key."""
+    if c.mask.ptr == NULL:
+        bytes_of(marks.keys, marks.bits, BLOCK_N)
+    memcpy(attended, marks.keys, BLOCK_N)
+
+
 cdef void see_row(const Call* c, Seen* w, long i, long b, long head, long row, long n0, long first, long last) noexcept nogil:
-    """The bits of a row, row i of the task: of keys [first, last) of the tile at key n0."""
+    """The bits of a row, row i of the task: of keys [first, last) of the tile at key n0. The other bits of the words that it has are 0."""
     cdef uint64_t* bits = w.bits + i * w.ld
     cdef long key = n0 + first, end
-    memset(bits, 0, w.ld * 8)
     if c.mask_mod != NULL:
         c.mask_kernels.see_row(c.mask_mod, &w.mask_mod, b, head, row, n0, bits, first, last)
     else:
+        memset(bits + first // WORD, 0, ((last + WORD - 1) // WORD - first // WORD) * 8)
         set_bits(bits, first, last, True)
     while c.blocks.ptr != NULL and key < n0 + last:
         end = min((key // c.block_keys + 1) * c.block_keys, n0 + last)
@@ -111,12 +166,13 @@ cdef bint see(const Call* c, Seen* w, long b, long head, long row, long first, l
             some |= see(c, w, b, head, row + i, first + i, min(SEEN_ROWS, rows - i), n0, n, origin, lo, hi)
             i += SEEN_ROWS
         return some
+    if what == SOME:
+        see_rows(c, w, b, head, row, first, rows, n0, begin - n0, end - n0)
     for i in range(first, first + rows):
         j, k = lo[i] + origin - n0, hi[i] + origin - n0
         if what == NONE or j >= k:
             j = k = 0
         elif what == SOME:
-            see_row(c, w, i, b, head, row + i - first, n0, j, k)
             w.partly[i] = narrow_keys(w.bits + i * w.ld, &j, &k)
         lo[i], hi[i] = j + n0 - origin, k + n0 - origin
         some |= j < k

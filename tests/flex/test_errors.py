@@ -70,7 +70,7 @@ def test_engines_of_others_refuse_and_explain_says_so() -> None:
             attention(X, X, X, mask_mod=causal, engine="mine")
         found = fastattn.explain(attention, X, X, X, mask_mod=causal)
     assert found.reasons["mine"]
-    assert found.engine == "cpu" or "score_mod" in found.reasons["cpu"]
+    assert found.engine == "cpu"
     assert fastattn.explain(attention, X, X, X, mask_mod=causal, engine="reference").engine == "reference"
 
 
@@ -87,12 +87,6 @@ def test_explain_takes_backwards_and_problems() -> None:
 
 
 def test_no_engine_computes_without_the_function() -> None:
-    """Each engine that takes the call gives what the reference gives; the others refuse by name."""
-    want = attention(X, X, X, mask_mod=lambda b, h, q, k: k < 1, engine="reference")
     v = X * np.arange(4, dtype=np.float32)[:, None, None]
-    try:
-        got = attention(X, X, v, mask_mod=lambda b, h, q, k: k < 1)
-    except fastattn.UnsupportedError as error:
-        assert "cpu: it has no score_mod" in str(error)
-    else:
-        assert np.allclose(got, want * 0)
+    got = attention(X, X, v, mask_mod=lambda b, h, q, k: k < 1)
+    assert not got.any()

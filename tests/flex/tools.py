@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-ENGINES = ["reference"]
+ENGINES = ["reference", "cpu"]
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-11) -> None:

@@ -4,9 +4,12 @@ from .baseline import PreparedBackward as PreparedBackward
 from .baseline import address as address
 from .baseline import backward as backward
 from .baseline import borrow as borrow
+from .baseline import machine as machine
 from .baseline import prepare as prepare
 from .baseline import prepare_backward as prepare_backward
+from .baseline import program_bounds as program_bounds
 from .baseline import row_bounds as row_bounds
+from .baseline import run_program as run_program
 from .baseline import transform as transform
 from .baseline import transform_backward as transform_backward
 from .baseline import vector_length as vector_length
