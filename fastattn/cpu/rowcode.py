@@ -141,7 +141,8 @@ def _joined(*places: str) -> str:
 
 def _far(x: Form) -> bool:
     """Whether places in the array, in bytes, may need more than 31 bits."""
-    return sum((n - 1) * abs(s) for n, s in zip(x.shape, x.strides, strict=True)) > LAST_PLACE or max(map(abs, x.strides), default=0) > LAST_PLACE
+    span = sum((n - 1) * abs(s) for n, s in zip(x.shape, x.strides, strict=True))
+    return max(span, *map(abs, x.strides), 0) > LAST_PLACE
 
 
 def _operation(p: Program, line: Line) -> str:
