@@ -36,7 +36,7 @@ for level in "${levels[@]}"; do
   tests tests/test_engines.py tests/serving/test_numbers.py tests/serving/test_eight_bit.py tests/fuzz/test_caches.py::test_calls_of_the_day \
     tests/fuzz/test_fuzz.py::test_found tests/fuzz/test_fuzz.py::test_problems_of_the_day \
     -k "not reference_agrees and not reference] and not leftovers and not any_threads and not torch"
-  FASTATTN_EVERY=5 tests tests/cpu/test_engine.py tests/cpu/test_written.py "${once[@]}" -k "$other"
+  FASTATTN_EVERY=5 tests tests/cpu/test_engine.py tests/cpu/test_flex.py tests/cpu/test_written.py "${once[@]}" -k "$other"
   once=() other="not isa and not threads and not forks and not memory"
 done
 exit $status
