@@ -39,8 +39,8 @@ def instruction_set() -> str:
 
 
 def supports(problem: Problem) -> str | None:
-    """None: this engine supports every valid Problem."""
-    return None
+    """None, or the one thing that this engine does not have: functions that read arrays of very many axes."""
+    return None if problem.flex is None else flex.reason(problem.flex)
 
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from ..arrays.view import View
 from ..flex.derivative import Derivative, derivative
-from ..flex.operands import FlexOperands
+from ..flex.operands import Flex, FlexOperands
 from ..flex.ops import FLOAT
 from ..flex.program import Program
 from ..problem import Problem
 from .plan import Lengths
-from .rowcode import Code, Machine, Scatter, assemble, captured, form_of
+from .rowcode import MOST_AXES, Code, Machine, Scatter, assemble, captured, form_of
 
 SUMS_BYTES = 32 << 20                   # of the sums of all lanes together, as long as there are several
 MOST_LANES = 16                         # tasks with sums of their own
@@ -55,6 +55,12 @@ class Sums:
     by_batch: bool
     by_head: bool
     by_rows: bool
+
+
+def reason(f: Flex) -> str | None:
+    """Why the engine cannot run these functions."""
+    axes = max([x.ndim for p in (f.score_mod, f.mask_mod) if p is not None for x in p.arrays], default=0)
+    return None if axes <= MOST_AXES else f"its functions read arrays of at most {MOST_AXES} axes; reshape joins some of the {axes}"
 
 
 def functions_of(p: Problem, o: FlexOperands | None, machine: Machine, wanted: Sequence[View | None] | None = None) -> Functions | None:

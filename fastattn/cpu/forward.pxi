@@ -380,10 +380,11 @@ cdef void forward_task(const void* call, long number) noexcept nogil:
     while n0 < t.key_end:
         if n0 % g.block_n == 0 and stopped_in_task(f.c.stop):
             break
-        i0 = t.rows
-        if see_tile(f, &t, &w, n0):
-            load_tile(f, &t, &w, n0)
-            i0 = 0
+        if not see_tile(f, &t, &w, n0):
+            n0 += f.tile
+            continue
+        load_tile(f, &t, &w, n0)
+        i0 = 0
         while i0 < t.rows:
             mr = min(g.panel, t.rows_k - i0 % t.rows_k)
             step(f, &t, &w, n0, i0, mr)

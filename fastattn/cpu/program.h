@@ -9,8 +9,8 @@
 #include "simd.h"
 
 #define PROGRAM_OPS(X)                                                                                                              \
-  X(f_const) X(i_const) X(column) X(where) X(f_of_i) X(f_of_b) X(i_of_f) X(i_of_b)                                                  \
-  X(f_add) X(f_sub) X(f_mul) X(f_div) X(f_neg) X(f_abs) X(f_min) X(f_max) X(f_lt) X(f_le) X(f_eq) X(f_ne)                           \
+  X(f_const) X(i_const) X(column) X(where) X(i_of_f) X(i_of_b)                                                                      \
+  X(f_add) X(f_sub) X(f_mul) X(f_div) X(f_neg) X(f_abs) X(f_min) X(f_max) X(f_lt) X(f_le) X(f_eq) X(f_ne) X(f_of_i) X(f_of_b)       \
   X(f_exp) X(f_exp2) X(f_log) X(f_log2) X(f_tanh) X(f_sigmoid) X(f_erf) X(f_sqrt) X(f_sin) X(f_cos) X(f_floor) X(f_round)           \
   X(f_reciprocal) X(f_muladd) X(f_submul)                                                                                           \
   X(i_add) X(i_sub) X(i_mul) X(i_neg) X(i_abs) X(i_min) X(i_max) X(i_lt) X(i_le) X(i_eq) X(i_ne) X(i_floordiv) X(i_mod)             \

@@ -69,23 +69,14 @@ static void name(load_far)(const Program *p, const Line *line, const char *regis
   }
 }
 
-/* Lines [begin, end). Wide registers are done for keys [first, last) of the tile at key n0, whole vectors; narrow ones have one vector. */
-static void name(run_lines)(const Program *p, const Line *begin, const Line *end, char *registers, const void *score, long key, long first, long last) {
-  for (const Line *l = begin; l < end; l++) {
-    name(operands) o;
-    const int wide = l->flags & TO_WIDE;
-    const long from = wide ? first : 0, count = wide ? (last - first) / VL : 1;
-    o.to = (char *)name(operand)(registers, score, l->to, wide, from, &o.to_by);
-    o.a = name(operand)(registers, score, l->a, l->flags & A_WIDE, from, &o.a_by);
-    o.b = name(operand)(registers, score, l->b, l->flags & B_WIDE, from, &o.b_by);
-    o.c = name(operand)(registers, score, l->c, l->flags & C_WIDE, from, &o.c_by);
-#define EACH(result)                                                                                               \
-  {                                                                                                                \
-    char *to = o.to;                                                                                               \
-    const char *a = o.a, *b = o.b, *c = o.c;                                                                       \
-    for (long n = 0; n < count; n++, to += o.to_by, a += o.a_by, b += o.b_by, c += o.c_by) STORE(to, (vec)(result)); \
-    (void)b, (void)c;                                                                                              \
-    break;                                                                                                         \
+/* One operation on vectors: A, B and C are floats, I, J and K integers, of operands a, b and c. */
+#define EACH(result)                                                                                                 \
+  {                                                                                                                  \
+    char *to = o->to;                                                                                                \
+    const char *a = o->a, *b = o->b, *c = o->c;                                                                      \
+    for (long n = 0; n < count; n++, to += o->to_by, a += o->a_by, b += o->b_by, c += o->c_by) STORE(to, (vec)(result)); \
+    (void)b, (void)c;                                                                                                \
+    break;                                                                                                           \
   }
 #define A LOAD(a)
 #define B LOAD(b)
@@ -93,6 +84,85 @@ static void name(run_lines)(const Program *p, const Line *begin, const Line *end
 #define I (*(const ivec *)a)
 #define J (*(const ivec *)b)
 #define K (*(const ivec *)c)
+static void name(run_real)(int op, const name(operands) *o, long count) {
+  switch (op) {
+    case OP_f_of_i: EACH(__builtin_convertvector(I, vec))
+    case OP_f_of_b: EACH(I & (ivec)SPLAT(1))
+    case OP_f_add: EACH(A + B)
+    case OP_f_sub: EACH(A - B)
+    case OP_f_mul: EACH(A * B)
+    case OP_f_muladd: EACH(A * B + C)
+    case OP_f_submul: EACH(C - A * B)
+    case OP_f_div: EACH(A / B)
+    case OP_f_reciprocal: EACH(SPLAT(1) / A)
+    case OP_f_neg: EACH(-A)
+    case OP_f_abs: EACH(name(absolute)(A))
+    case OP_f_min: EACH(name(choose)((ivec)(A < B) | (ivec)(A != A), A, B))
+    case OP_f_max: EACH(name(choose)((ivec)(A > B) | (ivec)(A != A), A, B))
+    case OP_f_lt: EACH(A < B)
+    case OP_f_le: EACH(A <= B)
+    case OP_f_eq: EACH(A == B)
+    case OP_f_ne: EACH(A != B)
+    case OP_f_exp: EACH(name(exp)(A))
+    case OP_f_exp2: EACH(name(full_exp2)(A))
+    case OP_f_log: EACH(name(log)(A))
+    case OP_f_log2: EACH(name(log2)(A))
+    case OP_f_tanh: EACH(name(tanh)(A))
+    case OP_f_sigmoid: EACH(name(sigmoid)(A))
+    case OP_f_erf: EACH(name(erf)(A))
+    case OP_f_sqrt: EACH(name(root)(A))
+    case OP_f_sin: EACH(name(sin)(A))
+    case OP_f_cos: EACH(name(cos)(A))
+    case OP_f_floor: EACH(name(floor)(A))
+    case OP_f_round: EACH(name(nearest)(A))
+    default: break;
+  }
+}
+static void name(run_whole)(int op, const name(operands) *o, long count) {
+  switch (op) {
+    case OP_where: EACH(name(choose)(I, B, C))
+    case OP_i_of_f: EACH(name(whole)(A))
+    case OP_i_of_b:
+    case OP_i_neg: EACH(name(wrap)(-I))
+    case OP_i_add: EACH(name(wrap)(I + J))
+    case OP_i_sub: EACH(name(wrap)(I - J))
+    case OP_i_mul: EACH(name(wrap)(I * J))
+    case OP_i_abs: EACH(name(wrap)((I ^ (ivec)(I < 0)) - (ivec)(I < 0)))
+    case OP_i_min: EACH(name(choose)((ivec)(I < J), (vec)I, (vec)J))
+    case OP_i_max: EACH(name(choose)((ivec)(I > J), (vec)I, (vec)J))
+    case OP_i_lt: EACH(I < J)
+    case OP_i_le: EACH(I <= J)
+    case OP_i_eq:
+    case OP_b_eq: EACH(I == J)
+    case OP_i_ne:
+    case OP_b_ne: EACH(I != J)
+    case OP_b_lt: EACH(I > J)
+    case OP_b_le: EACH(I >= J)
+    case OP_i_floordiv: { ivec r; EACH(name(floor_divide)(I, J, &r)) }
+    case OP_i_mod: { ivec r; EACH((name(floor_divide)(I, J, &r), r)) }
+    case OP_i_and:
+    case OP_b_and: EACH(I & J)
+    case OP_i_or:
+    case OP_b_or: EACH(I | J)
+    case OP_i_xor:
+    case OP_b_xor: EACH(I ^ J)
+    case OP_i_not:
+    case OP_b_not: EACH(~I)
+    case OP_i_shl: EACH(name(shift_left)(I, J))
+    case OP_i_shr: EACH(name(shift_right)(I, J))
+    default: break;
+  }
+}
+/* Lines [begin, end). Wide registers are done for keys [first, last) of the tile at this key, whole vectors; narrow ones have one vector. */
+static void name(run_lines)(const Program *p, const Line *begin, const Line *end, char *registers, const void *score, long key, long first, long last) {
+  for (const Line *l = begin; l < end; l++) {
+    name(operands) operands, *o = &operands;
+    const int wide = l->flags & TO_WIDE;
+    const long from = wide ? first : 0, count = wide ? (last - first) / VL : 1;
+    o->to = (char *)name(operand)(registers, score, l->to, wide, from, &o->to_by);
+    o->a = name(operand)(registers, score, l->a, l->flags & A_WIDE, from, &o->a_by);
+    o->b = name(operand)(registers, score, l->b, l->flags & B_WIDE, from, &o->b_by);
+    o->c = name(operand)(registers, score, l->c, l->flags & C_WIDE, from, &o->c_by);
     switch (l->op) {
       case OP_f_const: { const vec x = SPLAT((REAL)l->k.f); EACH(x) }
       case OP_i_const: { const ivec x = (INT)l->k.i - (ivec){0}; EACH(x) }
@@ -102,75 +172,20 @@ static void name(run_lines)(const Program *p, const Line *begin, const Line *end
         x -= (INT)VL;
         EACH(x += (INT)VL)
       }
-      case OP_where: EACH(name(choose)(I, B, C))
-      case OP_f_of_i: EACH(__builtin_convertvector(I, vec))
-      case OP_f_of_b: EACH(I & (ivec)SPLAT(1))
-      case OP_i_of_f: EACH(name(whole)(A))
-      case OP_i_of_b:
-      case OP_i_neg: EACH(name(wrap)(-I))
-      case OP_f_add: EACH(A + B)
-      case OP_f_sub: EACH(A - B)
-      case OP_f_mul: EACH(A * B)
-      case OP_f_muladd: EACH(A * B + C)
-      case OP_f_submul: EACH(C - A * B)
-      case OP_f_div: EACH(A / B)
-      case OP_f_reciprocal: EACH(SPLAT(1) / A)
-      case OP_f_neg: EACH(-A)
-      case OP_f_abs: EACH(name(absolute)(A))
-      case OP_f_min: EACH(name(choose)((ivec)(A < B) | (ivec)(A != A), A, B))
-      case OP_f_max: EACH(name(choose)((ivec)(A > B) | (ivec)(A != A), A, B))
-      case OP_f_lt: EACH(A < B)
-      case OP_f_le: EACH(A <= B)
-      case OP_f_eq: EACH(A == B)
-      case OP_f_ne: EACH(A != B)
-      case OP_f_exp: EACH(name(exp)(A))
-      case OP_f_exp2: EACH(name(full_exp2)(A))
-      case OP_f_log: EACH(name(log)(A))
-      case OP_f_log2: EACH(name(log2)(A))
-      case OP_f_tanh: EACH(name(tanh)(A))
-      case OP_f_sigmoid: EACH(name(sigmoid)(A))
-      case OP_f_erf: EACH(name(erf)(A))
-      case OP_f_sqrt: EACH(name(root)(A))
-      case OP_f_sin: EACH(name(sin)(A))
-      case OP_f_cos: EACH(name(cos)(A))
-      case OP_f_floor: EACH(name(floor)(A))
-      case OP_f_round: EACH(name(nearest)(A))
-      case OP_i_add: EACH(name(wrap)(I + J))
-      case OP_i_sub: EACH(name(wrap)(I - J))
-      case OP_i_mul: EACH(name(wrap)(I * J))
-      case OP_i_abs: EACH(name(wrap)((I ^ (ivec)(I < 0)) - (ivec)(I < 0)))
-      case OP_i_min: EACH(name(choose)((ivec)(I < J), (vec)I, (vec)J))
-      case OP_i_max: EACH(name(choose)((ivec)(I > J), (vec)I, (vec)J))
-      case OP_i_lt: EACH(I < J)
-      case OP_i_le: EACH(I <= J)
-      case OP_i_eq:
-      case OP_b_eq: EACH(I == J)
-      case OP_i_ne:
-      case OP_b_ne: EACH(I != J)
-      case OP_b_lt: EACH(I > J)
-      case OP_b_le: EACH(I >= J)
-      case OP_i_floordiv: { ivec r; EACH(name(floor_divide)(I, J, &r)) }
-      case OP_i_mod: { ivec r; EACH((name(floor_divide)(I, J, &r), r)) }
-      case OP_i_and:
-      case OP_b_and: EACH(I & J)
-      case OP_i_or:
-      case OP_b_or: EACH(I | J)
-      case OP_i_xor:
-      case OP_b_xor: EACH(I ^ J)
-      case OP_i_not:
-      case OP_b_not: EACH(~I)
-      case OP_i_shl: EACH(name(shift_left)(I, J))
-      case OP_i_shr: EACH(name(shift_right)(I, J))
       case OP_first_place: EACH(name(place)(&p->arrays[l->k.i], l->axis, I, (ivec){0}))
       case OP_place: EACH(name(place)(&p->arrays[l->k.i], l->axis, I, K))
       case OP_f_load:
       case OP_i_load:
-      case OP_b_load: name(load_places)(&p->arrays[l->k.i], &o, count); break;
+      case OP_b_load: name(load_places)(&p->arrays[l->k.i], o, count); break;
       case OP_f_far:
       case OP_i_far:
       case OP_b_far: name(load_far)(p, l, registers, registers + l->to, from, wide ? last : VL); break;
-      default: break;
+      default:
+        if (l->op >= OP_f_add && l->op <= OP_f_submul) name(run_real)(l->op, o, count);
+        else name(run_whole)(l->op, o, count);
     }
+  }
+}
 #undef EACH
 #undef A
 #undef B
@@ -178,8 +193,6 @@ static void name(run_lines)(const Program *p, const Line *begin, const Line *end
 #undef I
 #undef J
 #undef K
-  }
-}
 
 ALWAYS_INLINE void name(set_narrow)(char *registers, int32_t at, long value) {
   if (at != SCORE) *(ivec *)(void *)(registers + at) = (INT)value - (ivec){0};

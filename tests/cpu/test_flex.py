@@ -1,6 +1,7 @@
 """The interpreter of traced functions: every operation and load, where lines run, bounds of masks; then what calls promise of them."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from fastattn.flex.evaluate import evaluate
 from fastattn.flex.ops import BOOL, FLOAT, INT, OPS
 from fastattn.flex.program import Builder, Captured, Program
 from fastattn.flex.trace import trace, traced
+from tests.flex.programs import NUMPY, SHAPES, Tree, draw, names
+from tests.flex.programs import run as value_of
+from tests.tools.guard import guarded_copy
 
 MACHINE = rowcode.Machine(*_engine.machine())
 RNG = np.random.default_rng(0)
@@ -99,7 +103,7 @@ def test_loads_are_cut_to_the_array(element: str, memory: str, far: bool, dtype:
     if far:
         monkeypatch.setattr(rowcode, "LAST_PLACE", 0)
         rowcode.assemble.cache_clear()
-    a = VIEWS[memory](LOADED[element])
+    a = guarded_copy(VIEWS[memory](LOADED[element]), far == (dtype == "float32"))
     b = Builder([Captured(str(a.dtype), 2)])
     head, q, k = (b.add("input", (), INT, name) for name in ("head", "q", "k"))
     wild = b.do("mul", b.do("sub", k, b.const(100, INT)), b.const(2**24 + 1, INT))
@@ -292,3 +296,47 @@ def test_no_gradient_where_scores_do_not_depend_on_an_array() -> None:
     flex = {"score_mod": lambda s, b, h, q, k, t, w: s + np.floor(t[h, 0]) + 0 * k, "captured": (TABLE, WEIGHTS)}
     *_, table, weights = gradients(*given, "cpu", **flex)
     assert not table.any() and not weights.any() and weights.shape == WEIGHTS.shape
+
+
+def test_arrays_of_many_axes() -> None:
+    q, k, v, _ = arrays()
+    x = np.ones((1,) * 9, np.float32)
+    with pytest.raises(fastattn.UnsupportedError, match="arrays of at most 8 axes; reshape joins some of the 9"):
+        attention(q, k, v, score_mod=lambda s, b, h, q, k, t: s * t[(0,) * 8 + (k,)], captured=(x,), engine="cpu")
+    y = x.reshape(x.shape[1:])
+    close([attention(q, k, v, score_mod=lambda s, b, h, q, k, t: s * t[(0,) * 7 + (k,)], captured=(y,))], [attention(q, k, v)], 3e-6)
+
+
+def drawn(tree: Tree, held: dict[str, Any]) -> Callable[..., Any]:
+    def mod(*places: Any) -> Any:
+        return value_of(tree, NUMPY, dict(zip(("score", "b", "h", "q", "k")[5 - len(places):], places, strict=True)), held)
+    return mod
+
+
+@pytest.mark.parametrize("seed", range(24 * int(float(os.environ.get("FASTATTN_FUZZ", "1")) + 0.99)))
+def test_random_functions_over_random_shapes(seed: int) -> None:
+    """Several tiles and blocks, few rows, GQA, packed, beside masks and dropout; in float64, where a step of floor is at the same score."""
+    rng = np.random.default_rng([7, seed])
+    score, mask = draw(rng)
+    held = {name: rng.uniform(0.3, 1.5, SHAPES[name]) for name in sorted(names(score))}
+    rows, keys = (int(rng.choice([1, 3, 8, 40, 97, 200, 300])) for _ in range(2))
+    heads, group, dim = int(rng.choice([1, 2])), int(rng.choice([1, 2, 5])), int(rng.choice([3, 16, 40]))
+    flex: dict[str, Any] = {"score_mod": drawn(score, held), "mask_mod": drawn(mask, {})}
+    more: dict[str, Any] = {"causal": bool(rng.random() < 0.3), "window": (int(rng.integers(0, 90)), None) if rng.random() < 0.2 else None}
+    if rng.random() < 0.3:
+        more |= {"dropout_p": 0.3, "seed": seed}
+    if rng.random() < 0.3:
+        blocks = rng.random((-(-rows // 16), -(-keys // 24))) < 0.7
+        flex["block_mask"] = block_mask(None, None, None, rows, keys, blocks=blocks, block=(16, 24))
+    shapes = (rows, heads * group, dim), (keys, heads, dim), (keys, heads, dim), (rows, heads * group, dim)
+    q, k, v, dout = (guarded_copy(rng.standard_normal((2, *shape)), seed % 2 == 0) for shape in shapes)
+    packed = [[0, rows, 2 * rows], [0, keys, 2 * keys]] if rng.random() < 0.4 else []
+    if packed:
+        q, k, v, dout = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, dout))
+    forward, backward = (attention_varlen, attention_varlen_backward) if packed else (attention, attention_backward)
+    results = []
+    for engine in ("cpu", "reference"):
+        out, lse = forward(q, k, v, *packed, return_lse=True, engine=engine, **flex, **more)
+        g = backward(dout, q, k, v, out, lse, *packed, need_dcaptured=bool(held), engine=engine, **flex, **more)
+        results.append([out, lse, g.dq, g.dk, g.dv, *(g.dcaptured or ())])
+    close(*results, 1e-10)
