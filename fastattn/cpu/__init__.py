@@ -40,7 +40,9 @@ def instruction_set() -> str:
 
 def supports(problem: Problem) -> str | None:
     """None, or the one thing that this engine does not have: functions that read arrays of very many axes."""
-    return None if problem.flex is None else flex.reason(problem.flex)
+    if problem.flex is not None:
+        return flex.reason(problem.flex)
+    return None
 
 
 def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -> None:
