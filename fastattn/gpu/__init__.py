@@ -19,6 +19,7 @@ from ..registry import families_in_use, use_engine
 from . import caches
 from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
+from .flex.refusals import refuses_traced
 from .narrow import Narrowing
 from .rows import accumulate_launch, quantize_launch
 from .rows import launch as rows
@@ -100,12 +101,10 @@ def reasons(call: AnyCall, d: Device, families: tuple[str, ...]) -> Iterator[tup
     cached = call.problem.cache is not None
     few_float = not cached and "simt" in families and _few_float(call.problem)
     for which in families:
-        if call.problem.flex is not None:
-            yield which, "it has no score_mod, mask_mod and block_mask; host arrays have, with engine='reference'"
-        elif few_float and which != "simt":
+        if few_float and which != "simt":
             yield which, "so few float32 products take less time on plain threads"
         else:
-            yield which, too_many or _for(which, call).refuses(call, d)
+            yield which, too_many or refuses_traced(which, call) or _for(which, call).refuses(call, d)
 
 
 def choose(call: AnyCall, d: Device, families: tuple[str, ...] | None = None) -> Family:

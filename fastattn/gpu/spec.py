@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..arrays.view import View
+from ..flex.program import Program
 from ..problem import Grads, Mask, Operands, Problem
+from .flex import fields as traced
+from .flex.masks import mask_of
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
@@ -71,6 +74,8 @@ class Spec:
         Each packed sequence has a diagonal of its own. Plain threads only.
     cache_dtype
         Of decode/: the dtype of 8-bit k and v beside 16-bit q.
+    score_mod, mask_mod
+        Programs of the caller's functions (fastattn/flex); the mask with its blocks (flex/masks.py).
     """
 
     dtype: str
@@ -99,6 +104,13 @@ class Spec:
     out_dtype: str | None = None
     diagonals: bool = False
     cache_dtype: str | None = None
+    score_mod: Program | None = None
+    mask_mod: Program | None = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether it has functions of the caller's."""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def parts(self) -> int:
@@ -113,6 +125,7 @@ class Spec:
         on = [name for name in flags if getattr(self, name)]
         named = ("alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
         on += [f"{name}={getattr(self, name)}" for name in named if getattr(self, name)]
+        on += [f"{name}=[{getattr(self, name).text}]" for name in ("score_mod", "mask_mod") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         return " ".join([self.dtype, f"head_dim {dims}", *on])
 
@@ -147,7 +160,8 @@ def _pad(n: int) -> int:
 def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
     """The Spec of a forward that writes lse or not."""
     s = p.score
-    scaled = not 1e-30 <= s.softmax_scale <= 1e30 or s.softcap is not None or s.alibi or s.bias is not None
+    score_mod, mask_mod = (None, None) if o.flex is None else (o.flex.flex.score_mod, mask_of(o.flex))
+    scaled = not 1e-30 <= s.softmax_scale <= 1e30 or s.softcap is not None or s.alibi or s.bias is not None or score_mod is not None
     pairs = (o.bias is not None and o.bias.itemsize == 2 and o.bias.strides[3] == 2 and o.bias.ptr % 4 == 0
              and all(stride % 4 == 0 for stride in o.bias.strides[:3]) and p.seqlen_k % 2 == 0)
     whole = (pairs and o.bias is not None and o.bias.ptr % 16 == 0 and all(stride % 16 == 0 for stride in o.bias.strides[:3])
@@ -156,7 +170,7 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
         p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), left=p.mask.left is not None, right=p.mask.right is not None, packed=p.packed,
         scaled=scaled, softcap=s.softcap is not None, alibi=o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, bias=s.bias,
         bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse,
-        out_dtype="float32" if p.float32_out else None, diagonals=p.diagonals)
+        out_dtype="float32" if p.float32_out else None, diagonals=p.diagonals, score_mod=score_mod, mask_mod=mask_mod)
 
 
 _operands = attrgetter(*(field.name for field in fields(Operands)))
@@ -290,6 +304,8 @@ def _features(spec: Spec) -> list[tuple[str, Values]]:
                 lambda c: (c.operands.sinks.ptr, c.operands.sinks.strides[0])),  # type: ignore[union-attr]
         *_group(spec.dropout, "threshold:I keep_scale:f seed_low:I seed_high:I offset:I row16:i column16:i plane:I plane_heads:i",
                 _dropout_values),
+        *([(traced.fields(spec.score_mod, traced.SCORE, spec.dtype == "float64"), traced.score_values)] if spec.score_mod else []),
+        *([(traced.fields(spec.mask_mod, traced.MASK, spec.dtype == "float64"), traced.mask_values)] if spec.mask_mod else []),
         *_group(spec.lse, "lse:l", lambda c: (c.lse.ptr if c.lse else 0,)),
     ]
 

@@ -102,7 +102,7 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
     if spec.parts > 1 and call.lse is not None:
         return False
     return (few_rows(p, d.num_sms) and p.seqlen_k >= FEW_KEYS and not p.packed and max(p.head_dim, p.head_dim_v) <= MOST_DIM
-            and not spec.dropout and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
+            and not spec.dropout and not spec.traced and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
 
 
 @lru_cache(maxsize=PROGRAMS)

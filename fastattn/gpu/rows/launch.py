@@ -215,7 +215,7 @@ def round_dbias_source(dtype: str) -> Source:
 def sums_dbias(call: BackwardCall) -> bool:
     """Whether dbias can be added up by a kernel that computes every dS: there is one, of every score."""
     x, p = call.grads.dbias, call.problem
-    return x is not None and x.shape[2:] == (p.seqlen_q, p.seqlen_k) and p.score.softcap is None
+    return x is not None and x.shape[2:] == (p.seqlen_q, p.seqlen_k) and p.score.softcap is None and p.flex is None
 
 
 @contextmanager

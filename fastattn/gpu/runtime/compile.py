@@ -82,11 +82,11 @@ def late(module: str, function: str) -> Callable[..., Any]:
 
 @functools.cache
 def _fingerprint() -> str:
-    """Hash of everything that changes machine code: all GPU sources, and the versions of the compilers."""
+    """Hash of everything that changes machine code: all GPU sources, what makes programs of functions, the versions of the compilers."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent.parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    root = Path(__file__).parent.parent.parent
+    for path in sorted(path for folder in ("flex", "gpu") for path in (root / folder).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     for package in _PACKAGES:
         try:
             digest.update(f"{package}={importlib.metadata.version(package)}\n".encode())

@@ -23,7 +23,8 @@ def accepts(call: BackwardCall) -> bool:
     sums = g.dbias is None or (sums_dbias(call) and not call.deterministic)
     contiguous = all(x.strides[-1] == x.itemsize or x.shape[-1] == 1 for x in (g.dq, g.dk, g.dv))
     halves = p.dtype != "float32" and not p.float32_out
-    return short and sums and contiguous and halves and not p.packed and g.dsinks is None and unfit(p, MOST_DIM) is None
+    plain = not p.packed and p.flex is None and g.dsinks is None
+    return short and sums and contiguous and halves and plain and unfit(p, MOST_DIM) is None
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -22,6 +22,7 @@ from typing import Any
 from numba import cuda, int32, uint8
 
 from ..dsl.inline import inline
+from ..flex.bitmap import EMPTY, FULL, make_kind
 from ..ptx.memory import shared_address
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
@@ -41,7 +42,7 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
     pairs, put_tile, accumulate = make_pairs(spec, tile, False), make_put_tile(spec, tile), make_accumulate(spec, tile, spec.head_dim)
     store_rows, first_row = make_store(spec, tile, spec.head_dim), make_first_row(spec)
     (_, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
-    prepare, _, _ = make_score(spec)
+    (prepare, _, _), kind_of = make_score(spec, True), make_kind(spec.mask_mod)
     tile_at, num_tiles, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_key_row(BLOCK_N)
 
     @inline
@@ -79,9 +80,11 @@ def make_dq(spec: Spec, tile: Tile) -> Any:
                     acc_dq[i, c] = REAL(0)
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_min, n_max):
-                full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                step(a, base, acc_dq, Pointers(q, k, v, dout), Corner(batch, head, row0, int32(0), seqlen_q, seqlen_k, first), n_block,
-                     full, shared, thread, x, y)
+                kind = kind_of(a, batch, head, m_block, n_block)
+                if kind != EMPTY:
+                    full = int32(not MASK and kind == FULL and full_min <= n_block and n_block < full_max)
+                    step(a, base, acc_dq, Pointers(q, k, v, dout), Corner(batch, head, row0, int32(0), seqlen_q, seqlen_k, first),
+                         n_block, full, shared, thread, x, y)
             rows = int32(seqlen_q - row0)
             store_rows(acc_dq, a.scale, dq, a.dq_row, a.dq_dim, rows, rows, a.head_dim, x, y)
     return kernel
@@ -97,7 +100,7 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
     accumulate_dk, accumulate_dv = make_accumulate(spec, tile, spec.head_dim), make_accumulate(spec, tile, spec.head_dim_v)
     store_dk, store_dv, first_row = make_store(spec, tile, spec.head_dim), make_store(spec, tile, spec.head_dim_v), make_first_row(spec)
     query_bounds, (diagonal_of, _) = make_query_bounds(spec, BLOCK_M), make_diagonals(spec)
-    prepare, _, _ = make_score(spec)
+    (prepare, _, _), kind_of = make_score(spec, True), make_kind(spec.mask_mod)
     tile_at, num_tiles = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec)
 
     @inline
@@ -145,9 +148,11 @@ def make_dkdv(spec: Spec, tile: Tile, DK: bool, DV: bool) -> Any:
                     dout = row_address(a.dout, a.dout_batch, a.dout_head, a.dout_row, batch, head, q_start)
                     shared, first = prepare(a, batch, head), first_row(a, batch, head, q_start)
                     for m_block in range(m_min, m_max):
-                        full = int32(not MASK and full_min <= m_block and m_block < full_max)
-                        step(a, base, acc_dk, acc_dv, Pointers(q, k, v, dout), Corner(batch, head, int32(0), col0, seqlen_q, seqlen_k,
-                             first), m_block, full, shared, thread, x, y)
+                        kind = kind_of(a, batch, head, n_block, m_block)
+                        if kind != EMPTY:
+                            full = int32(not MASK and kind == FULL and full_min <= m_block and m_block < full_max)
+                            step(a, base, acc_dk, acc_dv, Pointers(q, k, v, dout), Corner(batch, head, int32(0), col0, seqlen_q,
+                                 seqlen_k, first), m_block, full, shared, thread, x, y)
             if DK:
                 dk = row_address(a.dk, a.dk_batch, a.dk_head, a.dk_row, batch, head_k, first_key)
                 store_dk(acc_dk, a.scale, dk, a.dk_row, a.dk_dim, all_keys - col0, seqlen_k - col0, a.head_dim, x, y)

@@ -165,3 +165,8 @@ def tile_dbias(spec: Spec) -> Tile:
     """The tile of dbias: three tiles of numbers in registers, 48 a thread, float64 24 of twice the size."""
     spills = spec.packed and spec.softcap       # 4 to 136 bytes at 64 lines
     return _tile(spec, min(lines_of(spec), 32 if spills else 64))
+
+
+def tile_captured(spec: Spec) -> Tile:
+    """The tile of gradients of captured arrays. With more than 8 pairs a thread their loop is not unrolled, and S and dP go to memory."""
+    return _tile(spec, min(lines_of(spec), 32))

@@ -29,7 +29,8 @@ from .threads import row_address
 
 def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
     """The kernel. One tile of dbias a block."""
-    BLOCK_M, BLOCK_N, ROWS, COLS, PITCH_P, MASK = tile.lines, tile.columns, tile.rows, tile.cols, tile.pitch_p, spec.mask
+    BLOCK_M, BLOCK_N, ROWS, COLS, PITCH_P = tile.lines, tile.columns, tile.rows, tile.cols, tile.pitch_p
+    MASK = spec.mask or spec.mask_mod is not None
     PACKED, THREADS, P = spec.packed, tile.threads, places_of(spec, tile).p
     compute, REAL, SIZE = compute_of(spec)
     assert spec.dbias is not None
@@ -37,7 +38,7 @@ def make_dbias(spec: Spec, tile: Tile, USED: bool) -> Any:
     pairs, put_tile, first_row, sequence_at = make_pairs(spec, tile, False, True), make_put_tile(spec, tile), make_first_row(spec), \
         make_sequence_at(USED)
     (_, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
-    prepare, _, _ = make_score(spec)
+    prepare, _, _ = make_score(spec, True, False)
 
     @inline
     def sequence(a, batch):

@@ -26,6 +26,7 @@ from typing import Any
 from numba import cuda, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
+from ..flex.bitmap import EMPTY, FULL, make_kind
 from ..ptx.memory import shared_address, store_shared_b32
 from ..ptx.scalar import store, store_shared
 from ..spec import Spec
@@ -63,6 +64,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
     prepare, score, visible = make_score(spec)
     max16, sum16, finish = make_softmax(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, PITCH_P, 1, THREADS)
+    kind_of = make_kind(spec.mask_mod)
     tile_at, num_tiles, unowned, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec), make_key_row(BLOCK_N)
 
     # ------------------------------------------------------------ the loop body
@@ -168,9 +170,11 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, 0, a.head_dim, base, thread)
             n_min, full_min, full_max, n_max = block_bounds(a, row0, last, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
             for n_block in range(n_max - 1, n_min - 1, -1):
-                full = int32(not MASK and full_min <= n_block and n_block < full_max)
-                step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, shared, batch, head,
-                     row0, seqlen_q, seqlen_k)
+                kind = kind_of(a, batch, head, m_block, n_block)
+                if kind != EMPTY:
+                    full = int32(not MASK and kind == FULL and full_min <= n_block and n_block < full_max)
+                    step(a, base, acc_o, row_max, row_sum, pointer_q, pointer_k, pointer_v, n_block, full, thread, x, y, shared, batch,
+                         head, row0, seqlen_q, seqlen_k)
             epilogue(a, acc_o, row_max, row_sum, unowned(a, t) == UNOWNED, x, y, batch, head, q_start, row0, seqlen_q)
 
     return kernel, smem.size

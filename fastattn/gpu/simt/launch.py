@@ -5,17 +5,20 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from ..flex.derived import with_sums
+from ..flex.fields import sum_fields
+from ..flex.launch import bitmap, bitmap_fields, captured_sums
 from ..rows.launch import Rows, dsinks, preprocessed, refuses_rows
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import LENGTHS, MOST_BLOCKS, lengths, most_tiles, table
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec
-from .config import SimtConfig, block_m_of, choose_forward, parts_dkdv, tile_dbias, tile_dkdv, tile_dq
+from .config import SimtConfig, block_m_of, choose_forward, parts_dkdv, tile_captured, tile_dbias, tile_dkdv, tile_dq
 
 make_forward, places_of = late("simt.forward", "make_forward"), late("simt.pairs", "places_of")
 make_dq, make_dkdv = late("simt.backward", "make_dq"), late("simt.backward", "make_dkdv")
-make_dbias = late("simt.dbias", "make_dbias")
+make_dbias, make_captured = late("simt.dbias", "make_dbias"), late("simt.captured", "make_captured")
 FORWARD = "table:l tiles:i head_group:i scale:{f} cap:{f} keep:{f}"
 PAIRS = "row_lse:l row_delta:l rows:i scale:{f} cap:{f} keep:{f} "      # of every kernel of the backward: what pairs.py reads
 DQ = "table:l tiles:i head_group:i "
@@ -46,7 +49,8 @@ def refuses(call: AnyCall, d: Device) -> str | None:
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: SimtConfig) -> Program:
     return program(f"forward_simt {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, _of(FORWARD, spec), ("q", "k", "v", "out")), config.threads, config.blocks_per_sm)
+                   Arguments(spec, _of(FORWARD + bitmap_fields(spec), spec), ("q", "k", "v", "out")), config.threads,
+                   config.blocks_per_sm)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -55,12 +59,13 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     p, config = call.problem, choose_forward(spec)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
-    block_m, tiles = config.block_m, most_tiles(call, config.block_m)
+    block_m, block_n, tiles = config.block_m, config.block_n, most_tiles(call, config.block_m)
     own = tiles, p.group, p.score.softmax_scale, p.score.softcap or 0.0, p.dropout.keep_scale if p.dropout else 0.0
 
     def launch(call: Call, stream: int) -> None:
-        with table(call, block_m, launcher, stream) as sequences:
-            kernel.launch(tiles, values(call, (sequences, *own)), stream)
+        with (table(call, block_m, launcher, stream) as sequences,
+              bitmap(call, spec, block_m, block_n, launcher, stream) as kinds):
+            kernel.launch(tiles, values(call, (sequences, *own, *kinds)), stream)
     return launch
 
 
@@ -70,7 +75,7 @@ def dq_program(spec: Spec) -> Program:
     tile = tile_dq(spec)
     return program(f"backward_simt dq {spec.text} | {tile.text}",
                    lambda: (make_dq(spec, tile), places_of(spec, tile).size),
-                   Arguments(spec, DQ + _of(PAIRS, spec), ("q", "k", "v", "dout", "dq")), tile.threads)
+                   Arguments(spec, DQ + _of(PAIRS + bitmap_fields(spec), spec), ("q", "k", "v", "dout", "dq")), tile.threads)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -78,7 +83,7 @@ def dkdv_program(spec: Spec, dk: bool, dv: bool) -> Program:
     tile = tile_dkdv(spec)
     return program(f"backward_simt {'dk' * dk + 'dv' * dv} {spec.text} | {tile.text}",
                    lambda: (make_dkdv(spec, tile, dk, dv), places_of(spec, tile).size),
-                   Arguments(spec, DKDV + _of(PAIRS, spec), ("q", "k", "v", "dout", "dk", "dv")), tile.threads)
+                   Arguments(spec, DKDV + _of(PAIRS + bitmap_fields(spec), spec), ("q", "k", "v", "dout", "dk", "dv")), tile.threads)
 
 
 def _values_of_pairs(call: BackwardCall, rows: Rows) -> tuple[Any, ...]:
@@ -93,19 +98,22 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     p, plain = call.problem, replace(spec, sinks=None, dbias=None, deterministic=False)
     with preprocessed(call, spec, launcher, stream, log2=False) as rows:
         own = _values_of_pairs(call, rows)
-        block = tile_dkdv(plain).lines
-        tiles = most_tiles(call, block, by_keys=True)
+        tile = tile_dkdv(plain)
+        block, tiles = tile.lines, most_tiles(call, tile.lines, by_keys=True)
         if tiles:
-            with table(call, block, launcher, stream, by_keys=True) as sequences:
-                values = sequences, tiles, 1, p.num_heads_k, *own
+            with (table(call, block, launcher, stream, by_keys=True) as sequences,
+                  bitmap(call, spec, tile.columns, block, launcher, stream, by_keys=True) as kinds):
+                values = sequences, tiles, 1, p.num_heads_k, *own, *kinds
                 for part in parts_dkdv(plain):
                     dkdv_program(plain, *part).launch(launcher, tiles, call, values, stream)
-        block = tile_dq(plain).lines
-        tiles = most_tiles(call, block)
+        tile = tile_dq(plain)
+        block, tiles = tile.lines, most_tiles(call, tile.lines)
         if tiles:
-            with table(call, block, launcher, stream) as sequences:
-                dq_program(plain).launch(launcher, tiles, call, (sequences, tiles, p.group, *own), stream)
+            with (table(call, block, launcher, stream) as sequences,
+                  bitmap(call, spec, block, tile.columns, launcher, stream) as kinds):
+                dq_program(plain).launch(launcher, tiles, call, (sequences, tiles, p.group, *own, *kinds), stream)
         dbias(call, spec, rows, launcher, stream)
+        captured(call, spec, rows, launcher, stream)
         dsinks(call, spec, rows, launcher, stream)
 
 
@@ -128,3 +136,29 @@ def dbias(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream
     own = (x.ptr, *x.strides, *x.shape, *_values_of_pairs(call, rows), *(lengths(call) if spec.packed else ()))
     tiles = x.shape[0] * x.shape[1] * -(-x.shape[2] // tile.lines) * -(-x.shape[3] // tile.columns)
     dbias_program(spec, call.problem.seqused_k).launch(launcher, tiles, call, own, stream)
+
+
+# ---------------------------------------------------------------- gradients of captured arrays, for every family
+@lru_cache(maxsize=PROGRAMS)
+def captured_program(spec: Spec, arrays: tuple[int, ...]) -> Program:
+    tile = tile_captured(spec)
+    assert spec.score_mod is not None
+    own = DQ + _of(PAIRS + bitmap_fields(spec), spec) + " " + sum_fields(spec.score_mod, arrays)
+    return program(f"captured {spec.text} of {arrays} | {tile.text}",
+                   lambda: (make_captured(spec, tile, arrays), places_of(spec, tile).size),
+                   Arguments(spec, own, ("q", "k", "v", "dout")), tile.threads)
+
+
+def captured(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
+    """Enqueue writing all of grads.dcaptured, if there are any."""
+    if spec.score_mod is None:
+        return
+    spec = replace(spec, sinks=None, dbias=None, deterministic=False)
+    tile = tile_captured(spec)
+    tiles = most_tiles(call, tile.lines)
+    with captured_sums(call, launcher, stream) as (arrays, sums):
+        if tiles and with_sums(spec.score_mod, arrays)[1]:
+            with (table(call, tile.lines, launcher, stream) as sequences,
+                  bitmap(call, spec, tile.lines, tile.columns, launcher, stream) as kinds):
+                own = (sequences, tiles, call.problem.group, *_values_of_pairs(call, rows), *kinds, *sums)
+                captured_program(spec, arrays).launch(launcher, tiles, call, own, stream)

@@ -23,7 +23,7 @@ from ..ptx.memory import store_shared_b32
 from ..ptx.scalar import load_if, load_shared, store_shared
 from ..spec import Spec
 from ..tile.mask import make_bounds, make_diagonals
-from ..tile.scalar import compute_of, make_dropout, make_score
+from ..tile.scalar import compute_of, make_dropout, make_own_score, make_score
 from ..tile.smem import Smem
 from .config import WIDE, Tile
 from .threads import make_load, make_outer_product, make_product
@@ -71,12 +71,13 @@ def places_of(spec: Spec, tile: Tile) -> Places:
     return Places(a, b, p, alive, smem.size)
 
 
-def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False) -> Any:
+def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False, ADD_UP: Any = None) -> Any:
     """pairs(a, base, acc_s, acc_dp, pointers, corner, full, shared, thread, x, y): acc_s becomes P with dropout, acc_dp dS.
 
     pointers: Pointers at the tile's first row and key. corner: Corner. full: 1 if every row attends every key; the mask is then skipped.
     dS contains the softcap's derivative, as dq and dk need it, and the words `alive` are complete after the next barrier. FOR_BIAS it
-    has neither, because dbias is dS itself.
+    has neither, because dbias is dS itself. ADD_UP(a, ds, s, shared, batch, head, row, col): is called for each pair that is alive, with
+    the dS of its score_mod's result and the score that the function is given.
     """
     places = places_of(spec, tile)
     A, B, P, ALIVE = places.a, places.b, places.p, places.alive
@@ -86,12 +87,14 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
     BY_ROW, BY_COL = (1, PITCH_P) if TRANSPOSED else (PITCH_P, 1)
     BLOCK_M, BLOCK_N = (COLUMNS, LINES) if TRANSPOSED else (LINES, COLUMNS)
     compute, REAL, SIZE = compute_of(spec)
-    VECTOR, DROPOUT, INF = 16 // SIZE, spec.dropout, REAL(math.inf)
+    VECTOR, DROPOUT, INF, TRACED = 16 // SIZE, spec.dropout, REAL(math.inf), spec.score_mod is not None
     load_a, load_b = (make_load(spec, tile, n, SLICE, SLICE + VECTOR, False) for n in (LINES, COLUMNS))
     multiply = make_product(spec, tile, SLICE)
     load_real, get, put = load_if(compute, compute), load_shared(compute, 1), store_shared(compute)
     (row_bounds, _), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
-    _, score, visible = make_score(spec)
+    _, score, visible = make_score(spec, True, not FOR_BIAS)
+    RATED, ADDS = not FOR_BIAS or spec.score_mod is not None, ADD_UP is not None
+    _, own_score, _ = make_own_score(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, BY_ROW, BY_COL, tile.threads)
 
     @inline
@@ -145,6 +148,15 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
             return REAL(1)
 
     @inline
+    def product_or_zero(ds, rate):
+        """ds * rate; 0 where ds is 0, whatever the rate of a traced function is there."""
+        if TRACED:
+            product = REAL(0) if ds == REAL(0) else ds * rate
+            return product
+        else:
+            return ds * rate
+
+    @inline
     def not_above(s, lse):
         """s - lse, at most 0: only by rounding can s exceed lse. NaN stays NaN."""
         return REAL(0) if s > lse else s - lse
@@ -168,8 +180,12 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False)
                 if (full != 0 or visible(a, batch, head, row, col, seqlen_q, lo, hi)) and lse != INF:
                     p = math.exp(not_above(s, lse))
                     ds = p * (acc_dp[i, j] * keep - delta)
+                    if ADDS:
+                        given, _ = own_score(a, acc_s[i, j], shared[0], batch, head, row, col, seqlen_q, seqlen_k)
+                        ADD_UP(a, ds, given, shared, batch, head, row, col)
+                    if RATED:
+                        ds = product_or_zero(ds, rate)
                     if not FOR_BIAS:
-                        ds = ds * rate
                         store_shared_b32(int32(base + ALIVE + (x + j * WIDE) * 4), int32(1))
                 acc_s[i, j], acc_dp[i, j] = p * keep, ds
     return pairs

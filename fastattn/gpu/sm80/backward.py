@@ -23,7 +23,10 @@ from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
-from ..dsl.inline import inline
+from ..dsl.inline import divide, inline
+from ..flex.bitmap import FULL, first_seen, kind_at, line_of
+from ..flex.derived import is_rated
+from ..flex.fragments import make_hide, times_rate
 from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import shared_address
@@ -36,7 +39,7 @@ from ..tile.gradients import exp2_columns, load_columns, make_any_far, make_drop
 from ..tile.mask import make_key_bounds
 from ..tile.parked import park, parked, word
 from ..tile.schedule import make_num_tiles, make_tile_at
-from ..tile.scores import make_cap_of, make_score, make_slopes
+from ..tile.scores import make_cap_of, make_rated_score, make_score, make_slopes
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
@@ -91,13 +94,19 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
-    prepare, fetch, score = make_score(spec, COUNT_S, True)
+    (prepare_mask, hide), SEEN, RATED = make_hide(spec.mask_mod, True), spec.mask_mod is not None, is_rated(spec)
+    prepare_score, fetch, score = make_rated_score(spec, COUNT_S) if RATED else make_score(spec, COUNT_S, True)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_slopes(spec)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
 
     # ------------------------------------------------------------ helpers of this kernel
+    @inline
+    def prepare(a, batch, head):
+        """What all keys of the head share: for scores, for the mask_mod."""
+        return prepare_score(a, batch, head), prepare_mask(a, batch, head)
+
     @inline
     def keys_of_warp():
         """Index of the WARP_KEYS keys of this warp."""
@@ -117,9 +126,18 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         return int32(part_of_warp() * PART_M + thread_col(thread_index()))
 
     @inline
-    def following(base, head, m):
-        """The next block of queries: (head, m, whether there is one)."""
+    def following(a, base, head, m):
+        """The next block of queries: (head, m, whether there is one). Under a mask_mod the next that its bitmap shows."""
         m = int32(m + 1)
+        if SEEN:
+            m_max, end, found = word(base, M_MAX), word(base, HEAD_END), int32(-1)
+            n_block = divide(word(base, FIRST), int32(BLOCK_N))
+            while head < end and found < 0:
+                found = first_seen(line_of(a, word(base, BATCH), head, n_block), m, m_max)
+                if found < 0:
+                    head, m = int32(head + 1), word(base, M_MIN)
+            m = int32(found >> 1)
+            return head, m, found >= 0
         if m == word(base, M_MAX):
             head, m = int32(head + 1), word(base, M_MIN)
         return head, m, head < word(base, HEAD_END)
@@ -169,14 +187,14 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
 
     @inline
     def load_following(a, base, head, m, stage):
-        head, m, there = following(base, head, m)
+        head, m, there = following(a, base, head, m)
         if there:
             load_queries(a, base, head, m, stage)
 
     @inline
     def load_following_q(a, base, head, m):
         """Q and lse of the next block, into the only stage."""
-        head, m, there = following(base, head, m)
+        head, m, there = following(a, base, head, m)
         if there:
             load_q_rows(a, base, head, int32(m * BLOCK_M), word(base, SEQLEN_Q), int32(0))
             byte = int32(thread_index() * 16)
@@ -186,7 +204,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     @inline
     def load_following_dout(a, base, head, m):
         """dO and delta of the next block, into the only stage."""
-        head, m, there = following(base, head, m)
+        head, m, there = following(a, base, head, m)
         if there:
             load_dout_rows(a, base, head, int32(m * BLOCK_M), word(base, SEQLEN_Q), int32(0))
             byte = int32(thread_index() * 16)
@@ -234,13 +252,19 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
     def probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far):
         """P^T of 16 keys, negative where dropped, and the derivative of the softcap."""
         batch, seqlen_q, seqlen_k = word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K)
-        if SOFTCAP:
+        if RATED:
+            acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+        elif SOFTCAP:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
             cap_slope = int32(0)
-        acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+        if not RATED:
+            acc_s = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
         if (m < word(base, FULL_MIN)) | (m >= word(base, FULL_MAX)):
             acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+        if SEEN:
+            if kind_at(a, line_of(a, batch, head, divide(word(base, FIRST), int32(BLOCK_N))), m) != FULL:
+                acc_s = hide(acc_s, a, shared[1], batch, head, query, key)
         if far != 0:
             at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
@@ -252,7 +276,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         """(P^T with dropout, dS^T) of 16 keys, rounded: the operands of dV and dK."""
         p, cap_slope = of_scores
         acc_ds = grad(a, p, acc_dp, load_columns(delta_at, COUNT_S))
-        if SOFTCAP:
+        if RATED:
+            acc_ds = times_rate(acc_ds, slopes(cap_slope))
+        elif SOFTCAP:
             acc_ds = multiply(acc_ds, slopes(cap_slope))
         return pack_kept(p), to_half(acc_ds)
 
@@ -434,12 +460,15 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         if m_min < m_max:
             head, m, stage = int32(head_k * a.group), m_min, int32(0)
             there = True
-            load_keys(a, base, batch, head_k, k_start, seqlen_k, first)
-            load_queries(a, base, head, m, stage)
+            if SEEN:
+                head, m, there = following(a, base, head, int32(m_min - 1))
+            if there:
+                load_keys(a, base, batch, head_k, k_start, seqlen_k, first)
+                load_queries(a, base, head, m, stage)
             while there:
                 shared = prepare(a, word(base, BATCH), head)
                 acc_dk, acc_dv = step(a, base, acc_dk, acc_dv, shared, head, m, stage)
-                head, m, there = following(base, head, m)
+                head, m, there = following(a, base, head, m)
                 stage = int32(stage ^ (STAGES - 1))
         if STORE_FLOATS:
             float_epilogue(a, base, acc_dk, acc_dv)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
+from ..flex.bitmap import last_seen, line_of
+from ..flex.fragments import make_hide
 from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
@@ -80,13 +82,19 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     (_, block_bounds), intervals, keep_rows = make_bounds(spec, BLOCK_N), make_intervals(spec), make_keep(spec)
-    prepare, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
+    prepare_score, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
+    (prepare_mask, hide), SEEN = make_hide(spec.mask_mod), spec.mask_mod is not None
     plane_of, draw, dropout = make_dropout(spec, COUNT_S // TILES)
     (update, optimistic, finish), store_lse = make_softmax(spec), make_store_lse(spec)
     tile_at, num_tiles, unowned, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec), make_key_row(BLOCK_N)
     SINKS, OPTIMISTIC = spec.sinks is not None, config.optimistic
 
     # ------------------------------------------------------------ helpers of this kernel
+    @inline
+    def prepare(a, batch, head):
+        """What all rows of the head share: for scores, for the mask_mod."""
+        return prepare_score(a, batch, head), prepare_mask(a, batch, head)
+
     @inline
     def park(base, k, v, head, batch, q_start, seqlen_q, seqlen_k, first):
         """Park what steps and epilogue need to know of the tile: the MMAs need the registers."""
@@ -180,9 +188,10 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         def probabilities(a, acc_s, stat, early, shared, head, batch, row, column, seqlen_q, seqlen_k):
             """Softmax of 16 rows -> (P as an A operand, the new Stats, the factors of O). stat: Stats of the thread's rows."""
             max0, max1, sum0, sum1 = stat
-            acc_s = score(a, acc_s, early, shared, row, column, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared[0], row, column, int32(seqlen_k - seqlen_q))
             if MASKED:
                 acc_s = keep(a, acc_s, row, column, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+                acc_s = hide(acc_s, a, shared[1], batch, head, row, column)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, draw(a, row, column, plane_of(a, batch, head)))
             return to_half(acc_s), Stats(max0, max1, sum0, sum1), (alpha0, alpha1)
@@ -201,7 +210,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         def scores(a, acc_s, shared, head, batch, row, column, seqlen_q, seqlen_k):
             """Scores of 16 rows from their dot products."""
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            return score(a, acc_s, early, shared, row, column, int32(seqlen_k - seqlen_q))
+            return score(a, acc_s, early, shared[0], row, column, int32(seqlen_k - seqlen_q))
 
         @inline
         def hurried(a, acc_s, stats, shared, head, batch, row, column, seqlen_q, seqlen_k):
@@ -216,8 +225,9 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             return join(to_half(s0), to_half(s1)), (sum00 + part00, sum01 + part01, sum10 + part10, sum11 + part11), lags0 | lags1
 
         @inline
-        def step(a, base, q, shared, acc_o, stats, stage, n_block, n_min):
-            """S = Q K^T, score, mask, softmax and O += P V for n_block, while the next operands are in flight."""
+        def step(a, base, q, shared, acc_o, stats, stage, n_block, n_min, after):
+            """S = Q K^T, score, mask, softmax and O += P V for n_block, while the next operands are in flight: those of n_block - 1, or
+            under a mask_mod of block `after`, if it is not negative."""
             arrived()
             if STAGES == 1:
                 load_v(a, base, n_block, int32(0))
@@ -229,10 +239,12 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
             acc_s = qk(zeros(COUNT_S), operand_q(base, q), k_at, TILES, HEAD_DIM, Q_PANEL, KV_PANEL)
             if STAGES == 1:
                 arrived()
-            if n_block > n_min:
-                load_k(a, base, int32(n_block - 1), int32(stage ^ (STAGES - 1)))
+            if not SEEN:
+                after = int32(n_block - 1)
+            if (after >= 0) if SEEN else (n_block > n_min):
+                load_k(a, base, after, int32(stage ^ (STAGES - 1)))
                 if STAGES == 2:
-                    load_v(a, base, int32(n_block - 1), int32(stage ^ 1))
+                    load_v(a, base, after, int32(stage ^ 1))
             if TILES == 1:
                 p, stat, alpha = probabilities(a, acc_s, stats[0], early, shared, head, batch, row, column, seqlen_q, seqlen_k)
                 acc_o, stats = rescale(acc_o, (alpha, alpha)), (stat, stat)
@@ -297,6 +309,23 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         store_tile(int32(q_rows + behind * ROW_BYTES + ((chunk ^ behind) << 4)), to, a.out_row, a.out_dim, int32(seqlen_q - row0),
                    int32(a.head_dim_v - 8 * chunk), WARP_ROWS, PANELS_V, Q_PANEL)
 
+    @inline
+    def go_through(a, base, q, shared, acc_o, stats, line, found, bounds):
+        """The steps of a tile under a mask_mod: from block to block that its bitmap shows."""
+        (n_min, full_min, full_max), stage, first = bounds, int32(0), True
+        while found >= 0:
+            n_block = int32(found >> 1)
+            after = last_seen(line, n_min, n_block)
+            full = ((found & 1) != 0) & (n_block >= full_min) & (n_block < full_max)
+            if OPTIMISTIC:          # there is no maximum yet
+                full = full & (not first)
+            if full:
+                acc_o, stats, stage = step_full(a, base, q, shared, acc_o, stats, stage, n_block, n_min, int32(after >> 1))
+            else:
+                acc_o, stats, stage = step_masked(a, base, q, shared, acc_o, stats, stage, n_block, n_min, int32(after >> 1))
+            found, first = after, False
+        return acc_o, stats
+
     def kernel(a):
         t = int32(cuda.blockIdx.x)
         if t >= num_tiles(a):
@@ -315,25 +344,34 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         cuda.syncthreads()
         copy_rows(int32(base + Q), uint64(a.q + uint64(batch * a.q_batch + int64(q_start) * a.q_row + head * a.q_head)), a.q_row, a.q_dim,
                   first, seqlen_q, columns(a.head_dim, PANELS), BLOCK_M, PANELS, Q_PANEL)
-        load_k(a, base, int32(n_max - 1), int32(0))
+        n_first = int32(n_max - 1)
+        if SEEN:        # a tile whose rows see nothing has one block, which the mask hides
+            line = line_of(a, batch, head, m_block)
+            found = last_seen(line, n_min, n_max)
+            found = int32(2 * n_first) if found < 0 else found
+            n_first = int32(found >> 1)
+        load_k(a, base, n_first, int32(0))
         if STAGES == 2:
-            load_v(a, base, int32(n_max - 1), int32(0))
+            load_v(a, base, n_first, int32(0))
         q = first_q(base)
         start = Stats(NEG_INF, NEG_INF, float32(0), float32(0))
         acc_o, stats, stage = zeros(COUNT_O), (start, start), int32(0)
         n_block = int32(n_max)
         if OPTIMISTIC:       # there is no maximum yet
             full_max = min(full_max, n_max - 1)
-        while n_block > full_max:
-            n_block = int32(n_block - 1)
-            acc_o, stats, stage = step_masked(a, base, q, shared, acc_o, stats, stage, n_block, n_min)
-        while n_block > full_min:
-            n_block = int32(n_block - 1)
-            acc_o, stats, stage = step_full(a, base, q, shared, acc_o, stats, stage, n_block, n_min)
-        if LEFT:
-            while n_block > n_min:
+        if SEEN:
+            acc_o, stats = go_through(a, base, q, shared, acc_o, stats, line, found, (n_min, full_min, int32(full_max)))
+        else:
+            while n_block > full_max:
                 n_block = int32(n_block - 1)
-                acc_o, stats, stage = step_masked(a, base, q, shared, acc_o, stats, stage, n_block, n_min)
+                acc_o, stats, stage = step_masked(a, base, q, shared, acc_o, stats, stage, n_block, n_min, int32(0))
+            while n_block > full_min:
+                n_block = int32(n_block - 1)
+                acc_o, stats, stage = step_full(a, base, q, shared, acc_o, stats, stage, n_block, n_min, int32(0))
+            if LEFT:
+                while n_block > n_min:
+                    n_block = int32(n_block - 1)
+                    acc_o, stats, stage = step_masked(a, base, q, shared, acc_o, stats, stage, n_block, n_min, int32(0))
         epilogue(a, base, acc_o, stats)
 
     return kernel, smem.size - ALIGN + 128      # two blocks of 49 KiB fit 100 KiB, of 50 KiB not

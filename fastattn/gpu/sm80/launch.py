@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from ..decode import launch as decode
+from ..flex.ladder import first_that_fits
+from ..flex.launch import bitmap, bitmap_fields
 from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of, refuses_parts
@@ -14,8 +16,10 @@ from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..short import launch as short
+from ..simt.launch import captured
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
 from .config import MOST_DIM, ONE_TILE, WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
+from .config_traced import backward_ladder, forward_ladder
 
 make_forward, make_backward = late("sm80.forward", "make_forward"), late("sm80.backward", "make_backward")
 FORWARD = "table:l tiles:i head_group:i"
@@ -63,13 +67,21 @@ def one_tile(call: Call) -> bool:
     """Whether a head is one tile of queries and keys, of which the tiles of longer sequences would be mostly padding."""
     p = call.problem
     short = not p.packed and max(p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v) <= ONE_TILE
-    return short and p.dtype != "float32"
+    return short and p.dtype != "float32" and p.flex is None
 
 
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
     return program(f"forward_sm80 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, FORWARD, ("q", "k", "v", "out"), online=True), WARP * config.warps, config.blocks_per_sm)
+                   Arguments(spec, FORWARD + bitmap_fields(spec), ("q", "k", "v", "out"), online=True), WARP * config.warps,
+                   config.blocks_per_sm)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _forward_config(spec: Spec, arch: str, whole: bool, whole_out: bool, one: bool) -> ForwardSm80Config:
+    if not spec.traced:
+        return choose_forward(spec, arch, whole, whole_out, one)
+    return first_that_fits(forward_ladder(spec, arch, whole, whole_out), partial(forward_program, spec), arch)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -81,14 +93,15 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return decode.prepare(call, spec, launcher)
     o = call.operands
     whole = spec.parts > 1 or (whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v))
-    config = choose_forward(spec, launcher.device.arch, whole, whole_chunks(call.out), one_tile(call))
+    config = _forward_config(spec, launcher.device.arch, whole, whole_chunks(call.out), one_tile(call))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(parts_of(call, 0)[0] if spec.parts > 1 else call)
     block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)
 
     def launch(call: Call, stream: int) -> None:
-        with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
-            kernel.launch(tiles, values(call, (sequences, tiles, heads)), stream)
+        with (table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call,
+              bitmap(call, spec, block_m, block_n, launcher, stream) as kinds):
+            kernel.launch(tiles, values(call, (sequences, tiles, heads, *kinds)), stream)
 
     def launch_float(call: Call, stream: int) -> None:
         with as_parts(call, launcher, stream) as split:
@@ -100,8 +113,15 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm80Config) -> Program:
     return program(f"backward_sm80 {spec.text} | {config.text}", lambda: make_backward(spec, config),
-                   Arguments(spec, BACKWARD, ("q", "k", "v", "dout", "dk", "dv")), WARP * config.warps,
+                   Arguments(spec, BACKWARD + bitmap_fields(spec), ("q", "k", "v", "dout", "dk", "dv")), WARP * config.warps,
                    config.blocks_per_sm)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _backward_config(spec: Spec, arch: str, whole: bool, whole_out: bool) -> BackwardSm80Config:
+    if not spec.traced:
+        return choose_backward(spec, arch, whole, whole_out)
+    return first_that_fits(backward_ladder(spec, arch, whole, whole_out), partial(backward_program, spec), arch)
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
@@ -111,14 +131,16 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     p, o, g = call.problem, call.operands, call.grads
     plain = replace(spec, sinks=None, dbias=None, deterministic=False)
     whole = spec.parts > 1 or all(whole_chunks(x) for x in (o.q, o.k, o.v, call.dout))
-    config = choose_backward(plain, launcher.device.arch, whole, whole_chunks(g.dk) and whole_chunks(g.dv))
+    config = _backward_config(plain, launcher.device.arch, whole, whole_chunks(g.dk) and whole_chunks(g.dv))
     tiles, columns = most_tiles(call, config.block_n, True), dq_columns(spec)
     with preprocessed(call, spec, launcher, stream, accum_dim=columns) as rows:
         if tiles:
             with (table(call, config.block_n, launcher, stream, True) as sequences, as_parts(call, launcher, stream) as given,
-                  mask_words(given, config.block_m // config.split, launcher, stream, True) as words):
+                  mask_words(given, config.block_m // config.split, launcher, stream, True) as words,
+                  bitmap(call, spec, config.block_m, config.block_n, launcher, stream, True) as kinds):
                 own = (rows.lse, rows.log2, rows.delta, rows.accum, rows.count, sequences, tiles, head_group(call, True),
-                       p.num_heads_k, p.score.softmax_scale)
+                       p.num_heads_k, p.score.softmax_scale, *kinds)
                 backward_program(plain, config).launch(launcher, tiles, words, own, stream)
         round_dq(call, spec, rows, columns, launcher, stream, config.vector)
+        captured(call, spec, rows, launcher, stream)
         dsinks(call, spec, rows, launcher, stream)

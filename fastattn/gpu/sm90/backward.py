@@ -22,11 +22,13 @@ right before arithmetic that does not depend on it:
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
+from ..flex.derived import is_rated
+from ..flex.fragments import make_hide, times_rate
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import load_b32, shared_address
@@ -34,7 +36,7 @@ from ..ptx.sync import barrier, decrease_registers, fence_async, increase_regist
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
-from ..tile.fragments import join, make_pack, make_unpack, own_zeros, part, scale_rows, zeros
+from ..tile.fragments import join, make_pack, own_zeros, part, zeros
 from ..tile.gradients import (
     PIECE,
     exp2_columns,
@@ -44,29 +46,20 @@ from ..tile.gradients import (
     make_dropout_transposed,
     make_kept_tile,
     make_near,
-    make_store,
     multiply,
 )
 from ..tile.mask import make_key_bounds
 from ..tile.ring import make_barrier, make_ring, make_tails
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
-from ..tile.scores import make_cap_of, make_score
+from ..tile.scores import make_cap_of, make_rated_score, make_score, make_slopes
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
-from .consumer import Queries, Walk, make_order, own_lane, own_thread, own_warpgroup
+from .consumer import Queries, Tile, Walk, make_order, own_lane, own_thread, own_warpgroup
 from .dq_sums import make_dq_sums
-
-
-class Tile(NamedTuple):
-    """`first` is the first of the warpgroup's keys."""
-
-    first: Any
-    batch: Any
-    q_start: Any
-    seqlen_q: Any
-    seqlen_k: Any
+from .key_gradients import make_store_keys
+from .seen_queries import make_seen_queries
 
 
 def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
@@ -79,7 +72,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     COUNT_S, COUNT_K, COUNT_V, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, DS_PANELS * DS_PANEL, BLOCK_M * 4
     COUNT_DQ, COLUMNS = (COUNT_K, 0) if DS_PANELS == 2 else (32, KV_PANEL) if PANELS > 1 else (COUNT_K // 2, DIM)  # see make_piece_of
     WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
-    PACKED, DROPOUT, SOFTCAP, BIAS_TILES = spec.packed, spec.dropout, spec.softcap, spec.bias_tiles
+    PACKED, SOFTCAP, BIAS_TILES = spec.packed, spec.softcap, spec.bias_tiles
     BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
     SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
 
@@ -101,11 +94,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
     to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
     (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
-    store_k, store_v, add_dbias, key_row = make_store(spec, DIM), make_store(spec, DIM_V), make_add_dbias(spec), make_key_row(BLOCK_N)
+    store_keys, add_dbias, key_row = make_store_keys(spec, config, kept_tile), make_add_dbias(spec), make_key_row(BLOCK_N)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S, True)
-    prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze, READ_BIAS=read_bias if BIAS_TILES else None)
+    read, RATED, SEEN = read_bias if BIAS_TILES else None, is_rated(spec), spec.mask_mod is not None
+    prepare_score, fetch, score = (make_rated_score(spec, COUNT_S) if RATED else
+                                   make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze, READ_BIAS=read))
+    (prepare_mask, hide), seen = make_hide(spec.mask_mod, True), make_seen_queries(spec, config, smem)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
-    cap_of, slopes, (store_dq, send_dq) = make_cap_of(spec), make_unpack("float16", True), make_dq_sums(DIM, BLOCK_M, DQ)
+    cap_of, slopes, (store_dq, send_dq) = make_cap_of(spec), make_slopes(spec), make_dq_sums(DIM, BLOCK_M, DQ)
     first_block, next_block, is_block, row_before = make_order(spec, config)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
@@ -121,13 +117,18 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         stage, phase, j = int32(0), int32(1), int32(0)
         for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
             head_row = first_row(a, batch, head, q_start)
-            m = first_block(m_min, m_max)
+            m, found = first_block(m_min, m_max), int32(0)
+            if SEEN:
+                found = seen.following(a, batch, head, k_row, m_min, m_max)
+                m = int32(found >> 1)
             while is_block(m, m_min, m_max):
                 row, lse_row = int32(q_start + m * BLOCK_M), int32(head_row + m * BLOCK_M)
                 stage_do = int32(j & 1)
                 full, full_do = q_ring.full(stage), do_ring.full(stage_do)
                 q_ring.wait_empty(base, stage, phase)
                 if lane == 0:
+                    if SEEN:
+                        seen.tell(base, stage, head, found)
                     mbarrier.arrive_expect(base + full, int32(Q_BYTES + LSE_BYTES + BIAS_BYTES))
                     copy_rows(base, a.map_q, full, Q + stage * Q_BYTES, Q_PANEL, PANELS, row, int32(head), map_batch)
                     tma.load_rows(base + LSE + stage * LSE_BYTES, a.map_rows, base + full, lse_row, int32(0))
@@ -157,6 +158,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 stage, phase = q_ring.next(stage, phase)
                 j = int32(j + 1)
                 m = opaque(next_block(m))
+                if SEEN:
+                    found = seen.following(a, batch, head, k_row, m, m_max)
+                    m = int32(found >> 1)
 
     # ------------------------------------------------------------ the MMAs
     @inline
@@ -189,6 +193,11 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ the parts of a step
     @inline
+    def prepare(a, batch, head):
+        """What rows of the head share: for scores, for a mask_mod."""
+        return prepare_score(a, batch, head), prepare_mask(a, batch, head)
+
+    @inline
     def store_ds(base, ds, buffer, w, thread, lane):
         """The warpgroup's half of dS^T, keys by queries, to shared memory. Its fence also covers the stored dQ, which TMA reads next."""
         row = int32(w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane & 15))
@@ -220,26 +229,10 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             q_ring.wait_full(base, stage, phase)
 
     @inline
-    def issue_s(base, w, stage):
-        """S^T = K Q^T of this block."""
-        wgmma.fence()
-        acc_s = mma_s(base, w, zeros(COUNT_S), stage)
+    def issued(acc):
+        """A product that was issued just now, as a group of its own."""
         wgmma.commit()
-        return acc_s
-
-    @inline
-    def issue_dp(base, w, stage_do):
-        """dP^T = V dO^T of this block."""
-        acc_dp = mma_dp(base, w, zeros(COUNT_S), stage_do)
-        wgmma.commit()
-        return acc_dp
-
-    @inline
-    def issue_dv(base, acc_dv, p, stage_do):
-        """dV += P^T dO of this block."""
-        acc_dv = mma_dv(base, acc_dv, p, stage_do)
-        wgmma.commit()
-        return acc_dv
+        return acc
 
     @inline
     def operands(a, base, w, buffer, batch, head, query, key, seqlen_q, seqlen_k):
@@ -276,10 +269,15 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if NEXT:
                 stage, phase = q_ring.next(stage, phase)
+            if SEEN:
+                q_ring.wait_full(base, stage, phase)
+                head, m, full = seen.told(base, stage)
+                shared, query = prepare(a, batch, head), int32(m * BLOCK_M + col)
 
             # S^T = K Q^T; of the block before dQ = dS K
             wait_q(base, stage, phase, head, m, seqlen_q)
-            acc_s = issue_s(base, w, stage)
+            wgmma.fence()
+            acc_s = issued(mma_s(base, w, zeros(COUNT_S), stage))
             if not BIAS_LATE:       # in registers a bias takes so many that it is loaded only when S is there
                 early = operands(a, base, w, other, batch, head, query, key, seqlen_q, seqlen_k)
             if NEXT:
@@ -292,7 +290,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                     wgmma.commit()
                 if SUM_DQ:
                     send_dq(a, base, w, thread, waiting)
-                    waiting = row_before(a, batch, q_start, head, m, m_min, m_max)
+                    waiting = seen.row(a, base, before, batch) if SEEN else row_before(a, batch, q_start, head, m, m_min, m_max)
             lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
             if HALVES:
                 lses = load_columns(lse_at, COUNT_PART)
@@ -308,7 +306,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 early = fetch(a, batch, head, query, key, seqlen_q, seqlen_k)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
-            acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+            if RATED:
+                acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+            else:
+                acc_s = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+            if SEEN:
+                if full == 0:
+                    acc_s = hide(acc_s, a, shared[1], batch, head, query, key)
             if BIAS_TILES:
                 if lane == 0:
                     bias_read.arrive(base)
@@ -344,15 +348,15 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             do_ring.wait_full_nth(base, j)
             wgmma.fence()
             if CROWDED:
-                acc_dv = wgmma.wait_all(issue_dv(base, acc_dv, p_half, other))      # and P's registers are free
+                acc_dv = wgmma.wait_all(issued(mma_dv(base, acc_dv, p_half, other)))      # and P's registers are free
                 wgmma.fence()
-                acc_dp = wgmma.wait_all(issue_dp(base, w, other))
+                acc_dp = wgmma.wait_all(issued(mma_dp(base, w, zeros(COUNT_S), other)))
             else:
-                acc_dp = issue_dp(base, w, other)
+                acc_dp = issued(mma_dp(base, w, zeros(COUNT_S), other))
                 if HALVES:
                     p, p_half = dropped(a, join(left, exp2_columns(part(acc_s, 1, 2), scale, lses)), key, query, draw_head)
                     wgmma.fence()
-                acc_dv = issue_dv(base, acc_dv, p_half, other)
+                acc_dv = issued(mma_dv(base, acc_dv, p_half, other))
                 acc_dp = wgmma.wait_all_but_one(acc_dp)
 
             # dS^T = P^T (dP^T - delta), to shared memory
@@ -364,13 +368,15 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if SUM_DBIAS:
                 key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
-            if SOFTCAP:
+            if RATED:
+                acc_ds = times_rate(acc_ds, slopes(cap_slope))
+            elif SOFTCAP:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
             if BIAS_TILES:      # dS goes where the bias is, and a warp stores to parts that others have read
                 bias_read.wait(base, other)
             store_ds(base, to_half(acc_ds), other, w, thread, lane)
             j, m = int32(j + 1), next_block(m)
-            if not is_block(m, m_min, m_max):
+            if not SEEN and not is_block(m, m_min, m_max):
                 m, head = first_block(m_min, m_max), int32(head + 1)
                 shared = prepare(a, batch, int32(min(head, a.num_heads - 1)))
             return acc_dk, acc_dv, Walk(j, stage, phase, head, m, waiting, shared)
@@ -396,7 +402,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             store_dq(base, acc_dq, w, thread, lane)
             fence_async()
             warp()
-            send_dq(a, base, w, thread, row_before(a, tile.batch, tile.q_start, walk.head, walk.m, queries.m_min, queries.m_max))
+            send_dq(a, base, w, thread, seen.row(a, base, walk.stage, tile.batch) if SEEN else
+                    row_before(a, tile.batch, tile.q_start, walk.head, walk.m, queries.m_min, queries.m_max))
         acc_dv, acc_dk = wgmma.wait_all(acc_dv), wgmma.wait_all(acc_dk)
         q_ring.release(base, walk.stage, lane)
         do_ring.release(base, last, lane)
@@ -426,7 +433,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     @inline
     def consume(a, base, queries, n_block, head_k, tile):
         """(acc_dk, acc_dv) of a warpgroup's 64 keys, attended by at least one block of queries."""
-        count = uniform(int32((queries.m_max - queries.m_min) * a.group))
+        count = (seen.count(a, tile.batch, head_k, n_block, queries.m_min, queries.m_max) if SEEN else
+                 uniform(int32((queries.m_max - queries.m_min) * a.group)))
         head = int32(head_k * a.group)
         walk = Walk(int32(0), int32(0), int32(0), head, first_block(queries.m_min, queries.m_max), int32(-1), prepare(a, tile.batch, head))
         far = load_b32(a.far) if APART else int32(0)        # in flight while the keys are
@@ -464,6 +472,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
             m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
+            if SEEN:
+                m_max = m_max if seen.count(a, batch, head_k, n_block, m_min, m_max) > 0 else m_min
             m_min, m_max = uniform(m_min), uniform(m_max)
             if leads:
                 tails.init(base, int32(head_k * a.group))
@@ -484,17 +494,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 if m_min < m_max:
                     tile = Tile(int32(n_block * BLOCK_N + w * WARPGROUP_ROWS), batch, q_start, seqlen_q, seqlen_k)
                     acc_dk, acc_dv = consume(a, base, queries, n_block, head_k, tile)
-                n_block, head_k, batch, k_start, used, keys = kept_tile(base)
-                w, thread, lane = own_warpgroup(), own_thread(), own_lane()
-                key = int32(n_block * BLOCK_N + w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane >> 2))
-                map_batch = int32(0) if PACKED else batch
-                if DROPOUT:
-                    acc_dv = scale_rows(acc_dv, a.keep_scale, a.keep_scale)
-                to_v = int64(a.dv) + map_batch * a.dv_batch + head_k * a.dv_head + k_start * a.dv_row
-                store_v(acc_dv, to_v, a.dv_row, a.head_dim_v, lane, key, used, keys)
-                acc_dk = scale_rows(acc_dk, a.grad_scale, a.grad_scale)
-                to_k = int64(a.dk) + map_batch * a.dk_batch + head_k * a.dk_head + k_start * a.dk_row
-                store_k(acc_dk, to_k, a.dk_row, a.head_dim, lane, key, used, keys)
+                store_keys(a, base, acc_dk, acc_dv)
                 tma.wait_read()     # TMA has read the last dQ: shared memory ends with the block
 
     return kernel, smem.size

@@ -40,7 +40,7 @@ def takes_bias_tiles(spec: Spec, most: int) -> bool:
 
     With other features its elements stay in registers: their tilings are narrower, and such tiles need whole panels of 64 keys.
     """
-    return not (spec.softcap or spec.dropout or spec.alibi) and max(spec.head_dim, spec.head_dim_v) <= most
+    return not (spec.softcap or spec.dropout or spec.alibi or spec.traced) and max(spec.head_dim, spec.head_dim_v) <= most
 
 
 # ---------------------------------------------------------------- forward

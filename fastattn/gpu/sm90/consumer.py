@@ -29,6 +29,16 @@ class Walk(NamedTuple):
     shared: Any
 
 
+class Tile(NamedTuple):
+    """A tile of keys of `backward`. `first` is the first of the warpgroup's."""
+
+    first: Any
+    batch: Any
+    q_start: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
 class Queries(NamedTuple):
     """Blocks of query rows [m_min, m_max) that attend the tile's keys; [full_min, full_max) need no mask for this warpgroup's."""
 

@@ -16,7 +16,7 @@ and another warpgroup's. (Design: FlashAttention-3, Shah et al. 2024.)
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda, float32, int32, uint8, uint64
 
@@ -51,20 +51,7 @@ from .bounds import make_tile_bounds
 from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
-
-
-class Tile(NamedTuple):
-    """What a consumer keeps of its tile. `row` is the thread's first row, `intervals` the keys that its two rows attend, `shared` what all
-    rows of the head share (prepare), n_min the tile's last key block in the order of the loop."""
-
-    head: Any
-    batch: Any
-    seqlen_q: Any
-    seqlen_k: Any
-    row: Any
-    intervals: Any
-    shared: Any
-    n_min: Any
+from .seen import Tile, make_load_seen, make_seen
 
 
 def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
@@ -92,6 +79,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
+    seen, SEEN = make_seen(spec, STAGES, smem, k_ring), spec.mask_mod is not None
 
     # what the steps are made of
     (qk, pv), to_half = wgmma.make_products(spec.dtype), make_pack(spec.dtype)
@@ -185,6 +173,9 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         fence_gpu()     # the last thread block to end leaves the counter as it was found
         if atomic_inc_wrap(uint64(a.counter + uint64(4)), int32(cuda.gridDim.x) - 1) == int32(cuda.gridDim.x) - 1:
             store_b32(a.counter, int32(0))
+
+    if SEEN:
+        load = make_load_seen(spec, BLOCK_N, records, seen, (prefetch_q, load_q, load_k, load_v))
 
     # ------------------------------------------------------------ the MMAs
     @inline
@@ -374,7 +365,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 if BIAS_TILES:
                     release_k(base, stage, n_block, tile.n_min, lane)
                 if MASKED:
-                    acc_s = keep(acc_s, tile.intervals, column)
+                    acc_s = seen.hide(keep(acc_s, tile.intervals, column), a, tile, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
@@ -386,7 +377,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             return acc_o, p, max0, max1, sum0, sum1, it
         return step
 
-    step_slow, step_fast = make_step(MASKED_ALWAYS, False), make_step(False, OPTIMISTIC)
+    step_slow, step_fast = make_step(MASKED_ALWAYS or SEEN, False), make_step(False, OPTIMISTIC)
 
     @inline
     def tile_of(a, base, i, w, thread, lane):
@@ -407,7 +398,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         fast_max = uniform(int32(max(min(full_max, n_max - 1), n_min)))
         fast_min = int32(n_min + 1) if OPTIMISTIC else n_min       # the last block would release Q's slot a softmax later
         fast_min = uniform(int32(max(min(full_min, fast_max), fast_min)))
-        tile = Tile(head, batch, seqlen_q, seqlen_k, row, intervals(a, row, diagonal, seqlen_k), prepare(a, batch, head), n_min)
+        tile = Tile(head, batch, seqlen_q, seqlen_k, row, intervals(a, row, diagonal, seqlen_k), prepare(a, batch, head), n_min,
+                    seen.prepare(a, batch, head))
         return tile, n_max, fast_min, fast_max
 
     @inline
@@ -429,6 +421,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             release_k(base, stage, n_block, tile.n_min, lane)
         if MASKED_ALWAYS or n_max * BLOCK_N > tile.seqlen_k:
             acc_s = keep(acc_s, tile.intervals, column)
+        acc_s = seen.hide(acc_s, a, tile, column)
         acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
         p = to_half(dropout(a, acc_s, words))
         return p, max0, max1, sum0, sum1
@@ -476,13 +469,19 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             while records.get(base, i, TILE.KIND) != 0:
                 tile, n_max, fast_min, fast_max = tile_of(a, base, i, w, thread, lane)
                 n_block, it = int32(n_max - 1), int32(it + 1)
+                if SEEN:
+                    n_max, tile = seen.first(base, it, tile)
+                    n_block = int32(n_max - 1)
                 p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, tile)
                 acc_o = zeros(COUNT_O)
                 if PACKED or CACHED:
                     clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
                 while n_block > tile.n_min:
                     n_block = int32(n_block - 1)
-                    if (n_block >= fast_min) & (n_block < fast_max):
+                    fast = (n_block >= fast_min) & (n_block < fast_max)
+                    if SEEN:
+                        n_block, tile, fast = seen.following(base, int32(it + 1), tile, fast_min, fast_max)
+                    if fast:
                         acc_o, p, max0, max1, sum0, sum1, it = step_fast(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
                     else:

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 from ...arrays.view import View, contiguous
 from ...problem import Grads, Operands
 from ..config import feature_weight, num_features
 from ..decode import launch as decode
+from ..flex.ladder import first_that_fits
+from ..flex.launch import bitmap, bitmap_fields
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of, refuses_parts
@@ -18,7 +20,7 @@ from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import PANEL, fits, form
 from ..short import launch as short
-from ..simt.launch import dbias
+from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from . import caches
@@ -44,11 +46,13 @@ from .config import (
     takes_bias_tiles,
     worth_parts,
 )
+from .config_traced import backward_ladder, forward_ladder
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
 make_backward_float = late("sm90.backward_float", "make_backward_float")
 make_dq, make_wide = late("sm90.backward_dq", "make_dq"), late("sm90.backward_wide", "make_wide")
 
+ARCH = "sm_90a"
 FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i"
 BACKWARD = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l far:l far_mark:i accum:l rows:i table:l tiles:i head_group:i "
             "num_heads_k:i grad_scale:f sums:l sums_batch:q sums_head:q sums_row:i")
@@ -63,8 +67,8 @@ Sums = tuple[int, int, int, int]        # rows.launch.dbias_sums
 def refuses(call: AnyCall, d: Device) -> str | None:
     """None, or why this family does not run the call."""
     p, o = call.problem, call.operands
-    if d.arch != "sm_90a":
-        return f"it needs sm_90a, this is {d.arch}"
+    if d.arch != ARCH:
+        return f"it needs {ARCH}, this is {d.arch}"
     if isinstance(call, Call) and p.cache is not None:
         return _refuses_caches(call, d)
     if (reason := unfit(p, MOST_DIM)) is not None:
@@ -156,14 +160,17 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 # ---------------------------------------------------------------- forward
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
-    own = FORWARD + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
+    own = FORWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), early=spec.parts > 1)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def _choice(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config, Program]:
-    config = choose_forward(spec, seqlen_k, seqlen_q)
+    if spec.traced:
+        config = first_that_fits(forward_ladder(spec, seqlen_k, seqlen_q), partial(forward_program, spec), ARCH)
+    else:
+        config = choose_forward(spec, seqlen_k, seqlen_q)
     return config, forward_program(spec, config)
 
 
@@ -205,28 +212,29 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
         return (*inputs, *bias) if floats else (*inputs, (call.out, OUT_ROWS), *bias)
     forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
 
-    def launch(call: Call, stream: int, sequences: int = 0) -> None:
+    def launch(call: Call, stream: int, sequences: int = 0, kinds: tuple[int, ...] = ()) -> None:
         captured = capturing(stream)
         maps = tensor_maps(boxes(call), captured, forms)
         if floats:
             maps = [*maps[:3], 0, *maps[3:]]        # out is stored from the registers
         more = caches.values(call) if cached else maps[4:]
-        kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *more)), stream)
+        kernel.launch(grid, values(call, (*maps[:4], counter(captured), sequences, tiles, heads, *kinds, *more)), stream)
 
     def launch_special(call: Call, stream: int) -> None:
-        with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
-            launch(call, stream, sequences)
+        with (table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call,
+              bitmap(call, spec, block_m, block_n, launcher, stream) as kinds):
+            launch(call, stream, sequences, kinds)
 
     def launch_float(call: Call, stream: int) -> None:
         with as_parts(call, launcher, stream) as split:
             launch_special(split, stream)
-    return launch_float if is_float else launch_special if spec.packed or spec.mask else launch
+    return launch_float if is_float else launch_special if spec.packed or spec.mask or spec.mask_mod else launch
 
 
 # ---------------------------------------------------------------- backward
 @lru_cache(maxsize=PROGRAMS)
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
-    own = BACKWARD + " map_bias:l" * spec.bias_tiles
+    own = BACKWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles
     # with dbias, a memset of the sums comes before it: that is no kernel behind which this one could start early
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
                    Arguments(spec, own, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
@@ -267,7 +275,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:
         own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
-    config, wide = choose_backward(own_spec, call.problem.seqlen_k), is_wide(own_spec)
+    config, wide = _backward_config(own_spec, call.problem.seqlen_k), is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
@@ -277,15 +285,24 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
         if wide:
             _launch_wide(call, own_spec, rows, sequences, sums, launcher, stream)
         else:
-            with mask_words(call, config.block_m, launcher, stream, True) as words:
-                _launch_backward(words, own_spec, config, rows, sequences, sums, launcher, stream)
+            with (mask_words(call, config.block_m, launcher, stream, True) as words,
+                  bitmap(call, spec, config.block_m, BLOCK_N, launcher, stream, True) as kinds):
+                _launch_backward(words, own_spec, config, rows, sequences, sums, kinds, launcher, stream)
         if dq_alone:
             _launch_dq(call, own_spec, rows, launcher, stream)
         else:
             round_dq(call, spec, rows, config.dim, launcher, stream)
         if g.dbias is not None and not in_kernel:
             dbias(call, spec, rows, launcher, stream)
+        captured(call, spec, rows, launcher, stream)
         dsinks(call, spec, rows, launcher, stream)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _backward_config(spec: Spec, seqlen_k: int) -> BackwardSm90Config:
+    if not spec.traced:
+        return choose_backward(spec, seqlen_k)
+    return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH)
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
@@ -294,7 +311,7 @@ def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launch
     The sums of the parts are rounded to 16 bits (rows/groups.py), so not for float32 gradients.
     """
     p = call.problem
-    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout or p.float32_out:
+    if p.batch > 1 or p.group == 1 or spec.packed or spec.scaled or spec.mask or spec.dropout or p.float32_out or spec.traced:
         return False
     return call.grads.dsinks is None and worth_parts(spec, config, p.num_heads_k, p.group, p.seqlen_q, p.seqlen_k, launcher.device.num_sms)
 
@@ -342,7 +359,7 @@ def _backward_float(call: BackwardCall, spec: Spec, launcher: Launcher, stream: 
 
 
 def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config, rows: Rows, sequences: int, sums: Sums,
-                     launcher: Launcher, stream: int) -> None:
+                     kinds: tuple[int, ...], launcher: Launcher, stream: int) -> None:
     """Enqueue writing dk and dv, adding dq up in rows.accum and dbias, if `spec` has it, in `sums`. `sequences`: table
     by BLOCK_N keys."""
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
@@ -350,7 +367,7 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
     maps = launcher.tensor_maps(((o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m), *bias), captured)
     own = (*maps[:4], rows.map(call, config.block_m, launcher, captured), rows.lse, rows.far,
            rows.mark, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums,
-           *maps[4:])
+           *kinds, *maps[4:])
     backward_program(spec, config).launch(launcher, tiles, call, own, stream)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from numba import cuda, float32, float64, int32, uint32, uint64
 
 from ..dsl.inline import inline
+from ..flex.pairs import make_pair_mods
 from ..ptx.scalar import load_flag, load_if, rounded_product, store_shared
 from ..spec import Spec
 from .dropout import philox as philox_words
@@ -25,7 +26,35 @@ def compute_of(spec: Spec) -> tuple[str, Any, int]:
     return ("float64", float64, 8) if spec.dtype == "float64" else ("float32", float32, 4)
 
 
-def make_score(spec: Spec) -> tuple[Any, Any, Any]:
+def make_score(spec: Spec, DERIVATIVE: bool = False, INNER: bool = True) -> tuple[Any, Any, Any]:
+    """`make_own_score` with the Spec's score_mod and mask_mod.
+
+    DERIVATIVE: `rate` is wanted. Without INNER it is that of the score_mod alone, the derivative by what the function is given.
+    """
+    own = make_own_score(spec)
+    if not spec.traced:
+        return own
+    (prepare_own, score_own, visible_own), (prepare_mods, modify, sees) = own, make_pair_mods(spec, DERIVATIVE)
+
+    @inline
+    def prepare(a, batch, head):
+        return prepare_own(a, batch, head), prepare_mods(a, batch, head)
+
+    @inline
+    def score(a, s, shared, batch, head, row, col, seqlen_q, seqlen_k):
+        s, inner = score_own(a, s, shared[0], batch, head, row, col, seqlen_q, seqlen_k)
+        s, rate = modify(a, s, shared[1], batch, head, row, col)
+        if INNER:
+            rate = rate * inner
+        return s, rate
+
+    @inline
+    def visible(a, batch, head, row, col, seqlen_q, lo, hi):
+        return visible_own(a, batch, head, row, col, seqlen_q, lo, hi) & sees(a, prepare_mods(a, batch, head), batch, head, row, col)
+    return prepare, score, visible
+
+
+def make_own_score(spec: Spec) -> tuple[Any, Any, Any]:
     """(prepare, score, visible) for one pair of a query row and a key column.
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.

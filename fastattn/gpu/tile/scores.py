@@ -4,11 +4,14 @@ Scores are in units of natural log, so that a bias of the most negative finite n
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from numba import float32, int32, uint64
 
 from ..dsl.inline import inline
+from ..flex.derived import is_rated
+from ..flex.fragments import make_fragment_mod, make_rated_mod
 from ..ptx.arith import exp2, reciprocal
 from ..ptx.memory import load_scalar
 from ..ptx.sync import any_lane
@@ -67,6 +70,53 @@ def is_wide(a):
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0,
                READ_BIAS: Any = None) -> tuple[Any, Any, Any]:
+    """`make_own_score` with the Spec's score_mod: softcap, ALiBi and bias come before it, the boolean mask after it."""
+    own = make_own_score(spec, COUNT, TRANSPOSED, CAPPED, SQUEEZE, READ_BIAS)
+    if spec.score_mod is None:
+        return own
+    raw = not (spec.softcap or spec.alibi or spec.bias)
+    before, after = replace(spec, mask=False), replace(spec, scaled=False, softcap=False, alibi=None, bias=None)
+    (prepare_own, fetch, _), (_, _, score_own) = own, make_own_score(before, COUNT, TRANSPOSED, CAPPED, SQUEEZE, READ_BIAS)
+    (_, _, mask_own), (prepare_mod, modify) = make_own_score(after, COUNT, TRANSPOSED), make_fragment_mod(spec, raw, TRANSPOSED)
+
+    @inline
+    def prepare(a, batch, head):
+        return prepare_own(a, batch, head), prepare_mod(a, batch, head), batch, head
+
+    @inline
+    def score(a, acc_s, early, shared, row, col, corner):
+        own_shared, tile, batch, head = shared
+        if not raw:
+            acc_s = score_own(a, acc_s, early, own_shared, row, col, corner)
+        acc_s = modify(acc_s, a, tile, batch, head, row, col)
+        return mask_own(a, acc_s, early, own_shared, row, col, corner)
+    return prepare, fetch, score
+
+
+def make_rated_score(spec: Spec, COUNT: int) -> tuple[Any, Any, Any]:
+    """`make_score` TRANSPOSED, for a score_mod whose derivative is not 1: acc_s, rate = score(...), which make_slopes converts back."""
+    assert spec.score_mod is not None and not spec.softcap
+    raw = not (spec.alibi or spec.bias)
+    before, after = replace(spec, mask=False, score_mod=None), replace(spec, scaled=False, alibi=None, bias=None, score_mod=None)
+    (prepare_own, fetch, _), (_, _, score_own) = (make_own_score(s, COUNT, True) for s in (spec, before))
+    (_, _, mask_own), (prepare_mod, modify) = make_own_score(after, COUNT, True), make_rated_mod(spec, raw)
+
+    @inline
+    def prepare(a, batch, head):
+        return prepare_own(a, batch, head), prepare_mod(a, batch, head), batch, head
+
+    @inline
+    def score(a, acc_s, early, shared, row, col, corner):
+        own_shared, tile, batch, head = shared
+        if not raw:
+            acc_s = score_own(a, acc_s, early, own_shared, row, col, corner)
+        acc_s, rate = modify(acc_s, a, tile, batch, head, row, col)
+        return mask_own(a, acc_s, early, own_shared, row, col, corner), rate
+    return prepare, fetch, score
+
+
+def make_own_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0,
+                   READ_BIAS: Any = None) -> tuple[Any, Any, Any]:
     """(prepare, fetch, score) for fragments of COUNT registers.
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
@@ -218,7 +268,7 @@ def make_slopes(spec: Spec) -> Any:
     @inline
     def as_it_is(slope):
         return slope
-    return as_it_is if spec.parts > 1 else make_unpack("float16", True)
+    return as_it_is if spec.parts > 1 else make_unpack(spec.dtype if is_rated(spec) else "float16", True)
 
 
 def _score_tile(dtype: str, COUNT: int, pairs: bool = False, whole: bool = False) -> tuple[Any, Any]:

@@ -26,10 +26,12 @@ import numpy as np
 from fastattn.arrays.view import EIGHT_BIT, ITEMSIZE, LARGEST, View, numpy_dtype
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime.launcher import Listing
+from tests.tools.gpu import traced
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
            "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize",
-           "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "tile.words", "tile.pages")
+           "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "tile.words", "tile.pages", "simt.captured", "flex.staged",
+           "flex.pairs", "flex.sums", "flex.bitmap", "flex.interval", "flex.rounding", "sm90.seen_queries")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 _C |= dict.fromkeys(EIGHT_BIT, ctypes.c_uint8)
 
@@ -242,6 +244,15 @@ class Machine:
             kind.from_address(address).value = encode(value, dtype)
         return put
 
+    def any_lane(self, x: int) -> int:
+        """In blocks of one warp: a vote of all lanes."""
+        block = self.block
+        block.posted[block.current] = x
+        block.barrier()
+        found = any(block.posted[n] for n in range(32))
+        block.barrier()
+        return int(found)
+
     def load_flag(self, address: int, inside: int) -> int:
         if not inside:
             return 0
@@ -281,7 +292,7 @@ class Machine:
         """What stands for the names that the modules import."""
         def store_shared(compute: str) -> Any:
             return lambda address, value: self.block.put(address, value)
-        arithmetic = SimpleNamespace(**vars(math) | {"exp": exp})
+        arithmetic = SimpleNamespace(**vars(math) | {"exp": exp} | traced.FUNCTIONS)
         return {"cuda": self.cuda, "inline": lambda f: f, "divide": lambda x, y: x // y, "opaque": lambda x: x, "math": arithmetic,
                 "wait_for_previous": lambda: None, "let_next_start": lambda: None,
                 "int32": int32, "int64": int, "uint64": int, "uint32": lambda x: int(x) & 0xFFFFFFFF, "float32": real, "float64": real,
@@ -294,7 +305,8 @@ class Machine:
                 "store_chunk": self.store_chunk, "load_f32": lambda at: self.load_if("float32", "float32")(at, 1),
                 "store_f32": self.store("float32", "float32"), "store_words": self.store_words, "transpose_bytes": transpose_bytes,
                 "add_chunk": lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
-                "scale_chunk": lambda x, factor: tuple(a * factor for a in x)}
+                "scale_chunk": lambda x, factor: tuple(a * factor for a in x),
+                "any_lane": self.any_lane, **traced.names(self.memory)}
 
 
 _marks = itertools.count(1)
@@ -310,6 +322,10 @@ class _Launcher(Listing):
 
     def temporary(self, size: int, stream: int) -> Any:
         return self.machine.memory.temporary(size, stream)
+
+    def clear(self, memory: int, size: int, stream: int) -> None:
+        self.machine.memory.check(memory, 1)
+        ctypes.memset(memory, 0, size)
 
     def mark(self) -> int:
         return next(_marks)

@@ -15,7 +15,8 @@ PIECE, DS_PANEL = 4096, 128 * 128
 class BackwardPlay(Play):
     """`sums`: (address, keys) -> rows of 8 columns of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
 
-    modules = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "tile.bias", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
+    modules: tuple[str, ...] = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "sm90.key_gradients", "sm90.seen_queries", "tile.bias",
+                                "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
     def __init__(self, config: Any, block: int, seed: int) -> None:
         boxes = {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
@@ -168,7 +169,8 @@ class BackwardPlay(Play):
         return names | {
             "int64": int, "thread_index": lambda: self.local.agent.thread, "warp": nothing, "make_key_bounds": bounds,
             "make_store": lambda *_: put, "make_add_dbias": first, "part": lambda acc, *_: self.at_rest(acc), "join": self.joined,
-            "make_cap_of": lambda spec: lambda a, acc: (self.at_rest(acc), None), "make_unpack": lambda *_: lambda x: x,
+            "make_cap_of": lambda spec: lambda a, acc: (self.at_rest(acc), None), "make_slopes": lambda spec: lambda x: x,
+            "make_hide": lambda *_: (nothing, self.at_rest),
             "multiply": lambda acc, other: self.at_rest(acc), "load_columns": self.load_columns, "exp2_columns": self.exponentials,
             "make_dropout_transposed": lambda *_: (nothing, lambda a, p, words: p, self.to_half, self.gradient),
             "store_panels": self.store_panels, "store_piece": self.store_piece,

@@ -1,0 +1,179 @@
+"""score_mod and mask_mod on fragments of the tensor cores (tile/fragments.py says which rows and columns a thread has).
+
+What is the same for a query is computed for each of the thread's queries, what is the same for a key for each of its keys, the rest for
+every element. `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import float32, int32
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ...flex.lower import lower
+from ...flex.program import Program
+from ..dsl.asm import F32, I1, I32, pack, unpack
+from ..dsl.inline import Compiled, inline
+from ..ptx.arith import emit_pack_half
+from ..spec import Spec
+from ..tile.fragments import NEG_INF, col_of, row_of
+from .derived import with_rate
+from .fields import MASK, SCORE
+from .staged import Staged
+
+
+class _Places:
+    """The values of a fragment's elements: emitted when they are asked for, in the order of registers."""
+
+    def __init__(self, p: Staged, a: Any, tile: Any, TRANSPOSED: bool) -> None:
+        i, x, functions = types.int32, types.float32, p.functions
+        self.transposed = TRANSPOSED
+        self.rows = Compiled(functions["row"], (a, tile, i, i, i, x))
+        self.columns = Compiled(functions["column"], (a, tile, i, i, i, x))
+        self.element = Compiled(functions["element"], (a, tile, self.rows.result, self.columns.result, i, i, i, i, x, x))
+
+    def each(self, builder: Any, registers: list[Any], given: list[Any]) -> Any:
+        """(register, value, outputs) of each element. given: a, tile, batch, head, row, col, scale."""
+        a, tile, batch, head, row, col, scale = given
+        known: dict[tuple[str, int], Any] = {}
+        for k, x in enumerate(registers):
+            q_at, k_at = (col_of(k), row_of(k)) if self.transposed else (row_of(k), col_of(k))
+            q, key = builder.add(row, I32(q_at)), builder.add(col, I32(k_at))
+            if ("q", q_at) not in known:
+                known["q", q_at] = self.rows.call(builder, [a, tile, batch, head, q, scale])
+            if ("k", k_at) not in known:
+                known["k", k_at] = self.columns.call(builder, [a, tile, batch, head, key, scale])
+            out = self.element.call(builder, [a, tile, known["q", q_at], known["k", k_at], batch, head, q, key, x, scale])
+            yield k, x, unpack(builder, out, len(self.element.result))
+
+
+def make_modify(p: Program, TRANSPOSED: bool) -> tuple[Any, Any]:
+    """(prepare, modify) of a lowered score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col, scale)."""
+    staged = Staged(p, SCORE)
+
+    @intrinsic
+    def modify(typingctx: Any, acc: Any, a: Any, tile: Any, batch: Any, head: Any, row: Any, col: Any, scale: Any) -> Any:
+        i, places = types.int32, _Places(staged, a, tile, TRANSPOSED)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = unpack(builder, args[0], acc.count)
+            return pack(builder, [out[0] for _, _, out in places.each(builder, registers, list(args[1:]))])
+        return signature(acc, acc, a, tile, i, i, i, i, types.float32), generate
+    return inline(staged.functions["tile"]), modify
+
+
+def make_modify_rated(p: Program, TRANSPOSED: bool, dtype: str) -> tuple[Any, Any]:
+    """(prepare, modify) of a lowered score_mod with its derivative: acc_s, rate = modify(acc_s, a, ...), rates in `dtype`, two a word."""
+    staged = Staged(p, SCORE)
+
+    @intrinsic
+    def modify(typingctx: Any, acc: Any, a: Any, tile: Any, batch: Any, head: Any, row: Any, col: Any, scale: Any) -> Any:
+        i, places = types.int32, _Places(staged, a, tile, TRANSPOSED)
+        result = types.Tuple((acc, types.UniTuple(types.int32, acc.count // 2)))
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            registers = unpack(builder, args[0], acc.count)
+            scores, rates = list[Any](), list[Any]()
+            for _, _, (s, rate) in places.each(builder, registers, list(args[1:])):
+                scores.append(s)
+                rates.append(rate)
+            words = [emit_pack_half(builder, rates[k], rates[k + 1], dtype) for k in range(0, len(rates), 2)]
+            return context.make_tuple(builder, result, (pack(builder, scores), pack(builder, words)))
+        return signature(result, acc, a, tile, i, i, i, i, types.float32), generate
+    return inline(staged.functions["tile"]), modify
+
+
+def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
+    """(prepare, hide) of a mask_mod: acc_s = hide(acc_s, a, tile, batch, head, row, col), -inf where it is false; tile = prepare(a, batch,
+    head). Without one, scores stay."""
+    if p is None:
+        @inline
+        def prepare_nothing(a, batch, head):
+            return int32(0)
+
+        @inline
+        def all_seen(acc_s, a, tile, batch, head, row, col):
+            return acc_s
+        return prepare_nothing, all_seen
+    staged = Staged(lower(p), MASK)
+    tile_values = inline(staged.functions["tile"])
+
+    @inline
+    def prepare(a, batch, head):
+        return tile_values(a, batch, head, float32(1))
+
+    @intrinsic
+    def hide_each(typingctx: Any, acc: Any, a: Any, tile: Any, batch: Any, head: Any, row: Any, col: Any, scale: Any) -> Any:
+        i, places = types.int32, _Places(staged, a, tile, TRANSPOSED)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kept = []
+            for _, x, (seen,) in places.each(builder, unpack(builder, args[0], acc.count), list(args[1:])):
+                seen = seen if seen.type == I1 else builder.trunc(seen, ir.IntType(1))
+                kept.append(builder.select(seen, x, NEG_INF))
+            return pack(builder, kept)
+        return signature(acc, acc, a, tile, i, i, i, i, types.float32), generate
+
+    @inline
+    def hide(acc_s, a, tile, batch, head, row, col):
+        return hide_each(acc_s, a, tile, batch, head, row, col, float32(1))
+    return prepare, hide
+
+
+def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[Any, Any]:
+    """(prepare, modify) of the Spec's score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col). RAW: acc_s are dot products."""
+    assert spec.score_mod is not None
+    tile_values, apply = make_modify(lower(spec.score_mod, RAW), TRANSPOSED)
+
+    @inline
+    def scale_of(a):
+        if RAW:
+            return a.softmax_scale
+        else:
+            return float32(1)
+
+    @inline
+    def prepare(a, batch, head):
+        return tile_values(a, batch, head, scale_of(a))
+
+    @inline
+    def modify(acc_s, a, tile, batch, head, row, col):
+        return apply(acc_s, a, tile, batch, head, row, col, scale_of(a))
+    return prepare, modify
+
+
+def make_rated_mod(spec: Spec, RAW: bool) -> tuple[Any, Any]:
+    """make_fragment_mod TRANSPOSED, with the derivative: acc_s, rate = modify(...), the rate in the Spec's dtype, two a word."""
+    assert spec.score_mod is not None
+    tile_values, apply = make_modify_rated(lower(with_rate(spec.score_mod), RAW), True, spec.dtype)
+
+    @inline
+    def scale_of(a):
+        if RAW:
+            return a.softmax_scale
+        else:
+            return float32(1)
+
+    @inline
+    def prepare(a, batch, head):
+        return tile_values(a, batch, head, scale_of(a))
+
+    @inline
+    def modify(acc_s, a, tile, batch, head, row, col):
+        return apply(acc_s, a, tile, batch, head, row, col, scale_of(a))
+    return prepare, modify
+
+
+@intrinsic
+def times_rate(typingctx: Any, acc_ds: Any, rate: Any) -> Any:
+    """dS times the derivative; 0 where dS is 0, whatever the derivative is there."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        out = []
+        for ds, x in zip(unpack(builder, args[0], acc_ds.count), unpack(builder, args[1], rate.count), strict=True):
+            none = builder.fcmp_ordered("==", ds, F32(0.0))
+            out.append(builder.select(none, ds, builder.fmul(ds, x)))
+        return pack(builder, out)
+    return signature(acc_ds, acc_ds, rate), generate

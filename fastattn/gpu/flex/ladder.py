@@ -1,0 +1,29 @@
+"""Tilings for functions that nobody knew beforehand: the first one whose registers do not spill."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ...flex.program import Program
+from ..runtime.compile import binary
+from ..runtime.frame import frame_bytes
+from ..runtime.launcher import Program as Kernel
+
+log = logging.getLogger("fastattn")
+Config = TypeVar("Config", bound=Any)
+
+
+def simple(p: Program | None) -> bool:
+    """Whether a score_mod is made of the score alone. Its scores can be computed twice without keeping anything for it."""
+    return p is None or (p.used <= {"score"} and not any(x.op in ("load", "length", "number") for x in p.lines))
+
+
+def first_that_fits(configs: Sequence[Config], kernel: Callable[[Config], Kernel], arch: str) -> Config:
+    """The first of the tilings whose kernel keeps all in registers, or the last one. Each that is tried is compiled, into the cache."""
+    for config in configs:
+        bytes_ = frame_bytes(binary(kernel(config).source, arch).code)
+        if not bytes_:
+            return config
+        log.info("fastattn: %s keeps %d bytes in local memory", config.text, bytes_)
+    return configs[-1]

@@ -1,0 +1,68 @@
+"""Gradients of captured arrays: dS times a load's derivative, added up at the element that was loaded.
+
+A thread keeps the element that it last added to, and what it has for it, in registers, and adds to memory when another one comes. Most
+functions ask for the same element many times in a row: a slope of a head, the last element of a table for all that is far.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from numba import float32, float64, uint64
+
+from ...flex.program import Program
+from ..dsl.inline import inline
+from ..ptx.traced import add_to
+from .derived import Sum, with_sums
+from .fields import SCORE, SUM
+from .ops import element_of, element_of_natural
+from .staged import STAGES, Staged, natural
+
+
+def _make_each(staged: Staged, sums: tuple[Sum, ...], add_one: Any) -> Any:
+    """add_each(a, ds, out, totals, places): add_one of each sum. out: the outputs of the program of with_sums."""
+    text, program = ["def add_each(a, ds, out, totals, places):"], staged.program
+    for i, (array, output, at) in enumerate(sums):
+        known = [natural(program, program.outputs[n]) for n in at]
+        address = staged.address(array, [f"out[{n}]" for n in at], known, f"a.{SUM}{array}")
+        text.append(f"    add_one(totals, places, {i}, ds * out[{output}], uint64({address}))")
+    space: dict[str, Any] = {"add_one": add_one, "uint64": uint64, "element_of": element_of, "element_of_natural": element_of_natural}
+    exec(compile("\n".join(text) + "\n", "<fastattn traced sums>", "exec"), space)
+    return inline(space["add_each"])
+
+
+def make_sums(p: Program, arrays: tuple[int, ...], compute: str) -> tuple[Any, Any, Any, int]:
+    """(prepare, add_up, finish, count): the gradients of these captured arrays, for kernels on plain threads.
+
+    tile = prepare(a, batch, head)
+    add_up(a, ds, s, tile, totals, places, batch, head, row, col): the share of one pair. s: the score that the function is given
+    finish(totals, places): at the end. totals and places: arrays of `count` numbers and uint64 of a thread, zeros at first
+    """
+    REAL = float64 if compute == "float64" else float32
+    program, sums = with_sums(p, arrays)
+    staged, add, COUNT = Staged(program, SCORE, REAL), add_to(compute), len(sums)
+    tile_values, row_values, column_values, element_values = (inline(staged.functions[stage]) for stage in STAGES)
+
+    @inline
+    def add_one(totals, places, i, part, place):
+        if places[i] != place:
+            if places[i] != uint64(0):
+                add(places[i], totals[i])
+            places[i], totals[i] = place, REAL(0)
+        totals[i] += part
+    add_each = _make_each(staged, sums, add_one)
+
+    @inline
+    def prepare(a, batch, head):
+        return tile_values(a, batch, head, REAL(1))
+
+    @inline
+    def add_up(a, ds, s, tile, totals, places, batch, head, row, col):
+        rows, columns = row_values(a, tile, batch, head, row, REAL(1)), column_values(a, tile, batch, head, col, REAL(1))
+        add_each(a, ds, element_values(a, tile, rows, columns, batch, head, row, col, s, REAL(1)), totals, places)
+
+    @inline
+    def finish(totals, places):
+        for i in range(COUNT):
+            if places[i] != uint64(0):
+                add(places[i], totals[i])
+    return prepare, add_up, finish, COUNT

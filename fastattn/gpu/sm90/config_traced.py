@@ -1,0 +1,35 @@
+"""Tilings of the Hopper kernels for functions of the caller's: a ladder, of which flex/ladder.py takes the first that does not spill."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..flex.derived import is_rated
+from ..flex.ladder import simple
+from ..spec import Spec
+from .config import BackwardSm90Config, ForwardSm90Config, choose_backward, choose_forward
+
+KEYS = 128, 112, 96, 64, 48, 32         # of a step, as far as the other features let them
+
+
+def forward_ladder(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config, ...]:
+    """The tiling without functions, then narrower ones.
+
+    The fallback of `optimistic` computes scores a second time and keeps all that they are made of: 48 to 136 bytes spill for ALiBi and a
+    table. So only functions of the score alone have it.
+    """
+    own = choose_forward(spec, seqlen_k, seqlen_q)
+    if not simple(spec.score_mod):
+        own = replace(own, optimistic=False)
+    rungs = [own] if own.block_m <= 128 else [own, replace(own, block_m=128)]
+    return (*rungs, *(replace(rungs[-1], block_n=n) for n in KEYS if n < own.block_n))
+
+
+def backward_ladder(spec: Spec, seqlen_k: int) -> tuple[BackwardSm90Config, ...]:
+    """The tiling of a softcap, whose derivative takes as many registers as any function's, in the order of most MMAs beside arithmetic.
+
+    No loop of its own for far rows, and under a mask_mod blocks from first to last: the producer looks for the next one that is seen.
+    """
+    own = choose_backward(replace(spec, softcap=is_rated(spec) or spec.softcap), seqlen_k)
+    own = replace(own, apart=False, halves=False, crowded=own.crowded or own.block_m > 64, down=own.down and spec.mask_mod is None)
+    rungs = [replace(own, crowded=False), replace(own, crowded=True)] if own.block_m == 64 else [own]
+    return (*rungs, *([replace(own, block_m=64, crowded=crowded) for crowded in (False, True)] if own.block_m > 64 else []))

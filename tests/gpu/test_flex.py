@@ -1,0 +1,231 @@
+"""score_mod, mask_mod and block_mask in GPU kernels.
+
+Without a GPU the kernels on plain threads run in Python (tools/gpu/emulator.py) and those of sm80 from their PTX, against the reference;
+bitmaps of tiles are compared with the mask of all pairs, and kernels of all families are compiled and checked for spills.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+import fastattn
+from fastattn import gpu
+from fastattn.flex.evaluate import evaluate, places
+from fastattn.flex.operands import Functions
+from fastattn.gpu import precompile
+from fastattn.gpu.flex.bitmap import EMPTY, FULL, PARTIAL
+from fastattn.gpu.flex.launch import bitmap
+from fastattn.gpu.runtime import compile as compiler
+from fastattn.gpu.spec import make_spec
+from tests.tools.gpu.emulator import Memory, emulated
+from tests.tools.gpu.flex import MASKS, SCORES, Mod, call_of, emulate, interpret
+
+Array = np.ndarray[Any, Any]
+RNG = np.random.default_rng(5)
+SLOPES, TABLE = RNG.uniform(0.1, 1, 4).astype(np.float32), RNG.standard_normal((4, 9)).astype(np.float16)
+DOC = np.sort(RNG.integers(0, 3, (2, 90)), 1).astype(np.int32)
+
+
+def capped(s: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any, table: Any) -> Any:
+    """Two arrays, one of 16 bits, and indices that leave them on both sides."""
+    return 3 * np.tanh((s - slopes[h] * abs(q - k) * 0.1 + table[h, q - k]) / 3)
+
+
+def logarithm(s: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any, scale: Any) -> Any:
+    """A branch whose derivative is no number where it is not taken; an array without axes."""
+    return np.where(s > 0, np.log(s) * slopes[h], s * scale)
+
+
+def documents(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return ((DOC[b, q] == DOC[b, k]) & (q >= k)) | ((k < 3) & (q % 5 != 1))
+
+
+def draw(lengths: tuple[int, int], heads: tuple[int, int], dim: int, dtype: Any, batch: int | None = None) -> tuple[Array, ...]:
+    """q, k, v, dout."""
+    lead = () if batch is None else (batch,)
+    shapes = [(*lead, n, h, dim) for n, h in zip((*lengths, lengths[1], lengths[0]), (heads[0], heads[1], heads[1], heads[0]), strict=True)]
+    return tuple(RNG.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def near(got: Any, want: Any, dtype: Any, what: str) -> None:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    finite = np.isfinite(want)
+    assert np.array_equal(np.isfinite(got), finite), what
+    error = np.abs(got[finite] - want[finite]).max(initial=0) / max(1.0, np.abs(want[finite]).max(initial=0))
+    assert error < {2: 2e-3, 4: 2e-5, 8: 1e-12}[np.dtype(dtype).itemsize], (what, error)
+
+
+def agree(arrays: tuple[Array, ...], functions: Functions, **options: Any) -> list[str]:
+    """The kernels that ran, whose results are those of the reference."""
+    *qkv, dout = arrays
+    lengths, need = options.get("lengths"), bool(options.get("need_dbias"))
+    out, lse, grads, launched = emulate(tuple(qkv), functions, dout=dout, **options)
+    own = {name: x for name, x in options.items() if name not in ("lengths", "need_dbias", "max_seqlen_q", "max_seqlen_k")}
+    own |= {name: x for name, x in zip(functions._fields, functions, strict=True) if x is not None}
+    cu = () if lengths is None else lengths[:2]
+    forward, backward = (fastattn.attention, fastattn.attention_backward) if lengths is None else (
+        fastattn.attention_varlen, fastattn.attention_varlen_backward)
+    want, want_lse = forward(*qkv, *cu, **own, return_lse=True, engine="reference")
+    near(out, want, dout.dtype, "out")
+    near(lse, want_lse, np.float64 if dout.dtype == np.float64 else np.float32, "lse")
+    asked = {"need_dcaptured": True} if functions.captured else {}
+    wanted = backward(dout, *qkv, want, want_lse, *cu, **own, **asked, need_dbias=need, engine="reference")
+    for name, got, x in zip(("dq", "dk", "dv", "dbias", "dsinks"), grads, wanted, strict=True):
+        if x is not None:
+            near(got.reshape(x.shape), x, dout.dtype, name)
+    for n, (got, x) in enumerate(zip(grads.dcaptured, wanted.dcaptured or (), strict=False)):
+        near(got, x, x.dtype, f"dcaptured[{n}]")
+    return launched
+
+
+def test_emulated_with_captured_gradients_and_documents() -> None:
+    launched = agree(draw((20, 70), (2, 1), 5, np.float32, 1), Functions(capped, documents, (SLOPES, TABLE), None))
+    assert [key.split()[0] for key in launched] == ["bitmap", "forward_simt", "preprocess", "bitmap", "backward_simt", "bitmap",
+                                                    "backward_simt", "bitmap", "captured", "round_captured"]
+
+
+def test_emulated_beside_built_in_features() -> None:
+    bias, sinks = RNG.standard_normal((2, 20, 70)).astype(np.float32), RNG.standard_normal(2).astype(np.float32)
+    agree(draw((20, 70), (2, 1), 5, np.float32, 1), Functions(capped, None, (SLOPES, TABLE), None), bias=bias, need_dbias=True, sinks=sinks,
+          softcap=2.0, causal=True, dropout_p=0.3, seed=5)
+
+
+def test_emulated_float64_where_derivatives_are_no_numbers() -> None:
+    agree(draw((20, 33), (2, 2), 4, np.float64, 1), Functions(logarithm, lambda b, h, q, k: q % 4 != 1, (SLOPES[:2], np.array(0.5)), None))
+
+
+def test_emulated_packed() -> None:
+    cu_q, cu_k = np.array([0, 9, 9, 25], np.int32), np.array([0, 20, 31, 98], np.int32)
+    agree(draw((27, 99), (2, 1), 5, np.float32), Functions(capped, documents_of_three, (SLOPES, TABLE), None), lengths=(cu_q, cu_k, None))
+
+
+def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (DOC[b % 2, q] == DOC[b % 2, k]) | (k == b)
+
+
+def test_emulated_block_mask_of_a_function_and_blocks() -> None:
+    blocks = RNG.random((1, 2, 3, 5)) < 0.5
+    made = fastattn.block_mask(lambda b, h, q, k: q + 50 >= k, None, 2, 20, 70, blocks=blocks, block=(8, 16))
+    agree(draw((20, 70), (2, 2), 4, np.float32, 1), Functions(None, None, (), made))
+
+
+def test_emulated_numbers_that_change() -> None:
+    """From its second value on a number is an argument of the kernel."""
+    for width in (4, 9):
+        launched = agree(draw((12, 40), (1, 1), 4, np.float32, 1), Functions(lambda s, b, h, q, k, w=width: s * (w / 8), None, (), None))
+    assert "=number(" in launched[0]
+
+
+# ---------------------------------------------------------------- bitmaps of tiles
+def kinds(mask: Mod, arrays: list[Array], shape: tuple[int, int, int, int], block: tuple[int, int], by_keys: bool) -> Array:
+    """The kind of each tile, from the bitmap that the kernel makes: (batch, heads, tiles of rows, tiles of keys)."""
+    batch, heads, seqlen_q, seqlen_k = shape
+    from fastattn.arrays.view import View
+    from fastattn.flex.operands import Flex, FlexOperands
+    from fastattn.gpu.spec import Call
+    from fastattn.problem import Operands, make_problem
+    from tests.tools.gpu.calls import host_view
+
+    flex = FlexOperands(Flex(None, mask.program(True)), mask_arrays=tuple(host_view(x) for x in arrays))
+    q, k = (View(1 << 20, (batch, n, heads, 8), (n * heads * 32, heads * 32, 32, 4), "float32") for n in (seqlen_q, seqlen_k))
+    problem, o = make_problem("test", Operands(q, k, k, flex=flex), packed=False)
+    call, memory = Call(problem, o, q, None), Memory()
+    for x in flex.mask_arrays:
+        memory.allow(x)
+    with emulated(memory) as machine, bitmap(call, make_spec(problem, o, False), *block, machine.launcher(), 0, by_keys) as values:
+        at, words, _, by_batch, by_head, last = values
+        tiles = [-(-n // size) for n, size in zip((seqlen_q, seqlen_k), block, strict=True)]
+        found = np.zeros((batch, heads, *tiles), np.int64)
+        for b, h, m, n in np.ndindex(found.shape):
+            line, column = (n, m) if by_keys else (m, n)
+            place = at + 8 * words * (min(b, last) * by_batch + h * by_head + line) + 8 * (column // 32)
+            seen, full = (machine.load_b32(place + 4 * i) >> (column % 32) & 1 for i in range(2))
+            found[b, h, m, n] = EMPTY if not seen else FULL if full else PARTIAL
+    return found
+
+
+BITMAPS = {
+    "causal": ((1, 1, 200, 150), []), "document": ((2, 1, 90, 90), [DOC]), "prefix": ((2, 1, 60, 100), [np.array([37, 64], np.int32)]),
+    "natten": ((1, 1, 32, 640), []),
+    "tree": ((1, 1, 70, 64), [RNG.random((64, 64)) < np.where(np.arange(64) < 32, 0.1, 0)]), "dilated": ((1, 1, 40, 70), []),
+    "local_global": ((1, 2, 64, 400), [np.array([True, False])]),
+}
+
+
+@pytest.mark.parametrize("name", BITMAPS)
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_a_bitmap_says_what_the_pairs_say(name: str, by_keys: bool) -> None:
+    shape, arrays = BITMAPS[name]
+    block, (batch, heads, rows, keys) = (16, 32), shape
+    found = kinds(MASKS[name], arrays, shape, block, by_keys)
+    for b in range(batch):
+        seen = np.broadcast_to(evaluate(MASKS[name].program(True), places(b, heads, rows, keys), arrays)[0], (heads, rows, keys))
+        for m, n in np.ndindex(found.shape[2:]):
+            part = seen[:, m * block[0]:(m + 1) * block[0], n * block[1]:(n + 1) * block[1]].reshape(heads, -1)
+            assert np.array_equal(found[b, :, m, n], np.where(part.all(1), FULL, np.where(part.any(1), PARTIAL, EMPTY))), (name, b, m, n)
+    assert len(set(found.ravel().tolist())) > 1
+
+
+def test_calls_are_described_without_a_device() -> None:
+    call, spec = call_of(None, MASKS["causal"])
+    assert spec.mask_mod is not None and "mask_mod=[" in spec.text and call.problem.flex is not None
+
+
+# ---------------------------------------------------------------- kernels of the tensor cores
+INTERPRETED = {
+    "rated": ((1, 40, 70, 2, 1, 16), Functions(capped, documents, (SLOPES, TABLE), None), {}),
+    "biased and causal": ((2, 20, 150, 2, 2, 64), Functions(lambda s, b, h, q, k, t: s + t[h, k % 9], lambda b, h, q, k: (q < 9) & (k != q),
+                                                            (TABLE,), None), {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_sm80_from_its_ptx(name: str) -> None:
+    (batch, rows, keys, heads, heads_k, dim), functions, options = INTERPRETED[name]
+    q, k, v, dout = draw((rows, keys), (heads, heads_k), dim, np.float16, batch)
+    out, lse, grads, launched = interpret((q, k, v), functions, "sm80", dout=dout, **options)
+    wide = [x.astype(np.float64) for x in (q, k, v, dout)]
+    own = {name: x for name, x in zip(functions._fields, functions, strict=True) if x is not None} | options
+    want, want_lse = fastattn.attention(*wide[:3], **own, return_lse=True, engine="reference")
+    wanted = fastattn.attention_backward(wide[3], *wide[:3], want, want_lse, **own, need_dcaptured=True, engine="reference")
+    near(out, want, np.float16, "out")
+    near(lse, want_lse, np.float32, "lse")
+    for what, got, x in zip(("dq", "dk", "dv", "first", "second"), grads, (*wanted[:3], *wanted.dcaptured), strict=False):
+        near(got, x, np.float16, what)
+    assert {key.split()[0] for key in launched} >= {"bitmap", "forward_sm80", "backward_sm80", "captured"}
+
+
+# sm_120 is covered by the same kernels with less shared memory
+COMPILED = [
+    ("sm90", "sm_90a", "alibi", None, {"causal": True}), ("sm90", "sm_90a", "softcap", "document", {}),
+    ("sm90", "sm_90a", "relative", "causal", {}), ("sm90", "sm_90a", None, "natten", {"head_dim": 64}),
+    ("sm80", "sm_80", "swin", None, {"backward": True}), ("sm80", "sm_80", "softcap", "prefix", {"backward": True, "head_dim": 64}),
+    ("sm80", "sm_120", "alibi", "sliding", {}), ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "arch", "score", "mask", "options"), COMPILED)
+def test_functions_compile_without_spills(family: str, arch: str, score: str | None, mask: str | None, options: dict[str, Any]) -> None:
+    call, spec = call_of(SCORES.get(score or ""), MASKS.get(mask or ""), **options)
+    with gpu.use(family):
+        assert gpu.choose(call, precompile.absent_device(arch)) is gpu.family(family)
+        for source in precompile.sources(call, spec, precompile.absent_device(arch)):
+            _, report = compiler.build(source, arch)
+            assert not compiler.complaints(report), (source.key, compiler.complaints(report))
+
+
+def test_refusals_say_what_works() -> None:
+    device = precompile.absent_device("sm_90a")
+    wide = Mod(lambda s, b, h, q, k, x: s + x[h], (("float64", ("H",)),))
+    for call, words in ((call_of(wide, None)[0], "captured[0] is float64"),
+                        (call_of(SCORES["alibi"], None, dtype="float32")[0], "plain threads"),
+                        (call_of(SCORES["softcap"], None, backward=True, softcap=2.0)[0], "cap * tanh(score / cap)")):
+        found = dict(gpu.reasons(call, device, gpu.FAMILIES))
+        assert any(words in (reason or "") for reason in found.values()), found
+        assert found["simt"] is None
