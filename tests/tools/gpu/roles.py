@@ -382,7 +382,7 @@ class Play:
             "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
             "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), self.score), "thread_index": lambda: self.local.agent.thread,
             "make_unpack": nothing,
-            "make_dropout": lambda spec, n, **_: (lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
+            "make_dropout": lambda spec, n, **_: (nothing, lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 
 def edited(make: Any, change: tuple[str, str] | None) -> Any:

@@ -172,7 +172,7 @@ class BackwardPlay(Play):
             "make_cap_of": lambda spec: lambda a, acc: (self.at_rest(acc), None), "make_slopes": lambda spec: lambda x: x,
             "make_hide": lambda *_: (nothing, self.at_rest),
             "multiply": lambda acc, other: self.at_rest(acc), "load_columns": self.load_columns, "exp2_columns": self.exponentials,
-            "make_dropout_transposed": lambda *_: (nothing, lambda a, p, words: p, self.to_half, self.gradient),
+            "make_dropout_transposed": lambda *_: (nothing, nothing, lambda a, p, words: p, self.to_half, self.gradient),
             "store_panels": self.store_panels, "store_piece": self.store_piece,
             "make_any_far": lambda *_: self.any_far, "make_near": lambda *_: (first(None), nothing), "make_log2_scale": lambda *_: nothing,
             "own_zeros": lambda n: Fragment("0"), "load_b32": lambda address: address}      # a.far is the word itself
