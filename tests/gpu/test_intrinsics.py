@@ -40,6 +40,7 @@ from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     probes_parts,
     probes_scalar,
     probes_tiles,
+    probes_traced,
 )
 from tests.tools.gpu.probes import PROBES, Array
 
