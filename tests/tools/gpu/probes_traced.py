@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numba import cuda, float64, int32, uint64
 
+from fastattn.arrays.view import ITEMSIZE, numpy_dtype
 from fastattn.gpu.ptx import memory, traced
 from tests.tools.gpu.probes import Array, add, normal, same
 from tests.tools.gpu.probes_scalar import check_unary, on_words, unary, words
-from tests.tools.problems import NUMPY
 
 NUMBERS = np.r_[0.5, -0.5, 1.5, 2.5, -2.5, 3e9, -3e9, np.linspace(-20, 20, 25)]
 ANGLES = np.linspace(-np.pi, np.pi, 32)
@@ -62,7 +62,7 @@ add("traced.whole_f32 traced.whole_f64", "cvt.rzi.s32.f32; cvt.rzi.s32.f64", who
 
 
 def loads(dtype: str) -> Any:
-    load, size, is_float = traced.load_captured(dtype, "float32"), NUMPY[dtype]().itemsize, dtype not in traced.INTEGERS
+    load, size, is_float = traced.load_captured(dtype, "float32"), ITEMSIZE[dtype], dtype not in traced.INTEGERS
 
     def make() -> Any:
         def kernel(a):
@@ -78,7 +78,7 @@ def loads(dtype: str) -> Any:
 
 def check_loads(dtype: str) -> Any:
     def check(launch: Any) -> None:
-        x = (100 * normal(32)).astype(NUMPY[dtype])
+        x = (100 * normal(32)).astype(numpy_dtype(dtype))
         kind: Any = np.int32 if dtype in traced.INTEGERS else np.float32
         raw: Array = x.view(np.int32) if x.nbytes % 4 == 0 else x
         same(launch(raw, dst=np.zeros(32, kind)), x.astype(kind))
