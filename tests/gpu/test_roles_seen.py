@@ -40,13 +40,6 @@ Array = np.ndarray[Any, Any]
 MASK = trace(lambda b, h, q, k: q >= k, mask=True)
 
 
-class SeenPlay(Play):
-    modules = (*Play.modules, "sm90.seen")
-
-    def names(self) -> dict[str, Any]:
-        return super().names() | {"make_hide": lambda p: (lambda *_: 0, self.at_rest)}
-
-
 def words_of(kinds: Array) -> Array:
     """The bitmap of kinds (batch, heads, lines, tiles): 0 empty, 1 partial, 2 full."""
     count = -(-kinds.shape[-1] // 32)
@@ -62,7 +55,7 @@ def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = forw
     spec = make_spec(call.problem, call.operands, False)
     config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
-    made, memory = SeenPlay(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes, spec.parts), Memory()
+    made, memory = Play(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes, spec.parts), Memory()
     arguments, words = launch_sm90.forward_program(spec, config).arguments, words_of(kinds)
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k, host_view(words.view(np.int32))):
         memory.allow(x)

@@ -105,7 +105,8 @@ class Agent:
 class Play:
     """One launch of a kernel made for `config`: `stored` has (tensor's row, head, plane, column) -> keys that went into it."""
 
-    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.bias", "tile.ring", "tile.smem")
+    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "sm90.seen", "tile.bias", "tile.ring",
+                                "tile.smem")
 
     def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int],
                  parts: int = 1) -> None:
@@ -381,7 +382,7 @@ class Play:
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
             "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), self.score), "thread_index": lambda: self.local.agent.thread,
-            "make_unpack": nothing,
+            "make_unpack": nothing, "make_hide": lambda *_: (lambda *_: 0, self.at_rest),
             "make_dropout": lambda spec, n, **_: (nothing, lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 
