@@ -83,6 +83,7 @@ def names(memory: Any) -> dict[str, Any]:
             "element_of": element_of, "element_of_natural": element_of_natural, "INTEGERS": INTEGERS, "load_captured": load_captured,
             "add_to": add_to, "rounded": lambda mode, compute: {"rmi": np.floor, "rni": np.rint}[mode], "whole_f32": whole,
             "whole_f64": whole, "exp2": FUNCTIONS["exp2"], "log2": FUNCTIONS["log2"], "reciprocal": _quiet(np.reciprocal),
+            "near_sine": FUNCTIONS["sin"], "near_cosine": FUNCTIONS["cos"], "rounded_turns": np.rint, "fma": lambda x, y, z: x * y + z,
             "smallest": _quiet(np.minimum), "largest": _quiet(np.maximum), "absolute": abs, "root": FUNCTIONS["sqrt"],
             "_floordiv": INTEGERS["floordiv"], "_mod": INTEGERS["mod"], "or_b32": or_b32,
             "shift_left": _wrapping(operator.lshift), "highest_bit": lambda x: (x & 0xFFFFFFFF).bit_length() - 1,
