@@ -5,6 +5,7 @@ bitmaps of tiles are compared with the mask of all pairs, and kernels of all fam
 """
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastattn.gpu.flex.bitmap import EMPTY, FULL, PARTIAL
 from fastattn.gpu.flex.launch import bitmap
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.spec import make_spec
+from tests.tools.gpu.calls import host_view
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.gpu.flex import MASKS, SCORES, Mod, call_of, emulate, interpret
 
@@ -130,7 +132,6 @@ def kinds(mask: Mod, arrays: list[Array], shape: tuple[int, int, int, int], bloc
     from fastattn.flex.operands import Flex, FlexOperands
     from fastattn.gpu.spec import Call
     from fastattn.problem import Operands, make_problem
-    from tests.tools.gpu.calls import host_view
 
     flex = FlexOperands(Flex(None, mask.program(True)), mask_arrays=tuple(host_view(x) for x in arrays))
     q, k = (View(1 << 20, (batch, n, heads, 8), (n * heads * 32, heads * 32, 32, 4), "float32") for n in (seqlen_q, seqlen_k))
@@ -170,6 +171,30 @@ def test_a_bitmap_says_what_the_pairs_say(name: str, by_keys: bool) -> None:
             part = seen[:, m * block[0]:(m + 1) * block[0], n * block[1]:(n + 1) * block[1]].reshape(heads, -1)
             assert np.array_equal(found[b, :, m, n], np.where(part.all(1), FULL, np.where(part.any(1), PARTIAL, EMPTY))), (name, b, m, n)
     assert len(set(found.ravel().tolist())) > 1
+
+
+def test_a_block_mask_keeps_its_bitmap_for_each_stream() -> None:
+    memory, call = Memory(), call_of(None, MASKS["causal"], seqlen=64, dtype="float32")[0]
+    flex = call.operands.flex
+    assert flex is not None
+    flex.kept, spec = {}, make_spec(call.problem, call.operands, False)
+    with emulated(memory) as machine:
+        launcher = machine.launcher()
+
+        def lasting(size: int, stream: int) -> Any:
+            words = np.zeros(size // 4, np.int32)
+            memory.allow(host_view(words))
+            return SimpleNamespace(view=lambda: host_view(words), words=words)
+        launcher.lasting = lasting
+        found = []
+        for stream, block in ((0, 32), (0, 32), (1, 32), (0, 64)):
+            with bitmap(call, spec, block, 32, launcher, stream) as values:
+                found.append(values[0])
+        launcher.capturing = lambda stream: True
+        with bitmap(call, spec, 32, 32, launcher, 0) as values:
+            found.append(values[0])
+    assert found[0] == found[1] and len(set(found)) == 4 and len(flex.kept) == 3
+    assert len(machine.launched) == 4           # the second call made none
 
 
 def test_calls_are_described_without_a_device() -> None:

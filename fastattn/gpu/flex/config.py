@@ -4,3 +4,4 @@ from __future__ import annotations
 BITMAP_THREADS = 32         # a warp for each tile: blocks of one, so that tiles of unlike cost do not wait for each other
 ROWS_BETWEEN = 8            # rows of a partial tile that are asked for between looks at whether it is known
 ROUND_THREADS = 256
+MOST_KEPT = 64              # bitmaps of a BlockMask: of tilings, lengths and streams

@@ -49,7 +49,7 @@ def mul(x, y):
 
 
 @inline
-def absolute(x):
+def size_of(x):
     most, least = max(abs(x[0]), abs(x[1])), min(abs(x[0]), abs(x[1]))
     least = int64(0) if (x[0] <= 0) & (x[1] >= 0) else least
     return fit(least, most)
@@ -137,7 +137,7 @@ def chosen(c, x, y):
     return low, high
 
 
-_NUMBERS = {"add": "add", "sub": "sub", "mul": "mul", "neg": "neg", "abs": "absolute", "min": "smaller", "max": "larger",
+_NUMBERS = {"add": "add", "sub": "sub", "mul": "mul", "neg": "neg", "abs": "size_of", "min": "smaller", "max": "larger",
             "floordiv": "floordiv", "mod": "mod", "lt": "less", "le": "less_equal", "eq": "equal", "ne": "unequal", "where": "chosen"}
 _CONDITIONS = {"and": "both", "or": "either", "xor": "one_of", "not": "negated", "where": "chosen", "eq": "equal", "ne": "unequal",
                "lt": "less", "le": "less_equal"}
@@ -160,7 +160,7 @@ class Bounds:
                        for i, n in enumerate(ranges_of(program, wanted[s]))}
         self.tile = {n: f"tile[{i}]" for i, n in enumerate(wanted[TILE])}
         self.names: dict[str, Any] = {"int64": int64, "add": add, "sub": sub, "mul": mul, "neg": neg,
-                                      "absolute": absolute, "smaller": smaller, "larger": larger, "floordiv": floordiv, "mod": mod,
+                                      "size_of": size_of, "smaller": smaller, "larger": larger, "floordiv": floordiv, "mod": mod,
                                       "less": less, "less_equal": less_equal, "equal": equal, "unequal": unequal, "both": both,
                                       "either": either, "negated": negated, "one_of": one_of, "chosen": chosen}
         self.text = self._text()

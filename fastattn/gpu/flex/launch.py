@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from ...flex.program import Program
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher
 from ..spec import AnyCall, BackwardCall, Spec
-from .config import BITMAP_THREADS, ROUND_THREADS
+from .config import BITMAP_THREADS, MOST_KEPT, ROUND_THREADS
 from .fields import MASK, fields, mask_values
 
 make_bitmap, make_round = late("flex.bitmap", "make_bitmap"), late("flex.rounding", "make_round")
@@ -69,16 +69,48 @@ def bitmap(call: AnyCall, spec: Spec, block_m: int, block_n: int, launcher: Laun
     if spec.mask_mod is None:
         yield ()
         return
-    p = call.problem
+    p, flex = call.problem, call.operands.flex
+    assert flex is not None
     layout = layout_of(spec.mask_mod, p.batch, p.num_heads, p.seqlen_q, p.seqlen_k, block_m, block_n, by_keys)
-    with launcher.temporary(layout.size, stream) as memory:
+
+    def fill(memory: int) -> None:
         launcher.clear(memory, layout.size, stream)
         tiles = layout.batches * layout.heads * layout.lines * layout.columns if p.seqlen_q and p.seqlen_k else 0
         if tiles:
             own = memory, layout.words, layout.lines, layout.columns, layout.heads, p.seqlen_q, p.seqlen_k
             source = bitmap_source(spec.mask_mod, block_m, block_n, by_keys)
             launcher.load(source).launch(tiles, [*own, *mask_values(call)], stream)
+    what = layout, block_m, block_n, by_keys, p.seqlen_q, p.seqlen_k
+    kept = None if flex.kept is None else _kept(flex.kept, what, fill, launcher, stream)
+    if kept is not None:
+        yield layout.values(kept)
+        return
+    with launcher.temporary(layout.size, stream) as memory:
+        fill(memory)
         yield layout.values(memory)
+
+
+def _kept(kept: dict[Any, Any], what: tuple[Any, ...], fill: Callable[[int], None], launcher: Launcher, stream: int) -> int | None:
+    """Address of a bitmap that outlives the call, from `kept` or filled now. None: there is none, as in a graph, which may outlive the
+    mask.
+
+    Each stream has its own, so that nobody waits, and memory is freed behind all work that reads it.
+    """
+    key = "bitmap", launcher.device.ordinal, stream, *what
+    if launcher.capturing(stream):
+        return None
+    found = kept.get(key)
+    if found is None:
+        layout: Layout = what[0]
+        found = launcher.lasting(layout.size, stream)
+        if found is None:
+            return None
+        address: int = found.view().ptr
+        fill(address)
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        kept[key] = found
+    return int(found.view().ptr)
 
 
 # ---------------------------------------------------------------- gradients of captured arrays

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
+from ...arrays.device_array import DeviceArray
+from ...arrays.streams import Stream
 from ...arrays.view import View
 from ..spec import AnyCall, Arguments
 from . import compile as compiler
@@ -44,6 +46,9 @@ class Launcher(Protocol):
 
     def temporary(self, size: int, stream: int) -> AbstractContextManager[int]:
         """Address of `size` bytes, possibly none, for work enqueued on `stream` inside the `with`."""
+
+    def lasting(self, size: int, stream: int) -> Any:
+        """A device array of `size` bytes, a multiple of 4, that lives as long as the object; None where nothing outlives a call."""
 
     def clear(self, memory: int, size: int, stream: int) -> None:
         """Enqueue writing `size` zero bytes."""
@@ -87,6 +92,9 @@ class OnDevice:
     def temporary(self, size: int, stream: int) -> AbstractContextManager[int]:
         return workspace.temporary(size, self.device.ordinal, stream)
 
+    def lasting(self, size: int, stream: int) -> Any:
+        return DeviceArray((size // 4,), "int32", Stream(stream, self.device.ordinal))
+
     def row_map(self, address: int, count: int, apart: int, rows: int, captured: bool) -> int:
         return tensormap.row_map(address, count, apart, rows, self.device.ordinal, captured)
 
@@ -123,6 +131,9 @@ class Listing:
 
     def temporary(self, size: int, stream: int) -> AbstractContextManager[int]:
         return nullcontext(0)
+
+    def lasting(self, size: int, stream: int) -> Any:
+        return None
 
     def clear(self, memory: int, size: int, stream: int) -> None:
         pass

@@ -95,6 +95,9 @@ class Recorder:
         offset, self.size = self.size, self.size + max(-(-size // ALIGNMENT), 1) * ALIGNMENT
         return nullcontext(Address(ALIGNMENT + offset, self.arrays, offset))
 
+    def lasting(self, size: int, stream: int) -> Any:
+        return None
+
     def clear(self, memory: int, size: int, stream: int) -> None:
         self.launched.append(Launched(None, size, [memory]))
 
