@@ -25,11 +25,9 @@ _HALF = {"float16": "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.f32.f16 $0, t;
 _WIDE_HALF = {"float16": "{ .reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.f64.f16 $0, t; }",
               "bfloat16": "{ .reg .b16 t, z; .reg .f32 x; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 x, {z, t}; cvt.f64.f32 $0, x; }"}
 _INTEGERS = {
-    "int32": "ld.global.nc.b32 $0, [$1];", "bool": "ld.global.nc.u8 $0, [$1];", "uint8": "ld.global.nc.u8 $0, [$1];",
-    "int64": "{ .reg .s64 t; ld.global.nc.s64 t, [$1]; cvt.sat.s32.s64 $0, t; }",
-    "uint32": "{ .reg .u32 t; ld.global.nc.u32 t, [$1]; min.u32 $0, t, 2147483647; }",
-    "int16": "{ .reg .s16 t; ld.global.nc.s16 t, [$1]; cvt.s32.s16 $0, t; }",
-    "uint16": "{ .reg .u16 t; ld.global.nc.u16 t, [$1]; cvt.u32.u16 $0, t; }", "int8": "ld.global.nc.s8 $0, [$1];"}
+    "int32": "ld.global.nc.b32 $0, [$1];", "bool": "ld.global.nc.u8 $0, [$1];",
+    "int64": "ld.global.nc.b32 $0, [$1];",      # int64: its low 32 bits
+}
 INTEGERS = tuple(_INTEGERS)
 
 
@@ -42,7 +40,7 @@ def rounded(mode: str, compute: str) -> Any:
 
 @cache
 def load_captured(dtype: str, compute: str) -> Any:
-    """load(address): an element as a number of the arithmetic `compute`, or as an int32 within its range."""
+    """load(address): an element as a number of the arithmetic `compute`, or as an int32."""
     if dtype in _INTEGERS:
         return instruction(_INTEGERS[dtype], "l", "r", pure=True)
     wide = compute == "float64"

@@ -87,7 +87,7 @@ def check_loads(dtype: str) -> Any:
 
 for _dtype, _text in (("float32", "ld.global.nc.f32"), ("float16", "cvt.f32.f16"), ("bfloat16", "ld.global.nc.b16"),
                       ("int32", "ld.global.nc.b32"),
-                      ("int64", "cvt.sat.s32.s64"), ("bool", "ld.global.nc.u8")):
+                      ("int64", "ld.global.nc.b32"), ("bool", "ld.global.nc.u8")):
     add("traced.load_captured", _text, loads(_dtype), check_loads(_dtype), name=f"traced.load_captured_{_dtype}")
 
 

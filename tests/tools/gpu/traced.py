@@ -11,7 +11,7 @@ import numpy as np
 from fastattn.arrays.view import ITEMSIZE
 from fastattn.flex.ops import OPS, wrapped
 
-_INTEGERS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "bool": ctypes.c_uint8, "uint8": ctypes.c_uint8, "int16": ctypes.c_int16}
+_INTEGERS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "bool": ctypes.c_uint8}
 
 
 def _quiet(function: Callable[..., Any]) -> Callable[..., float]:
@@ -61,7 +61,7 @@ def names(memory: Any) -> dict[str, Any]:
         def load(address: int) -> Any:
             memory.check(address, size)
             value = kind.from_address(address).value
-            return value if dtype in _INTEGERS else decode(value, dtype)
+            return wrapped(value) if dtype in _INTEGERS else decode(value, dtype)
         return load
 
     def add_to(compute: str) -> Any:
