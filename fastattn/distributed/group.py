@@ -102,6 +102,18 @@ def group(comm: Any, *, timeout: float = TIMEOUT) -> Group:
     """
     if all(hasattr(comm, name) for name in ("exchange", "reads", "rank", "size")):
         return comm  # type: ignore[no-any-return]
+    known = _made.get((id(comm), timeout))
+    if known is not None and known[0] is comm:
+        return known[1]
+    made = _of_communicator(comm, timeout)
+    _made[id(comm), timeout] = comm, made
+    return made
+
+
+_made: dict[tuple[int, float], tuple[Any, Group]] = {}      # one group for each communicator: a call may be given the communicator itself
+
+
+def _of_communicator(comm: Any, timeout: float) -> Group:
     modules = {base.__module__.partition(".")[0] for base in type(comm).__mro__}
     if "mpi4py" in modules:
         from .mpi import MpiGroup
