@@ -28,11 +28,11 @@ class TorchGroup:
         return _Exchange(self, self._start(give, take), None, (give, take))
 
     def _start(self, give: list[Message], take: list[Message]) -> list[Any]:
-        works = []
-        for source in sorted({rank for _, rank in take} | {rank for _, rank in give}):
-            works += [self._group.recv([self._bytes(view)], rank, 0) for view, rank in take if rank == source]
-            works += [self._group.send([self._bytes(view)], rank, 0) for view, rank in give if rank == source]
-        return works
+        """One group of messages: with NCCL one by one would wait for each other for ever."""
+        distributed = self._torch.distributed
+        found = [distributed.P2POp(distributed.irecv, self._bytes(view), group=self._group, group_peer=rank) for view, rank in take]
+        found += [distributed.P2POp(distributed.isend, self._bytes(view), group=self._group, group_peer=rank) for view, rank in give]
+        return list(distributed.batch_isend_irecv(found))
 
     def _bytes(self, view: View) -> Any:
         flat = View(view.ptr, (size_of(view),), (1,), "bool", view.device, view)
