@@ -48,9 +48,11 @@ class SocketGroup:
         self._wait(self._peers[rank].write(_DATA, memoryview(words)).is_set, f"rank {rank} did not read")
 
     def receive(self, rank: int) -> bytes:
-        inbox = self._peers[rank].inbox
-        self._wait(lambda: not inbox.empty(), f"a message of rank {rank} did not come")
-        return bytes(inbox.get())
+        peer = self._peers[rank]
+        self._wait(lambda: not peer.inbox.empty() or peer.left, f"a message of rank {rank} did not come")
+        if peer.inbox.empty():
+            raise RankError(f"rank {self.rank} waits for a message of rank {rank}, which has ended without an error")
+        return bytes(peer.inbox.get())
 
     def abort(self, reason: str) -> None:
         for peer in self._peers.values():
@@ -90,7 +92,7 @@ class _Peer:
     """The connection with one other rank."""
 
     def __init__(self, group: SocketGroup, rank: int, connection: socket.socket) -> None:
-        self.group, self.rank, self.connection = group, rank, connection
+        self.group, self.rank, self.connection, self.left = group, rank, connection, False
         self.inbox, self._outbox = queue.Queue[bytearray](), queue.Queue[tuple[bytes, memoryview, threading.Event]]()
         for work in (self._read, self._write):
             threading.Thread(target=work, daemon=True, name=f"fastattn rank {rank}").start()
@@ -118,6 +120,8 @@ class _Peer:
                 kind, length = _HEAD.unpack(_exactly(self.connection, _HEAD.size))
                 words = _exactly(self.connection, length)
                 if kind == _BYE:
+                    self.left = True
+                    self.group.notify()
                     return
                 if kind == _FAILED:
                     self.group.fail(words.decode(errors="replace"))

@@ -21,7 +21,7 @@ if group.rank == 1:
 fd.attention(x, x, x, group=group)
 print("went on")
 """
-FAILURES = {"error": "raise RuntimeError('this rank is ill')", "killed": "os.kill(os.getpid(), 9)",
+FAILURES = {"exit": "sys.exit(3)", "error": "raise RuntimeError('this rank is ill')", "killed": "os.kill(os.getpid(), 9)",
             "thread": "import threading, time; threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)"}
 
 
@@ -43,7 +43,7 @@ def test_torch() -> None:
 
 
 @needs_mpi
-@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("kind", ["error", "killed", "thread"])
 def test_a_rank_of_mpi_that_fails_ends_all(kind: str) -> None:
     start = time.monotonic()
     status, output = of_mpi(2, "-c", ILL.format(transport="mpi", fails=FAILURES[kind]), seconds=20)
@@ -52,11 +52,12 @@ def test_a_rank_of_mpi_that_fails_ends_all(kind: str) -> None:
         assert "RuntimeError: this rank is ill" in output
 
 
-@pytest.mark.parametrize("kind", ["error", "killed"])
+@pytest.mark.parametrize("kind", ["error", "killed", "exit"])
 def test_a_rank_of_tcp_that_fails_ends_all(kind: str) -> None:
     (status, output), (failed, _) = of_environment(2, "-c", ILL.format(transport="connect", fails=FAILURES[kind]), seconds=20)
     assert status == 1 and failed != 0 and "went on" not in output
-    assert ("RankError: rank 1 failed: RuntimeError: this rank is ill" if kind == "error" else "RankError: rank 1 ") in output
+    assert {"error": "RankError: rank 1 failed: RuntimeError: this rank is ill", "killed": "RankError: rank 1 ",
+            "exit": "RankError: rank 0 waits for a message of rank 1, which has ended without an error"}[kind] in output
 
 
 @needs_mpi
