@@ -16,11 +16,12 @@ class Case:
     head_dim: int = 128
     dtype: str = "bfloat16"
     window: int | None = None
+    pieces: int = 1
 
     @property
     def name(self) -> str:
-        window = "" if self.window is None else f" window {self.window}"
-        return f"{self.method} {self.seqlen // 1024}k {self.heads}/{self.heads_k}{window}"
+        more = ("" if self.window is None else f" window {self.window}") + f" in {self.pieces} pieces" * (self.pieces > 1)
+        return f"{self.method} {self.seqlen // 1024}k {self.heads}/{self.heads_k}{more}"
 
     @property
     def flops(self) -> float:
@@ -38,8 +39,9 @@ def cases(mode: str, device: str) -> list[Case]:
         lengths = (1024,) if mode == "quick" else (2048, 8192)
         return [Case(n, 8, 4, method, 64, "float32") for n in lengths for method in ("gather", "ring", "ulysses")]
     lengths = (32768, 131072) if mode == "quick" else (32768, 65536, 131072, 262144, 1048576)
-    found = [Case(n, *heads, method) for n in lengths for heads in ((32, 8), (16, 16)) for method in ("gather", "ring", "ulysses")
-             if n <= 131072 or (heads == (32, 8) and method != "ulysses")]
+    found = [Case(n, *heads, method, pieces=pieces) for n in lengths for heads in ((32, 8), (16, 16))
+             for method, pieces in (("gather", 1), ("gather", 2), ("ring", 1), ("ring", 2), ("ulysses", 1))
+             if n <= 131072 or (heads == (32, 8) and method != "ulysses" and pieces == 1)]
     return found if mode == "quick" else [*found, Case(131072, 32, 8, "gather", window=4096)]
 
 

@@ -42,6 +42,7 @@ class Rank:
             self.index = number % int(os.environ["BENCH_DEVICES"])
             with on_device(self.index):
                 handle = int(check(driver().cuStreamCreate(driver().CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
+                keep_memory(self.index)
             self.stream = Stream(handle, self.index)
         self.memory: Memory = memory_of(self.stream)
         self.trace = Trace(self.stream)
@@ -105,6 +106,14 @@ class Rank:
         return statistics.median(found)
 
 
+def keep_memory(device: int) -> None:
+    """Results come from the driver's default pool, which would give memory back at each synchronization and map it again in each call."""
+    d = driver()
+    pool = check(d.cuDeviceGetDefaultMemPool(check(d.cuDeviceGet(device), "cuDeviceGet")), "cuDeviceGetDefaultMemPool")
+    most = d.cuuint64_t(2**63)
+    check(d.cuMemPoolSetAttribute(pool, d.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, most), "cuMemPoolSetAttribute")
+
+
 def as_bytes(x: Any, dtype: str) -> bytes:
     if dtype == "bfloat16":
         import ml_dtypes
@@ -128,7 +137,7 @@ def measure(rank: Rank, case: Case) -> dict[str, Any]:
     whole_shape = {name: (1, case.seqlen, heads, case.head_dim) for name, heads in shapes.items()}
     masks: dict[str, Any] = {"causal": True, "window": None if case.window is None else (case.window - 1, None)}
     of_call = masks | rank.keywords
-    of_group = of_call | {"group": group, "seqlen": case.seqlen, "shard": shard, "method": case.method}
+    of_group = of_call | {"group": group, "seqlen": case.seqlen, "shard": shard, "method": case.method, "pieces": case.pieces}
     q, k, v, dout = [rank.array(shape, case.dtype, n, spans) for n, shape in enumerate(whole_shape.values())]
     out, lse = fd.attention(q, k, v, return_lse=True, **of_group)
     runs = RUNS if case.seqlen <= ERROR_ROWS else 1

@@ -279,6 +279,6 @@ def backward(ready: Prepared, given: Given) -> Grads[Any]:
 
 def _backward(ready: Prepared, local: Local, given: Given, grads: Grads[View]) -> None:
     if ready.method.keys == "ring":
-        ring.backward(ready.run, local, given, grads)
+        ring.backward(ready.run, local, given, grads, min(ready.pieces, local.problem.num_heads_k))
     else:
         gather.backward(ready.run, local, given, grads, min(ready.pieces, local.problem.num_heads_k))

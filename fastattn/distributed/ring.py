@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from ..arrays.view import View
 from ..problem import Grads, Mask, Operands, Problem
-from .gather import packed
+from .gather import grads_of_heads, head_pieces, packed
 from .group import Message, Pending
 from .memory import cut
 from .reach import Piece, Reach, begun, paired
 from .run import Given, Local, Run, buffer, canonical, in_float32, rows_first
-from .shares import add_keys, add_scores, covers, piece_grads
+from .shares import add_keys, add_scores, piece_grads
 from .spans import Span, Spans, parts, total
 
 AHEAD = 2           # steps: a transfer that becomes ready beside a kernel which has all SMs begins when that kernel ends
@@ -38,6 +38,7 @@ class Ring:
         self.run, self.local, self.size = run, local, len(local.ranks)
         self.own = [rows_first(x) for x in (local.o.k, local.o.v)]
         self.give = [packed(run, x) for x in self.own] if self.size > 1 else self.own
+        self.started, self.under_way = 0, dict[int, tuple[list[View], Pending]]()
 
     def at(self, step: int) -> int:
         """The participant whose keys are used at a step."""
@@ -68,15 +69,23 @@ class Ring:
         take = [Message(cut(x, 0, part.rows), ranks[owner]) for part in parts(self.spans(self.local.me, owner)) for x in buffers]
         return buffers, self.run.exchange(give, take)
 
-    def steps(self) -> Iterator[tuple[int, View, View]]:
-        """(step, canonical k and v). Exchanges start AHEAD steps before their keys are used."""
-        under_way = {step: self.start(step) for step in range(1, min(AHEAD, self.size))}
-        held = self.own
-        for step in range(self.size):
-            if step + AHEAD < self.size:
-                under_way[step + AHEAD] = self.start(step + AHEAD)
+    def begin(self) -> None:
+        """Start the first exchange before anything is computed."""
+        self._start_until(1)
+
+    def _start_until(self, last: int) -> None:
+        for step in range(self.started + 1, min(last, self.size - 1) + 1):
+            self.under_way[step] = self.start(step)
+            self.started = step
+
+    def steps(self, own_last: bool = False) -> Iterator[tuple[int, View, View]]:
+        """(step, canonical k and v), own keys first or last. Exchanges start AHEAD steps before their keys are used."""
+        for step in (*range(1, self.size), 0) if own_last else range(self.size):
+            if step or not own_last:
+                self._start_until(step + AHEAD)
+            held = self.own
             if step:
-                held, pending = under_way.pop(step)
+                held, pending = self.under_way.pop(step)
                 pending.wait()
             k, v = held
             yield step, canonical(k), canonical(v)
@@ -136,54 +145,73 @@ def forward(run: Run, local: Local, out: View, lse: View) -> None:
         memory.copy(out, sums)
 
 
-def backward(run: Run, local: Local, given: Given, grads: Grads[View]) -> None:
+def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1) -> None:
     """Write dq, dk, dv of own rows. dbias and dsinks, if wanted, are sums that the caller cleared: shares of this rank are added.
 
-    Every call gets the out and lse of all keys, so that its gradients are its exact shares.
+    Every call gets the out and lse of all keys, so that its gradients are its exact shares. Of several pieces, groups of heads, the last
+    one uses own keys last: then the shares of all other keys travel while something is computed.
     """
-    memory, ring, wide = run.memory, Ring(run, local), local.wide
-    dq, own = memory.empty(grads.dq.shape, wide), [memory.empty(x.shape, wide) for x in ring.own]
-    first, n, m = ring.pieces(0), *[x.shape[0] for x in (rows_first(dq), own[0])]
-    begun = len(first) == 1 and covers(first[0], n, m)          # it writes the sums, others are added
-    for x in (dq, *own) if not begun else ():
-        memory.zero(x)
     if grads.dsinks is not None:
         add_dsinks(run, *bare(run, local, 1), given, grads.dsinks)
-    returning = list[tuple[list[slice], list[View], Pending]]()
-    local = without_sinks(local)
-    for step, k, v in ring.steps():
-        pieces = ring.pieces(step)
-        sums, direct = own, begun
-        if step:
-            sums = [memory.empty(rows_first(x).shape, wide) for x in (k, v)]
-            direct = len(pieces) == 1 and pieces[0].keys == slice(0, k.shape[1])
-            for x in sums if not direct else []:
-                memory.zero(x)
-        for piece in pieces:
-            found = piece_grads(run, local, piece, k, v, given, grads, dq if begun and step == 0 else None, sums if direct else None)
-            if step or not begun:
-                memory.add(cut(dq, 1, piece.rows), found.dq)
-            if not direct:
-                add_keys(run, found, piece.keys, sums)
-            add_scores(run, found, piece, grads)
-        if step:
-            returning.append(ring.give_back(step, sums))
-        while returning and (len(returning) > 1 or step + 1 == ring.size):
-            add_returned(run, own, *returning.pop(0))
-    memory.copy(grads.dq, dq)
-    for to, x in zip((grads.dk, grads.dv), own, strict=True):
-        memory.copy(rows_first(to), x)
+    started = [(q, k, part, Ring(run, part)) for q, k, part in head_pieces(without_sinks(local), pieces)]
+    for *_, ring in started:
+        ring.begin()
+    computed = [Backward(run, part, ring, given.heads(q), grads_of_heads(grads, q, k), 1 < n + 1 == len(started))
+                for n, (q, k, part, ring) in enumerate(started)]
+    for piece in computed:
+        piece.finish()
 
 
-def add_returned(run: Run, own: list[View], places: list[slice], arrived: list[View], pending: Pending) -> None:
-    """Add the shares of dk and dv that another rank has computed."""
-    pending.wait()
-    for to, x in zip(own, arrived, strict=True):
-        first = 0
-        for rows in places:
-            length = rows.stop - rows.start
-            run.memory.add(cut(to, 0, rows), cut(x, 0, slice(first, first + length)))
-            first += length
+class Backward:
+    """The gradients of some heads: computed when it is made, but for what other ranks still send."""
+
+    def __init__(self, run: Run, local: Local, ring: Ring, given: Given, grads: Grads[View], own_last: bool) -> None:
+        self.run, self.grads, memory = run, grads, run.memory
+        self.returning = list[tuple[list[slice], list[View], Pending]]()
+        self.dq, self.own = memory.empty(grads.dq.shape, local.wide), [memory.empty(x.shape, local.wide) for x in ring.own]
+        first, rows, keys = ring.pieces(1 if own_last and ring.size > 1 else 0), self.dq.shape[1], self.own[0].shape[0]
+        dq_begun = len(first) == 1 and first[0].rows == slice(0, rows)      # the first call writes the sum, others are added
+        own_pieces = ring.pieces(0)
+        own_direct = len(own_pieces) == 1 and own_pieces[0].keys == slice(0, keys) and (not own_last or ring.size == 2)
+        for x in ((() if dq_begun else (self.dq,)) + (() if own_direct else tuple(self.own))):
+            memory.zero(x)
+        for n, (step, k, v) in enumerate(ring.steps(own_last)):
+            found, sums, direct = ring.pieces(step), self.own, own_direct
+            if step:
+                sums = [memory.empty(rows_first(x).shape, local.wide) for x in (k, v)]
+                direct = len(found) == 1 and found[0].keys == slice(0, k.shape[1])
+                for x in sums if not direct else []:
+                    memory.zero(x)
+            for piece in found:
+                begins = n == 0 and dq_begun
+                shares = piece_grads(run, local, piece, k, v, given, grads, self.dq if begins else None, sums if direct else None)
+                if not begins:
+                    memory.add(cut(self.dq, 1, piece.rows), shares.dq)
+                if not direct:
+                    add_keys(run, shares, piece.keys, sums)
+                add_scores(run, shares, piece, grads)
+            if step:
+                self.returning.append(ring.give_back(step, sums))
+            if len(self.returning) > 1:
+                self._add_returned()
+
+    def _add_returned(self) -> None:
+        """Add the shares of dk and dv that another rank has computed."""
+        places, arrived, pending = self.returning.pop(0)
+        pending.wait()
+        for to, x in zip(self.own, arrived, strict=True):
+            first = 0
+            for rows in places:
+                length = rows.stop - rows.start
+                self.run.memory.add(cut(to, 0, rows), cut(x, 0, slice(first, first + length)))
+                first += length
+
+    def finish(self) -> None:
+        while self.returning:
+            self._add_returned()
+        self.run.memory.copy(self.grads.dq, self.dq)
+        for to, x in zip((self.grads.dk, self.grads.dv), self.own, strict=True):
+            self.run.memory.copy(rows_first(to), x)
 
 
 def add_dsinks(run: Run, problem: Problem, o: Operands, given: Given, dsinks: View) -> None:

@@ -31,11 +31,6 @@ def add_keys(run: Run, found: Grads[View], keys: slice, sums: list[View]) -> Non
         run.memory.add(cut(canonical(to), 1, keys), x)
 
 
-def covers(piece: Piece, rows: int, keys: int) -> bool:
-    """Whether a call has all rows and all keys, so that it can write sums instead of adding to them."""
-    return piece.rows == slice(0, rows) and piece.keys == slice(0, keys)
-
-
 def add_scores(run: Run, found: Grads[View], piece: Piece, grads: Grads[View]) -> None:
     """Add dbias and dsinks of a call to those of the whole."""
     if found.dbias is not None and piece.spans is not None:
