@@ -21,7 +21,7 @@ from .config import FEW_FLOAT_KEYS, FEW_FLOAT_PRODUCTS
 from .eight_bit import Widening
 from .flex.refusals import refuses_traced
 from .narrow import Narrowing
-from .rows import accumulate_launch, quantize_launch
+from .rows import accumulate_launch, merge_launch, quantize_launch
 from .rows import launch as rows
 from .runtime.device import Device, capturing, current, device, read_back
 from .runtime.launcher import Launcher, on_device
@@ -154,7 +154,10 @@ def merge_states(outs: list[View], lses: list[View], out: View, lse: View, strea
     """rows.launch.merge_states on the device of `out`."""
     launcher = on_device(out.device[1])
     with current(launcher.device):
-        rows.merge_states(outs, lses, out, lse, launcher, stream)
+        if merge_launch.in_place(outs, lses, out, lse):
+            merge_launch.merge_into(outs[1], lses[1], out, lse, launcher, stream)
+        else:
+            rows.merge_states(outs, lses, out, lse, launcher, stream)
 
 
 def accumulate(out: View, x: View, add: bool, stream: int) -> None:

@@ -19,6 +19,7 @@ import fastattn
 from fastattn.arrays import convert
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.rows import launch as rows_launch
+from fastattn.gpu.rows import merge_launch
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
 from tests.tools.gpu.cases import on_device, to_host
@@ -34,6 +35,32 @@ EPS = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 def test_compiled(dtype: str, arch: str) -> None:
     _, report = compiler.build(rows_launch.merge_source(dtype), arch)
     assert compiler.complaints(report) == []
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float32", "float32"), ("float16", "float32"), ("bfloat16", "float32"),
+                                               ("float64", "float64")])
+def test_in_place(dtype: str, target: str) -> None:
+    """Vectors and single numbers, transposed, with rows that are empty in one or in both."""
+    for arch in ("sm_80", "sm_90a") if dtype == "float32" else ("sm_90a",):
+        for whole in {False, dtype == target}:
+            assert compiler.complaints(compiler.build(merge_launch.merge_into_source(dtype, target, whole), arch)[1]) == []
+    for shape in ((2, 3, 2, 8), (3, 5, 4), (1, 9, 1, 132)):
+        (running, _), lses = parts_of(target, shape, 2)
+        (_, part), _ = parts_of(dtype, shape, 2)
+        lses[1][lses[0] == -np.inf] = [-np.inf, np.inf][dtype == "float16"]
+        out = np.ascontiguousarray(running.swapaxes(-2, -3)).swapaxes(-2, -3)
+        lse, expected = lses[0].copy(), fastattn.merge_states([running, part], lses, layout="thd" if len(shape) == 3 else "bshd")
+        memory = Memory()
+        views = [convert.view(x, "test", "x") for x in (out, part, lse, lses[1])]
+        for x in views:
+            memory.allow(x)
+        assert merge_launch.in_place([views[0], views[1]], [views[2], views[3]], views[0], views[2])
+        with emulated(memory) as machine:
+            merge_launch.merge_into(views[1], views[3], views[0], views[2], machine.launcher(), 0)
+        assert machine.launched == [f"merge_into {dtype} {target}" + " whole" * (dtype == target and shape[-1] * out.itemsize % 16 == 0)]
+        np.testing.assert_allclose(out, expected[0], rtol=EPS[target], atol=EPS[target])
+        np.testing.assert_allclose(lse, expected[1], rtol=1e-6)
+    assert not merge_launch.in_place([views[0], views[1]], [views[2], views[3]], views[1], views[2])
 
 
 def parts_of(dtype: str, shape: tuple[int, ...], count: int) -> tuple[list[Array], list[Array]]:

@@ -34,6 +34,7 @@ APPEND_THREADS = 256
 
 # merge_states
 MERGE_THREADS = 128
+MERGE_WARPS = 8             # of a block that merges in place: a row each
 
 # transform_bias_rescale_qkv
 TRANSFORM_WARPS = 8
