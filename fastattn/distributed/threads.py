@@ -113,7 +113,7 @@ class _Exchange:
 
 
 def threads(size: int, work: Callable[..., T], *arguments: Any, timeout: float = TIMEOUT) -> list[T]:
-    """Run work(group, *arguments) in `size` threads, each with its own rank.
+    """Run ``work(group, *arguments)`` in `size` threads, each with its own rank.
 
     Parameters
     ----------
