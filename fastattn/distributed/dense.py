@@ -233,6 +233,11 @@ def score_rows_first(x: View) -> View:
 
 def forward(ready: Prepared, return_lse: bool) -> Any:
     """The result in the caller's kind."""
+    with ready.run.settled():
+        return _forward_of(ready, return_lse)
+
+
+def _forward_of(ready: Prepared, return_lse: bool) -> Any:
     caller, run, problem, o = ready[:4]
     shape = (*o.q.shape[:3], o.v.shape[3])
     out = caller.output(shape, problem.out_dtype, o.q)
@@ -260,6 +265,11 @@ def _forward(ready: Prepared, local: Local, out: View, lse: View) -> None:
 
 def backward(ready: Prepared, given: Given) -> Grads[Any]:
     """The gradients of own rows, each of the kind of its input."""
+    with ready.run.settled():
+        return _backward_of(ready, given)
+
+
+def _backward_of(ready: Prepared, given: Given) -> Grads[Any]:
     caller, run, problem, o = ready[:4]
     stage = Stage(ready)
     dq, dk, dv = [caller.output(x.shape, x.dtype, x) for x in (o.q, o.k, o.v)]

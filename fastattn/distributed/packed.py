@@ -139,7 +139,8 @@ def forward(ready: Prepared, return_lse: bool) -> Any:
     out = caller.output((*o.q.shape[:2], o.v.shape[2]), problem.out_dtype, o.q)
     lse = caller.allocate((o.q.shape[1], o.q.shape[0]), problem.lse_dtype, o.q)
     methods = {"gather": packed_gather.forward, "ring": packed_ring.forward, "ulysses": packed_heads.forward}
-    methods[str(method)](local, out.view, lse.view)
+    with local.run.settled():
+        methods[str(method)](local, out.view, lse.view)
     return (out.finish(), lse.finish()) if return_lse else out.finish()
 
 
@@ -156,7 +157,8 @@ def backward(ready: Prepared, given: Given) -> Grads[Any]:
         dsinks = memory.empty(sinks.shape, local.wide)
         memory.zero(dsinks)
     methods = {"gather": packed_gather.backward, "ring": packed_ring.backward, "ulysses": packed_heads.backward}
-    methods[str(method)](local, given, Grads(dq.view, dk.view, dv.view, dbias, dsinks))
+    with local.run.settled():
+        methods[str(method)](local, given, Grads(dq.view, dk.view, dv.view, dbias, dsinks))
     found = list[Any]()
     for like, x in ((bias, dbias), (sinks, dsinks)):
         if x is None or like is None:

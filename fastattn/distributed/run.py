@@ -1,7 +1,9 @@
 """What every method works with: the call's engine, memory and group, and the operands of some heads of some rows."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..arrays.streams import Stream
@@ -24,6 +26,18 @@ def shared(problem: Problem) -> Problem:
     return found
 
 
+class Waited:
+    """An exchange that is waited for once."""
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending: Pending | None = pending
+
+    def wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One distributed call on this rank."""
@@ -33,9 +47,25 @@ class Run:
     group: Group
     stream: Stream | None
     deterministic: bool = False
+    under_way: list[Waited] = field(default_factory=list)
 
     def exchange(self, give: list[Message], take: list[Message]) -> Pending:
-        return exchange(self.group, give, take, self.stream)
+        started = Waited(exchange(self.group, give, take, self.stream))
+        self.under_way.append(started)
+        return started
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """An error inside is raised after all messages of this rank have come and gone: no buffer is freed under one, and if all ranks
+        raise, because an engine refuses the call, the group can go on.
+        """
+        try:
+            yield
+        except Exception:
+            for started in self.under_way:
+                with suppress(Exception):           # the first error is the one to know
+                    started.wait()
+            raise
 
     def forward(self, problem: Problem, o: Operands, out: View, lse: View) -> None:
         self.engine.forward(shared(problem), o, out, lse, self.memory.handle)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastattn
 import fastattn.distributed as fd
 
 X = np.ones((1, 64, 4, 8))
@@ -68,6 +69,23 @@ def test_nothing_is_sent_before_all_is_checked() -> None:
                 fd.attention(X, X, X, group=group, causal="so")
         return bool(np.isfinite(fd.attention(X, X, X, group=group)).all())
     assert fd.threads(2, work, timeout=20) == [True, True]
+
+
+@pytest.mark.parametrize("method", ["gather", "ring", "ulysses"])
+def test_an_engine_that_refuses_leaves_the_group_as_it_was(method: str) -> None:
+    """It does so after the first messages: they have come and gone when all ranks raise."""
+    def work(group: Any) -> bool:
+        for _ in range(2):
+            with pytest.raises(fastattn.UnsupportedError, match="it is tired"):
+                fd.attention(X, X, X, group=group, method=method, engine="tired")
+            with pytest.raises(fastattn.UnsupportedError, match="it is tired"):
+                fd.attention_varlen(X[0], X[0], X[0], [0, 128], group=group, method=method, engine="tired")
+        return bool(np.isfinite(fd.attention(X, X, X, group=group, method=method)).all())
+
+    def nothing(*arguments: Any) -> None:
+        raise AssertionError("it was asked to run")
+    with fastattn.register_engine("tired", nothing, None, lambda problem: "it is tired", "cpu"):
+        assert fd.threads(2, work, timeout=20) == [True, True]
 
 
 @pytest.mark.parametrize(("of_first", "of_second", "text"), [

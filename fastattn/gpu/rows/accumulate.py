@@ -1,7 +1,8 @@
 """Arrays copied, rounded and added on the device: out = x, or out += x, element by element of four axes with any strides. On the first axis
 GATHER takes row x_rows[i] of x, and SCATTER writes row out_rows[i] of out, where no number may stand twice.
 
-A thread has STEPS vectors of 16 bytes, or elements, a block apart from each other, so that a warp's accesses are contiguous.
+A thread has STEPS vectors of 16 bytes of out, or elements, a block apart from each other, so that a warp's accesses are contiguous.
+float32 is rounded to 16 bits in vectors, too: two of x for one of out.
 """
 from __future__ import annotations
 
@@ -13,14 +14,23 @@ from ..dsl.inline import divide, inline
 from ..ptx.memory import load_b32
 from .config import ACCUMULATE_STEPS as STEPS
 from .config import ACCUMULATE_THREADS as THREADS
-from .transform import add_chunk, make_access
+from .transform import add_chunk, join_chunks, make_access
 
 
 def make_accumulate(dtype: str, target: str, ADD: bool, WHOLE: bool, GATHER: bool = False, SCATTER: bool = False) -> Any:
-    """The kernel for x of `dtype` and out of `target`, the same if WHOLE. a.columns: vectors on the last axis; a.count: all vectors."""
+    """The kernel for x of `dtype` and out of `target`; if WHOLE the same, or float32 and 16 bits without ADD. a.columns: vectors on the
+    last axis; a.count: all vectors."""
     compute = "float64" if "float64" in (dtype, target) else "float32"
-    load, put = make_access(dtype, WHOLE, compute)
-    load_out, put_out = (load, put) if dtype == target else make_access(target, WHOLE, compute)
+    one, put = make_access(dtype, WHOLE, compute)
+    load_out, put_out = (one, put) if dtype == target else make_access(target, WHOLE, compute)
+    PAIR = WHOLE and dtype != target
+
+    @inline
+    def load(source, inside):
+        if PAIR:
+            return join_chunks(one(source, inside), one(uint64(source + uint64(16)), inside))
+        else:
+            return one(source, inside)
 
     @inline
     def move(to, source):

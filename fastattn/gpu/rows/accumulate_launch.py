@@ -90,7 +90,8 @@ def _kind(out: View, x: View, axes: list[Axis], add: bool) -> tuple[int, Kind]:
     """(elements of a vector, the kernel)."""
     dtype, target = [view.dtype if view.dtype.startswith(("float", "bfloat")) else _RAW[view.itemsize] for view in (x, out)]
     size, step = out.itemsize, 1
-    if dtype == target and axes[-1].out == size == axes[-1].x and _aligned(out, x, axes, size):
+    vectors = dtype == target or (dtype == "float32" and target in ("float16", "bfloat16") and not add)
+    if vectors and axes[-1].out == size and axes[-1].x == x.itemsize and _aligned(out, x, axes, size):
         step = 16 // size
     return step, Kind(dtype, target, add, step > 1)
 

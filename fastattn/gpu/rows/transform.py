@@ -51,6 +51,14 @@ def scale_chunk(typingctx: Any, x: Any, factor: Any) -> Any:
     return signature(x, x, x.dtype), generate
 
 
+@intrinsic
+def join_chunks(typingctx: Any, x: Any, y: Any) -> Any:
+    """The numbers of x, then those of y."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack(builder, [*unpack(builder, args[0], x.count), *unpack(builder, args[1], y.count)])
+    return signature(types.UniTuple(x.dtype, x.count + y.count), x, y), generate
+
+
 @cache
 def store_chunk(dtype: str) -> Any:
     """put(address, x): the tuple that load_chunk gives, rounded, to 16 bytes at an aligned global address."""

@@ -306,7 +306,7 @@ class Machine:
                 "store_f32": self.store("float32", "float32"), "store_words": self.store_words, "transpose_bytes": transpose_bytes,
                 "add_chunk": lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)),
                 "scale_chunk": lambda x, factor: tuple(a * factor for a in x),
-                "any_lane": self.any_lane, **traced.names(self.memory)}
+                "join_chunks": lambda x, y: (*x, *y), "any_lane": self.any_lane, **traced.names(self.memory)}
 
 
 _marks = itertools.count(1)
