@@ -8,6 +8,7 @@ only attention speaks with the others. ::
     mpiexec -n 2 python train_over_ranks.py --steps 100         # needs mpi4py: pip install "fastattn[distributed]"
     torchrun --nproc-per-node 2 train_over_ranks.py             # or anything else that sets RANK and WORLD_SIZE
     python train_over_ranks.py --threads 2                      # ranks are threads of one process
+    mpiexec -n 2 python train_over_ranks.py --device cuda       # a GPU each, on CuPy arrays; needs nccl4py
 
 What changes beside one rank: each rank embeds and predicts its own characters; ``attention`` is that of ``fastattn.distributed``; and the
 gradients of weights, which every rank has a share of, are added up before the step. The losses are those of one rank.
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import fastattn.distributed as fd
 
-Array = np.ndarray[Any, Any]
+Array = Any                     # NumPy's, or CuPy's
 SHARD = "contiguous"            # attention looks back through a window: neighbours then need only each other's last keys
 _here = threading.local()       # the group and the length of whole sequences, of this rank
 
@@ -43,11 +44,14 @@ gpt.attention, gpt.attention_backward = attention, attention_backward       # wh
 
 def summed(arrays: dict[str, Array], group: fd.Group) -> dict[str, Array]:
     """The sums over all ranks, in every rank. All arrays travel as one, padded because chunks begin at multiples of 128."""
-    flat = np.concatenate([x.reshape(-1) for x in arrays.values()])
-    padded = np.pad(flat, (0, -len(flat) % 128))
+    flat = gpt.xp.concatenate([x.reshape(-1) for x in arrays.values()])
+    padded = gpt.xp.pad(flat, (0, -len(flat) % 128))
     total = fd.unshard(padded, group, len(padded) * group.size, 0, shard=SHARD).reshape(group.size, -1).sum(axis=0)
-    edges = np.cumsum([x.size for x in arrays.values()])
-    return {name: part.reshape(x.shape) for (name, x), part in zip(arrays.items(), np.split(total[:edges[-1]], edges[:-1]), strict=True)}
+    found, first = {}, 0
+    for name, x in arrays.items():
+        found[name] = total[first:first + x.size].reshape(x.shape)
+        first += x.size
+    return found
 
 
 def train(group: fd.Group, config: gpt.Config, data: Array, steps: int, batch: int = 2, rate: float = 4e-3, seed: int = 0) -> list[float]:
@@ -65,14 +69,15 @@ def train(group: fd.Group, config: gpt.Config, data: Array, steps: int, batch: i
         loss, dlogits = gpt.cross_entropy(logits, wanted)
         share = len(wanted) / len(targets)              # of the mean over all characters
         gradients = gpt.backward(dlogits * np.float32(share), w, config, saved)
-        whole = summed(gradients | {"loss": np.array([loss * share], np.float32)}, group)
+        whole = summed(gradients | {"loss": gpt.xp.array([loss * share], "float32")}, group)
         losses.append(float(whole.pop("loss")[0]))
         done = (step + 1) / steps
         optimizer.step(w, whole, rate * min(1, done / 0.05 + 0.01) * (1 - done))
     return losses
 
 
-def work(group: fd.Group, steps: int, context: int) -> None:
+def work(group: fd.Group, device: str, steps: int, context: int) -> None:
+    gpt.use(device)
     text = gpt.load_text()
     chars = "".join(sorted(set(text)))
     config = gpt.Config(len(chars), context=context)
@@ -87,12 +92,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small language model with its sequences over ranks.")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--context", type=int, default=1024, help="length of a sequence")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU for each rank, with CuPy")
     parser.add_argument("--threads", type=int, metavar="N", help="ranks are N threads of this process")
     args = parser.parse_args()
     if args.threads:
-        fd.threads(args.threads, work, args.steps, args.context)
+        fd.threads(args.threads, work, args.device, args.steps, args.context)
     else:
-        work(fd.connect("cpu"), args.steps, args.context)
+        work(fd.connect("cpu" if args.device == "cpu" else None), args.device, args.steps, args.context)
 
 
 if __name__ == "__main__":
