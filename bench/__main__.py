@@ -2,7 +2,8 @@
 
 `python -m bench cpu` and `python -m bench gpu` measure, write CSV and PNG, and print the table. `python -m bench workloads`
 does so for problems of published models. `python -m bench busy` shares the processors with other processes and with torch.
-`python -m bench flex` measures score and mask functions. `python -m bench ladder` measures each rung of the reading course.
+`python -m bench flex` measures score and mask functions, `decode`, `paged` and `fp8` attention over key and value caches.
+`python -m bench ladder` measures each rung of the reading course.
 `python -m bench paired OLD_TREE` compares two trees of fastattn.
 `python -m bench distributed` spreads one sequence over several devices.
 `--help` lists the options.
@@ -17,7 +18,7 @@ from typing import Any
 
 from fastattn.cli.pipes import until_closed
 
-from . import busy, cpu, flex, machine, paired, plot, results, table
+from . import busy, cpu, flex, machine, paired, plot, results, serve, table
 from .distributed import cases as distributed_cases
 from .distributed import report as distributed_report
 from .distributed import run as distributed
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastattn against other libraries.", **_example(
         "cpu --quick", "For one shape of your own: python -m fastattn bench --help"))
-    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|flex|ladder|paired|distributed")
+    targets = parser.add_subparsers(required=True, metavar="cpu|busy|gpu|workloads|flex|decode|paged|fp8|ladder|paired|distributed")
     target = targets.add_parser("cpu", help="against torch and onnxruntime on this machine's processor",
                                 **_example("cpu --only decode --threads 2"))
     length = target.add_mutually_exclusive_group()
@@ -102,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--csv", type=Path, metavar="PATH", help="write the table there, too")
     _choice(target)
     target.set_defaults(run=_flex)
+
+    for group, what in (("decode", "contiguous caches"), ("paged", "caches in pages"), ("fp8", "8-bit caches in pages")):
+        target = targets.add_parser(group, help=f"attention over {what}, on one CUDA device", **_example(f"{group} --only '16 x'"))
+        target.add_argument("--csv", type=Path, metavar="PATH", help="write the table there, too")
+        _choice(target)
+        target.set_defaults(run=_serve, group=group)
 
     target = targets.add_parser("ladder", help="each rung of the reading course (docs/course) and the rivals, on one CUDA device",
                                 **_example("ladder --quick"))
@@ -190,6 +197,22 @@ def _busy(options: argparse.Namespace) -> None:
     print(f"{machine.cpu_model()}, {threads} threads, {processes} other processes\n\n{busy.HEAD}", flush=True)
     for case, found in busy.run(chosen, threads, processes, options.seconds):
         print(busy.lines(case, found), flush=True)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Print the table as it is measured. Exit status 1 if a number is wrong."""
+    if options.list:
+        print("\n".join(case.name for case in serve.cases(options.group)))
+        return
+    rows = list[serve.Row]()
+    print(serve.HEAD, flush=True)
+    for row in serve.run(options.group, options.only):
+        rows.append(row)
+        print(serve.line(row), flush=True)
+    if options.csv and rows:
+        serve.write_csv(rows, options.csv)
+    if any(row.wrong for row in rows):
+        raise SystemExit("WRONG, see above: a fast wrong answer means nothing")
 
 
 def _flex(options: argparse.Namespace) -> None:

@@ -7,9 +7,11 @@ read in chunks, and requests join and leave the batch at any step. ::
 
     python train_char_gpt.py --seconds 120                   # trains the model, writes char_gpt/weights.safetensors
     python generate.py --requests 16 --count 200             # writes 16 texts, and how many characters a second
+    python generate.py --requests 64 --device cuda           # the same on a GPU, on CuPy arrays
 
 A step packs the rows of all running requests: a chunk of a prompt, or the one character that a request wrote last. One
-call of ``attention_with_kvcache`` a layer writes their keys and values into the pages and attends over all of them.
+call of ``attention_with_kvcache`` a layer writes their keys and values into the pages and attends over all of them. On a GPU the
+cache stays there; of a step, its tokens, lengths and block table go to the device, and the logits come back.
 """
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import train_char_gpt as gpt
 from tqdm import tqdm
 from train_char_gpt import Config, Weights, gelu, init, layer_norm, load, to_numbers
 
@@ -64,7 +67,7 @@ class Server:
     def __init__(self, w: Weights, config: Config, pages: int = 256, most_rows: int = 128, temperature: float = 0.8) -> None:
         self.w, self.config, self.most_rows, self.temperature = w, config, most_rows, temperature
         shape = (config.layers, pages, PAGE, config.heads, config.width // config.heads)
-        self.k, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.k, self.v = gpt.xp.zeros(shape, "float32"), gpt.xp.zeros(shape, "float32")
         self.free = list(range(pages))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -108,23 +111,23 @@ class Server:
 
     def forward(self, rows: list[tuple[Request, Array]]) -> Array:
         """The logits behind the last of each request's new characters, (requests, vocab)."""
-        w, config = self.w, self.config
+        w, config, put = self.w, self.config, gpt.xp.asarray
         lengths = [len(tokens) for _, tokens in rows]
         ends = np.cumsum(lengths)
         table = np.zeros((len(rows), max(len(request.pages) for request, _ in rows)), np.int32)
         for n, (request, _) in enumerate(rows):
             table[n, :len(request.pages)] = request.pages
-        x = w["embed"][np.concatenate([tokens for _, tokens in rows])]
+        x = w["embed"][put(np.concatenate([tokens for _, tokens in rows]))]
         options: dict[str, Any] = {
-            "cache_seqlens": np.array([request.filled for request, _ in rows], np.int32), "block_table": table,
-            "cu_seqlens_q": np.concatenate([[0], ends]).astype(np.int32), **config.looks(x.dtype)}
+            "cache_seqlens": put(np.array([request.filled for request, _ in rows], np.int32)), "block_table": put(table),
+            "cu_seqlens_q": put(np.concatenate([[0], ends]).astype(np.int32)), "max_seqlen_q": max(lengths), **config.looks(x.dtype)}
         for n in range(config.layers):
             qkv = (layer_norm(x)[0] @ w[f"{n}.qkv"]).reshape(len(x), 3, config.heads, -1)
             out = attention_with_kvcache(qkv[:, 0], self.k[n], self.v[n], qkv[:, 1], qkv[:, 2], **options)
             x = x + out.reshape(x.shape) @ w[f"{n}.project"]
             x = x + gelu(layer_norm(x)[0] @ w[f"{n}.up"])[0] @ w[f"{n}.down"]
-        result: Array = layer_norm(x[ends - 1])[0] @ w["head"]
-        return result
+        result: Any = layer_norm(x[put(ends - 1)])[0] @ w["head"]
+        return result.get() if hasattr(result, "get") else result           # sampling is the host's
 
 
 def main() -> None:
@@ -135,7 +138,9 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=256, help=f"of the cache, {PAGE} characters each")
     parser.add_argument("--prompt", default="The ")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU, with CuPy")
     args = parser.parse_args()
+    gpt.use(args.device)
     if args.weights.exists():
         w, config, chars = load(args.weights)
     else:

@@ -308,6 +308,28 @@ def test_the_character_model_on_a_device(cupy: Any, tmp_path: Path) -> None:
     assert list(gpt.generate(loaded, config, data[:9], 12, np.random.default_rng(5))) == writing
 
 
+def test_a_server_on_a_device(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as on NumPy arrays; the cache, and all that a call gets, are the device's."""
+    config = gpt.Config(vocab=11, context=30, layers=2, heads=2, width=8)
+
+    def texts() -> list[list[int]]:
+        server = serve.Server(gpt.init(config, np.random.default_rng(0)), config, pages=12, most_rows=9)
+        requests = [serve.Request(np.arange(n) % 11, count, np.random.default_rng(n)) for n, count in ((1, 20), (40, 5), (3, 30), (17, 1))]
+        for request in requests:
+            server.add(request)
+        while server.running or server.waiting:
+            server.step()
+        return [request.written for request in requests]
+    on_host, call = texts(), serve.attention_with_kvcache
+
+    def attend(*arrays: Any, max_seqlen_q: int, **keywords: Any) -> Any:
+        assert all(isinstance(x, Far) for x in (*arrays, *(x for x in keywords.values() if hasattr(x, "shape"))))
+        return far(call(*near(arrays), max_seqlen_q=max_seqlen_q, **{name: near(x) for name, x in keywords.items()}))
+    monkeypatch.setattr(serve, "attention_with_kvcache", attend)
+    gpt.use("cuda")
+    assert texts() == on_host
+
+
 def test_the_command_finds_the_device(cupy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpt, "Config", partial(gpt.Config, context=16, layers=1, heads=2, width=16))
