@@ -13,7 +13,7 @@ from typing import Any
 from ..arrays.view import EIGHT_BIT, View, overlap
 from ..memo import Recent
 from ..problem import CacheOperands, Operands
-from .eight_bit import round_to
+from .eight_bit import rescale
 from .rows import append_launch
 from .runtime.launcher import Launcher
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_spec
@@ -105,7 +105,7 @@ class Cached:
                 if append is not None:
                     append(call, memory, stream)
                 if eight:
-                    round_to(call.operands.q, alone.operands.q, launcher, stream)
+                    rescale(call, call.operands.q, alone.operands.q, (None, None), launcher, stream, 1)
                 attend(alone, stream)
         return launch_own_q if size else launch
 

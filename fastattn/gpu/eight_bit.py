@@ -127,26 +127,16 @@ class Widening:
 def rescale(call: AnyCall, x: View, out: View, scales: tuple[View | None, View | None], launcher: Launcher, stream: int, group: int,
             factor: float = 1.0, divisor: View | None = None) -> None:
     """Enqueue writing x times scales to out."""
-    cu = call.operands.cu_seqlens_q if any(scales) else None
-    values: list[Any] = [factor]
-    for scale in scales:
-        values += [0, 0, 0] if scale is None else [scale.ptr, *scale.strides]
-    values += [divisor.ptr if divisor else 0, group]
-    values += [0, 0, 0] if cu is None else [cu.ptr, cu.strides[0], call.problem.batch]
-    _write(x, out, values, cu is not None, launcher, stream)
-
-
-def round_to(x: View, out: View, launcher: Launcher, stream: int) -> None:
-    """Enqueue writing x to out, rounded to its dtype."""
-    _write(x, out, [1.0, *[0] * 6, 0, 1, 0, 0, 0], False, launcher, stream)
-
-
-def _write(x: View, out: View, scales: list[Any], packed: bool, launcher: Launcher, stream: int) -> None:
-    """Launch the kernel. scales: values of RESCALE from `factor` to `sequences`."""
     x, out = four_axes(x), four_axes(out)
     batches, rows, heads, dim = x.shape
     pieces = -(-rows // QUANTIZE_ROWS)
     grid = batches * heads * pieces if dim else 0
-    if grid:
-        values = [x.ptr, *x.strides, out.ptr, *out.strides, *scales, heads, rows, dim, pieces]
-        launcher.load(rescale_source(x.dtype, out.dtype, packed)).launch(grid, values, stream)
+    if not grid:
+        return
+    cu = call.operands.cu_seqlens_q if any(scales) else None
+    values = [x.ptr, *x.strides, out.ptr, *out.strides, factor]
+    for scale in scales:
+        values += [0, 0, 0] if scale is None else [scale.ptr, *scale.strides]
+    values += [divisor.ptr if divisor else 0, group]
+    values += [0, 0, 0] if cu is None else [cu.ptr, cu.strides[0], call.problem.batch]
+    launcher.load(rescale_source(x.dtype, out.dtype, cu is not None)).launch(grid, [*values, heads, rows, dim, pieces], stream)
