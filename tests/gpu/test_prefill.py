@@ -66,9 +66,10 @@ def kernel_of(case: caches.Case, **options: Any) -> str:
 
 # ---------------------------------------------------------------- which calls
 def test_where_the_kernels_cross() -> None:
-    """Up to 64 rows of a key head the keys are split, with heads that share it or few tiles."""
+    """Up to 64 rows of a key head the keys are split, with heads that share it or few tiles, and up to 16 queries of any heads."""
     for rows, heads, batch, wanted in ((8, 4, 3, "decode"), (32, 4, 3, "decode"), (33, 4, 3, "sm90"), (64, 2, 3, "decode"),
-                                       (65, 2, 3, "sm90"), (64, 2, 66, "sm90"), (16, 2, 66, "decode")):
+                                       (65, 2, 3, "sm90"), (64, 2, 66, "sm90"), (16, 2, 66, "decode"), (16, 64, 66, "decode"),
+                                       (17, 64, 66, "sm90")):
         case = replace(BASE, rows=rows, num_heads=heads, num_heads_k=2, keys=(70,) * batch)
         assert kernel_of(case) == f"forward_{wanted}", (rows, heads, batch)
     alone = replace(BASE, rows=64, num_heads=2, keys=(70,) * 66)
@@ -80,22 +81,22 @@ def test_what_few_rows_fall_back_to() -> None:
     assert kernel_of(replace(BASE, rows=60, num_heads=2, page_size=5, keys=(70,) * 66)) == "forward_decode"
 
 
-@pytest.mark.parametrize(("changes", "options", "reason"), [
-    ({"page_size": 40}, {}, "pages have 40 keys, not a multiple of 16"), ({"dtype": "float32"}, {}, "products are of 16 bits"),
-    ({"head_dim": 124}, {}, "multiples of 16 bytes"), ({"rows": (130, 5, 70)}, {"num_splits": 1}, "pack without it")], ids=str)
-def test_what_no_kernel_takes(changes: dict[str, Any], options: dict[str, Any], reason: str) -> None:
-    call = call_of(replace(BASE, **changes), **options)
-    with pytest.raises(fastattn.UnsupportedError, match=reason):
-        gpu.choose(call, absent_device("sm_90a"))
+@pytest.mark.parametrize(("changes", "options"), [
+    ({"page_size": 40}, {}), ({"dtype": "float32"}, {}), ({"rows": (130, 5, 70)}, {"num_splits": 1})], ids=str)
+def test_what_the_tiled_kernel_leaves(changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Pages whose boxes would be small, float32, and packed requests that keep their bits: the split-key kernel, in blocks of rows."""
+    assert kernel_of(replace(BASE, **changes), **options) == "forward_decode"
+
+
+def test_what_no_kernel_takes() -> None:
+    with pytest.raises(fastattn.UnsupportedError, match="multiples of 16 bytes"):
+        gpu.choose(call_of(replace(BASE, head_dim=124)), absent_device("sm_90a"))
 
 
 def test_other_architectures_and_families() -> None:
     call = call_of(BASE)
     found = dict(gpu.reasons(call, absent_device("sm_80"), gpu.FAMILIES))
-    assert found["sm90"] == "it needs sm_90a, this is sm_80" and "260 query rows, over 64" in str(found["sm80"])
-    assert found["simt"] == "it reads no caches"
-    append = Call(replace(call.problem, cache=replace(call.problem.cache, append=True)), call.operands, call.out, call.lse)  # type: ignore[type-var]
-    assert "no kernel appends" in str(dict(gpu.reasons(append, absent_device("sm_90a"), ("sm90",)))["sm90"])
+    assert found == {"sm90": "it needs sm_90a, this is sm_80", "sm80": None, "simt": "it reads no caches"}
 
 
 # ---------------------------------------------------------------- what it is launched with

@@ -12,6 +12,9 @@ ROWS = 16                   # query rows of a warp, of all heads that share a ke
 # takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows should keep up. Measured, 16 x 8192 keys of 8
 # heads of 128: 16 rows 141 us, 32 rows 168, 64 rows 294, for which too few bytes are in flight (docs/log-gpu.md)
 MOST_ROWS = 64
+# Of a request over caches: a tile of the other kernels has 64 rows and more of one query head, of which three quarters would be padding.
+# The blocks of this one have rows of all heads that share a key head: those of 128 heads over one latent cache fill two. To be measured
+FEW_QUERIES = 16
 FEW_KEYS = 256              # with fewer, a tile of the other forwards takes no longer
 MOST_SPLITS = 128
 # Where lengths are on the device, and some may be long: 4 MB of K and V at head_dim 128, 250 us of one thread block's share of the memory.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ...arrays.view import View
 from ..decode import launch as decode
-from ..decode.config import few_rows, page_division
+from ..decode.config import FEW_QUERIES, few_rows, page_division
 from ..runtime.device import Device
 from ..spec import Call, Spec
 from .config import ForwardSm90Config, choose_forward
@@ -77,14 +77,15 @@ def refuses(call: Call, spec: Spec) -> str | None:
 def by_splits(call: Call, d: Device, tiled: str | None) -> bool:
     """Whether the split-key kernel runs the call, and not the tiled one. tiled: why that does not run it.
 
-    The split-key kernel takes up to MOST_ROWS query rows of a key head, where the tiled one would read K and V for every query head. With
-    num_splits=1 the rows alone decide: a request has the same bits in any batch.
+    The split-key kernel takes up to MOST_ROWS query rows of a key head, where the tiled one would read K and V for every query head, and up
+    to FEW_QUERIES queries of any number of heads, where its tiles would be padding. With num_splits=1 it takes all: a request has the same
+    bits in any batch.
     """
     p = call.problem
     assert p.cache is not None
     if decode.refuses_caches(call) is not None:
         return False
-    return tiled is not None or p.cache.num_splits == 1 or few_rows(p, d.num_sms)
+    return tiled is not None or p.cache.num_splits == 1 or p.seqlen_q <= FEW_QUERIES or few_rows(p, d.num_sms)
 
 
 def values(call: Call) -> tuple[int, ...]:
