@@ -206,7 +206,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
         return _prepare_planned(call, spec, launcher, cache, config)
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
     if cache is not None:
-        splits = device_splits(key_heads, p.seqlen_k, splits, cache.num_splits)
+        one_block = not p.packed and p.seqlen_q * p.group <= config.rows
+        splits = device_splits(key_heads, p.seqlen_k if one_block else 0, splits, cache.num_splits)
     grid, own = key_heads * splits, (rows, splits, keys, first, end, p.num_heads_k)
     width = max(config.keys, LEAST_WIDTH)
     out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
@@ -277,7 +278,8 @@ def _sliced(call: Call, first: int, columns: int) -> Call:
 
 
 def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None) -> int:
-    """The most splits of a batch entry's keys, where only the device knows how many it has.
+    """The most splits of a batch entry's keys, where only the device knows how many it has. seqlen_k: 0 where its rows are in several
+    blocks, which are enough without.
 
     `splits` is right if all have seqlen_k keys. If few do, theirs are the last to end: so a split has MOST_SPLIT_KEYS at most. A thread
     block without keys ends at once.
