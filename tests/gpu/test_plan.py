@@ -27,7 +27,7 @@ def plan_of(lengths: Array, room: int = 2**20, rows: int = 1, append: bool = Fal
             heads_k: int = HEADS_K) -> Array:
     """The plan's entries that are used: request, split, splits, steps of a split."""
     memory, batch = interpreter.Memory(), len(lengths)
-    program = launch_decode.plan_program(window is not None, True, STEP, OVERHEAD)
+    program = launch_decode.plan_program(window is not None, True, False, STEP, OVERHEAD, 16)
     entries = plan_entries(batch, heads_k, SLOTS)
     at = memory.take(16 * entries)
     place = memory.place(lengths, convert.view(lengths, "test", "lengths"))
@@ -93,7 +93,7 @@ def test_what_is_planned() -> None:
     config = choose_cached(spec, p, None)
     assert launch_decode.plans(p, config, None)
     others: list[tuple[dict[str, int], int | None]] = [
-        ({"batch": 1}, None), ({"seqlen_k": 8192}, None), ({"seqlen_q": 65}, None), ({}, 1), ({}, 5), ({"batch": 257}, None)]
+        ({"batch": 1}, None), ({"seqlen_k": 8192}, None), ({"seqlen_q": 65}, None), ({}, 1), ({}, 5), ({"batch": 2048}, None)]
     for changes, splits in others:
         assert not launch_decode.plans(replace(p, **changes), config, splits)
     assert plan_entries(256, 8, SLOTS) * 8 < 256 * 8 + WAVES * SLOTS + 32
@@ -101,11 +101,12 @@ def test_what_is_planned() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_compiled(arch: str) -> None:
-    assert compiler.complaints(compiler.build(launch_decode.plan_program(True, True, STEP, OVERHEAD).source, arch)[1]) == []
+    assert compiler.complaints(compiler.build(launch_decode.plan_program(True, True, True, STEP, OVERHEAD, 16).source, arch)[1]) == []
 
 
 @pytest.mark.parametrize("case", [
     Case("planned", dtype="bfloat16", keys=(900, 3, 0, 61), rows=2, rotary=(32, False)),
+    Case("planned packed", dtype="bfloat16", keys=(900, 3, 0, 61), rows=(1, 40, 0, 2), spare=21, sinks=True),
     Case("planned window", dtype="float16", keys=(1500, 30), rows=1, append=False, options={"window": (900, 0)}, sinks=True)],
     ids=lambda case: case.name)
 def test_attention_of_a_plan(case: Case) -> None:

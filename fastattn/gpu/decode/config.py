@@ -23,6 +23,7 @@ MOST_SPLIT_KEYS = 8192
 # With more than that in the cache and several requests their splits are planned on the device (plan.py): a launch of 2 to 3 us more, which
 # is predicted, too. The plan's block has PLANNED_REQUESTS words of shared memory for their lengths
 PLAN_THREADS, PLANNED_REQUESTS, PLAN_ENTRY = 1024, 2048, 16             # threads, requests, bytes of an entry
+TILE = 8                    # bits of a split's number in an entry, above them are those of its block of rows
 CANDIDATES, WAVES = 32, 2   # splits that fill a CANDIDATES-th of WAVES waves and more are compared
 MOST_DIM = 256              # with more, registers do not hold O
 # Of calls over caches, whose values may then be computed a slice of columns at a time: 576 columns of K of 8 keys take 72 registers, and O
@@ -136,9 +137,9 @@ def few_rows(p: Problem, num_sms: int) -> bool:
     return rows <= ROWS or (rows <= MOST_ROWS and (p.group > 1 or p.batch * p.num_heads < num_sms))
 
 
-def plan_entries(batch: int, heads_k: int, slots: int) -> int:
-    """Splits of a plan at most: those that fill WAVES waves, and one more of each request."""
-    return -(-WAVES * slots // heads_k) + batch + 1
+def plan_entries(units: int, heads_k: int, slots: int) -> int:
+    """Entries of a plan at most: splits that fill WAVES waves, and one more of each of `units` blocks of rows."""
+    return -(-WAVES * slots // heads_k) + units + 1
 
 
 def page_division(size: int) -> tuple[int, int]:

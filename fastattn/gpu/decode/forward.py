@@ -30,7 +30,7 @@ from ..tile.requests import make_request_at
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine, query_of, scale_at
-from .config import MOST_SPLITS, PLAN_ENTRY, ROWS, DecodeConfig
+from .config import MOST_SPLITS, PLAN_ENTRY, ROWS, TILE, DecodeConfig
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
 from .units import make_units
 
@@ -147,14 +147,15 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """place_of by the plan's entry."""
         entry = divide(block, a.heads_k)
         head_k, at = int32(block - entry * a.heads_k), uint64(a.plan + uint64(int64(entry) * PLAN_ENTRY))
-        batch, split = load_b32(at), load_b32(uint64(at + uint64(4)))
+        batch, which = load_b32(at), load_b32(uint64(at + uint64(4)))
+        split, row = int32(which & ((1 << TILE) - 1)), int32((which >> TILE) * BLOCK_ROWS)
         splits, each = load_b32(uint64(at + uint64(8))), load_b32(uint64(at + uint64(12)))
-        _, seqlen_q, _, seqlen_k = request_at(a, batch)
-        rows = int32(seqlen_q * a.group)
-        lo, hi = attended(a, int32(0), rows, seqlen_q, seqlen_k)
-        first, plane = int32(lo + split * each * STEP), int32(batch * a.heads_k + head_k)
-        return Place(plane, batch, head_k, split, splits, seqlen_k, first, int32(min(first + each * STEP, hi)), int32(0), seqlen_q,
-                     int32((entry - split) * a.heads_k + head_k), int32(0), rows)
+        q_start, seqlen_q, _, seqlen_k = request_at(a, batch)
+        rows = int32(min(max(seqlen_q * a.group - row, 0), BLOCK_ROWS))
+        lo, hi = attended(a, row, rows, seqlen_q, seqlen_k)
+        first, plane = int32(lo + split * each * STEP), int32((entry - split) * a.heads_k + head_k)
+        end = int32(min(first + each * STEP, hi))
+        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, plane, row, rows)
 
     @inline
     def attended(a, row, rows, seqlen_q, seqlen_k):

@@ -32,6 +32,7 @@ from .config import (
     ROWS,
     SLICE,
     WARP,
+    WAVES,
     DecodeConfig,
     choose_cached,
     choose_decode,
@@ -106,11 +107,11 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def plan_program(left: bool, right: bool, step: int, overhead: int) -> Program:
-    """The kernel that plans splits, of steps of `step` keys."""
-    spec = Spec("float16", 16, 16, left=left, right=right, lse=False)
-    return program(f"plan_splits {spec.text} | step {step} overhead {overhead}", lambda: (make_plan(spec, step, overhead), 0),
-                   Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
+def plan_program(left: bool, right: bool, packed: bool, step: int, overhead: int, rows: int) -> Program:
+    """The kernel that plans splits, of steps of `step` keys, of blocks of `rows` rows."""
+    spec = Spec("float16", 16, 16, left=left, right=right, packed=packed, lse=False)
+    name = f"plan_splits {spec.text} | step {step} overhead {overhead} rows {rows}"
+    return program(name, lambda: (make_plan(spec, step, overhead, rows), 0), Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -227,17 +228,18 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
 
 def plans(p: Problem, config: DecodeConfig, num_splits: int | None) -> bool:
     """Whether the splits of a call over caches are planned on the device: some of several requests may be long."""
-    one_block = not p.packed and p.seqlen_q * p.group <= config.rows
-    return (one_block and num_splits is None and p.seqlen_k > MOST_SPLIT_KEYS and 1 < p.batch <= PLANNED_REQUESTS
-            and p.batch * p.num_heads_k <= MOST_ARRIVALS)
+    some_blocks = p.packed or p.seqlen_q * p.group <= config.rows
+    return some_blocks and num_splits is None and p.seqlen_k > MOST_SPLIT_KEYS and 1 < p.batch < PLANNED_REQUESTS
 
 
 def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache, config: DecodeConfig) -> Launch:
     """`prepare` with a plan."""
     p = call.problem
     slots, step = launcher.device.num_sms * config.blocks_per_sm, config.keys * config.key_warps
-    entries = plan_entries(p.batch, p.num_heads_k, slots)
-    makes = plan_program(spec.left, spec.right, step, config.overhead)
+    entries = plan_entries(_units(p, config.rows), p.num_heads_k, slots)
+    # the planes of several splits are the first of the plan: at most two for each that fills WAVES waves
+    assert 2 * WAVES * slots <= MOST_ARRIVALS
+    makes = plan_program(spec.left, spec.right, spec.packed, step, config.overhead, config.rows)
     maker, planned_by = launcher.load(makes.source), makes.arguments.bound(call)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)

@@ -1,10 +1,11 @@
 """How the keys of requests of different lengths are split, decided on the device: a kernel of one block, in front of the split-key kernel.
 
 One long request beside 200 short ones should take the time of all their bytes. So the long one gets many splits, the short ones get one
-each, and no thread block is launched for a split that nobody needs. The plan is a table with an entry for each split of each request, those
-of requests with several splits first, because they take longest:
+each, and no thread block is launched for a split that nobody needs. Packed queries may fill several blocks of rows; those of such a request
+are not split further. The plan is a table with an entry for each split of each block of rows, those of requests with several splits first,
+because they take longest:
 
-    request | its split | how many splits it has | steps of a split            no splits: the entry is not used
+    request | its split, and from bit TILE on its block of rows | how many splits it has | steps of a split       no splits: not used
 
 CANDIDATES lengths of a split are compared, from a sixteenth of what fills the device once to what fills it twice. The time of one is
 estimated in steps: whole waves of splits of the mean length, each with its overhead, and what the longest split takes longer than the mean.
@@ -20,24 +21,32 @@ from ..ptx.memory import store_b32
 from ..spec import Spec
 from ..tile.mask import diagonal_of, make_row_bounds
 from ..tile.requests import make_request_at
-from .config import CANDIDATES, MOST_SPLITS, PLAN_ENTRY, PLAN_THREADS, PLANNED_REQUESTS, WAVES
+from .config import CANDIDATES, MOST_SPLITS, PLAN_ENTRY, PLAN_THREADS, PLANNED_REQUESTS, TILE, WAVES
 
 LANES = PLAN_THREADS // CANDIDATES      # threads of a candidate
-COUNT = 18                  # bits of a number of splits; above it are those of a number of requests
+COUNT = 32                  # bits of a number of splits; above them are those of a number of blocks of rows
 
 
-def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
-    """The kernel. STEP: keys of a step. OVERHEAD: what a split costs besides its steps, in steps."""
-    THREADS = PLAN_THREADS
-    request_at, row_bounds = make_request_at(False), make_row_bounds(spec)
+def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
+    """The kernel. STEP: keys of a step. OVERHEAD: what a split costs besides its steps, in steps. ROWS: of a block."""
+    THREADS, PACKED = PLAN_THREADS, spec.packed
+    request_at, row_bounds = make_request_at(PACKED), make_row_bounds(spec)
 
     @inline
     def steps_of(a, b):
-        """Steps of the keys that any row of a request attends."""
-        request = request_at(a, b)
-        diagonal = diagonal_of(a, a.seqlen_q, request.keys)
-        lo, hi = row_bounds(a, int32(0), diagonal, request.keys)[0], row_bounds(a, int32(a.seqlen_q - 1), diagonal, request.keys)[1]
-        return divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
+        """(steps of the keys that any row of a request attends, its blocks of rows)."""
+        _, rows, _, keys = request_at(a, b)
+        diagonal = diagonal_of(a, rows, keys)
+        lo, hi = row_bounds(a, int32(0), diagonal, keys)[0], row_bounds(a, int32(max(rows, 1) - 1), diagonal, keys)[1]
+        return divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP)), divide(int32(rows * a.group + ROWS - 1), int32(ROWS))
+
+    @inline
+    def entries_of(steps, tiles, each):
+        """Entries of a request."""
+        entries = splits_of(steps, each)
+        if tiles != 1:
+            entries = tiles
+        return entries
 
     @inline
     def each_of(steps, each):
@@ -55,6 +64,14 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
         slots = int64(a.slots) * WAVES * (n + 1)
         fill = (total * a.heads_k * CANDIDATES + slots - 1) // slots
         return int32(min(max(fill, OVERHEAD), 2**30))
+
+    @inline
+    def requests_of(a):
+        """Requests, packed with the rows of none."""
+        if PACKED:
+            return int32(a.batch + 1)
+        else:
+            return int32(a.batch)
 
     @inline
     def put(a, at, request, split, splits, each):
@@ -80,13 +97,13 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
         return total
 
     @inline
-    def best(a, steps, sums, times, thread, total):
+    def best(a, steps, tiles, sums, times, thread, total):
         """Steps of a split of the candidate with the least time."""
         n, lane = int32(thread // LANES), int32(thread % LANES)
         each, count = candidate(a, total, n), int32(0)
         i = lane
-        while i < a.batch:
-            count = int32(count + splits_of(steps[i], each))
+        while i < requests_of(a):
+            count = int32(count + entries_of(steps[i], tiles[i], each))
             i = int32(i + LANES)
         sums[thread] = int64(count)
         cuda.syncthreads()
@@ -97,7 +114,7 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
             cuda.syncthreads()
             step = step // 2
         if lane == 0:
-            blocks = int64(sums[thread] * a.heads_k)
+            blocks = int64(max(sums[thread], 1) * a.heads_k)
             mean = float32(total * a.heads_k) / float32(blocks)
             waves = float32((blocks + a.slots - 1) // int64(a.slots))
             times[n] = waves * (mean + float32(OVERHEAD)) + max(float32(each) - mean, float32(0))
@@ -110,15 +127,20 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
         return candidate(a, total, chosen)
 
     @inline
-    def before(steps, sums, thread, batch, each):
-        """Of this thread's requests: (the splits of those with several, and above them how many those are, of all requests before; the same
-        of all requests)."""
+    def several_splits(steps, tiles, each):
+        return (tiles == 1) & (splits_of(steps, each) > 1)
+
+    @inline
+    def before(steps, tiles, sums, thread, batch, each):
+        """(The entries of requests with several splits, and above them those of the others, of all requests before this thread's; those of
+        all requests)."""
         share = divide(int32(batch + THREADS - 1), int32(THREADS))
         mine = int64(0)
         for i in range(min(thread * share, batch), min((thread + 1) * share, batch)):
-            splits = splits_of(steps[i], each)
-            if splits > 1:
-                mine += int64(splits) + (int64(1) << COUNT)
+            if several_splits(steps[i], tiles[i], each):
+                mine += int64(splits_of(steps[i], each))
+            else:
+                mine += int64(tiles[i]) << COUNT
         sums[thread] = mine
         cuda.syncthreads()
         step = 1
@@ -133,26 +155,28 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int) -> Any:
 
     def kernel(a):
         thread = int32(cuda.threadIdx.x)
-        steps, sums = cuda.shared.array(PLANNED_REQUESTS, int32), cuda.shared.array(THREADS, int64)
-        times = cuda.shared.array(CANDIDATES, float32)
+        steps, tiles = cuda.shared.array(PLANNED_REQUESTS, int32), cuda.shared.array(PLANNED_REQUESTS, int32)
+        sums, times, batch = cuda.shared.array(THREADS, int64), cuda.shared.array(CANDIDATES, float32), requests_of(a)
         mine, i = int64(0), thread
-        while i < a.batch:
-            steps[i] = steps_of(a, i)
-            mine += int64(steps[i])
+        while i < batch:
+            steps[i], tiles[i] = steps_of(a, i)
+            mine += int64(steps[i]) * tiles[i]
             i = int32(i + THREADS)
-        each = best(a, steps, sums, times, thread, sum_of(sums, thread, mine))
-        first, total = before(steps, sums, thread, a.batch, each)
-        several, all_several = int32(total & ((1 << COUNT) - 1)), int32(total >> COUNT)
-        entry, requests = int32(first & ((1 << COUNT) - 1)), int32(first >> COUNT)
-        share = divide(int32(a.batch + THREADS - 1), int32(THREADS))
-        for b in range(min(thread * share, a.batch), min((thread + 1) * share, a.batch)):
-            splits = splits_of(steps[b], each)
-            if splits > 1:
+        each = best(a, steps, tiles, sums, times, thread, sum_of(sums, thread, mine))
+        first, total = before(steps, tiles, sums, thread, batch, each)
+        several, used = int32(total & 0xFFFFFFFF), int32((total & 0xFFFFFFFF) + (total >> COUNT))
+        entry, other = int32(first & 0xFFFFFFFF), int32(several + (first >> COUNT))
+        share = divide(int32(batch + THREADS - 1), int32(THREADS))
+        for b in range(min(thread * share, batch), min((thread + 1) * share, batch)):
+            if several_splits(steps[b], tiles[b], each):
+                splits = splits_of(steps[b], each)
                 for n in range(splits):
                     put(a, int32(entry + n), int32(b), int32(n), splits, each_of(steps[b], each))
-                entry, requests = int32(entry + splits), int32(requests + 1)
+                entry = int32(entry + splits)
             else:
-                put(a, int32(several + b - requests), int32(b), int32(0), int32(1), each)
-        for n in range(several + a.batch - all_several + thread, a.entries, THREADS):
+                for n in range(tiles[b]):
+                    put(a, int32(other + n), int32(b), int32(n << TILE), int32(1), int32(max(each, steps[b])))
+                other = int32(other + tiles[b])
+        for n in range(used + thread, a.entries, THREADS):
             put(a, int32(n), int32(0), int32(0), int32(0), int32(0))
     return kernel
