@@ -104,12 +104,12 @@ def _refuses_tiled(call: Call) -> str | None:
 
 
 def _refuses_caches(call: Call, d: Device) -> str | None:
-    """None, or why neither `forward` nor decode/ runs it: of few rows the reason of decode/."""
+    """None, or why neither `forward` nor decode/ runs it."""
     reason = _refuses_tiled(call)
     if reason is None or caches.by_splits(call, d, reason):
         return None
     split = decode.refuses_caches(call)
-    return reason if split == reason else f"{reason}; for few query rows: {split}"
+    return reason if split == reason else f"{reason}; with split keys: {split}"
 
 
 def _refuses_float(call: AnyCall) -> str | None:
