@@ -15,11 +15,13 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.sm90 import caches
+from fastattn.gpu.sm90 import caches, values
 from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
+from fastattn.gpu.sm90.config import slice_dim
 from fastattn.gpu.spec import make_spec
 from fastattn.gpu.tile import pages as pages_module
+from fastattn.gpu.tile.smem import panels
 from fastattn.masks import row_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing
@@ -32,7 +34,9 @@ def play(asked: Requests, seed: int, change: Any = None) -> PagesPlay:
     spec = caches.spec_of(call, make_spec(call.problem, call.operands, False))
     config = caches.tiling(call, spec)
     box = config.box or config.block_n
-    made, memory = PagesPlay(config, spec.head_dim_v, (0, 1), seed, config.consumers, {"q": config.block_m, "k": box, "v": box}), Memory()
+    late = values.is_late(config, panels(spec.head_dim) + config.slices * panels(slice_dim(spec.head_dim_v, config.slices)))
+    boxes, producers = {"q": config.block_m, "k": box, "v": box}, (0, values.SECOND) if late else (0,)
+    made, memory = PagesPlay(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes, producers=producers), Memory()
     made.asked = asked
     arguments, o = launch_sm90.forward_program(spec, config).arguments, call.operands
     for x in (o.cu_seqlens_q, o.seqused_k, caches.pages_of(call)):
@@ -40,8 +44,11 @@ def play(asked: Requests, seed: int, change: Any = None) -> PagesPlay:
     with (playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table,
           pytest.MonkeyPatch.context() as patch):
         if change is not None:
-            module = forward_sm90 if change[0] == "make_forward" else pages_module
-            patch.setattr(module, change[0], edited(getattr(module, change[0]), change[1:]))
+            module = {"make_forward": forward_sm90, "make_load_values": values}.get(change[0], pages_module)
+            part = edited(getattr(module, change[0]), change[1:])
+            for other in (module, forward_sm90):
+                if hasattr(other, change[0]):
+                    patch.setattr(other, change[0], part)
         kernel, _ = forward_sm90.make_forward(spec, config)
         own = ("q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), *caches.values(call))
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
@@ -114,8 +121,10 @@ MUTANTS = {
     "another request's pages": ("make_page_of", "int64(batch) * a.pages_batch", "int64(0) * a.pages_batch"),
     "entries behind the last key": ("make_page_of", "min(entry, pages.last)", "entry"),
     "pages that do not exist": ("make_page_of", "int32(min(uint32(page), uint32(pages.last_page)))", "page"),
-    "values of another block": ("make_forward", "                    load_v(a, base, it, row, head_k, keys)\n                it = ",
-                                "                    load_v(a, base, it, int32(row + BLOCK_N), head_k, keys)\n                it = "),
+    "values of another block": ("make_load_values", "load_v(a, base, it, row, head_k", "load_v(a, base, it, int32(row + BLOCK_N), head_k"),
+    "a tile before its record": ("make_load_values", "            i = int32(i + 1)\n            records.wait(base, i)\n",
+                                 "            i = int32(i + 1)\n"),
+    "values of two producers": ("make_forward", "                elif not TWO_PRODUCERS:\n", "                else:\n"),
     "the tail cleared too early": ("make_forward", "            v_ring.wait_full(base, stage, phase)\n            clear_v",
                                    "            clear_v"),
 }
@@ -123,7 +132,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_faults_are_found(mutant: str) -> None:
-    asked = requests([300, 37, 400], 130, 16, 64, stray=True)
-    with pytest.raises(AssertionError):
+    asked = requests([300, 37, 400], 130, 16, 128, stray=True)
+    with pytest.raises((AssertionError, KeyError)):
         for seed in range(20):
             check(play(asked, seed, MUTANTS[mutant]), asked)

@@ -52,6 +52,7 @@ from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
 from .seen import Tile, make_load_seen, make_seen
+from .values import SECOND, is_late, make_load_values
 
 
 def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
@@ -64,10 +65,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     Q_PANEL, KV_PANEL = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     Q_APART, V_APART = ROWS_APART * ROW_BYTES, 0 if SLICES == 1 else panels(COLUMNS) * KV_PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
-    COUNT_S, COUNT_O = BLOCK_N // 2, COLUMNS // 2
-    WARPS, THREADS = 4 * CONSUMERS, WARPGROUP * CONSUMERS
+    COUNT_S, COUNT_O, WARPS, THREADS = BLOCK_N // 2, COLUMNS // 2, 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, MASK, MASKED_ALWAYS, CACHED = spec.packed, spec.mask, spec.left or spec.right, spec.lengths
     OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
+    TWO_PRODUCERS = is_late(config, PANELS + PANELS_V)
     LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
     BIAS_TILES, BIAS_BYTES = spec.bias_tiles, tile_bytes(BLOCK_M, BLOCK_N) if spec.bias_tiles else 0
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
@@ -91,8 +92,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
     fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
-    update, optimistic, finish = make_softmax(spec)
-    clear_v = make_clear(BLOCK_N, PANELS_V, THREADS)
+    (update, optimistic, finish), clear_v = make_softmax(spec), make_clear(BLOCK_N, PANELS_V, THREADS)
     epilogue = make_epilogue(spec, config, smem, OUT, finish, records)
     # named barriers: ping-pong, one for each warpgroup; all consumers; votes, one for each consumer
     TURN_BARRIER, CLEAR_BARRIER, VOTE_BARRIER = smem.named(4), smem.named(1), smem.named(CONSUMERS)
@@ -137,7 +137,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         """Tile after tile: its record, K of its first key block, Q, V of that block; then K and V of the other blocks.
 
         `it` counts key blocks, `i` tiles. A tile's other blocks are loaded after the next record is written, so that consumers never wait
-        for a record.
+        for a record. TWO_PRODUCERS: V is loaded by the second one.
         """
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
         row, end, head_k, m_block, head, going = int32(0), int32(0), int32(0), int32(0), int32(0), True
@@ -149,7 +149,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 load_k(a, base, it, row, head_k, keys, m_block, head)
                 if LATE_V:
                     load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, keys)
-                else:
+                elif not TWO_PRODUCERS:
                     load_v(a, base, it, row, head_k, keys)
                 it = int32(it + 1)
             if LATE_V:
@@ -167,7 +167,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 row, end = key_row(a, k_start, n_max - 1), key_row(a, k_start, n_min)
                 load_k(a, base, it, row, head_k, keys, m_block, head)
                 load_q(a, base, i, q_start, m_block, head, map_batch)
-                if not LATE_V:
+                if not (LATE_V or TWO_PRODUCERS):
                     load_v(a, base, it, row, head_k, keys)
                 it, i = int32(it + 1), int32(i + 1)
         fence_gpu()     # the last thread block to end leaves the counter as it was found
@@ -176,6 +176,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     if SEEN:
         load = make_load_seen(spec, BLOCK_N, records, seen, (prefetch_q, load_q, load_k, load_v))
+    load_values = make_load_values(records, load_v, keys_at, key_row, BLOCK_N)
 
     # ------------------------------------------------------------ the MMAs
     @inline
@@ -436,20 +437,16 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             fence_async()
             barrier(int32(CLEAR_BARRIER), int32(THREADS))
 
-    @inline
-    def init_barriers(base):
-        q_ring.init_stage(base, 0)
-        records.init(base)
-        for s in range(STAGES):
-            k_ring.init_stage(base, s)
-            v_ring.init_stage(base, s)
-
     def kernel(a):
         base = opaque(int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN))     # opaque: not computed again
         warpgroup = uniform(int32(cuda.threadIdx.x >> 7))
         thread = int32(cuda.threadIdx.x & (WARPGROUP - 1))
         if cuda.threadIdx.x == 0:
-            init_barriers(base)
+            q_ring.init_stage(base, 0)
+            records.init(base)
+            for s in range(STAGES):
+                k_ring.init_stage(base, s)
+                v_ring.init_stage(base, s)
             mbarrier.fence_init()
         cuda.syncthreads()
         if FLOATS:
@@ -458,11 +455,13 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             give_registers()
             if thread == 0:
                 load(a, base)
+            if TWO_PRODUCERS:
+                if thread == SECOND:
+                    load_values(a, base)
         else:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
-            col = int32((lane & 3) * 2)
-            it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
+            col, it, i = int32((lane & 3) * 2), int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             if w == CONSUMERS - 1:
                 pass_turn(w)
             records.wait(base, i)

@@ -109,12 +109,12 @@ class Play:
                                 "tile.smem")
 
     def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int],
-                 parts: int = 1) -> None:
+                 parts: int = 1, producers: tuple[int, ...] = (0,)) -> None:
         self.config, self.panels_v, self.random, self.boxes = config, -(-head_dim_v // 64), random.Random(seed), boxes
         self.parts = parts          # of each operand, side by side
         self.haste = self.random.choice((0.0, 0.02, 0.3))       # of the copy engine; 0: a copy comes when nobody can go on without
         self.blocks = [Block(index) for index in blocks]
-        self.agents = [Agent(thread, block) for block in self.blocks for thread in (0, *range(128, 128 + 128 * consumers, 32))]
+        self.agents = [Agent(thread, block) for block in self.blocks for thread in (*producers, *range(128, 128 + 128 * consumers, 32))]
         self.copies: list[Copy] = []
         self.counters: Counter[int] = Counter()
         self.turn, self.error = threading.Semaphore(0), None

@@ -66,7 +66,7 @@ def requests(lengths: list[int], rows: int | list[int], page_size: int | None, d
 class PagesPlay(Play):
     """A Play of Requests. What lies in shared memory is known by (request, key), not by pages."""
 
-    modules = (*Play.modules, "tile.pages")
+    modules = (*Play.modules, "tile.pages", "sm90.values")
     asked: Requests
 
     def load(self, to: int, tensor: str, barrier: int, column: int, row: int, head: int, batch: int, policy: Any = None) -> None:

@@ -50,10 +50,6 @@ VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
         "optimistic gather 2, 1/4 polynomial": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2, "polynomial": 4, "degree": 2},
         "3 x 128 gather 2 optimistic": {**HURRIED, "block_m": 192, "block_n": 128, "out_panels": 1, "gather": 2},
     },
-    256: {
-        "64 parked 4": {"block_n": 64, "out_panels": 0, "parked": True, "gather": 4},
-        "64 parked 4 optimistic": {**HURRIED, "block_n": 64, "out_panels": 0, "parked": True, "gather": 4},
-    },
 }
 
 
