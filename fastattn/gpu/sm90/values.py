@@ -20,8 +20,8 @@ MOST_LOADS = 16             # of K and V of a block by one producer, which take 
 
 
 def is_late(config: ForwardSm90Config, head_panels: int) -> bool:
-    """Whether V has a producer of its own. head_panels: of a row of K and of V together."""
-    return config.box > 0 and config.block_n // config.box * head_panels > MOST_LOADS
+    """Whether V has a producer of its own. head_panels: of a row of K and of V together. Of parts of pages it would spill 4 bytes."""
+    return config.whole and config.block_n // config.box * head_panels > MOST_LOADS
 
 
 def make_load_values(records: Records, load_v: Any, keys_at: Any, key_row: Any, BLOCK_N: int) -> Any:
