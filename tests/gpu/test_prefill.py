@@ -134,7 +134,7 @@ def test_packed_queries() -> None:
 KERNELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"head_dim": 64}, {}), ({"head_dim": 64, "page_size": 48, "rows": (130, 3)}, {}), ({"page_size": 64}, {}), ({"page_size": None}, {}),
     ({"rows": (130, 3), "sinks": True}, {}), ({"alibi": "batch", "sinks": True}, {"softcap": 9.0, "window": (100, None)}),
-    ({"head_dim": 256, "page_size": 64}, {}),
+    ({"head_dim": 256, "page_size": 64}, {}), ({"head_dim": 256}, {}),
     ({"head_dim": 256, "rows": (130, 3), "page_size": 48}, {"window": (100, 50), "causal": False}),
     ({"head_dim": 576, "head_dim_v": 512, "page_size": 64}, {}), ({"head_dim": 64, "alibi": "heads"}, {"softcap": 9.0})]
 

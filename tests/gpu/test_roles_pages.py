@@ -18,10 +18,8 @@ from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import caches, values
 from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
-from fastattn.gpu.sm90.config import slice_dim
 from fastattn.gpu.spec import make_spec
 from fastattn.gpu.tile import pages as pages_module
-from fastattn.gpu.tile.smem import panels
 from fastattn.masks import row_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing
@@ -34,8 +32,7 @@ def play(asked: Requests, seed: int, change: Any = None) -> PagesPlay:
     spec = caches.spec_of(call, make_spec(call.problem, call.operands, False))
     config = caches.tiling(call, spec)
     box = config.box or config.block_n
-    late = values.is_late(config, panels(spec.head_dim) + config.slices * panels(slice_dim(spec.head_dim_v, config.slices)))
-    boxes, producers = {"q": config.block_m, "k": box, "v": box}, (0, values.SECOND) if late else (0,)
+    boxes, producers = {"q": config.block_m, "k": box, "v": box}, (0, values.SECOND) if config.wide_producer else (0,)
     made, memory = PagesPlay(config, spec.head_dim_v, (0, 1), seed, config.consumers, boxes, producers=producers), Memory()
     made.asked = asked
     arguments, o = launch_sm90.forward_program(spec, config).arguments, call.operands

@@ -12,11 +12,13 @@ from ...arrays.view import View
 from ..decode import launch as decode
 from ..decode.config import FEW_QUERIES, few_rows, page_division
 from ..runtime.device import Device
+from ..runtime.tensormap import PANEL
 from ..spec import Call, Spec
-from .config import ForwardSm90Config, choose_forward
+from .config import ForwardSm90Config, choose_forward, panel_columns
 
 LENGTHS = " lengths:l lengths_batch:q append:i"
 LEAST_BOX = 16              # rows: more boxes than eight of a block of 128 keys take longer to issue than the block's MMAs
+MOST_LOADS = 16             # of K and V of a block by one producer, which take it half as long as the MMAs of 128 keys at head_dim 128
 MOST_KEYS = 2**31 - 1024    # of a request: positions behind a block of keys are int32, too
 PAGES = " pages:l pages_batch:q pages_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
@@ -48,7 +50,13 @@ def tiling(call: Call, spec: Spec) -> ForwardSm90Config:
     whole = box == call.operands.k.shape[1]
     # parts of pages: 8 to 16 bytes of the producer's registers would spill beside three consumers
     block_m = 128 if config.consumers == 3 and box < block_n and not whole else config.block_m
-    return replace(config, block_m=block_m, block_n=block_n, box=box, whole=whole)
+    late = config.consumers == 2 and _is_late(spec, block_n, box)
+    return replace(config, block_m=block_m, block_n=block_n, box=box, whole=whole, wide_producer=late)
+
+
+def _is_late(spec: Spec, block_n: int, box: int) -> bool:
+    """Whether one producer is late with so many boxes: then V has another one, and both have more registers."""
+    return block_n // box * (panel_columns(spec.head_dim) + panel_columns(spec.head_dim_v)) // PANEL > MOST_LOADS
 
 
 def _box(call: Call, block_n: int) -> int:

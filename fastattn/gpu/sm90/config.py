@@ -69,7 +69,7 @@ class ForwardSm90Config:
         S of a block is issued before P V of the one before, which then runs during the softmax. Otherwise it is issued when P V has
         ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
     wide_producer
-        16 more registers for the producer, 8 fewer for each of two consumers: it finds a mask's bounds and loads six panels.
+        16 more registers for the producer, 8 fewer for each of two consumers: for a mask's bounds; with pages for two producers.
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     """

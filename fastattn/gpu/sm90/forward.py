@@ -52,7 +52,7 @@ from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
 from .seen import Tile, make_load_seen, make_seen
-from .values import SECOND, is_late, make_load_values
+from .values import SECOND, make_load_values
 
 
 def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
@@ -68,7 +68,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     COUNT_S, COUNT_O, WARPS, THREADS = BLOCK_N // 2, COLUMNS // 2, 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, MASK, MASKED_ALWAYS, CACHED = spec.packed, spec.mask, spec.left or spec.right, spec.lengths
     OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
-    TWO_PRODUCERS = is_late(config, PANELS + PANELS_V)
+    TWO_PRODUCERS = config.box > 0 and config.wide_producer
     LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
     BIAS_TILES, BIAS_BYTES = spec.bias_tiles, tile_bytes(BLOCK_M, BLOCK_N) if spec.bias_tiles else 0
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192

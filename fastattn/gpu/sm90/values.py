@@ -12,16 +12,9 @@ from numba import int32
 
 from ..dsl.inline import divide, inline
 from ..ptx.sync import opaque
-from .config import ForwardSm90Config
 from .records import TILE, Records
 
 SECOND = 32                 # its thread of the producers' warpgroup: the first one of another warp
-MOST_LOADS = 16             # of K and V of a block by one producer, which take it half as long as the MMAs of 128 keys at head_dim 128
-
-
-def is_late(config: ForwardSm90Config, head_panels: int) -> bool:
-    """Whether V has a producer of its own. head_panels: of a row of K and of V together. Of parts of pages it would spill 4 bytes."""
-    return config.whole and config.block_n // config.box * head_panels > MOST_LOADS
 
 
 def make_load_values(records: Records, load_v: Any, keys_at: Any, key_row: Any, BLOCK_N: int) -> Any:
