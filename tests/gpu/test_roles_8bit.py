@@ -225,10 +225,13 @@ def test_every_output_is_compiled(dim: int, dtype: str) -> None:
     assert compiler.complaints(compiler.build(program.source, "sm_90a")[1]) == []
 
 
-@pytest.mark.parametrize("polynomial", [4])
-def test_polynomial_exponentials_are_compiled(polynomial: int) -> None:
+@pytest.mark.parametrize("tuning", [
+    {"polynomial": 4}, {"gather": 2, "optimistic": True, "offset": 3, "polynomial": 4, "degree": 2},
+    {"gather": 2, "parked": True, "block_n": 192, "optimistic": True, "offset": 3},
+    {"gather": 4, "parked": True, "block_m": 192, "block_n": 96, "out_panels": 1}], ids=str)
+def test_other_tilings_are_compiled(tuning: dict[str, Any]) -> None:
     spec = Spec("float8_e4m3fn", 128, 128, right=True, out_dtype="bfloat16")
-    program = launch_8bit.forward_program(spec, replace(choose_forward_8bit(spec), polynomial=polynomial), E4M3, E4M3)
+    program = launch_8bit.forward_program(spec, replace(choose_forward_8bit(spec), **tuning), E4M3, E4M3)
     assert compiler.complaints(compiler.build(program.source, "sm_90a")[1]) == []
 
 

@@ -48,7 +48,6 @@ VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
         "shipped": {"block_n": 192, "out_panels": 1}, "gather 2": {"block_n": 192, "out_panels": 1, "gather": 2},
         "optimistic gather 2": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2},
         "optimistic gather 2, 1/4 polynomial": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2, "polynomial": 4, "degree": 2},
-        "3 x 128 gather 2 optimistic": {**HURRIED, "block_m": 192, "block_n": 128, "out_panels": 1, "gather": 2},
     },
 }
 
