@@ -17,7 +17,8 @@ from fastattn.cpu import detect, levels
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["tests/test_engines.py", "tests/serving/test_numbers.py", "tests/fuzz/test_fuzz.py::test_found"]
-SAMPLED = ["tests/cpu/test_engine.py", "tests/test_huge_scores.py"]   # many cases of one test: here a fifth of them, all on the best level
+# many cases of one test: here a fifth of them, all on the best level
+SAMPLED = ["tests/cpu/test_engine.py", "tests/cpu/test_flex.py", "tests/test_huge_scores.py"]
 # equal on every level, or a test of all levels itself
 LEFT_OUT = ("not reference_agrees and not test_reference and not reference] and not no_memory and not leftovers and not isa "
             "and not threads_from")
