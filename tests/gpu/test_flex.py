@@ -104,7 +104,8 @@ def test_emulated_float64_where_derivatives_are_no_numbers() -> None:
 
 def test_emulated_packed() -> None:
     cu_q, cu_k = np.array([0, 9, 9, 25], np.int32), np.array([0, 20, 31, 98], np.int32)
-    agree(draw((27, 99), (2, 1), 5, np.float32), Functions(capped, documents_of_three, (SLOPES, TABLE), None), lengths=(cu_q, cu_k, None, None))
+    agree(draw((27, 99), (2, 1), 5, np.float32), Functions(capped, documents_of_three, (SLOPES, TABLE), None),
+          lengths=(cu_q, cu_k, None, None))
 
 
 def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
