@@ -22,8 +22,8 @@ def simple(p: Program | None) -> bool:
 def first_that_fits(configs: Sequence[Config], kernel: Callable[[Config], Kernel], arch: str) -> Config:
     """The first of the tilings whose kernel keeps all in registers, or the last one. Each that is tried is compiled, into the cache."""
     for config in configs:
-        bytes_ = frame_bytes(binary(kernel(config).source, arch).code)
-        if not bytes_:
+        size = frame_bytes(binary(kernel(config).source, arch, warn=False).code)
+        if not size:
             return config
-        log.info("fastattn: %s keeps %d bytes in local memory", config.text, bytes_)
+    log.warning("fastattn: %s for %s keeps %d bytes in local memory, which makes it slow", kernel(configs[-1]).source.key, arch, size)
     return configs[-1]

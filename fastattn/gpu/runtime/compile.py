@@ -110,11 +110,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh_lock)
 
 
-def binary(source: Source, arch: str, announce: bool = True) -> Binary:
+def binary(source: Source, arch: str, announce: bool = True, warn: bool = True) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be
     slow.
 
-    announce: say on a terminal why the call takes so long (notice.py).
+    announce: say on a terminal why the call takes so long (notice.py). warn: no, where a slow kernel is only tried.
     """
     with _lock:
         key = _key(source, arch)
@@ -127,7 +127,7 @@ def binary(source: Source, arch: str, announce: bool = True) -> Binary:
             with announced(source.key.split()[0], arch) if announce else contextlib.nullcontext():
                 code, report = build(source, arch)
             for problem in complaints(report):      # a compiler that the tests do not know: slower, not wrong
-                log.warning("fastattn: %s for %s: %s", source.key, arch, problem)
+                log.log(logging.WARNING if warn else logging.INFO, "fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
             found = Binary(code, source.make()[1], f"{arch} {source.key}")
             cache.write(key, found)
