@@ -231,6 +231,7 @@ def test_sm80_from_its_ptx(name: str) -> None:
 COMPILED = [
     ("sm90", "sm_90a", "alibi", None, {"causal": True}), ("sm90", "sm_90a", "softcap", "document", {}),
     ("sm90", "sm_90a", "relative", "causal", {}), ("sm90", "sm_90a", None, "natten", {"head_dim": 64}),
+    ("sm90", "sm_90a", "softcap", "document", {"backward": True}), ("sm90", "sm_90a", "alibi", None, {"backward": True, "captured": False}),
     ("sm80", "sm_80", "swin", None, {"backward": True}), ("sm80", "sm_80", "softcap", "prefix", {"backward": True, "head_dim": 64}),
     ("sm80", "sm_120", "alibi", "sliding", {}), ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
 ]

@@ -8,7 +8,8 @@ from ..flex.ladder import simple
 from ..spec import Spec
 from .config import BackwardSm90Config, ForwardSm90Config, choose_backward, choose_forward
 
-KEYS = 128, 112, 96, 64, 48, 32         # of a step, as far as the other features let them
+# of a step, as far as the other features let them. With a load for every score 112 keys never helped where 128 spilled
+KEYS, KEYS_OF_LOADS = (112, 96, 64, 48, 32), (96, 64, 48, 32)
 
 
 def forward_ladder(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config, ...]:
@@ -21,7 +22,8 @@ def forward_ladder(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm9
     if not simple(spec.score_mod):
         own = replace(own, optimistic=False)
     rungs = [own] if own.block_m <= 128 else [own, replace(own, block_m=128)]
-    return (*rungs, *(replace(rungs[-1], block_n=n) for n in KEYS if n < own.block_n))
+    keys = KEYS_OF_LOADS if spec.score_mod is not None and spec.score_mod.gathers else KEYS
+    return (*rungs, *(replace(rungs[-1], block_n=n) for n in keys if n < own.block_n))
 
 
 def backward_ladder(spec: Spec, seqlen_k: int) -> tuple[BackwardSm90Config, ...]:
