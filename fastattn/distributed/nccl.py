@@ -22,6 +22,7 @@ from .group import Message, Pending, RankError
 from .memory import size_of
 from .sockets import SocketGroup
 
+SUCCESS, IN_PROGRESS = 0, 7     # of ncclResult_t
 LOOK = 0.2              # seconds between two looks of the thread that watches
 
 
@@ -96,7 +97,7 @@ class NcclGroup:
             self._lost(f"NCCL: {self._comm.get_last_error()}")
 
     def _failed_in_nccl(self) -> bool:
-        return self._comm.get_async_error().name not in ("Success", "InProgress")
+        return int(self._comm.get_async_error()) not in (SUCCESS, IN_PROGRESS)
 
     def _lost(self, reason: str) -> None:
         if self._control is not None:

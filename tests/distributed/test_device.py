@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastattn.distributed as fd
@@ -72,3 +73,28 @@ def test_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_on_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with machine(monkeypatch, 3) as m:
         check(fd.threads(2, run, ranks.Whole(name, ranks.shorter(ranks.CASES[name], 136)), m, timeout=60), m)
+
+
+@pytest.mark.parametrize("kind", ["error", "time"])
+def test_a_group_over_nccl_that_fails_raises(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error that NCCL reports, and a transfer that does not end: the communicator is aborted, and the next call raises."""
+    from fastattn.distributed.nccl import NcclGroup
+
+    with machine(monkeypatch, 1) as m:
+        comm = Nccl(m, 0, 2)
+        monkeypatch.setitem(sys.modules, "nccl.core", types.SimpleNamespace(group=comm.group))
+        group = NcclGroup(comm, 1000)
+        x = DeviceInput(m, np.ones((1, 64, 2, 8)), 0)
+        fd.attention(x, x, x, group=group, stream=5)            # the other rank sends nothing
+        group.look()
+        assert not group.failed
+        if kind == "error":
+            comm.result = 6
+        else:
+            group.timeout = 0.0
+        group.look()
+        reason = "NCCL: a peer is gone" if kind == "error" else "a transfer has not ended in 0 seconds"
+        assert group.failed == reason and not comm.is_valid
+        assert f"rank 0 ends its group: {reason}" in capsys.readouterr().err
+        with pytest.raises(fd.RankError, match=reason):
+            fd.attention(x, x, x, group=group, stream=5)
