@@ -84,6 +84,11 @@ class Program:
         """The inputs that the outputs depend on."""
         return frozenset[str]().union(*(self.depends[n] for n in self.outputs))
 
+    @property
+    def gathers(self) -> bool:
+        """Whether it loads an element for every score."""
+        return any(x.op == "load" and c == ELEMENT for x, c in zip(self.lines, self.classes, strict=True))
+
     def only(self, *outputs: int) -> Program:
         """What these lines need."""
         b = Builder(self.arrays, self.numbers)

@@ -17,7 +17,6 @@ from fastattn.arrays import convert
 from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
-from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.spec import Call, make_spec
 from tests.tools import caches
 from tests.tools.devices import requires_gpu
