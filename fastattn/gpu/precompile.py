@@ -57,6 +57,7 @@ class Want:
     one_bias: bool = False                  # the same for all of the batch
     deterministic: bool = False
     out_dtype: str | None = None            # of out, dq, dk and dv: "float32" beside 16 bits
+    diagonals: bool = False                 # a packed call with a diagonal for each sequence
 
     def call(self) -> tuple[AnyCall, Spec]:
         """The call and its Spec, with addresses that are never used."""
@@ -79,7 +80,7 @@ class Want:
         if self.packed:
             cu = array(self.lengths, self.batch + 1)
             o = Operands(o.q, o.k, o.v, o.bias, o.mask, o.alibi_slopes, o.sinks, cu, cu,
-                         view(self.lengths if self.seqused else None, self.batch))
+                         view(self.lengths if self.seqused else None, self.batch), view("int32" if self.diagonals else None, self.batch))
             lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
         out_dtype = self.out_dtype if ITEMSIZE[self.dtype] == 2 else None
         problem, o = make_problem("precompile", o, out_dtype=out_dtype, packed=self.packed, causal=self.causal, window=self.window,

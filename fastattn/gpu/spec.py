@@ -71,7 +71,7 @@ class Spec:
     out_dtype
         The dtype of the output, of a backward that of dq, dk and dv, where it is not q's.
     diagonals
-        Each packed sequence has a diagonal of its own. Plain threads only.
+        Each packed sequence has a diagonal of its own.
     cache_dtype
         Of decode/: the dtype of 8-bit k and v beside 16-bit q.
     score_mod, mask_mod
@@ -249,8 +249,6 @@ def unfit(p: Problem, most: int) -> str | None:
     """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim of 16 bits."""
     if p.dtype not in FAR_TOPS:
         return f"it has no {p.dtype} products"
-    if p.diagonals:
-        return "its sequences have one diagonal, a number"
     dim = max(p.head_dim, p.head_dim_v)
     if p.dtype == "float32" and dim > MOST_FLOAT_DIM:
         return f"head_dim is {dim}, over {MOST_FLOAT_DIM} in float32"

@@ -199,7 +199,7 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
     dice = Dice(seed, number, 1)
     family = dice.one(FAMILIES)
     f = _features(dice) | {"family": family, "call": "attention", "packed": dice.chance(0.35), "deterministic": dice.chance(0.2)}
-    f["diagonals"] = family == "simt" and dice.chance(0.5)      # one for each sequence
+    f["diagonals"] = dice.chance(0.5)           # one for each sequence
     f["bias"], f["mask"] = f["bias"] and dice.chance(0.7), f["mask"] and dice.chance(0.7)
     if family == "simt":
         f["dtype"] = dice.one(("float32", "float64", *HALVES))

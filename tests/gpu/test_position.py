@@ -16,10 +16,10 @@ pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not inst
 pytest.importorskip("cuda.core")
 
 import fastattn
-from fastattn import UnsupportedError, gpu
+from fastattn import gpu
 from fastattn.gpu.precompile import absent_device, sources
 from fastattn.gpu.rows import launch as rows_launch
-from fastattn.gpu.spec import Call, make_spec
+from fastattn.gpu.spec import Arguments, Call, make_spec
 from fastattn.problem import Operands, make_problem
 from tests.tools.compare import Judge
 from tests.tools.gpu.calls import host_view, interpreted, operands_of, run
@@ -119,10 +119,18 @@ def test_merge_into_the_first_part(dtype: str) -> None:
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6)
 
 
-def test_a_diagonal_of_each_sequence_is_for_plain_threads() -> None:
-    case = replace(BACKWARD[3], name="position_refused", head_dim=64)
-    with pytest.raises(UnsupportedError, match=r"sm90: its sequences have one diagonal, a number"), gpu.use("sm90"):
-        gpu.choose(forward_call(case.make()), absent_device("sm_90a"))
+@pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_80"), ("simt", "sm_80")])
+def test_a_diagonal_of_each_sequence(family: str, arch: str) -> None:
+    """Every family has kernels for it, and they get the array's address."""
+    call = forward_call(replace(BACKWARD[3], name="position_each", head_dim=64, bias=None).make())
+    spec = make_spec(call.problem, call.operands, True)
+    with gpu.use(family):
+        [key] = [source.key for source in sources(call, spec, absent_device(arch)) if source.key.startswith("forward")]
+    assert key.startswith(f"forward_{family}") and "diagonals" in key
+    arguments = Arguments(spec)
+    values = dict(zip([name for name, _ in arguments.fields], arguments.values(call), strict=True))
+    x = call.operands.diagonals
+    assert x is not None and (values["diagonals"], values["diagonals_step"]) == (x.ptr, x.strides[0])
 
 
 def test_kernels_do_not_depend_on_the_position() -> None:

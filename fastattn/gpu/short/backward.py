@@ -56,7 +56,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
     multiply_tiles_trans, to_half = mma.make_tiles_product(spec.dtype, True), make_pack(spec.dtype)
     copy_rows, load_chunk = make_copy_rows(config.whole, 4 * WARPS), load_shared_chunk(spec.dtype)
     load_real, put, (hidden, kept_lse, in_log2) = load_if("float32", "float32"), store_shared("float32"), make_row_rules("float32")
-    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
+    key_bounds, limits_of, keep, alibi_from = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
@@ -138,9 +138,9 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
             cap_slope = int32(0)
-        acc_s = score(a, acc_s, early, shared, query, key, int32(a.seqlen_k - a.seqlen_q))
+        acc_s = score(a, acc_s, early, shared, query, key, alibi_from(a, batch, a.seqlen_q, a.seqlen_k))
         if full == 0:
-            acc_s = keep(acc_s, limits_of(a, key, a.seqlen_q, a.seqlen_k), query)
+            acc_s = keep(acc_s, limits_of(a, batch, key, a.seqlen_q, a.seqlen_k), query)
         log2_at = int32(base + LOG2 + columns)
         if any_far(int32(base + LOG2)) != 0:
             acc_s = near_columns(a, acc_s, log2_at, int32(base + LSE + columns))
@@ -233,7 +233,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
         head_k = divide(int32(cuda.blockIdx.x), parts)      # batch entries of a head are neighbours: most often they share the bias
         batch = int32((int32(cuda.blockIdx.x) - head_k * parts) * a.entries)
         end = int32(min(batch + a.entries, a.batch))
-        _, full_min, full_max, _ = key_bounds(a, int32(0), int32(BLOCK_N), a.seqlen_q, a.seqlen_k)
+        _, full_min, full_max, _ = key_bounds(a, batch, int32(0), int32(BLOCK_N), a.seqlen_q, a.seqlen_k)
         acc_db, early = zeros(COUNT_S), int32(0)
         if KEEP:
             early = fetch(a, batch, head_k, query_of_thread(), key_of_thread(), a.seqlen_q, a.seqlen_k)

@@ -93,7 +93,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         multiply_ds_trans = mma.make_tiles_product(spec.dtype, True)
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
-    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK_M)
+    key_bounds, limits_of, keep, alibi_from = make_key_bounds(spec, BLOCK_M)
     (prepare_mask, hide), SEEN, RATED = make_hide(spec.mask_mod, True), spec.mask_mod is not None, is_rated(spec)
     prepare_score, fetch, score = make_rated_score(spec, COUNT_S) if RATED else make_score(spec, COUNT_S, True)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
@@ -259,9 +259,9 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         else:
             cap_slope = int32(0)
         if not RATED:
-            acc_s = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared[0], query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
         if (m < word(base, FULL_MIN)) | (m >= word(base, FULL_MAX)):
-            acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+            acc_s = keep(acc_s, limits_of(a, batch, key, seqlen_q, seqlen_k), query)
         if SEEN:
             if kind_at(a, line_of(a, batch, head, divide(word(base, FIRST), int32(BLOCK_N))), m) != FULL:
                 acc_s = hide(acc_s, a, shared[1], batch, head, query, key)
@@ -438,7 +438,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 127) & -128)       # aligned as a row of a panel
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
         first = int32(n_block * BLOCK_N)
-        m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = key_bounds(a, batch, first, BLOCK_N, seqlen_q, seqlen_k)
         if cuda.threadIdx.x == 0:
             store_shared_b64(base + Q_POINTER, uint64(a.q + uint64(batch * a.q_batch + q_start * a.q_row)))
             store_shared_b64(base + DO_POINTER, uint64(a.dout + uint64(batch * a.dout_batch + q_start * a.dout_row)))

@@ -30,7 +30,7 @@ from ..ptx.sync import any_lane, thread_index
 from ..spec import Spec
 from ..tile.dropout import make_dropout
 from ..tile.fragments import join, lane_row, make_pack, part, scale_rows, thread_col, zeros
-from ..tile.mask import diagonal_of, make_bounds, make_intervals, make_keep
+from ..tile.mask import make_bounds, make_diagonals, make_intervals, make_keep
 from ..tile.parked import parked
 from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.scores import make_score
@@ -82,6 +82,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
     to_half = make_pack(spec.dtype)
     copy_rows, store_tile = make_copy_rows(config.whole, PASS_ROWS), cp_async.make_store(config.whole_out)
     (_, block_bounds), intervals, keep_rows = make_bounds(spec, BLOCK_N), make_intervals(spec), make_keep(spec)
+    diagonal_of, alibi_from = make_diagonals(spec)
     prepare_score, fetch, score = make_score(spec, COUNT_S // TILES, SQUEEZE=config.squeeze)
     (prepare_mask, hide), SEEN = make_hide(spec.mask_mod), spec.mask_mod is not None
     plane_of, draw, dropout = make_dropout(spec, COUNT_S // TILES)
@@ -188,9 +189,9 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         def probabilities(a, acc_s, stat, early, shared, head, batch, row, column, seqlen_q, seqlen_k):
             """Softmax of 16 rows -> (P as an A operand, the new Stats, the factors of O). stat: Stats of the thread's rows."""
             max0, max1, sum0, sum1 = stat
-            acc_s = score(a, acc_s, early, shared[0], row, column, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared[0], row, column, alibi_from(a, batch, seqlen_q, seqlen_k))
             if MASKED:
-                acc_s = keep(a, acc_s, row, column, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+                acc_s = keep(a, acc_s, row, column, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
                 acc_s = hide(acc_s, a, shared[1], batch, head, row, column)
             acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
             acc_s = dropout(a, acc_s, draw(a, row, column, plane_of(a, batch, head)))
@@ -210,7 +211,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         def scores(a, acc_s, shared, head, batch, row, column, seqlen_q, seqlen_k):
             """Scores of 16 rows from their dot products."""
             early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
-            return score(a, acc_s, early, shared[0], row, column, int32(seqlen_k - seqlen_q))
+            return score(a, acc_s, early, shared[0], row, column, alibi_from(a, batch, seqlen_q, seqlen_k))
 
         @inline
         def hurried(a, acc_s, stats, shared, head, batch, row, column, seqlen_q, seqlen_k):
@@ -335,7 +336,7 @@ def make_forward(spec: Spec, config: ForwardSm80Config) -> tuple[Any, int]:
         m_block, head, batch, q_start, seqlen_q, _, seqlen_k = tile
         head_k, first = int32(head // a.group), int32(m_block * BLOCK_M)
         n_min, full_min, full_max, n_max = block_bounds(a, first, min(first + BLOCK_M, seqlen_q),
-                                                        diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+                                                        diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
         shared, first_key = prepare(a, batch, head), int64(key_row(a, tile.k_start, 0))      # steps count blocks from it
         if cuda.threadIdx.x == 0:
             park(base, uint64(a.k + uint64(batch * a.k_batch + first_key * a.k_row + head_k * a.k_head)),

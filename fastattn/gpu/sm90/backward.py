@@ -93,7 +93,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     # what the steps are made of
     (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
     to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
-    (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
+    (key_bounds, limits_of, keep, alibi_from), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     store_keys, add_dbias, key_row = make_store_keys(spec, config, kept_tile), make_add_dbias(spec), make_key_row(BLOCK_N)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S, True)
     read, RATED, SEEN = read_bias if BIAS_TILES else None, is_rated(spec), spec.mask_mod is not None
@@ -307,9 +307,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
             if RATED:
-                acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+                acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
             else:
-                acc_s = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+                acc_s = score(a, acc_s, early, shared[0], query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
             if SEEN:
                 if full == 0:
                     acc_s = hide(acc_s, a, shared[1], batch, head, query, key)
@@ -317,7 +317,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 if lane == 0:
                     bias_read.arrive(base)
             if ALWAYS or (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
-                acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+                acc_s = keep(acc_s, limits_of(a, batch, key, seqlen_q, seqlen_k), query)
                 if FAR:
                     if far != 0:
                         at = uint64(4 * (first_row(a, opaque(batch), head, q_start) + int64(query)))      # opaque: computed here
@@ -470,7 +470,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             init_barriers(base)
         if t < tiles:
             first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
-            m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, _, _, m_max = key_bounds(a, batch, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
             if SEEN:
                 m_max = m_max if seen.count(a, batch, head_k, n_block, m_min, m_max) > 0 else m_min
@@ -488,7 +488,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             else:
                 take_registers()
                 w = int32(warpgroup - 1)
-                _, full_min, full_max, _ = key_bounds(a, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
+                _, full_min, full_max, _ = key_bounds(a, batch, int32(first + w * WARPGROUP_ROWS), WARPGROUP_ROWS, seqlen_q, seqlen_k)
                 queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))
                 acc_dk, acc_dv = zeros(COUNT_K), zeros(COUNT_V)
                 if m_min < m_max:

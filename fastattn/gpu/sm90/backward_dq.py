@@ -33,7 +33,7 @@ from ..spec import FAR_LSE, Spec
 from ..tile.dropout import make_dropout
 from ..tile.fragments import exp2_minus, make_pack, make_unpack, row_of, scale_seen_rows, zeros, zeros_packed
 from ..tile.gradients import make_near, multiply
-from ..tile.mask import diagonal_of, make_keep
+from ..tile.mask import make_diagonals, make_keep
 from ..tile.ring import make_barrier, make_ring
 from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_score
@@ -122,14 +122,14 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S, CAPPED=True)
     (_, near_rows), log2_scale = make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
-    plane_of, draw, dropout = make_dropout(spec, COUNT_S)
+    (plane_of, draw, dropout), (diagonal_of, alibi_from) = make_dropout(spec, COUNT_S), make_diagonals(spec)
     tile_at, num_tiles, first_row, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_first_row(spec), make_key_row(BLOCK_N)
     clear_k, clear_v = (make_clear(BLOCK_N, count, THREADS) for count in (PANELS_K, PANELS_V))
 
     @inline
-    def keep(a, acc_s, row, column, seqlen_q, seqlen_k):
+    def keep(a, acc_s, batch, row, column, seqlen_q, seqlen_k):
         """The structural mask; row and column are the thread's first."""
-        return keep_rows(acc_s, intervals(a, row, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k), column)
+        return keep_rows(acc_s, intervals(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k), column)
 
     @inline
     def thread_row(row0, thread):
@@ -227,9 +227,9 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
             acc_s = wait_s(acc_s)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
-            acc_s = score(a, acc_s, early, shared, row, column, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared, row, column, alibi_from(a, batch, seqlen_q, seqlen_k))
             if (n_block < full_min) | (n_block >= full_max):
-                acc_s = keep(a, acc_s, row, column, seqlen_q, seqlen_k)
+                acc_s = keep(a, acc_s, batch, row, column, seqlen_q, seqlen_k)
 
             # P = exp2(S - lse)
             if any_lane(int32(1) if lse0 == FAR or lse1 == FAR else int32(0)) != 0:
@@ -272,7 +272,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
     @inline
     def consume(a, base, w, thread, m_block, n_min, n_max, head, batch, seqlen_q, seqlen_k, stats):
         """acc_dq of a warpgroup's 64 rows; its tile attends at least one block of keys."""
-        full_min, full_max = full_blocks(a, int32(m_block * BLOCK_M + w * ROWS_APART), diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+        full_min, full_max = full_blocks(a, int32(m_block * BLOCK_M + w * ROWS_APART), diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)
         tile = Tile(m_block, head, batch, seqlen_q, seqlen_k, full_min, full_max, prepare(a, batch, head))
         walk = Walk(int32(n_max - 1), int32(0), int32(0), int32(0), int32(0))
         q_full.wait(base, int32(0))

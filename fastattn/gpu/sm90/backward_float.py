@@ -81,7 +81,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     qk = wgmma.kq_parts                                                     # S^T has the bits of the forward's S
     to_parts = make_pack(spec.dtype)
     copy_rows = make_copy_rows(True, 4 * WARPS)
-    key_bounds, limits_of, keep = make_key_bounds(spec, BLOCK)
+    key_bounds, limits_of, keep, alibi_from = make_key_bounds(spec, BLOCK)
     kept_queries = make_kept_queries(spec, BLOCK, BLOCK // HALF, ONE_HEAD=True)       # with a loop over heads 196 bytes would spill
     prepare, fetch, score = make_score(spec, COUNT_S, True)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
@@ -216,9 +216,9 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
             cap_slope = int32(0)
-        acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+        acc_s = score(a, acc_s, early, shared, query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
         if (m < word(base, FULL_MIN)) | (m >= word(base, FULL_MAX)):
-            acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+            acc_s = keep(acc_s, limits_of(a, batch, key, seqlen_q, seqlen_k), query)
         if far != 0:
             at = uint64(4 * (first_row(a, batch, head, word(base, Q_START)) + int64(query)))
             acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
@@ -315,7 +315,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         base = int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN)
         n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
         first = int32(n_block * BLOCK)
-        m_min, full_min, full_max, m_max = key_bounds(a, first, BLOCK, seqlen_q, seqlen_k)
+        m_min, full_min, full_max, m_max = key_bounds(a, batch, first, BLOCK, seqlen_q, seqlen_k)
         m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
         if cuda.threadIdx.x == 0:
             passed.init(base)

@@ -100,7 +100,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     fresh = make_fresh(SLICES)
     to_half = make_pack(spec.dtype)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
-    (key_bounds, limits_of, keep), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
+    (key_bounds, limits_of, keep, alibi_from), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_unpack("float16", True)
@@ -250,10 +250,10 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             acc_s = wait_s(acc_s)
             if SOFTCAP:
                 acc_s, cap_slope = cap_of(a, acc_s)
-            acc_s = score(a, acc_s, early, shared, query, key, int32(seqlen_k - seqlen_q))
+            acc_s = score(a, acc_s, early, shared, query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
             lse_at = int32(base + LSE + stage * LSE_SLOT + 4 * col)
             if (m < full_min) | (m >= full_max) | (far != 0):       # one branch: most blocks are neither
-                acc_s = keep(acc_s, limits_of(a, key, seqlen_q, seqlen_k), query)
+                acc_s = keep(acc_s, limits_of(a, batch, key, seqlen_q, seqlen_k), query)
                 if far != 0:
                     at = uint64(4 * (first_row(a, batch, head, kept_q_start(base)) + int64(query)))
                     acc_s = near_columns(a, acc_s, lse_at, uint64(a.row_lse + at))
@@ -336,7 +336,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
         if t < num_tiles(a):
             n_block, head_k, batch, q_start, seqlen_q, k_start, seqlen_k, keys = tile_at(a, t)
             first, map_batch = int32(n_block * BLOCK_N), int32(0) if PACKED else batch
-            m_min, _, _, m_max = key_bounds(a, first, BLOCK_N, seqlen_q, seqlen_k)
+            m_min, _, _, m_max = key_bounds(a, batch, first, BLOCK_N, seqlen_q, seqlen_k)
             m_min, m_max = kept_queries(a, batch, head_k, first, seqlen_k, m_min, m_max)
             m_min, m_max = uniform(m_min), uniform(m_max)
             if cuda.threadIdx.x == 0:
@@ -352,7 +352,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             else:
                 take_registers()
                 w, lane = int32(warpgroup - 1), int32(thread & 31)
-                _, full_min, full_max, _ = key_bounds(a, int32(first + w * ROWS_APART), WARPGROUP_ROWS, seqlen_q, seqlen_k)
+                _, full_min, full_max, _ = key_bounds(a, batch, int32(first + w * ROWS_APART), WARPGROUP_ROWS, seqlen_q, seqlen_k)
                 acc = zeros(COUNT)
                 if m_min < m_max:
                     queries = Queries(m_min, m_max, uniform(full_min), uniform(full_max))

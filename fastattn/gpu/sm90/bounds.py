@@ -8,7 +8,7 @@ from numba import int32
 from ..dsl.inline import inline
 from ..ptx.sync import uniform
 from ..spec import Spec
-from ..tile.mask import diagonal_of, make_bounds, make_intervals
+from ..tile.mask import make_bounds, make_diagonals, make_intervals
 from ..tile.smem import WARPGROUP_ROWS
 from ..tile.words import make_needed
 
@@ -24,13 +24,13 @@ def make_tile_bounds(spec: Spec, BLOCK_M: int, BLOCK_N: int, EMPTY: bool = False
         Key blocks [full_min, full_max) that need no mask for a warpgroup's rows, from `row` on.
     intervals(a, row, diagonal, seqlen_k): see tile/mask.py.
     """
-    row_bounds, block_bounds = make_bounds(spec, BLOCK_N)
+    (row_bounds, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     PACKED, MASK, needed = spec.packed, spec.mask, make_needed(BLOCK_M)
 
     @inline
     def tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k):
         first, last = int32(m_block * BLOCK_M), min((m_block + 1) * BLOCK_M, seqlen_q)
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        diagonal = diagonal_of(a, batch, seqlen_q, seqlen_k)
         n_min, _, _, n_max = block_bounds(a, first, last, diagonal, seqlen_k)
         if EMPTY:
             lo, _ = row_bounds(a, first, diagonal, seqlen_k)

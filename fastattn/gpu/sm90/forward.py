@@ -40,7 +40,7 @@ from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.dropout import make_dropout
 from ..tile.fragments import add, make_pack, scale_rows, zeros
-from ..tile.mask import diagonal_of, make_keep
+from ..tile.mask import make_diagonals, make_keep
 from ..tile.pages import make_key_loads
 from ..tile.ring import make_ring
 from ..tile.schedule import make_key_row, make_num_tiles
@@ -88,7 +88,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S)
     prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
     plane_of, draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
-    keep, num_tiles, key_row = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N)
+    keep, num_tiles, key_row, (diagonal_of, alibi_from) = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N), make_diagonals(spec)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
     fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
@@ -315,7 +315,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     @inline
     def scores(a, acc_s, early, column, tile):
         """S to scores; `early` is what `operands` gave for them."""
-        return score(a, acc_s, early, tile.shared, tile.row, column, int32(tile.seqlen_k - tile.seqlen_q))
+        return score(a, acc_s, early, tile.shared, tile.row, column, alibi_from(a, tile.batch, tile.seqlen_q, tile.seqlen_k))
 
     @inline
     def redo(a, base, w, stage, acc_s, acc_o, max0, max1, sum0, sum1, column, tile):
@@ -387,7 +387,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
         row0 = int32(m_block * BLOCK_M + w * ROWS_APART)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        diagonal = diagonal_of(a, batch, seqlen_q, seqlen_k)
         if MASK:
             n_min, n_max = records.get(base, i, TILE.N_MIN), records.get(base, i, TILE.N_MAX)
         else:

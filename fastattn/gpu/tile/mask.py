@@ -37,14 +37,20 @@ def alibi_from(a, seqlen_q, seqlen_k):
 
 
 def make_diagonals(spec: Spec) -> tuple[Any, Any]:
-    """(diagonal_of, alibi_from) with the batch entry, for kernels whose packed sequences may each have a diagonal of their own."""
+    """(diagonal_of, alibi_from) with the batch entry: packed sequences may each have a diagonal of their own. Without ALiBi, alibi_from's
+    result is not used."""
+    ALIBI = spec.alibi is not None
+
     @inline
     def of_call(a, batch, seqlen_q, seqlen_k):
         return diagonal_of(a, seqlen_q, seqlen_k)
 
     @inline
     def alibi_of_call(a, batch, seqlen_q, seqlen_k):
-        return alibi_from(a, seqlen_q, seqlen_k)
+        if ALIBI:
+            return alibi_from(a, seqlen_q, seqlen_k)
+        else:
+            return int32(0)
 
     @inline
     def of_sequence(a, batch, seqlen_q, seqlen_k):
@@ -148,16 +154,17 @@ def make_query_bounds(spec: Spec, BLOCK_M: int) -> Any:
     return query_bounds
 
 
-def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
-    """(key_bounds, limits_of, keep): the mask of kernels that own keys and loop over blocks of BLOCK_M queries, with transposed scores."""
+def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any, Any]:
+    """(key_bounds, limits_of, keep, alibi_from): the mask of kernels that own keys and loop over blocks of BLOCK_M queries, with transposed
+    scores."""
     LEFT, RIGHT = spec.left, spec.right
-    query_bounds = make_query_bounds(spec, BLOCK_M)
+    query_bounds, (diagonal_of, alibi_from) = make_query_bounds(spec, BLOCK_M), make_diagonals(spec)
 
     @inline
-    def key_bounds(a, first, count, seqlen_q, seqlen_k):
+    def key_bounds(a, batch, first, count, seqlen_q, seqlen_k):
         """query_bounds of `count` keys from `first`, some of which may not exist: then no block is full. If none exists, the loop is
         empty."""
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        diagonal = diagonal_of(a, batch, seqlen_q, seqlen_k)
         m_min, full_min, full_max, m_max = query_bounds(a, first, min(first + count, seqlen_k), diagonal, seqlen_q)
         if first + count > seqlen_k:
             full_max = full_min
@@ -176,9 +183,9 @@ def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
         return int32(FAR) if key >= seqlen_k else lo, hi
 
     @inline
-    def limits_of(a, key, seqlen_q, seqlen_k):
+    def limits_of(a, batch, key, seqlen_q, seqlen_k):
         """TwoIntervals of a thread's keys, `key` and key + 8."""
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        diagonal = diagonal_of(a, batch, seqlen_q, seqlen_k)
         lo0, hi0 = interval(a, key, diagonal, seqlen_k)
         lo1, hi1 = interval(a, int32(key + 8), diagonal, seqlen_k)
         return TwoIntervals(lo0, hi0, lo1, hi1)
@@ -192,4 +199,4 @@ def make_key_bounds(spec: Spec, BLOCK_M: int) -> tuple[Any, Any, Any]:
         else:
             return keep_from(acc_s, int32(lo0 - query), int32(lo1 - query))
 
-    return key_bounds, limits_of, keep
+    return key_bounds, limits_of, keep, alibi_from

@@ -121,7 +121,7 @@ def make_own_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: boo
 
     shared = prepare(a, batch, head): what all rows of a head share (the ALiBi slope). Kernels only pass it on.
     early = fetch(a, batch, head, row, col, seqlen_q, seqlen_k): elements of the bias and words of the mask, loaded while the MMAs of S run
-    acc_s = score(a, acc_s, early, shared, row, col, corner): corner = seqlen_k - seqlen_q, the key of row 0 on the bottom-right diagonal
+    acc_s = score(a, acc_s, early, shared, row, col, corner): corner: the key of row 0 on the diagonal, mask.alibi_from
 
     `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries. TRANSPOSED or
     CAPPED, for the backward: with a softcap, acc_s is the capped scores from `cap_of`, not the dot products. SQUEEZE: elements of a 16-bit
@@ -186,11 +186,10 @@ def make_own_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: boo
         elif SCALED:
             acc_s = scale_elements(acc_s, row, col, (a.softmax_scale,))
         if ALIBI:
-            diagonal = int32(a.alibi_diagonal) if a.top_left != 0 else corner       # from the mask's diagonal, see alibi_from
             if TRANSPOSED:
-                acc_s = less_alibi(acc_s, col, int32(row + diagonal), (shared,))    # |row - col| is the same
+                acc_s = less_alibi(acc_s, col, int32(row + corner), (shared,))    # |row - col| is the same
             else:
-                acc_s = less_alibi(acc_s, int32(row + diagonal), col, (shared,))
+                acc_s = less_alibi(acc_s, int32(row + corner), col, (shared,))
         if BIAS and (SOFTCAP or ALIBI):
             acc_s = add(acc_s, bias_float(early[0], col))
         if MASK:

@@ -214,8 +214,6 @@ def must_take(case: Case, family: str) -> bool:
     """Whether a refusal is an error."""
     if family in ("any", "simt"):
         return True
-    if isinstance(case.diagonal, tuple):
-        return False
     dims = (case.head_dim, case.head_dim_v or case.head_dim)
     rows, keys = case.seqlen_q, case.seqlen_q if case.seqlen_k is None else case.seqlen_k
     if case.lengths_q is not None:

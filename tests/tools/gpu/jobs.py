@@ -159,6 +159,16 @@ def _float32_out() -> Iterator[Job]:
     yield Job("sm80", "sm_80", _want("bfloat16", 128, seqlen_q=1, num_heads_k=4, out_dtype="float32"), "float32_out_decode")
 
 
+def _diagonals() -> Iterator[Job]:
+    """Packed sequences that each have a diagonal: how each kind of kernel comes to know it."""
+    settings: dict[str, Any] = {"packed": True, "diagonals": True, "window": (100, 50), "alibi": "float32"}
+    for family, arch in (("sm90", "sm_90a"), ("sm80", "sm_80")):
+        for backward in (False, True):
+            yield Job(family, arch, _want("bfloat16", 128, lse=not backward, backward=backward, **settings), "diagonals")
+    for dim, more in ((64, {"deterministic": True}), (256, {})):
+        yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings, **more), "diagonals")
+
+
 def _found() -> Iterator[Job]:
     """Kernels that spilled when drawn at random, one of each kind."""
     both: dict[str, Any] = {"bias": "float16", "mask": True, "lse": False}
@@ -335,6 +345,7 @@ def _ci() -> Iterator[Job]:
     backward = ("0-causal-backward", "64-causal-backward", "128-causal-backward", "256-causal-backward", "-bias-backward",
                 "-softcap-backward", "128-deterministic-backward", "192_128-packed_window-backward")
     yield from (job for job in _backward_sm90() if job.id.endswith(backward))
+    yield from (job for job in _diagonals() if job.id.endswith(("128-diagonals-lse", "128-diagonals-backward")))
     yield from (job for job in _float32_out() if job.id.endswith(("128-float32_out-backward", "64-float32_out_packed_dropout-lse")))
 
 
@@ -396,7 +407,7 @@ def _jobs() -> list[Job]:
         jobs += [*_tensor_cores("sm90", "sm_90a", False), *(job for arch in ARCHS for job in _tensor_cores("sm80", arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _simt(arch, arch != "sm_80")),
                  *(job for arch in ARCHS for job in _backward(arch, arch != "sm_80")), *_backward_sm80(), *_backward_sm90(),
-                 *_float32_out(),
+                 *_float32_out(), *_diagonals(),
                  *_everything_there_is()]
     return list({job.id: job for job in jobs}.values())
 

@@ -158,8 +158,8 @@ class BackwardPlay(Play):
         names["wgmma"].make_grad_products = lambda dtype: (self.dsk, self.dsq)
 
         def bounds(spec: Any, block_m: int) -> tuple[Any, ...]:
-            key_bounds, limits_of, _ = mask.make_key_bounds(spec, block_m)
-            return key_bounds, limits_of, self.at_rest
+            key_bounds, limits_of, _, alibi_from = mask.make_key_bounds(spec, block_m)
+            return key_bounds, limits_of, self.at_rest, alibi_from
 
         def put(acc: Fragment, pointer: int, by_row: int, dim: int, lane: int, key: int, used: int, end: int) -> None:
             self.results.append((self.at_rest(acc).kind, pointer, key, end, acc.keys))
