@@ -25,7 +25,7 @@ from ..ptx.sums import APART, PIECE, add_sums, store_sums
 from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, thread_index, uniform
 from ..spec import Spec
 from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
-from ..tile.mask import diagonal_of, make_keep
+from ..tile.mask import make_diagonals, make_keep
 from ..tile.ring import make_ring
 from ..tile.schedule import make_num_tiles
 from ..tile.smem import ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, panels
@@ -66,7 +66,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, panels(HEAD_DIM)) * OUT_PANEL)
     SUMS = smem.take(CONSUMERS * SUMS_BYTES)
-    tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
+    (tile_blocks, full_blocks, intervals), (diagonal_of, _) = make_tile_bounds(spec, BLOCK_M, BLOCK_N), make_diagonals(spec)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
     TURN_BARRIER, VOTE_BARRIER = smem.named(4), smem.named(CONSUMERS)
@@ -384,7 +384,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
         row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
         row = int32(row0 + ((thread >> 5) & 3) * 16 + (lane >> 2))
-        diagonal = diagonal_of(a, seqlen_q, seqlen_k)
+        diagonal = diagonal_of(a, batch, seqlen_q, seqlen_k)
         n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
         full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         scale = load_f32(scales_at(a, int32(batch * a.num_heads + head)))
