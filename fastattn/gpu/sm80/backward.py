@@ -253,7 +253,7 @@ def make_backward(spec: Spec, config: BackwardSm80Config) -> tuple[Any, int]:
         """P^T of 16 keys, negative where dropped, and the derivative of the softcap."""
         batch, seqlen_q, seqlen_k = word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K)
         if RATED:
-            acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, int32(seqlen_k - seqlen_q))
+            acc_s, cap_slope = score(a, acc_s, early, shared[0], query, key, alibi_from(a, batch, seqlen_q, seqlen_k))
         elif SOFTCAP:
             acc_s, cap_slope = cap_of(a, acc_s)
         else:
