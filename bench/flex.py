@@ -133,7 +133,8 @@ class Case:
 
         kind, seqlen = self.kind, self.shape[1]
         mask = create_block_mask(kind.mask_mod, None, None, seqlen, seqlen, device=self.device)
-        score = kind.score_mod and (lambda s, b, h, q, k: kind.score_mod(s, b, h, q, k, *kind.captured))  # type: ignore[misc]
+        held = kind.captured if self.backward else [x.detach() for x in kind.captured]        # on CPUs it takes none with gradients
+        score = kind.score_mod and (lambda s, b, h, q, k: kind.score_mod(s, b, h, q, k, *held))  # type: ignore[misc]
         compiled, arguments = torch.compile(flex_attention, dynamic=False), [x.transpose(1, 2) for x in (self.q, self.k, self.v)]
         return lambda: compiled(*arguments, score_mod=score, block_mask=mask).transpose(1, 2)
 
