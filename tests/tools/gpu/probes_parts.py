@@ -185,6 +185,33 @@ add("wgmma.make_products", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16
     name="wgmma.qk_float32", threads=128, shared=SHARED)
 
 
+def wgmma_kq() -> Any:
+    """A B^T and B A^T of two 64 x 64 tiles."""
+    qk, _ = wgmma.make_products("float32")
+
+    def kernel(a):
+        base = begin(1)
+        load_tiles(a, base)
+        x, y, at = wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), int32(cuda.threadIdx.x >> 5) * 64
+        wgmma.fence()
+        first, second = qk(f.zeros(32), x, y, 64, 64, 64), wgmma.kq_parts(f.zeros(32), y, x, 64, 64, 64)
+        wgmma.commit()
+        save_at(a.dst, at, wgmma.wait_all(first), 32)
+        save_at(a.dst, int32(at + 32), wgmma.wait_all(second), 32)
+    return kernel
+
+
+def check_wgmma_kq(launch: Any) -> None:
+    """The same bits: a backward's S^T is the forward's S."""
+    x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
+    got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 64, 32), np.float32), maps=[("src", 64), ("other", 64)])
+    first, second = (np.concatenate([as_matrix(warp[n:n + 32]) for warp in got]) for n in (0, 32))
+    same(first, second.T)
+
+
+add("wgmma.kq_parts", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_kq, check_wgmma_kq, threads=128, shared=SHARED)
+
+
 def wgmma_pv() -> Any:
     """P V for P (64 x 64) in registers and V (64 x 128), whatever the accumulator held."""
     _, pv = wgmma.make_products("float32")
@@ -267,7 +294,7 @@ add("wgmma.dsk_parts", "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", w
 
 # ---------------------------------------------------------------- mma.sync
 def mma_qk() -> Any:
-    """Q (32 x 128) K (32 x 128)^T by each of two warps."""
+    """Q (32 x 128) K (32 x 128)^T by each of two warps, and K Q^T."""
     K = 6 * 4096
 
     def kernel(a):
@@ -279,20 +306,25 @@ def mma_qk() -> Any:
         load_whole(int32(to + K), uint64(a.other + source), int64(768), int64(2), int32(32 - row), int32(384 - 8 * chunk), 32, 8, 6, 4096)
         cp_async.wait_all()
         cuda.syncthreads()
-        acc = mma_parts.qk(f.zeros(32), int32(base + mma.lane_offset(lane)), int32(base + K + mma.lane_offset_b(lane)), 2, 128, 4096, 4096)
+        rows, columns = int32(base + mma.lane_offset(lane)), int32(base + mma.lane_offset_b(lane))
+        acc = mma_parts.qk(f.zeros(32), rows, int32(columns + K), 2, 128, 4096, 4096)
+        turned = mma_parts.kq(f.zeros(32), int32(rows + K), columns, 2, 128, 4096, 4096)
         if thread < 32:
             save_at(a.dst, 0, acc, 32)
+            save_at(a.dst, 32, turned, 32)
     return kernel
 
 
 def check_mma_qk(launch: Any) -> None:
     q, k = normal(32, 128), normal(32, 128, seed=1)
-    got = launch(rows_of_parts(q), rows_of_parts(k), dst=np.zeros((2, 16, 32), np.float32))
-    np.testing.assert_allclose(np.concatenate([as_matrix(tile) for tile in got]), q.astype(np.float64) @ k.astype(np.float64).T, **EXACT)
+    got = launch(rows_of_parts(q), rows_of_parts(k), dst=np.zeros((4, 16, 32), np.float32))
+    s, turned = (np.concatenate([as_matrix(tile) for tile in tiles]) for tiles in (got[:2], got[2:]))
+    np.testing.assert_allclose(s, q.astype(np.float64) @ k.astype(np.float64).T, **EXACT)
+    same(s, turned.T)                       # the same bits: a backward's S^T is the forward's S
 
 
-add("mma_parts.qk", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32; ldmatrix.sync.aligned.m8n8.x4.shared.b16", mma_qk, check_mma_qk,
-    threads=64, shared=SHARED)
+add("mma_parts.qk mma_parts.kq", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32; ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+    mma_qk, check_mma_qk, threads=64, shared=SHARED)
 
 
 def mma_pv() -> Any:
