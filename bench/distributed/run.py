@@ -43,9 +43,11 @@ def _of_size(cases: list[Case], size: int, device: str, count: int, seconds: flo
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     job = json.dumps({"device": device, "cases": [asdict(case) for case in cases]})
-    same = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NCCL_NVLS_ENABLE": "0", "BENCH_DEVICES": str(count)}
+    same = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NCCL_NVLS_ENABLE": "0"}
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")       # a rank sees its own alone
     ranks = [subprocess.Popen([sys.executable, "-m", "bench.distributed.worker", job], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, env=os.environ | same | {"RANK": str(rank)})
+                              stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                              env=os.environ | same | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": visible[rank % len(visible)]})
              for rank in range(size)]
     timer = threading.Timer(seconds, lambda: [rank.kill() for rank in ranks])
     timer.start()

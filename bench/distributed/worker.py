@@ -35,11 +35,10 @@ class Rank:
     """The group, the memory and the stream of this process."""
 
     def __init__(self, device: str) -> None:
-        number = int(os.environ["RANK"])
-        self.group = fd.connect("cpu" if device == "cpu" else number % int(os.environ["BENCH_DEVICES"]), timeout=120)
+        self.group = fd.connect("cpu" if device == "cpu" else 0, timeout=120)
         self.stream: Any = None
         if device != "cpu":
-            self.index = number % int(os.environ["BENCH_DEVICES"])
+            self.index = 0                  # the one that this process sees
             with on_device(self.index):
                 handle = int(check(driver().cuStreamCreate(driver().CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate"))
                 keep_memory(self.index)
