@@ -86,6 +86,8 @@ def check(case: Case, family: str) -> None:
     try:
         out, lse = own_forward(inputs, family) if own else reference_forward(inputs)
         grads = backward(inputs, out, lse, family)
+        if case.name.startswith("decode_float32_huge"):         # several keys share a row whose scores are some 1000
+            judge.of_lse = 2.0**-23 * float(np.abs(lse[np.isfinite(lse)]).max())
     except UnsupportedError as error:
         assert not must_give(case, family), f"{family} refuses {case}: {error}"
         assert wanted(family)[0] in str(error)

@@ -57,6 +57,7 @@ class Judge:
         self.naive = self.rival.forward("naive")
         sizes = [1 + norm(x) for x in (*self.exact_inputs.args[:3], self.exact_inputs.dout)]
         self.nothing = NOTHING["float64" if self.dtype == "float64" else "float32"] * float(np.prod(sizes))
+        self.of_lse = 0.0               # the relative error of P in a backward that was given a rounded lse (docs/accuracy.md)
 
     def forward(self, out: Any, lse: Any) -> None:
         """lse: None where the call did not ask for it."""
@@ -77,7 +78,7 @@ class Judge:
                 dtype = np.asarray(got).dtype.name
                 assert dtype == self.result or name in ("dbias", "dsinks"), f"{name} has dtype {dtype}, expected {self.result}"
                 # out is given in the result's dtype, and all gradients inherit its rounding through delta
-                self._check(name, got, e, n, dtype, norm(e) + norm(terms), self.result)
+                self._check(name, got, e, n, dtype, norm(e) + norm(terms), self.result, self.of_lse)
 
     def _terms(self) -> Grads:
         """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""
@@ -92,8 +93,9 @@ class Judge:
         positive = replace(inputs, dlse=dlse).backward(zero, lse, "reference")
         return terms._replace(dbias=positive.dbias, dsinks=positive.dsinks)
 
-    def _check(self, name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None) -> None:
-        close(name, got, exact, naive, dtype, size, rounding, self.shrink, self.nothing)
+    def _check(self, name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None,
+               more: float = 0.0) -> None:
+        close(name, got, exact, naive, dtype, size, rounding, self.shrink, self.nothing + more * size)
 
 
 def close(name: str, got: Any, exact: Array, naive: Array, dtype: str, size: float, rounding: str | None = None, shrink: float = 1.0,
