@@ -27,8 +27,8 @@ from ..ptx.mma import lane_offset, lane_offset_b, store_tiles, tiles_lane_trans
 from ..ptx.scalar import load_if, load_shared_chunk, store_shared
 from ..ptx.sync import thread_index
 from ..rows.preprocess import make_row_rules
-from ..sm80.copies import arrived, make_copy_rows
 from ..spec import Spec
+from ..tile.copies import arrived, make_copy_rows
 from ..tile.fragments import add, lane_row, make_pack, make_unpack, scale_rows, thread_col, zeros
 from ..tile.gradients import exp2_columns, load_columns, make_add_dbias, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds

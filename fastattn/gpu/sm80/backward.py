@@ -34,6 +34,7 @@ from ..ptx.mma import add_sums, lane_offset, lane_offset_b, store_columns, store
 from ..ptx.sync import thread_index
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
+from ..tile.copies import arrived, make_copy_rows
 from ..tile.fragments import join, lane_row, make_pack, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import exp2_columns, load_columns, make_any_far, make_dropout_transposed, make_near, multiply
 from ..tile.mask import make_key_bounds
@@ -44,7 +45,6 @@ from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
 from .config import BackwardSm80Config
-from .copies import arrived, make_copy_rows
 
 
 def pieces(dim: int, step: int) -> int:

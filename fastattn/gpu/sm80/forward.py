@@ -28,6 +28,7 @@ from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
 from ..ptx.mma import lane_offset, lane_offset_b, load_rows, store_rows
 from ..ptx.sync import any_lane, thread_index
 from ..spec import Spec
+from ..tile.copies import arrived, make_copy_rows
 from ..tile.dropout import make_dropout
 from ..tile.fragments import join, lane_row, make_pack, part, scale_rows, thread_col, zeros
 from ..tile.mask import make_bounds, make_diagonals, make_intervals, make_keep
@@ -38,7 +39,6 @@ from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from ..tile.stores import store_floats
 from .config import ForwardSm80Config
-from .copies import arrived, make_copy_rows
 
 ROW_BYTES = 128             # of a row of a panel: 64 columns
 

@@ -29,8 +29,8 @@ from ..ptx.memory import shared_address
 from ..ptx.mma import add_sums, store_columns
 from ..ptx.sync import fence_async, opaque, thread_index, uniform, wait_for_previous
 from ..rows.preprocess import make_first_row
-from ..sm80.copies import make_copy_rows
 from ..spec import Spec
+from ..tile.copies import make_copy_rows
 from ..tile.fragments import add_columns, lane_row, make_pack, own_zeros, part, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import (
     PIECE,

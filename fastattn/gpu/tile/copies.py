@@ -1,4 +1,4 @@
-"""Copies of both sm_80 kernels: rows of Q, K, V or dO to panels in shared memory, by all threads of the block."""
+"""Copies by cp.async: rows of Q, K, V or dO to panels in shared memory, by all threads of the block."""
 from __future__ import annotations
 
 from typing import Any
