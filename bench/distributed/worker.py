@@ -18,9 +18,9 @@ import numpy as np
 import fastattn
 import fastattn.distributed as fd
 from fastattn.arrays.streams import Stream, check, driver, on_device
-from fastattn.arrays.view import View, contiguous
+from fastattn.arrays.view import View, contiguous, size_of
 from fastattn.distributed import checks
-from fastattn.distributed.memory import Memory, cut, memory_of, size_of
+from fastattn.distributed.memory import Memory, cut, memory_of
 from fastattn.distributed.spans import spans_of
 
 from .cases import ERROR_ROWS, Case

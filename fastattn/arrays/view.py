@@ -154,6 +154,11 @@ class _Interface:
                                     "strides": view.strides, "typestr": f"|V{view.itemsize}"}
 
 
+def size_of(x: View) -> int:
+    """Bytes of a contiguous View."""
+    return x.itemsize * math.prod(x.shape)
+
+
 def overlap(a: View, b: View) -> bool:
     """Whether two views share an element; also True where an exact answer would take too long. No element is read."""
     (a_low, a_high), (b_low, b_high) = a.bytes_range(), b.bytes_range()

@@ -17,14 +17,16 @@ How a call flows, file by file:
     gather.py, ring.py, heads.py    the methods; run.py and shares.py are what they have in common
     packed_gather.py, packed_ring.py, packed_heads.py   those of packed sequences; packed_plan.py and packed_calls.py likewise
     memory.py, device.py    buffers in host and CUDA memory
-    group.py                what a group is; threads.py, mpi.py, nccl.py, process_group.py: transports; connect.py: a group without MPI
+    messages.py             what a group is; group.py makes one of a communicator, connect.py without MPI
+    threads.py, mpi.py, nccl.py, process_group.py, sockets.py       transports
 """
 from __future__ import annotations
 
 from .api import attention, attention_backward
 from .api_packed import attention_varlen, attention_varlen_backward
 from .connect import connect
-from .group import Group, RankError, group
+from .group import group
+from .messages import Group, RankError
 from .sharding import chunks, positions, shard, unshard
 from .threads import threads
 

@@ -10,9 +10,9 @@ from .. import registry
 from ..arrays.view import View
 from ..options import LENGTH, Check
 from ..problem import Problem
-from .group import Group, Message, RankError, exchange
 from .group import group as make_group
 from .memory import memory_of
+from .messages import Group, Message, RankError, exchange
 from .spans import SHARDS, Spans, total
 
 

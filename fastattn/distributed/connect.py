@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import message
-from .group import TIMEOUT, Group, RankError
 from .group import group as group_of
+from .messages import TIMEOUT, Group, RankError
 from .sockets import SocketGroup
 
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")

@@ -14,9 +14,9 @@ from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import gather, ring
 from .checks import check_memory, group_of, local_rows, ranks_agree, shard_of, shared_facts, whole_length
 from .explained import explained
-from .group import Group
 from .heads import Team, to_heads, to_rows
 from .memory import cut, memory_of
+from .messages import Group
 from .plan import Method, choose, rows_of, teams
 from .run import Given, Local, Run, canonical, rows_first, sum_over_ranks
 from .spans import Spans, evenly, total

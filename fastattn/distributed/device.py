@@ -15,9 +15,8 @@ import numpy as np
 
 from ..arrays.dlpack import address
 from ..arrays.streams import Stream, check, driver, on_device
-from ..arrays.view import ITEMSIZE, Device, Shape, View, contiguous
+from ..arrays.view import ITEMSIZE, Device, Shape, View, contiguous, size_of
 from ..engine import load
-from .memory import size_of
 
 
 class Event:

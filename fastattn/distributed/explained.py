@@ -6,8 +6,8 @@ from typing import Any
 from .. import registry
 from ..arrays.streams import Stream
 from ..arrays.view import Shape, View
-from .group import Done, Group, Message, Pending
 from .memory import Memory
+from .messages import Done, Group, Message, Pending
 from .plan import Method
 from .run import Run
 

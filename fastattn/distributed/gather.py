@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ..arrays.view import View
 from ..problem import Grads
-from .group import Message, Pending
 from .memory import cut, is_contiguous
+from .messages import Message, Pending
 from .reach import gathered, keys_needed
 from .run import Given, Local, Run, buffer, canonical, rows_first
 from .shares import add_keys, add_scores, piece_grads

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..arrays.view import View
 from .gather import packed
-from .group import Message
 from .memory import cut
+from .messages import Message
 from .run import Run
 from .spans import Spans, parts, total, united
 

@@ -30,14 +30,6 @@ def is_contiguous(x: View) -> bool:
     return 0 in x.shape or all(n == 1 or s == c for n, s, c in zip(x.shape, x.strides, contiguous(x.shape, x.itemsize), strict=True))
 
 
-def size_of(x: View) -> int:
-    """Bytes of a contiguous View."""
-    size = x.itemsize
-    for n in x.shape:
-        size *= n
-    return size
-
-
 class Memory(Protocol):
     """Where a call's buffers are, and what is done with them, all in the order of the call's stream."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays.streams import Stream
 from ..arrays.view import View
 from ..errors import message
-from .group import Message, Pending, RankError
+from .messages import Message, Pending, RankError
 
 PIECE = 1 << 30         # bytes: MPI before version 4 counts in 32 bits
 LOOK = 0.0002           # seconds between two looks at messages under way, once they have taken as long

@@ -15,11 +15,10 @@ from collections import deque
 from typing import Any
 
 from ..arrays.streams import Stream, on_device
-from ..arrays.view import View
+from ..arrays.view import View, size_of
 from ..errors import message
 from .device import Event, transfer_stream
-from .group import Message, Pending, RankError
-from .memory import size_of
+from .messages import Message, Pending, RankError
 from .sockets import SocketGroup
 
 SUCCESS, IN_PROGRESS = 0, 7     # of ncclResult_t

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from ..arrays.view import View
 from ..problem import Grads
-from .group import Message, Pending
 from .memory import cut, is_contiguous
+from .messages import Message, Pending
 from .packed_calls import Packed, forward_into, grads_of
 from .run import Given
 

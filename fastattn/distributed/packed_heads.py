@@ -6,8 +6,8 @@ from dataclasses import replace
 from ..arrays.view import View
 from ..problem import Grads
 from .gather import packed
-from .group import Message
 from .memory import cut
+from .messages import Message
 from .packed_calls import Packed
 from .packed_plan import Side
 from .run import Given, Run

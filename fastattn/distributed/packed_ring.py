@@ -7,8 +7,8 @@ from dataclasses import replace
 from ..arrays.view import View
 from ..problem import Grads, Mask, Operands, Problem
 from .gather import packed
-from .group import Message, Pending
 from .memory import cut
+from .messages import Message, Pending
 from .packed_calls import Packed, dense, forward_into, grads_of
 from .ring import AHEAD
 from .run import Given, in_float32

@@ -6,9 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 from ..arrays.streams import Stream
-from ..arrays.view import View
-from .group import Message, Pending, RankError
-from .memory import size_of
+from ..arrays.view import View, size_of
+from .messages import Message, Pending, RankError
 
 
 class TorchGroup:

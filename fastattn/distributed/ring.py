@@ -12,8 +12,8 @@ from dataclasses import replace
 from ..arrays.view import View
 from ..problem import Grads, Mask, Operands, Problem
 from .gather import grads_of_heads, head_pieces, packed
-from .group import Message, Pending
 from .memory import cut
+from .messages import Message, Pending
 from .reach import Piece, Reach, begun, paired
 from .run import Given, Local, Run, buffer, canonical, in_float32, rows_first
 from .shares import add_keys, add_scores, piece_grads

@@ -10,8 +10,8 @@ from ..arrays.streams import Stream
 from ..arrays.view import View
 from ..memo import Recent
 from ..problem import Grads, Mask, Operands, Problem
-from .group import Group, Message, Pending, exchange
 from .memory import Memory, cut
+from .messages import Group, Message, Pending, exchange
 from .reach import Piece, Reach
 from .spans import Spans
 

@@ -10,8 +10,8 @@ from ..lengths import read_lengths
 from ..options import LENGTH, Check
 from ..types import A, Integer, Lengths
 from .checks import group_of, shard_of
-from .group import Message, exchange
 from .memory import cut, memory_of
+from .messages import Message, exchange
 from .spans import Sequences, Spans, parts, spans_of, total
 
 

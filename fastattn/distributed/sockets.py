@@ -17,8 +17,8 @@ from typing import Any
 
 from ..arrays.streams import Stream
 from ..arrays.view import View
-from .group import Message, Pending, RankError
 from .memory import is_contiguous
+from .messages import Message, Pending, RankError
 
 _HEAD = struct.Struct("<cQ")
 _DATA, _FAILED, _BYE = b"d", b"f", b"b"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..arrays.streams import Stream
 from ..arrays.view import View
 from ..errors import message
-from .group import TIMEOUT, Message, Pending, RankError
+from .messages import TIMEOUT, Message, Pending, RankError
 
 T = TypeVar("T")
 

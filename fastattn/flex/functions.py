@@ -1,6 +1,6 @@
 """The functions of NumPy and torch, and the methods of their arrays, that a traced function may call: by name, on numbers.
 
-Both libraries have most of them under one name. Each takes the Builder, then what the user gave.
+Both libraries have most of them under one name. They stand in `values.FUNCTIONS`, where values find them.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..arrays import words
 from .ops import BOOL, FLOAT, INT
 from .program import Builder
 from .refusal import RefusalError
-from .values import Value, apply, line
+from .values import FUNCTIONS, Value, apply, line
 
 MOST_POWER = 64                         # multiplications in place of a power, at most twice its logarithm
 
@@ -166,7 +166,7 @@ _REVERSED = {"radd": "add", "rsub": "sub", "rmul": "mul", "rtruediv": "div", "rd
              "greater": "lt", "gt": "lt", "greater_equal": "le", "ge": "le", "rand": "and", "ror": "or", "rxor": "xor",
              "rlshift": "shl", "rrshift": "shr"}
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS.update({
     **{name: _plain(op, 1) for name, op in _UNARY.items()},
     **{name: _plain(op, 2) for name, op in _BINARY.items()},
     **{name: _swapped(op) for name, op in _REVERSED.items()},
@@ -191,6 +191,4 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "new_ones": _full(1), "new_zeros": _full(0), "new_full": _full(None), "new_tensor": _full(None),
     "ones_like": _full(1), "zeros_like": _full(0), "full_like": _full(None),
     **dict.fromkeys(("clone", "detach", "contiguous", "copy", "squeeze", "view_as", "expand_as", "asarray", "array", "positive"), _same),
-}
-KNOWN = "where, minimum, maximum, clip, abs, sign, exp, exp2, log, log2, sqrt, sin, cos, tanh, sigmoid, erf, floor, round, power, " \
-    "comparisons, &, |, ^, ~, <<, >>, // and %"
+})

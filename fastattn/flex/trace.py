@@ -20,6 +20,7 @@ from ..arrays import words
 from ..arrays.view import NAMES
 from ..errors import message
 from ..memo import Recent
+from . import functions as functions  # which values find by name
 from .capture import Held, Leaf, is_array, is_number
 from .ops import BOOL, FLOAT, HIGH, INT, LOW
 from .program import INPUTS, Builder, Captured, Program

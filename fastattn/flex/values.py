@@ -19,6 +19,11 @@ from .refusal import DecidesError, RefusalError, of_jax, torch_dtype
 _BRANCH = "numpy.where(c, x, y) instead of `x if c else y`, &, | and ~ instead of and, or and not, numpy.minimum and numpy.maximum " \
     "instead of min and max work"
 
+# what a traced function may call, by name: functions.py fills it. Each takes the Builder, then what the user gave
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+KNOWN = "where, minimum, maximum, clip, abs, sign, exp, exp2, log, log2, sqrt, sin, cos, tanh, sigmoid, erf, floor, round, power, " \
+    "comparisons, &, |, ^, ~, <<, >>, // and %"
+
 
 class Value:
     """A number that may differ from place to place: line `n` of a Builder."""
@@ -57,7 +62,6 @@ class Value:
         return called(b, getattr(function, "__name__", str(function)), args, kwargs or {}, "torch.")
 
     def __getattr__(self, name: str) -> Any:
-        from .functions import FUNCTIONS
 
         if name.startswith("__") or name not in FUNCTIONS:
             raise AttributeError(f"a traced value has no attribute {name!r}")
@@ -305,8 +309,6 @@ def builder_of(args: Any) -> Builder:
 
 def called(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str) -> Any:
     """A function of NumPy or torch, or a method, by its name."""
-    from .functions import FUNCTIONS, KNOWN
-
     plain = name.strip("_")
     function = FUNCTIONS.get(plain)
     if plain == "getitem":
