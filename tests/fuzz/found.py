@@ -44,6 +44,9 @@ FOUND: list[Spec] = [
     Spec(seed=1268589393, dtype="float16", seqlen_q=3, head_dim=1, head_dim_v=1, softcap=1000.0, backward=True),
     # on a GPU: a negative scale beside full blocks of keys
     Spec(seed=1725007743, dtype="bfloat16", seqlen_k=66, softmax_scale=-1.0),
+    # on a GPU: a window that begins at an odd key, from which a step of the split-key kernel read two columns of the bias at once
+    Spec(seed=1617226385, dtype="float16", num_heads=2, seqlen_q=17, seqlen_k=542, head_dim=32, head_dim_v=32, window=(76, 4),
+         bias=(17, 542), bias_dtype="float16", bias_values="integers", layout="bhsd", backward=True, dlse=True, need_dbias=True),
     # no keys, no rows, no sequences, beside a mask
     Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
     Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),

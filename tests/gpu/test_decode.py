@@ -49,8 +49,8 @@ def test_what_runs_the_cases(family: str, arch: str) -> None:
 @pytest.mark.parametrize("name", [
     "128_128_bfloat16", "64_128_float16", "all_64", "float32_all_128", "float32_huge_64", "float32_36_60", "float32_window_both_64",
     "all_40_24", "80_80", "all_96_256", "256_256", "rows_20_128_bfloat16", "rows_52_128_float32", "rows_64_80_float16", "many_64",
-    "alibi_batch_64_bfloat16", "bias_odd_128_float16", "bias_inf_64_bfloat16", "mask_padding_128_float32", "mask_blocks_64_bfloat16",
-    "many_128_float32", "many_32", "many_256"])
+    "alibi_batch_64_bfloat16", "bias_odd_128_float16", "bias_window_64_bfloat16", "bias_inf_64_bfloat16",
+    "mask_padding_128_float32", "mask_blocks_64_bfloat16", "many_128_float32", "many_32", "many_256"])
 def test_numbers(name: str) -> None:
     case = {case.name: case for case in DECODE}[f"decode_{name}"]
     inputs = case.make()

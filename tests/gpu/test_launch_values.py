@@ -44,8 +44,23 @@ class Checked:
         assert len(values) == len(self.source.fields), self.source.key
         for (name, letter), value in zip(self.source.fields, values, strict=True):
             assert letter not in "fd" or np.isfinite(value), f"{self.source.key}: {name} is {value}"
+        misaligned(self.source, values)
         struct.pack("@" + "".join(compile._LETTERS[letter] for _, letter in self.source.fields), *values)
         self.kernel.launch(grid, values, stream)
+
+
+def misaligned(source: compile.Source, values: list[Any]) -> None:
+    """Fail for a launch whose kernel loads several elements at once that are not aligned as one."""
+    words, given = source.key.split(), dict(zip([name for name, _ in source.fields], values, strict=True))
+    at = {name: given[name] for name in ("bias", "bias_batch", "bias_head", "bias_row") if "bias_pairs" in words or "bias_whole" in words}
+    if at and "first_key" in given:         # a step may begin at any key that a split begins at
+        at |= {name: given[name] * given["bias_col"] for name in ("first_key", "split_keys")}
+    size = 16 if "bias_whole" in words else 4
+    for name, byte in at.items():
+        assert byte % size == 0, f"{source.key}: {name} is at byte {byte}, loads are of {size}"
+    if words[0] == "forward_decode" or (words[0] == "preprocess" and "whole" in words):
+        for name in {"q", "k", "v", "dout", "out"} & given.keys() - ({"out"} if words[0] == "forward_decode" else set()):
+            assert given[name] % 16 == 0, f"{source.key}: {name} is at {given[name]}, loads are of 16 bytes"
 
 
 def prepare(spec: Spec, arch: str) -> int:
@@ -72,6 +87,16 @@ def test_launches_of_random_problems() -> None:
                 error.add_note(f"on {arch}: {spec}")
                 raise
     assert launched > COUNT, "most problems are refused: nothing was tested"
+
+
+def test_pairs_of_a_bias_from_any_window() -> None:
+    """Steps of the split-key kernel begin where the first row's window does."""
+    for left in range(90, 98):
+        for engine in ("sm90", "sm80"):
+            for keys in (542, 544):
+                spec = Spec(seed=1, dtype="float16", num_heads=2, seqlen_q=17, seqlen_k=keys, head_dim=32, head_dim_v=32, window=(left, 4),
+                            bias=(17, keys), bias_dtype="float16", engine=engine, library="torch")
+                assert prepare(spec, "sm_90a") == 1
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, -1.0, 1e-46, 1e30, -1e9])

@@ -141,13 +141,14 @@ def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) ->
     return count, steps * step
 
 
-def _range(p: Problem) -> tuple[int, int]:
-    """The keys that any row attends, with a mask from a multiple of MASK_COLUMNS on; one key if there are none."""
+def _range(p: Problem, pairs: bool) -> tuple[int, int]:
+    """The keys that any row attends; one key if there are none. They begin where steps can: with a mask at a multiple of MASK_COLUMNS,
+    with `pairs` of a bias at an even key."""
     limits = p.seqlen_q, p.seqlen_k, p.mask.left, p.mask.right, p.mask.top_left, p.mask.first
     first, end = row_bounds(0, *limits)[0], row_bounds(p.seqlen_q - 1, *limits)[1]
     if first >= end:
         return 0, 1
-    return first - first % (MASK_COLUMNS if p.score.mask else 1), end
+    return first - first % (MASK_COLUMNS if p.score.mask else 2 if pairs else 1), end
 
 
 def _units(p: Problem, block_rows: int) -> int:
@@ -199,7 +200,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
         spec = replace(spec, planned=plans(p, config, cache.num_splits))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
-    key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p)
+    key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p, spec.bias_pairs)
     if cache is not None:
         key_heads = p.num_heads_k * _units(p, config.rows)
         rows = key_heads * config.rows

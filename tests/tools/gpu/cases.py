@@ -168,6 +168,7 @@ def _decode_features() -> Iterator[Case]:
         "alibi": {"alibi": "heads"}, "alibi_batch": {"alibi": "batch", "causal": "top_left", "seqlen_q": 3},
         "bias": {"bias": (2, 8, 2, 1000)}, "bias_odd": {"bias": (2, 8, 2, 777), "seqlen_k": 777}, "bias_row": {"bias": (1, 1000)},
         "bias_column": {"bias": (2, 1, 2, 1)}, "bias_float32": {"bias": (8, 2, 1000), "bias_dtype": "float32", "window": (500, 3)},
+        "bias_window": {"bias": (2, 8, 2, 1000), "window": (501, 3), "causal": False},         # from an odd key on
         "bias_inf": {"bias": (2, 8, 2, 1000), "bias_inf": True, "sinks": True}, "mask": {"mask": (2, 8, 2, 1000)},
         "mask_blocks": {"mask": (2, 1, 4, 1000), "mask_kind": "blocks", "seqlen_q": 4}, "mask_hidden": {"mask": (1, 1, 2, 1000),
                                                                                                         "mask_kind": "hidden"},
