@@ -340,7 +340,7 @@ def make_gather(dtype: str) -> Any:
 
 
 def make_gather_pairs() -> Any:
-    """make_gather for contiguous 16-bit elements: two columns a load. Rows must be 4-byte aligned and have an even number of columns."""
+    """make_gather for contiguous 16-bit elements: two columns a load. Rows are 4-byte aligned, of even length; the first column is even."""
     @intrinsic
     def gather(typingctx: Any, pointer0: Any, pointer1: Any, limit0: Any, limit1: Any, count: Any) -> Any:
         [n] = literals(count)
