@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastattn import attention, attention_backward
+from tests.tools.compare import close_captured
 
 from .tools import ENGINES, close
 
@@ -107,3 +108,52 @@ def test_one_row_many_keys_and_empty_calls(engine: str) -> None:
         got, want = (attention(q, k, v, return_lse=True, engine=name, **flex) for name in (engine, "reference"))
         for x, y in zip(got, want, strict=True):
             close(x, y, 1e-5)
+
+
+# ---------------------------------------------------------------- gradients of calls of 16 bits
+def alibi(s: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any) -> Any:
+    return s - slopes[h] * abs(q - k)
+
+
+def drawn(seed: int, rows: int, keys: int, dim: int, dtype: Any) -> Any:
+    """q, k, v and dout of four query heads that share two key heads."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((2, n, heads, dim)).astype(dtype) for n, heads in ((rows, 4), (keys, 2), (keys, 2), (rows, 4))]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_rule_takes_right_gradients_alone(engine: str, dtype: str) -> None:
+    """Lost, repeated and left-over shares of a sum are refused, down to two percent of it."""
+    inputs, slopes = drawn(3, 100, 200, 64, DTYPES[dtype]), np.array([0.02, 0.05, 0.01, 0.03], np.float32)
+    flex: dict[str, Any] = {"score_mod": alibi, "captured": (slopes,), "engine": engine}
+    q, k, v, dout = inputs
+    given = attention(q, k, v, return_lse=True, **flex)
+
+    def gradients(dout: Any) -> Any:
+        return attention_backward(dout, q, k, v, *given, need_dcaptured=True, **flex).dcaptured
+
+    def judge(got: Any) -> None:
+        close_captured((got,), attention_backward, (q, k, v, dout), (slopes,), given, score_mod=alibi)
+    right, first_rows = gradients(dout)[0], dout.copy()
+    first_rows[1, 64:] = 0
+    judge(right)
+    for wrong in (gradients(first_rows)[0], right * np.float32([1, 1, 2, 1]), right + np.float32(1), right * np.float32(1.02), 0 * right,
+                  right * np.float32([1, 1, np.nan, 1])):
+        with pytest.raises(AssertionError, match=r"dcaptured\[0\]: error"):
+            judge(wrong)
+
+
+def test_an_out_of_16_bits_moves_gradients_of_slopes() -> None:
+    """Nine percent here, all by delta: why gradients are judged with the out that the backward is given."""
+    q, k, v, dout = drawn(128, 300, 500, 128, ml_dtypes.bfloat16)
+    slopes = (np.random.default_rng(1).standard_normal(4) * 0.3).astype(np.float32)
+    flex: dict[str, Any] = {"score_mod": alibi, "causal": True}
+    more: dict[str, Any] = {"captured": (slopes,), "need_dcaptured": True, "engine": "reference"} | flex
+    wide = [x.astype(np.float64) for x in (dout, q, k, v)]
+    out, lse = attention(*wide[1:], captured=(slopes,), return_lse=True, engine="reference", **flex)
+    of_exact_out = attention_backward(*wide, out, lse, **more).dcaptured[0]
+    given = out.astype(ml_dtypes.bfloat16), lse.astype(np.float32)
+    got = attention_backward(dout, q, k, v, *given, **more).dcaptured[0]
+    assert np.abs(got - of_exact_out).max() > 0.05 * np.abs(of_exact_out).max()
+    close_captured((got,), attention_backward, (q, k, v, dout), (slopes,), given, **flex)

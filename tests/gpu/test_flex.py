@@ -23,9 +23,11 @@ from fastattn.gpu.flex.bitmap import EMPTY, FULL, PARTIAL
 from fastattn.gpu.flex.launch import bitmap
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.spec import make_spec
+from tests.tools.compare import close_captured
 from tests.tools.gpu.calls import host_view
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.gpu.flex import MASKS, SCORES, Mod, call_of, emulate, interpret
+from tests.tools.problems import NUMPY
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(5)
@@ -106,6 +108,14 @@ def test_emulated_packed() -> None:
     cu_q, cu_k = np.array([0, 9, 9, 25], np.int32), np.array([0, 20, 31, 98], np.int32)
     agree(draw((27, 99), (2, 1), 5, np.float32), Functions(capped, documents_of_three, (SLOPES, TABLE), None),
           lengths=(cu_q, cu_k, None, None))
+
+
+def test_emulated_captured_gradients_are_those_of_the_out_that_was_given() -> None:
+    """Several blocks add to an element, for two query heads of one key head. Against an out of float64 their delta is too far off."""
+    arrays = draw((40, 70), (2, 1), 8, NUMPY["bfloat16"], 2)
+    alibi, slopes = SCORES["alibi"].function, SLOPES[:2] * np.float32(0.05)
+    out, lse, grads, _ = emulate(arrays[:3], Functions(alibi, None, (slopes,), None), dout=arrays[3])
+    close_captured(grads.dcaptured, fastattn.attention_backward, arrays, (slopes,), (out, lse), score_mod=alibi)
 
 
 def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -219,11 +229,13 @@ def test_sm80_from_its_ptx(name: str) -> None:
     wide = [x.astype(np.float64) for x in (q, k, v, dout)]
     own = {name: x for name, x in zip(functions._fields, functions, strict=True) if x is not None} | options
     want, want_lse = fastattn.attention(*wide[:3], **own, return_lse=True, engine="reference")
-    wanted = fastattn.attention_backward(wide[3], *wide[:3], want, want_lse, **own, need_dcaptured=True, engine="reference")
+    wanted = fastattn.attention_backward(wide[3], *wide[:3], want, want_lse, **own, engine="reference")
     near(out, want, np.float16, "out")
     near(lse, want_lse, np.float32, "lse")
-    for what, got, x in zip(("dq", "dk", "dv", "first", "second"), grads, (*wanted[:3], *wanted.dcaptured), strict=False):
+    for what, got, x in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
         near(got, x, np.float16, what)
+    own.pop("captured")
+    close_captured(tuple(grads[3:]), fastattn.attention_backward, (q, k, v, dout), functions.captured, (out, lse), **own)
     assert {key.split()[0] for key in launched} >= {"bitmap", "forward_sm80", "backward_sm80", "captured"}
 
 

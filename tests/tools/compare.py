@@ -8,8 +8,11 @@ where all keys are that far below a sink; out and gradients of that row are then
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -111,6 +114,45 @@ def close(name: str, got: Any, exact: Array, naive: Array, dtype: str, size: flo
     error, rival = distance(got, exact), distance(naive, exact) * shrink
     limit = allowed(rival, dtype, size, rounding, shrink) + nothing
     assert error <= limit, f"{name}: error {error:.3e}, allowed {limit:.3e} (naive {rival:.3e}, exact norm {norm(exact):.3e})"
+
+
+def close_captured(got: tuple[Any, ...], backward: Callable[..., Grads], inputs: tuple[Array, ...], captured: tuple[Array, ...],
+                   given: tuple[Array, Array], cu: tuple[Array, ...] = (), **options: Any) -> None:
+    """The rule for gradients of captured arrays: AssertionError where `got` is too far from the exact ones of the same out and lse.
+
+    The backward takes out and lse as they are given (contracts.md), and the rounding of an out of 16 bits moves delta. A slope's gradient
+    adds that up over all pairs, up to the size of the gradient itself. So the exact result begins with what the kernels were given, not
+    with an out of float64. What is left is arithmetic, always float32, relative to the terms of the sums, and one rounding of each sum.
+
+    backward: attention_backward or attention_varlen_backward; `cu` and `options` are its further arguments
+    inputs: q, k, v and dout, in float32 or 16 bits, rows before heads; given: the out and lse that the kernels had
+    """
+    def gradients(arrays: tuple[Array, ...], mod: tuple[Array, ...], out: Array, lse: Array, dlse: Array | None = None) -> tuple[Any, ...]:
+        *qkv, dout = arrays
+        grads = backward(dout, *qkv, out, lse, *cu, captured=mod, dlse=dlse, need_dcaptured=True, engine="reference", **options)
+        assert grads.dcaptured is not None
+        return grads.dcaptured
+    wide, wide_mod, (out, lse) = tuple(map(_to_float64, inputs)), tuple(map(_to_float64, captured)), map(_to_float64, given)
+    exact = gradients(wide, wide_mod, out, lse)
+    # engines of others, as "naive" is, take no functions
+    with mock.patch.object(reference, "backward", partial(reference.backward, precision=naive_precision(inputs[0].dtype.name))):
+        naive = gradients(inputs, captured, *given)
+    delta = np.abs(wide[3] * out).sum(axis=-1).swapaxes(-1, -2)
+    terms = gradients(wide, wide_mod, np.zeros_like(out), lse, delta)
+    for n, (x, e, rival, parts) in enumerate(zip(got, exact, naive, terms, strict=True)):
+        assert (x is None) == (e is None), f"dcaptured[{n}] is {type(x)}"
+        if x is None:
+            continue
+        assert x.shape == e.shape and x.dtype == rival.dtype, f"dcaptured[{n}] has {x.dtype} {x.shape}, expected {rival.dtype} {e.shape}"
+        error, other = distance(x, e), distance(rival, e)
+        limit = allowed(other, x.dtype.name, norm(e)) + allowed(0.0, "float32", norm(parts))
+        assert limit < norm(e), f"dcaptured[{n}]: 0 would pass, choose another problem: allowed {limit:.3e}, exact norm {norm(e):.3e}"
+        assert error <= limit, f"dcaptured[{n}]: error {error:.3e}, allowed {limit:.3e} (naive {other:.3e}, exact norm {norm(e):.3e})"
+
+
+def _to_float64(x: Array) -> Array:
+    """Floats only: indices of a function stay whole numbers."""
+    return x if x.dtype.kind in "iub" else x.astype(np.float64)
 
 
 def _to_float32(x: Array) -> Array:
