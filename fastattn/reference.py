@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays.view import View, numpy_dtype
+from .caches import append, key_row
 from .eight_bit import saturated
 from .flex import pairs
 from .masks import row_bounds
 from .philox import keep_mask
 from .problem import CacheOperands, Grads, Operands, Problem
-from .serving.append import append
-from .serving.paging import key_row
 
 Array = np.ndarray[Any, Any]
 name = "reference"

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.view import View, numpy_dtype
+from ..caches import append
 from ..problem import Grads, Operands, Problem
-from ..serving.append import append
 from . import dbias, eight_bit, flex, levels, plan
 from .rowcode import Machine
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call

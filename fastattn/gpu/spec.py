@@ -17,8 +17,8 @@ import numpy as np
 from ..arrays.view import View
 from ..flex.program import Program
 from ..problem import Grads, Mask, Operands, Problem
-from .flex import fields as traced
-from .flex.masks import mask_of
+from . import traced
+from .traced import mask_of
 
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
@@ -75,7 +75,7 @@ class Spec:
     cache_dtype
         Of decode/: the dtype of 8-bit k and v beside 16-bit q.
     score_mod, mask_mod
-        Programs of the caller's functions (fastattn/flex); the mask with its blocks (flex/masks.py).
+        Programs of the caller's functions (fastattn/flex); the mask with its blocks (traced.py).
     """
 
     dtype: str

@@ -2,7 +2,6 @@
 
 api.py      `attention_with_kvcache`: signature, documentation, the flow of a call
 problem.py  every check of its arguments, then the Problem with its Cache
-append.py   host memory: new keys and values go into the caches, rotated; and the rotation of q
-quantize.py `quantize_fp8`, and 8-bit rounding
-paging.py   where a request's keys are
+
+In host memory caches.py of the package writes the new keys and values into the caches; gpu/rows/append.py does on a device.
 """

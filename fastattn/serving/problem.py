@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import words
 from ..arrays.dlpack import address
 from ..arrays.view import EIGHT_BIT, LENGTHS, View, overlap
+from ..caches import key_row
 from ..eight_bit import OF_Q
 from ..lengths import cumulative, read_lengths
 from ..options import Check, EightBitOptions, Options
@@ -30,7 +31,6 @@ from ..problem import (
     scale_and_cap,
     with_scales,
 )
-from .paging import key_row
 
 Array = np.ndarray[Any, Any]
 HALF = ("float16", "bfloat16")

@@ -32,9 +32,9 @@ def test_draws_cover_the_features() -> None:
 
 def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a rotation by the next position."""
-    from fastattn.serving import append
+    from fastattn import caches as host
 
-    rotated = append.rotated
+    rotated = host.rotated
     numbers = [n for n in range(60) if caches.draw(1, n)[0].rotary and sum(caches.draw(1, n)[0].lengths)][:3]
-    monkeypatch.setattr(append, "rotated", lambda x, positions, *rest: rotated(x, positions + 1, *rest))
+    monkeypatch.setattr(host, "rotated", lambda x, positions, *rest: rotated(x, positions + 1, *rest))
     assert numbers and all("bits" in (caches.run(1, n) or "") for n in numbers)

@@ -19,8 +19,8 @@ from ..ptx.arith import shift_left
 from ..ptx.memory import load_b32
 from ..ptx.sync import any_lane
 from ..ptx.traced import highest_bit, lowest_bit, or_b32
+from ..traced import MASK
 from .config import ROWS_BETWEEN
-from .fields import MASK
 from .interval import Bounds, ranges_of
 from .staged import COLUMN, ROW, STAGES, Staged
 

@@ -11,7 +11,7 @@ from numba import int32, int64
 
 from ...flex.program import Program
 from ..dsl.inline import inline
-from .fields import MASK
+from ..traced import MASK
 from .ops import INTEGERS
 from .staged import COLUMN, ROW, TILE
 

@@ -12,8 +12,8 @@ from ...flex.program import Program
 from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher
 from ..spec import AnyCall, BackwardCall, Spec
+from ..traced import MASK, fields, mask_values
 from .config import BITMAP_THREADS, MOST_KEPT, ROUND_THREADS
-from .fields import MASK, fields, mask_values
 
 make_bitmap, make_round = late("flex.bitmap", "make_bitmap"), late("flex.rounding", "make_round")
 BITMAP = " bitmap:l bitmap_words:i bitmap_lines:i bitmap_batch:i bitmap_head:i bitmap_last_batch:i"     # of kernels that read one

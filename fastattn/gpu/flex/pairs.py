@@ -7,8 +7,8 @@ from numba import float32, float64, int32
 
 from ..dsl.inline import inline
 from ..spec import Spec
+from ..traced import MASK, SCORE
 from .derived import with_rate
-from .fields import MASK, SCORE
 from .staged import make_stages
 
 

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 from ..spec import AnyCall, BackwardCall
+from ..traced import mask_of
 from .derived import rate_of
-from .masks import mask_of
 
 MOST_DIM, MOST_DIM_BACKWARD = 256, 128      # of Hopper: larger heads share rows between warpgroups, and have a kernel for each gradient
 

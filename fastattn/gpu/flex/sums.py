@@ -12,8 +12,8 @@ from numba import float32, float64, uint64
 from ...flex.program import Program
 from ..dsl.inline import inline
 from ..ptx.traced import add_to
+from ..traced import SCORE, SUM
 from .derived import Sum, with_sums
-from .fields import SCORE, SUM
 from .ops import element_of, element_of_natural
 from .staged import STAGES, Staged, natural
 

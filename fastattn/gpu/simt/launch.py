@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 from ..flex.derived import with_sums
-from ..flex.fields import sum_fields
 from ..flex.launch import bitmap, bitmap_fields, captured_sums
 from ..rows.launch import Rows, dsinks, preprocessed, refuses_rows
 from ..runtime.compile import late
@@ -14,6 +13,7 @@ from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import LENGTHS, MOST_BLOCKS, lengths, most_tiles, table
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec
+from ..traced import sum_fields
 from .config import SimtConfig, block_m_of, choose_forward, parts_dkdv, tile_captured, tile_dbias, tile_dkdv, tile_dq
 
 make_forward, places_of = late("simt.forward", "make_forward"), late("simt.pairs", "places_of")

@@ -26,7 +26,6 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..flex.bitmap import FULL, first_seen, kind_at, line_of
 from ..flex.derived import is_rated
-from ..flex.fragments import make_hide, times_rate
 from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import shared_address
@@ -44,6 +43,7 @@ from ..tile.scores import make_cap_of, make_rated_score, make_score, make_slopes
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats
+from ..tile.traced import make_hide, times_rate
 from .config import BackwardSm80Config
 
 

@@ -21,7 +21,6 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
 from ..flex.bitmap import last_seen, line_of
-from ..flex.fragments import make_hide
 from ..ptx import cp_async, mma, mma_parts
 from ..ptx.cp_async import load_shared_b64, store_shared_b64
 from ..ptx.memory import load_shared_b32, shared_address, store_shared_b32
@@ -38,6 +37,7 @@ from ..tile.scores import make_score
 from ..tile.smem import ALIGN, Smem, panels
 from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from ..tile.stores import store_floats
+from ..tile.traced import make_hide
 from .config import ForwardSm80Config
 
 ROW_BYTES = 128             # of a row of a panel: 64 columns

@@ -28,7 +28,6 @@ from numba import cuda, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
 from ..flex.derived import is_rated
-from ..flex.fragments import make_hide, times_rate
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import load_b32, shared_address
@@ -54,6 +53,7 @@ from ..tile.schedule import make_key_row, make_num_tiles, make_tile_at
 from ..tile.scores import make_cap_of, make_rated_score, make_score, make_slopes
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
+from ..tile.traced import make_hide, times_rate
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Tile, Walk, make_order, own_lane, own_thread, own_warpgroup

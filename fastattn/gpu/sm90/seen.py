@@ -12,12 +12,12 @@ from numba import cuda, int32, uint64
 
 from ..dsl.inline import divide, inline
 from ..flex.bitmap import last_seen, line_of
-from ..flex.fragments import make_hide
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_shared_b32, store_b32, store_shared_b32
 from ..ptx.sync import uniform
 from ..spec import Spec
 from ..tile.schedule import make_key_row, make_num_tiles
 from ..tile.smem import Smem
+from ..tile.traced import make_hide
 from .records import TILE
 
 

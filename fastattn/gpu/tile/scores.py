@@ -11,7 +11,6 @@ from numba import float32, int32, uint64
 
 from ..dsl.inline import inline
 from ..flex.derived import is_rated
-from ..flex.fragments import make_fragment_mod, make_rated_mod
 from ..ptx.arith import exp2, reciprocal
 from ..ptx.memory import load_scalar
 from ..ptx.sync import any_lane
@@ -30,6 +29,7 @@ from .fragments import (
     pairs_of,
     scale_add,
 )
+from .traced import make_fragment_mod, make_rated_mod
 from .words import make_word_tile
 
 _LOG2E = float32(LOG2E)

@@ -1,4 +1,6 @@
-"""Host memory: the keys and values of a call go into its caches, and q is rotated. Every engine there uses this.
+"""Key and value caches in host memory: where a request's keys are, and how those of a call get there, with the rotation of q.
+
+Every engine of host memory uses this. `key_row` is the one place in Python that reads a block table; the CPU kernels' is in cpu/call.pxi.
 
 The arithmetic of a rotation is float32 (float64 for float64 arrays), rounded once to the dtype that is written.
 """
@@ -9,13 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.dlpack import address
-from ..arrays.view import EIGHT_BIT, View
-from ..problem import Operands, Problem, Rotary
-from ..quantize import quantized
-from .paging import key_row
+from .arrays.dlpack import address
+from .arrays.view import EIGHT_BIT, View
+from .problem import Operands, Problem, Rotary
+from .quantize import quantized
 
 Array = np.ndarray[Any, Any]
+
+
+def key_row(table: Array, requests: int | Array, page_size: int, keys: Array) -> tuple[Array, Array]:
+    """Where keys of requests are in a cache: their pages, and their rows in them. `table` is the block table."""
+    size = max(page_size, 1)                                # caches without rows have no keys
+    return table[requests, keys // size], keys % size
 
 
 def append(problem: Problem, o: Operands) -> Operands:

@@ -1,4 +1,4 @@
-"""score_mod and mask_mod on fragments of the tensor cores (tile/fragments.py says which rows and columns a thread has).
+"""score_mod and mask_mod on fragments of the tensor cores (fragments.py says which rows and columns a thread has).
 
 What is the same for a query is computed for each of the thread's queries, what is the same for a key for each of its keys, the rest for
 every element. `row` and `col` are the thread's first query and key. TRANSPOSED: rows of the fragment are keys, its columns queries.
@@ -17,12 +17,12 @@ from ...flex.lower import lower
 from ...flex.program import Program
 from ..dsl.asm import F32, I1, I32, pack, unpack
 from ..dsl.inline import Compiled, inline
+from ..flex.derived import with_rate
+from ..flex.staged import Staged
 from ..ptx.arith import emit_pack_half
 from ..spec import Spec
-from ..tile.fragments import NEG_INF, col_of, row_of
-from .derived import with_rate
-from .fields import MASK, SCORE
-from .staged import Staged
+from ..traced import MASK, SCORE
+from .fragments import NEG_INF, col_of, row_of
 
 
 class _Places:
