@@ -5,6 +5,7 @@ A hit compiles nothing, a bad folder or a damaged entry costs only time, and eve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -120,17 +121,17 @@ def test_whatever_changes_code_changes_the_key(folder: Path, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(compiler.importlib.metadata, "version", lambda package: "99")
             keys.append(compiler._key(SOURCE, ARCH))
-        for text in ("a = 1\n", "a = 2\n"):
-            (tmp_path / "gpu" / "ptx").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "gpu" / "compile.py").write_text("")
-            (tmp_path / "gpu" / "ptx" / "mma.py").write_text(text)
+        for place in ("gpu/runtime", "gpu/ptx", "flex"):
+            (tmp_path / place).mkdir(parents=True)
+        for name, text in itertools.product(("gpu/ptx/mma.py", "flex/ops.py"), ("a = 1\n", "a = 2\n")):
+            (tmp_path / name).write_text(text)
             with monkeypatch.context() as patch:
-                patch.setattr(compiler, "__file__", str(tmp_path / "gpu" / "compile.py"))
+                patch.setattr(compiler, "__file__", str(tmp_path / "gpu" / "runtime" / "compile.py"))
                 compiler._fingerprint.cache_clear()
                 keys.append(compiler._key(SOURCE, ARCH))
     finally:
         compiler._fingerprint.cache_clear()
-    assert len(set(keys)) == len(keys) == 8
+    assert len(set(keys)) == len(keys) == 10
     assert compiler._key(SOURCE, ARCH) == keys[0]
 
 

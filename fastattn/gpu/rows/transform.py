@@ -115,7 +115,7 @@ def make_column(VECTOR: int) -> Any:
 
 
 @inline
-def select(part, q, k, v):
+def of_part(part, q, k, v):
     return q if part == 0 else (k if part == 1 else v)
 
 
@@ -146,7 +146,7 @@ def make_transform(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
                 part, head, dim = column_of(a, c)
                 bias = load(uint64(int64(a.bias) + int64(c) * VECTOR * a.bias_dim), int32(1))
                 factor = a.scale if part == 0 else REAL(1)
-                out = int64(select(part, a.q, a.k, a.v)) + int64(dim) * SIZE
+                out = int64(of_part(part, a.q, a.k, a.v)) + int64(dim) * SIZE
                 b = int64(row // int64(a.seqlen))
                 t = int32(row - b * int64(a.seqlen))
                 froms, tos, insides = cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int64), cuda.local.array(ROWS, int32)
@@ -221,9 +221,9 @@ def make_transform_backward(dtype: str, WHOLE: bool, PACKED: bool) -> Any:
         part, head, dim = column_of(a, c)
         inside = int32(c < a.columns)
         factor = a.scale if part == 0 else REAL(1)
-        batch, by_row = select(part, a.dq_batch, a.dk_batch, a.dv_batch), select(part, a.dq_row, a.dk_row, a.dv_row)
-        at = int64(select(part, a.dq, a.dk, a.dv)) + head * select(part, a.dq_head, a.dk_head, a.dv_head) \
-            + dim * select(part, a.dq_dim, a.dk_dim, a.dv_dim)
+        batch, by_row = of_part(part, a.dq_batch, a.dk_batch, a.dv_batch), of_part(part, a.dq_row, a.dk_row, a.dv_row)
+        at = int64(of_part(part, a.dq, a.dk, a.dv)) + head * of_part(part, a.dq_head, a.dk_head, a.dv_head) \
+            + dim * of_part(part, a.dq_dim, a.dk_dim, a.dv_dim)
         to = int64(a.dqkv) + int64(c) * (VECTOR * SIZE)
         pitch = int64(3 * width) * SIZE
         acc = load(uint64(a.dqkv), int32(0))                # zeros
