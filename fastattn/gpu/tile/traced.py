@@ -123,11 +123,8 @@ def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
     return prepare, hide
 
 
-def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[Any, Any]:
-    """(prepare, modify) of the Spec's score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col). RAW: acc_s are dot products."""
-    assert spec.score_mod is not None
-    tile_values, apply = make_modify(lower(spec.score_mod, RAW), TRANSPOSED)
-
+def _with_scale(tile_values: Any, apply: Any, RAW: bool) -> tuple[Any, Any]:
+    """(prepare, modify) that know the scale of the scores that they are given: 1, or that of dot products."""
     @inline
     def scale_of(a):
         if RAW:
@@ -143,28 +140,18 @@ def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[
     def modify(acc_s, a, tile, batch, head, row, col):
         return apply(acc_s, a, tile, batch, head, row, col, scale_of(a))
     return prepare, modify
+
+
+def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[Any, Any]:
+    """(prepare, modify) of the Spec's score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col). RAW: acc_s are dot products."""
+    assert spec.score_mod is not None
+    return _with_scale(*make_modify(lower(spec.score_mod, RAW), TRANSPOSED), RAW)
 
 
 def make_rated_mod(spec: Spec, RAW: bool) -> tuple[Any, Any]:
     """make_fragment_mod TRANSPOSED, with the derivative: acc_s, rate = modify(...), the rate in the Spec's dtype, two a word."""
     assert spec.score_mod is not None
-    tile_values, apply = make_modify_rated(lower(with_rate(spec.score_mod), RAW), True, spec.dtype)
-
-    @inline
-    def scale_of(a):
-        if RAW:
-            return a.softmax_scale
-        else:
-            return float32(1)
-
-    @inline
-    def prepare(a, batch, head):
-        return tile_values(a, batch, head, scale_of(a))
-
-    @inline
-    def modify(acc_s, a, tile, batch, head, row, col):
-        return apply(acc_s, a, tile, batch, head, row, col, scale_of(a))
-    return prepare, modify
+    return _with_scale(*make_modify_rated(lower(with_rate(spec.score_mod), RAW), True, spec.dtype), RAW)
 
 
 @intrinsic
