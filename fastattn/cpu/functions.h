@@ -33,14 +33,7 @@ ALWAYS_INLINE vec name(scaled_by_power)(vec p, vec n) {
 /* 2^(n + f), f in [-1/2, 1/2], n whole */
 ALWAYS_INLINE vec name(power_of_two)(vec n, vec f) {
 #if REAL_BITS == 32
-  vec p = SPLAT(0.00015345812158740182f);
-  p = p * f + SPLAT(0.001339993120947414f);
-  p = p * f + SPLAT(0.0096184889565227916f);
-  p = p * f + SPLAT(0.055503287769976638f);
-  p = p * f + SPLAT(0.24022646890639572f);
-  p = p * f + SPLAT(0.69314720573725268f);
-  p = p * f + SPLAT(1.0000000005541663f);
-  return name(scaled_by_power)(p, n);
+  return name(scaled_by_power)(name(power_of_fraction)(f), n);
 #else
   vec p;
   EACH_LANE(p, n + f, exp2);

@@ -83,6 +83,19 @@ ALWAYS_INLINE REAL name(reduce_add)(vec v) {
   return v[0];
 #endif
 }
+#if REAL_BITS == 32
+/* 2^f, f in [-1/2, 1/2] */
+ALWAYS_INLINE vec name(power_of_fraction)(vec f) {
+  vec p = SPLAT(0.00015345812158740182f);
+  p = p * f + SPLAT(0.001339993120947414f);
+  p = p * f + SPLAT(0.0096184889565227916f);
+  p = p * f + SPLAT(0.055503287769976638f);
+  p = p * f + SPLAT(0.24022646890639572f);
+  p = p * f + SPLAT(0.69314720573725268f);
+  p = p * f + SPLAT(1.0000000005541663f);
+  return p;
+}
+#endif
 /* 2^x: x = n + f, a polynomial in f (float: degree 6, relative error 2e-9 before rounding; double: the Taylor series to degree 12),
  * then n added to the exponent. With AVX-512 f is in [0, 1), because its scaling instruction floors; otherwise f is in [-1/2, 1/2].
  * Below FLUSH the result is 0: a probability that small does not change a sum that contains the row's largest, and denormals would
@@ -105,13 +118,7 @@ ALWAYS_INLINE vec name(exp2)(vec x) {
   x = VMAX(SPLAT(FLUSH), x);
   vec t = x + SPLAT(magic), f = x - (t - SPLAT(magic));
 #if REAL_BITS == 32
-  vec p = SPLAT(0.00015345812158740182f);
-  p = p * f + SPLAT(0.001339993120947414f);
-  p = p * f + SPLAT(0.0096184889565227916f);
-  p = p * f + SPLAT(0.055503287769976638f);
-  p = p * f + SPLAT(0.24022646890639572f);
-  p = p * f + SPLAT(0.69314720573725268f);
-  p = p * f + SPLAT(1.0000000005541663f);
+  vec p = name(power_of_fraction)(f);
 #else
   static const double c[13] = {1.0, 0.69314718055994531, 0.24022650695910072, 0.055504108664821580, 0.0096181291076284772,
                                0.0013333558146428443, 0.00015403530393381610, 1.5252733804059840e-5, 1.3215486790144309e-6,
