@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.arrays.view import numpy_dtype
-
 from . import ceilings
 from .arrays import Array, aligned, tensor
 from .case import Case
@@ -82,12 +80,14 @@ def make_fastattn(case: Case, x: Inputs, threads: int, engine: str | None = None
 
 def _with_caches(case: Case, x: Inputs, page_size: int) -> Runner:
     """A decoding step over caches in pages, which lie in random order; contiguous ones if page_size is 0."""
+    import ml_dtypes
+
     import fastattn
 
     batch, heads, keys, _ = case.shape_k
     k, v = (np.ascontiguousarray(a.swapaxes(1, 2)) for a in (x.k, x.v))
     if case.cache_dtype:
-        k, v = (a.astype(numpy_dtype(case.cache_dtype)) for a in (k, v))
+        k, v = (a.astype(getattr(ml_dtypes, case.cache_dtype)) for a in (k, v))
     options: dict[str, Any] = {"cache_seqlens": np.full(batch, keys, np.int32)}
     if page_size:
         pages = batch * keys // page_size

@@ -9,7 +9,7 @@ import numpy as np
 
 from .arrays import words
 from .arrays.convert import view
-from .arrays.readers import in_device_memory
+from .arrays.readers import in_device_memory, is_array, shape_of
 from .arrays.view import FLOATS, View
 from .errors import message
 
@@ -43,7 +43,7 @@ class Check:
         """
         if isinstance(x, np.generic):
             return x.item()
-        if not hasattr(x, "shape"):
+        if not is_array(x):
             return x
         stand_in = words.transformed(x)
         if stand_in is not None:
@@ -53,7 +53,7 @@ class Check:
         if in_device_memory(x):
             raise self.type(argument, "is in device memory", f"{expected}, because the host never waits for a device",
                             f"pass {argument}.item(), or keep the number on the host")
-        if tuple(x.shape) != () or not hasattr(x, "item"):
+        if shape_of(x) != () or not hasattr(x, "item"):
             raise self.type(argument, f"is {words.shown(x)}", expected, hint)
         return x.item()
 
@@ -171,8 +171,7 @@ def read_position(call: str, options: Options, diagonal: Any, dropout_at: Any, d
     if diagonal is None and dropout_at is None and dropout_heads is None:
         return options, None
     check, each = Check(call), None
-    if packed and (isinstance(diagonal, (list, tuple)) or tuple(getattr(diagonal, "shape", ())) != ()
-                   or (hasattr(diagonal, "__dlpack__") and not hasattr(diagonal, "shape"))):
+    if packed and (isinstance(diagonal, (list, tuple)) or (is_array(diagonal) and shape_of(diagonal) != ())):
         diagonal, each = None, diagonal
     if diagonal is not None:
         hint = "only attention_varlen takes one for each sequence" if getattr(diagonal, "shape", ()) != () else ""
@@ -217,7 +216,7 @@ def _one_scale(check: Check, argument: str, x: Any) -> float | None:
     """A scale as a number; None where it has several elements or is on a device."""
     if isinstance(x, (list, tuple)):
         return _one_scale(check, argument, x[0]) if len(x) == 1 else None
-    if not isinstance(x, np.generic) and (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
+    if is_array(x):
         if in_device_memory(x):
             return None
         found = view(x, check.call, argument)

@@ -50,6 +50,19 @@ def written(x: Any) -> Callable[[Any], Any] | None:
     return None if known is None else known.written
 
 
+def is_array(x: Any) -> bool:
+    """Whether x has a shape or speaks a protocol by which arrays are read. NumPy's scalars are numbers."""
+    return not isinstance(x, np.generic) and any(_has(x, name) for name in ("shape", "__dlpack__", "__cuda_array_interface__"))
+
+
+def shape_of(x: Any) -> tuple[int, ...] | None:
+    """The shape that an array states; None where only its reader would find it, or find that it is wrong."""
+    try:
+        return tuple(x.shape if hasattr(x, "shape") else x.__cuda_array_interface__["shape"])
+    except (AttributeError, KeyError, TypeError, *EXPORT_ERRORS):
+        return None
+
+
 def in_device_memory(x: Any) -> bool:
     """Whether a number in x is on a device, where reading it would make the host wait."""
     if isinstance(x, np.ndarray):

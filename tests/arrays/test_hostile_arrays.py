@@ -19,6 +19,7 @@ import fastattn
 from fastattn.arrays import dlpack
 from fastattn.arrays.convert import view
 from fastattn.arrays.view import ITEMSIZE
+from fastattn.options import Check, Options, read_eight_bit, read_position
 from tests.tools.fake_cuda import Driver, installed
 
 ROOT = Path(__file__).parents[2]
@@ -410,3 +411,20 @@ def main(what: str, count: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+
+
+def test_numbers_known_by_an_interface_alone() -> None:
+    """An object without a shape of its own: an array where arrays are taken, and in device memory where a number is wanted."""
+    class Known:
+        def __init__(self, *shape: int) -> None:
+            self.__cuda_array_interface__ = {"version": 3, "shape": shape, "strides": None, "typestr": "<f4", "data": (4096, False)}
+
+    one = Known()
+    _, arrays = read_eight_bit("f", Options(), (one, None, None, None), None)
+    assert arrays is not None and arrays[0] is one
+    with pytest.raises(TypeError, match="softcap is in device memory; expected"):
+        Check("f").number("softcap", one, "a number")
+    with pytest.raises(TypeError, match="diagonal is in device memory; expected"):
+        read_position("f", Options(), one, None, None, packed=True)
+    many = Known(3)
+    assert read_position("f", Options(), many, None, None, packed=True)[1] is many

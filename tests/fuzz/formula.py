@@ -15,6 +15,7 @@ from tests.tools.compare import EPS, NOTHING
 from tests.tools.problems import NUMPY
 
 from .spec import Spec
+from .values import LARGEST
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -135,8 +136,16 @@ def lost(a: Array, b: Array, smallest: float) -> Array:
     return smallest * (np.abs(a).sum(axis=2)[:, :, None] + np.abs(b).sum(axis=2)[:, None, :] + a.shape[2])
 
 
+def sized(s: Spec, x: Array) -> Array:
+    """The size of operands for the rounding of their products' sums. Tensor cores cut sums off below the largest exponent that is stored,
+    and a denormal number's is that of the smallest normal one.
+    """
+    least = {"float16": 2.0**-14, "bfloat16": 2.0**-126}.get(s.dtype, 0.0) if s.library != "numpy" else 0.0
+    return np.where(x == 0, 0, np.maximum(np.abs(x), least))
+
+
 def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
-    dot, size = a.q @ a.k.swapaxes(1, 2), np.abs(a.q) @ np.abs(a.k).swapaxes(1, 2)
+    dot, size = a.q @ a.k.swapaxes(1, 2), sized(s, a.q) @ sized(s, a.k).swapaxes(1, 2)
     x = dot * scale
     error = abs(scale) * (steps(s.head_dim) * eps * size + lost(a.q, a.k, SMALLEST[real])) + 2 * eps * np.abs(x)
     unit = _lowest_bit(a.q).min(axis=2, initial=np.inf)[:, :, None] * _lowest_bit(a.k).min(axis=2, initial=np.inf)[:, None, :]
@@ -322,11 +331,14 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         flip = (0, 2, 1)
         # a large scale, which comes last, shows what underflow lost
         off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.attends
+        beyond = size > (LARGEST["float16"] / 4 if s.dtype == "float16" else np.inf)    # dS is infinite there, and inf * 0 NaN
+        off_dq = np.where(beyond.any(axis=2)[:, :, None], np.inf, off_dq)
         _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
         by_key = a.attended.any(axis=1)[:, :, None]
         off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * by_key
+        off_dk = np.where(beyond.any(axis=1)[:, :, None], np.inf, off_dk)
         _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * off_dk, scale * (size.transpose(flip) @ q_size), group)
         kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.attended + many_q * P) * keep
         d_size = np.abs(dout)

@@ -139,7 +139,7 @@ class Gpu(Device):
 
     # ---------------------------------------------------------------- arrays
     def put(self, s: Spec, given: Arguments) -> Arguments:
-        on_it = ("bias", "mask", "alibi_slopes", "sinks", "seqused_k", "diagonal", "dlse")
+        on_it = {"bias", "mask", "alibi_slopes", "sinks", "seqused_k", "dlse"} | ({"diagonal"} if isinstance(s.diagonal, tuple) else set())
         options = {name: self._copy(s, x) if name in on_it else x for name, x in given.options.items()}
         arrays = {name: self._copy(s, x) for name, x in given.arrays.items()}
         return Arguments(arrays, tuple(self._copy(s, x) for x in given.lengths), options)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 import fastattn
+from fastattn.options import Options, read_position
 from tests.fuzz import formula, judge, memory, run, shrink, values
 from tests.fuzz.__main__ import today
 from tests.fuzz.device import Device
 from tests.fuzz.draw import draw
 from tests.fuzz.found import FOUND
-from tests.fuzz.inputs import make
+from tests.fuzz.inputs import arguments, make
 from tests.fuzz.spec import Spec
 from tests.tools import fake_cuda
 from tests.tools.problems import NUMPY
@@ -80,6 +81,26 @@ def test_other_libraries_arrays() -> None:
         spec = replace(draw(4, index, "cuda"), engine=None, values="normal", softmax_scale=None, bias_values="normal", causal=False)
         if spec.num_heads * max(spec.full[2] * spec.full[3], 1) < 20_000 and spec.call != "merge":
             assert complaints(spec, there) == [], spec
+
+
+def test_diagonals_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagonal is a number in host memory, or an array on the device, which options take whatever protocol it speaks."""
+    pytest.importorskip("torch")
+    from tests.fuzz.gpu import Gpu
+
+    there, seen = Gpu("cpu"), set()
+    there.where = "cuda"
+    with fake_cuda.installed(monkeypatch):
+        monkeypatch.setattr("fastattn.arrays.streams.driver", lambda: _Driver())
+        for index in range(1500):
+            spec = replace(draw(5, index, "cuda"), library=("dlpack", "interface")[index % 2])
+            if spec.diagonal is None or spec.packed != isinstance(spec.diagonal, tuple):
+                continue
+            given = there.put(spec, arguments(make(spec))).options
+            options, each = read_position("attention", Options(), given["diagonal"], None, None, spec.packed)
+            assert (each is given["diagonal"]) if spec.packed else (each is None and options.position.diagonal == spec.diagonal)
+            seen.add((spec.packed, spec.library))
+    assert len(seen) == 4
 
 
 class _Driver(fake_cuda.Driver):
