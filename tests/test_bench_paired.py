@@ -5,6 +5,7 @@ The trees are packages of a few lines with a known speed; no compiled engine or 
 """
 from __future__ import annotations
 
+import ast
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -177,3 +178,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended:
         main(["paired", str(new), "--new", str(old), *common])
     assert ended.value.code == 1 and capsys.readouterr().out.splitlines()[-1].endswith("; 1 over 1.02")
+
+
+def test_the_worker_needs_nothing_of_an_older_package() -> None:
+    """An older fastattn lacks modules of this one: a child imports the package itself, and nothing inside it before a call asks."""
+    folder = Path(paired.__file__).parent
+    for name in ("paired_worker.py", "rivals.py", "case.py", "ceilings.py", "gpu/rivals.py", "gpu/worker.py", "gpu/device.py"):
+        path = folder / name
+        for line in ast.parse(path.read_text()).body:
+            names = [line.module or ""] if isinstance(line, ast.ImportFrom) and not line.level else \
+                [name.name for name in line.names] if isinstance(line, ast.Import) else []
+            assert not [name for name in names if name.startswith("fastattn.")], path
