@@ -59,7 +59,7 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
     if p.cache is None:
         _prepared(p, o, lengths, into, lse, most)(*where)
     else:
-        vector, half = _engine.vector_length(p.dtype)
+        vector, half = _engine.vector_length(p.dtype, plan.in_parts(p, lengths))
         team = plan.team_for(p, most)
         for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
             _planned(p, o, lengths, into, lse, cut, team)(*where)
@@ -116,7 +116,7 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
     def prepared() -> Any:
         vector, waves = _waves(problem, lengths)
         return _engine.prepare_backward(problem, o, lengths, *rest, list(waves), plan.few_rows(problem, lengths.longest_q, vector),
-                                        *plan.team_for(problem, threads, backward=True))
+                                        plan.in_parts(problem, lengths), *plan.team_for(problem, threads, backward=True))
     ready = prepared()
 
     def run(addresses: Sequence[int], stream: int) -> None:
@@ -130,20 +130,20 @@ def prepare_backward(problem: Problem, operands: Operands, dout: View, out: View
 
 def _waves(p: Problem, lengths: plan.Lengths) -> tuple[int, Sequence[plan.Wave]]:
     """Elements of a vector, and the waves of the backward."""
-    vector, _ = _engine.vector_length(p.dtype)
+    vector, _ = _engine.vector_length(p.dtype, plan.in_parts(p, lengths))
     return vector, plan.plan_backward(p, lengths, -(-p.head_dim // vector) * vector)
 
 
 def _prepared(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, most: int) -> Any:
     """The compiled engine's forward, on at most so many threads."""
-    vector, half = _engine.vector_length(p.dtype)
+    vector, half = _engine.vector_length(p.dtype, plan.in_parts(p, lengths))
     team = plan.team_for(p, most)
     return _planned(p, o, lengths, out, lse, plan.plan_forward(p, o, lengths, vector, half, team.threads), team)
 
 
 def _planned(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, cut: plan.Plan, team: plan.Team) -> Any:
     return _engine.prepare(p, o, lengths, out, lse, cut.order, cut.first_block, cut.block_m, cut.splits, cut.split_keys, cut.folded,
-                           cut.all_heads, cut.few, cut.direct, *team, flex.functions_of(p, o.flex, _machine))
+                           cut.all_heads, cut.few, cut.direct, cut.in_parts, *team, flex.functions_of(p, o.flex, _machine))
 
 
 def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: View, dlse: View | None, grads: Grads[View]) -> None:
@@ -169,7 +169,8 @@ def backward(problem: Problem, operands: Operands, dout: View, out: View, lse: V
     wanted = grads.dcaptured or ()
     captured = None if o.flex is None or not wanted else flex.sums_of(p, o.flex, lengths, wanted)
     _engine.backward(p, o, lengths, dout, out, lse, dlse, grads.dq, grads.dk, grads.dv, place, way, delta, rows, waves,
-                     plan.few_rows(p, lengths.longest_q, vector), *plan.team_for(p, threads_of_call(), backward=True),
+                     plan.few_rows(p, lengths.longest_q, vector), plan.in_parts(p, lengths),
+                     *plan.team_for(p, threads_of_call(), backward=True),
                      flex.functions_of(p, o.flex, _machine, wanted), captured)
     flex.store(captured, wanted)
     if rows is not None:

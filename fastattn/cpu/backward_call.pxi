@@ -44,10 +44,10 @@ cdef void run_waves(Backward* f, list waves, int threads, bint brief) except *:
             break
 
 
-cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, functions, list alive) except *:
+cdef void fill_backward(Backward* f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, bint few, bint in_parts, functions, list alive) except *:
     """Fill `f` but for dbias, delta and what a wave has."""
     memset(f, 0, sizeof(Backward))
-    fill(&f.c, p, o, lengths, functions, alive)
+    fill(&f.c, p, o, lengths, functions, in_parts, alive)
     if functions is not None:
         f.c.derivative = program_of(functions.derivative, functions.score_arrays, alive)
     f.few = few
@@ -85,16 +85,16 @@ cdef class PreparedBackward:
         end_call(&stop)
 
 
-def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves, bint few, int threads, bint brief):
+def prepare_backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, list waves, bint few, bint in_parts, int threads, bint brief):
     """The backward of a dense Problem with arrays like these Views, none of them empty."""
     cdef PreparedBackward ready = PreparedBackward()
     ready.waves, ready.threads, ready.brief, ready.alive = waves, threads, brief, []
-    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, None, ready.alive)
+    fill_backward(&ready.f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, in_parts, None, ready.alive)
     ready.deltas = p.batch * p.num_heads * p.seqlen_q * ready.f.c.g.real
     return ready
 
 
-def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, int threads, bint brief, functions=None,
+def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta, dbias_rows, waves, bint few, bint in_parts, int threads, bint brief, functions=None,
              captured=None):
     """Gradients of a Problem.
 
@@ -105,7 +105,7 @@ def backward(p, o, lengths, dout, out, lse, dlse, dq, dk, dv, dbias, way, delta,
     cdef Stop stop
     cdef list alive = []
     cdef int8_t[::1] deltas = delta.reshape(-1).view(np.int8)
-    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, functions, alive)
+    fill_backward(&f, p, o, lengths, dout, out, lse, dlse, dq, dk, dv, few, in_parts, functions, alive)
     begin(&f.c, &stop)
     if deltas.shape[0]:
         f.delta = <char*>&deltas[0]

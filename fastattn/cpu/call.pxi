@@ -329,7 +329,7 @@ cdef void begin(Call* c, Stop* stop) noexcept:
     c.stop = stop
 
 
-cdef void fill(Call* c, p, o, lengths, functions, list alive) except *:
+cdef void fill(Call* c, p, o, lengths, functions, bint in_parts, list alive) except *:
     """Fill `c` from a Problem, its Operands, plan.Lengths and flex.Functions. `alive` keeps the arrays behind its pointers."""
     memset(c, 0, sizeof(Call))
     longest_q, longest_k, cu_q, cu_k, used_k, table, page_size, diagonals = lengths
@@ -371,4 +371,4 @@ cdef void fill(Call* c, p, o, lengths, functions, list alive) except *:
         c.first_row, c.first_column = drop.row, drop.column
         c.first_plane, c.plane_heads = drop.plane(p.num_heads)
         c.dropout, c.seed, c.offset, c.threshold, c.keep_scale = True, drop.seed, drop.offset, drop.threshold, drop.keep_scale
-    use_kernels(c, kernels_for(DTYPE[p.dtype], True))
+    use_kernels(c, kernels_for(DTYPE[p.dtype], in_parts))

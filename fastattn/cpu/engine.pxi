@@ -31,9 +31,9 @@ def row_bounds(long row, long seqlen_q, long seqlen_k, left, right, bint top_lef
     return lo, hi
 
 
-def vector_length(dtype):
+def vector_length(dtype, bint in_parts):
     """(elements to which packed rows are padded, whether 16-bit floats are read in place)."""
-    cdef const Kernels* g = kernels_for(DTYPE[dtype], True)
+    cdef const Kernels* g = kernels_for(DTYPE[dtype], in_parts)
     return g.align, bool(g.half)
 
 

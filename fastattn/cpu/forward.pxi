@@ -461,12 +461,12 @@ cdef class Prepared:
 
 
 def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1] first_block, long block_m, long splits, long split_keys, bint folded,
-            bint all_heads, bint few, bint direct, int threads, bint brief, functions=None):
+            bint all_heads, bint few, bint direct, bint in_parts, int threads, bint brief, functions=None):
     """The forward of a Problem into Views like out and lse. The arguments after lse are the plan (plan.py) and flex.Functions."""
     cdef Prepared ready = Prepared()
     cdef Forward* f = &ready.f
     ready.alive, ready.threads, ready.brief = [order, first_block], threads, brief
-    fill(&f.c, p, o, lengths, functions, ready.alive)
+    fill(&f.c, p, o, lengths, functions, in_parts, ready.alive)
     packed = p.total_q is not None
     f.c.out, f.c.lse = tensor(out, "rhd" if packed else "brhd"), tensor(lse, "hr" if packed else "bhr")
     f.sequences, f.block_m, f.splits, f.split_keys = order.shape[0], block_m, splits, split_keys

@@ -92,7 +92,7 @@ static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 
 /* Which table a dtype uses. With AVX512_BF16, bfloat16 is multiplied in pairs. With AMX, float16 and float32 are multiplied in parts
- * (`in_parts`; 0 if K and V are read in place). Otherwise 16-bit floats are converted while packing and use the float32 kernels. */
+ * (`in_parts`, see plan.py; 0 if K and V are read in place). Otherwise 16-bit floats are converted while packing and use the float32 kernels. */
 #if defined(__AVX512BF16__)
 #define PAIRS_TABLE(KIND, PARTS, OPTIMISTIC)                                                                                                          \
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \

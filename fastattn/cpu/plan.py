@@ -29,6 +29,8 @@ MIN_TASKS = 32       # with fewer tasks, long key ranges are split into parts of
 SPLIT_KEYS = 1024
 SHARE_FLOPS = 2.5e5  # about 5 us on one core: less is not worth another thread that is awake (1 to 2 us)
 BRIEF_FLOPS = 2e6    # about 40 us on one core: less is not worth waking a thread (30 to 50 us until it comes; tasks.h)
+# Longest keys whose float16 and float32 products AMX leaves to FMAs: splitting operands would cost more than its tiles win.
+PARTS_KEYS = 96
 PAIRS = 32           # elements of a vector of bfloat16 pairs; with them packed products beat dot products for a panel of rows
 HALF = ("float16", "bfloat16")
 
@@ -87,6 +89,7 @@ class Plan:
     all_heads: bool
     few: bool
     direct: bool
+    in_parts: bool
 
 
 @lru_cache(maxsize=256)
@@ -118,6 +121,13 @@ def _task_rows(p: Problem, seqlen_q: int) -> int:
     return seqlen_q * (p.group if _folded(p, seqlen_q) else 1)
 
 
+def in_parts(p: Problem, lengths: Lengths) -> bool:
+    """Whether AMX, where it is, multiplies float16 and float32 in parts. One rule for the forward and the backward, for the same reason as
+    in `few_rows`; with caches always, because a request has the same bits in any batch.
+    """
+    return p.cache is not None or lengths.longest_k > PARTS_KEYS
+
+
 def few_rows(p: Problem, seqlen_q: int, vector: int) -> bool:
     """Whether scores are dot products with rows of K.
 
@@ -146,7 +156,7 @@ def plan_forward(p: Problem, o: Operands, lengths: Lengths, vector: int, reads_h
         heads, block_m = 1, max(seqlen_q, 1)
     splits = _splits(p.batch * -(-seqlen_q // SHORT_M) * heads, seqlen_k)
     splits, split_keys = _split(seqlen_k, splits)
-    return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct)
+    return Plan(order, first_block, block_m, splits, split_keys, folded, all_heads, few, direct, in_parts(p, lengths))
 
 
 def _block_m(p: Problem, rows: int, longest: int, heads: int, threads: int) -> int:
@@ -204,7 +214,8 @@ def plan_with_cache(p: Problem, o: Operands, lengths: Lengths, vector: int, read
             heads, block_m = 1, longest
         splits = _splits(len(requests) * -(-longest // SHORT_M) * heads, longest_k) if given is None else given
         first_block = np.array([0, *itertools.accumulate(-(-n // block_m) for n in lengths_q)], np.int64)
-        yield Plan(np.array(requests, np.int64), first_block, block_m, *_split(longest_k, splits), folded, all_heads, few, direct)
+        yield Plan(np.array(requests, np.int64), first_block, block_m, *_split(longest_k, splits), folded, all_heads, few, direct,
+                   in_parts(p, lengths))
 
 
 class Team(NamedTuple):

@@ -204,7 +204,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
 
 def in_place(dtype: str) -> bool:
     """Whether this instruction set reads the dtype without packing."""
-    return dtype in ("float32", "float64") or bool(compiled.vector_length(dtype)[1])
+    return dtype in ("float32", "float64") or bool(compiled.vector_length(dtype, True)[1])
 
 
 @pytest.mark.parametrize("dtype", NUMPY)

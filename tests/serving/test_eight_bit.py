@@ -85,7 +85,7 @@ def test_rows_of_few_queries_are_read_in_place(monkeypatch: pytest.MonkeyPatch) 
     cache, q = np.zeros((1, 2100, 2, 64), E4M3), np.zeros((1, 1, 8, 64), BF16)
     for x, k in ((q, cache), (q.astype(E4M3), cache), (q, cache.astype(BF16))):
         fastattn.attention_with_kvcache(x, k, k, cache_seqlens=[2100], engine="cpu")
-    assert [(cut.direct, cut.all_heads) for cut in plans] == [(cpu._engine.vector_length("bfloat16")[1],) * 2] * 3
+    assert [(cut.direct, cut.all_heads) for cut in plans] == [(cpu._engine.vector_length("bfloat16", True)[1],) * 2] * 3
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
