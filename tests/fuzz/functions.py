@@ -124,6 +124,10 @@ def _constant(x: Array, error: Array, eps: float, p: Place, arrays: Arrays, s: S
     return Changed(more, eps * np.abs(more), 0.0, 0.0, ((tuple(at), 1.0, 0.0),))
 
 
+def _gate(n: int) -> Callable[..., Any]:
+    return lambda x, b, h, q, k: np.where((q + k) % 3 == 0, x * (n / 8), x)
+
+
 SCORES: dict[str, Score] = {
     "relative": Score(lambda random, s, real: (random.standard_normal((_heads(s), 9)).astype(real),),
                       lambda s, held: lambda x, b, h, q, k, t: x + t[h, np.clip(q - k + 4, 0, 8)], True, _relative),
@@ -133,8 +137,7 @@ SCORES: dict[str, Score] = {
                     lambda s, held: lambda x, b, h, q, k, cap: cap * np.tanh(x / cap), True, _capped),
     "slopes": Score(lambda random, s, real: (random.choice([0.5, 0.25, 0.0625, 0.03], _heads(s)).astype(real),),
                     lambda s, held: lambda x, b, h, q, k: x - held[0][h] * abs(q - k), False, _slopes),
-    "gated": Score(_no_arrays, lambda s, held: lambda x, b, h, q, k, n=_number(s): np.where((q + k) % 3 == 0, x * (n / 8), x), False,
-                   _gated),
+    "gated": Score(_no_arrays, lambda s, held: _gate(_number(s)), False, _gated),
     "positive": Score(_no_arrays, lambda s, held: lambda x, b, h, q, k: np.maximum(x, 0), False, _positive),
     "bounded": Score(_no_arrays, lambda s, held: lambda x, b, h, q, k: x / (1 + abs(x)), False, _bounded),
     "holes": Score(_no_arrays, lambda s, held: lambda x, b, h, q, k: np.where(((3 * q + k) % 5 == h) | (q % 6 == 5), -np.inf, x), False,
@@ -170,12 +173,17 @@ def _same_document(p: Place, arrays: Arrays, s: Spec) -> Array:
     return np.asarray(held[p.b, np.minimum(p.q, last)] == held[p.b, np.minimum(p.k, last)])
 
 
+def _window(n: int) -> Callable[..., Any]:
+    return lambda b, h, q, k: abs(q - k) < n
+
+
 MASKS: dict[str, Mask] = {
     "document": Mask(_documents, lambda s, held: lambda b, h, q, k: held[0][b, q] == held[0][b, k], _same_document),
     "prefix": Mask(lambda random, s: (random.integers(0, 40, max(s.sequences, 1)).astype(np.int32),),
-                   lambda s, held: lambda b, h, q, k: (q >= k) | (k < held[0][b]), lambda p, held, s: (p.q >= p.k) | (p.k < held[0][p.b])),
+                   lambda s, held: lambda b, h, q, k: (q >= k) | (k < held[0][b]),
+                   lambda p, held, s: (p.q >= p.k) | (p.k < held[0][p.b])),
     "dilated": Mask(lambda random, s: (), lambda s, held: lambda b, h, q, k: (q - k) % 3 == 0, lambda p, held, s: (p.q - p.k) % 3 == 0),
-    "sliding": Mask(lambda random, s: (), lambda s, held: lambda b, h, q, k, n=8 * _number(s): abs(q - k) < n,
+    "sliding": Mask(lambda random, s: (), lambda s, held: _window(8 * _number(s)),
                     lambda p, held, s: np.abs(p.q - p.k) < 8 * _number(s)),
     "heads": Mask(lambda random, s: (), lambda s, held: lambda b, h, q, k: np.where(h % 2 == 1, q >= k, (k & 3) != 0),
                   lambda p, held, s: np.where(p.h % 2 == 1, p.q >= p.k, p.k % 4 != 0)),

@@ -197,8 +197,9 @@ def test_folded_constants_are_no_float64() -> None:
     """They save the PTX of a kernel, a fifth of its time. What is not a constant, or is not folded, does not."""
     constants = '  %".2" = fptrunc double 0x3fe0000000000000 to float\n  %".3" = fcmp oeq double 0x3fe0000000000000,              0x0\n'
     assert not _may_have_float64([constants, "define void @f(float %x)"])
-    for text in ('%".4" = fptrunc double %".3" to float', '%".4" = fcmp oeq double 0x3fe0000000000000, %".3"', "%x = fpext float %y to double",
-                 '%".2" = fadd double 0x3fe0000000000000, 0x3fe0000000000000', "define void @f(double %x)", "add.f64 %0, %1, %2;"):
+    for text in ('%".4" = fptrunc double %".3" to float', '%".4" = fcmp oeq double 0x3fe0000000000000, %".3"',
+                 '%".2" = fadd double 0x3fe0000000000000, 0x3fe0000000000000', "%x = fpext float %y to double", "define void @f(double %x)",
+                 "add.f64 %0, %1, %2;"):
         assert _may_have_float64([constants + text + "\n"]), text
 
 
