@@ -63,28 +63,22 @@ def _may_have_float64(ir: list[str]) -> bool:
 
 def examine(source: compiler.Source, arch: str, float64: bool) -> Result:
     """Compile to machine code, and to PTX where that is needed to look for float64; Numba's part is done once for both."""
-    from numba import cuda
     from numba.cuda.cudadrv import nvvm
 
-    kept: list[Any] = []
     ir: list[str] = []
-    numba_compile, to_ltoir = cuda.compile, nvvm.compile_ir
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if not kept:
-            kept.append(numba_compile(*args, **kwargs))
-        return kept[0]
+    to_ltoir = nvvm.compile_ir
 
     def read(texts: list[str], **options: Any) -> Any:
         ir.extend(texts)
         return to_ltoir(texts, **options)
-    with mock.patch.object(cuda, "compile", once), mock.patch.object(nvvm, "compile_ir", read):
-        _, report = compiler.build(source, arch)
-        wrong = compiler.complaints(report)
-        assert ir, "Numba no longer compiles through nvvm.compile_ir"
-        if not float64 and _may_have_float64(ir):
-            ptx, _ = compiler.build(source, arch, output="ptx")
-            wrong += [f"float64: {text}" for text in _float64(ptx.decode())]
+    with mock.patch.object(nvvm, "compile_ir", read):
+        ltoir = compiler.intermediate(source, arch)
+    assert ir, "Numba no longer compiles through nvvm.compile_ir"
+    _, report = compiler.link(ltoir, arch)
+    wrong = compiler.complaints(report)
+    if not float64 and _may_have_float64(ir):
+        ptx, _ = compiler.link(ltoir, arch, "ptx")
+        wrong += [f"float64: {text}" for text in _float64(ptx.decode())]
     return Result(source.key, arch, compiler.registers(report), tuple(wrong))
 
 

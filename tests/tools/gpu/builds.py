@@ -20,14 +20,16 @@ class _Key:
         return hash(self.source.key)
 
 
-_compile = compiler.build               # as it is before a test replaces it
+@functools.lru_cache(100)
+def _intermediate(key: _Key, arch: str) -> bytes:
+    return compiler.intermediate(key.source, arch)
 
 
 @functools.lru_cache(400)
 def _built(key: _Key, arch: str, output: str) -> tuple[bytes, str]:
-    return _compile(key.source, arch, output)
+    return compiler.link(_intermediate(key, arch), arch, output)
 
 
 def build(source: Any, arch: str, output: str = "cubin") -> tuple[bytes, str]:
-    """compiler.build."""
+    """compiler.build. Machine code and PTX of one kernel have the first half of the work in common."""
     return _built(_Key(source), arch, output)
