@@ -1,6 +1,6 @@
 """The functions of NumPy and torch, and the methods of their arrays, that a traced function may call: by name, on numbers.
 
-Both libraries have most of them under one name. They stand in `values.FUNCTIONS`, where values find them.
+Both libraries have most of them under one name. A TraceBuilder has the table, where values find them.
 """
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 from ..arrays import words
 from .ops import BOOL, FLOAT, INT
-from .program import Builder
 from .refusal import RefusalError
-from .values import FUNCTIONS, Value, apply, line
+from .values import TraceBuilder, Value, apply, line
 
 MOST_POWER = 64                         # multiplications in place of a power, at most twice its logarithm
 
 
-def _value(b: Builder, x: Any) -> Value:
+def _value(b: TraceBuilder, x: Any) -> Value:
     return Value(b, line(b, x))
 
 
@@ -31,12 +30,12 @@ def _swapped(op: str) -> Callable[..., Value]:
 
 
 def _logical(op: str) -> Callable[..., Value]:
-    def apply_logical(b: Builder, x: Any, y: Any) -> Value:
+    def apply_logical(b: TraceBuilder, x: Any, y: Any) -> Value:
         return apply(op, _cast(b, x, BOOL), _cast(b, y, BOOL))
     return apply_logical
 
 
-def _where(b: Builder, condition: Any, *xy: Any, **named: Any) -> Value:
+def _where(b: TraceBuilder, condition: Any, *xy: Any, **named: Any) -> Value:
     """numpy.where(c, x, y), torch's with input= and other=, and the method x.where(c, y)."""
     x, y = xy if len(xy) == 2 else (named.get("input", named.get("x")), named.get("other", named.get("y")))
     if isinstance(condition, Value) and condition.kind != BOOL and isinstance(x, Value) and x.kind == BOOL:
@@ -44,11 +43,11 @@ def _where(b: Builder, condition: Any, *xy: Any, **named: Any) -> Value:
     return apply("where", _value(b, condition), _value(b, x), _value(b, y))
 
 
-def _cast(b: Builder, x: Any, kind: str) -> Value:
+def _cast(b: TraceBuilder, x: Any, kind: str) -> Value:
     return Value(b, b.to(line(b, x), kind))
 
 
-def _to(b: Builder, x: Any, *args: Any, dtype: Any = None, **other: Any) -> Value:
+def _to(b: TraceBuilder, x: Any, *args: Any, dtype: Any = None, **other: Any) -> Value:
     """x.to(dtype), x.astype(dtype), x.type(dtype): int, float and bool of any width. Where something else is asked for, as a device, x."""
     for arg in (dtype, *args):
         if isinstance(arg, Value):
@@ -61,7 +60,7 @@ def _to(b: Builder, x: Any, *args: Any, dtype: Any = None, **other: Any) -> Valu
     return _value(b, x)
 
 
-def _clip(b: Builder, x: Any, *limits: Any, **named: Any) -> Value:
+def _clip(b: TraceBuilder, x: Any, *limits: Any, **named: Any) -> Value:
     low = next((named[n] for n in ("min", "a_min") if n in named), limits[0] if limits else None)
     high = next((named[n] for n in ("max", "a_max") if n in named), limits[1] if len(limits) > 1 else None)
     found = _value(b, x)
@@ -70,7 +69,7 @@ def _clip(b: Builder, x: Any, *limits: Any, **named: Any) -> Value:
     return found if high is None else apply("min", found, _value(b, high))
 
 
-def _power(b: Builder, x: Any, y: Any) -> Value:
+def _power(b: TraceBuilder, x: Any, y: Any) -> Value:
     """A whole constant exponent by multiplications, 1/2 by sqrt; else exp2(y * log2(x)), for x >= 0."""
     x, exponent = _value(b, x), _value(b, y)
     constant = b.lines[exponent.n].value if b.lines[exponent.n].op == "const" else None
@@ -90,7 +89,7 @@ def _power(b: Builder, x: Any, y: Any) -> Value:
     return apply("where", apply("eq", exponent, 0), 1.0, result) if constant is None else result
 
 
-def _whole_power(b: Builder, x: Value, n: int) -> Value:
+def _whole_power(b: TraceBuilder, x: Value, n: int) -> Value:
     found = None
     while n:
         if n & 1:
@@ -101,33 +100,33 @@ def _whole_power(b: Builder, x: Value, n: int) -> Value:
     return Value(b, b.const(1, x.kind if x.kind != BOOL else INT)) if found is None else found
 
 
-def _sign(b: Builder, x: Any) -> Value:
+def _sign(b: TraceBuilder, x: Any) -> Value:
     x = _value(b, x)
     one = 1.0 if x.kind == FLOAT else 1
     return apply("where", apply("lt", 0, x), one, apply("where", apply("lt", x, 0), -one, 0 * one))
 
 
-def _trunc(b: Builder, x: Any) -> Value:
+def _trunc(b: TraceBuilder, x: Any) -> Value:
     x = _value(b, x)
     return apply("where", apply("lt", x, 0), -apply("floor", -x), apply("floor", x))
 
 
-def _float_mod(b: Builder, x: Any, y: Any) -> Value:
+def _float_mod(b: TraceBuilder, x: Any, y: Any) -> Value:
     """The remainder with the sign of x: numpy.fmod, torch.fmod."""
     x, y = _value(b, x), _value(b, y)
     return apply("sub", x, apply("mul", _trunc(b, apply("div", x, y)), y))
 
 
-def _divide(b: Builder, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
+def _divide(b: TraceBuilder, x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
     found = apply("floordiv" if rounding_mode == "floor" else "div", _value(b, x), _value(b, y))
     return _trunc(b, found) if rounding_mode == "trunc" else found
 
 
-def _log1p(b: Builder, x: Any) -> Value:
+def _log1p(b: TraceBuilder, x: Any) -> Value:
     return apply("log", apply("add", 1.0, _value(b, x)))
 
 
-def _softplus(b: Builder, x: Any) -> Value:
+def _softplus(b: TraceBuilder, x: Any) -> Value:
     """max(x, 0) + log(1 + exp(-|x|)): for any x without overflow."""
     x = _value(b, x)
     return apply("add", apply("max", x, 0.0), _log1p(b, apply("exp", -apply("abs", x))))
@@ -135,21 +134,21 @@ def _softplus(b: Builder, x: Any) -> Value:
 
 def _full(value: Any) -> Callable[..., Value]:
     """x.new_ones(shape), torch.zeros_like(x): a constant of the kind asked for, or of x's."""
-    def full(b: Builder, x: Any, *args: Any, dtype: Any = None, **other: Any) -> Value:
+    def full(b: TraceBuilder, x: Any, *args: Any, dtype: Any = None, **other: Any) -> Value:
         found = _value(b, args[-1] if value is None else value)
         return _to(b, found, x if dtype is None and isinstance(x, Value) else dtype)
     return full
 
 
-def _same(b: Builder, x: Any, *args: Any, **named: Any) -> Value:
+def _same(b: TraceBuilder, x: Any, *args: Any, **named: Any) -> Value:
     return _value(b, x)
 
 
-def _is_nan(b: Builder, x: Any) -> Value:
+def _is_nan(b: TraceBuilder, x: Any) -> Value:
     return apply("ne", _value(b, x), _value(b, x))
 
 
-def _is_inf(b: Builder, x: Any) -> Value:
+def _is_inf(b: TraceBuilder, x: Any) -> Value:
     return apply("eq", apply("abs", _value(b, x)), float("inf"))
 
 
@@ -166,7 +165,7 @@ _REVERSED = {"radd": "add", "rsub": "sub", "rmul": "mul", "rtruediv": "div", "rd
              "greater": "lt", "gt": "lt", "greater_equal": "le", "ge": "le", "rand": "and", "ror": "or", "rxor": "xor",
              "rlshift": "shl", "rrshift": "shr"}
 
-FUNCTIONS.update({
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: _plain(op, 1) for name, op in _UNARY.items()},
     **{name: _plain(op, 2) for name, op in _BINARY.items()},
     **{name: _swapped(op) for name, op in _REVERSED.items()},
@@ -191,4 +190,4 @@ FUNCTIONS.update({
     "new_ones": _full(1), "new_zeros": _full(0), "new_full": _full(None), "new_tensor": _full(None),
     "ones_like": _full(1), "zeros_like": _full(0), "full_like": _full(None),
     **dict.fromkeys(("clone", "detach", "contiguous", "copy", "squeeze", "view_as", "expand_as", "asarray", "array", "positive"), _same),
-})
+}

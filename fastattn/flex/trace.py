@@ -20,12 +20,12 @@ from ..arrays import words
 from ..arrays.view import NAMES
 from ..errors import message
 from ..memo import Recent
-from . import functions as functions  # which values find by name
 from .capture import Held, Leaf, is_array, is_number
+from .functions import FUNCTIONS
 from .ops import BOOL, FLOAT, HIGH, INT, LOW
-from .program import INPUTS, Builder, Captured, Program
+from .program import INPUTS, Captured, Program
 from .refusal import DecidesError, RefusalError, line_of, of_jax, raised_in_jax
-from .values import Array, Value, line
+from .values import Array, TraceBuilder, Value, line
 
 SIGNATURES = {False: "(score, b, h, q_idx, kv_idx)", True: "(b, h, q_idx, kv_idx)"}
 
@@ -65,7 +65,7 @@ class _Late(Value):
 
     __slots__ = ("_line",)
 
-    def __init__(self, b: Builder, make: Callable[[], int]) -> None:
+    def __init__(self, b: TraceBuilder, make: Callable[[], int]) -> None:
         self.b, self._line = b, make
 
     @property
@@ -77,7 +77,7 @@ class _Tracing:
     """One call of a function with stand-ins."""
 
     def __init__(self, leaves: Sequence[Leaf], moving: set[int], captured: int) -> None:
-        self.b, self.leaves, self.moving = Builder(), leaves, moving
+        self.b, self.leaves, self.moving = TraceBuilder(FUNCTIONS), leaves, moving
         self.arrays: list[int] = []                         # leaves that are used, in order of first use; those of captured= at first
         self.numbers: list[int] = []
         for n in range(captured):
@@ -132,9 +132,12 @@ def plain_number(x: Any) -> Any:
 
 
 def described(x: Any) -> Captured:
-    """dtype and number of axes of an array of any library, or of a pair that says both."""
+    """dtype and number of axes of an array of any library, also of one known by its interface alone, or of a pair that says both."""
     if isinstance(x, tuple):
         return Captured(*x)
+    interface = None if hasattr(x, "shape") else getattr(x, "__cuda_array_interface__", None)
+    if isinstance(interface, dict) and {"typestr", "shape"} <= interface.keys():
+        return Captured(np.dtype(interface["typestr"]).name, len(interface["shape"]))
     dtype = getattr(x, "dtype", "")
     known = NAMES.get(dtype) if isinstance(dtype, np.dtype) else None
     return Captured(known or words.dtype_of(dtype), len(x.shape))

@@ -1,13 +1,13 @@
 """What a function gets while it is traced: `Value` for a number of each place, `Array` for a captured array.
 
-Both note what is done with them as lines of a Builder. Python's operators are here; the functions of NumPy and torch, which
+Both note what is done with them as lines of a TraceBuilder. Python's operators are here; the functions of NumPy and torch, which
 come in by __array_ufunc__, __array_function__ and __torch_function__, are in functions.py.
 """
 from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,27 @@ from .refusal import DecidesError, RefusalError, of_jax, torch_dtype
 _BRANCH = "numpy.where(c, x, y) instead of `x if c else y`, &, | and ~ instead of and, or and not, numpy.minimum and numpy.maximum " \
     "instead of min and max work"
 
-# what a traced function may call, by name: functions.py fills it. Each takes the Builder, then what the user gave
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
 KNOWN = "where, minimum, maximum, clip, abs, sign, exp, exp2, log, log2, sqrt, sin, cos, tanh, sigmoid, erf, floor, round, power, " \
     "comparisons, &, |, ^, ~, <<, >>, // and %"
 
 
+class TraceBuilder(Builder):
+    """The lines of a function that is traced. `functions` is what it may call, by name: each takes the builder, then what the user gave."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.functions = functions
+
+
 class Value:
-    """A number that may differ from place to place: line `n` of a Builder."""
+    """A number that may differ from place to place: line `n` of a TraceBuilder."""
 
     __slots__ = ("b", "n")
     __hash__ = None  # type: ignore[assignment]
     __array_priority__ = 1000
     ndim, shape, device, is_cuda, requires_grad = 0, (), None, False, False
 
-    def __init__(self, b: Builder, n: int) -> None:
+    def __init__(self, b: TraceBuilder, n: int) -> None:
         self.b, self.n = b, n
 
     @property
@@ -63,7 +69,7 @@ class Value:
 
     def __getattr__(self, name: str) -> Any:
 
-        if name.startswith("__") or name not in FUNCTIONS:
+        if name.startswith("__") or name not in self.b.functions:
             raise AttributeError(f"a traced value has no attribute {name!r}")
         return lambda *args, **kwargs: called(self.b, name, (self, *args), kwargs, ".")
 
@@ -180,7 +186,7 @@ class Array:
     __array_priority__ = 1000
     is_cuda, requires_grad, device = False, False, None
 
-    def __init__(self, b: Builder, register: Callable[[int], int], key: int, name: str, axes: int, at: tuple[int, ...] = ()) -> None:
+    def __init__(self, b: TraceBuilder, register: Callable[[int], int], key: int, name: str, axes: int, at: tuple[int, ...] = ()) -> None:
         self.b, self.register, self.key, self.name, self.axes, self.at = b, register, key, name, axes, at
 
     @property
@@ -267,7 +273,7 @@ def apply(op: str, *args: Any) -> Value:
         raise RefusalError(f"applies `{op}` to a float", "of conditions and integers it works; x > 0 makes a condition") from None
 
 
-def line(b: Builder, x: Any) -> int:
+def line(b: TraceBuilder, x: Any) -> int:
     """The line of a Value, of a Python or NumPy number, or of an array or tensor of one element that the function made."""
     if isinstance(x, Value):
         return x.n
@@ -302,15 +308,15 @@ def first(x: Any, kind: Any) -> Any:
     return next((found for part in parts if (found := first(part, kind)) is not None), None)
 
 
-def builder_of(args: Any) -> Builder:
-    found: Builder = first(args, Value | Array).b
+def builder_of(args: Any) -> TraceBuilder:
+    found: TraceBuilder = first(args, Value | Array).b
     return found
 
 
-def called(b: Builder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str) -> Any:
+def called(b: TraceBuilder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: str) -> Any:
     """A function of NumPy or torch, or a method, by its name."""
     plain = name.strip("_")
-    function = FUNCTIONS.get(plain)
+    function = b.functions.get(plain)
     if plain == "getitem":
         raise RefusalError("indexes an array that cannot be seen from outside", "pass it in captured=, or let the function close over it")
     if function is None:

@@ -8,14 +8,14 @@ import operator
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.ops import HIGH, LOW, OPS
-from fastattn.flex.program import COLUMN, ELEMENT, ROW, TILE, Program
+from fastattn.flex.program import COLUMN, ELEMENT, ROW, TILE, Captured, Program
 from fastattn.flex.trace import Traced, trace, traced
 
 RNG = np.random.default_rng(0)
@@ -194,6 +194,16 @@ def test_captured_come_first_and_closures_in_order_of_use() -> None:
     t = mod(f, given, 5)
     assert [x is y for x, y in zip(t.arrays, (given, c, a), strict=True)] == [True] * 3
     assert t.names == ("captured[0]", "c", "a") and t.program.arrays[0].dtype == "int64"
+
+
+def test_an_array_known_by_its_interface_alone() -> None:
+    """It has neither shape nor dtype."""
+    class Named:
+        __cuda_array_interface__: ClassVar = {"shape": (4, 9), "typestr": "<f2", "data": (4096, False), "version": 3}
+    table = Named()
+    for mod, captured in ((lambda s, b, h, q, k, t: s + t[h, k], (table,)), (lambda s, b, h, q, k: s + table[h, k], ())):
+        found = traced("attention", "score_mod", mod, captured)
+        assert found.arrays == (table,) and found.program.arrays == (Captured("float16", 2),)
 
 
 def test_the_callers_objects_stay_as_they_are() -> None:

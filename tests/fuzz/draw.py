@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import memory, values
+from . import functions, memory, values
 from .spec import Shape, Spec
 
 T = TypeVar("T")
@@ -62,7 +62,11 @@ def _features(dice: Dice) -> dict[str, Any]:
             "alibi": dice.maybe(0.15, lambda: dice.one(["heads", "batch"])), "bias": dice.chance(0.35), "mask": dice.chance(0.25),
             "sinks": dice.maybe(0.2, lambda: dice.one(["normal", "normal", "large"])), "dropout": dice.chance(0.15),
             "diagonal": dice.chance(0.15), "out_dtype": dice.chance(0.2), "place": dice.chance(0.4),
-            "backward": dice.chance(0.6), "dlse": dice.chance(0.3), "need_dbias": dice.chance(0.6)}
+            "backward": dice.chance(0.6), "dlse": dice.chance(0.3), "need_dbias": dice.chance(0.6),
+            "score_mod": dice.maybe(0.12, lambda: dice.one(tuple(functions.SCORES))),
+            "mask_mod": dice.maybe(0.12, lambda: dice.one(tuple(functions.MASKS))),
+            "block_mask": dice.maybe(0.04, lambda: "blocks") or dice.maybe(0.3, lambda: "function"),
+            "need_dcaptured": dice.chance(0.7)}
 
 
 def _length(dice: Dice, long: bool) -> Callable[[], int]:
@@ -119,6 +123,8 @@ def _sized(dice: Dice, f: dict[str, Any], long: bool, length: Callable[[], int],
                  "dropout_seed": dice.one([dice.upto(0, 2**31), -1, 2**63 - 1, 2**64 - 1])}
     more |= _position(dice, spec, f, "dropout_p" in more)
     more["dlse"] = bool(f["backward"] and f["dlse"])
+    if f["call"] == "attention":
+        more |= _functions(f)
     if f["call"] == "parts":
         cuts = sorted(dice.upto(0, spec.seqlen_k) for _ in range(dice.upto(0, 3)))
         more |= {"parts": tuple(cuts), "causal": False, "window": None, "dropout_p": 0.0, "alibi": None, "diagonal": None,
@@ -126,6 +132,14 @@ def _sized(dice: Dice, f: dict[str, Any], long: bool, length: Callable[[], int],
     elif f["call"] == "merge":
         more["parts"] = (0,) * dice.upto(0, 3)
     return replace(spec, **more)
+
+
+def _functions(f: dict[str, Any]) -> dict[str, Any]:
+    """A block mask has a function, blocks, or both."""
+    block_mask = None if f["mask_mod"] is None and f["block_mask"] == "function" else f["block_mask"]
+    differentiable = f["score_mod"] is not None and functions.has_arrays(f["score_mod"])
+    return {"score_mod": f["score_mod"], "mask_mod": f["mask_mod"], "block_mask": block_mask,
+            "need_dcaptured": bool(f["backward"] and differentiable and f["need_dcaptured"])}
 
 
 def _position(dice: Dice, spec: Spec, f: dict[str, Any], dropout: bool) -> dict[str, Any]:
@@ -170,6 +184,8 @@ def _numbers(dice: Dice, spec: Spec, dtype: str, everywhere: bool = True) -> Spe
     settings: dict[str, Any] = {"values": kind, "softmax_scale": scale, "hidden": dice.maybe(0.5, lambda: dice.one(["nan", "nan", "inf"]))}
     if spec.bias is not None:
         settings["bias_values"] = "normal" if dice.chance(0.4) else dice.one(values.BIAS)
+        if spec.score_mod is not None and settings["bias_values"] == "inf":     # of -inf most functions make NaN
+            settings["bias_values"] = "normal"
     return replace(spec, **settings)
 
 
@@ -220,7 +236,7 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
         f["head_dim_v"] = dice.one((64, 128, 32, 256 if family != "decode" else 64))
     if family == "decode":
         f |= {"head_dim": dice.one((64, 128, 8 * dice.upto(1, 16 if f["dtype"] == "float32" else 32))), "packed": False, "dropout": False,
-              "backward": False, "causal": dice.one([False, True])}
+              "backward": False, "causal": dice.one([False, True]), "score_mod": None, "mask_mod": None, "block_mask": None}
         f["head_dim_v"] = dice.one((f["head_dim"], f["head_dim"], 64, 128))
     f["bias_dtype"] = dice.one((f["dtype"], "float32"))
     if dice.chance(0.03):

@@ -6,7 +6,9 @@ determined, and their values' spread is allowed. Rounding of P and dS to the inp
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from tests.tools.compare import EPS, NOTHING
 from tests.tools.problems import NUMPY
 
+from . import functions
 from .spec import Spec
 from .values import LARGEST
 
@@ -55,8 +58,9 @@ def distance(s: Spec, n: int) -> Array:
     return np.arange(seqlen_q)[:, None] + shift - np.arange(seqlen_k)
 
 
-def visible(s: Spec, mask: Array | None, n: int) -> Array:
+def visible(x: Inputs, n: int) -> Array:
     """(num_heads, rows, keys) of sequence n: the pairs that attend."""
+    s, mask = x.spec, x.mask
     behind = distance(s, n)
     left, right = (None, None) if s.window is None else s.window
     right = 0 if s.causal else right
@@ -67,6 +71,8 @@ def visible(s: Spec, mask: Array | None, n: int) -> Array:
         attended &= -behind <= right
     if mask is not None:
         attended &= np.broadcast_to(mask, s.full)[n, :, :behind.shape[0], :behind.shape[1]]
+    if s.mask_mod is not None or s.block_mask is not None:
+        attended &= functions.seen(s, n, x.held, *behind.shape)
     return attended
 
 
@@ -84,13 +90,14 @@ class Sequence:
     sinks: Array | None                         # (num_heads, 1)
     keep: Array | None
     attends: Array                                 # (num_heads, rows, 1)
+    change: Callable[[Array, Array, float], functions.Changed] | None       # score_mod
 
 
 def sequence(x: Inputs, n: int, real: type) -> Sequence:
     s = x.spec
     rows_q, rows_k, _, _ = rows(s, n)
     seqlen_q, seqlen_k = lengths(s, n)
-    attended = visible(s, x.mask, n)
+    attended = visible(x, n)
     group = s.num_heads // s.num_heads_k
     by_key, attends = np.asarray(attended.any(axis=1))[:, :, None], np.asarray(attended.any(axis=2))[:, :, None]
     q = np.where(attends, x.q[rows_q].swapaxes(0, 1).astype(real), 0)
@@ -106,17 +113,22 @@ def sequence(x: Inputs, n: int, real: type) -> Sequence:
         alibi = slopes[:, None, None] * np.abs(distance(s, n)).astype(real)
     keep = of_pairs(x.keep)
     return Sequence(q, k, v, attended, alibi, bias, None if x.sinks is None else x.sinks.astype(real)[:, None],
-                    None if keep is None else keep.astype(real), attends)
+                    None if keep is None else keep.astype(real), attends,
+                    None if s.score_mod is None else partial(functions.changed, s, n, x.held))
 
 
 class Scores(NamedTuple):
-    """Of all pairs; `error` is how far an engine's may be off, `tied` where it must equal the row's largest exactly."""
+    """Of all pairs; `error` is how far an engine's may be off, `tied` where it must equal the row's largest exactly.
+
+    `slope` is that of the softcap; `mod` is what score_mod did.
+    """
 
     x: Array
     slope: Array
     error: Array
     slope_error: Array
     tied: Array
+    mod: functions.Changed | None
 
 
 def _lowest_bit(x: Array) -> Array:
@@ -171,6 +183,11 @@ def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
     if a.bias is not None:
         x, terms = x + a.bias, terms + eps * np.where(np.isfinite(a.bias), np.abs(a.bias), 0)
         exact = exact & (x.astype(real) == x)
+    mod = None
+    if a.change is not None:
+        mod = a.change(x, error + terms, eps)
+        x, terms, exact = mod.x, np.zeros(()), np.zeros_like(exact)
+        error = mod.error
     x = np.where(a.attended, x, -np.inf)
     highest = x.max(axis=2, initial=-np.inf)[:, :, None]
     # the weight follows from the distance to the row's largest; both are rounded
@@ -182,7 +199,7 @@ def scores(s: Spec, scale: float, a: Sequence, eps: float, real: str) -> Scores:
     # all that may compete with the largest must be exact too
     rival = a.attended & (x + error >= highest - error) & ~tied
     tied &= ~(rival & ~exact).any(axis=2)[:, :, None]
-    return Scores(x, slope, np.where(tied, 8 * eps, error), slope_error, tied)
+    return Scores(x, slope, np.where(tied, 8 * eps, error), slope_error, tied, mod)
 
 
 def _largest(x: Array, sinks: Array | None) -> Array:
@@ -279,6 +296,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
     dq, dk, dv = (Value(*(np.zeros(a.shape) for _ in range(3))) for a in (x.q, x.k, x.v))
     dbias = None if x.bias is None else Value(*(np.zeros(s.full) for _ in range(3)))
     dsinks = Value(*(np.zeros(s.num_heads) for _ in range(3)))
+    dcaptured = [Value(*(np.zeros(y.shape) for _ in range(3))) for y in functions.arrays_of("score_mod", x.held)]
     real = np.float64
     for n in range(s.sequences):
         a = sequence(x, n, real)
@@ -312,6 +330,8 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         off = off_P * np.abs(g) + (P + off_P) * (steps(s.head_dim_v) * r.eps * dP_size + off_fall + 4 * r.eps * (np.abs(dP) + np.abs(fall)))
         off = off + (r.operand + 4 * r.eps) * np.abs(dS) + r.least * a.attended
         size = P * (np.abs(dP) + np.abs(fall))
+        if f.mod is not None:
+            dS, off, size = _through(f.mod, dcaptured, dS, off, size)
         if dbias is not None:
             for array, value in zip(dbias, (dS, off, size), strict=True):
                 array[n, :, :value.shape[1], :value.shape[2]] = value
@@ -350,6 +370,10 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         count = int(np.prod(s.full)) // max(exact.size, 1)
         off = off + steps(count) * r.eps * size + EPS[s.bias_dtype] * np.abs(exact) + SMALLEST[s.bias_dtype]
         found["dbias"] = Value(exact, off, size)
+    for number, value in enumerate(dcaptured):
+        dtype = x.held[f"score_mod{number}"].dtype.name
+        off = value.allowed + steps(int(np.prod(s.full)) // value.size.size) * r.eps * value.size
+        found[f"dcaptured{number}"] = value._replace(allowed=off + EPS[dtype] * np.abs(value.exact) + SMALLEST[dtype])
     if x.sinks is not None:
         rows_count = int(np.prod(x.lse_shape)) // max(s.num_heads, 1)
         found["dsinks"] = dsinks._replace(allowed=dsinks.allowed + steps(rows_count) * r.eps * dsinks.size + 2.0**-120)
@@ -358,6 +382,19 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         least = SMALLEST[s.dtype] * (1 + max(s.seqlen_q, s.seqlen_k, *s.lengths_k, *(s.lengths_q or ())))
         found[name] = value._replace(allowed=value.allowed + r.result * np.abs(value.exact) + least)
     return found
+
+
+def _through(mod: functions.Changed, dcaptured: list[Value], dS: Array, off: Array, size: Array) -> tuple[Array, Array, Array]:
+    """dS, how far it may be off and its size, before score_mod. Adds to the gradients of the function's arrays."""
+    def error(slope: Any, slope_error: Any) -> Array:
+        return np.asarray(off * np.abs(slope) + (np.abs(dS) + off) * slope_error)
+    for to, (index, slope, slope_error) in zip(dcaptured, mod.parts, strict=True):
+        for array, value in zip(to, (dS * slope, error(slope, slope_error), size * np.abs(slope)), strict=True):
+            if index:
+                np.add.at(array, tuple(np.broadcast_to(y, value.shape) for y in index), value)
+            else:
+                array += value.sum()
+    return dS * mod.slope, error(mod.slope, mod.slope_error), size * np.abs(mod.slope)
 
 
 def _add(to: Value, at: Any, exact: Array, off: Array, size: Array, group: int) -> None:

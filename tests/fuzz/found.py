@@ -66,4 +66,18 @@ FOUND: list[Spec] = [
     Spec(seed=492113561, num_heads=3, num_heads_k=3, seqlen_q=12, seqlen_k=2, head_dim=84, head_dim_v=1, softcap=0.01, backward=True),
     Spec(seed=834313362, dtype="float64", num_heads=9, num_heads_k=3, head_dim=32, head_dim_v=32, lengths_q=(9,), lengths_k=(9,),
          beyond=(0, 9), causal="top_left", softmax_scale=0.3, softcap=0.01, hidden="inf", repeats=("q1",), backward=True),
+    # functions, which no fault has needed yet: each kind beside what is computed next to it
+    Spec(seed=1, batch=2, num_heads=4, num_heads_k=2, seqlen_q=33, seqlen_k=70, head_dim=16, head_dim_v=16, score_mod="relative",
+         mask_mod="document", block_mask="blocks", hidden="nan", memory="strange", backward=True, need_dcaptured=True, dlse=True),
+    Spec(seed=2, dtype="bfloat16", num_heads=6, num_heads_k=2, seqlen_q=70, seqlen_k=129, head_dim=32, head_dim_v=24, softcap=5.0,
+         bias=(6, 70, 129), bias_dtype="bfloat16", sinks="normal", score_mod="rated", mask_mod="prefix", hidden="inf", backward=True,
+         need_dbias=True, need_dcaptured=True),
+    Spec(seed=3, dtype="float64", num_heads=2, num_heads_k=1, lengths_q=(9, 0, 40), lengths_k=(20, 7, 65), used_k=(20, 3, 60),
+         spare=(3, 5), causal=True, alibi="batch", score_mod="capped", mask_mod="heads", hidden="nan", backward=True, need_dcaptured=True),
+    Spec(seed=4, dtype="float16", batch=2, num_heads=3, num_heads_k=3, seqlen_q=24, seqlen_k=97, head_dim=40, head_dim_v=40,
+         window=(50, None), score_mod="slopes", mask_mod="rows", dropout_p=0.3, dropout_seed=5, backward=True, need_dcaptured=True),
+    Spec(seed=5, num_heads=4, num_heads_k=4, seqlen_q=50, seqlen_k=66, score_mod="holes", mask_mod="dilated", block_mask="function",
+         hidden="nan", backward=True),
+    Spec(seed=6, batch=2, num_heads=2, num_heads_k=2, seqlen_q=17, seqlen_k=40, score_mod="constant", mask_mod="nothing", sinks="normal",
+         backward=True, need_dcaptured=True),
 ]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 import fastattn
 from tests.tools.problems import NUMPY
 
-from . import formula, memory, values
+from . import formula, functions, memory, values
 from .spec import Spec
 
 Array = np.ndarray[Any, Any]
@@ -34,6 +34,7 @@ class Inputs:
     cu_q: Array | None = None
     cu_k: Array | None = None
     keep: Array | None = None                   # (sequences, num_heads, longest q, longest k): what dropout multiplies P by
+    held: dict[str, Array] = field(default_factory=dict)        # arrays of score_mod and mask_mod, blocks: functions.held
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
@@ -86,6 +87,7 @@ def make(spec: Spec) -> Inputs:
         x.sinks = random.standard_normal(s.num_heads).astype(real)
         if s.sinks == "large":
             x.sinks *= random.choice([1e2, 1e5, 1e9, 1e20], s.num_heads).astype(real)
+    x.held = functions.held(random, s, np.dtype(real))
     if s.dropout_p:
         kept = fastattn.dropout_mask(s.sequences, s.num_heads, *s.full[2:], dropout_p=s.dropout_p, seed=s.dropout_seed, offset=s.offset)
         if s.dropout_at is not None or s.dropout_heads is not None:
@@ -110,7 +112,7 @@ def _hide(x: Inputs) -> None:
     nobody_q, nobody_k = (np.ones(array.shape[:-1], bool) for array in (x.q, x.k))     # places to be hidden
     for n in range(s.sequences):
         rows_q, rows_k, rows_q_all, rows_k_all = formula.rows(s, n)
-        visible = formula.visible(s, x.mask, n)                                         # (num_heads, rows, keys)
+        visible = formula.visible(x, n)                                         # (num_heads, rows, keys)
         if bias_seen is not None:
             bias_seen[n, :, :visible.shape[1], :visible.shape[2]] = visible
         nobody_q[rows_q_all], nobody_k[rows_k_all] = False, True
@@ -131,7 +133,7 @@ def _hide(x: Inputs) -> None:
 # ---------------------------------------------------------------- as a caller holds them
 @dataclass
 class Arguments:
-    """Of the public functions: `arrays` positional, `lengths` behind them, `options` by name. `laid` are ndarrays that must not change."""
+    """Of the public functions: `arrays` positional or held by functions, `lengths` behind them, `options` by name."""
 
     arrays: dict[str, Any]
     lengths: tuple[Any, ...]
@@ -156,6 +158,7 @@ def arguments(x: Inputs) -> Arguments:
     def lay(name: str, array: Array) -> Array:
         return memory.laid(random, array, s.memory, repeats.get(name, ()), s.readonly)
     arrays = {name: lay(name, swapped(s, getattr(x, name))) for name in ("q", "k", "v", "dout")}
+    arrays |= {name: lay(name, array) for name, array in x.held.items()}
     options: dict[str, Any] = {}
     for name, array in (("bias", x.bias), ("mask", x.mask), ("alibi_slopes", x.slopes), ("sinks", x.sinks)):
         if array is not None:

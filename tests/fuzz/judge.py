@@ -16,7 +16,7 @@ from fastattn.tolerance import FACTOR
 from tests.tools.compare import EPS, NOTHING, close, norm
 from tests.tools.problems import NUMPY
 
-from . import formula, values
+from . import formula, functions, values
 from .device import Device
 from .formula import Value
 from .inputs import Arguments, Inputs, arguments, compute_dtype, make, swapped
@@ -76,6 +76,7 @@ def poisoned_results() -> Iterator[None]:
 def _attention(x: Inputs, device: Device) -> list[str]:
     s = x.spec
     there = device.put(s, arguments(x))
+    there.options |= functions.given(s, there.arrays)
     out, lse, found = _forward(x, there, device)
     right = formula.forward(x)
     naive = formula.naive(x) if _ordinary(x) else None
@@ -118,12 +119,15 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
     if s.memory != "plain":
         out, lse = _held_otherwise(x, host_out, host_lse, device)
     device.poison()
-    grads = device.call(s, function, dout, q, k, v, out, lse, *there.lengths, **there.options, engine=s.engine,
-                        need_dbias=s.need_dbias, deterministic=s.deterministic)
-    got = {name: device.get(y) for name, y in zip(grads._fields, grads, strict=True) if y is not None}
+    options = there.options | {"need_dbias": s.need_dbias, "deterministic": s.deterministic, "need_dcaptured": s.need_dcaptured}
+    grads = device.call(s, function, dout, q, k, v, out, lse, *there.lengths, **options, engine=s.engine)
+    got = {name: device.get(y) for name, y in _named(grads)}
     found = []
     if (set(got) >= {"dbias"}) != s.need_dbias or (set(got) >= {"dsinks"}) != (s.sinks is not None):
         found.append(f"gradients are {sorted(got)}")
+    wanted = len(functions.arrays_of("score_mod", x.held)) if s.need_dcaptured else 0
+    if sum(name.startswith("dcaptured") for name in got) != wanted:
+        found.append(f"gradients are {sorted(got)}, for {wanted} arrays")
     for name in ("dq", "dk", "dv"):
         got[name] = swapped(s, got[name])
     right = formula.backward(x, host_out, host_lse)
@@ -132,12 +136,17 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
     naive = formula.naive(x, host_out, host_lse) if ordinary else None
     found += _judged(x, got, right, naive)
     if s.deterministic:
-        again = device.call(s, function, dout, q, k, v, out, lse, *there.lengths, **there.options, engine=s.engine,
-                            need_dbias=s.need_dbias, deterministic=True)
-        for name, y in zip(grads._fields, again, strict=True):
-            if y is not None and device.get(y).tobytes() != device.get(getattr(grads, name)).tobytes():
+        again = device.call(s, function, dout, q, k, v, out, lse, *there.lengths, **options, engine=s.engine)
+        for (name, y), (_, first) in zip(_named(again), _named(grads), strict=True):
+            if device.get(y).tobytes() != device.get(first).tobytes():
                 found.append(f"{name}: other bits in the second of two deterministic runs")
     return found
+
+
+def _named(grads: Any) -> list[tuple[str, Any]]:
+    """The gradients that there are, each with its name."""
+    captured = [(f"dcaptured{n}", y) for n, y in enumerate(grads.dcaptured or ())]
+    return [(name, y) for name, y in [*zip(grads._fields, grads, strict=True), *captured] if y is not None]
 
 
 def _held_otherwise(x: Inputs, out: Array, lse: Array, device: Device) -> tuple[Any, Any]:
@@ -223,8 +232,8 @@ def _ordinary(x: Inputs) -> bool:
     small softcap makes them large. Where one pair attends, its one rounding is all of the error of dq and dk."""
     s = x.spec
     cap = 1.0 if s.softcap is None else min(s.softcap, 1.0)
-    pairs = sum(int(formula.visible(s, x.mask, n).sum()) for n in range(s.sequences))
-    return (s.values in ORDINARY and s.bias_values in ("normal", "inf") and s.sinks != "large" and s.alibi is None
+    pairs = sum(int(formula.visible(x, n).sum()) for n in range(s.sequences))
+    return (s.values in ORDINARY and s.bias_values in ("normal", "inf") and s.sinks != "large" and s.alibi is None and s.score_mod is None
             and s.dropout_p < 0.95 and abs(x.scale) * s.head_dim**0.5 <= 2 * cap and pairs >= MANY)
 
 
@@ -235,6 +244,8 @@ def _judged(x: Inputs, got: dict[str, Array], right: dict[str, Value], naive: di
         if name not in got:
             continue
         dtype = {"lse": real, "dsinks": real, "dbias": s.bias_dtype}.get(name, s.result)
+        if name.startswith("dcaptured"):
+            dtype = x.held[name.replace("dcaptured", "score_mod")].dtype.name
         wrong = _far(name, got[name], value, dtype)
         if wrong is None and naive is not None and value.exact.size >= MANY:
             wrong = _farther_than_naive(s, name, got[name], value, naive[name], dtype)

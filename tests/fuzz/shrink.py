@@ -12,8 +12,9 @@ PLAIN = {f.name: f.default for f in fields(Spec)}
 # what only the caller's side decides comes first: it leaves the kernel as it is
 HELD = ("memory", "repeats", "readonly", "numbers", "give_out", "layout", "return_lse", "threads", "stream")
 SCORES = ("dropout_at", "dropout_heads", "diagonal", "out_dtype", "dropout_p", "offset", "dropout_seed", "alibi", "softcap", "mask", "bias",
-          "sinks", "window", "causal", "softmax_scale", "bias_values", "mask_density", "bias_dtype")
-OTHERS = ("deterministic", "dlse", "need_dbias", "backward", "beyond", "spare", "used_k", "hidden", "v_size", "values", "parts")
+          "sinks", "score_mod", "mask_mod", "block_mask", "window", "causal", "softmax_scale", "bias_values", "mask_density", "bias_dtype")
+OTHERS = ("deterministic", "dlse", "need_dbias", "need_dcaptured", "backward", "beyond", "spare", "used_k", "hidden", "v_size", "values",
+          "parts")
 FEATURES = (*HELD, *OTHERS, *SCORES)
 Move = Callable[[Spec], list[Spec]]
 
@@ -78,6 +79,8 @@ def _fitting(spec: Spec, old: Spec) -> Spec:
     settings["need_dbias"] = spec.need_dbias and spec.bias is not None and spec.backward
     settings["dlse"], settings["parts"] = spec.dlse and spec.backward, tuple(min(cut, spec.seqlen_k) for cut in spec.parts)
     settings["deterministic"] = spec.deterministic and spec.backward
+    settings["need_dcaptured"] = bool(spec.need_dcaptured and spec.backward and spec.score_mod)
+    settings["block_mask"] = None if spec.mask_mod is None and spec.block_mask == "function" else spec.block_mask
     axes = dict.fromkeys(("q", "k", "v", "dout"), 3 if spec.packed else 4) | {"bias": len(spec.bias or ())}
     settings["repeats"] = tuple(entry for entry in spec.repeats if int(entry[-1]) < axes[entry[:-1]])
     return replace(spec, **settings)

@@ -38,6 +38,9 @@ class Spec:
     mask: Shape | None = None
     mask_density: float = 0.7
     sinks: str | None = None                    # "normal", "large"
+    score_mod: str | None = None                # functions.SCORES
+    mask_mod: str | None = None                 # functions.MASKS
+    block_mask: str | None = None               # "function": of mask_mod alone; "blocks": of an array of blocks too
     dropout_p: float = 0.0
     dropout_seed: int = 0
     offset: int = 0
@@ -58,6 +61,7 @@ class Spec:
     backward: bool = False
     dlse: bool = False
     need_dbias: bool = False
+    need_dcaptured: bool = False
     deterministic: bool = False
     threads: int = 2
     parts: Shape = ()                           # where the keys are cut

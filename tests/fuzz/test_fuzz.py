@@ -16,7 +16,7 @@ import pytest
 
 import fastattn
 from fastattn.options import Options, read_position
-from tests.fuzz import formula, judge, memory, run, shrink, values
+from tests.fuzz import formula, functions, judge, memory, run, shrink, values
 from tests.fuzz.__main__ import today
 from tests.fuzz.device import Device
 from tests.fuzz.draw import draw
@@ -224,6 +224,39 @@ def test_faults_are_found(fault: str) -> None:
         assert bool(complaints(spec)) == (fault != "none")
 
 
+FUNCTION = Spec(batch=2, num_heads=4, num_heads_k=2, seqlen_q=13, seqlen_k=45, hidden="nan", backward=True)
+
+
+@pytest.mark.parametrize("name", functions.SCORES)
+def test_another_score_mod_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores without the function are wrong, and gradients of its arrays that are off by a percent."""
+    spec, right = replace(FUNCTION, score_mod=name, need_dcaptured=functions.has_arrays(name)), functions.SCORES[name]
+    assert complaints(spec) == []
+
+    def off(*given: Any) -> functions.Changed:
+        found = right.formula(*given)
+        return found._replace(parts=tuple((index, slope * 1.01, error) for index, slope, error in found.parts))
+    if functions.has_arrays(name):
+        monkeypatch.setitem(functions.SCORES, name, right._replace(formula=off))
+        assert any(line.startswith("dcaptured") for line in complaints(spec))
+    monkeypatch.setitem(functions.SCORES, name, right._replace(make=lambda spec, held: lambda score, *places: score))
+    assert any(line.startswith("out") for line in complaints(replace(spec, need_dcaptured=False)))
+
+
+@pytest.mark.parametrize("name", functions.MASKS)
+def test_another_mask_mod_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key more or less: masks that let that key through are told from those that do not."""
+    spec, right = replace(FUNCTION, mask_mod=name), functions.MASKS[name]
+    for block_mask in (None, "function", "blocks"):
+        assert complaints(replace(spec, block_mask=block_mask)) == []
+
+    def make(spec: Spec, held: Any) -> Any:
+        mask = right.make(spec, held)
+        return lambda b, h, q, k: mask(b, h, q, k) ^ (k == 20)
+    monkeypatch.setitem(functions.MASKS, name, right._replace(make=make))
+    assert any(line.startswith("out") for line in complaints(spec))
+
+
 def test_shrinking() -> None:
     """The smallest problem keeps what causes the complaint and nothing else."""
     spec = Spec(seed=5, batch=2, num_heads=6, num_heads_k=3, seqlen_q=50, seqlen_k=40, head_dim=64, head_dim_v=64, causal=True,
@@ -235,6 +268,9 @@ def test_shrinking() -> None:
     smallest, found = shrink.shrink(spec, wrong, 20)
     assert found == ["wrong"]
     assert smallest == Spec(seed=5, seqlen_q=1, seqlen_k=7, head_dim=1, head_dim_v=1, softcap=3.0, bias=(1, 1, 1, 7))
+    spec = replace(spec, score_mod="relative", mask_mod="document", block_mask="function", need_dcaptured=True)
+    smallest, found = shrink.shrink(spec, lambda spec: [*wrong(spec), *["too"] * (spec.mask_mod == "document")], 20)
+    assert smallest == Spec(seed=5, seqlen_q=1, seqlen_k=1, head_dim=1, head_dim_v=1, mask_mod="document") and found == ["too"]
 
 
 WORKER = """

@@ -36,10 +36,9 @@ def kernels_of(case: Case, family: str, arch: str) -> list[str]:
     return [source.key.split()[0] for source in sources_of(case, family, arch, asks_lse(case))]
 
 
-@pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_90a"), ("sm80", "sm_80"), ("sm80", "sm_120"),
-                                              ("any", "sm_89")])
-def test_what_runs_the_cases(family: str, arch: str) -> None:
-    for case in DECODE:
+@pytest.mark.parametrize("case", DECODE, ids=lambda case: case.name)
+def test_what_runs_the_cases(case: Case) -> None:
+    for family, arch in (("sm90", "sm_90a"), ("sm80", "sm_90a"), ("sm80", "sm_80"), ("sm80", "sm_120"), ("any", "sm_89")):
         found = kernels_of(for_family(case, family), family, arch)
         if found or must_take(for_family(case, family), family):        # sm90 leaves some float32 ones to sm80
             assert found == ["forward_decode", *(["pack_mask"] if case.mask else [])], case.name

@@ -18,6 +18,7 @@ from fastattn.arrays.view import EIGHT_BIT, numpy_dtype
 from fastattn.gpu.rows import quantize_launch
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.quantize import scale_shape
+from tests.tools.gpu.builds import build
 from tests.tools.gpu.emulator import Memory, emulated
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -31,7 +32,7 @@ def test_compiled(dtype: str, arch: str) -> None:
         sources = quantize_launch.magnitude_source(dtype), quantize_launch.scale_source(dtype, target), \
             quantize_launch.quantize_source(dtype, target)
         for source in sources:
-            assert compiler.complaints(compiler.build(source, arch)[1]) == [], source.key
+            assert compiler.complaints(build(source, arch)[1]) == [], source.key
 
 
 @pytest.mark.parametrize("axis", SHAPES)

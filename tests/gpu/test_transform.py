@@ -30,6 +30,7 @@ from fastattn.cpu import transform as cpu_transform
 from fastattn.gpu import transform
 from fastattn.gpu.rows import launch as rows_launch
 from fastattn.gpu.runtime import compile as compiler
+from tests.tools.gpu.builds import build
 from tests.tools.gpu.cases import on_device, to_host
 from tests.tools.gpu.emulator import Memory, emulated
 
@@ -47,9 +48,9 @@ COMPILED = [("bfloat16", True, False, "sm_90a"), ("bfloat16", True, True, "sm_90
 def test_compiled(dtype: str, whole: bool, packed: bool, arch: str) -> None:
     """No spill, no local memory, 16 bytes at a time where rows allow it, no float64 arithmetic but on float64."""
     for source in (rows_launch.transform_source(dtype, whole, packed), rows_launch.transform_backward_source(dtype, whole, packed)):
-        _, report = compiler.build(source, arch)
+        _, report = build(source, arch)
         assert compiler.complaints(report) == [], source.key
-        text = compiler.build(source, arch, output="ptx")[0].decode()
+        text = build(source, arch, "ptx")[0].decode()
         wide_loads, wide_stores = (len(re.findall(rf"{op}\.global\.v[24]\.[bf]\d+", text)) for op in ("ld", "st"))
         assert (wide_loads >= 4, wide_stores >= 4) == (whole, whole), source.key
         assert dtype == "float64" or ".f64" not in text, source.key

@@ -396,9 +396,15 @@ def judged(case: Case) -> tuple[Inputs, Judge]:
 
 
 # ---------------------------------------------------------------- every kernel that is needed, compiled at once
+@lru_cache(2)
+def made(case: Case) -> Inputs:
+    """The arguments of a case, for those who look at shapes and addresses alone: drawing them is most of the time."""
+    return case.make()
+
+
 def sources_of(case: Case, family: str, arch: str, with_lse: bool = True, backward: bool = False) -> list[Any]:
     """The kernels of a case in one direction, found without a device."""
-    inputs = for_family(case, family).make()
+    inputs = made(for_family(case, family))
 
     def dry(x: Any) -> Any:
         if x is None:

@@ -1,4 +1,4 @@
-"""Kernels on plain threads run in Python, without a GPU: the text of the kernel itself, one Python thread for each of a block's.
+"""Kernels on plain threads run in Python, without a GPU: the text of the kernel itself, one greenlet or thread for each of a block's.
 
 Inside `emulated()` the helpers of the GPU modules are ordinary functions, instructions are replaced by reads and writes of host memory, and
 a kernel that `Machine.launcher` loads runs here. Numbers are Python's, so it checks what is computed and from where, not rounding. It also
@@ -11,6 +11,7 @@ import _thread
 import bisect
 import contextlib
 import ctypes
+import functools
 import importlib
 import itertools
 import math
@@ -28,6 +29,11 @@ from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime.launcher import Listing
 from tests.tools.gpu import traced
 
+try:
+    import greenlet
+except ImportError:
+    greenlet = None  # type: ignore[assignment]
+
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
            "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize",
            "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "rows.merge_into", "tile.words", "tile.pages", "simt.captured",
@@ -42,6 +48,7 @@ class Memory:
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
         self.kept: list[Any] = []
+        self.last = (0, 0)                                      # the range that was touched last
 
     def allow(self, x: View | None) -> None:
         if x is not None and 0 not in x.shape:
@@ -55,12 +62,18 @@ class Memory:
         bisect.insort(self.ranges, (address, address + size))
         yield address
         self.ranges.remove((address, address + size))
+        self.last = (0, 0)
 
     def check(self, address: int, size: int) -> None:
         assert address % size == 0, f"misaligned access of {size} bytes"
+        low, high = self.last
+        if low <= address and address + size <= high:
+            return
         at = bisect.bisect_right(self.ranges, (address, 1 << 63))
         # ranges may overlap: views of one array
-        assert any(low <= address and address + size <= high for low, high in self.ranges[:at]), "access outside the arrays"
+        found = [(low, high) for low, high in self.ranges[:at] if low <= address and address + size <= high]
+        assert found, "access outside the arrays"
+        self.last = found[0]
 
 
 def decode(value: Any, dtype: str) -> float:
@@ -85,32 +98,93 @@ class Block:
 
     def __init__(self, threads: int) -> None:
         self.threads, self.current, self.epoch = threads, 0, 0
-        self.turns = [_thread.allocate_lock() for _ in range(threads)]      # thread n waits for turns[n]
-        self.finished, self.done = 0, _thread.allocate_lock()
-        for lock in (*self.turns, self.done):
-            lock.acquire()
-        self.shared: dict[int, Any] = {}
-        self.writer: dict[int, tuple[int, int]] = {}            # address -> (epoch, thread)
+        self.shared: dict[int, tuple[Any, int, int]] = {}       # address -> (value, epoch, thread) of its last store
         self.reader: dict[int, tuple[int, int]] = {}            # thread -1: several
         self.arrays: dict[int, list[Any]] = {}
         self.calls = [0] * threads
         self.posted: dict[int, Any] = {}
-        self.error: BaseException | None = None
+        self.turns: Fibres | Threads = Threads(self) if greenlet is None else Fibres(self)
 
     def run(self, body: Callable[[Any], None], arguments: Any) -> None:
+        self.turns.run(lambda: body(arguments))
+
+    def barrier(self) -> None:
+        self.turns.barrier()
+
+    # -------------------------------------------------------- shared memory
+    def put(self, address: int, value: Any) -> None:
+        held, epoch, thread = self.shared.get(address, (None, -1, 0))
+        assert epoch != self.epoch or thread == self.current or held == value, f"race at shared address {address}"     # all store one mark
+        epoch, thread = self.reader.get(address, (-1, 0))
+        assert epoch != self.epoch or thread == self.current, f"race at shared address {address}"
+        self.shared[address] = (value, self.epoch, self.current)
+
+    def get(self, addresses: range) -> tuple[Any, ...]:
+        """The values there. Nine of ten operations of a kernel are these, so they are written to be fast."""
+        shared, reader, now, me, mine, found = self.shared, self.reader, self.epoch, self.current, (self.epoch, self.current), []
+        for address in addresses:
+            cell = shared.get(address)
+            assert cell is not None, f"shared address {address} was never written"
+            assert cell[1] != now or cell[2] == me, f"race at shared address {address}"
+            seen = reader.get(address)
+            if seen is None or seen[0] != now:
+                reader[address] = mine
+            elif seen[1] != me:
+                reader[address] = (now, -1)
+            found.append(cell[0])
+        return tuple(found)
+
+    def array(self, shape: Any, kind: Any) -> Any:
+        n, self.calls[self.current] = self.calls[self.current], self.calls[self.current] + 1
+        return self.arrays.setdefault(n, [math.nan] * shape) if shape else None
+
+
+class Fibres:
+    """A block's threads as greenlets: a turn costs a twentieth of one of Python's threads, whose locks the kernel of the host wakes."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def run(self, body: Callable[[], None]) -> None:
+        """An error of a thread is raised here."""
+        block, self.rounds = self.block, greenlet.getcurrent()
+        waiting = {n: greenlet.greenlet(body) for n in range(block.threads)}
+        while waiting:
+            for block.current, fibre in list(waiting.items()):
+                fibre.switch()
+                if fibre.dead:
+                    del waiting[block.current]
+            block.epoch += 1
+
+    def barrier(self) -> None:
+        self.rounds.switch()
+
+
+class Threads:
+    """The same with threads of Python, where greenlet is not installed."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.turns = [_thread.allocate_lock() for _ in range(block.threads)]      # thread n waits for turns[n]
+        self.finished, self.done = 0, _thread.allocate_lock()
+        for lock in (*self.turns, self.done):
+            lock.acquire()
+        self.error: BaseException | None = None
+
+    def run(self, body: Callable[[], None]) -> None:
         def thread(n: int) -> None:
             self.turns[n].acquire()
             try:
                 if self.error is None:
-                    body(arguments)
+                    body()
             except BaseException as error:
                 self.error = self.error or error
             self.finished += 1
-            if self.finished == self.threads:
+            if self.finished == self.block.threads:
                 self.done.release()
             else:
                 self.next(n)
-        for n in range(self.threads):       # threading.Thread would wait for the start of each
+        for n in range(self.block.threads):     # threading.Thread would wait for the start of each
             _thread.start_new_thread(thread, (n,))
         self.turns[0].release()
         self.done.acquire()
@@ -118,38 +192,18 @@ class Block:
             raise self.error
 
     def next(self, n: int) -> None:
-        following = (n + 1) % self.threads
+        following = (n + 1) % self.block.threads
         if following == 0:
-            self.epoch += 1
-        self.current = following
+            self.block.epoch += 1
+        self.block.current = following
         self.turns[following].release()
 
     def barrier(self) -> None:
-        n = self.current
+        n = self.block.current
         self.next(n)
         self.turns[n].acquire()
         if self.error is not None:
             raise RuntimeError("another thread failed")
-
-    # -------------------------------------------------------- shared memory
-    def put(self, address: int, value: Any) -> None:
-        for log in (self.writer, self.reader):
-            epoch, thread = log.get(address, (-1, 0))
-            same = log is self.writer and self.shared.get(address) == value     # all store the same mark
-            assert epoch != self.epoch or thread == self.current or same, f"race at shared address {address}"
-        self.writer[address], self.shared[address] = (self.epoch, self.current), value
-
-    def get(self, address: int) -> Any:
-        epoch, thread = self.writer.get(address, (-1, 0))
-        assert address in self.shared, f"shared address {address} was never written"
-        assert epoch != self.epoch or thread == self.current, f"race at shared address {address}"
-        epoch, thread = self.reader.get(address, (-1, self.current))
-        self.reader[address] = (self.epoch, self.current if epoch != self.epoch or thread == self.current else -1)
-        return self.shared[address]
-
-    def array(self, shape: Any, kind: Any) -> Any:
-        n, self.calls[self.current] = self.calls[self.current], self.calls[self.current] + 1
-        return self.arrays.setdefault(n, [math.nan] * shape) if shape else None
 
 
 class Index:
@@ -176,7 +230,7 @@ class Machine:
         machine = self
 
         def local(shape: Any, kind: Any) -> Any:
-            return np.full(shape, math.nan) if kind is real else np.zeros(shape, np.int64)
+            return dict.fromkeys(indices(shape), math.nan if kind is real else 0)
 
         def shuffle(mask: int, value: Any, step: int) -> Any:
             block, me = machine.block, machine.block.current
@@ -285,7 +339,7 @@ class Machine:
 
         def load(address: int) -> Any:
             assert address % (size * count) == 0, "misaligned vector"
-            return tuple(self.block.get(address + k * size) for k in range(count))
+            return self.block.get(range(address, address + size * count, size))
         return load
 
     def names(self) -> dict[str, Any]:
@@ -300,7 +354,7 @@ class Machine:
                 "load_b32": self.load_b32, "load_b32_if": self.load_b32_if,
                 "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
                 "store_shared": store_shared, "rounded_product": lambda compute: lambda x, y: x * y,
-                "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(at),
+                "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(range(at, at + 1))[0],
                 "store_shared_b32": lambda at, value: self.block.put(at, value),
                 "store_chunk": self.store_chunk, "load_f32": lambda at: self.load_if("float32", "float32")(at, 1),
                 "store_f32": self.store("float32", "float32"), "store_words": self.store_words, "transpose_bytes": transpose_bytes,
@@ -329,6 +383,12 @@ class _Launcher(Listing):
 
     def mark(self) -> int:
         return next(_marks)
+
+
+@functools.cache
+def indices(shape: Any) -> list[Any]:
+    """All indices of an array: a local one is a dict, whose elements are Python's numbers and which has no others."""
+    return list(range(shape)) if isinstance(shape, int) else list(itertools.product(*map(range, shape)))
 
 
 def int32(x: Any) -> int:

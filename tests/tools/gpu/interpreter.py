@@ -9,6 +9,7 @@ Threads run a basic block at a time, those that are farthest behind first, so th
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from fastattn.arrays.view import View
 from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
+from tests.tools.gpu.builds import build
 from tests.tools.gpu.numbers import bits_of, compare, cut_off, floats_of, flushed, halves_of_bytes, halves_times
 from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
@@ -427,6 +429,9 @@ class Run:
 
 
 # ---------------------------------------------------------------- a device
+parsed = functools.lru_cache(50)(parse)         # what runs a Body does not change it
+
+
 class Launcher(Listing):
     """A Launcher whose kernels run here. `launched`: their keys."""
 
@@ -437,8 +442,8 @@ class Launcher(Listing):
         memory.bytes[self.zeros - BASE:self.zeros - BASE + 4 * 65536] = 0
 
     def load(self, source: compiler.Source) -> Any:
-        ptx = compiler.build(source, self.arch, output="ptx")[0].decode().rstrip("\0")
-        shared, body = source.make()[1], parse(ptx)
+        body = parsed(build(source, self.arch, "ptx")[0].decode().rstrip("\0"))
+        shared = source.make()[1]
 
         def launch(grid: int, values: list[Any], stream: int) -> None:
             self.launched.append(source.key)

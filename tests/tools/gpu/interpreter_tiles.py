@@ -13,8 +13,8 @@ import numpy as np
 
 from fastattn.gpu.runtime import compile as compiler
 from tests.tools.gpu import interpreter
+from tests.tools.gpu.builds import build
 from tests.tools.gpu.interpreter import _LETTERS, BASE, Array, Memory
-from tests.tools.gpu.ptx_text import parse
 
 _LANE = np.arange(32)
 
@@ -107,8 +107,7 @@ class Launcher(interpreter.Launcher):
     """A Launcher whose kernels run here."""
 
     def load(self, source: compiler.Source) -> Any:
-        ptx = compiler.build(source, self.arch, output="ptx")[0].decode().rstrip("\0")
-        shared, body = source.make()[1], parse(ptx)
+        shared, body = source.make()[1], interpreter.parsed(build(source, self.arch, "ptx")[0].decode().rstrip("\0"))
 
         def launch(grid: int, values: list[Any], stream: int) -> None:
             self.launched.append(source.key)
