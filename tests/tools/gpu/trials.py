@@ -58,12 +58,20 @@ def _trials() -> list[Trial]:
         Trial("CLIP 224", Want(head_dim=64, seqlen_q=257, batch=64), ours | few64),
         Trial("D64 512", Want(head_dim=64, seqlen_q=512, batch=32, num_heads=32), ours | few64),
         Trial("D64 512 causal", Want(head_dim=64, seqlen_q=512, batch=32, num_heads=32, causal=True), ours | few64),
+        Trial("D64 1024", Want(head_dim=64, seqlen_q=1024, batch=16, num_heads=32), ours | few64),
+        Trial("D64 1024 causal", Want(head_dim=64, seqlen_q=1024, batch=16, num_heads=32, causal=True), ours | few64),
+        Trial("nanoGPT", Want(head_dim=64, seqlen_q=256, batch=64, num_heads=6, causal=True), ours | few64),
+        Trial("MSA columns", Want(head_dim=32, seqlen_q=128, batch=256, num_heads=8), ours | {"64x64/3": tiling(64, 64, 3),
+                                                                                              "64x128/2": tiling(64, 128, 2)}),
         Trial("d40", Want(head_dim=40, seqlen_q=4096, batch=8, num_heads=8), ours | {"192x144": tiling(192, 144)}),
         Trial("gpt-oss", Want(head_dim=64, seqlen_q=8192, batch=1, num_heads=64, num_heads_k=8, window=(127, 0), causal=True,
                               sinks="float32"), ours | {"128x128": tiling(128, 128), "128x64": tiling(128, 64),
               "128x64/2 apart": tiling(128, 64, 2, **apart), "64x64/3": tiling(64, 64, 3), "64x128/2": tiling(64, 128, 2)}),
+        Trial("ModernBERT", Want(head_dim=64, seqlen_q=8192, num_heads=12, window=(64, 64)), ours | {"128x128": tiling(128, 128),
+              "128x64/2 apart": tiling(128, 64, 2, **apart), "64x64/3": tiling(64, 64, 3)}),
         Trial("D80 257", Want(head_dim=80, seqlen_q=257, batch=64), ours | {"64x64/2": tiling(64, 64, 2, out_panels=2)}),
         Trial("D128 512", Want(seqlen_q=512, batch=32), ours | {"64x64/2": tiling(64, 64, 2, out_panels=2)}),
+        Trial("D128 512 causal", Want(seqlen_q=512, batch=32, causal=True), ours | {"64x64/2": tiling(64, 64, 2, out_panels=2)}),
         Trial("AF3 atoms", Want(head_dim=32, seqlen_q=32, seqlen_k=128, batch=640, num_heads=4, bias="bfloat16"), ours
               | {f"sm80 {16 * warps}x64/{blocks}": Variant(sm80=ForwardSm80Config(warps=warps, tiles=1, block_n=64, stages=1,
                                                                                  blocks_per_sm=blocks))
@@ -90,6 +98,8 @@ def _backwards(ours: dict[str, Variant]) -> list[Trial]:
               | {"ragged": Variant(backward={"ragged": True})}),
         Trial("SD 16 back", Want(head_dim=160, seqlen_q=256, batch=32, num_heads=8, backward=True), ours),
         Trial("Flux back", Want(seqlen_q=4608, batch=1, num_heads=24, backward=True), ours),
+        Trial("Llama 64k back", Want(seqlen_q=65536, batch=1, num_heads=32, num_heads_k=8, causal=True, backward=True), ours
+              | {"down": Variant(backward={"down": True})}, (), repeats=1),
         Trial("D64 512 back", Want(head_dim=64, seqlen_q=512, batch=32, num_heads=32, backward=True), ours),
     ]
 
