@@ -74,8 +74,6 @@ class ForwardSm90Config:
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     blocks_per_sm
         Thread blocks of a multiprocessor. Several for few keys: one computes while others wait for their first keys or store rows.
-    ahead
-        Blocks of keys from the one that is loaded to one that is prefetched into the L2 cache (roles.py). 0: none is.
     """
 
     block_m: int
@@ -91,7 +89,6 @@ class ForwardSm90Config:
     box: int = 0
     whole: bool = False
     blocks_per_sm: int = 1
-    ahead: int = 0
 
     def __post_init__(self) -> None:
         assert self.consumers == 2 or not self.wide_producer
@@ -130,7 +127,7 @@ class ForwardSm90Config:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
                 + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
-                + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1) + f" ahead {self.ahead}" * (self.ahead > 0))
+                + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1))
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
@@ -214,7 +211,6 @@ def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
 
 # ---------------------------------------------------------------- dK and dV together
 FIRST_TO_LAST = 32768       # keys from which causal calls go through query blocks from first to last
-RAGGED_ROWS = 1.04          # padded rows over those in bands of 16 from which pieces of dQ without rows are left out
 MLA = 192, 128, 64          # head_dim, head_dim_v and query rows of a step: the largest heads whose dK and dV fit the registers
 
 
@@ -250,8 +246,6 @@ class BackwardSm90Config:
     one_tile
         A head's keys are one tile, so that dQ of a block of queries is complete: it goes to memory as it is, without float32 sums, their
         zeros and their rounding.
-    ragged
-        Pieces of dQ's last block that have no rows are not added.
     """
 
     dim: int
@@ -264,7 +258,6 @@ class BackwardSm90Config:
     apart: bool = False
     down: bool = False
     one_tile: bool = False
-    ragged: bool = False
 
     def __post_init__(self) -> None:
         assert (self.block_m == 128 and max(self.dim, self.dim_v) <= 64) or self.block_m == 64, "dQ of a step is two panels at most"
@@ -273,7 +266,7 @@ class BackwardSm90Config:
     @property
     def text(self) -> str:
         dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
-        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile", "ragged") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile") if getattr(self, name))
         return f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}{flags}" + (f" squeeze {self.squeeze}" if self.squeeze else "")
 
 
@@ -292,13 +285,12 @@ def _choose_with_tiles(spec: Spec, down: bool) -> BackwardSm90Config:
     return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=down)
 
 
-def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30, one_tile: bool = False) -> BackwardSm90Config:
-    """The tiling for so many rows and keys. one_tile: a head's keys are one tile, and every row attends one of them."""
+def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, one_tile: bool = False) -> BackwardSm90Config:
+    """The tiling for so many keys. one_tile: a head's keys are one tile, and every row attends one of them."""
     config = _choose_by_registers(spec, seqlen_k)
     if one_tile and config.block_m == 128:              # a causal one spills 4 bytes with far rows apart
         return replace(config, one_tile=True, apart=False)
-    wasteful = not (spec.packed or spec.deterministic or spec.traced) and _padded(seqlen_q, 128) > RAGGED_ROWS * _padded(seqlen_q, 16)
-    return replace(config, ragged=wasteful)
+    return config
 
 
 def _choose_by_registers(spec: Spec, seqlen_k: int) -> BackwardSm90Config:

@@ -12,7 +12,7 @@ from ..dsl.inline import inline
 from ..ptx.sync import opaque, thread_index, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.smem import WARPGROUP, WARPGROUP_ROWS
+from ..tile.smem import WARPGROUP
 from .config import BackwardSm90Config
 
 
@@ -83,10 +83,9 @@ def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, A
 
     first_block(m_min, m_max), next_block(m), is_block(m, m_min, m_max): a head's blocks, one after the other.
     row_before(a, batch, q_start, head, m, m_min, m_max): first row, in a.accum, of the block that comes before m of `head`. With
-    config.one_tile, there is no a.accum, and lines are counted from the batch entry's first. With config.ragged, negative where the
-    warp's rows of the block do not exist.
+    config.one_tile, there is no a.accum, and lines are counted from the batch entry's first.
     """
-    DOWN, BLOCK_M, RAGGED, ONE_TILE, first_row = config.down, config.block_m, config.ragged, config.one_tile, make_first_row(spec)
+    DOWN, BLOCK_M, ONE_TILE, first_row = config.down, config.block_m, config.one_tile, make_first_row(spec)
 
     @inline
     def first_block(m_min, m_max):
@@ -108,21 +107,13 @@ def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, A
             return first_row(a, batch, head, q_start)
 
     @inline
-    def existing(a, row, m):
-        """`row`, or a negative number."""
-        if RAGGED:
-            warps = own_thread() >> 5 if BLOCK_M == WARPGROUP_ROWS else own_warpgroup() * 4 + (own_thread() >> 5)
-            row = row if int32(m * BLOCK_M + warps * 16) < a.seqlen_q else int32(-1)
-        return row
-
-    @inline
     def row_before(a, batch, q_start, head, m, m_min, m_max):
         if DOWN:
             again = m == m_max - 1
             m, head = m_min if again else int32(m + 1), int32(head - 1) if again else head
-            return existing(a, int32(line_of(a, batch, head, q_start) + m * BLOCK_M), m)
+            return int32(line_of(a, batch, head, q_start) + m * BLOCK_M)
         else:
             again = m == m_min
             m, head = m_max if again else m, int32(head - 1) if again else head
-            return existing(a, int32(line_of(a, batch, head, q_start) + (m - 1) * BLOCK_M), m - 1)
+            return int32(line_of(a, batch, head, q_start) + (m - 1) * BLOCK_M)
     return first_block, next_block, is_block, row_before

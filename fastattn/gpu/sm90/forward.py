@@ -49,7 +49,7 @@ from .bounds import make_tile_bounds
 from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
-from .roles import make_prefetch_keys, make_roles
+from .roles import make_roles
 from .seen import Tile, make_load_seen, make_seen
 from .values import SECOND, make_load_values
 
@@ -89,7 +89,6 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     plane_of, draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
     keep, num_tiles, key_row, (diagonal_of, alibi_from) = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N), make_diagonals(spec)
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
-    prefetch_keys = make_prefetch_keys(config, PANELS, PANELS_V)
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
     fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
     (update, optimistic, finish), clear_v = make_softmax(spec), make_clear(BLOCK_N, PANELS_V, THREADS)
@@ -147,7 +146,6 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             while row > end:            # the other blocks of the tile before
                 row = opaque(int32(row - BLOCK_N))
                 load_k(a, base, it, row, head_k, keys, m_block, head)
-                prefetch_keys(a, row, end, m_block, head, head_k, keys)
                 if LATE_V:
                     load_v(a, base, int32(it - 1), int32(row + BLOCK_N), head_k, keys)
                 elif not TWO_PRODUCERS:

@@ -273,7 +273,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:
         own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
-    config, wide = _backward_config(own_spec, call.problem.seqlen_k, call.problem.seqlen_q, _one_tile(call, own_spec)), is_wide(own_spec)
+    config, wide = _backward_config(own_spec, call.problem.seqlen_k, _one_tile(call, own_spec)), is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
@@ -298,9 +298,9 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _backward_config(spec: Spec, seqlen_k: int, seqlen_q: int, one_tile: bool) -> BackwardSm90Config:
+def _backward_config(spec: Spec, seqlen_k: int, one_tile: bool) -> BackwardSm90Config:
     if not spec.traced:
-        return choose_backward(spec, seqlen_k, seqlen_q, one_tile)
+        return choose_backward(spec, seqlen_k, one_tile)
     return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH)
 
 
