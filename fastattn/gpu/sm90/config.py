@@ -14,6 +14,7 @@ FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: 
 FLOAT_WARPS = 8             # of a block of `backward_float`
 MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
+MOST_FEW, MOST_FEW_FULL = 1024, 512     # keys, with a mask by position and without
 PADDED_ROWS = 1.15          # most padded rows over those of smaller tiles; 512 rows, where tiles of 192 won, have 1.125
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
@@ -148,12 +149,15 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
     optimistic = spec.alibi is None and not several and not capped and (spec.bias is None or spec.bias_pairs)
     if dim <= 64:
+        if _few_keys(spec, seqlen_k):
+            return _choose_few(spec, seqlen_k, seqlen_q, optimistic)
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
             block_n = (48 if capped else 64) if several else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
-        # 197 rows are 384 in tiles of 192, which was 0.84 of cuDNN, and 256 in tiles of 128
-        wasteful = not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
-        return ForwardSm90Config(block_m=128 if wasteful else 192, block_n=128, turns=True, optimistic=optimistic)
+        return ForwardSm90Config(block_m=128 if _wasteful(spec, seqlen_q) else 192, block_n=128, turns=True, optimistic=optimistic)
+    if dim <= 96 and num_features(spec) == 0 and not (spec.lengths or spec.traced) and not _wasteful(spec, seqlen_q):
+        # as many rows as at head_dim 64, where exponentials are the limit, too; 128 keys would spill 48 bytes
+        return ForwardSm90Config(block_m=192, block_n=112, out_panels=1, turns=True, optimistic=optimistic)
     if dim <= 128:
         # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
         if num_features(spec) == 1 and (spec.dropout or spec.softcap):
@@ -175,6 +179,25 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         return ForwardSm90Config(block_m=128, block_n=64, out_panels=0, turns=True, optimistic=False, hints=True)
     block_n = 48 if spec.softcap or (spec.alibi and spec.packed) else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
+
+
+def _wasteful(spec: Spec, seqlen_q: int) -> bool:
+    """Whether tiles of 192 rows have much more padding than those of 128: 197 rows are 384, which was 0.84 of cuDNN, or 256."""
+    return not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
+
+
+def _few_keys(spec: Spec, seqlen_k: int) -> bool:
+    """Whether tiles have so few steps that a multiprocessor should have several at once. Features would spill there."""
+    most = MOST_FEW if spec.left or spec.right else MOST_FEW_FULL
+    return seqlen_k <= most and num_features(spec) == 0 and not (spec.lengths or spec.traced)
+
+
+def _choose_few(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config:
+    """head_dim to 64 and few keys: the time is that of all scores, padding included, in tiles of either kind."""
+    small = ForwardSm90Config(block_m=64, block_n=64, blocks_per_sm=3, optimistic=optimistic)
+    large = ForwardSm90Config(block_m=128, block_n=48, blocks_per_sm=2, turns=True, optimistic=optimistic)
+    scores = [_padded(seqlen_q, x.block_m) * _padded(seqlen_k, x.block_n) for x in (small, large)]
+    return large if scores[1] < scores[0] and not (spec.left or spec.right or spec.packed) else small
 
 
 def _padded(rows: int, block_m: int) -> int:

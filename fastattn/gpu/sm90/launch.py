@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 
 from ...arrays.view import View, contiguous
-from ...problem import Grads, Operands
+from ...problem import Grads, Operands, Problem
 from ..config import feature_weight, num_features
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
@@ -181,7 +181,13 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
-    return _prepare(call, spec, *_choice(spec, call.problem.seqlen_k, call.problem.seqlen_q), launcher)
+    return _prepare(call, spec, *_choice(spec, _most_keys(call.problem), call.problem.seqlen_q), launcher)
+
+
+def _most_keys(p: Problem) -> int:
+    """Keys that a row attends, at most."""
+    left, right = p.mask.left, p.mask.right
+    return p.seqlen_k if left is None or right is None else max(min(p.seqlen_k, left + right + 1), 1)
 
 
 def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -310,7 +316,7 @@ def _one_tile(call: BackwardCall, spec: Spec) -> bool:
     if spec.packed or spec.mask or spec.left or spec.traced or spec.deterministic or spec.group_parts or p.float32_out:
         return False
     right, first_attends = p.mask.right, p.mask.top_left or p.seqlen_q <= p.seqlen_k
-    return p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
+    return 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
