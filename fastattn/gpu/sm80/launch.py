@@ -19,6 +19,8 @@ from ..short import launch as short
 from ..simt.launch import captured
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
 from .config import (
+    FEW_ROWS,
+    FEW_ROWS_KEYS,
     MOST_DIM,
     ONE_TILE,
     ONE_TILE_KEYS,
@@ -74,9 +76,10 @@ def _refuses_backward(call: BackwardCall, d: Device) -> str | None:
 
 # ---------------------------------------------------------------- forward
 def one_tile(call: Call) -> bool:
-    """Whether a head is one tile of queries and one or two of keys, of which the tiles of longer sequences would be mostly padding."""
+    """Whether a head is one tile of queries over few keys. The tiles of longer sequences would be mostly padding."""
     p = call.problem
-    short = not p.packed and max(p.seqlen_q, p.head_dim, p.head_dim_v) <= ONE_TILE and p.seqlen_k <= ONE_TILE_KEYS
+    keys = FEW_ROWS_KEYS if p.seqlen_q <= FEW_ROWS else ONE_TILE_KEYS
+    short = not p.packed and max(p.seqlen_q, p.head_dim, p.head_dim_v) <= ONE_TILE and p.seqlen_k <= keys
     return short and p.dtype != "float32" and p.flex is None
 
 

@@ -14,7 +14,8 @@ FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: 
 FLOAT_WARPS = 8             # of a block of `backward_float`
 MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
-MOST_FEW, MOST_FEW_FULL = 1024, 512     # keys, with a mask by position and without
+FEW_FULL, FEW_WINDOW = 640, 1024        # keys up to which `_choose_few` is asked without a mask, and where rows attend a window
+LONGEST = 65536             # keys from which causal tiles at head_dim 128 have steps of 160: 51.2 -> 49.7 ms; at 16384 they gave nothing
 PADDED_ROWS = 1.15          # most padded rows over those of smaller tiles; 512 rows, where tiles of 192 won, have 1.125
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
@@ -149,20 +150,21 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
     optimistic = spec.alibi is None and not several and not capped and (spec.bias is None or spec.bias_pairs)
     if dim <= 64:
-        if _few_keys(spec, seqlen_k):
-            return _choose_few(spec, seqlen_k, seqlen_q, optimistic)
+        if (few := _choose_few(spec, seqlen_k, seqlen_q, optimistic)) is not None:
+            return few
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
             block_n = (48 if capped else 64) if several else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
         return ForwardSm90Config(block_m=128 if _wasteful(spec, seqlen_q) else 192, block_n=128, turns=True, optimistic=optimistic)
-    if dim <= 96 and num_features(spec) == 0 and not (spec.lengths or spec.traced) and not _wasteful(spec, seqlen_q):
-        # as many rows as at head_dim 64, where exponentials are the limit, too; 128 keys would spill 48 bytes
-        return ForwardSm90Config(block_m=192, block_n=112, out_panels=1, turns=True, optimistic=optimistic)
+    if dim <= 96 and (wider := _choose_wider(spec, seqlen_k, seqlen_q, optimistic)) is not None:
+        return wider
     if dim <= 128:
         # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
         if num_features(spec) == 1 and (spec.dropout or spec.softcap):
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
         block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
+        if dim > 96 and seqlen_k >= LONGEST and spec.right and _is_plain(spec) and not (spec.left or spec.packed):
+            block_n = 160
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
     if dim <= 192 and spec.head_dim_v <= 128 and num_features(spec) == 0:
         # MLA's 192/128, where O takes no more than at head_dim 128: 676 TFLOP/s with 96 keys, 691 with 112, 708 with 128, 714 with hints
@@ -181,23 +183,52 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
 
 
+def _is_plain(spec: Spec) -> bool:
+    """No feature that takes registers, no caches, no functions."""
+    return num_features(spec) == 0 and not (spec.lengths or spec.traced)
+
+
 def _wasteful(spec: Spec, seqlen_q: int) -> bool:
     """Whether tiles of 192 rows have much more padding than those of 128: 197 rows are 384, which was 0.84 of cuDNN, or 256."""
     return not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
 
 
-def _few_keys(spec: Spec, seqlen_k: int) -> bool:
-    """Whether tiles have so few steps that a multiprocessor should have several at once. Features would spill there."""
-    most = MOST_FEW if spec.left or spec.right else MOST_FEW_FULL
-    return seqlen_k <= most and num_features(spec) == 0 and not (spec.lengths or spec.traced)
+def _choose_few(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config | None:
+    """head_dim to 64 and few keys: several thread blocks on a multiprocessor. None: one is faster. Features would spill.
 
-
-def _choose_few(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config:
-    """head_dim to 64 and few keys: the time is that of all scores, padding included, in tiles of either kind."""
+    A window, or a causal call to SHORT keys: blocks of 64 rows and 64 keys leave out most of what is masked. Without a mask the time is
+    that of all scores, padding included: in smaller tiles, of which there are two, 1.12 times that in tiles of 192 rows, in tiles of 128
+    rows, one block on a multiprocessor, 1.17 times. Many queries over few keys, and one step of 128 keys, are not for smaller tiles.
+    """
+    if not _is_plain(spec):
+        return None
     small = ForwardSm90Config(block_m=64, block_n=64, blocks_per_sm=3, optimistic=optimistic)
+    if spec.left or spec.right:
+        most = FEW_WINDOW if spec.left and spec.right else 0 if spec.left or spec.packed or seqlen_q > 2 * seqlen_k else SHORT - 1
+        return small if seqlen_k <= most else None
+    if spec.packed or not 128 < seqlen_k <= FEW_FULL or seqlen_q > 2 * seqlen_k:
+        return None
+
+    def scores(block_m: int, block_n: int) -> int:
+        return _padded(seqlen_q, block_m) * _padded(seqlen_k, block_n)
+    one = 1.17 * scores(128, 128) if _wasteful(spec, seqlen_q) else scores(192, 128)
+    if 1.12 * min(scores(64, 64), scores(128, 48)) >= one:
+        return None
     large = ForwardSm90Config(block_m=128, block_n=48, blocks_per_sm=2, turns=True, optimistic=optimistic)
-    scores = [_padded(seqlen_q, x.block_m) * _padded(seqlen_k, x.block_n) for x in (small, large)]
-    return large if scores[1] < scores[0] and not (spec.left or spec.right or spec.packed) else small
+    return large if scores(128, 48) < scores(64, 64) else small
+
+
+def _choose_wider(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config | None:
+    """head_dim 65 to 96: as many rows as at head_dim 64, where exponentials are the limit, too. None: tiles of 128 rows are faster.
+
+    Without a mask they take 0.78 to 0.89 of the time a score, with a causal one 1.00 (docs/log-gpu.md). 128 keys would spill 48 bytes.
+    """
+    if not _is_plain(spec) or spec.left or spec.right:
+        return None
+    more = _padded(seqlen_q, 192) * _padded(seqlen_k, 112) / (_padded(seqlen_q, 128) * _padded(seqlen_k, 128))
+    if not spec.packed and more > 1.1:
+        return None
+    return ForwardSm90Config(block_m=192, block_n=112, out_panels=1, turns=True, optimistic=optimistic)
 
 
 def _padded(rows: int, block_m: int) -> int:

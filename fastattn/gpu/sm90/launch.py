@@ -405,7 +405,7 @@ def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sum
 def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
     """Enqueue writing dq."""
     o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
-    config = choose_dq(spec)
+    config = choose_dq(spec, call.problem.seqlen_k)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, launcher, stream) as sequences, mask_words(call, config.block_n, launcher, stream) as words:
         boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, config.block_m)

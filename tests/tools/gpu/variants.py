@@ -45,7 +45,7 @@ def chosen(variant: Variant) -> Iterator[None]:
     with (patch.object(launch.sm80, "one_tile", one), patch.object(launch.sm80, "_forward_config", (lambda *_: variant.sm80) if variant.sm80
                                                                    else launch.sm80._forward_config),
           patch.object(launch, "_choice", choice if tiling else launch._choice),
-          patch.object(launch, "choose_dq", (lambda spec: variant.dq) if variant.dq else launch.choose_dq),
+          patch.object(launch, "choose_dq", (lambda *_: variant.dq) if variant.dq else launch.choose_dq),
           patch.object(launch, "_backward_config", backward if variant.backward else own),
           patch.object(launch, "head_group", (lambda *_: variant.heads) if variant.heads else launch.head_group)):
         yield
