@@ -106,7 +106,9 @@ def test_every_block_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 32}, {"stages": 1, "block_n": 64}, {"out_panels": 0}, {"turns": False},
-                                    {"optimistic": False}, {"block_m": 64, "turns": False}], ids=str)
+                                    {"optimistic": False}, {"block_m": 64, "turns": False},
+                                    {"block_m": 64, "turns": False, "blocks_per_sm": 2},
+                                    {"block_n": 64, "optimistic": False, "overlap": False, "blocks_per_sm": 2}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     call = CASES["128 causal"]
     for seed in range(2):
@@ -121,8 +123,10 @@ def test_one_stage_in_both_orders(overlap: bool) -> None:
         check(play(call, seed, block_n=64, stages=1, overlap=overlap), call.problem, whole(call.problem))
 
 
-@pytest.mark.parametrize(("dim", "causal"), [(64, False), (64, True), (128, True), (256, True), (512, True)])
-def test_packed_sequences(dim: int, causal: bool) -> None:
+@pytest.mark.parametrize(("dim", "causal", "tuning"), [
+    (64, False, {}), (64, True, {}), (128, True, {}), (256, True, {}), (512, True, {}),
+    (64, True, {"block_m": 64, "block_n": 64, "turns": False, "blocks_per_sm": 3})])
+def test_packed_sequences(dim: int, causal: bool, tuning: dict[str, Any]) -> None:
     lengths_q, lengths_k = [130, 0, 64, 200, 5], [130, 40, 0, 90, 300]
     cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
     q, k = view(int(cu[0][-1]) + 70, 2, dim), view(int(cu[1][-1]), 1, dim)      # 70 rows of no sequence
@@ -131,7 +135,7 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
     call = Call(problem, o, view(*q.shape, ptr=OUT), None)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(5)]
     for seed in range(2):
-        check(play(call, seed), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
+        check(play(call, seed, **tuning), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
 
 
 @pytest.mark.parametrize(("dim", "causal", "dtype"), [(64, False, "float16"), (128, True, "float16"), (256, False, "float16"),

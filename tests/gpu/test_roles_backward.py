@@ -30,13 +30,13 @@ from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing
 from tests.tools.gpu.roles_backward import BackwardPlay
 
-DK, DV = 1 << 44, 1 << 45
+DK, DV, DQ = 1 << 44, 1 << 45, 1 << 46
 
 
 def backward(q: Any, k: Any, o: Operands, packed: bool, deterministic: bool = False, **options: Any) -> BackwardCall:
     problem, o = make_problem("attention_backward", o, packed=packed, **options)
     lse, out = view(*problem.lse_shape, dtype="int32"), view(*problem.out_shape)
-    return BackwardCall(problem, o, out, out, lse, None, Grads(q, replace(k, ptr=DK), replace(o.v, ptr=DV)), deterministic)
+    return BackwardCall(problem, o, out, out, lse, None, Grads(replace(q, ptr=DQ), replace(k, ptr=DK), replace(o.v, ptr=DV)), deterministic)
 
 
 def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int = 0, bias: bool = False,
@@ -57,7 +57,8 @@ def kernel(spec: Spec, config: Any, change: Any) -> Any:
 def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
     """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows. mask: the elements of its mask."""
     spec = launch_sm90.with_bias_tiles(make_backward_spec(call), call.operands.bias, 128)
-    config, memory, made = replace(tiling(spec, call.problem.seqlen_k), **tuning), Memory(), []
+    one_tile, p = launch_sm90._one_tile(call, spec), call.problem
+    config, memory, made = replace(tiling(spec, p.seqlen_k, one_tile), **tuning), Memory(), []
     arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
@@ -99,7 +100,21 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
                 at = pointer + 2 * dim * ((plane * p.seqlen_k + k_start) * p.num_heads_k + head_k)
                 assert results.pop((at, key)) == (kind if blocks else "0", tuple(blocks))
     assert not results
-    assert sorted(sums) == sorted(expected_sums) if not call.deterministic else not sums
+    if made[0].config.one_tile:
+        assert not sums
+        check_rows(call, {at: of for one in made for at, of in one.stored.items()}, block_m)
+    else:
+        assert sorted(sums) == sorted(expected_sums) if not call.deterministic else not sums
+
+
+def check_rows(call: BackwardCall, stored: dict[Any, Any], block_m: int) -> None:
+    """dQ that is stored as it is: each band of 16 rows once, from its own block of queries and its head's keys."""
+    p = call.problem
+    for plane, head, row in itertools.product(range(p.batch), range(p.num_heads), range(0, p.seqlen_q, 16)):
+        at = DQ + 2 * p.head_dim * (plane * p.seqlen_q * p.num_heads + head)
+        block = row // block_m * block_m
+        assert stored.pop((at, row)) == ((block, head, plane), (0, head // p.group, plane))
+    assert not stored
 
 
 CASES = {
@@ -111,6 +126,8 @@ CASES = {
     "bias causal": dense(1, 400, 400, 2, 1, 128, bias=True, causal=True),
     "192 and 128": dense(1, 300, 300, 2, 1, 192, 128, causal=True, deterministic=True),
     "40": dense(1, 300, 200, 1, 1, 40), "80": dense(1, 130, 200, 2, 1, 80), "96 causal": dense(1, 200, 200, 1, 1, 96, causal=True),
+    "one tile": dense(2, 300, 100, 2, 1, 64), "one tile causal": dense(2, 77, 77, 2, 2, 64, causal=True),
+    "one tile, few queries": dense(1, 20, 128, 2, 2, 32, causal=True), "not one tile": dense(1, 200, 100, 1, 1, 64, causal=True),
     "40 softcap": dense(1, 100, 200, 1, 1, 40, softcap=3.0), "no queries for some keys, 64": dense(1, 64, 400, 2, 1, 64, causal="top_left"),
 }
 

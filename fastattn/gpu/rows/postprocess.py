@@ -39,9 +39,12 @@ def make_round(spec: Spec, DIM: int, VECTOR: int, WHOLE: bool, EARLY: bool) -> A
             batch = int32(0) if PACKED else divide(line, a.num_heads)
             head = line if PACKED else int32(line - batch * a.num_heads)
             at = uint64(a.accum + uint64(band * (COLUMN_BYTES * DIM)) + uint64(lane * LANE_BYTES))
-            acc = load_sums(at, DIM, VECTOR)    # in flight during row_at
+            if PACKED:
+                acc = load_sums(at, DIM, VECTOR)    # in flight during row_at
             first, count, _ = row_at(a, int32(p))
             if count > 0:
+                if not PACKED:
+                    acc = load_sums(at, DIM, VECTOR)
                 acc = scale_rows(acc, a.grad_scale, a.grad_scale)
                 row, col = lane_row(lane), thread_col(lane)
                 address = uint64(int64(a.dq) + batch * a.dq_batch + head * a.dq_head + int64(first + row) * a.dq_row

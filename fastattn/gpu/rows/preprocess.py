@@ -27,7 +27,7 @@ from ..ptx.sync import let_next_start
 from ..spec import FAR_EXPONENT, FAR_LSE, LOG2E, Spec
 from ..tile.scalar import WARP, compute_of
 from ..tile.schedule import length_at
-from .config import PADDING, SINK_THREADS
+from .config import PADDING, ROUND_ROWS, SINK_THREADS
 from .config import PREPROCESS_ROWS as BLOCK_ROWS
 from .config import PREPROCESS_THREADS as THREADS
 
@@ -201,7 +201,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                         put_log2(a, at, lse)
                     put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else delta - dlses[i])
                 if ACCUM:
-                    if p < a.rows:
+                    if int32(p - p0 & -ROUND_ROWS) < count0:        # a band without rows is never rounded
                         for byte in range(16 * lane, a.accum_row, 16 * LANES):
                             store_zero16(uint64(int64(a.out_accum) + at * a.accum_row + byte))
     return kernel

@@ -10,7 +10,9 @@ from ..spec import Spec
 
 WARP = 32                   # threads
 MOST_DIM = 256              # of head_dim and head_dim_v: the registers that O takes
-ONE_TILE = 64               # rows, keys and head_dim of a head that is one tile
+ONE_TILE = 64               # rows and head_dim of a head that is one tile of rows
+FEW_ROWS = 32               # of a tile of two warps
+ONE_TILE_KEYS, FEW_ROWS_KEYS = 256, 512     # over so many keys, Hopper's tiles take 1.1 times as long, for FEW_ROWS 1.3 times
 PANEL = 64                  # columns of a panel of shared memory: rows of 128 bytes
 
 
@@ -67,31 +69,31 @@ class ForwardSm80Config:
                 + " elements" * (not self.whole) + " out_elements" * (not self.whole_out))
 
 
-def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True, one_tile: bool = False) -> ForwardSm80Config:
+def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = True, rows: int = 0) -> ForwardSm80Config:
     """Chosen by registers (none spilled) and shared memory; two blocks of four warps on a multiprocessor wherever they
     fit.
 
-    one_tile: a head is one tile of 64 rows and 64 keys. Then the time is latency, which more blocks hide.
+    rows: those of a head that is one tile, else 0. Then the time is latency, which more blocks hide.
     """
     dim, room = max(spec.head_dim, spec.head_dim_v), arch_of(arch).shared_memory
     heavy = spec.bias is not None or spec.mask or spec.dropout or spec.softcap or spec.alibi is not None
-    rows = {"whole": whole, "whole_out": whole_out}
+    pieces = {"whole": whole, "whole_out": whole_out}
     if spec.parts > 1:      # 96 KB of shared memory: 6 bytes an element
         if dim <= 64 and not heavy and room > 200:      # 32 rows a warp would spill 20 bytes on sm_90a, where the other family is faster
             return ForwardSm80Config(warps=8, tiles=1, block_n=64, stages=1, blocks_per_sm=1)
         return ForwardSm80Config(warps=4, tiles=1 if dim > 64 or heavy else 2, block_n=32, stages=1, blocks_per_sm=2 if room > 200 else 1)
-    if one_tile:
-        blocks = 4 if whole and num_features(spec) <= 1 else 2
-        return ForwardSm80Config(warps=4, tiles=1, block_n=64, stages=1, blocks_per_sm=blocks, **rows)
+    if rows > 0:
+        warps, blocks = 2 if rows <= FEW_ROWS else 4, 4 if whole and num_features(spec) <= 1 else 2
+        return ForwardSm80Config(warps=warps, tiles=1, block_n=64, stages=1, blocks_per_sm=blocks * 4 // warps, **pieces)
     if dim > 128:       # 16 rows a warp: the output of 32 would take all registers
         block_n = 64 if room > 160 and whole and not heavy else 32
-        return ForwardSm80Config(warps=4, tiles=1, block_n=block_n, stages=1, blocks_per_sm=1, squeeze=squeeze(spec), **rows)
+        return ForwardSm80Config(warps=4, tiles=1, block_n=block_n, stages=1, blocks_per_sm=1, squeeze=squeeze(spec), **pieces)
     if heavy or not whole:
-        return ForwardSm80Config(warps=4, tiles=1, block_n=64 if dim > 64 or room > 160 else 32, stages=1, **rows)
+        return ForwardSm80Config(warps=4, tiles=1, block_n=64 if dim > 64 or room > 160 else 32, stages=1, **pieces)
     if dim > 64:        # 64 keys spill on sm_80
         block_n = 64 if room > 200 else 48 if room > 160 else 32
-        return ForwardSm80Config(warps=4, tiles=2, block_n=block_n, stages=1, **rows)
-    return ForwardSm80Config(warps=4, tiles=2, block_n=64, optimistic=True, **rows)
+        return ForwardSm80Config(warps=4, tiles=2, block_n=block_n, stages=1, **pieces)
+    return ForwardSm80Config(warps=4, tiles=2, block_n=64, optimistic=True, **pieces)
 
 
 # ---------------------------------------------------------------- backward

@@ -18,7 +18,19 @@ from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..short import launch as short
 from ..simt.launch import captured
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, unfit, whole_chunks
-from .config import MOST_DIM, ONE_TILE, WARP, BackwardSm80Config, ForwardSm80Config, choose_backward, choose_forward, dq_columns
+from .config import (
+    FEW_ROWS,
+    FEW_ROWS_KEYS,
+    MOST_DIM,
+    ONE_TILE,
+    ONE_TILE_KEYS,
+    WARP,
+    BackwardSm80Config,
+    ForwardSm80Config,
+    choose_backward,
+    choose_forward,
+    dq_columns,
+)
 from .config_traced import backward_ladder, forward_ladder
 
 make_forward, make_backward = late("sm80.forward", "make_forward"), late("sm80.backward", "make_backward")
@@ -64,9 +76,10 @@ def _refuses_backward(call: BackwardCall, d: Device) -> str | None:
 
 # ---------------------------------------------------------------- forward
 def one_tile(call: Call) -> bool:
-    """Whether a head is one tile of queries and keys, of which the tiles of longer sequences would be mostly padding."""
+    """Whether a head is one tile of queries over few keys. The tiles of longer sequences would be mostly padding."""
     p = call.problem
-    short = not p.packed and max(p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v) <= ONE_TILE
+    keys = FEW_ROWS_KEYS if p.seqlen_q <= FEW_ROWS else ONE_TILE_KEYS
+    short = not p.packed and max(p.seqlen_q, p.head_dim, p.head_dim_v) <= ONE_TILE and p.seqlen_k <= keys
     return short and p.dtype != "float32" and p.flex is None
 
 
@@ -78,9 +91,9 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _forward_config(spec: Spec, arch: str, whole: bool, whole_out: bool, one: bool) -> ForwardSm80Config:
+def _forward_config(spec: Spec, arch: str, whole: bool, whole_out: bool, rows: int) -> ForwardSm80Config:
     if not spec.traced:
-        return choose_forward(spec, arch, whole, whole_out, one)
+        return choose_forward(spec, arch, whole, whole_out, rows)
     return first_that_fits(forward_ladder(spec, arch, whole, whole_out), partial(forward_program, spec), arch)
 
 
@@ -93,7 +106,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return decode.prepare(call, spec, launcher)
     o = call.operands
     whole = spec.parts > 1 or (whole_chunks(o.q) and whole_chunks(o.k) and whole_chunks(o.v))
-    config = _forward_config(spec, launcher.device.arch, whole, whole_chunks(call.out), one_tile(call))
+    rows = call.problem.seqlen_q if one_tile(call) else 0
+    config = _forward_config(spec, launcher.device.arch, whole, whole_chunks(call.out), rows)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(parts_of(call, 0)[0] if spec.parts > 1 else call)
     block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)

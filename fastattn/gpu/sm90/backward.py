@@ -57,7 +57,7 @@ from ..tile.traced import make_hide, times_rate
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Tile, Walk, make_order, own_lane, own_thread, own_warpgroup
-from .dq_sums import make_dq_sums
+from .dq_sums import make_dq_rows, make_dq_sums
 from .key_gradients import make_store_keys
 from .seen_queries import make_seen_queries
 
@@ -71,15 +71,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_K, COUNT_V, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, DS_PANELS * DS_PANEL, BLOCK_M * 4
     COUNT_DQ, COLUMNS = (COUNT_K, 0) if DS_PANELS == 2 else (32, KV_PANEL) if PANELS > 1 else (COUNT_K // 2, DIM)  # see make_piece_of
-    WARPS, PRODUCERS = 4 * CONSUMERS, 32 if spec.packed else 1
-    PACKED, SOFTCAP, BIAS_TILES = spec.packed, spec.softcap, spec.bias_tiles
+    WARPS, PRODUCERS, PACKED, SOFTCAP, BIAS_TILES = 4 * CONSUMERS, 32 if spec.packed else 1, spec.packed, spec.softcap, spec.bias_tiles
     BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
-    SUM_DBIAS, SUM_DQ, APART = spec.dbias is not None, not spec.deterministic, config.apart
+    SUM_DBIAS, SUM_DQ, APART, ONE_TILE = spec.dbias is not None, not spec.deterministic, config.apart, config.one_tile
 
     # shared memory and barriers
     smem = Smem()
     K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * DO_BYTES)
-    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if SUM_DQ else 0)
+    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if SUM_DQ and not ONE_TILE else 0)
     LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(2 * LSE_BYTES, 128)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
@@ -87,8 +86,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     bias_read: Any = make_barrier(smem, WARPS) if BIAS_TILES else None
     assert not BIAS_TILES or (Q_STAGES == 2 and BIAS_BYTES == DS_BYTES)
     tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
-    keep_tile, kept_tile, _ = make_kept_tile(spec, smem)
-    DS_BARRIER = smem.named(CONSUMERS)      # one for each consumer warpgroup
+    (keep_tile, kept_tile, _), DS_BARRIER = make_kept_tile(spec, smem), smem.named(CONSUMERS)       # a barrier for each warpgroup
 
     # what the steps are made of
     (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
@@ -101,7 +99,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                                    make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze, READ_BIAS=read))
     (prepare_mask, hide), seen = make_hide(spec.mask_mod, True), make_seen_queries(spec, config, smem)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
-    cap_of, slopes, (store_dq, send_dq) = make_cap_of(spec), make_slopes(spec), make_dq_sums(DIM, BLOCK_M, DQ)
+    cap_of, slopes = make_cap_of(spec), make_slopes(spec)
+    store_dq, send_dq = make_dq_rows(spec, config) if ONE_TILE else make_dq_sums(DIM, BLOCK_M, DQ)
     first_block, next_block, is_block, row_before = make_order(spec, config)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
@@ -298,7 +297,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             acc_s = wait_s(acc_s)
             if NEXT:
                 if CROWDED and SUM_DQ:
-                    store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
+                    store_dq(a, base, wgmma.wait_all_but_one(acc_dq), w, thread, lane, waiting, batch)
                 do_ring.release(base, int32(other ^ 1), lane)
 
             # score, mask
@@ -338,7 +337,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 wgmma.commit()
                 if SUM_DQ:
                     hold(base)
-                    store_dq(base, wgmma.wait_all_but_one(acc_dq), w, thread, lane)
+                    store_dq(a, base, wgmma.wait_all_but_one(acc_dq), w, thread, lane, waiting, batch)
             if HALVES:
                 lses = load_columns(int32(lse_at + 2 * BLOCK_M), COUNT_PART)
 
@@ -398,12 +397,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         acc_dk = mma_dk(base, w, acc_dk, last, walk.stage)
         wgmma.commit()
         if SUM_DQ:
-            acc_dq = wgmma.wait_all_but_one(acc_dq)
-            store_dq(base, acc_dq, w, thread, lane)
+            acc_dq, batch, head, (m_min, m_max, _, _) = wgmma.wait_all_but_one(acc_dq), tile.batch, walk.head, queries
+            row = row_before(a, batch, tile.q_start, head, walk.m, m_min, m_max) if ONE_TILE else int32(0)
+            store_dq(a, base, acc_dq, w, thread, lane, row, batch)
             fence_async()
             warp()
-            send_dq(a, base, w, thread, seen.row(a, base, walk.stage, tile.batch) if SEEN else
-                    row_before(a, tile.batch, tile.q_start, walk.head, walk.m, queries.m_min, queries.m_max))
+            send_dq(a, base, w, thread, seen.row(a, base, walk.stage, batch) if SEEN else
+                    row_before(a, batch, tile.q_start, head, walk.m, m_min, m_max))
         acc_dv, acc_dk = wgmma.wait_all(acc_dv), wgmma.wait_all(acc_dk)
         q_ring.release(base, walk.stage, lane)
         do_ring.release(base, last, lane)

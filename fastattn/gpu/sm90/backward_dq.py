@@ -27,7 +27,7 @@ from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, wgmma
 from ..ptx.arith import emit_fma
 from ..ptx.memory import load_f32, load_shared_b32, shared_address, store_shared_b32
-from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
+from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, take_turn, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import FAR_LSE, Spec
 from ..tile.dropout import make_dropout
@@ -41,7 +41,8 @@ from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, copy_
 from ..tile.softmax import make_log2_scale
 from ..tile.stores import store_floats, store_rows, store_whole_rows
 from .bounds import make_tile_bounds
-from .config import DqSm90Config, slice_dim
+from .config import slice_dim
+from .config_alone import DqSm90Config
 from .consumer import make_fresh
 
 INF, FAR = float32(float("inf")), float32(FAR_LSE)
@@ -313,6 +314,7 @@ def make_dq(spec: Spec, config: DqSm90Config) -> tuple[Any, int]:
         v_ring.init(base)
 
     def kernel(a):
+        take_turn()
         base = int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN)
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t = int32(cuda.blockIdx.x)

@@ -23,7 +23,7 @@ from numba import cuda, int32, int64, uint8, uint64
 from ..dsl.inline import inline
 from ..ptx import mbarrier, tma, wgmma
 from ..ptx.memory import shared_address
-from ..ptx.sync import decrease_registers, increase_registers, opaque, uniform
+from ..ptx.sync import decrease_registers, increase_registers, opaque, take_turn, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
@@ -45,7 +45,8 @@ from ..tile.scores import make_cap_of, make_score
 from ..tile.smem import ALIGN, ROW_BYTES, TMA_ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, copy_rows, make_clear, panels
 from ..tile.softmax import make_log2_scale
 from ..tile.words import make_kept_queries
-from .config import WideSm90Config, slice_dim
+from .config import slice_dim
+from .config_alone import WideSm90Config
 from .consumer import Queries, make_fresh
 
 
@@ -330,6 +331,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
         do_ring.init(base)
 
     def kernel(a):
+        take_turn()
         base = int32((shared_address(cuda.shared.array(0, uint8)) + ALIGN - 1) & -ALIGN)
         warpgroup, thread = uniform(int32(cuda.threadIdx.x >> 7)), int32(cuda.threadIdx.x & (WARPGROUP - 1))
         t = int32(cuda.blockIdx.x)

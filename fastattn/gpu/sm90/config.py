@@ -1,7 +1,7 @@
-"""Tilings of the Hopper kernels: every number with its constraint, and the measurement that chose it."""
+"""Tilings of the Hopper forward, and of the backward of dK and dV: every number with its constraint, and the measurement that chose it."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import LONG, SHORT, feature_weight, num_features, squeeze
 from ..spec import Spec
@@ -14,6 +14,8 @@ FLOAT_BLOCK = 64            # keys, and queries of a step, of `backward_float`: 
 FLOAT_WARPS = 8             # of a block of `backward_float`
 MOST_BIAS_FORWARD, MOST_BIAS_BACKWARD = 64, 128     # head_dim up to which tiles of a bias fit shared memory
 OUT_ROWS = 64               # rows of a TMA store of the output: one warpgroup's
+FEW_FULL, FEW_WINDOW = 640, 1024        # keys up to which `_choose_few` is asked without a mask, and where rows attend a window
+LONGEST = 65536             # keys from which causal tiles at head_dim 128 have steps of 160: 51.2 -> 49.7 ms; at 16384 they gave nothing
 PADDED_ROWS = 1.15          # most padded rows over those of smaller tiles; 512 rows, where tiles of 192 won, have 1.125
 MOST_DIM = 576              # of head_dim and head_dim_v: MLA's latent with its rotary part; larger tiles do not fit shared memory
 SHARED_MEMORY = 225 * 1024  # bytes for tiles, of 227 KB: barriers, tile records and the alignment of the base take less than 2
@@ -72,6 +74,8 @@ class ForwardSm90Config:
         16 more registers for the producer, 8 fewer for each of two consumers: for a mask's bounds; with pages for two producers.
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
+    blocks_per_sm
+        Thread blocks of a multiprocessor. Several for few keys: one computes while others wait for their first keys or store rows.
     """
 
     block_m: int
@@ -86,6 +90,7 @@ class ForwardSm90Config:
     wide_producer: bool = False
     box: int = 0
     whole: bool = False
+    blocks_per_sm: int = 1
 
     def __post_init__(self) -> None:
         assert self.consumers == 2 or not self.wide_producer
@@ -100,20 +105,31 @@ class ForwardSm90Config:
         return self.block_m // 64 * self.slices
 
     @property
+    def threads(self) -> int:
+        """Of a thread block."""
+        return WARPGROUP * self.consumers + 32 if self.lone_producer else WARPGROUP * (1 + self.consumers)
+
+    @property
+    def lone_producer(self) -> bool:
+        """Whether the producer is one warp behind the consumers, and no registers change hands: there are enough for all warps."""
+        return self.blocks_per_sm > 1 and self.consumers == 1
+
+    @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {1: 240, 2: 232, 3: 160}[self.consumers] - 8 * self.wide_producer
+        return {1: 240, 2: 232 if self.blocks_per_sm == 1 else 104, 3: 160}[self.consumers] - 8 * self.wide_producer
 
     @property
     def producer_registers(self) -> int:
         """Registers a thread of the producer warpgroup. 24 are too few for a producer that also draws tile numbers."""
-        return {1: 40, 2: 40, 3: 32}[self.consumers] + 16 * self.wide_producer
+        return {1: 40, 2: 40 if self.blocks_per_sm == 1 else 32, 3: 32}[self.consumers] + 16 * self.wide_producer
 
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
-                + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
+                + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
+                + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1))
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
@@ -134,17 +150,21 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     capped = spec.softcap and num_features(spec) > 1        # the softcap and another feature: 36 to 72 bytes would spill
     optimistic = spec.alibi is None and not several and not capped and (spec.bias is None or spec.bias_pairs)
     if dim <= 64:
+        if (few := _choose_few(spec, seqlen_k, seqlen_q, optimistic)) is not None:
+            return few
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
             block_n = (48 if capped else 64) if several else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
-        # 197 rows are 384 in tiles of 192, which was 0.84 of cuDNN, and 256 in tiles of 128
-        wasteful = not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
-        return ForwardSm90Config(block_m=128 if wasteful else 192, block_n=128, turns=True, optimistic=optimistic)
+        return ForwardSm90Config(block_m=128 if _wasteful(spec, seqlen_q) else 192, block_n=128, turns=True, optimistic=optimistic)
+    if dim <= 96 and (wider := _choose_wider(spec, seqlen_k, seqlen_q, optimistic)) is not None:
+        return wider
     if dim <= 128:
         # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
         if num_features(spec) == 1 and (spec.dropout or spec.softcap):
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
         block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
+        if dim > 96 and seqlen_k >= LONGEST and spec.right and _is_plain(spec) and not (spec.left or spec.packed):
+            block_n = 160
         return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
     if dim <= 192 and spec.head_dim_v <= 128 and num_features(spec) == 0:
         # MLA's 192/128, where O takes no more than at head_dim 128: 676 TFLOP/s with 96 keys, 691 with 112, 708 with 128, 714 with hints
@@ -161,6 +181,54 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         return ForwardSm90Config(block_m=128, block_n=64, out_panels=0, turns=True, optimistic=False, hints=True)
     block_n = 48 if spec.softcap or (spec.alibi and spec.packed) else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
+
+
+def _is_plain(spec: Spec) -> bool:
+    """No feature that takes registers, no caches, no functions."""
+    return num_features(spec) == 0 and not (spec.lengths or spec.traced)
+
+
+def _wasteful(spec: Spec, seqlen_q: int) -> bool:
+    """Whether tiles of 192 rows have much more padding than those of 128: 197 rows are 384, which was 0.84 of cuDNN, or 256."""
+    return not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
+
+
+def _choose_few(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config | None:
+    """head_dim to 64 and few keys: several thread blocks on a multiprocessor. None: one is faster. Features would spill.
+
+    A window, or a causal call to SHORT keys: blocks of 64 rows and 64 keys leave out most of what is masked. Without a mask the time is
+    that of all scores, padding included: in smaller tiles, of which there are two, 1.12 times that in tiles of 192 rows, in tiles of 128
+    rows, one block on a multiprocessor, 1.17 times. Many queries over few keys, and one step of 128 keys, are not for smaller tiles.
+    """
+    if not _is_plain(spec):
+        return None
+    small = ForwardSm90Config(block_m=64, block_n=64, blocks_per_sm=3, optimistic=optimistic)
+    if spec.left or spec.right:
+        most = FEW_WINDOW if spec.left and spec.right else 0 if spec.left or spec.packed or seqlen_q > 2 * seqlen_k else SHORT - 1
+        return small if seqlen_k <= most else None
+    if spec.packed or not 128 < seqlen_k <= FEW_FULL or seqlen_q > 2 * seqlen_k:
+        return None
+
+    def scores(block_m: int, block_n: int) -> int:
+        return _padded(seqlen_q, block_m) * _padded(seqlen_k, block_n)
+    one = 1.17 * scores(128, 128) if _wasteful(spec, seqlen_q) else scores(192, 128)
+    if 1.12 * min(scores(64, 64), scores(128, 48)) >= one:
+        return None
+    large = ForwardSm90Config(block_m=128, block_n=48, blocks_per_sm=2, turns=True, optimistic=optimistic)
+    return large if scores(128, 48) < scores(64, 64) else small
+
+
+def _choose_wider(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) -> ForwardSm90Config | None:
+    """head_dim 65 to 96: as many rows as at head_dim 64, where exponentials are the limit, too. None: tiles of 128 rows are faster.
+
+    Without a mask they take 0.78 to 0.89 of the time a score, with a causal one 1.00 (docs/log-gpu.md). 128 keys would spill 48 bytes.
+    """
+    if not _is_plain(spec) or spec.left or spec.right:
+        return None
+    more = _padded(seqlen_q, 192) * _padded(seqlen_k, 112) / (_padded(seqlen_q, 128) * _padded(seqlen_k, 128))
+    if not spec.packed and more > 1.1:
+        return None
+    return ForwardSm90Config(block_m=192, block_n=112, out_panels=1, turns=True, optimistic=optimistic)
 
 
 def _padded(rows: int, block_m: int) -> int:
@@ -229,6 +297,9 @@ class BackwardSm90Config:
         Blocks of queries go from last to first. Under a causal mask, tiles of different keys then begin with the same
         blocks and read Q and dO from the L2 cache together. From first to last they would begin apart: 2 to 5 % slower at
         512 to 8192 keys, 1 % faster at 65536.
+    one_tile
+        A head's keys are one tile, so that dQ of a block of queries is complete: it goes to memory as it is, without float32 sums, their
+        zeros and their rounding.
     """
 
     dim: int
@@ -240,6 +311,7 @@ class BackwardSm90Config:
     squeeze: int = 0
     apart: bool = False
     down: bool = False
+    one_tile: bool = False
 
     def __post_init__(self) -> None:
         assert (self.block_m == 128 and max(self.dim, self.dim_v) <= 64) or self.block_m == 64, "dQ of a step is two panels at most"
@@ -248,7 +320,7 @@ class BackwardSm90Config:
     @property
     def text(self) -> str:
         dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
-        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile") if getattr(self, name))
         return f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}{flags}" + (f" squeeze {self.squeeze}" if self.squeeze else "")
 
 
@@ -267,7 +339,15 @@ def _choose_with_tiles(spec: Spec, down: bool) -> BackwardSm90Config:
     return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=down)
 
 
-def choose_backward(spec: Spec, seqlen_k: int = 1 << 30) -> BackwardSm90Config:
+def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, one_tile: bool = False) -> BackwardSm90Config:
+    """The tiling for so many keys. one_tile: a head's keys are one tile, and every row attends one of them."""
+    config = _choose_by_registers(spec, seqlen_k)
+    if one_tile and config.block_m == 128:              # a causal one spills 4 bytes with far rows apart
+        return replace(config, one_tile=True, apart=False)
+    return config
+
+
+def _choose_by_registers(spec: Spec, seqlen_k: int) -> BackwardSm90Config:
     """S and dP take block_m / 2 registers a thread each, dQ up to 32, P block_m / 4, dK and dV half their head size each, of
     240."""
     dim, dim_v, down = spec.head_dim, spec.head_dim_v, spec.right and seqlen_k < FIRST_TO_LAST
@@ -290,41 +370,6 @@ def choose_backward(spec: Spec, seqlen_k: int = 1 << 30) -> BackwardSm90Config:
                               down=down)
 
 
-# ---------------------------------------------------------------- one gradient alone
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sliced:
-    """What a tiling of a kernel for one gradient says of its consumer warpgroups.
-
-    Parameters
-    ----------
-    slices
-        Warpgroups that share a tile's 64 rows (keys). Each computes all their dS, or P, and a slice of the gradient's
-        columns. 1: none share, each of two has 64 rows of its own.
-    """
-
-    slices: int = 1
-
-    @property
-    def row_groups(self) -> int:
-        """Groups of 64 rows, or keys, in a tile."""
-        return CONSUMERS if self.slices == 1 else 1
-
-    @property
-    def consumers(self) -> int:
-        """Consumer warpgroups."""
-        return self.row_groups * self.slices
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {2: 240, 3: 160}[self.consumers]
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers a thread of the producer warpgroup."""
-        return {2: 24, 3: 32}[self.consumers]
-
-
 # A group's query heads as separate tiles (launch.py). Estimates, in seconds and bytes a second.
 STEP_FLOPS = 4.5e12         # of a multiprocessor in a step of the backward
 PART_BANDWIDTH = 3e12       # parts are written and read, partly in L2
@@ -344,157 +389,3 @@ def worth_parts(spec: Spec, config: BackwardSm90Config, heads_k: int, group: int
     part_bytes = 2 * 4 * heads_k * group * seqlen_k * max(config.dim, config.dim_v)
     whole, apart = max(group * blocks, steps / num_sms) * step, max(blocks, steps / num_sms) * step
     return part_bytes <= MOST_PART_BYTES and apart + 2 * part_bytes / PART_BANDWIDTH + PART_OVERHEAD < WORTH * whole
-
-
-# ---------------------------------------------------------------- dQ alone
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DqSm90Config(Sliced):
-    """A tiling of `backward_dq`.
-
-    Parameters
-    ----------
-    block_n
-        Keys of a step.
-    stages, stages_v
-        Stages of K and of V.
-    behind
-        The MMA of dQ of the previous block is the last of a step and overlaps the computation of dS. Otherwise it comes
-        right after that of S, which frees K's stage earlier.
-    """
-
-    block_n: int
-    stages: int = 3
-    stages_v: int = 2
-    behind: bool = True
-
-    def __post_init__(self) -> None:
-        assert self.block_n % 16 == 0 and 16 <= self.block_n <= 256
-        assert self.stages >= 2 and self.stages_v >= 1, "the next step uses K, too"
-
-    @property
-    def block_m(self) -> int:
-        """Query rows of a tile."""
-        return 64 * self.row_groups
-
-    @property
-    def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} stages {self.stages} {self.stages_v}" + f" slices {self.slices}" * (self.slices > 1)
-                + " behind" * self.behind)
-
-
-def choose_dq(spec: Spec) -> DqSm90Config:
-    """The widest blocks without spilled registers, for all features of a class together.
-
-    S and dP take block_n / 2 registers a thread each, dS block_n / 4, dQ head_dim / 2, a bias up to block_n / 2,
-    softcap block_n / 4, of 240. Shared memory: 256 bytes a column of Q and dO, 2 * block_n a column of a stage of K and
-    V, columns rounded up to 64, of 227 KB: over 128 columns there is no room for all stages.
-    """
-    dim = max(spec.head_dim, spec.head_dim_v)
-    if dim > 256:
-        return _choose_sliced_dq(spec)
-    size = 0 if dim <= 64 else 1 if dim <= 128 else 2 if dim <= 192 else 3
-    weight = feature_weight(spec) if spec.bias is not None or spec.softcap else 0
-    if weight > 1:
-        return DqSm90Config(block_n=(48, 48, 32, 16)[size])
-    if weight > 0 or spec.softcap:
-        if size == 3:
-            return DqSm90Config(block_n=48, stages=2, stages_v=2, behind=False)
-        both = weight > 0 and (spec.softcap or (spec.mask and spec.bias is not None))
-        block_n = (80, 64, 48 if both else 64)[size]
-        return DqSm90Config(block_n=block_n, behind=not (size == 2 and spec.bias is not None))
-    both = spec.mask and spec.dropout       # 32 bytes would spill at 80 keys
-    block_n = ((112 if spec.dropout else 128, 96, 64 if both else 80, 64) if spec.alibi is None else (96, 80, 64, 64))[size]
-    if size == 3:
-        return DqSm90Config(block_n=block_n, stages=2, stages_v=1, behind=False)
-    return DqSm90Config(block_n=block_n, stages=3, stages_v=1 if block_n == 80 and size == 2 else 2)
-
-
-def _choose_sliced_dq(spec: Spec) -> DqSm90Config:
-    """The most keys that fit: Q and dO of 64 rows stay, K has two stages and V one."""
-    slices = slices_of(spec.head_dim)
-    columns, columns_v, columns_k = panel_columns(spec.head_dim), panel_columns(spec.head_dim_v), slices * slice_dim(spec.head_dim, slices)
-    room = SHARED_MEMORY - 64 * 2 * (columns + columns_v)
-    sizes = (32, 16) if num_features(spec) > 1 else (64, 32, 16)        # two features: 12 bytes spill at 64 keys
-    return DqSm90Config(block_n=next(n for n in sizes if 2 * n * (2 * columns_k + columns_v) <= room), stages=2, stages_v=1,
-                        behind=False, slices=slices)
-
-
-# ---------------------------------------------------------------- dK alone and dV alone, head_dim over 128
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WideSm90Config(Sliced):
-    """A tiling of `backward_wide`.
-
-    Parameters
-    ----------
-    part
-        The gradient that the kernel computes, "dk" or "dv".
-    block_m
-        Query rows of a step.
-    q_stages, do_stages
-        Stages of Q and of dO.
-    behind
-        Of "dk" only. The MMA of dK of the previous block is the last of a step and overlaps the computation of dS.
-        Otherwise it comes right after that of S, which frees Q's stage earlier.
-    late
-        Of "dk" only. The MMA of dP is issued when P is computed and dK's MMA has ended: fewer registers.
-    squeeze
-        As in BackwardSm90Config.
-    """
-
-    part: str
-    block_m: int = WIDE_BLOCK_M
-    q_stages: int
-    do_stages: int
-    behind: bool = False
-    late: bool = False
-    squeeze: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.part in ("dk", "dv") and not (self.part == "dv" and (self.behind or self.late))
-        assert self.q_stages >= 1 + (self.part == "dk"), "the next step uses Q, too"
-        assert self.do_stages in (1, 2), "tile/ring.py, make_tails: the producer may clear the tails of two heads ahead, not more"
-        assert not (self.behind and self.late), "dK of the previous block would wait for P"
-
-    @property
-    def block_n(self) -> int:
-        """Keys of a tile."""
-        return 64 * self.row_groups
-
-    @property
-    def text(self) -> str:
-        return (f"{self.part} {self.block_m}x{self.block_n} stages {self.q_stages} {self.do_stages}"
-                + f" slices {self.slices}" * (self.slices > 1) + " behind" * self.behind + " late" * self.late
-                + (f" squeeze {self.squeeze}" if self.squeeze else ""))
-
-
-def choose_wide(spec: Spec, part: str) -> WideSm90Config:
-    """The most stages that fit.
-
-    S and dP take 32 registers a thread each, P and dS 16, the gradient its head size / 2, a bias 32, of 240. Shared
-    memory: 16 KB for 64 columns of K and of V, 8 for those of a stage of Q and dO, of 227 KB: over 192 columns, fewer
-    stages.
-    """
-    if max(spec.head_dim, spec.head_dim_v) > 256:
-        return _choose_sliced_wide(spec, part)
-    columns, columns_v = -(-spec.head_dim // 64), -(-spec.head_dim_v // 64)
-    pieces = squeeze(spec, 2 if part == "dv" else 1)        # of dV, in one piece 4 bytes spill at head_dim 256
-    if part == "dv":
-        return WideSm90Config(part=part, q_stages=2, do_stages=2, squeeze=pieces)
-    crowded = spec.bias is not None or spec.softcap
-    if columns == 4:
-        return WideSm90Config(part=part, q_stages=2, do_stages=1 if columns_v == 4 else 2, late=True, squeeze=pieces)
-    return WideSm90Config(part=part, q_stages=3, do_stages=1 if columns + columns_v == 7 else 2, behind=not crowded,
-                          late=spec.dbias is not None, squeeze=pieces)
-
-
-def _choose_sliced_wide(spec: Spec, part: str) -> WideSm90Config:
-    """The most query rows that fit: K, and of "dk" V, of 64 keys stay; Q has two stages, dO two if there is room, else one."""
-    of_dk = part == "dk"
-    slices = slices_of(spec.head_dim if of_dk else spec.head_dim_v)
-    columns, columns_v = panel_columns(spec.head_dim), panel_columns(spec.head_dim_v)
-    columns_q = slices * slice_dim(spec.head_dim, slices) if of_dk else columns
-    columns_do = columns_v if of_dk else slices * slice_dim(spec.head_dim_v, slices)
-    room = SHARED_MEMORY - 64 * 2 * (columns + of_dk * columns_v)
-    sizes = (32, 16) if num_features(spec) > 1 else (64, 32, 16)        # two features: 16 to 60 bytes spill at 64 rows
-    block_m, do_stages = next((m, n) for m in sizes for n in (2, 1) if 2 * m * (2 * columns_q + n * columns_do) <= room)
-    return WideSm90Config(part=part, block_m=block_m, q_stages=2, do_stages=do_stages, slices=slices)

@@ -82,9 +82,10 @@ def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, A
     """The order of query blocks [m_min, m_max) in each of a key head's query heads.
 
     first_block(m_min, m_max), next_block(m), is_block(m, m_min, m_max): a head's blocks, one after the other.
-    row_before(a, batch, q_start, head, m, m_min, m_max): first row, in a.accum, of the block that comes before m of `head`.
+    row_before(a, batch, q_start, head, m, m_min, m_max): first row, in a.accum, of the block that comes before m of `head`. With
+    config.one_tile, there is no a.accum, and lines are counted from the batch entry's first.
     """
-    DOWN, BLOCK_M, first_row = config.down, config.block_m, make_first_row(spec)
+    DOWN, BLOCK_M, ONE_TILE, first_row = config.down, config.block_m, config.one_tile, make_first_row(spec)
 
     @inline
     def first_block(m_min, m_max):
@@ -99,13 +100,20 @@ def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, A
         return m >= m_min if DOWN else m < m_max
 
     @inline
+    def line_of(a, batch, head, q_start):
+        if ONE_TILE:
+            return int32(head * a.rows)
+        else:
+            return first_row(a, batch, head, q_start)
+
+    @inline
     def row_before(a, batch, q_start, head, m, m_min, m_max):
         if DOWN:
             again = m == m_max - 1
             m, head = m_min if again else int32(m + 1), int32(head - 1) if again else head
-            return int32(first_row(a, batch, head, q_start) + m * BLOCK_M)
+            return int32(line_of(a, batch, head, q_start) + m * BLOCK_M)
         else:
             again = m == m_min
             m, head = m_max if again else m, int32(head - 1) if again else head
-            return int32(first_row(a, batch, head, q_start) + (m - 1) * BLOCK_M)
+            return int32(line_of(a, batch, head, q_start) + (m - 1) * BLOCK_M)
     return first_block, next_block, is_block, row_before

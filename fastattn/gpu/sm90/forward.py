@@ -28,9 +28,7 @@ from ..ptx.sync import (
     any_thread,
     barrier,
     barrier_arrive,
-    decrease_registers,
     fence_async,
-    increase_registers,
     opaque,
     thread_index,
     uniform,
@@ -51,6 +49,7 @@ from .bounds import make_tile_bounds
 from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
+from .roles import make_roles
 from .seen import Tile, make_load_seen, make_seen
 from .values import SECOND, make_load_values
 
@@ -84,7 +83,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     # what the steps are made of
     (qk, pv), to_half = wgmma.make_products(spec.dtype), make_pack(spec.dtype)
-    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
+    PRODUCER, FIRST, give_registers, take_registers = make_roles(config)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S)
     prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
     plane_of, draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
@@ -451,7 +450,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         cuda.syncthreads()
         if FLOATS:
             wait_for_previous()
-        if warpgroup == 0:
+        if warpgroup == PRODUCER:
             give_registers()
             if thread == 0:
                 load(a, base)
@@ -460,7 +459,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                     load_values(a, base)
         else:
             take_registers()
-            w, lane = int32(warpgroup - 1), int32(thread & 31)
+            w, lane = int32(warpgroup - FIRST), int32(thread & 31)
             col, it, i = int32((lane & 3) * 2), int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             if w == CONSUMERS - 1:
                 pass_turn(w)

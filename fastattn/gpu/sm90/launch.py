@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 
 from ...arrays.view import View, contiguous
-from ...problem import Grads, Operands
+from ...problem import Grads, Operands, Problem
 from ..config import feature_weight, num_features
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
@@ -35,17 +35,14 @@ from .config import (
     OUT_ROWS,
     WARPGROUP,
     BackwardSm90Config,
-    DqSm90Config,
     ForwardSm90Config,
-    WideSm90Config,
     choose_backward,
-    choose_dq,
     choose_forward,
-    choose_wide,
     is_wide,
     takes_bias_tiles,
     worth_parts,
 )
+from .config_alone import DqSm90Config, WideSm90Config, choose_dq, choose_wide
 from .config_traced import backward_ladder, forward_ladder
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
@@ -162,7 +159,7 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     own = FORWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), early=spec.parts > 1)
+                   Arguments(spec, own, ("out",), online=True), config.threads, config.blocks_per_sm, early=spec.parts > 1)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -184,7 +181,13 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
-    return _prepare(call, spec, *_choice(spec, call.problem.seqlen_k, call.problem.seqlen_q), launcher)
+    return _prepare(call, spec, *_choice(spec, _most_keys(call.problem), call.problem.seqlen_q), launcher)
+
+
+def _most_keys(p: Problem) -> int:
+    """Keys that a row attends, at most."""
+    left, right = p.mask.left, p.mask.right
+    return p.seqlen_k if left is None or right is None else max(min(p.seqlen_k, left + right + 1), 1)
 
 
 def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -201,7 +204,7 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
     source, arguments = chosen
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
-    grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
+    grid, block_m, block_n = min(tiles, launcher.device.num_sms * config.blocks_per_sm), config.block_m, config.block_n
     capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
     cached, box, floats = call.problem.cache is not None, config.box or block_n, is_float or spec.out_dtype is not None
 
@@ -236,20 +239,21 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
 def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
     own = BACKWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles
     # with dbias, a memset of the sums comes before it: that is no kernel behind which this one could start early
-    return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config),
-                   Arguments(spec, own, ("dk", "dv")), BACKWARD_THREADS, early=spec.dbias is None)
+    written = ("dq", "dk", "dv") if config.one_tile else ("dk", "dv")
+    return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), Arguments(spec, own, written),
+                   BACKWARD_THREADS, early=spec.dbias is None)
 
 
 @lru_cache(maxsize=PROGRAMS)
-def wide_program(spec: Spec, config: WideSm90Config) -> Program:
-    return program(f"backward_sm90_wide {spec.text} | {config.text}", lambda: make_wide(spec, config),
-                   Arguments(spec, WIDE, ("dk", "dv")), WARPGROUP * (1 + config.consumers))
+def wide_program(spec: Spec, config: WideSm90Config, early: bool) -> Program:
+    return program(f"backward_sm90_wide {spec.text} | {config.text}" + " early" * early, lambda: make_wide(spec, config),
+                   Arguments(spec, WIDE, ("dk", "dv")), WARPGROUP * (1 + config.consumers), early=early)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def dq_program(spec: Spec, config: DqSm90Config) -> Program:
     return program(f"backward_sm90_dq {spec.text} | {config.text}", lambda: make_dq(spec, config),
-                   Arguments(spec, DQ, ("dq",)), WARPGROUP * (1 + config.consumers))
+                   Arguments(spec, DQ, ("dq",)), WARPGROUP * (1 + config.consumers), early=True)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -275,11 +279,12 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:
         own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
-    config, wide = _backward_config(own_spec, call.problem.seqlen_k), is_wide(own_spec)
+    config, wide = _backward_config(own_spec, call.problem.seqlen_k, _one_tile(call, own_spec)), is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
-    with (preprocessed(call, spec, launcher, stream, accum_dim=0 if dq_alone else config.dim) as rows,
+    sums_dq = not (dq_alone or config.one_tile)
+    with (preprocessed(call, spec, launcher, stream, accum_dim=config.dim if sums_dq else 0) as rows,
           table(call, block_n, launcher, stream, True) as sequences,
           dbias_sums(g.dbias if in_kernel else None, launcher, stream) as sums):
         if wide:
@@ -290,7 +295,7 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
                 _launch_backward(words, own_spec, config, rows, sequences, sums, kinds, launcher, stream)
         if dq_alone:
             _launch_dq(call, own_spec, rows, launcher, stream)
-        else:
+        elif sums_dq:
             round_dq(call, spec, rows, config.dim, launcher, stream)
         if g.dbias is not None and not in_kernel:
             dbias(call, spec, rows, launcher, stream)
@@ -299,10 +304,19 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _backward_config(spec: Spec, seqlen_k: int) -> BackwardSm90Config:
+def _backward_config(spec: Spec, seqlen_k: int, one_tile: bool) -> BackwardSm90Config:
     if not spec.traced:
-        return choose_backward(spec, seqlen_k)
+        return choose_backward(spec, seqlen_k, one_tile)
     return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH)
+
+
+def _one_tile(call: BackwardCall, spec: Spec) -> bool:
+    """Whether all keys of a head are one tile, and every row attends one of them: nobody would write dQ of the others."""
+    p = call.problem
+    if spec.packed or spec.mask or spec.left or spec.traced or spec.deterministic or spec.group_parts or p.float32_out:
+        return False
+    right, first_attends = p.mask.right, p.mask.top_left or p.seqlen_q <= p.seqlen_k
+    return 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
@@ -385,13 +399,13 @@ def _launch_wide(call: BackwardCall, spec: Spec, rows: Rows, sequences: int, sum
                 tiles = most_tiles(call, config.block_n, True)
                 own = (*launcher.tensor_maps(boxes, captured), rows.map(call, block_m, launcher, captured), rows.lse, rows.count,
                        sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums)
-                wide_program(of_part, config).launch(launcher, tiles, words, own, stream)
+                wide_program(of_part, config, spec.dbias is None).launch(launcher, tiles, words, own, stream)
 
 
 def _launch_dq(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
     """Enqueue writing dq."""
     o, spec = call.operands, replace(spec, sinks=None, dbias=None, deterministic=False)
-    config = choose_dq(spec)
+    config = choose_dq(spec, call.problem.seqlen_k)
     tiles = most_tiles(call, config.block_m)
     with table(call, config.block_m, launcher, stream) as sequences, mask_words(call, config.block_n, launcher, stream) as words:
         boxes = (o.q, config.block_m), (o.k, config.block_n), (o.v, config.block_n), (call.dout, config.block_m)

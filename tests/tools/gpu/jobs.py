@@ -275,6 +275,18 @@ def _bias_tiles() -> Iterator[Job]:
                   f"bias_tiles{'_dbias' * dbias}{'_mask' * mask}")
 
 
+def _few_keys() -> Iterator[Job]:
+    """Several thread blocks on a multiprocessor; dQ of a head whose keys are one tile; 32 rows of the mma.sync kernel."""
+    yield Job("sm90", "sm_90a", _want("float16", 64, lse=False, seqlen_q=197), "few_keys")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 64, 48, seqlen_q=300, packed=True, window=(100, 0), sinks="float32"), "few_keys_window")
+    yield Job("sm90", "sm_90a", _want("float16", 80, 96, packed=True, causal=True, sinks="float32"), "rows_192")
+    for name, settings in {"causal": {"causal": True}, "alibi_dropout": {"alibi": "float32", "dropout": True},
+                           "dbias": {"bias": "half", "causal": True}}.items():
+        yield Job("sm90", "sm_90a", _want("float16", 64, lse=False, seqlen_q=128, backward=True, **settings), f"one_tile_{name}")
+    for arch in ("sm_80", "sm_90a"):
+        yield Job("sm80" if arch == "sm_80" else "sm90", arch, _want("bfloat16", 32, seqlen_q=32, seqlen_k=128, bias="half"), "few_rows")
+
+
 def _everything_there_is() -> Iterator[Job]:
     """The full list: every dtype, head size and variant, every feature alone at three sizes."""
     for family, arch in [("sm90", "sm_90a"), *(("sm80", arch) for arch in ARCHS), *(("simt", arch) for arch in ARCHS)]:
@@ -315,6 +327,7 @@ def _ci() -> Iterator[Job]:
     yield from _float()
     yield from _short()
     yield from _bias_tiles()
+    yield from _few_keys()
     yield from _eight_bit()
     half, other, packed = "bfloat16", "float16", {"packed": True, "causal": True}
     groups: dict[str, Any] = {"causal": True, "batch": 1, "num_heads": 32, "num_heads_k": 8, "seqlen_q": 1024}

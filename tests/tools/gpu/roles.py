@@ -105,8 +105,8 @@ class Agent:
 class Play:
     """One launch of a kernel made for `config`: `stored` has (tensor's row, head, plane, column) -> keys that went into it."""
 
-    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "sm90.seen", "tile.bias", "tile.ring",
-                                "tile.smem")
+    modules: tuple[str, ...] = ("sm90.forward", "sm90.bounds", "sm90.epilogue", "sm90.records", "sm90.roles", "sm90.seen", "tile.bias",
+                                "tile.ring", "tile.smem")
 
     def __init__(self, config: Any, head_dim_v: int, blocks: tuple[int, ...], seed: int, consumers: int, boxes: dict[str, int],
                  parts: int = 1, producers: tuple[int, ...] = (0,)) -> None:
@@ -114,7 +114,11 @@ class Play:
         self.parts = parts          # of each operand, side by side
         self.haste = self.random.choice((0.0, 0.02, 0.3))       # of the copy engine; 0: a copy comes when nobody can go on without
         self.blocks = [Block(index) for index in blocks]
-        self.agents = [Agent(thread, block) for block in self.blocks for thread in (*producers, *range(128, 128 + 128 * consumers, 32))]
+        self.first = 128            # thread of the consumers
+        if getattr(config, "lone_producer", False):
+            self.first, producers = 0, (128 * consumers,)
+        threads = (*producers, *range(self.first, self.first + 128 * consumers, 32))
+        self.agents = [Agent(thread, block) for block in self.blocks for thread in threads]
         self.copies: list[Copy] = []
         self.counters: Counter[int] = Counter()
         self.turn, self.error = threading.Semaphore(0), None
@@ -220,7 +224,7 @@ class Play:
         pieces = [agent.block.words[place + 2048 * warp] for warp in range(4)]
         assert all(piece == pieces[0] for piece in pieces), "parts of several tiles"
         panel, q, keys = pieces[0]
-        assert panel * 64 == column and q == Place(row - (agent.thread // 128 - 1) * 64, head, batch), "rows that belong elsewhere"
+        assert panel * 64 == column and q == Place(row - (agent.thread - self.first) // 128 * 64, head, batch), "rows that belong elsewhere"
         self.keep(self.stored, (row, head, batch, column), keys)
         agent.block.reads.append((place, place + 8192, agent))
 
@@ -266,7 +270,7 @@ class Play:
         agent, (at, panel) = self.pause(), v
         # warpgroups have all columns, or a slice each
         count = self.panels_v if self.config.slices == 1 else -(-self.panels_v // self.config.slices)
-        first = 0 if self.config.slices == 1 else (agent.thread // 128 - 1) * count
+        first = 0 if self.config.slices == 1 else (agent.thread - self.first) // 128 * count
         values = {self.read(agent, at + j * panel, self.config.block_n * 128, (first + j) * 64) for j in range(self.parts * count)}
         assert values == {("v", p.k)} and p.kind == "P", "P of one block, V of another"
         assert not acc.flying and acc.q in (None, p.q), "an output of other rows"

@@ -13,7 +13,8 @@ PIECE, DS_PANEL = 4096, 128 * 128
 
 
 class BackwardPlay(Play):
-    """`sums`: (address, keys) -> rows of 8 columns of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it."""
+    """`sums`: (address, keys) -> rows of 8 columns of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it.
+    `stored`: (pointer, row) of dQ that is stored as it is -> rows of Q and keys."""
 
     modules: tuple[str, ...] = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "sm90.key_gradients", "sm90.seen_queries", "tile.bias",
                                 "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
@@ -162,6 +163,11 @@ class BackwardPlay(Play):
             return key_bounds, limits_of, self.at_rest, alibi_from
 
         def put(acc: Fragment, pointer: int, by_row: int, dim: int, lane: int, key: int, used: int, end: int) -> None:
+            if acc.kind == "dQ":
+                if key < end:
+                    assert (pointer, key) not in self.stored, "stored twice"
+                    self.stored[pointer, key] = self.at_rest(acc).q, acc.k     # type: ignore[assignment]
+                return
             self.results.append((self.at_rest(acc).kind, pointer, key, end, acc.keys))
 
         def first(spec: Any, *_: Any) -> Callable[..., Any]:
