@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -38,26 +37,15 @@ def test_nccl(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ranks.CASES[name]
     size = case.size[-1] if name == "ulysses x ring" else case.size[0]
     with machine(monkeypatch, seed) as m:
-        comms = [Nccl(m, rank, size) for rank in range(size)]
+        nccl = Nccl(m, size)
+        monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", nccl)
         from fastattn.distributed.nccl import NcclGroup
 
         def work(group: Any) -> Any:
-            core = types.SimpleNamespace(group=comms[group.rank].group)
-            monkeypatch.setitem(sys.modules, "nccl.core", core)
-            return run(Ordered(NcclGroup(comms[group.rank], 60), core), whole, m)
+            return run(NcclGroup(nccl.comms[group.rank], 60), whole, m)
         whole = ranks.Whole(name, ranks.shorter(case, 136))
         check(fd.threads(size, work, timeout=60), m)
         assert not m.mail
-
-
-class Ordered:
-    """The group itself, with its own communicator's grouping, because all ranks share this process's modules."""
-
-    def __init__(self, group: Any, core: Any) -> None:
-        group._core, self._group = core, group
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._group, name)
 
 
 @pytest.mark.parametrize("name", ["gather short", "gather everything", "ring short queries", "ring everything", "ulysses everything"])
@@ -81,8 +69,9 @@ def test_a_group_over_nccl_that_fails_raises(kind: str, monkeypatch: pytest.Monk
     from fastattn.distributed.nccl import NcclGroup
 
     with machine(monkeypatch, 1) as m:
-        comm = Nccl(m, 0, 2)
-        monkeypatch.setitem(sys.modules, "nccl.core", types.SimpleNamespace(group=comm.group))
+        nccl = Nccl(m, 2)
+        comm = nccl.comms[0]
+        monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", nccl)
         group = NcclGroup(comm, 1000)
         x = DeviceInput(m, np.ones((1, 64, 2, 8)), 0)
         fd.attention(x, x, x, group=group, stream=5)            # the other rank sends nothing

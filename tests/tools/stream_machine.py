@@ -151,50 +151,14 @@ def on_host(x: View | None) -> Any:
     return x if x is None else replace(x, device=CPU)
 
 
-class Nccl:
-    """A communicator of nccl4py: grouped messages are one step of a stream, done when all of them have come."""
+class Comm:
+    """A communicator of nccl4py."""
 
     is_valid, result = True, 0
 
-    def __init__(self, machine: Machine, rank: int, size: int) -> None:
-        self.machine, self.rank, self.nranks, self.device = machine, rank, size, types.SimpleNamespace(device_id=rank)
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.nranks, self.ptr, self.device = rank, size, 100 + rank, types.SimpleNamespace(device_id=rank)
         self.given, self.taken = [0] * size, [0] * size
-        self.batch: list[tuple[str, int, Any, int]] = []
-        self.stream = 0
-
-    @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
-        self.batch = []
-        yield
-        batch, sent, machine = self.batch, [False], self.machine
-
-        def step() -> bool:
-            if not sent[0]:
-                for kind, peer, words, number in batch:
-                    if kind == "send":
-                        machine.mail[self.rank, peer, number] = ctypes.string_at(words.view.ptr, words.view_bytes)
-                sent[0] = True
-            mine = [(words, (peer, self.rank, number)) for kind, peer, words, number in batch if kind == "recv"]
-            if any(key not in machine.mail for _, key in mine):
-                return False
-            for words, key in mine:
-                found = machine.mail.pop(key)
-                assert len(found) == words.view_bytes, "messages do not match"
-                ctypes.memmove(words.view.ptr, found, len(found))
-            return True
-        machine.enqueue(self.stream, step)
-
-    def send(self, words: Any, peer: int, stream: int) -> None:
-        self._add("send", words, peer, self.given, stream)
-
-    def recv(self, words: Any, peer: int, stream: int) -> None:
-        self._add("recv", words, peer, self.taken, stream)
-
-    def _add(self, kind: str, words: Any, peer: int, counts: list[int], stream: int) -> None:
-        words.view_bytes = words.__cuda_array_interface__["shape"][0]
-        self.batch.append((kind, peer, words, counts[peer]))
-        counts[peer] += 1
-        self.stream = stream
 
     def get_async_error(self) -> Any:
         return self.result
@@ -204,6 +168,51 @@ class Nccl:
 
     def abort(self) -> None:
         self.is_valid = False
+
+
+class Nccl:
+    """nccl4py's bindings, nccl.bindings.nccl: grouped messages are one step of a stream, done when all of them have come."""
+
+    def __init__(self, machine: Machine, size: int) -> None:
+        self.machine, self.own = machine, threading.local()
+        self.comms = [Comm(rank, size) for rank in range(size)]
+
+    def group_start(self) -> None:
+        self.own.batch = []
+
+    def group_end(self) -> None:
+        batch, sent, machine = self.own.batch, [False], self.machine
+
+        def step() -> bool:
+            if not sent[0]:
+                for kind, key, ptr, count in batch:
+                    if kind == "send":
+                        machine.mail[key] = ctypes.string_at(ptr, count)
+                sent[0] = True
+            mine = [(key, ptr, count) for kind, key, ptr, count in batch if kind == "recv"]
+            if any(key not in machine.mail for key, _, _ in mine):
+                return False
+            for key, ptr, count in mine:
+                found = machine.mail.pop(key)
+                assert len(found) == count, "messages do not match"
+                ctypes.memmove(ptr, found, count)
+            return True
+        machine.enqueue(self.own.stream, step)
+
+    def send(self, ptr: int, count: int, dtype: int, peer: int, comm: int, stream: int) -> None:
+        mine = self.comms[comm - 100]
+        self._add("send", (mine.rank, peer, mine.given[peer]), ptr, count, dtype, stream)
+        mine.given[peer] += 1
+
+    def recv(self, ptr: int, count: int, dtype: int, peer: int, comm: int, stream: int) -> None:
+        mine = self.comms[comm - 100]
+        self._add("recv", (peer, mine.rank, mine.taken[peer]), ptr, count, dtype, stream)
+        mine.taken[peer] += 1
+
+    def _add(self, kind: str, key: tuple[int, int, int], ptr: int, count: int, dtype: int, stream: int) -> None:
+        assert dtype == 1, "bytes"
+        self.own.batch.append((kind, key, ptr, count))
+        self.own.stream = stream
 
 
 @contextlib.contextmanager
