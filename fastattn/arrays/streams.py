@@ -7,6 +7,7 @@ compiled. Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import operator
 from collections.abc import Iterator
@@ -99,7 +100,18 @@ def device_of(pointer: int) -> int:
     """The number of the device that memory is on. CudaError for memory that CUDA does not know."""
     d = driver()
     attribute = d.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(check(d.cuPointerGetAttribute(attribute, pointer), f"cuPointerGetAttribute({pointer:#x})"))
+    found = int(check(d.cuPointerGetAttribute(attribute, pointer), f"cuPointerGetAttribute({pointer:#x})"))
+    return found or ordinal_of(pointer)     # some cuda-bindings say 0 for every device: NVIDIA/cuda-python issue 2928
+
+
+def ordinal_of(pointer: int) -> int:
+    """What the driver itself says, without cuda-bindings, about memory that it knows."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(ctypes.byref(found), _DEVICE_ORDINAL, ctypes.c_uint64(pointer))
+    return found.value
+
+
+_DEVICE_ORDINAL = 9         # of CUpointer_attribute
 
 
 # ---------------------------------------------------------------- which stream

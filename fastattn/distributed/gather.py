@@ -55,7 +55,8 @@ class Shares:
     def __init__(self, keys: Keys) -> None:
         self.keys, self.run, self.local = keys, keys.run, keys.local
         self.sums = [buffer(self.run.memory, x, keys.rows, self.local.wide) for x in keys.own]
-        self.arriving = list[tuple[list[tuple[slice, list[View]]], Pending]]()      # (where among own keys, of dk and dv), and their exchange
+        # shares of own keys, (rows, [of dk, of dv]), and their exchange
+        self.arriving = list[tuple[list[tuple[slice, list[View]]], Pending]]()
 
     def give_back(self, step: int) -> None:
         """Send the shares that no later step adds to."""

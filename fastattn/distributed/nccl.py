@@ -1,7 +1,7 @@
 """A group over nccl4py: CUDA arrays.
 
-Messages go through the bindings that nccl4py brings. The communicator's own `send` and `recv` ask cuda-bindings on which device a buffer is,
-which some versions answer with 0 for every device (NVIDIA/cuda-python issue 2928), and they take the host several times as long.
+Messages go through the bindings that nccl4py brings. The communicator's own `send` and `recv` ask cuda-bindings on which device a buffer
+is, which some versions answer with 0 for every device (NVIDIA/cuda-python issue 2928), and they take the host several times as long.
 
 All messages of an exchange are one NCCL group on the device's stream of transfers, behind an event of the call's stream; the call's stream
 waits for it when the buffers are used. The host never waits. A thread watches: an error of NCCL, or a transfer that takes too long, ends

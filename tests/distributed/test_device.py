@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import fastattn.distributed as fd
+from fastattn.arrays.streams import Stream
+from fastattn.distributed import device
 from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
 
@@ -61,6 +63,51 @@ def test_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_on_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with machine(monkeypatch, 3) as m:
         check(fd.threads(2, run, ranks.Whole(name, ranks.shorter(ranks.CASES[name], 136)), m, timeout=60), m)
+
+
+@pytest.mark.parametrize("name", ["gather in pieces", "ring", "ulysses"])
+def test_buffers_are_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By later calls of the same stream, whose results stay right."""
+    whole = ranks.Whole(name, ranks.shorter(ranks.CASES[name], 136))
+
+    def work(group: Any) -> Any:
+        nccl_group = NcclGroup(nccl.comms[group.rank], 60)
+        found = [run(nccl_group, whole, m)]
+        before = m.pooled[group.rank]
+        found.append(run(nccl_group, whole, m))
+        assert m.pooled[group.rank] == before > 0, "a second call needs no more memory"
+        return found
+    with machine(monkeypatch, 5, 1 << 24) as m:
+        nccl = Nccl(m, ranks.CASES[name].size[0])
+        monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", nccl)
+        from fastattn.distributed.nccl import NcclGroup
+
+        of_ranks = fd.threads(len(nccl.comms), work, timeout=60)
+        check([found for of_rank in of_ranks for found in of_rank], m)
+        for rank in range(len(of_ranks)):
+            free = device.free_blocks(rank)
+            assert 0 < free.bytes == sum(block.size for blocks in free._blocks.values() for block in blocks)
+
+
+def test_free_buffers_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, 6, 4096) as m:
+        stream = Stream(5, 0)
+        for size in (1000, 1000, 2000, 3000, 5000):
+            device.Buffer(size, stream)
+        free = device.free_blocks(0)
+        assert free.bytes == 3072 and [key for key, blocks in free._blocks.items() if blocks] == [(5, 3072)]
+        again = device.Buffer(3000, stream)
+        assert not free.bytes and device.Buffer(3000, Stream(6, 0)).ptr != again.ptr
+        m.capturing.add(5)
+        del again
+        assert device.Buffer(3000, stream)._captured
+        m.run()
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 10_000, (1 << 20) + 1, (1 << 30) - 1])
+def test_sizes_of_buffers(size: int) -> None:
+    found = device.rounded(size)
+    assert found >= size and found % 512 == 0 and found - size <= max(512, size / 8) and device.rounded(found) == found
 
 
 @pytest.mark.parametrize("kind", ["error", "time"])

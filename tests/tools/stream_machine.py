@@ -11,7 +11,7 @@ import ctypes
 import random
 import threading
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -49,6 +49,7 @@ class Machine(fake_cuda.Driver):
         self.numbers = iter(range(1000, 1 << 30))
         self.kept: list[Any] = []
         self.mail: dict[Any, bytes] = {}
+        self.pooled = Counter[int]()                        # allocations of buffers of each device
 
     @property
     def contexts(self) -> list[int]:  # type: ignore[override]
@@ -115,6 +116,7 @@ class Machine(fake_cuda.Driver):
         return 0, array.ctypes.data
 
     def cuMemAllocFromPoolAsync(self, size: int, pool: Any, stream: int) -> tuple[int, int]:
+        self.pooled[self.contexts[-1]] += 1
         return self.cuMemAllocAsync(size, stream)
 
     def cuMemFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
@@ -148,7 +150,8 @@ class Machine(fake_cuda.Driver):
 
 
 def on_host(x: View | None) -> Any:
-    return x if x is None else replace(x, device=CPU)
+    """The same memory as the host's. Work that is enqueued keeps no buffer, as a launched kernel does not."""
+    return x if x is None else replace(x, device=CPU, owner=None)
 
 
 class Comm:
@@ -216,16 +219,20 @@ class Nccl:
 
 
 @contextlib.contextmanager
-def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
-    """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams."""
+def machine(monkeypatch: pytest.MonkeyPatch, seed: int, kept: int = 0) -> Iterator[Machine]:
+    """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams. `kept`: bytes of free buffers
+    that are used again; others become NaN.
+    """
     found = Machine(seed)
     cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream, distributed_device.pool,
-              packed_plan.plan_of)
+              distributed_device.free_blocks, packed_plan.plan_of)
     for function in cached:
         function.cache_clear()
     monkeypatch.setattr(packed_plan, "_cumulative", {})
     monkeypatch.setattr(streams, "driver", lambda: found)
+    monkeypatch.setattr(streams, "ordinal_of", lambda pointer: found.devices[pointer])
     monkeypatch.setattr(distributed_device, "driver", lambda: found)
+    monkeypatch.setattr(distributed_device, "most_kept", lambda device: kept)
 
     def accumulate(out: View, x: View, add: bool, stream: int) -> None:
         out, x = on_host(out), on_host(x)
@@ -259,12 +266,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
         return Operands(**{name: on_host(x) if isinstance(x := getattr(o, name), View) else x for name in o.__slots__})
 
     def forward(problem: Any, o: Operands, out: View, lse: View | None, stream: int) -> None:
-        found.enqueue(stream, lambda: reference.forward(problem, of(o), on_host(out), on_host(lse)) or True)  # type: ignore[func-returns-value]
+        operands, results = of(o), [on_host(out), on_host(lse)]
+        found.enqueue(stream, lambda: reference.forward(problem, operands, *results) or True)  # type: ignore[func-returns-value]
 
     def backward(problem: Any, o: Operands, *given: Any) -> None:
-        views, grads, stream = [on_host(x) for x in given[:4]], given[4], given[5]
+        operands, views, grads, stream = of(o), [on_host(x) for x in given[:4]], given[4], given[5]
         host = type(grads)(*[on_host(x) for x in grads])
-        found.enqueue(stream, lambda: reference.backward(problem, of(o), *views, host) or True)
+        found.enqueue(stream, lambda: reference.backward(problem, operands, *views, host) or True)
     with fastattn.register_engine("machine", forward, backward, lambda problem: None, "cuda").activate():
         yield found
     for function in cached:
