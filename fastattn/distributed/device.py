@@ -140,11 +140,14 @@ class Free:
     def take(self, size: int, stream: Stream) -> Block | None:
         """A block whose last work is done before what is put on the stream now."""
         with self._lock:
-            found = self._blocks.get((stream.handle, size))
-            if not found:
+            key = stream.handle, size
+            found = self._blocks.get(key)
+            if found is None:
                 return None
             block = found.pop()
             self.bytes -= block.size
+            if not found:
+                del self._blocks[key]
         check(driver().cuStreamWaitEvent(stream.handle, block.free, 0), "cuStreamWaitEvent")    # another stream may have its handle by now
         return block
 
@@ -160,11 +163,19 @@ class Free:
             key = block.stream.handle, block.size
             self._blocks[key] = [*self._blocks.pop(key, ()), block]
             self.bytes += block.size
-            while self.bytes > self.most:
-                oldest = next(iter(self._blocks))
-                for unused in self._blocks.pop(oldest):
-                    self.bytes -= unused.size
-                    unused.release()
+            self._shrink(self.most)
+
+    def clear(self) -> None:
+        """Give all of it back to the pool."""
+        with self._lock:
+            self._shrink(0)
+
+    def _shrink(self, most: int) -> None:
+        while self.bytes > most:
+            oldest = next(iter(self._blocks))
+            for unused in self._blocks.pop(oldest):
+                self.bytes -= unused.size
+                unused.release()
 
 
 @cache
