@@ -1,6 +1,7 @@
 """`python -m bench distributed`: a small problem over TCP, the table, the picture."""
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def test_the_work_of_documents() -> None:
     case = Case(131072, 32, 8, documents=64)
     cu = case.cu_seqlens
     assert len(cu) == 65 and cu[0] == 0 and cu[-1] == 131072 and cu == sorted(cu)
-    assert case.flops == pytest.approx(sum(4 * 32 * 128 * (b - a) ** 2 / 2 for a, b in zip(cu, cu[1:], strict=False)))
+    assert case.flops == pytest.approx(sum(4 * 32 * 128 * (b - a) ** 2 / 2 for a, b in itertools.pairwise(cu)))
 
 
 def test_ranks_that_fail_are_a_row() -> None:

@@ -63,7 +63,7 @@ def cases(mode: str, device: str) -> list[Case]:
              if n <= 131072 or (heads == (32, 8) and pieces is None)]
     if mode == "quick":
         return found
-    others = [Case(131072, 32, 8, "gather", window=4096), Case(131072, 32, 8, "gather", dropout=0.1), Case(131072, 32, 8, "ring", dropout=0.1)]
+    others = [Case(131072, 32, 8, "gather", window=4096), *[Case(131072, 32, 8, method, dropout=0.1) for method in ("gather", "ring")]]
     return [*found, *others, *[Case(131072, 32, 8, method, documents=64) for method in ("gather", "ring", "ulysses")]]
 
 

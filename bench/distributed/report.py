@@ -16,7 +16,8 @@ TIMES = ("forward", "backward", "step")
 def lines(rows: list[dict[str, Any]], device: str) -> str:
     """Markdown. `of linear`: the time of one rank over the number of ranks times this one's. Tokens are those of steps in a row."""
     known = {case.name: case for case in select("full", device, None) + select("quick", device, None)}
-    one = {_problem(known[row["name"]]): [row[f"one_{name}"] for name in TIMES] for row in rows if "one_step" in row and row["name"] in known}
+    measured = [row for row in rows if "one_step" in row and row["name"] in known]
+    one = {_problem(known[row["name"]]): [row[f"one_{name}"] for name in TIMES] for row in measured}
     return "\n".join([HEAD, *[_line(row, known.get(row["name"]), _of_one(known.get(row["name"]), one, row)) for row in rows]])
 
 
@@ -46,8 +47,8 @@ def _line(row: dict[str, Any], case: Case | None, one: list[float] | None) -> st
         linear = ", ".join(f"{100 * of_one / (row['ranks'] * mine):.0f} %" for of_one, mine in times)
     errors = ", ".join(f"{x:.1e}" for x in row.get("errors", {}).values())
     host = f"{1e3 * row['forward_host']:.2f}, {1e3 * row['backward_host']:.2f}"
-    return (f"| {row['name']} | {row['ranks']} | {1e3 * forward:.2f} | {1e3 * backward:.2f} | {host} | {tokens} | {linear} | {row['gib']:.2f} "
-            f"| {errors} |")
+    return (f"| {row['name']} | {row['ranks']} | {1e3 * forward:.2f} | {1e3 * backward:.2f} | {host} | {tokens} | {linear} "
+            f"| {row['gib']:.2f} | {errors} |")
 
 
 def write(rows: list[dict[str, Any]], versions: str, path: Path) -> None:

@@ -36,8 +36,8 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
         rows, one key head a rank at least. (ulysses, ring): both. "auto": "gather" where its keys fit into 16 GiB, else "ring"; `explain`
         says why.
     pieces : int, optional
-        "gather", and the backward of "ring", send so many groups of heads one after the other, and compute some while others are under
-        way. Default 1.
+        "gather", "ulysses" and the backward of "ring" send so many groups of heads one after the other, and compute some while others are
+        under way. Default: 2 on CUDA where half the heads keep a device busy, else 1; `explain` says it.
     causal, window, softmax_scale, softcap, dropout_p, seed, offset : optional
         As in `fastattn.attention`, for the whole sequences.
     alibi_slopes, sinks : optional

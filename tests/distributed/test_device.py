@@ -16,7 +16,7 @@ from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
 
 NAMES = ["gather", "gather in pieces", "gather halo", "gather everything", "gather bias of keys", "ring", "ring in pieces",
-         "ring everything", "ulysses", "ulysses everything", "ulysses x ring"]
+         "ring everything", "ulysses", "ulysses everything", "ulysses in pieces", "ulysses x ring"]
 
 
 def run(group: Any, whole: ranks.Whole, m: Machine) -> dict[str, Any]:

@@ -116,6 +116,14 @@ def test_auto_says_why() -> None:
     assert str(plan.choose(check, (2, 4), 8, problem(64, 64, Mask()), "zigzag", False)) == "ulysses 2 x ring 4"
 
 
+def test_pieces() -> None:
+    """Two on a device that half of the heads keep busy."""
+    long = problem(131072, 131072, Mask(None, 0))
+    assert plan.pieces_of(None, 2, long, "zigzag", ("cuda", 0)) == 2 and plan.pieces_of(None, 2, long, "zigzag", ("cpu", 0)) == 1
+    assert plan.pieces_of(None, 1, long, "zigzag", ("cuda", 0)) == plan.pieces_of(None, 8, long, "zigzag", ("cuda", 0)) == 1
+    assert plan.pieces_of(5, 8, long, "zigzag", ("cpu", 0)) == 2, "no piece without a key head"
+
+
 @pytest.mark.parametrize("method", ["auto", "ring", "ulysses"])
 def test_explain_sends_nothing(method: str) -> None:
     x = np.ones((1, 64, 4, 16), np.float32)
