@@ -6,11 +6,9 @@ compiled. Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
 """
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -81,19 +79,25 @@ def _primary_context(device: int) -> int:
     return int(check(driver().cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain"))
 
 
-@contextlib.contextmanager
-def on_device(device: int) -> Iterator[None]:
+class on_device:      # a context manager, and a class because a generator costs a microsecond
     """Inside, a context of `device` is current: the thread's own if it is on that device, else the primary one."""
-    d = driver()
-    # asked only with a current context: without one cuCtxGetDevice fails, and debuggers report the failure
-    if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == device:
-        yield
-        return
-    check(d.cuCtxPushCurrent(_primary_context(device)), "cuCtxPushCurrent")
-    try:
-        yield
-    finally:
-        d.cuCtxPopCurrent()
+
+    __slots__ = ("_device", "_pushed")
+
+    def __init__(self, device: int) -> None:
+        self._device, self._pushed = device, False
+
+    def __enter__(self) -> None:
+        d = driver()
+        # asked only with a current context: without one cuCtxGetDevice fails, and debuggers report the failure
+        if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == self._device:
+            return
+        check(d.cuCtxPushCurrent(_primary_context(self._device)), "cuCtxPushCurrent")
+        self._pushed = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._pushed:
+            driver().cuCtxPopCurrent()
 
 
 def device_of(pointer: int) -> int:

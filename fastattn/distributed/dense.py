@@ -17,7 +17,7 @@ from .explained import explained
 from .memory import memory_of
 from .messages import Group
 from .plan import choose, pieces_of, rows_of
-from .run import Given, Local, Run, canonical, rows_first
+from .run import Given, Local, Run, canonical, made_of, rows_first
 from .spans import Spans, total
 from .stages import Prepared, four_axes, gradient_of_bias, gradient_of_sinks, stages_of
 
@@ -75,7 +75,8 @@ def whole_problem(check: Check, w: Whole, group: Group, shard: str, options: Opt
     local_rows(check, "k", o.k.shape[1], "seqlen_k", seqlen_k, keys[rank], rank)
     k, v = [View(x.ptr, (x.shape[0], seqlen_k, *x.shape[2:]), x.strides, x.dtype, x.device, x.owner) for x in (o.k, o.v)]
     problem, checked = problem_of(check.call, replace(o, k=k, v=v), options)
-    return replace(problem, seqlen_q=seqlen_q), replace(checked, k=o.k, v=o.v), rows, keys
+    whole = made_of(problem, ("rows", seqlen_q), lambda p: replace(p, seqlen_q=seqlen_q))
+    return whole, replace(checked, k=o.k, v=o.v), rows, keys
 
 
 def has_rows(check: Check, axis: int, lengths: list[int], rank: int) -> bool:

@@ -3,14 +3,14 @@
 Of a causal mask that is everything up to the last row, of a window its halo. Nothing partial is merged: out has the bits of one rank. In
 the backward each rank has a share of dk and dv for all keys that it received, which it sends to their owners.
 
-A call waits for the keys of its own chunk of rows only, and a share leaves when no later call adds to it (steps.py).
+A call of rows that attend own keys only waits for nobody, and a share leaves when no later call adds to it (steps.py).
 """
 from __future__ import annotations
 
 from ..arrays.view import View
 from ..problem import Grads
 from .memory import cut, is_contiguous
-from .messages import Message, Pending
+from .messages import Done, Message, Pending
 from .run import Given, Local, Run, buffer, canonical, rows_first
 from .shares import add_keys, add_scores, piece_grads
 from .spans import evenly, total
@@ -21,32 +21,42 @@ class Keys:
     """Keys and values that a rank holds for its rows: rows-first buffers. `order`: in which its chunks of rows are computed."""
 
     def __init__(self, run: Run, local: Local, order: tuple[int, ...]) -> None:
-        """Starts the exchanges, one for each step; `wait` before the step's call."""
+        """Starts the exchange; `wait` before a step's call.
+
+        It is one, because a kernel that has all processors lets no second one in before it ends.
+        """
         self.run, self.local = run, local
         self.steps: Steps = steps_of(local.reach, local.rows, local.keys, local.me, order)
         self.own = [rows_first(x) for x in (local.o.k, local.o.v)]
         self.alone = len(local.ranks) == 1
         self.rows = total([part.span for part in self.steps.held])
-        self.pending = list[Pending]()
+        self.pending: Pending = Done()
+        self._own_copied = True
         if self.alone and self.rows == self.own[0].shape[0]:
             self.buffers = self.own
             return
         memory, ranks = run.memory, local.ranks
         give = self.own if self.alone else [packed(run, x) for x in self.own]
         self.buffers = [buffer(memory, x, self.rows, x.dtype) for x in self.own]
-        for given, taken in zip(self.steps.give, self.steps.take, strict=True):
-            self.pending.append(run.exchange([Message(cut(x, 0, one.rows), ranks[one.to]) for one in given for x in give],
-                                             [Message(cut(x, 0, one.rows), ranks[one.source]) for one in taken for x in self.buffers]))
-        for mine, held in self.steps.own:
-            for to, x in zip(self.buffers, self.own, strict=True):
-                memory.copy(cut(to, 0, held), cut(x, 0, mine))
+        self.pending = run.exchange(
+            [Message(cut(x, 0, one.rows), ranks[one.to]) for given in self.steps.give for one in given for x in give],
+            [Message(cut(x, 0, one.rows), ranks[one.source]) for taken in self.steps.take for one in taken for x in self.buffers])
+        self._own_copied = False
 
     def wait(self, step: int) -> tuple[View, View]:
         """Canonical k and v of the held spans; what the steps until this one attend is there."""
-        for pending in self.pending[:step + 1]:
-            pending.wait()
+        for mine, held in [] if self._own_copied else self.steps.own:      # not before: exchanges of other pieces start first
+            for to, x in zip(self.buffers, self.own, strict=True):
+                self.run.memory.copy(cut(to, 0, held), cut(x, 0, mine))
+        self._own_copied = True
+        if any(self.steps.take[:step + 1]):
+            self.pending.wait()
         k, v = self.buffers
         return canonical(k), canonical(v)
+
+    def finish(self) -> None:
+        """Own keys may change after it."""
+        self.pending.wait()
 
 
 class Shares:
@@ -130,6 +140,7 @@ def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> No
                 run.forward(problem, o, cut(cut(out, 2, q), 1, piece.rows), contiguous)
                 if contiguous is not to:
                     run.memory.copy(to, contiguous)
+        keys.finish()
 
 
 def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1) -> None:
@@ -175,4 +186,5 @@ def _shares(run: Run, local: Local, keys: Keys, given: Given, grads: Grads[View]
             while begun and later:
                 add_keys(run, *later.pop(0), shares.sums)
         shares.give_back(step)
+    keys.finish()
     return shares

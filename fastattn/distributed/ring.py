@@ -119,6 +119,8 @@ def bare(run: Run, local: Local, keys: int) -> tuple[Problem, Operands]:
 
 def without_sinks(local: Local) -> Local:
     """Sinks are counted once, by `bare`."""
+    if not local.problem.score.sinks:
+        return local
     return replace(local, problem=replace(local.problem, score=replace(local.problem.score, sinks=False)), o=replace(local.o, sinks=None))
 
 
