@@ -63,22 +63,24 @@ class ToHeads:
     """For own rows of all heads: the team's rows of own heads. One exchange, which starts when this is made."""
 
     def __init__(self, run: Run, team: Team, arrays: Sequence[Given]) -> None:
-        memory, give, take = run.memory, list[Message](), list[Message]()
-        self._found = list[View]()
+        self._memory, self._team, self._arrays = run.memory, team, arrays
+        give, take, self._found = list[Message](), list[Message](), list[View]()
         for x in arrays:
             rows = sum(total(member) for member in x.spans)
-            self._found.append(memory.empty((rows, *x.heads(team, team.me).shape[1:]), x.x.dtype))
+            self._found.append(run.memory.empty((rows, *x.heads(team, team.me).shape[1:]), x.x.dtype))
         for n in team.others:
             for x, to in zip(arrays, self._found, strict=True):
                 whole = packed(run, x.heads(team, n))
                 give += [Message(cut(whole, 0, part.rows), team.ranks[n]) for part in parts(x.spans[team.me])]
                 take += [Message(cut(to, 0, place), team.ranks[n]) for place in places(x.spans)[n]]
         self._pending = run.exchange(give, take)
-        for x, to in zip(arrays, self._found, strict=True):
-            for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
-                memory.copy(cut(to, 0, place), cut(x.heads(team, team.me), 0, part.rows))
 
     def wait(self) -> list[View]:
+        """What is here already is copied now, behind all exchanges that have started."""
+        team = self._team
+        for x, to in zip(self._arrays, self._found, strict=True):
+            for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
+                self._memory.copy(cut(to, 0, place), cut(x.heads(team, team.me), 0, part.rows))
         self._pending.wait()
         return self._found
 

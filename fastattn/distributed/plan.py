@@ -1,6 +1,7 @@
 """What a call does: the method, who takes part in it, and why."""
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..arrays.view import Device
@@ -28,10 +29,12 @@ class Method(NamedTuple):
         return "ulysses" if self.outer == 1 else f"ulysses {self.ulysses} x ring {self.outer}"
 
 
+@lru_cache(256)
 def rows_of(seqlen: int, size: int, shard: str) -> tuple[Spans, ...]:
     return tuple([spans_of(seqlen, size, rank, shard) for rank in range(size)])
 
 
+@lru_cache(256)
 def teams(spans: tuple[Spans, ...], ulysses: int) -> tuple[Spans, ...]:
     """The rows of each team of neighbouring ranks, in the order of the sequence."""
     if ulysses == 1 and len(spans) > 1:
