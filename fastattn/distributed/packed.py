@@ -109,7 +109,7 @@ def choose(check: Check, method: Any, problem: Problem, plan: Plan, shard: str, 
     if method != "auto":
         return found
     item = 8 if problem.dtype == "float64" else 4 if problem.dtype == "float32" else 2
-    rows = max([len(plan.held_rows(rank)) for rank in range(plan.size)])
+    rows = max([plan.held_count(rank) for rank in range(plan.size)])
     held = rows * problem.num_heads_k * (problem.head_dim + problem.head_dim_v) * (item + (max(item, 4) if backward else 0))
     why = f"{held / 2**30:.2f} GiB of keys and values in a rank, limit {GATHER_BYTES / 2**30:g} GiB"
     if held <= GATHER_BYTES:

@@ -52,7 +52,7 @@ class Packed:
         mask or dropout.
         """
         p = self.problem
-        if p.dropout is not None or p.score.bias is not None or p.score.mask:
+        if self.each:
             yield from self._each(c, k, v)
             return
         (n, m), plan, memory = c.longest, self.plan, self.run.memory
@@ -64,6 +64,11 @@ class Packed:
                     cu_seqlens_k=lengths["cu_k"], seqused_k=None if c.used is None else plan.view(memory, (name, "used"), c.used),
                     diagonals=plan.view(memory, (name, "diagonal"), c.diagonal) if diagonals else None)
         yield Piece(problem, o, c.rows, c.keys)
+
+    @property
+    def each(self) -> bool:
+        """Whether every sequence has a call of its own."""
+        return self.problem.dropout is not None or self.problem.score.bias is not None or self.problem.score.mask
 
     @property
     def _limited(self) -> bool:

@@ -15,7 +15,7 @@ class Keys:
     def __init__(self, local: Packed) -> None:
         run, plan, memory = local.run, local.plan, local.run.memory
         self.local, self.own = local, (local.o.k, local.o.v)
-        self.count = len(plan.held_rows(plan.rank))
+        self.count = plan.held_count(plan.rank)
         self.others = [rank for rank in range(plan.size) if rank != plan.rank]
         self.given = {rank: plan.given(rank) for rank in range(plan.size)}
         self.taken = {rank: plan.taken(rank) for rank in range(plan.size)}

@@ -167,9 +167,15 @@ def accumulate(out: View, x: View, add: bool, stream: int) -> None:
 
 def accumulate_rows(out: View, x: View, count: int, x_rows: int, out_rows: int, add: bool, stream: int) -> None:
     """rows.accumulate_launch.accumulate_rows on the device of `out`; addresses of int32 row numbers, or 0."""
-    launcher = on_device(out.device[1])
-    with current(launcher.device):
-        accumulate_launch.accumulate_rows(out, x, count, accumulate_launch.Rows(x_rows, out_rows), add, launcher, stream)
+    numbers = [View(rows, (count,), (4,), "int32", out.device) for rows in (x_rows, out_rows) if rows]
+    _repeat(_accumulate_rows, [out, x, *numbers], (count, x_rows != 0, add), stream)
+
+
+def _accumulate_rows(out: View, x: View, *more: Any) -> None:
+    *numbers, count, gather, add, launcher, stream = more
+    x_rows = numbers.pop(0).ptr if gather else 0
+    found = accumulate_launch.Rows(x_rows, numbers[0].ptr if numbers else 0)
+    accumulate_launch.accumulate_rows(out, x, count, found, add, launcher, stream)
 
 
 def quantize(x: View, out: View, scale: View, stream: int) -> None:

@@ -81,7 +81,7 @@ def posed(marks: Marks) -> None:
 
 def calls(name: str, rank: int, size: int, marks: Marks) -> dict[str, Callable[[], Any]]:
     """The forward and the backward of a case of `bench distributed`."""
-    import fastattn.distributed as fd
+    from bench.distributed.calls import Calls, rows_of
     from bench.distributed.cases import cases
     from fastattn.arrays.device_array import DeviceArray
     from fastattn.arrays.streams import Stream
@@ -93,17 +93,13 @@ def calls(name: str, rank: int, size: int, marks: Marks) -> dict[str, Callable[[
     case, comm = found[0], Comm(rank, size)
     posed(marks)
     sys.modules["nccl.bindings.nccl"] = comm        # type: ignore[assignment]
-    group = nccl.NcclGroup(comm, 1e9)
-    stream = Stream(0x60, 0)
-    shard = "zigzag" if case.window is None else "contiguous"
-    rows = sum(stop - start for start, stop in fd.chunks(case.seqlen, size, rank, shard))
-    q, k, v, dout = [DeviceArray((1, rows, heads, case.head_dim), case.dtype, stream)
+    stream, batch = Stream(0x60, 0), () if case.documents else (1,)
+    rows = sum(stop - start for start, stop in rows_of(case, size, rank))
+    q, k, v, dout = [DeviceArray((*batch, rows, heads, case.head_dim), case.dtype, stream)
                      for heads in (case.heads, case.heads_k, case.heads_k, case.heads)]
-    keywords: dict[str, Any] = {"group": group, "seqlen": case.seqlen, "shard": shard, "method": case.method, "pieces": case.pieces,
-                                "causal": True, "stream": stream.handle, "window": None if case.window is None else (case.window, None)}
-    out, lse = fd.attention(q, k, v, return_lse=True, **keywords)
-    return {"forward": lambda: fd.attention(q, k, v, return_lse=True, **keywords),
-            "backward": lambda: fd.attention_backward(dout, q, k, v, out, lse, **keywords)}
+    of_rank = Calls(case, nccl.NcclGroup(comm, 1e9), {"stream": stream.handle})
+    out, lse = of_rank.forward(q, k, v)
+    return {"forward": lambda: of_rank.forward(q, k, v), "backward": lambda: of_rank.backward(dout, q, k, v, out, lse)}
 
 
 def measure(given: argparse.Namespace) -> None:
