@@ -22,9 +22,10 @@ def test_ranks_are_measured_beside_one() -> None:
 
 
 def test_packed_sequences_windows_and_dropout_are_measured() -> None:
-    chosen = [Case(256, 4, 2, "gather", 16, "float32", documents=5, dropout=0.2), Case(256, 4, 2, "ring", 16, "float32", window=40)]
+    chosen = [Case(256, 4, 2, "gather", 16, "float32", documents=5, dropout=0.2), Case(256, 4, 2, "ring", 16, "float32", window=40),
+              Case(256, 4, 2, "gather", 16, "float32", saved=True)]
     rows = list(run.run(chosen, [2], "cpu", seconds=120))
-    assert [row["name"] for row in rows] == ["gather 0k 4/2 5 documents dropout 0.2", "ring 0k 4/2 window 40"]
+    assert [row["name"] for row in rows] == ["gather 0k 4/2 5 documents dropout 0.2", "ring 0k 4/2 window 40", "gather 0k 4/2 saved"]
     assert all(x < 1e-6 for row in rows for x in row["errors"].values())
 
 
@@ -68,5 +69,6 @@ def test_the_file_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_lists(capsys: pytest.CaptureFixture[str]) -> None:
     main(["distributed", "--list", "--quick", "--only", "ulysses.*32k"])
     assert capsys.readouterr().out.splitlines() == [
-        f"ulysses 32k {heads}{pieces}" for heads in ("32/8", "16/16") for pieces in ("", " in 1 pieces", " in 2 pieces")]
+        f"ulysses 32k {heads}{pieces}" for heads in ("32/8", "16/16") for pieces in ("", " in 1 pieces", " in 2 pieces")] + [
+            "ulysses 32k 32/8 saved"]
     assert len(cases("full", "cuda")) > len(cases("quick", "cuda")) and select("full", "cuda", "window")[0].window == 4096

@@ -44,6 +44,7 @@ class Calls:
         if group is not None:
             options |= {"group": group, "shard": case.shard, "method": case.method}
             options |= {} if cu is not None else {"seqlen": case.seqlen, "pieces": case.pieces}
+        self._keep, self._saved = group is not None and case.saved, None
         self._forward, self._backward, self.options = forward, backward, options
 
     def lengths_on(self, to: Callable[[Any], Any]) -> Calls:
@@ -53,8 +54,11 @@ class Calls:
         return self
 
     def forward(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        out, lse = self._forward(q, k, v, *self.lengths, return_lse=True, **self.options)
+        keep = {"return_saved": True} if self._keep else {}
+        out, lse, *saved = self._forward(q, k, v, *self.lengths, return_lse=True, **keep, **self.options)
+        self._saved = saved[0] if saved else None
         return out, lse
 
     def backward(self, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any) -> Any:
-        return self._backward(dout, q, k, v, out, lse, *self.lengths, **self.options)
+        saved = {"saved": self._saved} if self._keep else {}
+        return self._backward(dout, q, k, v, out, lse, *self.lengths, **saved, **self.options)

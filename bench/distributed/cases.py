@@ -21,11 +21,13 @@ class Case:
     pieces: int | None = None
     documents: int = 0          # of packed sequences, whose lengths are drawn; 0: one dense sequence
     dropout: float = 0.0
+    saved: bool = False         # the backward gets what the forward has received
 
     @property
     def name(self) -> str:
         more = [f" window {self.window}"] * (self.window is not None) + [f" in {self.pieces} pieces"] * (self.pieces is not None)
         more += [f" {self.documents} documents"] * bool(self.documents) + [f" dropout {self.dropout:g}"] * bool(self.dropout)
+        more += [" saved"] * self.saved
         return f"{self.method} {self.seqlen // 1024}k {self.heads}/{self.heads_k}" + "".join(more)
 
     @property
@@ -61,6 +63,7 @@ def cases(mode: str, device: str) -> list[Case]:
                                                 ("ulysses", None), ("ulysses", 1), ("ulysses", 2))
     found = [Case(n, *heads, method, pieces=pieces) for n in lengths for heads in ((32, 8), (16, 16)) for method, pieces in ways
              if n <= 131072 or (heads == (32, 8) and pieces is None)]
+    found += [Case(n, 32, 8, method, saved=True) for n in lengths if n <= 131072 for method in ("gather", "ulysses")]
     if mode == "quick":
         return found
     others = [Case(131072, 32, 8, "gather", window=4096), *[Case(131072, 32, 8, method, dropout=0.1) for method in ("gather", "ring")]]

@@ -22,7 +22,7 @@ def lines(rows: list[dict[str, Any]], device: str) -> str:
 
 
 def _problem(case: Case) -> Case:
-    return replace(case, method="one", pieces=None)
+    return replace(case, method="one", pieces=None, saved=False)
 
 
 def _of_one(case: Case | None, one: dict[Case, list[float]], row: dict[str, Any]) -> list[float] | None:

@@ -198,7 +198,7 @@ def _alone(rank: Rank, case: Case, rows: Rows, mine: dict[str, Any], row: dict[s
     out, lse = calls.forward(q, k, v)
     grads = calls.backward(dout, q, k, v, out, lse)
     if rank.group.rank == 0:
-        problem = replace(case, method="one", pieces=None)
+        problem = replace(case, method="one", pieces=None, saved=False)
         if problem not in known:
             known[problem] = rank.times(lambda: calls.forward(q, k, v), lambda: calls.backward(dout, q, k, v, out, lse), False, RUNS)
         row |= {f"one_{name}": x for name, x in known[problem].items()}

@@ -18,6 +18,7 @@ from .memory import memory_of
 from .messages import Group
 from .plan import choose, pieces_of, rows_of
 from .run import Given, Local, Run, canonical, made_of, rows_first
+from .saved import Saved, described, refuse_to_save, saved_of
 from .spans import Spans, total
 from .stages import Prepared, four_axes, gradient_of_bias, gradient_of_sinks, stages_of
 
@@ -32,6 +33,8 @@ class Whole(NamedTuple):
     shard: Any
     method: Any
     pieces: Any
+    return_saved: bool = False
+    saved: Any = None
 
 
 def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: str | None, qkv: tuple[Any, Any, Any],
@@ -50,6 +53,13 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
         problem, o, rows, keys = whole_problem(check, w, group, shard, options, as_given)
         facts.add(**options._asdict(), **shared_facts(problem))
         method = choose(check, w.method, group.size, problem, shard, given is not None)
+        facts.add(return_saved=w.return_saved, saved=w.saved is not None)
+        if w.return_saved:
+            refuse_to_save(check, method)
+        saved = None
+        if w.saved is not None:
+            saved = saved_of(check, w.saved, method, w.method != "auto", pieces, problem, group, caller.stream)
+            method, pieces = saved.method, saved.pieces
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
             facts.add(dlse=found.dlse is not None)
@@ -58,7 +68,7 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
         run = explained(Run(chosen, memory_of(caller.stream), group, caller.stream, deterministic), method, pieces)
         lengths, bias = [total(spans) for spans in rows], as_given.bias
         bias_has_rows = bias is None or not need_dbias or has_rows(check, four_axes(bias.shape)[2], lengths, group.rank)
-    return Prepared(caller, run, problem, o, rows, keys, method, pieces, bias, bias_has_rows, need_dbias), found
+    return Prepared(caller, run, problem, o, rows, keys, method, pieces, bias, bias_has_rows, need_dbias, w.return_saved, saved), found
 
 
 def whole_problem(check: Check, w: Whole, group: Group, shard: str, options: Options,
@@ -108,7 +118,7 @@ def _given(caller: Caller, p: Problem, o: Operands, given: tuple[Any, Any, Any, 
 
 
 def forward(ready: Prepared, return_lse: bool) -> Any:
-    """The result in the caller's kind."""
+    """The results in the caller's kind: out, then lse and what is saved, if they are wanted."""
     with ready.run.settled():
         return _forward_of(ready, return_lse)
 
@@ -119,12 +129,13 @@ def _forward_of(ready: Prepared, return_lse: bool) -> Any:
     shape = (*o.q.shape[:3], o.v.shape[3])
     out = caller.output(shape, problem.out_dtype, o.q)
     lse = caller.allocate((shape[0], shape[2], shape[1]), problem.lse_dtype, o.q)
-    returning = []
+    returning, kept = [], list[list[View]]()
     for stage in stages:
         local, _ = stage.local()
         if ready.method.ulysses == 1:
-            _forward(ready, local, out.view, lse.view)
+            kept = _forward(ready, local, out.view, lse.view)
             continue
+        kept.append([local.o.q, local.o.k, local.o.v])
         rows, memory = local.o.q.shape[1], run.memory
         mine = memory.empty((rows, shape[0], local.problem.num_heads, shape[3]), problem.out_dtype)
         mine_lse = memory.empty((shape[0], local.problem.num_heads, rows), problem.lse_dtype)
@@ -133,14 +144,19 @@ def _forward_of(ready: Prepared, return_lse: bool) -> Any:
                                           (rows_first(mine_lse), rows_first(lse.view), problem.group, False)]))
     for results in returning:
         results.finish()
-    return (out.finish(), lse.finish()) if return_lse else out.finish()
+    found = [out.finish(), *([lse.finish()] if return_lse else [])]
+    if ready.return_saved:
+        place = run.group.rank, run.group.size
+        found.append(Saved(described(problem), place, ready.method, run.stream, kept))
+    return tuple(found) if len(found) > 1 else found[0]
 
 
-def _forward(ready: Prepared, local: Local, out: View, lse: View) -> None:
+def _forward(ready: Prepared, local: Local, out: View, lse: View) -> list[list[View]]:
+    """The keys and values that are held, of each group of heads."""
     if ready.method.keys == "ring":
         ring.forward(ready.run, local, out, lse)
-    else:
-        gather.forward(ready.run, local, out, lse, inner_pieces(ready))
+        return []
+    return gather.forward(ready.run, local, out, lse, inner_pieces(ready))
 
 
 def inner_pieces(ready: Prepared) -> int:
@@ -182,4 +198,8 @@ def _backward_of(ready: Prepared, given: Given) -> Grads[Any]:
 
 
 def _backward(ready: Prepared, local: Local, given: Given, grads: Grads[View]) -> None:
-    (ring if ready.method.keys == "ring" else gather).backward(ready.run, local, given, grads, inner_pieces(ready))
+    if ready.method.keys == "ring":
+        ring.backward(ready.run, local, given, grads, inner_pieces(ready))
+    else:
+        held = ready.saved.arrays if ready.saved is not None and ready.method.ulysses == 1 else None
+        gather.backward(ready.run, local, given, grads, inner_pieces(ready), held)

@@ -20,8 +20,8 @@ from .steps import Steps, steps_of
 class Keys:
     """Keys and values that a rank holds for its rows: rows-first buffers. `order`: in which its chunks of rows are computed."""
 
-    def __init__(self, run: Run, local: Local, order: tuple[int, ...]) -> None:
-        """Starts the exchange; `wait` before a step's call.
+    def __init__(self, run: Run, local: Local, order: tuple[int, ...], saved: list[View] | None = None) -> None:
+        """Starts the exchange, unless all is there already; `wait` before a step's call.
 
         It is one, because a kernel that has all processors lets no second one in before it ends.
         """
@@ -34,6 +34,9 @@ class Keys:
         self._own_copied = True
         if self.alone and self.rows == self.own[0].shape[0]:
             self.buffers = self.own
+            return
+        if saved is not None:
+            self.buffers = saved
             return
         memory, ranks = run.memory, local.ranks
         give = self.own if self.alone else [packed(run, x) for x in self.own]
@@ -127,8 +130,8 @@ def upwards(local: Local) -> tuple[int, ...]:
     return tuple(range(len(local.rows[local.me])))
 
 
-def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> None:
-    """Write out and lse of own rows, canonical."""
+def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> list[list[View]]:
+    """Write out and lse of own rows, canonical. What is held of each piece."""
     started = [(q, part, Keys(run, part, upwards(part))) for q, _, part in head_pieces(local, pieces)]
     for q, part, keys in started:
         for step, calls in enumerate(keys.steps.pieces):
@@ -141,16 +144,17 @@ def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> No
                 if contiguous is not to:
                     run.memory.copy(to, contiguous)
         keys.finish()
+    return [keys.buffers for *_, keys in started]
 
 
-def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1) -> None:
+def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1, saved: list[list[View]] | None = None) -> None:
     """Write dq, dk, dv of own rows. dbias and dsinks, if wanted, are sums that the caller cleared: shares of this rank are added.
 
     The last piece computes the chunk with the most keys first: shares of keys that no other chunk attends leave while others are computed.
     """
     pieces_of = head_pieces(local, pieces)
-    started = [(q, k, part, Keys(run, part, upwards(part)[::-1] if n + 1 == len(pieces_of) else upwards(part)))
-               for n, (q, k, part) in enumerate(pieces_of)]
+    orders = [upwards(part)[::-1] if n + 1 == len(pieces_of) else upwards(part) for n, (*_, part) in enumerate(pieces_of)]
+    started = [(q, k, part, Keys(run, part, orders[n], None if saved is None else saved[n])) for n, (q, k, part) in enumerate(pieces_of)]
     under_way = []
     for q, k, part, keys in started:
         mine = grads_of_heads(grads, q, k)

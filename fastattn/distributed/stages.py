@@ -12,6 +12,7 @@ from .heads import Result, Team, ToHeads, ToRows
 from .memory import cut
 from .plan import Method, teams
 from .run import Given, Local, Run, canonical, rows_first, sum_over_ranks
+from .saved import Saved
 from .spans import Spans, evenly, total
 
 
@@ -29,6 +30,8 @@ class Prepared(NamedTuple):
     bias: View | None = None        # as the caller gave it
     bias_has_rows: bool = True      # or one for all
     need_dbias: bool = False
+    return_saved: bool = False
+    saved: Saved | None = None      # of the forward
 
 
 class Stage:
@@ -50,7 +53,9 @@ class Stage:
         self.own, self.given = self.team.key_heads[self.me], given
         self.exchange: ToHeads | None = None
         if u > 1:
-            arrays = [Sent(rows_first(o.q), problem.group, self.rows), *[Sent(rows_first(x), 1, self.keys) for x in (o.k, o.v)]]
+            self.saved = None if ready.saved is None else ready.saved.arrays[piece]
+            arrays = [] if self.saved else [Sent(rows_first(o.q), problem.group, self.rows),
+                                            *[Sent(rows_first(x), 1, self.keys) for x in (o.k, o.v)]]
             if given is not None:
                 arrays += [Sent(rows_first(x), problem.group, self.rows) for x in (given.dout, given.out, given.lse, given.dlse)
                            if x is not None]
@@ -72,7 +77,8 @@ class Stage:
                       problem.num_heads)
         if self.exchange is None:
             return local, self.given
-        q, k, v, *more = self.exchange.wait()
+        more = self.exchange.wait()
+        q, k, v, *more = [*(self.saved or [canonical(x) for x in more[:3]]), *more[0 if self.saved else 3:]]
         found = None
         if self.given is not None:
             dout, out, lse, *more = more
@@ -81,7 +87,7 @@ class Stage:
         heads = local.heads(self.own.start, self.own.stop)
         bias, mask = [None if x is None else self._score(x, None if sent is None else more.pop(0))
                       for x, sent in zip((o.bias, o.mask), self.scores, strict=True)]
-        return replace(heads, o=replace(heads.o, q=canonical(q), k=canonical(k), v=canonical(v), bias=bias, mask=mask)), found
+        return replace(heads, o=replace(heads.o, q=q, k=k, v=v, bias=bias, mask=mask)), found
 
     def _score(self, x: View, arrived: View | None) -> View:
         """bias or mask of own heads for the rows of the team."""

@@ -15,7 +15,7 @@ from fastattn.distributed import device
 from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
 
-NAMES = ["gather", "gather in pieces", "gather halo", "gather everything", "gather bias of keys", "ring", "ring in pieces",
+NAMES = ["gather", "gather in pieces", "gather saved", "gather halo", "gather everything", "gather bias of keys", "ring", "ring in pieces",
          "ring everything", "ulysses", "ulysses everything", "ulysses in pieces", "ulysses x ring"]
 
 
