@@ -94,9 +94,8 @@ class Rank:
         return np.frombuffer(self.memory.download(wide), np.float32).reshape(wide.shape)
 
     def seconds(self, call: Callable[[], Any], together: bool = True, runs: int = RUNS) -> tuple[float, float]:
-        """The medians of several runs: until the device has done its work, and until the call has returned."""
+        """The medians of several runs of a call that has run before: until the device has done its work, and until it has returned."""
         found, host, start = list[float](), list[float](), time.perf_counter()
-        call()
         while len(found) < runs:
             self.barrier() if together else self.synchronize()
             begin = time.perf_counter()
@@ -156,13 +155,12 @@ def measure(rank: Rank, case: Case, known: dict[Case, dict[str, float]]) -> dict
     q, k, v, dout = arrays(rank, case, rows)
     calls = Calls(case, group, rank.keywords)
     out, lse = calls.forward(q, k, v)
-    runs = RUNS if case.seqlen <= ERROR_ROWS else 1
+    grads, runs = calls.backward(dout, q, k, v, out, lse), RUNS if case.seqlen <= ERROR_ROWS else 1
     row: dict[str, Any] = {"name": case.name, "ranks": size}
     row |= rank.times(lambda: calls.forward(q, k, v), lambda: calls.backward(dout, q, k, v, out, lse), True, runs)
-    grads = calls.backward(dout, q, k, v, out, lse)
-    row["gib"] = footprint.gib
-    row["trace"] = rank.trace.of(rank, lambda: (calls.forward(q, k, v), calls.backward(dout, q, k, v, out, lse)))
+    row |= {"gib": footprint.gib, "trace": []}
     if case.seqlen <= ERROR_ROWS:
+        row["trace"] = rank.trace.of(rank, lambda: (calls.forward(q, k, v), calls.backward(dout, q, k, v, out, lse)))
         row |= beside_one(rank, case, rows, {"out": out, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}, known)
     texts = checks.everyones(group, json.dumps({key: x for key, x in row.items() if key != "trace"}), False) if size > 1 else []
     for other in [json.loads(text[1:]) for text in texts]:

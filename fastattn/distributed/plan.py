@@ -61,13 +61,14 @@ def choose(check: Check, method: Any, size: int, problem: Problem, shard: str, b
 
 def pieces_of(given: int | None, size: int, problem: Problem, shard: str, device: Device) -> int:
     """How many groups of heads: what the caller says, else two on a device where each has enough to do. Then the transfers of one are
-    under way while the other is computed.
+    under way while the other is computed. A window has little to send.
     """
     if given is not None:
         return min(given, problem.num_heads_k)
     chunks = size * (2 if shard == "zigzag" else 1)
     tiles = problem.batch * problem.num_heads * problem.seqlen_q // (2 * TILE * chunks)
-    return 2 if size > 1 and device[0] == "cuda" and problem.num_heads_k > 1 and tiles >= PIECE_TILES else 1
+    sends = size > 1 and device[0] == "cuda" and problem.mask.left is None
+    return 2 if sends and problem.num_heads_k > 1 and tiles >= PIECE_TILES else 1
 
 
 def held_bytes(problem: Problem, size: int, shard: str, backward: bool) -> int:
