@@ -101,8 +101,8 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
     """Write dq, dk, dv of own rows; shares of dbias and dsinks are added."""
     memory, ring, wide = local.run.memory, Ring(local), local.wide
     dq, *own = [memory.empty(x.shape, wide) for x in (local.o.q, *ring.own)]
-    for x in (dq, *own):
-        memory.zero(x)
+    calls = [(owner, n, call) for owner in range(ring.size) for n, call in enumerate(local.plan.paired(owner))]
+    begun = _cleared(local, [dq], local.plan.q.chunks_of(ring.rank), [call.rows for *_, call in calls])
     if grads.dsinks is not None:
         _add_dsinks(local, given, grads.dsinks)
     local, returning = local.without_sinks(), list[tuple[list[View], Pending]]()
@@ -110,13 +110,18 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
         owner, sums = (ring.rank - step) % ring.size, own
         if step:
             sums = [memory.empty(x.shape, wide) for x in (k, v)]
-            for x in sums:
-                memory.zero(x)
-        for n, call in enumerate(local.plan.paired(owner)):
+        of_step = [(n, call) for of, n, call in calls if of == owner]
+        begun_keys = _cleared(local, sums, local.plan.k.chunks_of(owner), [call.keys for _, call in of_step])
+        for n, call in of_step:
+            new, new_keys = call.rows.start not in begun, call.keys.start not in begun_keys
+            begun.add(call.rows.start)
+            begun_keys.add(call.keys.start)
             for piece in local.pieces(("ring", owner, n), call, k, v):
-                found = grads_of(local, piece, given, grads)
-                memory.add(cut(dq, 0, piece.rows), found.dq)
-                for to, x in zip(sums, (found.dk, found.dv), strict=True):
+                found = grads_of(local, piece, given, grads, cut(dq, 0, piece.rows) if new else None,
+                                 [cut(x, 0, piece.keys) for x in sums] if new_keys else None)
+                if not new:
+                    memory.add(cut(dq, 0, piece.rows), found.dq)
+                for to, x in [] if new_keys else zip(sums, (found.dk, found.dv), strict=True):
                     memory.add(cut(to, 0, piece.keys), x)
         if step:
             returning.append(ring.give_back(step, sums))
@@ -127,6 +132,17 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
                 memory.add(to, x)
     for to, x in zip((grads.dq, grads.dk, grads.dv), (dq, *own), strict=True):
         memory.copy(to, x)
+
+
+def _cleared(local: Packed, sums: list[View], chunks: list[slice], written: list[slice]) -> set[int]:
+    """Chunks, by their first row, to which is added: all where each sequence has a call of its own, else those that no call writes. They
+    are cleared. The first call of another chunk writes it.
+    """
+    found = {chunk.start: chunk for chunk in chunks if chunk.stop > chunk.start and (local.each or chunk not in written)}
+    for chunk in found.values():
+        for x in sums:
+            local.run.memory.zero(cut(x, 0, chunk))
+    return set(found)
 
 
 def _add_dsinks(local: Packed, given: Given, dsinks: View) -> None:
