@@ -39,6 +39,7 @@ class NcclGroup:
         if not comm.is_valid:
             raise ValueError(message("group", "comm", "is a communicator without ranks", "one that Communicator.init has made"))
         self._nccl, self._comm, self._control = importlib.import_module("nccl.bindings.nccl"), comm, control
+        self._handle = self._nccl.Comm(int(comm.ptr))           # the bindings' own kind of number
         self.rank, self.size, self.device = int(comm.rank), int(comm.nranks), int(comm.device.device_id)
         self.timeout, self.failed = timeout, ""
         self._under_way, self._lock = deque[tuple[float, Event]](), threading.Lock()
@@ -50,7 +51,7 @@ class NcclGroup:
         if self.failed:
             raise RankError(self.failed)
         assert stream is not None and stream.device == self.device, "checks.check_memory lets no other array in"
-        transfers, nccl, comm = transfer_stream(self.device), self._nccl, int(self._comm.ptr)
+        transfers, nccl, comm = transfer_stream(self.device), self._nccl, self._handle
         with on_device(self.device):
             Event(stream).wait(transfers)
             nccl.group_start()

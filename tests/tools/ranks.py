@@ -203,12 +203,12 @@ def run(group: Any, whole: Whole, to: Callable[[Any], Any] = here, back: Callabl
 
 
 def error(x: Any, y: Any) -> float:
-    """The largest difference; infinite where shape, dtype or the places of infinities differ."""
+    """The largest difference, of what is larger than 1 its part; infinite where shape, dtype or the places of infinities differ."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return np.inf
     x, y = x.astype(np.float64), y.astype(np.float64)
     same = x == y
-    return float(np.abs(np.where(same, 0, x) - np.where(same, 0, y)).max(initial=0))
+    return float(np.abs(np.where(same, 0, x) - np.where(same, 0, y)).max(initial=0) / np.abs(y[np.isfinite(y)]).max(initial=1))
 
 
 def wrong(case: Case, found: dict[str, float]) -> list[str]:

@@ -180,6 +180,12 @@ class Nccl:
         self.machine, self.own = machine, threading.local()
         self.comms = [Comm(rank, size) for rank in range(size)]
 
+    class Comm:
+        """The bindings' kind of number."""
+
+        def __init__(self, handle: int) -> None:
+            self.handle = handle
+
     def group_start(self) -> None:
         self.own.batch = []
 
@@ -202,13 +208,13 @@ class Nccl:
             return True
         machine.enqueue(self.own.stream, step)
 
-    def send(self, ptr: int, count: int, dtype: int, peer: int, comm: int, stream: int) -> None:
-        mine = self.comms[comm - 100]
+    def send(self, ptr: int, count: int, dtype: int, peer: int, comm: Nccl.Comm, stream: int) -> None:
+        mine = self.comms[comm.handle - 100]
         self._add("send", (mine.rank, peer, mine.given[peer]), ptr, count, dtype, stream)
         mine.given[peer] += 1
 
-    def recv(self, ptr: int, count: int, dtype: int, peer: int, comm: int, stream: int) -> None:
-        mine = self.comms[comm - 100]
+    def recv(self, ptr: int, count: int, dtype: int, peer: int, comm: Nccl.Comm, stream: int) -> None:
+        mine = self.comms[comm.handle - 100]
         self._add("recv", (peer, mine.rank, mine.taken[peer]), ptr, count, dtype, stream)
         mine.taken[peer] += 1
 
