@@ -11,7 +11,7 @@ from .reach import Reach, keys_needed
 from .spans import TILE, Spans, spans_of, total, united
 
 GATHER_BYTES = 16 << 30     # of keys, values and their gradients that "auto" lets a rank hold
-PIECE_TILES = 512           # 128 rows of a head each, that half of the heads of a chunk must have: fewer leave processors of a device idle
+PIECE_TILES = 256           # 128 rows of a head each, that half of the heads of a chunk must have: about two for each processor of a device
 METHODS = "'auto', 'gather', 'ring', 'ulysses' or a pair (ulysses, ring)"
 
 

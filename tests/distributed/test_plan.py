@@ -150,7 +150,7 @@ def test_pieces() -> None:
     """Two on a device that half of the heads keep busy."""
     long = problem(131072, 131072, Mask(None, 0))
     assert plan.pieces_of(None, 2, long, "zigzag", ("cuda", 0)) == 2 and plan.pieces_of(None, 2, long, "zigzag", ("cpu", 0)) == 1
-    assert plan.pieces_of(None, 1, long, "zigzag", ("cuda", 0)) == plan.pieces_of(None, 8, long, "zigzag", ("cuda", 0)) == 1
+    assert plan.pieces_of(None, 1, long, "zigzag", ("cuda", 0)) == plan.pieces_of(None, 16, long, "zigzag", ("cuda", 0)) == 1
     assert plan.pieces_of(None, 2, problem(131072, 131072, Mask(4096, 0)), "contiguous", ("cuda", 0)) == 1
     assert plan.pieces_of(5, 8, long, "zigzag", ("cpu", 0)) == 2, "no piece without a key head"
 
