@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dlpack import address
-from ..arrays.streams import Stream, capturing, check, driver, on_device
+from ..arrays.streams import CudaError, Stream, capturing, check, driver, on_device
 from ..arrays.view import ITEMSIZE, Device, Shape, View, contiguous, size_of
 from ..engine import load
 
@@ -195,7 +195,11 @@ class Buffer:
             self._captured = capturing(stream.handle)       # memory of a graph is the graph's own
             self._block = None if self._captured else free_blocks(stream.device).take(size, stream)
             if self._block is None:
-                self._block = Block(size, stream)
+                try:
+                    self._block = Block(size, stream)
+                except CudaError:           # what is kept may be what is missing
+                    free_blocks(stream.device).clear()
+                    self._block = Block(size, stream)
         self.ptr = self._block.ptr
 
     def __del__(self) -> None:

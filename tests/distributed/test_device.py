@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import sys
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastattn.distributed as fd
-from fastattn.arrays.streams import Stream
+from fastattn.arrays.streams import CudaError, Stream
 from fastattn.distributed import device
 from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
@@ -101,6 +102,21 @@ def test_free_buffers_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         m.capturing.add(5)
         del again
         assert device.Buffer(3000, stream)._captured
+        m.run()
+
+
+def test_kept_buffers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is missing is asked for again once nothing is kept; then the error is raised."""
+    with machine(monkeypatch, 7, 1 << 20) as m:
+        stream, allocate = Stream(5, 0), m.cuMemAllocFromPoolAsync
+        device.Buffer(1000, stream)
+        free = device.free_blocks(0)
+        full = types.SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")
+        monkeypatch.setattr(m, "cuMemAllocFromPoolAsync", lambda *a: (full, 0) if free.bytes else allocate(*a), raising=False)
+        assert free.bytes == 1024 and device.Buffer(2000, stream).ptr
+        monkeypatch.setattr(m, "cuMemAllocFromPoolAsync", lambda *a: (full, 0), raising=False)
+        with pytest.raises(CudaError, match="cuMemAllocFromPoolAsync of 3072 bytes failed with CUDA_ERROR_OUT_OF_MEMORY"):
+            device.Buffer(3000, stream)
         m.run()
 
 
