@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from .cases import ERROR_ROWS, Case, select
+from .model import efficiency
 
-HEAD = ("| case | ranks | forward ms | backward ms | host ms | tokens a second | of linear: forward, backward, both, in a row | GiB "
-        "| rms error out, dq, dk, dv |\n|---|---|---|---|---|---|---|---|---|")
+HEAD = ("| case | ranks | forward ms | backward ms | host ms | tokens a second | of linear: forward, backward, both, in a row "
+        "| model | GiB | rms error out, dq, dk, dv |\n|---|---|---|---|---|---|---|---|---|---|")
 TIMES = ("forward", "backward", "step")
 
 
 def lines(rows: list[dict[str, Any]], device: str) -> str:
-    """Markdown. `of linear`: the time of one rank over the number of ranks times this one's. Tokens are those of steps in a row."""
+    """Markdown. `of linear`: the time of one rank over the number of ranks times this one's; `model`: what model.py expects of both.
+    Tokens are those of steps in a row.
+    """
     known = {case.name: case for case in select("full", device, None) + select("quick", device, None)}
     measured = [row for row in rows if "one_step" in row and row["name"] in known]
     one = {_problem(known[row["name"]]): [row[f"one_{name}"] for name in TIMES] for row in measured}
@@ -38,17 +41,19 @@ def _of_one(case: Case | None, one: dict[Case, list[float]], row: dict[str, Any]
 
 def _line(row: dict[str, Any], case: Case | None, one: list[float] | None) -> str:
     if "note" in row:
-        return f"| {row['name']} | {row['ranks']} | {row['note']} | | | | | | |"
+        return f"| {row['name']} | {row['ranks']} | {row['note']} | | | | | | | |"
     forward, backward, step = [row[name] for name in TIMES]
     tokens = f"{case.seqlen / step:.3g}" if case else ""
-    linear = ""
+    linear, model = "", None
     if one is not None:
+        model = case and efficiency(case, row["ranks"], (one[0], one[1]))
         times = [(one[0], forward), (one[1], backward), (one[0] + one[1], forward + backward), (one[2], step)]
         linear = ", ".join(f"{100 * of_one / (row['ranks'] * mine):.0f} %" for of_one, mine in times)
     errors = ", ".join(f"{x:.1e}" for x in row.get("errors", {}).values())
+    expected = "" if model is None else f"{100 * model:.0f} %"
     host = f"{1e3 * row['forward_host']:.2f}, {1e3 * row['backward_host']:.2f}"
     return (f"| {row['name']} | {row['ranks']} | {1e3 * forward:.2f} | {1e3 * backward:.2f} | {host} | {tokens} | {linear} "
-            f"| {row['gib']:.2f} | {errors} |")
+            f"| {expected} | {row['gib']:.2f} | {errors} |")
 
 
 def write(rows: list[dict[str, Any]], versions: str, path: Path) -> None:
