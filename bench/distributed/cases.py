@@ -62,8 +62,8 @@ def cases(mode: str, device: str) -> list[Case]:
     ways: tuple[tuple[str, int | None], ...] = (("gather", None), ("gather", 1), ("gather", 2), ("ring", None), ("ring", 1), ("ring", 2),
                                                 ("ulysses", None), ("ulysses", 1), ("ulysses", 2))
     found = [Case(n, *heads, method, pieces=pieces) for n in lengths for heads in ((32, 8), (16, 16)) for method, pieces in ways
-             if n <= 131072 or (heads == (32, 8) and pieces is None)]
-    found += [Case(n, 32, 8, method, saved=True) for n in lengths if n <= 131072 for method in ("gather", "ulysses")]
+             if (pieces is None or n == 32768) and (n <= ERROR_ROWS or heads == (32, 8))]
+    found += [Case(n, 32, 8, method, saved=True) for n in lengths if n <= ERROR_ROWS for method in ("gather", "ulysses")]
     if mode == "quick":
         return found
     others = [Case(131072, 32, 8, "gather", window=4096), *[Case(131072, 32, 8, method, dropout=0.1) for method in ("gather", "ring")]]
