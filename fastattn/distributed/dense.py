@@ -17,7 +17,7 @@ from .explained import explained
 from .memory import memory_of
 from .messages import Group
 from .plan import choose, pieces_of, rows_of
-from .run import Given, Local, Run, canonical, made_of, rows_first
+from .run import Given, Local, Run, canonical, made_of, rows_first, shared
 from .saved import Saved, described, refuse_to_save, saved_of
 from .spans import Spans, total
 from .stages import Prepared, four_axes, gradient_of_bias, gradient_of_sinks, stages_of
@@ -51,7 +51,8 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)
         problem, o, rows, keys = whole_problem(check, w, group, shard, options, as_given)
-        facts.add(**options._asdict(), **shared_facts(problem))
+        if facts.wanted:
+            facts.add(**options._asdict(), **shared_facts(problem))
         method = choose(check, w.method, group.size, problem, shard, given is not None)
         facts.add(return_saved=w.return_saved, saved=w.saved is not None)
         if w.return_saved:
@@ -85,7 +86,7 @@ def whole_problem(check: Check, w: Whole, group: Group, shard: str, options: Opt
     local_rows(check, "k", o.k.shape[1], "seqlen_k", seqlen_k, keys[rank], rank)
     k, v = [View(x.ptr, (x.shape[0], seqlen_k, *x.shape[2:]), x.strides, x.dtype, x.device, x.owner) for x in (o.k, o.v)]
     problem, checked = problem_of(check.call, replace(o, k=k, v=v), options)
-    whole = made_of(problem, ("rows", seqlen_q), lambda p: replace(p, seqlen_q=seqlen_q))
+    whole = made_of(shared(problem), ("rows", seqlen_q), lambda p: replace(p, seqlen_q=seqlen_q))
     return whole, replace(checked, k=o.k, v=o.v), rows, keys
 
 

@@ -63,7 +63,8 @@ def prepare(w: Whole, raw: tuple[Any, ...], stream: Any, engine: str | None, qkv
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)
         problem, o, plan = whole_problem(check, memory, q, k, group.rank, options, as_given)
-        facts.add(**options._asdict(), **shared_facts(problem))
+        if facts.wanted:
+            facts.add(**options._asdict(), **shared_facts(problem))
         method = choose(check, w.method, problem, plan, shard, given is not None)
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
