@@ -60,6 +60,16 @@ def transfer_stream(device: int) -> Stream:
 @cache
 def upload_stream(device: int) -> Stream:
     """The stream on which row numbers and lengths are made."""
+    return _new_stream(device)
+
+
+@cache
+def release_stream(device: int) -> Stream:
+    """The stream on which memory goes back to the pool."""
+    return _new_stream(device)
+
+
+def _new_stream(device: int) -> Stream:
     d = driver()
     with on_device(device):
         made = check(d.cuStreamCreate(d.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
@@ -123,9 +133,13 @@ class Block:
 
     def release(self) -> None:
         d = driver()
-        d.cuMemFreeAsync(self.ptr, self.stream.handle)
-        if self.free is not None:
-            d.cuEventDestroy(self.free)
+        if self.free is None:
+            d.cuMemFreeAsync(self.ptr, self.stream.handle)
+            return
+        own = release_stream(self.stream.device)            # the block's may be gone by now
+        d.cuStreamWaitEvent(own.handle, self.free, 0)
+        d.cuMemFreeAsync(self.ptr, own.handle)
+        d.cuEventDestroy(self.free)
 
 
 class Free:

@@ -230,7 +230,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int, kept: int = 0) -> Iterat
     that are used again; others become NaN.
     """
     found = Machine(seed)
-    cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream, distributed_device.pool,
+    cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream,
+              distributed_device.release_stream, distributed_device.pool,
               distributed_device.free_blocks, packed_plan.plan_of)
     for function in cached:
         function.cache_clear()
