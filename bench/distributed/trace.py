@@ -38,12 +38,18 @@ class Trace:
             return []
         from fastattn.distributed.device import transfer_stream
 
-        transfers, core, (forward, backward) = transfer_stream(self.stream.device), rank.group._core, (Run.forward, Run.backward)
+        transfers, nccl, (forward, backward) = transfer_stream(self.stream.device), rank.group._nccl, (Run.forward, Run.backward)
 
-        @contextmanager
-        def grouped() -> Iterator[None]:
-            with self._around("transfer", transfers), core.group():
-                yield
+        begun = list[Any]()
+
+        def start() -> None:
+            begun.append(self._event(transfers))
+            nccl.group_start()
+
+        def end() -> None:
+            nccl.group_end()
+            self.events.append(("transfer", begun.pop(), self._event(transfers)))
+        bindings = mock.Mock(group_start=start, group_end=end, send=nccl.send, recv=nccl.recv)
 
         def marked(name: str, work: Callable[..., None]) -> Callable[..., None]:
             def run(*arguments: Any) -> None:
@@ -53,7 +59,7 @@ class Trace:
         self.events.clear()
         rank.barrier()
         first = self._event(self.stream)
-        with (mock.patch.object(rank.group, "_core", mock.Mock(group=grouped)),
+        with (mock.patch.object(rank.group, "_nccl", bindings),
               mock.patch.object(Run, "forward", marked("forward", forward)),
               mock.patch.object(Run, "backward", marked("backward", backward))):
             call()

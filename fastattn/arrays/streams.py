@@ -6,10 +6,9 @@ compiled. Here it becomes 1, which is its meaning in torch, CuPy, Numba and JAX.
 """
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import importlib
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -80,26 +79,43 @@ def _primary_context(device: int) -> int:
     return int(check(driver().cuDevicePrimaryCtxRetain(handle), "cuDevicePrimaryCtxRetain"))
 
 
-@contextlib.contextmanager
-def on_device(device: int) -> Iterator[None]:
+class on_device:      # a context manager, and a class because a generator costs a microsecond
     """Inside, a context of `device` is current: the thread's own if it is on that device, else the primary one."""
-    d = driver()
-    # asked only with a current context: without one cuCtxGetDevice fails, and debuggers report the failure
-    if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == device:
-        yield
-        return
-    check(d.cuCtxPushCurrent(_primary_context(device)), "cuCtxPushCurrent")
-    try:
-        yield
-    finally:
-        d.cuCtxPopCurrent()
+
+    __slots__ = ("_device", "_pushed")
+
+    def __init__(self, device: int) -> None:
+        self._device, self._pushed = device, False
+
+    def __enter__(self) -> None:
+        d = driver()
+        # asked only with a current context: without one cuCtxGetDevice fails, and debuggers report the failure
+        if int(check(d.cuCtxGetCurrent(), "cuCtxGetCurrent")) and int(check(d.cuCtxGetDevice(), "cuCtxGetDevice")) == self._device:
+            return
+        check(d.cuCtxPushCurrent(_primary_context(self._device)), "cuCtxPushCurrent")
+        self._pushed = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._pushed:
+            driver().cuCtxPopCurrent()
 
 
 def device_of(pointer: int) -> int:
     """The number of the device that memory is on. CudaError for memory that CUDA does not know."""
     d = driver()
     attribute = d.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(check(d.cuPointerGetAttribute(attribute, pointer), f"cuPointerGetAttribute({pointer:#x})"))
+    found = int(check(d.cuPointerGetAttribute(attribute, pointer), f"cuPointerGetAttribute({pointer:#x})"))
+    return found or ordinal_of(pointer)     # some cuda-bindings say 0 for every device: NVIDIA/cuda-python issue 2928
+
+
+def ordinal_of(pointer: int) -> int:
+    """What the driver itself says, without cuda-bindings, about memory that it knows."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(ctypes.byref(found), _DEVICE_ORDINAL, ctypes.c_uint64(pointer))
+    return found.value
+
+
+_DEVICE_ORDINAL = 9         # of CUpointer_attribute
 
 
 # ---------------------------------------------------------------- which stream

@@ -13,9 +13,10 @@ How a call flows, file by file:
     spans.py                who owns which rows (sharding.py: the public functions about it)
     reach.py                which keys rows attend, and the calls that compute it
     plan.py                 the method, and why
-    dense.py, packed.py     from arguments to a method and back
-    gather.py, ring.py, heads.py    the methods; run.py and shares.py are what they have in common
+    dense.py, packed.py     from arguments to a method and back; stages.py: groups of heads, and what Ulysses exchanges of them
+    gather.py, ring.py, heads.py    the methods; run.py and shares.py are what they have in common, steps.py the order of "gather"
     packed_gather.py, packed_ring.py, packed_heads.py   those of packed sequences; packed_plan.py and packed_calls.py likewise
+    saved.py                what a forward keeps for its backward
     memory.py, device.py    buffers in host and CUDA memory
     messages.py             what a group is; group.py makes one of a communicator, connect.py without MPI
     threads.py, mpi.py, nccl.py, process_group.py, sockets.py       transports

@@ -15,7 +15,8 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
               window: Window | None = None, softmax_scale: Number | None = None, softcap: Number | None = None,
               alibi_slopes: PerHead | None = None, bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None,
               dropout_p: Number = 0.0, seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd",
-              return_lse: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
+              return_lse: bool = False, return_saved: bool = False, stream: Any = None, engine: EngineName | None = None,
+              **unknown: Never) -> Any:
     """`fastattn.attention` of sequences whose rows lie on several ranks. Every rank of the group calls it.
 
     Parameters
@@ -36,8 +37,8 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
         rows, one key head a rank at least. (ulysses, ring): both. "auto": "gather" where its keys fit into 16 GiB, else "ring"; `explain`
         says why.
     pieces : int, optional
-        "gather", and the backward of "ring", send so many groups of heads one after the other, and compute some while others are under
-        way. Default 1.
+        "gather", "ulysses" and the backward of "ring" send so many groups of heads one after the other, and compute some while others are
+        under way. Default: 2 on CUDA where half the heads keep a device busy, else 1; `explain` says it.
     causal, window, softmax_scale, softcap, dropout_p, seed, offset : optional
         As in `fastattn.attention`, for the whole sequences.
     alibi_slopes, sinks : optional
@@ -46,6 +47,9 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
         This rank's rows, in their order, and all keys in the order of the sequence.
     layout, return_lse, stream, engine : optional
         As in `fastattn.attention`.
+    return_saved : bool, default False
+        Also return what this rank has received, so that `attention_backward` need not send it again: with "gather" the keys and values
+        that its rows attend, with "ulysses" its heads of q, k and v. That is as much memory for each layer (`nbytes` says it).
 
     Returns
     -------
@@ -53,6 +57,8 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
         This rank's rows.
     lse : array (batch, num_heads, rows)
         Only with ``return_lse``.
+    saved : object
+        Only with ``return_saved``, last.
 
     Raises
     ------
@@ -85,7 +91,7 @@ def attention(q: A, k: Array, v: Array, *more: Never, group: Any = None, seqlen:
     """
     if more or unknown:
         raise unknown_arguments(attention, more, unknown)
-    whole = Whole("distributed.attention", group, seqlen, seqlen_k, shard, method, pieces)
+    whole = Whole("distributed.attention", group, seqlen, seqlen_k, shard, method, pieces, bool(return_saved))
     options = causal, window, softmax_scale, softcap, dropout_p, seed, offset
     ready, _ = prepare(whole, options, layout, stream, engine, (q, k, v), (bias, mask, alibi_slopes, sinks))
     return forward(ready, bool(return_lse))
@@ -98,8 +104,8 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
                        softmax_scale: Number | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
                        bias: Array | None = None, mask: Array | None = None, sinks: PerHead | None = None, dropout_p: Number = 0.0,
                        seed: Integer | None = None, offset: Integer = 0, layout: Layout = "bshd", dlse: Array | None = None,
-                       need_dbias: bool = False, deterministic: bool = False, stream: Any = None, engine: EngineName | None = None,
-                       **unknown: Never) -> Grads[A]:
+                       need_dbias: bool = False, deterministic: bool = False, saved: Any = None, stream: Any = None,
+                       engine: EngineName | None = None, **unknown: Never) -> Grads[A]:
     """Gradients of `attention`, of this rank's rows. Every rank of the group calls it.
 
     Parameters
@@ -118,6 +124,8 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
         Gradient of lse, in every rank or in none.
     need_dbias, deterministic : bool, default False
         As in `fastattn.attention_backward`.
+    saved : optional
+        What the forward returned with ``return_saved=True``. Then its method and pieces are the default, and only gradients are sent.
     stream, engine : optional
         As in `attention`.
 
@@ -150,7 +158,7 @@ def attention_backward(dout: Array, q: A, k: Array, v: Array, out: Array, lse: A
     """
     if more or unknown:
         raise unknown_arguments(attention_backward, more, unknown)
-    whole = Whole("distributed.attention_backward", group, seqlen, seqlen_k, shard, method, pieces)
+    whole = Whole("distributed.attention_backward", group, seqlen, seqlen_k, shard, method, pieces, False, saved)
     options = causal, window, softmax_scale, softcap, dropout_p, seed, offset
     ready, given = prepare(whole, options, layout, stream, engine, (q, k, v), (bias, mask, alibi_slopes, sinks), (dout, out, lse, dlse),
                            bool(need_dbias), bool(deterministic))

@@ -58,13 +58,15 @@ TEXT_BYTES = 4096
 
 
 class Facts:
-    """What all ranks must have in common, by name."""
+    """What all ranks must have in common, by name, if it is `wanted`."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
         self.known: dict[str, str] = {}
 
     def add(self, **facts: Any) -> None:
-        self.known |= {name: str(x) for name, x in facts.items()}
+        if self.wanted:
+            self.known |= {name: str(x) for name, x in facts.items()}
 
     def text(self) -> str:
         return "\n".join(f"{name} = {x}" for name, x in self.known.items())
@@ -79,7 +81,8 @@ def ranks_agree(call: str, group: Group) -> Iterator[Facts]:
     """Runs the checks of a call, which add its Facts. With FASTATTN_CHECK_RANKS=1 ranks tell each other then; if their facts differ, or if
     the checks of some fail, all ranks raise, and the group stays usable.
     """
-    facts, error, quiet = Facts(), None, group.size == 1 or not asked() or registry.remarks.get() is not None
+    quiet = group.size == 1 or not asked() or registry.remarks.get() is not None
+    facts, error = Facts(not quiet), None
     try:
         yield facts
     except Exception as found:

@@ -14,12 +14,13 @@ from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import gather, ring
 from .checks import check_memory, group_of, local_rows, ranks_agree, shard_of, shared_facts, whole_length
 from .explained import explained
-from .heads import Team, to_heads, to_rows
-from .memory import cut, memory_of
+from .memory import memory_of
 from .messages import Group
-from .plan import Method, choose, rows_of, teams
-from .run import Given, Local, Run, canonical, rows_first, sum_over_ranks
-from .spans import Spans, evenly, total
+from .plan import choose, pieces_of, rows_of
+from .run import Given, Local, Run, canonical, made_of, rows_first, shared
+from .saved import Saved, described, refuse_to_save, saved_of
+from .spans import Spans, total
+from .stages import Prepared, four_axes, gradient_of_bias, gradient_of_sinks, stages_of
 
 
 class Whole(NamedTuple):
@@ -32,22 +33,8 @@ class Whole(NamedTuple):
     shard: Any
     method: Any
     pieces: Any
-
-
-class Prepared(NamedTuple):
-    """A call that was checked: nothing was sent yet."""
-
-    caller: Caller
-    run: Run
-    problem: Problem
-    o: Operands
-    rows: tuple[Spans, ...]         # of each rank
-    keys: tuple[Spans, ...]
-    method: Method
-    pieces: int
-    bias: View | None = None        # as the caller gave it
-    bias_has_rows: bool = True      # or one for all
-    need_dbias: bool = False
+    return_saved: bool = False
+    saved: Any = None
 
 
 def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: str | None, qkv: tuple[Any, Any, Any],
@@ -58,22 +45,31 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
     group = group_of(check, w.group)
     with ranks_agree(w.call, group) as facts:
         facts.add(shard=w.shard, method=w.method, pieces=w.pieces, engine=engine, need_dbias=need_dbias, deterministic=deterministic)
-        shard, pieces = shard_of(check, w.shard), 1 if w.pieces is None else check.integer("pieces", w.pieces, 1, 2**15)
+        shard, pieces = shard_of(check, w.shard), None if w.pieces is None else check.integer("pieces", w.pieces, 1, 2**15)
         options = read_options(w.call, *raw)
         caller, as_given = read(w.call, layout, stream, qkv, scores)
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)
         problem, o, rows, keys = whole_problem(check, w, group, shard, options, as_given)
-        facts.add(**options._asdict(), **shared_facts(problem))
+        if facts.wanted:
+            facts.add(**options._asdict(), **shared_facts(problem))
         method = choose(check, w.method, group.size, problem, shard, given is not None)
+        facts.add(return_saved=w.return_saved, saved=w.saved is not None)
+        if w.return_saved:
+            refuse_to_save(check, method)
+        saved = None
+        if w.saved is not None:
+            saved = saved_of(check, w.saved, method, w.method != "auto", pieces, problem, group, caller.stream)
+            method, pieces = saved.method, saved.pieces
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
             facts.add(dlse=found.dlse is not None)
         chosen = registry.choose(w.call, engine, o.q.device)
-        run = explained(Run(chosen, memory_of(caller.stream), group, caller.stream, deterministic), method)
+        pieces = pieces_of(pieces, group.size, problem, shard, o.q.device)
+        run = explained(Run(chosen, memory_of(caller.stream), group, caller.stream, deterministic), method, pieces)
         lengths, bias = [total(spans) for spans in rows], as_given.bias
         bias_has_rows = bias is None or not need_dbias or has_rows(check, four_axes(bias.shape)[2], lengths, group.rank)
-    return Prepared(caller, run, problem, o, rows, keys, method, min(pieces, problem.num_heads_k), bias, bias_has_rows, need_dbias), found
+    return Prepared(caller, run, problem, o, rows, keys, method, pieces, bias, bias_has_rows, need_dbias, w.return_saved, saved), found
 
 
 def whole_problem(check: Check, w: Whole, group: Group, shard: str, options: Options,
@@ -90,7 +86,8 @@ def whole_problem(check: Check, w: Whole, group: Group, shard: str, options: Opt
     local_rows(check, "k", o.k.shape[1], "seqlen_k", seqlen_k, keys[rank], rank)
     k, v = [View(x.ptr, (x.shape[0], seqlen_k, *x.shape[2:]), x.strides, x.dtype, x.device, x.owner) for x in (o.k, o.v)]
     problem, checked = problem_of(check.call, replace(o, k=k, v=v), options)
-    return replace(problem, seqlen_q=seqlen_q), replace(checked, k=o.k, v=o.v), rows, keys
+    whole = made_of(shared(problem), ("rows", seqlen_q), lambda p: replace(p, seqlen_q=seqlen_q))
+    return whole, replace(checked, k=o.k, v=o.v), rows, keys
 
 
 def has_rows(check: Check, axis: int, lengths: list[int], rank: int) -> bool:
@@ -121,146 +118,51 @@ def _given(caller: Caller, p: Problem, o: Operands, given: tuple[Any, Any, Any, 
     return Given(dout, out, lse, dlse[0] if dlse else None)
 
 
-def four_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (1,) * (4 - len(shape)) + shape
-
-
-class Stage:
-    """The operands as the outer ranks see them: own rows of all heads, or after an exchange in a team its rows of own heads."""
-
-    def __init__(self, ready: Prepared) -> None:
-        self.ready, u = ready, ready.method.ulysses
-        group = ready.run.group
-        self.first, self.me = group.rank // u * u, group.rank % u
-        self.team = Team(tuple(range(self.first, self.first + u)), self.me, evenly(ready.problem.num_heads_k, u))
-        self.rows, self.keys = ready.rows[self.first:self.first + u], ready.keys[self.first:self.first + u]
-        self.own = self.team.key_heads[self.me]
-
-    def local(self) -> Local:
-        """Exchanges the operands inside the team."""
-        ready, (run, problem, o) = self.ready, self.ready[1:4]
-        u, size = ready.method.ulysses, run.group.size
-        local = Local(problem, o, teams(ready.rows, u), teams(ready.keys, u), run.group.rank // u, tuple(range(self.me, size, u)),
-                      problem.num_heads)
-        if u == 1:
-            return local
-        q, = to_heads(run, self.team, self.rows, [(rows_first(o.q), problem.group)])
-        k, v = to_heads(run, self.team, self.keys, [(rows_first(x), 1) for x in (o.k, o.v)])
-        heads = local.heads(self.own.start, self.own.stop)
-        bias, mask = [None if x is None else self.score_rows(x) for x in (o.bias, o.mask)]
-        return replace(heads, o=replace(heads.o, q=canonical(q), k=canonical(k), v=canonical(v), bias=bias, mask=mask))
-
-    def score_rows(self, x: View) -> View:
-        """bias or mask of own heads for the rows of the team. What broadcasts is sent once."""
-        whole, group = x.shape, self.ready.problem.group
-        x = collapsed(x)
-        own = slice(self.own.start * group, self.own.stop * group)
-        rows = total([span for spans in self.rows for span in spans])
-        if x.shape[2] > 1 or whole[2] == 1:
-            found, = to_heads(self.ready.run, self.team, self.rows, [(score_rows_first(x), group if x.shape[1] > 1 else 0)])
-            x = found.permute((1, 2, 0, 3))
-        elif x.shape[1] > 1:
-            x = cut(x, 1, own)
-        return x.broadcast_to((whole[0], own.stop - own.start, rows, whole[3]))
-
-    def given(self, given: Given) -> Given:
-        if self.ready.method.ulysses == 1:
-            return given
-        run, group = self.ready.run, self.ready.problem.group
-        arrays = [rows_first(x) for x in (given.dout, given.out, given.lse, given.dlse) if x is not None]
-        dout, out, lse, *dlse = to_heads(run, self.team, self.rows, [(x, group) for x in arrays])
-        return Given(canonical(dout), canonical(out), lse.permute((1, 2, 0)), dlse[0].permute((1, 2, 0)) if dlse else None)
-
-    def score_sums(self, local: Local) -> tuple[View | None, View | None]:
-        """Cleared sums of dbias and dsinks over the calls of this rank: rows and heads of `local`, and 1 where bias broadcasts."""
-        memory, p, dbias = self.ready.run.memory, local.problem, None
-        if self.ready.need_dbias and self.ready.bias is not None:
-            shape = four_axes(self.ready.bias.shape)
-            rows = local.o.q.shape[1] if self.ready.bias_has_rows else 1
-            dbias = memory.empty((shape[0], p.num_heads if shape[1] > 1 else 1, rows, shape[3]), p.compute_dtype)
-            memory.zero(dbias)
-        dsinks = memory.empty((p.num_heads,), p.compute_dtype) if p.score.sinks else None
-        if dsinks is not None:
-            memory.zero(dsinks)
-        return dbias, dsinks
-
-    @property
-    def query_heads(self) -> slice:
-        return self.team.heads(self.me, self.ready.problem.group)
-
-    def dbias(self, bias: View, sums: View) -> Any:
-        """The gradient of bias, of the shape that the caller gave it."""
-        ready, (run, problem) = self.ready, self.ready[1:3]
-        shape = four_axes(bias.shape)
-        if ready.method.ulysses > 1:
-            whole = run.memory.empty(shape, sums.dtype)
-            run.memory.zero(whole)
-            by = problem.group if shape[1] > 1 else 0
-            if ready.bias_has_rows:
-                to_rows(run, self.team, self.rows, [(score_rows_first(sums), score_rows_first(whole), by)])
-            else:
-                run.memory.copy(cut(whole, 1, self.query_heads) if by else whole, sums)
-            sums = whole
-        if not ready.bias_has_rows:
-            sum_over_ranks(run, sums)
-        output = ready.caller.allocate(bias.shape, bias.dtype, bias)
-        run.memory.copy(output.view.broadcast_to(shape), sums)
-        return output.finish()
-
-    def dsinks(self, sinks: View, sums: View) -> Any:
-        """The gradient of sinks, of all ranks."""
-        ready, (run, problem, o) = self.ready, self.ready[1:4]
-        whole = sums
-        if ready.method.ulysses > 1:
-            whole = run.memory.empty((problem.num_heads,), sums.dtype)
-            run.memory.zero(whole)
-            run.memory.copy(cut(whole, 0, self.query_heads), sums)
-        sum_over_ranks(run, whole)
-        output = ready.caller.allocate(whole.shape, sinks.dtype, o.q if isinstance(sinks.source, (list, tuple)) else sinks)
-        run.memory.copy(output.view, whole)
-        return output.finish()
-
-
-def collapsed(x: View) -> View:
-    """The View without what `broadcast_to` has repeated."""
-    shape = tuple([1 if s == 0 else n for n, s in zip(x.shape, x.strides, strict=True)])
-    return View(x.ptr, shape, x.strides, x.dtype, x.device, x.owner, x.readonly)
-
-
-def score_rows_first(x: View) -> View:
-    return x.permute((2, 0, 1, 3))
-
-
 def forward(ready: Prepared, return_lse: bool) -> Any:
-    """The result in the caller's kind."""
+    """The results in the caller's kind: out, then lse and what is saved, if they are wanted."""
     with ready.run.settled():
         return _forward_of(ready, return_lse)
 
 
 def _forward_of(ready: Prepared, return_lse: bool) -> Any:
     caller, run, problem, o = ready[:4]
+    stages = stages_of(ready)
     shape = (*o.q.shape[:3], o.v.shape[3])
     out = caller.output(shape, problem.out_dtype, o.q)
     lse = caller.allocate((shape[0], shape[2], shape[1]), problem.lse_dtype, o.q)
-    stage = Stage(ready)
-    local = stage.local()
-    if ready.method.ulysses == 1:
-        _forward(ready, local, out.view, lse.view)
-    else:
+    returning, kept = [], list[list[View]]()
+    for stage in stages:
+        local, _ = stage.local()
+        if ready.method.ulysses == 1:
+            kept = _forward(ready, local, out.view, lse.view)
+            continue
+        kept.append([local.o.q, local.o.k, local.o.v])
         rows, memory = local.o.q.shape[1], run.memory
         mine = memory.empty((rows, shape[0], local.problem.num_heads, shape[3]), problem.out_dtype)
         mine_lse = memory.empty((shape[0], local.problem.num_heads, rows), problem.lse_dtype)
         _forward(ready, local, canonical(mine), mine_lse)
-        group = problem.group
-        to_rows(run, stage.team, stage.rows, [(mine, rows_first(out.view), group), (rows_first(mine_lse), rows_first(lse.view), group)])
-    return (out.finish(), lse.finish()) if return_lse else out.finish()
+        returning.append(stage.sent_back([(mine, rows_first(out.view), problem.group, False),
+                                          (rows_first(mine_lse), rows_first(lse.view), problem.group, False)]))
+    for results in returning:
+        results.finish()
+    found = [out.finish(), *([lse.finish()] if return_lse else [])]
+    if ready.return_saved:
+        place = run.group.rank, run.group.size
+        found.append(Saved(described(problem), place, ready.method, run.stream, kept))
+    return tuple(found) if len(found) > 1 else found[0]
 
 
-def _forward(ready: Prepared, local: Local, out: View, lse: View) -> None:
+def _forward(ready: Prepared, local: Local, out: View, lse: View) -> list[list[View]]:
+    """The keys and values that are held, of each group of heads."""
     if ready.method.keys == "ring":
         ring.forward(ready.run, local, out, lse)
-    else:
-        gather.forward(ready.run, local, out, lse, min(ready.pieces, local.problem.num_heads_k))
+        return []
+    return gather.forward(ready.run, local, out, lse, inner_pieces(ready))
+
+
+def inner_pieces(ready: Prepared) -> int:
+    """Groups of heads inside a stage; with Ulysses the stages are the groups."""
+    return ready.pieces if ready.method.ulysses == 1 else 1
 
 
 def backward(ready: Prepared, given: Given) -> Grads[Any]:
@@ -271,24 +173,34 @@ def backward(ready: Prepared, given: Given) -> Grads[Any]:
 
 def _backward_of(ready: Prepared, given: Given) -> Grads[Any]:
     caller, run, problem, o = ready[:4]
-    stage = Stage(ready)
+    stages = stages_of(ready, given)
     dq, dk, dv = [caller.output(x.shape, x.dtype, x) for x in (o.q, o.k, o.v)]
-    local, given = stage.local(), stage.given(given)
-    sums = stage.score_sums(local)
-    if ready.method.ulysses == 1:
-        _backward(ready, local, given, Grads(dq.view, dk.view, dv.view, *sums))
-    else:
-        of_q, of_k, of_v = [run.memory.empty(rows_first(x).shape, x.dtype) for x in (local.o.q, local.o.k, local.o.v)]
-        _backward(ready, local, given, Grads(canonical(of_q), canonical(of_k), canonical(of_v), *sums))
-        to_rows(run, stage.team, stage.rows, [(of_q, rows_first(dq.view), problem.group)])
-        to_rows(run, stage.team, stage.keys, [(of_k, rows_first(dk.view), 1), (of_v, rows_first(dv.view), 1)])
-    dbias = None if sums[0] is None or ready.bias is None else stage.dbias(ready.bias, sums[0])
-    dsinks = None if sums[1] is None or o.sinks is None else stage.dsinks(o.sinks, sums[1])
+    returning, of_bias, of_sinks = [], list[View](), list[View]()
+    for stage in stages:
+        local, of_stage = stage.local()
+        assert of_stage is not None
+        sums = stage.score_sums(local)
+        if ready.method.ulysses == 1:
+            _backward(ready, local, of_stage, Grads(dq.view, dk.view, dv.view, *sums))
+        else:
+            of_q, of_k, of_v = [run.memory.empty(rows_first(x).shape, x.dtype) for x in (local.o.q, local.o.k, local.o.v)]
+            _backward(ready, local, of_stage, Grads(canonical(of_q), canonical(of_k), canonical(of_v), *sums))
+            returning.append(stage.sent_back([(of_q, rows_first(dq.view), problem.group, False), (of_k, rows_first(dk.view), 1, True),
+                                              (of_v, rows_first(dv.view), 1, True)]))
+        if sums[0] is not None and ready.bias is not None:
+            of_bias.append(stage.dbias(ready.bias, sums[0]))
+        if sums[1] is not None:
+            of_sinks.append(stage.dsinks(sums[1]))
+    for results in returning:
+        results.finish()
+    dbias = None if not of_bias or ready.bias is None else gradient_of_bias(ready, ready.bias, of_bias)
+    dsinks = None if not of_sinks or o.sinks is None else gradient_of_sinks(ready, o.sinks, of_sinks)
     return Grads(dq.finish(), dk.finish(), dv.finish(), dbias, dsinks)
 
 
 def _backward(ready: Prepared, local: Local, given: Given, grads: Grads[View]) -> None:
     if ready.method.keys == "ring":
-        ring.backward(ready.run, local, given, grads, min(ready.pieces, local.problem.num_heads_k))
+        ring.backward(ready.run, local, given, grads, inner_pieces(ready))
     else:
-        gather.backward(ready.run, local, given, grads, min(ready.pieces, local.problem.num_heads_k))
+        held = ready.saved.arrays if ready.saved is not None and ready.method.ulysses == 1 else None
+        gather.backward(ready.run, local, given, grads, inner_pieces(ready), held)

@@ -1,12 +1,13 @@
 """CUDA memory of a call, and what orders transfers: events, and one stream for communication on each device.
 
-Buffers come from a pool of their own, in the order of the call's stream. Memory that a transfer uses is kept until the call's stream has
-waited for the transfer, so it is not used again before.
+Buffers come from a pool of their own, in the order of the call's stream, and are used again by the next calls on it. Memory that a transfer
+uses is kept until the call's stream has waited for the transfer, so it is not used again before.
 """
 from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.dlpack import address
-from ..arrays.streams import Stream, check, driver, on_device
+from ..arrays.streams import CudaError, Stream, capturing, check, driver, on_device
 from ..arrays.view import ITEMSIZE, Device, Shape, View, contiguous, size_of
 from ..engine import load
 
@@ -59,6 +60,16 @@ def transfer_stream(device: int) -> Stream:
 @cache
 def upload_stream(device: int) -> Stream:
     """The stream on which row numbers and lengths are made."""
+    return _new_stream(device)
+
+
+@cache
+def release_stream(device: int) -> Stream:
+    """The stream on which memory goes back to the pool."""
+    return _new_stream(device)
+
+
+def _new_stream(device: int) -> Stream:
     d = driver()
     with on_device(device):
         made = check(d.cuStreamCreate(d.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
@@ -79,38 +90,143 @@ def copy_from(to: View, x: View, ready: Event, stream: Stream) -> Event:
     return done
 
 
+# ---------------------------------------------------------------- buffers
+KEPT = 8                # the share of a device's memory, one part in so many, that free buffers may have; as much again stays with the pool
+CLASSES = 16            # sizes between a power of two and the next: a buffer is at most one part in so many too large
+
+
 @cache
 def pool(device: int) -> Any:
-    """The device's pool of buffers. It keeps what is free, up to a quarter of the device's memory, because to map it again takes
-    milliseconds.
-    """
+    """The device's pool of buffers. It keeps some of what is free, because to map it again takes milliseconds."""
     d = driver()
     properties = d.CUmemPoolProps()
     properties.allocType = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     properties.location.type = d.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     properties.location.id = device
     made = check(d.cuMemPoolCreate(properties), "cuMemPoolCreate")
-    kept = d.cuuint64_t(check(d.cuDeviceTotalMem(check(d.cuDeviceGet(device), "cuDeviceGet")), "cuDeviceTotalMem") // 4)
+    kept = d.cuuint64_t(most_kept(device))
     check(d.cuMemPoolSetAttribute(made, d.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, kept), "cuMemPoolSetAttribute")
     return made
 
 
-class Buffer:
-    """Memory for work on a stream. The last reference returns it to the pool, in the stream's order."""
+def most_kept(device: int) -> int:
+    d = driver()
+    return int(check(d.cuDeviceTotalMem(check(d.cuDeviceGet(device), "cuDeviceGet")), "cuDeviceTotalMem")) // KEPT
 
-    __slots__ = ("ptr", "stream")
+
+def rounded(size: int) -> int:
+    """The size of the class: few different ones, so that a buffer of another length can often be used again."""
+    unit = max(512, 1 << max(size.bit_length() - CLASSES.bit_length(), 0))
+    return -(-max(size, 1) // unit) * unit
+
+
+class Block:
+    """Memory of the pool, for work on a stream. `free`: an event behind the last work of who had it."""
+
+    __slots__ = ("free", "ptr", "size", "stream")
 
     def __init__(self, size: int, stream: Stream) -> None:
-        self.ptr, self.stream = 0, stream
+        self.size, self.stream = size, stream
+        memory = driver().cuMemAllocFromPoolAsync(size, pool(stream.device), stream.handle)
+        self.ptr: int = int(check(memory, f"cuMemAllocFromPoolAsync of {size} bytes"))
+        self.free: Any = None
+
+    def release(self) -> None:
+        d = driver()
+        if self.free is None:
+            d.cuMemFreeAsync(self.ptr, self.stream.handle)
+            return
+        own = release_stream(self.stream.device)            # the block's may be gone by now
+        d.cuStreamWaitEvent(own.handle, self.free, 0)
+        d.cuMemFreeAsync(self.ptr, own.handle)
+        d.cuEventDestroy(self.free)
+
+
+class Free:
+    """Blocks of a device that no buffer has, by stream and size. The pool, too, would keep them; but calls whose buffers have other sizes,
+    as a backward's beside a forward's, make it map memory anew, which takes the host a millisecond.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.most, self.bytes = most_kept(device), 0
+        self._blocks, self._lock = dict[tuple[int, int], list[Block]](), threading.RLock()     # by stream and size, last used last
+
+    def take(self, size: int, stream: Stream) -> Block | None:
+        """A block whose last work is done before what is put on the stream now."""
+        with self._lock:
+            key = stream.handle, size
+            found = self._blocks.get(key)
+            if found is None:
+                return None
+            block = found.pop()
+            self.bytes -= block.size
+            if not found:
+                del self._blocks[key]
+        check(driver().cuStreamWaitEvent(stream.handle, block.free, 0), "cuStreamWaitEvent")    # another stream may have its handle by now
+        return block
+
+    def give(self, block: Block) -> None:
+        d = driver()
+        if block.size > self.most:
+            block.release()
+            return
+        if block.free is None:
+            block.free = check(d.cuEventCreate(d.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
+        check(d.cuEventRecord(block.free, block.stream.handle), "cuEventRecord")
+        with self._lock:
+            key = block.stream.handle, block.size
+            self._blocks[key] = [*self._blocks.pop(key, ()), block]
+            self.bytes += block.size
+            self._shrink(self.most)
+
+    def clear(self) -> None:
+        """Give all of it back to the pool."""
+        with self._lock:
+            self._shrink(0)
+
+    def _shrink(self, most: int) -> None:
+        while self.bytes > most:
+            oldest = next(iter(self._blocks))
+            for unused in self._blocks.pop(oldest):
+                self.bytes -= unused.size
+                unused.release()
+
+
+@cache
+def free_blocks(device: int) -> Free:
+    return Free(device)
+
+
+class Buffer:
+    """Memory for work on a stream. The last reference gives it back, in the stream's order."""
+
+    __slots__ = ("_block", "_captured", "ptr")
+
+    def __init__(self, size: int, stream: Stream) -> None:
+        self._block: Block | None = None
+        size = rounded(size)
         with on_device(stream.device):
-            memory = driver().cuMemAllocFromPoolAsync(max(size, 1), pool(stream.device), stream.handle)
-            self.ptr = int(check(memory, f"cuMemAllocFromPoolAsync of {size} bytes"))
+            self._captured = capturing(stream.handle)       # memory of a graph is the graph's own
+            self._block = None if self._captured else free_blocks(stream.device).take(size, stream)
+            if self._block is None:
+                try:
+                    self._block = Block(size, stream)
+                except CudaError:           # what is kept may be what is missing
+                    free_blocks(stream.device).clear()
+                    self._block = Block(size, stream)
+        self.ptr = self._block.ptr
 
     def __del__(self) -> None:
-        if self.ptr:
-            # Python or the driver may be going away, and the memory with them
-            with contextlib.suppress(Exception), on_device(self.stream.device):
-                driver().cuMemFreeAsync(self.ptr, self.stream.handle)
+        block = self._block
+        if block is not None:
+            try:
+                with on_device(block.stream.device):
+                    if self._captured:
+                        block.release()
+                    else:
+                        free_blocks(block.stream.device).give(block)
+            except Exception:       # Python or the driver is going away, and the memory with them
+                pass
 
 
 @dataclass(frozen=True, slots=True)

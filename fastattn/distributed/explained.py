@@ -49,10 +49,11 @@ class Unwritten:
     zero = copy = add = merge = move = _nothing
 
 
-def explained(run: Run, method: Method) -> Run:
+def explained(run: Run, method: Method, pieces: int = 1) -> Run:
     """The call's Run; inside `explain` one that sends and writes nothing, and the reasons go into the notes."""
     remarks = registry.remarks.get()
     if remarks is None:
         return run
-    remarks.append(f"rank {run.group.rank} of {run.group.size} runs method {method} ({method.why}); this is its first call")
+    remarks.append(f"rank {run.group.rank} of {run.group.size} runs method {method} ({method.why})"
+                   + f", heads in {pieces} pieces" * (pieces > 1) + "; this is its first call")
     return Run(run.engine, Unwritten(run.memory), Silent(run.group), run.stream, run.deterministic)

@@ -2,117 +2,110 @@
 
 Of a causal mask that is everything up to the last row, of a window its halo. Nothing partial is merged: out has the bits of one rank. In
 the backward each rank has a share of dk and dv for all keys that it received, which it sends to their owners.
+
+A call of rows that attend own keys only waits for nobody, and a share leaves when no later call adds to it (steps.py).
 """
 from __future__ import annotations
 
 from ..arrays.view import View
 from ..problem import Grads
 from .memory import cut, is_contiguous
-from .messages import Message, Pending
-from .reach import gathered, keys_needed
+from .messages import Done, Message, Pending
 from .run import Given, Local, Run, buffer, canonical, rows_first
 from .shares import add_keys, add_scores, piece_grads
-from .spans import Part, Spans, evenly, parts, total
+from .spans import evenly, total
+from .steps import Steps, steps_of
 
 
 class Keys:
-    """Keys and values that a rank holds for its rows: rows-first buffers of the spans `held`."""
+    """Keys and values that a rank holds for its rows: rows-first buffers. `order`: in which its chunks of rows are computed."""
 
-    def __init__(self, run: Run, local: Local) -> None:
-        """Starts the exchange; `wait` before the first use."""
+    def __init__(self, run: Run, local: Local, order: tuple[int, ...], saved: list[View] | None = None) -> None:
+        """Starts the exchange, unless all is there already; `wait` before a step's call.
+
+        It is one, because a kernel that has all processors lets no second one in before it ends.
+        """
         self.run, self.local = run, local
-        self.needed = [keys_needed(local.reach, spans) for spans in local.rows]
+        self.steps: Steps = steps_of(local.reach, local.rows, local.keys, local.me, order)
         self.own = [rows_first(x) for x in (local.o.k, local.o.v)]
         self.alone = len(local.ranks) == 1
-        if self.alone:
-            self.needed, self.held, self.buffers = list(local.keys), parts(local.keys[0]), self.own
+        self.rows = total([part.span for part in self.steps.held])
+        self.pending: Pending = Done()
+        self._own_copied = True
+        if self.alone and self.rows == self.own[0].shape[0]:
+            self.buffers = self.own
             return
-        self.held = parts(self.needed[local.me])
-        memory, rows = run.memory, total(self.needed[local.me])
-        give = [packed(run, x) for x in self.own]
-        self.buffers = [buffer(memory, x, rows, x.dtype) for x in self.own]
-        sends = [Message(cut(x, 0, mine), local.ranks[to]) for to in self.others()
-                 for mine, _ in overlaps(self.needed[to], parts(local.keys[local.me])) for x in give]
-        takes = [Message(cut(x, 0, held), local.ranks[source]) for source in self.others()
-                 for _, held in overlaps(self.needed[local.me], parts(local.keys[source])) for x in self.buffers]
-        self.pending: Pending = run.exchange(sends, takes)
-        for mine, held in overlaps(self.needed[local.me], parts(local.keys[local.me])):
+        if saved is not None:
+            self.buffers = saved
+            return
+        memory, ranks = run.memory, local.ranks
+        give = self.own if self.alone else [packed(run, x) for x in self.own]
+        self.buffers = [buffer(memory, x, self.rows, x.dtype) for x in self.own]
+        self.pending = run.exchange(
+            [Message(cut(x, 0, one.rows), ranks[one.to]) for given in self.steps.give for one in given for x in give],
+            [Message(cut(x, 0, one.rows), ranks[one.source]) for taken in self.steps.take for one in taken for x in self.buffers])
+        self._own_copied = False
+
+    def wait(self, step: int) -> tuple[View, View]:
+        """Canonical k and v of the held spans; what the steps until this one attend is there."""
+        for mine, held in [] if self._own_copied else self.steps.own:      # not before: exchanges of other pieces start first
             for to, x in zip(self.buffers, self.own, strict=True):
-                memory.copy(cut(to, 0, held), cut(x, 0, mine))
-
-    def others(self) -> list[int]:
-        return [n for n in range(len(self.local.ranks)) if n != self.local.me]
-
-    def wait(self) -> tuple[View, View]:
-        """Canonical k and v of the held spans."""
-        if not self.alone:
+                self.run.memory.copy(cut(to, 0, held), cut(x, 0, mine))
+        self._own_copied = True
+        if any(self.steps.take[:step + 1]):
             self.pending.wait()
         k, v = self.buffers
         return canonical(k), canonical(v)
 
-    def give_back(self, shares: list[View]) -> Shares:
-        """Send shares of dk and dv, rows-first sums of the held spans, to the owners of their keys."""
-        run, local, memory = self.run, self.local, self.run.memory
-        kept = {}
-        for source in range(len(local.ranks)):
-            n = total(self.taken(source))
-            kept[source] = [buffer(memory, x, n, local.wide) for x in shares] if source != local.me else []
-        sends = [Message(cut(x, 0, held), local.ranks[to]) for to in self.others()
-                 for _, held in overlaps(self.needed[local.me], parts(local.keys[to])) for x in shares]
-        takes = list[Message]()
-        for source in self.others():
-            first = 0
-            for span in self.taken(source):
-                takes += [Message(cut(x, 0, slice(first, first + span.length)), local.ranks[source]) for x in kept[source]]
-                first += span.length
-        return Shares(self, shares, kept, run.exchange(sends, takes))
-
-    def taken(self, rank: int) -> Spans:
-        """The spans of own keys that a rank holds, in the order of its messages."""
-        mine = self.local.keys[self.local.me]
-        return tuple([span for needed in self.needed[rank] for own in mine if (span := own.cut(needed)).length])
+    def finish(self) -> None:
+        """Own keys may change after it."""
+        self.pending.wait()
 
 
 class Shares:
-    """Shares of dk and dv under way to the owners of keys."""
+    """The shares of dk and dv of the held keys: rows-first sums, which go to the owners of the keys."""
 
-    def __init__(self, keys: Keys, shares: list[View], kept: dict[int, list[View]], pending: Pending) -> None:
-        self.keys, self.shares, self.kept, self.pending = keys, shares, kept, pending
+    def __init__(self, keys: Keys) -> None:
+        self.keys, self.run, self.local = keys, keys.run, keys.local
+        self.sums = [buffer(self.run.memory, x, keys.rows, self.local.wide) for x in keys.own]
+        # shares of own keys, (rows, [of dk, of dv]), and their exchange
+        self.arriving = list[tuple[list[tuple[slice, list[View]]], Pending]]()
+
+    def give_back(self, step: int) -> None:
+        """Send the shares that no later step adds to."""
+        steps, ranks = self.keys.steps, self.local.ranks
+        arrived = [(one.rows, [buffer(self.run.memory, x, one.rows.stop - one.rows.start, self.local.wide) for x in self.sums])
+                   for one in steps.returned[step]]
+        give = [Message(cut(x, 0, one.rows), ranks[one.to]) for one in steps.back[step] for x in self.sums]
+        take = [Message(x, ranks[one.source]) for one, (_, both) in zip(steps.returned[step], arrived, strict=True) for x in both]
+        self.arriving.append((arrived, self.run.exchange(give, take)))
 
     def add_up(self, dk: View, dv: View) -> None:
-        """Write the gradients of own keys, canonical: the shares of all ranks, added in the order of ranks."""
-        keys, local, memory = self.keys, self.keys.local, self.keys.run.memory
-        for n, to in enumerate((dk, dv)):
-            target = rows_first(to)
-            direct = target.dtype == local.wide and is_contiguous(target)
-            sums = target if direct else memory.empty(target.shape, local.wide)
-            memory.zero(sums)
-            if n == 0:
-                self.pending.wait()
-            for rank in range(len(local.ranks)):
-                if rank == local.me:
-                    for mine, held in overlaps(keys.needed[rank], parts(local.keys[rank])):
-                        memory.add(cut(sums, 0, mine), cut(self.shares[n], 0, held))
-                else:
-                    first = 0
-                    for mine, _ in overlaps(keys.needed[rank], parts(local.keys[local.me])):
-                        length = mine.stop - mine.start
-                        memory.add(cut(sums, 0, mine), cut(self.kept[rank][n], 0, slice(first, first + length)))
-                        first += length
-            if not direct:
-                memory.copy(target, sums)
+        """Write the gradients of own keys, canonical: own shares first, then the others' in the order of steps and of ranks."""
+        memory, own, places = self.run.memory, total(self.local.keys[self.local.me]), self.keys.steps.own
+        whole = sum(mine.stop - mine.start for mine, _ in places) == own
+        sums = self.sums
+        if not whole:                   # some of the own keys are attended by other ranks' rows only
+            sums = [buffer(memory, x, own, self.local.wide) for x in self.sums]
+            for to, x in zip(sums, self.sums, strict=True):
+                memory.zero(to)
+                for mine, held in places:
+                    memory.copy(cut(to, 0, mine), cut(x, 0, held))
+            places = [(slice(0, own), slice(0, own))]
+        for arrived, pending in self.arriving:
+            pending.wait()
+            for rows, both in arrived:
+                for to, x in zip(sums, both, strict=True):
+                    memory.add(cut(to, 0, _moved(rows, places)), x)
+        for result, x in zip((dk, dv), sums, strict=True):
+            for mine, held in places:
+                memory.copy(cut(rows_first(result), 0, mine), cut(x, 0, held))
 
 
-def overlaps(needed: Spans, owned: list[Part]) -> list[tuple[slice, slice]]:
-    """(rows in the owner's memory, rows in the memory of who needs them) of each common span, in the order of messages."""
-    found = []
-    for held in parts(needed):
-        for own in owned:
-            span = own.span.cut(held.span)
-            if span.length:
-                found.append((slice(own.first + span.start - own.span.start, own.first + span.stop - own.span.start),
-                              slice(held.first + span.start - held.span.start, held.first + span.stop - held.span.start)))
-    return found
+def _moved(rows: slice, places: list[tuple[slice, slice]]) -> slice:
+    """Rows of own keys as rows of the sums."""
+    mine, held = next((mine, held) for mine, held in places if mine.start <= rows.start and rows.stop <= mine.stop)
+    return slice(rows.start - mine.start + held.start, rows.stop - mine.start + held.start)
 
 
 def packed(run: Run, x: View) -> View:
@@ -132,34 +125,42 @@ def head_pieces(local: Local, pieces: int) -> list[tuple[slice, slice, Local]]:
     return [(slice(k.start * group, k.stop * group), k, local.heads(k.start, k.stop)) for k in evenly(heads, pieces)]
 
 
-def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> None:
-    """Write out and lse of own rows, canonical."""
-    started = [(q, part, Keys(run, part)) for q, _, part in head_pieces(local, pieces)]
+def upwards(local: Local) -> tuple[int, ...]:
+    """Of a causal mask the chunk with the fewest keys first: while it is computed, keys of the others arrive."""
+    return tuple(range(len(local.rows[local.me])))
+
+
+def forward(run: Run, local: Local, out: View, lse: View, pieces: int = 1) -> list[list[View]]:
+    """Write out and lse of own rows, canonical. What is held of each piece."""
+    started = [(q, part, Keys(run, part, upwards(part))) for q, _, part in head_pieces(local, pieces)]
     for q, part, keys in started:
-        _compute(run, part, keys, cut(out, 2, q), cut(lse, 1, q))
+        for step, calls in enumerate(keys.steps.pieces):
+            k, v = keys.wait(step)
+            for piece in calls:
+                problem, o = part.piece(piece, k, v)
+                to = cut(cut(lse, 1, q), 2, piece.rows)
+                contiguous = to if is_contiguous(to) else run.memory.empty(to.shape, to.dtype)
+                run.forward(problem, o, cut(cut(out, 2, q), 1, piece.rows), contiguous)
+                if contiguous is not to:
+                    run.memory.copy(to, contiguous)
+        keys.finish()
+    return [keys.buffers for *_, keys in started]
 
 
-def _compute(run: Run, local: Local, keys: Keys, out: View, lse: View) -> None:
-    k, v = keys.wait()
-    for piece in gathered(local.reach, parts(local.rows[local.me]), keys.held):
-        problem, o = local.piece(piece, k, v)
-        to = cut(lse, 2, piece.rows)
-        contiguous = to if is_contiguous(to) else run.memory.empty(to.shape, to.dtype)
-        run.forward(problem, o, cut(out, 1, piece.rows), contiguous)
-        if contiguous is not to:
-            run.memory.copy(to, contiguous)
+def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1, saved: list[list[View]] | None = None) -> None:
+    """Write dq, dk, dv of own rows. dbias and dsinks, if wanted, are sums that the caller cleared: shares of this rank are added.
 
-
-def backward(run: Run, local: Local, given: Given, grads: Grads[View], pieces: int = 1) -> None:
-    """Write dq, dk, dv of own rows. dbias and dsinks, if wanted, are sums that the caller cleared: shares of this rank are added."""
-    started = [(q, k, part, Keys(run, part)) for q, k, part in head_pieces(local, pieces)]
+    The last piece computes the chunk with the most keys first: shares of keys that no other chunk attends leave while others are computed.
+    """
+    pieces_of = head_pieces(local, pieces)
+    orders = [upwards(part)[::-1] if n + 1 == len(pieces_of) else upwards(part) for n, (*_, part) in enumerate(pieces_of)]
+    started = [(q, k, part, Keys(run, part, orders[n], None if saved is None else saved[n])) for n, (q, k, part) in enumerate(pieces_of)]
     under_way = []
     for q, k, part, keys in started:
         mine = grads_of_heads(grads, q, k)
-        shares = _shares(run, part, keys, given.heads(q), mine)
-        under_way.append((mine, keys.give_back(shares)))
-    for mine, sent in under_way:
-        sent.add_up(mine.dk, mine.dv)
+        under_way.append((mine, _shares(run, part, keys, given.heads(q), mine)))
+    for mine, shares in under_way:
+        shares.add_up(mine.dk, mine.dv)
 
 
 def grads_of_heads(grads: Grads[View], q: slice, k: slice) -> Grads[View]:
@@ -169,20 +170,25 @@ def grads_of_heads(grads: Grads[View], q: slice, k: slice) -> Grads[View]:
                  None if grads.dsinks is None else cut(grads.dsinks, 0, q))
 
 
-def _shares(run: Run, local: Local, keys: Keys, given: Given, grads: Grads[View]) -> list[View]:
-    """Write dq, add to dbias and dsinks; rows-first sums of dk and dv for the held keys."""
-    k, v = keys.wait()
-    memory, rows = run.memory, total([part.span for part in keys.held])
-    sums = [buffer(memory, x, rows, local.wide) for x in keys.own]
-    pieces = sorted(gathered(local.reach, parts(local.rows[local.me]), keys.held), key=lambda piece: piece.keys.start - piece.keys.stop)
-    whole = bool(pieces) and pieces[0].keys == slice(0, rows)       # the call with most keys writes the sums, others are added
-    for x in sums if not whole else []:
+def _shares(run: Run, local: Local, keys: Keys, given: Given, grads: Grads[View]) -> Shares:
+    """Write dq, add to dbias and dsinks; the shares of dk and dv are on their way to the owners of their keys."""
+    memory, shares, pieces = run.memory, Shares(keys), keys.steps.pieces
+    whole = next(((step, n) for step, calls in enumerate(pieces) for n, x in enumerate(calls) if x.keys == slice(0, keys.rows)), None)
+    for x in shares.sums if whole is None else []:
         memory.zero(x)
-    for n, piece in enumerate(pieces):
-        direct = whole and n == 0
-        found = piece_grads(run, local, piece, k, v, given, grads, None, sums if direct else None)
-        memory.copy(cut(grads.dq, 1, piece.rows), found.dq)
-        if not direct:
-            add_keys(run, found, piece.keys, sums)
-        add_scores(run, found, piece, grads)
-    return sums
+    begun, later = whole is None, list[tuple[Grads[View], slice]]()     # a call with all keys writes the sums, the others are added
+    for step, calls in enumerate(pieces):
+        k, v = keys.wait(step)
+        for n, piece in enumerate(calls):
+            direct = (step, n) == whole
+            found = piece_grads(run, local, piece, k, v, given, grads, None, shares.sums if direct else None)
+            memory.copy(cut(grads.dq, 1, piece.rows), found.dq)
+            add_scores(run, found, piece, grads)
+            begun = begun or direct
+            if not direct:
+                later.append((found, piece.keys))
+            while begun and later:
+                add_keys(run, *later.pop(0), shares.sums)
+        shares.give_back(step)
+    keys.finish()
+    return shares

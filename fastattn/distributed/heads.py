@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from ..arrays.view import View
 from .gather import packed
@@ -32,7 +34,8 @@ class Team:
         return [n for n in range(len(self.ranks)) if n != self.me]
 
 
-def places(spans: Sequence[Spans]) -> list[list[slice]]:
+@lru_cache(256)
+def places(spans: tuple[Spans, ...]) -> list[list[slice]]:
     """For each member where its spans lie among all rows of the team, in the order of the sequence."""
     every = parts(united([span for member in spans for span in member]))
 
@@ -42,49 +45,85 @@ def places(spans: Sequence[Spans]) -> list[list[slice]]:
     return [[place(span.start, span.length) if span.length else slice(0, 0) for span in member] for member in spans]
 
 
-def to_heads(run: Run, team: Team, spans: Sequence[Spans], arrays: Sequence[tuple[View, int]]) -> list[View]:
-    """For own rows of all heads: the team's rows of own heads. `arrays`: rows-first Views, with their heads for each key head; 0: an array
-    without an axis of heads, of which everybody gets all.
+class Given(NamedTuple):
+    """A rows-first View of own rows and all heads, which has `by` heads for each key head, and the rows of every member. 0: it has no axis
+    of heads, and everybody gets all.
     """
-    memory, at, mine = run.memory, places(spans), parts(spans[team.me])
-    rows = sum(total(member) for member in spans)
 
-    def of(x: View, n: int, by: int) -> View:
-        return x if by == 0 else cut(x, 2, team.heads(n, by))
-    found = [memory.empty((rows, *of(x, team.me, by).shape[1:]), x.dtype) for x, by in arrays]
-    give, take = list[Message](), list[Message]()
-    for n in team.others:
-        whole = [packed(run, of(x, n, by)) for x, by in arrays]
-        give += [Message(cut(x, 0, part.rows), team.ranks[n]) for part in mine for x in whole]
-        take += [Message(cut(to, 0, place), team.ranks[n]) for place in at[n] for to in found]
-    pending = run.exchange(give, take)
-    for part, place in zip(mine, at[team.me], strict=True):
-        for to, (x, by) in zip(found, arrays, strict=True):
-            memory.copy(cut(to, 0, place), cut(of(x, team.me, by), 0, part.rows))
-    pending.wait()
-    return found
+    x: View
+    by: int
+    spans: tuple[Spans, ...]
+
+    def heads(self, team: Team, n: int) -> View:
+        """What member n gets."""
+        return self.x if self.by == 0 else cut(self.x, 2, team.heads(n, self.by))
 
 
-def to_rows(run: Run, team: Team, spans: Sequence[Spans], arrays: Sequence[tuple[View, View, int]]) -> None:
-    """The inverse: (the team's rows of own heads, own rows of all heads to write, heads for each key head), rows-first. 0: an array without
-    an axis of heads, whose shares of all members are added.
+class ToHeads:
+    """For own rows of all heads: the team's rows of own heads. One exchange, which starts when this is made."""
+
+    def __init__(self, run: Run, team: Team, arrays: Sequence[Given]) -> None:
+        self._memory, self._team, self._arrays = run.memory, team, arrays
+        give, take, self._found = list[Message](), list[Message](), list[View]()
+        for x in arrays:
+            rows = sum(total(member) for member in x.spans)
+            self._found.append(run.memory.empty((rows, *x.heads(team, team.me).shape[1:]), x.x.dtype))
+        for n in team.others:
+            for x, to in zip(arrays, self._found, strict=True):
+                whole = packed(run, x.heads(team, n))
+                give += [Message(cut(whole, 0, part.rows), team.ranks[n]) for part in parts(x.spans[team.me])]
+                take += [Message(cut(to, 0, place), team.ranks[n]) for place in places(x.spans)[n]]
+        self._pending = run.exchange(give, take)
+
+    def wait(self) -> list[View]:
+        """What is here already is copied now, behind all exchanges that have started."""
+        team = self._team
+        for x, to in zip(self._arrays, self._found, strict=True):
+            for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
+                self._memory.copy(cut(to, 0, place), cut(x.heads(team, team.me), 0, part.rows))
+        self._pending.wait()
+        return self._found
+
+
+class Result(NamedTuple):
+    """The team's rows of own heads, own rows of all heads to write, both rows-first, heads for each key head, and the rows of every member.
+    0: without an axis of heads; the shares of all members are added.
     """
-    memory, at, mine = run.memory, places(spans), parts(spans[team.me])
-    give, take, kept = list[Message](), list[Message](), dict[int, list[View]]()
-    ready = [packed(run, x) for x, _, _ in arrays]
-    for n in team.others:
-        kept[n] = [memory.empty(to.shape if by == 0 else cut(to, 2, team.heads(n, by)).shape, to.dtype) for _, to, by in arrays]
-        give += [Message(cut(x, 0, place), team.ranks[n]) for place in at[n] for x in ready]
-        take += [Message(cut(x, 0, part.rows), team.ranks[n]) for part in mine for x in kept[n]]
-    pending = run.exchange(give, take)
-    pending.wait()
-    for index, (x, to, by) in enumerate(arrays):
-        if by == 0:
-            memory.zero(to)
-        for n in range(len(team.ranks)):
-            for part, place in zip(mine, at[team.me], strict=True):
-                source = cut(x, 0, place) if n == team.me else cut(kept[n][index], 0, part.rows)
-                if by == 0:
-                    memory.add(cut(to, 0, part.rows), source)
-                else:
-                    memory.copy(cut(cut(to, 2, team.heads(n, by)), 0, part.rows), source)
+
+    x: View
+    to: View
+    by: int
+    spans: tuple[Spans, ...]
+
+    def heads(self, team: Team, n: int) -> View:
+        """Where the heads of member n are written."""
+        return self.to if self.by == 0 else cut(self.to, 2, team.heads(n, self.by))
+
+
+class ToRows:
+    """The inverse of ToHeads. One exchange, which starts when this is made; `finish` writes the results."""
+
+    def __init__(self, run: Run, team: Team, arrays: Sequence[Result]) -> None:
+        self._run, self._team, self._arrays = run, team, arrays
+        give, take, self._kept = list[Message](), list[Message](), dict[int, list[View]]()
+        ready = [packed(run, x.x) for x in arrays]
+        for n in team.others:
+            self._kept[n] = [run.memory.empty(x.heads(team, n).shape, x.to.dtype) for x in arrays]
+            for x, whole, arrived in zip(arrays, ready, self._kept[n], strict=True):
+                give += [Message(cut(whole, 0, place), team.ranks[n]) for place in places(x.spans)[n]]
+                take += [Message(cut(arrived, 0, part.rows), team.ranks[n]) for part in parts(x.spans[team.me])]
+        self._pending = run.exchange(give, take)
+
+    def finish(self) -> None:
+        memory, team = self._run.memory, self._team
+        for x in self._arrays:
+            if x.by == 0:
+                memory.zero(x.to)
+        for n in [team.me, *team.others]:       # what is here already is written while the rest arrives
+            if n != team.me:
+                self._pending.wait()
+            for index, x in enumerate(self._arrays):
+                to = x.heads(team, n)
+                for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
+                    source = cut(x.x, 0, place) if n == team.me else cut(self._kept[n][index], 0, part.rows)
+                    (memory.add if x.by == 0 else memory.copy)(cut(to, 0, part.rows), source)

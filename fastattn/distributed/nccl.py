@@ -1,11 +1,15 @@
 """A group over nccl4py: CUDA arrays.
 
+Messages go through the bindings that nccl4py brings. The communicator's own `send` and `recv` ask cuda-bindings on which device a buffer
+is, which some versions answer with 0 for every device (NVIDIA/cuda-python issue 2928), and they take the host several times as long.
+
 All messages of an exchange are one NCCL group on the device's stream of transfers, behind an event of the call's stream; the call's stream
 waits for it when the buffers are used. The host never waits. A thread watches: an error of NCCL, or a transfer that takes too long, ends
 the group.
 """
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -15,23 +19,15 @@ from collections import deque
 from typing import Any
 
 from ..arrays.streams import Stream, on_device
-from ..arrays.view import View, size_of
+from ..arrays.view import size_of
 from ..errors import message
 from .device import Event, transfer_stream
 from .messages import Message, Pending, RankError
 from .sockets import SocketGroup
 
 SUCCESS, IN_PROGRESS = 0, 7     # of ncclResult_t
+BYTES = 1                       # of ncclDataType_t: ncclUint8
 LOOK = 0.2              # seconds between two looks of the thread that watches
-
-
-class Words:
-    """The bytes of a contiguous View, as nccl4py reads them."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.__cuda_array_interface__ = {"version": 3, "shape": (size_of(view),), "typestr": "|u1", "data": (view.ptr, False),
-                                         "strides": None, "stream": None}
 
 
 class NcclGroup:
@@ -42,7 +38,8 @@ class NcclGroup:
     def __init__(self, comm: Any, timeout: float, control: SocketGroup | None = None) -> None:
         if not comm.is_valid:
             raise ValueError(message("group", "comm", "is a communicator without ranks", "one that Communicator.init has made"))
-        self._core, self._comm, self._control = sys.modules["nccl.core"], comm, control
+        self._nccl, self._comm, self._control = importlib.import_module("nccl.bindings.nccl"), comm, control
+        self._handle = self._nccl.Comm(int(comm.ptr))           # the bindings' own kind of number
         self.rank, self.size, self.device = int(comm.rank), int(comm.nranks), int(comm.device.device_id)
         self.timeout, self.failed = timeout, ""
         self._under_way, self._lock = deque[tuple[float, Event]](), threading.Lock()
@@ -54,14 +51,17 @@ class NcclGroup:
         if self.failed:
             raise RankError(self.failed)
         assert stream is not None and stream.device == self.device, "checks.check_memory lets no other array in"
-        transfers = transfer_stream(self.device)
+        transfers, nccl, comm = transfer_stream(self.device), self._nccl, self._handle
         with on_device(self.device):
             Event(stream).wait(transfers)
-            with self._core.group():
+            nccl.group_start()
+            try:
                 for view, to in give:
-                    self._comm.send(Words(view), to, stream=transfers.handle)
+                    nccl.send(view.ptr, size_of(view), BYTES, to, comm, transfers.handle)
                 for view, source in take:
-                    self._comm.recv(Words(view), source, stream=transfers.handle)
+                    nccl.recv(view.ptr, size_of(view), BYTES, source, comm, transfers.handle)
+            finally:
+                nccl.group_end()
             done = Event(transfers)
         with self._lock:
             self._under_way.append((time.monotonic(), done))

@@ -63,7 +63,8 @@ def prepare(w: Whole, raw: tuple[Any, ...], stream: Any, engine: str | None, qkv
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)
         problem, o, plan = whole_problem(check, memory, q, k, group.rank, options, as_given)
-        facts.add(**options._asdict(), **shared_facts(problem))
+        if facts.wanted:
+            facts.add(**options._asdict(), **shared_facts(problem))
         method = choose(check, w.method, problem, plan, shard, given is not None)
         if given is not None:
             found = _given(caller, problem, o, given, need_dbias)
@@ -109,7 +110,7 @@ def choose(check: Check, method: Any, problem: Problem, plan: Plan, shard: str, 
     if method != "auto":
         return found
     item = 8 if problem.dtype == "float64" else 4 if problem.dtype == "float32" else 2
-    rows = max([len(plan.held_rows(rank)) for rank in range(plan.size)])
+    rows = max([plan.held_count(rank) for rank in range(plan.size)])
     held = rows * problem.num_heads_k * (problem.head_dim + problem.head_dim_v) * (item + (max(item, 4) if backward else 0))
     why = f"{held / 2**30:.2f} GiB of keys and values in a rank, limit {GATHER_BYTES / 2**30:g} GiB"
     if held <= GATHER_BYTES:

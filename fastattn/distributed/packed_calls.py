@@ -52,7 +52,7 @@ class Packed:
         mask or dropout.
         """
         p = self.problem
-        if p.dropout is not None or p.score.bias is not None or p.score.mask:
+        if self.each:
             yield from self._each(c, k, v)
             return
         (n, m), plan, memory = c.longest, self.plan, self.run.memory
@@ -64,6 +64,11 @@ class Packed:
                     cu_seqlens_k=lengths["cu_k"], seqused_k=None if c.used is None else plan.view(memory, (name, "used"), c.used),
                     diagonals=plan.view(memory, (name, "diagonal"), c.diagonal) if diagonals else None)
         yield Piece(problem, o, c.rows, c.keys)
+
+    @property
+    def each(self) -> bool:
+        """Whether every sequence has a call of its own."""
+        return self.problem.dropout is not None or self.problem.score.bias is not None or self.problem.score.mask
 
     @property
     def _limited(self) -> bool:
@@ -115,12 +120,15 @@ def forward_into(local: Packed, piece: Piece, out: View, lse: View) -> None:
         run.memory.copy(to, mine)
 
 
-def grads_of(local: Packed, piece: Piece, given: Given, grads: Grads[View]) -> Grads[View]:
-    """New arrays (rows, heads, dim) with the gradients of a piece in float32 (float64); dbias and dsinks are added to `grads`."""
+def grads_of(local: Packed, piece: Piece, given: Given, grads: Grads[View], dq: View | None = None,
+             sums: list[View] | None = None) -> Grads[View]:
+    """Arrays (rows, heads, dim) with the gradients of a piece in float32 (float64): `dq`, and `sums`, dk and dv, where they are given, else
+    new ones. dbias and dsinks are added to `grads`.
+    """
     memory, problem, o = local.run.memory, in_float32(piece.problem), piece.o
     rows, keys = piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start
-    dq = memory.empty((rows, *o.q.shape[-2:]), problem.out_dtype)
-    dk, dv = [memory.empty((keys, *x.shape[-2:]), problem.out_dtype) for x in (o.k, o.v)]
+    dq = memory.empty((rows, *o.q.shape[-2:]), problem.out_dtype) if dq is None else dq
+    dk, dv = [memory.empty((keys, *x.shape[-2:]), problem.out_dtype) for x in (o.k, o.v)] if sums is None else sums
     dbias = None
     if grads.dbias is not None and o.bias is not None:
         dbias = memory.empty(tuple([1 if n == 1 else m for n, m in zip(grads.dbias.shape, o.bias.shape, strict=True)]), o.bias.dtype)

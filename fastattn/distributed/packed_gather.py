@@ -15,7 +15,7 @@ class Keys:
     def __init__(self, local: Packed) -> None:
         run, plan, memory = local.run, local.plan, local.run.memory
         self.local, self.own = local, (local.o.k, local.o.v)
-        self.count = len(plan.held_rows(plan.rank))
+        self.count = plan.held_count(plan.rank)
         self.others = [rank for rank in range(plan.size) if rank != plan.rank]
         self.given = {rank: plan.given(rank) for rank in range(plan.size)}
         self.taken = {rank: plan.taken(rank) for rank in range(plan.size)}
@@ -85,12 +85,17 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
     memory, keys = local.run.memory, Keys(local)
     k, v = keys.wait()
     sums = [memory.empty(x.shape, local.wide) for x in keys.held]
-    for x in sums:
+    calls = local.plan.gathered()
+    whole = None if local.each else next((n for n, call in enumerate(calls) if call.rows.stop > call.rows.start), None)
+    for x in sums if whole is None else []:
         memory.zero(x)
-    for n, call in enumerate(local.plan.gathered()):
+    for n, call in enumerate(calls):        # each has all keys that are held, so the first one writes the sums
         for piece in local.pieces(("gather", n), call, k, v):
-            found = grads_of(local, piece, given, grads)
+            direct = n == whole
+            if piece.rows.stop == piece.rows.start:
+                continue
+            found = grads_of(local, piece, given, grads, None, sums if direct else None)
             memory.copy(cut(grads.dq, 0, piece.rows), found.dq)
-            for to, x in zip(sums, (found.dk, found.dv), strict=True):
+            for to, x in [] if direct else zip(sums, (found.dk, found.dv), strict=True):
                 memory.add(cut(to, 0, piece.keys), x)
     keys.give_back(sums, [grads.dk, grads.dv])

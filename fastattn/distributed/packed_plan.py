@@ -1,6 +1,7 @@
 """Who owns and who needs which rows of packed sequences, and the calls that compute it: made once for the same lengths."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,16 +36,16 @@ class Call(NamedTuple):
     row: Numbers
     key: Numbers
     diagonal: Numbers
+    longest: tuple[int, int]        # rows and keys of a sequence
+    bottom_right: bool              # whether the diagonals are those that a call without them has
 
-    @property
-    def longest(self) -> tuple[int, int]:
-        return int(np.diff(self.cu_q).max(initial=0)), int(np.diff(self.cu_k).max(initial=0))
 
-    @property
-    def bottom_right(self) -> bool:
-        """Whether the diagonals are those that a call without them has."""
-        n, m = np.diff(self.cu_q), np.diff(self.cu_k) if self.used is None else self.used
-        return bool((((m - n) == self.diagonal) | (n == 0)).all())
+def call_of(rows: slice, keys: slice, cu_q: Numbers, cu_k: Numbers, used: Numbers | None, row: Numbers, key: Numbers,
+            diagonal: Numbers) -> Call:
+    n, m = np.diff(cu_q), np.diff(cu_k)
+    own = (m if used is None else used) - n
+    return Call(rows, keys, cu_q, cu_k, used, row, key, diagonal, (int(n.max(initial=0)), int(m.max(initial=0))),
+                bool(((own == diagonal) | (n == 0)).all()))
 
 
 class Side:
@@ -67,6 +68,10 @@ class Side:
         first = int(lengths[:chunk].sum())
         return slice(first, first + int(lengths[chunk]))
 
+    def chunks_of(self, rank: int) -> list[slice]:
+        """Where a rank's chunks of all sequences lie among its rows."""
+        return [self.chunk_rows(rank, chunk) for chunk in range(self.spans.shape[1])]
+
     def cumulative(self, rank: int, chunk: int) -> Numbers:
         spans = self.spans[rank, chunk]
         return np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
@@ -80,6 +85,13 @@ class Plan:
         self.left, self.right = mask.left, mask.right
         self.shift = np.zeros(q.number, np.int64) if mask.top_left else self.k.lengths - self.q.lengths
         self._views: dict[Any, View] = {}
+        self._kept: dict[Any, Any] = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), the first time that it is asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def needed(self, rank: int) -> tuple[Numbers, Numbers]:
         """(chunk, sequence) bounds [low, high) of the keys that a rank's rows attend; low is a multiple of KEY_TILE."""
@@ -97,33 +109,48 @@ class Plan:
         last = high.max(axis=0)
         return np.where(last > 0, first, 0), last
 
-    def held_rows(self, rank: int) -> Numbers:
+    def held_count(self, rank: int) -> int:
+        """How many keys a rank holds."""
+        return int(self._once(("held", rank), lambda: int(np.subtract(*self.held(rank)[::-1]).sum())))
+
+    def _held_rows(self, rank: int) -> Numbers:
         low, high = self.held(rank)
         return ranges(low + self.k.starts[:-1], high + self.k.starts[:-1])
 
     def given(self, to: int) -> Numbers:
         """Which of the rank's own keys another rank holds, in its order."""
-        rows = self.held_rows(to)
-        return self.k.place[rows[self.k.owner[rows] == self.rank]]  # type: ignore[no-any-return]
+        def make() -> Numbers:
+            rows = self._held_rows(to)
+            found: Numbers = self.k.place[rows[self.k.owner[rows] == self.rank]].astype(np.int32)
+            return found
+        return self._once(("given", to), make)  # type: ignore[no-any-return]
 
     def taken(self, source: int) -> Numbers:
         """Where another rank's keys are among those that this one holds."""
-        return np.flatnonzero(self.k.owner[self.held_rows(self.rank)] == source)
+        def make() -> Numbers:
+            return np.flatnonzero(self.k.owner[self._held_rows(self.rank)] == source).astype(np.int32)
+        return self._once(("taken", source), make)  # type: ignore[no-any-return]
 
     def gathered(self) -> list[Call]:
         """A call for each chunk."""
+        return self._once("gathered", self._gathered)  # type: ignore[no-any-return]
+
+    def _gathered(self) -> list[Call]:
         (low, high), (first, last) = self.needed(self.rank), self.held(self.rank)
         keys, cu_k = slice(0, int((last - first).sum())), np.concatenate([[0], np.cumsum(last - first)])
         found = []
         for chunk in range(len(low)):
             start = self.q.spans[self.rank, chunk, :, 0]
-            found.append(Call(self.q.chunk_rows(self.rank, chunk), keys, self.q.cumulative(self.rank, chunk), cu_k,
+            found.append(call_of(self.q.chunk_rows(self.rank, chunk), keys, self.q.cumulative(self.rank, chunk), cu_k,
                               np.where(high[chunk] > 0, high[chunk] - first, 0), start, first, start + self.shift - first))
         return found
 
     # ------------------------------------------------------------ ring
     def paired(self, owner: int) -> list[Call]:
         """The calls over the keys of one rank: one for each pair of chunks that has anything to compute."""
+        return self._once(("paired", owner), lambda: self._paired(owner))  # type: ignore[no-any-return]
+
+    def _paired(self, owner: int) -> list[Call]:
         found = []
         for i in range(self.q.spans.shape[1]):
             for j in range(self.k.spans.shape[1]):
@@ -135,7 +162,7 @@ class Plan:
                 if self.left is not None:
                     seen &= k[:, 1] - 1 >= row - self.left
                 if seen.any():
-                    found.append(Call(self.q.chunk_rows(self.rank, i), self.k.chunk_rows(owner, j), self.q.cumulative(self.rank, i),
+                    found.append(call_of(self.q.chunk_rows(self.rank, i), self.k.chunk_rows(owner, j), self.q.cumulative(self.rank, i),
                                       self.k.cumulative(owner, j), None, q[:, 0], key, row - key))
         return found
 
@@ -160,6 +187,6 @@ def cumulative(memory: Memory, sequences: Sequences) -> View:
     return found
 
 
-@lru_cache(64)
+@lru_cache(32)
 def plan_of(q: Sequences, k: Sequences, mask: Mask, rank: int) -> Plan:
     return Plan(q, k, mask, rank)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..arrays.view import View
 from ..problem import Grads, Mask, Operands, Problem
 from .gather import packed
-from .memory import cut
+from .memory import cut, is_contiguous
 from .messages import Message, Pending
 from .packed_calls import Packed, dense, forward_into, grads_of
 from .ring import AHEAD
@@ -59,17 +59,27 @@ def bare(local: Packed, keys: int) -> tuple[Problem, Operands]:
 
 def forward(local: Packed, out: View, lse: View) -> None:
     """Write out and lse of own rows. The sum so far is float32 (float64)."""
-    run, memory, ring = local.run, local.run.memory, Ring(local)
+    memory, ring = local.run.memory, Ring(local)
     sums = out if out.dtype == local.wide else memory.empty(out.shape, local.wide)
-    problem, o = bare(local, 0)
-    run.forward(in_float32(problem), o, dense(sums), dense(lse))
-    local = local.without_sinks()
+    calls = [(owner, n, call) for owner in range(ring.size) for n, call in enumerate(local.plan.paired(owner))]
+    begun = set[int]()          # chunks, by their first row, with a result, to which others are merged: the sinks are in it
+    for chunk in local.plan.q.chunks_of(ring.rank):
+        if chunk.stop > chunk.start and (local.each or all(call.rows != chunk for *_, call in calls)):
+            _begin(local, chunk, sums, lse)
+            begun.add(chunk.start)
+    later = local.without_sinks()
     for step, k, v in ring.steps():
-        owner = (ring.rank - step) % ring.size
-        for n, call in enumerate(local.plan.paired(owner)):
-            for piece in local.pieces(("ring", owner, n), call, k, v):
+        for owner, n, call in calls:
+            if owner != (ring.rank - step) % ring.size or call.rows.stop == call.rows.start:
+                continue
+            first = call.rows.start not in begun
+            begun.add(call.rows.start)
+            for piece in (local if first else later).pieces(("ring", owner, n), call, k, v):
                 piece = piece._replace(problem=in_float32(piece.problem))
                 rows, rows_lse = cut(sums, 0, piece.rows), cut(lse, 1, piece.rows)
+                if first:
+                    forward_into(local, piece, rows, rows_lse)
+                    continue
                 part, part_lse = memory.empty(rows.shape, local.wide), memory.empty(rows_lse.shape, lse.dtype)
                 forward_into(local, piece, part, part_lse)
                 memory.merge(dense(rows), dense(rows_lse), dense(part), dense(part_lse))
@@ -77,12 +87,22 @@ def forward(local: Packed, out: View, lse: View) -> None:
         memory.copy(out, sums)
 
 
+def _begin(local: Packed, rows: slice, sums: View, lse: View) -> None:
+    """Write what rows have without a key."""
+    problem, o = bare(replace(local, o=replace(local.o, q=cut(local.o.q, 0, rows))), 0)
+    to = dense(cut(lse, 1, rows))
+    mine = to if is_contiguous(to) else local.run.memory.empty(to.shape, to.dtype)
+    local.run.forward(in_float32(problem), o, dense(cut(sums, 0, rows)), mine)
+    if mine is not to:
+        local.run.memory.copy(to, mine)
+
+
 def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
     """Write dq, dk, dv of own rows; shares of dbias and dsinks are added."""
     memory, ring, wide = local.run.memory, Ring(local), local.wide
     dq, *own = [memory.empty(x.shape, wide) for x in (local.o.q, *ring.own)]
-    for x in (dq, *own):
-        memory.zero(x)
+    calls = [(owner, n, call) for owner in range(ring.size) for n, call in enumerate(local.plan.paired(owner))]
+    begun = _cleared(local, [dq], local.plan.q.chunks_of(ring.rank), [call.rows for *_, call in calls])
     if grads.dsinks is not None:
         _add_dsinks(local, given, grads.dsinks)
     local, returning = local.without_sinks(), list[tuple[list[View], Pending]]()
@@ -90,13 +110,18 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
         owner, sums = (ring.rank - step) % ring.size, own
         if step:
             sums = [memory.empty(x.shape, wide) for x in (k, v)]
-            for x in sums:
-                memory.zero(x)
-        for n, call in enumerate(local.plan.paired(owner)):
+        of_step = [(n, call) for of, n, call in calls if of == owner]
+        begun_keys = _cleared(local, sums, local.plan.k.chunks_of(owner), [call.keys for _, call in of_step])
+        for n, call in of_step:
+            new, new_keys = call.rows.start not in begun, call.keys.start not in begun_keys
+            begun.add(call.rows.start)
+            begun_keys.add(call.keys.start)
             for piece in local.pieces(("ring", owner, n), call, k, v):
-                found = grads_of(local, piece, given, grads)
-                memory.add(cut(dq, 0, piece.rows), found.dq)
-                for to, x in zip(sums, (found.dk, found.dv), strict=True):
+                found = grads_of(local, piece, given, grads, cut(dq, 0, piece.rows) if new else None,
+                                 [cut(x, 0, piece.keys) for x in sums] if new_keys else None)
+                if not new:
+                    memory.add(cut(dq, 0, piece.rows), found.dq)
+                for to, x in [] if new_keys else zip(sums, (found.dk, found.dv), strict=True):
                     memory.add(cut(to, 0, piece.keys), x)
         if step:
             returning.append(ring.give_back(step, sums))
@@ -107,6 +132,17 @@ def backward(local: Packed, given: Given, grads: Grads[View]) -> None:
                 memory.add(to, x)
     for to, x in zip((grads.dq, grads.dk, grads.dv), (dq, *own), strict=True):
         memory.copy(to, x)
+
+
+def _cleared(local: Packed, sums: list[View], chunks: list[slice], written: list[slice]) -> set[int]:
+    """Chunks, by their first row, to which is added: all where each sequence has a call of its own, else those that no call writes. They
+    are cleared. The first call of another chunk writes it.
+    """
+    found = {chunk.start: chunk for chunk in chunks if chunk.stop > chunk.start and (local.each or chunk not in written)}
+    for chunk in found.values():
+        for x in sums:
+            local.run.memory.zero(cut(x, 0, chunk))
+    return set(found)
 
 
 def _add_dsinks(local: Packed, given: Given, dsinks: View) -> None:

@@ -1,14 +1,17 @@
 """What a call does: the method, who takes part in it, and why."""
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ..arrays.view import Device
 from ..options import Check
 from ..problem import Problem
 from .reach import Reach, keys_needed
-from .spans import Spans, spans_of, total, united
+from .spans import TILE, Spans, spans_of, total, united
 
 GATHER_BYTES = 16 << 30     # of keys, values and their gradients that "auto" lets a rank hold
+PIECE_TILES = 256           # 128 rows of a head each, that half of the heads of a chunk must have: about two for each processor of a device
 METHODS = "'auto', 'gather', 'ring', 'ulysses' or a pair (ulysses, ring)"
 
 
@@ -26,10 +29,12 @@ class Method(NamedTuple):
         return "ulysses" if self.outer == 1 else f"ulysses {self.ulysses} x ring {self.outer}"
 
 
+@lru_cache(256)
 def rows_of(seqlen: int, size: int, shard: str) -> tuple[Spans, ...]:
     return tuple([spans_of(seqlen, size, rank, shard) for rank in range(size)])
 
 
+@lru_cache(256)
 def teams(spans: tuple[Spans, ...], ulysses: int) -> tuple[Spans, ...]:
     """The rows of each team of neighbouring ranks, in the order of the sequence."""
     if ulysses == 1 and len(spans) > 1:
@@ -52,6 +57,18 @@ def choose(check: Check, method: Any, size: int, problem: Problem, shard: str, b
         raise check.value("method", f"is {method!r}", f"at most one rank for each of num_heads_k = {problem.num_heads_k} to exchange heads",
                           "method='gather' takes any number of heads")
     return Method(pair[0], pair[1], "ring" if pair[1] > 1 else "gather", f"method={method!r}")
+
+
+def pieces_of(given: int | None, size: int, problem: Problem, shard: str, device: Device) -> int:
+    """How many groups of heads: what the caller says, else two on a device where each has enough to do. Then the transfers of one are
+    under way while the other is computed. A window has little to send.
+    """
+    if given is not None:
+        return min(given, problem.num_heads_k)
+    chunks = size * (2 if shard == "zigzag" else 1)
+    tiles = problem.batch * problem.num_heads * problem.seqlen_q // (2 * TILE * chunks)
+    sends = size > 1 and device[0] == "cuda" and problem.mask.left is None
+    return 2 if sends and problem.num_heads_k > 1 and tiles >= PIECE_TILES else 1
 
 
 def held_bytes(problem: Problem, size: int, shard: str, backward: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from ..arrays.view import View
 from ..problem import Grads, Mask, Operands, Problem
@@ -22,20 +23,27 @@ from .spans import Span, Spans, parts, total
 AHEAD = 2           # steps: a transfer that becomes ready beside a kernel which has all SMs begins when that kernel ends
 
 
-def wanted(reach: Reach, rows: Spans, keys: Spans) -> list[Span]:
+@lru_cache(1024)
+def wanted(reach: Reach, rows: Spans, keys: Spans) -> tuple[Span, ...]:
     """Of each span of keys the part that some of the rows attend."""
     found = []
     for span in keys:
         seen = [some for q in rows if (some := begun(reach.keys(q)).cut(span)).length]
         found.append(Span(min(s.start for s in seen), max(s.stop for s in seen)) if seen else Span(span.start, span.start))
-    return found
+    return tuple(found)
+
+
+@lru_cache(1024)
+def calls(reach: Reach, rows: Spans, keys: Spans, exact: bool) -> list[Piece]:
+    """The calls of own rows over spans of keys that lie one after the other."""
+    return paired(reach, parts(rows), parts(keys), exact)
 
 
 class Ring:
     """The exchanges of one call."""
 
     def __init__(self, run: Run, local: Local) -> None:
-        self.run, self.local, self.size = run, local, len(local.ranks)
+        self.run, self.local, self.size, self.reach = run, local, len(local.ranks), local.reach
         self.own = [rows_first(x) for x in (local.o.k, local.o.v)]
         self.give = [packed(run, x) for x in self.own] if self.size > 1 else self.own
         self.started, self.under_way = 0, dict[int, tuple[list[View], Pending]]()
@@ -48,11 +56,11 @@ class Ring:
         """The participant who uses own keys at a step."""
         return (self.local.me + step) % self.size
 
-    def spans(self, user: int, owner: int) -> list[Span]:
+    def spans(self, user: int, owner: int) -> Spans:
         """The keys of `owner` that `user` computes with."""
         if user == owner:
-            return list(self.local.keys[owner])
-        return wanted(self.local.reach, self.local.rows[user], self.local.keys[owner])
+            return self.local.keys[owner]
+        return wanted(self.reach, self.local.rows[user], self.local.keys[owner])
 
     def mine(self, user: int) -> list[slice]:
         """Where the keys that `user` computes with are among own ones."""
@@ -101,7 +109,7 @@ class Ring:
 
     def pieces(self, step: int) -> list[Piece]:
         owner = self.at(step)
-        return paired(self.local.reach, parts(self.local.rows[self.local.me]), parts(self.spans(self.local.me, owner)), self.local.exact)
+        return calls(self.reach, self.local.rows[self.local.me], self.spans(self.local.me, owner), self.local.exact)
 
 
 def bare(run: Run, local: Local, keys: int) -> tuple[Problem, Operands]:
@@ -119,6 +127,8 @@ def bare(run: Run, local: Local, keys: int) -> tuple[Problem, Operands]:
 
 def without_sinks(local: Local) -> Local:
     """Sinks are counted once, by `bare`."""
+    if not local.problem.score.sinks:
+        return local
     return replace(local, problem=replace(local.problem, score=replace(local.problem.score, sinks=False)), o=replace(local.o, sinks=None))
 
 

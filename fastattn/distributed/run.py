@@ -1,7 +1,7 @@
 """What every method works with: the call's engine, memory and group, and the operands of some heads of some rows."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,14 +16,27 @@ from .reach import Piece, Reach
 from .spans import Spans
 
 _problems: Recent[Problem, Problem] = Recent()
+_known: Recent[int, Problem] = Recent()                         # those that are shared, by identity
+_made: Recent[Any, tuple[Problem, Problem]] = Recent()          # by the identity of what they were made of, which is held, and how
 
 
 def shared(problem: Problem) -> Problem:
     """The one object of equal Problems, because engines remember by identity what they chose for one."""
+    if _known.get(id(problem)) is problem:
+        return problem
     found = _problems.get(problem)
     if found is None:
         found = _problems[problem] = problem
+    _known[id(found)] = found
     return found
+
+
+def made_of(problem: Problem, key: Any, make: Callable[[Problem], Problem]) -> Problem:
+    """make(problem), a shared object. It is remembered by identity, because to make or to hash a Problem takes several microseconds."""
+    found = _made.get((id(problem), key))
+    if found is None or found[0] is not problem:
+        found = _made[id(problem), key] = problem, shared(make(problem))
+    return found[1]
 
 
 class Waited:
@@ -129,9 +142,8 @@ class Local:
         """Key heads [first, last), and the query heads that share them."""
         p, g = self.problem, self.problem.group
         k, q = slice(first, last), slice(first * g, last * g)
-        part = heads_of(self.o, q, k)
-        return replace(self, problem=replace(p, num_heads=(last - first) * g, num_heads_k=last - first), o=part,
-                       first_head=self.first_head + first * g)
+        problem = made_of(p, ("heads", last - first), lambda p: replace(p, num_heads=(last - first) * g, num_heads_k=last - first))
+        return replace(self, problem=problem, o=heads_of(self.o, q, k), first_head=self.first_head + first * g)
 
     def piece(self, piece: Piece, k: View, v: View) -> tuple[Problem, Operands]:
         """The call of a piece over keys in canonical k and v."""
@@ -141,7 +153,9 @@ class Local:
             x = getattr(o, name)
             if x is not None and piece.spans is not None:
                 setattr(o, name, cut(cut(x, 2, piece.rows), 3, slice(*piece.spans[1])))
-        return placed(replace(self.problem, seqlen_q=n, seqlen_k=m), self.reach, piece, self.first_head, self.all_heads), o
+        where = piece.masked, piece.spans, n, m, self.first_head, self.all_heads
+        return made_of(self.problem, where, lambda p: placed(replace(p, seqlen_q=n, seqlen_k=m), self.reach, piece, self.first_head,
+                                                             self.all_heads)), o
 
 
 def heads_of(o: Operands, q: slice, k: slice) -> Operands:
@@ -154,7 +168,9 @@ def heads_of(o: Operands, q: slice, k: slice) -> Operands:
 
 def in_float32(problem: Problem) -> Problem:
     """The Problem whose results are float32 beside 16-bit operands: parts of sums are not rounded."""
-    return replace(problem, float32_out=True) if problem.dtype in ("float16", "bfloat16") else problem
+    if problem.dtype not in ("float16", "bfloat16"):
+        return problem
+    return made_of(problem, "float32", lambda p: replace(p, float32_out=True))
 
 
 def placed(problem: Problem, reach: Reach, piece: Piece, first_head: int, heads: int) -> Problem:

@@ -41,18 +41,20 @@ class SocketGroup:
         if self.failed:
             raise RankError(self.failed)
         written = [self._peers[to].write(_DATA, _bytes(view)) for view, to in give]
-        return _Exchange(self, written, take)
+        return _Exchange(self, written, [(view, source, self._peers[source].expect()) for view, source in take])
 
     def send(self, rank: int, words: bytes) -> None:
         """Bytes for another rank's `receive`, in order with messages."""
         self._wait(self._peers[rank].write(_DATA, memoryview(words)).is_set, f"rank {rank} did not read")
 
-    def receive(self, rank: int) -> bytes:
+    def receive(self, rank: int, number: int | None = None) -> bytes:
+        """The message of this number, or the first that nobody has asked for."""
         peer = self._peers[rank]
-        self._wait(lambda: not peer.inbox.empty() or peer.left, f"a message of rank {rank} did not come")
-        if peer.inbox.empty():
+        n = peer.expect() if number is None else number
+        self._wait(lambda: n in peer.inbox or peer.left, f"a message of rank {rank} did not come")
+        if n not in peer.inbox:
             raise RankError(f"rank {self.rank} waits for a message of rank {rank}, which has ended without an error")
-        return bytes(peer.inbox.get())
+        return bytes(peer.inbox.pop(n))
 
     def abort(self, reason: str) -> None:
         for peer in self._peers.values():
@@ -93,9 +95,15 @@ class _Peer:
 
     def __init__(self, group: SocketGroup, rank: int, connection: socket.socket) -> None:
         self.group, self.rank, self.connection, self.left = group, rank, connection, False
-        self.inbox, self._outbox = queue.Queue[bytearray](), queue.Queue[tuple[bytes, memoryview, threading.Event]]()
+        self.inbox, self._arrived, self._expected = dict[int, bytearray](), 0, 0        # messages by their number
+        self._outbox = queue.Queue[tuple[bytes, memoryview, threading.Event]]()
         for work in (self._read, self._write):
             threading.Thread(target=work, daemon=True, name=f"fastattn rank {rank}").start()
+
+    def expect(self) -> int:
+        """The number of the next message: exchanges are matched in the order in which they start, however they are waited for."""
+        self._expected += 1
+        return self._expected - 1
 
     def write(self, kind: bytes, words: memoryview) -> threading.Event:
         """Written when the Event is set; until then the bytes must stay."""
@@ -126,19 +134,20 @@ class _Peer:
                 if kind == _FAILED:
                     self.group.fail(words.decode(errors="replace"))
                     return
-                self.inbox.put(words)
+                self.inbox[self._arrived] = words
+                self._arrived += 1
                 self.group.notify()
         except OSError as error:
             self.group.fail(f"rank {self.rank} has ended" + (f": {error}" if str(error) else ""))
 
 
 class _Exchange:
-    def __init__(self, group: SocketGroup, written: list[threading.Event], take: list[Message]) -> None:
+    def __init__(self, group: SocketGroup, written: list[threading.Event], take: list[tuple[View, int, int]]) -> None:
         self.group, self.written, self.take = group, written, take
 
     def wait(self) -> None:
-        for view, source in self.take:
-            words, to = self.group.receive(source), _bytes(view)
+        for view, source, number in self.take:
+            words, to = self.group.receive(source, number), _bytes(view)
             if len(words) != to.nbytes:
                 reason = (f"rank {source} gives {len(words)} bytes where rank {self.group.rank} expects {to.nbytes}; "
                           "FASTATTN_CHECK_RANKS=1 says which argument differs")

@@ -6,6 +6,7 @@ A sequence is cut into equal chunks, two a rank for "zigzag", one for "contiguou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 SHARDS = ("zigzag", "contiguous")
@@ -108,10 +109,20 @@ class Sequences(NamedTuple):
 
     def chunks(self, rank: int) -> list[list[Span]]:
         """For each of a rank's chunks, one or two, the span of every sequence."""
-        of = [spans_of(self.length(n), self.size, (rank + n) % self.size, self.shard) for n in range(self.number)]
-        return [[spans[half] for spans in of] for half in range(2 if self.shard == "zigzag" else 1)]
+        return _chunks(self, rank)
 
     def spans(self, rank: int) -> Spans:
         """The rank's rows as rows of the packed array, in the order of its local rows."""
-        return tuple([Span(start + span.start, start + span.stop) for chunk in self.chunks(rank)
-                      for start, span in zip(self.starts, chunk, strict=False)])
+        return _packed_spans(self, rank)
+
+
+@lru_cache(64)
+def _chunks(s: Sequences, rank: int) -> list[list[Span]]:
+    of = [spans_of(s.length(n), s.size, (rank + n) % s.size, s.shard) for n in range(s.number)]
+    return [[spans[half] for spans in of] for half in range(2 if s.shard == "zigzag" else 1)]
+
+
+@lru_cache(64)
+def _packed_spans(s: Sequences, rank: int) -> Spans:
+    return tuple([Span(start + span.start, start + span.stop) for chunk in _chunks(s, rank)
+                  for start, span in zip(s.starts, chunk, strict=False)])

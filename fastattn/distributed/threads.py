@@ -78,16 +78,19 @@ class ThreadGroup:
         for view, source in take:
             expected.append((view, (source, self.rank, self._taken[source])))
             self._taken[source] += 1
-        return _Exchange(self, sent, expected, stream)
+        return _Exchange(self, sent, expected, stream, give)
 
     def abort(self, reason: str) -> None:
         self._board.fail(reason)
 
 
 class _Exchange:
+    """`kept` are the messages that are given, whose memory must not be used again before the call's stream has waited for the copies."""
+
     def __init__(self, group: ThreadGroup, sent: list[tuple[Any, ...]], expected: list[tuple[View, tuple[Any, ...]]],
-                 stream: Stream | None) -> None:
+                 stream: Stream | None, kept: Any) -> None:
         self.board, self.sent, self.expected, self.stream, self.rank = group._board, sent, expected, stream, group.rank
+        self.kept = kept
 
     def wait(self) -> None:
         for view, key in self.expected:
@@ -102,6 +105,7 @@ class _Exchange:
             done = self.board.take(("receipt", *key), f"rank {self.rank}: a receipt of rank {key[1]}")
             if done is not None:
                 done.wait(self.stream)
+        self.kept = None
 
     def _copy(self, view: View, letter: _Letter) -> Any:
         if self.stream is None:

@@ -92,6 +92,21 @@ def test_driver_errors_say_what_failed(driver: Driver) -> None:
         streams.device_of(0x1234)
 
 
+def test_the_device_of_memory_where_cuda_bindings_say_0(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions do for every device; then the driver is asked without them."""
+    def attribute(found: Any, which: int, pointer: Any) -> int:
+        assert which == 9 and pointer.value == 0x7000_0000_1000
+        found._obj.value = 3
+        return 0
+    monkeypatch.undo()
+    monkeypatch.setattr(streams, "driver", lambda: driver)
+    monkeypatch.setattr(streams.ctypes, "CDLL", lambda name: types.SimpleNamespace(cuPointerGetAttribute=attribute))
+    driver.devices[0x7000_0000_1000] = 0
+    assert streams.device_of(0x7000_0000_1000) == 3
+    driver.devices[0x7000_0000_1000] = 2                    # bindings without the mistake
+    assert streams.device_of(0x7000_0000_1000) == 2
+
+
 def test_missing_packages_and_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace()
 

@@ -33,15 +33,15 @@ def test_threads_on_one_device(name: str, dtype: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("nccl") is None, reason="nccl4py is not installed")
 def test_nccl() -> None:
     code = """
-import os, sys
-os.environ["LOCAL_RANK"] = os.environ["RANK"]
+import os
+rank = int(os.environ["RANK"])
 import fastattn.distributed as fd
 from cuda.core import Device
-Device(int(os.environ["RANK"])).set_current()
+Device(rank).set_current()
 from dataclasses import replace
 from tests.tools import ranks
 from tests.tools.gpu.cases import on_device, to_host
-group = fd.connect(timeout=60)
+group = fd.connect(rank, timeout=60)
 for name, case in ranks.CASES.items():
     if 2 in case.size and "nothing" not in name:
         case = replace(case, dtype="bfloat16", dim=64, dim_v=64)
@@ -57,13 +57,13 @@ print("done")
 def test_a_rank_that_is_killed_ends_the_other() -> None:
     code = """
 import os
-os.environ["LOCAL_RANK"] = os.environ["RANK"]
+rank = int(os.environ["RANK"])
 import numpy as np, fastattn.distributed as fd
 from cuda.core import Device
-device = Device(int(os.environ["RANK"]))
+device = Device(rank)
 device.set_current()
 from tests.tools.gpu.cases import on_device
-group, x = fd.connect(timeout=60), on_device(np.ones((1, 64, 2, 64), np.float16))
+group, x = fd.connect(rank, timeout=60), on_device(np.ones((1, 64, 2, 64), np.float16))
 fd.attention(x, x, x, group=group)
 device.sync()
 if group.rank == 1:

@@ -9,7 +9,7 @@ import pytest
 
 import fastattn
 import fastattn.distributed as fd
-from fastattn.distributed import plan, reach, spans
+from fastattn.distributed import plan, reach, spans, steps
 from fastattn.options import Check
 from fastattn.problem import Mask, Problem, Score
 
@@ -89,6 +89,36 @@ def test_every_pair_is_computed_once(mask: Mask, size: int, shard: str) -> None:
                     assert not exact or all(p.spans[0].start % 16 == p.spans[1].start % 16 == 0 for p in pieces if p.spans)
 
 
+@pytest.mark.parametrize("shard", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_keys_come_before_their_call_and_shares_leave_after_the_last(mask: Mask, shard: str) -> None:
+    for (seqlen_q, seqlen_k), size, upwards in itertools.product(LENGTHS, (2, 3), (True, False)):
+        at = reach.Reach.of(mask, seqlen_q, seqlen_k)
+        q, k = plan.rows_of(seqlen_q, size, shard), plan.rows_of(seqlen_k, size, shard)
+        order = tuple(range(len(q[0])))[::1 if upwards else -1]
+        of_all = [steps.steps_of(at, q, k, rank, order) for rank in range(size)]
+        for me, own in enumerate(of_all):
+            rows = spans.total([part.span for part in own.held])
+            here, left, mine = np.zeros(rows, int), np.zeros(rows, int), np.zeros(rows, bool)
+            for _, held in own.own:
+                here[held] += 1
+                mine[held] = True
+            for step in range(len(order)):
+                for take in own.take[step]:
+                    here[take.rows] += 1
+                for piece in own.pieces[step]:
+                    assert (here[piece.keys] == 1).all(), "a key has not come"
+                    assert not left[piece.keys].any(), "a share has left"
+                for give in own.back[step]:
+                    left[give.rows] += 1
+                for other in range(size):       # what one gives is what the other takes, in the same order
+                    given = [x.rows.stop - x.rows.start for x in own.give[step] if x.to == other]
+                    assert given == [x.rows.stop - x.rows.start for x in of_all[other].take[step] if x.source == me]
+                    back = [x.rows.stop - x.rows.start for x in own.back[step] if x.to == other]
+                    assert back == [x.rows.stop - x.rows.start for x in of_all[other].returned[step] if x.source == me]
+            assert (here == 1).all() and (left == ~mine).all()
+
+
 def test_a_causal_ring_has_one_call_a_step() -> None:
     rows = plan.rows_of(4096, 4, "zigzag")
     at = reach.Reach.of(Mask(None, 0), 4096, 4096)
@@ -114,6 +144,15 @@ def test_auto_says_why() -> None:
     halo = plan.choose(check, "auto", 8, problem(2**24, 2**24, Mask(4096, 0)), "contiguous", True)
     assert str(halo) == "gather"
     assert str(plan.choose(check, (2, 4), 8, problem(64, 64, Mask()), "zigzag", False)) == "ulysses 2 x ring 4"
+
+
+def test_pieces() -> None:
+    """Two on a device that half of the heads keep busy."""
+    long = problem(131072, 131072, Mask(None, 0))
+    assert plan.pieces_of(None, 2, long, "zigzag", ("cuda", 0)) == 2 and plan.pieces_of(None, 2, long, "zigzag", ("cpu", 0)) == 1
+    assert plan.pieces_of(None, 1, long, "zigzag", ("cuda", 0)) == plan.pieces_of(None, 16, long, "zigzag", ("cuda", 0)) == 1
+    assert plan.pieces_of(None, 2, problem(131072, 131072, Mask(4096, 0)), "contiguous", ("cuda", 0)) == 1
+    assert plan.pieces_of(5, 8, long, "zigzag", ("cpu", 0)) == 2, "no piece without a key head"
 
 
 @pytest.mark.parametrize("method", ["auto", "ring", "ulysses"])

@@ -19,8 +19,10 @@ pytest.importorskip("cuda.core")
 
 from fastattn import UnsupportedError, gpu
 from fastattn.arrays import convert
+from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu import caches, precompile
 from fastattn.gpu.precompile import HERE, Want
+from fastattn.gpu.rows import accumulate_launch, merge_launch
 from fastattn.gpu.runtime import compile, device, recording, tensormap, workspace
 from fastattn.gpu.runtime.launcher import OnDevice
 from fastattn.gpu.runtime.recording import Address, Recorder, Recording, addressed
@@ -198,6 +200,35 @@ def test_calls_over_caches_repeat(case: Case, machine: Any) -> None:
         repeated([x.ptr for x in caches.views_of(at) if x], STREAM)
         assert made.taken() == expected and expected
         assert sum(key.startswith("append") for key, *_ in expected) == case.append * (1 + (at is shared))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 4, 64), (3, 5, 1, 7), (0, 4, 8, 16), (1 << 16, 1, 16, 2048)], ids=str)
+def test_copies_sums_and_merges_repeat(shape: tuple[int, ...], machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, draw = machine("sm_90a"), np.random.default_rng(0)
+    monkeypatch.setattr(gpu, "_repeats", Recent())
+
+    def view(dtype: str, *axes: int) -> View:
+        return View(int(draw.integers(1 << 20, 1 << 40)) * 16, axes, contiguous(axes, ITEMSIZE[dtype]), dtype, ("cuda", 0))
+    for dtype, target in (("float32", "float32"), ("float32", "bfloat16"), ("float16", "float32")) * 2:
+        out, x, numbers = view(target, *shape), view(dtype, *shape), view("int32", shape[0]).ptr
+        part = view(dtype, *shape)
+        lse, part_lse = [view("float32", shape[0], shape[2], shape[1]) for _ in range(2)]
+        for x_rows, out_rows in ((0, 0), (numbers, 0), (0, numbers), (numbers, numbers + 16)):
+            accumulate_launch.accumulate_rows(out, x, shape[0], accumulate_launch.Rows(x_rows, out_rows), True, made.launcher, STREAM)
+            expected = made.taken()
+            gpu.accumulate_rows(out, x, shape[0], x_rows, out_rows, True, STREAM)
+            assert made.taken() == expected and bool(expected) == (0 not in shape)
+        for add in (False, True):
+            accumulate_launch.accumulate(out, x, add, made.launcher, STREAM)
+            expected = made.taken()
+            gpu.accumulate(out, x, add, STREAM)
+            assert made.taken() == expected
+        if target == "float32":
+            merge_launch.merge_into(part, part_lse, out, lse, made.launcher, STREAM)
+            expected = made.taken()
+            gpu.merge_states([out, part], [lse, part_lse], out, lse, STREAM)
+            assert made.taken() == expected
+    assert len(gpu._repeats) == 3 * 6 + 2 or 0 in shape
 
 
 @pytest.mark.parametrize("empty", ["seqlen_q", "num_heads"])

@@ -89,6 +89,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     streams._primary_context.cache_clear()
     device_array._parked.clear()
     monkeypatch.setattr(streams, "driver", lambda: fake)
+    monkeypatch.setattr(streams, "ordinal_of", lambda pointer: fake.devices[pointer])
     yield fake
     gc.collect()
     streams._primary_context.cache_clear()

@@ -25,7 +25,8 @@ class Ended(Exception):
 
 def environment(**more: str) -> dict[str, str]:
     kept = {name: x for name, x in os.environ.items() if not name.startswith(("OMPI_", "PMI", "MPI_", "FASTATTN_CHECK"))}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])      # packages may be there, too
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def of_mpi(size: int, *arguments: str, seconds: float = 120, **more: str) -> tuple[int, str]:

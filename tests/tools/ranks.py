@@ -42,6 +42,7 @@ class Case:
     sinks: bool = False
     dlse: bool = False
     pieces: int | None = None
+    saved: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -102,6 +103,19 @@ CASES = {
                                alibi=True, options={"causal": True, "softcap": 5.0}),
     "ulysses bias of heads": Case("ulysses", 300, size=(2,), bias=(1, 300, 300), mask=(1, 1, 1, 300), options=CAUSAL),
     "ulysses bias of keys": Case("ulysses", 300, size=(2,), bias=(4, 1, 300), options=CAUSAL),
+    "gather saved": Case("gather", 300, heads=8, heads_k=4, pieces=2, saved=True, options=CAUSAL),
+    "gather saved everything": Case("auto", 300, size=(1, 2), batch=2, saved=True, bias=(2, 4, 300, 300), sinks=True, dlse=True,
+                                    options={"causal": True, "window": (70, None)} | DROPOUT),
+    "ulysses saved everything": Case("ulysses", 300, size=(2,), heads=8, heads_k=4, batch=2, pieces=2, saved=True, bias=(2, 8, 300, 300),
+                                     mask=(1, 1, 300, 300), sinks=True, dlse=True, layout="bhsd", options=CAUSAL),
+    "ulysses x ring saved": Case((2, 2), 515, size=(4,), heads=8, heads_k=4, saved=True, options=CAUSAL),
+    "ulysses in pieces": Case("ulysses", 300, size=(2, 3), heads=14, heads_k=7, pieces=2, dlse=True, options=CAUSAL),
+    "ulysses in pieces everything": Case("ulysses", 300, size=(2,), heads=8, heads_k=4, batch=2, pieces=2, bias=(2, 8, 300, 300),
+                                         mask=(1, 1, 300, 300), sinks=True, dlse=True, alibi=True,
+                                         options={"causal": True, "softcap": 5.0} | DROPOUT),
+    "ulysses in pieces bias of all": Case("ulysses", 300, size=(2,), heads=8, heads_k=4, pieces=9, bias=(300, 300), sinks=True,
+                                          options=CAUSAL),
+    "ulysses x ring in pieces": Case((2, 2), 515, size=(4,), heads=8, heads_k=4, pieces=2, bias=(8, 1, 515), sinks=True, options=CAUSAL),
     "ulysses x ring": Case((2, 2), 515, size=(4,), heads=8, heads_k=4, sinks=True, options=CAUSAL),
     "ulysses x ring everything": Case((2, 2), 300, size=(4,), batch=2, bias=(4, 1, 300), mask=(1, 1, 300, 300), sinks=True, dlse=True,
                                       options={"causal": True, "softcap": 5.0}),
@@ -169,7 +183,8 @@ def results(group: Any, whole: Whole, to: Callable[[Any], Any] = here, **more: A
     keywords = options | {"group": group, "seqlen": c.seqlen, "seqlen_k": c.seqlen_k, "shard": c.shard, "method": c.method,
                           "bias": there(whole.bias, -2), "mask": there(whole.mask, -2), "pieces": c.pieces} | more
     q, k, v = [there(x) for x in whole.qkv]
-    out, lse = fd.attention(q, k, v, return_lse=True, **keywords)
+    out, lse, *saved = fd.attention(q, k, v, return_lse=True, return_saved=c.saved, **keywords)
+    keywords["saved"] = saved[0] if saved else None
     dout, dlse = there(whole.dout), there(whole.dlse, 2)
     grads = fd.attention_backward(dout, q, k, v, out, lse, dlse=dlse, need_dbias=c.bias is not None, **keywords)
     found = {"out": (out, mine(whole.out)), "lse": (lse, mine(whole.lse, 2))}
@@ -188,12 +203,12 @@ def run(group: Any, whole: Whole, to: Callable[[Any], Any] = here, back: Callabl
 
 
 def error(x: Any, y: Any) -> float:
-    """The largest difference; infinite where shape, dtype or the places of infinities differ."""
+    """The largest difference, of what is larger than 1 its part; infinite where shape, dtype or the places of infinities differ."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return np.inf
     x, y = x.astype(np.float64), y.astype(np.float64)
     same = x == y
-    return float(np.abs(np.where(same, 0, x) - np.where(same, 0, y)).max(initial=0))
+    return float(np.abs(np.where(same, 0, x) - np.where(same, 0, y)).max(initial=0) / np.abs(y[np.isfinite(y)]).max(initial=1))
 
 
 def wrong(case: Case, found: dict[str, float]) -> list[str]:

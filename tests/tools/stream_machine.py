@@ -11,7 +11,7 @@ import ctypes
 import random
 import threading
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -49,6 +49,7 @@ class Machine(fake_cuda.Driver):
         self.numbers = iter(range(1000, 1 << 30))
         self.kept: list[Any] = []
         self.mail: dict[Any, bytes] = {}
+        self.pooled = Counter[int]()                        # allocations of buffers of each device
 
     @property
     def contexts(self) -> list[int]:  # type: ignore[override]
@@ -115,6 +116,7 @@ class Machine(fake_cuda.Driver):
         return 0, array.ctypes.data
 
     def cuMemAllocFromPoolAsync(self, size: int, pool: Any, stream: int) -> tuple[int, int]:
+        self.pooled[self.contexts[-1]] += 1
         return self.cuMemAllocAsync(size, stream)
 
     def cuMemFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
@@ -148,53 +150,18 @@ class Machine(fake_cuda.Driver):
 
 
 def on_host(x: View | None) -> Any:
-    return x if x is None else replace(x, device=CPU)
+    """The same memory as the host's. Work that is enqueued keeps no buffer, as a launched kernel does not."""
+    return x if x is None else replace(x, device=CPU, owner=None)
 
 
-class Nccl:
-    """A communicator of nccl4py: grouped messages are one step of a stream, done when all of them have come."""
+class Comm:
+    """A communicator of nccl4py."""
 
     is_valid, result = True, 0
 
-    def __init__(self, machine: Machine, rank: int, size: int) -> None:
-        self.machine, self.rank, self.nranks, self.device = machine, rank, size, types.SimpleNamespace(device_id=rank)
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.nranks, self.ptr, self.device = rank, size, 100 + rank, types.SimpleNamespace(device_id=rank)
         self.given, self.taken = [0] * size, [0] * size
-        self.batch: list[tuple[str, int, Any, int]] = []
-        self.stream = 0
-
-    @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
-        self.batch = []
-        yield
-        batch, sent, machine = self.batch, [False], self.machine
-
-        def step() -> bool:
-            if not sent[0]:
-                for kind, peer, words, number in batch:
-                    if kind == "send":
-                        machine.mail[self.rank, peer, number] = ctypes.string_at(words.view.ptr, words.view_bytes)
-                sent[0] = True
-            mine = [(words, (peer, self.rank, number)) for kind, peer, words, number in batch if kind == "recv"]
-            if any(key not in machine.mail for _, key in mine):
-                return False
-            for words, key in mine:
-                found = machine.mail.pop(key)
-                assert len(found) == words.view_bytes, "messages do not match"
-                ctypes.memmove(words.view.ptr, found, len(found))
-            return True
-        machine.enqueue(self.stream, step)
-
-    def send(self, words: Any, peer: int, stream: int) -> None:
-        self._add("send", words, peer, self.given, stream)
-
-    def recv(self, words: Any, peer: int, stream: int) -> None:
-        self._add("recv", words, peer, self.taken, stream)
-
-    def _add(self, kind: str, words: Any, peer: int, counts: list[int], stream: int) -> None:
-        words.view_bytes = words.__cuda_array_interface__["shape"][0]
-        self.batch.append((kind, peer, words, counts[peer]))
-        counts[peer] += 1
-        self.stream = stream
 
     def get_async_error(self) -> Any:
         return self.result
@@ -206,17 +173,73 @@ class Nccl:
         self.is_valid = False
 
 
+class Nccl:
+    """nccl4py's bindings, nccl.bindings.nccl: grouped messages are one step of a stream, done when all of them have come."""
+
+    def __init__(self, machine: Machine, size: int) -> None:
+        self.machine, self.own = machine, threading.local()
+        self.comms = [Comm(rank, size) for rank in range(size)]
+
+    class Comm:
+        """The bindings' kind of number."""
+
+        def __init__(self, handle: int) -> None:
+            self.handle = handle
+
+    def group_start(self) -> None:
+        self.own.batch = []
+
+    def group_end(self) -> None:
+        batch, sent, machine = self.own.batch, [False], self.machine
+
+        def step() -> bool:
+            if not sent[0]:
+                for kind, key, ptr, count in batch:
+                    if kind == "send":
+                        machine.mail[key] = ctypes.string_at(ptr, count)
+                sent[0] = True
+            mine = [(key, ptr, count) for kind, key, ptr, count in batch if kind == "recv"]
+            if any(key not in machine.mail for key, _, _ in mine):
+                return False
+            for key, ptr, count in mine:
+                found = machine.mail.pop(key)
+                assert len(found) == count, "messages do not match"
+                ctypes.memmove(ptr, found, count)
+            return True
+        machine.enqueue(self.own.stream, step)
+
+    def send(self, ptr: int, count: int, dtype: int, peer: int, comm: Nccl.Comm, stream: int) -> None:
+        mine = self.comms[comm.handle - 100]
+        self._add("send", (mine.rank, peer, mine.given[peer]), ptr, count, dtype, stream)
+        mine.given[peer] += 1
+
+    def recv(self, ptr: int, count: int, dtype: int, peer: int, comm: Nccl.Comm, stream: int) -> None:
+        mine = self.comms[comm.handle - 100]
+        self._add("recv", (peer, mine.rank, mine.taken[peer]), ptr, count, dtype, stream)
+        mine.taken[peer] += 1
+
+    def _add(self, kind: str, key: tuple[int, int, int], ptr: int, count: int, dtype: int, stream: int) -> None:
+        assert dtype == 1, "bytes"
+        self.own.batch.append((kind, key, ptr, count))
+        self.own.stream = stream
+
+
 @contextlib.contextmanager
-def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
-    """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams."""
+def machine(monkeypatch: pytest.MonkeyPatch, seed: int, kept: int = 0) -> Iterator[Machine]:
+    """Inside the context CUDA is a Machine, and attention is computed by the reference engine in its streams. `kept`: bytes of free buffers
+    that are used again; others become NaN.
+    """
     found = Machine(seed)
-    cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream, distributed_device.pool,
-              packed_plan.plan_of)
+    cached = (streams._primary_context, distributed_device.transfer_stream, distributed_device.upload_stream,
+              distributed_device.release_stream, distributed_device.pool,
+              distributed_device.free_blocks, packed_plan.plan_of)
     for function in cached:
         function.cache_clear()
     monkeypatch.setattr(packed_plan, "_cumulative", {})
     monkeypatch.setattr(streams, "driver", lambda: found)
+    monkeypatch.setattr(streams, "ordinal_of", lambda pointer: found.devices[pointer])
     monkeypatch.setattr(distributed_device, "driver", lambda: found)
+    monkeypatch.setattr(distributed_device, "most_kept", lambda device: kept)
 
     def accumulate(out: View, x: View, add: bool, stream: int) -> None:
         out, x = on_host(out), on_host(x)
@@ -250,12 +273,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Machine]:
         return Operands(**{name: on_host(x) if isinstance(x := getattr(o, name), View) else x for name in o.__slots__})
 
     def forward(problem: Any, o: Operands, out: View, lse: View | None, stream: int) -> None:
-        found.enqueue(stream, lambda: reference.forward(problem, of(o), on_host(out), on_host(lse)) or True)  # type: ignore[func-returns-value]
+        operands, results = of(o), [on_host(out), on_host(lse)]
+        found.enqueue(stream, lambda: reference.forward(problem, operands, *results) or True)  # type: ignore[func-returns-value]
 
     def backward(problem: Any, o: Operands, *given: Any) -> None:
-        views, grads, stream = [on_host(x) for x in given[:4]], given[4], given[5]
+        operands, views, grads, stream = of(o), [on_host(x) for x in given[:4]], given[4], given[5]
         host = type(grads)(*[on_host(x) for x in grads])
-        found.enqueue(stream, lambda: reference.backward(problem, of(o), *views, host) or True)
+        found.enqueue(stream, lambda: reference.backward(problem, operands, *views, host) or True)
     with fastattn.register_engine("machine", forward, backward, lambda problem: None, "cuda").activate():
         yield found
     for function in cached:
