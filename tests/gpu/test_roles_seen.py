@@ -9,6 +9,7 @@ import itertools
 from collections import namedtuple
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,8 +51,9 @@ def words_of(kinds: Array) -> Array:
     return np.stack([((pieces >= kind) * bits).sum(-1) for kind in (1, 2)], -1).astype(np.uint32)
 
 
-def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = forward_sm90, **tuning: Any) -> Play:
-    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each."""
+def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = (forward_sm90, seen.make_seen), **tuning: Any) -> Play:
+    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each. of: which function of a module is changed."""
+    user, function = of
     spec = make_spec(call.problem, call.operands, False)
     config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
@@ -61,13 +63,8 @@ def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = forw
         memory.allow(x)
     layout = Layout(*kinds.shape)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
-        if of is seen:
-            forward_sm90.make_load_seen, kept = edited(seen.make_load_seen, change), forward_sm90.make_load_seen
-        try:
-            kernel, _ = (edited(forward_sm90.make_forward, change) if of is forward_sm90 else forward_sm90.make_forward)(spec, config)
-        finally:
-            if of is seen:
-                forward_sm90.make_load_seen = kept
+        with mock.patch.object(user, function.__name__, edited(function, change)):
+            kernel, _ = forward_sm90.make_forward(spec, config)
         own = ("q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call),
                *layout.values(words.ctypes.data))
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
@@ -212,14 +209,18 @@ def test_faults_of_the_backward_are_found(mutant: str) -> None:
             check_backward(call, play_backward(call, kinds, seed, BACKWARD_MUTANTS[mutant], block_m=64), kinds)
 
 
+LOAD, SEEN = (forward_sm90, seen.make_load_seen), (forward_sm90, seen.make_seen)
 MUTANTS = {
-    "the number of the block before": (seen, "                seen.tell(base, it, found, after)\n" + LOAD_K, LOAD_K),
-    "V of another block": (seen, "                load_v(a, base, it, row, head_k, map_batch)\n                it, found",
+    "the number of the block before": (LOAD, "                seen.tell(base, it, found, after)\n" + LOAD_K, LOAD_K),
+    "V of another block": (LOAD, "                load_v(a, base, it, row, head_k, map_batch)\n                it, found",
                            "                load_v(a, base, it, int32(row + BLOCK_N), head_k, map_batch)\n                it, found"),
-    "a block is left out": (seen, "it, found = int32(it + 1), after",
-                            "it, found = int32(it + 1), after if after < 0 else last_seen(line, n_min, int32(after >> 1))"),
-    "nothing for a tile that sees nothing": (seen, "                found = int32(2 * (n_max - 1)) if found < 0 else found\n", ""),
-    "the first block of the structural mask": (forward_sm90, "                    n_max, tile = seen.first(base, it, tile)\n", ""),
+    "a block is left out": (LOAD, "it, found = int32(it + 1), after",
+                            "it, found = int32(it + 1), after if after < 0 else next_down(line, n_min)[0]"),
+    "nothing for a tile that sees nothing": (LOAD, "                found = int32(2 * (ahead_max - 1)) if found < 0 else found\n", ""),
+    "the first block of the structural mask": (SEEN, "int32(uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage))) >> 1)", "n_block"),
+    "the block after this one is that of another slot": (SEEN, "load_shared_b32(int32(base + BLOCKS + 8 * stage + 4))",
+                                                         "load_shared_b32(int32(base + BLOCKS + 8 * (stage ^ 1) + 4))"),
+    "the line of the tile before": (LOAD, "found, line = next_down(ahead, n_min)", "found, line = next_down(line, n_min)"),
 }
 
 

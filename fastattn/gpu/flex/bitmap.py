@@ -9,7 +9,7 @@ Lines are tiles of query rows, or BY_KEYS tiles of keys. A function that does no
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint64
 
@@ -194,6 +194,39 @@ def last_seen(at, n_min, n):
     return found
 
 
+class Line(NamedTuple):
+    """A walk down a line of tiles, in registers: its address, the number of a pair of words, the tiles of that pair that are seen and
+    still to come, and those that are full. A step within 32 tiles reads no memory."""
+
+    at: Any
+    word: Any
+    seen: Any
+    full: Any
+
+
+@inline
+def walk_down(at, n):
+    """The Line from tile n - 1 down. Its loads are not waited for here."""
+    word = int32((n - 1) >> 5)
+    pair = uint64(at + uint64(word) * uint64(8))
+    seen, full = load_b32(pair), load_b32(uint64(pair + uint64(4)))
+    return Line(at, word, int32(seen & ~shift_left(int32(-1), int32(n - word * 32))), full)         # shl by 32 gives 0
+
+
+@inline
+def next_down(line, n_min):
+    """(found, Line): the next tile, from n_min on, that is not empty, as last_seen gives it."""
+    word, seen, full = line.word, line.seen, line.full
+    while seen == 0 and word * 32 > n_min:
+        word = int32(word - 1)
+        pair = uint64(line.at + uint64(word) * uint64(8))
+        seen, full = load_b32(pair), load_b32(uint64(pair + uint64(4)))
+    bit = highest_bit(seen)
+    n, at_bit = int32(word * 32 + bit), int32(max(bit, 0))
+    found = int32(2 * n + ((full >> at_bit) & 1)) if bit >= 0 and n >= n_min else int32(-1)
+    return found, Line(line.at, word, int32(seen & ~shift_left(int32(1), at_bit)), full)
+
+
 @inline
 def first_seen(at, m, m_max):
     """The first tile of [m, m_max) of a line that is not empty, times 2, plus 1 where it is full; -1: there is none."""
@@ -211,4 +244,5 @@ def first_seen(at, m, m_max):
     return found
 
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "first_seen", "kind_at", "last_seen", "line_of", "make_bitmap", "make_kind"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Line", "first_seen", "kind_at", "last_seen", "line_of", "make_bitmap", "make_kind", "next_down",
+           "walk_down"]
