@@ -217,7 +217,7 @@ MUTANTS = {
     "a block is left out": (LOAD, "it, found = int32(it + 1), after",
                             "it, found = int32(it + 1), after if after < 0 else next_down(line, n_min)[0]"),
     "nothing for a tile that sees nothing": (LOAD, "                found = int32(2 * (ahead_max - 1)) if found < 0 else found\n", ""),
-    "the first block of the structural mask": (SEEN, "int32(uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage))) >> 1)", "n_block"),
+    "the first block of the structural mask": (SEEN, "int32((found >> 1) + 1), after", "int32(0), after"),
     "the block after this one is that of another slot": (SEEN, "load_shared_b32(int32(base + BLOCKS + 8 * stage + 4))",
                                                          "load_shared_b32(int32(base + BLOCKS + 8 * (stage ^ 1) + 4))"),
     "the line of the tile before": (LOAD, "found, line = next_down(ahead, n_min)", "found, line = next_down(line, n_min)"),

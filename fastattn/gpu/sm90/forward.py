@@ -292,7 +292,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         """The slot of K, and with a tile's last block that of Q, may be overwritten."""
         if lane == 0:
             k_ring.arrive_empty(base, stage)
-            if seen.is_last(n_block, after, n_min):
+            if (after < 0) if SEEN else (n_block == n_min):
                 q_ring.arrive_empty(base, 0)
 
     # ------------------------------------------------------------ the parts of a step
@@ -343,7 +343,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
-            after = seen.after(base, it)
+            after = seen.after(base, it) if SEEN else int32(0)
             early = operands(a, base, w, stage, column, tile)
             words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
             acc_s = wait_s(acc_s)
@@ -407,8 +407,9 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return tile, n_max, fast_min, fast_max
 
     @inline
-    def first_step(a, base, i, w, thread, lane, col, it, n_block, after, tile):
+    def first_step(a, base, i, w, thread, lane, col, it, n_max, after, tile):
         """P of a tile's first block (its last keys), of which some may be past the sequence's end."""
+        n_block = int32(n_max - 1)
         column = int32(n_block * BLOCK_N + col)
         stage, phase = k_ring.use(it)
         q_ring.wait_full_nth(base, i)
@@ -422,7 +423,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         acc_s = scores(a, acc_s, early, column, tile)
         if BIAS_TILES:
             release_k(base, stage, n_block, after, tile.n_min, lane)
-        if MASKED_ALWAYS or (n_block + 1) * BLOCK_N > tile.seqlen_k:
+        if MASKED_ALWAYS or n_max * BLOCK_N > tile.seqlen_k:
             acc_s = keep(acc_s, tile.intervals, column)
         acc_s = seen.hide(acc_s, a, tile, column)
         acc_s, max0, max1, sum0, sum1, _, _ = update(a, acc_s, NEG_INF, NEG_INF, float32(0), float32(0))
@@ -470,13 +471,19 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             while records.get(base, i, TILE.KIND) != 0:
                 tile, n_max, fast_min, fast_max = tile_of(a, base, i, w, thread, lane)
                 it = int32(it + 1)
-                n_block, after = seen.first(base, it, int32(n_max - 1))
-                p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_block, after, tile)
+                after = int32(0)
+                if SEEN:
+                    n_max, after = seen.first(base, it)
+                n_block = int32(n_max - 1)
+                p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, after, tile)
                 acc_o = zeros(COUNT_O)
                 if PACKED or CACHED:
                     clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
-                while seen.is_more(n_block, after, tile.n_min):
-                    n_block, fast = seen.following(n_block, after, fast_min, fast_max)
+                while (after >= 0) if SEEN else (n_block > tile.n_min):
+                    n_block = int32(n_block - 1)
+                    fast = (n_block >= fast_min) & (n_block < fast_max)
+                    if SEEN:
+                        n_block, fast = seen.following(after, fast_min, fast_max)
                     if fast:
                         acc_o, p, max0, max1, sum0, sum1, it, after = step_fast(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)

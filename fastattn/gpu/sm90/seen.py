@@ -37,25 +37,21 @@ class Tile(NamedTuple):
 
 
 class Seen(ModuleType):
-    """Which blocks a tile goes through: those of the structural mask from last to first, or under a mask_mod those of its bitmap. `after` is
-    the block after the one at hand, times 2, plus 1 where it is full; -1: there is none. Without a mask_mod it is not used.
+    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. Without one there is only `hide`, which
+    leaves scores as they are. `after` is the block after the one at hand, times 2, plus 1 where it is full; -1: there is none.
 
     tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and the one after it
-    first(base, it, n_block) -> (n_block, after)    consumers: the tile's first block, the it-th; n_block: that of the structural mask
+    first(base, it) -> (n_max, after)       consumers: n_max - 1 is the tile's first block, the it-th
     after(base, it)                 consumers, between the arrival of K and its release
-    is_more(n_block, after, n_min)  whether the tile has another block
-    following(n_block, after, fast_min, fast_max) -> (n_block, fast)
-        The next one; fast: whether it needs no mask. The structural mask lets [fast_min, fast_max) go without.
-    is_last(n_block, after, n_min)  whether n_block is the tile's last
+    following(after, fast_min, fast_max) -> (n_block, fast)
+        The next block; fast: whether it needs no mask. The structural mask lets [fast_min, fast_max) go without.
     prepare(a, batch, head), hide(acc_s, a, tile, column)                see make_hide
     """
 
     tell: Any
     first: Any
     after: Any
-    is_more: Any
     following: Any
-    is_last: Any
     prepare: Any
     hide: Any
 
@@ -69,7 +65,6 @@ def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any
         return hide_acc(acc_s, a, tile.hidden, tile.batch, tile.head, tile.row, column)
     seen.prepare, seen.hide = prepare, hide
     if spec.mask_mod is None:
-        _all_blocks(seen)
         return seen
     STRUCTURAL, BLOCKS = spec.left or spec.right, smem.take(8 * STAGES, 16)       # of each stage: its block, the one after it
     LEAST = 2 if OPTIMISTIC else 0      # the first keys are most often a tile's last, which would release Q's slot a softmax later
@@ -87,53 +82,22 @@ def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any
         return uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage + 4)))
 
     @inline
-    def first(base, it, n_block):
+    def first(base, it):
         stage, phase = k_ring.use(it)
         k_ring.wait_full(base, stage, phase)
-        return int32(uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage))) >> 1), after(base, it)
+        found = uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage)))
+        return int32((found >> 1) + 1), after(base, it)
 
     @inline
-    def is_more(n_block, after, n_min):
-        return after >= 0
-
-    @inline
-    def following(n_block, after, fast_min, fast_max):
+    def following(after, fast_min, fast_max):
         n_block = int32(after >> 1)
         if STRUCTURAL:
             return n_block, ((after & 1) != 0) & (n_block >= fast_min) & (n_block < fast_max)
         else:       # only a tile's first block may reach over the last key
             return n_block, ((after & 1) != 0) & (after >= LEAST)
 
-    @inline
-    def is_last(n_block, after, n_min):
-        return after < 0
-    seen.tell, seen.first, seen.after, seen.is_more, seen.following, seen.is_last = tell, first, after, is_more, following, is_last
+    seen.tell, seen.first, seen.after, seen.following = tell, first, after, following
     return seen
-
-
-def _all_blocks(seen: Seen) -> None:
-    """Blocks from last to first, without a mask_mod."""
-    @inline
-    def first(base, it, n_block):
-        return n_block, int32(0)
-
-    @inline
-    def after(base, it):
-        return int32(0)
-
-    @inline
-    def is_more(n_block, after, n_min):
-        return n_block > n_min
-
-    @inline
-    def following(n_block, after, fast_min, fast_max):
-        n_block = int32(n_block - 1)
-        return n_block, (n_block >= fast_min) & (n_block < fast_max)
-
-    @inline
-    def is_last(n_block, after, n_min):
-        return n_block == n_min
-    seen.first, seen.after, seen.is_more, seen.following, seen.is_last = first, after, is_more, following, is_last
 
 
 def make_load_seen(spec: Spec, BLOCK_N: int, records: Any, seen: Seen, loads: tuple[Any, Any, Any, Any]) -> Any:
