@@ -70,6 +70,8 @@ class ForwardSm90Config:
         ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
     wide_producer
         16 more registers for the producer, 8 fewer for each of two consumers: for a mask's bounds; with pages for two producers.
+    blocks_per_sm
+        Thread blocks of a multiprocessor: 2, of one consumer warpgroup each, hide the start and the end of each other's short tiles.
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     """
@@ -84,11 +86,13 @@ class ForwardSm90Config:
     slices: int = 1
     overlap: bool = True
     wide_producer: bool = False
+    blocks_per_sm: int = 1
     box: int = 0
     whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.consumers == 2 or not self.wide_producer
+        assert self.blocks_per_sm == 1 or (self.blocks_per_sm == 2 and self.consumers == 1)
         assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
@@ -102,7 +106,7 @@ class ForwardSm90Config:
     @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {1: 240, 2: 232, 3: 160}[self.consumers] - 8 * self.wide_producer
+        return 216 if self.blocks_per_sm > 1 else {1: 240, 2: 232, 3: 160}[self.consumers] - 8 * self.wide_producer
 
     @property
     def producer_registers(self) -> int:
@@ -113,7 +117,7 @@ class ForwardSm90Config:
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
-                + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
+                + " wide_producer" * self.wide_producer + " two blocks" * (self.blocks_per_sm > 1) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:

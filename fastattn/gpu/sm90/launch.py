@@ -162,7 +162,8 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     own = FORWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), early=spec.parts > 1)
+                   Arguments(spec, own, ("out",), online=True), WARPGROUP * (1 + config.consumers), config.blocks_per_sm,
+                   early=spec.parts > 1)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -201,7 +202,7 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
     source, arguments = chosen
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
-    grid, block_m, block_n = min(tiles, launcher.device.num_sms), config.block_m, config.block_n
+    grid, block_m, block_n = min(tiles, launcher.device.num_sms * config.blocks_per_sm), config.block_m, config.block_n
     capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
     cached, box, floats = call.problem.cache is not None, config.box or block_n, is_float or spec.out_dtype is not None
 

@@ -18,6 +18,7 @@ from ...flex.program import Program
 from ..dsl.asm import F32, I1, I32, pack, unpack
 from ..dsl.inline import Compiled, inline
 from ..flex.derived import with_rate
+from ..flex.distance import by_distance
 from ..flex.staged import Staged
 from ..ptx.arith import emit_pack_half
 from ..spec import Spec
@@ -33,12 +34,16 @@ class _Places:
         self.transposed = TRANSPOSED
         self.rows = Compiled(functions["row"], (a, tile, i, i, i, x))
         self.columns = Compiled(functions["column"], (a, tile, i, i, i, x))
-        self.element = Compiled(functions["element"], (a, tile, self.rows.result, self.columns.result, i, i, i, i, x, x))
+        self.distances = p.distances
+        given = (a, tile, self.rows.result, self.columns.result, i, i, i, i, x, x, *((i, x) if p.distances else ()))
+        self.element = Compiled(functions["element"], given)
 
     def each(self, builder: Any, registers: list[Any], given: list[Any]) -> Any:
         """(register, value, outputs) of each element. given: a, tile, batch, head, row, col, scale."""
         a, tile, batch, head, row, col, scale = given
         known: dict[tuple[str, int], Any] = {}
+        behind = builder.sub(row, col)
+        apart = builder.sitofp(behind, F32) if self.distances else None
         for k, x in enumerate(registers):
             q_at, k_at = (col_of(k), row_of(k)) if self.transposed else (row_of(k), col_of(k))
             q, key = builder.add(row, I32(q_at)), builder.add(col, I32(k_at))
@@ -46,7 +51,10 @@ class _Places:
                 known["q", q_at] = self.rows.call(builder, [a, tile, batch, head, q, scale])
             if ("k", k_at) not in known:
                 known["k", k_at] = self.columns.call(builder, [a, tile, batch, head, key, scale])
-            out = self.element.call(builder, [a, tile, known["q", q_at], known["k", k_at], batch, head, q, key, x, scale])
+            values = [a, tile, known["q", q_at], known["k", k_at], batch, head, q, key, x, scale]
+            if self.distances:      # nsw: a comparison with a constant takes in the element's
+                values += [builder.add(behind, I32(q_at - k_at), flags=("nsw",)), builder.fadd(apart, F32(float(q_at - k_at)))]
+            out = self.element.call(builder, values)
             yield k, x, unpack(builder, out, len(self.element.result))
 
 
@@ -98,7 +106,7 @@ def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
         def all_seen(acc_s, a, tile, batch, head, row, col):
             return acc_s
         return prepare_nothing, all_seen
-    staged = Staged(lower(p), MASK)
+    staged = Staged(by_distance(lower(p)), MASK)
     tile_values = inline(staged.functions["tile"])
 
     @inline
@@ -145,13 +153,13 @@ def _with_scale(tile_values: Any, apply: Any, RAW: bool) -> tuple[Any, Any]:
 def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[Any, Any]:
     """(prepare, modify) of the Spec's score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col). RAW: acc_s are dot products."""
     assert spec.score_mod is not None
-    return _with_scale(*make_modify(lower(spec.score_mod, RAW), TRANSPOSED), RAW)
+    return _with_scale(*make_modify(by_distance(lower(spec.score_mod, RAW)), TRANSPOSED), RAW)
 
 
 def make_rated_mod(spec: Spec, RAW: bool) -> tuple[Any, Any]:
     """make_fragment_mod TRANSPOSED, with the derivative: acc_s, rate = modify(...), the rate in the Spec's dtype, two a word."""
     assert spec.score_mod is not None
-    return _with_scale(*make_modify_rated(lower(with_rate(spec.score_mod), RAW), True, spec.dtype), RAW)
+    return _with_scale(*make_modify_rated(by_distance(lower(with_rate(spec.score_mod), RAW)), True, spec.dtype), RAW)
 
 
 @intrinsic
