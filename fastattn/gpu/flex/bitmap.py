@@ -9,6 +9,7 @@ Lines are tiles of query rows, or BY_KEYS tiles of keys. A function that does no
 """
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint64
@@ -20,7 +21,7 @@ from ..ptx.memory import load_b32
 from ..ptx.sync import any_lane
 from ..ptx.traced import highest_bit, lowest_bit, or_b32
 from ..traced import MASK
-from .config import ROWS_BETWEEN
+from .config import ROWS_APART, ROWS_BETWEEN
 from .interval import Bounds, ranges_of
 from .staged import COLUMN, ROW, STAGES, Staged
 
@@ -73,6 +74,7 @@ def make_bitmap(program: Program, BLOCK_M: int, BLOCK_N: int, BY_KEYS: bool) -> 
     row_ranges, column_ranges = _make_ranges(of_rows), _make_ranges(of_columns)
     widen_row, widen_column = _make_widen(len(of_rows)), _make_widen(len(of_columns))
     ONE, ROWS, COLUMNS = float32(1), -(-BLOCK_M // 32), -(-BLOCK_N // 32)
+    assert BLOCK_M % ROWS_BETWEEN == 0 and math.gcd(BLOCK_M, ROWS_APART) == 1
 
     @inline
     def place(first, end, n, lane):
@@ -97,19 +99,22 @@ def make_bitmap(program: Program, BLOCK_M: int, BLOCK_N: int, BY_KEYS: bool) -> 
 
     @inline
     def ask(a, tile, batch, head, row0, row_end, col0, col_end, lane):
-        """(1 if some pair of the tile is seen, 1 if some is not), pair by pair."""
-        seen, hidden, row = int32(0), int32(0), int32(row0)
-        while row < row_end:
-            rows = row_values(a, tile, batch, head, row, ONE)
-            for n in range(COLUMNS):
-                col = place(col0, col_end, n, lane)
-                columns = column_values(a, tile, batch, head, col, ONE)
-                one = int32(1) if sees(a, tile, rows, columns, batch, head, row, col, ONE, ONE)[0] else int32(0)
-                seen, hidden = int32(seen | one), int32(hidden | (one ^ 1))
-            row = int32(row + 1)
-            if (row & (ROWS_BETWEEN - 1)) == 0:
-                if (any_lane(seen) & any_lane(hidden)) != 0:
-                    row = int32(row_end)
+        """(1 if some pair of the tile is seen, 1 if some is not), pair by pair. Rows come from all over the tile: most often they are like
+        their neighbours, and the one that differs is at the other end."""
+        seen, hidden, n_row = int32(0), int32(0), int32(0)
+        while n_row < BLOCK_M:
+            for j in range(ROWS_BETWEEN):       # their loads run at the same time
+                at = int32((n_row + j) * ROWS_APART)
+                row = int32(min(row0 + (at - divide(at, int32(BLOCK_M)) * BLOCK_M), row_end - 1))
+                rows = row_values(a, tile, batch, head, row, ONE)
+                for n in range(COLUMNS):
+                    col = place(col0, col_end, n, lane)
+                    columns = column_values(a, tile, batch, head, col, ONE)
+                    one = int32(1) if sees(a, tile, rows, columns, batch, head, row, col, ONE, ONE)[0] else int32(0)
+                    seen, hidden = int32(seen | one), int32(hidden | (one ^ 1))
+            n_row = int32(n_row + ROWS_BETWEEN)
+            if (any_lane(seen) & any_lane(hidden)) != 0:
+                n_row = int32(BLOCK_M)
         return any_lane(seen), any_lane(hidden)
 
     @inline
