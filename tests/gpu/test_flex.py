@@ -239,13 +239,27 @@ def test_sm80_from_its_ptx(name: str) -> None:
     assert {key.split()[0] for key in launched} >= {"bitmap", "forward_sm80", "backward_sm80", "captured"}
 
 
+def test_few_queries_from_their_ptx() -> None:
+    """Split keys: the two rows of a thread are of different heads."""
+    q, k, v, _ = draw((2, 260), (2, 1), 16, np.float16, 1)
+    functions = Functions(capped, lambda b, h, q, k: (DOC[b, k % 90] < 2) & (abs(h - k) % 7 != 3) & (k + q != 9), (SLOPES, TABLE), None)
+    out, lse, _, launched = interpret((q, k, v), functions, "sm80")
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    own = {"score_mod": functions.score_mod, "mask_mod": functions.mask_mod, "captured": functions.captured}
+    want, want_lse = fastattn.attention(*wide, **own, return_lse=True, engine="reference")
+    near(out, want, np.float16, "out")
+    near(lse, want_lse, np.float32, "lse")
+    assert {key.split()[0] for key in launched} == {"forward_decode"}
+
+
 # sm_120 is covered by the same kernels with less shared memory
 COMPILED = [
     ("sm90", "sm_90a", "alibi", None, {"causal": True}), ("sm90", "sm_90a", "softcap", "document", {}),
     ("sm90", "sm_90a", "relative", "causal", {}), ("sm90", "sm_90a", None, "natten", {"head_dim": 64}),
     ("sm90", "sm_90a", "softcap", "document", {"backward": True}), ("sm90", "sm_90a", "alibi", None, {"backward": True, "captured": False}),
     ("sm80", "sm_80", "swin", None, {"backward": True}), ("sm80", "sm_80", "softcap", "prefix", {"backward": True, "head_dim": 64}),
-    ("sm80", "sm_120", "alibi", "sliding", {}), ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
+    ("sm80", "sm_120", "alibi", "sliding", {}), ("sm90", "sm_90a", "relative", "document", {"few": 2, "heads_k": 1}),
+    ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
 ]
 
 

@@ -52,7 +52,8 @@ def words_of(kinds: Array) -> Array:
 
 
 def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = (forward_sm90, seen.make_seen), **tuning: Any) -> Play:
-    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each. of: which function of a module is changed."""
+    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each. of: a module, the function
+    in it that is changed."""
     user, function = of
     spec = make_spec(call.problem, call.operands, False)
     config = replace(tiling(spec, call.problem.seqlen_k), **tuning)

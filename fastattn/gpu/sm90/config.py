@@ -71,7 +71,7 @@ class ForwardSm90Config:
     wide_producer
         16 more registers for the producer, 8 fewer for each of two consumers: for a mask's bounds; with pages for two producers.
     blocks_per_sm
-        Thread blocks of a multiprocessor: 2, of one consumer warpgroup each, hide the start and the end of each other's short tiles.
+        Thread blocks of a multiprocessor: 2, of one consumer warpgroup each, hide the ends of each other's tiles.
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     """
@@ -91,8 +91,7 @@ class ForwardSm90Config:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        assert self.consumers == 2 or not self.wide_producer
-        assert self.blocks_per_sm == 1 or (self.blocks_per_sm == 2 and self.consumers == 1)
+        assert (self.consumers == 2 or not self.wide_producer) and (self.blocks_per_sm, self.consumers) in ((1, 1), (1, 2), (1, 3), (2, 1))
         assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
@@ -115,9 +114,10 @@ class ForwardSm90Config:
 
     @property
     def text(self) -> str:
+        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "apart": not self.overlap,
+                 "wide_producer": self.wide_producer, "two blocks": self.blocks_per_sm > 1}
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
-                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
-                + " wide_producer" * self.wide_producer + " two blocks" * (self.blocks_per_sm > 1) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
+                + "".join(f" {name}" for name, on in flags.items() if on) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole)
 
 
 def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30) -> ForwardSm90Config:
@@ -142,7 +142,7 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
             block_n = (48 if capped else 64) if several else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
         # 197 rows are 384 in tiles of 192, which was 0.84 of cuDNN, and 256 in tiles of 128
-        wasteful = not spec.packed and _padded(seqlen_q, 192) > PADDED_ROWS * _padded(seqlen_q, 128)
+        wasteful = not spec.packed and -(-seqlen_q // 192) * 192 > PADDED_ROWS * (-(-seqlen_q // 128) * 128)
         return ForwardSm90Config(block_m=128 if wasteful else 192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 128:
         # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
@@ -165,11 +165,6 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         return ForwardSm90Config(block_m=128, block_n=64, out_panels=0, turns=True, optimistic=False, hints=True)
     block_n = 48 if spec.softcap or (spec.alibi and spec.packed) else 64
     return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, optimistic=plain, hints=True)
-
-
-def _padded(rows: int, block_m: int) -> int:
-    """Rows of the tiles of so many rows."""
-    return -(-rows // block_m) * block_m
 
 
 def _choose_sliced(spec: Spec) -> ForwardSm90Config:

@@ -366,10 +366,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 acc_s = scores(a, acc_s, early, column, tile)
                 if BIAS_TILES:
                     release_k(base, stage, n_block, after, tile.n_min, lane)
-                if MASKED_ALWAYS and MASKED:
-                    acc_s = keep(acc_s, tile.intervals, column)
-                if MASKED:
-                    acc_s = seen.hide(acc_s, a, tile, column)
+                if MASKED:          # with a mask_mod alone, only a tile's first block may reach over the last key
+                    acc_s = seen.hide(keep(acc_s, tile.intervals, column) if MASKED_ALWAYS else acc_s, a, tile, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
