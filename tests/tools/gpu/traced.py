@@ -79,6 +79,7 @@ def names(memory: Any) -> dict[str, Any]:
     def whole(x: float) -> int:
         return 0 if x != x else int(min(max(x, -2.0**31), 2.0**31 - 1))
     return {"select": lambda c, x, y: x if c else y, "divided": _quiet(np.divide), "inverted": lambda x: not x, "flag": int,
+            "below": lambda x, y: int(x) & 0xFFFFFFFF < int(y) & 0xFFFFFFFF,
             "as_bool": bool,
             "element_of": element_of, "element_of_natural": element_of_natural, "INTEGERS": INTEGERS, "load_captured": load_captured,
             "add_to": add_to, "rounded": lambda mode, compute: {"rmi": np.floor, "rni": np.rint}[mode], "whole_f32": whole,
