@@ -16,6 +16,7 @@ pytest.importorskip("cuda.core")
 
 import fastattn
 from fastattn import gpu
+from fastattn.explanation import _catch
 from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.operands import Functions
 from fastattn.gpu import precompile
@@ -211,6 +212,23 @@ def test_a_block_mask_keeps_its_bitmap_for_each_stream() -> None:
 def test_calls_are_described_without_a_device() -> None:
     call, spec = call_of(None, MASKS["causal"])
     assert spec.mask_mod is not None and "mask_mod=[" in spec.text and call.problem.flex is not None
+
+
+def test_explain_counts_the_tiles_and_registers() -> None:
+    x = np.empty((2, 300, 2, 64), np.float16)
+    doc = np.repeat(np.arange(3, dtype=np.int32), 100)
+    flex: dict[str, Any] = {"mask_mod": lambda b, h, q, k: (doc[q] == doc[k]) & (q >= k), "device": "sm_80"}
+    found = fastattn.explain(fastattn.attention, x, x, x, **flex)
+    [bitmap_key] = [key for key in found.kernels if key.startswith("bitmap ")]
+    rows, keys = map(int, bitmap_key.split()[1].split("x"))
+    block_mask = fastattn.block_mask(flex["mask_mod"], None, None, 300, 300)
+    states = block_mask.tiles((rows, keys))
+    registers, tiles = found.notes
+    assert registers.startswith("forward_sm80: ") and registers.endswith(" registers a thread at its start, nothing in local memory")
+    assert tiles == (f"tiles of {rows} rows x {keys} keys: of {4 * states.size}, {4 * (states == EMPTY).sum()} are skipped, in "
+                     f"{4 * (states == PARTIAL).sum()} pairs are masked, {4 * (states == FULL).sum()} are whole")
+    problem = _catch(fastattn.attention, (x, x, x), {"mask_mod": flex["mask_mod"]}).problem
+    assert fastattn.explain(problem, device="sm_80").notes[-1].endswith("which are skipped, print(block_mask(...)) shows")
 
 
 # ---------------------------------------------------------------- kernels of the tensor cores
