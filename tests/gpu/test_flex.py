@@ -5,6 +5,7 @@ bitmaps of tiles are compared with the mask of all pairs, and kernels of all fam
 """
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,9 @@ from fastattn.explanation import _catch
 from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.operands import Functions
 from fastattn.gpu import precompile
+from fastattn.gpu.flex import fixed
 from fastattn.gpu.flex.bitmap import EMPTY, FULL, PARTIAL
-from fastattn.gpu.flex.launch import bitmap
+from fastattn.gpu.flex.launch import bitmap, round_fixed_source
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.spec import make_spec
 from tests.tools.compare import close_captured
@@ -71,7 +73,7 @@ def agree(arrays: tuple[Array, ...], functions: Functions, **options: Any) -> li
     *qkv, dout = arrays
     lengths, need = options.get("lengths"), bool(options.get("need_dbias"))
     out, lse, grads, launched = emulate(tuple(qkv), functions, dout=dout, **options)
-    own = {name: x for name, x in options.items() if name not in ("lengths", "need_dbias", "max_seqlen_q", "max_seqlen_k")}
+    own = {name: x for name, x in options.items() if name not in ("lengths", "need_dbias", "deterministic", "max_seqlen_q", "max_seqlen_k")}
     own |= {name: x for name, x in zip(functions._fields, functions, strict=True) if x is not None}
     cu = () if lengths is None else lengths[:2]
     forward, backward = (fastattn.attention, fastattn.attention_backward) if lengths is None else (
@@ -121,6 +123,38 @@ def test_emulated_captured_gradients_are_those_of_the_out_that_was_given() -> No
 
 def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
     return (DOC[b % 2, q] == DOC[b % 2, k]) | (k == b)
+
+
+def test_emulated_deterministic_sums_are_those_of_the_reference() -> None:
+    """In two passes: the largest exponent of each array, then whole numbers. Two arrays, one of 16 bits, two heads for each element."""
+    launched = agree(draw((8, 40), (2, 1), 4, np.float32, 1), Functions(capped, documents, (SLOPES, TABLE), None), deterministic=True)
+    assert [key.split()[0] for key in launched][-5:] == ["bitmap", "captured", "captured", "round_captured", "round_captured"]
+    assert " exponents | " in launched[-4] and " units | " in launched[-3]
+
+
+@pytest.mark.parametrize("values", [[1e30, -1e30, 1e-30], [1e300, 3.0, -1e300], [5e-324, 2e-300], [0.0, -0.0], [math.inf, 1.0],
+                                    [math.inf, -math.inf], [math.nan, 2.0], [1.0, 2**-53, -1.0], []])
+def test_fixed_sums(values: list[float]) -> None:
+    """Sums in any order have the same bits, those of the exact sum where units are small enough, and keep what is no number."""
+    memory, records, out = Memory(), np.zeros(6, np.int64), np.full(2, np.nan)
+    records_view, out_view, bits = host_view(records), host_view(out), 50
+    memory.allow(records_view)
+    memory.allow(out_view)
+    found = set()
+    with emulated(memory) as machine:
+        for order in (values, values[::-1]):
+            records[:] = 0
+            top = max([fixed.exponent_of(x) for x in order], default=0)
+            records[5] = top
+            for x in order:
+                fixed.add_fixed(records_view.ptr, x, top, bits)
+            own = [records_view.ptr, out_view.ptr, records_view.ptr + 40, 1, bits]
+            machine.load(round_fixed_source("float64")).launch(1, own, 0)
+            found.add(out[0].tobytes())
+    want = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    largest = max(map(abs, values), default=0.0)
+    assert len(found) == 1
+    assert np.isnan(out[0]) if math.isnan(want) else out[0] == want or abs(out[0] - want) <= max(largest * 2.0**-80, 2.0**-970)
 
 
 def test_emulated_block_mask_of_a_function_and_blocks() -> None:
@@ -278,6 +312,7 @@ COMPILED = [
     ("sm80", "sm_80", "swin", None, {"backward": True}), ("sm80", "sm_80", "softcap", "prefix", {"backward": True, "head_dim": 64}),
     ("sm80", "sm_120", "alibi", "sliding", {}), ("sm90", "sm_90a", "relative", "document", {"few": 2, "heads_k": 1}),
     ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
+    ("simt", "sm_80", "swin", None, {"dtype": "bfloat16", "backward": True, "deterministic": True}),
 ]
 
 

@@ -162,3 +162,25 @@ def test_a_block_mask_is_used_again() -> None:
         q = draw.standard_normal((1, rows, 2, 64)).astype(np.float16)
         got = fastattn.attention(*(on_device(q) for _ in range(3)), block_mask=mask)
         near(to_host(got), fastattn.attention(*([q.astype(np.float64)] * 3), causal=True, engine="reference"), "float16", "out")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_gradients_of_captured_arrays(dtype: str) -> None:
+    """Many blocks add to each element: the same bits each time, and those of the reference but for rounding."""
+    draw = np.random.default_rng(4)
+    q, k, v, dout = (draw.standard_normal((2, n, 4, 64)).astype(NUMPY[dtype]) for n in (600, 700, 700, 600))
+    table = (draw.standard_normal((4, 64)) * 0.1).astype(np.float32)
+    flex: dict[str, Any] = {"score_mod": SCORES["relative"].function, "causal": True}
+    here = [on_device(x) for x in (dout, q, k, v)]
+    out, lse = fastattn.attention(*here[1:], captured=(on_device(table),), return_lse=True, **flex)
+    found = [to_host(fastattn.attention_backward(*here, out, lse, captured=(on_device(table),), need_dcaptured=True, deterministic=True,
+                                                 **flex).dcaptured[0]) for _ in range(3)]
+    assert all(np.array_equal(x, found[0]) for x in found)
+    close_captured((found[0],), fastattn.attention_backward, (q, k, v, dout), (table,), (to_host(out), to_host(lse)), **flex)
+
+
+@pytest.mark.parametrize("score", ["alibi", "relative", None])
+def test_few_queries_by_split_keys(score: str | None) -> None:
+    """Rows of several heads in one block."""
+    compare("sm80", score, "document", "bfloat16", 128, (2, 3000))
+    compare("sm80", score, "prefix", "float16", 64, (1, 5000))

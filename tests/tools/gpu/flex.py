@@ -76,7 +76,7 @@ def flex_of(score: Mod | None, mask: Mod | None, batch: int, heads: int, keys: i
 
 def call_of(score: Mod | None, mask: Mod | None, *, backward: bool = False, dtype: str = "bfloat16", head_dim: int = 128,
             seqlen: int = 4096, batch: int = 2, heads: int = 4, heads_k: int | None = None, captured: bool = True,
-            few: int | None = None, **options: Any) -> tuple[AnyCall, Spec]:
+            few: int | None = None, deterministic: bool = False, **options: Any) -> tuple[AnyCall, Spec]:
     """A dense call that is addresses only, and its Spec. few: query rows, where they are not as many as keys."""
     rows, keys = _view(dtype, (batch, few or seqlen, heads, head_dim)), _view(dtype, (batch, seqlen, heads_k or heads, head_dim))
     o = Operands(rows, keys, keys, flex=flex_of(score, mask, batch, heads, seqlen))
@@ -86,13 +86,14 @@ def call_of(score: Mod | None, mask: Mod | None, *, backward: bool = False, dtyp
         return (call := Call(problem, o, rows, lse)), make_spec(call.problem, call.operands, True)
     assert o.flex is not None
     grads = [_view(x.dtype, x.shape) if kind_of(x.dtype) == FLOAT else None for x in o.flex.score_arrays] if captured else None
-    made = BackwardCall(problem, o, rows, rows, lse, None, Grads(rows, keys, keys, None, None, grads and tuple(grads)), False)
+    made = BackwardCall(problem, o, rows, rows, lse, None, Grads(rows, keys, keys, None, None, grads and tuple(grads)), deterministic)
     return made, make_backward_spec(made)
 
 
 # ---------------------------------------------------------------- calls whose kernels run in Python
 def emulate(arrays: tuple[Any, ...], functions: Functions, *, lengths: tuple[Any, Any, Any] | None = None, bias: Any = None,
-            sinks: Any = None, dout: Any = None, need_dbias: bool = False, **options: Any) -> tuple[Any, Any, Grads[Any], list[str]]:
+            sinks: Any = None, dout: Any = None, need_dbias: bool = False, deterministic: bool = False,
+            **options: Any) -> tuple[Any, Any, Grads[Any], list[str]]:
     """(out, lse, gradients with those of captured arrays, kernels) of the kernels on plain threads. arrays: q, k, v in host memory."""
     layout, packed = ("bshd", False) if lengths is None else ("thd", True)
     _, o = read("attention", layout, None, arrays, (bias, None, None, sinks), lengths, None, functions)
@@ -109,7 +110,7 @@ def emulate(arrays: tuple[Any, ...], functions: Functions, *, lengths: tuple[Any
     captured = tuple([np.full(x.shape, np.nan, numpy_dtype(x.dtype)) if kind_of(x.dtype) == FLOAT else None for x in o.flex.score_arrays])
     grads = Grads(*given, dbias, dsinks, captured)
     views = Grads(*(host_view(x) for x in grads), tuple([host_view(x) for x in captured]))
-    back = BackwardCall(problem, o, host_view(dout), call.out, call.lse, None, views, False)  # type: ignore[arg-type]
+    back = BackwardCall(problem, o, host_view(dout), call.out, call.lse, None, views, deterministic)  # type: ignore[arg-type]
     with _memory([*back.views, *views.dcaptured], o) as memory, emulated(memory) as machine:
         gpu.family("simt").backward(back, make_backward_spec(back), machine.launcher(), 0)
     return out, lse, grads, launched + machine.launched
