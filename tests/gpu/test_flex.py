@@ -265,6 +265,20 @@ def test_explain_counts_the_tiles_and_registers() -> None:
     assert fastattn.explain(problem, device="sm_80").notes[-1].endswith("which are skipped, print(block_mask(...)) shows")
 
 
+def test_tilings_of_functions() -> None:
+    """Optimistic steps where a score can be made twice; small tiles for a BlockMask of small blocks."""
+    def config(**flex: Any) -> str:
+        x = np.empty((1, 4096, 2, 128), np.float16)
+        return str(fastattn.explain(fastattn.attention, x, x, x, device="sm_90a", **flex).config)
+    slopes = np.ones(2, np.float32)
+    assert config(score_mod=lambda s, b, h, q, k: s - slopes[h] * abs(q - k)) == "forward_sm90 128x128 stages 2 out 4 optimistic turns"
+    causal = MASKS["causal"].function
+    assert config(mask_mod=causal) == "forward_sm90 128x128 stages 2 out 4 optimistic turns"
+    fine, coarse = (fastattn.block_mask(causal, None, None, 4096, 4096, block=block) for block in (64, 128))
+    assert config(block_mask=fine) == "forward_sm90 64x64 stages 2 out 2 two blocks"
+    assert config(block_mask=coarse) == config(mask_mod=causal)
+
+
 # ---------------------------------------------------------------- kernels of the tensor cores
 INTERPRETED = {
     "rated": ((1, 40, 70, 2, 1, 16), Functions(capped, documents, (SLOPES, TABLE), None), {}),

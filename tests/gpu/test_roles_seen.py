@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +27,7 @@ from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90 import seen
 from fastattn.gpu.sm90.config import choose_forward as tiling
-from fastattn.gpu.sm90.config_traced import backward_ladder
+from fastattn.gpu.sm90.config_traced import SMALL, backward_ladder
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.masks import block_bounds, query_bounds
 from fastattn.problem import Grads, Operands, make_problem
@@ -96,11 +96,11 @@ def dense(batch: int, rows: int, keys: int, heads: int, heads_k: int, dim: int, 
     return Call(problem, o, view(batch, rows, heads, dim, dtype="float16", ptr=OUT), None)
 
 
-def drawn(call: Call, seed: int, planes: tuple[int, int], most: float = 0.5) -> Array:
+def drawn(call: Call, seed: int, planes: tuple[int, int], most: float = 0.5, side: int = 128) -> Array:
     """Kinds of tiles of 128 x 128; a line in four is empty, a line in four full."""
     draw = np.random.default_rng(seed)
     p = call.problem
-    kinds = draw.choice(3, (*planes, -(-p.seqlen_q // 128), -(-p.seqlen_k // 128)), p=(1 - most, most / 2, most / 2))
+    kinds = draw.choice(3, (*planes, -(-p.seqlen_q // side), -(-p.seqlen_k // side)), p=(1 - most, most / 2, most / 2))
     kinds[draw.random(kinds.shape[:-1]) < 0.25] = 0
     kinds[draw.random(kinds.shape[:-1]) < 0.25] = 2
     return kinds
@@ -125,6 +125,15 @@ def test_other_tilings(tuning: dict[str, Any]) -> None:
     call, planes = CASES["many tiles"]
     kinds = drawn(call, 1, planes)
     check(play(call, kinds, 1, **tuning), call, kinds)
+
+
+def test_small_tiles() -> None:
+    """Those of fine masks, two blocks of which share a multiprocessor."""
+    call, planes = CASES["many tiles"]
+    own = {f.name: getattr(SMALL, f.name) for f in fields(SMALL)}
+    for seed in range(2):
+        kinds = drawn(call, seed, planes, side=64)
+        check(play(call, kinds, seed, **own), call, kinds)
 
 
 LOAD_K = "                load_k(a, base, it, row, head_k, map_batch, m_block, head)\n                load_v("

@@ -3,17 +3,35 @@
 Elements of a fragment lie at constant distances from its first one. So q - k of each is one number of the thread and a constant: a
 comparison of it with a constant is one instruction, and as a float it is one addition instead of a conversion. Two inputs stand for it,
 `behind` as an int32 and `apart` as a float32. Beyond 2**24 `apart` is rounded, as the float of an int32 is.
+
+Without Numba: tilings ask, too.
 """
 from __future__ import annotations
 
 from functools import lru_cache
 
+from ...flex.lower import lower
 from ...flex.ops import BOOL, FLOAT, INT
 from ...flex.program import Builder, Line, Program
-from .staged import natural
 
 _COMPARISONS = ("lt", "le", "eq", "ne")
 _MOST = 2**30           # of a constant that is added to a difference
+
+
+def natural(p: Program, n: int) -> bool:
+    """Whether an integer line is never negative, as most indices: no sum of them leaves an int32 where it matters, as they are cut."""
+    line = p.lines[n]
+    if line.op == "const":
+        return bool(line.value >= 0)
+    if line.op in ("input", "length"):
+        return bool(line.value != "behind")
+    if line.op in ("add", "mul", "min", "floordiv", "and"):
+        return all(natural(p, m) for m in line.args)
+    if line.op == "max":
+        return any(natural(p, m) for m in line.args)
+    if line.op == "where":
+        return all(natural(p, m) for m in line.args[1:])
+    return line.op == "abs" or (line.op == "mod" and natural(p, line.args[1]))
 
 
 @lru_cache(maxsize=256)
@@ -86,4 +104,13 @@ class _Rewriting:
         return b.do("add", n, b.const(more, INT))
 
 
-__all__ = ["by_distance"]
+def is_light(p: Program | None) -> bool:
+    """Whether a score_mod's elements are made of the score, of q - k and of what is the same for a tile: they can be computed twice
+    without keeping anything for it."""
+    if p is None:
+        return True
+    made = by_distance(lower(p))
+    return made.used <= {"score", "raw", "scale", "batch", "head", "behind", "apart"} and not made.gathers
+
+
+__all__ = ["by_distance", "is_light", "natural"]

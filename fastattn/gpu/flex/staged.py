@@ -35,6 +35,7 @@ from ..ptx.traced import (
     whole_f32,
     whole_f64,
 )
+from .distance import natural
 from .ops import INTEGERS, as_bool, below, divided, element_of, element_of_natural, flag, inverted, select
 
 STAGES = TILE, ROW, COLUMN, ELEMENT = "tile", "row", "column", "element"
@@ -80,22 +81,6 @@ def cosine(x):
 @inline
 def exp_two(x):
     return math.exp2(x)
-
-
-def natural(p: Program, n: int) -> bool:
-    """Whether an integer line is never negative, as most indices: no sum of them leaves an int32 where it matters, as they are cut."""
-    line = p.lines[n]
-    if line.op == "const":
-        return bool(line.value >= 0)
-    if line.op in ("input", "length"):
-        return bool(line.value != "behind")
-    if line.op in ("add", "mul", "min", "floordiv", "and"):
-        return all(natural(p, m) for m in line.args)
-    if line.op == "max":
-        return any(natural(p, m) for m in line.args)
-    if line.op == "where":
-        return all(natural(p, m) for m in line.args[1:])
-    return line.op == "abs" or (line.op == "mod" and natural(p, line.args[1]))
 
 
 class Staged:

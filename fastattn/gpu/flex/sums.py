@@ -16,9 +16,10 @@ from ..ptx.traced import add_to, raise_b32
 from ..traced import SCORE, SUM
 from .config import ANY_ORDER, EXPONENTS, UNITS
 from .derived import Sum, with_sums
+from .distance import natural
 from .fixed import add_fixed, exponent_of
 from .ops import element_of, element_of_natural
-from .staged import STAGES, Staged, natural
+from .staged import STAGES, Staged
 
 
 def _make_each(staged: Staged, sums: tuple[Sum, ...], add_one: Any) -> Any:
