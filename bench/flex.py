@@ -37,6 +37,7 @@ class Kind:
     mask_mod: Callable[..., Any] | None = None
     built_in: dict[str, Any] | None = None
     captured: tuple[Any, ...] = ()
+    block: int = 128            # of block_mask: below 128 for masks of short pieces
 
 
 @dataclass
@@ -80,7 +81,7 @@ def kinds(seqlen: int, heads: int, device: Any) -> list[Kind]:
         Kind("softcap", lambda s, b, h, q, k: CAP * torch.tanh(s / CAP), causal, top_left | {"softcap": CAP}),
         Kind("learned table", lambda s, b, h, q, k, t: s + t[h, (q - k).abs().clamp(max=FAR)], causal, None, (table,)),
         Kind("sliding", None, lambda b, h, q, k: (q >= k) & (q - k < window), top_left | {"window": (window - 1, 0)}),
-        Kind("document", None, lambda b, h, q, k: (document[q] == document[k]) & (q >= k)),
+        Kind("document", None, lambda b, h, q, k: (document[q] == document[k]) & (q >= k), block=64),
         Kind("prefix-LM", None, lambda b, h, q, k: (q >= k) | (k < prefix)),
         Kind("NATTEN 13 x 13", None, neighbours),
     ]
@@ -124,7 +125,7 @@ class Case:
         if kind.built_in is not None:
             yield "built in", partial(self.attend, **kind.built_in)
         score = {"score_mod": kind.score_mod, "captured": kind.captured}
-        make = partial(fastattn.block_mask, kind.mask_mod, None, None, seqlen, seqlen)
+        make = partial(fastattn.block_mask, kind.mask_mod, None, None, seqlen, seqlen, block=kind.block)
         yield "functions", partial(self.attend, **score, block_mask=make())
         if not self.backward:
             yield "made", lambda: self.attend(**score, block_mask=make())
@@ -244,6 +245,22 @@ def line(row: Row) -> str:
     cells = [row.kind, *(number(row.times.get(name)) for name in COLUMNS), ratio("built in"), ratio("flex_attention"),
              number(row.first_call, 2), "" if row.error is None else f"{row.error:.1e}"]
     return f"| {' | '.join(cells)} |" + (f"\n    {row.kind}: {row.note}" if row.note else "")
+
+
+def page_table(path: Path) -> list[str]:
+    """Lines of the table of kept results in docs/howto/functions.md."""
+    with path.open() as file:
+        rows = {(row["passes"], row["kind"]): row for row in csv.DictReader(file)}
+
+    def cells(passes: str, kind: str) -> list[str]:
+        row = rows[passes, kind]
+        times = [row[f"{name} us"] for name in ("built in", "functions", "flex_attention")]
+        return [*times, f"{float(times[2]) / float(times[1]):.2f}"]
+    head = " | ".join(f"{passes}: {name}" for passes in ("forward", "backward")
+                      for name in ("built in", "function", "flex_attention", "times its speed"))
+    lines = [f"| kind | {head} |", f"|{'---|' * 9}"]
+    return lines + [f"| {kind} | {' | '.join((*cells('forward', kind), *cells('backward', kind)))} |" for passes, kind in rows
+                    if passes == "forward"]
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
