@@ -6,6 +6,7 @@ bitmaps of tiles are compared with the mask of all pairs, and kernels of all fam
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,6 +264,35 @@ def test_explain_counts_the_tiles_and_registers() -> None:
                      f"{4 * (states == PARTIAL).sum()} pairs are masked, {4 * (states == FULL).sum()} are whole")
     problem = _catch(fastattn.attention, (x, x, x), {"mask_mod": flex["mask_mod"]}).problem
     assert fastattn.explain(problem, device="sm_80").notes[-1].endswith("which are skipped, print(block_mask(...)) shows")
+
+
+def test_forwards_with_functions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other arrays take the same launch, other numbers, strides and functions another one."""
+    q, k, v, _ = draw((5, 9), (2, 1), 4, np.float32, 1)
+    prepared = list[Any]()
+    monkeypatch.setattr(gpu, "_prepared", lambda *given, own=gpu._prepared: prepared.append(given) or own(*given))
+    monkeypatch.setattr(gpu, "current", lambda device: nullcontext())
+
+    def check(x: Any, slopes: Any, number: float, mask: Any = None) -> int:
+        def score(s: Any, b: Any, h: Any, i: Any, j: Any, m: Any) -> Any:
+            return s * number - m[h] * abs(i - j)
+        options: dict[str, Any] = {"score_mod": score, "captured": (slopes,)} | ({} if mask is None else {"mask_mod": mask})
+        caught = _catch(fastattn.attention, (x, k, v), options)
+        o, out, lse, stream = caught.where
+        memory.kept.append((o, out))
+        for view in (o.q, o.k, o.v, out, *o.flex.views.values()):
+            memory.allow(view)
+        gpu.forward(caught.problem, o, out, lse, stream, ("simt",))
+        near(out.numpy(), fastattn.attention(x, k, v, **options, engine="reference"), np.float32, "out")
+        return len(prepared)
+    with emulated(Memory()) as machine:
+        memory, launcher = machine.memory, machine.launcher()
+        monkeypatch.setattr(gpu, "on_device", lambda ordinal: launcher)
+        first, second = SLOPES[:2].copy(), SLOPES[2:].copy()
+        counts = [check(q, first, 2.0), check(q, first, 3.0)]       # a number is an argument from its second value on
+        counts += [check(q, second, 3.0), check(q, first, 3.0), check(q, first, 4.0), check(q + 1, first, 4.0)]
+        counts += [check(np.repeat(q, 2, -1)[..., ::2], first, 4.0), check(q, first, 4.0, lambda b, h, i, j: j != 3), check(q, second, 4.0)]
+    assert counts == [1, 2, 2, 2, 3, 3, 4, 5, 5]
 
 
 def test_tilings_of_functions() -> None:
