@@ -30,7 +30,7 @@ def forward_ladder(spec: Spec, seqlen_k: int, seqlen_q: int, fine: bool = False)
     if own.optimistic and not simple(spec.score_mod):
         rungs.append(replace(rungs[-1], optimistic=False))
     keys = KEYS_OF_LOADS if spec.score_mod is not None and spec.score_mod.gathers else KEYS
-    small = [SMALL] if fine and spec.mask_mod is not None and max(spec.head_dim, spec.head_dim_v) <= 128 else []
+    small = [SMALL] if fine and spec.mask_mod and not spec.packed and max(spec.head_dim, spec.head_dim_v) <= 128 else []
     return (*small, *rungs, *(replace(rungs[-1], block_n=n) for n in keys if n < own.block_n))
 
 
