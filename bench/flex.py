@@ -22,6 +22,8 @@ from fastattn.benchmark.timing import Budget, rotate, turn, wall
 SHAPE = (4, 4096, 16, 128)          # (batch, seqlen, num_heads, head_dim)
 QUICK = (1, 1024, 4, 64)
 WINDOW, FAR, CAP, DOCUMENTS = 1024, 511, 30.0, 12
+# of flex_attention's backward, where its own choice asks for more shared memory than there is
+SMALLER_BLOCKS = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_stages": 1}
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}        # largest difference to the formula, relative to the largest number
 COLUMNS = ("plain", "built in", "functions", "made", "flex_attention")
 
@@ -35,6 +37,7 @@ class Kind:
     mask_mod: Callable[..., Any] | None = None
     built_in: dict[str, Any] | None = None
     captured: tuple[Any, ...] = ()
+    block: int = 128            # of block_mask: below 128 for masks of short pieces
 
 
 @dataclass
@@ -78,7 +81,7 @@ def kinds(seqlen: int, heads: int, device: Any) -> list[Kind]:
         Kind("softcap", lambda s, b, h, q, k: CAP * torch.tanh(s / CAP), causal, top_left | {"softcap": CAP}),
         Kind("learned table", lambda s, b, h, q, k, t: s + t[h, (q - k).abs().clamp(max=FAR)], causal, None, (table,)),
         Kind("sliding", None, lambda b, h, q, k: (q >= k) & (q - k < window), top_left | {"window": (window - 1, 0)}),
-        Kind("document", None, lambda b, h, q, k: (document[q] == document[k]) & (q >= k)),
+        Kind("document", None, lambda b, h, q, k: (document[q] == document[k]) & (q >= k), block=64),
         Kind("prefix-LM", None, lambda b, h, q, k: (q >= k) | (k < prefix)),
         Kind("NATTEN 13 x 13", None, neighbours),
     ]
@@ -95,6 +98,7 @@ class Case:
     device: str
     backward: bool
     engine: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         import torch
@@ -121,7 +125,7 @@ class Case:
         if kind.built_in is not None:
             yield "built in", partial(self.attend, **kind.built_in)
         score = {"score_mod": kind.score_mod, "captured": kind.captured}
-        make = partial(fastattn.block_mask, kind.mask_mod, None, None, seqlen, seqlen)
+        make = partial(fastattn.block_mask, kind.mask_mod, None, None, seqlen, seqlen, block=kind.block)
         yield "functions", partial(self.attend, **score, block_mask=make())
         if not self.backward:
             yield "made", lambda: self.attend(**score, block_mask=make())
@@ -136,7 +140,18 @@ class Case:
         held = kind.captured if self.backward else [x.detach() for x in kind.captured]        # on CPUs it takes none with gradients
         score = kind.score_mod and (lambda s, b, h, q, k: kind.score_mod(s, b, h, q, k, *held))  # type: ignore[misc]
         compiled, arguments = torch.compile(flex_attention, dynamic=False), [x.transpose(1, 2) for x in (self.q, self.k, self.v)]
-        return lambda: compiled(*arguments, score_mod=score, block_mask=mask).transpose(1, 2)
+
+        def call(**options: Any) -> Any:
+            return compiled(*arguments, score_mod=score, block_mask=mask, **options).transpose(1, 2)
+        if self.backward:
+            try:
+                self.timed("flex_attention", call)()
+            except Exception as error:
+                if "out of resource" not in str(error):
+                    raise
+                self.notes.append("flex_attention: smaller blocks, as its own take too much shared memory")
+                return partial(call, kernel_options=SMALLER_BLOCKS)
+        return call
 
     def timed(self, column: str, forward: Callable[[], Any]) -> Callable[[], Any]:
         """The call that is timed: the forward, or the backward of one forward."""
@@ -171,8 +186,8 @@ def measure(case: Case, events: Events | None, rounds: int, seconds: float) -> R
     """One row. What fails is a note; what is wrong too."""
     row = Row(case.kind.name, "backward" if case.backward else "forward", case.dtype, "x".join(map(str, case.shape)))
     calls: dict[str, Callable[[], Any]] = {}
-    notes = []
-    for column, forward in _forwards(case, notes):
+    notes = case.notes
+    for column, forward in _forwards(case):
         try:
             start = time.perf_counter()
             out = forward()
@@ -182,7 +197,9 @@ def measure(case: Case, events: Events | None, rounds: int, seconds: float) -> R
                 row.first_call, row.error = time.perf_counter() - start, case.error(out)
                 if row.error > TOLERANCE[case.dtype]:
                     notes.append(f"WRONG by {row.error:.1e}")
-            calls[column] = case.timed(column, forward)
+            call = case.timed(column, forward)
+            call()                                          # what fails here leaves the others their turns
+            calls[column] = call
         except Exception as error:
             notes.append(f"{column}: {' '.join(str(error).split())[:160]}")
     if events is not None:
@@ -196,11 +213,11 @@ def measure(case: Case, events: Events | None, rounds: int, seconds: float) -> R
     return row
 
 
-def _forwards(case: Case, notes: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _forwards(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
     try:
         yield from case.forwards()
     except Exception as error:                              # flex_attention where it does not compile
-        notes.append(f"flex_attention: {' '.join(str(error).split())[:160]}")
+        case.notes.append(f"flex_attention: {' '.join(str(error).split())[:160]}")
 
 
 def run(device: str, shape: tuple[int, int, int, int], dtype: str, backward: bool, only: str | None, engine: str | None = None,
@@ -228,6 +245,22 @@ def line(row: Row) -> str:
     cells = [row.kind, *(number(row.times.get(name)) for name in COLUMNS), ratio("built in"), ratio("flex_attention"),
              number(row.first_call, 2), "" if row.error is None else f"{row.error:.1e}"]
     return f"| {' | '.join(cells)} |" + (f"\n    {row.kind}: {row.note}" if row.note else "")
+
+
+def page_table(path: Path) -> list[str]:
+    """Lines of the table of kept results in docs/howto/functions.md."""
+    with path.open() as file:
+        rows = {(row["passes"], row["kind"]): row for row in csv.DictReader(file)}
+
+    def cells(passes: str, kind: str) -> list[str]:
+        row = rows[passes, kind]
+        times = [row[f"{name} us"] for name in ("built in", "functions", "flex_attention")]
+        return [*times, f"{float(times[2]) / float(times[1]):.2f}"]
+    head = " | ".join(f"{passes}: {name}" for passes in ("forward", "backward")
+                      for name in ("built in", "function", "flex_attention", "times its speed"))
+    lines = [f"| kind | {head} |", f"|{'---|' * 9}"]
+    return lines + [f"| {kind} | {' | '.join((*cells('forward', kind), *cells('backward', kind)))} |" for passes, kind in rows
+                    if passes == "forward"]
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

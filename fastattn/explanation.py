@@ -9,8 +9,11 @@ from . import api, api_packed, registry
 from .arrays.view import CPU, FLOATS, ITEMSIZE, Device, View, contiguous
 from .engine import BUILT_IN, FAMILIES, Engine, load
 from .errors import message
+from .flex.intervals import NONE, SOME, tile_states
 from .flex.operands import FlexOperands
 from .problem import Grads, Operands, Problem
+
+MOST_TILES = 1 << 18        # of a mask_mod that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Explanation:
     reasons : mapping of str to str
         Why not, for each engine that does not run the call.
     notes : tuple of str
-        What looks like a mistake, though the call is valid; of a call of fastattn.distributed its method, and why.
+        What looks like a mistake, though the call is valid; of a mask_mod on a GPU how many tiles are skipped; of a call of
+        fastattn.distributed its method, and why.
     """
 
     call: str
@@ -55,7 +59,7 @@ class Explanation:
 class _Caught:
     """A call that was stopped before an engine ran it.
 
-    `where`: the arguments of an Engine's forward or backward after the problem.
+    `where`: the arguments of an Engine's forward or backward after the problem. `assumed`: its arrays are addresses only.
     """
 
     engine: str | None
@@ -63,6 +67,7 @@ class _Caught:
     problem: Problem
     where: tuple[Any, ...]
     remarks: tuple[str, ...] = ()
+    assumed: bool = False
 
 
 class _Stop(BaseException):
@@ -106,8 +111,8 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     Notes
     -----
     Results are allocated as in the call, because their alignment decides too, and freed. A registered engine that would refuse a
-    call only because of its arrays is named as the one that runs it. Nothing is read but lengths, so ``np.empty`` is enough to ask
-    about a shape: the system gives it no memory until it is written.
+    call only because of its arrays is named as the one that runs it. Nothing is read but lengths, and what a mask_mod reads, so
+    ``np.empty`` is enough to ask about a shape: the system gives it no memory until it is written.
 
     Examples
     --------
@@ -141,8 +146,9 @@ def explain(call: Callable[..., Any] | Problem, /, *arguments: Any, device: str 
     for engine in registry.engines():
         if engine is not taken and engine.name not in reasons:
             reasons[engine.name] = _left_out(engine, memory, by)
-    kernels, config = _kernels(taken, caught, d)
-    return Explanation(caught.problem.call, where, taken.name if taken else None, config, kernels, reasons, _notes(caught))
+    kernels, config, notes = _kernels(taken, caught, d)
+    return Explanation(caught.problem.call, where, taken.name if taken else None, config, kernels, reasons,
+                       (*_notes(caught), *notes, *_of_tiles(caught, kernels)))
 
 
 def _notes(caught: _Caught) -> tuple[str, ...]:
@@ -155,6 +161,26 @@ def _notes(caught: _Caught) -> tuple[str, ...]:
     if o.mask is not None and len(getattr(o.mask.source, "shape", ())) == 2 and p.batch == p.seqlen_q > 1:
         notes.append("mask has two axes and is read as (seqlen_q, seqlen_k); if it is (batch, seqlen_k), pass mask[:, None, None, :]")
     return tuple(notes)
+
+
+def _of_tiles(caught: _Caught, kernels: Iterable[str]) -> Iterable[str]:
+    """How many tiles a mask_mod leaves to the kernels that skip the others, which have a kernel "bitmap 128x64 ..." before them."""
+    p, flex = caught.problem, caught.where[0].flex
+    for kernel in kernels:
+        name, size, *order = kernel.split()[:3]
+        if name != "bitmap":
+            continue
+        block = int(size.split("x")[0]), int(size.split("x")[1])
+        by_keys, number = order == ["by_keys"], p.batch * p.num_heads * -(-p.seqlen_q // block[0]) * -(-p.seqlen_k // block[1])
+        what = f"tiles of {block[0]} rows x {block[1]} keys{', in the order of keys' * by_keys}"
+        unread = caught.assumed or any(x.device != CPU for x in flex.mask_arrays)
+        if flex.blocks is not None or (unread and flex.mask_arrays) or p.packed or number > MOST_TILES:
+            yield f"{what}: which are skipped, print(block_mask(...)) shows"
+            continue
+        states = tile_states(flex.flex.mask_mod, [x.numpy() for x in flex.mask_arrays], flex.mask_numbers, p.batch, p.num_heads, p.seqlen_q,
+                             p.seqlen_k, block)
+        none, some = int((states == NONE).sum()), int((states == SOME).sum())
+        yield f"{what}: of {states.size}, {none} are skipped, in {some} pairs are masked, {states.size - none - some} are whole"
 
 
 def _catch(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Caught:
@@ -235,9 +261,9 @@ def _assumed(p: Problem, engine: str | None) -> _Caught:
         o.flex = FlexOperands(p.flex, tuple(score), numbers[0], tuple(mask), numbers[1], blocks, names=tuple(map(str, range(len(score)))))
     out, lse = array(p.out_shape, p.out_dtype), array(p.lse_shape, p.lse_dtype)
     if "backward" not in p.call:
-        return _Caught(engine, "forward", p, (o, out, None, None))
+        return _Caught(engine, "forward", p, (o, out, None, None), assumed=True)
     dq, dk, dv = [array(x.shape, p.out_dtype) for x in (o.q, o.k, o.v)]
-    return _Caught(engine, "backward", p, (o, out, out, lse, None, Grads(dq, dk, dv, None, o.sinks), None, False))
+    return _Caught(engine, "backward", p, (o, out, out, lse, None, Grads(dq, dk, dv, None, o.sinks), None, False), assumed=True)
 
 
 def _device(device: str | None, caught: _Caught) -> tuple[Device, Any, str]:
@@ -296,25 +322,37 @@ def _left_out(engine: Engine, memory: Device, by: str) -> str:
     return "it runs only where it is named" if engine.built_in else "it is registered, but not activated"
 
 
-def _kernels(engine: Engine | None, caught: _Caught, d: Any) -> tuple[tuple[str, ...], str]:
-    """Keys of the kernels, and the Config of each. A key is "forward_sm90 <Spec> | <Config>"."""
+def _kernels(engine: Engine | None, caught: _Caught, d: Any) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """Keys of the kernels, the Config of each, and notes. A key is "forward_sm90 <Spec> | <Config>"."""
     if engine is None or not engine.built_in:
-        return (), ""
+        return (), "", ()
     if engine is BUILT_IN["reference"]:
-        return (), "float64 NumPy"
+        return (), "float64 NumPy", ()
     if engine is BUILT_IN["cpu"]:
         from . import cpu
         from .cpu.plan import team_for
 
-        return (), f"{cpu.instruction_set()}, threads {team_for(caught.problem, cpu.get_num_threads()).threads}"
+        return (), f"{cpu.instruction_set()}, threads {team_for(caught.problem, cpu.get_num_threads()).threads}", ()
     from .gpu import precompile
     from .gpu.spec import make_backward_spec, make_spec
 
     call = _gpu_call(caught)
     if caught.direction == "forward" and 0 in call.out.shape:
-        return (), ""
+        return (), "", ()
     spec = make_spec(call.problem, call.operands, call.lse is not None) if caught.direction == "forward" else make_backward_spec(call)
     with registry.use_engine(engine.name):
-        keys = tuple(dict.fromkeys(source.key for source in precompile.sources(call, spec, d)))
-    parts = [key.partition(" | ") for key in keys]
-    return keys, "; ".join(f"{head.split()[0]} {config}" for head, _, config in parts if config)
+        sources = {source.key: source for source in precompile.sources(call, spec, d)}
+    parts = [key.partition(" | ") for key in sources]
+    notes = _of_registers(sources.values(), d.arch) if spec.traced else ()
+    return tuple(sources), "; ".join(f"{head.split()[0]} {config}" for head, _, config in parts if config), tuple(notes)
+
+
+def _of_registers(sources: Iterable[Any], arch: str) -> Iterable[str]:
+    """Of kernels with functions, whose tiling is chosen by their registers, if they are compiled."""
+    from .gpu.runtime.compile import known
+    from .gpu.runtime.frame import frame_bytes, register_count
+
+    for source in sources:
+        if "_mod=" in source.key and (made := known(source, arch)) is not None:
+            memory = f"{frame_bytes(made.code)} bytes in local memory" if frame_bytes(made.code) else "nothing in local memory"
+            yield f"{source.key.split()[0]}: {register_count(made.code)} registers a thread at its start, {memory}"

@@ -49,3 +49,21 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Pat
     assert row["kind"] == "sliding" and float(row["functions us"]) > 0
     command.main(["flex", "--list"])
     assert capsys.readouterr().out.split("\n")[:2] == ["causal", "ALiBi"]
+
+
+def test_the_page_has_the_numbers_of_the_results() -> None:
+    """docs/howto/functions.md has the table of bench/results/flex.csv."""
+    root = Path(__file__).parents[1]
+    page, kept = (root / "docs" / "howto" / "functions.md").read_text(), root / "bench" / "results" / "flex.csv"
+    assert "\n".join(flex.page_table(kept)) in page
+
+
+def test_targets_of_the_results() -> None:
+    """On the device that is measured: gradients at 1.5 times flex_attention's speed, cheap masks within a tenth of the built-in ones."""
+    with (Path(__file__).parents[1] / "bench" / "results" / "flex.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        mine, rival = float(row["functions us"]), float(row["flex_attention us"])
+        assert rival / mine > (1.5 if row["passes"] == "backward" else 1.7), row
+        if row["kind"] in ("causal", "sliding"):
+            assert mine <= 1.1 * float(row["built in us"]), row

@@ -240,7 +240,8 @@ def block_mask(mask_mod: MaskMod | None, batch: int | None, num_heads: int | Non
     blocks : array that broadcasts to (batch, num_heads, blocks of rows, blocks of keys), optional
         bool, True where a block may be seen. With a function a pair is seen where both let it.
     block : int or (int, int), default 128
-        Rows and keys of a block of `blocks`.
+        Rows and keys of a block of `blocks`. Below 128 it also says that the mask is made of short pieces, as documents of some hundred
+        tokens: GPU kernels then take smaller tiles where they have them. Results are the same but for rounding.
     device : str or (str, int), optional
         "cpu" or "cuda": calls on other memory are refused. None: its arrays decide.
 

@@ -36,6 +36,7 @@ class Flex:
     score_mod: Program | None = None
     mask_mod: Program | None = None
     block: tuple[int, int] | None = None
+    fine: bool = False          # the BlockMask was made for blocks below the default: engines may take smaller tiles
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from .ops import BOOL, COMMUTES, FLOAT, INT, OPS, kind_of, numpy_type, whole, wr
 INPUTS = ("score", "batch", "head", "q", "k")           # of a score_mod, in the order in which it gets them; a mask_mod has no score
 TILE, ROW, COLUMN, ELEMENT = "tile", "row", "column", "element"
 _CLASSES = {(False, False): TILE, (True, False): ROW, (False, True): COLUMN, (True, True): ELEMENT}
-_ROWS, _COLUMNS = frozenset(["q", "score", "raw"]), frozenset(["k", "score", "raw"])
+_PAIRS = "score", "raw", "behind", "apart"       # the last three are of engines: lower.py, gpu/flex/distance.py
+_ROWS, _COLUMNS = frozenset(["q", *_PAIRS]), frozenset(["k", *_PAIRS])
 
 
 class Line(NamedTuple):

@@ -10,7 +10,7 @@ from ..arrays.convert import Caller
 from ..arrays.view import CPU, EIGHT_BIT, Device, View
 from ..errors import message
 from ..options import Check
-from .blocks import BlockMask
+from .blocks import DEFAULT, BlockMask
 from .capture import is_number
 from .operands import Flex, FlexOperands, Functions
 from .ops import FLOAT, kind_of
@@ -38,7 +38,7 @@ def programs_of(call: str, g: Functions) -> tuple[Traced | None, Traced | None]:
 
 def flex_of(score: Traced | None, mask: Traced | None, block: BlockMask | None) -> Flex:
     return Flex(None if score is None else score.program, None if mask is None else mask.program,
-                None if block is None or block.blocks is None else block.block)
+                None if block is None or block.blocks is None else block.block, block is not None and max(block.block) < DEFAULT)
 
 
 def read_flex(caller: Caller, g: Functions) -> FlexOperands:

@@ -198,6 +198,7 @@ def to_host(call: str, x: View, stream: int) -> View:
 # ---------------------------------------------------------------- what is remembered
 _recordings: Recent[Any, tuple[Problem, Recording]] = Recent()
 _repeats: Recent[Any, Recording] = Recent()
+_launches: Recent[Any, Launch] = Recent()           # of forwards with functions
 
 
 def _repeat(launch: Callable[..., None], views: list[View], options: tuple[Any, ...], stream: int) -> None:
@@ -222,6 +223,13 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
     Problem's.
     """
     p, launcher = call.problem, on_device(call.operands.q.device[1])
+    if isinstance(call, Call) and (key := _key_of_functions(call, launcher, families)) is not None:
+        with current(launcher.device):
+            launch = _launches.get(key)
+            if launch is None:
+                launch = _launches[key] = _prepared(call, launcher, families)
+            launch(call, stream)
+        return
     if not call.operands.plain or call.problem.cache is not None:
         with current(launcher.device):
             _launch(call, launcher, families, stream)
@@ -235,13 +243,27 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
     found[1]([x.ptr for x in views if x], stream)
 
 
+def _key_of_functions(call: Call, launcher: Launcher, families: tuple[str, ...]) -> Any:
+    """All that a forward's launch with functions is prepared for, or None: then it is prepared each time. Numbers of the functions are part
+    of it, -0.0 apart from 0.0; their arrays are looked up in each call."""
+    o, f = call.operands, call.operands.flex
+    if f is None or call.views[3:-2].count(None) != len(call.views) - 6:        # besides q, k, v, the functions, out and lse
+        return None
+    return (call.problem, launcher, families, call.lse is None, repr((f.score_numbers, f.mask_numbers)), f.blocks and f.blocks.strides,
+            *[(x.strides, x.ptr % 16) for x in (o.q, o.k, o.v, call.out)])
+
+
+def _prepared(call: Call, launcher: Launcher, families: tuple[str, ...]) -> Launch:
+    chosen = choose(call, launcher.device, families)
+    return chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)
+
+
 def _launch(call: AnyCall, launcher: Launcher, families: tuple[str, ...], stream: int) -> None:
     """Launch the call's kernels with this launcher."""
-    chosen = choose(call, launcher.device, families)
     if isinstance(call, Call):
-        chosen.prepare(call, make_spec(call.problem, call.operands, call.lse is not None), launcher)(call, stream)
+        _prepared(call, launcher, families)(call, stream)
     else:
-        chosen.backward(call, make_backward_spec(call), launcher, stream)
+        choose(call, launcher.device, families).backward(call, make_backward_spec(call), launcher, stream)
 
 
 def _record(call: AnyCall, families: tuple[str, ...]) -> Recording:

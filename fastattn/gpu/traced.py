@@ -71,6 +71,8 @@ def _values(p: Program | None, arrays: Sequence[View], numbers: Sequence[float])
     return tuple(found)
 
 
-def sum_fields(p: Program, arrays: tuple[int, ...]) -> str:
-    """Fields for the gradients of these arrays: address and strides in bytes; lengths are those of the array."""
-    return " ".join(" ".join([f"{SUM}{n}:l", *(f"{SUM}{n}_by{axis}:q" for axis in range(p.arrays[n].ndim))]) for n in arrays)
+def sum_fields(p: Program, arrays: tuple[int, ...], exact: bool = False) -> str:
+    """Fields for the gradients of these arrays: address and strides in bytes; lengths are those of the array. exact: of fixed.py's sums."""
+    found = [" ".join([f"{SUM}{n}:l", *(f"{SUM}{n}_by{axis}:q" for axis in range(p.arrays[n].ndim)), *[f"{SUM}{n}_top:l"] * exact])
+             for n in arrays]
+    return " ".join((*found, *[f"{SUM}_bits:i"] * exact))

@@ -45,7 +45,7 @@ def read(call: str, functions: Functions | None) -> tuple[str | None, dict[str, 
     if block is not None and block.blocks is not None:
         arrays[_BLOCKS] = block.blocks
     flex = flex_of(score, mask, block)
-    text = json.dumps({"score": _plain(flex.score_mod), "mask": _plain(flex.mask_mod), "block": flex.block,
+    text = json.dumps({"score": _plain(flex.score_mod), "mask": _plain(flex.mask_mod), "block": flex.block, "fine": flex.fine,
                        "numbers": [() if t is None else t.numbers for t in (score, mask)],
                        "planes": (None, None) if block is None else (block.batch, block.num_heads)})
     return text, arrays
@@ -68,8 +68,8 @@ def _of(text: str) -> _Read:
     if found is None:
         x = json.loads(text)
         block = None if x["block"] is None else (x["block"][0], x["block"][1])
-        found = _read[text] = _Read(Flex(_program(x["score"]), _program(x["mask"]), block), tuple(x["numbers"][0]), tuple(x["numbers"][1]),
-                                    (x["planes"][0], x["planes"][1]))
+        flex = Flex(_program(x["score"]), _program(x["mask"]), block, x["fine"])
+        found = _read[text] = _Read(flex, tuple(x["numbers"][0]), tuple(x["numbers"][1]), (x["planes"][0], x["planes"][1]))
     return found
 
 

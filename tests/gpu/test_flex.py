@@ -5,6 +5,8 @@ bitmaps of tiles are compared with the mask of all pairs, and kernels of all fam
 """
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +18,13 @@ pytest.importorskip("cuda.core")
 
 import fastattn
 from fastattn import gpu
+from fastattn.explanation import _catch
 from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.operands import Functions
 from fastattn.gpu import precompile
+from fastattn.gpu.flex import fixed
 from fastattn.gpu.flex.bitmap import EMPTY, FULL, PARTIAL
-from fastattn.gpu.flex.launch import bitmap
+from fastattn.gpu.flex.launch import bitmap, round_fixed_source
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.spec import make_spec
 from tests.tools.compare import close_captured
@@ -71,7 +75,7 @@ def agree(arrays: tuple[Array, ...], functions: Functions, **options: Any) -> li
     *qkv, dout = arrays
     lengths, need = options.get("lengths"), bool(options.get("need_dbias"))
     out, lse, grads, launched = emulate(tuple(qkv), functions, dout=dout, **options)
-    own = {name: x for name, x in options.items() if name not in ("lengths", "need_dbias", "max_seqlen_q", "max_seqlen_k")}
+    own = {name: x for name, x in options.items() if name not in ("lengths", "need_dbias", "deterministic", "max_seqlen_q", "max_seqlen_k")}
     own |= {name: x for name, x in zip(functions._fields, functions, strict=True) if x is not None}
     cu = () if lengths is None else lengths[:2]
     forward, backward = (fastattn.attention, fastattn.attention_backward) if lengths is None else (
@@ -121,6 +125,38 @@ def test_emulated_captured_gradients_are_those_of_the_out_that_was_given() -> No
 
 def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
     return (DOC[b % 2, q] == DOC[b % 2, k]) | (k == b)
+
+
+def test_emulated_deterministic_sums_are_those_of_the_reference() -> None:
+    """In two passes: the largest exponent of each array, then whole numbers. Two arrays, one of 16 bits, two heads for each element."""
+    launched = agree(draw((8, 40), (2, 1), 4, np.float32, 1), Functions(capped, documents, (SLOPES, TABLE), None), deterministic=True)
+    assert [key.split()[0] for key in launched][-5:] == ["bitmap", "captured", "captured", "round_captured", "round_captured"]
+    assert " exponents | " in launched[-4] and " units | " in launched[-3]
+
+
+@pytest.mark.parametrize("values", [[1e30, -1e30, 1e-30], [1e300, 3.0, -1e300], [5e-324, 2e-300], [0.0, -0.0], [math.inf, 1.0],
+                                    [math.inf, -math.inf], [math.nan, 2.0], [1.0, 2**-53, -1.0], []])
+def test_fixed_sums(values: list[float]) -> None:
+    """Sums in any order have the same bits, those of the exact sum where units are small enough, and keep what is no number."""
+    memory, records, out = Memory(), np.zeros(6, np.int64), np.full(2, np.nan)
+    records_view, out_view, bits = host_view(records), host_view(out), 50
+    memory.allow(records_view)
+    memory.allow(out_view)
+    found = set()
+    with emulated(memory) as machine:
+        for order in (values, values[::-1]):
+            records[:] = 0
+            top = max([fixed.exponent_of(x) for x in order], default=0)
+            records[5] = top
+            for x in order:
+                fixed.add_fixed(records_view.ptr, x, top, bits)
+            own = [records_view.ptr, out_view.ptr, records_view.ptr + 40, 1, bits]
+            machine.load(round_fixed_source("float64")).launch(1, own, 0)
+            found.add(out[0].tobytes())
+    want = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    largest = max(map(abs, values), default=0.0)
+    assert len(found) == 1
+    assert np.isnan(out[0]) if math.isnan(want) else out[0] == want or abs(out[0] - want) <= max(largest * 2.0**-80, 2.0**-970)
 
 
 def test_emulated_block_mask_of_a_function_and_blocks() -> None:
@@ -214,6 +250,66 @@ def test_calls_are_described_without_a_device() -> None:
     assert spec.mask_mod is not None and "mask_mod=[" in spec.text and call.problem.flex is not None
 
 
+def test_explain_counts_the_tiles_and_registers() -> None:
+    x = np.empty((2, 300, 2, 64), np.float16)
+    doc = np.repeat(np.arange(3, dtype=np.int32), 100)
+    flex: dict[str, Any] = {"mask_mod": lambda b, h, q, k: (doc[q] == doc[k]) & (q >= k), "device": "sm_80"}
+    found = fastattn.explain(fastattn.attention, x, x, x, **flex)
+    [bitmap_key] = [key for key in found.kernels if key.startswith("bitmap ")]
+    rows, keys = map(int, bitmap_key.split()[1].split("x"))
+    block_mask = fastattn.block_mask(flex["mask_mod"], None, None, 300, 300)
+    states = block_mask.tiles((rows, keys))
+    registers, tiles = found.notes
+    assert registers.startswith("forward_sm80: ") and registers.endswith(" registers a thread at its start, nothing in local memory")
+    assert tiles == (f"tiles of {rows} rows x {keys} keys: of {4 * states.size}, {4 * (states == EMPTY).sum()} are skipped, in "
+                     f"{4 * (states == PARTIAL).sum()} pairs are masked, {4 * (states == FULL).sum()} are whole")
+    problem = _catch(fastattn.attention, (x, x, x), {"mask_mod": flex["mask_mod"]}).problem
+    assert fastattn.explain(problem, device="sm_80").notes[-1].endswith("which are skipped, print(block_mask(...)) shows")
+
+
+def test_forwards_with_functions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other arrays take the same launch, other numbers, strides and functions another one."""
+    q, k, v, _ = draw((5, 9), (2, 1), 4, np.float32, 1)
+    prepared = list[Any]()
+    monkeypatch.setattr(gpu, "_prepared", lambda *given, own=gpu._prepared: prepared.append(given) or own(*given))
+    monkeypatch.setattr(gpu, "current", lambda device: nullcontext())
+
+    def check(x: Any, slopes: Any, number: float, mask: Any = None) -> int:
+        def score(s: Any, b: Any, h: Any, i: Any, j: Any, m: Any) -> Any:
+            return s * number - m[h] * abs(i - j)
+        options: dict[str, Any] = {"score_mod": score, "captured": (slopes,)} | ({} if mask is None else {"mask_mod": mask})
+        caught = _catch(fastattn.attention, (x, k, v), options)
+        o, out, lse, stream = caught.where
+        memory.kept.append((o, out))
+        for view in (o.q, o.k, o.v, out, *o.flex.views.values()):
+            memory.allow(view)
+        gpu.forward(caught.problem, o, out, lse, stream, ("simt",))
+        near(out.numpy(), fastattn.attention(x, k, v, **options, engine="reference"), np.float32, "out")
+        return len(prepared)
+    with emulated(Memory()) as machine:
+        memory, launcher = machine.memory, machine.launcher()
+        monkeypatch.setattr(gpu, "on_device", lambda ordinal: launcher)
+        first, second = SLOPES[:2].copy(), SLOPES[2:].copy()
+        counts = [check(q, first, 2.0), check(q, first, 3.0)]       # a number is an argument from its second value on
+        counts += [check(q, second, 3.0), check(q, first, 3.0), check(q, first, 4.0), check(q + 1, first, 4.0)]
+        counts += [check(np.repeat(q, 2, -1)[..., ::2], first, 4.0), check(q, first, 4.0, lambda b, h, i, j: j != 3), check(q, second, 4.0)]
+    assert counts == [1, 2, 2, 2, 3, 3, 4, 5, 5]
+
+
+def test_tilings_of_functions() -> None:
+    """Optimistic steps where a score can be made twice; small tiles for a BlockMask of small blocks."""
+    def config(**flex: Any) -> str:
+        x = np.empty((1, 4096, 2, 128), np.float16)
+        return str(fastattn.explain(fastattn.attention, x, x, x, device="sm_90a", **flex).config)
+    slopes = np.ones(2, np.float32)
+    assert config(score_mod=lambda s, b, h, q, k: s - slopes[h] * abs(q - k)) == "forward_sm90 128x128 stages 2 out 4 optimistic turns"
+    causal = MASKS["causal"].function
+    assert config(mask_mod=causal) == "forward_sm90 128x128 stages 2 out 4 optimistic turns"
+    fine, coarse = (fastattn.block_mask(causal, None, None, 4096, 4096, block=block) for block in (64, 128))
+    assert config(block_mask=fine) == "forward_sm90 64x64 stages 2 out 2 two blocks"
+    assert config(block_mask=coarse) == config(mask_mod=causal)
+
+
 # ---------------------------------------------------------------- kernels of the tensor cores
 INTERPRETED = {
     "rated": ((1, 40, 70, 2, 1, 16), Functions(capped, documents, (SLOPES, TABLE), None), {}),
@@ -240,13 +336,28 @@ def test_sm80_from_its_ptx(name: str) -> None:
     assert {key.split()[0] for key in launched} >= {"bitmap", "forward_sm80", "backward_sm80", "captured"}
 
 
+def test_few_queries_from_their_ptx() -> None:
+    """Split keys: the two rows of a thread are of different heads."""
+    q, k, v, _ = draw((2, 260), (2, 1), 16, np.float16, 1)
+    functions = Functions(capped, lambda b, h, q, k: (DOC[b, k % 90] < 2) & (abs(h - k) % 7 != 3) & (k + q != 9), (SLOPES, TABLE), None)
+    out, lse, _, launched = interpret((q, k, v), functions, "sm80")
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    own = {"score_mod": functions.score_mod, "mask_mod": functions.mask_mod, "captured": functions.captured}
+    want, want_lse = fastattn.attention(*wide, **own, return_lse=True, engine="reference")
+    near(out, want, np.float16, "out")
+    near(lse, want_lse, np.float32, "lse")
+    assert {key.split()[0] for key in launched} == {"forward_decode"}
+
+
 # sm_120 is covered by the same kernels with less shared memory
 COMPILED = [
     ("sm90", "sm_90a", "alibi", None, {"causal": True}), ("sm90", "sm_90a", "softcap", "document", {}),
     ("sm90", "sm_90a", "relative", "causal", {}), ("sm90", "sm_90a", None, "natten", {"head_dim": 64}),
     ("sm90", "sm_90a", "softcap", "document", {"backward": True}), ("sm90", "sm_90a", "alibi", None, {"backward": True, "captured": False}),
     ("sm80", "sm_80", "swin", None, {"backward": True}), ("sm80", "sm_80", "softcap", "prefix", {"backward": True, "head_dim": 64}),
-    ("sm80", "sm_120", "alibi", "sliding", {}), ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
+    ("sm80", "sm_120", "alibi", "sliding", {}), ("sm90", "sm_90a", "relative", "document", {"few": 2, "heads_k": 1}),
+    ("simt", "sm_80", "gated", "local_global", {"dtype": "float32", "backward": True}),
+    ("simt", "sm_80", "swin", None, {"dtype": "bfloat16", "backward": True, "deterministic": True}),
 ]
 
 

@@ -154,11 +154,56 @@ def test_long_lines_of_tiles(family: str) -> None:
     compare(family, None, "sliding", "bfloat16", 64, (5000, 5000))
 
 
-def test_a_block_mask_is_used_again() -> None:
-    """The same mask in calls of other lengths."""
-    mask = fastattn.block_mask(lambda b, h, q, k: q >= k, None, None, 256, 256)
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_block_mask_is_used_again(block: int) -> None:
+    """The same mask in calls of other lengths; of small blocks, for which Hopper has smaller tiles."""
+    mask = fastattn.block_mask(lambda b, h, q, k: q >= k, None, None, 256, 256, block=block)
     draw = np.random.default_rng(1)
     for rows in (256, 300, 256):
         q = draw.standard_normal((1, rows, 2, 64)).astype(np.float16)
         got = fastattn.attention(*(on_device(q) for _ in range(3)), block_mask=mask)
         near(to_host(got), fastattn.attention(*([q.astype(np.float64)] * 3), causal=True, engine="reference"), "float16", "out")
+
+
+@pytest.mark.parametrize("dim", [40, 64, 128])
+def test_fine_masks(dim: int) -> None:
+    """Documents in small tiles, forward and backward, with a score that is no longer scaled and rows that see nothing."""
+    draw = np.random.default_rng(dim)
+    q, k, v, dout = (draw.standard_normal((2, n, 4, dim)).astype(np.float16) for n in (1000, 1100, 1100, 1000))
+    doc = np.repeat(np.arange(20, dtype=np.int32), 55)
+
+    def options(doc: Any) -> dict[str, Any]:
+        mask = fastattn.block_mask(lambda b, h, i, j: (doc[i] == doc[j]) & (i >= j) & (i % 7 != 3), None, None, 1000, 1100, block=64)
+        return {"score_mod": lambda s, b, h, i, j: 20 * np.tanh(s / 20) - 0.01 * abs(i - j), "block_mask": mask}
+    here = [on_device(x) for x in (q, k, v, dout)]
+    out, lse = fastattn.attention(*here[:3], return_lse=True, **options(on_device(doc)))
+    grads = fastattn.attention_backward(here[3], *here[:3], out, lse, **options(on_device(doc)))
+    wide = [x.astype(np.float64) for x in (q, k, v, dout)]
+    want, want_lse = fastattn.attention(*wide[:3], return_lse=True, engine="reference", **options(doc))
+    near(to_host(out), want, "float16", "out")
+    near(to_host(lse), want_lse, "float16", "lse")
+    wanted = fastattn.attention_backward(wide[3], *wide[:3], want, want_lse, engine="reference", **options(doc))
+    for name, got, x in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
+        near(to_host(got), x, "float16", name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_gradients_of_captured_arrays(dtype: str) -> None:
+    """Many blocks add to each element: the same bits each time, and those of the reference but for rounding."""
+    draw = np.random.default_rng(4)
+    q, k, v, dout = (draw.standard_normal((2, n, 4, 64)).astype(NUMPY[dtype]) for n in (600, 700, 700, 600))
+    table = (draw.standard_normal((4, 64)) * 0.1).astype(np.float32)
+    flex: dict[str, Any] = {"score_mod": SCORES["relative"].function, "causal": True}
+    here = [on_device(x) for x in (dout, q, k, v)]
+    out, lse = fastattn.attention(*here[1:], captured=(on_device(table),), return_lse=True, **flex)
+    found = [to_host(fastattn.attention_backward(*here, out, lse, captured=(on_device(table),), need_dcaptured=True, deterministic=True,
+                                                 **flex).dcaptured[0]) for _ in range(3)]
+    assert all(np.array_equal(x, found[0]) for x in found)
+    close_captured((found[0],), fastattn.attention_backward, (q, k, v, dout), (table,), (to_host(out), to_host(lse)), **flex)
+
+
+@pytest.mark.parametrize("score", ["alibi", "relative", None])
+def test_few_queries_by_split_keys(score: str | None) -> None:
+    """Rows of several heads in one block."""
+    compare("sm80", score, "document", "bfloat16", 128, (2, 3000))
+    compare("sm80", score, "prefix", "float16", 64, (1, 5000))

@@ -15,6 +15,7 @@ from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.lower import lower
 from fastattn.flex.trace import trace
 from fastattn.gpu.flex import staged
+from fastattn.gpu.flex.distance import by_distance
 from tests.flex import programs
 from tests.flex.programs import BATCH, HEADS, KEYS, ROWS, SHAPES, draw
 from tests.tools.gpu.calls import host_view
@@ -48,7 +49,8 @@ def by_stages(p: Any, arrays: list[Array], scores: Array, exact: bool) -> Array:
             for q in range(ROWS):
                 row = row_of(a, tile, b, h, q, 1.0)
                 for k in range(KEYS):
-                    out[:, b, h, q, k] = element_of(a, tile, row, columns[k], b, h, q, k, float(scores[b, h, q, k]), 1.0)
+                    more = (q - k, float(q - k)) if made.distances else ()
+                    out[:, b, h, q, k] = element_of(a, tile, row, columns[k], b, h, q, k, float(scores[b, h, q, k]), 1.0, *more)
     return out
 
 
@@ -65,9 +67,25 @@ def test_random_programs(exact: bool) -> None:
         p = derivative(trace(score, [("float64", x.ndim) for x in arrays])).program
         inputs = places(0, HEADS, ROWS, KEYS) | {"batch": np.arange(BATCH, dtype=np.int32)[:, None, None, None], "score": scores}
         want = [np.broadcast_to(x, scores.shape) for x in evaluate(p, inputs, arrays)]
-        got = by_stages(p if exact else lower(p), arrays, scores, exact)
+        got = by_stages(p if exact else by_distance(lower(p)), arrays, scores, exact)
         for i, x in enumerate(want):
             finite = np.isfinite(x)
             assert np.array_equal(np.isnan(got[i]), np.isnan(x)), (n, i)
             near = np.abs(got[i][finite] - x[finite]) <= (1e-9 if exact else 1e-4) * (1 + np.abs(x[finite]))
             assert near.all(), (n, i, programs.shown(tree))
+
+
+def distances(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """All that distance.py rewrites, and what it must leave."""
+    near, side = abs(q - k) <= 3, (abs(q // 3 - k // 3) < 2) & (abs(k % 3 - q % 3) <= 1)
+    return ((q >= k) & (k - q > -5) & near) | side | (k == q) | (abs(k - q) < 0) | (abs(q - k - 2) <= -1) | (abs(k - q) * 0.5 + (q - k) < 1)
+
+
+def test_what_is_made_of_distances() -> None:
+    p = trace(distances, mask=True)
+    made = by_distance(lower(p))
+    assert {line.value for line in made.lines if line.op == "input"} == {"q", "k", "behind", "apart"}
+    assert any(line.op == "below" for line in made.lines) and not any(line.op == "float" for line in made.lines)
+    scores = np.zeros((BATCH, HEADS, ROWS, KEYS))
+    q, k = np.arange(ROWS)[:, None], np.arange(KEYS)
+    assert np.array_equal(by_stages(made, [], scores, False)[0], np.broadcast_to(distances(0, 0, q, k), scores.shape))

@@ -168,13 +168,13 @@ MUTANTS = {
     "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n", ""),
     "V not waited for": ("        v_ring.wait_full(base, before, parity)\n", ""),
     "K released early": ("            acc_s = wait_s(acc_s)\n",
-                         "            release_k(base, stage, n_block, tile.n_min, lane)\n"
+                         "            release_k(base, stage, n_block, after, tile.n_min, lane)\n"
                          "            acc_s = wait_s(acc_s)\n"),
     "bias released early": ("                if not BIAS_TILES:\n                    release_k",
                             "                if True:\n                    release_k"),
     "the bias of other rows": ("int32(m_block * BLOCK_M), row, head, keys)", "int32(0), row, head, keys)"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
-    "Q never released": ("            if n_block == n_min:\n                q_ring.arrive_empty(base, 0)\n", ""),
+    "Q never released": ("            if (after < 0) if SEEN else (n_block == n_min):\n                q_ring.arrive_empty(base, 0)\n", ""),
     "turn kept": ("        product = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n        pass_turn(w)\n",
                   "        product = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n"),
     "wrong V": ("            acc_s, product = issue(base, w, acc_o, p, stage, before, parity)\n",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from fastattn.gpu.sm90 import forward as forward_sm90
 from fastattn.gpu.sm90 import launch as launch_sm90
 from fastattn.gpu.sm90 import seen
 from fastattn.gpu.sm90.config import choose_forward as tiling
-from fastattn.gpu.sm90.config_traced import backward_ladder
+from fastattn.gpu.sm90.config_traced import SMALL, backward_ladder
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.masks import block_bounds, query_bounds
 from fastattn.problem import Grads, Operands, make_problem
@@ -50,8 +51,10 @@ def words_of(kinds: Array) -> Array:
     return np.stack([((pieces >= kind) * bits).sum(-1) for kind in (1, 2)], -1).astype(np.uint32)
 
 
-def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = forward_sm90, **tuning: Any) -> Play:
-    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each."""
+def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = (forward_sm90, seen.make_seen), **tuning: Any) -> Play:
+    """A launch of two blocks. kinds: of each tile, with one plane for all heads or one for each. of: a module, the function
+    in it that is changed."""
+    user, function = of
     spec = make_spec(call.problem, call.operands, False)
     config = replace(tiling(spec, call.problem.seqlen_k), **tuning)
     boxes = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
@@ -61,13 +64,8 @@ def play(call: Call, kinds: Array, seed: int, change: Any = None, of: Any = forw
         memory.allow(x)
     layout = Layout(*kinds.shape)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
-        if of is seen:
-            forward_sm90.make_load_seen, kept = edited(seen.make_load_seen, change), forward_sm90.make_load_seen
-        try:
-            kernel, _ = (edited(forward_sm90.make_forward, change) if of is forward_sm90 else forward_sm90.make_forward)(spec, config)
-        finally:
-            if of is seen:
-                forward_sm90.make_load_seen = kept
+        with mock.patch.object(user, function.__name__, edited(function, change)):
+            kernel, _ = forward_sm90.make_forward(spec, config)
         own = ("q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call),
                *layout.values(words.ctypes.data))
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
@@ -98,11 +96,11 @@ def dense(batch: int, rows: int, keys: int, heads: int, heads_k: int, dim: int, 
     return Call(problem, o, view(batch, rows, heads, dim, dtype="float16", ptr=OUT), None)
 
 
-def drawn(call: Call, seed: int, planes: tuple[int, int], most: float = 0.5) -> Array:
+def drawn(call: Call, seed: int, planes: tuple[int, int], most: float = 0.5, side: int = 128) -> Array:
     """Kinds of tiles of 128 x 128; a line in four is empty, a line in four full."""
     draw = np.random.default_rng(seed)
     p = call.problem
-    kinds = draw.choice(3, (*planes, -(-p.seqlen_q // 128), -(-p.seqlen_k // 128)), p=(1 - most, most / 2, most / 2))
+    kinds = draw.choice(3, (*planes, -(-p.seqlen_q // side), -(-p.seqlen_k // side)), p=(1 - most, most / 2, most / 2))
     kinds[draw.random(kinds.shape[:-1]) < 0.25] = 0
     kinds[draw.random(kinds.shape[:-1]) < 0.25] = 2
     return kinds
@@ -127,6 +125,15 @@ def test_other_tilings(tuning: dict[str, Any]) -> None:
     call, planes = CASES["many tiles"]
     kinds = drawn(call, 1, planes)
     check(play(call, kinds, 1, **tuning), call, kinds)
+
+
+def test_small_tiles() -> None:
+    """Those of fine masks, two blocks of which share a multiprocessor."""
+    call, planes = CASES["many tiles"]
+    own = {f.name: getattr(SMALL, f.name) for f in fields(SMALL)}
+    for seed in range(2):
+        kinds = drawn(call, seed, planes, side=64)
+        check(play(call, kinds, seed, **own), call, kinds)
 
 
 LOAD_K = "                load_k(a, base, it, row, head_k, map_batch, m_block, head)\n                load_v("
@@ -212,14 +219,18 @@ def test_faults_of_the_backward_are_found(mutant: str) -> None:
             check_backward(call, play_backward(call, kinds, seed, BACKWARD_MUTANTS[mutant], block_m=64), kinds)
 
 
+LOAD, SEEN = (forward_sm90, seen.make_load_seen), (forward_sm90, seen.make_seen)
 MUTANTS = {
-    "the number of the block before": (seen, "                seen.tell(base, it, found, after)\n" + LOAD_K, LOAD_K),
-    "V of another block": (seen, "                load_v(a, base, it, row, head_k, map_batch)\n                it, found",
+    "the number of the block before": (LOAD, "                seen.tell(base, it, found, after)\n" + LOAD_K, LOAD_K),
+    "V of another block": (LOAD, "                load_v(a, base, it, row, head_k, map_batch)\n                it, found",
                            "                load_v(a, base, it, int32(row + BLOCK_N), head_k, map_batch)\n                it, found"),
-    "a block is left out": (seen, "it, found = int32(it + 1), after",
-                            "it, found = int32(it + 1), after if after < 0 else last_seen(line, n_min, int32(after >> 1))"),
-    "nothing for a tile that sees nothing": (seen, "                found = int32(2 * (n_max - 1)) if found < 0 else found\n", ""),
-    "the first block of the structural mask": (forward_sm90, "                    n_max, tile = seen.first(base, it, tile)\n", ""),
+    "a block is left out": (LOAD, "it, found = int32(it + 1), after",
+                            "it, found = int32(it + 1), after if after < 0 else next_down(line, n_min)[0]"),
+    "nothing for a tile that sees nothing": (LOAD, "                found = int32(2 * (ahead_max - 1)) if found < 0 else found\n", ""),
+    "the first block of the structural mask": (SEEN, "int32((found >> 1) + 1), after", "int32(0), after"),
+    "the block after this one is that of another slot": (SEEN, "load_shared_b32(int32(base + BLOCKS + 8 * stage + 4))",
+                                                         "load_shared_b32(int32(base + BLOCKS + 8 * (stage ^ 1) + 4))"),
+    "the line of the tile before": (LOAD, "found, line = next_down(ahead, n_min)", "found, line = next_down(line, n_min)"),
 }
 
 

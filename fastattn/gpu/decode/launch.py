@@ -23,6 +23,7 @@ from .config import (
     MASK_COLUMNS,
     MOST_CACHED_DIM,
     MOST_DIM,
+    MOST_Q_DIM,
     MOST_SPLIT_KEYS,
     MOST_SPLITS,
     NATIVE,
@@ -94,16 +95,17 @@ def refuses_caches(call: Call) -> str | None:
 
 
 def accepts(call: Call, spec: Spec, d: Device) -> bool:
-    """Whether this kernel runs a call of a tensor-core family: few queries, many keys, dense, no dropout.
+    """Whether this kernel runs a call of a tensor-core family: few queries, many keys, dense, no dropout. Functions need registers for Q.
 
     Not a float32 call that gives lse: a backward may follow, which recomputes P as exp(S - lse). Its S has the bits of the tiled forwards'
     S. This kernel sums over head_dim in another order, and one unit in the last place of a score of 1e9 is 64.
     """
     p, o = call.problem, call.operands
+    dim = max(p.head_dim, p.head_dim_v)
     if spec.parts > 1 and call.lse is not None:
         return False
-    return (few_rows(p, d.num_sms) and p.seqlen_k >= FEW_KEYS and not p.packed and max(p.head_dim, p.head_dim_v) <= MOST_DIM
-            and not spec.dropout and not spec.traced and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
+    return (few_rows(p, d.num_sms) and p.seqlen_k >= FEW_KEYS and not p.packed and dim <= MOST_DIM
+            and not spec.dropout and not (spec.traced and dim > MOST_Q_DIM) and all(whole_chunks(x) for x in (o.q, o.k, o.v)))
 
 
 @lru_cache(maxsize=PROGRAMS)

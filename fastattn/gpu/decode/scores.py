@@ -18,6 +18,7 @@ from ..tile.bits import keep_words
 from ..tile.fragments import add, elementwise, make_gather, make_gather_pairs, make_unpack
 from ..tile.mask import alibi_from
 from ..tile.scores import make_score
+from ..tile.traced import make_rows_hide, make_rows_modify
 from .config import LEAST_WIDTH
 
 
@@ -34,6 +35,8 @@ class Row(NamedTuple):
         Of ALiBi.
     diagonal
         The key from which ALiBi counts.
+    batch, head, query
+        Of a score_mod or a mask_mod.
     """
 
     bias: Any
@@ -42,6 +45,9 @@ class Row(NamedTuple):
     hi: Any
     slope: Any
     diagonal: Any
+    batch: Any
+    head: Any
+    query: Any
 
 
 ROW_BYTES = 32              # of a parked Row
@@ -89,14 +95,15 @@ def make_parked(spec: Spec) -> tuple[Any, Any, Any]:
             bias = get_address(address)
         if MASK:
             mask = get_address(int32(address + 8))
-        return Row(bias, mask, int32(0), int32(0), float32(0), int32(0))
+        return Row(bias, mask, int32(0), int32(0), float32(0), int32(0), int32(0), int32(0), int32(0))
 
     @inline
     def numbers(address):
         slope, diagonal = float32(0), int32(0)
         if ALIBI:
             slope, diagonal = get_float(int32(address + 24))[0], load_shared_b32(int32(address + 28))
-        return Row(uint64(0), uint64(0), load_shared_b32(int32(address + 16)), load_shared_b32(int32(address + 20)), slope, diagonal)
+        lo, hi = load_shared_b32(int32(address + 16)), load_shared_b32(int32(address + 20))
+        return Row(uint64(0), uint64(0), lo, hi, slope, diagonal, int32(0), int32(0), int32(0))
     return park, addresses, numbers
 
 
@@ -111,7 +118,10 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
     """
     COUNT, WIDTH, ALIBI, BIAS, MASK = KEYS // 2, max(KEYS, LEAST_WIDTH), spec.alibi is not None, spec.bias is not None, spec.mask
     PAIRS, ALL_KEPT = spec.bias_pairs, (1 << (COUNT // 2)) - 1          # bits of a word
-    plain = replace(spec, alibi=None, bias=None, bias_pairs=False, bias_whole=False, mask=False)
+    MODIFIED, HIDDEN = spec.score_mod is not None, spec.mask_mod is not None
+    modify: Any = make_rows_modify(spec.score_mod) if spec.score_mod else None
+    hide: Any = make_rows_hide(spec.mask_mod) if spec.mask_mod else None
+    plain = replace(spec, alibi=None, bias=None, bias_pairs=False, bias_whole=False, mask=False, score_mod=None, mask_mod=None)
     _, _, scaled = make_score(plain, COUNT)                             # the scale and the softcap, which need no row
     load_slope, gather = load_scalar(spec.alibi or "float32"), make_gather_pairs() if PAIRS else make_gather(spec.bias or "float32")
     unpack = make_unpack(spec.bias or "float32", PAIRS)
@@ -131,7 +141,7 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
             bias = uint64(a.bias + batch * a.bias_batch + head * a.bias_head + i * a.bias_row)
         if MASK:
             mask = uint64(a.mask + batch * a.mask_batch + head * a.mask_head + i * a.mask_row)
-        return Row(bias, mask, lo, hi, slope, diagonal)
+        return Row(bias, mask, lo, hi, slope, diagonal, batch, head, i)
 
     @inline
     def bias_of(a, row0, row1, column, seqlen_k):
@@ -168,7 +178,11 @@ def make_row_scores(spec: Spec, KEYS: int) -> tuple[Any, Any, Any]:
             acc_s = less_alibi(acc_s, int32(0), column, (row0.slope, row1.slope, row0.diagonal, row1.diagonal))
         if BIAS:
             acc_s = add(acc_s, unpack(early[0]))
+        if MODIFIED:
+            acc_s = modify(acc_s, a, row0.batch, row0.head, row1.head, row0.query, row1.query, column)
         if MASK:
             acc_s = keep_words(acc_s, early[1])         # so few registers that a branch around it takes as long
+        if HIDDEN:
+            acc_s = hide(acc_s, a, row0.batch, row0.head, row1.head, row0.query, row1.query, column)
         return acc_s
     return row_of, fetch, score

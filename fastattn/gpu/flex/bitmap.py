@@ -9,7 +9,8 @@ Lines are tiles of query rows, or BY_KEYS tiles of keys. A function that does no
 """
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint64
 
@@ -20,7 +21,7 @@ from ..ptx.memory import load_b32
 from ..ptx.sync import any_lane
 from ..ptx.traced import highest_bit, lowest_bit, or_b32
 from ..traced import MASK
-from .config import ROWS_BETWEEN
+from .config import ROWS_APART, ROWS_BETWEEN
 from .interval import Bounds, ranges_of
 from .staged import COLUMN, ROW, STAGES, Staged
 
@@ -73,6 +74,7 @@ def make_bitmap(program: Program, BLOCK_M: int, BLOCK_N: int, BY_KEYS: bool) -> 
     row_ranges, column_ranges = _make_ranges(of_rows), _make_ranges(of_columns)
     widen_row, widen_column = _make_widen(len(of_rows)), _make_widen(len(of_columns))
     ONE, ROWS, COLUMNS = float32(1), -(-BLOCK_M // 32), -(-BLOCK_N // 32)
+    assert BLOCK_M % ROWS_BETWEEN == 0 and math.gcd(BLOCK_M, ROWS_APART) == 1
 
     @inline
     def place(first, end, n, lane):
@@ -97,19 +99,22 @@ def make_bitmap(program: Program, BLOCK_M: int, BLOCK_N: int, BY_KEYS: bool) -> 
 
     @inline
     def ask(a, tile, batch, head, row0, row_end, col0, col_end, lane):
-        """(1 if some pair of the tile is seen, 1 if some is not), pair by pair."""
-        seen, hidden, row = int32(0), int32(0), int32(row0)
-        while row < row_end:
-            rows = row_values(a, tile, batch, head, row, ONE)
-            for n in range(COLUMNS):
-                col = place(col0, col_end, n, lane)
-                columns = column_values(a, tile, batch, head, col, ONE)
-                one = int32(1) if sees(a, tile, rows, columns, batch, head, row, col, ONE, ONE)[0] else int32(0)
-                seen, hidden = int32(seen | one), int32(hidden | (one ^ 1))
-            row = int32(row + 1)
-            if (row & (ROWS_BETWEEN - 1)) == 0:
-                if (any_lane(seen) & any_lane(hidden)) != 0:
-                    row = int32(row_end)
+        """(1 if some pair of the tile is seen, 1 if some is not), pair by pair. Rows come from all over the tile: most often they are like
+        their neighbours, and the one that differs is at the other end."""
+        seen, hidden, n_row = int32(0), int32(0), int32(0)
+        while n_row < BLOCK_M:
+            for j in range(ROWS_BETWEEN):       # their loads run at the same time
+                at = int32((n_row + j) * ROWS_APART)
+                row = int32(min(row0 + (at - divide(at, int32(BLOCK_M)) * BLOCK_M), row_end - 1))
+                rows = row_values(a, tile, batch, head, row, ONE)
+                for n in range(COLUMNS):
+                    col = place(col0, col_end, n, lane)
+                    columns = column_values(a, tile, batch, head, col, ONE)
+                    one = int32(1) if sees(a, tile, rows, columns, batch, head, row, col, ONE, ONE)[0] else int32(0)
+                    seen, hidden = int32(seen | one), int32(hidden | (one ^ 1))
+            n_row = int32(n_row + ROWS_BETWEEN)
+            if (any_lane(seen) & any_lane(hidden)) != 0:
+                n_row = int32(BLOCK_M)
         return any_lane(seen), any_lane(hidden)
 
     @inline
@@ -194,6 +199,39 @@ def last_seen(at, n_min, n):
     return found
 
 
+class Line(NamedTuple):
+    """A walk down a line of tiles, in registers: its address, the number of a pair of words, the tiles of that pair that are seen and
+    still to come, and those that are full. A step within 32 tiles reads no memory."""
+
+    at: Any
+    word: Any
+    seen: Any
+    full: Any
+
+
+@inline
+def walk_down(at, n):
+    """The Line from tile n - 1 down. Its loads are not waited for here."""
+    word = int32((n - 1) >> 5)
+    pair = uint64(at + uint64(word) * uint64(8))
+    seen, full = load_b32(pair), load_b32(uint64(pair + uint64(4)))
+    return Line(at, word, int32(seen & ~shift_left(int32(-1), int32(n - word * 32))), full)         # shl by 32 gives 0
+
+
+@inline
+def next_down(line, n_min):
+    """(found, Line): the next tile, from n_min on, that is not empty, as last_seen gives it."""
+    word, seen, full = line.word, line.seen, line.full
+    while seen == 0 and word * 32 > n_min:
+        word = int32(word - 1)
+        pair = uint64(line.at + uint64(word) * uint64(8))
+        seen, full = load_b32(pair), load_b32(uint64(pair + uint64(4)))
+    bit = highest_bit(seen)
+    n, at_bit = int32(word * 32 + bit), int32(max(bit, 0))
+    found = int32(2 * n + ((full >> at_bit) & 1)) if bit >= 0 and n >= n_min else int32(-1)
+    return found, Line(line.at, word, int32(seen & ~shift_left(int32(1), at_bit)), full)
+
+
 @inline
 def first_seen(at, m, m_max):
     """The first tile of [m, m_max) of a line that is not empty, times 2, plus 1 where it is full; -1: there is none."""
@@ -211,4 +249,5 @@ def first_seen(at, m, m_max):
     return found
 
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "first_seen", "kind_at", "last_seen", "line_of", "make_bitmap", "make_kind"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Line", "first_seen", "kind_at", "last_seen", "line_of", "make_bitmap", "make_kind", "next_down",
+           "walk_down"]

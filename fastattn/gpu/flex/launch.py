@@ -13,9 +13,10 @@ from ..runtime.compile import Source, fields_of, late
 from ..runtime.launcher import PROGRAMS, Launcher
 from ..spec import AnyCall, BackwardCall, Spec
 from ..traced import MASK, fields, mask_values
-from .config import BITMAP_THREADS, MOST_KEPT, ROUND_THREADS
+from .config import BITMAP_THREADS, FEWEST_BITS, MOST_KEPT, RECORD, ROUND_THREADS
 
 make_bitmap, make_round = late("flex.bitmap", "make_bitmap"), late("flex.rounding", "make_round")
+make_round_fixed = late("flex.fixed", "make_round_fixed")
 BITMAP = " bitmap:l bitmap_words:i bitmap_lines:i bitmap_batch:i bitmap_head:i bitmap_last_batch:i"     # of kernels that read one
 _OWN = "bitmap:l words:i lines:i columns:i heads:i seqlen_q:i seqlen_k:i "
 
@@ -120,10 +121,43 @@ def round_source(dtype: str, compute: str) -> Source:
                   ROUND_THREADS)
 
 
+@lru_cache(maxsize=PROGRAMS)
+def round_fixed_source(dtype: str) -> Source:
+    return Source(f"round_captured units to {dtype}", lambda: (make_round_fixed(dtype), 0), fields_of("sums:l to:l top:l count:q bits:i"),
+                  ROUND_THREADS)
+
+
+@contextmanager
+def _fixed_sums(call: BackwardCall, launcher: Launcher, stream: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """`captured_sums` of a deterministic call: records of fixed.py."""
+    p, wanted = call.problem, {n: x for n, x in enumerate(call.grads.dcaptured or ()) if x is not None}
+    sizes = {n: -(-(RECORD * math.prod(x.shape) + 4) // 256) * 256 for n, x in wanted.items()}
+    rows = p.total_q if p.packed else p.batch * p.seqlen_q
+    pairs = (rows or 0) * p.num_heads * (p.seqlen_k + 512)          # and what each thread hands on at its end
+    loads = 0 if p.flex is None or p.flex.score_mod is None else len(p.flex.score_mod.lines)
+    bits = max(62 - (pairs * max(loads, 1)).bit_length(), FEWEST_BITS)
+    with launcher.temporary(sum(sizes.values()), stream) as memory:
+        launcher.clear(memory, sum(sizes.values()), stream)
+        values, places, at = list[int](), dict[int, tuple[int, int, int]](), memory
+        for n, x in wanted.items():
+            count = math.prod(x.shape)
+            places[n] = at, at + RECORD * count, count
+            values += [at, *(stride // x.itemsize * RECORD for stride in contiguous(x.shape, x.itemsize)), places[n][1]]
+            at += sizes[n]
+        yield tuple(wanted), (*values, bits)
+        for n, (sums, top, count) in places.items():
+            own = [sums, wanted[n].ptr, top, count, bits]
+            launcher.load(round_fixed_source(wanted[n].dtype)).launch(-(-count // ROUND_THREADS), own, stream)
+
+
 @contextmanager
 def captured_sums(call: BackwardCall, launcher: Launcher, stream: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(arrays, values): which captured arrays have a gradient, and the values of fields.sum_fields of their zeroed sums, for work enqueued
     inside the `with`. Its end enqueues rounding them to the gradients, where those have another dtype than the sums."""
+    if call.deterministic:
+        with _fixed_sums(call, launcher, stream) as found:
+            yield found
+        return
     wanted = {n: x for n, x in enumerate(call.grads.dcaptured or ()) if x is not None}
     compute = call.problem.compute_dtype
     sizes = {n: -(-math.prod(x.shape) * ITEMSIZE[compute] // 256) * 256 for n, x in wanted.items() if x.dtype != compute}

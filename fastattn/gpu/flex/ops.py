@@ -32,6 +32,14 @@ def divided(typingctx: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
+def below(typingctx: Any, x: Any, y: Any) -> Any:
+    """x < y of int32 without signs."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.icmp_unsigned("<", *args)
+    return signature(types.boolean, types.int32, types.int32), generate
+
+
+@intrinsic
 def inverted(typingctx: Any, x: Any) -> Any:
     """not x of a bool."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -16,8 +16,7 @@ def refuses_traced(family: str, call: AnyCall) -> str | None:
     if p.eight_bit is not None:
         return "8-bit operands have no functions; 16-bit ones have"
     if family == "simt":
-        summed = isinstance(call, BackwardCall) and call.deterministic and any(x is not None for x in call.grads.dcaptured or ())
-        return "the sums of gradients of captured arrays come in any order" if summed else None
+        return None
     if p.dtype == "float32":
         return "functions of float32 calls run on plain threads"
     for name, x in o.views.items():

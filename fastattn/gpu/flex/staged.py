@@ -35,7 +35,8 @@ from ..ptx.traced import (
     whole_f32,
     whole_f64,
 )
-from .ops import INTEGERS, as_bool, divided, element_of, element_of_natural, flag, inverted, select
+from .distance import natural
+from .ops import INTEGERS, as_bool, below, divided, element_of, element_of_natural, flag, inverted, select
 
 STAGES = TILE, ROW, COLUMN, ELEMENT = "tile", "row", "column", "element"
 EARLIER = {"tile": (), "row": ("tile",), "column": ("tile",), "element": ("tile", "row", "column")}
@@ -82,22 +83,6 @@ def exp_two(x):
     return math.exp2(x)
 
 
-def natural(p: Program, n: int) -> bool:
-    """Whether an integer line is never negative, as most indices: no sum of them leaves an int32 where it matters, as they are cut."""
-    line = p.lines[n]
-    if line.op == "const":
-        return bool(line.value >= 0)
-    if line.op in ("input", "length"):
-        return True
-    if line.op in ("add", "mul", "min", "floordiv", "and"):
-        return all(natural(p, m) for m in line.args)
-    if line.op == "max":
-        return any(natural(p, m) for m in line.args)
-    if line.op == "where":
-        return all(natural(p, m) for m in line.args[1:])
-    return line.op == "abs" or (line.op == "mod" and natural(p, line.args[1]))
-
-
 class Staged:
     """The stages of a program.
 
@@ -118,6 +103,8 @@ class Staged:
         The lines that each stage hands on.
     stage
         The stage of each line.
+    distances
+        Whether element_values takes q - k besides, as int32 and as float32 (distance.py).
     """
 
     def __init__(self, p: Program, prefix: str, exact: Any = None) -> None:
@@ -125,6 +112,7 @@ class Staged:
         self._real = np.float64 if exact is not None and exact is float64 else np.float32
         self._compute = "float64" if self._real is np.float64 else "float32"
         self.stage = p.classes
+        self.distances = any(x.op == "input" and x.value in ("behind", "apart") for x in p.lines)
         self.wanted = self._wanted()
         self.names = self._names()
         self.functions = {stage: self._function(stage) for stage in STAGES}
@@ -149,7 +137,7 @@ class Staged:
                  "reciprocal": reciprocal, "smallest": smallest, "largest": largest, "absolute": absolute, "root": root, "sine": sine,
                  "cosine": cosine, "exp_two": exp_two, "ZERO": np.int32(0), "REAL": float64 if self._compute == "float64" else float32,
                  "whole": whole_f64 if self._compute == "float64" else whole_f32, "ONE": self._real(1), "MINUS_ZERO": self._real(-0.0)}
-        names |= {"floor": rounded("rmi", self._compute), "nearest": rounded("rni", self._compute)}
+        names |= {"below": below, "floor": rounded("rmi", self._compute), "nearest": rounded("rni", self._compute)}
         return names | {f"i_{name}": f for name, f in INTEGERS.items()}
 
     def text(self, stage: str) -> str:
@@ -162,7 +150,8 @@ class Staged:
             n = stack.pop()
             needed.add(n)
             stack += [m for m in lines[n].args if m not in have and m not in needed]
-        text = [f"def {stage}_values({', '.join(('a', *earlier, _GIVEN[stage]))}):"]
+        more = ("behind, apart",) if self.distances and stage == ELEMENT else ()
+        text = [f"def {stage}_values({', '.join(('a', *earlier, _GIVEN[stage], *more))}):"]
         for n in sorted(needed):
             text.append(f"    v{n} = {self._expression(lines[n], [have.get(m) or f'v{m}' for m in lines[n].args])}")
         results = "".join(f"{have.get(n) or f'v{n}'}, " for n in self.wanted[stage])
@@ -198,6 +187,8 @@ class Staged:
             return self._load(line, args)
         if line.op == "where":
             return f"select({', '.join(args)})"
+        if line.op == "below":
+            return f"below({', '.join(args)})"
         if line.op in _COMPARE:
             return f"{args[0]} {_COMPARE[line.op]} {args[1]}"
         if line.op == "float":

@@ -56,6 +56,11 @@ def add_to(compute: str) -> Any:
     return instruction(f"red.global.add.{'f64' if compute == 'float64' else 'f32'} [$0], $1;", "ld" if compute == "float64" else "lf")
 
 
+# sums and maxima that have the same bits in any order; add_to_b64 wraps, and so takes negative numbers too
+add_to_b64 = instruction("red.global.add.u64 [$0], $1;", "ll")
+raise_b32 = instruction("red.global.max.s32 [$0], $1;", "lr")
+load_b64 = instruction("ld.global.b64 $0, [$1];", "l", "l")
+exponent_bits = instruction("{ .reg .b32 low, high; mov.b64 {low, high}, $1; bfe.u32 $0, high, 20, 11; }", "d", "r", pure=True)
 or_b32 = instruction("red.global.or.b32 [$0], $1;", "lr")                       # or_b32(address, bits)
 highest_bit = instruction("bfind.u32 $0, $1;", "r", "r", pure=True)             # -1 of 0
 lowest_bit = instruction("{ .reg .b32 t; brev.b32 t, $1; bfind.shiftamt.u32 $0, t; }", "r", "r", pure=True)      # -1 of 0

@@ -140,6 +140,11 @@ def cached(source: Source, arch: str) -> bool:
     return cache.read(_key(source, arch)) is not None
 
 
+def known(source: Source, arch: str) -> Binary | None:
+    """Machine code of a kernel if it is in the cache."""
+    return cache.read(_key(source, arch))
+
+
 def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
     """Compile without the cache.
 

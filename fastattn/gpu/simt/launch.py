@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from ..flex.config import ANY_ORDER, EXPONENTS, UNITS
 from ..flex.derived import with_sums
 from ..flex.launch import bitmap, bitmap_fields, captured_sums
 from ..rows.launch import Rows, dsinks, preprocessed, refuses_rows
@@ -140,12 +141,12 @@ def dbias(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream
 
 # ---------------------------------------------------------------- gradients of captured arrays, for every family
 @lru_cache(maxsize=PROGRAMS)
-def captured_program(spec: Spec, arrays: tuple[int, ...]) -> Program:
+def captured_program(spec: Spec, arrays: tuple[int, ...], order: int = ANY_ORDER) -> Program:
     tile = tile_captured(spec)
     assert spec.score_mod is not None
-    own = DQ + _of(PAIRS + bitmap_fields(spec), spec) + " " + sum_fields(spec.score_mod, arrays)
-    return program(f"captured {spec.text} of {arrays} | {tile.text}",
-                   lambda: (make_captured(spec, tile, arrays), places_of(spec, tile).size),
+    own = DQ + _of(PAIRS + bitmap_fields(spec), spec) + " " + sum_fields(spec.score_mod, arrays, order != ANY_ORDER)
+    return program(f"captured {spec.text} of {arrays}{('', ' exponents', ' units')[order]} | {tile.text}",
+                   lambda: (make_captured(spec, tile, arrays, order), places_of(spec, tile).size),
                    Arguments(spec, own, ("q", "k", "v", "dout")), tile.threads)
 
 
@@ -161,4 +162,5 @@ def captured(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, str
             with (table(call, tile.lines, launcher, stream) as sequences,
                   bitmap(call, spec, tile.lines, tile.columns, launcher, stream) as kinds):
                 own = (sequences, tiles, call.problem.group, *_values_of_pairs(call, rows), *kinds, *sums)
-                captured_program(spec, arrays).launch(launcher, tiles, call, own, stream)
+                for order in (EXPONENTS, UNITS) if call.deterministic else (ANY_ORDER,):
+                    captured_program(spec, arrays, order).launch(launcher, tiles, call, own, stream)

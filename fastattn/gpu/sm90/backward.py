@@ -268,15 +268,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if NEXT:
                 stage, phase = q_ring.next(stage, phase)
-            if SEEN:
-                q_ring.wait_full(base, stage, phase)
-                head, m, full = seen.told(base, stage)
-                shared, query = prepare(a, batch, head), int32(m * BLOCK_M + col)
 
             # S^T = K Q^T; of the block before dQ = dS K
             wait_q(base, stage, phase, head, m, seqlen_q)
             wgmma.fence()
             acc_s = issued(mma_s(base, w, zeros(COUNT_S), stage))
+            if SEEN:
+                head, m, full = seen.told(base, stage)
+                shared, query = prepare(a, batch, head), int32(m * BLOCK_M + col)
             if not BIAS_LATE:       # in registers a bias takes so many that it is loaded only when S is there
                 early = operands(a, base, w, other, batch, head, query, key, seqlen_q, seqlen_k)
             if NEXT:

@@ -46,6 +46,9 @@ def takes_bias_tiles(spec: Spec, most: int) -> bool:
 
 
 # ---------------------------------------------------------------- forward
+BLOCKS = ((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1))      # thread blocks of a multiprocessor, consumer warpgroups of each
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardSm90Config:
     """A tiling of the forward.
@@ -75,7 +78,8 @@ class ForwardSm90Config:
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     blocks_per_sm
-        Thread blocks of a multiprocessor. Several for few keys: one computes while others wait for their first keys or store rows.
+        Thread blocks of a multiprocessor. Several for few keys and for masks of short pieces: one computes while others wait for
+        their first keys or store rows.
     """
 
     block_m: int
@@ -93,7 +97,7 @@ class ForwardSm90Config:
     blocks_per_sm: int = 1
 
     def __post_init__(self) -> None:
-        assert self.consumers == 2 or not self.wide_producer
+        assert (self.consumers == 2 or not self.wide_producer) and (self.blocks_per_sm, self.consumers) in BLOCKS
         assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
@@ -112,12 +116,13 @@ class ForwardSm90Config:
     @property
     def lone_producer(self) -> bool:
         """Whether the producer is one warp behind the consumers, and no registers change hands: there are enough for all warps."""
-        return self.blocks_per_sm > 1 and self.consumers == 1
+        return self.blocks_per_sm > 2
 
     @property
     def consumer_registers(self) -> int:
         """Registers a thread of a consumer warpgroup, of the 64 K of a multiprocessor."""
-        return {1: 240, 2: 232 if self.blocks_per_sm == 1 else 104, 3: 160}[self.consumers] - 8 * self.wide_producer
+        registers = {1: 240, 2: 232, 3: 160} if self.blocks_per_sm == 1 else {1: 216, 2: 104}
+        return registers[self.consumers] - 8 * self.wide_producer
 
     @property
     def producer_registers(self) -> int:
@@ -126,9 +131,10 @@ class ForwardSm90Config:
 
     @property
     def text(self) -> str:
+        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "apart": not self.overlap,
+                 "wide_producer": self.wide_producer}
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
-                + " optimistic" * self.optimistic + " turns" * self.turns + " hints" * self.hints + " apart" * (not self.overlap)
-                + " wide_producer" * self.wide_producer + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
+                + "".join(f" {name}" for name, on in flags.items() if on) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
                 + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1))
 
 

@@ -79,7 +79,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
-    seen, SEEN = make_seen(spec, STAGES, smem, k_ring), spec.mask_mod is not None
+    seen, SEEN = make_seen(spec, STAGES, OPTIMISTIC, smem, k_ring), spec.mask_mod is not None
 
     # what the steps are made of
     (qk, pv), to_half = wgmma.make_products(spec.dtype), make_pack(spec.dtype)
@@ -287,11 +287,11 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return product
 
     @inline
-    def release_k(base, stage, n_block, n_min, lane):
+    def release_k(base, stage, n_block, after, n_min, lane):
         """The slot of K, and with a tile's last block that of Q, may be overwritten."""
         if lane == 0:
             k_ring.arrive_empty(base, stage)
-            if n_block == n_min:
+            if (after < 0) if SEEN else (n_block == n_min):
                 q_ring.arrive_empty(base, 0)
 
     # ------------------------------------------------------------ the parts of a step
@@ -342,6 +342,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
+            after = seen.after(base, it) if SEEN else int32(0)
             early = operands(a, base, w, stage, column, tile)
             words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
             acc_s = wait_s(acc_s)
@@ -356,16 +357,16 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 else:
                     acc_o = wgmma.wait_all(product)
                     sum0, sum1 = sum0 + part0, sum1 + part1
-                release_k(base, stage, n_block, tile.n_min, lane)
+                release_k(base, stage, n_block, after, tile.n_min, lane)
                 acc_s = dropout(a, acc_s, words)
             else:
                 if not BIAS_TILES:
-                    release_k(base, stage, n_block, tile.n_min, lane)
+                    release_k(base, stage, n_block, after, tile.n_min, lane)
                 acc_s = scores(a, acc_s, early, column, tile)
                 if BIAS_TILES:
-                    release_k(base, stage, n_block, tile.n_min, lane)
-                if MASKED:
-                    acc_s = seen.hide(keep(acc_s, tile.intervals, column), a, tile, column)
+                    release_k(base, stage, n_block, after, tile.n_min, lane)
+                if MASKED:          # with a mask_mod alone, only a tile's first block may reach over the last key
+                    acc_s = seen.hide(keep(acc_s, tile.intervals, column) if MASKED_ALWAYS else acc_s, a, tile, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
@@ -374,7 +375,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                     acc_o = landed(acc_o, product)
             v_ring.release(base, before, lane)
             p = to_half(acc_s)
-            return acc_o, p, max0, max1, sum0, sum1, it
+            return acc_o, p, max0, max1, sum0, sum1, it, after
         return step
 
     step_slow, step_fast = make_step(MASKED_ALWAYS or SEEN, False), make_step(False, OPTIMISTIC)
@@ -403,7 +404,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return tile, n_max, fast_min, fast_max
 
     @inline
-    def first_step(a, base, i, w, thread, lane, col, it, n_max, tile):
+    def first_step(a, base, i, w, thread, lane, col, it, n_max, after, tile):
         """P of a tile's first block (its last keys), of which some may be past the sequence's end."""
         n_block = int32(n_max - 1)
         column = int32(n_block * BLOCK_N + col)
@@ -415,10 +416,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
         acc_s = wgmma.wait_all(acc_s)
         if not BIAS_TILES:
-            release_k(base, stage, n_block, tile.n_min, lane)
+            release_k(base, stage, n_block, after, tile.n_min, lane)
         acc_s = scores(a, acc_s, early, column, tile)
         if BIAS_TILES:
-            release_k(base, stage, n_block, tile.n_min, lane)
+            release_k(base, stage, n_block, after, tile.n_min, lane)
         if MASKED_ALWAYS or n_max * BLOCK_N > tile.seqlen_k:
             acc_s = keep(acc_s, tile.intervals, column)
         acc_s = seen.hide(acc_s, a, tile, column)
@@ -466,24 +467,25 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             records.wait(base, i)
             while records.get(base, i, TILE.KIND) != 0:
                 tile, n_max, fast_min, fast_max = tile_of(a, base, i, w, thread, lane)
-                n_block, it = int32(n_max - 1), int32(it + 1)
+                it = int32(it + 1)
+                after = int32(0)
                 if SEEN:
-                    n_max, tile = seen.first(base, it, tile)
-                    n_block = int32(n_max - 1)
-                p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, tile)
+                    n_max, after = seen.first(base, it)
+                n_block = int32(n_max - 1)
+                p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, after, tile)
                 acc_o = zeros(COUNT_O)
                 if PACKED or CACHED:
                     clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
-                while n_block > tile.n_min:
+                while (after >= 0) if SEEN else (n_block > tile.n_min):
                     n_block = int32(n_block - 1)
                     fast = (n_block >= fast_min) & (n_block < fast_max)
                     if SEEN:
-                        n_block, tile, fast = seen.following(base, int32(it + 1), tile, fast_min, fast_max)
+                        n_block, fast = seen.following(after, fast_min, fast_max)
                     if fast:
-                        acc_o, p, max0, max1, sum0, sum1, it = step_fast(
+                        acc_o, p, max0, max1, sum0, sum1, it, after = step_fast(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
                     else:
-                        acc_o, p, max0, max1, sum0, sum1, it = step_slow(
+                        acc_o, p, max0, max1, sum0, sum1, it, after = step_slow(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
                 acc_o = total(acc_o, wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase)))

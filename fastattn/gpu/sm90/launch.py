@@ -163,9 +163,9 @@ def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _choice(spec: Spec, seqlen_k: int, seqlen_q: int) -> tuple[ForwardSm90Config, Program]:
+def _choice(spec: Spec, seqlen_k: int, seqlen_q: int, fine: bool) -> tuple[ForwardSm90Config, Program]:
     if spec.traced:
-        config = first_that_fits(forward_ladder(spec, seqlen_k, seqlen_q), partial(forward_program, spec), ARCH)
+        config = first_that_fits(forward_ladder(spec, seqlen_k, seqlen_q, fine), partial(forward_program, spec), ARCH)
     else:
         config = choose_forward(spec, seqlen_k, seqlen_q)
     return config, forward_program(spec, config)
@@ -181,7 +181,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
-    return _prepare(call, spec, *_choice(spec, _most_keys(call.problem), call.problem.seqlen_q), launcher)
+    p = call.problem
+    return _prepare(call, spec, *_choice(spec, _most_keys(p), p.seqlen_q, p.flex is not None and p.flex.fine), launcher)
 
 
 def _most_keys(p: Problem) -> int:

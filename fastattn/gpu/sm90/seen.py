@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numba import cuda, int32, uint64
 
 from ..dsl.inline import divide, inline
-from ..flex.bitmap import last_seen, line_of
+from ..flex.bitmap import line_of, next_down, walk_down
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_shared_b32, store_b32, store_shared_b32
 from ..ptx.sync import uniform
 from ..spec import Spec
@@ -37,23 +37,26 @@ class Tile(NamedTuple):
 
 
 class Seen(ModuleType):
-    """Which blocks a tile goes through. Without a mask_mod there is only `hide`, which leaves scores as they are.
+    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. Without one there is only `hide`, which
+    leaves scores as they are. `after` is the block after the one at hand, times 2, plus 1 where it is full; -1: there is none.
 
-    tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and whether it is the last
-    first(base, it, tile) -> (n_max, tile)          consumers: n_max - 1 is the tile's first block, the it-th
-    following(base, it, tile, fast_min, fast_max) -> (n_block, tile, fast)
-        Its next one; fast: whether it needs no mask. The structural mask lets [fast_min, fast_max) go without.
+    tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and the one after it
+    first(base, it) -> (n_max, after)       consumers: n_max - 1 is the tile's first block, the it-th
+    after(base, it)                 consumers, between the arrival of K and its release
+    following(after, fast_min, fast_max) -> (n_block, fast)
+        The next block; fast: whether it needs no mask. The structural mask lets [fast_min, fast_max) go without.
     prepare(a, batch, head), hide(acc_s, a, tile, column)                see make_hide
     """
 
     tell: Any
     first: Any
+    after: Any
     following: Any
     prepare: Any
     hide: Any
 
 
-def make_seen(spec: Spec, STAGES: int, smem: Smem, k_ring: Any) -> Seen:
+def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any) -> Seen:
     """Shared memory for the numbers of blocks is taken from `smem`."""
     seen, (prepare, hide_acc) = Seen("seen"), make_hide(spec.mask_mod)
 
@@ -63,36 +66,37 @@ def make_seen(spec: Spec, STAGES: int, smem: Smem, k_ring: Any) -> Seen:
     seen.prepare, seen.hide = prepare, hide
     if spec.mask_mod is None:
         return seen
-    BLOCKS = smem.take(4 * STAGES, 16)      # of each stage: 4 * block + 2 where it is full + 1 where it is the tile's last
+    STRUCTURAL, BLOCKS = spec.left or spec.right, smem.take(8 * STAGES, 16)       # of each stage: its block, the one after it
+    LEAST = 2 if OPTIMISTIC else 0      # the first keys are most often a tile's last, which would release Q's slot a softmax later
 
     @inline
     def tell(base, it, found, after):
         stage, phase = k_ring.use(it)
         k_ring.wait_empty(base, stage, int32(phase ^ 1))
-        last = int32(1) if after < 0 else int32(0)
-        store_shared_b32(int32(base + BLOCKS + 4 * stage), int32(found * 2 + last))
+        store_shared_b32(int32(base + BLOCKS + 8 * stage), found)
+        store_shared_b32(int32(base + BLOCKS + 8 * stage + 4), after)
 
     @inline
-    def told(base, it, tile):
-        """(block, the Tile with its n_min, full). n_min is the block if it is the last one, else -1."""
+    def after(base, it):
+        stage, _ = k_ring.use(it)
+        return uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage + 4)))
+
+    @inline
+    def first(base, it):
         stage, phase = k_ring.use(it)
         k_ring.wait_full(base, stage, phase)
-        word = uniform(load_shared_b32(int32(base + BLOCKS + 4 * stage)))
-        n_block = int32(word >> 2)
-        n_min = n_block if (word & 1) != 0 else int32(-1)
-        tile = Tile(tile.head, tile.batch, tile.seqlen_q, tile.seqlen_k, tile.row, tile.intervals, tile.shared, n_min, tile.hidden)
-        return n_block, tile, (word & 2) != 0
+        found = uniform(load_shared_b32(int32(base + BLOCKS + 8 * stage)))
+        return int32((found >> 1) + 1), after(base, it)
 
     @inline
-    def first(base, it, tile):
-        n_block, tile, _ = told(base, it, tile)
-        return int32(n_block + 1), tile
+    def following(after, fast_min, fast_max):
+        n_block = int32(after >> 1)
+        if STRUCTURAL:
+            return n_block, ((after & 1) != 0) & (n_block >= fast_min) & (n_block < fast_max)
+        else:       # only a tile's first block may reach over the last key
+            return n_block, ((after & 1) != 0) & (after >= LEAST)
 
-    @inline
-    def following(base, it, tile, fast_min, fast_max):
-        n_block, tile, full = told(base, it, tile)
-        return n_block, tile, full & (n_block >= fast_min) & (n_block < fast_max)
-    seen.tell, seen.first, seen.following = tell, first, following
+    seen.tell, seen.first, seen.after, seen.following = tell, first, after, following
     return seen
 
 
@@ -105,29 +109,34 @@ def make_load_seen(spec: Spec, BLOCK_N: int, records: Any, seen: Seen, loads: tu
     def load(a, base):
         """Tile after tile: its record, K of its first block, Q, V of that block; then K and V of the other blocks."""
         it, i, t, tiles = int32(0), int32(0), int32(cuda.blockIdx.x), num_tiles(a)
-        found, line, n_min, k_start = int32(-1), uint64(0), int32(0), int32(0)
+        found, line, n_min, k_start = int32(-1), walk_down(line_of(a, int32(0), int32(0), int32(0)), int32(1)), int32(0), int32(0)
         head_k, map_batch, m_block, head, going = int32(0), int32(0), int32(0), int32(0), True
         while going:
             records.put(a, base, i, t, tiles)
+            going = t < tiles
+            ahead, ahead_min, ahead_max = line, int32(0), int32(0)
+            if going:                   # words of the next tile's line, which arrive while this one's blocks are loaded
+                ahead_min, ahead_max = records.blocks(a, base, i)
+                batch, head_after = records.word(base, i, TILE.BATCH), records.word(base, i, TILE.HEAD)
+                ahead = walk_down(line_of(a, batch, head_after, records.word(base, i, TILE.M_BLOCK)), ahead_max)
             while found >= 0:           # the other blocks of the tile before
-                after, row = last_seen(line, n_min, int32(found >> 1)), key_row(a, k_start, int32(found >> 1))
+                row = key_row(a, k_start, int32(found >> 1))
+                after, line = next_down(line, n_min)
                 seen.tell(base, it, found, after)
                 load_k(a, base, it, row, head_k, map_batch, m_block, head)
                 load_v(a, base, it, row, head_k, map_batch)
                 it, found = int32(it + 1), after
-            going = t < tiles
             if going:
                 prefetch_q(a, base, i)
                 t = int32(atomic_add_b32(a.counter, int32(1)) + int32(cuda.gridDim.x))     # the tile after this one
                 m_block, head = records.word(base, i, TILE.M_BLOCK), records.word(base, i, TILE.HEAD)
                 batch = records.word(base, i, TILE.BATCH)
                 q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
-                n_min, n_max = records.blocks(a, base, i)
-                head_k, map_batch = divide(head, a.group), int32(0) if PACKED else batch
-                line = line_of(a, batch, head, m_block)
-                found = last_seen(line, n_min, n_max)
-                found = int32(2 * (n_max - 1)) if found < 0 else found
-                after, row = last_seen(line, n_min, int32(found >> 1)), key_row(a, k_start, int32(found >> 1))
+                head_k, map_batch, n_min = divide(head, a.group), int32(0) if PACKED else batch, ahead_min
+                found, line = next_down(ahead, n_min)
+                found = int32(2 * (ahead_max - 1)) if found < 0 else found
+                row = key_row(a, k_start, int32(found >> 1))
+                after, line = next_down(line, n_min)
                 seen.tell(base, it, found, after)
                 load_k(a, base, it, row, head_k, map_batch, m_block, head)
                 load_q(a, base, i, q_start, m_block, head, map_batch)

@@ -5,6 +5,7 @@ every element. `row` and `col` are the thread's first query and key. TRANSPOSED:
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -18,6 +19,7 @@ from ...flex.program import Program
 from ..dsl.asm import F32, I1, I32, pack, unpack
 from ..dsl.inline import Compiled, inline
 from ..flex.derived import with_rate
+from ..flex.distance import by_distance
 from ..flex.staged import Staged
 from ..ptx.arith import emit_pack_half
 from ..spec import Spec
@@ -33,20 +35,28 @@ class _Places:
         self.transposed = TRANSPOSED
         self.rows = Compiled(functions["row"], (a, tile, i, i, i, x))
         self.columns = Compiled(functions["column"], (a, tile, i, i, i, x))
-        self.element = Compiled(functions["element"], (a, tile, self.rows.result, self.columns.result, i, i, i, i, x, x))
+        self.distances = p.distances
+        given = (a, tile, self.rows.result, self.columns.result, i, i, i, i, x, x, *((i, x) if p.distances else ()))
+        self.element = Compiled(functions["element"], given)
 
-    def each(self, builder: Any, registers: list[Any], given: list[Any]) -> Any:
-        """(register, value, outputs) of each element. given: a, tile, batch, head, row, col, scale."""
+    def each(self, builder: Any, registers: list[Any], given: list[Any], some: Sequence[int] | None = None) -> Any:
+        """(register, value, outputs) of each element, or of some of them. given: a, tile, batch, head, row, col, scale."""
         a, tile, batch, head, row, col, scale = given
         known: dict[tuple[str, int], Any] = {}
-        for k, x in enumerate(registers):
+        behind = builder.sub(row, col)
+        apart = builder.sitofp(behind, F32) if self.distances else None
+        for k in range(len(registers)) if some is None else some:
+            x = registers[k]
             q_at, k_at = (col_of(k), row_of(k)) if self.transposed else (row_of(k), col_of(k))
             q, key = builder.add(row, I32(q_at)), builder.add(col, I32(k_at))
             if ("q", q_at) not in known:
                 known["q", q_at] = self.rows.call(builder, [a, tile, batch, head, q, scale])
             if ("k", k_at) not in known:
                 known["k", k_at] = self.columns.call(builder, [a, tile, batch, head, key, scale])
-            out = self.element.call(builder, [a, tile, known["q", q_at], known["k", k_at], batch, head, q, key, x, scale])
+            values = [a, tile, known["q", q_at], known["k", k_at], batch, head, q, key, x, scale]
+            if self.distances:      # nsw: a comparison with a constant takes in the element's
+                values += [builder.add(behind, I32(q_at - k_at), flags=("nsw",)), builder.fadd(apart, F32(float(q_at - k_at)))]
+            out = self.element.call(builder, values)
             yield k, x, unpack(builder, out, len(self.element.result))
 
 
@@ -86,6 +96,11 @@ def make_modify_rated(p: Program, TRANSPOSED: bool, dtype: str) -> tuple[Any, An
     return inline(staged.functions["tile"]), modify
 
 
+def _hidden(builder: Any, score: Any, seen: Any) -> Any:
+    """The score, or -inf."""
+    return builder.select(seen if seen.type == I1 else builder.trunc(seen, ir.IntType(1)), score, NEG_INF)
+
+
 def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
     """(prepare, hide) of a mask_mod: acc_s = hide(acc_s, a, tile, batch, head, row, col), -inf where it is false; tile = prepare(a, batch,
     head). Without one, scores stay."""
@@ -98,7 +113,7 @@ def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
         def all_seen(acc_s, a, tile, batch, head, row, col):
             return acc_s
         return prepare_nothing, all_seen
-    staged = Staged(lower(p), MASK)
+    staged = Staged(by_distance(lower(p)), MASK)
     tile_values = inline(staged.functions["tile"])
 
     @inline
@@ -110,17 +125,46 @@ def make_hide(p: Program | None, TRANSPOSED: bool = False) -> tuple[Any, Any]:
         i, places = types.int32, _Places(staged, a, tile, TRANSPOSED)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kept = []
-            for _, x, (seen,) in places.each(builder, unpack(builder, args[0], acc.count), list(args[1:])):
-                seen = seen if seen.type == I1 else builder.trunc(seen, ir.IntType(1))
-                kept.append(builder.select(seen, x, NEG_INF))
-            return pack(builder, kept)
+            registers = unpack(builder, args[0], acc.count)
+            return pack(builder, [_hidden(builder, x, seen) for _, x, (seen,) in places.each(builder, registers, list(args[1:]))])
         return signature(acc, acc, a, tile, i, i, i, i, types.float32), generate
 
     @inline
     def hide(acc_s, a, tile, batch, head, row, col):
         return hide_each(acc_s, a, tile, batch, head, row, col, float32(1))
     return prepare, hide
+
+
+def _make_of_rows(p: Staged, result: Any) -> Any:
+    """An intrinsic for fragments whose two rows are of different heads: apply(acc_s, a, batch, head0, head1, query0, query1, col), where
+    result(builder, score, outputs) is what becomes of a score."""
+    @intrinsic
+    def apply(typingctx: Any, acc: Any, a: Any, batch: Any, head0: Any, head1: Any, query0: Any, query1: Any, col: Any) -> Any:
+        i, x = types.int32, types.float32
+        tile = Compiled(p.functions["tile"], (a, i, i, x))
+        places = _Places(p, a, tile.result, False)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            acc_s, a, batch, head0, head1, query0, query1, col = args
+            registers, one = unpack(builder, acc_s, acc.count), F32(1.0)
+            for of_row, head, query in ((row_of(0), head0, query0), (row_of(2), head1, query1)):
+                mine = [k for k in range(acc.count) if row_of(k) == of_row]
+                given = [a, tile.call(builder, [a, batch, head, one]), batch, head, builder.sub(query, I32(of_row)), col, one]
+                for k, score, outputs in places.each(builder, registers, given, mine):
+                    registers[k] = result(builder, score, outputs)
+            return pack(builder, registers)
+        return signature(acc, acc, a, i, i, i, i, i, i), generate
+    return apply
+
+
+def make_rows_modify(p: Program) -> Any:
+    """acc_s = modify(acc_s, a, batch, head0, head1, query0, query1, col) of a score_mod, of scores of two rows with a head each."""
+    return _make_of_rows(Staged(by_distance(lower(p, False)), SCORE), lambda builder, score, outputs: outputs[0])
+
+
+def make_rows_hide(p: Program) -> Any:
+    """`make_rows_modify` of a mask_mod: -inf where it is false."""
+    return _make_of_rows(Staged(by_distance(lower(p)), MASK), lambda builder, score, outputs: _hidden(builder, score, outputs[0]))
 
 
 def _with_scale(tile_values: Any, apply: Any, RAW: bool) -> tuple[Any, Any]:
@@ -145,13 +189,13 @@ def _with_scale(tile_values: Any, apply: Any, RAW: bool) -> tuple[Any, Any]:
 def make_fragment_mod(spec: Spec, RAW: bool, TRANSPOSED: bool = False) -> tuple[Any, Any]:
     """(prepare, modify) of the Spec's score_mod: acc_s = modify(acc_s, a, tile, batch, head, row, col). RAW: acc_s are dot products."""
     assert spec.score_mod is not None
-    return _with_scale(*make_modify(lower(spec.score_mod, RAW), TRANSPOSED), RAW)
+    return _with_scale(*make_modify(by_distance(lower(spec.score_mod, RAW)), TRANSPOSED), RAW)
 
 
 def make_rated_mod(spec: Spec, RAW: bool) -> tuple[Any, Any]:
     """make_fragment_mod TRANSPOSED, with the derivative: acc_s, rate = modify(...), the rate in the Spec's dtype, two a word."""
     assert spec.score_mod is not None
-    return _with_scale(*make_modify_rated(lower(with_rate(spec.score_mod), RAW), True, spec.dtype), RAW)
+    return _with_scale(*make_modify_rated(by_distance(lower(with_rate(spec.score_mod), RAW)), True, spec.dtype), RAW)
 
 
 @intrinsic

@@ -76,9 +76,9 @@ def flex_of(score: Mod | None, mask: Mod | None, batch: int, heads: int, keys: i
 
 def call_of(score: Mod | None, mask: Mod | None, *, backward: bool = False, dtype: str = "bfloat16", head_dim: int = 128,
             seqlen: int = 4096, batch: int = 2, heads: int = 4, heads_k: int | None = None, captured: bool = True,
-            **options: Any) -> tuple[AnyCall, Spec]:
-    """A dense call that is addresses only, and its Spec."""
-    rows, keys = (_view(dtype, (batch, seqlen, n, head_dim)) for n in (heads, heads_k or heads))
+            few: int | None = None, deterministic: bool = False, **options: Any) -> tuple[AnyCall, Spec]:
+    """A dense call that is addresses only, and its Spec. few: query rows, where they are not as many as keys."""
+    rows, keys = _view(dtype, (batch, few or seqlen, heads, head_dim)), _view(dtype, (batch, seqlen, heads_k or heads, head_dim))
     o = Operands(rows, keys, keys, flex=flex_of(score, mask, batch, heads, seqlen))
     problem, o = make_problem("test", o, packed=False, **options)
     lse = _view(problem.lse_dtype, problem.lse_shape)
@@ -86,13 +86,14 @@ def call_of(score: Mod | None, mask: Mod | None, *, backward: bool = False, dtyp
         return (call := Call(problem, o, rows, lse)), make_spec(call.problem, call.operands, True)
     assert o.flex is not None
     grads = [_view(x.dtype, x.shape) if kind_of(x.dtype) == FLOAT else None for x in o.flex.score_arrays] if captured else None
-    made = BackwardCall(problem, o, rows, rows, lse, None, Grads(rows, keys, keys, None, None, grads and tuple(grads)), False)
+    made = BackwardCall(problem, o, rows, rows, lse, None, Grads(rows, keys, keys, None, None, grads and tuple(grads)), deterministic)
     return made, make_backward_spec(made)
 
 
 # ---------------------------------------------------------------- calls whose kernels run in Python
 def emulate(arrays: tuple[Any, ...], functions: Functions, *, lengths: tuple[Any, Any, Any] | None = None, bias: Any = None,
-            sinks: Any = None, dout: Any = None, need_dbias: bool = False, **options: Any) -> tuple[Any, Any, Grads[Any], list[str]]:
+            sinks: Any = None, dout: Any = None, need_dbias: bool = False, deterministic: bool = False,
+            **options: Any) -> tuple[Any, Any, Grads[Any], list[str]]:
     """(out, lse, gradients with those of captured arrays, kernels) of the kernels on plain threads. arrays: q, k, v in host memory."""
     layout, packed = ("bshd", False) if lengths is None else ("thd", True)
     _, o = read("attention", layout, None, arrays, (bias, None, None, sinks), lengths, None, functions)
@@ -109,7 +110,7 @@ def emulate(arrays: tuple[Any, ...], functions: Functions, *, lengths: tuple[Any
     captured = tuple([np.full(x.shape, np.nan, numpy_dtype(x.dtype)) if kind_of(x.dtype) == FLOAT else None for x in o.flex.score_arrays])
     grads = Grads(*given, dbias, dsinks, captured)
     views = Grads(*(host_view(x) for x in grads), tuple([host_view(x) for x in captured]))
-    back = BackwardCall(problem, o, host_view(dout), call.out, call.lse, None, views, False)  # type: ignore[arg-type]
+    back = BackwardCall(problem, o, host_view(dout), call.out, call.lse, None, views, deterministic)  # type: ignore[arg-type]
     with _memory([*back.views, *views.dcaptured], o) as memory, emulated(memory) as machine:
         gpu.family("simt").backward(back, make_backward_spec(back), machine.launcher(), 0)
     return out, lse, grads, launched + machine.launched
@@ -128,7 +129,7 @@ def _memory(views: list[Any], o: Operands) -> Iterator[Memory]:
 # ---------------------------------------------------------------- calls whose kernels run from their PTX
 def interpret(arrays: tuple[Any, ...], functions: Functions, family: str, *, dout: Any = None, arch: str = "sm_80",
               **options: Any) -> tuple[Any, Any, Any, list[str]]:
-    """(out, lse, [dq, dk, dv, *gradients of captured arrays], kernels) of a family's kernels on dense 16-bit arrays."""
+    """(out, lse, [dq, dk, dv, *gradients of captured arrays], kernels) of a family on dense 16-bit arrays. No dout: no gradients."""
     memory = interpreter_tiles.Memory()
     _, o = read("attention", "bshd", None, arrays, (None, None, None, None), None, None, functions)
 
@@ -145,6 +146,8 @@ def interpret(arrays: tuple[Any, ...], functions: Functions, family: str, *, dou
     launcher = interpreter_tiles.Launcher(memory, arch)
     call = Call(problem, o, out, lse)
     gpu.family(family).prepare(call, make_spec(problem, o, True), launcher)(call, 0)
+    if dout is None:
+        return memory.read(out, kind), memory.read(lse, np.float32), [], launcher.launched
     results = [empty(x.shape, x.dtype) for x in arrays]
     captured = [empty(x.shape, numpy_dtype(x.dtype)) if kind_of(x.dtype) == FLOAT else None for x in flex.score_arrays]
     grads = Grads(*(x for x, _ in results), None, None, tuple([x and x[0] for x in captured]))

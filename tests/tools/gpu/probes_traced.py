@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda, float64, int32, uint64
+from numba import cuda, float64, int32, int64, uint64
 
 from fastattn.arrays.view import ITEMSIZE, numpy_dtype
 from fastattn.gpu.ptx import memory, traced
@@ -107,6 +107,24 @@ def check_sums(launch: Any) -> None:
 
 
 add("traced.add_to traced.or_b32", "red.global.add.f32; red.global.or.b32", sums, check_sums)
+def exact_sums() -> Any:
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        traced.add_to_b64(a.dst, uint64(int64(lane - 20)))
+        traced.raise_b32(uint64(a.dst + uint64(8)), int32(lane ^ 5))
+        memory.store_f64(uint64(a.dst + uint64(16)), float64(int64(traced.load_b64(a.src))))
+        traced.raise_b32(uint64(a.dst + uint64(12)), traced.exponent_bits(float64(lane)))
+    return kernel
+
+
+def check_exact_sums(launch: Any) -> None:
+    found = launch(np.full(32, -3, np.int64), dst=np.zeros(3, np.int64))
+    total, last = np.int64([31 * 16 - 20 * 32]), np.float64([-3])
+    same(found.view(np.int32), np.r_[total.view(np.int32), np.int32([31, 1023 + 4]), last.view(np.int32)])
+
+
+add("traced.add_to_b64 traced.raise_b32 traced.load_b64 traced.exponent_bits",
+    "red.global.add.u64; red.global.max.s32; ld.global.b64; bfe.u32", exact_sums, check_exact_sums)
 add("traced.highest_bit", "bfind.u32", words(lambda i, x, n: traced.highest_bit(int32(i & x))),
     on_words(lambda x: [int(v).bit_length() - 1 for v in np.arange(32) & x]))
 add("traced.lowest_bit", "brev.b32; bfind.shiftamt.u32", words(lambda i, x, n: traced.lowest_bit(int32(i & x))),

@@ -312,6 +312,12 @@ class Play:
             assert found == [("bias", acc.k.row + 64 * p, acc.q) for p in range(len(found))], "the bias of other scores"
         return acc
 
+    def hide(self, acc: Fragment, a: Any, shared: Any, batch: int, head: int, row: int, column: int) -> Fragment:
+        """The mask_mod of a dense call is asked about the keys whose scores these are."""
+        if "bitmap" in a._fields:
+            assert acc.q is not None and acc.k is not None and (acc.k.row, acc.q.head, acc.q.batch) == (column, head, batch)
+        return self.at_rest(acc)
+
     def to_half(self, acc: Fragment) -> Fragment:
         return replace(self.at_rest(acc), kind={"S": "P"}.get(acc.kind, acc.kind))
 
@@ -386,7 +392,7 @@ class Play:
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
             "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), self.score), "thread_index": lambda: self.local.agent.thread,
-            "make_unpack": nothing, "make_hide": lambda *_: (lambda *_: 0, self.at_rest),
+            "make_unpack": nothing, "make_hide": lambda *_: (lambda *_: 0, self.hide),
             "make_dropout": lambda spec, n, **_: (nothing, lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 

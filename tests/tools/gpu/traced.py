@@ -76,16 +76,33 @@ def names(memory: Any) -> dict[str, Any]:
         memory.check(address, 4)
         ctypes.c_uint32.from_address(address).value |= bits & 0xFFFFFFFF
 
+    def add_to_b64(address: int, value: int) -> None:
+        memory.check(address, 8)
+        ctypes.c_int64.from_address(int(address)).value += value
+
+    def load_b64(address: int) -> int:
+        memory.check(address, 8)
+        return ctypes.c_int64.from_address(int(address)).value
+
+    def raise_b32(address: int, value: int) -> None:
+        memory.check(address, 4)
+        word = ctypes.c_int32.from_address(int(address))
+        word.value = max(word.value, value)
+
     def whole(x: float) -> int:
         return 0 if x != x else int(min(max(x, -2.0**31), 2.0**31 - 1))
     return {"select": lambda c, x, y: x if c else y, "divided": _quiet(np.divide), "inverted": lambda x: not x, "flag": int,
+            "below": lambda x, y: int(x) & 0xFFFFFFFF < int(y) & 0xFFFFFFFF,
             "as_bool": bool,
             "element_of": element_of, "element_of_natural": element_of_natural, "INTEGERS": INTEGERS, "load_captured": load_captured,
             "add_to": add_to, "rounded": lambda mode, compute: {"rmi": np.floor, "rni": np.rint}[mode], "whole_f32": whole,
             "whole_f64": whole, "exp2": FUNCTIONS["exp2"], "log2": FUNCTIONS["log2"], "reciprocal": _quiet(np.reciprocal),
-            "near_sine": FUNCTIONS["sin"], "near_cosine": FUNCTIONS["cos"], "rounded_turns": np.rint, "fma": lambda x, y, z: x * y + z,
+            "near_sine": FUNCTIONS["sin"], "near_cosine": FUNCTIONS["cos"], "rounded_turns": np.rint, "whole_near": np.rint,
+            "fma": lambda x, y, z: x * y + z,
             "smallest": _quiet(np.minimum), "largest": _quiet(np.maximum), "absolute": abs, "root": FUNCTIONS["sqrt"],
             "_floordiv": INTEGERS["floordiv"], "_mod": INTEGERS["mod"], "or_b32": or_b32,
+            "add_to_b64": add_to_b64, "load_b64": load_b64, "raise_b32": raise_b32,
+            "exponent_bits": lambda x: int(np.float64(x).view(np.int64)) >> 52 & 0x7FF,
             "shift_left": _wrapping(operator.lshift), "highest_bit": lambda x: (x & 0xFFFFFFFF).bit_length() - 1,
             "count_bits": lambda x: (x & 0xFFFFFFFF).bit_count(),
             "lowest_bit": lambda x: ((x & -x) & 0xFFFFFFFF).bit_length() - 1}
