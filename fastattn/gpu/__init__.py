@@ -31,6 +31,7 @@ from .simt import launch as simt
 from .sm80 import launch as sm80
 from .sm90 import launch as sm90
 from .sm90 import launch_8bit
+from .sm90.config_latent import may_be_latent
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_backward_spec, make_spec
 
 # looked for, not imported: a kernel in the cache needs neither. The api says what to install where one is missing.
@@ -139,7 +140,7 @@ def prepare(problem: Problem, operands: Operands, out: View, lse: View | None,
     call = Call(problem, operands, out, lse)
     if 0 in out.shape:
         return None
-    if problem.cache is not None and problem.cache.append:
+    if problem.cache is not None or may_be_latent(problem):
         return caches.Repeated(call, lambda call: _record(call, families))
     return _record(call, families)
 
@@ -235,7 +236,7 @@ def _enqueue(call: AnyCall, stream: int, families: tuple[str, ...]) -> None:
             _launch(call, launcher, families, stream)
         return
     views = call.views
-    key = (id(p), launcher, families, isinstance(call, BackwardCall) and call.deterministic,
+    key = (id(p), launcher, families, isinstance(call, BackwardCall) and call.deterministic, call.operands.k.ptr == call.operands.v.ptr,
            *[x and (x.strides, x.ptr % 16) for x in views])
     found = _recordings.get(key)
     if found is None or found[0] is not p:

@@ -51,26 +51,33 @@ def at(call: Call, views: list[Any]) -> Call:
 
 
 _OPERANDS = tuple(field.name for field in fields(Operands) if field.name != "cache")
-K_CACHE, V_CACHE = 1, 2         # of the addresses of a call that is repeated
+KEYS, VALUES = 1, 2            # of the addresses of a call that is repeated
+
+
+def _shares(k: View, v: View) -> tuple[bool, bool]:
+    """Whether the caches share memory, and whether they begin with the same column."""
+    return overlap(k, v), k.ptr == v.ptr
 
 
 class Repeated:
-    """What enqueues a call that appends, at any addresses. Caches that share memory are written one after the other, so they have another
-    recording than caches that do not."""
+    """What enqueues a forward at any addresses. Caches that share memory are written one after the other, and values that are the first
+    columns of the keys may have a kernel of their own. So each of these has another recording."""
 
     def __init__(self, call: Call, record: Callable[[Call], Callable[[Sequence[int], int], None]]) -> None:
-        views = [x and View(x.ptr, x.shape, x.strides, x.dtype, x.device) for x in views_of(call)]     # without the caller's memory
-        self._call, self._record = at(call, views), record
-        self._of = {overlap(call.operands.k, call.operands.v): record(call)}
-        self._apart: Recent[int, bool] = Recent()           # bytes from one cache to the other: whether they share memory
+        cached = call.problem.cache is not None
+        views = [x and View(x.ptr, x.shape, x.strides, x.dtype, x.device)      # without the caller's memory
+                 for x in (views_of(call) if cached else call.views)]
+        self._call, self._record = at(call, views) if cached else call.at(views), record
+        self._of = {_shares(call.operands.k, call.operands.v): record(call)}
+        self._apart: Recent[int, tuple[bool, bool]] = Recent()      # by the bytes from one cache to the other
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        apart = addresses[V_CACHE] - addresses[K_CACHE]
+        apart = addresses[VALUES] - addresses[KEYS]
         shared = self._apart.get(apart)
         if shared is None:
             o = self._call.operands
-            k, v = replace(o.k, ptr=addresses[K_CACHE]), replace(o.v, ptr=addresses[V_CACHE])
-            shared = self._apart[apart] = overlap(k, v)
+            k, v = replace(o.k, ptr=addresses[KEYS]), replace(o.v, ptr=addresses[VALUES])
+            shared = self._apart[apart] = _shares(k, v)
             if shared not in self._of:
                 self._of[shared] = self._record(replace(self._call, operands=replace(o, k=k, v=v)))
         self._of[shared](addresses, stream)

@@ -41,6 +41,7 @@ from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     probes_scalar,
     probes_tiles,
     probes_traced,
+    probes_widened,
 )
 from tests.tools.gpu.probes import PROBES, Array
 

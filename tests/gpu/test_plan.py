@@ -12,7 +12,7 @@ pytest.importorskip("cuda.core")
 
 from fastattn.arrays import convert
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import MOST_SPLITS, WAVES, choose_cached, plan_entries
+from fastattn.gpu.decode.config import MOST_SPLITS, TILE, WAVES, choose_cached, plan_entries
 from fastattn.gpu.precompile import Want
 from fastattn.gpu.runtime import compile as compiler
 from tests.tools.caches import Case
@@ -24,15 +24,15 @@ STEP, OVERHEAD, HEADS_K, SLOTS = 64, 4, 8, 264
 
 
 def plan_of(lengths: Array, room: int = 2**20, rows: int = 1, append: bool = False, window: int | None = None,
-            heads_k: int = HEADS_K) -> Array:
+            heads_k: int = HEADS_K, group: int = 1) -> Array:
     """The plan's entries that are used: request, split, splits, steps of a split."""
-    memory, batch = interpreter.Memory(), len(lengths)
-    program = launch_decode.plan_program(window is not None, True, False, STEP, OVERHEAD, 16)
-    entries = plan_entries(batch, heads_k, SLOTS)
+    memory, batch, block_rows = interpreter.Memory(), len(lengths), 16 if group == 1 else 64
+    program = launch_decode.plan_program(window is not None, True, False, STEP, OVERHEAD, block_rows, group > 1)
+    entries = plan_entries(batch * -(-rows * group // block_rows), heads_k, SLOTS)
     at = memory.take(16 * entries)
     place = memory.place(lengths, convert.view(lengths, "test", "lengths"))
     given = {"plan": at, "entries": entries, "slots": SLOTS, "heads_k": heads_k, "lengths": place.ptr, "lengths_step": lengths.itemsize,
-             "room": room, "appends": int(append), "seqlen_q": rows, "batch": batch, "left": window, "group": 1}
+             "room": room, "appends": int(append), "seqlen_q": rows, "batch": batch, "left": window, "group": group}
     values = [given.get(name, 0) for name, _ in program.source.fields]
     interpreter.Launcher(memory).load(program.source).launch(1, values, 0)
     found = memory.bytes[at - interpreter.BASE:][:16 * entries].view(np.int32).reshape(entries, 4)
@@ -68,6 +68,23 @@ def test_every_step_is_in_one_split(name: str) -> None:
         assert splits == max(-(-steps[b] // each), 1) and each >= OVERHEAD
     several = plan[:, 2] > 1
     assert not several[int(several.sum()):].any()                           # what takes longest comes first
+
+
+@pytest.mark.parametrize("name", ["ragged", "even", "empty", "one long"])
+def test_blocks_of_rows_are_split_alike(name: str) -> None:
+    """Of 128 heads and of several rows: the splits of a block of rows are neighbours, and every block has all of them."""
+    lengths, settings = CASES[name]
+    rows = settings.get("rows", 1)
+    plan = plan_of(lengths, group=128, heads_k=1, **settings)
+    steps = steps_of(lengths, **settings)
+    for b in range(len(lengths)):
+        own = plan[plan[:, 0] == b]
+        (splits,), (each,) = set(own[:, 2]), set(own[:, 3])
+        assert splits == max(-(-steps[b] // each), 1) and splits <= MOST_SPLITS
+        assert own[:, 1].tolist() == [(tile << TILE) + n for tile in range(2 * rows) for n in range(splits)]
+        assert (np.diff(np.flatnonzero(plan[:, 0] == b)) == 1).all()
+    several = plan[:, 2] > 1
+    assert not several[int(several.sum()):].any() and several.sum() <= 2 * WAVES * SLOTS
 
 
 def test_long_requests_do_not_take_longer_than_their_bytes() -> None:

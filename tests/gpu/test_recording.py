@@ -26,7 +26,7 @@ from fastattn.gpu.rows import accumulate_launch, merge_launch
 from fastattn.gpu.runtime import compile, device, recording, tensormap, workspace
 from fastattn.gpu.runtime.launcher import OnDevice
 from fastattn.gpu.runtime.recording import Address, Recorder, Recording, addressed
-from fastattn.gpu.spec import AnyCall
+from fastattn.gpu.spec import AnyCall, Call
 from fastattn.memo import Recent
 from tests.fuzz.__main__ import today
 from tests.fuzz.draw import draw
@@ -36,6 +36,7 @@ from tests.tools.caches import Case
 from tests.tools.gpu import jobs
 from tests.tools.gpu.calls import serving_call
 from tests.tools.gpu.drawn import calls
+from tests.tools.gpu.roles_pages import requests
 
 LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}
 FIRST_MEMORY, FIRST_MAP, COUNTER, ARRIVALS = 1 << 44, 1 << 46, 1 << 47, 1 << 48
@@ -229,6 +230,40 @@ def test_copies_sums_and_merges_repeat(shape: tuple[int, ...], machine: Any, mon
             gpu.merge_states([out, part], [lse, part_lse], out, lse, STREAM)
             assert made.taken() == expected
     assert len(gpu._repeats) == 3 * 6 + 2 or 0 in shape
+
+
+@pytest.mark.parametrize(("keys", "rows"), [((300, 20), 1), ((3000, 20), 2), ((300,) * 99, 1), (None, 1)],
+                         ids=("splits", "plan", "one split", "arrays"))
+def test_latent_calls_repeat(keys: tuple[int, ...] | None, rows: int, machine: Any) -> None:
+    """MLA's decode, whose kernel is another one where the values are not the first columns of the keys."""
+    made = machine("sm_90a")
+    if keys is None:
+        given, _ = Want("bfloat16", 576, 512, seqlen_q=rows, seqlen_k=4096, num_heads=128, num_heads_k=1).call()
+        assert isinstance(given, Call)
+        given.operands.v = replace(given.operands.v, strides=given.operands.k.strides)
+    else:
+        given = requests(list(keys), rows, 64, 576, heads=128, head_dim_v=512).call
+
+    def elsewhere(seed: int, latent: bool) -> Any:
+        draw, plain = np.random.default_rng(seed), given.problem.cache is None
+        views = given.views if plain else caches.views_of(given)
+        views = [x and replace(x, ptr=int(draw.integers(1 << 20, 1 << 40)) * 16, device=HERE) for x in views]
+        call = given.at(views) if plain else caches.at(given, views)
+        if latent:
+            call.operands.v = replace(call.operands.v, ptr=call.operands.k.ptr)
+        return call
+    first = elsewhere(1, True)
+    repeated = gpu.prepare(first.problem, first.operands, first.out, first.lse)
+    assert not made.taken() and repeated is not None
+    for seed, latent in ((2, True), (3, False), (4, True), (5, True)):
+        at = elsewhere(seed, latent)
+        gpu._launch(at, made.launcher, gpu.FAMILIES, STREAM)
+        expected = made.taken()
+        repeated([x.ptr for x in (at.views if keys is None else caches.views_of(at)) if x], STREAM)
+        assert made.taken() == expected and any(key.startswith("latent_sm90") for key, *_ in expected) == latent
+        if keys is None:
+            gpu._enqueue(at, STREAM, gpu.FAMILIES)
+            assert made.taken() == expected
 
 
 @pytest.mark.parametrize("empty", ["seqlen_q", "num_heads"])

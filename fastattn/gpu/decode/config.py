@@ -79,6 +79,11 @@ class DecodeConfig:
         return self.warps // self.row_warps
 
     @property
+    def step(self) -> int:
+        """Keys of a step of a block."""
+        return self.keys * self.key_warps
+
+    @property
     def rows(self) -> int:
         """Query rows of a block."""
         return ROWS * self.row_warps

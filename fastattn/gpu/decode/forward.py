@@ -14,61 +14,24 @@ and V are loaded once for all heads that share them. (Flash-Decoding, Dao et al.
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx import direct, direct_8bit, direct_parts
-from ..ptx.memory import load_b32, shared_address
+from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import any_lane, opaque, thread_index
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
-from ..tile.requests import make_request_at
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .combine import make_combine, query_of, scale_at
-from .config import MOST_SPLITS, PLAN_ENTRY, ROWS, TILE, DecodeConfig
+from .config import MOST_SPLITS, ROWS, DecodeConfig
+from .places import make_place_of
 from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
-from .units import make_units
-
-
-class Place(NamedTuple):
-    """What a thread block has.
-
-    Parameters
-    ----------
-    plane, batch, head_k
-        Its key head, of all the batch's and in its batch entry. With LENGTHS a plane is a block of rows of a key head.
-    split, splits
-        Its split of the keys, and how many there are.
-    seqlen_k
-        Keys of the batch entry.
-    first, end
-        Keys of the split.
-    q_start, seqlen_q
-        Queries of the batch entry, from q_start on of packed arrays.
-    part
-        The results of the plane's splits begin with the rows of this plane of a split.
-    row, rows
-        Its rows, from `row` on of those of the key head: the queries of all heads that share it.
-    """
-
-    plane: Any
-    batch: Any
-    head_k: Any
-    split: Any
-    splits: Any
-    seqlen_k: Any
-    first: Any
-    end: Any
-    q_start: Any
-    seqlen_q: Any
-    part: Any
-    row: Any
-    rows: Any
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
@@ -82,8 +45,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
     COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
-    PLANNED = spec.planned
-    LENGTHS, PAGED, PACKED, STEP, OVERHEAD = spec.lengths, spec.paged, spec.packed, KEYS * KEY_WARPS, config.overhead
+    LENGTHS, PAGED, PACKED = spec.lengths, spec.paged, spec.packed
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
     OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
@@ -102,7 +64,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     load_rows, load_columns = direct.make_loads(ROW_WARPS == 1)
     load_every_second = direct.make_load_pairs(ROW_WARPS == 1)
     to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
-    row_bounds, request_at, (batch_of, tile_of) = make_row_bounds(spec), make_request_at(spec.packed), make_units(spec.packed, BLOCK_ROWS)
+    row_bounds, place_of = make_row_bounds(spec), make_place_of(spec, BLOCK_ROWS, KEYS * KEY_WARPS, config.overhead)
     row_of, fetch, score = make_row_scores(spec, KEYS)
     park, addresses, numbers = make_parked(spec)
     update, _, _ = make_softmax(spec)
@@ -121,57 +83,6 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             return direct_8bit.weave(even, odd)
         address = uint64(address + uint64(16 * chunk))
         return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
-
-    @inline
-    def place_of(a, block):
-        """The Place of a block."""
-        if PLANNED:
-            return planned_place(a, block)
-        plane = divide(block, a.splits)
-        unit, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
-        head_k = int32(plane - unit * a.heads_k)
-        if LENGTHS:
-            batch = batch_of(a, unit)
-            q_start, seqlen_q, _, seqlen_k = request_at(a, batch)
-            row = int32(tile_of(a, unit, batch) * BLOCK_ROWS)
-            rows = int32(min(max(seqlen_q * a.group - row, 0), BLOCK_ROWS))
-            first, end, splits = part_of(a, split, row, rows, seqlen_q, seqlen_k)
-        else:
-            batch, q_start, seqlen_q, row, rows = unit, int32(0), int32(a.seqlen_q), int32(0), int32(a.group * a.seqlen_q)
-            first, seqlen_k, splits = int32(a.first_key + split * a.split_keys), int32(a.seqlen_k), int32(a.splits)
-            end = int32(min(first + a.split_keys, a.end_key))
-        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, plane, row, rows)
-
-    @inline
-    def planned_place(a, block):
-        """place_of by the plan's entry."""
-        entry = divide(block, a.heads_k)
-        head_k, at = int32(block - entry * a.heads_k), uint64(a.plan + uint64(int64(entry) * PLAN_ENTRY))
-        batch, which = load_b32(at), load_b32(uint64(at + uint64(4)))
-        split, row = int32(which & ((1 << TILE) - 1)), int32((which >> TILE) * BLOCK_ROWS)
-        splits, each = load_b32(uint64(at + uint64(8))), load_b32(uint64(at + uint64(12)))
-        q_start, seqlen_q, _, seqlen_k = request_at(a, batch)
-        rows = int32(min(max(seqlen_q * a.group - row, 0), BLOCK_ROWS))
-        lo, hi = attended(a, row, rows, seqlen_q, seqlen_k)
-        first, plane = int32(lo + split * each * STEP), int32((entry - split) * a.heads_k + head_k)
-        end = int32(min(first + each * STEP, hi))
-        return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, plane, row, rows)
-
-    @inline
-    def attended(a, row, rows, seqlen_q, seqlen_k):
-        """The keys [lo, hi) that any row attends."""
-        diagonal, last = diagonal_of(a, seqlen_q, seqlen_k), divide(int32(row + max(rows, 1) - 1), a.group)
-        return row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
-
-    @inline
-    def part_of(a, split, row, rows, seqlen_q, seqlen_k):
-        """(first, end, splits): the keys of a split among those that any row attends, and how many splits these have. One more costs as
-        much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
-        lo, hi = attended(a, row, rows, seqlen_q, seqlen_k)
-        steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
-        each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
-        first = int32(lo + split * each * STEP)
-        return first, int32(min(first + each * STEP, hi)), int32(max(divide(int32(steps + each - 1), each), 1))
 
     @inline
     def scale_of_keys(a, place):
@@ -380,7 +291,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             if splits == 1:
                 put_out(a, place, r, column, values, maximum, total)
             else:
-                put_part(a, place, place.split, r, column, values, maximum, total)
+                put_part(a, place, r, column, values, maximum, total)
             i = int32(i + 32 * WARPS)
         if splits > 1:
             combine(a, base, thread, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ...arrays.view import EIGHT_BIT, View
 from ...masks import row_bounds
@@ -77,7 +77,7 @@ def refuses_cache(call: Call, spec: Spec) -> str | None:
     dim, most = max(p.head_dim, p.head_dim_v), MOST_FLOAT_DIM if spec.dtype == "float32" else MOST_CACHED_DIM
     if dim > most:
         return f"head_dim is {dim}, over {most}"
-    blocks = p.num_heads_k * _units(p, ROWS)
+    blocks = p.num_heads_k * units_of(p, ROWS)
     if blocks > MOST_BLOCKS:
         return f"it has {blocks} blocks of {ROWS} query rows, over 2**31 - 1"
     if 0 in o.k.shape or p.seqlen_k > MOST_BLOCKS:
@@ -109,11 +109,11 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def plan_program(left: bool, right: bool, packed: bool, step: int, overhead: int, rows: int) -> Program:
+def plan_program(left: bool, right: bool, packed: bool, step: int, overhead: int, rows: int, split_all: bool = False) -> Program:
     """The kernel that plans splits, of steps of `step` keys, of blocks of `rows` rows."""
     spec = Spec("float16", 16, 16, left=left, right=right, packed=packed, lse=False)
-    name = f"plan_splits {spec.text} | step {step} overhead {overhead} rows {rows}"
-    return program(name, lambda: (make_plan(spec, step, overhead, rows), 0), Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
+    name = f"plan_splits {spec.text} | step {step} overhead {overhead} rows {rows}" + " all" * split_all
+    return program(name, lambda: (make_plan(spec, step, overhead, rows, split_all), 0), Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -124,12 +124,23 @@ def forward_program(spec: Spec, config: DecodeConfig) -> Program:
                    WARP * config.warps, config.blocks_per_sm)
 
 
-def split_keys(key_heads: int, keys: int, config: DecodeConfig, num_sms: int) -> tuple[int, int]:
+class Tiling(Protocol):
+    """What `split_keys` knows of a kernel's tiling: keys of a block's step, what a block costs besides, in steps, and blocks of an SM."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def overhead(self) -> int: ...
+    @property
+    def blocks_per_sm(self) -> int: ...
+
+
+def split_keys(key_heads: int, keys: int, config: Tiling, num_sms: int) -> tuple[int, int]:
     """(number of splits, keys of each) for which the last thread block is estimated to end first.
 
-    `key_heads`: of the whole batch. Time is counted in steps of `config.keys` keys a warp.
+    `key_heads`: of the whole batch. Time is counted in steps.
     """
-    step, slots = config.keys * config.key_warps, num_sms * config.blocks_per_sm
+    step, slots = config.step, num_sms * config.blocks_per_sm
 
     def divided(count: int) -> tuple[int, int]:
         steps = -(-keys // (count * step))
@@ -153,12 +164,12 @@ def _range(p: Problem, pairs: bool) -> tuple[int, int]:
     return first - first % (MASK_COLUMNS if p.score.mask else 2 if pairs else 1), end
 
 
-def _units(p: Problem, block_rows: int) -> int:
+def units_of(p: Problem, block_rows: int) -> int:
     """Blocks of rows of a key head, of all requests."""
     return most_units(p.batch, None if p.packed else p.seqlen_q * p.group, p.total_q or 0, p.group, block_rows)
 
 
-def _lengths(call: Call, append: bool, block_rows: int) -> tuple[int, ...]:
+def lengths_of(call: Call, append: bool, block_rows: int) -> tuple[int, ...]:
     """Values of LENGTHS."""
     used, cu, p = call.operands.seqused_k, call.operands.cu_seqlens_q, call.problem
     assert used is not None
@@ -169,16 +180,16 @@ def _lengths(call: Call, append: bool, block_rows: int) -> tuple[int, ...]:
 def _cache_values(call: Call, cache: KeyCache, block_rows: int, plan: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """Values of LENGTHS, of PLAN, of SCALES with 8-bit caches, and with a block table of TABLE."""
     k, p = call.operands.k, call.problem
-    values: tuple[Any, ...] = *_lengths(call, cache.append, block_rows), *plan
+    values: tuple[Any, ...] = *lengths_of(call, cache.append, block_rows), *plan
     if p.eight_bit is not None:
-        values += _scales(call, p.eight_bit.factor)
+        values += scales_of(call, p.eight_bit.factor)
     if cache.block_table is not None:
         table, (pages, size) = cache.block_table(call), k.shape[:2]
         values += (table.ptr, table.strides[0], table.strides[1] if len(table.shape) == 2 else 0, pages - 1, size, *page_division(size))
     return values
 
 
-def _scales(call: Call, factor: float) -> tuple[Any, ...]:
+def scales_of(call: Call, factor: float) -> tuple[Any, ...]:
     """Values of SCALES: of q, k and v, where they are arrays, and the output's factor."""
     o, values = call.operands, list[Any]()
     for x in (o.q_scale, o.k_scale, o.v_scale):
@@ -204,7 +215,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     kernel, values = launcher.load(source), arguments.bound(call)
     key_heads, rows, (first, end) = p.batch * p.num_heads_k, p.batch * p.num_heads * p.seqlen_q, _range(p, spec.bias_pairs)
     if cache is not None:
-        key_heads = p.num_heads_k * _units(p, config.rows)
+        key_heads = p.num_heads_k * units_of(p, config.rows)
         rows = key_heads * config.rows
     if cache is not None and plans(p, config, cache.num_splits):
         return _prepare_planned(call, spec, launcher, cache, config)
@@ -238,8 +249,8 @@ def plans(p: Problem, config: DecodeConfig, num_splits: int | None) -> bool:
 def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache, config: DecodeConfig) -> Launch:
     """`prepare` with a plan."""
     p = call.problem
-    slots, step = launcher.device.num_sms * config.blocks_per_sm, config.keys * config.key_warps
-    entries = plan_entries(_units(p, config.rows), p.num_heads_k, slots)
+    slots, step = launcher.device.num_sms * config.blocks_per_sm, config.step
+    entries = plan_entries(units_of(p, config.rows), p.num_heads_k, slots)
     # the planes of several splits are the first of the plan: at most two for each that fills WAVES waves
     assert 2 * WAVES * slots <= MOST_ARRIVALS
     makes = plan_program(spec.left, spec.right, spec.packed, step, config.overhead, config.rows)
@@ -255,7 +266,7 @@ def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache
         arrived = launcher.arrivals(launcher.capturing(stream))
         with launcher.temporary(out_bytes + rows_bytes + plan_bytes, stream) as part:
             plan = part + out_bytes + rows_bytes
-            lengths = _lengths(call, cache.append, config.rows)
+            lengths = lengths_of(call, cache.append, config.rows)
             maker.launch(1, planned_by(call, (plan, entries, slots, p.num_heads_k, *lengths)), stream)
             more = _cache_values(call, cache, config.rows, (plan,))
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)

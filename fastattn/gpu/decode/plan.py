@@ -2,8 +2,8 @@
 
 One long request beside 200 short ones should take the time of all their bytes. So the long one gets many splits, the short ones get one
 each, and no thread block is launched for a split that nobody needs. Packed queries may fill several blocks of rows; those of such a request
-are not split further. The plan is a table with an entry for each split of each block of rows, those of requests with several splits first,
-because they take longest:
+are not split further, unless the kernel's splits have a merge of their own. The plan is a table with an entry for each split of each block
+of rows, those of requests with several splits first, because they take longest:
 
     request | its split, and from bit TILE on its block of rows | how many splits it has | steps of a split       no splits: not used
 
@@ -27,8 +27,9 @@ LANES = PLAN_THREADS // CANDIDATES      # threads of a candidate
 COUNT = 32                  # bits of a number of splits; above them are those of a number of blocks of rows
 
 
-def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
-    """The kernel. STEP: keys of a step. OVERHEAD: what a split costs besides its steps, in steps. ROWS: of a block."""
+def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int, SPLIT_ALL: bool = False) -> Any:
+    """The kernel. STEP: keys of a step. OVERHEAD: what a split costs besides its steps, in steps. ROWS: of a block. SPLIT_ALL: requests of
+    several blocks of rows are split, too."""
     THREADS, PACKED = PLAN_THREADS, spec.packed
     request_at, row_bounds = make_request_at(PACKED), make_row_bounds(spec)
 
@@ -44,7 +45,9 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
     def entries_of(steps, tiles, each):
         """Entries of a request."""
         entries = splits_of(steps, each)
-        if tiles != 1:
+        if SPLIT_ALL:
+            entries = int32(entries * tiles)
+        elif tiles != 1:
             entries = tiles
         return entries
 
@@ -128,7 +131,10 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
 
     @inline
     def several_splits(steps, tiles, each):
-        return (tiles == 1) & (splits_of(steps, each) > 1)
+        if SPLIT_ALL:
+            return splits_of(steps, each) > 1
+        else:
+            return (tiles == 1) & (splits_of(steps, each) > 1)
 
     @inline
     def before(steps, tiles, sums, thread, batch, each):
@@ -138,7 +144,7 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
         mine = int64(0)
         for i in range(min(thread * share, batch), min((thread + 1) * share, batch)):
             if several_splits(steps[i], tiles[i], each):
-                mine += int64(splits_of(steps[i], each))
+                mine += int64(entries_of(steps[i], tiles[i], each))
             else:
                 mine += int64(tiles[i]) << COUNT
         sums[thread] = mine
@@ -169,10 +175,11 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int) -> Any:
         share = divide(int32(batch + THREADS - 1), int32(THREADS))
         for b in range(min(thread * share, batch), min((thread + 1) * share, batch)):
             if several_splits(steps[b], tiles[b], each):
-                splits = splits_of(steps[b], each)
-                for n in range(splits):
-                    put(a, int32(entry + n), int32(b), int32(n), splits, each_of(steps[b], each))
-                entry = int32(entry + splits)
+                splits, blocks = splits_of(steps[b], each), tiles[b] if SPLIT_ALL else int32(1)
+                for tile in range(blocks):
+                    for n in range(splits):
+                        put(a, int32(entry + n), int32(b), int32((tile << TILE) + n), splits, each_of(steps[b], each))
+                    entry = int32(entry + splits)
             else:
                 for n in range(tiles[b]):
                     put(a, int32(other + n), int32(b), int32(n << TILE), int32(1), int32(max(each, steps[b])))

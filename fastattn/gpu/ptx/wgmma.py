@@ -80,11 +80,7 @@ def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: Any, cl
     return emit_many(builder, F32, text, constraints, acc, [*a, b, I32(0 if clear else 1)])
 
 
-def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for `dtype`."""
-    if dtype == "float32":
-        return _qk_parts, _pv_parts
-
+def _make_qk(dtype: str, first: bool) -> Any:
     @intrinsic
     def qk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
         """acc (64 x N) = A (64 x depth) B (N x depth)^T, both in shared memory, K-major, in panels of `a_rows` and `b_rows` rows."""
@@ -94,9 +90,21 @@ def make_products(dtype: str) -> tuple[Any, Any]:
             registers = unpack(builder, args[0], acc.count)
             for k in range(d // 16):
                 at = [builder.add(x, I64((k // 4 * rows * 128 + k % 4 * 32) >> 4)) for x, rows in ((args[1], rows_a), (args[2], rows_b))]
-                registers = _multiply(builder, dtype, registers, at[:1], at[1], k == 0, (0, 0))
+                registers = _multiply(builder, dtype, registers, at[:1], at[1], first and k == 0, (0, 0))
             return pack(builder, registers)
         return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+    return qk
+
+
+def make_more_qk(dtype: str) -> Any:
+    """`qk` of make_products for 16-bit `dtype`, but acc += A B^T: of further columns."""
+    return _make_qk(dtype, False)
+
+
+def make_products(dtype: str) -> tuple[Any, Any]:
+    """(qk, pv) for `dtype`."""
+    if dtype == "float32":
+        return _qk_parts, _pv_parts
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
@@ -109,7 +117,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64), generate
 
-    return qk, pv
+    return _make_qk(dtype, True), pv
 
 
 def _make_qk_parts(pairs: tuple[tuple[int, int], ...]) -> Any:

@@ -23,7 +23,7 @@ from ..short import launch as short
 from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
 from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
-from . import caches
+from . import caches, launch_latent
 from .config import (
     BLOCK_N,
     CONSUMERS,
@@ -43,6 +43,7 @@ from .config import (
     worth_parts,
 )
 from .config_alone import DqSm90Config, WideSm90Config, choose_dq, choose_wide
+from .config_latent import refuses_latent
 from .config_traced import backward_ladder, forward_ladder
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
@@ -178,6 +179,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return _prepare_caches(call, spec, launcher)
     if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
+    if refuses_latent(call, spec) is None:
+        return launch_latent.prepare(call, spec, launcher)
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
@@ -194,7 +197,8 @@ def _most_keys(p: Problem) -> int:
 def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """`prepare` for a call of attention_with_kvcache."""
     if caches.by_splits(call, launcher.device, _refuses_tiled(call)):
-        return decode.prepare_caches(call, spec, launcher)
+        prepare_few = decode.prepare_caches if refuses_latent(call, spec) else launch_latent.prepare
+        return prepare_few(call, spec, launcher)
     spec = caches.spec_of(call, spec)
     config = caches.tiling(call, spec)
     return _prepare(call, spec, config, forward_program(spec, config), launcher)

@@ -22,8 +22,8 @@ class Request(NamedTuple):
     keys: Any
 
 
-def make_request_at(PACKED: bool) -> Any:
-    """request_at(a, b) -> Request. Packed, request a.batch has the rows that belong to none, and no keys."""
+def make_request_at(PACKED: bool, FULL: bool = False) -> Any:
+    """request_at(a, b) -> Request. Packed, request a.batch has the rows that belong to none, and no keys. FULL: all have a.room keys."""
     @inline
     def rows_of(a, b):
         if PACKED:
@@ -37,6 +37,8 @@ def make_request_at(PACKED: bool) -> Any:
 
     @inline
     def keys_of(a, b, rows):
+        if FULL:
+            return int32(a.room), int32(a.room)
         before = int32(min(max(load_b32(uint64(a.lengths + uint64(b * a.lengths_step))), 0), a.room))
         return before, int32(min(int32(before) + rows * a.appends, a.room))
 

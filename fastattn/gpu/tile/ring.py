@@ -60,15 +60,15 @@ class Ring(ModuleType):
     empty: Any
 
 
-def make_ring(smem: Smem, STAGES: int, CONSUMERS: int) -> Ring:
-    """A ring with mbarriers taken from `smem`. CONSUMERS: the warps that release a slot."""
+def make_ring(smem: Smem, STAGES: int, CONSUMERS: int, PRODUCERS: int = 1) -> Ring:
+    """A ring with mbarriers taken from `smem`. CONSUMERS: the warps that release a slot. PRODUCERS: arrivals that fill it."""
     FULL, EMPTY, STAGE_BITS = smem.barriers(STAGES), smem.barriers(STAGES), STAGES.bit_length() - 1
     ring = Ring("ring")
     ring.STAGES, ring.FULL = STAGES, FULL
 
     @inline
     def init_stage(base, stage):
-        mbarrier.init(base + FULL + 8 * stage, int32(1))
+        mbarrier.init(base + FULL + 8 * stage, int32(PRODUCERS))
         mbarrier.init(base + EMPTY + 8 * stage, int32(CONSUMERS))
 
     @inline

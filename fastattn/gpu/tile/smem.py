@@ -58,17 +58,17 @@ def panels(dim: int) -> int:
     return -(-dim // PANEL)
 
 
-def make_copy_rows(policy: Any = None) -> Any:
+def make_copy_rows(policy: Any = None, FIRST: int = 0) -> Any:
     """copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch): issue TMA loads of `count` panels (a constant) of the box of
-    rows at `row`. Their bytes arrive at the mbarrier at offset `full`. `policy` says how long they stay in the L2 cache: tma.evict_first,
-    tma.evict_last, or None for the default."""
+    rows at `row`, from panel FIRST of the rows on. Their bytes arrive at the mbarrier at offset `full`. `policy` says how long they stay in
+    the L2 cache: tma.evict_first, tma.evict_last, or None for the default."""
     @inline
     def copy_rows(base, map_, full, to, panel_bytes, count, row, head, batch):
         for p in range(count):
             if policy is None:
-                tma.load(base + to + p * panel_bytes, map_, base + full, int32(p * PANEL), row, head, batch)
+                tma.load(base + to + p * panel_bytes, map_, base + full, int32((FIRST + p) * PANEL), row, head, batch)
             else:
-                tma.load_hinted(base + to + p * panel_bytes, map_, base + full, int32(p * PANEL), row, head, batch, policy())
+                tma.load_hinted(base + to + p * panel_bytes, map_, base + full, int32((FIRST + p) * PANEL), row, head, batch, policy())
     return copy_rows
 
 

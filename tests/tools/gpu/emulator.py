@@ -37,7 +37,8 @@ except ImportError:
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
            "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize",
            "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "rows.merge_into", "tile.words", "tile.pages", "simt.captured",
-           "flex.staged", "flex.pairs", "flex.sums", "flex.bitmap", "flex.interval", "flex.rounding", "flex.fixed", "sm90.seen_queries")
+           "flex.staged", "flex.pairs", "flex.sums", "flex.bitmap", "flex.interval", "flex.rounding", "flex.fixed", "sm90.seen_queries",
+           "tile.requests", "decode.places", "decode.units")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 _C |= dict.fromkeys(EIGHT_BIT, ctypes.c_uint8)
 

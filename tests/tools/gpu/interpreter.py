@@ -366,7 +366,7 @@ class Run:
     def _fence(self, op: list[str], x: list[Any], active: Array) -> None:
         pass
 
-    _membar = _griddepcontrol = _fence
+    _membar = _griddepcontrol = _prefetch = _fence
 
     # -------------------------------------------------------- memory
     def address(self, x: Any, active: Array, shared: bool) -> Array:

@@ -190,6 +190,33 @@ def wgmma_qk(dtype: str) -> Callable[[], Any]:
     return make
 
 
+def wgmma_more_qk(dtype: str) -> Callable[[], Any]:
+    """The same, half of the columns after the other."""
+    (qk, _), more_qk = wgmma.make_products(dtype), wgmma.make_more_qk(dtype)
+
+    @inline
+    def both(x, y):
+        wgmma.fence()
+        acc = qk(f.zeros(32), wgmma.k_major(x), wgmma.k_major(y), 64, 64, 64)
+        acc = more_qk(acc, wgmma.k_major(int32(x + PANEL)), wgmma.k_major(int32(y + PANEL)), 64, 64, 64)
+        wgmma.commit()
+        return wgmma.wait_all(acc)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            if cuda.threadIdx.x == 0:
+                mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
+                load_panels(a.map_a, base, 0, 2)
+                load_panels(a.map_b, base, 2 * PANEL, 2)
+            mbarrier.wait(int32(base + BAR), int32(0))
+            warp = int32(cuda.threadIdx.x >> 5)
+            save_at(a.dst, warp * 32, both(base, int32(base + 2 * PANEL)), 32)
+            save_at(a.dst, 128 + warp * 32, both(int32(base + 2 * PANEL), base), 32)
+        return kernel
+    return make
+
+
 def check_wgmma_qk(dtype: str) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
         x, y = (normal(1, 64, 1, 128, seed=s).astype(NUMPY[dtype]) for s in (0, 1))
@@ -246,6 +273,8 @@ for _dtype in HALVES:
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; wgmma.wait_group.sync.aligned 0",
         wgmma_qk(_dtype), check_wgmma_qk(_dtype),
         name=f"wgmma.qk_{_dtype}", threads=128, shared=SHARED)
+    add("wgmma.make_more_qk", f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{KIND[_dtype]}.{KIND[_dtype]}", wgmma_more_qk(_dtype),
+        check_wgmma_qk(_dtype), name=f"wgmma.more_qk_{_dtype}", threads=128, shared=SHARED)
     add("wgmma.make_products wgmma.mn_major", f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{KIND[_dtype]}.{KIND[_dtype]}",
         wgmma_pv(_dtype), check_pv(_dtype, 64, 2, (4,)), name=f"wgmma.pv_{_dtype}", threads=128, shared=SHARED)
 

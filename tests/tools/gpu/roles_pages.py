@@ -1,7 +1,7 @@
 """The roles of the Hopper forward over caches: a copy of a page is known by the key that it begins with, and several make a block."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ class Requests:
 
 
 def requests(lengths: list[int], rows: int | list[int], page_size: int | None, dim: int, heads: int = 2, heads_k: int = 1,
-             dtype: str = "float16", stray: bool = False, batch_idx: bool = False, spare: int = 0, **options: Any) -> Requests:
+             dtype: str = "float16", stray: bool = False, batch_idx: bool = False, spare: int = 0, head_dim_v: int | None = None,
+             cache_dtype: str | None = None, **options: Any) -> Requests:
     """rows: a list packs the queries, with `spare` rows of no request. page_size: None for a row of the cache for each request. stray:
     pages that do not exist are named where no key is, and for one that is read as the last page."""
     draw, batch, packed = np.random.default_rng(3), len(lengths), isinstance(rows, list)
@@ -54,8 +55,9 @@ def requests(lengths: list[int], rows: int | list[int], page_size: int | None, d
     def small(x: Array) -> Any:
         return view(*x.shape, ptr=x.ctypes.data, dtype="int32")
     lead = (sum(each) + spare,) if packed else (batch, each[0])
-    k = view(table.size if page_size or batch_idx else batch, size, heads_k, dim, dtype=dtype)
-    made = Given(view(*lead, heads, dim, dtype=dtype), k, k, None, None, small(kept[0]), small(kept[1]) if page_size else None,
+    k = view(table.size if page_size or batch_idx else batch, size, heads_k, dim, dtype=cache_dtype or dtype)
+    v = replace(k, shape=(*k.shape[:-1], head_dim_v)) if head_dim_v else k         # its first columns
+    made = Given(view(*lead, heads, dim, dtype=dtype), k, v, None, None, small(kept[0]), small(kept[1]) if page_size else None,
                  small(kept[1].ravel()) if batch_idx else None, small(kept[2]) if packed else None, None, None, None, None)
     read = read_options("test", options.get("causal", True), options.get("window"), None, options.get("softcap"), 0.0, None, 0,
                         max(each) if packed else None)
