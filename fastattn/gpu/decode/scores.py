@@ -44,8 +44,6 @@ class Row(NamedTuple):
     diagonal: Any
 
 
-ROW_BYTES = 32              # of a parked Row
-
 
 @inline
 def put_address(address, value):
