@@ -118,6 +118,11 @@ class Spec:
         return 3 if self.dtype == "float32" else 1
 
     @property
+    def p_dtype(self) -> str:
+        """Of P and V as tensor cores multiply them: 8-bit numbers are exact as float16, and one instruction makes two of them."""
+        return self.dtype if self.cache_dtype is None else "float16"
+
+    @property
     def text(self) -> str:
         """Short and unique: "bfloat16 head_dim 128 right lse"."""
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
@@ -131,8 +136,9 @@ class Spec:
 
 
 @lru_cache(maxsize=64)
-def far_limits(dtype: str, softmax_scale: float) -> tuple[float, float]:
-    """When a row is far in the forward, and the power of two that then replaces softmax_scale * log2(e): (beyond, power).
+def far_limits(dtype: str, softmax_scale: float, p_dtype: str | None = None) -> tuple[float, float]:
+    """When a row is far in the forward, and the power of two that then replaces softmax_scale * log2(e): (beyond, power). p_dtype: of P,
+    if not dtype.
 
     A row is far if its maximum exceeds `beyond`, whose product with the factor is below FAR_TOPS. P of near rows contains the rounding
     of that product, a factor of at most 2**8 for float16, which holds 2**15, and 2**16 for bfloat16. Beyond it, different scores times
@@ -145,7 +151,7 @@ def far_limits(dtype: str, softmax_scale: float) -> tuple[float, float]:
     The power keeps products finite: those of float16, below 2**41, with any power up to 2**80. bfloat16's are as large as float32's, but
     softmax_scale times a product is finite, and the power is not larger.
     """
-    scale, top = np.float32(softmax_scale * LOG2E), FAR_TOPS[dtype]
+    scale, top = np.float32(softmax_scale * LOG2E), FAR_TOPS[p_dtype or dtype]
     beyond = np.float32(min(top / float(scale), float(np.finfo(np.float32).max)))
     while beyond * scale >= top or float(beyond * scale) < float(beyond) * float(scale):
         beyond = np.nextafter(beyond, np.float32(0))
@@ -350,7 +356,7 @@ class Arguments:
         groups = [("seqlen_q:i seqlen_k:i batch:i num_heads:i group:i head_dim:i head_dim_v:i total_q:i", _sizes),
                   *(group for name in strided for group in _strided(name)), *_features(spec),
                   *_group(online and not spec.scaled, "far_beyond:f far_scale:f",
-                          lambda c: far_limits(c.problem.dtype, c.problem.score.softmax_scale))]
+                          lambda c: far_limits(c.problem.dtype, c.problem.score.softmax_scale, spec.p_dtype))]
         texts = [own, *(text for text, _ in groups)]
         self.fields = tuple((name, letter) for text in texts for name, _, letter in (field.partition(":") for field in text.split()))
         self._groups = [(values, ":l" in text) for text, values in groups]

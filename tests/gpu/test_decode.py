@@ -18,7 +18,8 @@ from fastattn import gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import View
 from fastattn.gpu.decode import launch as launch_decode
-from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_cached, choose_decode, page_division
+from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division, shared_bytes
+from fastattn.gpu.decode.launch import KeyCache
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime import workspace
@@ -90,6 +91,15 @@ def test_lengths_and_pages(changes: dict[str, Any], page_size: int | None, stray
     check_cache(replace(CACHED, **changes), LENGTHS, page_size=page_size, stray=stray)
 
 
+@pytest.mark.parametrize(("changes", "page_size", "tiling"), [
+    ({"seqlen_q": 5}, 64, {"stages": 3}), ({"seqlen_q": 5, "head_dim": 80}, 33, {"stages": 2, "warps": 2}),
+    ({"seqlen_q": 9, "head_dim": 128}, None, {"stages": 2, "warps": 8}),
+    ({"seqlen_q": 5, "dtype": "float32"}, 7, {"stages": 2, "cluster": 2}),
+    ({}, 16, {"cluster": 4}), ({"seqlen_q": 3, "head_dim": 48}, 40, {"cluster": 16, "warps": 2, "overhead": 1})], ids=str)
+def test_rings_and_clusters(changes: dict[str, Any], page_size: int | None, tiling: dict[str, Any]) -> None:
+    check_cache(replace(CACHED, **changes), LENGTHS, page_size=page_size, tiling=tiling)
+
+
 def test_lengths_that_are_no_lengths() -> None:
     """The host does not see them. The kernel reads no key outside of the cache."""
     for page_size in (None, 50):
@@ -146,7 +156,7 @@ def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: 
     call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
                       alibi="float32", sinks="float32", lse=True).call()
     spec = replace(spec, lengths=True, paged=paged)
-    source, _ = launch_decode.forward_program(spec, choose_decode(spec, call.problem))
+    source, _ = launch_decode.forward_program(spec, launch_decode.chosen(spec, call.problem, KeyCache(), absent_device(arch)))
     assert compiler.complaints(compiler.build(source, arch)[1]) == []
 
 
@@ -158,7 +168,8 @@ def test_kernels_for_eight_bit_caches_do_not_spill(arch: str, dtype: str, source
     call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
                       alibi="float32", sinks="float32", lse=True).call()
     spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=dtype)
-    config = replace(choose_decode(spec, call.problem), native=arch != "sm_80")
+    config = launch_decode.chosen(spec, call.problem, KeyCache(), absent_device(arch))
+    assert config.native == (arch != "sm_80")
     assert compiler.complaints(compiler.build(launch_decode.forward_program(spec, config)[0], arch)[1]) == []
 
 
@@ -169,7 +180,7 @@ def test_latent_caches_do_not_spill(arch: str, source: str | None) -> None:
     call, spec = Want("bfloat16", 576, width, seqlen_q=1, seqlen_k=4096, num_heads=128, num_heads_k=1, lse=True, window=(100, 5),
                       softcap=True).call()
     spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=source and "bfloat16")
-    config = launch_decode.fitted(choose_cached(spec, call.problem, None), spec, absent_device(arch))
+    config = launch_decode.chosen(spec, call.problem, KeyCache(), absent_device(arch))
     source_of, _ = launch_decode.forward_program(spec, config)
     assert compiler.complaints(compiler.build(source_of, arch)[1]) == [] and source_of.make()[1] <= absent_device(arch).shared_memory
     assert sum(width for _, width in launch_decode.slices_of(576, 500)) == 500
@@ -218,6 +229,42 @@ def test_tilings() -> None:
             registers = config.keys * max(dim, dim_v) * (4 if dtype == "float32" else 2) / 128
             assert registers <= 64 and (registers > 16 or config.keys == 32), (dtype, dim, dim_v)
             assert config.exact and rows <= config.rows < max(2 * rows, 17) and config.key_warps * config.row_warps == config.warps
+
+
+def test_rings_fit() -> None:
+    """What the table says of shared memory is what kernels take, and two blocks of it fit a multiprocessor."""
+    d, rings = absent_device("sm_90a"), 0
+    for dtype, dim, rows, source in itertools.product(("bfloat16", "float32"), (64, 128, 256), (1, 17, 64), (None, "float8_e4m3fn")):
+        if dtype == "float32" and (dim > 128 or source):
+            continue
+        call, spec = Want(dtype, dim, seqlen_q=rows, seqlen_k=4096, num_heads=8, num_heads_k=8, batch=16).call()
+        spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=source and dtype)
+        config = launch_decode.chosen(spec, call.problem, KeyCache(), d)
+        said, taken = shared_bytes(spec, config), launch_decode.forward_program(spec, config)[0].make()[1]
+        assert said - 512 <= taken <= said, (config, said, taken)
+        if config.stages:
+            rings += 1
+            assert rows == 64 and dtype == "bfloat16" and not source and 2 * (said + 1024) <= d.shared_memory + 1024
+    assert rings == 2                   # at head_dim 256 three slots a warp do not fit
+
+
+def test_what_is_chosen_on_hopper() -> None:
+    """(warps, cluster): few keys of few key heads are clusters, and others have one block a multiprocessor where that ends no later."""
+    def tiling(batch: int, keys: int, heads_k: int = 8, cache: KeyCache | None = None, arch: str = "sm_90a", **more: Any) -> Any:
+        sizes = {"seqlen_q": 1, "seqlen_k": keys, "num_heads": 4 * heads_k, "num_heads_k": heads_k, "batch": batch}
+        call, spec = Want(**sizes, **more).call()
+        config = launch_decode.chosen(spec, call.problem, cache, absent_device(arch))
+        assert config.blocks_per_sm * config.warps == 8
+        return config.warps, config.cluster
+    for cache in (None, KeyCache()):
+        assert [tiling(1, keys, cache=cache) for keys in (256, 1024, 2048, 4096)] == [(4, 8), (4, 8), (4, 8), (8, 1)]
+        assert [tiling(n, 1024, cache=cache) for n in (4, 5, 16, 64)] == [(4, 8), (8, 1), (8, 1), (4, 1)]
+        assert tiling(1, 8192, cache=cache) == tiling(1, 131072, cache=cache) == tiling(16, 8192, cache=cache) == (8, 1)
+    assert tiling(16, 1500, 20, head_dim=64) == (8, 1) and tiling(64, 4096) == (4, 1)
+    for splits in (1, 4):
+        assert tiling(1, 1024, cache=KeyCache(num_splits=splits)) == (4, 1)
+    assert tiling(2, 16384, cache=KeyCache()) == (4, 1)             # planned
+    assert tiling(1, 8192, dtype="float32", head_dim=64) == tiling(1, 1024, arch="sm_80") == tiling(1, 1024, arch="sm_120") == (4, 1)
 
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])

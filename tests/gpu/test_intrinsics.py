@@ -152,7 +152,7 @@ def run(name: str, src: Array | None = None, other: Array | None = None, dst: Ar
 def test_numbers(name: str) -> None:
     from fastattn.gpu.runtime.device import device
 
-    hopper = name.split(".")[0] in ("tma", "wgmma", "wgmma_8bit", "mbarrier", "matrix")
+    hopper = name.split(".")[0] in ("tma", "wgmma", "wgmma_8bit", "mbarrier", "matrix", "direct cluster")
     hopper = hopper or name in ("sync.barrier_arrive", "sync.wait_for_previous")
     if hopper and device(0).arch != "sm_90a":
         pytest.skip(f"needs sm_90a, this is {device(0).arch}")

@@ -1,7 +1,8 @@
 """The tiling of the split-key kernel, and which calls it runs."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ...problem import Problem
 from ..config import num_features
@@ -10,7 +11,7 @@ from ..spec import Spec
 ROWS = 16                   # query rows of a warp, of all heads that share a key head: those of an MMA
 # Of a block. An SM reads 10 16-bit elements of K and V a clock from memory (20 bytes: 4.4 TB/s over 132 SMs at 1.7 GHz), of which each
 # takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows should keep up. Measured, 16 x 8192 keys of 8
-# heads of 128: 16 rows 141 us, 32 rows 168, 64 rows 294, for which too few bytes are in flight (docs/log-gpu.md)
+# heads of 128: 16 rows 127 us, 32 rows 170, for which too few bytes are in flight, 64 rows 234 (docs/log-gpu.md)
 MOST_ROWS = 64
 # Of a request over caches: a tile of the other kernels has 64 rows and more of one query head, of which three quarters would be padding.
 # The blocks of this one have rows of all heads that share a key head: those of 128 heads over one latent cache fill two. To be measured
@@ -30,6 +31,13 @@ MOST_DIM = 256              # with more, registers do not hold O
 # of SLICE columns 64. Each slice computes all scores
 MOST_CACHED_DIM, SLICE = 576, 128
 WARP = 32                   # threads
+STAGES = 3                  # of a ring
+HOPPER = 90                 # the architecture
+CLUSTER, CLUSTER_STEPS = 8, 4           # blocks of a cluster: what every device with clusters takes; steps of a block
+RESERVED = 1024             # bytes of shared memory of each thread block that the system takes
+CHUNKS_BYTES = 512          # of a warp's chunks of 16 bytes
+PIECE = 32                  # bytes of four columns of a split's result, the row's maximum and its sum, as clusters send them
+ROW_BYTES = 32              # of what the scores of a row need, in shared memory
 NATIVE = 89                 # architectures from here on have an instruction that widens 8-bit numbers
 LEAST_WIDTH = 16            # columns of a block of mask words (rows/mask_words.py); otherwise the keys of a step
 MASK_COLUMNS = 32           # splits begin at multiples of it, so that a step has whole blocks of any config, or half a block
@@ -52,6 +60,13 @@ class DecodeConfig:
         head_dim and head_dim_v are the Spec's, without padding.
     keep_q
         Q is in shared memory, not in registers.
+    stages
+        Slots a warp of the ring in shared memory that warps with the same keys have for K and V. 0: K and V go to registers.
+    whole_pages
+        The keys of a step are in one page: the size of pages is a multiple of `keys`, and splits begin at multiples. With stages alone.
+    cluster
+        So many splits are a thread-block cluster, which merges them (cluster.py), and starts before the kernel before it has ended. 1: they
+        are merged through global memory (combine.py).
     native
         An instruction widens 8-bit numbers: since sm_89. A property of the device.
     blocks_per_sm
@@ -68,10 +83,14 @@ class DecodeConfig:
     blocks_per_sm: int = 2
     overhead: int = 4
     native: bool = False
+    stages: int = 0
+    whole_pages: bool = False
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         assert self.keys == 8 or self.keys % 16 == 0
         assert self.warps % self.row_warps == 0
+        assert self.stages == 0 or self.row_warps > 1
 
     @property
     def key_warps(self) -> int:
@@ -90,8 +109,52 @@ class DecodeConfig:
 
     @property
     def text(self) -> str:
-        return (f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm}" + " exact" * self.exact
-                + " keep_q" * self.keep_q + " native" * self.native)
+        flags = [name for name in ("exact", "keep_q", "native", "whole_pages") if getattr(self, name)]
+        return " ".join([f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm} stages {self.stages} "
+                         f"cluster {self.cluster} overhead {self.overhead}", *flags])
+
+
+class Chunks(NamedTuple):
+    """How a row of K and V is divided among lanes.
+
+    Parameters
+    ----------
+    size
+        Elements in 16 bytes.
+    k, v
+        Chunks of a lane.
+    whole_k, whole_v
+        Those of them that every head size has which the Spec stands for.
+    """
+
+    size: int
+    k: int
+    v: int
+    whole_k: int
+    whole_v: int
+
+
+def chunks_of(spec: Spec, config: DecodeConfig) -> Chunks:
+    size = 16 if spec.cache_dtype is not None else 4 if spec.dtype == "float32" else 8
+    least, least_v = (n if config.exact else n - 16 + size for n in (spec.head_dim, spec.head_dim_v))
+    return Chunks(size, -(-spec.head_dim // (4 * size)), -(-spec.head_dim_v // (8 * size)), least // (4 * size), least_v // (8 * size))
+
+
+def ring_bytes(spec: Spec, config: DecodeConfig) -> tuple[int, int]:
+    """(bytes of K of a step of a warp in shared memory, of K and V)."""
+    chunks = chunks_of(spec, config)
+    of_k = CHUNKS_BYTES * chunks.k * config.keys // 8
+    return of_k, of_k + CHUNKS_BYTES * chunks.v * config.keys // 4
+
+
+def shared_bytes(spec: Spec, config: DecodeConfig) -> int:
+    """Bytes of shared memory of a thread block: those of forward.py, which has the layout, and up to 512 more."""
+    chunks, ring, rows = chunks_of(spec, config), config.stages * ring_bytes(spec, config)[1], config.rows
+    out = ROWS * (32 * chunks.size * chunks.v + 16)
+    q = config.row_warps * CHUNKS_BYTES * chunks.k * (4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 2)
+    received = rows * spec.head_dim_v // 4 * PIECE if config.cluster > 1 else 0
+    return (max(config.warps * max(out, ring), rows * MOST_SPLITS * 8) + 8 * config.key_warps * rows + received
+            + (q + rows * (4 + ROW_BYTES) if config.keep_q else 0) + 128)
 
 
 def choose_decode(spec: Spec, p: Problem) -> DecodeConfig:
@@ -130,6 +193,30 @@ def _of_rows(spec: Spec, p: Problem, rows: int) -> DecodeConfig:
     exact = (p.head_dim, p.head_dim_v) == (spec.head_dim, spec.head_dim_v)
     keep_q = wide or dim > (MOST_Q_DIM // 2 if eight else MOST_Q_DIM)
     return DecodeConfig(keys=keys, row_warps=1 << (row_warps - 1).bit_length(), exact=exact, keep_q=keep_q)
+
+
+def with_ring(spec: Spec, config: DecodeConfig, shared_memory: int) -> DecodeConfig:
+    """The tiling with a ring, where it is faster and two thread blocks have room for it. shared_memory: bytes that a block may use.
+
+    Measured, 16 x 8192 keys of 8 heads of 128, registers and ring: 64 rows 292 and 234 us, 32 rows 170 and 177, 16 rows 127 and 172: copies
+    to shared memory come at 3 TB/s, loads at 4.2 as long as warps load different keys.
+    """
+    found = replace(config, stages=STAGES)
+    room = (shared_memory + RESERVED) // config.blocks_per_sm - RESERVED
+    fast = config.rows == MOST_ROWS and spec.dtype != "float32" and spec.cache_dtype is None
+    return found if fast and shared_bytes(spec, found) <= room else config
+
+
+def with_cluster(config: DecodeConfig, key_heads: int, keys: int, num_sms: int) -> DecodeConfig:
+    """The tiling with the splits of a key head as a cluster, where CLUSTER of them are CLUSTER_STEPS steps at most and all blocks run at
+    once.
+
+    Measured, one request of 8 heads of 128, through global memory, and a cluster of 16 and of 8 (with a ring, which takes 0.9 us more): 1k
+    keys 10.0, 7.1 and 6.8 us; 8k keys 16.5, 16.9 and 20.2.
+    """
+    steps = -(-keys // (CLUSTER * config.keys * config.key_warps))
+    fits = steps <= CLUSTER_STEPS and CLUSTER * key_heads <= config.blocks_per_sm * num_sms
+    return replace(config, cluster=CLUSTER, overhead=1) if fits else config
 
 
 def few_rows(p: Problem, num_sms: int) -> bool:

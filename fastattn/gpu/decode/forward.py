@@ -5,53 +5,74 @@
     shared memory   at the end: O of each warp | its maxima and sums, then those of all splits. Before: Q, where registers do not hold it
 
 A step prefetches the operands of the next one as soon as their registers are free: K after S, V after O. So memory is never idle. The
-results of the warps are summed in shared memory, those of the splits by the last block that finishes (combine.py). With more than 16 rows
-several warps load the same keys at about the same time: they come from memory once, and then from the L1 cache. None gets far ahead: the
-first one waits for memory, the others do not.
+results of the warps are summed in shared memory, those of the splits by the last block that finishes (combine.py), or where they are a
+cluster by all of its blocks (cluster.py). With more than 16 rows several warps load the same keys at about the same time: they come from
+memory once, and then from the L1 cache. None gets far ahead: the first one waits for memory, the others do not. Four such warps share what
+they load (operands.py).
 
 The other forwards have tiles of 64 rows and more of one query head. What this one wins over them: all multiprocessors load keys, and K
 and V are loaded once for all heads that share them. (Flash-Decoding, Dao et al. 2023.)
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import direct, direct_8bit, direct_parts
+from ..ptx import cluster, direct, direct_8bit, direct_parts
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
-from ..ptx.sync import any_lane, opaque, thread_index
+from ..ptx.sync import any_lane, opaque, take_turn, thread_index
 from ..spec import Spec
-from ..tile.fragments import lane_row, make_pack, quad_sum, scale_rows, zeros
+from ..tile.fragments import lane_row, make_pack, quad_max, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
+from .cluster import make_merge, received_bytes
 from .combine import make_combine, query_of, scale_at
-from .config import MOST_SPLITS, ROWS, DecodeConfig
+from .config import MOST_SPLITS, ROW_BYTES, ROWS, DecodeConfig, chunks_of, ring_bytes
+from .operands import Walk, make_operands
 from .places import make_place_of
-from .scores import ROW_BYTES, get_address, make_parked, make_row_scores, put_address
+from .scores import get_address, make_parked, make_row_scores, put_address
+
+
+class HeldQ(NamedTuple):
+    """Rows g and g + 8 of a warp's Q, a lane's chunks, and the factors of their scores."""
+
+    row0: Any
+    row1: Any
+    unit0: Any
+    unit1: Any
+
+
+class KeptQ(NamedTuple):
+    """The address of a lane's operands in shared memory, and the factors of its rows' scores."""
+
+    address: Any
+    unit0: Any
+    unit1: Any
 
 
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     KEYS, WARPS, ROW_WARPS, KEY_WARPS, KEEP_Q = config.keys, config.warps, config.row_warps, config.key_warps, config.keep_q
     EIGHT_BIT = spec.cache_dtype is not None
-    CHUNK = 16 if EIGHT_BIT else 4 if spec.dtype == "float32" else 8        # elements of K and V in 16 bytes
-    CHUNKS, CHUNKS_V = -(-spec.head_dim // (4 * CHUNK)), -(-spec.head_dim_v // (8 * CHUNK))
-    # the least head sizes that the Spec stands for, and the chunks that all of a row's lanes have then
-    least, least_v = (n if config.exact else n - 16 + CHUNK for n in (spec.head_dim, spec.head_dim_v))
-    WHOLE, WHOLE_V = least // (4 * CHUNK), least_v // (8 * CHUNK)
+    CHUNK, CHUNKS, CHUNKS_V, WHOLE, _ = chunks_of(spec, config)
     COUNT_S, COUNT_O = KEYS // 2, 4 * CHUNK * CHUNKS_V
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
-    LENGTHS, PAGED, PACKED = spec.lengths, spec.paged, spec.packed
+    NARROW = spec.p_dtype != spec.dtype          # q is bfloat16, and float16 in products
+    LENGTHS, PAGED, PACKED, STEP = spec.lengths, spec.paged, spec.packed, KEYS * KEY_WARPS
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
-    OUT = smem.take(max(KEY_WARPS * BLOCK_ROWS * PITCH, BLOCK_ROWS * MOST_SPLITS * 8), 16)      # combine uses it afterwards
+    # of a warp: the ring of K and V, then its rows of O. combine uses all of it afterwards
+    OUT_BYTES = max(ROWS * PITCH, config.stages * ring_bytes(spec, config)[1])
+    OUT = smem.take(max(WARPS * OUT_BYTES, BLOCK_ROWS * MOST_SPLITS * 8), 16)
     TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
     Q_BYTES = direct.Q_STEP * CHUNKS * (4 if EIGHT_BIT else 3 if spec.dtype == "float32" else 2)
     Q = smem.take(ROW_WARPS * Q_BYTES if KEEP_Q else 0, 16)
+    UNITS = smem.take(BLOCK_ROWS * 4 if KEEP_Q and NARROW else 0, 16)
+    RECEIVED, CLUSTER = smem.take(received_bytes(spec, config), 16), config.cluster
     LINES, TABLE = smem.take(BLOCK_ROWS * ROW_BYTES if KEEP_Q else 0, 16), smem.take(8 if KEEP_Q and PAGED else 0, 16)
     if spec.dtype == "float32":
         keep_q, qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
@@ -59,12 +80,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         qk, pv = direct.make_products(spec.dtype)
         keep_q, kept_qk = direct.make_kept(spec.dtype)
         if spec.cache_dtype is not None:
-            qk, kept_qk, pv = direct_8bit.make_products(spec.dtype, spec.cache_dtype, config.native)
+            qk, kept_qk, pv = direct_8bit.make_products(spec.p_dtype, spec.cache_dtype, config.native)
         qk = kept_qk if KEEP_Q else qk
-    load_rows, load_columns = direct.make_loads(ROW_WARPS == 1)
+    load_rows, _ = direct.make_loads(ROW_WARPS == 1)
     load_every_second = direct.make_load_pairs(ROW_WARPS == 1)
-    to_half, store_output = make_pack(spec.dtype), direct.make_store_output(16 // CHUNK)
-    row_bounds, place_of = make_row_bounds(spec), make_place_of(spec, BLOCK_ROWS, KEYS * KEY_WARPS, config.overhead)
+    to_half, store_output = make_pack(spec.p_dtype), direct.make_store_output(16 // CHUNK)
+    # a split has one step at least: what one more costs is known to the host
+    row_bounds, place_of = make_row_bounds(spec), make_place_of(spec, BLOCK_ROWS, STEP, 1)
     row_of, fetch, score = make_row_scores(spec, KEYS)
     park, addresses, numbers = make_parked(spec)
     update, _, _ = make_softmax(spec)
@@ -85,16 +107,19 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
-    def scale_of_keys(a, place):
+    def scale_of_keys(a, place, q):
+        """Factors of the scores of rows g and g + 8."""
         if EIGHT_BIT:
-            return scale_at(a.q_scale, a.q_scale_batch, a.q_scale_head, place) * scale_at(a.k_scale, a.k_scale_batch, a.k_scale_head, place)
+            scale = scale_at(a.k_scale, a.k_scale_batch, a.k_scale_head, place)
+            scale = scale * scale_at(a.q_scale, a.q_scale_batch, a.q_scale_head, place)
+            return scale * q.unit0, scale * q.unit1
         else:
-            return float32(1)
+            return float32(1), float32(1)
 
     @inline
     def scale_keys(acc_s, scale):
         if EIGHT_BIT:
-            return scale_rows(acc_s, scale, scale)
+            return scale_rows(acc_s, scale[0], scale[1])
         else:
             return acc_s
 
@@ -106,46 +131,78 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return int32(w - row_warp * KEY_WARPS), int32(row_warp * ROWS + lane_row(int32(thread & 31)))
 
     @inline
+    def narrow(words):
+        """(a lane's chunks of a row of Q for products, the factor of the row's scores): times a power of two all are below 2**15. What is
+        below 2**-28 of the largest number of the row loses bits, an error of 2**-39 of that number."""
+        if NARROW:
+            factor, unit = direct_8bit.factors(quad_max(direct_8bit.largest(words)))
+            return direct_8bit.narrowed(words, factor), unit
+        else:
+            return words, float32(1)
+
+    @inline
     def load_q(a, base, place, first, lane, w, rows):
-        """Rows g and g + 8 of the warp: in registers, or the address of its operands in shared memory."""
+        """Rows g and g + 8 of the warp, `first` and first + 8 of the block."""
         r0, r1 = int32(min(first, rows - 1)), int32(min(first + 8, rows - 1))
         if KEEP_Q:
-            address = int32(base + Q + divide(w, KEY_WARPS) * Q_BYTES + 16 * lane)
+            address, units = int32(base + Q + divide(w, KEY_WARPS) * Q_BYTES + 16 * lane), int32(base + UNITS + 4 * first)
             if w - divide(w, KEY_WARPS) * KEY_WARPS == 0:
-                keep_q(address, q_row(a, place, r0, int32(lane & 3)), q_row(a, place, r1, int32(lane & 3)))
+                (q0, unit0), (q1, unit1) = narrow(q_row(a, place, r0, int32(lane & 3))), narrow(q_row(a, place, r1, int32(lane & 3)))
+                keep_q(address, q0, q1)
+                if NARROW:      # the lanes of a quad write the same
+                    put(units, unit0)
+                    put(int32(units + 32), unit1)
             cuda.syncthreads()
-            return address
+            if NARROW:
+                return KeptQ(address, read(units)[0], read(int32(units + 32))[0])
+            else:
+                return KeptQ(address, float32(1), float32(1))
         else:
-            return q_row(a, place, r0, int32(lane & 3)), q_row(a, place, r1, int32(lane & 3))
+            (q0, unit0), (q1, unit1) = narrow(q_row(a, place, r0, int32(lane & 3))), narrow(q_row(a, place, r1, int32(lane & 3)))
+            return HeldQ(q0, q1, unit0, unit1)
 
     @inline
     def scores_of(q, k):
         """S = Q K^T."""
         if KEEP_Q:
-            return qk(zeros(COUNT_S), q, k)
+            return qk(zeros(COUNT_S), q.address, k)
         else:
-            return qk(zeros(COUNT_S), q[0], q[1], k)
+            return qk(zeros(COUNT_S), q.row0, q.row1, k)
+
+    @inline
+    def table_at(a, batch):
+        """Address of the batch entry's pages."""
+        if PAGED:
+            return uint64(a.table + batch * a.table_row)
+        else:
+            return uint64(0)
 
     @inline
     def table_of(a, base, batch, thread):
-        """Address of the batch entry's pages; or where that lies, stored before load_q's barrier."""
-        if not PAGED:
-            return uint64(0)
-        elif KEEP_Q:
-            if thread == 0:
-                put_address(int32(base + TABLE), uint64(a.table + batch * a.table_row))
-            return int32(base + TABLE)
-        else:
-            return uint64(a.table + batch * a.table_row)
+        """table_at; or where that lies, stored before load_q's barrier."""
+        if not KEEP_Q or not PAGED:
+            return table_at(a, batch)
+        if thread == 0:
+            put_address(int32(base + TABLE), table_at(a, batch))
+        return int32(base + TABLE)
 
     @inline
     def pages_of(a, table, by_page):
+        """direct.Pages. table: of table_at."""
         if not PAGED:
             return int32(0)
-        elif KEEP_Q:
-            return direct.Pages(get_address(table), a.table_entry, by_page, a.last_page, a.page_size, a.page_magic, a.page_shift)
         else:
             return direct.Pages(table, a.table_entry, by_page, a.last_page, a.page_size, a.page_magic, a.page_shift)
+
+    @inline
+    def pages_of_place(a, table, by_page):
+        """direct.Pages. table: of table_of."""
+        if KEEP_Q and PAGED:
+            return pages_of(a, get_address(table), by_page)
+        else:
+            return pages_of(a, table, by_page)
+
+    start, first_k_v, k_of, next_k, v_of, next_v, finish = make_operands(spec, config, pages_of, pages_of_place)
 
     @inline
     def base_of(pointer, by_batch, by_head, batch, head_k, chunk):
@@ -155,14 +212,15 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return uint64(pointer + uint64(batch * by_batch + head_k * by_head) + uint64(16 * chunk))
 
     @inline
-    def load_k(a, base, key, last, chunk, table):
-        return load_rows(base, a.k_row, key, last, KEYS, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE,
-                         pages_of(a, table, a.k_batch))
+    def ring_of(base, n):
+        """Shared address of the ring of warps with keys n."""
+        return int32(base + OUT + n * ROW_WARPS * OUT_BYTES)
 
     @inline
-    def load_v(a, base, key, last, chunk, table):
-        return load_columns(base, a.v_row, key, last, KEYS, CHUNKS_V, int32(divide(a.head_dim_v, CHUNK) - chunk), WHOLE_V,
-                            pages_of(a, table, a.v_batch))
+    def out_of(base, n, row):
+        """Shared address of a row of O of warps with keys n."""
+        row_warp = divide(row, ROWS)
+        return int32(base + OUT + (n * ROW_WARPS + row_warp) * OUT_BYTES + (row - row_warp * ROWS) * PITCH)
 
     @inline
     def score_row(a, place, r):
@@ -234,66 +292,76 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         out0, out1, out2, out3 = float32(0), float32(0), float32(0), float32(0)
         for n in range(KEY_WARPS):
             part = factor(a, base, int32(n), row, top)
-            x = read4(int32(base + OUT + (n * BLOCK_ROWS + row) * PITCH + 4 * column))
+            x = read4(int32(out_of(base, int32(n), row) + 4 * column))
             out0, out1, out2, out3 = out0 + part * x[0], out1 + part * x[1], out2 + part * x[2], out3 + part * x[3]
         return (out0, out1, out2, out3), top, total
 
+    merge = make_merge(spec, config, RECEIVED, fours, result, put_out)
+
     def kernel(a):
+        if CLUSTER > 1:
+            take_turn()
+            cluster.arrive()
         base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
         thread = int32(cuda.threadIdx.x)
         w, lane = int32(thread >> 5), int32(thread & 31)
         g, c = lane_row(lane), int32(lane & 3)          # the lane's first row, its chunk of a row
         place = place_of(a, int32(cuda.blockIdx.x))
         if LENGTHS:
-            if place.split >= place.splits or place.rows == 0:
+            if place.rows == 0 or (CLUSTER == 1 and place.split >= place.splits):
                 return
         rows = place.rows
         last = int32(place.end - 1)
         key_warp, row = warp_of(thread)
+        row_warp = int32(divide(w, KEY_WARPS))
+        key, ring = int32(place.first + key_warp * KEYS), int32(ring_of(base, key_warp) + 16 * lane)
+        k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
+        v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
+        start(a, ring, Walk(k_base, v_base, last, g, c, key_warp, row_warp, table_at(a, place.batch)), key)
         lines = rows_of(a, base, place, row, rows, thread)
         table = table_of(a, base, place.batch, thread)
         q = load_q(a, base, place, row, lane, w, rows)
-        k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
-        v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
-        key_scale = scale_of_keys(a, place)
+        walk = Walk(k_base, v_base, last, g, c, key_warp, row_warp, table)
+        key_scale = scale_of_keys(a, place, q)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
-        key = int32(place.first + key_warp * KEYS)
         if key <= last:
-            k = load_k(a, k_base, int32(key + g), last, c, table)
-            v = load_v(a, v_base, int32(key + 2 * c), last, g, table)
+            k, v = first_k_v(a, ring, walk, key)
             while key <= last:
-                following = int32(key + KEY_WARPS * KEYS)
                 column = int32(key + 2 * c)
                 row0, row1 = before_s(lines)
                 early = fetch(a, row0, row1, column, place.seqlen_k)
-                acc_s = scale_keys(scores_of(q, k), key_scale)
-                k = load_k(a, k_base, int32(following + g), last, c, table)
+                acc_s = scale_keys(scores_of(q, k_of(walk, k)), key_scale)
+                k = next_k(a, ring, walk, key, k)
                 row0, row1 = behind_s(lines)
                 acc_s = score(a, acc_s, early, row0, row1, column)
                 acc_s = keep(acc_s, TwoIntervals(row0.lo, row0.hi, row1.lo, row1.hi), column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-                acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v)
-                v = load_v(a, v_base, int32(following + 2 * c), last, g, table)
-                key = following
+                acc_o = pv(rescale(acc_o, alpha0, alpha1), to_half(acc_s), v_of(walk, v))
+                v = next_v(a, ring, walk, key, v)
+                key = int32(key + STEP)
         # computed again: the loop has no registers for what is needed only behind it
         place, thread = place_of(a, opaque(int32(cuda.blockIdx.x))), thread_index()
         splits, rows = place.splits, place.rows
         lane, c, (key_warp, row) = int32(thread & 31), int32(thread & 3), warp_of(thread)
         note(base, key_warp, row, lane, max0, sum0)
         note(base, key_warp, int32(row + 8), lane, max1, sum1)
-        store_output(acc_o, int32(base + OUT + (key_warp * BLOCK_ROWS + row) * PITCH + 8 * CHUNK * c), PITCH)
+        finish(key_warp)
+        store_output(acc_o, int32(out_of(base, key_warp, row) + 8 * CHUNK * c), PITCH)
         cuda.syncthreads()
-        i = thread
-        while i < rows * fours(a):
-            r = divide(i, fours(a))
-            column = int32((i - r * fours(a)) * 4)
-            values, maximum, total = result(a, base, r, column)
-            if splits == 1:
-                put_out(a, place, r, column, values, maximum, total)
-            else:
-                put_part(a, place, r, column, values, maximum, total)
-            i = int32(i + 32 * WARPS)
-        if splits > 1:
-            combine(a, base, thread, place)
+        if CLUSTER > 1:
+            merge(a, base, thread, place)
+        else:
+            i = thread
+            while i < rows * fours(a):
+                r = divide(i, fours(a))
+                column = int32((i - r * fours(a)) * 4)
+                values, maximum, total = result(a, base, r, column)
+                if splits == 1:
+                    put_out(a, place, r, column, values, maximum, total)
+                else:
+                    put_part(a, place, r, column, values, maximum, total)
+                i = int32(i + 32 * WARPS)
+            if splits > 1:
+                combine(a, base, thread, place)
 
     return kernel, smem.size - ALIGN + 16

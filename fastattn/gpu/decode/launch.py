@@ -1,7 +1,7 @@
 """Launches of the split-key kernel: which calls it runs, how keys are split. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from ..runtime.workspace import MOST_ARRIVALS
 from ..spec import FAR_TOPS, MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, make_spec, whole_chunks
 from .config import (
     FEW_KEYS,
+    HOPPER,
     LEAST_WIDTH,
     MASK_COLUMNS,
     MOST_CACHED_DIM,
@@ -41,6 +42,8 @@ from .config import (
     most_units,
     page_division,
     plan_entries,
+    with_cluster,
+    with_ring,
 )
 
 make_forward, make_plan = late("decode.forward", "make_forward"), late("decode.plan", "make_plan")
@@ -121,7 +124,7 @@ def forward_program(spec: Spec, config: DecodeConfig) -> Program:
     own = FORWARD + LENGTHS * spec.lengths + PLAN * spec.planned + SCALES * (spec.cache_dtype is not None) + TABLE * spec.paged
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("q", "k", "v", "out"), online=True),
-                   WARP * config.warps, config.blocks_per_sm)
+                   WARP * config.warps, config.blocks_per_sm, config.cluster > 1, config.cluster)
 
 
 class Tiling(Protocol):
@@ -136,22 +139,29 @@ class Tiling(Protocol):
 
 
 def split_keys(key_heads: int, keys: int, config: Tiling, num_sms: int) -> tuple[int, int]:
-    """(number of splits, keys of each) for which the last thread block is estimated to end first.
+    """(number of splits, keys of each) for which the last thread block is estimated to end first. `key_heads`: of the whole batch."""
+    return min(_times(key_heads, keys, config, num_sms))[1:]
 
-    `key_heads`: of the whole batch. Time is counted in steps.
-    """
+
+def _times(key_heads: int, keys: int, config: Tiling, num_sms: int) -> Iterator[tuple[int, int, int]]:
+    """(time, splits, keys of each) for all numbers of splits. Time is counted in steps of `config.keys` keys a warp, of a multiprocessor
+    that is full of warps."""
     step, slots = config.step, num_sms * config.blocks_per_sm
-
-    def divided(count: int) -> tuple[int, int]:
+    for count in range(1, min(MOST_SPLITS, -(-keys // step)) + 1 if key_heads <= MOST_ARRIVALS else 2):
         steps = -(-keys // (count * step))
-        return -(-keys // (steps * step)), steps
+        splits = -(-keys // (steps * step))
+        yield -(-key_heads * splits // slots) * (steps + config.overhead), splits, steps * step
 
-    def time(count: int) -> int:
-        count, steps = divided(count)
-        return -(-key_heads * count // slots) * (steps + config.overhead)
-    most = min(MOST_SPLITS, -(-keys // step)) if key_heads <= MOST_ARRIVALS else 1
-    count, steps = divided(min(range(1, most + 1), key=time))
-    return count, steps * step
+
+def with_warps(config: DecodeConfig, key_heads: int, keys: int, num_sms: int) -> DecodeConfig:
+    """One thread block of eight warps a multiprocessor in place of two of four, where the last one is estimated to end at most 2 % later.
+
+    There are fewer results to merge. Measured, its time as a part of the other's (docs/log-gpu.md): 1 x 8k and 32k keys 0.91 and 0.96,
+    16 x 1k 0.91, 320 key heads of 1500 keys 0.93, 16 x 8k 1.01 and 1.0, 1 x 128k 0.99. Where the estimate is higher, 64 x 1k: 1.14.
+    """
+    wide = replace(config, warps=8, blocks_per_sm=1)
+    time, time_wide = (min(_times(key_heads, keys, x, num_sms))[0] for x in (config, wide))
+    return wide if 50 * time_wide <= 51 * time else config
 
 
 def _range(p: Problem, pairs: bool) -> tuple[int, int]:
@@ -197,19 +207,20 @@ def scales_of(call: Call, factor: float) -> tuple[Any, ...]:
     return *values, factor
 
 
-def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None) -> Launch:
+def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None, config: DecodeConfig | None = None) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only.
 
     cache: what k and v are, if not arrays of problem.seqlen_k keys. Their lengths are seqused_k then, which the host does not read.
+    config: a tiling to be used in place of the chosen one.
     """
     p = call.problem
     spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
     if p.eight_bit is not None:
         spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=p.eight_bit.out_dtype)
-    if cache is None:
-        config = choose_decode(spec, p)
-    else:
-        config = fitted(choose_cached(spec, p, cache.num_splits), spec, launcher.device)
+    config = config or chosen(spec, p, cache, launcher.device)
+    if cache is not None:
+        whole = cache.block_table is not None and call.operands.k.shape[1] % config.keys == 0 and not spec.left
+        config = replace(config, whole_pages=whole and config.stages > 0)
         spec = replace(spec, planned=plans(p, config, cache.num_splits))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
@@ -223,6 +234,9 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     if cache is not None:
         one_block = not p.packed and p.seqlen_q * p.group <= config.rows
         splits = device_splits(key_heads, p.seqlen_k if one_block else 0, splits, cache.num_splits)
+    if config.cluster > 1:
+        step = config.keys * config.key_warps
+        splits, keys = config.cluster, -(-(end - first) // (config.cluster * step)) * step
     grid, own = key_heads * splits, (rows, splits, keys, first, end, p.num_heads_k)
     width = max(config.keys, LEAST_WIDTH)
     out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
@@ -237,7 +251,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
         with (mask_words(call, width, launcher, stream) as call,
               launcher.temporary(out_bytes + 8 * splits * rows, stream) as part):
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
-    return launch if splits == 1 else launch_split
+    return launch if splits == 1 or config.cluster > 1 else launch_split
 
 
 def plans(p: Problem, config: DecodeConfig, num_splits: int | None) -> bool:
@@ -271,6 +285,23 @@ def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache
             more = _cache_values(call, cache, config.rows, (plan,))
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
     return launch
+
+
+def chosen(spec: Spec, p: Problem, cache: KeyCache | None, d: Device) -> DecodeConfig:
+    """The tiling of a call on a device. What is Hopper's alone here has been measured there alone."""
+    asked = None if cache is None else cache.num_splits
+    config = fitted(choose_decode(spec, p) if cache is None else choose_cached(spec, p, asked), spec, d)
+    if arch_of(d.arch).number != HOPPER:
+        return config
+    if config.row_warps > 1:
+        return with_ring(spec, config, d.shared_memory)
+    if asked is not None or (cache is not None and plans(p, config, asked)):
+        return config
+    key_heads, (first, end) = p.num_heads_k * (p.batch if cache is None else units_of(p, config.rows)), _range(p, spec.bias_pairs)
+    clustered = with_cluster(config, key_heads, end - first, d.num_sms)
+    if clustered != config or spec.dtype == "float32" or spec.cache_dtype is not None:
+        return clustered
+    return with_warps(config, key_heads, end - first, d.num_sms)
 
 
 def fitted(config: DecodeConfig, spec: Spec, d: Device) -> DecodeConfig:

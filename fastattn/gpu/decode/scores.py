@@ -50,8 +50,6 @@ class Row(NamedTuple):
     query: Any
 
 
-ROW_BYTES = 32              # of a parked Row
-
 
 @inline
 def put_address(address, value):

@@ -16,6 +16,7 @@ from ..dsl.asm import I32, I64, VOID, emit, instruction, literals
 
 wait_all = instruction("cp.async.wait_all;")         # until this thread's copies have landed; those of others need a barrier, too
 copy16 = instruction("cp.async.cg.shared.global [$0], [$1], 16;", "rl")        # (to, from), both multiples of 16
+commit = instruction("cp.async.commit_group;")       # this thread's copies since the last one are a group
 load_shared_b64 = instruction("ld.shared.b64 $0, [$1];", "r", "l")
 store_shared_b64 = instruction("st.shared.b64 [$0], $1;", "rl")
 
@@ -31,6 +32,11 @@ _SCATTER = ("{{ .reg .pred p; .reg .b16 t<8>; .reg .b32 w<4>; .reg .b64 s; mov.b
             "ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{source}]; "
             + "".join(f"mov.b32 {{{{t{2 * k}, t{2 * k + 1}}}}}, w{k}; " for k in range(4))
             + "".join(f"setp.gt.s32 p, $3, {k}; @p st.global.b16 [s], t{k}; add.s64 s, s, $2; " for k in range(8)) + "}}")
+
+
+def wait_group(most: int) -> Any:
+    """Until at most the newest `most` groups of this thread's copies are on their way."""
+    return instruction(f"cp.async.wait_group {most};")
 
 
 def make_load(whole: bool) -> Any:

@@ -23,7 +23,7 @@ from ..dsl.asm import F32, I32, I64, VOID, emit, literals, pack, unpack
 from .memory import emit_store_shared_vector
 from .mma import multiply
 
-Q_STEP = 512                # bytes of a warp's registers of Q for an MMA in shared memory: 16 a lane
+STEP = Q_STEP = 512         # bytes of a warp's chunks, or of its registers of Q for an MMA, in shared memory: 16 a lane
 
 
 def _load(builder: Any, once: bool, address: Any, offset: int, inside: Any = None) -> list[Any]:
@@ -79,6 +79,24 @@ def _paged_row(builder: Any, base: Any, by_row: Any, row: Any, last: Any, pages:
     return builder.add(base, builder.mul(builder.zext(within, I64), by_row))
 
 
+@intrinsic
+def row_in_page(typingctx: Any, base: Any, by_row: Any, row: Any, pages: Any) -> Any:
+    """Address of a row that exists. base: of row 0 of page 0. pages: Pages."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        base, by_row, row, given = args
+        return _paged_row(builder, base, by_row, row, row, Pages(*unpack(builder, given, len(Pages._fields))))
+    return signature(types.uint64, types.uint64, types.int64, types.int32, pages), generate
+
+
+def _addresses(builder: Any, args: Any, pages: Any, offsets: list[int]) -> list[Any]:
+    """Addresses of the lane's first chunks of rows row + n for n in `offsets`. args: base, by_row, row, last and the values of pages."""
+    base, by_row, row, last, given = args
+    if isinstance(pages, types.NamedTuple):
+        found = Pages(*unpack(builder, given, len(Pages._fields)))
+        return [_paged_row(builder, base, by_row, builder.add(row, I32(n)), last, found) for n in offsets]
+    return [_row(builder, base, by_row, builder.add(row, I32(n)), last) for n in offsets]
+
+
 def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> Any:
     """load(base, by_row, row, last, count, chunks, left, whole, pages): of rows row + n for n in rows_of(count) `chunks` chunks each, every
     `lanes`-th one.
@@ -92,14 +110,8 @@ def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> A
         n, wide, sure = literals(count, chunks, whole)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            base, by_row, row, last, _, _, left, _, given = args
-            words = []
-            for offset in rows_of(n):
-                own = builder.add(row, I32(offset))
-                if isinstance(pages, types.NamedTuple):
-                    at = _paged_row(builder, base, by_row, own, last, Pages(*unpack(builder, given, len(Pages._fields))))
-                else:
-                    at = _row(builder, base, by_row, own, last)
+            left, words = args[6], []
+            for at in _addresses(builder, (*args[:4], args[8]), pages, rows_of(n)):
                 for j in range(wide):
                     inside = None if j < sure else builder.icmp_signed("<", I32(lanes * j), left)
                     words += _load(builder, once, at, 16 * lanes * j, inside)
@@ -108,6 +120,55 @@ def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> A
         kinds = types.uint64, types.int64, types.int32, types.int32, count, chunks, types.int32, whole, pages
         return signature(result, *kinds), generate
     return load
+
+
+def _make_copy(rows_of: Callable[[int], list[int]], lanes: int) -> tuple[Any, Any]:
+    """(copy, take): _make_load through shared memory, so that more is on its way than registers hold.
+
+    copy(to, base, by_row, row, last, count, chunks, left, whole, pages, part, parts): start, by cp.async. to: the lane's shared address, 16
+        bytes after its neighbour's; every chunk of a row takes STEP bytes of all lanes. Of `parts` warps that copy together each starts
+        those of its part, every `parts`-th chunk
+    take(to, count, chunks): the words of `load`
+    """
+    @intrinsic
+    def copy(typingctx: Any, to: Any, base: Any, by_row: Any, row: Any, last: Any, count: Any, chunks: Any, left: Any, whole: Any,
+             pages: Any, part: Any, parts: Any) -> Any:
+        n, wide, sure, together = literals(count, chunks, whole, parts)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            to, left, part = args[0], args[7], args[10]
+            for r, at in enumerate(_addresses(builder, (*args[1:5], args[9]), pages, rows_of(n))):
+                for j in range(wide):
+                    number = r * wide + j
+                    text = f"cp.async.cg.shared.global [$0+{STEP * number}], [$1+{16 * lanes * j}], 16"
+                    operands = [to, at]
+                    if j >= sure:
+                        operands.append(builder.select(builder.icmp_signed("<", I32(lanes * j), left), I32(16), I32(0)))
+                        text += ", $2"
+                    kinds = "r,l,r"[:2 * len(operands) - 1]
+                    if together > 1:
+                        text = (f"{{ .reg .pred p; setp.eq.b32 p, ${len(operands)}, {number % together}; @p {text}; }}")
+                        operands, kinds = [*operands, part], kinds + ",r"
+                    emit(builder, VOID, text + ";" * (together == 1), kinds + ",~{memory}", operands)
+            return context.get_dummy_value()
+        row = types.int32, types.uint64, types.int64, types.int32, types.int32
+        kinds = *row, count, chunks, types.int32, whole, pages, types.int32, parts
+        return signature(types.none, *kinds), generate
+
+    @intrinsic
+    def take(typingctx: Any, to: Any, count: Any, chunks: Any) -> Any:
+        n, wide = literals(count, chunks)
+        chunks_of = len(rows_of(n)) * wide
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return pack(builder, [word for k in range(chunks_of) for word in load_operand(builder, args[0], STEP * k)])
+        return signature(types.UniTuple(types.int32, 4 * chunks_of), types.int32, count, chunks), generate
+    return copy, take
+
+
+def _rows_of(count: int) -> list[int]:
+    """The rows of Q or K that a lane loads of `count`, counted from g."""
+    return list(range(0, count, 8))
 
 
 def keys_of(count: int) -> list[int]:
@@ -121,12 +182,17 @@ def make_loads(once: bool) -> tuple[Any, Any]:
     load_rows: a lane's part of `count` rows of Q or K, a multiple of 8: `row` is the first row plus g, `base` that of chunk c
     load_columns: of `count` rows of V, 8 or a multiple of 16: `row` is the first row plus 2 c, `base` that of chunk g
     """
-    return _make_load(lambda count: list(range(0, count, 8)), 4, once), _make_load(keys_of, 8, once)
+    return _make_load(_rows_of, 4, once), _make_load(keys_of, 8, once)
+
+
+def make_copies() -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """((copy_rows, take_rows), (copy_columns, take_columns)): make_loads through shared memory, see _make_copy."""
+    return _make_copy(_rows_of, 4), _make_copy(keys_of, 8)
 
 
 def make_load_pairs(once: bool) -> Any:
     """load_rows of every second chunk: chunks c, c + 8, ... of a row, where K's have 8 bits."""
-    return _make_load(lambda count: list(range(0, count, 8)), 8, once)
+    return _make_load(_rows_of, 8, once)
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ..dsl.asm import I32, emit, pack, unpack
+from ..dsl.asm import F32, I32, emit, pack, unpack
 from .direct import Q_STEP, load_operand
 from .mma import multiply
 
@@ -56,6 +56,41 @@ def weave(typingctx: Any, even: Any, odd: Any) -> Any:
         first, second = (unpack(builder, x, even.count) for x in args)
         return pack(builder, [word for n in range(0, even.count, 4) for word in (*first[n:n + 4], *second[n:n + 4])])
     return signature(types.UniTuple(types.int32, 2 * even.count), even, odd), generate
+
+
+@intrinsic
+def largest(typingctx: Any, words: Any) -> Any:
+    """2**n of the largest finite bfloat16 of a tuple of words, which is below 2**(n + 1); 0 for subnormal ones. As float32."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        found = I32(0)
+        for word in unpack(builder, args[0], words.count):
+            for bits in (word, builder.lshr(word, I32(16))):
+                exponent = builder.and_(bits, I32(0x7F80))
+                higher = builder.and_(builder.icmp_signed(">", exponent, found), builder.icmp_signed("<", exponent, I32(0x7F80)))
+                found = builder.select(higher, exponent, found)
+        return builder.bitcast(builder.shl(found, I32(16)), F32)
+    return signature(types.float32, words), generate
+
+
+@intrinsic
+def factors(typingctx: Any, top: Any) -> Any:
+    """(2**(14 - n), 2**(n - 14)) of top = 2**n: numbers below 2**(n + 1) times the first are below 2**15. n is -112 at least."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        exponent = builder.lshr(builder.bitcast(args[0], I32), I32(23))
+        exponent = builder.select(builder.icmp_signed(">", exponent, I32(15)), exponent, I32(15))
+        bits = builder.sub(I32(2 * 127 + 14), exponent), builder.sub(exponent, I32(14))
+        return pack(builder, [builder.bitcast(builder.shl(x, I32(23)), F32) for x in bits])
+    return signature(types.UniTuple(types.float32, 2), types.float32), generate
+
+
+@intrinsic
+def narrowed(typingctx: Any, words: Any, factor: Any) -> Any:
+    """Pairs of bfloat16 times a power of two as pairs of float16. From 2**-14 on they are exact, below they are multiples of 2**-24."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        text = ("{ .reg .f32 x, y; .reg .b32 t; shl.b32 t, $1, 16; mov.b32 x, t; and.b32 t, $1, 0xFFFF0000; mov.b32 y, t; "
+                "mul.f32 x, x, $2; mul.f32 y, y, $2; cvt.rn.f16x2.f32 $0, y, x; }")
+        return pack(builder, [emit(builder, I32, text, "=r,r,f", [word, args[1]], False) for word in unpack(builder, args[0], words.count)])
+    return signature(words, words, types.float32), generate
 
 
 def make_products(dtype: str, source: str, native: bool) -> tuple[Any, Any, Any]:

@@ -34,6 +34,7 @@ from .notice import announced
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",
              "cuda-core")
+PORTABLE_CLUSTER = 8    # blocks of a cluster that every device takes that has clusters; sm_90 takes 16 if the kernel allows it
 _lock = threading.RLock()       # one compilation at a time
 _LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # letter of a field -> letter of struct
 
@@ -55,6 +56,8 @@ class Source:
         Of a thread block.
     blocks_per_sm
         Thread blocks of a multiprocessor, which bound the registers of a thread.
+    cluster
+        So many neighbouring blocks are a cluster, of which a grid has a whole number. Since sm_90.
     early
         It may start before the kernel before it has ended: it waits itself (ptx/sync.py).
     """
@@ -65,6 +68,7 @@ class Source:
     threads: int
     blocks_per_sm: int = 1
     early: bool = False
+    cluster: int = 1
 
 
 def fields_of(text: str) -> tuple[tuple[str, str], ...]:
@@ -245,6 +249,9 @@ class Kernel:
             [kernel] = check(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuKernelSetAttribute(attribute, self.shared_memory, kernel, ordinal), "cuKernelSetAttribute")
+            if source.cluster > PORTABLE_CLUSTER:
+                allowed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+                check(driver.cuKernelSetAttribute(allowed, 1, kernel, ordinal), "cuKernelSetAttribute")
             self._function = check(driver.cuKernelGetFunction(kernel), "cuKernelGetFunction")
         self._launch, self._check = driver.cuLaunchKernelEx, check
 
@@ -284,11 +291,20 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.blockDimX, config.sharedMemBytes = grid, self.source.threads, self.shared_memory
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        attributes = []
         if self.source.early:
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
+            attributes.append(early)
+        if self.source.cluster > 1:
+            cluster = driver.CUlaunchAttribute()
+            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = cluster.value.clusterDim
+            size.x, size.y, size.z = self.source.cluster, 1, 1
+            attributes.append(cluster)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
     def enqueue(self, config: Any, arguments: int) -> None:

@@ -175,6 +175,6 @@ class Program(NamedTuple):
 
 
 def program(key: str, make: Callable[[], tuple[Any, int]], arguments: Arguments, threads: int,
-            blocks_per_sm: int = 1, early: bool = False) -> Program:
+            blocks_per_sm: int = 1, early: bool = False, cluster: int = 1) -> Program:
     """The Program of a Source with these fields, see there."""
-    return Program(Source(key, make, arguments.fields, threads, blocks_per_sm, early), arguments)
+    return Program(Source(key, make, arguments.fields, threads, blocks_per_sm, early, cluster), arguments)

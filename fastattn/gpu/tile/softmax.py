@@ -54,7 +54,7 @@ def make_far(spec: Spec) -> tuple[Any, Any]:
     is_far(a, maximum): whether the row is far
     row_scale(a, maximum): the factor of its scores
     """
-    SCALED, log2_scale, BEYOND = spec.scaled, make_log2_scale(spec), float32(far_limits(spec.dtype, 1.0)[0])
+    SCALED, log2_scale, BEYOND = spec.scaled, make_log2_scale(spec), float32(far_limits(spec.dtype, 1.0, spec.p_dtype)[0])
 
     @inline
     def is_far(a, maximum):

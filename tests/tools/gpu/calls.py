@@ -12,6 +12,7 @@ from fastattn.arrays import convert
 from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
 from fastattn.gpu.decode import launch as decode
+from fastattn.gpu.decode.config import choose_cached
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.options import read_eight_bit, read_options
 from fastattn.problem import Operands, Problem, make_problem
@@ -119,9 +120,11 @@ class CacheCall(NamedTuple):
     k: Any
     v: Any
 
-    def launch(self, launcher: Any, stream: int = 0) -> None:
+    def launch(self, launcher: Any, stream: int = 0, **tiling: Any) -> None:
+        """tiling: fields of the DecodeConfig that differ from the chosen one's."""
         assert decode.refuses_cache(self.call, self.spec) is None
-        decode.prepare(self.call, self.spec, launcher, self.cache)(self.call, stream)
+        config = replace(choose_cached(self.spec, self.call.problem, self.cache.num_splits), **tiling) if tiling else None
+        decode.prepare(self.call, self.spec, launcher, self.cache, config)(self.call, stream)
 
     @property
     def spec(self) -> Any:
@@ -165,11 +168,11 @@ def _paged(x: Any, numbers: Any, page_size: int) -> Any:
     return pages
 
 
-def interpreted_cache(case: Case, lengths: list[int], **settings: Any) -> tuple[Any, Any, Any, Any]:
-    """(out, lse, k, v) of a CacheCall, run from its PTX."""
+def interpreted_cache(case: Case, lengths: list[int], tiling: dict[str, Any] | None = None, **settings: Any) -> tuple[Any, Any, Any, Any]:
+    """(out, lse, k, v) of a CacheCall, run from its PTX. tiling: see CacheCall.launch."""
     memory = interpreter.Memory()
     made = cache_call(case, lambda x: memory.place(x, convert.view(x, "test", "x")), lengths, **settings)
-    made.launch(interpreter.Launcher(memory))
+    made.launch(interpreter.Launcher(memory), **(tiling or {}))
     call = made.call
     assert call.lse is not None
     return memory.read(call.out, case.make().args[0].dtype), memory.read(call.lse, np.float32), made.k, made.v

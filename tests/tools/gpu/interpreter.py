@@ -23,11 +23,13 @@ from fastattn.gpu.precompile import HERE, absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
 from tests.tools.gpu.builds import build
+from tests.tools.gpu.interpreter_copies import Copies
 from tests.tools.gpu.numbers import bits_of, compare, cut_off, floats_of, flushed, halves_of_bytes, halves_times
 from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
 Array = np.ndarray[Any, Any]
 BASE, ROOM, GAP = 1 << 40, 1 << 28, 4096        # addresses begin at BASE; arrays are GAP bytes apart
+RANK = 24                                       # bits of an address in a block of a cluster
 MOST_BLOCKS = 2_000_000                         # basic blocks that are run before a kernel counts as hanging
 _TYPES: dict[str, Any] = {"s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
                           "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64, "u8": np.uint8,
@@ -89,12 +91,13 @@ class Shared:
 
 
 # ---------------------------------------------------------------- running
-class Run:
+class Run(Copies):
     """One launch of a kernel."""
 
-    def __init__(self, body: Body, memory: Memory, grid: int, threads: int, shared: int, values: dict[str, Any]) -> None:
+    def __init__(self, body: Body, memory: Memory, grid: int, threads: int, shared: int, values: dict[str, Any], cluster: int = 1) -> None:
         self.body, self.memory, self.values = body, memory, values
-        self.count, self.threads = grid * threads, threads
+        self.count, self.threads, self.cluster = grid * threads, threads, cluster
+        assert grid % cluster == 0, "a cluster is not whole"
         number = np.arange(self.count)
         self.thread, self.block = (number % threads).astype(np.uint32), number // threads
         end, self.arrays = shared, dict[str, int]()         # the address of each
@@ -152,9 +155,12 @@ class Run:
     # -------------------------------------------------------- the loop
     def go(self) -> None:
         at, waiting, last = np.zeros(self.count, np.int64), np.zeros(self.count, bool), len(self.body.blocks)
+        self.arrived, self.clustered = np.zeros(self.count, np.int64), np.zeros(self.count, bool)
+        self.named = np.zeros(self.count, np.int64)
         for _ in range(MOST_BLOCKS):
-            ready = ~waiting & (at < last)
+            ready = ~waiting & ~self.clustered & (self.named == 0) & (at < last)
             if not ready.any():
+                assert not self.clustered.any() and not self.named.any(), "a barrier of a cluster or of warps to which not all threads come"
                 if not waiting.any():
                     return
                 per_block = (waiting | (at >= last)).reshape(-1, self.threads)
@@ -171,6 +177,12 @@ class Run:
                     at[chosen] = self.body.labels[instruction.operands[0]]
                 elif op in ("ret", "exit"):
                     at[self.guarded(instruction, active)] = last
+                    self.release_clusters(at, last)
+                elif op.startswith("barrier.cluster.wait"):
+                    self.clustered[active] = True
+                    self.release_clusters(at, last)
+                elif op.startswith("bar.sync") and len(instruction.operands) == 2:
+                    self.come_to(*instruction.operands, active)
                 elif op.startswith("bar.sync"):
                     waiting[active] = True
                     self.release(waiting, at, last)
@@ -185,6 +197,23 @@ class Run:
         by_block = waiting.reshape(-1, self.threads)
         done = (by_block | (at >= last).reshape(-1, self.threads)).all(axis=1)
         by_block[done] = False
+
+    def come_to(self, number: Any, threads: Any, active: Array) -> None:
+        """A named barrier, which goes on when so many threads of a block wait there."""
+        self.named[active] = self.get(number, active, "u32")
+        wanted = np.unique(np.broadcast_to(self.get(threads, active, "u32"), len(active))).item()
+        by_block = self.named.reshape(-1, self.threads)
+        for which in np.unique(self.named[active]):
+            assert which > 0, "barrier 0 is that of the block"
+            there = by_block == which
+            assert (there.sum(axis=1) <= wanted).all(), "too many threads at a barrier"
+            by_block[there & (there.sum(axis=1, keepdims=True) == wanted)] = 0
+
+    def release_clusters(self, at: Array, last: int) -> None:
+        """Let the threads go on that wait for their cluster, all of whose threads have arrived as often, or ended."""
+        shape = -1, self.threads * self.cluster
+        least = np.where(at >= last, 1 << 60, self.arrived).reshape(shape).min(axis=1, keepdims=True)
+        self.clustered &= (self.arrived.reshape(shape) > least).reshape(-1)
 
     def guarded(self, instruction: Instruction, active: Array) -> Array:
         if not instruction.guard:
@@ -360,6 +389,16 @@ class Run:
             found = flags.any(axis=1) if op[2] == "any" else flags.all(axis=1)
         self.put(x[0], active, np.repeat(found, 32))
 
+    def _barrier(self, op: list[str], x: list[Any], active: Array) -> None:
+        assert op[1:3] == ["cluster", "arrive"]
+        self.arrived[active] += 1
+
+    def _mapa(self, op: list[str], x: list[Any], active: Array) -> None:
+        """An address in the cluster has the block's rank, and 1, above RANK bits."""
+        rank = np.broadcast_to(self.get(x[2], active, "u32"), len(active))
+        assert (rank < self.cluster).all()
+        self.put(x[0], active, self.get(x[1], active, "u32") | ((rank + np.uint32(1)) << np.uint32(RANK)))
+
     def _bar(self, op: list[str], x: list[Any], active: Array) -> None:
         self.warps(active, "bar.warp")
 
@@ -375,12 +414,14 @@ class Run:
 
     def places(self, op: list[str], x: Any, active: Array) -> tuple[Array, Any, list[Array]]:
         """(The memory as numbers of the type, the type, indices of each of the vector's elements)."""
-        shared, dtype = "shared" in op, _TYPES[op[-1]]
+        shared, dtype, block = "shared" in op or "shared::cluster" in op, _TYPES[op[-1]], self.block[active]
         size, vector = np.dtype(dtype).itemsize, next((int(y[1:]) for y in op if re.fullmatch(r"v\d", y)), 1)
         at = self.address(x, active, shared)
         assert not (at % (size * vector)).any(), "misaligned vector"
+        if "shared::cluster" in op:
+            block, at = block // self.cluster * self.cluster + (at >> RANK) - 1, at & ((1 << RANK) - 1)
         memory = self.shared.bytes if shared else self.memory.bytes
-        return memory.view(dtype), dtype, [self.shared.words(at + k * size, size, self.block[active]) if shared
+        return memory.view(dtype), dtype, [self.shared.words(at + k * size, size, block) if shared
                                            else self.memory.words(at + k * size, size) for k in range(vector)]
 
     def _ld(self, op: list[str], x: list[Any], active: Array) -> None:
@@ -449,7 +490,7 @@ class Launcher(Listing):
             self.launched.append(source.key)
             numbers = [_LETTERS[letter](value) for (_, letter), value in zip(source.fields, values, strict=True)]
             if grid:
-                Run(body, self.memory, grid, source.threads, shared, dict(zip(body.params, numbers, strict=True))).go()
+                Run(body, self.memory, grid, source.threads, shared, dict(zip(body.params, numbers, strict=True)), source.cluster).go()
         return SimpleNamespace(launch=launch)
 
     @contextlib.contextmanager

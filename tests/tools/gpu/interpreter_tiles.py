@@ -1,7 +1,4 @@
-"""interpreter.py with the instructions of the kernels whose tiles are in shared memory: ldmatrix, movmatrix, cp.async, sums in memory.
-
-Copies land when they are issued, so waits are not checked.
-"""
+"""interpreter.py with the instructions of the kernels whose tiles are in shared memory: ldmatrix, movmatrix, sums in memory."""
 from __future__ import annotations
 
 import contextlib
@@ -44,17 +41,6 @@ class TileRun(interpreter.Run):
         tile = tile.swapaxes(1, 2)
         low, high = (tile[:, _LANE // 4, 2 * (_LANE % 4) + half] for half in range(2))
         self.put(x[0], active, (low | high << np.uint32(16)).reshape(-1))
-
-    def _cp(self, op: list[str], x: list[Any], active: Array) -> None:
-        if "shared" not in op:
-            return                      # cp.async.wait_all, commit_group
-        to = self.shared.words(self.address(x[0], active, True), 16, self.block[active])
-        size = np.full(len(active), 16) if len(x) < 4 else np.broadcast_to(self.get(x[3], active, "s32"), len(active))
-        there, memory = size > 0, self.shared.bytes[:self.shared.bytes.size // 16 * 16].reshape(-1, 16)
-        memory[to[~there]] = 0
-        if there.any():
-            source = self.memory.words(self.address(x[1], active, False)[there], 16)
-            memory[to[there]] = self.memory.bytes.reshape(-1, 16)[source]
 
     def _red(self, op: list[str], x: list[Any], active: Array) -> None:
         memory, dtype, places = self.places(op, x[0], active)

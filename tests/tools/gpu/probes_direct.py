@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, int32, int64, uint8, uint64
+from numba import cuda, int32, int64, uint8, uint32, uint64
 
-from fastattn.gpu.ptx import direct, direct_parts, memory, scalar
+from fastattn.gpu.decode.config import page_division
+from fastattn.gpu.dsl.inline import inline
+from fastattn.gpu.ptx import cluster, cp_async, direct, direct_parts, memory, scalar
 from fastattn.gpu.ptx.mma import KIND
 from fastattn.gpu.tile import fragments as f
 from tests.tools.gpu.probes import HALVES, Array, add, as_matrix, normal
@@ -93,3 +95,108 @@ for KEYS in (8, 16):
             products(dtype, KEYS), check_products(dtype, KEYS), name=f"direct.make_products {dtype} {KEYS}", shared=16 * PITCH + 16)
     add("direct_parts.keep_q direct_parts.qk direct_parts.pv", f"mma.sync.aligned.{depth}.row.col.f32.bf16.bf16; ld.shared.v4.b32",
         products("float32", KEYS), check_products("float32", KEYS), name=f"direct_parts {KEYS}", shared=32 * 512 * 3 // 2 + 16)
+
+
+RING = 8192                 # bytes of 16 rows of 128 16-bit columns, twice
+
+
+def copied(parts: int) -> Callable[[], Any]:
+    """Rows and columns by way of shared memory: the words that loads give. V is waited for after K, as a group of its own. Lanes copy each
+    part themselves."""
+    (copy_rows, take_rows), (copy_columns, take_columns) = direct.make_copies()
+    load_rows, load_columns = direct.make_loads(True)
+    k_there, v_there = cp_async.wait_group(1), cp_async.wait_group(0)
+
+    def make() -> Any:
+        def kernel(a):
+            lane = int32(cuda.threadIdx.x)
+            g, c, last = int32(lane >> 2), int32(lane & 3), int32(a.n - 1)
+            ring = int32(((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16) + 16 * lane)
+            chunk, chunk_v = uint64(a.src + uint64(16 * c)), uint64(a.src + uint64(16 * g))
+            left, left_v = int32(DIM // 8 - c), int32(DIM // 8 - g)
+            for part in range(parts):
+                copy_rows(ring, chunk, int64(2 * DIM), g, last, 16, 4, left, 3, int32(0), int32(part), parts)
+            cp_async.commit()
+            for part in range(parts):
+                copy_columns(int32(ring + 4096), chunk_v, int64(2 * DIM), int32(2 * c), last, 16, 2, left_v, 1, int32(0), int32(part),
+                             parts)
+            cp_async.commit()
+            k_there()
+            save_words(a.dst, 0, take_rows(ring, 16, 4), 32)
+            v_there()
+            save_words(a.dst, 32, take_columns(int32(ring + 4096), 16, 2), 32)
+            save_words(a.dst, 64, load_rows(chunk, int64(2 * DIM), g, last, 16, 4, left, 3, int32(0)), 32)
+            save_words(a.dst, 96, load_columns(chunk_v, int64(2 * DIM), int32(2 * c), last, 16, 2, left_v, 1, int32(0)), 32)
+        return kernel
+    return make
+
+
+@inline
+def save_words(dst, first, words, count):
+    """Word k of a lane to row first + k, a column for each lane."""
+    at = uint64(dst + uint64(4 * (32 * first + int32(cuda.threadIdx.x))))
+    for k in range(count):
+        memory.store_b32(uint64(at + uint64(128 * k)), words[k])
+
+
+def pages() -> Any:
+    """A lane's row in pages of five rows of 48 bytes: its address."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        found = direct.Pages(a.other, int64(4), int64(1000), int32(6), int32(5), uint32(PAGE_MAGIC), uint32(PAGE_SHIFT))
+        at = direct.row_in_page(a.src, int64(48), lane, found)
+        memory.store_b32(uint64(a.dst + uint64(4 * lane)), int32(at - a.src))
+    return kernel
+
+
+PAGE_MAGIC, PAGE_SHIFT = page_division(5)
+
+
+def check_pages(launch: Any) -> None:
+    table, row = np.array([3, 0, 5, -1, 2, 99, 1], np.int32), np.arange(32)
+    there = np.where((table < 0) | (table > 6), 6, table)
+    got = launch(np.zeros(4, np.int32), table, dst=np.zeros(32, np.int32), n=0)
+    np.testing.assert_array_equal(got, there[row // 5] * 1000 + row % 5 * 48)
+
+
+add("direct.row_in_page", "ld.global.nc.b32", lambda: pages(), check_pages)
+
+
+def check_copied(launch: Any) -> None:
+    for n in (16, 11, 1):
+        got = launch(np.arange(8 * DIM, dtype=np.int32), np.zeros(4, np.int32), dst=np.full(128 * 32, -1, np.int32), n=n)
+        assert (got[:64 * 32] == got[64 * 32:]).all() and (got != -1).any()
+
+
+for parts in (1, 2):
+    add("direct.make_copies cp_async.commit cp_async.wait_group",
+        "cp.async.cg.shared.global; cp.async.commit_group; cp.async.wait_group 1; ld.shared.v4.b32",
+        copied(parts), check_copied, name=f"direct.make_copies {parts}", shared=RING + 16)
+
+
+def sent() -> Any:
+    """Each lane sends six numbers to the place of the opposite lane. A block without a cluster is one of its own."""
+    def kernel(a):
+        lane, base = int32(cuda.threadIdx.x), int32((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        cluster.arrive()
+        cluster.wait()
+        to = cluster.address_in(int32(base + 32 * (31 - lane)), int32(0))
+        at = uint64(a.src + uint64(24 * lane))
+        cluster.store_four(to, memory.load_f32(at), memory.load_f32(uint64(at + uint64(4))),
+                           memory.load_f32(uint64(at + uint64(8))), memory.load_f32(uint64(at + uint64(12))))
+        cluster.store_two(int32(to + 16), memory.load_f32(uint64(at + uint64(16))), memory.load_f32(uint64(at + uint64(20))))
+        cluster.arrive()
+        cluster.wait()
+        for k in range(6):
+            memory.store_b32(uint64(a.dst + uint64(24 * lane + 4 * k)), memory.load_shared_b32(int32(base + 32 * lane + 4 * k)))
+    return kernel
+
+
+def check_sent(launch: Any) -> None:
+    x = normal(32, 6)
+    np.testing.assert_array_equal(launch(x, np.zeros(4, np.int32), dst=np.zeros((32, 6), np.float32), n=0), x[::-1])
+
+
+add("cluster.arrive cluster.wait cluster.address_in cluster.store_four cluster.store_two",
+    "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mapa.shared::cluster.u32; st.shared::cluster.v4.f32; "
+    "st.shared::cluster.v2.f32", lambda: sent(), check_sent, name="direct cluster", shared=1024 + 16)

@@ -136,3 +136,39 @@ for source in ("float8_e4m3fn", "float8_e5m2"):
                     check_products(dtype, source, KEYS), name=f"direct_8bit {name} {KEYS}", shared=16 * PITCH + 16)
             add("direct_8bit.make_products", instruction, codes(dtype, source, native), check_codes(dtype, source),
                 name=f"direct_8bit codes {name}")
+
+
+def narrow() -> Any:
+    """Each lane has four words of a row of its own; factors are those of the whole row."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        words = load_words(uint64(a.src + uint64(16 * lane)), int64(0), int32(0), int32(0), 8, 1, int32(1), 1, int32(0))
+        factor, unit = direct_8bit.factors(f.quad_max(direct_8bit.largest(words)))
+        half = direct_8bit.narrowed(words, factor)
+        for k in range(4):
+            memory.store_b32(uint64(a.dst + uint64(20 * lane + 4 * k)), half[k])
+        memory.store_f32(uint64(a.dst + uint64(20 * lane + 16)), unit)
+    return kernel
+
+
+load_words, _ = direct.make_loads(True)
+
+
+def check_narrow(launch: Any) -> None:
+    """Eight rows of 32 numbers of all sizes, some not finite."""
+    draw = np.random.default_rng(1)
+    q = (draw.standard_normal((8, 32)) * 2.0**draw.integers(-20, 1, (8, 32)) * 2.0**np.array([0, 100, -100, 126, -126, 3, -3, 50])[:, None])
+    q = q.astype(NUMPY["bfloat16"])
+    q[5, 3], q[6, 7] = np.inf, np.nan
+    q[7] = 0
+    q[7, 0] = 2.0**-133
+    got = launch(q, np.zeros(4, np.int32), dst=np.zeros((32, 5), np.float32), n=0).reshape(8, 4, 5)
+    half = np.ascontiguousarray(got[:, :, :4]).view(np.float16).reshape(8, 32).astype(np.float64)
+    unit = got[:, :, 4].astype(np.float64)
+    assert (unit == unit[:, :1]).all() and (np.log2(unit) % 1 == 0).all()
+    assert np.array_equal(half * unit[:, :1], q.astype(np.float64), equal_nan=True)
+    assert (np.abs(half[:5]).max(axis=1) >= 2.0**14).sum() == 4         # but for the smallest row, whose unit has no smaller one
+
+
+add("direct_8bit.largest direct_8bit.factors direct_8bit.narrowed", "cvt.rn.f16x2.f32", lambda: narrow(), check_narrow,
+    name="direct_8bit.narrowed")

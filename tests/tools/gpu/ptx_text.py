@@ -76,6 +76,6 @@ def parse(ptx: str) -> Body:
                 op, _, more = op.partition("\t")
                 operands = more + operands
             body.blocks[-1].append(Instruction(op, [_operand(x) for x in _split(operands)], name, inverted))
-            if op.startswith(("bra", "bar.sync", "ret", "exit")):
+            if op.startswith(("bra", "bar.sync", "barrier.cluster.wait", "ret", "exit")):
                 body.blocks.append([])
     return body
