@@ -120,6 +120,51 @@ def to_e4m3(typingctx: Any, acc: Any) -> Any:
 
 
 @intrinsic
+def any_saturated(typingctx: Any, packed: Any) -> Any:
+    """1 if a non-negative number of `to_e4m3` is the largest one, 448, or NaN, else 0."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        found = None
+        for word in unpack(builder, args[0], packed.count):     # 448 is 0x7e: adding 2 sets a byte's sign, which none has
+            x = builder.add(word, I32(0x02020202))
+            found = x if found is None else builder.or_(found, x)
+        some = builder.icmp_signed("!=", builder.and_(found, I32(-0x7F7F7F80)), I32(0))
+        return builder.zext(some, I32)
+    return signature(types.int32, packed), generate
+
+
+@intrinsic
+def copy_after(typingctx: Any, acc: Any, packed: Any) -> Any:
+    """acc in other registers, copied when the non-negative numbers of `to_e4m3` are there: their signs, which are 0, are added to its bits.
+    Registers that the compiler copies are copied earlier, while those of the unpacked numbers are still in use."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        signs = I32(0)
+        for word in unpack(builder, args[1], packed.count):
+            signs = builder.or_(signs, word)
+        zero = emit(builder, I32, "and.b32 $0, $1, 0x80000000;", "=r,r", [signs])
+        return pack(builder, [emit(builder, F32, "xor.b32 $0, $1, $2;", "=f,f,r", [x, zero]) for x in unpack(builder, args[0], acc.count)])
+    return signature(acc, acc, packed), generate
+
+
+@intrinsic
+def words_after(typingctx: Any, packed: Any, acc: Any, nothing: Any) -> Any:
+    """packed in other registers, copied when acc is there. nothing: 0, which the compiler must not know."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = emit(builder, I32, "and.b32 $0, $1, $2;", "=r,f,r", [unpack(builder, args[1], acc.count)[0], args[2]])
+        return pack(builder, [emit(builder, I32, "xor.b32 $0, $1, $2;", "=r,r,r", [x, zero]) for x in unpack(builder, args[0], packed.count)])
+    return signature(packed, packed, acc, types.int32), generate
+
+
+@intrinsic
+def split_totals(typingctx: Any, acc: Any) -> Any:
+    """(acc without its last eight columns, a quarter of the two rows' last column)."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = unpack(builder, args[0], acc.count)
+        totals = [builder.fmul(x[-4 + k], F32(0.25)) for k in (0, 2)]
+        return context.make_tuple(builder, sig.return_type, [pack(builder, x[:-4]), *totals])
+    return signature(types.Tuple((types.UniTuple(types.float32, acc.count - 4), types.float32, types.float32)), acc), generate
+
+
+@intrinsic
 def transpose_bytes(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """4 x 4 bytes: word i of the result has byte i of each of the four."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

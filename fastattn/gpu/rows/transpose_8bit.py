@@ -17,6 +17,7 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx.memory import load_b32_if, load_f32, load_shared_b32, shared_address, store_f32, store_shared_b32, store_words
+from ..ptx.sync import let_next_start
 from ..ptx.wgmma_8bit import transpose_bytes
 from ..tile.schedule import make_sequence_at
 from .config import TRANSPOSE_THREADS as THREADS
@@ -80,6 +81,7 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
         store_f32(to + uint64(4), out)
 
     def kernel(a):
+        let_next_start()        # the forward, which waits for the end of this kernel
         base = int32(shared_address(cuda.shared.array(0, uint8)))
         t, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         plane = divide(t, a.blocks)

@@ -44,11 +44,14 @@ class Forward8BitConfig(ForwardSm90Config):
     gather: int = 1
     parked: bool = False
     offset: int = OFFSET
+    ahead: bool = False
+    ones: bool = False
+    pairs: bool = True
 
     def __post_init__(self) -> None:
-        assert self.gather in (1, 2, 4) and self.degree in (2, 3) and (self.gather > 1 or not self.parked)
+        assert self.gather in (1, 2, 4, 8, 16) and self.degree in (2, 3) and (self.gather > 1 or not self.parked)
         assert self.pieces == 1 or (self.gather == 1 and not self.optimistic), "a piece is added when it is there"
-        assert not self.optimistic or self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
+        assert not self.optimistic or self.ones or self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
 
     @property
     def panel(self) -> int:
@@ -60,7 +63,8 @@ class Forward8BitConfig(ForwardSm90Config):
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} pieces {self.pieces}" + " turns" * self.turns
                 + f" polynomial {self.polynomial} of {self.degree}" * (self.polynomial > 0) + " optimistic" * self.optimistic
                 + f" gather {self.gather}" * (self.gather > 1) + " parked" * self.parked
-                + f" offset {self.offset}" * (self.offset != OFFSET))
+                + f" offset {self.offset}" * (self.offset != OFFSET) + " ahead" * self.ahead + " ones" * self.ones
+                + " pairs" * (self.ahead and self.pairs))
 
 
 def row_bytes(dim: int) -> int:

@@ -20,6 +20,7 @@ from .config import OUT_ROWS, WARPGROUP
 from .config_8bit import DIMS, Forward8BitConfig, choose_forward_8bit
 
 make_forward_8bit, make_transpose = late("sm90.forward_8bit", "make_forward_8bit"), late("rows.transpose_8bit", "make_transpose")
+make_ahead = late("sm90.forward_8bit_ahead", "make_forward_ahead")
 FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i scales:l num_heads_k:i"
 TRANSPOSE = ("v:l v_batch:q v_row:q v_head:q vt:l scales:l log2_scale:f factor:f q_scale:l q_scale_batch:q q_scale_head:q "
              "k_scale:l k_scale_batch:q k_scale_head:q v_scale:l v_scale_batch:q v_scale_head:q out_scale:l "
@@ -93,8 +94,8 @@ def transpose(call: Call, config: Forward8BitConfig, to: int, scales: int, launc
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype_v: str) -> Program:
     kinds = "" if (dtype_k, dtype_v) == (spec.dtype, spec.dtype) else f" k={dtype_k} v={dtype_v}"
-    return program(f"forward_sm90_8bit {spec.text}{kinds} | {config.text}", lambda: make_forward_8bit(spec, config, dtype_k, dtype_v),
-                   Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.consumers))
+    return program(f"forward_sm90_8bit {spec.text}{kinds} | {config.text}", lambda: (make_ahead if config.ahead else make_forward_8bit)(spec, config, dtype_k, dtype_v),
+                   Arguments(spec, FORWARD, ("out",)), WARPGROUP * (1 + config.consumers), early=config.ahead)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.sm90 import forward_8bit, launch_8bit
+from fastattn.gpu.sm90 import forward_8bit, forward_8bit_ahead, launch_8bit
 from fastattn.gpu.sm90.config_8bit import choose_forward_8bit, row_bytes
 from fastattn.gpu.spec import Call
 from fastattn.masks import row_bounds
@@ -25,7 +25,7 @@ Key = namedtuple("Key", "row head batch")
 class Play8(Play):
     """One launch. `starts`: of packed sequences, each one's first row in K and its first block in the transposed V."""
 
-    modules = ("sm90.forward_8bit", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.ring", "tile.smem")
+    modules = ("sm90.forward_8bit", "sm90.forward_8bit_ahead", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.ring", "tile.smem")
 
     def __init__(self, config: Any, dim: int, seed: int, starts: list[tuple[int, int]] | None = None) -> None:
         self.dim, self.row, self.pieces = dim, row_bytes(dim), config.pieces
@@ -61,14 +61,15 @@ class Play8(Play):
 
     def pv8(self, acc: Fragment, p: Fragment, v: int, rows: int) -> Fragment:
         agent, size = self.pause(), rows * self.config.panel
-        assert p.kind == "P" and rows == self.dim
+        assert p.kind == "P" and rows == self.dim + 8 * self.config.ones
+        own = self.dim * self.config.panel      # without the ones
         piece = None
         for j in range(self.panels):
             panel = next(x for x in agent.block.panels if x.start <= v + j * size < x.end)
-            here = (v + j * size - panel.start) // (size // self.pieces)
+            here = (v + j * size - panel.start) // (own // self.pieces)
             assert piece in (None, here)
             piece = here
-            tensor, place = self.read(agent, v + j * size, size // self.pieces, 0)
+            tensor, place = self.read(agent, v + j * size, own // self.pieces, 0)
             assert p.k is not None and tensor == "v" and (place.head, place.batch) == (p.k.head, p.k.batch)
             assert place.row in {(n * self.panels + j) * self.dim for n in self.blocks_of(p.k)}, "P of one block, V of another"
         return self.fly(agent, Fragment("piece", p.q, p.k, (p.k,), at=piece))
@@ -111,7 +112,9 @@ class Play8(Play):
             return raised, probabilities, lambda *_: (1.0, 0.0)
         products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_pv_onto=lambda *_: self.pv8_onto,
                                    make_descriptor=lambda width: lambda at: at,
-                                   to_e4m3=self.to_half)
+                                   to_e4m3=self.to_half, copy_after=lambda acc, packed: self.at_rest(acc),
+                                   words_after=lambda packed, acc, zero: packed, any_saturated=lambda packed: int(self.random.random() < .1),
+                                   split_totals=lambda acc: (acc, 1.0, 1.0))
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
                                   "own_zeros": lambda n: Fragment("0"), "store_sums": self.store_sums, "add_sums": self.add_sums,
                                   "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes, "make_pack": lambda dtype: self.pack}
@@ -126,7 +129,8 @@ def play(call: Call, seed: int, change: Any = None, starts: list[tuple[int, int]
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
-        kernel, _ = edited(forward_8bit.make_forward_8bit, change)(spec, config, "float8_e4m3fn", "float8_e4m3fn")
+        make = forward_8bit_ahead.make_forward_ahead if config.ahead else forward_8bit.make_forward_8bit
+        kernel, _ = edited(make, change)(spec, config, "float8_e4m3fn", "float8_e4m3fn")
         own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), 0, call.problem.num_heads_k
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     assert not any(made.counters.values()), "the counter is not as it was found"
