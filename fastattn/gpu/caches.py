@@ -15,6 +15,7 @@ from ..memo import Recent
 from ..problem import CacheOperands, Operands
 from .eight_bit import rescale
 from .rows import append_launch
+from .rows.widen_launch import HALVES
 from .runtime.launcher import Launcher
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_spec
 
@@ -23,12 +24,13 @@ ALIGNED = 256               # an address as good as any of the temporary memory
 
 def attention_alone(call: Call, address: int = ALIGNED) -> tuple[Call, int]:
     """The call after the append, with its q at an address, and the bytes of q there; 0 where q is the call's. A q is rotated there, or
-    widened: 8-bit numbers to float16, which is exact."""
+    widened: 8-bit numbers to the output's dtype if that has 16 bits, else to float16. Both are exact."""
     p, q = call.problem, call.operands.q
     eight = p.dtype in EIGHT_BIT
     if p.cache is None or not (eight or p.cache.rotary is not None):
         return call, 0
-    made, size = append_launch.workspace_of(q, address, "float16" if eight else q.dtype)
+    dtype = q.dtype if not eight else p.out_dtype if p.out_dtype in HALVES else "float16"
+    made, size = append_launch.workspace_of(q, address, dtype)
     return replace(call, problem=replace(p, dtype=made.dtype) if eight else p, operands=replace(call.operands, q=made)), size
 
 
