@@ -96,7 +96,8 @@ def load_chunk(dtype: str) -> Any:
             if dtype == "float32":
                 given = [builder.bitcast(x, F32) for x in given]
             elif widen is not None:
-                given = [half_to_float(builder, half, "float16") for x in given for pair in widen(builder, x) for half in halves(builder, pair)]
+                pairs = [pair for x in given for pair in widen(builder, x)]
+                given = [half_to_float(builder, half, "float16") for x in pairs for half in halves(builder, x)]
             elif dtype != "float64":
                 given = [half_to_float(builder, half, dtype) for x in given for half in halves(builder, x)]
             return pack(builder, given)

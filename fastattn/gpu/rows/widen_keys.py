@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int32, int64, uint32, uint64
+from numba import cuda, float32, int32, int64, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx.memory import load_b32
 from ..ptx.scalar import load_chunk, load_if
-from ..tile.requests import make_request_at
+from ..tile.requests import make_place_of, make_request_at
 from .config import WIDEN_KEYS as KEYS
 from .config import WIDEN_THREADS as THREADS
 from .transform import scale_chunk, store_chunk
@@ -36,17 +35,7 @@ class Side(NamedTuple):
 
 def make_widen(dtype: str, target: str, PAGED: bool) -> Any:
     """widen(a, side, scale_of, b, first, count, thread): keys `first` to first + count of request b."""
-    load, put = load_chunk(dtype), store_chunk(target)
-
-    @inline
-    def place_of(a, b, key):
-        """(page, its row) of a request's key."""
-        if PAGED:
-            entry = divide(key, a.page_size)
-            page = load_b32(uint64(a.table + uint64(b * a.table_row + entry * a.table_entry)))
-            return int32(min(uint32(page), uint32(a.last_page))), int32(key - entry * a.page_size)
-        else:
-            return b, key
+    load, put, place_of = load_chunk(dtype), store_chunk(target), make_place_of(PAGED)
 
     @inline
     def widen(a, side, scale_of, b, first, count, thread):

@@ -92,7 +92,7 @@ def _some(x: View | None, axis: int, bounds: tuple[int, int]) -> View | None:
     return replace(x, ptr=x.ptr + bounds[0] * x.strides[axis], shape=shape)
 
 
-def _of_part(call: Call, part: Part) -> Call:
+def of_part(call: Call, part: Part) -> Call:
     """The call of some requests and heads."""
     p, o = call.problem, call.operands
     whole = Part((0, p.batch), (0, p.num_heads_k))
@@ -146,9 +146,9 @@ def prepare(call: Call, attend: Callable[[Call], Launch], launcher: Launcher) ->
     e = call.problem.eight_bit
     assert e is not None
     kernel = launcher.load(widen_source(call.operands.k.dtype, call.operands.v.dtype, call.problem.dtype, call.problem.packed, is_paged(call)))
-    size, forwards = widened(_of_part(call, parts[0]), 0)[1], dict[tuple[int, int], Launch]()
+    size, forwards = widened(of_part(call, parts[0]), 0)[1], dict[tuple[int, int], Launch]()
     for part in parts:
-        some = _of_part(call, part)
+        some = of_part(call, part)
         sizes = some.problem.batch, some.problem.num_heads_k
         if sizes not in forwards:
             forwards[sizes] = attend(widened(some, ALIGNED)[0])
@@ -156,7 +156,7 @@ def prepare(call: Call, attend: Callable[[Call], Launch], launcher: Launcher) ->
     def launch(call: Call, stream: int) -> None:
         with launcher.temporary(size, stream) as memory:
             for part in parts:
-                some = _of_part(call, part)
+                some = of_part(call, part)
                 wide, _ = widened(some, memory)
                 kernel.launch(*_widening(some, wide), stream)
                 forwards[some.problem.batch, some.problem.num_heads_k](wide, stream)

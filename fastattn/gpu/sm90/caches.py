@@ -96,11 +96,17 @@ def by_splits(call: Call, d: Device, tiled: str | None) -> bool:
     return tiled is not None or p.cache.num_splits == 1 or p.seqlen_q <= FEW_QUERIES or few_rows(p, d.num_sms)
 
 
+def lengths(call: Call) -> tuple[int, ...]:
+    """Values of LENGTHS."""
+    used, cache = call.operands.seqused_k, call.problem.cache
+    assert cache is not None and used is not None
+    return used.ptr, used.strides[0], int(cache.append)
+
+
 def values(call: Call) -> tuple[int, ...]:
     """Values of LENGTHS and, with pages, of PAGES."""
-    p, used, table = call.problem, call.operands.seqused_k, pages_of(call)
-    assert p.cache is not None and used is not None
-    found: tuple[int, ...] = used.ptr, used.strides[0], int(p.cache.append)
+    p, table, found = call.problem, pages_of(call), lengths(call)
+    assert p.cache is not None
     if table is not None:
         entry = table.strides[1] if len(table.shape) == 2 else 0
         found += (table.ptr, table.strides[0], entry, p.cache.pages - 1, p.cache.page_size, *page_division(p.cache.page_size))

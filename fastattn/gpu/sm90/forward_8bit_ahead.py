@@ -22,7 +22,19 @@ from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32, store_shared_b32
 from ..ptx.sums import APART, PIECE, add_sums, store_sums
-from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, fence_async, increase_registers, opaque, thread_index, uniform, wait_for_previous
+from ..ptx.sync import (
+    any_lane,
+    any_thread,
+    barrier,
+    barrier_arrive,
+    decrease_registers,
+    fence_async,
+    increase_registers,
+    opaque,
+    thread_index,
+    uniform,
+    wait_for_previous,
+)
 from ..spec import Spec
 from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
 from ..tile.mask import make_diagonals, make_keep

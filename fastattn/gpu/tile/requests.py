@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import int32, uint64
+from numba import int32, uint32, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx.memory import load_b32
@@ -66,3 +66,17 @@ def make_request_of_row(PACKED: bool) -> Any:
         else:
             return divide(row, a.seqlen_q)
     return request_of_row
+
+
+def make_place_of(PAGED: bool) -> Any:
+    """place_of(a, b, key): (page, its row) of a request's key, which it has. A page that does not exist is the last one, as in pages.py;
+    without pages request b has row b of the cache."""
+    @inline
+    def place_of(a, b, key):
+        if PAGED:
+            entry = divide(key, a.page_size)
+            page = load_b32(uint64(a.table + uint64(b * a.table_row + entry * a.table_entry)))
+            return int32(min(uint32(page), uint32(a.last_page))), int32(key - entry * a.page_size)
+        else:
+            return b, key
+    return place_of

@@ -1,7 +1,8 @@
 """Prompts over paged caches beside `attention` on whole arrays, in one run: `python -m tests.tools.gpu.prefill_times [--dim 128]`.
 
 TFLOP/s, causal, bfloat16, 32 query and 8 key heads, of requests with so many rows and keys; pages are shuffled. `packed`: queries of all
-requests in one array. `8 bits`: caches of e4m3, contiguous and in pages of 64. The last column is the slowest of all 16-bit pages, as a part of `attention`. Medians of rounds in which all
+requests in one array. `8 bits`: caches of e4m3, contiguous and in pages of 64;
+`8-bit q`: beside the latter. The last column is the slowest of all 16-bit pages, as a part of `attention`. Medians of rounds in which all
 take turns.
 """
 from __future__ import annotations
@@ -44,12 +45,18 @@ def calls_of(batch: int, rows: int, keys: int, dim: int, sizes: tuple[int, ...])
     for page, x in zip(pages8, (k8, v8), strict=True):
         page.view(torch.uint8)[table.flatten().long()] = x.view(torch.uint8).reshape(-1, 64, HEADS_K, dim)
     calls["8 bits, 64"] = partial(fastattn.attention_with_kvcache, q, *pages8, cache_seqlens=lengths, block_table=table)
-    wanted8 = fastattn.attention(q, k8.bfloat16(), v8.bfloat16(), causal=True)
+    q8 = q.to(torch.float8_e4m3fn)
+    calls["8-bit q"] = partial(fastattn.attention_with_kvcache, q8, *pages8, cache_seqlens=lengths, block_table=table)
+    wanted8, narrow = (fastattn.attention(x, k8.bfloat16(), v8.bfloat16(), causal=True) for x in (q, q8.bfloat16()))
+    right = dict[str, Callable[[], Any]]()
     for name, call in calls.items():
-        wanted = wanted8 if name.startswith("8 bits") else wanted
-        error = (call().reshape(wanted.shape).float() - wanted.float()).norm() / wanted.float().norm()
-        assert error < 1e-2, f"{name}: {error}"
-    return calls
+        exact = (narrow if name == "8-bit q" else wanted8 if name.startswith("8 bits") else wanted).float()
+        error = (call().reshape(exact.shape).float() - exact).norm() / exact.norm()
+        if error < (4e-2 if name == "8-bit q" else 1e-2):
+            right[name] = call
+        else:
+            print(f"{name}: wrong, {error}", flush=True)
+    return right
 
 
 def main() -> None:
@@ -69,7 +76,7 @@ def main() -> None:
         if rows == SHAPES[0][1] and keys == SHAPES[0][2]:
             print(f"{'':22}" + "".join(f"{name:>11}" for name in found))
         text = "".join(f"{flops / s / 1e12:11.0f}" for s in found.values())
-        print(f"{batch:3} x {rows:5} of {keys:6}  {text}  {found['attention'] / max(found[str(n)] for n in sizes):.2f}", flush=True)
+        print(f"{batch:3} x {rows:5} of {keys:6}  {text}  {found['attention'] / max(found.get(str(n), 1.0) for n in sizes):.2f}", flush=True)
 
 
 if __name__ == "__main__":
