@@ -78,6 +78,4 @@ def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
     dim = spec.head_dim
     if dim <= 64:
         return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1, turns=True, optimistic=False)
-    # 144 keys and more spill, in two or four pieces too. Without turns 724 to 733 TFLOP/s instead of 764 to 784 full, and 721 to 782
-    # instead of 699 to 759 causal
-    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, turns=not spec.right, optimistic=False)
+    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, gather=2, offset=3)
