@@ -315,7 +315,7 @@ def make_forward_ahead(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtyp
         else:
             packed = p
             lags = int32(1) if max(part0, part1) > LIMIT else int32(0)
-        if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
+        if any_lane(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
             next_s, sums = wgmma.wait_all(next_s), wgmma.wait_all(product)
             acc_s, acc_o, sums, max0, max1, sum0, sum1 = redo(base, w, stage, acc_o, sums, max0, max1, sum0, sum1, tile.scale)
             if ONES:
