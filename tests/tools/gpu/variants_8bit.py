@@ -36,11 +36,11 @@ VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
         "64 ahead, ones 4": {**AHEAD, "ones": True, "offset": 5},
         "64 ahead, ones 8": {**AHEAD, "ones": True, "gather": 8, "offset": 5},
         "64 ahead, ones 8, 1/4 polynomial": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
-        "96 parked": PARKED, "96 parked, stages 4": {**PARKED, "stages": 4}, "96 parked, no pairs": {**PARKED, "pairs": False},
+        "96 parked": PARKED, "96 parked, stages 4": {**PARKED, "stages": 4},
+        "64 ahead, ones 8, pairs": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "pairs": True},
         "96 parked, sure": {**PARKED, "optimistic": False, "offset": 7},
         "96 parked, ones 8": {**PARKED, "ones": True, "gather": 8, "offset": 5},
         "96 parked, ones 8, 1/4 polynomial": {**PARKED, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
-        "96 parked, ones 8, offset 6": {**PARKED, "ones": True, "gather": 8, "offset": 6},
     },
     64: {
         "in order": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2},
