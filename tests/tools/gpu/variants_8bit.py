@@ -145,18 +145,17 @@ def errors(dim: int, config: Forward8BitConfig, kind: str) -> float:
     return float((out.double()[0, :, 0] - exact).norm() / exact.norm())
 
 
-def correct(dim: int, only: str) -> dict[str, Forward8BitConfig]:
-    """The tilings that run; their errors are printed, before anything is timed."""
+def correct(dim: int, only: str) -> dict[str, tuple[Forward8BitConfig, str]]:
+    """The tilings that run, and their errors, which are printed before anything is timed."""
     ran = {}
-    print(f"\nhead_dim {dim}, rms error: normal, positive, spread", flush=True)
     for name, config in configs(dim, only):
         try:
             found = " ".join(f"{errors(dim, config, kind):.2e}" for kind in ("normal", "positive", "spread"))
         except Exception as error:      # the others are still to be timed
             print(f"{name:36} {error!r:.150}", flush=True)
             continue
-        print(f"{name:36} {found}", flush=True)
-        ran[name] = config
+        print(f"check {name:36} {found}", flush=True)
+        ran[name] = config, found
     return ran
 
 
@@ -172,15 +171,15 @@ def tables(dim: int, only: str, rounds: int) -> None:
             narrow = [x.to(torch.float8_e4m3fn) for x in wide]
             calls: dict[str, Callable[[], Any]] = {"bfloat16 operands": partial(fastattn.attention, *wide, causal=causal)}
             kept = []
-            for name, config in ran.items():
+            for name, (config, _) in ran.items():
                 calls[name], alive = prepared(*narrow, causal, config)
                 kept.append(alive)
             flops = 4 * batch * heads * keys * keys * dim / (2 if causal else 1)
             for name, s in seconds(calls, rounds).items():
                 rates.setdefault(name, []).append(f"{flops / s / 1e12:5.0f}")
-    print("TFLOP/s, full 4k, 8k, 16k, causal 4k, 8k, 16k")
+    print(f"head_dim {dim}, TFLOP/s full 4k, 8k, 16k, causal 4k, 8k, 16k; rms error: normal, positive, spread")
     for name, row in rates.items():
-        print(f"{name:36} {''.join(row)}", flush=True)
+        print(f"{name:34} {''.join(row)}  {ran[name][1] if name in ran else ''}", flush=True)
 
 
 def main() -> None:
