@@ -37,7 +37,8 @@ from ..tile.schedule import make_sequence_at
 from .config import TRANSPOSE_THREADS as THREADS
 
 
-def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: bool, CACHED: bool = False, PAGED: bool = False) -> tuple[Any, int]:
+def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: bool, CACHED: bool = False,
+                   PAGED: bool = False) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     WORDS, PITCH, PIECES = HEAD_DIM // 4, KEYS + 4, PANEL // 16     # a pitch that is no multiple of 128: no bank conflicts
     VECTORS = HEAD_DIM // 16

@@ -143,9 +143,8 @@ def prepare(call: Call, attend: Callable[[Call], Launch], launcher: Launcher) ->
     call over 16-bit caches."""
     parts = parts_of(call)
     assert parts is not None
-    e = call.problem.eight_bit
-    assert e is not None
-    kernel = launcher.load(widen_source(call.operands.k.dtype, call.operands.v.dtype, call.problem.dtype, call.problem.packed, is_paged(call)))
+    p, o = call.problem, call.operands
+    kernel = launcher.load(widen_source(o.k.dtype, o.v.dtype, p.dtype, p.packed, is_paged(call)))
     size, forwards = widened(of_part(call, parts[0]), 0)[1], dict[tuple[int, int], Launch]()
     for part in parts:
         some = of_part(call, part)

@@ -195,7 +195,9 @@ def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if caches.by_splits(call, launcher.device, _refuses_tiled(call)):
         return decode.prepare_caches(call, spec, launcher)
     if call.problem.eight_bit is not None:
-        return widen_launch.prepare(call, lambda wide: _prepare_caches(wide, make_spec(wide.problem, wide.operands, spec.lse), launcher), launcher)
+        def attend(wide: Call) -> Launch:
+            return _prepare_caches(wide, make_spec(wide.problem, wide.operands, spec.lse), launcher)
+        return widen_launch.prepare(call, attend, launcher)
     spec = caches.spec_of(call, spec)
     config = caches.tiling(call, spec)
     return _prepare(call, spec, config, forward_program(spec, config), launcher)

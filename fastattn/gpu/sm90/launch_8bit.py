@@ -41,7 +41,7 @@ def spec_of(call: Call) -> Spec:
 
 def refuses(call: AnyCall, d: Device) -> str | None:
     """None, or why the call is not run on 8-bit products. Other kernels run it, widened."""
-    p, o = call.problem, call.operands
+    o = call.operands
     if not isinstance(call, Call) or (reason := _refuses_kind(call, d)) is not None:
         return "8-bit operands have no backward" if not isinstance(call, Call) else reason
     for name, x in (("q", o.q), ("k", o.k), ("v", o.v), ("out", call.out)):
@@ -187,15 +187,15 @@ def refuses_caches(call: Call, d: Device) -> str | None:
 
 
 def takes_caches(call: Call, wide: Call, d: Device) -> bool:
-    """Whether a call of attention_with_kvcache runs here. wide: the one with a q of 16 bits, which the split-key kernel runs where it has few
-    rows."""
+    """Whether a call of attention_with_kvcache runs here. wide: the one with a q of 16 bits, which the split-key kernel runs where it has
+    few rows."""
     if refuses_caches(call, d) is not None or widen_launch.parts_of(call) is None:
         return False
     return not caches.by_splits(wide, d, None)
 
 
 def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """`prepare` for a call of attention_with_kvcache, behind its append: K and V go to temporary memory, in parts (rows/widen_launch.py)."""
+    """`prepare` for a call of attention_with_kvcache, behind its append: K and V go to temporary memory, in rows/widen_launch.py's parts."""
     parts, spec = widen_launch.parts_of(call), replace(spec_of(call), lengths=True)
     e, config = call.problem.eight_bit, choose_forward_8bit(spec)
     assert parts is not None and e is not None
@@ -217,9 +217,8 @@ def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         captured = launcher.capturing(stream)
         boxes = (o.q, config.block_m), (k, config.block_n), (transposed(call, config, values_at), p.head_dim)
         maps = launcher.tensor_maps((*boxes, (call.out, OUT_ROWS)) if config.out_panels else boxes, captured)
-        tiles = most_tiles(call, config.block_m)
-        own = (*maps[:3], maps[3] if config.out_panels else 0, launcher.counter(captured), 0, tiles, head_group(call), memory, p.num_heads_k,
-               *caches.lengths(call))
+        map_out, tiles = maps[3] if config.out_panels else 0, most_tiles(call, config.block_m)
+        own = (*maps[:3], map_out, launcher.counter(captured), 0, tiles, head_group(call), memory, p.num_heads_k, *caches.lengths(call))
         kernel.launch(min(tiles, launcher.device.num_sms), arguments.values(call, own), stream)
     return launch
 

@@ -30,8 +30,8 @@ from tests.tools.gpu import traced
 
 MODULES = ("dsl.inline", "tile.mask", "tile.dropout", "tile.scalar", "tile.schedule", "rows.preprocess", "simt.threads", "simt.pairs",
            "simt.dbias", "simt.forward", "simt.backward", "rows.transform", "rows.merge", "rows.groups", "rows.quantize",
-           "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "rows.merge_into", "tile.words", "tile.pages", "tile.requests", "simt.captured",
-           "flex.staged", "flex.pairs", "flex.sums", "flex.bitmap", "flex.interval", "flex.rounding", "sm90.seen_queries")
+           "rows.rescale", "rows.transpose_8bit", "rows.accumulate", "rows.merge_into", "tile.words", "tile.pages", "tile.requests",
+           "simt.captured", "flex.staged", "flex.pairs", "flex.sums", "flex.bitmap", "flex.interval", "flex.rounding", "sm90.seen_queries")
 _C = {"float32": ctypes.c_float, "float64": ctypes.c_double, "float16": ctypes.c_uint16, "bfloat16": ctypes.c_uint16}
 _C |= dict.fromkeys(EIGHT_BIT, ctypes.c_uint8)
 

@@ -76,7 +76,8 @@ def main() -> None:
         if rows == SHAPES[0][1] and keys == SHAPES[0][2]:
             print(f"{'':22}" + "".join(f"{name:>11}" for name in found))
         text = "".join(f"{flops / s / 1e12:11.0f}" for s in found.values())
-        print(f"{batch:3} x {rows:5} of {keys:6}  {text}  {found['attention'] / max(found.get(str(n), 1.0) for n in sizes):.2f}", flush=True)
+        slowest = max(found.get(str(n), 1.0) for n in sizes)
+        print(f"{batch:3} x {rows:5} of {keys:6}  {text}  {found['attention'] / slowest:.2f}", flush=True)
 
 
 if __name__ == "__main__":
