@@ -38,6 +38,7 @@ VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
         "64 ahead, ones 8, 1/4 polynomial": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
         "96 parked": PARKED, "96 parked, stages 4": {**PARKED, "stages": 4},
         "64 ahead, ones 8, pairs": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "pairs": True},
+        "64 ahead, ones 8, pairs, 1/8": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "pairs": True, "polynomial": 8, "degree": 2},
         "96 parked, sure": {**PARKED, "optimistic": False, "offset": 7},
         "96 parked, ones 8": {**PARKED, "ones": True, "gather": 8, "offset": 5},
         "96 parked, ones 8, 1/4 polynomial": {**PARKED, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
