@@ -23,8 +23,8 @@ from fastattn.gpu.runtime.launcher import Listing
 from fastattn.gpu.sm90 import launch as sm90
 from fastattn.gpu.sm90 import launch_8bit
 from fastattn.gpu.spec import Call, Spec, make_spec
-from tests.gpu.test_caches import EIGHT, Eight, judge_eight
 from tests.tools.gpu import interpreter
+from tests.tools.gpu.caches_8bit import EIGHT, Eight, judge_eight
 from tests.tools.gpu.calls import serving_call
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.problems import NUMPY

@@ -3,8 +3,8 @@
     k_cache, v_cache (pages, page_size, key heads, dim), 8 bits   ->   k_to, v_to (requests, room, key heads, dim), 16 bits, contiguous
 
 A block has KEYS keys of a request. Which pages they are in, and how many there are, is found on the device: a block behind the last key
-ends at once, and what is behind it is not written. Numbers are multiplied by the scales of their request and key head in float32 and rounded
-once; without a scale that is exact. A page that does not exist is the last one, as in tile/pages.py.
+ends at once, and what is behind it is not written. Numbers are multiplied by the scales of their request and key head in float32 and
+rounded once; without a scale that is exact. A page that does not exist is the last one, as in tile/pages.py.
 """
 from __future__ import annotations
 

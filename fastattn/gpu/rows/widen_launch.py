@@ -112,11 +112,12 @@ def of_part(call: Call, part: Part) -> Call:
 
     def scale(x: View | None) -> View | None:
         return _some(_some(x, 0, part.requests), 1, part.heads)
+    table: Any = _some(extra.block_table, 0, part.requests)
     lse = None if call.lse is None else _some(call.lse if p.packed else _some(call.lse, 0, part.requests), by_request, query_heads)
     operands = replace(
         o, q=rows(o.q), k=keys(o.k), v=keys(o.v), alibi_slopes=_some(_some(o.alibi_slopes, 0, part.requests), 1, query_heads),
         sinks=_some(o.sinks, 0, query_heads), seqused_k=_some(o.seqused_k, 0, part.requests), q_scale=scale(o.q_scale),
-        k_scale=scale(o.k_scale), v_scale=scale(o.v_scale), cache=replace(extra, block_table=_some(extra.block_table, 0, part.requests)))
+        k_scale=scale(o.k_scale), v_scale=scale(o.v_scale), cache=replace(extra, block_table=table))
     problem = replace(p, batch=part.requests[1] - part.requests[0], num_heads=query_heads[1] - query_heads[0],
                       num_heads_k=part.heads[1] - part.heads[0])
     return Call(problem, operands, rows(call.out), lse)

@@ -113,7 +113,7 @@ class Play8(Play):
         products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_pv_onto=lambda *_: self.pv8_onto,
                                    make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half, copy_after=lambda acc, packed: self.at_rest(acc),
-                                   words_after=lambda packed, acc, zero: packed, any_saturated=lambda packed: int(self.random.random() < .1),
+                                   words_after=lambda packed, *_: packed, any_saturated=lambda packed: int(self.random.random() < 0.1),
                                    split_totals=lambda acc: (acc, 1.0, 1.0))
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
                                   "own_zeros": lambda n: Fragment("0"), "store_sums": self.store_sums, "add_sums": self.add_sums,

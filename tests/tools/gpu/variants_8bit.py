@@ -81,7 +81,7 @@ def cache_one(dim: int, name: str, config: Forward8BitConfig, causal: bool) -> s
 def each(do: Callable[..., str], dims: Iterable[int], only: str, processes: int) -> None:
     """`do` of every kernel, by some processes."""
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = [pool.submit(do, dim, name, config, causal) for dim in dims for name, config in configs(dim, only) for causal in (False, True)]
+        made = [pool.submit(do, dim, *named, causal) for dim in dims for named in configs(dim, only) for causal in (False, True)]
         for one in made:
             if text := one.result():
                 print(text, flush=True)
