@@ -27,6 +27,7 @@ from tests.tools.gpu import interpreter
 from tests.tools.gpu.caches_8bit import EIGHT, Eight, judge_eight
 from tests.tools.gpu.calls import serving_call
 from tests.tools.gpu.emulator import Memory, emulated
+from tests.tools.gpu.roles_8bit import check, play
 from tests.tools.problems import NUMPY
 
 WIDENED = [Eight("bfloat16", "float8_e5m2", scales="batch", new="sixteen"), Eight("float16", page=None),
@@ -140,6 +141,17 @@ def test_many_rows_of_an_8_bit_q(rows: int, dim: int, kernels: list[str]) -> Non
     call = serving_call(Eight("float8_e4m3fn", rows=rows, dim=dim).make(), lambda x: memory.place(x, convert.view(x, "test", "x")))
     gpu._launch(call, launcher, ("sm90",), 0)
     assert sorted({source.key.split()[0] for source in launcher.sources}) == sorted(kernels)
+
+
+@pytest.mark.parametrize("new", ["eight", None])
+def test_every_block_of_each_request_once(new: str | None) -> None:
+    """The forward's protocol over K and V of requests with lengths of their own, one of them with none before the call."""
+    made = Eight("float8_e4m3fn", rows=200, dim=128, new=new).make()
+    call = serving_call(made, lambda x: convert.view(x, "test", "x"))
+    call = replace(call, lse=None)
+    after = [n + 200 * (new is not None) for n in made.case.keys]
+    for seed in range(2):
+        check(play(call, seed), call, [(b, 0, 200, 0, n) for b, n in enumerate(after)])
 
 
 def test_the_forward_over_caches_compiles() -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.sm90 import forward_8bit, forward_8bit_ahead, launch_8bit
+from fastattn.gpu.sm90 import caches, forward_8bit, forward_8bit_ahead, launch_8bit
 from fastattn.gpu.sm90.config_8bit import choose_forward_8bit, row_bytes
 from fastattn.gpu.spec import Call
 from fastattn.masks import row_bounds
@@ -122,16 +122,18 @@ class Play8(Play):
 
 def play(call: Call, seed: int, change: Any = None, starts: list[tuple[int, int]] | None = None, **tuning: Any) -> Play8:
     """A launch of two blocks; `change` edits the kernel's text first."""
-    spec = launch_8bit.spec_of(call)
+    cached = call.problem.cache is not None
+    spec = replace(launch_8bit.spec_of(call), lengths=cached)
     config = replace(choose_forward_8bit(spec), **tuning)
     made, memory = Play8(config, spec.head_dim, seed, starts), Memory()
     arguments = launch_8bit.forward_program(spec, config, "float8_e4m3fn", "float8_e4m3fn").arguments
-    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
+    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k, call.operands.seqused_k):
         memory.allow(x)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         make = forward_8bit_ahead.make_forward_ahead if config.ahead else forward_8bit.make_forward_8bit
         kernel, _ = edited(make, change)(spec, config, "float8_e4m3fn", "float8_e4m3fn")
-        own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), 0, call.problem.num_heads_k
+        own = ("q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), 0, call.problem.num_heads_k,
+               *(caches.lengths(call) if cached else ()))
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     assert not any(made.counters.values()), "the counter is not as it was found"
     return made
