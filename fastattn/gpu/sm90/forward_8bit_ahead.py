@@ -357,7 +357,7 @@ def make_forward_ahead(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtyp
             acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
             sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
             # both branches wait: in straight code ptxas would hoist the wait above the softmax, which is to overlap with the MMAs
-            if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+            if any_lane(changed(alpha0, alpha1, part0, part1)) != 0:
                 next_s, sums = wgmma.wait_all(next_s), wgmma.wait_all(product)
                 acc_o, sums = scaled(acc_o, sums, alpha0, alpha1)
             else:
