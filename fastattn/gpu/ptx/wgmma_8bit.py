@@ -3,7 +3,7 @@
 A step of 32 bytes is as long as one of 16 elements of 16 bits. Rows of shared operands are panels of 32, 64 or 128 bytes, swizzled over
 their width. As the A operand in registers, a lane 4 g + c has elements 4 c to 4 c + 3 and 16 + 4 c to 16 + 4 c + 3 of a step, in rows g and
 g + 8. An accumulator gives it columns 8 j + 2 c + {0, 1}. What is summed over may come in any order, so these become the A operand as they
-are, and B has its rows in the order that KEY_OF says. The sums of the tensor cores keep some 14 bits; `pv` starts each of them with 0.
+are, and B has its rows in the order that KEY_OF says. The sums of the tensor cores keep some 14 bits.
 """
 from __future__ import annotations
 
@@ -73,24 +73,9 @@ def make_qk(dtype_q: str, dtype_k: str, panel: int) -> Any:
 def make_pv(dtype_v: str, panel: int) -> Any:
     """pv of B in panels whose rows have `panel` bytes."""
     @intrinsic
-    def pv(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any) -> Any:
-        """acc (64 x N) = P (64 x depth, registers, e4m3) B (N x depth)^T, in panels of `rows` rows, of which B may be some."""
-        [panel_rows] = literals(rows)
-
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
-            for k in range(p.count // 4):
-                at = builder.add(args[2], I64(_offset(k, panel_rows, panel)))
-                registers = _multiply(builder, ("float8_e4m3fn", dtype_v), registers, a[4 * k:4 * k + 4], at, k == 0)
-            return pack(builder, registers)
-        return signature(acc, acc, p, types.uint64, rows), generate
-    return pv
-
-
-def make_pv_onto(dtype_v: str, panel: int) -> Any:
-    """pv, added to what acc has unless `add` is 0. Not many times: sums of 8-bit products lose 5e-4 of a positive sum a step of 32."""
-    @intrinsic
-    def pv_onto(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any, add: Any) -> Any:
+    def pv(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any, add: Any) -> Any:
+        """P (64 x depth, registers, e4m3) B (N x depth)^T, in panels of `rows` rows, of which B may be some; added to acc (64 x N) unless
+        `add` is 0. Not many times: sums of 8-bit products lose 5e-4 of a positive sum a step of 32."""
         [panel_rows] = literals(rows)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -101,7 +86,7 @@ def make_pv_onto(dtype_v: str, panel: int) -> Any:
                                       args[4] if k == 0 else None)
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64, rows, types.int32), generate
-    return pv_onto
+    return pv
 
 
 def _pack4(builder: Any, x: list[Any]) -> Any:
@@ -117,51 +102,6 @@ def to_e4m3(typingctx: Any, acc: Any) -> Any:
         first = [u + half + row for u in range(0, acc.count, 16) for half in (0, 8) for row in (0, 2)]
         return pack(builder, [_pack4(builder, [x[j], x[j + 1], x[j + 4], x[j + 5]]) for j in first])
     return signature(types.UniTuple(types.int32, acc.count // 4), acc), generate
-
-
-@intrinsic
-def any_saturated(typingctx: Any, packed: Any) -> Any:
-    """1 if a non-negative number of `to_e4m3` is the largest one, 448, or NaN, else 0."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        found = None
-        for word in unpack(builder, args[0], packed.count):     # 448 is 0x7e: adding 2 sets a byte's sign, which none has
-            x = builder.add(word, I32(0x02020202))
-            found = x if found is None else builder.or_(found, x)
-        some = builder.icmp_signed("!=", builder.and_(found, I32(-0x7F7F7F80)), I32(0))
-        return builder.zext(some, I32)
-    return signature(types.int32, packed), generate
-
-
-@intrinsic
-def copy_after(typingctx: Any, acc: Any, packed: Any) -> Any:
-    """acc in other registers, copied when the non-negative numbers of `to_e4m3` are there: their signs, which are 0, are added to its bits.
-    Registers that the compiler copies are copied earlier, while those of the unpacked numbers are still in use."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        signs = I32(0)
-        for word in unpack(builder, args[1], packed.count):
-            signs = builder.or_(signs, word)
-        zero = emit(builder, I32, "and.b32 $0, $1, 0x80000000;", "=r,r", [signs])
-        return pack(builder, [emit(builder, F32, "xor.b32 $0, $1, $2;", "=f,f,r", [x, zero]) for x in unpack(builder, args[0], acc.count)])
-    return signature(acc, acc, packed), generate
-
-
-@intrinsic
-def words_after(typingctx: Any, packed: Any, acc: Any, nothing: Any) -> Any:
-    """packed in other registers, copied when acc is there. nothing: 0, which the compiler must not know."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        zero = emit(builder, I32, "and.b32 $0, $1, $2;", "=r,f,r", [unpack(builder, args[1], acc.count)[0], args[2]])
-        return pack(builder, [emit(builder, I32, "xor.b32 $0, $1, $2;", "=r,r,r", [x, zero]) for x in unpack(builder, args[0], packed.count)])
-    return signature(packed, packed, acc, types.int32), generate
-
-
-@intrinsic
-def split_totals(typingctx: Any, acc: Any) -> Any:
-    """(acc without its last eight columns, a quarter of the two rows' last column)."""
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        x = unpack(builder, args[0], acc.count)
-        totals = [builder.fmul(x[-4 + k], F32(0.25)) for k in (0, 2)]
-        return context.make_tuple(builder, sig.return_type, [pack(builder, x[:-4]), *totals])
-    return signature(types.Tuple((types.UniTuple(types.float32, acc.count - 4), types.float32, types.float32)), acc), generate
 
 
 @intrinsic

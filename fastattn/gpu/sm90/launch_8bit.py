@@ -23,7 +23,6 @@ from .config import OUT_ROWS, WARPGROUP
 from .config_8bit import DIMS, Forward8BitConfig, choose_forward_8bit
 
 make_forward_8bit, make_transpose = late("sm90.forward_8bit", "make_forward_8bit"), late("rows.transpose_8bit", "make_transpose")
-make_ahead = late("sm90.forward_8bit_ahead", "make_forward_ahead")
 FORWARD = "map_q:l map_k:l map_v:l map_out:l counter:l table:l tiles:i head_group:i scales:l num_heads_k:i"
 SCALED_V = ("v:l v_batch:q v_row:q v_head:q vt:l scales:l log2_scale:f factor:f q_scale:l q_scale_batch:q q_scale_head:q "
              "k_scale:l k_scale_batch:q k_scale_head:q v_scale:l v_scale_batch:q v_scale_head:q out_scale:l "
@@ -102,8 +101,8 @@ def _values(call: Call, config: Forward8BitConfig, to: int, scales: int) -> list
     values: list[Any] = [v.ptr, *v.strides[:3], to, scales, p.score.softmax_scale * LOG2E, e.factor]
     for x in (o.q_scale, o.k_scale, o.v_scale):
         values += [0, 0, 0] if x is None else [x.ptr, *x.strides]
-    return values + [0 if o.out_scale is None else o.out_scale.ptr, _blocks(call, config.block_n), p.num_heads_k, p.batch, p.seqlen_k,
-                     p.total_q or 0]
+    out_scale = 0 if o.out_scale is None else o.out_scale.ptr
+    return [*values, out_scale, _blocks(call, config.block_n), p.num_heads_k, p.batch, p.seqlen_k, p.total_q or 0]
 
 
 def _grid(call: Call, config: Forward8BitConfig) -> int:
@@ -133,8 +132,8 @@ def transpose_cached(call: Call, config: Forward8BitConfig, to: int, scales: int
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype_v: str) -> Program:
     kinds = "" if (dtype_k, dtype_v) == (spec.dtype, spec.dtype) else f" k={dtype_k} v={dtype_v}"
-    return program(f"forward_sm90_8bit {spec.text}{kinds} | {config.text}", lambda: (make_ahead if config.ahead else make_forward_8bit)(spec, config, dtype_k, dtype_v),
-                   Arguments(spec, FORWARD + caches.LENGTHS * spec.lengths, ("out",)), WARPGROUP * (1 + config.consumers), early=config.ahead)
+    return program(f"forward_sm90_8bit {spec.text}{kinds} | {config.text}", lambda: make_forward_8bit(spec, config, dtype_k, dtype_v),
+                   Arguments(spec, FORWARD + caches.LENGTHS * spec.lengths, ("out",)), WARPGROUP * (1 + config.consumers), early=True)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -195,7 +194,7 @@ def takes_caches(call: Call, wide: Call, d: Device) -> bool:
 
 
 def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """`prepare` for a call of attention_with_kvcache, behind its append: K and V go to temporary memory, in rows/widen_launch.py's parts."""
+    """`prepare` for a call of attention_with_kvcache, behind its append: K and V go to temporary memory, in the parts of widen_launch."""
     parts, spec = widen_launch.parts_of(call), replace(spec_of(call), lengths=True)
     e, config = call.problem.eight_bit, choose_forward_8bit(spec)
     assert parts is not None and e is not None

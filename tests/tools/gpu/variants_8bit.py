@@ -1,4 +1,4 @@
-"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only parked]`.
+"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only gather]`.
 
 Each line is a tiling of sm90/forward_8bit.py: TFLOP/s full and causal at 4096, 8192 and 16384 keys (16384 tokens, 16 heads, bfloat16
 output, V's transposition included), and rms errors over 16384 keys against float64 of the quantised inputs, for a normal and a positive V,
@@ -23,33 +23,11 @@ from fastattn.gpu.spec import Call, Spec
 
 TOKENS, HEADS, KEYS = 16384, 16, (4096, 8192, 16384)
 E4M3 = "float8_e4m3fn"
-HURRIED: dict[str, Any] = {"block_m": 128, "block_n": 128, "out_panels": 2, "optimistic": True, "turns": False, "offset": 3}
-AHEAD: dict[str, Any] = {**HURRIED, "block_n": 64, "stages": 4, "gather": 4, "ahead": True, "pairs": False}
-PARKED: dict[str, Any] = {**AHEAD, "block_n": 96, "stages": 2, "parked": True, "pairs": True}
-# gather N: sums of N blocks. ahead: S of a block is issued a step earlier. parked: O in shared memory. ones: sums of P by the tensor cores
+BASE: dict[str, Any] = {"block_m": 128, "block_n": 128, "out_panels": 2}
+# gather: sums of so many blocks. Dozens that were slower: docs/log-gpu.md
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
-    128: {
-        "in order, gather 2": {**HURRIED, "gather": 2}, "in order": HURRIED,
-        "64 ahead": AHEAD, "64 ahead, offset 4": {**AHEAD, "offset": 4}, "64 ahead, turns": {**AHEAD, "turns": True},
-        "64 ahead, sure": {**AHEAD, "optimistic": False, "offset": 7},
-        "64 ahead, 1/4 polynomial": {**AHEAD, "polynomial": 4, "degree": 2},
-        "64 ahead, ones 4": {**AHEAD, "ones": True, "offset": 5},
-        "64 ahead, ones 8": {**AHEAD, "ones": True, "gather": 8, "offset": 5},
-        "64 ahead, ones 8, 1/4 polynomial": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
-        "96 parked": PARKED, "96 parked, stages 4": {**PARKED, "stages": 4},
-        "64 ahead, ones 8, pairs": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "pairs": True},
-        "64 ahead, ones 8, pairs, 1/8": {**AHEAD, "ones": True, "gather": 8, "offset": 5, "pairs": True, "polynomial": 8, "degree": 2},
-        "96 parked, sure": {**PARKED, "optimistic": False, "offset": 7},
-        "96 parked, ones 8": {**PARKED, "ones": True, "gather": 8, "offset": 5},
-        "96 parked, ones 8, 1/4 polynomial": {**PARKED, "ones": True, "gather": 8, "offset": 5, "polynomial": 4, "degree": 2},
-    },
-    64: {
-        "in order": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2},
-        "64 ahead": {**AHEAD, "out_panels": 1}, "96 ahead": {**AHEAD, "block_n": 96, "stages": 2, "out_panels": 1},
-        "96 ahead, pairs": {**AHEAD, "block_n": 96, "stages": 2, "out_panels": 1, "pairs": True},
-        "96 ahead, 1/4 polynomial": {**AHEAD, "block_n": 96, "stages": 2, "out_panels": 1, "polynomial": 4, "degree": 2},
-        "128 ahead": {**AHEAD, "block_n": 128, "stages": 2, "out_panels": 1, "gather": 2},
-    },
+    128: {"shipped": {**BASE, "gather": 2}, "gather 1": BASE, "offset 2": {**BASE, "gather": 2, "offset": 2}},
+    64: {"shipped": {**BASE, "block_n": 192, "out_panels": 1}, "gather 2": {**BASE, "block_n": 192, "out_panels": 1, "gather": 2}},
 }
 
 
