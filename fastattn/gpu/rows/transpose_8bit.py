@@ -32,7 +32,7 @@ from ..ptx.memory import (
 )
 from ..ptx.sync import let_next_start
 from ..ptx.wgmma_8bit import transpose_bytes
-from ..tile.requests import make_place_of, make_request_at
+from ..tile.requests import PLACE, make_places, make_request_at
 from ..tile.schedule import make_sequence_at
 from .config import TRANSPOSE_THREADS as THREADS
 
@@ -42,7 +42,8 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
     """(kernel, bytes of shared memory)."""
     WORDS, PITCH, PIECES = HEAD_DIM // 4, KEYS + 4, PANEL // 16     # a pitch that is no multiple of 128: no bank conflicts
     VECTORS = HEAD_DIM // 16
-    sequence_at, request_at, place_of, copy = make_sequence_at(USED), make_request_at(PACKED), make_place_of(PAGED), copy_bytes(16)
+    sequence_at, request_at, copy, PLACES = make_sequence_at(USED), make_request_at(PACKED), copy_bytes(16), HEAD_DIM * PITCH
+    find, get = make_places(KEYS, THREADS, PAGED)
 
     @inline
     def key_of(place):
@@ -83,12 +84,12 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
             return int32(block * KEYS), int32(a.seqlen_k - block * KEYS)
 
     @inline
-    def load_v(a, batch, head, row, key, left, word):
+    def load_v(a, base, batch, head, row, key, left, word):
         """Four columns of a key that is `key` behind `row`; 0 where there is none."""
         if CACHED:
             value = int32(0)
             if key < left:
-                page, line = place_of(a, batch, int32(row + key))
+                page, line = get(int32(base + PLACES), key)
                 value = load_b32(uint64(int64(a.v) + page * a.v_batch + line * a.v_row + head * a.v_head + word * 4))
             return value
         else:
@@ -96,12 +97,11 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
             return load_b32_if(uint64(at), int32(key < left))
 
     @inline
-    def copy_k(a, batch, head, row, left, thread):
+    def copy_k(a, base, batch, head, row, left, thread):
         for n in range(thread, min(left, KEYS) * VECTORS, THREADS):
-            key = int32(row + n // VECTORS)
-            page, line = place_of(a, batch, key)
-            column = (n % VECTORS) * 16
-            to = a.k_to + ((int64(batch) * a.seqlen_k + key) * a.heads + head) * HEAD_DIM + column
+            key, column = int32(n // VECTORS), int32((n % VECTORS) * 16)
+            page, line = get(int32(base + PLACES), key)
+            to = a.k_to + ((int64(batch) * a.seqlen_k + row + key) * a.heads + head) * HEAD_DIM + column
             copy(uint64(to), uint64(int64(a.k) + page * a.k_batch + line * a.k_row + head * a.k_head + column))
 
     @inline
@@ -125,8 +125,9 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
         for n in range(thread, WORDS * (KEYS // 4), THREADS):
             place, word = int32(n // WORDS * 4), int32(n % WORDS)
             key = key_of(place)
-            w0, w1 = load_v(a, batch, head, row, key, left, word), load_v(a, batch, head, row, int32(key + 1), left, word)
-            w2, w3 = load_v(a, batch, head, row, int32(key + 8), left, word), load_v(a, batch, head, row, int32(key + 9), left, word)
+            w0, w1 = load_v(a, base, batch, head, row, key, left, word), load_v(a, base, batch, head, row, int32(key + 1), left, word)
+            w2 = load_v(a, base, batch, head, row, int32(key + 8), left, word)
+            w3 = load_v(a, base, batch, head, row, int32(key + 9), left, word)
             turned = transpose_bytes(w0, w1, w2, w3)
             to = int32(base + word * 4 * PITCH + place)
             store_shared_b32(to, turned[0])
@@ -149,13 +150,15 @@ def make_transpose(HEAD_DIM: int, KEYS: int, PANEL: int, PACKED: bool, USED: boo
         block, batch = int32(t - plane * a.blocks), divide(plane, a.heads)
         head = int32(plane - batch * a.heads)
         row, left = rows_of(a, block, batch)
+        if CACHED:
+            find(a, int32(base + PLACES), batch, row, left, thread)
+            cuda.syncthreads()
+            copy_k(a, base, batch, head, row, left, thread)
         if not CACHED or left > 0 or block == 0:
             turn_v(a, base, plane, block, batch, head, row, left, thread)
-        if CACHED:
-            copy_k(a, batch, head, row, left, thread)
         if PACKED:      # scales of all sequences: by the blocks of each head together
             for i in range(block * THREADS + thread, a.batch, a.blocks * THREADS):
                 put_scales(a, int32(i), head)
         elif block == 0 and thread == 0:
             put_scales(a, batch, head)
-    return kernel, HEAD_DIM * PITCH
+    return kernel, PLACES + PLACE * KEYS * CACHED

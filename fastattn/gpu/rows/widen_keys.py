@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int32, int64, uint64
+from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..dsl.inline import divide, inline
+from ..ptx.memory import shared_address
 from ..ptx.scalar import load_chunk, load_if
-from ..tile.requests import make_place_of, make_request_at
+from ..tile.requests import PLACE, make_places, make_request_at
 from .config import WIDEN_KEYS as KEYS
 from .config import WIDEN_THREADS as THREADS
 from .transform import scale_chunk, store_chunk
@@ -33,31 +34,31 @@ class Side(NamedTuple):
     to: Any
 
 
-def make_widen(dtype: str, target: str, PAGED: bool) -> Any:
-    """widen(a, side, scale_of, b, first, count, thread): keys `first` to first + count of request b."""
-    load, put, place_of = load_chunk(dtype), store_chunk(target), make_place_of(PAGED)
+def make_widen(dtype: str, target: str, get: Any) -> Any:
+    """widen(a, base, side, scale_of, b, first, count, thread): keys `first` to first + count of request b, whose places `get` has."""
+    load, put = load_chunk(dtype), store_chunk(target)
 
     @inline
-    def widen(a, side, scale_of, b, first, count, thread):
+    def widen(a, base, side, scale_of, b, first, count, thread):
         per_head = divide(side.dim, int32(NUMBERS))
         for n in range(thread, count * a.heads_k * per_head, THREADS):
             unit = divide(int32(n), per_head)
             i, column = divide(unit, a.heads_k), int32((n - unit * per_head) * NUMBERS)
-            head, key = int32(unit - i * a.heads_k), int32(first + i)
-            page, row = place_of(a, b, key)
+            head = int32(unit - i * a.heads_k)
+            page, row = get(base, i)
             at = uint64(side.cache + uint64(page * side.by_page + row * side.by_row + head * side.by_head + column))
             x = scale_chunk(load(at, int32(1)), scale_of(a, b, head))
-            line = (int64(b) * a.room + key) * a.heads_k + head
+            line = (int64(b) * a.room + first + i) * a.heads_k + head
             to = uint64(side.to + uint64(2 * (line * side.dim + column)))
             put(to, x[:8])
             put(uint64(to + uint64(16)), x[8:])
     return widen
 
 
-def make_widen_keys(dtype_k: str, dtype_v: str, target: str, PACKED: bool, PAGED: bool) -> Any:
-    """The kernel, from caches of 8-bit dtypes to a 16-bit `target`. a.pieces: blocks of KEYS keys of a request's room."""
-    request_at, load_scale = make_request_at(PACKED), load_if("float32", "float32")
-    widen_k, widen_v = make_widen(dtype_k, target, PAGED), make_widen(dtype_v, target, PAGED)
+def make_widen_keys(dtype_k: str, dtype_v: str, target: str, PACKED: bool, PAGED: bool) -> tuple[Any, int]:
+    """(kernel from caches of 8-bit dtypes to a 16-bit `target`, bytes of shared memory). a.pieces: blocks of KEYS keys of a room."""
+    request_at, load_scale, (find, get) = make_request_at(PACKED), load_if("float32", "float32"), make_places(KEYS, THREADS, PAGED)
+    widen_k, widen_v = make_widen(dtype_k, target, get), make_widen(dtype_v, target, get)
 
     @inline
     def scale_at(pointer, by_batch, by_head, b, head):
@@ -82,9 +83,11 @@ def make_widen_keys(dtype_k: str, dtype_v: str, target: str, PACKED: bool, PAGED
         first = int32((block - b * a.pieces) * KEYS)
         keys = request_at(a, b).keys
         if first < keys:
-            count = int32(min(int32(keys - first), KEYS))
+            base, count = int32(shared_address(cuda.shared.array(0, uint8))), int32(min(int32(keys - first), KEYS))
+            find(a, base, b, first, count, thread)
+            cuda.syncthreads()
             side_k = Side(a.k_cache, a.k_cache_page, a.k_cache_row, a.k_cache_head, a.head_dim, a.k_to)
-            widen_k(a, side_k, scale_k, b, first, count, thread)
+            widen_k(a, base, side_k, scale_k, b, first, count, thread)
             side_v = Side(a.v_cache, a.v_cache_page, a.v_cache_row, a.v_cache_head, a.head_dim_v, a.v_to)
-            widen_v(a, side_v, scale_v, b, first, count, thread)
-    return kernel
+            widen_v(a, base, side_v, scale_v, b, first, count, thread)
+    return kernel, PLACE * KEYS

@@ -38,7 +38,7 @@ class Part(NamedTuple):
 @cache
 def widen_source(dtype_k: str, dtype_v: str, target: str, packed: bool, paged: bool) -> Source:
     key = f"widen_keys {dtype_k} {dtype_v} {target}" + " packed" * packed + " paged" * paged
-    return Source(key, lambda: (make_widen_keys(dtype_k, dtype_v, target, packed, paged), 0), fields_of(WIDEN), WIDEN_THREADS)
+    return Source(key, lambda: make_widen_keys(dtype_k, dtype_v, target, packed, paged), fields_of(WIDEN), WIDEN_THREADS)
 
 
 def refuses(call: Call) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from numba import int32, uint32, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx.memory import load_b32
+from ..ptx.memory import load_b32, load_shared_b32, store_shared_b32
 from .schedule import length_at
 
 
@@ -80,3 +80,27 @@ def make_place_of(PAGED: bool) -> Any:
         else:
             return b, key
     return place_of
+
+
+PLACE = 8                   # bytes in shared memory of a key's page, and its row there
+
+
+def make_places(KEYS: int, THREADS: int, PAGED: bool) -> tuple[Any, Any]:
+    """(find, get) of the places of a thread block's KEYS keys, looked up once.
+
+    find(a, base, b, first, count, thread): write those of request b from key `first` on, `count` of them at most, to shared memory.
+    page, row = get(base, i): of the i-th one, behind a cuda.syncthreads.
+    """
+    place_of = make_place_of(PAGED)
+
+    @inline
+    def find(a, base, b, first, count, thread):
+        for i in range(thread, min(count, KEYS), THREADS):
+            page, row = place_of(a, b, int32(first + i))
+            store_shared_b32(int32(base + PLACE * i), page)
+            store_shared_b32(int32(base + PLACE * i + 4), row)
+
+    @inline
+    def get(base, i):
+        return load_shared_b32(int32(base + PLACE * i)), load_shared_b32(int32(base + PLACE * i + 4))
+    return find, get
