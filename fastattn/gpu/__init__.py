@@ -58,7 +58,7 @@ class Family(Protocol):
 
 _FAMILIES: dict[str, Family] = {"sm90": sm90, "sm80": sm80, "simt": simt}
 # for calls over key and value caches, and for 8-bit operands
-_CACHED: dict[str, Family] = {name: caches.Cached(family) for name, family in _FAMILIES.items()}
+_CACHED: dict[str, Family] = {name: caches.Cached(family, launch_8bit if name == "sm90" else None) for name, family in _FAMILIES.items()}
 _WIDENING: dict[str, Family] = {name: Widening(family, launch_8bit if name == "sm90" else None) for name, family in _FAMILIES.items()}
 
 

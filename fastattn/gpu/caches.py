@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..arrays.view import EIGHT_BIT, View, overlap
 from ..memo import Recent
 from ..problem import CacheOperands, Operands
 from .eight_bit import rescale
 from .rows import append_launch
+from .rows.widen_launch import HALVES
 from .runtime.launcher import Launcher
 from .spec import AnyCall, BackwardCall, Call, Launch, Spec, make_spec
 
@@ -23,12 +24,13 @@ ALIGNED = 256               # an address as good as any of the temporary memory
 
 def attention_alone(call: Call, address: int = ALIGNED) -> tuple[Call, int]:
     """The call after the append, with its q at an address, and the bytes of q there; 0 where q is the call's. A q is rotated there, or
-    widened: 8-bit numbers to float16, which is exact."""
+    widened: 8-bit numbers to the output's dtype if that has 16 bits, else to float16. Both are exact."""
     p, q = call.problem, call.operands.q
     eight = p.dtype in EIGHT_BIT
     if p.cache is None or not (eight or p.cache.rotary is not None):
         return call, 0
-    made, size = append_launch.workspace_of(q, address, "float16" if eight else q.dtype)
+    dtype = q.dtype if not eight else p.out_dtype if p.out_dtype in HALVES else "float16"
+    made, size = append_launch.workspace_of(q, address, dtype)
     return replace(call, problem=replace(p, dtype=made.dtype) if eight else p, operands=replace(call.operands, q=made)), size
 
 
@@ -83,23 +85,39 @@ class Repeated:
         self._of[shared](addresses, stream)
 
 
-class Cached:
-    """A kernel family for calls over caches, over the family that runs their attention."""
+class Products(Protocol):
+    """Launches of a kernel on 8-bit products, of an 8-bit q and 8-bit caches."""
 
-    def __init__(self, family: Any) -> None:
-        self.family = family
+    def takes_caches(self, call: Call, wide: Call, d: Any) -> bool:
+        """Whether it runs a call over caches, and not the family the one with a wider q."""
+
+    def prepare_caches(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
+        """As a kernel family's `prepare`, behind the append."""
+
+
+class Cached:
+    """A kernel family for calls over caches, over the family that runs their attention. `products` runs the calls that it takes."""
+
+    def __init__(self, family: Any, products: Products | None = None) -> None:
+        self.family, self.products = family, products
+
+    def _takes(self, call: Call, d: Any) -> bool:
+        return self.products is not None and self.products.takes_caches(call, attention_alone(call)[0], d)
 
     def refuses(self, call: AnyCall, d: Any) -> str | None:
         assert isinstance(call, Call), "problem.py has no backward of caches"
-        refused: str | None = append_launch.refuses_append(call) or self.family.refuses(attention_alone(call)[0], d)
+        refused = append_launch.refuses_append(call)
+        if refused is None and not self._takes(call, d):
+            refused = self.family.refuses(attention_alone(call)[0], d)
         return refused
 
     def prepare(self, call: Call, spec: Spec, launcher: Launcher) -> Launch:
         assert call.problem.cache is not None
         append = append_launch.prepare(call, launcher) if call.problem.cache.append else None
-        eight = call.problem.dtype in EIGHT_BIT
-        alone, size = attention_alone(call)
-        attend: Launch = self.family.prepare(alone, make_spec(alone.problem, alone.operands, spec.lse), launcher)
+        eight, own = call.problem.dtype in EIGHT_BIT, self._takes(call, launcher.device)
+        alone, size = (call, 0) if own else attention_alone(call)
+        attending: Any = self.products.prepare_caches if own and self.products is not None else self.family.prepare
+        attend: Launch = attending(alone, make_spec(alone.problem, alone.operands, spec.lse), launcher)
 
         def launch(call: Call, stream: int) -> None:
             if append is not None:

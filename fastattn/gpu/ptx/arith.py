@@ -36,25 +36,6 @@ def emit_exp2(builder: Any, a: Any) -> Any:
     return emit(builder, F32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", [a], side_effect=False)
 
 
-# 2**f - 1 = f * (c1 + c2 f + c3 f**2) on [-0.5, 0.5], relative error of 2**f at most 1.1e-4; none for f = 0. Of degree 2: 2.0e-3
-_EXP2 = {3: (0.69328293, 0.24221097, 0.05500893), 2: (0.703, 0.24)}
-_TO_INTEGER = 1.5 * 2.0**23     # added to a float32 below 2**22, it leaves the nearest integer in the last bits
-
-
-def emit_exp2_polynomial(builder: Any, a: Any, degree: int = 3) -> Any:
-    """exp2 of a number below 127 without ex2, relative error as of _EXP2: eight instructions of the FMA units, or seven. 0 for -127 and
-    below, and for NaN."""
-    y = emit_max(builder, a, F32(-127.0))
-    shifted = emit(builder, F32, "add.rn.f32 $0, $1, $2;", "=f,f,f", [y, F32(_TO_INTEGER)], side_effect=False)
-    whole = emit(builder, F32, "add.rn.f32 $0, $1, $2;", "=f,f,f", [shifted, F32(-_TO_INTEGER)], side_effect=False)
-    f = builder.fsub(y, whole)
-    *lower, power = (F32(c) for c in (1.0, *_EXP2[degree]))
-    for c in reversed(lower):
-        power = emit_fma(builder, power, f, c)
-    exponent = builder.shl(builder.bitcast(shifted, I32), I32(23))
-    return builder.bitcast(builder.add(builder.bitcast(power, I32), exponent), F32)
-
-
 def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return emit(builder, F32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], side_effect=False)
 

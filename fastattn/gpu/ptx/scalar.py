@@ -12,8 +12,10 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
+from ...arrays.view import ITEMSIZE
 from ..dsl.asm import F32, F64, I32, emit, instruction, pack
 from .memory import half_to_float, halves
+from .widen import make_widen
 
 _LETTER = {"float32": "f", "float64": "d"}
 _BITS = {"float32": "f32", "float64": "f64", "float16": "b16", "bfloat16": "b16"}
@@ -75,11 +77,12 @@ def load_if(dtype: str, compute: str) -> Any:
 
 @cache
 def load_chunk(dtype: str) -> Any:
-    """load(address, inside): the 16 bytes at an aligned global address, converted to a tuple of 8, 4 or 2 numbers; zeros without an access
-    if `inside` is 0."""
+    """load(address, inside): the 16 bytes at an aligned global address, converted to a tuple of 16, 8, 4 or 2 numbers; zeros without an
+    access if `inside` is 0."""
     wide = dtype == "float64"
     words, letter, zero, kind = (2, "d", "0d0000000000000000", F64) if wide else (4, "r", "0", I32)
-    bits, count = "f64" if wide else "b32", {"float64": 2, "float32": 4}.get(dtype, 8)
+    bits, count = "f64" if wide else "b32", 16 // ITEMSIZE[dtype]
+    widen = make_widen("float16", dtype, False) if dtype in _BYTES else None
     clear = "".join(f" mov.{bits} ${k}, {zero};" for k in range(words))
     to = ", ".join(f"${k}" for k in range(words))
     text = (f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0;{clear} @p ld.global.v{words}.{bits} {{{to}}}, [${words}]; }}")
@@ -92,6 +95,9 @@ def load_chunk(dtype: str) -> Any:
             given = [builder.extract_value(value, k) for k in range(words)]
             if dtype == "float32":
                 given = [builder.bitcast(x, F32) for x in given]
+            elif widen is not None:
+                pairs = [pair for x in given for pair in widen(builder, x)]
+                given = [half_to_float(builder, half, "float16") for x in pairs for half in halves(builder, x)]
             elif dtype != "float64":
                 given = [half_to_float(builder, half, dtype) for x in given for half in halves(builder, x)]
             return pack(builder, given)

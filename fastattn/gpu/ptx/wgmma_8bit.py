@@ -3,7 +3,7 @@
 A step of 32 bytes is as long as one of 16 elements of 16 bits. Rows of shared operands are panels of 32, 64 or 128 bytes, swizzled over
 their width. As the A operand in registers, a lane 4 g + c has elements 4 c to 4 c + 3 and 16 + 4 c to 16 + 4 c + 3 of a step, in rows g and
 g + 8. An accumulator gives it columns 8 j + 2 c + {0, 1}. What is summed over may come in any order, so these become the A operand as they
-are, and B has its rows in the order that KEY_OF says. The sums of the tensor cores keep some 14 bits; `pv` starts each of them with 0.
+are, and B has its rows in the order that KEY_OF says. The sums of the tensor cores keep some 14 bits.
 """
 from __future__ import annotations
 
@@ -73,24 +73,9 @@ def make_qk(dtype_q: str, dtype_k: str, panel: int) -> Any:
 def make_pv(dtype_v: str, panel: int) -> Any:
     """pv of B in panels whose rows have `panel` bytes."""
     @intrinsic
-    def pv(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any) -> Any:
-        """acc (64 x N) = P (64 x depth, registers, e4m3) B (N x depth)^T, in panels of `rows` rows, of which B may be some."""
-        [panel_rows] = literals(rows)
-
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
-            for k in range(p.count // 4):
-                at = builder.add(args[2], I64(_offset(k, panel_rows, panel)))
-                registers = _multiply(builder, ("float8_e4m3fn", dtype_v), registers, a[4 * k:4 * k + 4], at, k == 0)
-            return pack(builder, registers)
-        return signature(acc, acc, p, types.uint64, rows), generate
-    return pv
-
-
-def make_pv_onto(dtype_v: str, panel: int) -> Any:
-    """pv, added to what acc has unless `add` is 0. Not many times: sums of 8-bit products lose 5e-4 of a positive sum a step of 32."""
-    @intrinsic
-    def pv_onto(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any, add: Any) -> Any:
+    def pv(typingctx: Any, acc: Any, p: Any, b: Any, rows: Any, add: Any) -> Any:
+        """P (64 x depth, registers, e4m3) B (N x depth)^T, in panels of `rows` rows, of which B may be some; added to acc (64 x N) unless
+        `add` is 0. Not many times: sums of 8-bit products lose 5e-4 of a positive sum a step of 32."""
         [panel_rows] = literals(rows)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -101,7 +86,7 @@ def make_pv_onto(dtype_v: str, panel: int) -> Any:
                                       args[4] if k == 0 else None)
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64, rows, types.int32), generate
-    return pv_onto
+    return pv
 
 
 def _pack4(builder: Any, x: list[Any]) -> Any:

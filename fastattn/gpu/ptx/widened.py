@@ -8,8 +8,8 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import I32, VOID, emit, instruction, pack, unpack
-from .direct_8bit import make_widen
 from .memory import emit_load16_if
+from .widen import make_widen
 
 # prefetch(address): load the 128 bytes around a global address into the L2 cache
 prefetch = instruction("prefetch.global.L2 [$0];", "l")

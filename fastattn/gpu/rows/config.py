@@ -32,6 +32,11 @@ TRANSPOSE_THREADS = 256
 # append of keys and values, and the rotation of q: memory-bound, 16 bytes a thread
 APPEND_THREADS = 256
 
+# widen_keys: memory-bound, 16 numbers a thread and step
+WIDEN_THREADS = 256
+WIDEN_KEYS = 64             # of a request, of a thread block
+WIDEN_BYTES = 1 << 30       # of temporary memory for one launch
+
 # merge_states
 MERGE_THREADS = 128
 MERGE_WARPS = 8             # of a block that merges in place: a row each

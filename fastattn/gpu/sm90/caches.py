@@ -19,6 +19,10 @@ from .config import ForwardSm90Config, choose_forward, panel_columns
 LENGTHS = " lengths:l lengths_batch:q append:i"
 LEAST_BOX = 16              # rows: more boxes than eight of a block of 128 keys take longer to issue than the block's MMAs
 MOST_LOADS = 16             # of K and V of a block by one producer, which take it half as long as the MMAs of 128 keys at head_dim 128
+# Queries of a request over 8-bit caches. A query and key of 32 heads of 128, 8 with keys, takes the split-key kernel 1.2e-10 s at 140
+# TFLOP/s; a key's rewriting 1.5e-9 s (widened) or 1e-9, and its products with a tile of 128 rows 3.5e-9 or 2.3e-9. 128 queries run at 435
+# and 515 TFLOP/s; 32 is predicted, to be measured
+FEW_EIGHT = 32
 MOST_KEYS = 2**31 - 1024    # of a request: positions behind a block of keys are int32, too
 PAGES = " pages:l pages_batch:q pages_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
@@ -86,21 +90,28 @@ def by_splits(call: Call, d: Device, tiled: str | None) -> bool:
     """Whether the split-key kernel runs the call, and not the tiled one. tiled: why that does not run it.
 
     The split-key kernel takes up to MOST_ROWS query rows of a key head, where the tiled one would read K and V for every query head, and up
-    to FEW_QUERIES queries of any number of heads, where its tiles would be padding. With num_splits=1 it takes all: a request has the same
-    bits in any batch.
+    to FEW_QUERIES queries of any number of heads, where its tiles would be padding. Of 8-bit caches, which are rewritten in front of a
+    tiled kernel, up to FEW_EIGHT. With num_splits=1 it takes all: a request has the same bits in any batch.
     """
     p = call.problem
     assert p.cache is not None
     if decode.refuses_caches(call) is not None:
         return False
-    return tiled is not None or p.cache.num_splits == 1 or p.seqlen_q <= FEW_QUERIES or few_rows(p, d.num_sms)
+    few = FEW_QUERIES if p.eight_bit is None else FEW_EIGHT
+    return tiled is not None or p.cache.num_splits == 1 or p.seqlen_q <= few or few_rows(p, d.num_sms)
+
+
+def lengths(call: Call) -> tuple[int, ...]:
+    """Values of LENGTHS."""
+    used, cache = call.operands.seqused_k, call.problem.cache
+    assert cache is not None and used is not None
+    return used.ptr, used.strides[0], int(cache.append)
 
 
 def values(call: Call) -> tuple[int, ...]:
     """Values of LENGTHS and, with pages, of PAGES."""
-    p, used, table = call.problem, call.operands.seqused_k, pages_of(call)
-    assert p.cache is not None and used is not None
-    found: tuple[int, ...] = used.ptr, used.strides[0], int(p.cache.append)
+    p, table, found = call.problem, pages_of(call), lengths(call)
+    assert p.cache is not None
     if table is not None:
         entry = table.strides[1] if len(table.shape) == 2 else 0
         found += (table.ptr, table.strides[0], entry, p.cache.pages - 1, p.cache.page_size, *page_division(p.cache.page_size))

@@ -8,47 +8,29 @@ from .config import ForwardSm90Config
 
 # head sizes that have a tiling; others are widened to 16 bits. At 256 O and a quarter of P V spill 300 to 500 bytes beside 32 to 96 keys
 DIMS = (64, 128)
-# P is multiplied by 2**OFFSET before it is rounded: e4m3 ends at 448 and its steps below 2**-6 are 2**-9. 7 leaves a factor of 3.5 for
-# maxima that lag (tile/softmax_8bit.py)
-OFFSET = 7
+MOST_SUMMED = 384           # keys of a sum of the tensor cores: of as many positive ones it loses 0.5 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward8BitConfig(ForwardSm90Config):
-    """A tiling of the forward on 8-bit operands.
+    """A tiling of the forward on 8-bit operands. Its steps are optimistic, and nobody waits for a turn.
 
     Parameters
     ----------
-    optimistic
-        As in ForwardSm90Config, and a thread's sum of a row in a block is at most 448, so each probability is, too. The offset leaves room
-        for equal ones, 32 in a block of 128 keys.
-    pieces
-        P V of a block is added to O in so many pieces of columns, one after the other. O in float32 takes head_dim_v / 2
-        registers a thread, a piece head_dim_v / 2 / pieces more.
     gather
         P V of so many blocks is summed by the tensor cores before it is added to O in float32: fewer additions, and a larger error.
-    parked
-        O in float32 is in shared memory, where each sum of `gather` blocks is added: registers for wider blocks of keys.
     offset
-        P is multiplied by 2**offset before it is rounded.
-    polynomial
-        Of so many neighbouring exponentials one is a polynomial on the FMA units instead of ex2, of which a
-        multiprocessor does 16 a cycle. 0: none.
-    degree
-        Of the polynomial: 2 or 3.
+        P is multiplied by 2**offset before it is rounded: e4m3 ends at 448, and its steps below 2**-6 are 2**-9. A thread's sum of a row
+        in a block is at most 448 in an optimistic step, so each probability is, too; the offset leaves room for equal ones.
     """
 
-    pieces: int = 1
-    polynomial: int = 0
-    degree: int = 3
     gather: int = 1
-    parked: bool = False
-    offset: int = OFFSET
+    offset: int = 3
 
     def __post_init__(self) -> None:
-        assert self.gather in (1, 2, 4) and self.degree in (2, 3) and (self.gather > 1 or not self.parked)
-        assert self.pieces == 1 or (self.gather == 1 and not self.optimistic), "a piece is added when it is there"
-        assert not self.optimistic or self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
+        assert self.gather in (1, 2) and self.gather * self.block_n <= MOST_SUMMED
+        assert self.optimistic and not self.turns
+        assert self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
 
     @property
     def panel(self) -> int:
@@ -57,10 +39,7 @@ class Forward8BitConfig(ForwardSm90Config):
 
     @property
     def text(self) -> str:
-        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} pieces {self.pieces}" + " turns" * self.turns
-                + f" polynomial {self.polynomial} of {self.degree}" * (self.polynomial > 0) + " optimistic" * self.optimistic
-                + f" gather {self.gather}" * (self.gather > 1) + " parked" * self.parked
-                + f" offset {self.offset}" * (self.offset != OFFSET))
+        return f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} gather {self.gather} offset {self.offset}"
 
 
 def row_bytes(dim: int) -> int:
@@ -69,11 +48,13 @@ def row_bytes(dim: int) -> int:
 
 
 def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
-    """S takes block_n / 2 registers a thread, P block_n / 8, O head_dim / 2 and a piece of P V, of 232."""
+    """S takes block_n / 2 registers a thread, P block_n / 8, O and a sum head_dim / 2 each, of 232.
+
+    D128, H200: 876 to 932 TFLOP/s full and 772 to 933 causal, without gather 1 to 2 % less; 144 keys spill. Maxima in every step take 16 to
+    20 % more time, turns 5 to 7 % under a causal mask (docs/log-gpu.md).
+    """
     direct = (spec.out_dtype or spec.dtype) not in ("float16", "bfloat16")      # the output is stored from the registers
-    dim = spec.head_dim
-    if dim <= 64:
-        return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1, turns=True, optimistic=False)
-    # 144 keys and more spill, in two or four pieces too. Without turns 724 to 733 TFLOP/s instead of 764 to 784 full, and 721 to 782
-    # instead of 699 to 759 causal
-    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, turns=not spec.right, optimistic=False)
+    if spec.head_dim <= 64:
+        return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1)
+    gather = 1 if spec.left else 2          # the bounds of a window would spill 60 bytes beside a sum of two
+    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, gather=gather)

@@ -1,15 +1,14 @@
-"""Forward for Hopper on 8-bit operands: forward.py's roles and rings, with products of twice the speed.
+"""Forward for Hopper on 8-bit operands: forward.py's roles, rings and steps, with products of twice the speed.
 
-What differs from it: V comes transposed (rows/transpose_8bit.py), because 8-bit operands are K-major always. P V of a block is a sum of its
-own, added to O in float32: the tensor cores' 8-bit sums keep some 14 bits, and over 16384 positive keys they lose a quarter. P is e4m3,
-times 2**offset. Scores and the output are scaled by the numbers of their (batch, key head). A step computes its maxima first, or is
-optimistic. With config.gather a sum has several blocks, which begin with a tile's first one. With config.parked O is in shared memory, and
-registers have the factors that its rows must be multiplied by since.
+What differs from it:
+    V   comes transposed (rows/transpose_8bit.py), because 8-bit operands are K-major always
+    P   is e4m3, times 2**offset. Scores and the output are scaled by the numbers of their (batch, key head)
+    O   P V of config.gather blocks is a sum of its own, which is added to O in float32: the tensor cores' 8-bit sums keep some 14 bits, and
+        over 16384 positive keys they lose a quarter. The first sum of a tile begins with its first block
 
     shared memory   Q | STAGES x (K, V) | out | barriers | tile records
 
-P V is issued in PIECES of columns, because O in float32 and another accumulator of its size do not fit the registers together: the first
-beside S, each other one when the one before is added, the last of them before the exponentials, which it overlaps with.
+A step under the maxima so far is computed again where one of its numbers might be too large for e4m3.
 """
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from numba import cuda, float32, int32, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
-from ..ptx.sums import APART, PIECE, add_sums, store_sums
-from ..ptx.sync import any_lane, any_thread, barrier, barrier_arrive, decrease_registers, increase_registers, opaque, thread_index, uniform
+from ..ptx.sync import any_lane, any_thread, decrease_registers, increase_registers, opaque, uniform, wait_for_previous
 from ..spec import Spec
 from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
 from ..tile.mask import make_diagonals, make_keep
@@ -50,34 +48,30 @@ class Tile(NamedTuple):
 def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype_v: str) -> tuple[Any, int]:
     """(kernel, bytes of shared memory); spec.dtype is q's."""
     # constants: tile sizes, bytes, registers a thread
-    BLOCK_M, BLOCK_N, STAGES, CONSUMERS, PIECES = config.block_m, config.block_n, config.stages, config.consumers, config.pieces
+    BLOCK_M, BLOCK_N, STAGES, CONSUMERS = config.block_m, config.block_n, config.stages, config.consumers
     HEAD_DIM, ROW, PANEL = spec.head_dim, row_bytes(spec.head_dim), config.panel
-    PANELS, PANELS_V, PIECE_DIM = HEAD_DIM // ROW, BLOCK_N // PANEL, HEAD_DIM // PIECES
+    PANELS, PANELS_V = HEAD_DIM // ROW, BLOCK_N // PANEL
     Q_PANEL, K_PANEL, V_PANEL = BLOCK_M * ROW, BLOCK_N * ROW, HEAD_DIM * PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * K_PANEL, PANELS_V * V_PANEL
-    COUNT_S, COUNT_O, COUNT_PIECE = BLOCK_N // 2, HEAD_DIM // 2, PIECE_DIM // 2
-    PARKED, SUMS_BYTES = config.parked, COUNT_O // 4 * APART if config.parked else 0
-    LAST_PIECE, GATHER, OPTIMISTIC = (PIECES - 1) * COUNT_PIECE, config.gather, config.optimistic
+    COUNT_S, COUNT_O, GATHER = BLOCK_N // 2, HEAD_DIM // 2, config.gather
     LAG, LIMIT = float32(lag_of(config.offset)), float32(TOP)
-    WARPS, PACKED, MASKED_ALWAYS, TURNS = 4 * CONSUMERS, spec.packed, spec.left or spec.right, config.turns and CONSUMERS > 1
+    WARPS, PACKED, MASKED_ALWAYS = 4 * CONSUMERS, spec.packed, spec.left or spec.right
 
     # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
     OUT = smem.take(CONSUMERS * min(config.out_panels, panels(HEAD_DIM)) * OUT_PANEL)
-    SUMS = smem.take(CONSUMERS * SUMS_BYTES)
     (tile_blocks, full_blocks, intervals), (diagonal_of, _) = make_tile_bounds(spec, BLOCK_M, BLOCK_N), make_diagonals(spec)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)
-    TURN_BARRIER, VOTE_BARRIER = smem.named(4), smem.named(CONSUMERS)
+    VOTE_BARRIER = smem.named(CONSUMERS)
 
     # what the steps are made of
     qk, pv = wgmma_8bit.make_qk(spec.dtype, dtype_k, ROW), wgmma_8bit.make_pv(dtype_v, PANEL)
-    pv_onto = wgmma_8bit.make_pv_onto(dtype_v, PANEL)
     rows_of, values_of = wgmma_8bit.make_descriptor(ROW), wgmma_8bit.make_descriptor(PANEL)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     keep, num_tiles = make_keep(spec), make_num_tiles(spec)
-    raised, probabilities, finish_row = make_softmax_8bit(config.offset, config.polynomial, config.degree)
+    raised, probabilities, finish_row = make_softmax_8bit(config.offset)
 
     @inline
     def scales_at(a, plane):
@@ -162,137 +156,44 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         return qk(zeros(COUNT_S), q, k, HEAD_DIM, BLOCK_M, BLOCK_N)
 
     @inline
-    def mma_o(p, base, stage, piece):
-        """P V, of a piece of the columns."""
-        return pv(zeros(COUNT_PIECE), p, values_of(base + V + stage * V_BYTES + piece * PIECE_DIM * PANEL), HEAD_DIM)
-
-    @inline
     def place_in_sum(n_block, tile):
         """Which of the blocks of its sum a block of keys is."""
         return int32((tile.n_first - n_block) & (GATHER - 1))
 
     @inline
-    def mma_first(sums, p, base, stage, n_block, tile):
-        """P V of n_block, of the first piece of the columns, or with GATHER onto the sum that it belongs to."""
-        if GATHER > 1:
-            values = values_of(base + V + stage * V_BYTES)
-            return pv_onto(sums, p, values, HEAD_DIM, place_in_sum(n_block, tile))
-        else:
-            return mma_o(p, base, stage, 0)
+    def mma_o(sums, p, base, stage, n_block, tile):
+        """P V of n_block onto the sum that it belongs to, or alone if it is the first of it."""
+        return pv(sums, p, values_of(base + V + stage * V_BYTES), HEAD_DIM, place_in_sum(n_block, tile))
 
     @inline
-    def wait_turn(w):
-        """Ping-pong: until it is this warpgroup's turn to issue MMAs, so that its softmax overlaps with another's MMAs."""
-        if TURNS:
-            barrier(int32(TURN_BARRIER + opaque(w)), int32(2 * WARPGROUP))
-
-    @inline
-    def pass_turn(w):
-        """Ping-pong: the next warpgroup's turn."""
-        if TURNS:
-            after = int32(opaque(w) + 1)
-            barrier_arrive(int32(TURN_BARRIER if after == CONSUMERS else TURN_BARRIER + after), int32(2 * WARPGROUP))
+    def total(acc_o, sums, n_block, tile):
+        """O, with the sum that n_block ends."""
+        if place_in_sum(n_block, tile) == GATHER - 1:
+            acc_o = add_columns(acc_o, sums, 0)
+        return acc_o
 
     @inline
     def issue_first(base, w, stage):
         """S of a tile's first block, alone."""
-        wait_turn(w)
         wgmma.fence()
         acc_s = mma_s(base, w, stage)
         wgmma.commit()
-        pass_turn(w)
         return acc_s
 
     @inline
     def issue(base, w, sums, p, stage, before, parity, n_block, tile):
-        """S of n_block, then the first piece of P V of the block before it."""
-        wait_turn(w)
-        wgmma.fence()
-        acc_s = mma_s(base, w, stage)
-        wgmma.commit()
-        v_ring.wait_full(base, before, parity)
-        wgmma.fence()
-        product = mma_first(sums, p, base, before, int32(n_block + 1), tile)
-        wgmma.commit()
-        pass_turn(w)
-        return acc_s, product
-
-    def make_others(PIECE):
-        """others(acc_o, product, p, base, stage): O with the pieces of P V from PIECE on, which is in flight, but for the last, which is
-        then in flight."""
-        AT, NEXT = PIECE * COUNT_PIECE, PIECE + 1
-        if NEXT == PIECES:
-            @inline
-            def none(acc_o, product, p, base, stage):
-                return acc_o, product
-            return none
-        following = make_others(NEXT)
-
-        @inline
-        def others(acc_o, product, p, base, stage):
-            acc_o = add_columns(acc_o, wgmma.wait_all(product), AT)
-            wgmma.fence()
-            product = mma_o(p, base, stage, NEXT)
-            wgmma.commit()
-            return following(acc_o, product, p, base, stage)
-        return others
-
-    other_pieces = make_others(0)
+        """S of n_block, in `stage`, then P V of the block before it, in `before`."""
+        acc_s = issue_first(base, w, stage)
+        return acc_s, issue_last(base, sums, p, before, parity, int32(n_block + 1), tile)
 
     @inline
-    def landed(acc_o, product):
-        """(O, the sum in front of it), when P V of a block has ended: the last piece is added to O, a sum of GATHER blocks is not yet."""
-        if GATHER > 1:
-            return acc_o, wgmma.wait_all(product)
-        else:
-            return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE), int32(0)
-
-    @inline
-    def scaled(acc_o, product, alpha0, alpha1):
-        if PARKED:
-            return (acc_o[0] * alpha0, acc_o[1] * alpha1), scale_rows(product, alpha0, alpha1)
-        elif GATHER > 1:
-            return scale_rows(acc_o, alpha0, alpha1), scale_rows(product, alpha0, alpha1)
-        else:
-            return scale_rows(acc_o, alpha0, alpha1), product
-
-    @inline
-    def parked_at(base, w):
-        return int32(base + SUMS + opaque(w) * SUMS_BYTES + (thread_index() & (WARPGROUP - 1)) * PIECE)
-
-    @inline
-    def with_parked(acc_o, sums, n_block, tile, base, w):
-        """O of all sums in front of n_block's, which are in shared memory, and of this one."""
-        if tile.n_first - n_block >= GATHER:
-            sums = add_sums(parked_at(base, w), sums, acc_o[0], acc_o[1])
-        return sums
-
-    @inline
-    def gathered(acc_o, sums, n_block, tile, base, w):
-        """O, with the sum that n_block ends."""
-        if PARKED:
-            if place_in_sum(n_block, tile) == GATHER - 1:
-                store_sums(parked_at(base, w), with_parked(acc_o, sums, n_block, tile, base, w))
-                acc_o = float32(1), float32(1)
-        elif GATHER > 1:
-            if place_in_sum(n_block, tile) == GATHER - 1:
-                acc_o = add_columns(acc_o, sums, 0)
-        return acc_o
-
-    @inline
-    def issue_last(base, w, acc_o, sums, p, stage, parity, tile):
-        """O with P V of a tile's last block."""
+    def issue_last(base, sums, p, stage, parity, n_block, tile):
+        """P V of n_block, alone."""
         v_ring.wait_full(base, stage, parity)
-        wait_turn(w)
         wgmma.fence()
-        product = mma_first(sums, p, base, stage, tile.n_min, tile)
+        product = mma_o(sums, p, base, stage, n_block, tile)
         wgmma.commit()
-        pass_turn(w)
-        if PARKED:
-            return with_parked(acc_o, wgmma.wait_all(product), tile.n_min, tile, base, w)
-        else:
-            acc_o, product = other_pieces(acc_o, product, p, base, stage)
-            return add_columns(acc_o, wgmma.wait_all(product), LAST_PIECE)
+        return product
 
     @inline
     def release_k(base, stage, n_block, n_min, lane):
@@ -309,77 +210,64 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
 
     @inline
-    def redo(base, w, stage, acc_s, acc_o, product, max0, max1, sum0, sum1, scale):
-        """Recompute the block's scores, and raise the maxima. Warpgroup-uniform."""
-        acc_o, product = landed(acc_o, product)
-        wgmma.fence()
-        acc_s = mma_s(base, w, stage)
-        wgmma.commit()
-        acc_s = wgmma.wait_all(acc_s)
+    def redo(base, w, stage, acc_o, product, max0, max1, sum0, sum1, scale):
+        """Recompute the block's scores and raise the row maxima. Warpgroup-uniform."""
+        sums = wgmma.wait_all(product)
+        acc_s = wgmma.wait_all(issue_first(base, w, stage))
         max0, max1, alpha0, alpha1 = raised(scale, acc_s, max0, max1, float32(0))
         acc_s, part0, part1 = probabilities(scale, acc_s, max0, max1)
-        acc_o, product = scaled(acc_o, product, alpha0, alpha1)
-        return acc_s, acc_o, product, max0, max1, sum0 * alpha0 + part0, sum1 * alpha1 + part1
+        acc_o, sums = scale_rows(acc_o, alpha0, alpha1), scale_rows(sums, alpha0, alpha1)
+        return acc_s, acc_o, sums, max0, max1, sum0 * alpha0 + part0, sum1 * alpha1 + part1
 
-    @inline
-    def step_fast(base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile):
-        """A step under the maxima so far, which all rows have."""
-        before, parity = v_ring.use(it)
-        it = int32(it + 1)
-        stage, _ = k_ring.use(it)
-        k_ring.wait_full_nth(base, it)
-        acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)
-        acc_s, part0, part1 = probabilities(tile.scale, wgmma.wait_all_but_one(acc_s), max0, max1)
-        lags = int32(1) if max(part0, part1) > LIMIT else int32(0)
-        if uniform(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
-            acc_s, acc_o, sums, max0, max1, sum0, sum1 = redo(base, w, stage, acc_s, acc_o, product, max0, max1, sum0, sum1, tile.scale)
-        else:
-            acc_o, sums = landed(acc_o, product)
-            sum0, sum1 = sum0 + part0, sum1 + part1
-        release_k(base, stage, n_block, tile.n_min, lane)
-        p = wgmma_8bit.to_e4m3(acc_s)
-        acc_o = gathered(acc_o, sums, int32(n_block + 1), tile, base, w)
-        v_ring.release(base, before, lane)
-        return acc_o, sums, p, max0, max1, sum0, sum1, it
-
-    def make_step(MASKED):
+    def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile):
-            """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
+            """S and P of n_block, overlapped with P V of the block before, whose P is `p`. Optimistic: under the maxima so far, which all
+            rows have."""
             before, parity = v_ring.use(it)
             it = int32(it + 1)
             stage, _ = k_ring.use(it)
 
-            # S = Q K^T of this block, O += P V of the block before
+            # S = Q K^T of this block, P V of the block before
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)
             acc_s = wgmma.wait_all_but_one(acc_s)
-            release_k(base, stage, n_block, tile.n_min, lane)
 
-            # mask, softmax
-            if MASKED:
-                acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
-            max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1, LAG)
-            acc_o, product = other_pieces(acc_o, product, p, base, before)
-            acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
-            sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
-            # both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to overlap with the MMA
-            if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                acc_o, sums = landed(acc_o, product)
-                acc_o, sums = scaled(acc_o, sums, alpha0, alpha1)
+            # mask, softmax. Both branches wait for P V: in straight code ptxas would hoist the wait above the softmax, which is to overlap
+            # with the MMA
+            if OPTIMISTIC_STEP:
+                acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
+                lags = int32(1) if max(part0, part1) > LIMIT else int32(0)
+                if any_lane(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
+                    acc_s, acc_o, sums, max0, max1, sum0, sum1 = redo(base, w, stage, acc_o, product, max0, max1, sum0, sum1, tile.scale)
+                else:
+                    sums = wgmma.wait_all(product)
+                    sum0, sum1 = sum0 + part0, sum1 + part1
+                release_k(base, stage, n_block, tile.n_min, lane)
             else:
-                acc_o, sums = landed(acc_o, product)
+                release_k(base, stage, n_block, tile.n_min, lane)
+                if MASKED:
+                    acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + col))
+                max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1, LAG)
+                acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
+                sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
+                if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                    sums = wgmma.wait_all(product)
+                    acc_o, sums = scale_rows(acc_o, alpha0, alpha1), scale_rows(sums, alpha0, alpha1)
+                else:
+                    sums = wgmma.wait_all(product)
             p = wgmma_8bit.to_e4m3(acc_s)
-            acc_o = gathered(acc_o, sums, int32(n_block + 1), tile, base, w)
+            acc_o = total(acc_o, sums, int32(n_block + 1), tile)
             v_ring.release(base, before, lane)
             return acc_o, sums, p, max0, max1, sum0, sum1, it
         return step
 
-    step_masked, step_whole = make_step(MASKED_ALWAYS), step_fast if OPTIMISTIC else make_step(False)
+    step_slow, step_fast = make_step(MASKED_ALWAYS, False), make_step(False, True)
 
     @inline
     def tile_of(a, base, i, w, thread, lane):
-        """(Tile, n_max, full_min, full_max, seqlen_k) of the i-th tile: blocks [full_min, full_max) need no mask for this warpgroup."""
+        """(Tile, n_max, fast_min, fast_max, seqlen_k) of the i-th tile: key blocks [fast_min, fast_max) need no mask for this warpgroup's
+        rows, which have maxima there."""
         m_block, head, batch = records.get(base, i, TILE.M_BLOCK), records.get(base, i, TILE.HEAD), records.get(base, i, TILE.BATCH)
         seqlen_q, seqlen_k = records.get(base, i, TILE.SEQLEN_Q), records.get(base, i, TILE.SEQLEN_K)
         row0 = int32(m_block * BLOCK_M + w * WARPGROUP_ROWS)
@@ -388,10 +276,10 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         n_min, n_max, _ = tile_blocks(a, batch, head, m_block, seqlen_q, seqlen_k)
         full_min, full_max = full_blocks(a, row0, diagonal, seqlen_k)
         scale = load_f32(scales_at(a, int32(batch * a.num_heads + head)))
-        if OPTIMISTIC:      # the last full block gives all rows a maximum; a tile's last one would release Q a softmax later
-            full_min, full_max = int32(max(full_min, n_min + 1)), int32(full_max - 1)
+        # the last full block gives all rows a maximum; a tile's last one would release Q a softmax later
+        fast_min, fast_max = int32(max(full_min, n_min + 1)), int32(full_max - 1)
         tile = Tile(intervals(a, row, diagonal, seqlen_k), scale, uniform(n_min), uniform(int32(n_max - 1)))
-        return tile, uniform(n_max), uniform(full_min), uniform(full_max), seqlen_k
+        return tile, uniform(n_max), uniform(fast_min), uniform(fast_max), seqlen_k
 
     @inline
     def first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k):
@@ -424,6 +312,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
             init_barriers(base)
             mbarrier.fence_init()
         cuda.syncthreads()
+        wait_for_previous()     # for the transposed V
         if warpgroup == 0:
             give_registers()
             if thread == 0:
@@ -433,27 +322,24 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
             w, lane = int32(warpgroup - 1), int32(thread & 31)
             col = int32((lane & 3) * 2)
             it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
-            if w == CONSUMERS - 1:
-                pass_turn(w)
             records.wait(base, i)
             while records.get(base, i, TILE.KIND) != 0:
-                tile, n_max, full_min, full_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
+                tile, n_max, fast_min, fast_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
                 n_block, it = int32(n_max - 1), int32(it + 1)
                 p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
-                acc_o = (float32(1), float32(1)) if PARKED else zeros(COUNT_O)
-                sums = own_zeros(COUNT_PIECE) if GATHER > 1 else int32(0)
+                acc_o, sums = zeros(COUNT_O), own_zeros(COUNT_O)
                 while n_block > tile.n_min:
                     n_block = int32(n_block - 1)
-                    if (n_block >= full_min) & (n_block < full_max):
-                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_whole(
+                    if (n_block >= fast_min) & (n_block < fast_max):
+                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_fast(
                             base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
                     else:
-                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_masked(
+                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_slow(
                             base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
-                out = issue_last(base, w, acc_o, sums, p, stage, phase, tile)
+                acc_o = add_columns(acc_o, wgmma.wait_all(issue_last(base, sums, p, stage, phase, tile.n_min, tile)), 0)
                 v_ring.release(base, stage, lane)
-                epilogue(a, base, out, max0, max1, sum0, sum1, i, w, thread, lane, col)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)
                 records.wait(base, i)
             if thread == 0:

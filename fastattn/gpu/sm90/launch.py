@@ -11,6 +11,7 @@ from ..config import feature_weight, num_features
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields
+from ..rows import widen_launch
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of, refuses_parts
@@ -95,7 +96,9 @@ def _refuses_forward(call: Call) -> str | None:
 
 
 def _refuses_tiled(call: Call) -> str | None:
-    """None, or why `forward` does not run a call over caches."""
+    """None, or why `forward` does not run a call over caches, or over widened ones."""
+    if call.problem.eight_bit is not None:
+        return widen_launch.refuses(call) or _refuses_tiled(widen_launch.widened(call, widen_launch.ALIGNED)[0])
     if (reason := unfit(call.problem, MOST_DIM)) is not None:
         return reason
     return caches.refuses(call, make_spec(call.problem, call.operands, False)) or _refuses_forward(call)
@@ -199,6 +202,10 @@ def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     if caches.by_splits(call, launcher.device, _refuses_tiled(call)):
         prepare_few = decode.prepare_caches if refuses_latent(call, spec) else launch_latent.prepare
         return prepare_few(call, spec, launcher)
+    if call.problem.eight_bit is not None:
+        def attend(wide: Call) -> Launch:
+            return _prepare_caches(wide, make_spec(wide.problem, wide.operands, spec.lse), launcher)
+        return widen_launch.prepare(call, attend, launcher)
     spec = caches.spec_of(call, spec)
     config = caches.tiling(call, spec)
     return _prepare(call, spec, config, forward_program(spec, config), launcher)

@@ -15,7 +15,7 @@ from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, I64, emit, literals, pack, unpack
 from ..dsl.inline import Compiled
-from ..ptx.arith import emit_exp2, emit_exp2_polynomial, emit_fma, emit_max, emit_pack_half
+from ..ptx.arith import emit_exp2, emit_fma, emit_max, emit_pack_half
 from ..ptx.memory import emit_load16_if, emit_load_if, half_to_float, halves
 from ..ptx.parts import PARTS, emit_parts
 from ..ptx.sync import emit_opaque, emit_shuffle_xor
@@ -167,24 +167,6 @@ def exp2_minus(typingctx: Any, acc: Any, scale0: Any, scale1: Any, max0: Any, ma
         return pack(builder, [emit_exp2(builder, emit_fma(builder, x, scales[row_of(k) // 8], minus[row_of(k) // 8]))
                               for k, x in enumerate(registers)])
     return signature(acc, acc, *[types.float32] * 4), generate
-
-
-def make_exp2_minus(polynomial: int, degree: int = 3) -> Any:
-    """exp2_minus, in which one of `polynomial` neighbouring columns is a polynomial of `degree` instead of ex2; 0: none."""
-    if not polynomial:
-        return exp2_minus
-
-    @intrinsic
-    def exp2_minus_mixed(typingctx: Any, acc: Any, scale0: Any, scale1: Any, max0: Any, max1: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            scales, minus = args[1:3], [builder.fsub(F32(-0.0), x) for x in args[3:]]
-            out = []
-            for k, x in enumerate(unpack(builder, args[0], acc.count)):
-                power = emit_fma(builder, x, scales[row_of(k) // 8], minus[row_of(k) // 8])
-                out.append(emit_exp2_polynomial(builder, power, degree) if k % polynomial == polynomial - 1 else emit_exp2(builder, power))
-            return pack(builder, out)
-        return signature(acc, acc, *[types.float32] * 4), generate
-    return exp2_minus_mixed
 
 
 @intrinsic

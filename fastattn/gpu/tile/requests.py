@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import int32, uint64
+from numba import int32, uint32, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx.memory import load_b32
+from ..ptx.memory import load_b32, load_shared_b32, store_shared_b32
 from .schedule import length_at
 
 
@@ -68,3 +68,41 @@ def make_request_of_row(PACKED: bool) -> Any:
         else:
             return divide(row, a.seqlen_q)
     return request_of_row
+
+
+def make_place_of(PAGED: bool) -> Any:
+    """place_of(a, b, key): (page, its row) of a request's key, which it has. A page that does not exist is the last one, as in pages.py;
+    without pages request b has row b of the cache."""
+    @inline
+    def place_of(a, b, key):
+        if PAGED:
+            entry = divide(key, a.page_size)
+            page = load_b32(uint64(a.table + uint64(b * a.table_row + entry * a.table_entry)))
+            return int32(min(uint32(page), uint32(a.last_page))), int32(key - entry * a.page_size)
+        else:
+            return b, key
+    return place_of
+
+
+PLACE = 8                   # bytes in shared memory of a key's page, and its row there
+
+
+def make_places(KEYS: int, THREADS: int, PAGED: bool) -> tuple[Any, Any]:
+    """(find, get) of the places of a thread block's KEYS keys, looked up once.
+
+    find(a, base, b, first, count, thread): write those of request b from key `first` on, `count` of them at most, to shared memory.
+    page, row = get(base, i): of the i-th one, behind a cuda.syncthreads.
+    """
+    place_of = make_place_of(PAGED)
+
+    @inline
+    def find(a, base, b, first, count, thread):
+        for i in range(thread, min(count, KEYS), THREADS):
+            page, row = place_of(a, b, int32(first + i))
+            store_shared_b32(int32(base + PLACE * i), page)
+            store_shared_b32(int32(base + PLACE * i + 4), row)
+
+    @inline
+    def get(base, i):
+        return load_shared_b32(int32(base + PLACE * i)), load_shared_b32(int32(base + PLACE * i + 4))
+    return find, get

@@ -13,7 +13,7 @@ from numba import float32
 
 from ..dsl.inline import inline
 from ..ptx.arith import exp2, log2
-from .fragments import make_exp2_minus, quad_max, quad_sum, row_max, row_sum
+from .fragments import exp2_minus, quad_max, quad_sum, row_max, row_sum
 from .softmax import LN2, NEG_INF, finite
 
 TOP, ROUNDING = 448.0, 0.5          # the largest e4m3; room for the rounding of maximum * scale, in units of log2
@@ -24,7 +24,7 @@ def lag_of(offset: int) -> float:
     return math.log2(TOP) - offset - ROUNDING
 
 
-def make_softmax_8bit(OFFSET: int, POLYNOMIAL: int, DEGREE: int = 3) -> tuple[Any, Any, Any]:
+def make_softmax_8bit(OFFSET: int) -> tuple[Any, Any, Any]:
     """(raised, probabilities, finish_row).
 
     new0, new1, alpha0, alpha1 = raised(scale, acc_s, max0, max1, lag)
@@ -34,7 +34,7 @@ def make_softmax_8bit(OFFSET: int, POLYNOMIAL: int, DEGREE: int = 3) -> tuple[An
     factor, lse = finish_row(scale, out_scale, maximum, total)
         Factor of the output row, 0 for a row that attends no key, and lse.
     """
-    SHIFT, exp2_minus = float32(OFFSET), make_exp2_minus(POLYNOMIAL, DEGREE)
+    SHIFT = float32(OFFSET)
 
     @inline
     def raised(scale, acc_s, max0, max1, lag):

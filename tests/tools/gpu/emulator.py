@@ -299,6 +299,14 @@ class Machine:
             kind.from_address(address).value = encode(value, dtype)
         return put
 
+    def copy_bytes(self, size: int) -> Any:
+        def copy(to: int, source: int) -> None:
+            assert to % size == source % size == 0
+            self.memory.check(to, size)
+            self.memory.check(source, size)
+            ctypes.memmove(to, source, size)
+        return copy
+
     def any_lane(self, x: int) -> int:
         """In blocks of one warp: a vote of all lanes."""
         block = self.block
@@ -352,7 +360,7 @@ class Machine:
                 "wait_for_previous": lambda: None, "let_next_start": lambda: None,
                 "int32": int32, "int64": int, "uint64": int, "uint32": lambda x: int(x) & 0xFFFFFFFF, "float32": real, "float64": real,
                 "uint8": None, "load_if": self.load_if, "load_chunk": self.load_chunk, "store": self.store, "load_flag": self.load_flag,
-                "load_b32": self.load_b32, "load_b32_if": self.load_b32_if,
+                "copy_bytes": self.copy_bytes, "load_b32": self.load_b32, "load_b32_if": self.load_b32_if,
                 "store_b32": self.store_b32, "store_zero16": self.store_zero16, "load_shared": self.load_shared,
                 "store_shared": store_shared, "rounded_product": lambda compute: lambda x, y: x * y,
                 "shared_address": lambda array: 0, "load_shared_b32": lambda at: self.block.get(range(at, at + 1))[0],

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, int32, int64, uint32, uint64
 
+from fastattn.arrays.view import EIGHT_BIT, ITEMSIZE, numpy_dtype
 from fastattn.gpu.ptx import mbarrier, memory, mma, scalar, sync, tma, wgmma
 from fastattn.gpu.spec import FAR_LSE
 from fastattn.gpu.tile import fragments as f
@@ -191,15 +192,15 @@ def chunks(dtype: str) -> Callable[[], Any]:
 
 def check_chunks(dtype: str) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
-        count = 4 if dtype == "float32" else 8
-        x = normal(32, count).astype(NUMPY[dtype])
+        count = 16 // ITEMSIZE[dtype]
+        x = normal(32, count).astype(numpy_dtype(dtype))
         got = launch(x, normal(128), dst=np.ones(32 * count + 128, np.float32), n=20)
-        same(got[:32 * count].reshape(32, count), np.where(np.arange(32)[:, None] < 20, x, 0).astype(np.float32))
+        same(got[:32 * count].reshape(32, count), np.where(np.arange(32)[:, None] < 20, x.astype(np.float32), 0).astype(np.float32))
         same(got[32 * count:], np.zeros(128, np.float32))
     return check
 
 
-for _dtype in ("float32", *HALVES):
+for _dtype in ("float32", *HALVES, *EIGHT_BIT):
     add("scalar.load_chunk memory.store_zero16", "@p ld.global.v4.b32; st.global.v4.b32", chunks(_dtype), check_chunks(_dtype),
         name=f"scalar.load_chunk_{_dtype}")
 

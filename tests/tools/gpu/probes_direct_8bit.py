@@ -131,7 +131,7 @@ for source in ("float8_e4m3fn", "float8_e5m2"):
             name = f"{source} {dtype}" + " native" * native
             instruction = "cvt.rn.f16x2.e4m3x2" if native and source == "float8_e4m3fn" else "prmt.b32"
             for KEYS in (8, 16):
-                add("direct_8bit.make_products direct_8bit.weave direct_8bit.make_widen direct.make_load_pairs",
+                add("direct_8bit.make_products direct_8bit.weave widen.make_widen widen.emit_permute direct.make_load_pairs",
                     f"{instruction}; mma.sync.aligned.m16n8k{KEYS}.row.col.f32.{KIND[dtype]}", products(dtype, source, native, KEYS),
                     check_products(dtype, source, KEYS), name=f"direct_8bit {name} {KEYS}", shared=16 * PITCH + 16)
             add("direct_8bit.make_products", instruction, codes(dtype, source, native), check_codes(dtype, source),

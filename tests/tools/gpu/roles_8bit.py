@@ -1,7 +1,7 @@
 """The Hopper forward on 8-bit operands, played as roles.py plays the other one.
 
-V comes transposed: a place in it is a row (block * panels + panel) * head_dim, which must belong to the keys of P. An output counts its
-pieces: all of a block must be added, in order, before the first of the next. With config.gather a piece has so many blocks at most.
+V comes transposed: a place in it is a row (block * panels + panel) * head_dim, which must belong to the keys of P. A sum has config.gather
+blocks at most.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastattn.gpu.runtime import packed
-from fastattn.gpu.sm90 import forward_8bit, launch_8bit
+from fastattn.gpu.sm90 import caches, forward_8bit, launch_8bit
 from fastattn.gpu.sm90.config_8bit import choose_forward_8bit, row_bytes
 from fastattn.gpu.spec import Call
 from fastattn.masks import row_bounds
@@ -28,7 +28,7 @@ class Play8(Play):
     modules = ("sm90.forward_8bit", "sm90.bounds", "sm90.epilogue", "sm90.records", "tile.ring", "tile.smem")
 
     def __init__(self, config: Any, dim: int, seed: int, starts: list[tuple[int, int]] | None = None) -> None:
-        self.dim, self.row, self.pieces = dim, row_bytes(dim), config.pieces
+        self.dim, self.row = dim, row_bytes(dim)
         self.panels = config.block_n // config.panel
         self.starts = starts
         bytes_of = {"q": config.block_m * self.row, "k": config.block_n * self.row, "v": dim * config.panel}
@@ -51,56 +51,27 @@ class Play8(Play):
         return {block + (key.row - row) // self.config.block_n for row, block in self.starts
                 if row <= key.row and (key.row - row) % self.config.block_n == 0}
 
-    def pv8_onto(self, acc: Fragment, p: Fragment, v: int, rows: int, add: int) -> Fragment:
+    def pv8(self, acc: Fragment, p: Fragment, v: int, rows: int, add: int) -> Fragment:
         before = self.at_rest(acc).keys if add else ()
         assert not add or acc.q == p.q, "a sum of other rows"
         assert len(before) < self.config.gather, "a sum of more blocks"
-        product = self.pv8(acc, p, v, rows)
-        product.keys = (*before, *product.keys)
-        return product
-
-    def pv8(self, acc: Fragment, p: Fragment, v: int, rows: int) -> Fragment:
         agent, size = self.pause(), rows * self.config.panel
-        assert p.kind == "P" and rows == self.dim
-        piece = None
+        assert p.kind == "P" and rows == self.dim and p.k is not None
         for j in range(self.panels):
-            panel = next(x for x in agent.block.panels if x.start <= v + j * size < x.end)
-            here = (v + j * size - panel.start) // (size // self.pieces)
-            assert piece in (None, here)
-            piece = here
-            tensor, place = self.read(agent, v + j * size, size // self.pieces, 0)
-            assert p.k is not None and tensor == "v" and (place.head, place.batch) == (p.k.head, p.k.batch)
+            tensor, place = self.read(agent, v + j * size, size, 0)
+            assert tensor == "v" and (place.head, place.batch) == (p.k.head, p.k.batch)
             assert place.row in {(n * self.panels + j) * self.dim for n in self.blocks_of(p.k)}, "P of one block, V of another"
-        return self.fly(agent, Fragment("piece", p.q, p.k, (p.k,), at=piece))
+        return self.fly(agent, Fragment("sum", p.q, p.k, (*before, p.k)))
 
-    def add_columns(self, acc: Fragment, product: Fragment, first: int) -> Fragment:
-        self.at_rest(product)
-        assert self.at_rest(acc).q in (None, product.q) and first == product.at * self.dim // 2 // self.pieces
-        assert product.kind == "piece" and product.k is not None
-        done = acc.at or 0          # pieces of the last block in acc.keys that are there, 0: all
-        assert product.at == done, "a piece twice, or not at all"
-        keys = acc.keys if done else (*acc.keys, *product.keys)
-        assert keys[-1] == product.k
-        return Fragment("O", product.q, None, keys, at=(done + 1) % self.pieces)
-
-    def store_sums(self, address: int, acc: Fragment) -> None:
-        self.pause().block.words[-address] = self.at_rest(acc)      # type: ignore[assignment]
-
-    def add_sums(self, address: int, acc: Fragment, scale0: float, scale1: float) -> Fragment:
-        stored: Any = self.pause().block.words[-address]
-        assert stored.q == self.at_rest(acc).q, "sums of other rows"
-        return Fragment("O", acc.q, None, (*stored.keys, *acc.keys))
+    def add_columns(self, acc: Fragment, sums: Fragment, first: int) -> Fragment:
+        assert self.at_rest(sums).kind == "sum" and self.at_rest(acc).q in (None, sums.q) and first == 0
+        return Fragment("O", sums.q, None, (*acc.keys, *sums.keys))
 
     def store_bytes(self, acc: Fragment, address: int, other: int, inside: int, *_: Any) -> None:
-        self.store_rows(self.pack(acc), address, other, inside)
-
-    def pack(self, acc: Fragment) -> Fragment:
-        if acc.kind == "O":
-            assert not acc.at, "a block in part"
-        return self.to_half(acc)
+        self.store_rows(self.to_half(acc), address, other, inside)
 
     def names(self) -> dict[str, Any]:
-        def softmax(offset: int, polynomial: int, degree: int) -> tuple[Any, ...]:
+        def softmax(offset: int) -> tuple[Any, ...]:
             def probabilities(scale: float, acc: Fragment, *_: Any) -> tuple[Any, ...]:
                 return self.at_rest(acc), self.random.choice((1.0, 1.0, 1.0, 1000.0)), 1.0
 
@@ -109,25 +80,26 @@ class Play8(Play):
                 alpha = self.random.choice((1.0, 0.5))
                 return 0.0, 0.0, alpha, alpha
             return raised, probabilities, lambda *_: (1.0, 0.0)
-        products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_pv_onto=lambda *_: self.pv8_onto,
-                                   make_descriptor=lambda width: lambda at: at,
+        products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half)
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
-                                  "own_zeros": lambda n: Fragment("0"), "store_sums": self.store_sums, "add_sums": self.add_sums,
-                                  "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes, "make_pack": lambda dtype: self.pack}
+                                  "own_zeros": lambda n: Fragment("0"), "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes}
 
 
 def play(call: Call, seed: int, change: Any = None, starts: list[tuple[int, int]] | None = None, **tuning: Any) -> Play8:
     """A launch of two blocks; `change` edits the kernel's text first."""
-    spec = launch_8bit.spec_of(call)
+    cached = call.problem.cache is not None
+    spec = replace(launch_8bit.spec_of(call), lengths=cached)
     config = replace(choose_forward_8bit(spec), **tuning)
     made, memory = Play8(config, spec.head_dim, seed, starts), Memory()
     arguments = launch_8bit.forward_program(spec, config, "float8_e4m3fn", "float8_e4m3fn").arguments
-    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
+    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k, call.operands.seqused_k):
         memory.allow(x)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         kernel, _ = edited(forward_8bit.make_forward_8bit, change)(spec, config, "float8_e4m3fn", "float8_e4m3fn")
-        own = "q", "k", "v", "out", 4, table, packed.most_tiles(call, config.block_m), packed.head_group(call), 0, call.problem.num_heads_k
+        more = caches.lengths(call) if cached else ()
+        tiles, heads_k = packed.most_tiles(call, config.block_m), call.problem.num_heads_k
+        own = "q", "k", "v", "out", 4, table, tiles, packed.head_group(call), 0, heads_k, *more
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     assert not any(made.counters.values()), "the counter is not as it was found"
     return made

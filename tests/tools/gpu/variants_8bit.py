@@ -1,4 +1,4 @@
-"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only parked]`.
+"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only gather]`.
 
 Each line is a tiling of sm90/forward_8bit.py: TFLOP/s full and causal at 4096, 8192 and 16384 keys (16384 tokens, 16 heads, bfloat16
 output, V's transposition included), and rms errors over 16384 keys against float64 of the quantised inputs, for a normal and a positive V,
@@ -8,8 +8,11 @@ needs no GPU: registers, and what the compiler complains about.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,52 +23,46 @@ from fastattn.gpu.spec import Call, Spec
 
 TOKENS, HEADS, KEYS = 16384, 16, (4096, 8192, 16384)
 E4M3 = "float8_e4m3fn"
-BASE: dict[str, Any] = {"block_m": 128, "block_n": 128, "out_panels": 2, "optimistic": False, "turns": True}
-HURRIED: dict[str, Any] = {"optimistic": True, "offset": 3}
-THREE: dict[str, Any] = {"block_m": 192, "out_panels": 1, "parked": True, "gather": 4}
-# "sure": maxima in every step. gather N: sums of N blocks. parked: O in shared memory. 3 x: three consumer warpgroups
+BASE: dict[str, Any] = {"block_m": 128, "block_n": 128, "out_panels": 2}
+# gather: sums of so many blocks. Dozens that were slower: docs/log-gpu.md
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
-    128: {
-        "shipped, turns": {}, "shipped, no turns": {"turns": False},
-        "gather 2": {"gather": 2}, "gather 2, no turns": {"gather": 2, "turns": False}, "gather 4": {"gather": 4},
-        "optimistic": HURRIED, "optimistic gather 2": {**HURRIED, "gather": 2},
-        "optimistic gather 2, no turns": {**HURRIED, "gather": 2, "turns": False}, "optimistic gather 4": {**HURRIED, "gather": 4},
-        "optimistic gather 2, 1/8 polynomial": {**HURRIED, "gather": 2, "polynomial": 8, "degree": 3},
-        "optimistic gather 2, 1/4 polynomial": {**HURRIED, "gather": 2, "polynomial": 4, "degree": 2},
-        "160 parked 2": {"block_n": 160, "parked": True, "gather": 2},
-        "192 parked 2": {"block_n": 192, "parked": True, "gather": 2},
-        "192 parked 2, no turns": {"block_n": 192, "parked": True, "gather": 2, "turns": False},
-        "224 parked 2": {"block_n": 224, "parked": True, "gather": 2, "out_panels": 0},
-        "192 parked 2 optimistic": {**HURRIED, "block_n": 192, "parked": True, "gather": 2},
-        "192 parked 2 optimistic, no turns": {**HURRIED, "block_n": 192, "parked": True, "gather": 2, "turns": False},
-        "192 parked 2 optimistic, 1/8 polynomial": {**HURRIED, "block_n": 192, "parked": True, "gather": 2, "polynomial": 8},
-        "3 x 64 parked 4": {**THREE, "block_n": 64}, "3 x 96 parked 4": {**THREE, "block_n": 96},
-        "3 x 96 parked 4, no turns": {**THREE, "block_n": 96, "turns": False},
-        "3 x 96 parked 4 optimistic": {**THREE, **HURRIED, "block_n": 96},
-        "3 x 96 parked 4 optimistic, no turns": {**THREE, **HURRIED, "block_n": 96, "turns": False},
-    },
-    64: {
-        "shipped": {"block_n": 192, "out_panels": 1}, "gather 2": {"block_n": 192, "out_panels": 1, "gather": 2},
-        "optimistic gather 2": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2},
-        "optimistic gather 2, 1/4 polynomial": {**HURRIED, "block_n": 192, "out_panels": 1, "gather": 2, "polynomial": 4, "degree": 2},
-    },
+    128: {"shipped": {**BASE, "gather": 2}, "gather 1": BASE, "offset 2": {**BASE, "gather": 2, "offset": 2}},
+    64: {"shipped": {**BASE, "block_n": 192, "out_panels": 1}, "gather 2": {**BASE, "block_n": 192, "out_panels": 1, "gather": 2}},
 }
 
 
 def configs(dim: int, only: str) -> Iterator[tuple[str, Forward8BitConfig]]:
     for name, settings in VARIANTS[dim].items():
         if only in name:
-            yield name, Forward8BitConfig(**{**BASE, **settings})
+            yield name, Forward8BitConfig(**settings)
 
 
-def compile_all(dim: int, only: str) -> None:
-    for name, config in configs(dim, only):
-        for right in (False, True):
-            spec = Spec(E4M3, dim, dim, right=right, lse=False, out_dtype="bfloat16")
-            source, _ = launch_8bit.forward_program(spec, config, E4M3, E4M3)
-            report = compiler.build(source, "sm_90a")[1]
-            found = [line.split(" for the function")[0] for line in compiler.complaints(report)]
-            print(f"{name:44} {'causal' if right else 'full':6} {compiler.registers(report)} {'; '.join(found) or 'clean'}", flush=True)
+def program(dim: int, config: Forward8BitConfig, causal: bool) -> Any:
+    spec = Spec(E4M3, dim, dim, right=causal, lse=False, out_dtype="bfloat16")
+    return launch_8bit.forward_program(spec, config, E4M3, E4M3).source
+
+
+def compile_one(dim: int, name: str, config: Forward8BitConfig, causal: bool) -> str:
+    report = compiler.build(program(dim, config, causal), "sm_90a")[1]
+    found = [re.split(" (?:for|in) the function", line)[0] for line in compiler.complaints(report)]
+    return f"{name:44} {'causal' if causal else 'full':6} {compiler.registers(report)} {'; '.join(found) or 'clean'}"
+
+
+def cache_one(dim: int, name: str, config: Forward8BitConfig, causal: bool) -> str:
+    try:
+        compiler.binary(program(dim, config, causal), "sm_90a", announce=False)
+    except Exception as error:      # the others are still to be compiled
+        return f"{name}: {error!r:.200}"
+    return ""
+
+
+def each(do: Callable[..., str], dims: Iterable[int], only: str, processes: int) -> None:
+    """`do` of every kernel, by some processes."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = [pool.submit(do, dim, *named, causal) for dim in dims for named in configs(dim, only) for causal in (False, True)]
+        for one in made:
+            if text := one.result():
+                print(text, flush=True)
 
 
 # ---------------------------------------------------------------- on a device
@@ -127,12 +124,25 @@ def errors(dim: int, config: Forward8BitConfig, kind: str) -> float:
     return float((out.double()[0, :, 0] - exact).norm() / exact.norm())
 
 
+def correct(dim: int, only: str) -> dict[str, tuple[Forward8BitConfig, str]]:
+    """The tilings that run, and their errors, which are printed before anything is timed."""
+    ran = {}
+    for name, config in configs(dim, only):
+        try:
+            found = " ".join(f"{errors(dim, config, kind):.2e}" for kind in ("normal", "positive", "spread"))
+        except Exception as error:      # the others are still to be timed
+            print(f"{name:36} {error!r:.150}", flush=True)
+            continue
+        print(f"check {name:36} {found}", flush=True)
+        ran[name] = config, found
+    return ran
+
+
 def tables(dim: int, only: str, rounds: int) -> None:
     import torch
 
     import fastattn
-    heads = HEADS * 128 // dim
-    rates: dict[str, list[str]] = {}
+    ran, heads, rates = correct(dim, only), HEADS * 128 // dim, dict[str, list[str]]()
     for causal in (False, True):
         for keys in KEYS:
             batch = TOKENS // keys
@@ -140,17 +150,15 @@ def tables(dim: int, only: str, rounds: int) -> None:
             narrow = [x.to(torch.float8_e4m3fn) for x in wide]
             calls: dict[str, Callable[[], Any]] = {"bfloat16 operands": partial(fastattn.attention, *wide, causal=causal)}
             kept = []
-            for name, config in configs(dim, only):
+            for name, (config, _) in ran.items():
                 calls[name], alive = prepared(*narrow, causal, config)
                 kept.append(alive)
             flops = 4 * batch * heads * keys * keys * dim / (2 if causal else 1)
             for name, s in seconds(calls, rounds).items():
-                rates.setdefault(name, []).append(f"{flops / s / 1e12:6.0f}")
-    print(f"\nhead_dim {dim}, TFLOP/s      {'full 4k, 8k, 16k':24} {'causal':24} rms error: normal, positive, spread")
+                rates.setdefault(name, []).append(f"{flops / s / 1e12:5.0f}")
+    print(f"head_dim {dim}, TFLOP/s full 4k, 8k, 16k, causal 4k, 8k, 16k; rms error: normal, positive, spread")
     for name, row in rates.items():
-        config = dict(configs(dim, only)).get(name)
-        found = "" if config is None else " ".join(f"{errors(dim, config, kind):.1e}" for kind in ("normal", "positive", "spread"))
-        print(f"{name:42} {' '.join(row[:3]):24} {' '.join(row[3:]):24} {found}", flush=True)
+        print(f"{name:34} {''.join(row)}  {ran[name][1] if name in ran else ''}", flush=True)
 
 
 def main() -> None:
@@ -159,9 +167,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="tilings whose name has this text")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="only compile, without a GPU")
+    parser.add_argument("--warm", action="store_true", help="only fill the cache of kernels, without a GPU")
+    parser.add_argument("--processes", type=int, default=1, help="that compile")
     given = parser.parse_args()
     if given.compile:
-        compile_all(given.dim, given.only)
+        each(compile_one, [given.dim], given.only, given.processes)
+    elif given.warm:
+        each(cache_one, sorted(VARIANTS), given.only, given.processes)
     else:
         tables(given.dim, given.only, given.rounds)
 
