@@ -1,0 +1,59 @@
+"""Products for Hopper whose float32 A operand is split in registers: Q lies in shared memory as float32, K and V as parts (parts.py).
+
+Q is kept in groups of eight columns, 32 bytes. Of each four groups of row r, group j is in place j ^ (r % 4): then the eight bytes that the
+lanes of a half-warp load at a time, of four rows, lie in different banks.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+from ..dsl.asm import I32, I64, instruction, literals, pack, unpack
+from .memory import emit_load_shared_pair
+from .parts import PAIRS, PART_DTYPE, PARTS, emit_parts
+from .wgmma import multiply
+
+GROUPS = 4                  # of 32 bytes that change places with each other: two steps of an MMA
+CHUNK_BYTES = 32 * GROUPS   # of a row of Q: 32 columns
+# copy16(to, source, bytes): asynchronous; of 16 bytes (4 bytes) those past `bytes` are not read and are 0
+copy16_if = instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "rlr")
+copy4_if = instruction("cp.async.ca.shared.global [$0], [$1], 4, $2;", "rlr")
+
+
+@intrinsic
+def load_parts(typingctx: Any, address: Any, turn: Any, row_bytes: Any) -> Any:
+    """The parts of 32 columns of rows r and r + 8 of Q, as A operands of two steps: the four registers of each part, step after step.
+
+    address: of the lane's two columns in place 0 of row r; row r + 8 is 8 * `row_bytes` further. turn: 32 * (r % 4).
+    """
+    [row] = literals(row_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        places = [builder.add(args[0], builder.xor(args[1], I32(32 * j))) for j in range(GROUPS)]
+        registers = []
+        for step in range(2):
+            words = [emit_parts(builder, *emit_load_shared_pair(builder, places[2 * step + half], 8 * row * below))
+                     for half in (0, 1) for below in (0, 1)]
+            registers += [word[part] for part in range(PARTS) for word in words]
+        return pack(builder, registers)
+    return signature(types.UniTuple(types.int32, 2 * 4 * PARTS), types.int32, types.int32, row_bytes), generate
+
+
+@intrinsic
+def qk(typingctx: Any, acc: Any, a: Any, b: Any, part_bytes: Any) -> Any:
+    """acc (64 x N) = A B^T over 32 columns, small products first. a: load_parts's. b: descriptor of the first part of B (N x 32, K-major),
+    of which parts are `part_bytes` apart."""
+    [apart] = literals(part_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, rows = unpack(builder, args[0], acc.count), unpack(builder, args[1], a.count)
+        for n, (part_a, part_b) in enumerate(PAIRS):
+            for step in range(2):
+                first, at = 4 * (PARTS * step + part_a), builder.add(args[2], I64((part_b * apart + 32 * step) >> 4))
+                registers = multiply(builder, PART_DTYPE, registers, rows[first:first + 4], at, n + step == 0, (0, 0))
+        return pack(builder, registers)
+    return signature(acc, acc, a, types.uint64, part_bytes), generate
+

@@ -1,0 +1,71 @@
+"""Tilings of the Hopper forward of float32 operands that splits Q in registers."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import num_features
+from ..spec import Spec
+from .config import SHARED_MEMORY, panel_columns, slice_dim
+
+CONSUMERS = 2               # warpgroups
+PART_BYTES = 2              # of a part of an element
+PARTS = 3
+WARPGROUP = 128             # threads
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+MOST_SHARED_ROWS = 256      # head_dim_v from which both warpgroups share rows: one has registers for so many columns of O
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFloatConfig:
+    """A tiling.
+
+    Parameters
+    ----------
+    block_n
+        Keys of a step.
+    stages
+        Panels of K and V, 64 columns of all parts each, in flight.
+    slices
+        1: each warpgroup has 64 query rows. 2: both have the same 64 rows. Each sums half of the products of a score, and has half of
+        the output's columns.
+    """
+
+    block_n: int
+    stages: int
+    slices: int
+
+    def __post_init__(self) -> None:
+        assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS)
+        assert self.stages in (2, 4), "a panel's stage is its number modulo a power of two"
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a tile."""
+        return 64 * CONSUMERS // self.slices
+
+    @property
+    def text(self) -> str:
+        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}"
+
+
+def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
+    """Panels of K and V that fit beside Q, and beside both halves of the scores where warpgroups share rows."""
+    rows, shared = 64 * CONSUMERS // slices, slices * WARPGROUP * 4 * block_n // 2 if slices > 1 else 0
+    return (SHARED_MEMORY - 4 * rows * panel_columns(head_dim) - shared) // (PARTS * PART_BYTES * 64 * block_n)
+
+
+def choose_forward(spec: Spec) -> ForwardFloatConfig:
+    """The widest key blocks of which four panels fit, so that the loads of two or three are in flight."""
+    slices = 1 if max(spec.head_dim, spec.head_dim_v) <= MOST_SHARED_ROWS else CONSUMERS
+    # up to head_dim_v 256 a warpgroup's columns of O take 128 registers: with 64 keys 184 bytes would spill, with 48 and a feature 12
+    crowded = slices == 1 and spec.head_dim_v > 192
+    widest = (48, 32)[min(num_features(spec), 1)] if crowded else (64, 48)[min(num_features(spec), 1)]
+    for block_n in (64, 48, 32):
+        if block_n <= widest and room_for_panels(spec.head_dim, block_n, slices) >= 4:
+            return ForwardFloatConfig(block_n=block_n, stages=4, slices=slices)
+    return ForwardFloatConfig(block_n=32, stages=2, slices=slices)
+
+
+def columns_of(spec: Spec, config: ForwardFloatConfig) -> int:
+    """Columns of the output of a warpgroup: whole panels."""
+    return panel_columns(slice_dim(spec.head_dim_v, config.slices))

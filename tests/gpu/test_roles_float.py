@@ -1,0 +1,74 @@
+"""The protocol of the Hopper forward of wide float32 heads, played without a GPU (tools/gpu/roles_float.py)."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
+from fastattn.gpu.spec import Call
+from fastattn.problem import Operands, make_problem
+from tests.gpu.test_roles import OUT, check
+from tests.tools.gpu.calls import view, whole
+from tests.tools.gpu.roles_float import play
+
+
+def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int | None = None, **options: Any) -> Call:
+    q, k, v = (view(batch, n, h, d, dtype="float32") for n, h, d in ((seqlen_q, heads, dim), (seqlen_k, heads_k, dim),
+                                                                      (seqlen_k, heads_k, dim_v or dim)))
+    problem, o = make_problem("attention", Operands(q, k, v), packed=False, **options)
+    return Call(problem, o, view(batch, seqlen_q, heads, dim_v or dim, dtype="float32", ptr=OUT), None)
+
+
+CASES = {
+    "512": dense(1, 100, 110, 2, 1, 512), "512 causal": dense(1, 130, 130, 1, 1, 512, causal=True), "320": dense(1, 70, 200, 1, 1, 320),
+    "576": dense(1, 70, 50, 1, 1, 576, 512), "256 causal": dense(1, 200, 200, 2, 1, 256, causal=True), "192": dense(2, 129, 1, 1, 1, 192, 128),
+    "window": dense(1, 200, 300, 1, 1, 160, window=(60, 10)), "dropout": dense(1, 64, 100, 1, 1, 512, dropout_p=0.1, seed=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_once(name: str) -> None:
+    check(play(CASES[name], 0), CASES[name].problem, whole(CASES[name].problem))
+
+
+def test_two_stages() -> None:
+    call = CASES["512"]
+    check(play(call, 1, stages=2, block_n=32), call.problem, whole(call.problem))
+
+
+def test_packed_sequences() -> None:
+    lengths_q, lengths_k = [70, 0, 5], [60, 40, 100]
+    cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
+    q, k = view(int(cu[0][-1]) + 7, 1, 320, dtype="float32"), view(int(cu[1][-1]), 1, 320, dtype="float32")
+    o = Operands(q, k, k, None, None, None, None, *(view(4, ptr=x.ctypes.data, dtype="int32") for x in cu))
+    problem, o = make_problem("attention_varlen", o, packed=True, causal=True)
+    call = Call(problem, o, view(*q.shape, dtype="float32", ptr=OUT), None)
+    sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(3)]
+    check(play(call, 0), problem, [*sequences, (0, int(cu[0][-1]), 7, 0, 0)])
+
+
+MUTANTS = {
+    "K not waited for": ("            ring.wait_full(base, stage, phase)\n            if SHARED:", "            if SHARED:"),
+    "V not waited for": ("            ring.wait_full(base, stage, phase)\n            clear_tail", "            clear_tail"),
+    "K released early": ("            if SHARED:\n                half = own_warpgroup()",
+                         "            ring.release(base, stage, lane)\n            if SHARED:\n                half = own_warpgroup()"),
+    "the other's panel passed unseen": ("        ring.wait_full(base, stage, phase)\n        ring.release(base, stage, lane)\n\n    def make_add",
+                                        "        ring.release(base, stage, lane)\n\n    def make_add"),
+    "the other's half not waited for": ("            barrier(int32(BOTH), int32(THREADS))\n", ""),
+    "the own half overwritten": ("            barrier(int32(TAKEN + w), int32(THREADS))               # the other has read the half before\n", ""),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_found(mutant: str) -> None:
+    """The play finds a fault in the protocol in some order."""
+    for seed in range(8):
+        try:
+            play(CASES["512"], seed, MUTANTS[mutant], stages=2)
+        except (AssertionError, KeyError):
+            return
+    pytest.fail("no play found it")

@@ -1,0 +1,120 @@
+"""The Hopper forward of wide float32 heads, played as roles.py plays the other one.
+
+A score knows which chunks of 32 columns of Q and K went into it, each of which must be there once when it becomes a probability. An output
+counts its panels: all of a block must be added, in order, before the first of the next. Q is copied by the consumers, and not looked at.
+"""
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from fastattn.gpu.runtime import packed
+from fastattn.gpu.sm90 import forward_float, launch_float
+from fastattn.gpu.sm90.config_float import choose_forward
+from fastattn.gpu.spec import Call, make_spec
+from tests.tools.gpu.calls import with_bounds
+from tests.tools.gpu.emulator import Memory
+from tests.tools.gpu.roles import Fragment, Place, Play, edited, nothing, playing
+
+Rows = namedtuple("Rows", "chunk row")      # an A operand: 32 columns of the warp's rows of Q
+
+
+class PlayFloat(Play):
+    """One launch."""
+
+    modules = ("sm90.forward_float", "sm90.bounds", "tile.parked", "tile.ring", "tile.smem")
+
+    def __init__(self, config: Any, dims: tuple[int, int], blocks: int, seed: int) -> None:
+        self.chunks = 2 * -(-dims[0] // 64)
+        super().__init__(config, dims[1], tuple(range(blocks)), seed, 2, dict.fromkeys("kv", config.block_n), 3)
+
+    def load_parts(self, address: int, turn: int, row_bytes: int) -> Rows:
+        row, column = divmod(address, row_bytes)
+        warp = self.pause().thread // 32 - 4
+        assert turn == 0 and row == (warp if self.config.slices == 1 else warp % 4) * 16 and column % 128 == 0, "rows of another warp"
+        return Rows(column // 128, row)
+
+    def parts_at(self, at: int, apart: int, tensor: str, columns: int) -> tuple[int, Place]:
+        """(panel, place) of the parts of a panel, from now on read. `columns`: of a part of a row."""
+        agent, found = self.pause(), []
+        for part in range(3):
+            name, column, place = self.lies(agent.block, at + part * apart, apart)
+            assert name == tensor and column // columns == part and column % 64 == 0
+            self.reads(agent, at + part * apart, apart)
+            found.append((column % columns // 64, place))
+        assert len(set(found)) == 1, "parts of several panels"
+        return found[0]
+
+    def qk_float(self, acc: Fragment, q: Rows, k: int, apart: int) -> Fragment:
+        panel, place = self.parts_at(k - k % 128, apart, "k", 32 * self.chunks)
+        assert q.chunk == 2 * panel + k % 128 // 64, "columns of Q by others of K"
+        return self.fly(self.local.agent, Fragment("S", None, place, at=(q.chunk,)))
+
+    def pv_float(self, acc: Fragment, p: Fragment, v: tuple[int, int], apart: int) -> Fragment:
+        panel, place = self.parts_at(v[0], apart, "v", 64 * self.panels_v)
+        assert p.kind == "P" and place == p.k and v[1] == apart, "P of one block, V of another"
+        return self.fly(self.local.agent, Fragment("piece", None, place, at=panel))
+
+    def add(self, acc: Fragment, product: Fragment) -> Fragment:
+        done = self.at_rest(acc).at or ()
+        assert self.at_rest(product).kind == "S" and acc.k in (None, product.k) and not set(done) & set(product.at), "a chunk twice"
+        return Fragment("S", None, product.k, at=(*done, *product.at))
+
+    def store_piece(self, acc: Fragment, address: int) -> None:
+        words: Any = self.pause().block.words
+        assert address not in words, "a half of S is overwritten before it is read"
+        words[address] = self.at_rest(acc)
+
+    def add_piece(self, acc: Fragment, address: int) -> Fragment:
+        words: Any = self.pause().block.words
+        return self.add(acc, words.pop(address))
+
+    def score(self, a: Any, acc: Fragment, early: Any, *_: Any) -> Fragment:
+        assert sorted(self.at_rest(acc).at) == list(range(self.chunks)), "a score in part"
+        return acc
+
+    def add_columns(self, acc: Fragment, product: Fragment, first: int) -> Fragment:
+        thread, slices = self.local.agent.thread, self.config.slices
+        count = -(-self.panels_v // slices)
+        panel = min((thread // 128 - 1) * count * (slices - 1) + first // 32, self.panels_v - 1)
+        assert self.at_rest(product).kind == "piece" and product.at == panel, "columns of V in others of O"
+        done = self.at_rest(acc).at or 0        # panels of the last block in acc.keys that are there; 0: all
+        assert first == 32 * done, "a panel twice, or not at all"
+        keys = acc.keys if done else (*acc.keys, product.k)
+        assert keys[-1] == product.k
+        return Fragment("O", Place(0, 0, 0), None, keys, at=(done + 1) % count)      # type: ignore[arg-type]
+
+    def store_floats(self, acc: Fragment, address: int, other: int, by_column: int, inside: int, inside8: int, columns: int, step: int) -> None:
+        assert not acc.at, "a block in part"
+        if columns > 0:
+            self.store_rows(self.at_rest(acc), address, other, inside)
+
+    def names(self) -> dict[str, Any]:
+        wgmma = SimpleNamespace(fence=nothing, commit=self.commit, k_major=lambda at: at, mn_major=lambda at, panel: (at, panel),
+                                wait_all=self.landed(0), pv_parts=self.pv_float)
+        products = SimpleNamespace(load_parts=self.load_parts, qk=self.qk_float)
+        return super().names() | {
+            "wgmma": wgmma, "wgmma_float": products, "copy16_if": nothing, "copy4_if": nothing, "cp_async": SimpleNamespace(wait_all=nothing),
+            "add_columns": self.add_columns, "store_piece": self.store_piece, "add_piece": self.add_piece, "int64": int,
+            "lane_row": lambda lane: lane >> 2, "thread_col": lambda thread: 2 * (thread & 3),
+            "make_store_lse": lambda spec: nothing}
+
+
+def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: Any) -> PlayFloat:
+    """A launch of all blocks; `change` edits the kernel's text first. mask: the elements of the call's mask."""
+    spec, p, memory = make_spec(call.problem, call.operands, False), call.problem, Memory()
+    config = replace(choose_forward(spec), **tuning)
+    tiles = packed.most_tiles(call, config.block_m)
+    made = PlayFloat(config, (p.head_dim, p.head_dim_v), tiles, seed)
+    arguments = launch_float.float_forward_program(spec, config, True).arguments
+    for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
+        memory.allow(x)
+    if mask is not None:
+        call = with_bounds(call, mask, config.block_n, memory)
+    with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
+        kernel, _ = edited(forward_float.make_forward_float, change)(spec, config, True)
+        own = "k", "v", table, tiles, packed.head_group(call)
+        made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
+    return made
