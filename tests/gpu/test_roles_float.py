@@ -17,8 +17,8 @@ from tests.tools.gpu.roles_float import play
 
 
 def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int | None = None, **options: Any) -> Call:
-    q, k, v = (view(batch, n, h, d, dtype="float32") for n, h, d in ((seqlen_q, heads, dim), (seqlen_k, heads_k, dim),
-                                                                      (seqlen_k, heads_k, dim_v or dim)))
+    q, k, v = (view(batch, n, h, d, dtype="float32", ptr=at << 36)
+               for at, n, h, d in ((0, seqlen_q, heads, dim), (1, seqlen_k, heads_k, dim), (2, seqlen_k, heads_k, dim_v or dim)))
     problem, o = make_problem("attention", Operands(q, k, v), packed=False, **options)
     return Call(problem, o, view(batch, seqlen_q, heads, dim_v or dim, dtype="float32", ptr=OUT), None)
 
@@ -26,6 +26,7 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
 CASES = {
     "512": dense(1, 100, 110, 2, 1, 512), "512 causal": dense(1, 130, 130, 1, 1, 512, causal=True), "320": dense(1, 70, 200, 1, 1, 320),
     "576": dense(1, 70, 50, 1, 1, 576, 512), "256 causal": dense(1, 200, 200, 2, 1, 256, causal=True), "192": dense(2, 129, 1, 1, 1, 192, 128),
+    "128": dense(1, 150, 140, 2, 1, 128), "64 causal": dense(2, 130, 130, 1, 1, 64, causal=True), "96": dense(1, 64, 70, 2, 2, 96, 40),
     "window": dense(1, 200, 300, 1, 1, 160, window=(60, 10)), "dropout": dense(1, 64, 100, 1, 1, 512, dropout_p=0.1, seed=1),
 }
 
@@ -40,11 +41,13 @@ def test_two_stages() -> None:
     check(play(call, 1, stages=2, block_n=32), call.problem, whole(call.problem))
 
 
-def test_packed_sequences() -> None:
+@pytest.mark.parametrize("dim", [128, 320])
+def test_packed_sequences(dim: int) -> None:
     lengths_q, lengths_k = [70, 0, 5], [60, 40, 100]
     cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
-    q, k = view(int(cu[0][-1]) + 7, 1, 320, dtype="float32"), view(int(cu[1][-1]), 1, 320, dtype="float32")
-    o = Operands(q, k, k, None, None, None, None, *(view(4, ptr=x.ctypes.data, dtype="int32") for x in cu))
+    q, k = view(int(cu[0][-1]) + 7, 1, dim, dtype="float32"), view(int(cu[1][-1]), 1, dim, dtype="float32", ptr=1 << 36)
+    v = view(*k.shape, dtype="float32", ptr=2 << 36)
+    o = Operands(q, k, v, None, None, None, None, *(view(4, ptr=x.ctypes.data, dtype="int32") for x in cu))
     problem, o = make_problem("attention_varlen", o, packed=True, causal=True)
     call = Call(problem, o, view(*q.shape, dtype="float32", ptr=OUT), None)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(3)]
@@ -52,6 +55,8 @@ def test_packed_sequences() -> None:
 
 
 MUTANTS = {
+    "a slot filled while it is read": ("        ring.wait_empty(base, stage, int32(phase ^ 1))\n        to = int32", "        to = int32"),
+    "a slot not filled by all": ("        barrier(int32(FILLED), int32(WARPGROUP))\n", ""),
     "K not waited for": ("            ring.wait_full(base, stage, phase)\n            if SHARED:", "            if SHARED:"),
     "V not waited for": ("            ring.wait_full(base, stage, phase)\n            clear_tail", "            clear_tail"),
     "K released early": ("            if SHARED:\n                half = own_warpgroup()",
@@ -68,7 +73,7 @@ def test_mutants_are_found(mutant: str) -> None:
     """The play finds a fault in the protocol in some order."""
     for seed in range(8):
         try:
-            play(CASES["512"], seed, MUTANTS[mutant], stages=2)
+            play(CASES["128" if mutant.startswith("a slot") else "512"], seed, MUTANTS[mutant], stages=2)
         except (AssertionError, KeyError):
             return
     pytest.fail("no play found it")

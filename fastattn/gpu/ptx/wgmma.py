@@ -66,7 +66,7 @@ def mn_major(typingctx: Any, address: Any, panel_bytes: Any) -> Any:
     return signature(types.uint64, types.int32, panel_bytes), generate
 
 
-def multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: Any, clear: bool, transposed: tuple[int, int]) -> list[Any]:
+def _multiply(builder: Any, dtype: str, acc: list[Any], a: list[Any], b: Any, clear: bool, transposed: tuple[int, int]) -> list[Any]:
     """acc (or 0, when `clear`) + A B for one step of 16; A is a descriptor or four registers."""
     n, count = len(acc), len(a)
     at = 2 * n                     # the accumulators are numbered twice, as results and as operands
@@ -94,7 +94,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
             registers = unpack(builder, args[0], acc.count)
             for k in range(d // 16):
                 at = [builder.add(x, I64((k // 4 * rows * 128 + k % 4 * 32) >> 4)) for x, rows in ((args[1], rows_a), (args[2], rows_b))]
-                registers = multiply(builder, dtype, registers, at[:1], at[1], k == 0, (0, 0))
+                registers = _multiply(builder, dtype, registers, at[:1], at[1], k == 0, (0, 0))
             return pack(builder, registers)
         return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
 
@@ -105,7 +105,7 @@ def make_products(dtype: str) -> tuple[Any, Any]:
             registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
             for k in range(p.count // 4):
                 rows = builder.add(args[2], I64(k * 2048 >> 4))
-                registers = multiply(builder, dtype, registers, a[4 * k:4 * k + 4], rows, False, (0, 1))
+                registers = _multiply(builder, dtype, registers, a[4 * k:4 * k + 4], rows, False, (0, 1))
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64), generate
 
@@ -124,7 +124,7 @@ def _make_qk_parts(pairs: tuple[tuple[int, int], ...]) -> Any:
                 for k in range(d // 16):
                     at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
                           for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
-                    registers = multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
+                    registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
             return pack(builder, registers)
         return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
     return qk_parts
@@ -140,7 +140,7 @@ def _multiply_pv(builder: Any, acc: list[Any], p: list[Any], b: Any, part_bytes:
     for n, (part_a, part_b) in enumerate(PAIRS):
         for k in range(each // 4):
             rows, first = builder.add(b, I64((part_b * part_bytes + k * 2048) >> 4)), part_a * each + 4 * k
-            acc = multiply(builder, PART_DTYPE, acc, p[first:first + 4], rows, n + k == 0, (0, 1))
+            acc = _multiply(builder, PART_DTYPE, acc, p[first:first + 4], rows, n + k == 0, (0, 1))
     return acc
 
 
@@ -178,7 +178,7 @@ def dsk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_part: Any,
             for k in range(d // 16):
                 at = [builder.add(x, I64((part * apart + k * 2048) >> 4))
                       for x, part, apart in zip(args[1:3], pair, (apart_a, apart_b), strict=True)]
-                registers = multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (1, 1))
+                registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (1, 1))
         return pack(builder, registers)
     return signature(acc, acc, types.uint64, types.uint64, depth, a_part, b_part), generate
 
@@ -194,7 +194,7 @@ def make_grad_products(dtype: str) -> tuple[Any, Any]:
             registers = unpack(builder, args[0], acc.count)
             for k in range(d // 16):
                 at = [builder.add(x, I64(k * 2048 >> 4)) for x in args[1:3]]
-                registers = multiply(builder, dtype, registers, at[:1], at[1], k == 0, (1, 1))
+                registers = _multiply(builder, dtype, registers, at[:1], at[1], k == 0, (1, 1))
             return pack(builder, registers)
         return signature(acc, acc, types.uint64, types.uint64, depth), generate
 
@@ -208,7 +208,7 @@ def make_grad_products(dtype: str) -> tuple[Any, Any]:
             for k in range(d // 16):
                 at_a = builder.add(args[1], I64((k // 4 * rows * 128 + k % 4 * 32) >> 4))
                 at_b = builder.add(args[2], I64(k * 2048 >> 4))
-                registers = multiply(builder, dtype, registers, [at_a], at_b, False, (0, 1))
+                registers = _multiply(builder, dtype, registers, [at_a], at_b, False, (0, 1))
             return pack(builder, registers)
         return signature(acc, acc, types.uint64, types.uint64, depth, a_rows), generate
     return dsk, dsq

@@ -11,10 +11,10 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-from ..dsl.asm import I32, I64, instruction, literals, pack, unpack
-from .memory import emit_load_shared_pair
+from ..dsl.asm import F32, I32, I64, VOID, emit, instruction, literals, pack, unpack
+from .memory import emit_load16_if, emit_load_shared_pair
 from .parts import PAIRS, PART_DTYPE, PARTS, emit_parts
-from .wgmma import multiply
+from .wgmma import _multiply
 
 GROUPS = 4                  # of 32 bytes that change places with each other: two steps of an MMA
 CHUNK_BYTES = 32 * GROUPS   # of a row of Q: 32 columns
@@ -53,7 +53,42 @@ def qk(typingctx: Any, acc: Any, a: Any, b: Any, part_bytes: Any) -> Any:
         for n, (part_a, part_b) in enumerate(PAIRS):
             for step in range(2):
                 first, at = 4 * (PARTS * step + part_a), builder.add(args[2], I64((part_b * apart + 32 * step) >> 4))
-                registers = multiply(builder, PART_DTYPE, registers, rows[first:first + 4], at, n + step == 0, (0, 0))
+                registers = _multiply(builder, PART_DTYPE, registers, rows[first:first + 4], at, n + step == 0, (0, 0))
         return pack(builder, registers)
     return signature(acc, acc, a, types.uint64, part_bytes), generate
 
+
+
+@intrinsic
+def load_lines(typingctx: Any, source: Any, by_row: Any, rows: Any, columns: Any, count: Any) -> Any:
+    """Eight columns of each of `count` rows of float32 in memory, 16 rows and by_row bytes a row from each other. Rows from `rows` on and
+    columns from `columns` on, counted from the first, are not read and are 0."""
+    [n] = literals(count)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, at = [], args[0]
+        for row in range(n):
+            inside = builder.icmp_signed("<", I32(16 * row), args[2])
+            for half in (0, 1):
+                there = builder.and_(inside, builder.icmp_signed("<", I32(4 * half), args[3]))
+                registers += [builder.bitcast(x, F32) for x in emit_load16_if(builder, there, builder.add(at, I64(16 * half)))]
+            at = builder.add(at, builder.mul(args[1], I64(16)))
+        return pack(builder, registers)
+    return signature(types.UniTuple(types.float32, 8 * n), types.uint64, types.int64, types.int32, types.int32, count), generate
+
+
+@intrinsic
+def store_lines(typingctx: Any, x: Any, address: Any, part_bytes: Any) -> Any:
+    """Store the parts of load_lines's rows to a panel of shared memory for each part, `part_bytes` from each other. address: of the eight
+    columns in the first row. 16 rows on, the swizzle is the same."""
+    [apart] = literals(part_bytes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        numbers = unpack(builder, args[0], x.count)
+        for row in range(x.count // 8):
+            pairs = [emit_parts(builder, *numbers[k:k + 2], any_value=True) for k in range(8 * row, 8 * row + 8, 2)]
+            for part in range(PARTS):
+                text = f"st.shared.v4.b32 [$0+{part * apart + row * 16 * 128}], {{$1, $2, $3, $4}};"
+                emit(builder, VOID, text, "r,r,r,r,r,~{memory}", [args[1], *(words[part] for words in pairs)])
+        return context.get_dummy_value()
+    return signature(types.none, x, types.int32, part_bytes), generate

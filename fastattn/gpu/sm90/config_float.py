@@ -11,7 +11,7 @@ CONSUMERS = 2               # warpgroups
 PART_BYTES = 2              # of a part of an element
 PARTS = 3
 WARPGROUP = 128             # threads
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+MOST_SPLIT = 128            # head_dim to which the producer splits K and V: wider heads leave it no registers
 MOST_SHARED_ROWS = 256      # head_dim_v from which both warpgroups share rows: one has registers for so many columns of O
 
 
@@ -28,14 +28,18 @@ class ForwardFloatConfig:
     slices
         1: each warpgroup has 64 query rows. 2: both have the same 64 rows. Each sums half of the products of a score, and has half of
         the output's columns.
+    split
+        The producer's warpgroup reads K and V as float32 and splits them. Otherwise one thread of it loads their parts by TMA, which a
+        pass before has written: consumers then have 240 registers instead of 216.
     """
 
     block_n: int
     stages: int
     slices: int
+    split: bool = False
 
     def __post_init__(self) -> None:
-        assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS)
+        assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS) and not (self.split and self.slices > 1)
         assert self.stages in (2, 4), "a panel's stage is its number modulo a power of two"
 
     @property
@@ -44,8 +48,16 @@ class ForwardFloatConfig:
         return 64 * CONSUMERS // self.slices
 
     @property
+    def producer_registers(self) -> int:
+        return 72 if self.split else 24
+
+    @property
+    def consumer_registers(self) -> int:
+        return 216 if self.split else 240
+
+    @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}"
+        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split
 
 
 def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
@@ -56,10 +68,13 @@ def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
 
 def choose_forward(spec: Spec) -> ForwardFloatConfig:
     """The widest key blocks of which four panels fit, so that the loads of two or three are in flight."""
-    slices = 1 if max(spec.head_dim, spec.head_dim_v) <= MOST_SHARED_ROWS else CONSUMERS
+    dim, few = max(spec.head_dim, spec.head_dim_v), num_features(spec) == 0
+    if dim <= MOST_SPLIT:
+        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True)
+    slices = 1 if dim <= MOST_SHARED_ROWS else CONSUMERS
     # up to head_dim_v 256 a warpgroup's columns of O take 128 registers: with 64 keys 184 bytes would spill, with 48 and a feature 12
     crowded = slices == 1 and spec.head_dim_v > 192
-    widest = (48, 32)[min(num_features(spec), 1)] if crowded else (64, 48)[min(num_features(spec), 1)]
+    widest = (48 if few else 32) if crowded else 64 if few else 48
     for block_n in (64, 48, 32):
         if block_n <= widest and room_for_panels(spec.head_dim, block_n, slices) >= 4:
             return ForwardFloatConfig(block_n=block_n, stages=4, slices=slices)

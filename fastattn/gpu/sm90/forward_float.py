@@ -48,7 +48,7 @@ from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem
 from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from ..tile.stores import store_floats
 from .bounds import make_tile_bounds
-from .config_float import CONSUMER_REGISTERS, CONSUMERS, PRODUCER_REGISTERS, ForwardFloatConfig, columns_of
+from .config_float import CONSUMERS, ForwardFloatConfig, columns_of
 
 PANEL_COUNT = PANEL // 2            # registers of a panel of 64 columns of O
 COPY = 4                            # columns of Q in 16 bytes
@@ -67,12 +67,14 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     Q, RING = smem.take(BLOCK_M * Q_ROW), smem.take(STAGES * SLOT)
     HALF_S = WARPGROUP * COUNT_S * 4
     HALVES = smem.take(CONSUMERS * HALF_S if SHARED else 0)
-    HEAD, BATCH, Q_START, SEQLEN_Q, SEQLEN_K, K_START, FIRST, N_MIN, N_MAX = parked(smem, 9)
+    HEAD, BATCH, Q_START, SEQLEN_Q, SEQLEN_K, K_START, FIRST, N_MIN, N_MAX, FULL_MIN, _, FULL_MAX, _ = parked(smem, 13)   # FULL: two each
     ring = make_ring(smem, STAGES, 4 * CONSUMERS)
-    # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup
-    LOADED, BOTH, TAKEN, CLEARED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS)
+    # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
+    # threads of the producer have filled a slot
+    LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
+    SPLIT, LINES = config.split, BLOCK_N // 16
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
-    give_registers, take_registers = decrease_registers(PRODUCER_REGISTERS), increase_registers(CONSUMER_REGISTERS)
+    give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     to_parts, keep, (diagonal_of, alibi_from) = make_pack(spec.dtype), make_keep(spec), make_diagonals(spec)
     prepare, fetch, score = make_score(spec, COUNT_S)
     plane_of, draw, dropout = make_dropout(spec, COUNT_S)
@@ -97,7 +99,39 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         """The thread's first row in its sequence."""
         return int32(word(base, FIRST) + own_warpgroup() * ROWS_APART + own_warp() * 16 + lane_row(own_lane()))
 
-    # ------------------------------------------------------------ load
+    # ------------------------------------------------------------ load: by one thread, or by all of the producer's
+    @inline
+    def split_panel(a, base, it, source, by_row, column, dim, row, rows):
+        """The parts of 64 columns of K or V, from `column` on of `dim`, and of the rows from `row` on of `rows`. By a warpgroup."""
+        thread = thread_index()
+        line, piece = int32(thread >> 3), int32(thread & 7)
+        at = uint64(source + (row + line) * by_row + 4 * (column + 8 * piece))
+        numbers = wgmma_float.load_lines(at, by_row, int32(rows - row - line), int32(dim - column - 8 * piece), LINES)
+        stage, phase = ring.use(it)
+        ring.wait_empty(base, stage, int32(phase ^ 1))
+        to = int32(base + RING + stage * SLOT + line * ROW_BYTES + ((piece ^ (line & 7)) << 4))
+        wgmma_float.store_lines(numbers, to, PART_BYTES)
+        fence_async()
+        barrier(int32(FILLED), int32(WARPGROUP))
+        if thread == 0:
+            ring.arrive_full(base, stage)
+        return int32(it + 1)
+
+    @inline
+    def split(a, base):
+        """All panels of the tile, by a warpgroup."""
+        head_k, batch, k_start = divide(word(base, HEAD), a.group), word(base, BATCH), word(base, K_START)
+        k = int64(a.k) + batch * a.k_batch + k_start * a.k_row + head_k * a.k_head
+        v = int64(a.v) + batch * a.v_batch + k_start * a.v_row + head_k * a.v_head
+        it, n_block, n_min, rows = int32(0), word(base, N_MAX), word(base, N_MIN), word(base, SEQLEN_K)
+        while n_block > n_min:
+            n_block = int32(n_block - 1)
+            row = int32(n_block * BLOCK_N)
+            for p in range(PANELS):
+                it = split_panel(a, base, it, k, a.k_row, int32(p * PANEL), a.head_dim, row, rows)
+            for p in range(PANELS_V):
+                it = split_panel(a, base, it, v, a.v_row, int32(p * PANEL), a.head_dim_v, row, rows)
+
     @inline
     def load_panel(base, map_, it, column, by_part, row, head_k, batch):
         """The parts of 64 columns of K or V, `by_part` columns from each other."""
@@ -111,7 +145,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
 
     @inline
     def load(a, base):
-        """All panels of the tile, by one thread."""
+        """All panels of the tile, by one thread, from parts in memory."""
         head_k, batch = divide(word(base, HEAD), a.group), int32(0) if PACKED else word(base, BATCH)
         it, n_block, n_min, k_start = int32(0), word(base, N_MAX), word(base, N_MIN), word(base, K_START)
         while n_block > n_min:
@@ -203,7 +237,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     @inline
     def clear_tail(base, stage, n_block, seqlen_k):
         """Zeros in the slot behind the keys of a packed sequence."""
-        if PACKED:
+        if PACKED and not SPLIT:
             rows = int32(seqlen_k - n_block * BLOCK_N)
             if rows < BLOCK_N:
                 clear(slot_of(base, stage), rows, int32(thread_index() & (WARPGROUP - 1)))
@@ -243,7 +277,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
 
     # ------------------------------------------------------------ a step, and the tile
     @inline
-    def step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block, full_min, full_max):
+    def step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block):
         """Key block n_block, whose first panel is use `it` of the ring."""
         lane = own_lane()
         acc_s = exchanged(base, products(base, it, lane))
@@ -251,7 +285,8 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         seqlen_q, seqlen_k, column = word(base, SEQLEN_Q), word(base, SEQLEN_K), int32(n_block * BLOCK_N + thread_col(lane))
         early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
         acc_s = score(a, acc_s, early, prepare(a, batch, head), row, column, alibi_from(a, batch, seqlen_q, seqlen_k))
-        if (n_block < full_min) | (n_block >= full_max):
+        own = int32(4 * own_warpgroup())
+        if (n_block < word(base, FULL_MIN + own)) | (n_block >= word(base, FULL_MAX + own)):
             acc_s = keep(acc_s, intervals(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k), column)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
@@ -263,17 +298,18 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     @inline
     def consume(a, base):
         """Both warpgroups: the tile's output and lse."""
+        diagonal, w = diagonal_of(a, word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K)), own_warpgroup()
+        full_min, full_max = full_blocks(a, int32(word(base, FIRST) + w * ROWS_APART), diagonal, word(base, SEQLEN_K))
+        park(base, FULL_MIN + 4 * w, full_min)
+        park(base, FULL_MAX + 4 * w, full_max)
         load_q(a, base)
         if SHARED:
-            barrier_arrive(int32(TAKEN + 1 - own_warpgroup()), int32(THREADS))
-        n_min, n_block, it = word(base, N_MIN), word(base, N_MAX), int32(0)
-        diagonal = diagonal_of(a, word(base, BATCH), word(base, SEQLEN_Q), word(base, SEQLEN_K))
-        full_min, full_max = full_blocks(a, int32(word(base, FIRST) + own_warpgroup() * ROWS_APART), diagonal, word(base, SEQLEN_K))
-        full_min, full_max, n_min, n_block = uniform(full_min), uniform(full_max), uniform(n_min), uniform(n_block)
+            barrier_arrive(int32(TAKEN + 1 - w), int32(THREADS))
+        n_block, it = uniform(word(base, N_MAX)), int32(0)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
-        while n_block > n_min:
+        while n_block > uniform(word(base, N_MIN)):
             n_block = int32(n_block - 1)
-            acc_o, max0, max1, sum0, sum1 = step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block, full_min, full_max)
+            acc_o, max0, max1, sum0, sum1 = step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block)
             it = int32(it + STEP_USES)
         epilogue(a, base, acc_o, max0, max1, sum0, sum1)
 
@@ -316,7 +352,9 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         cuda.syncthreads()
         if uniform(int32(cuda.threadIdx.x >> 7)) == 0:
             give_registers()
-            if cuda.threadIdx.x == 0:
+            if SPLIT:
+                split(a, base)
+            elif cuda.threadIdx.x == 0:
                 load(a, base)
         else:
             take_registers()

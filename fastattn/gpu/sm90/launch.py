@@ -24,7 +24,7 @@ from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
 from ..spec import MOST_FLOAT_DIM, AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from . import caches
-from . import launch_float as wide_float
+from . import launch_float as own_float
 from .config import (
     BLOCK_N,
     CONSUMERS,
@@ -119,8 +119,8 @@ def _refuses_float(call: AnyCall) -> str | None:
         if (reason := _refuses_float_backward(call)) is not None:
             return reason
         return refuses_rows(call) or refuses_parts(call)
-    if wide_float.takes(p):
-        return wide_float.refuses_wide(p, make_spec(p, call.operands, False)) or refuses_parts(call)
+    if own_float.is_wide(p):
+        return own_float.refuses_wide(p, make_spec(p, call.operands, False)) or refuses_parts(call)
     if max(p.head_dim, p.head_dim_v) > 64 and num_features(make_spec(p, call.operands, False)) > 1:
         return "several features at head_dim over 64 do not fit its registers in float32"
     return refuses_parts(call)
@@ -186,8 +186,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return decode.prepare(call, spec, launcher)
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
-    if wide_float.takes(call.problem):
-        return wide_float.prepare_float(call, spec, launcher)
+    if own_float.takes(call):
+        return own_float.prepare_float(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
     return _prepare(call, spec, *_choice(spec, call.problem.seqlen_k, call.problem.seqlen_q), launcher)
 

@@ -1,4 +1,4 @@
-"""Launches of forward_float: float32 heads over 128. Without Numba: see runtime/compile.py."""
+"""Launches of forward_float: float32, of heads over 128, and of others without lse. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
 import math
@@ -20,19 +20,30 @@ from .config import WARPGROUP
 from .config_float import CONSUMERS, ForwardFloatConfig, choose_forward
 
 make_forward_float = late("sm90.forward_float", "make_forward_float")
-FORWARD_FLOAT = "map_k:l map_v:l table:l tiles:i head_group:i"
+FORWARD, MAPS = "table:l tiles:i head_group:i", "map_k:l map_v:l "
 MOST_DIM_V = 512            # columns of the output of two warpgroups
 LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
 THREADS = WARPGROUP * (1 + CONSUMERS)
 
 
-def takes(p: Problem) -> bool:
-    """Whether calls of such a problem are this kernel's."""
-    return p.dtype == "float32" and max(p.head_dim, p.head_dim_v) > MOST_FLOAT_DIM
+def takes(call: Call) -> bool:
+    """Whether a call is this kernel's: heads over 128, and others that give no lse and whose keys the producer can read.
+
+    Not with lse: a backward may follow, which recomputes P as exp(S - lse). That of heads to 128 has the bits of the other forward's S.
+    """
+    p, o = call.problem, call.operands
+    if p.dtype != "float32":
+        return False
+    return is_wide(p) or (call.lse is None and whole_chunks(o.k) and whole_chunks(o.v))
+
+
+def is_wide(p: Problem) -> bool:
+    """Whether tiles of the parts of Q do not fit shared memory."""
+    return max(p.head_dim, p.head_dim_v) > MOST_FLOAT_DIM
 
 
 def refuses_wide(p: Problem, spec: Spec) -> str | None:
-    """None, or why this kernel does not run a call that it `takes`."""
+    """None, or why this kernel does not run a call of wide heads."""
     if p.head_dim_v > MOST_DIM_V:
         return f"head_dim_v is {p.head_dim_v}, over {MOST_DIM_V} in float32"
     if num_features(spec) > 1:
@@ -42,8 +53,9 @@ def refuses_wide(p: Problem, spec: Spec) -> str | None:
 
 @lru_cache(maxsize=PROGRAMS)
 def float_forward_program(spec: Spec, config: ForwardFloatConfig, whole: bool) -> Program:
+    own, strided = (FORWARD, ("q", "k", "v", "out")) if config.split else (MAPS + FORWARD, ("q", "out"))
     return program(f"forward_sm90_float {spec.text} | {config.text}" + " whole" * whole, lambda: make_forward_float(spec, config, whole),
-                   Arguments(spec, FORWARD_FLOAT, ("q", "out"), online=True), THREADS, early=True)
+                   Arguments(spec, own, strided, online=True), THREADS, early=not config.split)
 
 
 def splits_of(p: Problem, spec: Spec, tiles: int, num_sms: int) -> int:
@@ -62,10 +74,12 @@ def prepare_float(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the parts of k and v, the words of a mask
     and the table of a packed problem."""
     config = choose_forward(spec)
+    if config.split:
+        return _prepare_kernel(call, spec, config, launcher)
     splits = splits_of(call.problem, spec, most_tiles(call, config.block_m), launcher.device.num_sms)
     if splits > 1:
         return _prepare_split(call, spec, config, splits, launcher)
-    enqueue = _prepare_parts(parts_of(call, 0, whole_q=True)[0], spec, config, launcher)
+    enqueue = _prepare_kernel(parts_of(call, 0, whole_q=True)[0], spec, config, launcher)
 
     def launch(call: Call, stream: int) -> None:
         with as_parts(call, launcher, stream, whole_q=True) as split:
@@ -73,15 +87,16 @@ def prepare_float(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     return launch
 
 
-def _prepare_parts(call: Call, spec: Spec, config: ForwardFloatConfig, launcher: Launcher) -> Launch:
-    """prepare_float for a call whose k and v are parts."""
+def _prepare_kernel(call: Call, spec: Spec, config: ForwardFloatConfig, launcher: Launcher) -> Launch:
+    """prepare_float for a call whose k and v are as the kernel takes them."""
     source, arguments = float_forward_program(spec, config, whole_chunks(call.operands.q))
     kernel, values = launcher.load(source), arguments.bound(call)
     block_m, block_n, tiles, heads = config.block_m, config.block_n, most_tiles(call, config.block_m), head_group(call)
-    forms = tuple(form(x, block_n) for x in (call.operands.k, call.operands.v))
+    forms = () if config.split else tuple(form(x, block_n) for x in (call.operands.k, call.operands.v))
 
     def launch(call: Call, stream: int) -> None:
-        maps = launcher.tensor_maps(((call.operands.k, block_n), (call.operands.v, block_n)), launcher.capturing(stream), forms)
+        boxes = (call.operands.k, block_n), (call.operands.v, block_n)
+        maps = launcher.tensor_maps(boxes, launcher.capturing(stream), forms) if forms else []
         with table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call:
             kernel.launch(tiles, values(call, (*maps, sequences, tiles, heads)), stream)
     return launch
@@ -91,7 +106,7 @@ def _prepare_split(call: Call, spec: Spec, config: ForwardFloatConfig, splits: i
     """prepare_float with the keys in `splits` parts, whose results are merged."""
     own, rows = replace(spec, lse=True), math.prod(call.out.shape[:3])
     out_bytes, lse_bytes = 4 * rows * call.problem.head_dim_v, 4 * rows         # of a split, multiples of 4
-    enqueue = _prepare_parts(split_call(parts_of(call, 0, whole_q=True)[0], splits, 0, splits * out_bytes), own, config, launcher)
+    enqueue = _prepare_kernel(split_call(parts_of(call, 0, whole_q=True)[0], splits, 0, splits * out_bytes), own, config, launcher)
 
     def launch(call: Call, stream: int) -> None:
         with (launcher.temporary(splits * out_bytes + (splits + 1) * lse_bytes, stream) as memory,

@@ -2,6 +2,7 @@
 
 A score knows which chunks of 32 columns of Q and K went into it, each of which must be there once when it becomes a probability. An output
 counts its panels: all of a block must be added, in order, before the first of the next. Q is copied by the consumers, and not looked at.
+Where the producer splits K and V, a panel is there when all of its warps have stored their rows.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from fastattn.gpu.sm90.config_float import choose_forward
 from fastattn.gpu.spec import Call, make_spec
 from tests.tools.gpu.calls import with_bounds
 from tests.tools.gpu.emulator import Memory
-from tests.tools.gpu.roles import Fragment, Place, Play, edited, nothing, playing
+from tests.tools.gpu.roles import Fragment, Panel, Place, Play, edited, nothing, playing
 
 Rows = namedtuple("Rows", "chunk row")      # an A operand: 32 columns of the warp's rows of Q
 
@@ -26,9 +27,43 @@ class PlayFloat(Play):
 
     modules = ("sm90.forward_float", "sm90.bounds", "tile.parked", "tile.ring", "tile.smem")
 
-    def __init__(self, config: Any, dims: tuple[int, int], blocks: int, seed: int) -> None:
-        self.chunks = 2 * -(-dims[0] // 64)
-        super().__init__(config, dims[1], tuple(range(blocks)), seed, 2, dict.fromkeys("kv", config.block_n), 3)
+    def __init__(self, config: Any, call: Call, blocks: int, seed: int) -> None:
+        p = call.problem
+        self.chunks, self.call = 2 * -(-p.head_dim // 64), call
+        self.stored_by: dict[tuple[int, int], set[int]] = {}        # the warps that have stored their rows of a panel of a block
+        super().__init__(config, p.head_dim_v, tuple(range(blocks)), seed, 2, dict.fromkeys("kv", config.block_n), 3,
+                         tuple(range(0, 128, 32)) if config.split else (0,))
+
+    def load_lines(self, at: int, by_row: int, rows: int, columns: int, count: int) -> Any:
+        """What lies there: (tensor, its first column, Place) of the warp's first row."""
+        o = self.call.operands
+        tensor, x = ("v", o.v) if at >= o.v.ptr else ("k", o.k)
+        strides, place = (0, *x.strides) if len(x.strides) == 3 else x.strides, []
+        left = at - x.ptr - (self.local.agent.thread >> 3) * by_row         # the panel's first row; the warp's may not exist
+        for stride in (strides[0], strides[1], strides[2]):
+            place.append(left // stride if stride else 0)
+            left -= place[-1] * stride
+        batch, row, head = place
+        assert by_row == strides[1] and count == self.config.block_n // 16 and columns == x.shape[-1] - left // 4
+        return tensor, left // 4, Place(row, head, batch)
+
+    def store_lines(self, numbers: Any, to: int, apart: int) -> None:
+        agent, (tensor, column, place) = self.pause(), numbers
+        line, block = agent.thread >> 3, agent.block
+        for part in range(3):
+            start = to - line * 128 - ((line & 7) << 4) + part * apart
+            self.unread(block, start, start + apart)
+            panel = next((p for p in block.panels if p.start == start), None)
+            if panel is None:
+                panel = Panel(start, start + apart)
+                block.panels.append(panel)
+            warps = self.stored_by.setdefault((block.index, start), set())
+            assert agent.thread not in warps, "a slot is filled twice"
+            warps.add(agent.thread)
+            panel.what = None
+            if len(warps) == 4:
+                warps.clear()
+                panel.what = tensor, column + part * (32 * self.chunks if tensor == "k" else 64 * self.panels_v), place
 
     def load_parts(self, address: int, turn: int, row_bytes: int) -> Rows:
         row, column = divmod(address, row_bytes)
@@ -94,7 +129,7 @@ class PlayFloat(Play):
     def names(self) -> dict[str, Any]:
         wgmma = SimpleNamespace(fence=nothing, commit=self.commit, k_major=lambda at: at, mn_major=lambda at, panel: (at, panel),
                                 wait_all=self.landed(0), pv_parts=self.pv_float)
-        products = SimpleNamespace(load_parts=self.load_parts, qk=self.qk_float)
+        products = SimpleNamespace(load_parts=self.load_parts, qk=self.qk_float, load_lines=self.load_lines, store_lines=self.store_lines)
         return super().names() | {
             "wgmma": wgmma, "wgmma_float": products, "copy16_if": nothing, "copy4_if": nothing, "cp_async": SimpleNamespace(wait_all=nothing),
             "add_columns": self.add_columns, "store_piece": self.store_piece, "add_piece": self.add_piece, "int64": int,
@@ -104,10 +139,10 @@ class PlayFloat(Play):
 
 def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: Any) -> PlayFloat:
     """A launch of all blocks; `change` edits the kernel's text first. mask: the elements of the call's mask."""
-    spec, p, memory = make_spec(call.problem, call.operands, False), call.problem, Memory()
+    spec, memory = make_spec(call.problem, call.operands, False), Memory()
     config = replace(choose_forward(spec), **tuning)
     tiles = packed.most_tiles(call, config.block_m)
-    made = PlayFloat(config, (p.head_dim, p.head_dim_v), tiles, seed)
+    made = PlayFloat(config, call, tiles, seed)
     arguments = launch_float.float_forward_program(spec, config, True).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
@@ -115,6 +150,6 @@ def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: 
         call = with_bounds(call, mask, config.block_n, memory)
     with playing(made, memory) as machine, packed.table(call, config.block_m, machine.launcher(), 0) as table:
         kernel, _ = edited(forward_float.make_forward_float, change)(spec, config, True)
-        own = "k", "v", table, tiles, packed.head_group(call)
+        own = *(() if config.split else ("k", "v")), table, tiles, packed.head_group(call)
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     return made
