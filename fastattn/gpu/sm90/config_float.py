@@ -31,12 +31,15 @@ class ForwardFloatConfig:
     split
         The producer's warpgroup reads K and V as float32 and splits them. Otherwise one thread of it loads their parts by TMA, which a
         pass before has written: consumers then have 240 registers instead of 216.
+    keep_q
+        The parts of Q stay in registers instead of being made in every step: of one panel.
     """
 
     block_n: int
     stages: int
     slices: int
     split: bool = False
+    keep_q: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS) and not (self.split and self.slices > 1)
@@ -57,7 +60,7 @@ class ForwardFloatConfig:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split
+        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q
 
 
 def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
@@ -70,7 +73,7 @@ def choose_forward(spec: Spec) -> ForwardFloatConfig:
     """The widest key blocks of which four panels fit, so that the loads of two or three are in flight."""
     dim, few = max(spec.head_dim, spec.head_dim_v), num_features(spec) == 0
     if dim <= MOST_SPLIT:
-        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True)
+        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and few)
     slices = 1 if dim <= MOST_SHARED_ROWS else CONSUMERS
     # up to head_dim_v 256 a warpgroup's columns of O take 128 registers: with 64 keys 184 bytes would spill, with 48 and a feature 12
     crowded = slices == 1 and spec.head_dim_v > 192

@@ -72,7 +72,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
     # threads of the producer have filled a slot
     LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
-    SPLIT, LINES = config.split, BLOCK_N // 16
+    SPLIT, LINES, KEEP_Q = config.split, BLOCK_N // 16, config.keep_q
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     to_parts, keep, (diagonal_of, alibi_from) = make_pack(spec.dtype), make_keep(spec), make_diagonals(spec)
@@ -195,27 +195,45 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         return int32(base + Q + row * Q_ROW + (own_lane() & 3) * 8)
 
     @inline
-    def chunk(base, acc_s, stage, q_at, half):
+    def split_q(q_at):
+        """The parts of 32 columns of the thread's rows of Q."""
+        return wgmma_float.load_parts(q_at, int32((lane_row(own_lane()) & 3) * 32), Q_ROW)
+
+    @inline
+    def kept_q(base):
+        """The parts of all of Q, if KEEP_Q keeps them in registers."""
+        if KEEP_Q:
+            return split_q(q_rows(base)), split_q(int32(q_rows(base) + CHUNK_BYTES))
+        else:
+            return int32(0)
+
+    @inline
+    def chunk(base, acc_s, stage, q, half):
         """acc_s + Q K^T of 32 columns: half of the panel in a slot."""
-        q = wgmma_float.load_parts(q_at, int32((lane_row(own_lane()) & 3) * 32), Q_ROW)
         wgmma.fence()
         product = wgmma_float.qk(zeros(COUNT_S), q, wgmma.k_major(int32(slot_of(base, stage) + half * (ROW_BYTES // 2))), PART_BYTES)
         wgmma.commit()
         return add(acc_s, wgmma.wait_all(product))
 
     @inline
-    def products(base, it, lane):
-        """S of the rows; of shared ones the sum over half of the columns."""
+    def products(base, q, it, lane):
+        """S of the rows; of shared ones the sum over half of the columns. q: kept_q's."""
         acc_s, q_at, p = zeros(COUNT_S), q_rows(base), int32(0)
         while p < PANELS:
             stage, phase = ring.use(int32(it + p))
-            ring.wait_full(base, stage, phase)
             if SHARED:
                 half = own_warpgroup()
-                acc_s = chunk(base, acc_s, stage, int32(q_at + half * CHUNK_BYTES), half)
+                own = split_q(int32(q_at + half * CHUNK_BYTES))
+                ring.wait_full(base, stage, phase)
+                acc_s = chunk(base, acc_s, stage, own, half)
+            elif KEEP_Q:
+                ring.wait_full(base, stage, phase)
+                acc_s = chunk(base, chunk(base, acc_s, stage, q[0], int32(0)), stage, q[1], int32(1))
             else:
-                acc_s = chunk(base, acc_s, stage, q_at, int32(0))
-                acc_s = chunk(base, acc_s, stage, int32(q_at + CHUNK_BYTES), int32(1))
+                own = split_q(q_at)
+                ring.wait_full(base, stage, phase)
+                acc_s = chunk(base, acc_s, stage, own, int32(0))
+                acc_s = chunk(base, acc_s, stage, split_q(int32(q_at + CHUNK_BYTES)), int32(1))
             ring.release(base, stage, lane)
             q_at, p = int32(q_at + 2 * CHUNK_BYTES), int32(p + 1)
         return acc_s
@@ -277,10 +295,10 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
 
     # ------------------------------------------------------------ a step, and the tile
     @inline
-    def step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block):
-        """Key block n_block, whose first panel is use `it` of the ring."""
+    def step(a, base, q, acc_o, max0, max1, sum0, sum1, it, n_block):
+        """Key block n_block, whose first panel is use `it` of the ring. q: kept_q's."""
         lane = own_lane()
-        acc_s = exchanged(base, products(base, it, lane))
+        acc_s = exchanged(base, products(base, q, it, lane))
         batch, head, row = word(base, BATCH), word(base, HEAD), own_row(base)
         seqlen_q, seqlen_k, column = word(base, SEQLEN_Q), word(base, SEQLEN_K), int32(n_block * BLOCK_N + thread_col(lane))
         early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
@@ -305,11 +323,11 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         load_q(a, base)
         if SHARED:
             barrier_arrive(int32(TAKEN + 1 - w), int32(THREADS))
-        n_block, it = uniform(word(base, N_MAX)), int32(0)
+        n_block, it, q = uniform(word(base, N_MAX)), int32(0), kept_q(base)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
         while n_block > uniform(word(base, N_MIN)):
             n_block = int32(n_block - 1)
-            acc_o, max0, max1, sum0, sum1 = step(a, base, acc_o, max0, max1, sum0, sum1, it, n_block)
+            acc_o, max0, max1, sum0, sum1 = step(a, base, q, acc_o, max0, max1, sum0, sum1, it, n_block)
             it = int32(it + STEP_USES)
         epilogue(a, base, acc_o, max0, max1, sum0, sum1)
 
