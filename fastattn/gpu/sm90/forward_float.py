@@ -57,7 +57,8 @@ COPY = 4                            # columns of Q in 16 bytes
 def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> tuple[Any, int]:
     """(kernel, bytes of shared memory). WHOLE: rows of q consist of aligned pieces of 16 bytes."""
     BLOCK_M, BLOCK_N, STAGES, SHARED = config.block_m, config.block_n, config.stages, config.slices > 1
-    COLUMNS, ROWS_APART, COLUMNS_APART = columns_of(spec, config), 0 if SHARED else WARPGROUP_ROWS, columns_of(spec, config) if SHARED else 0
+    COLUMNS = columns_of(spec, config)
+    ROWS_APART, COLUMNS_APART = (0, COLUMNS) if SHARED else (WARPGROUP_ROWS, 0)         # of the warpgroups
     PARTS, PANELS, PANELS_V, ALL_V = spec.parts, panels(spec.head_dim), panels(COLUMNS), panels(spec.head_dim_v)
     PART_BYTES, THREADS, TURNS = BLOCK_N * ROW_BYTES, WARPGROUP * CONSUMERS, CONSUMERS if SHARED else 1
     SLOT, Q_ROW, COUNT_S, COUNT_O = PARTS * PART_BYTES, 4 * PANEL * PANELS, BLOCK_N // 2, COLUMNS // 2
@@ -235,7 +236,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
                 acc_s = chunk(base, acc_s, stage, own, int32(0))
                 acc_s = chunk(base, acc_s, stage, split_q(int32(q_at + CHUNK_BYTES)), int32(1))
             ring.release(base, stage, lane)
-            q_at, p = int32(q_at + 2 * CHUNK_BYTES), int32(p + 1)
+            q_at, p = int32(q_at + 2 * CHUNK_BYTES), opaque(int32(p + 1))       # opaque: not unrolled, which would spill
         return acc_s
 
     @inline
@@ -270,7 +271,8 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         ring.release(base, stage, lane)
 
     def make_add(PLACE):
-        """acc_o = add_panels(base, acc_o, p, it, lane, n_block, seqlen_k): O of the warpgroup's panels from PLACE on; the first is use `it`."""
+        """acc_o = add_panels(base, acc_o, p, it, lane, n_block, seqlen_k): O of the warpgroup's panels from PLACE on, the first in use `it`
+        of the ring."""
         MORE, FIRST_COLUMN = PLACE + 1 < PANELS_V, PLACE * PANEL_COUNT
         add_more: Any = make_add(PLACE + 1) if MORE else None
 

@@ -138,7 +138,7 @@ def split_call(call: Call, splits: int, out: int, lse: int) -> Call:
     """The call whose batch entries, or heads, are the splits of the keys of a call with one of either. out, lse: addresses of its
     results, which are contiguous."""
     p, o, (axis, _) = call.problem, call.operands, _axes(call.problem)
-    keys, counts = p.seqlen_k // splits, {"batch": splits} if axis == 0 else {"num_heads": splits, "num_heads_k": splits}
+    keys = p.seqlen_k // splits
 
     def repeated(x: View, step: int) -> View:
         """x with `splits` entries on the axis."""
@@ -149,7 +149,7 @@ def split_call(call: Call, splits: int, out: int, lse: int) -> Call:
     def share(x: View) -> View:
         """The keys of each split."""
         return repeated(View(x.ptr, (x.shape[0], keys, *x.shape[2:]), x.strides, x.dtype, x.device), keys * x.strides[1])
-    problem = replace(p, seqlen_k=keys, **counts)
+    problem = replace(p, seqlen_k=keys, batch=splits) if axis == 0 else replace(p, seqlen_k=keys, num_heads=splits, num_heads_k=splits)
     results = (View(at, shape, contiguous(shape, 4), "float32", call.out.device)
                for at, shape in ((out, problem.out_shape), (lse, problem.lse_shape)))
     return Call(problem, replace(o, q=repeated(o.q, 0), k=share(o.k), v=share(o.v)), *results)
