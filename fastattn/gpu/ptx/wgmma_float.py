@@ -13,7 +13,7 @@ from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, I64, VOID, emit, instruction, literals, pack, unpack
 from .memory import emit_load16_if, emit_load_shared_pair
-from .parts import PAIRS, PART_DTYPE, PARTS, emit_parts
+from .parts import PAIRS, PART_DTYPE, PARTS, SWAPPED, emit_parts
 from .wgmma import _multiply
 
 GROUPS = 4                  # of 32 bytes that change places with each other: two steps of an MMA
@@ -57,6 +57,27 @@ def qk(typingctx: Any, acc: Any, a: Any, b: Any, part_bytes: Any) -> Any:
         return pack(builder, registers)
     return signature(acc, acc, a, types.uint64, part_bytes), generate
 
+
+
+@intrinsic
+def kq_chunks(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, first: Any, end: Any, rows: Any) -> Any:
+    """A B^T of parts in shared memory, K-major, in panels of `rows` rows and `depth` columns in all, over columns [first, end): for each 32
+    columns a product of its own, one after the other in acc. Their sum in this order has the bits of the sum of qk's products of B and A."""
+    d, start, stop, of_panel = literals(depth, first, end, rows)
+    chunks = range(start // 16, min(stop, d) // 16, 2)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers, out, panels = unpack(builder, args[0], acc.count), list[Any](), -(-d // 64)
+        for step in chunks:
+            chunk = registers[len(out):][:acc.count // len(chunks)]
+            for n, pair in enumerate(SWAPPED):
+                for k in range(step, min(step + 2, d // 16)):
+                    at = [builder.add(x, I64(((part * panels + k // 4) * of_panel * 128 + k % 4 * 32) >> 4))
+                          for x, part in zip(args[1:3], pair, strict=True)]
+                    chunk = _multiply(builder, PART_DTYPE, chunk, at[:1], at[1], n + k == step, (0, 0))
+            out += chunk
+        return pack(builder, out)
+    return signature(acc, acc, types.uint64, types.uint64, depth, first, end, rows), generate
 
 
 @intrinsic

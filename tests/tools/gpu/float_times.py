@@ -30,11 +30,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "chosen": {}, "other": {"takes": lambda call: launch_float.is_wide(call.problem)}, "one split": {"splits": lambda *_: 1},
     "shared rows": {"choose": tiling(block_n=64, stages=4, slices=2)},
     "48 split": {"choose": tiling(block_n=48, stages=4, slices=1, split=True)},
+    "lse": {"takes": lambda call: call.problem.dtype == "float32"},
     "parts": {"choose": tiling(block_n=64, stages=4, slices=1)},
     "not kept": {"choose": tiling(block_n=64, stages=4, slices=1, split=True)},
     "kept": {"choose": tiling(block_n=64, stages=4, slices=1, split=True, keep_q=True)},
     "2 stages": {"choose": tiling(block_n=64, stages=2, slices=1, split=True, keep_q=True)},
 }
+BACKWARD = (((8, 16, 1024, 128), False), ((4, 16, 2048, 64), True))
 # (batch, heads, rows, head_dim), settings, variants
 TIMES: tuple[tuple[tuple[int, int, int, int], dict[str, Any], tuple[str, ...]], ...] = (
     ((1, 1, 4096, 512), {}, ("chosen", "one split")), ((4, 1, 4096, 512), {}, ("chosen",)),
@@ -74,6 +76,8 @@ def wants() -> list[tuple[Want, str]]:
     timed = [(Want("float32", dim, batch=batch, num_heads=heads, seqlen_q=rows, **settings), variant)
              for (batch, heads, rows, dim), settings, variants in TIMES for variant in variants]
     small: dict[str, Any] = {"batch": 2, "num_heads": 4, "num_heads_k": 2, "seqlen_q": 200, "seqlen_k": 330}
+    timed += [(Want("float32", dim, batch=batch, num_heads=heads, seqlen_q=rows, causal=causal, **more), "lse")
+              for (batch, heads, rows, dim), causal in BACKWARD for more in ({"lse": True}, {"backward": True})]
     return timed + [(Want("float32", dim, min(dim, 512), **small, **settings), "chosen") for dim, settings in CHECKS]
 
 
@@ -162,6 +166,42 @@ def calls_of(shape: tuple[int, int, int, int], settings: dict[str, Any], variant
     return calls
 
 
+def gradients(dim: int, variant: str, size: float) -> str:
+    """Errors of dq, dk and dv behind a forward of the variant, of scores of about size**2 * sqrt(dim): large ones tell whether the
+    backward's S has the forward's bits."""
+    import torch
+
+    import fastattn
+    use(variant)
+    torch.manual_seed(dim)
+    q, k, v, dout = (torch.randn(1, 300, 2, dim, device="cuda") for _ in range(4))
+    q, k = q * size, k * size
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    found = fastattn.attention_backward(dout, q, k, v, out, lse, causal=True)
+    given = [x.double().requires_grad_() for x in (q, k, v)]
+    exact(*given, True, None, None).backward(dout.double())
+    return " ".join(f"{float((x - y.grad).norm() / y.grad.norm()):.1e}" for x, y in zip(found[:3], given, strict=True))
+
+
+def backward_calls(shape: tuple[int, int, int, int], causal: bool) -> dict[str, Callable[[], Any]]:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import fastattn
+    batch, heads, rows, dim = shape
+    q, k, v, dout = (torch.randn(batch, rows, heads, dim, device="cuda") for _ in range(4))
+    use("chosen")
+    out, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True)
+    calls: dict[str, Callable[[], Any]] = {"backward": lambda: fastattn.attention_backward(dout, q, k, v, out, lse, causal=causal)}
+    for backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        given = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(backend):
+            result = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=causal)
+        calls[backend.name.split("_")[0].lower()] = lambda result=result, given=given: torch.autograd.grad(
+            result, given, dout.transpose(1, 2), retain_graph=True)
+    return calls
+
+
 def seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median device seconds of each, in turns."""
     from tests.tools.gpu.variants_8bit import seconds
@@ -190,6 +230,18 @@ def main() -> None:
             print(f"{dim} {settings}: {error!r}"[:150], flush=True)
     for n in range(0, len(worst), 6):
         print("e-7: " + ", ".join(worst[n:n + 6]), flush=True)
+    for dim in (64, 128):
+        for variant, size in (("lse", 1), ("lse", 100), ("other", 100)):
+            try:
+                print(f"gradients {dim} behind {variant}, size {size}: {gradients(dim, variant, size)}", flush=True)
+            except Exception as error:
+                print(f"gradients {dim} {variant}: {error!r}"[:150], flush=True)
+    for shape, causal in BACKWARD:
+        try:
+            found = seconds(backward_calls(shape, causal), given.rounds)
+            print(f"{shape} backward: " + ", ".join(f"{name} {s * 1e6:.0f}" for name, s in found.items()), flush=True)
+        except Exception as error:
+            print(f"{shape} backward: {error!r}"[:150], flush=True)
     for shape, settings, variants in TIMES:
         try:
             found = seconds(calls_of(shape, settings, variants), given.rounds)
