@@ -61,8 +61,8 @@ def qk(typingctx: Any, acc: Any, a: Any, b: Any, part_bytes: Any) -> Any:
 
 @intrinsic
 def kq_chunks(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, first: Any, end: Any, rows: Any) -> Any:
-    """A B^T of parts in shared memory, K-major, in panels of `rows` rows and `depth` columns in all, over columns [first, end): for each 32
-    columns a product of its own, one after the other in acc. Their sum in this order has the bits of the sum of qk's products of B and A."""
+    """A B^T of parts in shared memory, K-major, in panels of `rows` rows and of `depth` columns in all, over columns [first, end). For
+    each 32 columns a product of its own, one after the other in acc: their sum in this order has the bits of that of qk's, of B and A."""
     d, start, stop, of_panel = literals(depth, first, end, rows)
     chunks = range(start // 16, min(stop, d) // 16, 2)
 

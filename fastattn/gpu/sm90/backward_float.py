@@ -69,8 +69,8 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     # registers of dV or dK computed at a time: with 32, features spill 40 bytes at head_dim 128
     CHUNK = PANEL_COUNT // 2 if max(panels(HEAD_DIM), panels(HEAD_DIM_V)) == 2 and num_features(spec) else PANEL_COUNT
     DQ_BYTES, DQ_SUMS = (PANEL_BYTES, PIECE) if TWO else (ROW_BYTES // 2, PIECE // 2)       # from half to half: of K, of the sums
-    # S is the sum of products of 32 columns each, which gives the bits of the forward's S. Columns that are multiplied before those sums are
-    # waited for, and how many sums remain; with features at head_dim 128 more would spill up to 52 bytes
+    # S is the sum of products of 32 columns each, which gives the bits of the forward's S. Columns that are multiplied before one waits
+    # for those products, and how many summands remain. With features at head_dim 128 more would spill up to 52 bytes
     S_COLUMNS = 32 if num_features(spec) and HEAD_DIM > 64 else HEAD_DIM
     PARTS_S = 2 if S_COLUMNS < HEAD_DIM else -(-HEAD_DIM // 32)
     COUNT_S, COUNT_K, COUNT_V, COUNT_DQ = HALF // 2, HEAD_DIM // 2, HEAD_DIM_V // 2, PANEL // 2 if TWO else PANEL // 4
@@ -175,8 +175,8 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         def issue(base, half, before):
             own = opaque(base)
             wgmma.fence()
-            products = wgmma_float.kq_chunks(zeros(HERE), wgmma.k_major(own + K), wgmma.k_major(own + Q + half * HALF_BYTES), HEAD_DIM, FIRST,
-                                             END, BLOCK)
+            k, q = wgmma.k_major(own + K), wgmma.k_major(own + Q + half * HALF_BYTES)
+            products = wgmma_float.kq_chunks(zeros(HERE), k, q, HEAD_DIM, FIRST, END, BLOCK)
             wgmma.commit()
             if LATER:
                 products = join(before, products)

@@ -7,7 +7,7 @@ import numpy as np
 from numba import cuda, int32, int64, uint8, uint64
 
 from fastattn.gpu.ptx import cp_async, mbarrier, memory, wgmma, wgmma_float
-from fastattn.gpu.ptx.sync import warp
+from fastattn.gpu.ptx.sync import fence_async, warp
 from fastattn.gpu.tile import fragments as f
 from tests.tools.gpu.probes import Array, add, as_matrix, normal, same
 from tests.tools.gpu.probes_parts import EXACT, hard, parts, rows_of_parts
@@ -94,39 +94,50 @@ add("wgmma_float.load_lines wgmma_float.store_lines memory.emit_load16_if", "@p 
 
 
 def product() -> Any:
-    """A B^T of 64 x 64 float32, split in registers, and the parts of 64 x 64."""
+    """A B^T of 64 x 64 float32, split in registers, and the parts of 64 x 64; and B A^T of the parts of both."""
+    A = 6 * PANEL
+
     def kernel(a):
         base = begin(1)
         thread = int32(cuda.threadIdx.x)
         if thread == 0:
             mbarrier.arrive_expect(int32(base + BAR), int32(3 * PANEL))
             load_panels(a.map_a, base, 0, 3)
+        line, piece = int32(thread >> 3), int32(thread & 7)
+        x = wgmma_float.load_lines(uint64(a.other + uint64(256 * line + 32 * piece)), int64(256), int32(64 - line), int32(64 - 8 * piece), 4)
+        wgmma_float.store_lines(x, int32(base + 3 * PANEL + 128 * line + ((piece ^ (line & 7)) << 4)), PANEL)
         for n in range(8):
             i = int32(128 * n + thread)
             row, piece = int32(i >> 4), int32(i & 15)
-            to = int32(base + 3 * PANEL + row * 256 + ((piece ^ ((row & 3) << 1)) << 4))
-            wgmma_float.copy16_if(to, uint64(a.other + uint64(16 * i)), int32(16))
+            wgmma_float.copy16_if(int32(base + A + row * 256 + ((piece ^ ((row & 3) << 1)) << 4)), uint64(a.other + uint64(16 * i)), int32(16))
         cp_async.wait_all()
+        fence_async()
         cuda.syncthreads()
         mbarrier.wait(int32(base + BAR), int32(0))
-        row = int32((thread >> 5) * 16 + f.lane_row(int32(thread & 31)))
-        acc = f.zeros(32)
+        row, acc, at = int32((thread >> 5) * 16 + f.lane_row(int32(thread & 31))), f.zeros(32), int32(thread >> 5) * 64
         for half in range(2):
-            q = wgmma_float.load_parts(int32(base + 3 * PANEL + row * 256 + (thread & 3) * 8 + 128 * half), int32((row & 3) * 32), 256)
+            q = wgmma_float.load_parts(int32(base + A + row * 256 + (thread & 3) * 8 + 128 * half), int32((row & 3) * 32), 256)
             wgmma.fence()
             one = wgmma_float.qk(f.zeros(32), q, wgmma.k_major(int32(base + 64 * half)), PANEL)
             wgmma.commit()
             acc = f.add(acc, wgmma.wait_all(one))
-        save_at(a.dst, int32(thread >> 5) * 32, acc, 32)
+        save_at(a.dst, at, acc, 32)
+        wgmma.fence()
+        both = wgmma_float.kq_chunks(f.zeros(64), wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), 64, 0, 64, 64)
+        wgmma.commit()
+        save_at(a.dst, int32(at + 32), f.sum_parts(wgmma.wait_all(both), 2), 32)
     return kernel
 
 
 def check_product(launch: Any) -> None:
+    """A backward's S^T has the bits of the forward's S."""
     x: Array = normal(64, 64)
     y = normal(1, 64, 1, 64, seed=1)
-    got = launch(rows_of_parts(y), x, dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64)])
-    exact = x.astype(np.float64) @ y[0, :, 0].astype(np.float64).T
-    np.testing.assert_allclose(np.concatenate([as_matrix(tile) for tile in got]), exact, **EXACT)
+    got = launch(rows_of_parts(y), x, dst=np.zeros((4, 64, 32), np.float32), maps=[("src", 64)])
+    first, second = (np.concatenate([as_matrix(tile[n:n + 32]) for tile in got]) for n in (0, 32))
+    np.testing.assert_allclose(first, x.astype(np.float64) @ y[0, :, 0].astype(np.float64).T, **EXACT)
+    same(first, second.T)
 
 
-add("wgmma_float.qk", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", product, check_product, threads=128, shared=SHARED)
+add("wgmma_float.qk wgmma_float.kq_chunks fragments.sum_parts", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", product,
+    check_product, name="wgmma_float.qk", threads=128, shared=SHARED)

@@ -121,9 +121,9 @@ class PlayFloat(Play):
         assert keys[-1] == product.k
         return Fragment("O", Place(0, 0, 0), None, keys, at=(done + 1) % count)      # type: ignore[arg-type]
 
-    def store_floats(self, acc: Fragment, address: int, other: int, by_column: int, inside: int, inside8: int, columns: int, step: int) -> None:
+    def store_floats(self, acc: Fragment, address: int, other: int, by_column: int, inside: int, *more: Any) -> None:
         assert not acc.at, "a block in part"
-        if columns > 0:
+        if more[1] > 0:         # there are columns
             self.store_rows(self.at_rest(acc), address, other, inside)
 
     def names(self) -> dict[str, Any]:
@@ -131,7 +131,8 @@ class PlayFloat(Play):
                                 wait_all=self.landed(0), pv_parts=self.pv_float)
         products = SimpleNamespace(load_parts=self.load_parts, qk=self.qk_float, load_lines=self.load_lines, store_lines=self.store_lines)
         return super().names() | {
-            "wgmma": wgmma, "wgmma_float": products, "copy16_if": nothing, "copy4_if": nothing, "cp_async": SimpleNamespace(wait_all=nothing),
+            "wgmma": wgmma, "wgmma_float": products, "copy16_if": nothing, "copy4_if": nothing,
+            "cp_async": SimpleNamespace(wait_all=nothing),
             "add_columns": self.add_columns, "store_piece": self.store_piece, "add_piece": self.add_piece, "int64": int,
             "lane_row": lambda lane: lane >> 2, "thread_col": lambda thread: 2 * (thread & 3),
             "make_store_lse": lambda spec: nothing}
