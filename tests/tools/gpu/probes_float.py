@@ -104,7 +104,8 @@ def product() -> Any:
             mbarrier.arrive_expect(int32(base + BAR), int32(3 * PANEL))
             load_panels(a.map_a, base, 0, 3)
         line, piece = int32(thread >> 3), int32(thread & 7)
-        x = wgmma_float.load_lines(uint64(a.other + uint64(256 * line + 32 * piece)), int64(256), int32(64 - line), int32(64 - 8 * piece), 4)
+        at = uint64(a.other + uint64(256 * line + 32 * piece))
+        x = wgmma_float.load_lines(at, int64(256), int32(64 - line), int32(64 - 8 * piece), 4)
         wgmma_float.store_lines(x, int32(base + 3 * PANEL + 128 * line + ((piece ^ (line & 7)) << 4)), PANEL)
         for n in range(8):
             i = int32(128 * n + thread)
@@ -114,18 +115,18 @@ def product() -> Any:
         fence_async()
         cuda.syncthreads()
         mbarrier.wait(int32(base + BAR), int32(0))
-        row, acc, at = int32((thread >> 5) * 16 + f.lane_row(int32(thread & 31))), f.zeros(32), int32(thread >> 5) * 64
+        row, acc, first = int32((thread >> 5) * 16 + f.lane_row(int32(thread & 31))), f.zeros(32), int32(int32(thread >> 5) * 64)
         for half in range(2):
             q = wgmma_float.load_parts(int32(base + A + row * 256 + (thread & 3) * 8 + 128 * half), int32((row & 3) * 32), 256)
             wgmma.fence()
             one = wgmma_float.qk(f.zeros(32), q, wgmma.k_major(int32(base + 64 * half)), PANEL)
             wgmma.commit()
             acc = f.add(acc, wgmma.wait_all(one))
-        save_at(a.dst, at, acc, 32)
+        save_at(a.dst, first, acc, 32)
         wgmma.fence()
         both = wgmma_float.kq_chunks(f.zeros(64), wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), 64, 0, 64, 64)
         wgmma.commit()
-        save_at(a.dst, int32(at + 32), f.sum_parts(wgmma.wait_all(both), 2), 32)
+        save_at(a.dst, int32(first + 32), f.sum_parts(wgmma.wait_all(both), 2), 32)
     return kernel
 
 
