@@ -99,8 +99,8 @@ def _float() -> Iterator[Job]:
         yield job("sm90", "sm_90a", dim, "softcap_dropout_packed", backward=True, softcap=True, dropout=True, packed=True, window=(100, 50))
         yield job("sm90", "sm_90a", dim, "mask_packed", mask=True, packed=True, window=(100, 50))
     for dim, what, settings in ((192, "causal", {"causal": True}), (256, "full", {}), (256, "mask_packed", {"mask": True, **window}),
-                                (384, "softcap", {"softcap": True}), (512, "full", {}), (512, "dropout_packed", {"dropout": True, **window}),
-                                (320, "bias", {"bias": "float32"})):
+                                (384, "softcap", {"softcap": True}), (512, "full", {}), (320, "bias", {"bias": "float32"}),
+                                (512, "dropout_packed", {"dropout": True, **window})):
         yield job("sm90", "sm_90a", dim, what, **settings)
     yield Job("sm90", "sm_90a", _want("float32", 576, 512, causal=True), "causal")
     yield job("sm90", "sm_90a", 64, "alibi_packed", alibi="float32", packed=True, window=(100, 50))
