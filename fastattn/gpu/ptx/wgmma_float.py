@@ -81,35 +81,36 @@ def kq_chunks(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, first: Any, 
 
 
 @intrinsic
-def load_lines(typingctx: Any, source: Any, by_row: Any, rows: Any, columns: Any, count: Any) -> Any:
-    """Eight columns of each of `count` rows of float32 in memory, 16 rows and by_row bytes a row from each other. Rows from `rows` on and
-    columns from `columns` on, counted from the first, are not read and are 0."""
-    [n] = literals(count)
+def load_lines(typingctx: Any, source: Any, by_row: Any, rows: Any, columns: Any, first: Any, count: Any) -> Any:
+    """Eight columns of each of `count` rows of float32 in memory, from row 16 * `first` on, 16 rows and by_row bytes a row from each other.
+    Rows from `rows` on and columns from `columns` on, counted from those of `source`, are not read and are 0."""
+    start, n = literals(first, count)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        registers, at = [], args[0]
-        for row in range(n):
+        registers, step = [], builder.mul(args[1], I64(16))
+        at = builder.add(args[0], builder.mul(step, I64(start)))
+        for row in range(start, start + n):
             inside = builder.icmp_signed("<", I32(16 * row), args[2])
             for half in (0, 1):
                 there = builder.and_(inside, builder.icmp_signed("<", I32(4 * half), args[3]))
                 registers += [builder.bitcast(x, F32) for x in emit_load16_if(builder, there, builder.add(at, I64(16 * half)))]
-            at = builder.add(at, builder.mul(args[1], I64(16)))
+            at = builder.add(at, step)
         return pack(builder, registers)
-    return signature(types.UniTuple(types.float32, 8 * n), types.uint64, types.int64, types.int32, types.int32, count), generate
+    return signature(types.UniTuple(types.float32, 8 * n), types.uint64, types.int64, types.int32, types.int32, first, count), generate
 
 
 @intrinsic
-def store_lines(typingctx: Any, x: Any, address: Any, part_bytes: Any) -> Any:
+def store_lines(typingctx: Any, x: Any, address: Any, part_bytes: Any, first: Any) -> Any:
     """Store the parts of load_lines's rows to a panel of shared memory for each part, `part_bytes` from each other. address: of the eight
-    columns in the first row. 16 rows on, the swizzle is the same."""
-    [apart] = literals(part_bytes)
+    columns in row 0. 16 rows on, the swizzle is the same."""
+    apart, start = literals(part_bytes, first)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         numbers = unpack(builder, args[0], x.count)
         for row in range(x.count // 8):
             pairs = [emit_parts(builder, numbers[k], numbers[k + 1], any_value=True) for k in range(8 * row, 8 * row + 8, 2)]
             for part in range(PARTS):
-                text = f"st.shared.v4.b32 [$0+{part * apart + row * 16 * 128}], {{$1, $2, $3, $4}};"
+                text = f"st.shared.v4.b32 [$0+{part * apart + (start + row) * 16 * 128}], {{$1, $2, $3, $4}};"
                 emit(builder, VOID, text, "r,r,r,r,r,~{memory}", [args[1], *(words[part] for words in pairs)])
         return context.get_dummy_value()
-    return signature(types.none, x, types.int32, part_bytes), generate
+    return signature(types.none, x, types.int32, part_bytes, first), generate

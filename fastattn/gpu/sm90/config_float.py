@@ -30,7 +30,7 @@ class ForwardFloatConfig:
         the output's columns.
     split
         The producer's warpgroup reads K and V as float32 and splits them. Otherwise one thread of it loads their parts by TMA, which a
-        pass before has written: consumers then have 240 registers instead of 216.
+        pass before has written: consumers then have 240 registers instead of 208.
     keep_q
         The parts of Q stay in registers instead of being made in every step: of one panel.
     """
@@ -52,11 +52,11 @@ class ForwardFloatConfig:
 
     @property
     def producer_registers(self) -> int:
-        return 72 if self.split else 24
+        return 88 if self.split else 24
 
     @property
     def consumer_registers(self) -> int:
-        return 216 if self.split else 240
+        return 208 if self.split else 240
 
     @property
     def text(self) -> str:

@@ -73,7 +73,8 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
     # threads of the producer have filled a slot
     LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
-    SPLIT, LINES, KEEP_Q = config.split, BLOCK_N // 16, config.keep_q
+    SPLIT, KEEP_Q = config.split, config.keep_q
+    UPPER, LOWER = BLOCK_N // 32, BLOCK_N // 16 - BLOCK_N // 32         # lines of a panel, 16 rows each, of a thread of the producer
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
     to_parts, keep, (diagonal_of, alibi_from) = make_pack(spec.dtype), make_keep(spec), make_diagonals(spec)
@@ -102,36 +103,46 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
 
     # ------------------------------------------------------------ load: by one thread, or by all of the producer's
     @inline
-    def split_panel(a, base, it, source, by_row, column, dim, row, rows):
-        """The parts of 64 columns of K or V, from `column` on of `dim`, and of the rows from `row` on of `rows`. By a warpgroup."""
-        thread = thread_index()
-        line, piece = int32(thread >> 3), int32(thread & 7)
-        at = uint64(source + (row + line) * by_row + 4 * (column + 8 * piece))
-        numbers = wgmma_float.load_lines(at, by_row, int32(rows - row - line), int32(dim - column - 8 * piece), LINES)
-        stage, phase = ring.use(it)
-        ring.wait_empty(base, stage, int32(phase ^ 1))
-        to = int32(base + RING + stage * SLOT + line * ROW_BYTES + ((piece ^ (line & 7)) << 4))
-        wgmma_float.store_lines(numbers, to, PART_BYTES)
-        fence_async()
-        barrier(int32(FILLED), int32(WARPGROUP))
-        if thread == 0:
-            ring.arrive_full(base, stage)
-        return int32(it + 1)
+    def source_of(a, base, n_block, p):
+        """Where this thread's columns of panel p of a key block begin in memory, bytes between rows, rows and columns that exist from there
+        on: none below the tile's last block. The panels of V come after those of K."""
+        head_k, batch, k_start = divide(word(base, HEAD), a.group), word(base, BATCH), word(base, K_START)
+        row = int32(n_block * BLOCK_N + (thread_index() >> 3))
+        rows = int32(word(base, SEQLEN_K) - row) if n_block >= word(base, N_MIN) else int32(0)
+        column = int32((p if p < PANELS else p - PANELS) * PANEL + 8 * (thread_index() & 7))
+        if p < PANELS:
+            at = int64(a.k) + batch * a.k_batch + int64(k_start + row) * a.k_row + head_k * a.k_head
+            by_row, dim = a.k_row, a.head_dim
+        else:
+            at = int64(a.v) + batch * a.v_batch + int64(k_start + row) * a.v_row + head_k * a.v_head
+            by_row, dim = a.v_row, a.head_dim_v
+        return uint64(at + 4 * column), by_row, rows, int32(dim - column)
 
     @inline
     def split(a, base):
-        """All panels of the tile, by a warpgroup."""
-        head_k, batch, k_start = divide(word(base, HEAD), a.group), word(base, BATCH), word(base, K_START)
-        k = int64(a.k) + batch * a.k_batch + k_start * a.k_row + head_k * a.k_head
-        v = int64(a.v) + batch * a.v_batch + k_start * a.v_row + head_k * a.v_head
-        it, n_block, n_min, rows = int32(0), word(base, N_MAX), word(base, N_MIN), word(base, SEQLEN_K)
-        while n_block > n_min:
-            n_block = int32(n_block - 1)
-            row = int32(n_block * BLOCK_N)
-            for p in range(PANELS):
-                it = split_panel(a, base, it, k, a.k_row, int32(p * PANEL), a.head_dim, row, rows)
-            for p in range(PANELS_V):
-                it = split_panel(a, base, it, v, a.v_row, int32(p * PANEL), a.head_dim_v, row, rows)
+        """All panels of the tile, by a warpgroup: the rows of each in two halves, which are loaded as soon as registers are free."""
+        line, piece = int32(thread_index() >> 3), int32(thread_index() & 7)
+        to = int32(base + RING + line * ROW_BYTES + ((piece ^ (line & 7)) << 4))
+        it, p, n_block = int32(0), int32(0), int32(word(base, N_MAX) - 1)
+        at, by_row, rows, columns = source_of(a, base, n_block, p)
+        upper = wgmma_float.load_lines(at, by_row, rows, columns, 0, UPPER)
+        lower = wgmma_float.load_lines(at, by_row, rows, columns, UPPER, LOWER)
+        while n_block >= word(base, N_MIN):
+            p = int32(p + 1)
+            if p == STEP_USES:
+                p, n_block = int32(0), int32(n_block - 1)
+            at, by_row, rows, columns = source_of(a, base, n_block, p)
+            stage, phase = ring.use(it)
+            ring.wait_empty(base, stage, int32(phase ^ 1))
+            wgmma_float.store_lines(upper, int32(to + stage * SLOT), PART_BYTES, 0)
+            upper = wgmma_float.load_lines(at, by_row, rows, columns, 0, UPPER)
+            wgmma_float.store_lines(lower, int32(to + stage * SLOT), PART_BYTES, UPPER)
+            lower = wgmma_float.load_lines(at, by_row, rows, columns, UPPER, LOWER)
+            fence_async()
+            barrier(int32(FILLED), int32(WARPGROUP))
+            if thread_index() == 0:
+                ring.arrive_full(base, stage)
+            it = int32(it + 1)
 
     @inline
     def load_panel(base, map_, it, column, by_part, row, head_k, batch):

@@ -67,8 +67,10 @@ def split_lines() -> Any:
         base = int32((memory.shared_address(cuda.shared.array(0, uint8)) + 1023) & -1024)
         lane = int32(cuda.threadIdx.x)
         line, piece = int32(lane >> 3), int32(lane & 7)
-        x = wgmma_float.load_lines(uint64(a.src + uint64(256 * line + 32 * piece)), int64(256), int32(18 - line), int32(a.n - 8 * piece), 2)
-        wgmma_float.store_lines(x, int32(base + 128 * line + ((piece ^ line) << 4)), 4096)
+        x = wgmma_float.load_lines(uint64(a.src + uint64(256 * line + 32 * piece)), int64(256), int32(18 - line), int32(a.n - 8 * piece), 0, 1)
+        y = wgmma_float.load_lines(uint64(a.src + uint64(256 * line + 32 * piece)), int64(256), int32(18 - line), int32(a.n - 8 * piece), 1, 1)
+        wgmma_float.store_lines(x, int32(base + 128 * line + ((piece ^ line) << 4)), 4096, 0)
+        wgmma_float.store_lines(y, int32(base + 128 * line + ((piece ^ line) << 4)), 4096, 1)
         warp()
         for part in range(3):
             for row in range(2):
@@ -105,8 +107,8 @@ def product() -> Any:
             load_panels(a.map_a, base, 0, 3)
         line, piece = int32(thread >> 3), int32(thread & 7)
         at = uint64(a.other + uint64(256 * line + 32 * piece))
-        x = wgmma_float.load_lines(at, int64(256), int32(64 - line), int32(64 - 8 * piece), 4)
-        wgmma_float.store_lines(x, int32(base + 3 * PANEL + 128 * line + ((piece ^ (line & 7)) << 4)), PANEL)
+        x = wgmma_float.load_lines(at, int64(256), int32(64 - line), int32(64 - 8 * piece), 0, 4)
+        wgmma_float.store_lines(x, int32(base + 3 * PANEL + 128 * line + ((piece ^ (line & 7)) << 4)), PANEL, 0)
         for n in range(8):
             i = int32(128 * n + thread)
             row, piece = int32(i >> 4), int32(i & 15)

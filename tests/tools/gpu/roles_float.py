@@ -30,11 +30,11 @@ class PlayFloat(Play):
     def __init__(self, config: Any, call: Call, blocks: int, seed: int) -> None:
         p = call.problem
         self.chunks, self.call = 2 * -(-p.head_dim // 64), call
-        self.stored_by: dict[tuple[int, int], set[int]] = {}        # the warps that have stored their rows of a panel of a block
+        self.stored_by: dict[tuple[int, int], set[tuple[int, int]]] = {}        # (warp, half) that are stored of a panel of a block
         super().__init__(config, p.head_dim_v, tuple(range(blocks)), seed, 2, dict.fromkeys("kv", config.block_n), 3,
                          tuple(range(0, 128, 32)) if config.split else (0,))
 
-    def load_lines(self, at: int, by_row: int, rows: int, columns: int, count: int) -> Any:
+    def load_lines(self, at: int, by_row: int, rows: int, columns: int, first: int, count: int) -> Any:
         """What lies there: (tensor, its first column, Place) of the warp's first row."""
         o = self.call.operands
         tensor, x = ("v", o.v) if at >= o.v.ptr else ("k", o.k)
@@ -44,10 +44,12 @@ class PlayFloat(Play):
             place.append(left // stride if stride else 0)
             left -= place[-1] * stride
         batch, row, head = place
-        assert by_row == strides[1] and count == self.config.block_n // 16 and columns == x.shape[-1] - left // 4
+        half = self.config.block_n // 32
+        assert by_row == strides[1] and columns == x.shape[-1] - left // 4
+        assert (first, count) in ((0, half), (half, self.config.block_n // 16 - half))
         return tensor, left // 4, Place(row, head, batch)
 
-    def store_lines(self, numbers: Any, to: int, apart: int) -> None:
+    def store_lines(self, numbers: Any, to: int, apart: int, first: int) -> None:
         agent, (tensor, column, place) = self.pause(), numbers
         line, block = agent.thread >> 3, agent.block
         for part in range(3):
@@ -58,10 +60,10 @@ class PlayFloat(Play):
                 panel = Panel(start, start + apart)
                 block.panels.append(panel)
             warps = self.stored_by.setdefault((block.index, start), set())
-            assert agent.thread not in warps, "a slot is filled twice"
-            warps.add(agent.thread)
+            assert (agent.thread, first) not in warps, "a slot is filled twice"
+            warps.add((agent.thread, first))
             panel.what = None
-            if len(warps) == 4:
+            if len(warps) == 8:         # both halves of four warps
                 warps.clear()
                 panel.what = tensor, column + part * (32 * self.chunks if tensor == "k" else 64 * self.panels_v), place
 
