@@ -57,7 +57,8 @@ def test_packed_sequences(dim: int) -> None:
 
 
 MUTANTS = {
-    "a slot filled while it is read": ("            ring.wait_empty(base, stage, int32(phase ^ 1))\n            wgmma", "            wgmma"),
+    "a slot filled while it is read": ("            ring.wait_empty(base, stage, int32(phase ^ 1))\n            wgmma",
+                                       "            wgmma"),
     "a slot not filled by all": ("            barrier(int32(FILLED), int32(WARPGROUP))\n", ""),
     "K not waited for": ("                ring.wait_full(base, stage, phase)\n                acc_s = chunk(base, acc_s, stage, own, half)",
                          "                acc_s = chunk(base, acc_s, stage, own, half)"),
