@@ -108,7 +108,7 @@ def store_lines(typingctx: Any, x: Any, address: Any, part_bytes: Any, first: An
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         numbers = unpack(builder, args[0], x.count)
         for row in range(x.count // 8):
-            pairs = [emit_parts(builder, numbers[k], numbers[k + 1], any_value=True) for k in range(8 * row, 8 * row + 8, 2)]
+            pairs = [emit_parts(builder, numbers[k], numbers[k + 1]) for k in range(8 * row, 8 * row + 8, 2)]
             for part in range(PARTS):
                 text = f"st.shared.v4.b32 [$0+{part * apart + (start + row) * 16 * 128}], {{$1, $2, $3, $4}};"
                 emit(builder, VOID, text, "r,r,r,r,r,~{memory}", [args[1], *(words[part] for words in pairs)])

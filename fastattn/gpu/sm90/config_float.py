@@ -71,13 +71,14 @@ def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
 
 def choose_forward(spec: Spec) -> ForwardFloatConfig:
     """The widest key blocks of which four panels fit, so that the loads of two or three are in flight."""
-    dim, few = max(spec.head_dim, spec.head_dim_v), num_features(spec) == 0
+    dim, features = max(spec.head_dim, spec.head_dim_v), num_features(spec)
     if dim <= MOST_SPLIT:
-        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and few)
+        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and not features)
     slices = 1 if dim <= MOST_SHARED_ROWS else CONSUMERS
     # up to head_dim_v 256 a warpgroup's columns of O take 128 registers: with 64 keys 184 bytes would spill, with 48 and a feature 12
     crowded = slices == 1 and spec.head_dim_v > 192
-    widest = (48 if few else 32) if crowded else 64 if few else 48
+    # and over head_dim_v 512 160 registers: with 48 keys 28 bytes would spill
+    widest = (64, 48, 32)[min(features + crowded + 2 * (spec.head_dim_v > 512), 2)]
     for block_n in (64, 48, 32):
         if block_n <= widest and room_for_panels(spec.head_dim, block_n, slices) >= 4:
             return ForwardFloatConfig(block_n=block_n, stages=4, slices=slices)

@@ -73,7 +73,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
     # threads of the producer have filled a slot
     LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
-    SPLIT, KEEP_Q = config.split, config.keep_q
+    SPLIT, KEEP_Q, EARLY = config.split, config.keep_q, spec.bias is None          # a bias takes a register for each score
     UPPER, LOWER = BLOCK_N // 32, BLOCK_N // 16 - BLOCK_N // 32         # lines of a panel, 16 rows each, of a thread of the producer
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -311,10 +311,14 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     def step(a, base, q, acc_o, max0, max1, sum0, sum1, it, n_block):
         """Key block n_block, whose first panel is use `it` of the ring. q: kept_q's."""
         lane = own_lane()
+        column = int32(n_block * BLOCK_N + thread_col(lane))
+        if EARLY:
+            early = fetch(a, word(base, BATCH), word(base, HEAD), own_row(base), column, word(base, SEQLEN_Q), word(base, SEQLEN_K))
         acc_s = exchanged(base, products(base, q, it, lane))
         batch, head, row = word(base, BATCH), word(base, HEAD), own_row(base)
-        seqlen_q, seqlen_k, column = word(base, SEQLEN_Q), word(base, SEQLEN_K), int32(n_block * BLOCK_N + thread_col(lane))
-        early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
+        seqlen_q, seqlen_k = word(base, SEQLEN_Q), word(base, SEQLEN_K)
+        if not EARLY:
+            early = fetch(a, batch, head, row, column, seqlen_q, seqlen_k)
         acc_s = score(a, acc_s, early, prepare(a, batch, head), row, column, alibi_from(a, batch, seqlen_q, seqlen_k))
         own = int32(4 * own_warpgroup())
         if (n_block < word(base, FULL_MIN + own)) | (n_block >= word(base, FULL_MAX + own)):

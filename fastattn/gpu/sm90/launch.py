@@ -119,8 +119,6 @@ def _refuses_float(call: AnyCall) -> str | None:
         if (reason := _refuses_float_backward(call)) is not None:
             return reason
         return refuses_rows(call) or refuses_parts(call)
-    if own_float.is_wide(p):
-        return own_float.refuses_wide(p, make_spec(p, call.operands, False)) or refuses_parts(call)
     if not own_float.takes(call) and max(p.head_dim, p.head_dim_v) > 64 and num_features(make_spec(p, call.operands, False)) > 1:
         return "several features at head_dim over 64 do not fit its registers in float32"
     return refuses_parts(call)

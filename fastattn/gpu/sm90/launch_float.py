@@ -7,7 +7,6 @@ from functools import lru_cache
 
 from ...arrays.view import View, contiguous
 from ...problem import Problem
-from ..config import num_features
 from ..rows.launch import merge_states
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of
@@ -21,7 +20,6 @@ from .config_float import CONSUMERS, ForwardFloatConfig, choose_forward
 
 make_forward_float = late("sm90.forward_float", "make_forward_float")
 FORWARD, MAPS = "table:l tiles:i head_group:i", "map_k:l map_v:l "
-MOST_DIM_V = 512            # columns of the output of two warpgroups
 LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
 THREADS = WARPGROUP * (1 + CONSUMERS)
 
@@ -40,15 +38,6 @@ def takes(call: Call) -> bool:
 def is_wide(p: Problem) -> bool:
     """Whether tiles of the parts of Q do not fit shared memory."""
     return max(p.head_dim, p.head_dim_v) > MOST_FLOAT_DIM
-
-
-def refuses_wide(p: Problem, spec: Spec) -> str | None:
-    """None, or why this kernel does not run a call of wide heads."""
-    if p.head_dim_v > MOST_DIM_V:
-        return f"head_dim_v is {p.head_dim_v}, over {MOST_DIM_V} in float32"
-    if num_features(spec) > 1:
-        return f"several features at head_dim over {MOST_FLOAT_DIM} do not fit its registers in float32"
-    return None
 
 
 @lru_cache(maxsize=PROGRAMS)

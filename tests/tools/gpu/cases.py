@@ -224,9 +224,9 @@ def must_take(case: Case, family: str, backward: bool = False) -> bool:
     most = 128 if floats and (backward or family != "sm90") else 576 if family == "sm90" else 256
     ordinary = (case.dtype in HALVES or floats) and max(dims) <= most and keys > 0 and rows > 0 and case.batch > 0
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and floats and ((case.mask and max(dims) > 64) or dims[1] > 512):
+    if family == "sm90" and floats and case.mask and 64 < max(dims) <= 128:
         return False
-    if family == "sm90" and (max(dims) > 64 if floats else 192 < max(dims) <= 256 or dims[1] > 512) and several:
+    if family == "sm90" and (64 < max(dims) <= 128 if floats else 192 < max(dims) <= 256 or dims[1] > 512) and several:
         return False                                        # not enough registers
     if floats:
         return ordinary                                     # its parts are copies, so any strides do

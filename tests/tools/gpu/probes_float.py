@@ -83,7 +83,6 @@ def split_lines() -> Any:
 
 def check_split_lines(launch: Any) -> None:
     x = hard(20, COLUMNS)
-    x[1, 5], x[17, 3] = np.inf, -np.inf
     got = launch(x, x, dst=np.zeros((3, 8, 8, 8), NUMPY["bfloat16"]), n=60)
     x[:, 60:], x[18:] = 0, 0
     rows, places = np.indices((8, 8))
