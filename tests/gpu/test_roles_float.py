@@ -38,6 +38,11 @@ def test_every_block_once(name: str) -> None:
     check(play(CASES[name], 0), CASES[name].problem, whole(CASES[name].problem))
 
 
+def test_one_consumer() -> None:
+    call = CASES["128"]
+    check(play(call, 1, stages=2, consumers=1), call.problem, whole(call.problem))
+
+
 def test_two_stages() -> None:
     call = CASES["512"]
     check(play(call, 1, stages=2, block_n=32), call.problem, whole(call.problem))

@@ -33,6 +33,8 @@ class ForwardFloatConfig:
         pass before has written: consumers then have 240 registers instead of 208.
     keep_q
         The parts of Q stay in registers instead of being made in every step: of one panel.
+    consumers
+        Consumer warpgroups. With one, two thread blocks on a multiprocessor hide each other's waits.
     """
 
     block_n: int
@@ -40,6 +42,7 @@ class ForwardFloatConfig:
     slices: int
     split: bool = False
     keep_q: bool = False
+    consumers: int = CONSUMERS
 
     def __post_init__(self) -> None:
         assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS) and not (self.split and self.slices > 1)
@@ -48,19 +51,19 @@ class ForwardFloatConfig:
     @property
     def block_m(self) -> int:
         """Query rows of a tile."""
-        return 64 * CONSUMERS // self.slices
+        return 64 * self.consumers // self.slices
 
     @property
     def producer_registers(self) -> int:
-        return 88 if self.split else 24
+        return {1: 80, 2: 88}[self.consumers] if self.split else 24
 
     @property
     def consumer_registers(self) -> int:
-        return 208 if self.split else 240
+        return {1: 176, 2: 208}[self.consumers] if self.split else 240
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q
+        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q + " one consumer" * (self.consumers == 1)
 
 
 def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:

@@ -48,7 +48,7 @@ from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem
 from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from ..tile.stores import store_floats
 from .bounds import make_tile_bounds
-from .config_float import CONSUMERS, ForwardFloatConfig, columns_of
+from .config_float import ForwardFloatConfig, columns_of
 
 PANEL_COUNT = PANEL // 2            # registers of a panel of 64 columns of O
 COPY = 4                            # columns of Q in 16 bytes
@@ -56,7 +56,7 @@ COPY = 4                            # columns of Q in 16 bytes
 
 def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> tuple[Any, int]:
     """(kernel, bytes of shared memory). WHOLE: rows of q consist of aligned pieces of 16 bytes."""
-    BLOCK_M, BLOCK_N, STAGES, SHARED = config.block_m, config.block_n, config.stages, config.slices > 1
+    BLOCK_M, BLOCK_N, STAGES, SHARED, CONSUMERS = config.block_m, config.block_n, config.stages, config.slices > 1, config.consumers
     COLUMNS = columns_of(spec, config)
     ROWS_APART, COLUMNS_APART = (0, COLUMNS) if SHARED else (WARPGROUP_ROWS, 0)         # of the warpgroups
     PARTS, PANELS, PANELS_V, ALL_V = spec.parts, panels(spec.head_dim), panels(COLUMNS), panels(spec.head_dim_v)

@@ -16,12 +16,11 @@ from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import form
 from ..spec import MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, whole_chunks
 from .config import WARPGROUP
-from .config_float import CONSUMERS, ForwardFloatConfig, choose_forward
+from .config_float import ForwardFloatConfig, choose_forward
 
 make_forward_float = late("sm90.forward_float", "make_forward_float")
 FORWARD, MAPS = "table:l tiles:i head_group:i", "map_k:l map_v:l "
 LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
-THREADS = WARPGROUP * (1 + CONSUMERS)
 
 
 def takes(call: Call) -> bool:
@@ -44,7 +43,8 @@ def is_wide(p: Problem) -> bool:
 def float_forward_program(spec: Spec, config: ForwardFloatConfig, whole: bool) -> Program:
     own, strided = (FORWARD, ("q", "k", "v", "out")) if config.split else (MAPS + FORWARD, ("q", "out"))
     return program(f"forward_sm90_float {spec.text} | {config.text}" + " whole" * whole, lambda: make_forward_float(spec, config, whole),
-                   Arguments(spec, own, strided, online=True), THREADS, early=not config.split)
+                   Arguments(spec, own, strided, online=True), WARPGROUP * (1 + config.consumers), 3 - config.consumers,
+                   early=not config.split)
 
 
 def splits_of(p: Problem, spec: Spec, tiles: int, num_sms: int) -> int:

@@ -33,16 +33,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parts": {"choose": tiling(block_n=64, stages=4, slices=1)},
     "not kept": {"choose": tiling(block_n=64, stages=4, slices=1, split=True)},
     "kept": {"choose": tiling(block_n=64, stages=4, slices=1, split=True, keep_q=True)},
+    "one consumer": {"choose": tiling(block_n=64, stages=2, slices=1, split=True, consumers=1)},
     "2 stages": {"choose": tiling(block_n=64, stages=2, slices=1, split=True, keep_q=True)},
 }
 BACKWARD = (((8, 16, 1024, 128), False), ((4, 16, 2048, 64), True))
 # (batch, heads, rows, head_dim), settings, variants
 TIMES: tuple[tuple[tuple[int, int, int, int], dict[str, Any], tuple[str, ...]], ...] = (
     ((1, 1, 4096, 512), {}, ("chosen", "one split")), ((4, 1, 4096, 512), {}, ("chosen",)),
-    ((8, 16, 1024, 128), {}, ("other", "chosen", "parts")),
-    ((4, 16, 2048, 64), {"causal": True}, ("other", "kept", "parts kept")),
-    ((64, 12, 128, 64), {"mask": True}, ("other", "kept", "not kept", "2 stages")),
-    ((64, 12, 512, 64), {}, ("other", "kept", "parts kept")),
+    ((8, 16, 1024, 128), {}, ("other", "chosen", "parts", "one consumer")),
+    ((4, 16, 2048, 64), {"causal": True}, ("other", "kept", "parts kept", "one consumer")),
+    ((64, 12, 128, 64), {"mask": True}, ("other", "kept", "not kept", "one consumer")),
+    ((64, 12, 512, 64), {}, ("other", "kept", "parts kept", "one consumer")),
     ((4, 8, 2048, 256), {}, ("chosen",)), ((2, 16, 4096, 96), {}, ("other", "chosen", "parts")),
 )
 PACKED: dict[str, Any] = {"packed": True, "causal": True}

@@ -31,7 +31,7 @@ class PlayFloat(Play):
         p = call.problem
         self.chunks, self.call = 2 * -(-p.head_dim // 64), call
         self.stored_by: dict[tuple[int, int], set[tuple[int, int]]] = {}        # (warp, half) that are stored of a panel of a block
-        super().__init__(config, p.head_dim_v, tuple(range(blocks)), seed, 2, dict.fromkeys("kv", config.block_n), 3,
+        super().__init__(config, p.head_dim_v, tuple(range(blocks)), seed, config.consumers, dict.fromkeys("kv", config.block_n), 3,
                          tuple(range(0, 128, 32)) if config.split else (0,))
 
     def load_lines(self, at: int, by_row: int, rows: int, columns: int, first: int, count: int) -> Any:
