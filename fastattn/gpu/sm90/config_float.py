@@ -63,7 +63,8 @@ class ForwardFloatConfig:
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q + " one consumer" * (self.consumers == 1)
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q
+                + " one consumer" * (self.consumers == 1))
 
 
 def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:
