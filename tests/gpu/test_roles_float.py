@@ -26,7 +26,8 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
 CASES = {
     "512": dense(1, 100, 110, 2, 1, 512), "512 causal": dense(1, 130, 130, 1, 1, 512, causal=True),
     "320": dense(1, 70, 200, 1, 1, 320),
-    "576": dense(1, 70, 50, 1, 1, 576, 512), "320 40": dense(1, 64, 70, 1, 1, 320, 40), "256 causal": dense(1, 200, 200, 2, 1, 256, causal=True),
+    "576": dense(1, 70, 50, 1, 1, 576, 512),
+    "320 40": dense(1, 64, 70, 1, 1, 320, 40), "256 causal": dense(1, 200, 200, 2, 1, 256, causal=True),
     "192": dense(2, 129, 1, 1, 1, 192, 128),
     "128": dense(1, 150, 140, 2, 1, 128), "64 causal": dense(2, 130, 130, 1, 1, 64, causal=True), "96": dense(1, 64, 70, 2, 2, 96, 40),
     "window": dense(1, 200, 300, 1, 1, 160, window=(60, 10)), "dropout": dense(1, 64, 100, 1, 1, 512, dropout_p=0.1, seed=1),
