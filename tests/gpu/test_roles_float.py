@@ -17,9 +17,10 @@ from tests.tools.gpu.roles_float import play
 
 
 def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int | None = None, **options: Any) -> Call:
+    mask = options.pop("mask", None)
     q, k, v = (view(batch, n, h, d, dtype="float32", ptr=at << 36)
                for at, n, h, d in ((0, seqlen_q, heads, dim), (1, seqlen_k, heads_k, dim), (2, seqlen_k, heads_k, dim_v or dim)))
-    problem, o = make_problem("attention", Operands(q, k, v), packed=False, **options)
+    problem, o = make_problem("attention", Operands(q, k, v, None, mask), packed=False, **options)
     return Call(problem, o, view(batch, seqlen_q, heads, dim_v or dim, dtype="float32", ptr=OUT), None)
 
 
@@ -60,6 +61,24 @@ def test_packed_sequences(dim: int) -> None:
     call = Call(problem, o, view(*q.shape, dtype="float32", ptr=OUT), None)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(3)]
     check(play(call, 0), problem, [*sequences, (0, int(cu[0][-1]), 7, 0, 0)])
+
+
+@pytest.mark.parametrize(("dim", "causal"), [(128, False), (320, True)])
+def test_blocks_outside_a_boolean_mask(dim: int, causal: bool) -> None:
+    """A tile visits the blocks from the first to the last that the mask leaves any of its rows, or one if there is none."""
+    draw, rows, keys = np.random.default_rng(dim), 150, 350
+    mask = (draw.random((1, 1, 3, 5)) < 0.3).repeat(50, 2).repeat(70, 3)
+    mask[:, :, :50] = False
+    call = dense(1, rows, keys, 1, 1, dim, causal=causal, mask=view(1, 1, rows, keys, dtype="bool"))
+    seen = mask[0, 0] & (np.tri(rows, keys, keys - rows, dtype=bool) if causal else True)
+    made = play(call, 0, mask=mask)
+    for address, blocks in made.rows.items():
+        row, block_n = (address - OUT) // 4 // dim, made.config.block_n
+        if row % 64 == 0 and (address - OUT) // 4 % dim == 0:
+            visited = sorted(block.row // block_n for block in blocks)
+            attended = np.flatnonzero(np.add.reduceat(seen[row:row + 64].any(axis=0), np.arange(0, keys, block_n)))
+            assert visited == list(range(visited[0], visited[-1] + 1)) and set(attended) <= set(visited)
+            assert len(attended) or len(visited) <= 2
 
 
 MUTANTS = {

@@ -63,6 +63,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     PART_BYTES, THREADS, TURNS = BLOCK_N * ROW_BYTES, WARPGROUP * CONSUMERS, CONSUMERS if SHARED else 1
     SLOT, Q_ROW, COUNT_S, COUNT_O = PARTS * PART_BYTES, 4 * PANEL * PANELS, BLOCK_N // 2, COLUMNS // 2
     PIECES = Q_ROW // 16                                            # of a row of Q
+    WHOLE_PANELS = PANELS - (not SHARED and 0 < spec.head_dim % PANEL <= PANEL // 2)        # of K: of the last one half may be 0
     PACKED, SINKS, STEP_USES = spec.packed, spec.sinks is not None, PANELS + TURNS * PANELS_V
     smem = Smem()
     Q, RING = smem.take(BLOCK_M * Q_ROW), smem.take(STAGES * SLOT)
@@ -227,12 +228,12 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         wgmma.commit()
         return add(acc_s, wgmma.wait_all(product))
 
-    @inline
-    def products(base, q, it, lane):
-        """S of the rows; of shared ones the sum over half of the columns. q: kept_q's."""
-        acc_s, q_at, p = zeros(COUNT_S), q_rows(base), int32(0)
-        while p < PANELS:
-            stage, phase = ring.use(int32(it + p))
+    def make_panel(HALVES):
+        """acc_s = panel(base, acc_s, q, it, q_at, lane): acc_s + Q K^T of the panel in use `it` of the ring. Of both halves of its columns,
+        of one if the other is 0, of the warpgroup's if it shares its rows."""
+        @inline
+        def panel(base, acc_s, q, it, q_at, lane):
+            stage, phase = ring.use(it)
             if SHARED:
                 half = own_warpgroup()
                 own = split_q(int32(q_at + half * CHUNK_BYTES))
@@ -240,14 +241,29 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
                 acc_s = chunk(base, acc_s, stage, own, half)
             elif KEEP_Q:
                 ring.wait_full(base, stage, phase)
-                acc_s = chunk(base, chunk(base, acc_s, stage, q[0], int32(0)), stage, q[1], int32(1))
+                acc_s = chunk(base, acc_s, stage, q[0], int32(0))
+                if HALVES == 2:
+                    acc_s = chunk(base, acc_s, stage, q[1], int32(1))
             else:
                 own = split_q(q_at)
                 ring.wait_full(base, stage, phase)
                 acc_s = chunk(base, acc_s, stage, own, int32(0))
-                acc_s = chunk(base, acc_s, stage, split_q(int32(q_at + CHUNK_BYTES)), int32(1))
+                if HALVES == 2:
+                    acc_s = chunk(base, acc_s, stage, split_q(int32(q_at + CHUNK_BYTES)), int32(1))
             ring.release(base, stage, lane)
+            return acc_s
+        return panel
+    whole_panel, half_panel = make_panel(2), make_panel(1)
+
+    @inline
+    def products(base, q, it, lane):
+        """S of the rows; of shared ones the sum over half of the columns. q: kept_q's."""
+        acc_s, q_at, p = zeros(COUNT_S), q_rows(base), int32(0)
+        while p < WHOLE_PANELS:
+            acc_s = whole_panel(base, acc_s, q, int32(it + p), q_at, lane)
             q_at, p = int32(q_at + 2 * CHUNK_BYTES), opaque(int32(p + 1))       # opaque: not unrolled, which would spill
+        if WHOLE_PANELS < PANELS:
+            acc_s = half_panel(base, acc_s, q, int32(it + WHOLE_PANELS), q_at, lane)
         return acc_s
 
     @inline
@@ -284,7 +300,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     def make_add(PLACE):
         """acc_o = add_panels(base, acc_o, p, it, lane, n_block, seqlen_k): O of the warpgroup's panels from PLACE on, the first in use `it`
         of the ring."""
-        MORE, FIRST_COLUMN = PLACE + 1 < PANELS_V, PLACE * PANEL_COUNT
+        MORE, FIRST_COLUMN, COUNT = PLACE + 1 < PANELS_V, PLACE * PANEL_COUNT, min(COUNT_O - PLACE * PANEL_COUNT, PANEL_COUNT)
         add_more: Any = make_add(PLACE + 1) if MORE else None
 
         @inline
@@ -294,7 +310,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
             ring.wait_full(base, stage, phase)
             clear_tail(base, stage, n_block, seqlen_k)
             wgmma.fence()
-            product = wgmma.pv_parts(zeros(PANEL_COUNT), p, wgmma.mn_major(slot_of(base, stage), PART_BYTES), PART_BYTES)
+            product = wgmma.pv_parts(zeros(COUNT), p, wgmma.mn_major(slot_of(base, stage), PART_BYTES), PART_BYTES)
             wgmma.commit()
             if SHARED:
                 pass_on(base, int32(it + 1 - turn), lane)

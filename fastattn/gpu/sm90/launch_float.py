@@ -1,4 +1,4 @@
-"""Launches of forward_float: float32, of heads over 128, and of others without lse. Without Numba: see runtime/compile.py."""
+"""Launches of forward_float. Without Numba: see runtime/compile.py."""
 from __future__ import annotations
 
 import math
@@ -14,29 +14,13 @@ from ..runtime.compile import late
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
 from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import form
-from ..spec import MOST_FLOAT_DIM, Arguments, Call, Launch, Spec, whole_chunks
+from ..spec import Arguments, Call, Launch, Spec, whole_chunks
 from .config import WARPGROUP
-from .config_float import ForwardFloatConfig, choose_forward
+from .config_float import SHORT_KEYS, ForwardFloatConfig, choose_forward
 
 make_forward_float = late("sm90.forward_float", "make_forward_float")
 FORWARD, MAPS = "table:l tiles:i head_group:i", "map_k:l map_v:l "
 LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
-
-
-def takes(call: Call) -> bool:
-    """Whether a call is this kernel's: heads over 128, and others that give no lse and whose keys the producer can read.
-
-    Not with lse: a backward may follow, which recomputes P as exp(S - lse). That of heads to 128 has the bits of the other forward's S.
-    """
-    p, o = call.problem, call.operands
-    if p.dtype != "float32":
-        return False
-    return is_wide(p) or (call.lse is None and whole_chunks(o.k) and whole_chunks(o.v))
-
-
-def is_wide(p: Problem) -> bool:
-    """Whether tiles of the parts of Q do not fit shared memory."""
-    return max(p.head_dim, p.head_dim_v) > MOST_FLOAT_DIM
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -62,10 +46,11 @@ def splits_of(p: Problem, spec: Spec, tiles: int, num_sms: int) -> int:
 def prepare_float(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the parts of k and v, the words of a mask
     and the table of a packed problem."""
-    config = choose_forward(spec)
+    o, p = call.operands, call.problem
+    config = choose_forward(spec, whole_chunks(o.k) and whole_chunks(o.v), not p.packed and p.seqlen_k <= SHORT_KEYS)
     if config.split:
         return _prepare_kernel(call, spec, config, launcher)
-    splits = splits_of(call.problem, spec, most_tiles(call, config.block_m), launcher.device.num_sms)
+    splits = splits_of(p, spec, most_tiles(call, config.block_m), launcher.device.num_sms)
     if splits > 1:
         return _prepare_split(call, spec, config, splits, launcher)
     enqueue = _prepare_kernel(parts_of(call, 0, whole_q=True)[0], spec, config, launcher)

@@ -224,9 +224,7 @@ def must_take(case: Case, family: str, backward: bool = False) -> bool:
     most = 128 if floats and (backward or family != "sm90") else 576 if family == "sm90" else 256
     ordinary = (case.dtype in HALVES or floats) and max(dims) <= most and keys > 0 and rows > 0 and case.batch > 0
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and floats and case.mask and 64 < max(dims) <= 128:
-        return False
-    if family == "sm90" and (64 < max(dims) <= 128 if floats else 192 < max(dims) <= 256 or dims[1] > 512) and several:
+    if family == "sm90" and not floats and (192 < max(dims) <= 256 or dims[1] > 512) and several:
         return False                                        # not enough registers
     if floats:
         return ordinary                                     # its parts are copies, so any strides do
@@ -469,8 +467,8 @@ def compile_kernels(items: list[Any]) -> None:
 
 
 def asks_lse(case: Case) -> bool:
-    """Float32 calls that give lse are not run by the kernel of few queries, nor those of narrow heads by that which splits Q."""
-    return not (case.name.startswith(("decode", "float")) and case.dtype == "float32")
+    """Float32 calls that give lse are not run by the kernel of few queries."""
+    return not (case.name.startswith("decode") and case.dtype == "float32")
 
 
 def forward(inputs: Inputs, family: str, return_lse: bool = True) -> tuple[Array, Array | None]:
