@@ -11,9 +11,8 @@ pytest.importorskip("cuda.core")
 
 from fastattn.gpu.spec import Call
 from fastattn.problem import Operands, make_problem
-from tests.gpu.test_roles import OUT, check
 from tests.tools.gpu.calls import view, whole
-from tests.tools.gpu.roles_float import play
+from tests.tools.gpu.roles_float import OUT, check, play
 
 
 def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, dim: int, dim_v: int | None = None, **options: Any) -> Call:
@@ -37,17 +36,17 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_block_once(name: str) -> None:
-    check(play(CASES[name], 0), CASES[name].problem, whole(CASES[name].problem))
+    check(play(CASES[name], 0), whole(CASES[name].problem))
 
 
 def test_one_consumer() -> None:
     call = CASES["128"]
-    check(play(call, 1, stages=2, consumers=1), call.problem, whole(call.problem))
+    check(play(call, 1, stages=2, consumers=1), whole(call.problem))
 
 
 def test_two_stages() -> None:
     call = CASES["512"]
-    check(play(call, 1, stages=2, block_n=32), call.problem, whole(call.problem))
+    check(play(call, 1, stages=2, block_n=32), whole(call.problem))
 
 
 @pytest.mark.parametrize("dim", [128, 320])
@@ -60,7 +59,7 @@ def test_packed_sequences(dim: int) -> None:
     problem, o = make_problem("attention_varlen", o, packed=True, causal=True)
     call = Call(problem, o, view(*q.shape, dtype="float32", ptr=OUT), None)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(3)]
-    check(play(call, 0), problem, [*sequences, (0, int(cu[0][-1]), 7, 0, 0)])
+    check(play(call, 0), [*sequences, (0, int(cu[0][-1]), 7, 0, 0)])
 
 
 @pytest.mark.parametrize(("dim", "causal"), [(128, False), (320, True)])

@@ -6,6 +6,7 @@ Where the producer splits K and V, a panel is there when all of its warps have s
 """
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ from typing import Any
 
 from fastattn.gpu.runtime import packed
 from fastattn.gpu.sm90 import forward_float, launch_float
-from fastattn.gpu.sm90.config_float import choose_forward
+from fastattn.gpu.sm90.config_float import choose_forward, columns_of
 from fastattn.gpu.spec import Call, make_spec
-from tests.tools.gpu.calls import with_bounds
+from fastattn.masks import row_bounds
+from tests.tools.gpu.calls import Sequence, with_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import Fragment, Panel, Place, Play, edited, nothing, playing
 
+OUT = 1 << 40               # address of the output
 Rows = namedtuple("Rows", "chunk row")      # an A operand: 32 columns of the warp's rows of Q
 
 
@@ -157,3 +160,21 @@ def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: 
         own = *(() if config.split else ("k", "v")), table, tiles, packed.head_group(call)
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     return made
+
+
+def check(made: PlayFloat, sequences: list[Sequence]) -> None:
+    """Every 16 rows of a warp are stored once, by each warpgroup that has columns of them, and have attended to all their keys."""
+    p, config = made.call.problem, made.config
+    width = columns_of(make_spec(p, made.call.operands, False), config)
+    stored = {(*divmod((address - OUT) // 4 // p.head_dim_v, p.num_heads), (address - OUT) // 4 % p.head_dim_v): keys
+              for address, keys in made.rows.items()}
+    for plane, q_start, seqlen_q, k_start, seqlen_k in sequences:
+        for head, first in itertools.product(range(p.num_heads), range(0, seqlen_q, 16)):
+            last = min(first + 16, seqlen_q)
+            found = [stored.pop((plane * p.seqlen_q + q_start + first, head, column)) for column in range(0, p.head_dim_v, width)]
+            assert len(set(found)) == 1, "columns of different keys"
+            assert len(set(found[0])) == len(found[0]) and all(at.head == head // p.group and at.batch == plane for at in found[0])
+            bounds = [row_bounds(row, seqlen_q, seqlen_k, p.mask.left, p.mask.right, p.mask.top_left) for row in range(first, last)]
+            attended = {n for lo, hi in bounds for n in range(lo // config.block_n, -(-hi // config.block_n)) if lo < hi}
+            assert attended <= {(at.row - k_start) / config.block_n for at in found[0]}
+    assert not stored, "rows that nobody has"
