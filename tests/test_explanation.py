@@ -83,14 +83,21 @@ def test_explain_on_an_absent_gpu() -> None:
     assert found.engine == "simt" and found.reasons["sm90"] == "so few float32 products take less time on plain threads"
     floats = [np.ones((2, 300, 4, 64), np.float32)] * 3
     found = explain(attention, *floats, device="sm_90a")
-    assert found.engine == "sm90" and [key.split()[0] for key in found.kernels] == ["forward_sm90", "split"]
+    assert found.engine == "sm90" and [key.split()[0] for key in found.kernels] == ["forward_sm90_float"]
+    found = explain(attention, *[x[..., ::2] for x in floats], device="sm_90a")
+    assert found.engine == "sm90" and [key.split()[0] for key in found.kernels] == ["forward_sm90_float", "split"]
     lse = np.ones((2, 4, 300), np.float32)
     found = explain(attention_backward, *floats, *floats[:2], lse, device="sm_90a")
     assert found.engine == "sm90" and "backward_sm90_float float32 head_dim 64" in found.kernels
     found = explain(attention_backward, *floats, *floats[:2], lse, deterministic=True, device="sm_90a")
     assert found.engine == "simt" and found.reasons["sm90"] == "the sums of its float32 dq come in any order"
     found = explain(attention, *[np.ones((1, 400, 2, 160), np.float32)] * 3, device="sm_90a")
-    assert found.engine == "simt" and found.reasons["sm80"] == found.reasons["sm90"] == "head_dim is 160, over 128 in float32"
+    assert found.engine == "sm90" and found.reasons["sm80"] == "head_dim is 160, over 128 in float32"
+    assert [key.split()[0] for key in found.kernels] == ["forward_sm90_float", "split"]
+    found = explain(attention, *[np.ones((1, 4096, 1, 512), np.float32)] * 3, device="sm_90a")
+    assert [key.split()[0] for key in found.kernels] == ["forward_sm90_float", "split", "merge"]
+    found = explain(attention, *[np.ones((1, 400, 2, 560), np.float32)] * 3, device="sm_90a")
+    assert [key.split()[0] for key in found.kernels] == ["forward_sm90_float", "split"]
     found = explain(attention, *arrays("float64"), device="sm_90a")
     assert found.engine == "simt" and found.reasons["sm80"] == "it has no float64 products"
     found = explain(attention, *arrays(), engine="sm90", device="sm_80")

@@ -24,7 +24,7 @@ LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
 # of a row that is far in the forward, in units of log2: far_limits. The dtypes that tensor cores have
 FAR_TOPS = {"float16": 2.0**28, "bfloat16": 2.0**29, "float32": 2.0**29}
-MOST_FLOAT_DIM = 128        # of float32 on tensor cores: wider tiles of its parts do not fit shared memory
+MOST_FLOAT_DIM = 128        # of float32 on tensor cores but in sm90/forward_float: wider tiles of its parts do not fit shared memory
 FAR_LSE = 2.0**-126         # marks a far row instead of its lse in units of log2: kernels subtract the lse itself from its scores
 FAR = 2**30                 # wider windows are cut to it: the sum of a limit and a position stays inside 32 bits
 
@@ -251,13 +251,14 @@ def _stride(x: View | None, axis: int) -> int:
     return 0 if x is None or -axis > len(x.strides) else x.strides[axis]
 
 
-def unfit(p: Problem, most: int) -> str | None:
-    """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim of 16 bits."""
+def unfit(p: Problem, most: int, most_float: int = MOST_FLOAT_DIM) -> str | None:
+    """None, or why no kernel of a tensor-core family runs the problem. `most`: the family's largest head_dim of 16 bits; most_float: of
+    float32."""
     if p.dtype not in FAR_TOPS:
         return f"it has no {p.dtype} products"
     dim = max(p.head_dim, p.head_dim_v)
-    if p.dtype == "float32" and dim > MOST_FLOAT_DIM:
-        return f"head_dim is {dim}, over {MOST_FLOAT_DIM} in float32"
+    if p.dtype == "float32" and dim > most_float:
+        return f"head_dim is {dim}, over {most_float} in float32"
     return f"head_dim is {dim}, over {most}" if dim > most else None
 
 

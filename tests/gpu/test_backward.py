@@ -101,7 +101,7 @@ def must_give(case: Case, family: str) -> bool:
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
     if family == "sm90" and (several or (case.bias and case.dtype == "float32")):
         return False
-    return must_take(case, family) and not (family in ("sm80", "short") and case.bias)
+    return must_take(case, family, backward=True) and not (family in ("sm80", "short") and case.bias)
 
 
 def repeatable(inputs: Inputs, out: Array, lse: Array, family: str) -> Grads:

@@ -35,6 +35,7 @@ from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     probes_bias,
     probes_direct,
     probes_direct_8bit,
+    probes_float,
     probes_fragments,
     probes_mma,
     probes_parts,
@@ -105,7 +106,7 @@ def run_text(name: str, src: Array, other: Array, dst: Array, n: int) -> Array:
     return memory.read(places[2], dst.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("direct")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("direct", "wgmma_float.load"))])
 def test_numbers_from_the_text(name: str) -> None:
     PROBES[name].check(lambda *args, **kwargs: run_text(name, *args, **kwargs))
 

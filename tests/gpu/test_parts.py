@@ -47,12 +47,12 @@ def store_parts(machine: Machine) -> Any:
     return store
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("which", ["forward", "backward", "keys alone"])
 @pytest.mark.parametrize(("dim", "dim_v", "key"), [
     (64, 64, "q 1 whole k 1 whole v 1 whole"), (128, 40, "q 2 whole k 2 whole v 1 whole"), (21, 72, "q 1 k 1 v 2 whole")])
-def test_one_launch_splits_all_operands(dim: int, dim_v: int, key: str, backward: bool) -> None:
+def test_one_launch_splits_all_operands(dim: int, dim_v: int, key: str, which: str) -> None:
     """Heads before rows in memory, keys shared by query heads, more rows than a thread block has."""
-    draw = np.random.default_rng(0)
+    draw, backward, whole_q = np.random.default_rng(0), which == "backward", which == "keys alone"
 
     def random(*shape: int) -> Array:
         return (draw.standard_normal(shape) * np.exp2(draw.integers(-30, 30, shape))).astype(np.float32)
@@ -67,11 +67,14 @@ def test_one_launch_splits_all_operands(dim: int, dim_v: int, key: str, backward
     if backward:
         call = BackwardCall(problem, operands, views["dout"], views["dout"], views["q"], None, Grads(*[views["q"]] * 3), False)
     with (emulated(memory) as machine, replaced(("rows.split",), machine.names() | {"store_parts": store_parts(machine)}),
-          as_parts(call, machine.launcher("sm_90a"), 0) as split):
+          as_parts(call, machine.launcher("sm_90a"), 0, whole_q) as split):
         found = {"q": split.operands.q, "k": split.operands.k, "v": split.operands.v} | ({"dout": split.dout} if backward else {})
-        for name, x in arrays.items():
+        if whole_q:
+            assert found.pop("q") is views["q"]
+        for name in found:
+            x = arrays[name]
             size = math.prod(found[name].shape)
             got = np.frombuffer((ctypes.c_uint16 * size).from_address(found[name].ptr), np.uint16).reshape(found[name].shape)
             assert found[name].dtype == "bfloat16" and (got == expected(x).view(np.uint16)).all(), name
     [launched] = machine.launched
-    assert launched == f"split {key}" + f" dout {-(-dim_v // 64)} whole" * backward + " early"
+    assert launched == f"split {key[key.index('k '):] if whole_q else key}" + f" dout {-(-dim_v // 64)} whole" * backward + " early"

@@ -93,8 +93,7 @@ CASES = {
     "256 causal": dense(1, 400, 400, 2, 1, 256, causal=True), "256 more queries": dense(1, 400, 100, 1, 1, 256, causal=True),
     "512": dense(1, 130, 150, 2, 1, 512), "320 causal": dense(1, 200, 200, 2, 1, 320, causal=True), "576": dense(1, 70, 100, 1, 1, 576),
     "no keys": dense(1, 100, 0, 2, 2, 128), "dropout": dense(1, 200, 300, 2, 1, 128, dropout_p=0.1, seed=1),
-    "softcap": dense(1, 200, 300, 2, 1, 64, softcap=5.0, causal=True), "float32 64": dense(1, 300, 300, 2, 1, 64, "float32"),
-    "float32 128": dense(1, 257, 400, 2, 2, 128, "float32", causal=True), "float32 one key": dense(2, 129, 1, 2, 1, 128, "float32"),
+    "softcap": dense(1, 200, 300, 2, 1, 64, softcap=5.0, causal=True),
     "bias": dense(2, 200, 304, 2, 1, 64, bias=True), "bias causal": dense(1, 400, 400, 2, 1, 32, bias=True, causal=True),
 }
 
@@ -115,14 +114,6 @@ def test_other_tilings(tuning: dict[str, Any]) -> None:
         check(play(call, seed, **tuning), call.problem, whole(call.problem))
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_one_stage_in_both_orders(overlap: bool) -> None:
-    """float32: one stage of K and V, with S of a block issued before P V of the one before, or after."""
-    call = CASES["float32 128"]
-    for seed in range(3):
-        check(play(call, seed, block_n=64, stages=1, overlap=overlap), call.problem, whole(call.problem))
-
-
 @pytest.mark.parametrize(("dim", "causal", "tuning"), [
     (64, False, {}), (64, True, {}), (128, True, {}), (256, True, {}), (512, True, {}),
     (64, True, {"block_m": 64, "block_n": 64, "turns": False, "blocks_per_sm": 3})])
@@ -138,20 +129,19 @@ def test_packed_sequences(dim: int, causal: bool, tuning: dict[str, Any]) -> Non
         check(play(call, seed, **tuning), problem, [*sequences, (0, int(cu[0][-1]), 70, 0, 0)])
 
 
-@pytest.mark.parametrize(("dim", "causal", "dtype"), [(64, False, "float16"), (128, True, "float16"), (256, False, "float16"),
-                                                      (64, True, "float32"), (128, False, "float32")])
-def test_blocks_outside_a_boolean_mask(dim: int, causal: bool, dtype: str) -> None:
+@pytest.mark.parametrize(("dim", "causal"), [(64, False), (128, True), (256, False)])
+def test_blocks_outside_a_boolean_mask(dim: int, causal: bool) -> None:
     """A tile visits the blocks from the first to the last that the mask leaves any of its rows, or one if there is none."""
     draw, rows, keys = np.random.default_rng(dim), 400, 700
     mask = (draw.random((1, 2, 8, 10)) < 0.15).repeat(50, 2).repeat(70, 3)
     mask[:, 1, :200] = False
-    call = dense(1, rows, keys, 2, 1, dim, dtype, causal=causal, mask=view(1, 2, rows, keys, dtype="bool"))
+    call = dense(1, rows, keys, 2, 1, dim, causal=causal, mask=view(1, 2, rows, keys, dtype="bool"))
     seen = mask[0] & (np.tri(rows, keys, keys - rows, dtype=bool) if causal else True)
     for seed in range(2):
         made = play(call, seed, mask=mask)
         block_m, block_n = made.config.block_m, made.config.block_n
         by_tma = {(row, head): blocks for (row, head, _, _), blocks in made.stored.items()}
-        by_registers = {divmod((address - OUT) // ITEMSIZE[dtype] // dim, 2): blocks for address, blocks in made.rows.items()}
+        by_registers = {divmod((address - OUT) // ITEMSIZE["float16"] // dim, 2): blocks for address, blocks in made.rows.items()}
         stored = by_tma | {(row, head): blocks for (row, head), blocks in by_registers.items() if row % 64 == 0}
         visited = {at: sorted(block.row // block_n for block in blocks or ()) for at, blocks in stored.items()}
         assert {(row, head) for row, head in visited if row < rows} == set(itertools.product(range(0, rows, 64), range(2)))
@@ -167,9 +157,9 @@ MUTANTS = {
     "K not waited for": ("        k_ring.wait_full(base, stage, phase)\n        acc_s = issue_first", "        acc_s = issue_first"),
     "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n", ""),
     "V not waited for": ("        v_ring.wait_full(base, before, parity)\n", ""),
-    "K released early": ("            acc_s = wait_s(acc_s)\n",
+    "K released early": ("            acc_s = wgmma.wait_all_but_one(acc_s)\n",
                          "            release_k(base, stage, n_block, after, tile.n_min, lane)\n"
-                         "            acc_s = wait_s(acc_s)\n"),
+                         "            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
     "bias released early": ("                if not BIAS_TILES:\n                    release_k",
                             "                if True:\n                    release_k"),
     "the bias of other rows": ("int32(m_block * BLOCK_M), row, head, keys)", "int32(0), row, head, keys)"),
@@ -179,7 +169,7 @@ MUTANTS = {
                   "        product = mma_o(acc_o, p, base, w, before)\n        wgmma.commit()\n"),
     "wrong V": ("            acc_s, product = issue(base, w, acc_o, p, stage, before, parity)\n",
                 "            acc_s, product = issue(base, w, acc_o, p, stage, stage, parity)\n"),
-    "O not waited for": ("                acc_o = total(acc_o, wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase)))\n",
+    "O not waited for": ("                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))\n",
                          "                acc_o = issue_last(base, w, acc_o, p, stage, phase)\n"),
 }
 

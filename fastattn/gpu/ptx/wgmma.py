@@ -102,10 +102,7 @@ def make_more_qk(dtype: str) -> Any:
 
 
 def make_products(dtype: str) -> tuple[Any, Any]:
-    """(qk, pv) for `dtype`."""
-    if dtype == "float32":
-        return _qk_parts, _pv_parts
-
+    """(qk, pv) for a 16-bit `dtype`."""
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
         """acc (64 x N) += P (64 x depth, registers) B (depth x N, MN-major in shared memory)."""
@@ -120,58 +117,38 @@ def make_products(dtype: str) -> tuple[Any, Any]:
     return _make_qk(dtype, True), pv
 
 
-def _make_qk_parts(pairs: tuple[tuple[int, int], ...]) -> Any:
-    @intrinsic
-    def qk_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
-        """qk of float32."""
-        d, rows_a, rows_b = literals(depth, a_rows, b_rows)
-
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            registers, panels = unpack(builder, args[0], acc.count), -(-d // 64)
-            for n, pair in enumerate(pairs):
-                for k in range(d // 16):
-                    at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
-                          for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
-                    registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
-            return pack(builder, registers)
-        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
-    return qk_parts
-
-
-_qk_parts = _make_qk_parts(PAIRS)
-kq_parts = _make_qk_parts(SWAPPED)         # K Q^T, with the bits of Q K^T
-
-
-def _multiply_pv(builder: Any, acc: list[Any], p: list[Any], b: Any, part_bytes: int) -> list[Any]:
-    """P B, small products first. p: the registers of each part, one part after the other. b: descriptor of the first part."""
-    each = len(p) // PARTS
-    for n, (part_a, part_b) in enumerate(PAIRS):
-        for k in range(each // 4):
-            rows, first = builder.add(b, I64((part_b * part_bytes + k * 2048) >> 4)), part_a * each + 4 * k
-            acc = _multiply(builder, PART_DTYPE, acc, p[first:first + 4], rows, n + k == 0, (0, 1))
-    return acc
-
-
 @intrinsic
-def _pv_parts(typingctx: Any, acc: Any, p: Any, b: Any) -> Any:
-    """pv of float32, but acc = P B instead of acc += P B. The caller adds it to a longer sum, rounded to nearest; tensor cores cut.
+def kq_parts(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
+    """qk of parts, of a product K Q^T: its pairs of parts come in the order of those of Q K^T."""
+    d, rows_a, rows_b = literals(depth, a_rows, b_rows)
 
-    p: the registers of each part, one part after the other.
-    """
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        panels, rows = -(-acc.count // 32), p.count // PARTS * 4       # of B: 2 * acc.count columns
-        return pack(builder, _multiply_pv(builder, unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), args[2],
-                                          panels * rows * 128))
-    return signature(acc, acc, p, types.uint64), generate
+        registers, panels = unpack(builder, args[0], acc.count), -(-d // 64)
+        for n, pair in enumerate(SWAPPED):
+            for k in range(d // 16):
+                at = [builder.add(x, I64(((part * panels + k // 4) * rows * 128 + k % 4 * 32) >> 4))
+                      for x, part, rows in zip(args[1:3], pair, (rows_a, rows_b), strict=True)]
+                registers = _multiply(builder, PART_DTYPE, registers, at[:1], at[1], n + k == 0, (0, 0))
+        return pack(builder, registers)
+    return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
 
 
 @intrinsic
 def pv_parts(typingctx: Any, acc: Any, p: Any, b: Any, part_bytes: Any) -> Any:
-    """acc (64 x N) = P (64 x depth, registers) B (depth x N, MN-major) of float32: the parts of B are `part_bytes` apart."""
+    """acc (64 x N) = P (64 x depth, registers) B (depth x N, MN-major) of float32, small products first. The caller adds it to a longer
+    sum, rounded to nearest; tensor cores cut.
+
+    p: the registers of each part, one part after the other. b: descriptor of the first part; they are `part_bytes` apart.
+    """
     [apart] = literals(part_bytes)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return pack(builder, _multiply_pv(builder, unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), args[2], apart))
+        registers, words, each = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count), p.count // PARTS
+        for n, (part_a, part_b) in enumerate(PAIRS):
+            for k in range(each // 4):
+                rows, first = builder.add(args[2], I64((part_b * apart + k * 2048) >> 4)), part_a * each + 4 * k
+                registers = _multiply(builder, PART_DTYPE, registers, words[first:first + 4], rows, n + k == 0, (0, 1))
+        return pack(builder, registers)
     return signature(acc, acc, p, types.uint64, part_bytes), generate
 
 

@@ -15,7 +15,7 @@ from ..spec import AnyCall, BackwardCall, OneCall, whole_chunks
 from .config import SPLIT_COLUMNS, SPLIT_THREADS
 from .launch import starts_early
 
-make_split = late("rows.split", "make_split")
+make_split, make_split_keys = late("rows.split", "make_split"), late("rows.split", "make_split_keys")
 SPLIT = "{0}:l {0}_batch:q {0}_row:q {0}_head:q {0}_dim:q {0}_to:l {0}_lines:i {0}_rows:i {0}_heads:i {0}_columns:i {0}_end:i"
 PANEL, PARTS = 64, 3
 ALIGN = 256                 # of the parts of an operand in the temporary memory
@@ -25,7 +25,7 @@ ALIGN = 256                 # of the parts of an operand in the temporary memory
 def split_source(names: tuple[str, ...], panels: tuple[int, ...], whole: tuple[bool, ...], early: bool) -> Source:
     """The kernel for operands of so many panels. whole: see make_pieces."""
     which = " ".join(f"{name} {n}" + " whole" * x for name, n, x in zip(names, panels, whole, strict=True))
-    return Source(f"split {which}" + " early" * early, lambda: (make_split(panels, whole, early), 0),
+    return Source(f"split {which}" + " early" * early, lambda: ((make_split if "q" in names else make_split_keys)(panels, whole, early), 0),
                   fields_of(" ".join(SPLIT.format(name) for name in names)), SPLIT_THREADS)
 
 
@@ -43,33 +43,37 @@ def parts_view(x: View, address: int) -> View:
     return View(address, shape, contiguous(shape, 2), "bfloat16", x.device)
 
 
-def parts_of(call: OneCall, address: int) -> tuple[OneCall, int]:
-    """The call with the parts of its float32 operands from an address on instead of them, and the address behind them."""
+def parts_of(call: OneCall, address: int, whole_q: bool = False) -> tuple[OneCall, int]:
+    """The call with the parts of its float32 operands from an address on instead of them, and the address behind them. whole_q: q stays
+    as it is."""
     views = {}
-    for name, x in _operands(call).items():
+    for name, x in _operands(call, whole_q).items():
         views[name] = parts_view(x, address)
         address += -(-math.prod(views[name].shape) * 2 // ALIGN) * ALIGN
-    operands = replace(call.operands, q=views["q"], k=views["k"], v=views["v"])
+    operands = replace(call.operands, q=views.get("q", call.operands.q), k=views["k"], v=views["v"])
     if isinstance(call, BackwardCall):
         return replace(call, operands=operands, dout=views["dout"]), address
     return replace(call, operands=operands), address
 
 
 @contextmanager
-def as_parts(call: OneCall, launcher: Launcher, stream: int) -> Iterator[OneCall]:
-    """The call with q, k, v, and of a backward dout, as tensor-core kernels take them, for work enqueued inside the `with`."""
+def as_parts(call: OneCall, launcher: Launcher, stream: int, whole_q: bool = False) -> Iterator[OneCall]:
+    """The call with q, k, v, and of a backward dout, as tensor-core kernels take them, for work enqueued inside the `with`. whole_q: with
+    q as it is."""
     if call.problem.dtype != "float32":
         yield call
         return
-    with launcher.temporary(parts_of(call, 0)[1], stream) as memory:
-        split, _ = parts_of(call, memory)
-        _split(_operands(call), _operands(split), launcher, stream)
+    with launcher.temporary(parts_of(call, 0, whole_q)[1], stream) as memory:
+        split, _ = parts_of(call, memory, whole_q)
+        _split(_operands(call, whole_q), _operands(split, whole_q), launcher, stream)
         yield split
 
 
-def _operands(call: AnyCall) -> dict[str, View]:
+def _operands(call: AnyCall, whole_q: bool = False) -> dict[str, View]:
+    """What is split."""
     o = call.operands
-    return {"q": o.q, "k": o.k, "v": o.v} | ({"dout": call.dout} if isinstance(call, BackwardCall) else {})
+    keys = {"k": o.k, "v": o.v}
+    return keys if whole_q else {"q": o.q, **keys} | ({"dout": call.dout} if isinstance(call, BackwardCall) else {})
 
 
 def _split(operands: dict[str, View], parts: dict[str, View], launcher: Launcher, stream: int) -> None:

@@ -104,3 +104,19 @@ def make_split(PANELS: tuple[int, ...], WHOLE: tuple[bool, ...], EARLY: bool) ->
                 split_dout(a.dout, a.dout_batch, a.dout_row, a.dout_head, a.dout_dim, a.dout_to, a.dout_lines, a.dout_rows, a.dout_heads,
                            a.dout_columns, int32(block - a.v_end))
     return kernel
+
+
+def make_split_keys(PANELS: tuple[int, int], WHOLE: tuple[bool, bool], EARLY: bool) -> Any:
+    """The kernel of k and v alone: thread blocks up to a.k_end have lines of k. EARLY as in make_split."""
+    split_k, split_v = (make_pieces(*which) for which in zip(PANELS, WHOLE, strict=True))
+
+    def kernel(a):
+        if EARLY:
+            let_next_start()
+        block = int32(cuda.blockIdx.x)
+        if block < a.k_end:
+            split_k(a.k, a.k_batch, a.k_row, a.k_head, a.k_dim, a.k_to, a.k_lines, a.k_rows, a.k_heads, a.k_columns, block)
+        else:
+            split_v(a.v, a.v_batch, a.v_row, a.v_head, a.v_dim, a.v_to, a.v_lines, a.v_rows, a.v_heads, a.v_columns,
+                    int32(block - a.k_end))
+    return kernel

@@ -23,7 +23,7 @@ from numba import cuda, float32, int32, int64, uint8, uint64
 
 from ..config import num_features
 from ..dsl.inline import inline
-from ..ptx import cp_async, wgmma
+from ..ptx import cp_async, wgmma, wgmma_float
 from ..ptx.cp_async import copy16, load_shared_b64, store_shared_b64
 from ..ptx.memory import shared_address
 from ..ptx.mma import add_sums, store_columns
@@ -31,7 +31,7 @@ from ..ptx.sync import fence_async, opaque, thread_index, uniform, wait_for_prev
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.copies import make_copy_rows
-from ..tile.fragments import add_columns, lane_row, make_pack, own_zeros, part, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import add_columns, join, lane_row, make_pack, own_zeros, part, scale_seen_rows, sum_parts, thread_col, zeros
 from ..tile.gradients import (
     PIECE,
     add_piece,
@@ -69,6 +69,10 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     # registers of dV or dK computed at a time: with 32, features spill 40 bytes at head_dim 128
     CHUNK = PANEL_COUNT // 2 if max(panels(HEAD_DIM), panels(HEAD_DIM_V)) == 2 and num_features(spec) else PANEL_COUNT
     DQ_BYTES, DQ_SUMS = (PANEL_BYTES, PIECE) if TWO else (ROW_BYTES // 2, PIECE // 2)       # from half to half: of K, of the sums
+    # S is the sum of products of 32 columns each, which gives the bits of the forward's S. Columns that are multiplied before one waits
+    # for those products, and how many summands remain. With features at head_dim 128 more would spill up to 52 bytes
+    S_COLUMNS = 32 if num_features(spec) and HEAD_DIM > 64 else HEAD_DIM
+    PARTS_S = 2 if S_COLUMNS < HEAD_DIM else -(-HEAD_DIM // 32)
     COUNT_S, COUNT_K, COUNT_V, COUNT_DQ = HALF // 2, HEAD_DIM // 2, HEAD_DIM_V // 2, PANEL // 2 if TWO else PANEL // 4
     smem = Smem()
     K, V, Q, DO = smem.take(PARTS * PART), smem.take(PARTS * PART_V), smem.take(PARTS * PART), smem.take(PARTS * PART_V)
@@ -78,7 +82,7 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
     (BATCH, Q_START, SEQLEN_Q, SEQLEN_K, FIRST, M_MIN, FULL_MIN, FULL_MAX, HEAD_K, K_START, KEYS, M_MAX,
      HEAD_END) = parked(smem, 13)
     passed, SOFTCAP, DROPOUT = make_barrier(smem), spec.softcap, spec.dropout
-    qk = wgmma.kq_parts                                                     # S^T has the bits of the forward's S
+    qk = wgmma.kq_parts
     to_parts = make_pack(spec.dtype)
     copy_rows = make_copy_rows(True, 4 * WARPS)
     key_bounds, limits_of, keep, alibi_from = make_key_bounds(spec, BLOCK)
@@ -160,14 +164,29 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         load_stat(a, base, a.row_delta, DELTA, head, m)
 
     # ------------------------------------------------------------ the MMAs. Opaque: the loop does not keep the descriptors of all products
-    @inline
-    def issue_s(base, half):
-        """S^T = K Q^T of the warpgroup's queries."""
-        base = opaque(base)
-        wgmma.fence()
-        acc_s = qk(zeros(COUNT_S), wgmma.k_major(base + K), wgmma.k_major(base + Q + half * HALF_BYTES), HEAD_DIM, BLOCK, BLOCK)
-        wgmma.commit()
-        return acc_s
+    def make_issue_s(FIRST):
+        """acc_s = issue(base, half, before): S^T = K Q^T of the warpgroup's queries in parts for sum_parts: the sum of the columns before
+        FIRST, and a product for each 32 columns from there on."""
+        END = min(FIRST + S_COLUMNS, HEAD_DIM)
+        HERE, MORE, ALL, LATER = -(-(END - FIRST) // 32) * COUNT_S, END < HEAD_DIM, -(-(END - FIRST) // 32) + (FIRST > 0), FIRST > 0
+        issue_more: Any = make_issue_s(END) if MORE else None
+
+        @inline
+        def issue(base, half, before):
+            own = opaque(base)
+            wgmma.fence()
+            k, q = wgmma.k_major(own + K), wgmma.k_major(own + Q + half * HALF_BYTES)
+            products = wgmma_float.kq_chunks(zeros(HERE), k, q, HEAD_DIM, FIRST, END, BLOCK)
+            wgmma.commit()
+            if LATER:
+                products = join(before, products)
+            if MORE:
+                before = sum_parts(wgmma.wait_all(products), ALL)
+                hold(base)
+                products = issue_more(base, half, before)
+            return products
+        return issue
+    issue_s = make_issue_s(0)
 
     @inline
     def issue_dp(base, half):
@@ -250,11 +269,11 @@ def make_backward_float(spec: Spec) -> tuple[Any, int]:
         lse_at, delta_at = int32(base + LSE + 4 * query_of_thread()), int32(base + DELTA + 4 * query_of_thread())
 
         # S^T = K Q^T, dP^T = V dO^T; P^T = exp2(S^T - lse)
-        acc_s = issue_s(base, half)
+        acc_s = issue_s(base, half, int32(0))
         acc_dp = issue_dp(base, half)
         early = fetch(a, word(base, BATCH), head, query, key, word(base, SEQLEN_Q), word(base, SEQLEN_K))
         far = any_far(int32(base + LSE))
-        acc_s = wgmma.wait_all_but_one(acc_s)
+        acc_s = sum_parts(wgmma.wait_all_but_one(acc_s), PARTS_S)
         p, cap_slope = probabilities(a, base, acc_s, early, shared, head, m, key, query, lse_at, far)
 
         # dV += P^T dO, dS^T = P^T (dP^T - delta)

@@ -70,11 +70,8 @@ class ForwardSm90Config:
         Blocks without a structural mask are exponentiated under the maximum so far. Their own one is computed only if that overflows.
     hints
         L2 eviction priorities: Q and the output are evicted first, K and V, which other tiles read too, last.
-    overlap
-        S of a block is issued before P V of the one before, which then runs during the softmax. Otherwise it is issued when P V has
-        ended and P's registers are free: of float32, whose softmax is short compared to its MMAs.
     wide_producer
-        16 more registers for the producer, 8 fewer for each of two consumers: for a mask's bounds; with pages for two producers.
+        16 more registers for the producer, 8 fewer for each of two consumers: with pages for two producers.
     box, whole
         Keys in pages: rows of K and V that TMA loads at a time, and whether a page has as many. 0: no pages.
     blocks_per_sm
@@ -90,7 +87,6 @@ class ForwardSm90Config:
     optimistic: bool = True
     hints: bool = False
     slices: int = 1
-    overlap: bool = True
     wide_producer: bool = False
     box: int = 0
     whole: bool = False
@@ -98,7 +94,6 @@ class ForwardSm90Config:
 
     def __post_init__(self) -> None:
         assert (self.consumers == 2 or not self.wide_producer) and (self.blocks_per_sm, self.consumers) in BLOCKS
-        assert self.overlap or not self.optimistic, "the fallback waits for P V"
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
         assert self.slices == 1 or (self.block_m == 64 and self.slices <= 3), "slices share the rows of one warpgroup"
@@ -131,8 +126,7 @@ class ForwardSm90Config:
 
     @property
     def text(self) -> str:
-        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "apart": not self.overlap,
-                 "wide_producer": self.wide_producer}
+        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "wide_producer": self.wide_producer}
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + "".join(f" {name}" for name, on in flags.items() if on) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
                 + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1))
@@ -144,8 +138,6 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     Scores take block_n / 2 registers a thread, probabilities block_n / 4, the output head_dim_v / 2, of 232 (three consumers: 160).
     """
     dim = max(spec.head_dim, spec.head_dim_v)
-    if spec.parts > 1:
-        return _choose_forward_float(spec, dim)
     if dim > 256:
         return _choose_sliced(spec)
     if spec.bias_tiles:         # 192 x 128 would spill 48 bytes; docs/log-gpu.md has the others
@@ -251,22 +243,6 @@ def _choose_sliced(spec: Spec) -> ForwardSm90Config:
     # turns: 376 instead of 386 TFLOP/s at head_dim 512; optimistic: 305 instead of 303, for 30 % more instructions
     most = 16 if slices > 2 and num_features(spec) > 1 else 32 if feature_weight(spec) > 0 else 64     # 40 bytes would spill
     return ForwardSm90Config(block_m=64, block_n=min(block_n, most), out_panels=0, slices=slices, optimistic=False)
-
-
-def _choose_forward_float(spec: Spec, dim: int) -> ForwardSm90Config:
-    """float32: P takes three times as many registers, and a block's P V has an accumulator of its own, of head_dim_v / 2.
-
-    Shared memory: 6 bytes an element. Q takes 96 KB at head_dim 128, a stage of 64 keys of K and V as much: one stage. The MMAs of a
-    block take six times as long as its softmax, which the other warpgroup's MMAs hide.
-    """
-    if dim > 64:
-        # with turns 94 TFLOP/s instead of 97. A mask: in the producer 52 bytes would spill, with 64 keys 4 more
-        return ForwardSm90Config(block_m=128, block_n=48 if spec.mask else 64, stages=1, out_panels=0, optimistic=False, overlap=False,
-                                 wide_producer=spec.mask)
-    # ALiBi takes no registers but for packed windows, where 24 bytes would spill; with 64 keys two features spill 72 bytes
-    features = num_features(spec) - (spec.alibi is not None and not (spec.packed and spec.left))
-    return ForwardSm90Config(block_m=128, block_n=(96, 64, 48)[min(features, 2)], out_panels=0, turns=True, optimistic=False,
-                             overlap=features < 2)
 
 
 # ---------------------------------------------------------------- dK and dV together

@@ -32,12 +32,11 @@ from ..ptx.sync import (
     opaque,
     thread_index,
     uniform,
-    wait_for_previous,
 )
 from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.dropout import make_dropout
-from ..tile.fragments import add, make_pack, scale_rows, zeros
+from ..tile.fragments import make_pack, scale_rows, zeros
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.pages import make_key_loads
 from ..tile.ring import make_ring
@@ -60,15 +59,15 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     BLOCK_M, BLOCK_N, STAGES, CONSUMERS, SLICES = config.block_m, config.block_n, config.stages, config.consumers, config.slices
     # each warpgroup has rows of its own, or a slice of the columns of O
     COLUMNS, ROWS_APART = slice_dim(spec.head_dim_v, SLICES), WARPGROUP_ROWS if SLICES == 1 else 0
-    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, spec.parts * panels(spec.head_dim), spec.parts * SLICES * panels(COLUMNS)
+    HEAD_DIM, PANELS, PANELS_V = spec.head_dim, panels(spec.head_dim), SLICES * panels(COLUMNS)
     Q_PANEL, KV_PANEL = BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
     Q_APART, V_APART = ROWS_APART * ROW_BYTES, 0 if SLICES == 1 else panels(COLUMNS) * KV_PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_O, WARPS, THREADS = BLOCK_N // 2, COLUMNS // 2, 4 * CONSUMERS, WARPGROUP * CONSUMERS
     PACKED, MASK, MASKED_ALWAYS, CACHED = spec.packed, spec.mask, spec.left or spec.right, spec.lengths
-    OPTIMISTIC, HINTS, FLOATS, OVERLAP = config.optimistic, config.hints, spec.parts > 1, config.overlap
+    OPTIMISTIC, HINTS = config.optimistic, config.hints
     TWO_PRODUCERS = config.box > 0 and config.wide_producer
-    LATE_V = STAGES == 1 and OVERLAP        # V of a block is loaded after K of the next one, whose slot is free earlier
+    LATE_V = STAGES == 1                    # V of a block is loaded after K of the next one, whose slot is free earlier
     BIAS_TILES, BIAS_BYTES = spec.bias_tiles, tile_bytes(BLOCK_M, BLOCK_N) if spec.bias_tiles else 0
     TURNS, FEW_UNIFORM = config.turns and CONSUMERS > 1, MASKED_ALWAYS and HEAD_DIM > 192
 
@@ -180,10 +179,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     # ------------------------------------------------------------ the MMAs
     @inline
     def q_rows(base, w):
-        """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none.
-
-        Opaque in float32, too, as those of K and V: ptxas would keep the descriptors of all its products through the loop."""
-        if FEW_UNIFORM or FLOATS:
+        """Q's descriptor. Opaque under a mask at head_dim 256: the uniform registers do not suffice there, and ptxas would use none."""
+        if FEW_UNIFORM:
             w = opaque(w)
         if SLICES > 1:      # and at larger sizes: a step has 17 to 36 descriptors, which would be kept in registers
             base = opaque(base)
@@ -191,14 +188,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def k_slot(base, stage):
-        if FLOATS:
-            stage = opaque(stage)
         return wgmma.k_major(base + K + stage * K_BYTES)
 
     @inline
     def v_slot(base, w, stage):
-        if FLOATS:
-            stage = opaque(stage)
         return wgmma.mn_major(base + V + stage * V_BYTES + w * V_APART, KV_PANEL)
 
     @inline
@@ -208,18 +201,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     @inline
     def mma_o(acc_o, p, base, w, stage):
-        """O += P V, of the warpgroup's columns. In float32 P V alone, which `total` adds to O."""
-        return pv(zeros(COUNT_O) if FLOATS else acc_o, p, v_slot(base, w, stage))
-
-    @inline
-    def total(acc_o, product):
-        """O, when the MMA of mma_o has ended."""
-        return add(acc_o, product) if FLOATS else product
-
-    @inline
-    def landed(acc_o, product):
-        """O with what `issue` returned for P V."""
-        return total(acc_o, wgmma.wait_all(product)) if OVERLAP else product
+        """O += P V, of the warpgroup's columns."""
+        return pv(acc_o, p, v_slot(base, w, stage))
 
     @inline
     def wait_turn(w):
@@ -245,25 +228,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         return acc_s
 
     @inline
-    def issue_apart(base, w, acc_o, p, stage, last, parity):
-        """`issue` without OVERLAP: first O += P V of the block in `last`."""
-        v_ring.wait_full(base, last, parity)
-        wait_turn(w)
-        wgmma.fence()
-        product = mma_o(acc_o, p, base, w, last)
-        wgmma.commit()
-        product = wgmma.wait_all(product)
-        wgmma.fence()
-        acc_s = mma_s(zeros(COUNT_S), base, w, stage)
-        wgmma.commit()
-        pass_turn(w)
-        return acc_s, total(acc_o, product)
-
-    @inline
     def issue(base, w, acc_o, p, stage, before, parity):
-        """S of the block in `stage`, then O += P V of the one in `before`; without OVERLAP in the other order, and O += P V has ended."""
-        if not OVERLAP:
-            return issue_apart(base, w, acc_o, p, stage, before, parity)
+        """S of the block in `stage`, then O += P V of the one in `before`."""
         wait_turn(w)
         wgmma.fence()
         acc_s = mma_s(zeros(COUNT_S), base, w, stage)
@@ -328,8 +294,6 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0, sum1
 
-    wait_s = wgmma.wait_all_but_one if OVERLAP else wgmma.wait_all
-
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
         def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
@@ -345,7 +309,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             after = seen.after(base, it) if SEEN else int32(0)
             early = operands(a, base, w, stage, column, tile)
             words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
-            acc_s = wait_s(acc_s)
+            acc_s = wgmma.wait_all_but_one(acc_s)
 
             # score, mask, softmax. Both branches wait for O: in straight code ptxas would hoist the wait above the softmax, which is to
             # overlap with the MMA
@@ -370,9 +334,9 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
-                    acc_o = scale_rows(landed(acc_o, product), alpha0, alpha1)
+                    acc_o = scale_rows(wgmma.wait_all(product), alpha0, alpha1)
                 else:
-                    acc_o = landed(acc_o, product)
+                    acc_o = wgmma.wait_all(product)
             v_ring.release(base, before, lane)
             p = to_half(acc_s)
             return acc_o, p, max0, max1, sum0, sum1, it, after
@@ -449,8 +413,6 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 v_ring.init_stage(base, s)
             mbarrier.fence_init()
         cuda.syncthreads()
-        if FLOATS:
-            wait_for_previous()
         if warpgroup == PRODUCER:
             give_registers()
             if thread == 0:
@@ -488,7 +450,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                         acc_o, p, max0, max1, sum0, sum1, it, after = step_slow(
                             a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
                 stage, phase = v_ring.use(it)
-                acc_o = total(acc_o, wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase)))
+                acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))
                 v_ring.release(base, stage, lane)
                 epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
                 i = int32(i + 1)

@@ -7,14 +7,14 @@ from itertools import groupby
 
 from ...arrays.view import View, contiguous
 from ...problem import Grads, Operands, Problem
-from ..config import feature_weight, num_features
+from ..config import feature_weight
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields
 from ..rows import widen_launch
 from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
-from ..rows.parts import as_parts, parts_of, refuses_parts
+from ..rows.parts import as_parts, refuses_parts
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
@@ -23,7 +23,7 @@ from ..runtime.tensormap import PANEL, fits, form
 from ..short import launch as short
 from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
-from ..spec import AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
+from ..spec import MOST_FLOAT_DIM, AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from . import caches, launch_latent
 from .config import (
     BLOCK_N,
@@ -46,6 +46,7 @@ from .config import (
 from .config_alone import DqSm90Config, WideSm90Config, choose_dq, choose_wide
 from .config_latent import refuses_latent
 from .config_traced import backward_ladder, forward_ladder
+from .launch_float import prepare_float
 
 make_forward, make_backward = late("sm90.forward", "make_forward"), late("sm90.backward", "make_backward")
 make_backward_float = late("sm90.backward_float", "make_backward_float")
@@ -70,7 +71,7 @@ def refuses(call: AnyCall, d: Device) -> str | None:
         return f"it needs {ARCH}, this is {d.arch}"
     if isinstance(call, Call) and p.cache is not None:
         return _refuses_caches(call, d)
-    if (reason := unfit(p, MOST_DIM)) is not None:
+    if (reason := unfit(p, MOST_DIM, MOST_FLOAT_DIM if isinstance(call, BackwardCall) else MOST_DIM)) is not None:
         return reason
     if p.dtype == "float32":
         return _refuses_float(call)
@@ -114,13 +115,10 @@ def _refuses_caches(call: Call, d: Device) -> str | None:
 
 
 def _refuses_float(call: AnyCall) -> str | None:
-    p = call.problem
     if isinstance(call, BackwardCall):
         if (reason := _refuses_float_backward(call)) is not None:
             return reason
         return refuses_rows(call) or refuses_parts(call)
-    if max(p.head_dim, p.head_dim_v) > 64 and num_features(make_spec(p, call.operands, False)) > 1:
-        return "several features at head_dim over 64 do not fit its registers in float32"
     return refuses_parts(call)
 
 
@@ -163,7 +161,7 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     own = FORWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
     return program(f"forward_sm90 {spec.text} | {config.text}", lambda: make_forward(spec, config),
-                   Arguments(spec, own, ("out",), online=True), config.threads, config.blocks_per_sm, early=spec.parts > 1)
+                   Arguments(spec, own, ("out",), online=True), config.threads, config.blocks_per_sm)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -186,6 +184,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return launch_latent.prepare(call, spec, launcher)
     if sm80.one_tile(call):
         return sm80.prepare(call, spec, launcher)
+    if spec.parts > 1:
+        return prepare_float(call, spec, launcher)
     spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
     p = call.problem
     return _prepare(call, spec, *_choice(spec, _most_keys(p), p.seqlen_q, p.flex is not None and p.flex.fine), launcher)
@@ -217,15 +217,15 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
     kernel, values = launcher.load(source), arguments.bound(call)
     tiles, heads = most_tiles(call, config.block_m), head_group(call)
     grid, block_m, block_n = min(tiles, launcher.device.num_sms * config.blocks_per_sm), config.block_m, config.block_n
-    capturing, tensor_maps, counter, is_float = launcher.capturing, launcher.tensor_maps, launcher.counter, spec.parts > 1
-    cached, box, floats = call.problem.cache is not None, config.box or block_n, is_float or spec.out_dtype is not None
+    capturing, tensor_maps, counter = launcher.capturing, launcher.tensor_maps, launcher.counter
+    cached, box, floats = call.problem.cache is not None, config.box or block_n, spec.out_dtype is not None
 
     def boxes(call: Call) -> tuple[tuple[View, int], ...]:
         o = call.operands
         inputs = (o.q, block_m), (o.k, box), (o.v, box)
         bias = ((bias_view(o.bias), block_m),) if spec.bias_tiles and o.bias else ()
         return (*inputs, *bias) if floats else (*inputs, (call.out, OUT_ROWS), *bias)
-    forms = tuple(form(x, rows) for x, rows in boxes(parts_of(call, 0)[0] if is_float else call))
+    forms = tuple(form(x, rows) for x, rows in boxes(call))
 
     def launch(call: Call, stream: int, sequences: int = 0, kinds: tuple[int, ...] = ()) -> None:
         captured = capturing(stream)
@@ -239,11 +239,7 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
         with (table(call, block_m, launcher, stream) as sequences, mask_words(call, block_n, launcher, stream) as call,
               bitmap(call, spec, block_m, block_n, launcher, stream) as kinds):
             launch(call, stream, sequences, kinds)
-
-    def launch_float(call: Call, stream: int) -> None:
-        with as_parts(call, launcher, stream) as split:
-            launch_special(split, stream)
-    return launch_float if is_float else launch_special if spec.packed or spec.mask or spec.mask_mod else launch
+    return launch_special if spec.packed or spec.mask or spec.mask_mod else launch
 
 
 # ---------------------------------------------------------------- backward

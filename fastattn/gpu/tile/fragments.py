@@ -288,6 +288,21 @@ def add_columns(typingctx: Any, acc: Any, other: Any, first: Any) -> Any:
 
 
 @intrinsic
+def sum_parts(typingctx: Any, fragment: Any, count: Any) -> Any:
+    """The sum of `count` equal parts, added in their order."""
+    [parts] = literals(count)
+    n = fragment.count // parts
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = unpack(builder, args[0], fragment.count)
+        out = x[:n]
+        for first in range(n, fragment.count, n):
+            out = [builder.fadd(a, b) for a, b in zip(out, x[first:first + n], strict=True)]
+        return pack(builder, out)
+    return signature(types.UniTuple(fragment.dtype, n), fragment, count), generate
+
+
+@intrinsic
 def scale_add(typingctx: Any, acc: Any, scale: Any, other: Any) -> Any:
     """acc * scale + other, rounded once."""
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -26,6 +26,7 @@ import pytest
 from fastattn import UnsupportedError, gpu
 from tests.tools.compare import Judge
 from tests.tools.devices import device_count
+from tests.tools.gpu.cases_float import float_cases
 from tests.tools.gpu.poison import poison
 from tests.tools.problems import CASES, NUMPY, Case, Inputs
 
@@ -193,7 +194,7 @@ def is_short(case: Case) -> bool:
 _SHORT = [pytest.param(case, "short", id=f"{case.name}-short") for case in CASES if is_short(case)]
 short_pairs = pytest.mark.parametrize(("case", "family"), _SHORT)
 DECODE = [*_decode(), *_decode_features()]
-LARGE = [*_large(), *_wide(), *DECODE]
+LARGE = [*_large(), *_wide(), *float_cases(), *DECODE]
 SMALL = [replace(case, name=f"small_{case.name}") for case in (
     Case("plain", "bfloat16", batch=1, seqlen_q=130, head_dim=64),
     Case("causal", "float16", batch=1, seqlen_q=150, head_dim=128, causal=True),
@@ -211,7 +212,7 @@ def for_family(case: Case, family: str) -> Case:
     return replace(case, dtype=HALVES[zlib.crc32(case.name.encode()) % 2], bias_dtype=case.bias_dtype and "float32")
 
 
-def must_take(case: Case, family: str) -> bool:
+def must_take(case: Case, family: str, backward: bool = False) -> bool:
     """Whether a refusal is an error."""
     if family in ("any", "simt"):
         return True
@@ -220,12 +221,10 @@ def must_take(case: Case, family: str) -> bool:
     if case.lengths_q is not None:
         rows, keys = sum(case.lengths_q), sum(case.lengths_q if case.lengths_k is None else case.lengths_k)
     floats = case.dtype == "float32"
-    most = 128 if floats else 576 if family == "sm90" else 256
+    most = 128 if floats and (backward or family != "sm90") else 576 if family == "sm90" else 256
     ordinary = (case.dtype in HALVES or floats) and max(dims) <= most and keys > 0 and rows > 0 and case.batch > 0
     several = sum(map(bool, (case.bias, case.mask, case.dropout_p, case.softcap, case.alibi))) > 1
-    if family == "sm90" and floats and max(dims) > 64 and case.mask:
-        return False
-    if family == "sm90" and (max(dims) > 64 if floats else 192 < max(dims) <= 256 or dims[1] > 512) and several:
+    if family == "sm90" and not floats and (192 < max(dims) <= 256 or dims[1] > 512) and several:
         return False                                        # not enough registers
     if floats:
         return ordinary                                     # its parts are copies, so any strides do

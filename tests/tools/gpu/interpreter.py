@@ -438,6 +438,19 @@ class Run(Copies):
         for name, place in zip(x[1] if isinstance(x[1], list) else [x[1]], places, strict=True):
             memory[place] = self.get(name, active, op[-1])
 
+    def _cp(self, op: list[str], x: list[Any], active: Array) -> None:
+        """cp.async, done at once: words past the source's size are 0."""
+        if not x:
+            return
+        size = np.broadcast_to(self.get(x[3], active, "u32"), len(active))
+        for k in range(0, x[2], 4):
+            into, _, [to] = self.places(["shared", "b32"], (*x[0][:2], x[0][2] + k), active)
+            words, there = np.zeros(len(active), np.uint32), size > k
+            if there.any():
+                memory, _, [source] = self.places(["global", "b32"], (*x[1][:2], x[1][2] + k), active[there])
+                words[there] = memory[source]
+            into[to] = words
+
     def _atom(self, op: list[str], x: list[Any], active: Array) -> None:
         memory, _, [places] = self.places(op, x[1], active)
         given, old = np.broadcast_to(self.get(x[2], active, "u32"), len(active)), np.zeros(len(active), np.uint32)

@@ -85,8 +85,11 @@ def _float() -> Iterator[Job]:
     def job(family: str, arch: str, dim: int, what: str, **settings: Any) -> Job:
         return Job(family, arch, _want("float32", dim, lse=not settings.get("backward"), **settings), what)
     several: dict[str, Any] = {**EVERYTHING, "packed": True, "seqused": True}
+    window: dict[str, Any] = {"packed": True, "window": (100, 50)}
     for dim in (64, 128):
         yield job("sm90", "sm_90a", dim, "causal", causal=True)
+        yield Job("sm90", "sm_90a", _want("float32", dim, lse=False, packed=True), "packed")
+        yield Job("sm90", "sm_90a", _want("float32", dim, lse=False, **EVERYTHING), "everything")
         yield job("sm90", "sm_90a", dim, "dropout_packed", dropout=True, packed=True, window=(100, 50))
         yield job("sm80", "sm_80", dim, "everything_packed", **several)
         yield job("sm80", "sm_90a", dim, "causal", causal=True)
@@ -96,6 +99,11 @@ def _float() -> Iterator[Job]:
         yield job("sm90", "sm_90a", dim, "mask", backward=True, mask=True)
         yield job("sm90", "sm_90a", dim, "softcap_dropout_packed", backward=True, softcap=True, dropout=True, packed=True, window=(100, 50))
         yield job("sm90", "sm_90a", dim, "mask_packed", mask=True, packed=True, window=(100, 50))
+    for dim, what, settings in ((192, "causal", {"causal": True}), (256, "full", {}), (256, "mask_packed", {"mask": True, **window}),
+                                (384, "softcap", {"softcap": True}), (512, "full", {}), (320, "bias", {"bias": "float32"}),
+                                (512, "dropout_packed", {"dropout": True, **window})):
+        yield job("sm90", "sm_90a", dim, what, **settings)
+    yield Job("sm90", "sm_90a", _want("float32", 576, 512, causal=True), "causal")
     yield job("sm90", "sm_90a", 64, "alibi_packed", alibi="float32", packed=True, window=(100, 50))
     yield job("sm90", "sm_90a", 64, "everything_packed", **several)
     yield job("sm80", "sm_89", 128, "causal", causal=True)

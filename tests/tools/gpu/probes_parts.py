@@ -167,67 +167,20 @@ def check_tiles(product: Callable[[Array, Array], Array]) -> Callable[[Any], Non
     return check
 
 
-def wgmma_qk() -> Any:
+def wgmma_kq() -> Any:
     """A B^T of two 64 x 64 tiles."""
-    qk, _ = wgmma.make_products("float32")
-
     def kernel(a):
         base = begin(1)
         load_tiles(a, base)
         wgmma.fence()
-        acc = qk(f.zeros(32), wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), 64, 64, 64)
+        acc = wgmma.kq_parts(f.zeros(32), wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), 64, 64, 64)
         wgmma.commit()
         save_at(a.dst, int32(cuda.threadIdx.x >> 5) * 32, wgmma.wait_all(acc), 32)
     return kernel
 
 
-add("wgmma.make_products", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_qk, check_tiles(lambda x, y: x @ y.T),
-    name="wgmma.qk_float32", threads=128, shared=SHARED)
-
-
-def wgmma_kq() -> Any:
-    """A B^T and B A^T of two 64 x 64 tiles."""
-    qk, _ = wgmma.make_products("float32")
-
-    def kernel(a):
-        base = begin(1)
-        load_tiles(a, base)
-        x, y, at = wgmma.k_major(base), wgmma.k_major(int32(base + 3 * PANEL)), int32(cuda.threadIdx.x >> 5) * 64
-        wgmma.fence()
-        first, second = qk(f.zeros(32), x, y, 64, 64, 64), wgmma.kq_parts(f.zeros(32), y, x, 64, 64, 64)
-        wgmma.commit()
-        save_at(a.dst, at, wgmma.wait_all(first), 32)
-        save_at(a.dst, int32(at + 32), wgmma.wait_all(second), 32)
-    return kernel
-
-
-def check_wgmma_kq(launch: Any) -> None:
-    """The same bits: a backward's S^T is the forward's S."""
-    x, y = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
-    got = launch(rows_of_parts(x), rows_of_parts(y), dst=np.zeros((4, 64, 32), np.float32), maps=[("src", 64), ("other", 64)])
-    first, second = (np.concatenate([as_matrix(warp[n:n + 32]) for warp in got]) for n in (0, 32))
-    same(first, second.T)
-
-
-add("wgmma.kq_parts", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_kq, check_wgmma_kq, threads=128, shared=SHARED)
-
-
-def wgmma_pv() -> Any:
-    """P V for P (64 x 64) in registers and V (64 x 128), whatever the accumulator held."""
-    _, pv = wgmma.make_products("float32")
-
-    def kernel(a):
-        base = begin(1)
-        warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
-        load_v(a, base)
-        x = load(uint64(a.other + uint64(4 * 16 * C * warp)), lane)
-        p = to_parts(x)
-        mbarrier.wait(int32(base + BAR), int32(0))
-        wgmma.fence()
-        acc = pv(f.join(x, x), p, wgmma.mn_major(base, PANEL))
-        wgmma.commit()
-        save_at(a.dst, warp * 64, wgmma.wait_all(acc), 64)
-    return kernel
+add("wgmma.kq_parts", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", wgmma_kq, check_tiles(lambda x, y: x @ y.T), threads=128,
+    shared=SHARED)
 
 
 def check_pv(rows: int, times: int = 1) -> Callable[[Any], None]:
@@ -238,10 +191,6 @@ def check_pv(rows: int, times: int = 1) -> Callable[[Any], None]:
         result = np.concatenate([np.hstack([as_matrix(tile[:32]), as_matrix(tile[32:])]) for tile in got])
         np.testing.assert_allclose(result, exact, **EXACT)
     return check
-
-
-add("wgmma.make_products wgmma.mn_major", "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", wgmma_pv, check_pv(64),
-    name="wgmma.pv_float32", threads=128, shared=SHARED)
 
 
 def wgmma_pv_apart() -> Any:
