@@ -12,82 +12,26 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from fastattn.arrays.view import View
-from fastattn.gpu.precompile import HERE, absent_device
+from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
 from tests.tools.gpu.builds import build
 from tests.tools.gpu.interpreter_copies import Copies
+from tests.tools.gpu.interpreter_memory import BASE, Array, Memory, Shared
 from tests.tools.gpu.numbers import bits_of, compare, cut_off, floats_of, flushed, halves_of_bytes, halves_times
 from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
-Array = np.ndarray[Any, Any]
-BASE, ROOM, GAP = 1 << 40, 1 << 28, 4096        # addresses begin at BASE; arrays are GAP bytes apart
 RANK = 24                                       # bits of an address in a block of a cluster
 MOST_BLOCKS = 2_000_000                         # basic blocks that are run before a kernel counts as hanging
 _TYPES: dict[str, Any] = {"s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
                           "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64, "u8": np.uint8,
                           "b8": np.uint8}
 _LETTERS = {"l": np.uint64, "q": np.int64, "i": np.int32, "I": np.uint32, "f": np.float32, "d": np.float64}
-
-
-# ---------------------------------------------------------------- memory
-class Memory:
-    """Global memory. `valid` has a flag for each byte that may be touched; all others, and what was never written, are NaN."""
-
-    def __init__(self) -> None:
-        self.bytes, self.valid, self.end = np.empty(ROOM, np.uint8), np.zeros(ROOM, bool), GAP
-
-    def take(self, size: int, offset: int = 0) -> int:
-        """Address of `size` new bytes, `offset` bytes behind a multiple of 256."""
-        at = -(-self.end // 256) * 256 + offset
-        self.end = at + size + GAP
-        assert self.end <= ROOM, "the memory is full"
-        self.valid[at:at + size], self.bytes[at - GAP:at + size + GAP] = True, 0xFF
-        return BASE + at
-
-    def place(self, x: Array, view: View) -> View:
-        """A copy of an array of which `view` is the canonical View."""
-        import ctypes
-        low, high = view.bytes_range()
-        at = self.take(high - low, low % 256)
-        self.bytes[at - BASE:at - BASE + high - low] = np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
-        return replace(view, ptr=at + view.ptr - low, device=HERE)
-
-    def read(self, view: View, dtype: Any) -> Array:
-        """The elements of a View."""
-        raw, kind = self.bytes[view.ptr - BASE:], np.dtype(dtype)
-        elements = raw[:raw.size // 8 * 8].view(f"u{kind.itemsize}")
-        return np.lib.stride_tricks.as_strided(elements, view.shape, view.strides).copy().view(kind)
-
-    def words(self, address: Array, size: int) -> Array:
-        """Indices of the elements of `size` bytes at these addresses."""
-        offset = address.astype(np.int64) - BASE
-        assert not (offset % size).any(), f"misaligned access of {size} bytes"
-        inside = (offset >= 0) & (offset + size <= ROOM)
-        assert inside.all() and self.valid[offset].all() and self.valid[offset + size - 1].all(), "access outside the arrays"
-        return offset // size
-
-
-class Shared:
-    """Shared memory of all blocks."""
-
-    def __init__(self, blocks: int, size: int) -> None:
-        self.size = -(-size // 16) * 16 + 16
-        self.bytes = np.full(blocks * self.size, 0xFF, np.uint8)
-        self.limit = size
-
-    def words(self, address: Array, size: int, blocks: Array) -> Array:
-        at = address.astype(np.int64)
-        assert not (at % size).any(), f"misaligned access of {size} bytes to shared memory"
-        assert ((at >= 0) & (at + size <= self.limit)).all(), f"shared memory has {self.limit} bytes"
-        return (blocks * self.size + at) // size
 
 
 # ---------------------------------------------------------------- running
@@ -437,19 +381,6 @@ class Run(Copies):
         memory, _, places = self.places(op, x[0], active)
         for name, place in zip(x[1] if isinstance(x[1], list) else [x[1]], places, strict=True):
             memory[place] = self.get(name, active, op[-1])
-
-    def _cp(self, op: list[str], x: list[Any], active: Array) -> None:
-        """cp.async, done at once: words past the source's size are 0."""
-        if not x:
-            return
-        size = np.broadcast_to(self.get(x[3], active, "u32"), len(active))
-        for k in range(0, x[2], 4):
-            into, _, [to] = self.places(["shared", "b32"], (*x[0][:2], x[0][2] + k), active)
-            words, there = np.zeros(len(active), np.uint32), size > k
-            if there.any():
-                memory, _, [source] = self.places(["global", "b32"], (*x[1][:2], x[1][2] + k), active[there])
-                words[there] = memory[source]
-            into[to] = words
 
     def _atom(self, op: list[str], x: list[Any], active: Array) -> None:
         memory, _, [places] = self.places(op, x[1], active)

@@ -11,7 +11,8 @@ import numpy as np
 from fastattn.gpu.runtime import compile as compiler
 from tests.tools.gpu import interpreter
 from tests.tools.gpu.builds import build
-from tests.tools.gpu.interpreter import _LETTERS, BASE, Array, Memory
+from tests.tools.gpu.interpreter import _LETTERS
+from tests.tools.gpu.interpreter_memory import BASE, Array, Memory
 
 _LANE = np.arange(32)
 
