@@ -17,6 +17,8 @@ import pytest
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
+from cuda.bindings import driver
+
 from fastattn import UnsupportedError, gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import ITEMSIZE, View, contiguous
@@ -55,7 +57,9 @@ class Noted(compile.Kernel):
         values = [struct.unpack(LETTERS[letter], ctypes.string_at(pointer, struct.calcsize(LETTERS[letter])))[0]
                   for pointer, (_, letter) in zip(pointers, self.source.fields, strict=True)]
         assert (config.blockDimX, config.sharedMemBytes, config.gridDimY, config.gridDimZ) == (self.source.threads, 1024, 1, 1)
-        assert config.numAttrs == self.source.early
+        assert config.numAttrs == self.source.early + (self.source.cluster > 1)
+        sizes = [x.value.clusterDim for x in config.attrs if x.id == driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION]
+        assert [(size.x, size.y, size.z) for size in sizes] == [(self.source.cluster, 1, 1)] * (self.source.cluster > 1)
         self.log.append((self.source.key, config.gridDimX, values, int(config.hStream)))
 
 
