@@ -144,7 +144,10 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int, SPLIT_ALL: bool =
         mine = int64(0)
         for i in range(min(thread * share, batch), min((thread + 1) * share, batch)):
             if several_splits(steps[i], tiles[i], each):
-                mine += int64(entries_of(steps[i], tiles[i], each))
+                if SPLIT_ALL:
+                    mine += int64(splits_of(steps[i], each) * tiles[i])
+                else:
+                    mine += int64(splits_of(steps[i], each))
             else:
                 mine += int64(tiles[i]) << COUNT
         sums[thread] = mine
@@ -175,10 +178,15 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int, SPLIT_ALL: bool =
         share = divide(int32(batch + THREADS - 1), int32(THREADS))
         for b in range(min(thread * share, batch), min((thread + 1) * share, batch)):
             if several_splits(steps[b], tiles[b], each):
-                splits, blocks = splits_of(steps[b], each), tiles[b] if SPLIT_ALL else int32(1)
-                for tile in range(blocks):
+                splits = splits_of(steps[b], each)
+                if SPLIT_ALL:
+                    for tile in range(tiles[b]):
+                        for n in range(splits):
+                            put(a, int32(entry + n), int32(b), int32((tile << TILE) + n), splits, each_of(steps[b], each))
+                        entry = int32(entry + splits)
+                else:
                     for n in range(splits):
-                        put(a, int32(entry + n), int32(b), int32((tile << TILE) + n), splits, each_of(steps[b], each))
+                        put(a, int32(entry + n), int32(b), int32(n), splits, each_of(steps[b], each))
                     entry = int32(entry + splits)
             else:
                 for n in range(tiles[b]):
