@@ -40,6 +40,9 @@ def play(given: Requests, seed: int, splits: int, config: LatentConfig, change: 
     spec, config = make_spec(call.problem, call.operands, False), launch_latent.tiling(call, config)
     if call.problem.cache is not None:
         spec = caches.spec_of(call, spec)
+    eight = call.problem.eight_bit
+    if eight is not None:
+        spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=eight.out_dtype)
     spec, planes = replace(spec, planned=plan is not None), call.problem.num_heads_k * decode.units_of(call.problem, ROWS)
     if plan is not None:
         planes = len(plan)
@@ -52,7 +55,8 @@ def play(given: Requests, seed: int, splits: int, config: LatentConfig, change: 
     with playing(made, memory):
         kernel, _ = edited(latent_module.make_latent, change)(spec, config)
         own = ("k", PART, PART_ROWS, (planes if plan is None else 1) * ROWS, splits, call.problem.num_heads_k, 1,
-               *launch_latent.lengths_of(call), *([table.ptr] if table else []), *(caches.values(call)[3:] if cached else []))
+               *launch_latent.lengths_of(call), *([table.ptr] if table else []),
+               *(decode.scales_of(call, eight.factor) if eight else []), *(caches.values(call)[3:] if cached else []))
         made.run(kernel, namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.bound(call)(call, own)))  # type: ignore[misc]
     return made
 
@@ -130,6 +134,7 @@ CASES = {
     "packed": (lambda: asked([150, 37, 0, 129], [7, 0, 3, 1], 32, spare=2, stray=True), 2, SMALL),
     "key heads": (lambda: asked([130, 66], 2, heads=6, heads_k=2), 1, SMALL),
     "more rows than keys": (lambda: asked([3, 70], 9, heads=8), 1, SMALL),
+    "8 bits": (lambda: asked([300, 37, 0], 2, cache_dtype="float8_e4m3fn"), 2, SMALL),
     "32 keys": (lambda: asked([200, 37], 2), 2, LatentConfig(block_n=32, stages=4, overhead=1)),
 }
 

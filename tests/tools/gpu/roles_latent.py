@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.masks import row_bounds
-from tests.tools.gpu.roles import Fragment, Panel
+from tests.tools.gpu.roles import Fragment, Panel, Place
 from tests.tools.gpu.roles_pages import PagesPlay, Requests
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +29,9 @@ class Rows(float):
         made = super().__new__(cls, 1.0 if np.all(values == 1) else 0.5)
         made.values = np.broadcast_to(np.asarray(values, float), 8)
         return made
+
+    def __mul__(self, other: float) -> Rows:
+        return Rows(self.values * rows_of(other))
 
 
 def rows_of(x: float) -> Array:
@@ -46,10 +49,11 @@ class Numbers(Fragment):
 class LatentPlay(PagesPlay):
     """A PagesPlay with the numbers of the requests."""
 
-    modules = (*PagesPlay.modules, "sm90.latent", "decode.combine")
+    modules = (*PagesPlay.modules, "sm90.latent", "sm90.latent_8bit", "decode.combine")
 
     def __init__(self, config: Any, asked: Requests, blocks: tuple[int, ...], seed: int) -> None:
-        super().__init__(SimpleNamespace(slices=1, block_n=config.block_n), 512, blocks, seed, 2, {"k": config.box})
+        super().__init__(SimpleNamespace(slices=1, block_n=config.block_n), 512, blocks, seed, 2, {"k": config.box},
+                         producers=(0, 32, 64, 96) if asked.call.problem.eight_bit else (0,))
         self.asked, self.tiling = asked, config
         p, draw = asked.call.problem, np.random.default_rng(7)
         self.q = draw.standard_normal(((p.total_q or sum(asked.rows)), p.num_heads, p.head_dim)) * 3
@@ -154,6 +158,25 @@ class LatentPlay(PagesPlay):
     def block_of(self, panel: Panel) -> int:
         return next(block.index for block in self.blocks if panel in block.panels)
 
+    def store_chunk(self, first: int, second: int, address: int) -> None:
+        """The played lanes store the first columns of rows of a piece; the first row stands for all panels of it."""
+        agent, start = self.pause(), first // 8192 * 8192
+        panel = start // 8192 - 9               # behind Q: two stages of four panels, then two of five
+        column, count = (0, 4) if panel < 8 else ((4, 4), (8, 1))[(panel - 8) % 5 // 4]
+        self.unread(agent.block, start, start + 8192 * count)
+        if (first - start) // 128 == 0:
+            k = self.asked.call.operands.k
+            page, rest = divmod(address - k.ptr, k.strides[0])
+            request, key = self.asked.key_of(page, rest // k.strides[1])
+            assert rest % k.strides[1] == 64 * column
+            for p in range(count):
+                at = start + 8192 * p
+                agent.block.panels[:] = [x for x in agent.block.panels if x.start != at]
+                agent.block.panels.append(Panel(at, at + 8192, ("k", 64 * (column + p), Place(key, 0, request))))
+                rows = {(agent.block.index, at + 128 * r) for r in range(64)}
+                self.cleared -= rows
+                self.cleared |= {(agent.block.index, at + 128 * r) for r in range(64) if key + r >= self.asked.lengths[request]}
+
     # ------------------------------------------------------------ softmax
     def keep(self, acc: Any, intervals: Any, column: int) -> Any:       # type: ignore[override]
         place, p, rows = self.local.place, self.asked.call.problem, self.mine()
@@ -167,7 +190,8 @@ class LatentPlay(PagesPlay):
     def update(self, a: Any, acc: Any, max0: Any, max1: Any, sum0: Any, sum1: Any) -> tuple[Any, ...]:
         old, total = np.concatenate([rows_of(max0), rows_of(max1)]), np.concatenate([rows_of(sum0), rows_of(sum1)])
         new = np.maximum(old, acc.x.max(axis=1))
-        new = np.where((new - old) * a.log2_scale < 8, old, new)
+        with np.errstate(invalid="ignore"):         # -inf - -inf
+            new = np.where((new - old) * a.log2_scale < 8, old, new)
         finite = np.where(np.isfinite(new), new, 0)
         alpha, x = np.exp2((old - finite) * a.log2_scale), np.exp2((acc.x - finite[:, None]) * a.log2_scale)
         total = total * alpha + x.sum(axis=1)
@@ -184,7 +208,7 @@ class LatentPlay(PagesPlay):
         if acc.kind == "0":
             return acc
         factor = np.concatenate([rows_of(factor0), rows_of(factor1)])[:, None]
-        return Numbers(acc.kind, x=np.where(factor == 0, 0, acc.x * factor))
+        return Numbers(acc.kind, x=np.where(factor == 0, 0, acc.x * factor), columns=acc.columns)
 
     def to_half(self, acc: Any) -> Any:
         self.at_rest(acc)
@@ -217,7 +241,9 @@ class LatentPlay(PagesPlay):
         from fastattn.gpu.decode import places
         places_make = places.make_place_of
         return names | {
-            "make_place_of": place_of, "cp_async": cp_async, "make_softmax": lambda spec: (self.update, None, None),
+            "make_place_of": place_of, "cp_async": cp_async,
+            "load_chunk_if": lambda address, inside: address if inside else 0,
+            "make_store_chunk": lambda *_: self.store_chunk, "prefetch": lambda address: None, "make_softmax": lambda spec: (self.update, None, None),
             "make_finish_row": lambda spec: self.finish_row, "make_keep": lambda spec: self.keep,
             "make_score": lambda *_: (None, None, lambda a, acc, *_: acc), "make_clear": self.clear_rows, "quad_sum": lambda x: x,
             "scale_rows": self.scaled, "scale_seen_rows": self.scaled, "make_pack": lambda dtype: self.to_half,
