@@ -243,7 +243,8 @@ class LatentPlay(PagesPlay):
         return names | {
             "make_place_of": place_of, "cp_async": cp_async,
             "load_chunk_if": lambda address, inside: address if inside else 0,
-            "make_store_chunk": lambda *_: self.store_chunk, "prefetch": lambda address: None, "make_softmax": lambda spec: (self.update, None, None),
+            "make_store_chunk": lambda *_: self.store_chunk, "prefetch": lambda address: None,
+            "make_softmax": lambda spec: (self.update, None, None),
             "make_finish_row": lambda spec: self.finish_row, "make_keep": lambda spec: self.keep,
             "make_score": lambda *_: (None, None, lambda a, acc, *_: acc), "make_clear": self.clear_rows, "quad_sum": lambda x: x,
             "scale_rows": self.scaled, "scale_seen_rows": self.scaled, "make_pack": lambda dtype: self.to_half,
