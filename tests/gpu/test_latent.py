@@ -224,7 +224,8 @@ def test_bits_on_a_device() -> None:
         made_alone.q = made_alone.q[b:b + 1]
         made_alone.options = {name: x[b:b + 1] for name, x in made_alone.options.items()}
         assert to_host(made_alone.run(on_device, num_splits=1)[0])[0].tobytes() == together[b].tobytes()
-    q, cache, other = (on_device(np.nan_to_num(x)) for x in (made.q, made.cache, made.cache[::-1]))
+    whole = np.nan_to_num(made.cache.astype(np.float32)).astype(made.cache.dtype)
+    q, cache, other = (on_device(x) for x in (made.q, whole, whole[::-1].copy()))
     options = {name: on_device(x) for name, x in made.options.items()}
     for values in (cache, cache, cache, other, cache):
         out = fastattn.attention_with_kvcache(q, cache, values[..., :512], **options)
