@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..arrays.view import View
 from ..problem import Grads
-from .memory import cut, is_contiguous
+from .memory import cut, is_contiguous, rows_together
 from .messages import Done, Message, Pending
 from .run import Given, Local, Run, buffer, canonical, rows_first
 from .shares import add_keys, add_scores, piece_grads
@@ -48,9 +48,10 @@ class Keys:
 
     def wait(self, step: int) -> tuple[View, View]:
         """Canonical k and v of the held spans; what the steps until this one attend is there."""
-        for mine, held in [] if self._own_copied else self.steps.own:      # not before: exchanges of other pieces start first
+        if not self._own_copied:            # not before: exchanges of other pieces start first
             for to, x in zip(self.buffers, self.own, strict=True):
-                self.run.memory.copy(cut(to, 0, held), cut(x, 0, mine))
+                for pair in rows_together(to, x, [(held, mine) for mine, held in self.steps.own]):
+                    self.run.memory.copy(*pair)
         self._own_copied = True
         if any(self.steps.take[:step + 1]):
             self.pending.wait()
@@ -98,8 +99,8 @@ class Shares:
                 for to, x in zip(sums, both, strict=True):
                     memory.add(cut(to, 0, _moved(rows, places)), x)
         for result, x in zip((dk, dv), sums, strict=True):
-            for mine, held in places:
-                memory.copy(cut(rows_first(result), 0, mine), cut(x, 0, held))
+            for pair in rows_together(rows_first(result), x, places):
+                memory.copy(*pair)
 
 
 def _moved(rows: slice, places: list[tuple[slice, slice]]) -> slice:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..arrays.view import View
 from .gather import packed
-from .memory import cut
+from .memory import cut, rows_together
 from .messages import Message
 from .run import Run
 from .spans import Spans, parts, total, united
@@ -79,8 +79,9 @@ class ToHeads:
         """What is here already is copied now, behind all exchanges that have started."""
         team = self._team
         for x, to in zip(self._arrays, self._found, strict=True):
-            for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
-                self._memory.copy(cut(to, 0, place), cut(x.heads(team, team.me), 0, part.rows))
+            own = [(place, part.rows) for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True)]
+            for pair in rows_together(to, x.heads(team, team.me), own):
+                self._memory.copy(*pair)
         self._pending.wait()
         return self._found
 
@@ -123,7 +124,8 @@ class ToRows:
             if n != team.me:
                 self._pending.wait()
             for index, x in enumerate(self._arrays):
-                to = x.heads(team, n)
-                for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True):
-                    source = cut(x.x, 0, place) if n == team.me else cut(self._kept[n][index], 0, part.rows)
-                    (memory.add if x.by == 0 else memory.copy)(cut(to, 0, part.rows), source)
+                source = x.x if n == team.me else self._kept[n][index]
+                own = [(part.rows, place if n == team.me else part.rows)
+                       for part, place in zip(parts(x.spans[team.me]), places(x.spans)[team.me], strict=True)]
+                for pair in rows_together(x.heads(team, n), source, own):
+                    (memory.add if x.by == 0 else memory.copy)(*pair)

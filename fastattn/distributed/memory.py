@@ -5,6 +5,7 @@ contiguous and travel as one message.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,12 +23,23 @@ def cut(x: View, axis: int, span: slice) -> View:
     return View(x.ptr + span.start * stride, tuple(shape), x.strides, x.dtype, x.device, x.owner, x.readonly)
 
 
-def permuted(x: View, *axes: int) -> View:
-    return x.permute(axes)
-
-
 def is_contiguous(x: View) -> bool:
     return 0 in x.shape or all(n == 1 or s == c for n, s, c in zip(x.shape, x.strides, contiguous(x.shape, x.itemsize), strict=True))
+
+
+def rows_together(to: View, x: View, places: Sequence[tuple[slice, slice]]) -> Iterator[tuple[View, View]]:
+    """The Views of (rows of `to`, rows of x): two chunks of one length, as a zigzag has them, are one View with an axis more."""
+    if len(places) == 2 and len({rows.stop - rows.start for pair in places for rows in pair}) == 1:
+        yield tuple([_both(view, *[pair[n] for pair in places]) for n, view in enumerate((to, x))])  # type: ignore[misc]
+        return
+    for to_rows, x_rows in places:
+        yield cut(to, 0, to_rows), cut(x, 0, x_rows)
+
+
+def _both(x: View, first: slice, second: slice) -> View:
+    stride = x.strides[0]
+    return View(x.ptr + first.start * stride, (2, first.stop - first.start, *x.shape[1:]),
+                ((second.start - first.start) * stride, *x.strides), x.dtype, x.device, x.owner, x.readonly)
 
 
 class Memory(Protocol):
