@@ -43,12 +43,14 @@ def arrays(kind: str, dtype: str, target: str, rng: Any) -> tuple[Any, Any]:
         return draw(5, 2, 6, 8, of=target)[1:4, :, 2:4], draw(2, 6, 4, 8)[:, 4:, 1:].transpose(2, 0, 1, 3)
     if kind == "odd":
         return draw(3, 7, of=target)[:, 1:6], draw(5, 3).T
+    if kind == "two chunks":                # of heads of rows, in the other order
+        return draw(8, 2, 3, 8, of=target).reshape(2, 4, 2, 3, 8)[:, :3, :, :2], draw(9, 2, 3, 8).reshape(3, 3, 2, 3, 8)[::-2, :, :, 1:]
     if kind == "broadcast":
         return draw(2, 3, 8, of=target), np.broadcast_to(draw(3, 1), (2, 3, 8))
     return draw(2, 3, 2, 3, 2, of=target)[..., ::-1], draw(2, 3, 4, 3, 2)[:, :, ::2]
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "rows first", "heads of rows", "odd", "broadcast", "five axes"])
+@pytest.mark.parametrize("kind", ["contiguous", "rows first", "heads of rows", "odd", "two chunks", "broadcast", "five axes"])
 @pytest.mark.parametrize(("dtype", "target", "add"), PAIRS)
 def test_in_python(dtype: str, target: str, add: bool, kind: str) -> None:
     out, x = arrays(kind, dtype, target, np.random.default_rng(0))
