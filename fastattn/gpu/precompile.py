@@ -193,7 +193,7 @@ def arch_here() -> str:
         raise LookupError(f"no CUDA device here ({error}); name an architecture: --arch sm_90a.") from error
 
 
-LENGTHS = 64, 256, 512, 2048, 4096, 16384, 32768      # keys of dense calls: tiles are chosen by length, and kernels of short sequences
+LENGTHS = 64, 128, 200, 256, 512, 2048, 4096, 16384, 32768, 65536     # keys of dense calls: tilings and kernels are chosen by length
 DECODE: dict[str, Any] = {"seqlen_q": 1, "seqlen_k": 4096, "num_heads_k": 4}
 
 
