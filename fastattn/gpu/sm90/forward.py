@@ -49,7 +49,7 @@ from .config import ForwardSm90Config, slice_dim
 from .epilogue import OUT_PANEL, make_epilogue
 from .records import TILE, make_records
 from .roles import make_roles
-from .seen import Tile, make_load_seen, make_seen
+from .seen import Tile, make_load_seen, make_seen, stays
 from .values import SECOND, make_load_values
 
 
@@ -87,6 +87,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     prepare, fetch, score = make_score(spec, COUNT_S, READ_BIAS=read_bias if BIAS_TILES else None)
     plane_of, draw, dropout = make_dropout(spec, COUNT_S, EARLY=not spec.mask and spec.bias is None)      # overlapped with the MMA of S
     keep, num_tiles, key_row, (diagonal_of, alibi_from) = make_keep(spec), make_num_tiles(spec), make_key_row(BLOCK_N), make_diagonals(spec)
+    keep_after = keep if MASKED_ALWAYS else stays       # with a mask_mod alone, only a tile's first block may reach over the last key
     copy_q, copy_kv = (make_copy_rows(tma.evict_first), make_copy_rows(tma.evict_last)) if HINTS else (make_copy_rows(), make_copy_rows())
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
     fill_k, fill_v = make_fill(k_ring, K, KV_PANEL, PANELS, copy_kv), make_fill(v_ring, V, KV_PANEL, PANELS_V, copy_kv)
@@ -306,7 +307,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             # S = Q K^T of this block, O += P V of the block before
             k_ring.wait_full_nth(base, it)
             acc_s, product = issue(base, w, acc_o, p, stage, before, parity)
-            after = seen.after(base, it) if SEEN else int32(0)
+            after = seen.after(base, it)
             early = operands(a, base, w, stage, column, tile)
             words = draw(a, tile.row, column, plane_of(a, tile.batch, tile.head))
             acc_s = wgmma.wait_all_but_one(acc_s)
@@ -329,8 +330,8 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 acc_s = scores(a, acc_s, early, column, tile)
                 if BIAS_TILES:
                     release_k(base, stage, n_block, after, tile.n_min, lane)
-                if MASKED:          # with a mask_mod alone, only a tile's first block may reach over the last key
-                    acc_s = seen.hide(keep(acc_s, tile.intervals, column) if MASKED_ALWAYS else acc_s, a, tile, column)
+                if MASKED:
+                    acc_s = seen.hide(keep_after(acc_s, tile.intervals, column), a, tile, column)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
@@ -429,11 +430,10 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
             records.wait(base, i)
             while records.get(base, i, TILE.KIND) != 0:
                 tile, n_max, fast_min, fast_max = tile_of(a, base, i, w, thread, lane)
-                it = int32(it + 1)
-                after = int32(0)
+                n_block, it, after = int32(n_max - 1), int32(it + 1), int32(0)
                 if SEEN:
                     n_max, after = seen.first(base, it)
-                n_block = int32(n_max - 1)
+                    n_block = int32(n_max - 1)
                 p, max0, max1, sum0, sum1 = first_step(a, base, i, w, thread, lane, col, it, n_max, after, tile)
                 acc_o = zeros(COUNT_O)
                 if PACKED or CACHED:

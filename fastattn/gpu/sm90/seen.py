@@ -21,6 +21,12 @@ from ..tile.traced import make_hide
 from .records import TILE
 
 
+@inline
+def stays(acc_s, intervals, column):
+    """In place of tile/mask.py's keep: the scores as they are."""
+    return acc_s
+
+
 class Tile(NamedTuple):
     """What a consumer keeps of its tile. `row` is the thread's first row, `intervals` the keys that its two rows attend, `shared` what all
     rows of the head share (prepare), n_min the tile's last key block in the order of the loop, `hidden` what a mask_mod shares."""
@@ -37,8 +43,8 @@ class Tile(NamedTuple):
 
 
 class Seen(ModuleType):
-    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. Without one there is only `hide`, which
-    leaves scores as they are. `after` is the block after the one at hand, times 2, plus 1 where it is full; -1: there is none.
+    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. Without one there are only `hide`, which
+    leaves scores as they are, and `after`, which is not used: a choice in the kernel would move its instructions. `after` is the block after the one at hand, times 2, plus 1 where it is full; -1: there is none.
 
     tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and the one after it
     first(base, it) -> (n_max, after)       consumers: n_max - 1 is the tile's first block, the it-th
@@ -63,7 +69,10 @@ def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any
     @inline
     def hide(acc_s, a, tile, column):
         return hide_acc(acc_s, a, tile.hidden, tile.batch, tile.head, tile.row, column)
-    seen.prepare, seen.hide = prepare, hide
+    @inline
+    def none(base, it):
+        return int32(0)
+    seen.prepare, seen.hide, seen.after = prepare, hide, none
     if spec.mask_mod is None:
         return seen
     STRUCTURAL, BLOCKS = spec.left or spec.right, smem.take(8 * STAGES, 16)       # of each stage: its block, the one after it
