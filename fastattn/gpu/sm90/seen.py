@@ -43,8 +43,11 @@ class Tile(NamedTuple):
 
 
 class Seen(ModuleType):
-    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. Without one there are only `hide`, which
-    leaves scores as they are, and `after`, which is not used: a choice in the kernel would move its instructions. `after` is the block after the one at hand, times 2, plus 1 where it is full; -1: there is none.
+    """Which blocks a tile goes through under a mask_mod: those of its bitmap, from last to first. `after` is the block after the one at
+    hand, times 2, plus 1 where it is full; -1: there is none.
+
+    Without a mask_mod there are only `hide`, which leaves scores as they are, and a function `after`, whose result is not used: a choice
+    in the kernel would move its instructions.
 
     tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and the one after it
     first(base, it) -> (n_max, after)       consumers: n_max - 1 is the tile's first block, the it-th
