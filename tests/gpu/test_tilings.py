@@ -59,7 +59,7 @@ ONE_TILE: dict[str, dict[str, Any]] = {
 SEVERAL: dict[str, dict[str, Any]] = {
     "129 keys": {"seqlen_k": 129}, "rows without keys": {"causal": True, "seqlen_q": 101}, "window": {"window": (30, 0)},
     "mask": {"mask": True}, "packed": {"packed": True}, "head_dim": {"head_dim": 72}, "softcap": {"softcap": True},
-    "float32": {"out_dtype": "float32"}}
+    "float32": {"out_dtype": "float32"}, "rows beyond int32": {"seqlen_q": 2**28, "head_dim": 8}}
 
 
 @pytest.mark.parametrize("name", [*ONE_TILE, *SEVERAL])

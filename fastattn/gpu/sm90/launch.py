@@ -12,13 +12,13 @@ from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields
 from ..rows import widen_launch
-from ..rows.launch import Rows, dbias_sums, dsinks, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
+from ..rows.launch import Rows, dbias_sums, dsinks, padded_rows, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, refuses_parts
 from ..runtime.compile import late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Program, program
-from ..runtime.packed import head_group, most_tiles, table
+from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..runtime.tensormap import PANEL, fits, form
 from ..short import launch as short
 from ..simt.launch import captured, dbias
@@ -324,7 +324,8 @@ def _one_tile(call: BackwardCall, spec: Spec) -> bool:
     if spec.packed or spec.mask or spec.left or spec.traced or spec.deterministic or spec.group_parts or p.float32_out:
         return False
     right, first_attends = p.mask.right, p.mask.top_left or p.seqlen_q <= p.seqlen_k
-    return 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
+    counted = p.num_heads * padded_rows(call) <= MOST_BLOCKS        # rows of a batch entry, in int32
+    return counted and 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
