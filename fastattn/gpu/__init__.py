@@ -250,8 +250,8 @@ def _key_of_functions(call: Call, launcher: Launcher, families: tuple[str, ...])
     o, f = call.operands, call.operands.flex
     if f is None or call.views[3:-2].count(None) != len(call.views) - 6:        # besides q, k, v, the functions, out and lse
         return None
-    return (call.problem, launcher, families, call.lse is None, repr((f.score_numbers, f.mask_numbers)), f.blocks and f.blocks.strides,
-            *[(x.strides, x.ptr % 16) for x in (o.q, o.k, o.v, call.out)])
+    return (call.problem, launcher, families, call.lse is None, o.k.ptr == o.v.ptr, repr((f.score_numbers, f.mask_numbers)),
+            f.blocks and f.blocks.strides, *[(x.strides, x.ptr % 16) for x in (o.q, o.k, o.v, call.out)])
 
 
 def _prepared(call: Call, launcher: Launcher, families: tuple[str, ...]) -> Launch:
