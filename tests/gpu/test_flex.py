@@ -306,7 +306,7 @@ def test_tilings_of_functions() -> None:
     causal = MASKS["causal"].function
     assert config(mask_mod=causal) == "forward_sm90 128x128 stages 2 out 4 optimistic turns"
     fine, coarse = (fastattn.block_mask(causal, None, None, 4096, 4096, block=block) for block in (64, 128))
-    assert config(block_mask=fine) == "forward_sm90 64x64 stages 2 out 2 two blocks"
+    assert config(block_mask=fine) == "forward_sm90 64x64 stages 2 out 2 blocks 2"
     assert config(block_mask=coarse) == config(mask_mod=causal)
 
 
