@@ -107,7 +107,7 @@ def test_every_block_once(name: str) -> None:
 @pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 32}, {"stages": 1, "block_n": 64}, {"out_panels": 0}, {"turns": False},
                                     {"optimistic": False}, {"block_m": 64, "turns": False},
                                     {"block_m": 64, "turns": False, "blocks_per_sm": 2},
-                                    {"block_n": 64, "optimistic": False, "overlap": False, "blocks_per_sm": 2}], ids=str)
+                                    {"block_n": 64, "optimistic": False, "blocks_per_sm": 2}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     call = CASES["128 causal"]
     for seed in range(2):
