@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import words
 from ..arrays.convert import view
-from ..arrays.readers import in_device_memory
+from ..arrays.readers import in_device_memory, shape_of
 from ..errors import message
 from ..options import Check
 from .capture import is_array
@@ -18,7 +18,7 @@ from .evaluate import Array
 from .intervals import ALL, NONE, SOME, tile_states
 from .ops import INT
 from .program import Builder, Program
-from .trace import Traced, traced
+from .trace import Traced, described, traced
 
 MaskMod = Callable[..., Any]
 DEFAULT = 128                           # rows and keys of a block
@@ -283,11 +283,11 @@ def block_mask(mask_mod: MaskMod | None, batch: int | None, num_heads: int | Non
     if blocks is not None:
         if not is_array(blocks):
             raise check.type("blocks", f"is {words.kind(blocks)}", "a boolean array")
-        dtype = words.dtype_of(getattr(blocks, "dtype", ""))
+        dtype = described(blocks).dtype
         if dtype != "bool":
             raise check.type("blocks", f"has dtype {dtype}", "bool, True where a block may be seen", words.cast("blocks", blocks, "bool"))
         whole = made.batch or 1, made.num_heads or 1, *made.count
-        given = tuple(blocks.shape)
+        given = shape_of(blocks) or ()
         if not 2 <= len(given) <= 4 or any(n not in (1, m) for n, m in zip(given[::-1], whole[::-1], strict=False)):
             raise check.value("blocks", f"has shape {given}", f"a shape that broadcasts to (batch, num_heads, blocks, blocks) = {whole}")
         made.blocks = blocks

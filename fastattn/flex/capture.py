@@ -31,17 +31,21 @@ class Leaf(NamedTuple):
     number: bool
 
 
+PROTOCOLS = frozenset({"__dlpack__", "__cuda_array_interface__", "__array_interface__"})
+
+
 def is_array(x: Any) -> bool:
-    """Whether x is an array of any library. NumPy's scalars are numbers."""
-    return _holds_elements(type(x))  # type: ignore[arg-type]     # a type is hashable
+    """Whether x is an array of any library, by its type or by what it says itself. NumPy's scalars are numbers."""
+    if _holds_elements(type(x)):  # type: ignore[arg-type]     # a type is hashable
+        return True
+    return not isinstance(x, type | types.ModuleType) and not PROTOCOLS.isdisjoint(getattr(x, "__dict__", ()))
 
 
 @functools.lru_cache(1000)
 def _holds_elements(kind: type) -> bool:
     if issubclass(kind, type | types.ModuleType | np.generic):
         return False
-    protocols = "__dlpack__", "__cuda_array_interface__", "__array_interface__"
-    return issubclass(kind, np.ndarray) or any(hasattr(kind, name) for name in protocols) or words.is_tracer(kind)
+    return issubclass(kind, np.ndarray) or any(hasattr(kind, name) for name in PROTOCOLS) or words.is_tracer(kind)
 
 
 def is_number(x: Any) -> bool:

@@ -5,14 +5,16 @@ import functools
 import itertools
 import math
 import operator
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fastattn import block_mask
 from fastattn.flex.evaluate import evaluate, places
 from fastattn.flex.ops import HIGH, LOW, OPS
 from fastattn.flex.program import COLUMN, ELEMENT, ROW, TILE, Captured, Program
@@ -196,14 +198,25 @@ def test_captured_come_first_and_closures_in_order_of_use() -> None:
     assert t.names == ("captured[0]", "c", "a") and t.program.arrays[0].dtype == "int64"
 
 
-def test_an_array_known_by_its_interface_alone() -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["of its class", "of its own"])
+def test_an_array_known_by_its_interface_alone(own: bool) -> None:
     """It has neither shape nor dtype."""
     class Named:
-        __cuda_array_interface__: ClassVar = {"shape": (4, 9), "typestr": "<f2", "data": (4096, False), "version": 3}
-    table = Named()
+        pass
+
+    def named(shape: tuple[int, ...], typestr: str) -> Any:
+        made = Named()
+        interface = {"shape": shape, "typestr": typestr, "data": (4096, False), "version": 3}
+        (made if own else Named).__cuda_array_interface__ = interface
+        return made
+    table = named((4, 9), "<f2")
     for mod, captured in ((lambda s, b, h, q, k, t: s + t[h, k], (table,)), (lambda s, b, h, q, k: s + table[h, k], ())):
         found = traced("attention", "score_mod", mod, captured)
         assert found.arrays == (table,) and found.program.arrays == (Captured("float16", 2),)
+    blocks = named((3, 4), "|b1")
+    assert block_mask(None, None, None, 60, 80, block=20, blocks=blocks).blocks is blocks
+    with pytest.raises(ValueError, match=re.escape("blocks has shape (3, 5)")):
+        block_mask(None, None, None, 60, 80, block=20, blocks=named((3, 5), "|b1"))
 
 
 def test_the_callers_objects_stay_as_they_are() -> None:

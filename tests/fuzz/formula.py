@@ -305,6 +305,8 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         alive = a.attends & (lse[at_lse] != -np.inf)[:, :, None] if a.sinks is None else a.attends
         level = lse[at_lse].astype(real)
         dout, o = (np.where(a.attends, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
+        overflowed = ~np.isfinite(o).all(axis=2)[:, :, None]        # rows whose delta is infinite or NaN
+        o = np.where(overflowed, 0, o)
         dlse = np.zeros(level.shape) if x.dlse is None else x.dlse[at_lse].astype(real)
         f, sinks = scores(s, x.scale, a, r.eps, r.real), a.sinks
         if s.engine == "reference":
@@ -332,8 +334,9 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         size = P * (np.abs(dP) + np.abs(fall))
         if f.mod is not None:
             dS, off, size = _through(f.mod, dcaptured, dS, off, size)
+        beyond = (overflowed & a.attended) | (size > (LARGEST["float16"] / 4 if s.dtype == "float16" else np.inf))
         if dbias is not None:
-            for array, value in zip(dbias, (dS, off, size), strict=True):
+            for array, value in zip(dbias, (dS, np.where(beyond, np.inf, off), size), strict=True):
                 array[n, :, :value.shape[1], :value.shape[2]] = value
         if sinks is not None:
             level_s = np.where(level == -np.inf, np.inf, level)
@@ -351,8 +354,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         flip = (0, 2, 1)
         # a large scale, which comes last, shows what underflow lost
         off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.attends
-        beyond = size > (LARGEST["float16"] / 4 if s.dtype == "float16" else np.inf)    # dS is infinite there, and inf * 0 NaN
-        off_dq = np.where(beyond.any(axis=2)[:, :, None], np.inf, off_dq)
+        off_dq = np.where(beyond.any(axis=2)[:, :, None], np.inf, off_dq)      # dS is infinite there as an operand, and inf * 0 NaN
         _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
@@ -456,6 +458,8 @@ def naive(x: Inputs, out: Array | None = None, lse: Array | None = None) -> dict
             continue
         level = lse[at_lse].astype(real)
         dout, o = (np.where(a.attends, y[rows_q].swapaxes(0, 1).astype(real), 0) for y in (x.dout, out))
+        overflowed = ~np.isfinite(o).all(axis=2)[:, :, None]        # rows whose delta is infinite or NaN
+        o = np.where(overflowed, 0, o)
         dlse = real(0) if x.dlse is None else x.dlse[at_lse].astype(real)
         P = _weights(S, level)
         fall = (dlse - (dout * o).sum(axis=2))[:, :, None]

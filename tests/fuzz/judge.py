@@ -220,7 +220,8 @@ def _merge(x: Inputs, device: Device) -> list[str]:
     if s.out_dtype is not None:                 # a running state: the first part is of another dtype, and is written to
         outs[0] = outs[0].astype(NUMPY[s.out_dtype])
         there[0][0] = device.lay(s, swapped(s, outs[0]))
-        given = {"out": there[0][0], "lse": there[1][0]} if not s.readonly and s.memory != "dlpack" else {}
+        in_place = not s.readonly and s.memory != "dlpack" and s.stream != "capture"       # a capture runs the call twice
+        given = {"out": there[0][0], "lse": there[1][0]} if in_place else {}
     out, lse = device.call(s, fastattn.merge_states, *there, layout=layout, **given)
     right = formula.merged(outs, lses, s.dtype, s.result)
     return _judged(x, {"out": swapped(s, device.get(out)), "lse": device.get(lse)}, right, None)
@@ -270,7 +271,7 @@ def _far(name: str, got: Array, value: Value, dtype: str) -> str | None:
     if dtype not in ("float16", "float64") and name != "lse":   # sums on the way
         beyond |= value.size > values.LARGEST["float32"] / 16
     excess = np.where(np.isnan(off), np.inf, off / np.where(allowed > 0, allowed, 1e-300))
-    excess = np.where(beyond & np.isfinite(value.exact), 0, excess)
+    excess = np.where((beyond & np.isfinite(value.exact)) | np.isnan(value.exact), 0, excess)      # NaN: the formula's own numbers overflow
     worst = np.unravel_index(int(np.argmax(excess)), excess.shape)
     if excess[worst] <= 1:
         return None
