@@ -34,8 +34,6 @@ class LatentConfig:
         Keys of a step, and stages of them in flight.
     box, whole
         Rows of a TMA box; whether a page has as many.
-    ahead
-        So many blocks before it is loaded a block of keys is prefetched into the L2 cache; 0: it is not.
     overhead
         What a thread block costs besides its steps, in steps: Q, the first keys, a result of 128 KB.
     """
@@ -44,12 +42,11 @@ class LatentConfig:
     stages: int = STAGES
     box: int = BLOCK_N
     whole: bool = False
-    ahead: int = 1
     overhead: int = 4
 
     @property
     def text(self) -> str:
-        return (f"{self.block_n} keys stages {self.stages} box {self.box} ahead {self.ahead} overhead {self.overhead}"
+        return (f"{self.block_n} keys stages {self.stages} box {self.box} overhead {self.overhead}"
                 + " whole" * self.whole)
 
     @property

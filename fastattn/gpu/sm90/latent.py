@@ -34,7 +34,7 @@ from ..spec import Spec
 from ..tile.fragments import make_pack, quad_sum, scale_rows, scale_seen_rows, zeros
 from ..tile.gradients import store_numbers
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
-from ..tile.pages import make_key_loads, make_prefetch
+from ..tile.pages import make_key_loads
 from ..tile.ring import make_barrier, make_ring
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, Smem, make_clear, make_copy_rows, panels
@@ -69,7 +69,6 @@ def make_latent(spec: Spec, config: LatentConfig) -> tuple[Any, int]:
     (qk, pv), more_qk = wgmma.make_products(spec.dtype), wgmma.make_more_qk(spec.dtype)
     _, shared_pv = wgmma.make_grad_products(spec.dtype)
     make_fill, keys_at = make_key_loads(spec, config.box, config.whole)
-    AHEAD, prefetch = config.ahead, make_prefetch(spec, config.box, config.whole, BLOCK_N, PANELS)
     fill_low = make_fill(low, LOW, K_PANEL, LOW_PANELS, make_copy_rows())
     fill_high = make_fill(high, HIGH, K_PANEL, HIGH_PANELS, make_copy_rows(None, LOW_PANELS))
     of_producer, of_consumer = REGISTERS_8BIT if EIGHT_BIT else REGISTERS
@@ -87,9 +86,6 @@ def make_latent(spec: Spec, config: LatentConfig) -> tuple[Any, int]:
         keys, n, row = keys_at(a, place.batch, place.seqlen_k), int32(0), int32(place.first)
         while row < place.end:
             stage, phase = low.use(n)
-            if AHEAD > 0:
-                if row + AHEAD * BLOCK_N < place.end:
-                    prefetch(a.map_k, int32(row + AHEAD * BLOCK_N), place.head_k, keys)
             fill_high(base, a.map_k, stage, int32(phase ^ 1), row, place.head_k, keys)
             fill_low(base, a.map_k, stage, int32(phase ^ 1), row, place.head_k, keys)
             row, n = opaque(int32(row + BLOCK_N)), int32(n + 1)

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 from numba import int32, int64, uint32, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import tma
 from ..ptx.memory import load_b32_if
 from ..ptx.sync import opaque
 from ..spec import Spec
 from .ring import Ring, make_fill
-from .smem import PANEL, ROW_BYTES
+from .smem import ROW_BYTES
 
 
 class Pages(NamedTuple):
@@ -104,23 +103,3 @@ def make_key_loads(spec: Spec, BOX: int, WHOLE: bool) -> tuple[Any, Any]:
     def row_of(a, batch, seqlen_k):
         return batch
     return make_fill, row_of
-
-
-def make_prefetch(spec: Spec, BOX: int, WHOLE: bool, ROWS: int, PANELS: int) -> Any:
-    """prefetch(map_, row, head, keys): load the PANELS panels of a block of ROWS keys into the L2 cache. `keys` as `fill` takes it, `row` a
-    key that the request has."""
-    PAGED, (_, page_of) = spec.paged, make_page_of(BOX, WHOLE)
-
-    @inline
-    def prefetch(map_, row, head, keys):
-        going = True
-        while going:
-            if PAGED:
-                page, within = page_of(keys, row)
-            else:
-                page, within = keys, row
-            for p in range(PANELS):
-                tma.prefetch(map_, int32(p * PANEL), within, head, page)
-            row = opaque(int32(row + BOX))
-            going = (row & (ROWS - 1)) != 0
-    return prefetch

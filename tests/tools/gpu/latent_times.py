@@ -24,7 +24,7 @@ from tests.tools.gpu.variants_8bit import seconds
 HEADS, DIM, DIM_V, PAGE = 128, 576, 512, 64
 SHAPES = ((64, 8192), (16, 8192), (1, 8192), (100, 8192), (4, 8192), (1, 131072), (64, 1024))      # requests, keys
 VARIANTS: dict[str, LatentConfig] = {
-    "shipped": LatentConfig(), "unplanned": LatentConfig(), "ahead 0": LatentConfig(ahead=0), "ahead 2": LatentConfig(ahead=2),
+    "shipped": LatentConfig(), "unplanned": LatentConfig(),
 }
 
 
