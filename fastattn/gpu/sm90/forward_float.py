@@ -1,6 +1,7 @@
-"""Forward of float32 for Hopper, for heads whose parts of Q do not fit shared memory: Q stays float32 and is split in registers.
+"""Forward of float32 for Hopper, on bfloat16 tensor cores: each operand is three parts, and a product six (ptx/parts.py).
 
-    warpgroup 0     one thread issues the TMA loads of K and V, panel after panel
+    warpgroup 0     K and V, panel after panel. Up to head_dim 128 all its threads read them as float32 and store their parts; over it one
+                    thread issues TMA loads of parts
     warpgroups 1, 2 S = Q K^T, softmax, O += P V. Up to head_dim 256 each has 64 query rows. Over it both have the same 64 rows: each
                     sums its half of every panel's columns of S, they exchange these sums, and each has half of the columns of O
 
@@ -8,10 +9,10 @@
     ring            FULL, EMPTY as in forward.py. A step takes all panels of K, then those of V: of both warpgroups in turns, if they
                     share rows; each lets the other's pass
 
-K and V are parts that rows/split.py has written. The A operand of S is split as it is loaded, 11 instructions for two numbers, which the
-other warpgroup's MMAs hide. It is read once for six products, and takes 4 instead of 6 bytes an element: parts of Q would take 192 KB at
-head_dim 512. Tensor cores cut sums off, so a panel's products have an accumulator of their own (of S: half a panel's), which ordinary
-additions add to S and to O.
+Over head_dim 128 the producer has no registers to split with, and rows/split.py has written the parts of K and V before. Q stays float32 in
+shared memory, 4 bytes an element and not 6: its parts would take 192 KB at head_dim 512. It is split in registers as it is loaded, 11
+instructions for two numbers, which the other warpgroup's MMAs hide, and read once for six products. Tensor cores cut sums off, so a panel's
+products have an accumulator of their own (of S: half a panel's), which ordinary additions add to S and to O.
 """
 from __future__ import annotations
 
