@@ -154,7 +154,7 @@ def test_a_tile_of_keys_loops_over_the_queries_that_attend_it(width: int, narrow
 
 
 MODULES = ("sm80.forward", "sm80.backward", "sm90.forward", "sm90.backward", "sm90.backward_wide", "sm90.backward_dq",
-           "sm90.backward_float")
+           "sm90.backward_float", "sm90.forward_float")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -39,21 +39,24 @@ class Copies:
             self._land(active, self.groups - int(x[0]))
         else:
             assert "shared" in op
-            to = self.shared.words(self.address(x[0], active, True), 16, self.block[active])
-            size = np.full(len(active), 16) if len(x) < 4 else np.broadcast_to(self.get(x[3], active, "s32"), len(active))
-            there, data = size > 0, np.zeros((len(active), 16), np.uint8)
-            if there.any():
-                data[there] = self.memory.bytes.reshape(-1, 16)[self.memory.words(self.address(x[1], active, False)[there], 16)]
+            total, source = x[2], self.address(x[1], active, False)
+            to = self.shared.words(self.address(x[0], active, True), total, self.block[active])
+            size = np.full(len(active), total) if len(x) < 4 else np.broadcast_to(self.get(x[3], active, "s32"), len(active))
+            assert not (source[size > 0] % total).any(), f"misaligned copy of {total} bytes"
+            data = np.zeros((len(active), total), np.uint8)         # what is past the source's size is 0
+            for k in range(0, total, 4):
+                there = size > k
+                if there.any():
+                    data[there, k:k + 4] = self.memory.bytes.reshape(-1, 4)[self.memory.words(source[there] + k, 4)]
             self.on_the_way.append(_Copy(active.copy(), self.groups[active], to, data))
 
     def _land(self, active: Array, before: Array) -> None:
         """Let land the copies of these threads whose groups' numbers are below `before`."""
-        memory = self.shared.bytes[:self.shared.bytes.size // 16 * 16].reshape(-1, 16)
         waits, left = np.zeros(self.count, bool), list[_Copy]()
         waits[active] = True
         for copy in self.on_the_way:
             lands = waits[copy.threads] & (copy.group < before[copy.threads])
-            memory[copy.to[lands]] = copy.data[lands]
+            self.shared.bytes.reshape(-1, copy.data.shape[1])[copy.to[lands]] = copy.data[lands]
             if not lands.all():
                 left.append(_Copy(*(field[~lands] for field in copy)))
         self.on_the_way = left
