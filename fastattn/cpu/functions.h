@@ -5,6 +5,11 @@
 #define EACH_LANE(to, x, call) for (long i = 0; i < VL; i++) to[i] = (REAL)call((x)[i])
 
 ALWAYS_INLINE vec name(absolute)(vec x) { return (vec)((ivec)x & ~SIGN_BIT); }
+/* tanh, exactly 1 where it rounds to 1. tanh itself may be 1 - 2^-24 there, and the derivative 1 - t^2 of a trace 2^-23 instead of 0. */
+ALWAYS_INLINE vec name(saturated_tanh)(vec x) {
+  const vec one = (vec)((ivec)SPLAT((REAL)1) | ((ivec)x & SIGN_BIT)), far = SPLAT((REAL)(REAL_BITS == 32 ? 9.1 : 20.0));
+  return name(choose)((ivec)(name(absolute)(x) >= far), one, name(tanh)(x));
+}
 /* Nearest integer, ties to even. Above 2^(mantissa) all numbers are whole. */
 ALWAYS_INLINE vec name(nearest)(vec x) {
   const vec whole = SPLAT(REAL_BITS == 32 ? (REAL)8388608.0 : (REAL)4503599627370496.0), size = name(absolute)(x);

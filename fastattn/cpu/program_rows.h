@@ -107,7 +107,7 @@ static void name(run_real)(int op, const name(operands) *o, long count) {
     case OP_f_exp2: EACH(name(full_exp2)(A))
     case OP_f_log: EACH(name(log)(A))
     case OP_f_log2: EACH(name(log2)(A))
-    case OP_f_tanh: EACH(name(tanh)(A))
+    case OP_f_tanh: EACH(name(saturated_tanh)(A))
     case OP_f_sigmoid: EACH(name(sigmoid)(A))
     case OP_f_erf: EACH(name(erf)(A))
     case OP_f_sqrt: EACH(name(root)(A))

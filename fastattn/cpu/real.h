@@ -156,11 +156,8 @@ ALWAYS_INLINE vec name(tanh)(vec x) {
 #if defined(__AVX512F__)
   vec r = (vec)_mm512_rcp14_ps((__m512)q);
   return p * x * (r + r * (SPLAT(1) - q * r));
-#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#else
   return p * x / q;
-#else /* rounded twice a step, it is 1 - 2^-24 at 8.6, and a saturated slope 1 - t^2 would not be 0 */
-  const vec one = (vec)((ivec)SPLAT(1.0f) | ((ivec)x & (ivec)SPLAT(-0.0f)));
-  return name(choose)((ivec)(z >= SPLAT(8.6f * 8.6f)), one, p * x / q);
 #endif
 #else
   const ivec sign_bit = (ivec)SPLAT((REAL)-0.0);

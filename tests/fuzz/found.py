@@ -80,7 +80,7 @@ FOUND: list[Spec] = [
          hidden="nan", backward=True),
     Spec(seed=6, batch=2, num_heads=2, num_heads_k=2, seqlen_q=17, seqlen_k=40, score_mod="constant", mask_mod="nothing", sinks="normal",
          backward=True, need_dcaptured=True),
-    # a saturated tanh was 1 - 2**-24 without fused multiply-adds, and its slope 2**-23 instead of 0
+    # a saturated tanh was 1 - 2**-24 where multiply-adds are not fused, and its slope 2**-23 instead of 0
     Spec(seed=922807138, dtype="bfloat16", seqlen_k=2, head_dim=1, head_dim_v=1, bias=(1, 1, 1, 2), bias_values="lowest_parts",
          score_mod="capped", backward=True),
     Spec(seed=1278585696, seqlen_k=3, head_dim=24, head_dim_v=1, softmax_scale=-1.0, score_mod="capped", values="integers", backward=True),

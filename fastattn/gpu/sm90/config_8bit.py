@@ -57,4 +57,5 @@ def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
     if spec.head_dim <= 64:
         return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1)
     gather = 1 if spec.left else 2          # the bounds of a window would spill 60 bytes beside a sum of two
-    return Forward8BitConfig(block_m=128, block_n=128, out_panels=0 if direct else 2, gather=gather)
+    block_n = 96 if spec.left and spec.lse else 128         # with 128, 56 bytes would spill
+    return Forward8BitConfig(block_m=128, block_n=block_n, out_panels=0 if direct else 2, gather=gather)
