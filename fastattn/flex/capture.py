@@ -35,7 +35,11 @@ PROTOCOLS = frozenset({"__dlpack__", "__cuda_array_interface__", "__array_interf
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is an array of any library, by its type or by what it says itself. NumPy's scalars are numbers."""
+    """Whether x is an array of any library. NumPy's scalars are numbers.
+
+    `arrays.readers.is_array` asks the object. Here all that a function holds is looked through, and nothing of it may run: only its type
+    and its own entries count.
+    """
     if _holds_elements(type(x)):  # type: ignore[arg-type]     # a type is hashable
         return True
     return not isinstance(x, type | types.ModuleType) and not PROTOCOLS.isdisjoint(getattr(x, "__dict__", ()))

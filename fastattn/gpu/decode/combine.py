@@ -234,6 +234,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
                 i = int32(i + THREADS)
     return fours, put, put_part, combine
 
+
 def make_merge(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int) -> tuple[Any, int]:
     """(kernel, bytes of shared memory): a plane's BLOCK_ROWS rows are merged by a.pieces blocks, one row after another.
 
