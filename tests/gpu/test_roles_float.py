@@ -49,6 +49,18 @@ def test_two_stages() -> None:
     check(play(call, 1, stages=2, block_n=32), whole(call.problem))
 
 
+@pytest.mark.parametrize("name", ["192", "320"])
+def test_splits_store_maxima_and_sums(name: str) -> None:
+    """Where a call's keys are split, behind the maxima of all rows: a play's maxima are 0 and its sums 1."""
+    call = CASES[name]
+    p, made = call.problem, play(call, 0, partial=True)
+    check(made, whole(p))
+    step = made.config.block_m
+    rows = [row for first in range(0, p.seqlen_q, step) for row in range(first, first + step, 16)]
+    assert made.lse == {(batch, head, row): (sums, sums) for sums in (0, 1) for head in range(p.num_heads) for row in rows
+                        for batch in range(sums * p.batch, (sums + 1) * p.batch)}
+
+
 @pytest.mark.parametrize("dim", [128, 320])
 def test_packed_sequences(dim: int) -> None:
     lengths_q, lengths_k = [70, 0, 5], [60, 40, 100]

@@ -13,6 +13,9 @@ PARTS = 3
 WARPGROUP = 128             # threads
 MOST_SPLIT = 128            # head_dim to which the producer splits K and V: wider heads leave it no registers
 SHORT_KEYS = 128            # keys of a dense call whose tiles are `short`
+LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
+MOST_SPLITS = 128           # of the keys
+MERGE_THREADS = 128
 MOST_SHARED_ROWS = 256      # head_dim_v from which both warpgroups share rows: one has registers for so many columns of O
 
 
@@ -36,6 +39,8 @@ class ForwardFloatConfig:
         The parts of Q stay in registers instead of being made in every step: of one panel.
     consumers
         Consumer warpgroups. With one, two thread blocks on a multiprocessor hide each other's waits.
+    partial
+        The keys are some of the call's: what is stored is O before its division, maxima and sums of rows, for merge_float.py.
     """
 
     block_n: int
@@ -44,6 +49,7 @@ class ForwardFloatConfig:
     split: bool = False
     keep_q: bool = False
     consumers: int = CONSUMERS
+    partial: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_n % 16 == 0 and self.slices in (1, CONSUMERS) and not (self.split and self.slices > 1)
@@ -65,7 +71,7 @@ class ForwardFloatConfig:
     @property
     def text(self) -> str:
         return (f"{self.block_m}x{self.block_n} stages {self.stages} slices {self.slices}" + " split" * self.split + " keep_q" * self.keep_q
-                + " one consumer" * (self.consumers == 1))
+                + " one consumer" * (self.consumers == 1) + " partial" * self.partial)
 
 
 def room_for_panels(head_dim: int, block_n: int, slices: int) -> int:

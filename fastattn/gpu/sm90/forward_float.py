@@ -38,7 +38,7 @@ from ..ptx.sync import (
 from ..ptx.wgmma_float import CHUNK_BYTES, copy4_if, copy16_if
 from ..spec import Spec
 from ..tile.dropout import make_dropout
-from ..tile.fragments import add, add_columns, lane_row, make_pack, scale_rows, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import add, add_columns, lane_row, make_pack, quad_sum, scale_rows, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import add_piece, store_piece
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.parked import park, parked, word
@@ -75,7 +75,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
     # threads of the producer have filled a slot
     LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
-    SPLIT, KEEP_Q, EARLY = config.split, config.keep_q, spec.bias is None          # a bias takes a register for each score
+    SPLIT, KEEP_Q, PARTIAL, EARLY = config.split, config.keep_q, config.partial, spec.bias is None      # a bias: a register for each score
     UPPER, LOWER = BLOCK_N // 32, BLOCK_N // 16 - BLOCK_N // 32         # lines of a panel, 16 rows each, of a thread of the producer
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -366,9 +366,19 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         epilogue(a, base, acc_o, max0, max1, sum0, sum1)
 
     @inline
+    def store_state(a, head, batch, q_start, seqlen_q, row, max0, max1, sum0, sum1):
+        """Of a part of the keys: maxima of all rows in the place of lse, and behind them the sums."""
+        store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, max0, max1)
+        store_lse(a, head, int32(batch + a.batch), q_start, seqlen_q, own_lane(), row, sum0, sum1)
+
+    @inline
     def epilogue(a, base, acc_o, max0, max1, sum0, sum1):
         head, batch, q_start, seqlen_q, w = word(base, HEAD), word(base, BATCH), word(base, Q_START), word(base, SEQLEN_Q), own_warpgroup()
-        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        if PARTIAL:
+            scale0, scale1, lse0, lse1 = float32(1), float32(1), NEG_INF, NEG_INF
+            sum0, sum1 = quad_sum(sum0), quad_sum(sum1)
+        else:
+            scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
             if unowned(a, int32(cuda.blockIdx.x)) == UNOWNED:
                 lse0, lse1 = NEG_INF, NEG_INF
@@ -378,7 +388,10 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         store_floats(scale_seen_rows(acc_o, scale0, scale1), at, uint64(at + uint64(8 * a.out_row)), a.out_dim, rows0, rows1,
                      int32(a.head_dim_v - column), 1)
         if not SHARED or w == 0:
-            store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, lse0, lse1)
+            if PARTIAL:
+                store_state(a, head, batch, q_start, seqlen_q, row, max0, max1, sum0, sum1)
+            else:
+                store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, lse0, lse1)
 
     def kernel(a):
         wait_for_previous()

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 from ...arrays.view import View, contiguous
 from ...problem import Problem
-from ..rows.launch import merge_states
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of
 from ..runtime.compile import late
@@ -16,11 +15,12 @@ from ..runtime.packed import head_group, most_tiles, table
 from ..runtime.tensormap import form
 from ..spec import Arguments, Call, Launch, Spec, whole_chunks
 from .config import WARPGROUP
-from .config_float import SHORT_KEYS, ForwardFloatConfig, choose_forward
+from .config_float import LEAST_KEYS, MERGE_THREADS, MOST_SPLITS, SHORT_KEYS, ForwardFloatConfig, choose_forward
 
 make_forward_float = late("sm90.forward_float", "make_forward_float")
+make_merge_float = late("sm90.merge_float", "make_merge_float")
 FORWARD, MAPS = "table:l tiles:i head_group:i", "map_k:l map_v:l "
-LEAST_KEYS = 512            # of a split of the keys: fewer take as long as what merges them
+SPLITS = "part:l part_batch:q part_row:q part_head:q part_split:q rows:l row_batch:q row_head:q row_split:q totals:q splits:i"
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -31,6 +31,12 @@ def float_forward_program(spec: Spec, config: ForwardFloatConfig, whole: bool) -
                    early=not config.split)
 
 
+@lru_cache(maxsize=PROGRAMS)
+def merge_program(spec: Spec) -> Program:
+    return program(f"merge_sm90_float {spec.text}", lambda: make_merge_float(spec), Arguments(spec, SPLITS, ("out",), online=True),
+                   MERGE_THREADS)
+
+
 def splits_of(p: Problem, spec: Spec, tiles: int, num_sms: int) -> int:
     """Splits of the keys of a call with so few tiles that multiprocessors would be idle. 1: none.
 
@@ -39,7 +45,7 @@ def splits_of(p: Problem, spec: Spec, tiles: int, num_sms: int) -> int:
     plain = spec == Spec(spec.dtype, spec.head_dim, spec.head_dim_v, lse=spec.lse)
     if not plain or (p.batch > 1 and p.num_heads > 1):
         return 1
-    most = min(num_sms // max(tiles, 1), p.seqlen_k // LEAST_KEYS)
+    most = min(num_sms // max(tiles, 1), p.seqlen_k // LEAST_KEYS, MOST_SPLITS)
     return max((n for n in range(1, most + 1) if p.seqlen_k % n == 0), default=1)
 
 
@@ -78,34 +84,33 @@ def _prepare_kernel(call: Call, spec: Spec, config: ForwardFloatConfig, launcher
 
 def _prepare_split(call: Call, spec: Spec, config: ForwardFloatConfig, splits: int, launcher: Launcher) -> Launch:
     """prepare_float with the keys in `splits` parts, whose results are merged."""
-    own, rows = replace(spec, lse=True), math.prod(call.out.shape[:3])
-    out_bytes, lse_bytes = 4 * rows * call.problem.head_dim_v, 4 * rows         # of a split, multiples of 4
-    enqueue = _prepare_kernel(split_call(parts_of(call, 0, whole_q=True)[0], splits, 0, splits * out_bytes), own, config, launcher)
+    lines, dim = math.prod(call.out.shape[:3]), call.problem.head_dim_v
+    out_bytes, row_bytes = 4 * splits * lines * dim, 4 * splits * lines         # of all splits: O; maxima, and as much of sums
+    enqueue = _prepare_kernel(split_call(parts_of(call, 0, whole_q=True)[0], splits, 0, out_bytes), replace(spec, lse=True),
+                              replace(config, partial=True), launcher)
+    merge_source, merge_arguments = merge_program(spec)
+    merge, merge_values = launcher.load(merge_source), merge_arguments.bound(call)
 
     def launch(call: Call, stream: int) -> None:
-        with (launcher.temporary(splits * out_bytes + (splits + 1) * lse_bytes, stream) as memory,
+        with (launcher.temporary(out_bytes + 2 * row_bytes, stream) as memory,
               as_parts(call, launcher, stream, whole_q=True) as parts):
-            lse_at = memory + splits * out_bytes
-            split = split_call(parts, splits, memory, lse_at)
+            split = split_call(parts, splits, memory, memory + out_bytes)
             enqueue(split, stream)
-            assert split.lse is not None
-            axis, lse_axis = _axes(call.problem)
-            shape = call.out.shape[0], call.out.shape[2], call.out.shape[1]
-            unused = View(lse_at + splits * lse_bytes, shape, contiguous(shape, 4), "float32", call.out.device)
-            merge_states([_entry(split.out, axis, n) for n in range(splits)], [_entry(split.lse, lse_axis, n) for n in range(splits)],
-                         call.out, call.lse or unused, launcher, stream)
+            merge.launch(lines, merge_values(call, split_values(call.problem, split, splits, row_bytes)), stream)
     return launch
+
+
+def split_values(p: Problem, split: Call, splits: int, row_bytes: int) -> tuple[int, ...]:
+    """Values of SPLITS, of a call's problem and its split_call."""
+    assert split.lse is not None
+    axis, rows_axis = _axes(p)          # it has only one entry in the call, so that its stride beside the splits' counts nothing
+    return (split.out.ptr, *split.out.strides[:3], split.out.strides[axis], split.lse.ptr, *split.lse.strides[:2],
+            split.lse.strides[rows_axis], row_bytes, splits)
 
 
 def _axes(p: Problem) -> tuple[int, int]:
     """The axis of q, k, v and out, and that of lse, which has the splits: one of length 1."""
     return (0, 0) if p.batch == 1 else (2, 1)
-
-
-def _entry(x: View, axis: int, n: int) -> View:
-    """Entry n of an axis, which stays."""
-    shape = (*x.shape[:axis], 1, *x.shape[axis + 1:])
-    return View(x.ptr + n * x.strides[axis], shape, x.strides, x.dtype, x.device)
 
 
 def split_call(call: Call, splits: int, out: int, lse: int) -> Call:

@@ -104,6 +104,8 @@ def _float() -> Iterator[Job]:
                                 (512, "dropout_packed", {"dropout": True, **window})):
         yield job("sm90", "sm_90a", dim, what, **settings)
     yield Job("sm90", "sm_90a", _want("float32", 576, 512, causal=True), "causal")
+    for dim, dim_v in ((192, 256), (512, 512)):
+        yield Job("sm90", "sm_90a", _want("float32", dim, dim_v, lse=dim > 256, batch=1, num_heads=1, seqlen_k=8192), "split_keys")
     yield job("sm90", "sm_90a", 64, "alibi_packed", alibi="float32", packed=True, window=(100, 50))
     yield job("sm90", "sm_90a", 64, "everything_packed", **several)
     yield job("sm80", "sm_89", 128, "causal", causal=True)

@@ -35,6 +35,7 @@ class PlayFloat(Play):
         self.chunks, self.call = 2 * -(-p.head_dim // 64), call
         self.needed = self.chunks if config.slices > 1 else -(-p.head_dim // 32)        # others are 0
         self.stored_by: dict[tuple[int, int], set[tuple[int, int]]] = {}        # (warp, half) that are stored of a panel of a block
+        self.lse: dict[tuple[int, int, int], tuple[float, float]] = {}          # of the first rows of warps: (batch, head, row)
         super().__init__(config, p.head_dim_v, tuple(range(blocks)), seed, config.consumers, dict.fromkeys("kv", config.block_n), 3,
                          tuple(range(0, 128, 32)) if config.split else (0,))
 
@@ -132,6 +133,11 @@ class PlayFloat(Play):
         if more[1] > 0:         # there are columns
             self.store_rows(self.at_rest(acc), address, other, inside)
 
+    def store_lse(self, a: Any, head: int, batch: int, q_start: int, seqlen_q: int, lane: int, row: int, lse0: float, lse1: float) -> None:
+        place = batch, head, q_start + row
+        assert place not in self.lse, "a row's lse is stored twice"
+        self.lse[place] = lse0, lse1
+
     def names(self) -> dict[str, Any]:
         wgmma = SimpleNamespace(fence=nothing, commit=self.commit, k_major=lambda at: at, mn_major=lambda at, panel: (at, panel),
                                 wait_all=self.landed(0), pv_parts=self.pv_float)
@@ -141,7 +147,7 @@ class PlayFloat(Play):
             "cp_async": SimpleNamespace(wait_all=nothing),
             "add_columns": self.add_columns, "store_piece": self.store_piece, "add_piece": self.add_piece, "int64": int,
             "lane_row": lambda lane: lane >> 2, "thread_col": lambda thread: 2 * (thread & 3),
-            "make_store_lse": lambda spec: nothing}
+            "make_store_lse": lambda spec: self.store_lse, "quad_sum": lambda x: x}
 
 
 def play(call: Call, seed: int, change: Any = None, mask: Any = None, **tuning: Any) -> PlayFloat:
