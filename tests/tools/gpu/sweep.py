@@ -1,7 +1,7 @@
 """The GPU fuzzer's problems without a GPU: `python -m tests.tools.gpu.sweep --seconds 600 [--seed N] [--first KERNEL] [--family simt]`.
 
-Kernels and features are drawn as for a GPU (tests/fuzz/draw.py), sizes are smaller, and all kernels run from their PTX (interpreted.py): the
-formula of the fuzzer judges every number, and the interpreter every access. Problems of sm90 run on sm80, which has the same features.
+Kernels and features are drawn as for a GPU (tests/fuzz/draw.py), sizes are smaller, and all kernels run from their PTX (interpreted.py):
+the fuzzer's formula judges every number, and the interpreter every access. Problems of sm90 run on sm80, which has the same features.
 `--one SEED:INDEX` runs a problem again. A wrong one is printed as a line for tests/fuzz/found.py.
 """
 from __future__ import annotations
@@ -68,8 +68,8 @@ def main() -> int:
                 if found:
                     wrong += 1
                     print(f"WRONG --one {given.seed}:{index} --arch {arch}", *found[:3], f"    {spec},", sep="\n", flush=True)
-            print(f"kernel {number} {features['family']} {features['dtype']} {features['head_dim']}: {ran} problems, {refused} refused, {wrong} "
-                  f"wrong, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"kernel {number} {features['family']} {features['dtype']} {features['head_dim']}: {ran} problems, {refused} refused, "
+                  f"{wrong} wrong, {time.monotonic() - start:.0f} s", flush=True)
         number += 1
     return bool(wrong)
 
