@@ -133,5 +133,7 @@ def check_flex(check: Check, o: FlexOperands, device: Device, shape: tuple[int, 
         raise check.value("block_mask", f"has blocks of shape {o.blocks.shape}",
                           f"a shape that broadcasts to (batch, num_heads, blocks, blocks) = {whole}",
                           f"for seqlen_q = {shape[2]} and seqlen_k = {shape[3]} in blocks of {rows} x {keys}")
+    if 0 in whole:                  # there is no pair to hide, and no element that a kernel could cut an index to
+        return replace(o, blocks=None, flex=replace(o.flex, block=None))
     return replace(o, blocks=o.blocks.broadcast_to(whole))
 

@@ -176,7 +176,7 @@ def make_spec(p: Problem, o: Operands, lse: bool) -> Spec:
         p.dtype, _pad(p.head_dim), _pad(p.head_dim_v), left=p.mask.left is not None, right=p.mask.right is not None, packed=p.packed,
         scaled=scaled, softcap=s.softcap is not None, alibi=o.alibi_slopes.dtype if o.alibi_slopes and p.batch else None, bias=s.bias,
         bias_pairs=pairs, bias_whole=whole, mask=s.mask, sinks=o.sinks.dtype if o.sinks else None, dropout=p.dropout is not None, lse=lse,
-        out_dtype="float32" if p.float32_out else None, diagonals=p.diagonals, score_mod=score_mod, mask_mod=mask_mod)
+        out_dtype="float32" if p.float32_out else None, diagonals=p.diagonals and p.batch > 0, score_mod=score_mod, mask_mod=mask_mod)
 
 
 _operands = attrgetter(*(field.name for field in fields(Operands)))

@@ -51,6 +51,10 @@ FOUND: list[Spec] = [
     Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
     Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),
     Spec(seed=1722862434, head_dim=1, head_dim_v=1, lengths_q=(), used_k=()),
+    # on a GPU: blocks of no pair, of which rows of no sequence asked for one
+    Spec(seed=465175139, dtype="float16", num_heads=6, num_heads_k=3, head_dim=96, head_dim_v=96, lengths_q=(), used_k=(), spare=(3, 5),
+         causal=True, bias=(1, 0), bias_dtype="float16", bias_values="large_parts", score_mod="positive", block_mask="blocks",
+         dropout_p=0.05, dropout_seed=-1, offset=2**32 - 1, hidden="nan", numbers="np.float64"),
     # no fault of the engine: shares of dq beyond float16 whose sum is inside it
     Spec(seed=416483255, call="parts", dtype="float16", batch=2, seqlen_q=63, seqlen_k=2, head_dim=48, head_dim_v=30, softmax_scale=-1.0,
          values="equal_keys", backward=True, dlse=True, parts=(0, 1)),

@@ -149,6 +149,35 @@ def test_blocks_and_built_in_features(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_no_pair(family: str) -> None:
+    """No sequence, but rows and keys of none: problem 5909 of the fuzzer's seed 4002 read blocks at address 0. The same without keys."""
+    draw = np.random.default_rng(1)
+    q, k = on_device(draw.standard_normal((3, 6, 96)).astype(np.float16)), on_device(draw.standard_normal((5, 3, 96)).astype(np.float16))
+    cu, used = on_device(np.zeros(1, np.int32)), on_device(np.zeros(0, np.int32))
+    block = fastattn.block_mask(None, None, 6, 0, 0, blocks=on_device(np.ones((1, 6, 0, 0), bool)), block=(24, 40))
+    options = {"causal": True, "score_mod": lambda s, b, h, i, j: np.maximum(s, 0), "block_mask": block, "dropout_p": 0.05, "seed": 1}
+    with using(family):
+        out, lse = fastattn.attention_varlen(q, k, k, cu, cu, seqused_k=used, max_seqlen_q=0, max_seqlen_k=0, return_lse=True,
+                                             bias=on_device(np.zeros((1, 0), np.float16)), **options)
+    assert not to_host(out).any() and np.isneginf(to_host(lse)).all()
+    rows = on_device(draw.standard_normal((2, 4, 6, 96)).astype(np.float16))
+    block = fastattn.block_mask(None, 2, 6, 4, 0, blocks=on_device(np.ones((2, 6, 1, 0), bool)), block=(24, 40))
+    none = on_device(np.zeros((2, 0, 3, 96), np.float16))
+    out, lse = fastattn.attention(rows, none, none, block_mask=block, return_lse=True)
+    assert not to_host(out).any() and np.isneginf(to_host(lse)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diagonals_of_no_sequence(family: str) -> None:
+    """Rows of no sequence, and nobody has a diagonal."""
+    q = on_device(np.ones((3, 2, 64), np.float16))
+    cu, none = on_device(np.zeros(1, np.int32)), on_device(np.zeros(0, np.int32))
+    with using(family):
+        out, lse = fastattn.attention_varlen(q, q, q, cu, cu, max_seqlen_q=0, max_seqlen_k=0, causal=True, diagonal=none, return_lse=True)
+    assert not to_host(out).any() and np.isneginf(to_host(lse)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_long_lines_of_tiles(family: str) -> None:
     """More than 32 tiles in a line, most of them empty."""
     compare(family, None, "sliding", "bfloat16", 64, (5000, 5000))

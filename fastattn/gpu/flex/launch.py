@@ -73,37 +73,44 @@ def bitmap(call: AnyCall, spec: Spec, block_m: int, block_n: int, launcher: Laun
     p, flex = call.problem, call.operands.flex
     assert flex is not None
     layout = layout_of(spec.mask_mod, p.batch, p.num_heads, p.seqlen_q, p.seqlen_k, block_m, block_n, by_keys)
+    size = layout.size + _behind(layout, (p.total_q if by_keys else p.total_k) or 0, block_m if by_keys else block_n)
 
     def fill(memory: int) -> None:
-        launcher.clear(memory, layout.size, stream)
+        launcher.clear(memory, size, stream)
         tiles = layout.batches * layout.heads * layout.lines * layout.columns if p.seqlen_q and p.seqlen_k else 0
         if tiles:
             own = memory, layout.words, layout.lines, layout.columns, layout.heads, p.seqlen_q, p.seqlen_k
             source = bitmap_source(spec.mask_mod, block_m, block_n, by_keys)
             launcher.load(source).launch(tiles, [*own, *mask_values(call)], stream)
     what = layout, block_m, block_n, by_keys, p.seqlen_q, p.seqlen_k
-    kept = None if flex.kept is None else _kept(flex.kept, what, fill, launcher, stream)
+    kept = None if flex.kept is None else _kept(flex.kept, what, size, fill, launcher, stream)
     if kept is not None:
         yield layout.values(kept)
         return
-    with launcher.temporary(layout.size, stream) as memory:
+    with launcher.temporary(size, stream) as memory:
         fill(memory)
         yield layout.values(memory)
 
 
-def _kept(kept: dict[Any, Any], what: tuple[Any, ...], fill: Callable[[int], None], launcher: Launcher, stream: int) -> int | None:
+def _behind(layout: Layout, total: int, block: int) -> int:
+    """Bytes behind a packed problem's last line: lengths on the device may exceed max_seqlen, and kernels then read past the end of a
+    line. All rows (keys), `total`, are the most that a sequence has."""
+    return 8 * max(-(-total // (32 * block)) - layout.words, 0)
+
+
+def _kept(kept: dict[Any, Any], what: tuple[Any, ...], size: int, fill: Callable[[int], None], launcher: Launcher,
+          stream: int) -> int | None:
     """Address of a bitmap that outlives the call, from `kept` or filled now. None: there is none, as in a graph, which may outlive the
     mask.
 
     Each stream has its own, so that nobody waits, and memory is freed behind all work that reads it.
     """
-    key = "bitmap", launcher.device.ordinal, stream, *what
+    key = "bitmap", launcher.device.ordinal, stream, *what, size
     if launcher.capturing(stream):
         return None
     found = kept.get(key)
     if found is None:
-        layout: Layout = what[0]
-        found = launcher.lasting(layout.size, stream)
+        found = launcher.lasting(size, stream)
         if found is None:
             return None
         address: int = found.view().ptr

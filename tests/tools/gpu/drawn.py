@@ -6,11 +6,24 @@ from typing import Any
 import numpy as np
 
 from fastattn import Grads
+from fastattn.dispatch import PLAIN, read
+from fastattn.flex.operands import FlexOperands, functions_of
 from fastattn.gpu.spec import AnyCall, BackwardCall, Call
 from fastattn.problem import Operands, make_problem
-from tests.fuzz.inputs import Inputs, arguments, swapped
+from tests.fuzz import functions
+from tests.fuzz.inputs import Arguments, Inputs, arguments, swapped
 from tests.tools.gpu.calls import host_view, operands_of
 from tests.tools.problems import NUMPY
+
+
+def _flex(x: Inputs, there: Arguments) -> FlexOperands | None:
+    """The functions of a problem."""
+    given = dict.fromkeys(("score_mod", "mask_mod", "captured", "block_mask")) | functions.given(x.spec, there.arrays)
+    flex = functions_of(given["score_mod"], given["mask_mod"], given["captured"] or (), given["block_mask"])
+    lengths = (*there.lengths, None, None) if x.spec.packed else None
+    q, k, v = (there.arrays[name] for name in ("q", "k", "v"))
+    layout = "thd" if x.spec.packed else x.spec.layout
+    return None if flex is None else read("attention", layout, None, (q, k, v), PLAIN, lengths, None, flex)[1].flex
 
 
 def calls(x: Inputs) -> list[AnyCall]:
@@ -24,13 +37,16 @@ def calls(x: Inputs) -> list[AnyCall]:
     if s.packed:
         arrays |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), map(host_view, there.lengths), strict=True))
     q, k, v, dout = (canonical(there.arrays[name]) for name in ("q", "k", "v", "dout"))
-    problem, o = make_problem("test", Operands(q, k, v, **arrays), packed=s.packed, **options)
+    problem, o = make_problem("test", Operands(q, k, v, **arrays, flex=_flex(x, there)), packed=s.packed, **options)
     out, lse = host_view(np.empty((*x.q.shape[:-1], s.head_dim_v), NUMPY[s.result])), host_view(np.empty(x.lse_shape, np.float32))
     found: list[AnyCall] = [Call(problem, o, out, lse if s.return_lse else None)]
     if s.backward:
         dbias = np.empty((1,) * (4 - x.bias.ndim) + x.bias.shape, x.bias.dtype) if x.bias is not None and s.need_dbias else None
+        arrays_of_score = () if o.flex is None else o.flex.score_arrays
+        captured: Any = tuple([host_view(np.empty(y.shape, NUMPY[y.dtype])) if y.dtype in NUMPY else None for y in arrays_of_score])
+        captured = captured if s.need_dcaptured else None
         grads = Grads(*(host_view(np.empty(y.shape, NUMPY[s.result])) for y in (x.q, x.k, x.v)), host_view(dbias),
-                      None if x.sinks is None else host_view(np.empty_like(x.sinks)))
+                      None if x.sinks is None else host_view(np.empty_like(x.sinks)), captured)
         dlse = None if x.dlse is None else host_view(x.dlse)
         found.append(BackwardCall(problem, o, dout, out, lse, dlse, grads, s.deterministic))
     return found

@@ -58,7 +58,7 @@ class Run(Copies):
         dtype = _TYPES.get(kind, np.bool_)
         if isinstance(name, (int, np.floating)):
             if isinstance(name, np.floating):
-                return dtype(name) if dtype is np.float32 else name.view(np.uint32)
+                return name if dtype is type(name) else name.view(f"u{name.itemsize}")
             size = np.dtype(dtype).itemsize
             return np.array(name & ((1 << 8 * size) - 1), f"u{size}").view(dtype)[()] if dtype is not np.bool_ else bool(name)
         if name in self.special:
@@ -73,7 +73,7 @@ class Run(Copies):
             return x
         if x.itemsize == np.dtype(dtype).itemsize:
             return x.view(dtype)
-        return x.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)     # a narrower part of a register
+        return x.view(f"u{x.itemsize}").astype(f"u{np.dtype(dtype).itemsize}").view(dtype)     # a narrower part of a register
 
     def put(self, name: str, active: Array, value: Any) -> None:
         if name == "_":
@@ -189,6 +189,9 @@ class Run(Copies):
     def _mul(self, op: list[str], x: list[Any], active: Array) -> None:
         if op[-1] == "f16x2":
             self.put(x[0], active, halves_times(*[np.broadcast_to(self.get(y, active, "u32"), len(active)) for y in x[1:]]))
+        elif op[1:] in (["hi", "s64"], ["hi", "u64"]):
+            out = np.asarray(self.get(x[1], active, op[2])).astype(object) * np.asarray(self.get(x[2], active, op[2])).astype(object)
+            self.put(x[0], active, (out >> 64).astype(_TYPES[op[2]]))
         elif op[1] in ("wide", "hi"):
             kind, wide = op[2], op[2][0] + "64"
             out = self.get(x[1], active, kind).astype(_TYPES[wide]) * self.get(x[2], active, kind).astype(_TYPES[wide])
@@ -267,8 +270,9 @@ class Run(Copies):
             for n, name in enumerate(x[0]):
                 self.put(name, active, (word >> word.dtype.type(n * half)).astype(f"u{word.itemsize // 2}"))
         elif isinstance(x[1], list):
-            low, high = (np.asarray(self.get(y, active, "u16")).astype(np.uint32) for y in x[1])
-            self.put(x[0], active, low | high << np.uint32(16))
+            half, whole = ("u16", np.uint32) if op[-1][1:] == "32" else ("u32", np.uint64)
+            low, high = (np.asarray(self.get(y, active, half)).astype(whole) for y in x[1])
+            self.put(x[0], active, low | high << whole(4 * np.dtype(whole).itemsize))
         else:
             self.put(x[0], active, self.get(x[1], active, op[-1]))
 

@@ -61,6 +61,13 @@ class TileRun(interpreter.Run):
         """The sign of the first operand, the size of the second."""
         self._binary(lambda sign, size: np.copysign(size, sign), op, x, active)
 
+    def _rcp(self, op: list[str], x: list[Any], active: Array) -> None:
+        if op[-1] != "f64":
+            super()._rcp(op, x, active)
+            return
+        with np.errstate(all="ignore"):
+            self.put(x[0], active, 1 / np.asarray(self.get(x[1], active, "f64")))
+
     def _sqrt(self, op: list[str], x: list[Any], active: Array) -> None:
         self.put(x[0], active, np.sqrt(self.get(x[1], active, op[-1])))
 
@@ -79,7 +86,31 @@ class TileRun(interpreter.Run):
     def _max(self, op: list[str], x: list[Any], active: Array) -> None:
         self._binary(np.maximum if "NaN" in op else np.fmax if op[-1][0] == "f" else np.maximum, op, x, active)
 
+    def _fma(self, op: list[str], x: list[Any], active: Array) -> None:
+        """float32 in float64, float64 in as many bits as there are; rm: rounded down."""
+        wide, real = (np.longdouble, np.float64) if op[-1] == "f64" else (np.float64, np.float32)
+        a, b, c = (np.asarray(self.get(y, active, op[-1])).astype(wide) for y in x[1:])
+        with np.errstate(all="ignore"):
+            exact = a * b + c
+            value = exact.astype(real)
+            if "rm" in op:
+                value = np.where(value > exact, np.nextafter(value, real(-np.inf)), value)
+            self.put(x[0], active, np.clip(value, real(0), real(1)) if "sat" in op else value)
+
+    def _div(self, op: list[str], x: list[Any], active: Array) -> None:
+        """Quotients of integers are cut off."""
+        def cut(a: Any, b: Any) -> Any:
+            return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)) if op[-1][0] == "s" else a // b
+        self._binary(np.divide if op[-1][0] == "f" else cut, op, x, active)
+
+    def _rem(self, op: list[str], x: list[Any], active: Array) -> None:
+        self._binary(np.fmod, op, x, active)
+
     def _cvt(self, op: list[str], x: list[Any], active: Array) -> None:
+        if "sat" in op:
+            assert op[-1] == op[-2] == "f32"
+            self.put(x[0], active, np.clip(np.nan_to_num(self.get(x[1], active, "f32"), nan=0.0), np.float32(0), np.float32(1)))
+            return
         whole = next((f for name, f in (("rmi", np.floor), ("rni", np.rint), ("rzi", np.trunc)) if name in op), None)
         if whole is None or op[-1] not in ("f32", "f64"):
             super()._cvt(op, x, active)
@@ -96,11 +127,12 @@ class Launcher(interpreter.Launcher):
     def load(self, source: compiler.Source) -> Any:
         shared, body = source.make()[1], interpreter.parsed(build(source, self.arch, "ptx")[0].decode().rstrip("\0"))
 
-        def launch(grid: int, values: list[Any], stream: int) -> None:
+        def launch(grid: int, given: list[Any], stream: int) -> None:
             self.launched.append(source.key)
-            numbers = [_LETTERS[letter](value) for (_, letter), value in zip(source.fields, values, strict=True)]
+            numbers = [_LETTERS[letter](value) for (_, letter), value in zip(source.fields, given, strict=True)]
             if grid:
-                TileRun(body, self.memory, grid, source.threads, shared, dict(zip(body.params, numbers, strict=True))).go()
+                values = dict(zip(body.params, numbers, strict=True))
+                TileRun(body, self.memory, grid, source.threads, shared, values, source.cluster).go()
         return SimpleNamespace(launch=launch)
 
     def clear(self, memory: int, size: int, stream: int) -> None:

@@ -36,6 +36,8 @@ def _operand(text: str) -> Any:
         return ("[]", base.strip(), int(offset or 0))
     if re.fullmatch(r"0f[0-9A-Fa-f]{8}", text):
         return np.uint32(int(text[2:], 16)).view(np.float32)
+    if re.fullmatch(r"0d[0-9A-Fa-f]{16}", text):
+        return np.uint64(int(text[2:], 16)).view(np.float64)
     if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     return text
@@ -56,7 +58,7 @@ def parse(ptx: str) -> Body:
         array = re.match(r"\.shared .* (\w+)\[(\d+)\]", line)
         if array:
             body.shared[array[1]] = int(array[2])
-        if array or not line or line == "}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
+        if array or not line or line in "{}" or line.startswith(("{ //", ".reg", ".pragma", ".loc")):
             continue
         if line.endswith(":"):
             body.labels[line[:-1]] = len(body.blocks)
