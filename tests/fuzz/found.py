@@ -84,4 +84,10 @@ FOUND: list[Spec] = [
     Spec(seed=922807138, dtype="bfloat16", seqlen_k=2, head_dim=1, head_dim_v=1, bias=(1, 1, 1, 2), bias_values="lowest_parts",
          score_mod="capped", backward=True),
     Spec(seed=1278585696, seqlen_k=3, head_dim=24, head_dim_v=1, softmax_scale=-1.0, score_mod="capped", values="integers", backward=True),
+    # an out beyond float16 by dropout's factor made delta infinite, and P (dP - delta) of masked keys of its rows NaN
+    Spec(seed=1, dtype="float16", seqlen_q=20, seqlen_k=40, head_dim=16, head_dim_v=16, window=(3, 4), dropout_p=0.9, dropout_seed=8,
+         diagonal=9, v_size=1e4, backward=True, dlse=True),
+    Spec(seed=5, dtype="float16", num_heads=2, num_heads_k=1, seqlen_q=20, seqlen_k=40, head_dim=16, head_dim_v=16, causal=True,
+         window=(3, 4), dropout_p=0.9, dropout_seed=7, diagonal=9, sinks="normal", bias=(20, 40), need_dbias=True, score_mod="rated",
+         v_size=1e4, backward=True, need_dcaptured=True),
 ]
