@@ -332,11 +332,11 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         off = off_P * np.abs(g) + (P + off_P) * (steps(s.head_dim_v) * r.eps * dP_size + off_fall + 4 * r.eps * (np.abs(dP) + np.abs(fall)))
         off = off + (r.operand + 4 * r.eps) * np.abs(dS) + r.least * a.attended
         size = P * (np.abs(dP) + np.abs(fall))
+        endless = overflowed & a.attended
         if f.mod is not None:
-            dS, off, size = _through(f.mod, dcaptured, dS, off, size)
-        beyond = (overflowed & a.attended) | (size > (LARGEST["float16"] / 4 if s.dtype == "float16" else np.inf))
+            dS, off, size = _through(f.mod, dcaptured, dS, off, size, endless)
         if dbias is not None:
-            for array, value in zip(dbias, (dS, np.where(beyond, np.inf, off), size), strict=True):
+            for array, value in zip(dbias, (dS, np.where(endless, np.inf, off), size), strict=True):
                 array[n, :, :value.shape[1], :value.shape[2]] = value
         if sinks is not None:
             level_s = np.where(level == -np.inf, np.inf, level)
@@ -344,24 +344,27 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
             wide = r.eps * (4 * np.abs(sinks) + 4 * np.where(np.isfinite(level), np.abs(level), 0) + 8)
             most, least = (np.exp(np.minimum(sinks - level_s + sign * wide, 0)) for sign in (1, -1))
             off_w = np.maximum(most - weight, weight - least)
-            for array, value in zip(dsinks, (weight * fall[:, :, 0], off_w * np.abs(fall[:, :, 0]) + (weight + off_w) * off_fall[:, :, 0],
+            off_sinks = off_w * np.abs(fall[:, :, 0]) + (weight + off_w) * off_fall[:, :, 0]
+            for array, value in zip(dsinks, (weight * fall[:, :, 0], np.where(overflowed[:, :, 0], np.inf, off_sinks),
                                              weight * np.abs(fall[:, :, 0])), strict=True):
                 array[...] += value.sum(axis=1)
         off = off * f.slope + np.abs(dS) * f.slope_error + off * f.slope_error
         size, dS = size * f.slope, dS * f.slope
+        # dS as an operand of tensor cores: in float16 it is infinite there, and inf * 0 NaN
+        beyond = endless | (np.abs(dS) + 4 * off > (LARGEST["float16"] if _half_operands(s) and s.dtype == "float16" else np.inf))
         scale, many_k, many_q = abs(x.scale), steps(a.k.shape[1]) * r.eps, steps(a.q.shape[1]) * r.eps
         k_size, q_size = np.abs(a.k), np.abs(a.q)
         flip = (0, 2, 1)
         # a large scale, which comes last, shows what underflow lost
         off_dq = (off + many_k * np.abs(dS)) @ k_size + lost(dS, a.k.transpose(flip), SMALLEST[r.real]) * a.attends
-        off_dq = np.where(beyond.any(axis=2)[:, :, None], np.inf, off_dq)      # dS is infinite there as an operand, and inf * 0 NaN
-        _add(dq, rows_q, x.scale * (dS @ a.k), scale * off_dq, scale * (size @ k_size), 1)
+        off_dq = np.where(beyond.any(axis=2)[:, :, None], np.inf, scale * off_dq)
+        _add(dq, rows_q, x.scale * (dS @ a.k), off_dq, scale * (size @ k_size), 1)
         off_t, dS_t = off.transpose(flip), dS.transpose(flip)
         group = s.num_heads // s.num_heads_k
         by_key = a.attended.any(axis=1)[:, :, None]
         off_dk = (off_t + many_q * np.abs(dS_t)) @ q_size + lost(dS_t, a.q.transpose(flip), SMALLEST[r.real]) * by_key
-        off_dk = np.where(beyond.any(axis=1)[:, :, None], np.inf, off_dk)
-        _add(dk, rows_k, x.scale * (dS_t @ a.q), scale * off_dk, scale * (size.transpose(flip) @ q_size), group)
+        off_dk = np.where(beyond.any(axis=1)[:, :, None], np.inf, scale * off_dk)
+        _add(dk, rows_k, x.scale * (dS_t @ a.q), off_dk, scale * (size.transpose(flip) @ q_size), group)
         kept, off_kept = P * keep, (off_P + r.operand * P + r.least * a.attended + many_q * P) * keep
         d_size = np.abs(dout)
         _add(dv, rows_k, kept.transpose(flip) @ dout, off_kept.transpose(flip) @ d_size, kept.transpose(flip) @ d_size, group)
@@ -386,10 +389,17 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
     return found
 
 
-def _through(mod: functions.Changed, dcaptured: list[Value], dS: Array, off: Array, size: Array) -> tuple[Array, Array, Array]:
-    """dS, how far it may be off and its size, before score_mod. Adds to the gradients of the function's arrays."""
+def _half_operands(s: Spec) -> bool:
+    """Whether dS is a number of 16 bits. On a CPU and on plain threads it is a float32."""
+    return s.library != "numpy" and s.engine != "simt"
+
+
+def _through(mod: functions.Changed, dcaptured: list[Value], dS: Array, off: Array, size: Array, endless: Array
+             ) -> tuple[Array, Array, Array]:
+    """dS, how far it may be off and its size, before score_mod. Adds to the gradients of the function's arrays, which pairs whose dS is
+    `endless` take with them."""
     def error(slope: Any, slope_error: Any) -> Array:
-        return np.asarray(off * np.abs(slope) + (np.abs(dS) + off) * slope_error)
+        return np.where(endless, np.inf, off * np.abs(slope) + (np.abs(dS) + off) * slope_error)
     for to, (index, slope, slope_error) in zip(dcaptured, mod.parts, strict=True):
         for array, value in zip(to, (dS * slope, error(slope, slope_error), size * np.abs(slope)), strict=True):
             if index:

@@ -91,4 +91,10 @@ FOUND: list[Spec] = [
     # few rows, whose keys are split in two: the halves were merged by lse, which beside a score of 1e8 has no bits for the log of a sum
     Spec(seed=912551636, num_heads=8, seqlen_q=2, seqlen_k=1900, head_dim=64, head_dim_v=128, softmax_scale=0.125, values="one_hot",
          memory="gaps", numbers="np.float32", library="cupy"),
+    # an out beyond float16 by dropout's factor made delta infinite, and P (dP - delta) of masked keys of its rows NaN
+    Spec(seed=1, dtype="float16", seqlen_q=20, seqlen_k=40, head_dim=16, head_dim_v=16, window=(3, 4), dropout_p=0.9, dropout_seed=8,
+         diagonal=9, v_size=1e4, backward=True, dlse=True),
+    Spec(seed=5, dtype="float16", num_heads=2, num_heads_k=1, seqlen_q=20, seqlen_k=40, head_dim=16, head_dim_v=16, causal=True,
+         window=(3, 4), dropout_p=0.9, dropout_seed=7, diagonal=9, sinks="normal", bias=(20, 40), need_dbias=True, score_mod="rated",
+         v_size=1e4, backward=True, need_dcaptured=True),
 ]

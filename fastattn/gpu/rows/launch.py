@@ -82,6 +82,8 @@ class Rows:
         Rows of each (batch, head), with padding.
     far, mark
         A word in memory that is `mark` if any row of the call is far (tile/gradients.py). Only with `log2`.
+    bounded
+        Whether an infinite delta is stored as float32's largest number (preprocess.py).
     """
 
     lse: int
@@ -91,6 +93,7 @@ class Rows:
     count: int
     far: int
     mark: int
+    bounded: bool
 
     def map(self, call: AnyCall, block_m: int, launcher: Launcher, captured: bool) -> int:
         """The tensor map of lse in units of log2 (row 0) and delta (row 1), for boxes of block_m numbers."""
@@ -131,9 +134,10 @@ def _lengths_q(call: BackwardCall) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def preprocess_program(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool, early: bool) -> Program:
+def preprocess_program(spec: Spec, whole: bool, dlse: bool, log2: bool, accum: bool, early: bool, bounded: bool) -> Program:
     key = f"preprocess {spec.text}" + " whole" * whole + " dlse" * dlse + " log2" * log2 + " accum" * accum + " early" * early
-    return program(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum, early), 0),
+    key += " bounded" * bounded
+    return program(key, lambda: (make_preprocess(spec, whole, dlse, log2, accum, early, bounded), 0),
                    Arguments(spec, PREPROCESS, ("dout", "out")), PREPROCESS_THREADS)
 
 
@@ -156,12 +160,13 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
     with launcher.temporary((2 + log2) * each + sums + 4 * log2, stream) as memory:
         lse, accum = memory + 2 * each if log2 else memory, memory + (2 + log2) * each
         mark = launcher.mark()      # a new one, so that the word need not be cleared; one that holds it by chance costs time only
-        where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark)
+        bounded = log2 and spec.dropout and call.out.dtype == "float16"
+        where = Rows(lse, memory if log2 else 0, memory + each, accum if accum_dim else 0, rows, accum + sums if log2 else 0, mark, bounded)
         plain = Spec(spec.dtype, spec.head_dim_v, spec.head_dim_v, packed=spec.packed, lse=False)
         if call.out.dtype != spec.dtype:
             plain = replace(plain, out_dtype=call.out.dtype)
         whole = whole_chunks(call.dout) and whole_chunks(call.out) and plain.out_dtype is None
-        kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0, starts_early(launcher))
+        kernel = preprocess_program(plain, whole, call.dlse is not None, log2, accum_dim > 0, starts_early(launcher), bounded)
         own = (where.lse, where.log2, where.delta, where.accum, where.far, mark, 4 * accum_dim, rows, chunks,
                *row_strides(call.lse, p.packed), *row_strides(call.dlse, p.packed), *_lengths_q(call))
         if heads and chunks:
@@ -170,8 +175,9 @@ def preprocessed(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int
 
 
 @lru_cache(maxsize=PROGRAMS)
-def dsinks_program(spec: Spec) -> Program:
-    return program(f"dsinks {spec.text}", lambda: (make_dsinks(spec), 0), Arguments(spec, DSINKS), SINK_THREADS)
+def dsinks_program(spec: Spec, bounded: bool) -> Program:
+    return program(f"dsinks {spec.text}" + " bounded" * bounded, lambda: (make_dsinks(spec, bounded), 0), Arguments(spec, DSINKS),
+                   SINK_THREADS)
 
 
 def dsinks(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, stream: int) -> None:
@@ -179,7 +185,7 @@ def dsinks(call: BackwardCall, spec: Spec, rows: Rows, launcher: Launcher, strea
     x = call.grads.dsinks
     if x is None or call.problem.num_heads == 0:
         return
-    kernel = dsinks_program(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False))
+    kernel = dsinks_program(Spec(spec.dtype, 16, 16, packed=spec.packed, sinks=spec.sinks, lse=False), rows.bounded)
     own = (rows.lse, rows.delta, rows.count, x.ptr, x.strides[0])
     kernel.launch(launcher, call.problem.num_heads, call, own, stream)
 

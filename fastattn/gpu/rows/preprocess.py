@@ -11,12 +11,17 @@ size divides PADDING can be read whole, without bounds checks:
 
 Padding rows and rows that attend no key have lse = +inf and delta = 0: exp(s - lse) is 0 there, whatever else memory holds. In units of
 log2, far rows have FAR_LSE: tile/gradients.py says why. dsinks needs only lse and delta.
+
+A float16 out of dropout may have passed 65504, by the factor 1 / (1 - dropout_p). Then delta is infinite or NaN, and so would be
+P (dP - delta) of all pairs of the row, masked ones with P = 0 too: the gradients of keys that do not belong to the row. So tensor-core
+kernels get float32's largest number instead (make_bounded): times 0 it is 0, and times any other P it is infinite as a float16.
 """
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 from numba import cuda, float32, float64, int32, int64, uint64
 
 from ...arrays.view import ITEMSIZE
@@ -32,6 +37,7 @@ from .config import PREPROCESS_ROWS as BLOCK_ROWS
 from .config import PREPROCESS_THREADS as THREADS
 
 ROWS_AT_ONCE = 4            # rows of a thread whose loads are in flight together
+LARGEST = float32(np.finfo(np.float32).max)
 
 
 # ---------------------------------------------------------------- where rows are
@@ -115,10 +121,26 @@ def make_row_rules(compute: str) -> tuple[Any, Any, Any]:
     return hidden, kept_lse, in_log2
 
 
-def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool, EARLY: bool) -> Any:
+def make_bounded(BOUNDED: bool) -> Any:
+    """bounded(delta): float32's largest number in place of an infinite delta or NaN. Not BOUNDED: delta as it is."""
+    if not BOUNDED:
+        @inline
+        def unchanged(delta):
+            return delta
+        return unchanged
+
+    @inline
+    def bounded(delta):
+        if delta - delta != float32(0):
+            delta = LARGEST if delta > float32(0) else -LARGEST
+        return delta
+    return bounded
+
+
+def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: bool, EARLY: bool, BOUNDED: bool) -> Any:
     """The kernel. A block has BLOCK_ROWS rows of a line, and neighbouring lanes share a row. WHOLE: rows of dout and out are 16-byte
     aligned and of one dtype, and a lane loads 16 bytes at a time. EARLY: the next kernel may start before this one has ended.
-    spec.out_dtype: that of out, where it is not dout's."""
+    BOUNDED: delta is finite. spec.out_dtype: that of out, where it is not dout's."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     VECTOR = 16 // ITEMSIZE[spec.dtype] if WHOLE else 1
@@ -129,7 +151,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
     load_element, load_vector, load_real, put = load_if(spec.dtype, compute), load_chunk(spec.dtype), load_if(compute, compute), \
         store(compute, compute)
     load_out = load_if(spec.out_dtype or spec.dtype, compute)
-    row_at, (hidden, kept_lse, in_log2) = make_row_at(spec), make_row_rules(compute)
+    row_at, (hidden, kept_lse, in_log2), bounded = make_row_at(spec), make_row_rules(compute), make_bounded(BOUNDED)
 
     @inline
     def product(dout, out):
@@ -199,7 +221,7 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
                     put(uint64(int64(a.out_lse) + at * SIZE), lse)
                     if IN_LOG2:
                         put_log2(a, at, lse)
-                    put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else delta - dlses[i])
+                    put(uint64(int64(a.out_delta) + at * SIZE), REAL(0) if nothing else bounded(delta - dlses[i]))
                 if ACCUM:
                     if int32(p - p0 & -ROUND_ROWS) < count0:        # a band without rows is never rounded
                         for byte in range(16 * lane, a.accum_row, 16 * LANES):
@@ -208,8 +230,8 @@ def make_preprocess(spec: Spec, WHOLE: bool, DLSE: bool, IN_LOG2: bool, ACCUM: b
 
 
 # ---------------------------------------------------------------- dsinks
-def make_dsinks(spec: Spec) -> Any:
-    """The kernel: one block a head sums -exp(sink - lse) * delta over its rows, always in the same order."""
+def make_dsinks(spec: Spec, BOUNDED: bool) -> Any:
+    """The kernel: one block a head sums -exp(sink - lse) * delta over its rows, always in the same order. BOUNDED: see make_bounded."""
     PACKED = spec.packed
     compute, REAL, SIZE = compute_of(spec)
     assert spec.sinks is not None
@@ -225,6 +247,8 @@ def make_dsinks(spec: Spec) -> Any:
             for row in range(thread, a.rows, SINK_THREADS):
                 lse = load_real(uint64(int64(a.row_lse) + (at + row) * SIZE), int32(1))
                 delta = load_real(uint64(int64(a.row_delta) + (at + row) * SIZE), int32(1))
+                if BOUNDED:             # infinite again: twice the largest number
+                    delta = (delta + delta) * REAL(0.5)
                 total -= (REAL(1) if sink > lse else math.exp(sink - lse)) * delta      # only by rounding can the sink exceed lse
         sums[thread] = total
         cuda.syncthreads()

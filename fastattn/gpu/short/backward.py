@@ -26,7 +26,7 @@ from ..ptx.memory import shared_address
 from ..ptx.mma import lane_offset, lane_offset_b, store_tiles, tiles_lane_trans
 from ..ptx.scalar import load_if, load_shared_chunk, store_shared
 from ..ptx.sync import thread_index
-from ..rows.preprocess import make_row_rules
+from ..rows.preprocess import make_bounded, make_row_rules
 from ..spec import Spec
 from ..tile.copies import arrived, make_copy_rows
 from ..tile.fragments import add, lane_row, make_pack, make_unpack, scale_rows, thread_col, zeros
@@ -56,6 +56,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
     multiply_tiles_trans, to_half = mma.make_tiles_product(spec.dtype, True), make_pack(spec.dtype)
     copy_rows, load_chunk = make_copy_rows(config.whole, 4 * WARPS), load_shared_chunk(spec.dtype)
     load_real, put, (hidden, kept_lse, in_log2) = load_if("float32", "float32"), store_shared("float32"), make_row_rules("float32")
+    bounded = make_bounded(spec.dropout and spec.dtype == "float16")
     key_bounds, limits_of, keep, alibi_from = make_key_bounds(spec, BLOCK_M)
     prepare, fetch, score = make_score(spec, COUNT_S, True, SQUEEZE=config.squeeze)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
@@ -119,7 +120,7 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
         if odd == 0:
             put(int32(base + LSE + 4 * row), lse)
             put(int32(base + LOG2 + 4 * row), log2)
-            put(int32(base + DELTA + 4 * row), float32(0) if nothing else total - dlse)
+            put(int32(base + DELTA + 4 * row), float32(0) if nothing else bounded(total - dlse))
 
     # ------------------------------------------------------------ the step's parts
     @inline

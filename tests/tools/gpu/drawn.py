@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import Grads
+from fastattn import Grads, gpu
 from fastattn.dispatch import PLAIN, read
 from fastattn.flex.operands import FlexOperands, functions_of
-from fastattn.gpu.spec import AnyCall, BackwardCall, Call
+from fastattn.gpu.spec import AnyCall, BackwardCall, Call, make_backward_spec
 from fastattn.problem import Operands, make_problem
-from tests.fuzz import functions
+from tests.fuzz import formula, functions
 from tests.fuzz.inputs import Arguments, Inputs, arguments, swapped
+from tests.tools.gpu import interpreter_tiles
 from tests.tools.gpu.calls import host_view, operands_of
 from tests.tools.problems import NUMPY
 
@@ -50,3 +51,16 @@ def calls(x: Inputs) -> list[AnyCall]:
         dlse = None if x.dlse is None else host_view(x.dlse)
         found.append(BackwardCall(problem, o, dout, out, lse, dlse, grads, s.deterministic))
     return found
+
+
+@np.errstate(all="ignore")
+def interpreted_backward(x: Inputs, family: str) -> tuple[dict[str, Any], Any, Any, list[str]]:
+    """(gradients, the out and lse that they are of, kernels) of a dense problem whose kernels are run from their PTX. No functions."""
+    host, right, memory = calls(x)[1], formula.forward(x), interpreter_tiles.Memory()
+    assert isinstance(host, BackwardCall)
+    for view, exact in ((host.out, right["out"].exact), (host.lse, right["lse"].exact)):
+        view.numpy()[...] = exact
+    call, launcher = host.at([None if y is None else memory.place(y.numpy(), y) for y in host.views]), interpreter_tiles.Launcher(memory)
+    gpu.family(family).backward(call, make_backward_spec(call), launcher, 0)
+    found = {name: memory.read(y, NUMPY[y.dtype]) for name, y in zip(call.grads._fields, call.grads, strict=True) if y is not None}
+    return found, host.out.numpy(), host.lse.numpy(), [key.split()[0] for key in launcher.launched]
