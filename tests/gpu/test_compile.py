@@ -148,25 +148,39 @@ def test_samples_follow_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {job.family for job in drawn} == set(gpu.FAMILIES) and {job.want.backward for job in drawn} == {True, False}
 
 
-def copied_returns(text: str) -> list[str]:
-    """Returns with a call of a conditional expression, which Python 3.12 compiles to two returns (dsl/inline.py). Conversions may be
-    copied, and conditions on constants disappear."""
+def last_arguments(body: list[ast.stmt]) -> Iterator[ast.expr]:
+    """The last argument of the call that a function ends with, or of each that its branches end with. No more than that is copied."""
+    last = body[-1]
+    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
+        yield from last.value.args[-1:]
+    elif isinstance(last, ast.If):
+        yield from last_arguments(last.body)
+        yield from last_arguments(last.orelse) if last.orelse else ()
+
+
+def copied_ends(text: str) -> list[str]:
+    """Conditional expressions in the arguments of a call that a function returns, or ends with. Python 3.12 compiles the call twice
+    (dsl/inline.py). Conversions may be copied, and conditions on constants disappear."""
     found = []
     for function in ast.walk(ast.parse(text)):
         if isinstance(function, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "inline" for d in function.decorator_list):
-            calls = [call for statement in ast.walk(function) if isinstance(statement, ast.Return) and statement.value
-                     for call in ast.walk(statement.value) if isinstance(call, ast.Call) and ast.unparse(call.func) not in CONVERSIONS]
-            conditions = [x.test for call in calls for argument in call.args for x in ast.walk(argument) if isinstance(x, ast.IfExp)]
+            returned = [statement.value for statement in ast.walk(function) if isinstance(statement, ast.Return) and statement.value]
+            calls = [call for value in returned for call in ast.walk(value)
+                     if isinstance(call, ast.Call) and ast.unparse(call.func) not in CONVERSIONS]
+            arguments = [*(argument for call in calls for argument in call.args), *last_arguments(function.body)]
+            conditions = [x.test for argument in arguments for x in ast.walk(argument) if isinstance(x, ast.IfExp)]
             found += [ast.unparse(test) for test in conditions
                       if any(isinstance(x, ast.Name) and not x.id.isupper() for x in ast.walk(test))]
     return found
 
 
-def test_no_return_is_copied() -> None:
-    assert copied_returns("@inline\ndef f(x):\n    return uniform(int32(1) if x < 2 else int32(0))\n") == ["x < 2"]
-    assert copied_returns("@inline\ndef f(x):\n    return int32(x if x < 2 else 0), g(x if MASK else 0)\n") == []
+def test_no_end_is_copied() -> None:
+    assert copied_ends("@inline\ndef f(x):\n    return uniform(int32(1) if x < 2 else int32(0))\n") == ["x < 2"]
+    assert copied_ends("@inline\ndef f(x):\n    return int32(x if x < 2 else 0), g(x if MASK else 0)\n") == []
+    assert copied_ends("@inline\ndef f(x):\n    if A:\n        wait(int32(1 if x < 2 else 0))\n    else:\n        wait(x)\n") == ["x < 2"]
+    assert copied_ends("@inline\ndef f(x):\n    wait(1 if x < 2 else 0)\n    done(x)\n") == []
     folder = Path(gpu.__file__).parent
-    found = {str(path.relative_to(folder)): copied_returns(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+    found = {str(path.relative_to(folder)): copied_ends(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     assert len(found) > 50 and not {path: tests for path, tests in found.items() if tests}
 
 

@@ -5,8 +5,9 @@ inlines it. Numba's own inline="always" copies the callee at every call instead,
 (docs/performance.md, "Compile time"). A device function of Numba's needs a driver. Everything that depends on Numba's
 internals is in this file.
 
-A helper gives its conditional expressions names before its return. Python 3.12 compiles `return f(x if c else y)` to two
-returns, each with a call of f; LLVM does not merge calls that end in inline assembly.
+A helper gives its conditional expressions names before its return, and before a call that it ends with. Python 3.12 compiles
+`return f(x if c else y)` to two returns, each with a call of f, and a last statement `f(x if c else y)` to two, too; LLVM does
+not merge calls that end in inline assembly.
 """
 from __future__ import annotations
 

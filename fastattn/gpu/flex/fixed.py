@@ -48,8 +48,9 @@ def add_fixed(record, x, top, bits):
         add_to_b64(record, uint64(int64(whole)))
         add_to_b64(uint64(record + uint64(8)), uint64(int64(whole_near(math.ldexp(y - whole, low_bits(bits))))))
     else:
-        flag = int32(INF) if x > 0 else int32(MINUS_INF)
-        or_b32(uint64(record + uint64(16)), flag if x == x else int32(NAN))
+        infinity = int32(INF) if x > 0 else int32(MINUS_INF)
+        flag = infinity if x == x else int32(NAN)
+        or_b32(uint64(record + uint64(16)), flag)
 
 
 def make_round_fixed(dtype: str) -> Any:

@@ -120,7 +120,8 @@ def make_backward(spec: Spec, config: ShortConfig) -> tuple[Any, int]:
         if odd == 0:
             put(int32(base + LSE + 4 * row), lse)
             put(int32(base + LOG2 + 4 * row), log2)
-            put(int32(base + DELTA + 4 * row), float32(0) if nothing else bounded(total - dlse))
+            delta = float32(0) if nothing else bounded(total - dlse)
+            put(int32(base + DELTA + 4 * row), delta)
 
     # ------------------------------------------------------------ the step's parts
     @inline

@@ -296,8 +296,8 @@ def make_store(spec: Spec, DIM: int) -> Any:
         @inline
         def store_part(acc, pointer, by_row, dim, lane, key, used, end):
             address = uint64(pointer + key * by_row + 4 * thread_col(lane))
-            store_numbers(acc, address, uint64(address + uint64(8 * by_row)), int32(1) if key < end else int32(0),
-                          int32(1) if key + 8 < end else int32(0))
+            rows0, rows1 = int32(1) if key < end else int32(0), int32(1) if key + 8 < end else int32(0)
+            store_numbers(acc, address, uint64(address + uint64(8 * by_row)), rows0, rows1)
         return store_part
     SIZE = 4 if spec.out_dtype == "float32" else 2
 

@@ -237,6 +237,7 @@ def make_tails(smem: Smem, ring: Ring) -> Tails:
     @inline
     def wait_full(base, stage, phase, head, is_tail):
         barrier = int32(base + (CLEARED + 8 * (head & 1) if is_tail else FULL + 8 * stage))
-        mbarrier.wait(barrier, int32((head >> 1) & 1 if is_tail else phase))
+        parity = int32((head >> 1) & 1 if is_tail else phase)       # a name of its own: see dsl/inline.py
+        mbarrier.wait(barrier, parity)
     tails.init, tails.publish, tails.wait_full = init, publish, wait_full
     return tails

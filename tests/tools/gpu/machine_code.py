@@ -114,8 +114,13 @@ def compile_jobs(folder: Path) -> None:
             continue
         try:
             settings = {name: tuple(value) if isinstance(value, list) else value for name, value in job["want"].items()}
+            call = precompile.Want(**settings).call()
+        except (KeyError, ValueError) as error:     # a dtype or head_dim that came later
+            print(json.dumps({"error": f"this tree has no such call: {error}"}), flush=True)
+            continue
+        try:
             with gpu.use(job["family"]):
-                found = precompile.sources(*precompile.Want(**settings).call(), precompile.absent_device(job["arch"]))
+                found = precompile.sources(*call, precompile.absent_device(job["arch"]))
             kernels = []
             for source in found:
                 at = (source.key, job["arch"])
@@ -208,7 +213,7 @@ def run(jobs: list[Any], new_tree: Path, old_tree: Path, keep: Path, nvdisasm: s
     try:
         for number, job in enumerate(jobs, 1):
             try:
-                new, old = (tree.kernels(job) for tree in trees)
+                old, new = (tree.kernels(job) for tree in reversed(trees))      # what the old tree refuses is not compiled
             except LookupError as error:
                 counts[job.family]["not in both trees"] += 1
                 print(f"{job.id}: not compared: {error}", flush=True)
