@@ -1,6 +1,7 @@
 """Fixtures that tests of several folders use."""
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """The modules and thousands of tests stay to the end: the garbage collector need not visit them, which took a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
