@@ -57,8 +57,8 @@ def test_torch(dtype: str) -> None:
 
 
 def test_jax_arrays_are_not_written() -> None:
-    """JAX's arrays are immutable: refused where the call would write."""
+    """JAX's arrays are immutable: refused where the call would write. In host memory, where JAX's default device is a GPU too."""
     jax: Any = pytest.importorskip("jax")
-    call = CASE.make()
+    call, cpu = CASE.make(), jax.devices("cpu")[0]
     with pytest.raises(ValueError, match="k_cache is read-only; expected a writable array"):
-        fastattn.attention_with_kvcache(*map(jax.numpy.asarray, call.arrays), **call.options)
+        fastattn.attention_with_kvcache(*(jax.device_put(x, cpu) for x in call.arrays), **call.options)

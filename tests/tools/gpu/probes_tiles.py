@@ -157,6 +157,18 @@ def load_panels(map_, base, to, count):
 
 
 @inline
+def begin_pair(a):
+    """The base of shared memory, where two tiles of 64 rows and 128 columns have come."""
+    base = begin(1)
+    if cuda.threadIdx.x == 0:
+        mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
+        load_panels(a.map_a, base, 0, 2)
+        load_panels(a.map_b, base, 2 * PANEL, 2)
+    mbarrier.wait(int32(base + BAR), int32(0))
+    return base
+
+
+@inline
 def save_at(pointer, at, acc, count):
     for k in range(count):
         memory.store_f32(uint64(pointer + uint64(4 * (32 * (at + k) + (cuda.threadIdx.x & 31)))), acc[k])
@@ -168,12 +180,7 @@ def wgmma_qk(dtype: str) -> Callable[[], Any]:
 
     def make() -> Any:
         def kernel(a):
-            base = begin(1)
-            if cuda.threadIdx.x == 0:
-                mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
-                load_panels(a.map_a, base, 0, 2)
-                load_panels(a.map_b, base, 2 * PANEL, 2)
-            mbarrier.wait(int32(base + BAR), int32(0))
+            base = begin_pair(a)
             x, y = wgmma.k_major(base), wgmma.k_major(int32(base + 2 * PANEL))
             wgmma.fence()
             first = qk(f.zeros(32), x, y, 128, 64, 64)
@@ -204,12 +211,7 @@ def wgmma_more_qk(dtype: str) -> Callable[[], Any]:
 
     def make() -> Any:
         def kernel(a):
-            base = begin(1)
-            if cuda.threadIdx.x == 0:
-                mbarrier.arrive_expect(int32(base + BAR), int32(4 * PANEL))
-                load_panels(a.map_a, base, 0, 2)
-                load_panels(a.map_b, base, 2 * PANEL, 2)
-            mbarrier.wait(int32(base + BAR), int32(0))
+            base = begin_pair(a)
             warp = int32(cuda.threadIdx.x >> 5)
             save_at(a.dst, warp * 32, both(base, int32(base + 2 * PANEL)), 32)
             save_at(a.dst, 128 + warp * 32, both(int32(base + 2 * PANEL), base), 32)
