@@ -33,7 +33,7 @@ other="not isa and not threads_from"
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
   export FASTATTN_ISA=$level
-  tests tests/test_engines.py tests/test_eight_bit.py::test_against_float64 tests/serving/test_numbers.py tests/serving/test_eight_bit.py \
+  tests tests/test_engines.py tests/cpu/test_short.py tests/test_eight_bit.py::test_against_float64 tests/serving/test_numbers.py tests/serving/test_eight_bit.py \
     tests/fuzz/test_caches.py::test_calls_of_the_day tests/fuzz/test_fuzz.py::test_found tests/fuzz/test_fuzz.py::test_problems_of_the_day \
     -k "not reference_agrees and not reference] and not leftovers and not any_threads and not torch"
   FASTATTN_EVERY=5 tests tests/cpu/test_engine.py tests/cpu/test_flex.py tests/cpu/test_written.py "${once[@]}" -k "$other"

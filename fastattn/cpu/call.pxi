@@ -71,6 +71,7 @@ cdef extern from "kernels.h" nogil:
         void (*fill_outside)(void* row, long first, long lo, long hi, long last, double value) noexcept nogil
         uint32_t (*optimistic)(long mr, long n_dim, const void* A, long lda, const void* columns, long first, long last, const long* lo, const long* hi, long n0, void* S, void* P, long ldp, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
         void (*softmax)(long mr, uint32_t rows, void* S, long lds, void* P, long ldp, long first, long last, double c2, void* row_max, void* row_sum, void* rescale) noexcept nogil
+        void (*short_rows)(const ShortRows* w) noexcept nogil
         double (*rounding_of_unit)(double m, double c2) noexcept nogil
         void (*drop_row)(void* row, const uint64_t* keep, long first, long last) noexcept nogil
         void (*grad_row)(void* score, void* dprob, long first, long last, double scale, double lse, double delta, const uint64_t* keep, double keep_scale) noexcept nogil
@@ -84,6 +85,17 @@ cdef extern from "kernels.h" nogil:
         void (*hide_row)(void* row, const uint64_t* seen, long first, long last) noexcept nogil
         void (*slope_row)(const Program* p, const Registers* r, const void* score, void* grad, long first, long last) noexcept nogil
         void (*scatter_row)(const Program* p, const Registers* r, double** sums, const void* score, const void* grad, long first, long last) noexcept nogil
+    ctypedef struct ShortRows:
+        long rows, keys, head_dim, head_dim_v
+        const void* q
+        const void* columns
+        const void* v
+        long q_row, v_row
+        double c2
+        void* out
+        long out_row
+        void* row_max
+        void* row_sum
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
     TileRows rows_apart(long row)

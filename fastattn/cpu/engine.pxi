@@ -3,6 +3,7 @@
 include "call.pxi"
 include "program.pxi"
 include "forward.pxi"
+include "short.pxi"
 include "backward.pxi"
 include "captured.pxi"
 include "backward_call.pxi"

@@ -61,6 +61,7 @@ cdef struct Forward:
     bint direct                         # rows of K and V are read in place
     bint in_one_page                    # each tile is in one page, and its rows at one distance
     bint optimistic                     # a tile is first tried under the maxima of the tiles before
+    bint one_tile                       # all keys are one tile, and all rows attend them: tasks are those of short_task
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
 
@@ -430,7 +431,7 @@ cdef void merge_task(const void* call, long number) noexcept nogil:
 
 
 cdef void run_forward(const Forward* f, long tasks, int threads, bint brief) noexcept nogil:
-    run_tasks(forward_task, f, tasks * f.splits, threads, brief, f.c.stop)
+    run_tasks(short_task if f.one_tile else forward_task, f, tasks * f.splits, threads, brief, f.c.stop)
     if f.splits > 1:
         run_tasks(merge_task, f, tasks, 1, brief, f.c.stop)
 
@@ -478,6 +479,7 @@ def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1
     f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and not masked(&f.c)
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
     f.in_one_page = all_heads and f.c.page_size > 0 and f.c.page_size % STREAM_KEYS == 0
+    f.one_tile = is_short(f)
     f.order, f.first_block = &order[0], &first_block[0]
     ready.tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
     if splits > 1:

@@ -6,6 +6,7 @@
 #define REAL_BITS 32
 #include "real.h"
 #include "rows.h"
+#include "short.h"
 #include "rows_backward.h"
 #include "functions.h"
 #include "program_rows.h"
@@ -13,6 +14,7 @@
 #define REAL_BITS 64
 #include "real.h"
 #include "rows.h"
+#include "short.h"
 #include "rows_backward.h"
 #include "functions.h"
 #include "program_rows.h"
@@ -63,6 +65,7 @@ typedef struct {
   uint32_t (*optimistic)(long mr, long n_dim, const void *A, long lda, const void *columns, long first, long last, const long *lo, const long *hi, long n0,
                          void *S, void *P, long ldp, double c2, void *row_max, void *row_sum, void *rescale); /* or NULL */
   void (*softmax)(long mr, uint32_t rows, void *S, long lds, void *P, long ldp, long first, long last, double c2, void *row_max, void *row_sum, void *rescale);
+  void (*short_rows)(const ShortRows *w); /* or NULL */
   double (*rounding_of_unit)(double m, double c2);
   void (*drop_row)(void *row, const uint64_t *keep, long first, long last);
   void (*grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale);
@@ -81,7 +84,7 @@ typedef struct {
 #define REAL_KERNELS(T, BYTES, HALF)                                                                                                  \
   {BYTES, BYTES, PANEL_ROWS, VBYTES / BYTES, BLOCK_N, VBYTES / BYTES, HALF, load_row_##T, store_row_##T, pack_rows_##T,        \
    pack_columns_##T, pack_values_##T, scores_##T, weighted_sum_##T, 0, key_gradients_##T, key_row_##T, direct_scores_##T, direct_sum_##T, score_row_##T, mask_row_##T,  \
-   fill_outside_##T, 0, softmax_##T, rounding_of_unit_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T,  \
+   fill_outside_##T, 0, softmax_##T, short_rows_##T, rounding_of_unit_##T, drop_row_##T, grad_row_##T, uncap_row_##T, add_row_##T, dot_row_##T, add_scaled_##T,  \
    run_program_##T, modify_row_##T, see_row_##T, hide_row_##T, slope_row_##T, scatter_row_##T}
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 #define READS_HALF 1
@@ -96,7 +99,7 @@ static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 #if defined(__AVX512BF16__)
 #define PAIRS_TABLE(KIND, PARTS, OPTIMISTIC)                                                                                                          \
   {4, 2 * PARTS, PAIR_PANEL, PAIR_COLS, PAIR_N, 32, READS_HALF, load_row_f32, store_row_f32, pack_rows_##KIND, pack_columns_##KIND, pack_values_##KIND, \
-   scores_##KIND, weighted_sum_##KIND, grad_operands_##KIND, key_gradients_##KIND, pairs_key_row, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, OPTIMISTIC, softmax_##KIND, \
+   scores_##KIND, weighted_sum_##KIND, grad_operands_##KIND, key_gradients_##KIND, pairs_key_row, direct_scores_f32, direct_sum_f32, score_row_f32, mask_row_f32, fill_outside_f32, OPTIMISTIC, softmax_##KIND, 0, \
    rounding_of_unit_f32, drop_row_##KIND, grad_row_f32, uncap_row_f32, add_row_f32, dot_row_f32, add_scaled_f32, \
    run_program_f32, modify_row_f32, see_row_f32, hide_row_f32, slope_row_f32, scatter_row_f32}
 #if HAVE_AMX

@@ -226,10 +226,11 @@ ALWAYS_INLINE vec name(load_as)(const char *p, const int dtype) {
 
 /* ------------------------------------------------------------------ the matrix micro-kernel
  * C[MR][NV vectors] (+)= A[MR][K] B[K][NV vectors], with the accumulators in registers. They are named variables, because gcc would
- * keep an array in memory. They start at 0 and C is added last: one chain of sums over all tiles would round more. MR, NV, MODE and
+ * keep an array in memory. They start at 0 and C is added last: one chain of sums over all tiles would round more. SCALED: nothing is
+ * added, and the sums are multiplied by `rescale`. MR, NV, MODE and
  * B's dtype are compile-time constants, so branches on them vanish. Strides of A and C are in elements, of B in bytes. PAGED: rows of B
  * are where `places` says (row_at in simd.h), which reaches AHEAD rows past the last. */
-enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16), name(IN_PLACE_E4M3), name(IN_PLACE_E5M2),
+enum { name(ZERO) = 0, name(RESCALE), name(TRANSPOSED_A), name(SCALED), name(IN_PLACE), name(IN_PLACE_F16), name(IN_PLACE_BF16), name(IN_PLACE_E4M3), name(IN_PLACE_E5M2),
        name(PAGED), name(PAGED_F16), name(PAGED_BF16), name(PAGED_E4M3), name(PAGED_E5M2) };
 #define IS_PAGED(MODE) ((MODE) >= name(PAGED))
 #define IS_MODE(MODE, DTYPE) ((MODE) == name(IN_PLACE_##DTYPE) || (MODE) == name(PAGED_##DTYPE))
@@ -249,7 +250,8 @@ ALWAYS_INLINE void name(product)(const int MR, const int NV, const int MODE, lon
   }
 #define ADD(r, n)                                                             \
   if (n < NV) {                                                               \
-    if (MODE != name(ZERO)) c##r##n += LOAD(C + r * ldc + n * VL) * s;        \
+    if (MODE == name(SCALED)) c##r##n *= s;                                   \
+    else if (MODE != name(ZERO)) c##r##n += LOAD(C + r * ldc + n * VL) * s;   \
     STORE(C + r * ldc + n * VL, c##r##n);                                     \
   }
 #define FINAL(r)                                                                                      \
@@ -294,15 +296,15 @@ typedef void (*name(product_t))(long, const REAL *, long, const char *, long, lo
 #define ROW_TABLE(MODE, MR) {name(product_##MODE##_##MR##_1), name(product_##MODE##_##MR##_2), 0}
 #endif
 #define HEIGHTS(MODE) WIDTHS(MODE, 1) WIDTHS(MODE, 2) WIDTHS(MODE, 3) WIDTHS(MODE, 4) WIDTHS(MODE, 5) WIDTHS(MODE, 6)
-HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3) HEIGHTS(8)
+HEIGHTS(0) HEIGHTS(1) HEIGHTS(2) HEIGHTS(3) HEIGHTS(4) HEIGHTS(9)
 #if LOADS_HALF
-HEIGHTS(4) HEIGHTS(5) HEIGHTS(6) HEIGHTS(7) HEIGHTS(9) HEIGHTS(10) HEIGHTS(11) HEIGHTS(12)
+HEIGHTS(5) HEIGHTS(6) HEIGHTS(7) HEIGHTS(8) HEIGHTS(10) HEIGHTS(11) HEIGHTS(12) HEIGHTS(13)
 #endif
 #define MODE_TABLE(MODE) {ROW_TABLE(MODE, 1), ROW_TABLE(MODE, 2), ROW_TABLE(MODE, 3), ROW_TABLE(MODE, 4), ROW_TABLE(MODE, 5), ROW_TABLE(MODE, 6)}
 #define IN_TABLE(MODE) [MODE] = MODE_TABLE(MODE)
-static const name(product_t) name(products)[13][6][3] = {IN_TABLE(0), IN_TABLE(1), IN_TABLE(2), IN_TABLE(3), IN_TABLE(8),
+static const name(product_t) name(products)[14][6][3] = {IN_TABLE(0), IN_TABLE(1), IN_TABLE(2), IN_TABLE(3), IN_TABLE(4), IN_TABLE(9),
 #if LOADS_HALF
-                                                         IN_TABLE(4), IN_TABLE(5), IN_TABLE(6), IN_TABLE(7), IN_TABLE(9), IN_TABLE(10), IN_TABLE(11), IN_TABLE(12)
+                                                         IN_TABLE(5), IN_TABLE(6), IN_TABLE(7), IN_TABLE(8), IN_TABLE(10), IN_TABLE(11), IN_TABLE(12), IN_TABLE(13)
 #endif
 };
 #undef IN_TABLE

@@ -139,7 +139,7 @@ ALWAYS_INLINE void name(transpose)(const REAL *s, long ss, REAL *d, long ds) {
 static void name(pack_columns)(void *to, const char *src, long row, const long *places, long dim, int dtype, long first, long last, long n_dim, const uint8_t *attended) {
   REAL part[VL * VL] __attribute__((aligned(64)));
   for (long block = 0; block < last; block += CB)
-    for (long j = block; j < block + CB; j += VL) {
+    for (long j = block; j < block + CB && j < last; j += VL) {
       REAL *dst = (REAL *)to + block * n_dim + (j - block);
       int inside = !attended && !places && j >= first && j + VL <= last;
       for (long d = 0; d < n_dim; d += VL) {

@@ -39,6 +39,17 @@ typedef struct {
   long *lo, *hi;
 } GradBlock;
 
+/* Rows of a head against all its keys, which are one tile, read in place (short.h). Row strides are in elements. */
+typedef struct {
+  long rows, keys, head_dim, head_dim_v;
+  const void *q, *columns, *v; /* columns: K packed */
+  long q_row, v_row;
+  double c2;
+  void *out; /* where the results go */
+  long out_row;
+  void *row_max, *row_sum; /* NULL: out is divided by the sum. Else out is what the generic epilogue takes, and these are written */
+} ShortRows;
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum { DT_F32 = 0, DT_F64 = 1, DT_F16 = 2, DT_BF16 = 3, DT_E4M3 = 5, DT_E5M2 = 6 }; /* 4 is bool */

@@ -1,4 +1,4 @@
-/* Ends one inclusion of real.h, rows.h, rows_backward.h, functions.h and program_rows.h. */
+/* Ends one inclusion of real.h, rows.h, short.h, rows_backward.h, functions.h and program_rows.h. */
 #undef CAT_
 #undef CAT
 #undef REAL

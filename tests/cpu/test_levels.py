@@ -16,7 +16,7 @@ from fastattn import cpu
 from fastattn.cpu import detect, levels
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/test_engines.py", "tests/serving/test_numbers.py", "tests/fuzz/test_fuzz.py::test_found"]
+TESTS = ["tests/test_engines.py", "tests/cpu/test_short.py", "tests/serving/test_numbers.py", "tests/fuzz/test_fuzz.py::test_found"]
 # many cases of one test: here a fifth of them, all on the best level
 SAMPLED = ["tests/cpu/test_engine.py", "tests/cpu/test_flex.py", "tests/test_huge_scores.py"]
 # the code of the level behind it, which is run too, but for kernels in bfloat16: of all tests a third
