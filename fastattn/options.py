@@ -196,7 +196,8 @@ def read_eight_bit(call: str, options: Options, scales: tuple[Any, Any, Any, Any
                    out_dtype: Any) -> tuple[Options, tuple[Any, ...] | None]:
     """The Options with out_dtype and the arguments of 8-bit operands, and the scales that stay arrays, in the order of SCALES.
 
-    The second is None where no scale stays one. A scale of one element in host memory is a number: its value is read.
+    The second is None where no scale stays one. A scale of shape () or (1,) in host memory is a number: its value is read. One of
+    (batch, num_heads_k) is none, where that is (1, 1) either: a request of any batch is computed as one alone.
     """
     if out_dtype is None and not any(x is not None for x in scales):
         return options, None
@@ -213,14 +214,14 @@ def read_eight_bit(call: str, options: Options, scales: tuple[Any, Any, Any, Any
 
 
 def _one_scale(check: Check, argument: str, x: Any) -> float | None:
-    """A scale as a number; None where it has several elements or is on a device."""
+    """A scale as a number; None where it is one of several axes or elements, or on a device."""
     if isinstance(x, (list, tuple)):
-        return _one_scale(check, argument, x[0]) if len(x) == 1 else None
+        return _one_scale(check, argument, x[0]) if len(x) == 1 and not isinstance(x[0], (list, tuple)) else None
     if is_array(x):
         if in_device_memory(x):
             return None
         found = view(x, check.call, argument)
-        if math.prod(found.shape) != 1:
+        if found.shape not in ((), (1,)) and (argument != "out_scale" or math.prod(found.shape) != 1):
             return None
         check.dtype(argument, found, FLOATS)
         x = float(found.numpy().reshape(()))

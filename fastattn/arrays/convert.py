@@ -107,7 +107,7 @@ def small(x: Any, dtype: str | None, call: str, argument: str, stream: Stream | 
         raise TypeError(message(call, argument, f"is a {type(x).__name__}", f"an array on q's device, ('cuda', {stream.device})",
                                 f"make it once, as torch.tensor({argument}, device='cuda') or cupy.asarray({argument}) do"))
     try:
-        a = np.asarray(x)
+        a = np.asarray(x, None if len(x) else np.int64)     # no number at all: NumPy's float64
     except Exception:                                       # its elements may raise anything
         raise TypeError(message(call, argument, f"is {words.kind(x)} of unequal parts", "numbers")) from None
     if a.dtype.kind in "iuf" and dtype is not None:

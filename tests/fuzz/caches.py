@@ -1,6 +1,6 @@
 """Random calls with key and value caches: `python -m tests.fuzz.caches --seconds 60`.
 
-Each is a Case of tests/tools/caches.py, which judges. `--device cuda` runs them on a GPU.
+Each is a Case of tests/tools/caches.py, which judges. `--device cuda` runs them on a GPU, `--device interpreter` runs its kernels' PTX.
 Any instruction-set level is run with FASTATTN_ISA.
 """
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import fastattn
-from tests.tools.caches import Case
+from tests.tools.caches import Case, Eight
 
 from .draw import Dice
 
 DTYPES = ("float32", "float32", "float64", "float16", "bfloat16", "bfloat16")
+HALVES = ("float16", "bfloat16")
 WORK = 3_000_000                            # num_heads * rows * keys * (head_dim + head_dim_v) of the longest request
+INTERPRETED = 100_000                       # of one that is run from its kernels' PTX
+PER_KERNEL = 24                             # such calls with kernels alike: to compile one takes as long as to run ten
 
 
 def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
@@ -36,9 +40,7 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
     requests = 0 if dice.chance(0.02) else dice.upto(1, 5)
     before, packed = [keys() for _ in range(requests)], dice.chance(0.5)
     lengths = [rows() for _ in range(requests)] if packed else [rows()] * requests
-    for n in range(requests):
-        while heads_k * group * lengths[n] * (before[n] + lengths[n]) * (dim + dim_v) > WORK:
-            before[n], lengths[n] = before[n] // 2, lengths[n] if lengths[n] == 1 else (lengths[n] + 1) // 2
+    _fit(before, lengths, heads_k * group * (dim + dim_v), WORK)
     if not packed:
         lengths = [min(lengths)] * requests if requests else []
     append = dice.chance(0.7)
@@ -62,7 +64,50 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
                 page, not paged and dice.chance(0.4), append, shared, rotary,
                 dice.one([dtype, "float32"]), "bhsd" if not packed and dice.chance(0.3) else "bshd", dice.chance(0.3),
                 dice.upto(0, 3) if packed else 0, options, dice.one([None, None, None, "heads", "batch"]), dice.chance(0.2))
-    return case, {"num_splits": dice.one([None, None, 1, 2, 7])}
+    splits = dice.one([None, None, 1, 2, 7])
+    if dtype in HALVES and dice.chance(0.4):
+        case = replace(case, eight=eight_bits(dice, rotary is not None))
+    if packed and dice.chance(0.3):
+        options["max_seqlen_q"] = max(lengths, default=0) + dice.one([0, 1, 100])
+    integers = dice.one(["int32", "int32", "int64", "list"])
+    return replace(case, integers="int64" if not requests and paged else integers), {"num_splits": splits}     # [] is no table
+
+
+def _fit(before: list[int], lengths: list[int], per_pair: int, most: int) -> None:
+    """Halve the keys and rows of requests until each has no more work than `most`."""
+    for n in range(len(before)):
+        while per_pair * lengths[n] * (before[n] + lengths[n]) > most:
+            before[n], lengths[n] = before[n] // 2, lengths[n] if lengths[n] == 1 else (lengths[n] + 1) // 2
+
+
+def draw_alike(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
+    """Call `index` of a run on the GPU's kernels without a GPU: they are those of the calls beside it. Lengths, pages and splits differ."""
+    first = index - index % PER_KERNEL
+    while not _interpreted(kind := draw(seed, first)[0]):
+        first += PER_KERNEL * 1000
+    own, more = draw(seed, index)
+    before, lengths = list(own.keys) or [3], own.lengths or [1]
+    _fit(before, lengths, kind.num_heads * (kind.head_dim + (kind.head_dim_v or kind.head_dim)), INTERPRETED)
+    rows = tuple(lengths) if kind.packed else min(lengths)
+    page = None if kind.page_size is None else own.page_size or kind.page_size
+    options = {name: x for name, x in kind.options.items() if name != "max_seqlen_q"}
+    if "window" in options:
+        options["window"] = own.options.get("window", options["window"])
+    shared = min(own.shared, min(before) // page) if page else 0
+    case = replace(kind, name=own.name, keys=tuple(before), rows=rows, page_size=page, shared=shared, options=options, integers="int32")
+    return case, more
+
+
+def _interpreted(case: Case) -> bool:
+    return taken(case) and bool(case.keys)
+
+
+def eight_bits(dice: Dice, rotary: bool) -> Eight:
+    """8-bit caches; a rotation is of 16-bit arrays."""
+    q = not rotary and dice.chance(0.3)
+    shapes = ("none", "none", "number", "one", "head", "batch")
+    scales = dice.one(shapes) if q else "none", dice.one(shapes), dice.one(shapes)
+    return Eight(dice.one(("float8_e4m3fn", "float8_e4m3fn", "float8_e5m2")), scales, q, not rotary and dice.chance(0.3))
 
 
 def on_device(case: Case, options: dict[str, Any]) -> None:
@@ -85,20 +130,32 @@ def on_device(case: Case, options: dict[str, Any]) -> None:
         made.judge(to_host(out), to_host(lse))
 
 
+def interpreted(case: Case, options: dict[str, Any]) -> None:
+    """Case.check on the GPU's kernels, run from their PTX, which finds accesses outside the arrays."""
+    from tests.tools.gpu.calls import interpreted_serving
+
+    made = case.make()
+    expected = made.caches_after()
+    found = interpreted_serving(made, **options)
+    for name, got, right in (("k_cache", found.k_cache, expected[0]), ("v_cache", found.v_cache, expected[1])):
+        assert got.tobytes() == right.tobytes(), f"{name}'s bits"
+    made.judge(found.out, found.lse)
+
+
 def taken(case: Case) -> bool:
     """Whether the GPU's kernels must take the call: rows of whole pieces of 16 bytes, no float64."""
-    vector = 4 if case.dtype == "float32" else 8
+    vector = 4 if case.dtype == "float32" else 16 if case.eight else 8
     dims = case.head_dim, case.head_dim_v or case.head_dim
     return case.dtype != "float64" and not case.strided and max(dims) <= (128 if vector == 4 else 256) and not any(n % vector for n in dims)
 
 
 def run(seed: int, index: int, device: str = "cpu") -> str | None:
     """None, or what is wrong with a call."""
-    case, options = draw(seed, index)
+    case, options = draw_alike(seed, index) if device == "interpreter" else draw(seed, index)
     fastattn.set_num_threads(1 + index % 3)
     try:
-        if device == "cuda":
-            on_device(case, options)
+        if device != "cpu":
+            (on_device if device == "cuda" else interpreted)(case, options)
         else:
             case.make().check("cpu", **options)
     except Exception as error:
@@ -110,7 +167,7 @@ def main() -> int:
     from .__main__ import today
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.caches", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "interpreter"), default="cpu")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--calls", type=int, help="how many, however long they take; each is named before it runs")
     parser.add_argument("--seed", type=int, help="of the run; the date's by default")

@@ -78,6 +78,22 @@ def test_caches(engine: str, new: str, scales: str, q_dtype: Any, dtype: Any) ->
         assert error(out[b], exact[0]) < (2.0**-8 if wide is BF16 else 2.0**-11) and error(lse[b], exact_lse[0]) < 1e-6
 
 
+def test_scales_of_one_request_and_one_head_are_no_number() -> None:
+    """An array of (1, 1) is one of (batch, num_heads_k): its request has the same bits in any batch. A number is multiplied elsewhere."""
+    random = np.random.default_rng(7)
+    q = random.standard_normal((4, 7, 3, 96), np.float32).astype(BF16)
+    k, v = (random.standard_normal((4, 80, 1, 96), np.float32).astype(E4M3) for _ in "kv")
+    scales = random.uniform(0.1, 3, (2, 4, 1)).astype(np.float32)
+
+    def run(b: slice) -> tuple[Array, Array]:
+        out, lse = fastattn.attention_with_kvcache(q[b], k[b], v[b], cache_seqlens=np.array([66, 80, 13, 30])[b], k_scale=scales[0][b],
+                                                   v_scale=scales[1][b], num_splits=1, return_lse=True, engine="cpu")
+        return out, lse
+    whole = run(np.s_[:])
+    for b in range(4):
+        assert all(one[0].tobytes() == x[b].tobytes() for one, x in zip(run(np.s_[b:b + 1]), whole, strict=True))
+
+
 def test_rows_of_few_queries_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where 16-bit ones are: no tile is converted before."""
     plans, original = list[Any](), cpu._planned

@@ -35,6 +35,13 @@ def test_lists_are_lengths() -> None:
     call.check()
 
 
+def test_a_list_of_no_lengths() -> None:
+    """A batch of no request: NumPy makes an array of float64 of it."""
+    q, cache = np.ones((0, 1, 2, 8), np.float32), np.ones((3, 4, 2, 8), np.float32)
+    out = fastattn.attention_with_kvcache(q, cache, cache, cache_seqlens=[], cache_batch_idx=[])
+    assert out.shape == q.shape
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_torch(dtype: str) -> None:
     """torch's tensors, their versions raised where memory was written."""

@@ -100,12 +100,16 @@ def timed(torch: Any) -> dict[str, Timed]:
     rows, heads = torch.zeros(4, 1, 32, 64, device=q.device).half(), torch.zeros(2, 4, 1, 8, 64, device=q.device).half()
     small: dict[str, Any] = {"cache_seqlens": torch.full((4,), 100, device=q.device, dtype=torch.int32),
                              "block_table": torch.arange(32, device=q.device, dtype=torch.int32).reshape(4, 8)}
-    angles = torch.zeros(128, 32, device=q.device)
+    cos, sin = torch.zeros(2, 128, 32, device=q.device).unbind()       # two tensors, as models have them
+    new = heads.unbind()
+    k_rows, v_rows = (x.reshape(4, 128, 8, 64) for x in (k_pages[:32], v_pages[:32]))
+    lengths = small["cache_seqlens"]
     found |= {
         "a step over caches": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, **small)),
-        "a step that appends": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *heads, **small)),
-        "a step that rotates": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *heads, rotary_cos=angles,
-                                                                             rotary_sin=angles, **small))}
+        "a step over rows": Timed(lambda: fastattn.attention_with_kvcache(rows, k_rows, v_rows, cache_seqlens=lengths)),
+        "a step that appends": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *new, **small)),
+        "a step that rotates": Timed(lambda: fastattn.attention_with_kvcache(rows, k_pages, v_pages, *new, rotary_cos=cos, rotary_sin=sin,
+                                                                             **small))}
 
     def add(name: str, attend: Callable[..., Any], backend: Any = None) -> None:
         kept: list[Any] = []
