@@ -54,6 +54,19 @@ PANEL_COUNT = PANEL // 2            # registers of a panel of 64 columns of O
 COPY = 4                            # columns of Q in 16 bytes
 
 
+def make_unfinished(store_lse: Any) -> tuple[Any, Any]:
+    """(finish, store_lse) of a split of the keys: O stays undivided. In the place of lse are maxima of all rows, and behind them sums."""
+    @inline
+    def finish(a, head, max0, max1, sum0, sum1):
+        return float32(1), float32(1), (max0, quad_sum(sum0)), (max1, quad_sum(sum1))
+
+    @inline
+    def store(a, head, batch, q_start, seqlen_q, lane, row, state0, state1):
+        store_lse(a, head, batch, q_start, seqlen_q, lane, row, state0[0], state1[0])
+        store_lse(a, head, int32(batch + a.batch), q_start, seqlen_q, lane, row, state0[1], state1[1])
+    return finish, store
+
+
 def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> tuple[Any, int]:
     """(kernel, bytes of shared memory). WHOLE: rows of q consist of aligned pieces of 16 bytes."""
     BLOCK_M, BLOCK_N, STAGES, SHARED, CONSUMERS = config.block_m, config.block_n, config.stages, config.slices > 1, config.consumers
@@ -74,7 +87,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     # named barriers: Q is there; both halves of S are there; a warpgroup's half has been read; V's tail is cleared, by a warpgroup; all
     # threads of the producer have filled a slot
     LOADED, BOTH, TAKEN, CLEARED, FILLED = smem.named(1), smem.named(1), smem.named(CONSUMERS), smem.named(CONSUMERS), smem.named(1)
-    SPLIT, KEEP_Q, PARTIAL, EARLY = config.split, config.keep_q, config.partial, spec.bias is None      # a bias: a register for each score
+    SPLIT, KEEP_Q, EARLY = config.split, config.keep_q, spec.bias is None          # a bias takes a register for each score
     UPPER, LOWER = BLOCK_N // 32, BLOCK_N // 16 - BLOCK_N // 32         # lines of a panel, 16 rows each, of a thread of the producer
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     give_registers, take_registers = decrease_registers(config.producer_registers), increase_registers(config.consumer_registers)
@@ -82,6 +95,8 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
     prepare, fetch, score = make_score(spec, COUNT_S)
     plane_of, draw, dropout = make_dropout(spec, COUNT_S)
     (update, _, finish), store_lse, clear = make_softmax(spec), make_store_lse(spec), make_clear(BLOCK_N, PARTS, WARPGROUP)
+    if config.partial:
+        finish, store_lse = make_unfinished(store_lse)
     tile_at, num_tiles, unowned, key_row = make_tile_at(spec, BLOCK_M), make_num_tiles(spec), make_unowned(spec), make_key_row(BLOCK_N)
 
     # ------------------------------------------------------------ where a thread of a consumer is
@@ -364,19 +379,9 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         epilogue(a, base, acc_o, max0, max1, sum0, sum1)
 
     @inline
-    def store_state(a, head, batch, q_start, seqlen_q, row, max0, max1, sum0, sum1):
-        """Of a part of the keys: maxima of all rows in the place of lse, and behind them the sums."""
-        store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, max0, max1)
-        store_lse(a, head, int32(batch + a.batch), q_start, seqlen_q, own_lane(), row, sum0, sum1)
-
-    @inline
     def epilogue(a, base, acc_o, max0, max1, sum0, sum1):
         head, batch, q_start, seqlen_q, w = word(base, HEAD), word(base, BATCH), word(base, Q_START), word(base, SEQLEN_Q), own_warpgroup()
-        if PARTIAL:
-            scale0, scale1, lse0, lse1 = float32(1), float32(1), NEG_INF, NEG_INF
-            sum0, sum1 = quad_sum(sum0), quad_sum(sum1)
-        else:
-            scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
+        scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         if PACKED and SINKS:
             if unowned(a, int32(cuda.blockIdx.x)) == UNOWNED:
                 lse0, lse1 = NEG_INF, NEG_INF
@@ -386,10 +391,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         store_floats(scale_seen_rows(acc_o, scale0, scale1), at, uint64(at + uint64(8 * a.out_row)), a.out_dim, rows0, rows1,
                      int32(a.head_dim_v - column), 1)
         if not SHARED or w == 0:
-            if PARTIAL:
-                store_state(a, head, batch, q_start, seqlen_q, row, max0, max1, sum0, sum1)
-            else:
-                store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, lse0, lse1)
+            store_lse(a, head, batch, q_start, seqlen_q, own_lane(), row, lse0, lse1)
 
     def kernel(a):
         wait_for_previous()
