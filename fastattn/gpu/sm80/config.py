@@ -90,8 +90,9 @@ def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = 
         return ForwardSm80Config(warps=4, tiles=1, block_n=block_n, stages=1, blocks_per_sm=1, squeeze=squeeze(spec), **pieces)
     if heavy or not whole:
         return ForwardSm80Config(warps=4, tiles=1, block_n=64 if dim > 64 or room > 160 else 32, stages=1, **pieces)
-    if dim > 64:        # 64 keys spill on sm_80
-        block_n = 64 if room > 200 else 48 if room > 160 else 32
+    if dim > 64:        # 64 keys spill on sm_80, and on sm_90a 4 to 8 bytes in a window's forward with lse
+        crowded = spec.left and spec.right and spec.lse and spec.head_dim_v > 112
+        block_n = 64 if room > 200 and not crowded else 48 if room > 160 else 32
         return ForwardSm80Config(warps=4, tiles=2, block_n=block_n, stages=1, **pieces)
     return ForwardSm80Config(warps=4, tiles=2, block_n=64, optimistic=True, **pieces)
 

@@ -168,7 +168,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         # MLA's 192/128, where O takes no more than at head_dim 128: 676 TFLOP/s with 96 keys, 691 with 112, 708 with 128, 714 with hints
         return ForwardSm90Config(block_m=128, block_n=128, out_panels=1, turns=True, optimistic=optimistic, hints=True)
     if dim <= 192:
-        block_n = 32 if several else 48 if capped else 64 if heavy else 96
+        wide = heavy or (spec.softcap and spec.head_dim_v > 160)        # 96 keys would spill 36 to 108 bytes, 80 up to 12
+        block_n = 32 if several else 48 if capped else 64 if wide else 96
         return ForwardSm90Config(block_m=128, block_n=block_n, out_panels=2, turns=True, optimistic=optimistic)
     if heavy or capped:
         return ForwardSm90Config(block_m=128, block_n=32, out_panels=2, optimistic=False, hints=True)

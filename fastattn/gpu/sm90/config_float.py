@@ -90,7 +90,8 @@ def choose_forward(spec: Spec, whole: bool = True, short: bool = False) -> Forwa
     if dim <= MOST_SPLIT and whole:
         if short:
             return ForwardFloatConfig(block_n=64, stages=2, slices=1, split=True, consumers=1)
-        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and not features)
+        room = spec.head_dim > 32 or spec.head_dim_v <= 96          # half a panel of Q beside all of O: 4 bytes would spill
+        return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and not features and room)
     slices = 1 if dim <= MOST_SHARED_ROWS else CONSUMERS
     # up to head_dim_v 256 a warpgroup's columns of O take 128 registers: with 64 keys 184 bytes would spill, with 48 and a feature 12
     crowded = slices == 1 and spec.head_dim_v > 192

@@ -198,8 +198,10 @@ def _found() -> Iterator[Job]:
                                 (128, "bias_float32", {"bias": "float32", "causal": True}),
                                 (256, "mask_softcap_packed", {"mask": True, "softcap": True, "packed": True, **window})):
         yield Job("sm90", "sm_90a", _want("bfloat16", dim, lse=False, backward=True, **settings), what)
-    for dim in (128, 256):
+    for dim in (128, 192, 256):
         yield Job("sm90", "sm_90a", _want("float16", dim, softcap=True), "softcap")
+    yield Job("sm80", "sm_90a", _want("bfloat16", 128, packed=True, **window), "window_packed")
+    yield Job("sm90", "sm_90a", _want("float32", 32, 128, causal=True), "causal")
     yield Job("sm90", "sm_90a", _want("bfloat16", 128, softcap=True, **window), "softcap_window")
     yield Job("sm80", "sm_80", _want("float16", 256, dropout=True, **both, **window), "bias_mask_dropout")
     for dim in (192, 256):
