@@ -55,6 +55,25 @@ def test_bits(shape: tuple[int, ...], dtype: str) -> None:
         same([fastattn.attention(*qkv, layout=layout)], [out])
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": "top_left"}, {"window": (None, 3)}, {"causal": True, "diagonal": -20},
+                                     {"causal": True, "diagonal": 5}], ids=str)
+def test_bits_of_causal_masks(options: dict[str, Any]) -> None:
+    """Also where panels of rows attend nothing, and where a mask begins within a vector of keys."""
+    for shape in SHAPES:
+        for dtype in ("float32", "float64"):
+            qkv = arrays(shape, dtype)
+            out, lse = general(*qkv, return_lse=True, **options)
+            same(fastattn.attention(*qkv, return_lse=True, **options), (out, lse))
+            same([fastattn.attention(*qkv, **options)], [out])
+
+
+def test_keys_after_every_row_are_never_read() -> None:
+    q, k, v = arrays((1, 2, 2, 24, 64, 32, 32), "float32")
+    expected = fastattn.attention(q, k, v, causal="top_left")
+    k[:, 24:], v[:, 24:] = np.nan, np.inf
+    same([fastattn.attention(q, k, v, causal="top_left")], [expected])
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4, 1e38])
 def test_bits_of_scores_of_any_size(scale: float) -> None:
     """Beyond 2^16 bits the maximum is subtracted before scaling."""
