@@ -86,7 +86,7 @@ cdef extern from "kernels.h" nogil:
         void (*slope_row)(const Program* p, const Registers* r, const void* score, void* grad, long first, long last) noexcept nogil
         void (*scatter_row)(const Program* p, const Registers* r, double** sums, const void* score, const void* grad, long first, long last) noexcept nogil
     ctypedef struct ShortRows:
-        long rows, keys, head_dim, head_dim_v
+        long rows, keys, head_dim, head_dim_v, reach
         const void* q
         const void* columns
         const void* v

@@ -444,6 +444,7 @@ cdef class Prepared:
     cdef long tasks
     cdef int threads
     cdef bint brief
+    cdef readonly bint one_tile         # f's, for the tests
     cdef list alive                     # the arrays behind f's pointers
 
     def __call__(self, size_t q, size_t k, size_t v, size_t out, size_t lse):
@@ -479,7 +480,7 @@ def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1
     f.optimistic = f.c.g.optimistic != NULL and not f.c.scored and not masked(&f.c)
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
     f.in_one_page = all_heads and f.c.page_size > 0 and f.c.page_size % STREAM_KEYS == 0
-    f.one_tile = is_short(f)
+    f.one_tile = ready.one_tile = is_short(f)
     f.order, f.first_block = &order[0], &first_block[0]
     ready.tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
     if splits > 1:

@@ -1,5 +1,5 @@
-# The forward of short sequences: all keys are one tile, and every row attends all of them. A task packs K, and short_rows (short.h)
-# does the rest, with Q, V and out where they are. Results are those of forward_task to the bit.
+# The forward of short sequences: all keys are one tile, and a row attends all of them or, under a causal mask, the first ones. A task
+# packs K, and short_rows (short.h) does the rest, with Q, V and out where they are. Results are those of forward_task to the bit.
 
 
 cdef long short_memory(const Forward* f, long rows, char* start, Work* w) noexcept nogil:
@@ -24,10 +24,10 @@ cdef bint is_short(const Forward* f) noexcept nogil:
     """Whether short_task can do it: a plain problem of few keys whose rows kernels can read in place."""
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
-    cdef long far = c.seqlen_q + c.seqlen_k
+    cdef long far = c.seqlen_q + c.seqlen_k + abs(c.diagonal)
     if g.short_rows == NULL or f.few or f.splits > 1 or c.cu_q != NULL or c.cu_k != NULL or c.used_k != NULL or c.table != NULL:
         return False
-    if c.scored or masked(c) or c.dropout or c.sinks != NULL or c.v_scales != NULL or c.out_factor != 1 or c.left < far or c.right < far:
+    if c.scored or masked(c) or c.dropout or c.sinks != NULL or c.v_scales != NULL or c.out_factor != 1 or c.left < far:
         return False
     return (0 < c.seqlen_k <= g.block_n and c.head_dim_v == c.ldv and readable(g, &c.q) and readable(g, &c.k) and readable(g, &c.v)
             and readable(g, &c.out))
@@ -49,6 +49,7 @@ cdef void short_task(const void* call, long number) noexcept nogil:
         return
     short_memory(f, t.rows, memory, &w)
     g.pack_columns(w.K, at(&c.k, t.b, 0, t.head_k), c.k.row, NULL, c.k.dim, c.k.dtype, 0, c.seqlen_k, c.head_dim, NULL)
+    s.reach = t.s.diagonal + t.m0 + c.right + 1
     s.rows, s.keys, s.head_dim, s.head_dim_v, s.c2 = t.nq, c.seqlen_k, c.head_dim, c.head_dim_v, c2(c)
     s.columns, s.q_row, s.v, s.v_row = w.K, c.q.row // g.real, at(&c.v, t.b, 0, t.head_k), c.v.row // g.real
     if c.v.row != c.ldv * g.real:       # rows far apart compete for few lines of the cache

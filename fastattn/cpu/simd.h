@@ -42,6 +42,7 @@ typedef struct {
 /* Rows of a head against all its keys, which are one tile, read in place (short.h). Row strides are in elements. */
 typedef struct {
   long rows, keys, head_dim, head_dim_v;
+  long reach; /* row i attends the first reach + i keys, if there are so many. Without a causal mask: at least keys */
   const void *q, *columns, *v; /* columns: K packed */
   long q_row, v_row;
   double c2;

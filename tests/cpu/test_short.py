@@ -8,7 +8,6 @@ import pytest
 
 import fastattn
 from fastattn import cpu
-from fastattn.cpu import plan
 
 Array = np.ndarray[Any, Any]
 # batch, heads, key heads, queries, keys, head_dim of q and k, of v
@@ -53,6 +52,25 @@ def test_bits(shape: tuple[int, ...], dtype: str) -> None:
         out, lse = general(*qkv, layout=layout, return_lse=True)
         same(fastattn.attention(*qkv, layout=layout, return_lse=True), (out, lse))
         same([fastattn.attention(*qkv, layout=layout)], [out])
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": "top_left"}, {"window": (None, 3)}, {"causal": True, "diagonal": -20},
+                                     {"causal": True, "diagonal": 5}], ids=str)
+def test_bits_of_causal_masks(options: dict[str, Any]) -> None:
+    """Also where panels of rows attend nothing, and where a mask begins within a vector of keys."""
+    for shape in SHAPES:
+        for dtype in ("float32", "float64"):
+            qkv = arrays(shape, dtype)
+            out, lse = general(*qkv, return_lse=True, **options)
+            same(fastattn.attention(*qkv, return_lse=True, **options), (out, lse))
+            same([fastattn.attention(*qkv, **options)], [out])
+
+
+def test_keys_after_every_row_are_never_read() -> None:
+    q, k, v = arrays((1, 2, 2, 24, 64, 32, 32), "float32")
+    expected = fastattn.attention(q, k, v, causal="top_left")
+    k[:, 24:], v[:, 24:] = np.nan, np.inf
+    same([fastattn.attention(q, k, v, causal="top_left")], [expected])
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4, 1e38])
@@ -105,5 +123,32 @@ def test_any_threads(threads: int) -> None:
         cpu.set_num_threads(before)
 
 
-def test_the_tile_of_the_last_case_is_a_whole_one() -> None:
-    assert SHAPES[-1][4] == 256 > plan.PARTS_KEYS
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call took the short way."""
+    found, prepare = list[bool](), cpu._engine.prepare
+
+    def recorded(*arguments: Any) -> Any:
+        ready = prepare(*arguments)
+        found.append(ready.one_tile)
+        return ready
+    monkeypatch.setattr(cpu._engine, "prepare", recorded)
+    return found
+
+
+def test_which_calls_are_short(ways: list[bool]) -> None:
+    q, k, v = arrays((1, 4, 2, 32, 48, 32, 32), "float32", seed=1)
+    few = q[:, :8]
+    for options in ({}, {"causal": True}, {"return_lse": True}, {"window": (None, 4)}, {"softmax_scale": 0.5}):
+        fastattn.attention(q, k, v, **options)
+    assert ways == [True] * 5
+    for options in ({"window": (4, None)}, {"softcap": 3.0}, {"dropout_p": 0.5, "seed": 1}, {"sinks": np.zeros(4)},
+                    {"alibi_slopes": np.ones(4)}, {"mask": np.ones((1, 1, 1, 1), bool)}):
+        fastattn.attention(q, k, v, **options)
+    fastattn.attention(few, k, v)                                       # dot products with rows of K
+    fastattn.attention(*[x.astype(np.float16) for x in (q, k, v)])      # converted while they are packed
+    fastattn.attention(q[..., ::2], k[..., ::2], v[..., ::2])           # rows with gaps
+    fastattn.attention(q, k, v[..., :30])                               # rows of v that are no whole vectors
+    long = arrays((1, 1, 1, 9, 300, 32, 32), "float32")
+    fastattn.attention(*long)
+    assert not any(ways[5:]) and len(ways) == 16
