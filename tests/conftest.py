@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 # Before NumPy is imported, here and in processes that tests start. Expected results are small products: after each one OpenBLAS's other
-# threads wait awake, which takes 40% of the processor time of tests/test_engines.py on two cores, and of what runs beside.
+# threads wait awake, which took 40% of the processor time of tests/test_engines.py on two cores, and two thirds of that of some of
+# tests/fuzz. A plugin of pytest that imports NumPy comes before.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.tools.fake_cuda import Driver, installed
