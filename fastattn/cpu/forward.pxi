@@ -61,7 +61,7 @@ cdef struct Forward:
     bint direct                         # rows of K and V are read in place
     bint in_one_page                    # each tile is in one page, and its rows at one distance
     bint optimistic                     # a tile is first tried under the maxima of the tiles before
-    bint one_tile                       # all keys are one tile, and all rows attend them: tasks are those of short_task
+    bint one_tile                       # all keys are one tile, full or causal: tasks are those of short_task
     char* partial                       # splits: O, row_max, row_sum of each task
     long partial_size
 
