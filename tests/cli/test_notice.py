@@ -28,7 +28,7 @@ FAKE = """
 import os, sys, threading, time
 from fastattn.gpu.runtime import compile as compiler, notice
 waits = {}
-def build(source, arch, output="cubin"):
+def build(source, arch, output="cubin", meanwhile=()):
     time.sleep(waits.get(source.key, 0))
     return b"\\x7fELF", "Used 10 registers"
 compiler.build = build
@@ -49,7 +49,7 @@ def source(key: str = "test") -> compiler.Source:
 @pytest.fixture
 def stderr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Terminal]:
     """A terminal, a process that has compiled nothing, a short patience, and a compiler that takes 0.3 s."""
-    def build(source: compiler.Source, arch: str, output: str = "cubin") -> Any:
+    def build(source: compiler.Source, arch: str, output: str = "cubin", meanwhile: Any = ()) -> Any:
         time.sleep(0.3)
         return b"\x7fELF", ""
     terminal = Terminal()
@@ -95,7 +95,7 @@ def test_nothing_is_said(silent: str, stderr: Terminal, monkeypatch: pytest.Monk
 
 
 def test_a_compiler_that_fails_leaves_no_thread(stderr: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: Any) -> Any:
+    def build(*_: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
     monkeypatch.setattr(compiler, "build", build)
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ...flex.program import Program
-from ..runtime.compile import binary
+from ..runtime.compile import Source, binary
 from ..runtime.frame import frame_bytes
 from ..runtime.launcher import Program as Kernel
 
@@ -19,10 +19,14 @@ def simple(p: Program | None) -> bool:
     return p is None or (p.used <= {"score"} and not any(x.op in ("load", "length", "number") for x in p.lines))
 
 
-def first_that_fits(configs: Sequence[Config], kernel: Callable[[Config], Kernel], arch: str) -> Config:
-    """The first of the tilings whose kernel keeps all in registers, or the last one. Each that is tried is compiled, into the cache."""
+def first_that_fits(configs: Sequence[Config], kernel: Callable[[Config], Kernel], arch: str,
+                    others: Callable[[Config], Sequence[Source]]) -> Config:
+    """The first of the tilings whose kernel keeps all in registers, or the last one. Each that is tried is compiled, into the cache.
+
+    others: the other kernels that a call with this tiling launches, compiled beside it.
+    """
     for config in configs:
-        size = frame_bytes(binary(kernel(config).source, arch, warn=False).code)
+        size = frame_bytes(binary(kernel(config).source, arch, warn=False, beside=others(config)).code)
         if not size:
             return config
     log.warning("fastattn: %s for %s keeps %d bytes in local memory, which makes it slow", kernel(configs[-1]).source.key, arch, size)

@@ -63,6 +63,11 @@ def bitmap_source(p: Program, block_m: int, block_n: int, by_keys: bool) -> Sour
     return Source(key, lambda: (make_bitmap(p, block_m, block_n, by_keys), 0), fields_of(_OWN + fields(p, MASK)), BITMAP_THREADS)
 
 
+def bitmap_sources(spec: Spec, block_m: int, block_n: int, by_keys: bool = False) -> tuple[Source, ...]:
+    """What `bitmap` launches."""
+    return () if spec.mask_mod is None else (bitmap_source(spec.mask_mod, block_m, block_n, by_keys),)
+
+
 @contextmanager
 def bitmap(call: AnyCall, spec: Spec, block_m: int, block_n: int, launcher: Launcher, stream: int,
            by_keys: bool = False) -> Iterator[tuple[Any, ...]]:

@@ -21,7 +21,8 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .notice import announced
 log = logging.getLogger("fastattn")
 _PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",
              "cuda-core")
+LINKER_STARTS = 0.01     # seconds in which another thread has entered the linker
 PORTABLE_CLUSTER = 8    # blocks of a cluster that every device takes that has clusters; sm_90 takes 16 if the kernel allows it
 _lock = threading.RLock()       # one compilation at a time
 _LETTERS = {"l": "Q", "q": "q", "i": "i", "I": "I", "f": "f", "d": "d"}     # letter of a field -> letter of struct
@@ -114,11 +116,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh_lock)
 
 
-def binary(source: Source, arch: str, announce: bool = True, warn: bool = True) -> Binary:
+def binary(source: Source, arch: str, announce: bool = True, warn: bool = True, beside: Sequence[Source] = ()) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be
     slow.
 
-    announce: say on a terminal why the call takes so long (notice.py). warn: no, where a slow kernel is only tried.
+    announce: say on a terminal why the call takes so long (notice.py). warn: no, where a slow kernel is only tried. beside: other
+    kernels of the same call. If this one has to be compiled, they are compiled into the cache while its linker runs.
     """
     with _lock:
         key = _key(source, arch)
@@ -129,7 +132,7 @@ def binary(source: Source, arch: str, announce: bool = True, warn: bool = True) 
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
             with announced(source.key.split()[0], arch) if announce else contextlib.nullcontext():
-                code, report = build(source, arch)
+                code, report = build(source, arch, meanwhile=[functools.partial(binary, other, arch, announce=False) for other in beside])
             for problem in complaints(report):      # a compiler that the tests do not know: slower, not wrong
                 log.log(logging.WARNING if warn else logging.INFO, "fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
@@ -149,15 +152,32 @@ def known(source: Source, arch: str) -> Binary | None:
     return cache.read(_key(source, arch))
 
 
-def build(source: Source, arch: str, output: str = "cubin") -> tuple[bytes, str]:
-    """Compile without the cache.
+def build(source: Source, arch: str, output: str = "cubin", meanwhile: Sequence[Callable[[], object]] = ()) -> tuple[bytes, str]:
+    """Compile without the cache. meanwhile: what this thread does while another one is in the linker, which needs no interpreter.
 
     Returns
     -------
     (code, report)
         Machine code, or PTX text for output="ptx", and what the compiler says about it.
     """
-    return link(intermediate(source, arch), arch, output)
+    with _no_collection() as wanted:
+        ltoir = intermediate(source, arch)
+        with ThreadPoolExecutor(1) as pool:
+            linked = _begun(pool, link, ltoir, arch, output)
+            for work in meanwhile:
+                work()
+            if wanted:      # 0.15 s without letting the other thread in, for which the linker would wait
+                time.sleep(LINKER_STARTS)
+                gc.collect(0)
+            return linked.result() if linked else link(ltoir, arch, output)
+
+
+def _begun(pool: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
+    """The work, begun in another thread. None: there is no thread to be had, as while the interpreter ends."""
+    try:
+        return pool.submit(work, *arguments)
+    except RuntimeError:
+        return None
 
 
 def intermediate(source: Source, arch: str) -> bytes:
@@ -190,13 +210,13 @@ def link(ltoir: bytes, arch: str, output: str = "cubin") -> tuple[bytes, str]:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def _no_collection() -> Iterator[bool]:
     """No garbage collection inside: Numba makes millions of small objects and next to no garbage. Saves a sixth of the
-    time."""
+    time. Yields whether there was one outside."""
     collected = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield collected
     finally:
         if collected:
             gc.enable()

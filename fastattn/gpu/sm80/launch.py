@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
-from ..flex.launch import bitmap, bitmap_fields
+from ..flex.launch import bitmap, bitmap_fields, bitmap_sources
 from ..rows.launch import dsinks, preprocessed, refuses_rows, round_dq
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, parts_of, refuses_parts
@@ -94,7 +94,8 @@ def forward_program(spec: Spec, config: ForwardSm80Config) -> Program:
 def _forward_config(spec: Spec, arch: str, whole: bool, whole_out: bool, rows: int) -> ForwardSm80Config:
     if not spec.traced:
         return choose_forward(spec, arch, whole, whole_out, rows)
-    return first_that_fits(forward_ladder(spec, arch, whole, whole_out), partial(forward_program, spec), arch)
+    return first_that_fits(forward_ladder(spec, arch, whole, whole_out), partial(forward_program, spec), arch,
+                           lambda config: bitmap_sources(spec, config.block_m, config.block_n))
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
@@ -135,7 +136,8 @@ def backward_program(spec: Spec, config: BackwardSm80Config) -> Program:
 def _backward_config(spec: Spec, arch: str, whole: bool, whole_out: bool) -> BackwardSm80Config:
     if not spec.traced:
         return choose_backward(spec, arch, whole, whole_out)
-    return first_that_fits(backward_ladder(spec, arch, whole, whole_out), partial(backward_program, spec), arch)
+    return first_that_fits(backward_ladder(spec, arch, whole, whole_out), partial(backward_program, spec), arch,
+                           lambda config: bitmap_sources(spec, config.block_m, config.block_n, True))
 
 
 def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:

@@ -10,7 +10,7 @@ from ...problem import Grads, Operands, Problem
 from ..config import feature_weight
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
-from ..flex.launch import bitmap, bitmap_fields
+from ..flex.launch import bitmap, bitmap_fields, bitmap_sources
 from ..rows import widen_launch
 from ..rows.launch import Rows, dbias_sums, dsinks, padded_rows, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
@@ -167,7 +167,8 @@ def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
 @lru_cache(maxsize=PROGRAMS)
 def _choice(spec: Spec, seqlen_k: int, seqlen_q: int, fine: bool) -> tuple[ForwardSm90Config, Program]:
     if spec.traced:
-        config = first_that_fits(forward_ladder(spec, seqlen_k, seqlen_q, fine), partial(forward_program, spec), ARCH)
+        config = first_that_fits(forward_ladder(spec, seqlen_k, seqlen_q, fine), partial(forward_program, spec), ARCH,
+                                 lambda config: bitmap_sources(spec, config.block_m, config.block_n))
     else:
         config = choose_forward(spec, seqlen_k, seqlen_q)
     return config, forward_program(spec, config)
@@ -315,7 +316,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
 def _backward_config(spec: Spec, seqlen_k: int, one_tile: bool) -> BackwardSm90Config:
     if not spec.traced:
         return choose_backward(spec, seqlen_k, one_tile)
-    return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH)
+    return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH,
+                           lambda config: bitmap_sources(spec, config.block_m, BLOCK_N, True))
 
 
 def _one_tile(call: BackwardCall, spec: Spec) -> bool:
