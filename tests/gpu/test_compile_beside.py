@@ -14,7 +14,7 @@ from fastattn.gpu import precompile
 from fastattn.gpu.flex import ladder
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.cache import Binary
-from tests.tools.gpu.flex import MASKS, call_of
+from tests.tools.gpu.flex import MASKS, SCORES, call_of
 
 ARCH = "sm_80"
 
@@ -84,15 +84,24 @@ def test_an_error_of_the_linker_arrives(events: list[str], monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_80")])
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_bitmap_is_compiled_beside_its_kernel(family: str, arch: str, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    beside = list[str]()
+def test_kernels_of_a_call_with_functions_are_compiled_beside_its_first(family: str, arch: str, backward: bool,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, beside = list[str](), list[str]()
 
     def binary(source: compiler.Source, arch: str, **options: Any) -> Binary:
+        tried.append(source.key)
         beside.extend(other.key for other in options["beside"])
         return Binary(b"", 0)
     monkeypatch.setattr(ladder, "binary", binary)
     monkeypatch.setattr(ladder, "frame_bytes", lambda code: 0)
-    call, spec = call_of(None, MASKS["document"], backward=backward, head_dim=56)      # a size of no other test: choices are remembered
+    # a size of no other test, as tilings are remembered
+    call, spec = call_of(SCORES["relative"], MASKS["document"], backward=backward, head_dim=56)
     with gpu.use(family):
         launched = [source.key for source in precompile.sources(call, spec, precompile.absent_device(arch))]
-    assert [key for key in launched if key.startswith("bitmap")] == beside and len(beside) == 1
+    assert len(tried) == 1 and tried[0] in launched and len(beside) == len({*beside})
+    if family == "sm90" and backward:
+        assert beside == [key for key in launched if key != tried[0]]
+        assert {key.split()[0] for key in beside} == {"preprocess", "bitmap", "round_dq", "captured"}
+    else:
+        [key] = beside
+        assert key in launched and key.startswith("bitmap")

@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 
 from ...arrays.view import View, contiguous
+from ...memo import Recent
 from ...problem import Grads, Operands, Problem
 from ..config import feature_weight
 from ..decode import launch as decode
@@ -15,9 +16,9 @@ from ..rows import widen_launch
 from ..rows.launch import Rows, dbias_sums, dsinks, padded_rows, preprocessed, refuses_rows, round_dq, sum_groups, sums_dbias
 from ..rows.mask_words import mask_words
 from ..rows.parts import as_parts, refuses_parts
-from ..runtime.compile import late
+from ..runtime.compile import Source, late
 from ..runtime.device import Device
-from ..runtime.launcher import PROGRAMS, Launcher, Program, program
+from ..runtime.launcher import PROGRAMS, Launcher, Listing, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
 from ..runtime.tensormap import PANEL, fits, form
 from ..short import launch as short
@@ -271,8 +272,8 @@ def float_program(spec: Spec) -> Program:
                    Arguments(spec, BACKWARD_FLOAT, ("q", "k", "v", "dout", "dk", "dv")), 32 * FLOAT_WARPS, early=True)
 
 
-def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) -> None:
-    """Enqueue the kernels: lse and delta of rows, the gradients, then what is rounded from sums.
+def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int, tried: BackwardSm90Config | None = None) -> None:
+    """Enqueue the kernels: lse and delta of rows, the gradients, then what is rounded from sums. tried: a tiling to take.
 
     One kernel computes all gradients, adding up dQ in memory. Deterministic calls and those of head_dim over 128 have a
     kernel for dQ alone.
@@ -288,7 +289,8 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
     own_spec = replace(spec, sinks=None, dbias="float32" if in_kernel else None, deterministic=dq_alone)
     if not dq_alone:
         own_spec = with_bias_tiles(own_spec, call.operands.bias, MOST_BIAS_BACKWARD)
-    config, wide = _backward_config(own_spec, call.problem.seqlen_k, _one_tile(call, own_spec)), is_wide(own_spec)
+    config = tried or _backward_config(call, spec, own_spec, launcher)
+    wide = is_wide(own_spec)
     if not spec.group_parts and not dq_alone and _in_parts(call, own_spec, config, launcher):
         return _backward_in_parts(call, spec, config, launcher, stream)
     block_n = choose_wide(own_spec, "dk").block_n if wide else BLOCK_N
@@ -312,12 +314,25 @@ def backward(call: BackwardCall, spec: Spec, launcher: Launcher, stream: int) ->
         dsinks(call, spec, rows, launcher, stream)
 
 
-@lru_cache(maxsize=PROGRAMS)
-def _backward_config(spec: Spec, seqlen_k: int, one_tile: bool) -> BackwardSm90Config:
+_fitting: Recent[tuple[Spec, int], BackwardSm90Config] = Recent()       # the tilings of functions
+_choose_backward = lru_cache(maxsize=PROGRAMS)(choose_backward)
+
+
+def _backward_config(call: BackwardCall, spec: Spec, own_spec: Spec, launcher: Launcher) -> BackwardSm90Config:
+    """The tiling of the kernel with `own_spec`, in a call with `spec`."""
+    keys = call.problem.seqlen_k
     if not spec.traced:
-        return choose_backward(spec, seqlen_k, one_tile)
-    return first_that_fits(backward_ladder(spec, seqlen_k), partial(backward_program, spec), ARCH,
-                           lambda config: bitmap_sources(spec, config.block_m, BLOCK_N, True))
+        return _choose_backward(own_spec, keys, _one_tile(call, own_spec))
+
+    def others(config: BackwardSm90Config) -> list[Source]:
+        listing, tried = Listing(launcher.device), backward_program(own_spec, config).source
+        backward(call, spec, listing, 0, config)
+        return [source for source in listing.sources if source.key != tried.key]
+    config = _fitting.get((own_spec, keys))
+    if config is None:
+        ladder = backward_ladder(own_spec, keys)
+        config = _fitting[own_spec, keys] = first_that_fits(ladder, partial(backward_program, own_spec), ARCH, others)
+    return config
 
 
 def _one_tile(call: BackwardCall, spec: Spec) -> bool:
