@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
+pytest.importorskip("cuda.core")
+
 from fastattn import gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.flex import ladder
