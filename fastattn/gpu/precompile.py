@@ -39,6 +39,7 @@ class Want:
     window: tuple[int | None, int | None] | None = None
     packed: bool = False
     softcap: bool = False
+    wide_cap: bool = False                  # a softcap over spec.WIDE_CAP
     alibi: str | None = None
     bias: str | None = None
     mask: bool = False
@@ -84,7 +85,8 @@ class Want:
             lengths = {"max_seqlen_q": self.seqlen_q, "max_seqlen_k": keys}
         out_dtype = self.out_dtype if ITEMSIZE[self.dtype] == 2 else None
         problem, o = make_problem("precompile", o, out_dtype=out_dtype, packed=self.packed, causal=self.causal, window=self.window,
-                                  softcap=30.0 if self.softcap else None, dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
+                                  softcap=128.0 if self.wide_cap else 30.0 if self.softcap else None,
+                                  dropout_p=0.1 if self.dropout else 0.0, seed=0, **lengths)
         out, lse = array(problem.out_dtype, *problem.out_shape), array(problem.lse_dtype, *problem.lse_shape)
         if not self.backward:
             return Call(problem, o, out, lse if self.lse else None), make_spec(problem, o, self.lse)

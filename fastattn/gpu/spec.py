@@ -20,6 +20,7 @@ from ..problem import Grads, Mask, Operands, Problem
 from . import traced
 from .traced import mask_of
 
+WIDE_CAP = 64.0         # a larger softcap needs another form of capped scores (tile/scores.py)
 LOG2E = math.log2(math.e)
 FAR_EXPONENT = 2.0**12      # from here on products are too coarse for lse; in the backward such a row is far
 # of a row that is far in the forward, in units of log2: far_limits. The dtypes that tensor cores have
@@ -48,6 +49,8 @@ class Spec:
         size: softcap, alibi or bias, or a softmax_scale whose products leave float32.
     softcap, mask, dropout
         Whether there are any.
+    cap
+        Of a softcap: the form of its scores, "narrow" or, over WIDE_CAP, "wide". None: the kernel looks at its argument.
     alibi, bias, sinks
         The operand's dtype, None if absent.
     bias_pairs, bias_whole
@@ -86,6 +89,7 @@ class Spec:
     packed: bool = False
     scaled: bool = False
     softcap: bool = False
+    cap: str | None = None
     alibi: str | None = None
     bias: str | None = None
     bias_pairs: bool = False
@@ -128,7 +132,7 @@ class Spec:
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
                  "deterministic", "group_parts", "lengths", "paged", "planned", "diagonals")
         on = [name for name in flags if getattr(self, name)]
-        named = ("alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
+        named = ("cap", "alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
         on += [f"{name}={getattr(self, name)}" for name in named if getattr(self, name)]
         on += [f"{name}=[{getattr(self, name).text}]" for name in ("score_mod", "mask_mod") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

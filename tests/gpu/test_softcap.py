@@ -15,7 +15,7 @@ pytest.importorskip("cuda.core")
 
 import fastattn
 from fastattn import gpu
-from fastattn.gpu.spec import Spec
+from fastattn.gpu.spec import WIDE_CAP, Spec
 from fastattn.gpu.tile import scores
 from tests.tools.gpu.cases import on_device, to_host
 from tests.tools.gpu.emulator import replaced
@@ -47,8 +47,10 @@ def test_capped_scores(cap: float, scale: float) -> None:
     exact, slope = np.float64(F(cap)) * np.tanh(x), 1 / np.cosh(np.minimum(abs(x), 300)) ** 2
     a = SimpleNamespace(softcap=F(cap), softmax_scale=F(scale))
     with replaced(("tile.scores",), LINES), np.errstate(all="ignore"):
-        forward = scores.make_cap(Spec("bfloat16", 64, 64, softcap=True))(a, products)
+        forward, alone = (scores.make_cap(Spec("bfloat16", 64, 64, softcap=True, cap=form))(a, products)
+                          for form in (None, "wide" if cap > WIDE_CAP else "narrow"))
         backward, got_slope = scores.make_cap_of(Spec("float16", 64, 64, softcap=True, scaled=True))(a, products)
+    np.testing.assert_array_equal(alone, forward)
     np.testing.assert_array_less(abs(forward - exact), 12 * EPS * abs(exact) + 4 * EPS * min(cap, 64) + 1e-37)
     np.testing.assert_array_less(abs(backward - forward), 2 * EPS * abs(exact) + EPS * min(cap, 64) + 1e-37)
     np.testing.assert_allclose(got_slope, slope, rtol=2.0**-10, atol=6e-7)

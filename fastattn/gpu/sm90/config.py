@@ -157,8 +157,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
     if dim <= 96 and (wider := _choose_wider(spec, seqlen_k, seqlen_q, optimistic)) is not None:
         return wider
     if dim <= 128:
-        # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with a softcap 24 to 56 bytes
-        if num_features(spec) == 1 and (spec.dropout or spec.softcap):
+        # dropout with 112: 1.52 of cuDNN, with 96: 1.33; 128 spills, with both forms of a softcap 24 to 56 bytes
+        if num_features(spec) == 1 and (spec.dropout or (spec.softcap and spec.cap is None)):
             return ForwardSm90Config(block_m=128, block_n=112, turns=True, optimistic=optimistic)
         block_n = (48 if capped else 64) if several else 80 if capped and heavy else 96 if heavy or capped else 128
         if dim > 96 and seqlen_k >= LONGEST and spec.right and _is_plain(spec) and not (spec.left or spec.packed):

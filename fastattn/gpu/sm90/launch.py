@@ -8,7 +8,7 @@ from itertools import groupby
 from ...arrays.view import View, contiguous
 from ...memo import Recent
 from ...problem import Grads, Operands, Problem
-from ..config import feature_weight
+from ..config import feature_weight, num_features
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields, bitmap_sources
@@ -24,7 +24,7 @@ from ..runtime.tensormap import PANEL, fits, form
 from ..short import launch as short
 from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
-from ..spec import MOST_FLOAT_DIM, AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
+from ..spec import MOST_FLOAT_DIM, WIDE_CAP, AnyCall, Arguments, BackwardCall, Call, Launch, Spec, make_spec, unfit
 from . import caches, launch_latent
 from .config import (
     BLOCK_N,
@@ -158,6 +158,13 @@ def with_bias_tiles(spec: Spec, bias: View | None, most: int) -> Spec:
 
 
 # ---------------------------------------------------------------- forward
+def with_cap(spec: Spec, softcap: float | None) -> Spec:
+    """The Spec of a kernel with one form of capped scores: where the softcap is the only feature, blocks of 128 keys then do not spill."""
+    if softcap is None or num_features(spec) > 1 or spec.traced or not 64 < max(spec.head_dim, spec.head_dim_v) <= 128:
+        return spec
+    return replace(spec, cap="wide" if softcap > WIDE_CAP else "narrow")
+
+
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: ForwardSm90Config) -> Program:
     own = FORWARD + bitmap_fields(spec) + " map_bias:l" * spec.bias_tiles + caches.LENGTHS * spec.lengths + caches.PAGES * spec.paged
@@ -188,8 +195,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
         return sm80.prepare(call, spec, launcher)
     if spec.parts > 1:
         return prepare_float(call, spec, launcher)
-    spec = with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD)
     p = call.problem
+    spec = with_cap(with_bias_tiles(spec, call.operands.bias, MOST_BIAS_FORWARD), p.score.softcap)
     return _prepare(call, spec, *_choice(spec, _most_keys(p), p.seqlen_q, p.flex is not None and p.flex.fine), launcher)
 
 

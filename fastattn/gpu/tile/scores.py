@@ -14,7 +14,7 @@ from ..flex.derived import is_rated
 from ..ptx.arith import exp2, reciprocal
 from ..ptx.memory import load_scalar
 from ..ptx.sync import any_lane
-from ..spec import LOG2E, Spec
+from ..spec import LOG2E, WIDE_CAP, Spec
 from .bits import keep_words
 from .fragments import (
     add,
@@ -37,9 +37,9 @@ _LOG2E = float32(LOG2E)
 # A capped score is softcap * tanh(x), x = softmax_scale * dot product / softcap. With u = 2 x log2(e), exp2(u) = exp(2 x):
 #     1 - tanh(x) = 2 / (exp(2 x) + 1)        exact where tanh is near 1; near 0, tanh is off by half a unit in the last place of 1
 #     tanh(x) / x = 1 + u**2 p(u**2)          for |x| < 0.55, to 4e-8
-# Up to a softcap of 64 the error of the first line does not matter. Above it, the second line is used where it holds, for nine more
-# instructions.
-WIDE_CAP, _NEAR = float32(64), float32(0.55 * 2 * LOG2E)
+# Up to a softcap of 64 (WIDE_CAP) the error of the first line does not matter. Above it, the second line is used where it holds, for nine
+# more instructions. A kernel that has only one of the two (Spec.cap) overlaps these exponentials with MMAs; around a branch it does not.
+_NEAR = float32(0.55 * 2 * LOG2E)
 _P0, _P1, _P2, _P3 = (float32(c) for c in (-4.003730044e-2, 1.921838033e-3, -9.129619866e-5, 3.425789373e-6))
 
 
@@ -65,7 +65,7 @@ def capped_wide(s, row, col, scale, cap, softmax_scale):
 
 @inline
 def is_wide(a):
-    return a.softcap > WIDE_CAP
+    return a.softcap > float32(WIDE_CAP)
 
 
 def make_score(spec: Spec, COUNT: int, TRANSPOSED: bool = False, CAPPED: bool = False, SQUEEZE: int = 0,
@@ -205,10 +205,14 @@ def make_cap(spec: Spec) -> Any:
     narrow, wide = elementwise(capped), elementwise(capped_wide)
 
     @inline
-    def cap_float(a, acc_s):
+    def cap_narrow(a, acc_s):
+        return narrow(acc_s, int32(0), int32(0), (cap_scale(a), a.softcap))
+
+    @inline
+    def cap_wide(a, acc_s):
         return wide(acc_s, int32(0), int32(0), (cap_scale(a), a.softcap, a.softmax_scale))
-    if spec.parts > 1:
-        return cap_float
+    if spec.parts > 1 or spec.cap is not None:
+        return cap_narrow if spec.cap == "narrow" else cap_wide
 
     @inline
     def cap(a, acc_s):
