@@ -193,15 +193,16 @@ class Run(Copies):
             out = np.asarray(self.get(x[1], active, op[2])).astype(object) * np.asarray(self.get(x[2], active, op[2])).astype(object)
             self.put(x[0], active, (out >> 64).astype(_TYPES[op[2]]))
         elif op[1] in ("wide", "hi"):
-            kind, wide = op[2], op[2][0] + "64"
-            out = self.get(x[1], active, kind).astype(_TYPES[wide]) * self.get(x[2], active, kind).astype(_TYPES[wide])
-            self.put(x[0], active, out if op[1] == "wide" else (out >> _TYPES[wide](32)).astype(_TYPES[kind]))
+            kind, bits = op[2], int(op[2][1:])
+            wide = _TYPES[f"{kind[0]}{2 * bits}"]
+            out = self.get(x[1], active, kind).astype(wide) * self.get(x[2], active, kind).astype(wide)
+            self.put(x[0], active, out if op[1] == "wide" else (out >> wide(bits)).astype(_TYPES[kind]))
         else:
             self._binary(np.multiply, op, x, active)
 
     def _mad(self, op: list[str], x: list[Any], active: Array) -> None:
         self._mul(op, ["mad.product", x[1], x[2]], active)
-        kind = op[-1] if op[1] != "wide" else op[-1][0] + "64"
+        kind = op[-1] if op[1] != "wide" else f"{op[-1][0]}{2 * int(op[-1][1:])}"
         self._binary(np.add, [kind], [x[0], "mad.product", x[3]], active)
 
     def _fma(self, op: list[str], x: list[Any], active: Array) -> None:
