@@ -86,6 +86,7 @@ cdef extern from "kernels.h" nogil:
         void (*scatter_row)(const Program* p, const Registers* r, double** sums, const void* score, const void* grad, long first, long last) noexcept nogil
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
+    void fetch_lines(const char* start, long bytes)
     TileRows rows_apart(long row)
     void amx_begin()
     void amx_end()
