@@ -98,6 +98,7 @@ cdef extern from "kernels.h" nogil:
         void* row_sum
     const Kernels* kernels_for(int dtype, int in_parts)
     long ahead_of(long row)
+    void fetch_lines(const char* start, long bytes)
     TileRows rows_apart(long row)
     void amx_begin()
     void amx_end()

@@ -16,6 +16,7 @@ cdef enum:
     # Keys of a tile of a task with all heads. Against 64 keys, float32 with 32 key heads runs 1.33 times as fast with 16
     # (prefetch 12 rows ahead) and 1.05 with 32 (48 ahead); bfloat16 2.02 and 1.24 (docs/log-cpu.md).
     STREAM_KEYS = 16
+    LATER = 32                          # keys from such a tile to the one that is fetched, a head's piece of each row being read at a time
     MOST_AHEAD = 64                     # at least ahead_of any row
 
 cdef struct Task:
@@ -60,6 +61,7 @@ cdef struct Forward:
     bint few                            # scores are dot products with rows of K
     bint direct                         # rows of K and V are read in place
     bint in_one_page                    # each tile is in one page, and its rows at one distance
+    bint fetches                        # tiles of all heads are fetched in the order of memory
     bint optimistic                     # a tile is first tried under the maxima of the tiles before
     bint one_tile                       # all keys are one tile, full or causal: tasks are those of short_task
     char* partial                       # splits: O, row_max, row_sum of each task
@@ -158,11 +160,15 @@ cdef inline char* tile_at(const Call* c, const Tensor* x, const Task* t, long n0
     return at(x, t.b if c.table == NULL else c.table[t.b * c.table_width], t.s.k0 + n0, head)
 
 
-cdef inline long one_page(const Call* c, const Tensor* x, long b, long n0, long end, TileRows* rows) noexcept nogil:
+cdef inline long one_page(const Forward* f, const Tensor* x, long b, long n0, long end, TileRows* rows) noexcept nogil:
     """The distance in bytes of a tile's first row from the start of a cache in pages. What it prefetches is in one page too."""
-    cdef long start = key_row(c, x, b, n0)
-    rows.ahead = key_row(c, x, b, min(n0 + ahead_of(x.row) // STREAM_KEYS * STREAM_KEYS, end - 1)) - start
+    cdef long start = key_row(&f.c, x, b, n0), tiles = 1 if f.fetches else ahead_of(x.row) // STREAM_KEYS
+    rows.ahead = key_row(&f.c, x, b, min(n0 + tiles * STREAM_KEYS, end - 1)) - start
     return start
+
+
+cdef inline void fetch_tile(const Call* c, const Tensor* x, const Task* t, long n0) noexcept nogil:
+    fetch_lines(x.ptr + key_row(c, x, t.b, n0) if c.page_size else tile_at(c, x, t, n0, 0), STREAM_KEYS * x.row)
 
 
 cdef void open_rows(const Forward* f, Work* w) noexcept nogil:
@@ -201,9 +207,12 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long h, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
+    if f.fetches and n0 + LATER + STREAM_KEYS <= t.key_end:
+        fetch_tile(c, &c.k, t, n0 + LATER)
+        fetch_tile(c, &c.v, t, n0 + LATER)
     if f.in_one_page:
-        w.k_start = one_page(c, &c.k, t.b, n0, t.key_end, &w.k_rows)
-        w.v_start = one_page(c, &c.v, t.b, n0, t.key_end, &w.v_rows)
+        w.k_start = one_page(f, &c.k, t.b, n0, t.key_end, &w.k_rows)
+        w.v_start = one_page(f, &c.v, t.b, n0, t.key_end, &w.v_rows)
     elif c.page_size:
         key_rows(c, &c.k, t.b, n0, f.tile + ahead_of(c.k.row), t.key_end, w.k_places)
         if w.v_places != w.k_places:
@@ -481,6 +490,9 @@ def prepare(p, o, lengths, out, lse, const int64_t[::1] order, const int64_t[::1
     f.tile = f.c.g.block_n if not all_heads else STREAM_KEYS
     f.in_one_page = all_heads and f.c.page_size > 0 and f.c.page_size % STREAM_KEYS == 0
     f.one_tile = ready.one_tile = is_short(f)
+    # not contiguous 8-bit rows, which are read at the pace of their conversion
+    f.fetches = (all_heads and (f.in_one_page or (f.c.page_size == 0 and o.k.itemsize > 1))
+                 and f.c.k.row == f.c.heads_k * f.c.k.head and f.c.v.row == f.c.heads_k * f.c.v.head)
     f.order, f.first_block = &order[0], &first_block[0]
     ready.tasks = first_block[f.sequences] * (1 if all_heads else f.c.heads_k if folded else f.c.heads)
     if splits > 1:

@@ -72,6 +72,13 @@ def test_keys_and_values_are_appended(case: Case) -> None:
     assert found.kernels == ["append"] * case.append + ["forward_decode"]
 
 
+def test_no_query_row() -> None:
+    """Of arrays whose strides are 0, as those of an empty array may be."""
+    case = Case("no query row", dtype="bfloat16", rows=0)
+    assert not any(case.make().arrays[0].strides)
+    judged(case)
+
+
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
 def test_queries_are_packed(case: Case) -> None:
     judged(case)

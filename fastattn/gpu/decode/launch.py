@@ -85,7 +85,7 @@ def refuses_cache(call: Call, spec: Spec) -> str | None:
         return f"it has {blocks} blocks of {ROWS} query rows, over 2**31 - 1"
     if 0 in o.k.shape or p.seqlen_k > MOST_BLOCKS:
         return f"a request has room for {p.seqlen_k} keys in {o.k.shape[0]} pages"
-    return None if all(whole_chunks(x) for x in (o.q, o.k, o.v)) else "rows are not whole, aligned pieces of 16 bytes"
+    return None if all(0 in x.shape or whole_chunks(x) for x in (o.q, o.k, o.v)) else "rows are not whole, aligned pieces of 16 bytes"
 
 
 def refuses_caches(call: Call) -> str | None:
