@@ -52,13 +52,13 @@ def unread(source: compile.Source, values: list[Any]) -> None:
 @contextmanager
 def first_tilings() -> Iterator[None]:
     """Inside, a kernel with functions has the first tiling of its ladder: which one does not spill only compiling them tells."""
-    chosen = sm80._forward_config, sm80._backward_config, sm90._choice, sm90._backward_config
+    forget = sm80._forward_config.cache_clear, sm80._backward_config.cache_clear, sm90._choice.cache_clear, sm90._fitting.clear
     with ExitStack() as stack:
-        for cached in chosen:
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
+        for memory in forget:
+            memory()
+            stack.callback(memory)
         for module in (sm80, sm90):
-            stack.enter_context(mock.patch.object(module, "first_that_fits", lambda configs, kernel, arch: next(iter(configs))))
+            stack.enter_context(mock.patch.object(module, "first_that_fits", lambda configs, *_: next(iter(configs))))
         yield
 
 
