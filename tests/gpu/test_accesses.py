@@ -6,14 +6,17 @@ windows of any size beside them, in the fuzzer's kinds of memory, whose arrays b
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
 from fastattn import gpu
+from fastattn.arrays import convert
 from fastattn.gpu.decode.config import FEW_KEYS
 from tests.fuzz.__main__ import today
 from tests.fuzz.found import FOUND
@@ -62,3 +65,17 @@ def test_drawn(index: int) -> None:
         error.add_note(str(spec))
         raise
     assert kernels[-1] == "forward_decode"
+
+
+def test_what_lies_between_the_elements_of_an_array_is_outside() -> None:
+    """Rows with gaps, heads before rows, a row that is repeated, and numbers backwards."""
+    memory, whole = interpreter.Memory(), np.zeros((2, 4, 8), np.float16)
+    for x in (whole[:, :, :5], whole.swapaxes(0, 1)[1:], np.broadcast_to(whole[:1, :1, 4:], (2, 4, 4)), whole[::-1, ::2, ::-2]):
+        there = memory.place(x, convert.view(x, "test", "x"))
+        used = {there.ptr + sum(n * by for n, by in zip(at, x.strides, strict=True)) for at in np.ndindex(x.shape)}
+        for address in range(min(used) - 4, max(used) + 6, 2):
+            with nullcontext() if address in used else pytest.raises(AssertionError, match="outside the arrays"):
+                memory.words(np.array([address]), 2)
+        for address in range(min(used) // 4 * 4, max(used), 4):         # words of two numbers
+            with nullcontext() if {address, address + 2} <= used else pytest.raises(AssertionError, match="outside the arrays"):
+                memory.words(np.array([address]), 4)

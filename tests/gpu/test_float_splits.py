@@ -1,7 +1,7 @@
 """Wide float32 heads with few tiles of query rows: the keys are split among batch entries, or heads (sm90/launch_float.py).
 
-A launch of such a call without a GPU: the splits are merged by the kernel's PTX. What is before it is NumPy's: the parts of K and V, and
-the forward on tensor cores, from the parts that its tensor maps name to the addresses that its arguments name.
+A launch of such a call without a GPU: the PTX of the kernels that write the parts of K and V, and that merge the splits. What is between
+them is NumPy's: the forward on tensor cores, from the parts that its tensor maps name to the addresses that its arguments name.
 """
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from tests.tools.gpu.cases import on_device, to_host
 from tests.tools.problems import NUMPY
 
 Array, SCALE = np.ndarray[Any, Any], 0.125
-SPLIT = ("", "_batch", "_row", "_head", "_dim", "_to", "_lines", "_rows", "_heads", "_columns", "_end")
 
 
 class Launcher(interpreter.Launcher):
-    """All kernels but the merge are NumPy's. `splits`: of the keys, of its last launch."""
+    """The forward is NumPy's. `splits`: of the keys, of its last launch."""
 
     boxes: tuple[View, ...] = ()
     splits = 0
@@ -43,28 +42,14 @@ class Launcher(interpreter.Launcher):
         return [0] * len(boxes)
 
     def load(self, source: Source) -> Any:
-        run = {"split": self.split, "forward_sm90_float": self.forward}.get(source.key.split()[0])
-        if run is None:
+        if source.key.split()[0] != "forward_sm90_float":
             return super().load(source)
         names = [name for name, _ in source.fields]
 
         def launch(grid: int, values: list[Any], stream: int) -> None:
             self.launched.append(source.key)
-            run(SimpleNamespace(**dict(zip(names, values, strict=True))), source.key)
+            self.forward(SimpleNamespace(**dict(zip(names, values, strict=True))), source.key)
         return SimpleNamespace(launch=launch)
-
-    def split(self, a: Any, key: str) -> None:
-        for name in "kv":
-            at, by_batch, by_row, by_head, by_dim, to, lines, rows, heads, dim, _ = (getattr(a, name + x) for x in SPLIT)
-            shape = lines // (rows * heads), rows, heads, dim
-            wide = np.zeros((*shape[:3], -(-dim // 64) * 64), np.float32)
-            wide[..., :dim] = self.memory.read(View(at, shape, (by_batch, by_row, by_head, by_dim), "float32", HERE), np.float32)
-            parts, rest = [], wide
-            for _ in range(3):
-                parts.append(rest.astype(NUMPY["bfloat16"]))
-                rest = rest - parts[-1].astype(np.float32)
-            x = np.concatenate(parts, axis=-1)
-            self.write(View(to, x.shape, contiguous(x.shape, 2), "bfloat16", HERE), x)
 
     def whole(self, parts: View, dim: int) -> Array:
         """The sums of K's or V's parts, (batch, heads, keys, dim), in float64."""

@@ -44,6 +44,7 @@ from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
     probes_traced,
     probes_widened,
 )
+from tests.tools.gpu.interpreter_arithmetic import require_known
 from tests.tools.gpu.probes import PROBES, Array
 
 NAMES = list(PROBES)
@@ -109,6 +110,12 @@ def run_text(name: str, src: Array, other: Array, dst: Array, n: int) -> Array:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("direct", "wgmma_float.load"))])
 def test_numbers_from_the_text(name: str) -> None:
     PROBES[name].check(lambda *args, **kwargs: run_text(name, *args, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["fma.rz.f32", "add.rm.f32", "cvt.rn.satfinite.bf16x2.f32", "min.xorsign.abs.f32"])
+def test_what_the_interpreter_does_not_compute_is_refused(name: str) -> None:
+    with pytest.raises(AssertionError, match=f"does not know .* of {name}"):
+        require_known(name)
 
 
 # ---------------------------------------------------------------- with a GPU: the numbers

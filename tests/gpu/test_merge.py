@@ -74,7 +74,7 @@ def parts_of(dtype: str, shape: tuple[int, ...], count: int) -> tuple[list[Array
         unseen = [np.s_[..., 0, 0]] + [np.s_[..., -1, 1 % rows]] * (n % 2) + [np.s_[..., 0, 2 % rows]] * (n > 0)
         for at in unseen:
             lse[at] = -np.inf
-            out.swapaxes(-2, -3)[at] = np.nan
+            out.swapaxes(-2, -3)[(*at, slice(None))] = np.nan
     return outs, lses
 
 

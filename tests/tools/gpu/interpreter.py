@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,21 +21,19 @@ from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.runtime.launcher import Listing
 from tests.tools.gpu.builds import build
+from tests.tools.gpu.interpreter_arithmetic import TYPES, Arithmetic, require_known
 from tests.tools.gpu.interpreter_copies import Copies
 from tests.tools.gpu.interpreter_memory import BASE, Array, Memory, Shared
-from tests.tools.gpu.numbers import bits_of, compare, cut_off, floats_of, flushed, halves_of_bytes, halves_times
+from tests.tools.gpu.numbers import cut_off, floats_of
 from tests.tools.gpu.ptx_text import Body, Instruction, parse
 
 RANK = 24                                       # bits of an address in a block of a cluster
 MOST_BLOCKS = 2_000_000                         # basic blocks that are run before a kernel counts as hanging
-_TYPES: dict[str, Any] = {"s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
-                          "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64, "u8": np.uint8,
-                          "b8": np.uint8}
 _LETTERS = {"l": np.uint64, "q": np.int64, "i": np.int32, "I": np.uint32, "f": np.float32, "d": np.float64}
 
 
 # ---------------------------------------------------------------- running
-class Run(Copies):
+class Run(Arithmetic, Copies):
     """One launch of a kernel."""
 
     def __init__(self, body: Body, memory: Memory, grid: int, threads: int, shared: int, values: dict[str, Any], cluster: int = 1) -> None:
@@ -55,7 +53,7 @@ class Run(Copies):
 
     # -------------------------------------------------------- registers
     def get(self, name: Any, active: Array, kind: str) -> Any:
-        dtype = _TYPES.get(kind, np.bool_)
+        dtype = TYPES.get(kind, np.bool_)
         if isinstance(name, (int, np.floating)):
             if isinstance(name, np.floating):
                 return name if dtype is type(name) else name.view(f"u{name.itemsize}")
@@ -168,102 +166,13 @@ class Run(Copies):
     def execute(self, i: Instruction, active: Array) -> None:
         base = i.op.split(".")[0]
         try:
+            require_known(i.op)
             getattr(self, f"_{base}")(i.op.split("."), i.operands, active)
         except Exception as error:
             error.add_note(f"in {i.op} {i.operands}")
             raise
 
     # -------------------------------------------------------- instructions
-    def _binary(self, function: Callable[[Any, Any], Any], op: list[str], x: list[Any], active: Array) -> None:
-        kind = op[-1]
-        with np.errstate(all="ignore"):
-            out = function(self.get(x[1], active, kind), self.get(x[2], active, kind))
-        self.put(x[0], active, np.asarray(out).astype(_TYPES.get(kind, np.bool_), copy=False))
-
-    def _add(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.add, op, x, active)
-
-    def _sub(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.subtract, op, x, active)
-
-    def _mul(self, op: list[str], x: list[Any], active: Array) -> None:
-        if op[-1] == "f16x2":
-            self.put(x[0], active, halves_times(*[np.broadcast_to(self.get(y, active, "u32"), len(active)) for y in x[1:]]))
-        elif op[1:] in (["hi", "s64"], ["hi", "u64"]):
-            out = np.asarray(self.get(x[1], active, op[2])).astype(object) * np.asarray(self.get(x[2], active, op[2])).astype(object)
-            self.put(x[0], active, (out >> 64).astype(_TYPES[op[2]]))
-        elif op[1] in ("wide", "hi"):
-            kind, bits = op[2], int(op[2][1:])
-            wide = _TYPES[f"{kind[0]}{2 * bits}"]
-            out = self.get(x[1], active, kind).astype(wide) * self.get(x[2], active, kind).astype(wide)
-            self.put(x[0], active, out if op[1] == "wide" else (out >> wide(bits)).astype(_TYPES[kind]))
-        else:
-            self._binary(np.multiply, op, x, active)
-
-    def _mad(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._mul(op, ["mad.product", x[1], x[2]], active)
-        kind = op[-1] if op[1] != "wide" else f"{op[-1][0]}{2 * int(op[-1][1:])}"
-        self._binary(np.add, [kind], [x[0], "mad.product", x[3]], active)
-
-    def _fma(self, op: list[str], x: list[Any], active: Array) -> None:
-        a, b, c = (np.asarray(self.get(y, active, "f32")).astype(np.float64) for y in x[1:])
-        with np.errstate(all="ignore"):
-            self.put(x[0], active, (a * b + c).astype(np.float32))
-
-    def _min(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.fmin if op[-1] == "f32" else np.minimum, op, x, active)
-
-    def _max(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.fmax if op[-1] == "f32" else np.maximum, op, x, active)
-
-    def _and(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.bitwise_and, op, x, active)
-
-    def _or(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.bitwise_or, op, x, active)
-
-    def _xor(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.bitwise_xor, op, x, active)
-
-    def _not(self, op: list[str], x: list[Any], active: Array) -> None:
-        self.put(x[0], active, np.invert(self.get(x[1], active, op[-1])))
-
-    def _neg(self, op: list[str], x: list[Any], active: Array) -> None:
-        self.put(x[0], active, np.negative(self.get(x[1], active, op[-1])))
-
-    def _abs(self, op: list[str], x: list[Any], active: Array) -> None:
-        self.put(x[0], active, np.abs(self.get(x[1], active, op[-1])))
-
-    def _div(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.divide if op[-1] == "f32" else np.floor_divide, op, x, active)
-
-    def _rem(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._binary(np.remainder, op, x, active)
-
-    def _shift(self, function: Any, op: list[str], x: list[Any], active: Array) -> None:
-        kind = op[-1]
-        wide, distance = 8 * np.dtype(_TYPES[kind]).itemsize, self.get(x[2], active, "u32")
-        value = self.get(x[1], active, kind)
-        out = function(value, np.minimum(distance, wide - 1).astype(value.dtype))
-        left = _TYPES[kind](0) if kind[0] != "s" or function is np.left_shift else np.where(value < 0, -1, 0).astype(value.dtype)
-        self.put(x[0], active, np.where(distance >= wide, left, out))
-
-    def _shl(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._shift(np.left_shift, op, x, active)
-
-    def _shr(self, op: list[str], x: list[Any], active: Array) -> None:
-        self._shift(np.right_shift, op, x, active)
-
-    def _selp(self, op: list[str], x: list[Any], active: Array) -> None:
-        self.put(x[0], active, np.where(self.get(x[3], active, "pred"), self.get(x[1], active, op[-1]), self.get(x[2], active, op[-1])))
-
-    def _setp(self, op: list[str], x: list[Any], active: Array) -> None:
-        found = compare(op[1], self.get(x[1], active, op[-1]), self.get(x[2], active, op[-1]))
-        if op[2] in ("and", "or"):
-            other = self.get(x[3], active, "pred")
-            found = found & other if op[2] == "and" else found | other
-        self.put(x[0], active, np.broadcast_to(found, len(active)))
-
     def _mov(self, op: list[str], x: list[Any], active: Array) -> None:
         if isinstance(x[0], list):
             word = self.get(x[1], active, op[-1])
@@ -280,54 +189,13 @@ class Run(Copies):
     def _cvta(self, op: list[str], x: list[Any], active: Array) -> None:
         self.put(x[0], active, self.get(x[1], active, "u64"))
 
-    def _cvt(self, op: list[str], x: list[Any], active: Array) -> None:
-        to, kind = op[-2], op[-1]
-        if kind == "e4m3x2":
-            self.put(x[0], active, halves_of_bytes(np.broadcast_to(self.get(x[1], active, "u16"), len(active))))
-        elif to in ("bf16x2", "f16x2"):
-            high, low = (bits_of(np.broadcast_to(self.get(y, active, "f32"), len(active)), to).astype(np.uint32) for y in x[1:])
-            if "relu" in op:
-                high, low = (np.where(y >> np.uint32(15), np.uint32(0), y) for y in (high, low))
-            self.put(x[0], active, low | high << np.uint32(16))
-        elif to in ("bf16", "f16"):
-            self.put(x[0], active, bits_of(np.broadcast_to(self.get(x[1], active, "f32"), len(active)), to))
-        elif kind in ("bf16", "f16"):
-            self.put(x[0], active, floats_of(self.get(x[1], active, "u16"), kind))
-        else:
-            self.put(x[0], active, np.asarray(self.get(x[1], active, kind)).astype(_TYPES[to]))
-
-    def _ex2(self, op: list[str], x: list[Any], active: Array) -> None:
-        with np.errstate(all="ignore"):
-            self.put(x[0], active, flushed(np.exp2(flushed(self.get(x[1], active, "f32")))))
-
-    def _lg2(self, op: list[str], x: list[Any], active: Array) -> None:
-        with np.errstate(all="ignore"):
-            self.put(x[0], active, np.log2(flushed(self.get(x[1], active, "f32"))))
-
-    def _rcp(self, op: list[str], x: list[Any], active: Array) -> None:
-        with np.errstate(all="ignore"):
-            self.put(x[0], active, flushed(np.float32(1) / flushed(self.get(x[1], active, "f32"))))
-
-    def _prmt(self, op: list[str], x: list[Any], active: Array) -> None:
-        a, b = (np.broadcast_to(self.get(y, active, "u32"), len(active)).astype(np.uint64) for y in x[1:3])
-        both, selector, out = a | b << np.uint64(32), x[3], np.zeros(len(active), np.uint64)
-        assert isinstance(selector, int)
-        for n in range(4):
-            out |= (both >> np.uint64(8 * (selector >> 4 * n & 7)) & np.uint64(0xFF)) << np.uint64(8 * n)
-        self.put(x[0], active, out.astype(np.uint32))
-
-    def _bfi(self, op: list[str], x: list[Any], active: Array) -> None:
-        kind, start, length = op[-1], x[3], x[4]
-        ones = ((1 << length) - 1) << start
-        word, into = self.get(x[1], active, kind), self.get(x[2], active, kind)
-        number = into.dtype.type
-        self.put(x[0], active, (into & ~number(ones)) | (word << number(start) & number(ones)))
-
     def _shfl(self, op: list[str], x: list[Any], active: Array) -> None:
+        """The distance may be in a register, and a predicate beside the result, as Numba writes it."""
         self.warps(active, "shfl")
         assert op[2] == "bfly"
+        distance = np.unique(np.broadcast_to(self.get(x[2], active, "u32"), len(active))).item()
         value = np.broadcast_to(self.get(x[1], active, "b32"), len(active)).reshape(-1, 32)
-        self.put(x[0], active, value[:, np.arange(32) ^ x[2]].reshape(-1))
+        self.put(x[0].partition("|")[0], active, value[:, np.arange(32) ^ distance].reshape(-1))
 
     def _vote(self, op: list[str], x: list[Any], active: Array) -> None:
         self.warps(active, "vote")
@@ -363,7 +231,7 @@ class Run(Copies):
 
     def places(self, op: list[str], x: Any, active: Array) -> tuple[Array, Any, list[Array]]:
         """(The memory as numbers of the type, the type, indices of each of the vector's elements)."""
-        shared, dtype, block = "shared" in op or "shared::cluster" in op, _TYPES[op[-1]], self.block[active]
+        shared, dtype, block = "shared" in op or "shared::cluster" in op, TYPES[op[-1]], self.block[active]
         size, vector = np.dtype(dtype).itemsize, next((int(y[1:]) for y in op if re.fullmatch(r"v\d", y)), 1)
         at = self.address(x, active, shared)
         assert not (at % (size * vector)).any(), "misaligned vector"

@@ -29,9 +29,12 @@ class Memory:
         return BASE + at
 
     def place(self, x: Array, view: View) -> View:
-        """A copy of an array of which `view` is the canonical View."""
+        """A copy of an array of which `view` is the canonical View. What is between its elements may not be touched."""
         low, high = view.bytes_range()
         at = self.take(high - low, low % 256)
+        self.valid[at - BASE:at - BASE + high - low] = False
+        elements = self.valid[at - BASE + view.ptr - low:]
+        np.lib.stride_tricks.as_strided(elements, (*view.shape, view.itemsize), (*view.strides, 1))[...] = True
         self.bytes[at - BASE:at - BASE + high - low] = np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
         return replace(view, ptr=at + view.ptr - low, device=HERE)
 
@@ -46,7 +49,9 @@ class Memory:
         offset = address.astype(np.int64) - BASE
         assert not (offset % size).any(), f"misaligned access of {size} bytes"
         inside = (offset >= 0) & (offset + size <= ROOM)
-        assert inside.all() and self.valid[offset].all() and self.valid[offset + size - 1].all(), "access outside the arrays"
+        assert inside.all(), "access outside the arrays"
+        flags = self.valid.view(f"u{size}")[offset // size]         # a byte each
+        assert (flags == int.from_bytes(bytes([True] * size), "little")).all(), "access outside the arrays"
         return offset // size
 
 
