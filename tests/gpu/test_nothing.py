@@ -121,6 +121,14 @@ def test_found() -> None:
     assert complaints(spec, on_ptx("sm80")) == ([], {"plan_packed", "forward_sm80"})
 
 
+def test_few_rows_before_all_keys() -> None:
+    """The limit of keys is a negative number, which the split-key kernel loads into a register of 64 bits."""
+    spec = Spec(seed=1, dtype="float16", num_heads=2, num_heads_k=2, seqlen_q=4, seqlen_k=317, head_dim=64, head_dim_v=64, causal=True,
+                library="torch")
+    for diagonal in (-3, -1000):
+        assert complaints(replace(spec, diagonal=diagonal), on_ptx("sm80")) == ([], {"forward_decode"})
+
+
 def test_a_bitmap_has_room_for_lengths_beyond_the_longest() -> None:
     """Lengths are on the device: a sequence may have all keys, whatever max_seqlen_k is. Kernels read the words of its tiles."""
     spec = Spec(seed=1, num_heads=2, dtype="float16", lengths_q=(1, 3), lengths_k=(20, 3000), spare=(0, 2000), head_dim=16, head_dim_v=16,

@@ -243,12 +243,11 @@ class Run(Arithmetic, Copies):
 
     def _ld(self, op: list[str], x: list[Any], active: Array) -> None:
         if op[1] == "param":
-            self.put(x[0], active, self.values[x[1][1]])
+            self.put(x[0], active, widened(op[-1], x[0], np.asarray(self.values[x[1][1]])))
             return
         memory, _, places = self.places(op, x[1], active)
         for name, place in zip(x[0] if isinstance(x[0], list) else [x[0]], places, strict=True):
-            value = memory[place]
-            self.put(name, active, value.astype(np.uint32) if value.itemsize == 1 else value)
+            self.put(name, active, widened(op[-1], name, memory[place]))
 
     def _st(self, op: list[str], x: list[Any], active: Array) -> None:
         memory, _, places = self.places(op, x[0], active)
@@ -284,6 +283,13 @@ class Run(Arithmetic, Copies):
             out = cut_off(acc + a @ b)
         for n, name in enumerate(x[0]):
             self.put(name, active, np.ascontiguousarray(out[:, g + 8 * (n // 2), 2 * c + n % 2]).reshape(-1))
+
+
+def widened(kind: str, register: str, x: Array) -> Array:
+    """What a load leaves in a register that is longer than the number: the sign of a signed one is extended (PTX ISA, ld)."""
+    if kind[0] == "s" and (x.itemsize < 4 or register.startswith("%rd")):
+        return x.view(f"i{x.itemsize}").astype(np.int64 if register.startswith("%rd") else np.int32)
+    return x.astype(np.uint32) if x.itemsize == 1 else x
 
 
 # ---------------------------------------------------------------- a device
