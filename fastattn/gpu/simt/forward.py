@@ -35,7 +35,7 @@ from ..tile.scalar import compute_of, make_dropout, make_score, make_softmax
 from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.smem import Smem
 from .config import WIDE, SimtConfig, Tile
-from .threads import make_column, make_load, make_outer_product, make_product, row_address
+from .threads import make_column, make_load, make_outer_product, make_product, make_sums, row_address
 
 
 def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
@@ -59,7 +59,7 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
     load_q, load_k = make_load(spec, tile, BLOCK_M, SLICE, PITCH, False), make_load(spec, tile, BLOCK_N, SLICE, PITCH, False)
     load_v = make_load(spec, tile, KEYS, HEAD_DIM_V, HEAD_DIM_V, True)
     multiply_qk, multiply_pv = make_product(spec, tile, SLICE), make_outer_product(spec, tile, HEAD_DIM_V)
-    column = make_column(spec, HEAD_DIM_V)
+    column, (clear, move) = make_column(spec, HEAD_DIM_V), make_sums(spec, tile)
     (row_bounds, block_bounds), (diagonal_of, _) = make_bounds(spec, BLOCK_N), make_diagonals(spec)
     prepare, score, visible = make_score(spec)
     max16, sum16, finish = make_softmax(spec)
@@ -96,9 +96,10 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
         """
         col0 = int32(n_block * BLOCK_N)
         acc_s = cuda.local.array((ROWS, COLS), REAL)
-        for i in range(ROWS):
-            for j in range(COLS):
-                acc_s[i, j] = REAL(0)
+        clear(acc_s)
+        if SLICES > 1:
+            part = cuda.local.array((ROWS, COLS), REAL)
+            clear(part)
         if thread < BLOCK_N:
             store_shared_b32(int32(base + ALIVE + thread * 4), full)
         for s in range(SLICES):             # S = Q K^T
@@ -107,7 +108,11 @@ def make_forward(spec: Spec, config: SimtConfig) -> tuple[Any, int]:
                 load_q(base + Q, pointer_q, a.q_row, a.q_dim, seqlen_q - row0, s * SLICE, a.head_dim, base, thread)
             load_k(base + KV, pointer_k + col0 * a.k_row, a.k_row, a.k_dim, seqlen_k - col0, s * SLICE, a.head_dim, base, thread)
             cuda.syncthreads()
-            multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
+            if SLICES > 1:
+                multiply_qk(part, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
+                move(acc_s, part)
+            else:
+                multiply_qk(acc_s, base + Q, base + KV, x, y, a.head_dim - s * SLICE)
         for i in range(ROWS):               # score and mask
             row = int32(row0 + y + i * HIGH)
             lo, hi = row_bounds(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k)

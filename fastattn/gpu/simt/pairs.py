@@ -26,7 +26,7 @@ from ..tile.mask import make_bounds, make_diagonals
 from ..tile.scalar import compute_of, make_dropout, make_own_score, make_score
 from ..tile.smem import Smem
 from .config import WIDE, Tile
-from .threads import make_load, make_outer_product, make_product
+from .threads import make_load, make_outer_product, make_product, make_sums
 
 
 class Pointers(NamedTuple):
@@ -83,6 +83,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False,
     A, B, P, ALIVE = places.a, places.b, places.p, places.alive
     LINES, COLUMNS, ROWS, COLS, HIGH, PITCH_P = tile.lines, tile.columns, tile.rows, tile.cols, tile.high, tile.pitch_p
     _, SLICE = tile.slices(max(spec.head_dim, spec.head_dim_v))
+    SLICED = spec.head_dim > SLICE
     OUTER, INNER = (COLS, ROWS) if TRANSPOSED else (ROWS, COLS)      # of a thread: query rows, keys
     BY_ROW, BY_COL = (1, PITCH_P) if TRANSPOSED else (PITCH_P, 1)
     BLOCK_M, BLOCK_N = (COLUMNS, LINES) if TRANSPOSED else (LINES, COLUMNS)
@@ -97,11 +98,7 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False,
     _, own_score, _ = make_own_score(spec)
     dropout = make_dropout(spec, BLOCK_M, BLOCK_N, BY_ROW, BY_COL, tile.threads)
 
-    @inline
-    def clear(acc):
-        for i in range(ROWS):
-            for j in range(COLS):
-                acc[i, j] = REAL(0)
+    clear, move = make_sums(spec, tile)
 
     @inline
     def fill_keep(a, base, x, y):
@@ -113,10 +110,12 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False,
 
     @inline
     def products(a, base, acc_s, acc_dp, pointers, corner, thread, x, y):
-        """S, then dP, in one loop, so that the code exists once."""
+        """S, then dP, in one loop, so that the code exists once. S is the sum of its slices' sums, as in the forward."""
         q, k, v, dout = pointers
         batch, head, row0, col0, seqlen_q, seqlen_k, _ = corner
         rows, keys = seqlen_q - row0, seqlen_k - col0
+        if SLICED:
+            clear(acc_s)
         for which in range(2):
             clear(acc_dp)
             m, m_row, m_dim = (q, a.q_row, a.q_dim) if which == 0 else (dout, a.dout_row, a.dout_dim)
@@ -134,11 +133,15 @@ def make_pairs(spec: Spec, tile: Tile, TRANSPOSED: bool, FOR_BIAS: bool = False,
                     load_b(base + B, n, n_row, n_dim, keys, dim0, dims, base, thread)
                 cuda.syncthreads()
                 multiply(acc_dp, base + A, base + B, x, y, dims - dim0)
+                if SLICED:
+                    if which == 0:
+                        move(acc_s, acc_dp)
             if which == 0:
                 fill_keep(a, base, x, y)
-                for i in range(ROWS):
-                    for j in range(COLS):
-                        acc_s[i, j] = acc_dp[i, j]
+                if not SLICED:
+                    for i in range(ROWS):
+                        for j in range(COLS):
+                            acc_s[i, j] = acc_dp[i, j]
 
     @inline
     def kept(base, i, j, x, y):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn import Grads, gpu
+from fastattn import Grads, attention, attention_backward, attention_varlen, attention_varlen_backward, explain, gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import ITEMSIZE, View, contiguous
 from fastattn.gpu.config import GROUP
@@ -110,6 +110,13 @@ def interpreted(inputs: Inputs, arch: str = "sm_90a", family: str = "sm90", retu
         gpu.family(family).prepare(call, make_spec(problem, o, return_lse), launcher)(call, 0)
     result = memory.read(out, NUMPY[problem.out_dtype])
     return result.swapaxes(1, 2) if swap else result, memory.read(lse, np.float32) if return_lse else None, launcher.launched
+
+
+def families_of(packed: bool, args: list[Any], kwargs: dict[str, Any], device: str | None = None) -> tuple[str | None, str | None]:
+    """The kernel families that run a forward with these arguments and its backward: where the arrays are, or on an absent `device`."""
+    functions = (attention_varlen, attention_varlen_backward) if packed else (attention, attention_backward)
+    forward, backward = (explain(function, *args, device=device, **kwargs).engine for function in functions)
+    return forward, backward
 
 
 class CacheCall(NamedTuple):
