@@ -1,7 +1,11 @@
-"""attn_implementation="fastattn" in transformers: logits and gradients of small random models against eager attention."""
+"""attn_implementation="fastattn" in transformers: logits and gradients of small random models against eager attention.
+
+On a CPU, and where torch sees a CUDA device, there too.
+"""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +23,14 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     assert ours.register() == "fastattn"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")])], autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors and models of a test are."""
+    with torch.device(request.param):
+        yield request.param
 
 
 def pair(kind: str, **config: Any) -> tuple[Any, Any]:
@@ -49,7 +61,8 @@ def same(eager: Any, fast: Any, keep: Any = ..., theirs: dict[str, Any] | None =
 
 
 def tokens(rows: int = 2) -> Any:
-    return torch.randint(0, 99, (rows, 12), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(0, 99, (rows, 12), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def padded(left: bool) -> Any:
@@ -101,9 +114,15 @@ def test_relative_positions() -> None:
 
 
 # ---------------------------------------------------------------- packed
-PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-LENGTHS: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32), "max_length_q": 7, "max_length_k": 7,
-                           "cu_seq_lens_k": torch.tensor([0, 5, 12], dtype=torch.int32)}
+def positions() -> Any:
+    """position_ids of two sequences in one row."""
+    return torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+
+
+def lengths() -> dict[str, Any]:
+    """The same by cu_seq_lens."""
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    return {"cu_seq_lens_q": starts, "max_length_q": 7, "max_length_k": 7, "cu_seq_lens_k": starts.clone()}
 
 
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "MistralForCausalLM"])
@@ -115,12 +134,12 @@ def test_packed_sequences(kind: str, given: str, monkeypatch: pytest.MonkeyPatch
     packed: list[int] = []
     own = ours.attention_varlen
     monkeypatch.setattr(ours, "attention_varlen", lambda *a, **k: packed.append(1) or own(*a, **k))
-    theirs = {"input_ids": tokens(1), "position_ids": PACKED, "use_cache": False}
+    theirs = {"input_ids": tokens(1), "position_ids": positions(), "use_cache": False}
     mine = {"input_ids": tokens(1), "use_cache": False}
     if given != "lengths":
-        mine["position_ids"] = PACKED
+        mine["position_ids"] = positions()
     if given != "positions":
-        mine |= LENGTHS
+        mine |= lengths()
     same(eager, fast, theirs=theirs, **mine)
     assert bool(packed) == (given == "lengths" and kind == "LlamaForCausalLM")
 
@@ -135,7 +154,7 @@ def test_packed_sequences_beside_a_mask() -> None:
     whole = whole & torch.ones(12, 12, dtype=torch.bool).tril() & mask.bool()
     additive = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
     same(eager, fast, (slice(None), slice(10)), theirs={"input_ids": tokens(1), "attention_mask": additive, "use_cache": False},
-         input_ids=tokens(1), attention_mask=mask, use_cache=False, **LENGTHS)
+         input_ids=tokens(1), attention_mask=mask, use_cache=False, **lengths())
 
 
 # ---------------------------------------------------------------- decoding, compile, training
@@ -192,5 +211,5 @@ def test_what_fastattn_has_not_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="output_attentions is True; expected False"):
         ours.attention_forward(layer, q, q, q, output_attentions=True)
     with pytest.raises(ValueError, match="query has batch 2; expected 1, because cu_seq_lens_q packs"):
-        ours.attention_forward(layer, *[q.expand(2, 2, 3, 8)] * 3, **LENGTHS)
-    assert ours.attention_forward(layer, q, q, q, position_ids=PACKED, use_cache=True)[0].shape == (1, 3, 2, 8)
+        ours.attention_forward(layer, *[q.expand(2, 2, 3, 8)] * 3, **lengths())
+    assert ours.attention_forward(layer, q, q, q, position_ids=positions(), use_cache=True)[0].shape == (1, 3, 2, 8)
