@@ -6,6 +6,7 @@ another library's arrays, one request at a time. Or it spoils one argument, whic
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -247,7 +248,9 @@ def by_vllm(case: Case, dice: Dice, more: dict[str, Any]) -> bool:
 
 
 def in_torch(case: Case, dice: Dice, more: dict[str, Any]) -> bool:
-    """torch's tensors on the CPU."""
+    """torch's tensors on the CPU, where it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return False
     import torch
 
     codes: dict[str, Any] = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
