@@ -24,6 +24,7 @@ from ..dsl.inline import divide, inline
 from ..ptx import cp_async, mbarrier, tma, wgmma, wgmma_float
 from ..ptx.memory import shared_address
 from ..ptx.sync import (
+    any_lane,
     barrier,
     barrier_arrive,
     decrease_registers,
@@ -37,7 +38,7 @@ from ..ptx.sync import (
 from ..ptx.wgmma_float import CHUNK_BYTES, copy4_if, copy16_if
 from ..spec import Spec
 from ..tile.dropout import make_dropout
-from ..tile.fragments import add, add_columns, lane_row, make_pack, quad_sum, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import add, add_columns, lane_row, make_pack, quad_sum, scale_rows, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import add_piece, store_piece
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.parked import park, parked, word
@@ -45,7 +46,7 @@ from ..tile.ring import make_ring
 from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem, make_clear, panels
-from ..tile.softmax import NEG_INF, make_softmax, make_store_lse, rescale
+from ..tile.softmax import NEG_INF, make_softmax, make_store_lse
 from ..tile.stores import store_floats
 from .bounds import make_tile_bounds
 from .config_float import ForwardFloatConfig, columns_of
@@ -355,7 +356,8 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         if (n_block < word(base, FULL_MIN + own)) | (n_block >= word(base, FULL_MAX + own)):
             acc_s = keep(acc_s, intervals(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k), column)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-        acc_o = rescale(acc_o, alpha0, alpha1)
+        if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
+            acc_o = scale_rows(acc_o, alpha0, alpha1)
         p = to_parts(dropout(a, acc_s, draw(a, row, column, plane_of(a, batch, head))))
         acc_o = add_panels(base, acc_o, p, int32(it + PANELS), lane, n_block, word(base, SEQLEN_K))
         return acc_o, max0, max1, sum0, sum1

@@ -29,7 +29,7 @@ from ..ptx import cp_async, mbarrier, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import shared_address, store_f32
 from ..ptx.scalar import load_shared, store_shared
-from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
+from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
 from ..spec import Spec
 from ..tile.fragments import make_pack, quad_sum, scale_rows, scale_seen_rows, zeros
 from ..tile.gradients import store_numbers
@@ -38,7 +38,7 @@ from ..tile.pages import make_key_loads
 from ..tile.ring import make_barrier, make_ring
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, Smem, make_clear, make_copy_rows, panels
-from ..tile.softmax import NEG_INF, make_finish_row, make_softmax, rescale
+from ..tile.softmax import NEG_INF, make_finish_row, make_softmax
 from ..tile.stores import store_whole_rows
 from .config_latent import CONSUMERS, ROWS, LatentConfig
 from .latent_8bit import make_load_8bit
@@ -124,6 +124,12 @@ def make_latent(spec: Spec, config: LatentConfig) -> tuple[Any, int]:
     @inline
     def get_factors(base, row):
         return read(int32(base + FACTORS + 4 * row))[0], read(int32(base + FACTORS + 4 * row + 32))[0]
+
+    @inline
+    def rescale(acc_o, alpha0, alpha1):
+        if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
+            acc_o = scale_rows(acc_o, alpha0, alpha1)
+        return acc_o
 
     # ------------------------------------------------------------ warpgroup 1
     @inline

@@ -17,9 +17,8 @@ from numba import float32, int32, int64, uint64
 from ..dsl.inline import inline
 from ..ptx.arith import exp2, fma, log2, product
 from ..ptx.memory import load_scalar, store_f32
-from ..ptx.sync import any_lane
 from ..spec import FAR_EXPONENT, FAR_TOPS, LOG2E, Spec, far_limits
-from .fragments import exp2_minus, quad_max, quad_sum, row_max, row_sum, scale_rows
+from .fragments import exp2_minus, quad_max, quad_sum, row_max, row_sum
 
 NEG_INF = float32(-math.inf)
 LN2, _LOG2E, ROUGH, HUGE = float32(math.log(2)), float32(LOG2E), float32(FAR_EXPONENT), float32(2.0**126)
@@ -34,14 +33,6 @@ LAG_LIMIT = float32(2**13)      # largest sum of a thread's columns of a row in 
 def finite(x):
     """x, or 0 for -inf: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN."""
     return float32(0) if x == NEG_INF else x
-
-
-@inline
-def rescale(acc_o, alpha0, alpha1):
-    """acc_o times the factors of its rows, which mostly are 1: a warp whose factors all are goes on."""
-    if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-        acc_o = scale_rows(acc_o, alpha0, alpha1)
-    return acc_o
 
 
 def make_log2_scale(spec: Spec) -> Any:
