@@ -16,7 +16,7 @@ cdef enum:
     # Keys of a tile of a task with all heads. Against 64 keys, float32 with 32 key heads runs 1.33 times as fast with 16
     # (prefetch 12 rows ahead) and 1.05 with 32 (48 ahead); bfloat16 2.02 and 1.24 (docs/log-cpu.md).
     STREAM_KEYS = 16
-    LATER = 32                          # keys from such a tile to the one that is fetched, a head's piece of each row being read at a time
+    PREFETCH_AHEAD = 32                 # keys from such a tile to the one that is fetched, a head's piece of each row being read at a time
     MOST_AHEAD = 64                     # at least ahead_of any row
 
 cdef struct Task:
@@ -207,9 +207,9 @@ cdef void load_tile(const Forward* f, const Task* t, Work* w, long n0) noexcept 
     cdef const Call* c = &f.c
     cdef const Kernels* g = c.g
     cdef long h, first = max(t.key_begin - n0, 0), last = min(t.key_end - n0, f.tile)
-    if f.fetches and n0 + LATER + STREAM_KEYS <= t.key_end:
-        fetch_tile(c, &c.k, t, n0 + LATER)
-        fetch_tile(c, &c.v, t, n0 + LATER)
+    if f.fetches and n0 + PREFETCH_AHEAD + STREAM_KEYS <= t.key_end:
+        fetch_tile(c, &c.k, t, n0 + PREFETCH_AHEAD)
+        fetch_tile(c, &c.v, t, n0 + PREFETCH_AHEAD)
     if f.in_one_page:
         w.k_start = one_page(f, &c.k, t.b, n0, t.key_end, &w.k_rows)
         w.v_start = one_page(f, &c.v, t.b, n0, t.key_end, &w.v_rows)

@@ -7,9 +7,9 @@
  * P = exp(s scale - lse), where s scale is rounded as lse is. So a key with all of its row's probability has a difference of 0 and P = 1;
  * fused, the difference would be the rounding error of lse, 5e-4 at scores of 10^4. A row that attends nothing has lse = -inf and P = 0.
  * CAPPED: P is at most 1. The lse of another kernel may be a few roundings below the largest score, which at scores of 10^10 are
- * thousands. ENDLESS: delta is infinite or NaN, because out has passed the largest number of its dtype; then dS is still 0 where P is 0:
+ * thousands. NON_FINITE: delta is infinite or NaN, because out has passed the largest number of its dtype; then dS is still 0 where P is 0:
  * the gradients of keys that the row does not attend stay finite. */
-ALWAYS_INLINE void name(gradients)(const int CAPPED, const int ENDLESS, REAL *s, REAL *dp, long first, long last, REAL scale, REAL lse, REAL delta, const uint64_t *keep,
+ALWAYS_INLINE void name(gradients)(const int CAPPED, const int NON_FINITE, REAL *s, REAL *dp, long first, long last, REAL scale, REAL lse, REAL delta, const uint64_t *keep,
                                    REAL keep_scale) {
   const vec c = SPLAT(scale), base = SPLAT(lse), d = SPLAT(delta), log2e = SPLAT((REAL)1.4426950408889634), ks = SPLAT(keep_scale);
   for (long j = first; j < last; j += VL) {
@@ -19,7 +19,7 @@ ALWAYS_INLINE void name(gradients)(const int CAPPED, const int ENDLESS, REAL *s,
     STORE(s + j, keep ? name(kept)(p * ks, keep, j) : p);
     if (keep) g = name(kept)(g * ks, keep, j);
     vec ds = p * (g - d);
-    STORE(dp + j, ENDLESS ? name(choose)((ivec)(p == (vec){0}), (vec){0}, ds) : ds);
+    STORE(dp + j, NON_FINITE ? name(choose)((ivec)(p == (vec){0}), (vec){0}, ds) : ds);
   }
 }
 static void name(grad_row)(void *score, void *dprob, long first, long last, double scale, double lse, double delta, const uint64_t *keep, double keep_scale) {

@@ -28,7 +28,7 @@ FAKE = """
 import os, sys, threading, time
 from fastattn.gpu.runtime import compile as compiler, notice
 waits = {}
-def build(source, arch, output="cubin", meanwhile=()):
+def build(source, arch, output="cubin", overlapped=()):
     time.sleep(waits.get(source.key, 0))
     return b"\\x7fELF", "Used 10 registers"
 compiler.build = build
@@ -49,7 +49,7 @@ def source(key: str = "test") -> compiler.Source:
 @pytest.fixture
 def stderr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Terminal]:
     """A terminal, a process that has compiled nothing, a short patience, and a compiler that takes 0.3 s."""
-    def build(source: compiler.Source, arch: str, output: str = "cubin", meanwhile: Any = ()) -> Any:
+    def build(source: compiler.Source, arch: str, output: str = "cubin", overlapped: Any = ()) -> Any:
         time.sleep(0.3)
         return b"\x7fELF", ""
     terminal = Terminal()

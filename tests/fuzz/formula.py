@@ -332,11 +332,11 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         off = off_P * np.abs(g) + (P + off_P) * (steps(s.head_dim_v) * r.eps * dP_size + off_fall + 4 * r.eps * (np.abs(dP) + np.abs(fall)))
         off = off + (r.operand + 4 * r.eps) * np.abs(dS) + r.least * a.attended
         size = P * (np.abs(dP) + np.abs(fall))
-        endless = overflowed & a.attended
+        no_gradient = overflowed & a.attended
         if f.mod is not None:
-            dS, off, size = _through(f.mod, dcaptured, dS, off, size, endless)
+            dS, off, size = _through(f.mod, dcaptured, dS, off, size, no_gradient)
         if dbias is not None:
-            for array, value in zip(dbias, (dS, np.where(endless, np.inf, off), size), strict=True):
+            for array, value in zip(dbias, (dS, np.where(no_gradient, np.inf, off), size), strict=True):
                 array[n, :, :value.shape[1], :value.shape[2]] = value
         if sinks is not None:
             level_s = np.where(level == -np.inf, np.inf, level)
@@ -351,7 +351,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         off = off * f.slope + np.abs(dS) * f.slope_error + off * f.slope_error
         size, dS = size * f.slope, dS * f.slope
         # dS as an operand of tensor cores: in float16 it is infinite there, and inf * 0 NaN
-        beyond = endless | (np.abs(dS) + 4 * off > (LARGEST["float16"] if _half_operands(s) and s.dtype == "float16" else np.inf))
+        beyond = no_gradient | (np.abs(dS) + 4 * off > (LARGEST["float16"] if _half_operands(s) and s.dtype == "float16" else np.inf))
         scale, many_k, many_q = abs(x.scale), steps(a.k.shape[1]) * r.eps, steps(a.q.shape[1]) * r.eps
         k_size, q_size = np.abs(a.k), np.abs(a.q)
         flip = (0, 2, 1)
@@ -394,12 +394,12 @@ def _half_operands(s: Spec) -> bool:
     return s.library != "numpy" and s.engine != "simt"
 
 
-def _through(mod: functions.Changed, dcaptured: list[Value], dS: Array, off: Array, size: Array, endless: Array
+def _through(mod: functions.Changed, dcaptured: list[Value], dS: Array, off: Array, size: Array, no_gradient: Array
              ) -> tuple[Array, Array, Array]:
     """dS, how far it may be off and its size, before score_mod. Adds to the gradients of the function's arrays, which pairs whose dS is
-    `endless` take with them."""
+    `no_gradient` take with them."""
     def error(slope: Any, slope_error: Any) -> Array:
-        return np.where(endless, np.inf, off * np.abs(slope) + (np.abs(dS) + off) * slope_error)
+        return np.where(no_gradient, np.inf, off * np.abs(slope) + (np.abs(dS) + off) * slope_error)
     for to, (index, slope, slope_error) in zip(dcaptured, mod.parts, strict=True):
         for array, value in zip(to, (dS * slope, error(slope, slope_error), size * np.abs(slope)), strict=True):
             if index:

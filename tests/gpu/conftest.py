@@ -48,9 +48,9 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     seen, build = list[str](), compiler.build
 
-    def counted(source: Any, arch: str, output: str = "cubin", meanwhile: Any = ()) -> Any:
+    def counted(source: Any, arch: str, output: str = "cubin", overlapped: Any = ()) -> Any:
         seen.append(source.key)
-        return build(source, arch, output, meanwhile)
+        return build(source, arch, output, overlapped)
     monkeypatch.setattr(compiler, "build", counted)
     yield seen
 

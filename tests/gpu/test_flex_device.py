@@ -169,7 +169,7 @@ def test_blocks_of_no_pair(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diagonals_of_no_sequence(family: str) -> None:
-    """Rows of no sequence, and nobody has a diagonal."""
+    """A packed call without sequences: its spare rows have no diagonal to read."""
     q = on_device(np.ones((3, 2, 64), np.float16))
     cu, none = on_device(np.zeros(1, np.int32)), on_device(np.zeros(0, np.int32))
     with using(family):

@@ -23,10 +23,10 @@ def first_that_fits(configs: Sequence[Config], kernel: Callable[[Config], Kernel
                     others: Callable[[Config], Sequence[Source]]) -> Config:
     """The first of the tilings whose kernel keeps all in registers, or the last one. Each that is tried is compiled, into the cache.
 
-    others: the other kernels that a call with this tiling launches, compiled beside it.
+    others: the other kernels that a call with this tiling launches, compiled while its linker runs.
     """
     for config in configs:
-        size = frame_bytes(binary(kernel(config).source, arch, warn=False, beside=others(config)).code)
+        size = frame_bytes(binary(kernel(config).source, arch, warn=False, overlapped=others(config)).code)
         if not size:
             return config
     log.warning("fastattn: %s for %s keeps %d bytes in local memory, which makes it slow", kernel(configs[-1]).source.key, arch, size)

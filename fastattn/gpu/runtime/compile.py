@@ -116,11 +116,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh_lock)
 
 
-def binary(source: Source, arch: str, announce: bool = True, warn: bool = True, beside: Sequence[Source] = ()) -> Binary:
+def binary(source: Source, arch: str, announce: bool = True, warn: bool = True, overlapped: Sequence[Source] = ()) -> Binary:
     """Machine code of a kernel for `arch`, e.g. "sm_90a", from the cache or compiled. Logs a warning if it will be
     slow.
 
-    announce: say on a terminal why the call takes so long (notice.py). warn: no, where a slow kernel is only tried. beside: other
+    announce: say on a terminal why the call takes so long (notice.py). warn: no, where a slow kernel is only tried. overlapped: other
     kernels of the same call. If this one has to be compiled, they are compiled into the cache while its linker runs.
     """
     with _lock:
@@ -132,7 +132,8 @@ def binary(source: Source, arch: str, announce: bool = True, warn: bool = True, 
             log.info("fastattn: compiling %s for %s", source.key, arch)
             start = time.perf_counter()
             with announced(source.key.split()[0], arch) if announce else contextlib.nullcontext():
-                code, report = build(source, arch, meanwhile=[functools.partial(binary, other, arch, announce=False) for other in beside])
+                others = [functools.partial(binary, other, arch, announce=False) for other in overlapped]
+                code, report = build(source, arch, overlapped=others)
             for problem in complaints(report):      # a compiler that the tests do not know: slower, not wrong
                 log.log(logging.WARNING if warn else logging.INFO, "fastattn: %s for %s: %s", source.key, arch, problem)
             log.info("fastattn: compiled in %.1f s, %s", time.perf_counter() - start, registers(report))
@@ -152,8 +153,8 @@ def known(source: Source, arch: str) -> Binary | None:
     return cache.read(_key(source, arch))
 
 
-def build(source: Source, arch: str, output: str = "cubin", meanwhile: Sequence[Callable[[], object]] = ()) -> tuple[bytes, str]:
-    """Compile without the cache. meanwhile: what this thread does while another one is in the linker, which needs no interpreter.
+def build(source: Source, arch: str, output: str = "cubin", overlapped: Sequence[Callable[[], object]] = ()) -> tuple[bytes, str]:
+    """Compile without the cache. overlapped: what this thread does while another one is in the linker, which needs no interpreter.
 
     Returns
     -------
@@ -164,7 +165,7 @@ def build(source: Source, arch: str, output: str = "cubin", meanwhile: Sequence[
         ltoir = intermediate(source, arch)
         with ThreadPoolExecutor(1) as pool:
             linked = _begun(pool, link, ltoir, arch, output)
-            for work in meanwhile:
+            for work in overlapped:
                 work()
             if wanted:      # 0.15 s without letting the other thread in, for which the linker would wait
                 time.sleep(LINKER_STARTS)

@@ -103,7 +103,7 @@ def _prepare_split(call: Call, spec: Spec, config: ForwardFloatConfig, splits: i
 def split_values(p: Problem, split: Call, splits: int, row_bytes: int) -> tuple[int, ...]:
     """Values of SPLITS, of a call's problem and its split_call."""
     assert split.lse is not None
-    axis, rows_axis = _axes(p)          # it has only one entry in the call, so that its stride beside the splits' counts nothing
+    axis, rows_axis = _axes(p)          # of length 1 in the call: its stride there is never used
     return (split.out.ptr, *split.out.strides[:3], split.out.strides[axis], split.lse.ptr, *split.lse.strides[:2],
             split.lse.strides[rows_axis], row_bytes, splits)
 

@@ -31,8 +31,8 @@ def _built(key: _Key, arch: str, output: str) -> tuple[bytes, str]:
     return compiler.link(_intermediate(key, arch), arch, output)
 
 
-def build(source: Any, arch: str, output: str = "cubin", meanwhile: Sequence[Callable[[], object]] = ()) -> tuple[bytes, str]:
+def build(source: Any, arch: str, output: str = "cubin", overlapped: Sequence[Callable[[], object]] = ()) -> tuple[bytes, str]:
     """compiler.build. Machine code and PTX of one kernel have the first half of the work in common."""
-    for work in meanwhile:
+    for work in overlapped:
         work()
     return _built(_Key(source), arch, output)

@@ -28,19 +28,19 @@ def source(key: str) -> compiler.Source:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What compilers that only note their work have done, in order; the linker waits up to 5 s for what is done beside it."""
-    found, beside = list[str](), threading.Event()
+    """What compilers that only note their work have done, in order; the linker waits up to 5 s for the work overlapped with it."""
+    found, overlapped = list[str](), threading.Event()
 
     def intermediate(source: compiler.Source, arch: str) -> bytes:
         assert not gc.isenabled() and threading.current_thread() is threading.main_thread()
         found.append(f"{source.key} for {arch}")
         if source.key != "first":
-            beside.set()
+            overlapped.set()
         return source.key.encode()
 
     def link(ltoir: bytes, arch: str, output: str = "cubin") -> tuple[bytes, str]:
         if ltoir == b"first":
-            found.append("beside" if beside.wait(5) else "alone")
+            found.append("overlapped" if overlapped.wait(5) else "alone")
         return b"\x7fELF " + ltoir, f"Used 10 registers, {output}"
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "intermediate", intermediate)
@@ -48,18 +48,18 @@ def events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return found
 
 
-def test_other_kernels_are_compiled_beside_the_linker(events: list[str]) -> None:
-    assert compiler.binary(source("first"), ARCH, beside=[source("second")]) == Binary(b"\x7fELF first", 48, "sm_80 first")
-    assert events == ["first for sm_80", "second for sm_80", "beside"]
+def test_other_kernels_are_compiled_while_the_linker_runs(events: list[str]) -> None:
+    assert compiler.binary(source("first"), ARCH, overlapped=[source("second")]) == Binary(b"\x7fELF first", 48, "sm_80 first")
+    assert events == ["first for sm_80", "second for sm_80", "overlapped"]
     assert compiler.known(source("second"), ARCH) == Binary(b"\x7fELF second", 48, "sm_80 second")
-    compiler.binary(source("first"), ARCH, beside=[source("third")])
-    assert len(events) == 3 and compiler.known(source("third"), ARCH) is None, "nothing runs beside a kernel of the cache"
+    compiler.binary(source("first"), ARCH, overlapped=[source("third")])
+    assert len(events) == 3 and compiler.known(source("third"), ARCH) is None, "nothing is overlapped with a kernel of the cache"
 
 
 def test_garbage_is_collected_once(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     collected = list[int]()
     monkeypatch.setattr(compiler.gc, "collect", collected.append)
-    compiler.binary(source("first"), ARCH, beside=[source("second"), source("third")])
+    compiler.binary(source("first"), ARCH, overlapped=[source("second"), source("third")])
     assert collected == [0] and gc.isenabled()
     gc.disable()
     try:
@@ -87,13 +87,13 @@ def test_an_error_of_the_linker_arrives(events: list[str], monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("family", "arch"), [("sm90", "sm_90a"), ("sm80", "sm_80")])
 @pytest.mark.parametrize("backward", [False, True])
-def test_kernels_of_a_call_with_functions_are_compiled_beside_its_first(family: str, arch: str, backward: bool,
+def test_kernels_of_a_call_with_functions_are_compiled_while_it_is_linked(family: str, arch: str, backward: bool,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    tried, beside = list[str](), list[str]()
+    tried, overlapped = list[str](), list[str]()
 
     def binary(source: compiler.Source, arch: str, **options: Any) -> Binary:
         tried.append(source.key)
-        beside.extend(other.key for other in options["beside"])
+        overlapped.extend(other.key for other in options["overlapped"])
         return Binary(b"", 0)
     monkeypatch.setattr(ladder, "binary", binary)
     monkeypatch.setattr(ladder, "frame_bytes", lambda code: 0)
@@ -101,10 +101,10 @@ def test_kernels_of_a_call_with_functions_are_compiled_beside_its_first(family: 
     call, spec = call_of(SCORES["relative"], MASKS["document"], backward=backward, head_dim=56)
     with gpu.use(family):
         launched = [source.key for source in precompile.sources(call, spec, precompile.absent_device(arch))]
-    assert len(tried) == 1 and tried[0] in launched and len(beside) == len({*beside})
+    assert len(tried) == 1 and tried[0] in launched and len(overlapped) == len({*overlapped})
     if family == "sm90" and backward:
-        assert beside == [key for key in launched if key != tried[0]]
-        assert {key.split()[0] for key in beside} == {"preprocess", "bitmap", "round_dq", "captured"}
+        assert overlapped == [key for key in launched if key != tried[0]]
+        assert {key.split()[0] for key in overlapped} == {"preprocess", "bitmap", "round_dq", "captured"}
     else:
-        [key] = beside
+        [key] = overlapped
         assert key in launched and key.startswith("bitmap")

@@ -23,8 +23,8 @@ from tests.tools.devices import requires_gpu
 from tests.tools.gpu.drawn import interpreted_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-ENDLESS = [spec for spec in FOUND if spec.dtype == "float16" and spec.dropout_p > 0 and spec.v_size > 1]
-PLAIN = replace(ENDLESS[0], engine="sm80", library="torch")
+OVERFLOWED = [spec for spec in FOUND if spec.dtype == "float16" and spec.dropout_p > 0 and spec.v_size > 1]
+PLAIN = replace(OVERFLOWED[0], engine="sm80", library="torch")
 # as the fuzzer drew it: keys of two tiles
 DRAWN = Spec(seed=1455434138, dtype="float16", batch=2, num_heads=3, num_heads_k=3, seqlen_q=255, seqlen_k=292, head_dim=160,
              head_dim_v=160, causal=True, window=(3, 4), softmax_scale=-1.0, dropout_p=0.99999, dropout_seed=774284048, offset=3,
@@ -36,17 +36,17 @@ def test_interpreted(kernel: str, spec: Spec) -> None:
     x = make(spec)
     found, out, lse, kernels = interpreted_backward(x, "sm80")
     assert kernel in kernels
-    endless = ~np.isfinite(out).all(axis=(0, 2, 3))
-    assert 0 < endless.sum() < len(endless)
+    overflowed = ~np.isfinite(out).all(axis=(0, 2, 3))
+    assert 0 < overflowed.sum() < len(overflowed)
     assert judge._judged(x, found, formula.backward(x, out, lse), None) == []
-    assert not np.isfinite(found["dq"][:, endless]).any()           # infinite or NaN, never just a wrong number
+    assert not np.isfinite(found["dq"][:, overflowed]).any()           # infinite or NaN, never just a wrong number
     assert spec.sinks is None or not np.isfinite(found["dsinks"]).any()
     assert not np.isfinite(found["dk"]).all() and np.isfinite(found["dv"]).all()
 
 
 @requires_gpu
 @pytest.mark.parametrize("family", gpu.FAMILIES)
-@pytest.mark.parametrize("spec", [*ENDLESS, DRAWN], ids=str)
+@pytest.mark.parametrize("spec", [*OVERFLOWED, DRAWN], ids=str)
 def test_on_a_gpu(spec: Spec, family: str) -> None:
     pytest.importorskip("torch")
     try:
