@@ -270,6 +270,27 @@ assert met and all(met), met
 """)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_looks_for_signals_change_nothing(dtype: str) -> None:
+    """A call of one thread looks for signals between two tiles every 50 ms; AMX's tile registers are set up anew behind each look. The
+    same sequence repeated many times is one long call, whose results are those of the short call."""
+    printed(f"""{CALLS}
+fastattn.set_num_threads(1)
+q, k, v, dout = (x[0, :600].reshape(1, 600, 4, 64) for x in arrays(600, 600, 4, 4, {dtype!r}))
+def results(q, k, v, dout):
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    grads = fastattn.attention_backward(dout, q, k, v, out, lse, causal=True)
+    return [out, lse, *grads[:3]]
+want, repeats, slowest = results(q, k, v, dout), 16, 0
+while slowest < 0.4:                                                # seconds: eight looks at least
+    repeats *= 2
+    begin = time.perf_counter()
+    got = results(*(np.repeat(x, repeats, 0) for x in (q, k, v, dout)))
+    slowest = time.perf_counter() - begin
+    assert all(np.array_equal(x, np.broadcast_to(y, x.shape)) for x, y in zip(got, want, strict=True))
+""")
+
+
 @not_sanitized
 @pytest.mark.parametrize("call", ["transform_bias_rescale_qkv(x, bias, 16)", "transform_bias_rescale_qkv_backward(heads, heads, heads)"])
 def test_transform_stops_at_a_signal(call: str) -> None:
