@@ -257,32 +257,3 @@ def test_cuda_refusals(driver: Driver, cuda_engine: list[tuple[Any, ...]]) -> No
     assert xla.destroyed == [0xE2] and not cuda_engine
 
 
-# ---------------------------------------------------------------- CUDA, on a GPU
-def _gpu() -> Any:
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError:
-        pytest.skip("JAX without CUDA")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_a_gpu(dtype: str) -> None:
-    jnp, device = jax.numpy, _gpu()
-    host = np.random.default_rng(0).standard_normal((3, 2, 96, 4, 64)).astype(np.float32)
-
-    def loss(attend: Any, q: Any, k: Any, v: Any) -> Any:
-        return (attend(q, k, v).astype(jnp.float32) ** 2).sum()
-
-    def of(attend: Any) -> Any:
-        with jax.default_device(device), jax.default_matmul_precision("highest"):      # JAX's own float32 products are TF32 otherwise
-            q, k, v = (jax.device_put(jnp.asarray(x, dtype), device) for x in host)
-            step = jax.jit(jax.value_and_grad(lambda *x: loss(attend, *x), (0, 1, 2)))
-            return jax.tree.leaves([step(q, k, v) for _ in range(5)][-1])       # repeated: XLA's memory is reused
-    ours, own = of(lambda *x: fastattn.jax.attention(*x, causal=True)), of(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True))
-    for got, want in zip(ours, own, strict=True):
-        a, b = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        assert got.dtype == want.dtype and np.abs(a - b).max() < (1e-5 if dtype == "float32" else 0.03) * np.abs(b).max()
-    with jax.default_device(device), pytest.raises(jax.errors.JaxRuntimeError, match="seed is an array in device memory"):
-        q = jax.device_put(jnp.asarray(host[0], dtype), device)
-        jax.block_until_ready(fastattn.jax.attention(q, q, q, dropout_p=0.5, seed=jnp.uint32(3)))
