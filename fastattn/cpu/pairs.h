@@ -153,6 +153,7 @@ ALWAYS_INLINE void add_block(float *C, long ldc, const float *T, const float *re
 ALWAYS_INLINE void pairs_product(const int MODE, const int COUNT, long rows, long t0, long t1, const bf16 *A, long lda, long a_part, const bf16 *B,
                                  long group, long b_part, float *C, long ldc, long n, const float *rescale) {
   float block[32 * 32] __attribute__((aligned(64)));
+  __asm__ volatile("" : : : "memory");           /* gcc does not know that _tile_loadd reads memory: A, B and C are stored before it */
   for (long i = 0; i < rows; i += 32)
     for (long j = 0; j < n; j += 32) {
       float *c = MODE == ADDED ? block : C + i * ldc + j;
