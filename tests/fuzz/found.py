@@ -47,6 +47,14 @@ FOUND: list[Spec] = [
     # on a GPU: a window that begins at an odd key, from which a step of the split-key kernel read two columns of the bias at once
     Spec(seed=1617226385, dtype="float16", num_heads=2, seqlen_q=17, seqlen_k=542, head_dim=32, head_dim_v=32, window=(76, 4),
          bias=(17, 542), bias_dtype="float16", bias_values="integers", layout="bhsd", backward=True, dlse=True, need_dbias=True),
+    # on a GPU: dV of a packed problem at head_dim 360 waited for ever, because a last block that is not whole waited for a slot of dO which
+    # is released behind it; the block may be the first of the second query head of a group
+    Spec(seed=211841087, dtype="float16", num_heads=6, num_heads_k=3, head_dim=360, head_dim_v=360, lengths_q=(16,), lengths_k=(29,),
+         beyond=(0, 9), causal=True, bias=(1, 1, 1, 38), bias_dtype="float16", bias_values="lowest_rows", numbers="array", backward=True,
+         dlse=True, need_dbias=True),
+    Spec(seed=1853233650, dtype="float16", num_heads=12, num_heads_k=3, head_dim=360, head_dim_v=360, lengths_q=(2, 2), lengths_k=(0, 63),
+         used_k=(0, 8), spare=(3, 0), beyond=(7, 0), causal=True, softmax_scale=0.5, bias=(1, 9, 1), bias_dtype="float16", values="one_hot",
+         numbers="np.float32", backward=True, dlse=True, need_dbias=True),
     # no keys, no rows, no sequences, beside a mask
     Spec(seed=877861375, dtype="float16", seqlen_k=0, head_dim=1, head_dim_v=1, mask=(1, 0)),
     Spec(seed=1475551734, dtype="bfloat16", seqlen_q=0, head_dim=1, head_dim_v=1, mask=(1, 1, 0, 1)),

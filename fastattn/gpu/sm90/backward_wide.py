@@ -10,6 +10,7 @@ Over 256 a block owns 64 keys, and each warpgroup computes all of P or dS and a 
     shared memory   K | V ("dk") | Q_STAGES x Q | DO_STAGES x dO | Q_STAGES x lse | Q_STAGES x delta ("dk") | barriers
     K_FULL, V_FULL, Q and dO rings: FULL      TMA -> consumers: the bytes have arrived; lse and delta arrive with Q
     Q and dO rings: EMPTY                     consumers -> producer: the slot may be overwritten
+    tails             producer warp -> consumers: rows past a packed sequence's end are zeros, of Q and dO, or of each alone (APART)
 
 A step issues S of its block, then the MMA of the gradient of the block before, with P or dS in registers, so that the exponentials overlap
 with it. "dv" therefore keeps dO, "dk" keeps Q, a step longer than S does. Every sum is one chain in a fixed order: the same bits every run.
@@ -93,7 +94,10 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
     LSE, DELTA = smem.take(Q_STAGES * LSE_SLOT, TMA_ALIGN), smem.take(Q_STAGES * LSE_SLOT if DK else 0, TMA_ALIGN)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, DO_STAGES, WARPS)
-    tails = make_tails(smem, q_ring)
+    # of dV, a single stage of dO is released in the step that waits for the next Q: a tail of Q that waits for dO's would wait for ever
+    APART = PACKED and not DK and DO_STAGES == 1
+    tails: Any = make_tails(smem, q_ring)
+    do_tails: Any = make_tails(smem, do_ring) if APART else tails
     keep_tile, kept_tile, kept_q_start = make_kept_tile(spec, smem)
 
     # what the steps are made of
@@ -136,6 +140,11 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                             v_full.arrive_expect(base, int32(V_BYTES))
                             copy_rows(base, a.map_v, v_full.FULL, V, KV_PANEL, PANELS_V, k_row, head_k, map_batch)
                             first = False
+                if APART:
+                    if (m + 1) * BLOCK_M > seqlen_q:
+                        mbarrier.wait(base + full, int32(phase ^ 1))
+                        clear_q(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        tails.publish(base, head, lane)
                 do_ring.wait_empty(base, stage_do, phase_do)
                 if lane == 0:
                     mbarrier.arrive_expect(base + full_do, int32(DO_BYTES))
@@ -143,11 +152,13 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
                               map_batch)
                 if PACKED:
                     if (m + 1) * BLOCK_M > seqlen_q:
-                        mbarrier.wait(base + full, int32(phase ^ 1))
+                        if not APART:
+                            mbarrier.wait(base + full, int32(phase ^ 1))
                         mbarrier.wait(base + full_do, int32(phase_do ^ 1))
-                        clear_q(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
+                        if not APART:
+                            clear_q(int32(base + Q + stage * Q_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
                         clear_do(int32(base + DO + stage_do * DO_BYTES), int32(seqlen_q - m * BLOCK_M), lane)
-                        tails.publish(base, head, lane)
+                        do_tails.publish(base, head, lane)
                 stage, phase = q_ring.next(stage, phase)
                 stage_do, phase_do = do_ring.next(stage_do, phase_do)
                 m = opaque(int32(m + 1))
@@ -197,6 +208,16 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             q_ring.wait_full(base, stage, phase)
 
     @inline
+    def wait_do(base, stage_do, phase_do, head, m, queries, seqlen_q):
+        """Until dO of the block before block m of `head` has arrived, as wait_q."""
+        if APART:
+            first = m == queries.m_min
+            before, end = int32(head - 1 if first else head), int32(queries.m_max if first else m)
+            do_tails.wait_full(base, stage_do, phase_do, before, end * BLOCK_M > seqlen_q)
+        else:
+            do_ring.wait_full(base, stage_do, phase_do)
+
+    @inline
     def release(empty, lane):
         """As a ring's release; the address is computed before the branch."""
         if lane == 0:
@@ -238,7 +259,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             wgmma.commit()
             if BETWEEN:
                 if not DK:
-                    do_ring.wait_full(base, stage_do, phase_do)
+                    wait_do(base, stage_do, phase_do, head, m, queries, seqlen_q)
                 acc = issue_grad(base, w, acc, half, before, stage_do)
             if DK and not LATE:
                 acc_dp = issue_dp(base, w, stage_do, phase_do, FIRST)
@@ -312,7 +333,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
         while walk.left > 0:
             acc, half, walk = step(a, base, w, lane, warp_keys, acc, half, walk, queries, tile)
         if not DK:
-            do_ring.wait_full(base, walk.stage_do, walk.phase_do)
+            wait_do(base, walk.stage_do, walk.phase_do, walk.head, walk.m, queries, tile.seqlen_q)
         return wgmma.wait_all(issue_grad(base, w, acc, half, walk.stage, walk.stage_do))
 
     @inline
@@ -344,6 +365,8 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             if cuda.threadIdx.x == 0:
                 init_barriers(base)
                 tails.init(base, int32(head_k * a.group))
+                if APART:
+                    do_tails.init(base, int32(head_k * a.group))
                 keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
             cuda.syncthreads()

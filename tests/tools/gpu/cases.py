@@ -121,7 +121,7 @@ def _wide() -> Iterator[Case]:
     for name in ("window", "bias", "huge"):     # the narrowest blocks of the backward
         yield replace(base, name=f"wide_{name}_576", **{**features[name], "head_dim": 576, "head_dim_v": 512})
     packed = replace(base, lengths_q=(130, 0, 65, 1, 64), lengths_k=(130, 40, 200, 70, 0), num_heads=4, num_heads_k=2)
-    for dim, dim_v in ((320, 320), (512, 512), (576, 512)):
+    for dim, dim_v in ((320, 320), (384, 384), (512, 256), (256, 576), (512, 512), (576, 512)):
         yield replace(packed, name=f"wide_packed_{dim}_{dim_v}", head_dim=dim, head_dim_v=dim_v, used_k=(100, 40, 0, 1, 0), spare=7)
     yield replace(packed, name="wide_packed_all", alibi="batch", bias=(5, 1, 130, 200), mask=(1, 4, 1, 200), sinks=True, dropout_p=0.1,
                   softcap=9.0)

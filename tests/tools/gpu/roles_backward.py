@@ -19,9 +19,11 @@ class BackwardPlay(Play):
     modules: tuple[str, ...] = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "sm90.key_gradients", "sm90.seen_queries", "tile.bias",
                                 "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
-    def __init__(self, config: Any, block: int, seed: int) -> None:
-        boxes = {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
-        super().__init__(config, config.dim_v, (block,), seed, 2, boxes)
+    def __init__(self, config: Any, block: int, seed: int, dims: tuple[int, int] | None = None, consumers: int = 2,
+                 boxes: dict[str, int] | None = None) -> None:
+        self.dim, self.dim_v = dims or (config.dim, config.dim_v)
+        boxes = boxes or {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
+        super().__init__(config, self.dim_v, (block,), seed, consumers, boxes)
         self.readers: dict[int, set[int]] = {}      # of a bias: its place -> the warps that have read their part
         self.sums: dict[Any, Place] = {}
         self.results: list[tuple[str, int, int, int, tuple[Place, ...]]] = []
@@ -75,18 +77,18 @@ class BackwardPlay(Play):
         other = {self.read(agent, b + p * b_rows * 128, b_rows * 128, p * 64) for p in panels}
         assert len(own) == len(other) == 1 and not acc.flying, "panels of several places"
         [(keys, at_k)], [(rows, at_q)] = own, other
-        assert (keys, rows, depth) in (("k", "q", self.config.dim), ("v", "dout", self.config.dim_v))
+        assert (keys, rows, depth) in (("k", "q", self.dim), ("v", "dout", self.dim_v))
         return self.fly(agent, Fragment("S" if keys == "k" else "dP", at_q, at_k))
 
     def pv(self, acc: Fragment, p: Fragment, b: tuple[int, int]) -> Fragment:
         agent = self.pause()
-        assert p.kind == "P" and self.panels_of(agent, b, self.config.dim_v) == {("dout", p.q)}, "P of one block, dO of another"
+        assert p.kind == "P" and self.panels_of(agent, b, self.dim_v) == {("dout", p.q)}, "P of one block, dO of another"
         return self.grow(agent, "dV", acc, p)
 
     def dsq(self, acc: Fragment, a: int, b: tuple[int, int], depth: int, a_rows: int) -> Fragment:
         agent = self.pause()
         ds = self.stored_ds(agent, [a + p * DS_PANEL + 2048 * i for p in range(depth // 64) for i in range(4)])
-        assert self.panels_of(agent, b, self.config.dim) == {("q", ds.q)}, "dS of one block, Q of another"
+        assert self.panels_of(agent, b, self.dim) == {("q", ds.q)}, "dS of one block, Q of another"
         return self.grow(agent, "dK", acc, ds)
 
     def dsk(self, acc: Fragment, a: tuple[int, int], b: tuple[int, int], depth: int) -> Fragment:
@@ -98,9 +100,9 @@ class BackwardPlay(Play):
         assert (tensor, place) == ("k", ds.k) and not acc.flying
         return self.fly(agent, Fragment("dQ", ds.q, ds.k, at=(ds.at, column + (b[0] - start) // 2)))
 
-    def panels_of(self, agent: Any, b: tuple[int, int], dim: int) -> set[Any]:
+    def panels_of(self, agent: Any, b: tuple[int, int], dim: int, first: int = 0) -> set[Any]:
         rows = self.config.block_m
-        return {self.read(agent, b[0] + p * b[1], rows * 128, p * 64) for p in range(-(-dim // 64))}
+        return {self.read(agent, b[0] + p * b[1], rows * 128, first + p * 64) for p in range(-(-dim // 64))}
 
     def stored_ds(self, agent: Any, pieces: list[int]) -> Fragment:
         found = [agent.block.words.get(piece) for piece in pieces]
@@ -145,7 +147,7 @@ class BackwardPlay(Play):
         if flag:
             piece: Any = agent.block.words[place]
             first, column = piece.at
-            band, rest = divmod(address, 64 * self.config.dim)      # 16 rows of float32
+            band, rest = divmod(address, 64 * self.dim)      # 16 rows of float32
             own = (agent.thread // 32 - 4) % (self.config.block_m // 16)
             assert 16 * band == first + 16 * own and rest == 64 * column, "sums of other rows or columns"
             for group in range(address, address + size, 512):
