@@ -197,6 +197,7 @@ def _choose_sliced_wide(spec: Spec, part: str) -> WideSm90Config:
     columns_q = slices * slice_dim(spec.head_dim, slices) if of_dk else columns
     columns_do = columns_v if of_dk else slices * slice_dim(spec.head_dim_v, slices)
     room = SHARED_MEMORY - 64 * 2 * (columns + of_dk * columns_v)
-    sizes = (32, 16) if num_features(spec) > 1 else (64, 32, 16)        # two features: 16 to 60 bytes spill at 64 rows
+    # two features: 16 to 60 bytes spill at 64 rows; three warpgroups, which have 160 registers a thread: 128
+    sizes = (32, 16) if num_features(spec) > 1 or slices > 2 else (64, 32, 16)
     block_m, do_stages = next((m, n) for m in sizes for n in (2, 1) if 2 * m * (2 * columns_q + n * columns_do) <= room)
     return WideSm90Config(part=part, block_m=block_m, q_stages=2, do_stages=do_stages, slices=slices)

@@ -150,6 +150,7 @@ def _sliced() -> Iterator[Job]:
         yield job(320, "bias", bias="float32", packed=True, window=(100, 50))
         yield job(512, "mask_dropout", mask=True, dropout=True, packed=True, window=(100, 50))
     yield Job("sm90", "sm_90a", _want("bfloat16", 384, lse=False, backward=True, packed=True, causal=True), "packed_causal")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 64, 576, lse=False, backward=True), "full")
     yield Job("sm90", "sm_90a", _want("bfloat16", 512, **EVERYTHING, packed=True, seqused=True), "everything_packed")
     yield Job("sm90", "sm_90a", _want("float16", 576, softcap=True, alibi="float32", sinks="float32", causal=True), "softcap_alibi")
 
