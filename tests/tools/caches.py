@@ -21,6 +21,7 @@ from tests.tools.guard import guarded_arrays, guarded_copy
 from tests.tools.problems import NUMPY
 
 Array = np.ndarray[Any, Any]
+SUMS = (4e-2, 2e-3)             # of 8-bit products, the largest errors of out and lse: tests/tools/gpu/caches_8bit.py, PROMPTS
 
 
 class Eight(NamedTuple):
@@ -144,8 +145,9 @@ class Call:
                     k_cache[self.row(b, keys + i)], v_cache[self.row(b, keys + i)] = k[i], v[i]
         return k_cache, v_cache
 
-    def expected(self, real: str = "float64", operand: str | None = None) -> tuple[Array, Array]:
-        """out and lse in `real`, with P rounded to `operand`: request by request, key by key."""
+    def expected(self, real: str = "float64", operand: str | None = None, widened: str | None = None) -> tuple[Array, Array]:
+        """out and lse in `real`, with P rounded to `operand`: request by request, key by key. widened: to which K and V times their scales
+        are rounded."""
         case, (k_cache, v_cache) = self.case, self.caches_after()
         shape = list(self.arrays[0].shape)
         shape[-1] = v_cache.shape[-1]
@@ -160,6 +162,8 @@ class Call:
             if case.eight is not None:
                 q, k, v = (x * np.repeat(self.scale(name, b, real), x.shape[1] // case.num_heads_k, axis=0)
                            for x, name in ((q, "q_scale"), (k, "k_scale"), (v, "v_scale")))
+                if widened is not None:
+                    k, v = (x.astype(numpy_dtype(widened)).astype(real) for x in (k, v))
             for h in range(heads):
                 o, top = self._head(q[:, h], k[:, h * case.num_heads_k // heads], v[:, h * case.num_heads_k // heads], b, h, operand)
                 self.rows_of(out, b)[:, h] = o
@@ -192,20 +196,28 @@ class Call:
         p = np.exp(score - zero[:, None])
         total = p.sum(axis=1) + (0 if sink is None else np.exp(sink - zero))
         p = np.where(total[:, None] == 0, 0, p / total[:, None])
-        p = p if operand is None else p.astype(NUMPY[operand]).astype(real)
+        p = p if operand is None else p.astype(numpy_dtype(operand)).astype(real)
         return p @ np.where(seen.any(axis=0)[:, None], v, 0), zero + np.log(total)
 
-    def judge(self, out: Any, lse: Any) -> None:
-        """AssertionError where a result is farther from float64 than the rule of compare.py allows, or the caches' bits are wrong."""
+    def judge(self, out: Any, lse: Any, rewritten: bool = False) -> None:
+        """AssertionError where a result is farther from float64 than the rule of compare.py allows, or the caches' bits are wrong.
+
+        rewritten: 8-bit caches were widened to q's 16 bits, with their scales; or, beside an 8-bit q, P has 8 bits. The naive rival does
+        the same, and an 8-bit q has the errors of sums of 14 bits besides.
+        """
         dtype = self.case.out_dtype
         compute = "float64" if dtype == "float64" else "float32"
-        exact, naive = self.expected(), self.expected("float32", dtype if dtype in ("float16", "bfloat16") else None)
+        half, eight = dtype if dtype in ("float16", "bfloat16") else None, self.case.eight if rewritten else None
+        products = half if eight is None or not eight.q else "float8_e4m3fn"
+        exact, naive = self.expected(), self.expected("float32", products, half if eight is not None and not eight.q else None)
+        of_sums = SUMS if eight is not None and eight.q else (0.0, 0.0)
         shrink = 2.0**-29 if dtype == "float64" else 1.0
         # a GPU's tanh is off by a few roundings of the cap, whatever the score
         capped = 2.0**-22 * min(self.case.options.get("softcap") or 0.0, 64.0) * shrink
-        close("out", out, exact[0], naive[0], dtype, norm(exact[0]), shrink=shrink, nothing=capped * norm(exact[0]))
+        close("out", out, exact[0], naive[0], dtype, norm(exact[0]), shrink=shrink, nothing=(capped + of_sums[0]) * norm(exact[0]))
         size = float(np.sqrt(np.isfinite(exact[1]).sum()))
-        close("lse", lse, exact[1], naive[1], compute, norm(exact[1]) + size, shrink=shrink, nothing=capped * size)
+        close("lse", lse, exact[1], naive[1], compute, norm(exact[1]) + size, shrink=shrink,
+              nothing=capped * size + of_sums[1] * (norm(exact[1]) + size))
 
     def check(self, engine: str | None = None, **more: Any) -> tuple[Any, Any]:
         """Run the call, into an `out` full of NaN, and judge results and caches."""

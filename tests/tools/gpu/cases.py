@@ -36,6 +36,7 @@ import fastattn
 from fastattn import Grads
 from fastattn.arrays import convert, dlpack, streams
 from fastattn.arrays.device_array import DeviceArray
+from fastattn.arrays.view import NO_NUMPY, numpy_dtype
 from fastattn.gpu import precompile
 from fastattn.gpu.short import launch as short
 from fastattn.gpu.sm80 import launch as sm80
@@ -364,8 +365,10 @@ def on_device(x: Array) -> Any:
 def to_host(x: Any) -> Array:
     """A result as an ndarray; waits for the device."""
     if torch() is not None and isinstance(x, torch().Tensor):
-        if x.dtype == torch().bfloat16:
-            return np.asarray(x.contiguous().view(torch().int16).cpu().numpy()).view(NUMPY["bfloat16"])
+        name = str(x.dtype).removeprefix("torch.")
+        if name in NO_NUMPY:
+            bits = torch().int16 if x.element_size() == 2 else torch().uint8
+            return np.asarray(x.contiguous().view(bits).cpu().numpy()).view(numpy_dtype(name))
         return np.asarray(x.cpu().numpy())
     ptr = x.view().ptr if isinstance(x, DeviceArray) else x.ptr
     host = np.empty(x.shape, NUMPY[x.dtype])
