@@ -1,14 +1,18 @@
 """Processes that draw, run and judge problems; what crashes or hangs one is a finding too.
 
 A worker reads "first last" from its input and writes a line before each problem and one for what is wrong. It is the unit of failure: the
-problem that it was at when it ended by a signal, or said nothing for TIMEOUT seconds, is wrong, and a new one goes on behind it.
+problem that it was at when it ended by a signal, or said nothing for TIMEOUT seconds, is wrong, and a new one goes on behind it. One that
+says nothing is asked where it is, before it is killed.
 """
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,8 @@ COMMAND = [sys.executable, "-m", "tests.fuzz"]
 TIMEOUT = {"cpu": 60.0, "cuda": 180.0}
 SHRUNK = 3                                      # findings of a worker that are made smaller, for so many seconds each
 SHRINKING = {"cpu": 4.0, "cuda": 25.0}
+ANSWER = 2.0                                    # seconds in which a worker that hangs tells where
+FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
 PIECE = 200                                     # problems that a worker is given at once on the host
 
 
@@ -69,6 +75,11 @@ class Report:
 
 
 # ---------------------------------------------------------------- in a worker
+def answer_where(file: Any) -> None:
+    """From now on SIGUSR1 writes the stacks of all threads to the file, whatever the process waits for."""
+    faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+
+
 def work(seed: int, device: str) -> None:
     """Reads pieces of the run until its input ends."""
     import warnings
@@ -80,6 +91,7 @@ def work(seed: int, device: str) -> None:
     warnings.simplefilter("ignore")             # numbers that overflow are what is drawn
     shown = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    answer_where(shown)
     there: Device = make_device(device)
     shrunk = 0
 
@@ -151,6 +163,18 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):              # it ended: what it says tells
             self.process.stdin.write(what + "\n")
             self.process.stdin.flush()
+
+    def where(self) -> list[str]:
+        """Where each thread of a worker that hangs is, a line each, the innermost call first. Nothing if it does not answer."""
+        self.process.send_signal(signal.SIGUSR1)
+        threads = list[list[str]]()
+        with contextlib.suppress(queue.Empty):
+            while (line := self.lines.get(timeout=ANSWER)) is not None:
+                if line.lower().startswith(("thread 0x", "current thread 0x")):
+                    threads.append([])
+                elif threads and (frame := FRAME.search(line)):
+                    threads[-1].append(f"{frame[3]} ({Path(frame[1]).name}:{frame[2]})")
+        return ["in " + " < ".join(frames) for frames in threads if frames]
 
     def stop(self) -> None:
         self.process.kill()
@@ -249,9 +273,9 @@ def hear(worker: Worker, first: int, last: int, seed: int, device: str, report: 
         try:
             line = worker.lines.get(timeout=TIMEOUT[device])
         except queue.Empty:
-            line, hung = None, True
+            line, hung, where = None, True, worker.where()
         else:
-            hung = False
+            hung, where = False, []
         what = {} if line is None else json.loads(line)
         with lock:
             if line is None:
@@ -263,7 +287,7 @@ def hear(worker: Worker, first: int, last: int, seed: int, device: str, report: 
                     return last
                 if finding is None or finding.index != at:              # else it died while its problem was made smaller
                     how = f"hangs for {TIMEOUT[device]:.0f} s" if hung else f"ended its process, status {worker.process.returncode}"
-                    report.findings.append(Finding(at, worker.level, str(draw(seed, at, device)), [how], True))
+                    report.findings.append(Finding(at, worker.level, str(draw(seed, at, device)), [how, *where], True))
                 return int(at) + 1
             if "at" in what:
                 at = what["at"]

@@ -274,13 +274,16 @@ def test_shrinking() -> None:
 
 
 WORKER = """
-import os, sys, time, json
+import os, sys, time, json, faulthandler, signal
+def waits_for_ever():
+    time.sleep(60)
+faulthandler.register(signal.SIGUSR1, sys.stdout)
 for line in sys.stdin:
     first, last = map(int, line.split())
     for index in range(first, last):
         print(json.dumps({"at": index}), flush=True)
         if index == 3: os.abort()
-        if index == 5: time.sleep(60)
+        if index == 5: waits_for_ever()
         if index == 7: print(json.dumps({"wrong": 7, "spec": "Spec()", "complaints": ["bad"]}), flush=True)
     print(json.dumps({"done": last}), flush=True)
 """
@@ -293,7 +296,20 @@ def test_crashes_and_hangs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     report = run.run(1, "cpu", ["baseline"], problems=10, processes=1)
     found = [(finding.index, finding.complaints[0].split(",")[0]) for finding in report.findings]
     assert found == [(3, "ended its process"), (5, "hangs for 2 s"), (7, "bad")]
+    hung = report.findings[1].complaints
+    assert hung[1:] == ["in waits_for_ever (<string>:4) < <module> (<string>:11)"]
+    assert hung[1] in run.show(report.findings[1], 1, "cpu")
     assert report.count == 10
+
+
+def test_a_worker_tells_where_it_is() -> None:
+    worker = run.Worker(1, "cpu", "")
+    try:
+        assert "ready" in (worker.lines.get(timeout=60) or "")
+        [here] = [line for line in worker.where() if " work (run.py:" in line]
+        assert here.startswith("in ") and " < main (__main__.py:" in here
+    finally:
+        worker.stop()
 
 
 def test_drawn_values_are_in_range() -> None:
