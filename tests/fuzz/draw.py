@@ -233,7 +233,7 @@ def kernel(seed: int, number: int) -> dict[str, Any]:
             f["head_dim"] = dice.one((320, 512, 576, 8 * dice.upto(33, 72)))
     f["head_dim_v"] = f["head_dim"]
     if dice.chance(0.15):
-        f["head_dim_v"] = dice.one((64, 128, 32, 256 if family != "decode" else 64))
+        f["head_dim_v"] = dice.one((64, 128, 32, 256 if family != "decode" else 64, *[8 * dice.upto(33, 72)] * (family == "sm90")))
     if family == "decode":
         f |= {"head_dim": dice.one((64, 128, 8 * dice.upto(1, 16 if f["dtype"] == "float32" else 32))), "packed": False, "dropout": False,
               "backward": False, "causal": dice.one([False, True]), "score_mod": None, "mask_mod": None, "block_mask": None}
