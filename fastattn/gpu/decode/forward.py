@@ -23,10 +23,11 @@ from ..dsl.inline import divide, inline
 from ..ptx import cluster, direct, direct_8bit, direct_parts
 from ..ptx.memory import shared_address
 from ..ptx.scalar import load_shared, store_shared
-from ..ptx.sync import any_lane, opaque, take_turn, thread_index
+from ..ptx.sync import opaque, take_turn, thread_index
 from ..spec import Spec
 from ..tile.fragments import lane_row, make_pack, quad_max, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
+from ..tile.rescale import rescale
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .cluster import make_merge, received_bytes
@@ -255,12 +256,6 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             return numbers(lines), numbers(int32(lines + 8 * ROW_BYTES))
         else:
             return lines
-
-    @inline
-    def rescale(acc_o, alpha0, alpha1):
-        if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-            acc_o = scale_rows(acc_o, alpha0, alpha1)
-        return acc_o
 
     @inline
     def note(base, w, row, lane, maximum, total):

@@ -35,7 +35,7 @@ from ..ptx.sync import barrier, decrease_registers, fence_async, increase_regist
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
-from ..tile.fragments import join, make_pack, own_zeros, part, zeros
+from ..tile.fragments import join, make_pack, own_zeros, part, thread_col, zeros
 from ..tile.gradients import (
     PIECE,
     exp2_columns,
@@ -264,7 +264,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             first, batch, q_start, seqlen_q, seqlen_k = tile
             w, other, before = opaque(w), int32(j & 1), stage     # opaque: what follows takes no registers
             thread = own_thread()
-            lane, col = int32(thread & 31), int32((thread & 3) * 2)
+            lane, col = int32(thread & 31), thread_col(thread)
             key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
             if NEXT:
                 stage, phase = q_ring.next(stage, phase)
@@ -359,7 +359,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
 
             # dS^T = P^T (dP^T - delta), to shared memory
             thread = own_thread()
-            lane, col = int32(thread & 31), int32((thread & 3) * 2)
+            lane, col = int32(thread & 31), thread_col(thread)
             if NEXT:
                 q_ring.release(base, before, lane)
             acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + other * LSE_BYTES + 4 * col), COUNT_S))

@@ -27,7 +27,7 @@ from ..ptx.memory import shared_address
 from ..ptx.sync import decrease_registers, increase_registers, opaque, take_turn, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.fragments import make_pack, make_unpack, scale_rows, zeros, zeros_packed
+from ..tile.fragments import make_pack, make_unpack, scale_rows, thread_col, zeros, zeros_packed
 from ..tile.gradients import (
     exp2_columns,
     load_columns,
@@ -245,7 +245,7 @@ def make_wide(spec: Spec, config: WideSm90Config) -> tuple[Any, int]:
             m_min, m_max, full_min, full_max = queries
             batch, seqlen_q, seqlen_k = tile
             w, lane, before = opaque(w), opaque(lane), stage        # opaque: what follows from them is computed here, not kept in registers
-            key, col = int32(warp_keys + (lane >> 2)), int32((lane & 3) * 2)
+            key, col = int32(warp_keys + (lane >> 2)), thread_col(lane)
             query = int32(m * BLOCK_M + col)
             if NEXT:
                 stage, phase = q_ring.next(stage, phase)

@@ -36,9 +36,10 @@ from ..ptx.sync import (
 from ..spec import Spec
 from ..tile.bias import make_bias_tile, tile_bytes
 from ..tile.dropout import make_dropout
-from ..tile.fragments import make_pack, scale_rows, zeros
+from ..tile.fragments import make_pack, scale_rows, thread_col, zeros
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.pages import make_key_loads
+from ..tile.rescale import changed
 from ..tile.ring import make_ring
 from ..tile.schedule import make_key_row, make_num_tiles
 from ..tile.scores import make_score
@@ -263,11 +264,6 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     # ------------------------------------------------------------ the parts of a step
     @inline
-    def changed(alpha0, alpha1, sum0, sum1):
-        """1 if O must be rescaled. The test on the sums is never true; it is a data dependence that keeps this after the softmax."""
-        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
-
-    @inline
     def operands(a, base, w, stage, column, tile):
         """Bias and mask of a block, loaded while the MMA of S runs; for a bias in shared memory, where this lane reads it."""
         bias, mask = fetch(a, tile.batch, tile.head, tile.row, column, tile.seqlen_q, tile.seqlen_k)
@@ -424,7 +420,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
         else:
             take_registers()
             w, lane = int32(warpgroup - FIRST), int32(thread & 31)
-            col, it, i = int32((lane & 3) * 2), int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
+            col, it, i = thread_col(lane), int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             if w == CONSUMERS - 1:
                 pass_turn(w)
             records.wait(base, i)

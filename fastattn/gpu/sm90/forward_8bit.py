@@ -22,8 +22,9 @@ from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
 from ..ptx.sync import any_lane, any_thread, decrease_registers, increase_registers, opaque, uniform, wait_for_previous
 from ..spec import Spec
-from ..tile.fragments import add_columns, own_zeros, scale_rows, zeros
+from ..tile.fragments import add_columns, own_zeros, scale_rows, thread_col, zeros
 from ..tile.mask import make_diagonals, make_keep
+from ..tile.rescale import changed
 from ..tile.ring import make_ring
 from ..tile.schedule import make_num_tiles
 from ..tile.smem import ALIGN, WARPGROUP, WARPGROUP_ROWS, Smem, panels
@@ -205,11 +206,6 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
     # ------------------------------------------------------------ the parts of a step
     @inline
-    def changed(alpha0, alpha1, sum0, sum1):
-        """1 if O must be rescaled. The test on the sums is never true; it is a data dependence that keeps this after the softmax."""
-        return int32(1) if alpha0 != float32(1) or alpha1 != float32(1) or sum0 < float32(0) or sum1 < float32(0) else int32(0)
-
-    @inline
     def redo(base, w, stage, acc_o, product, max0, max1, sum0, sum1, scale):
         """Recompute the block's scores and raise the row maxima. Warpgroup-uniform."""
         sums = wgmma.wait_all(product)
@@ -320,7 +316,7 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         else:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
-            col = int32((lane & 3) * 2)
+            col = thread_col(lane)
             it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             records.wait(base, i)
             while records.get(base, i, TILE.KIND) != 0:

@@ -24,7 +24,6 @@ from ..dsl.inline import divide, inline
 from ..ptx import cp_async, mbarrier, tma, wgmma, wgmma_float
 from ..ptx.memory import shared_address
 from ..ptx.sync import (
-    any_lane,
     barrier,
     barrier_arrive,
     decrease_registers,
@@ -38,10 +37,11 @@ from ..ptx.sync import (
 from ..ptx.wgmma_float import CHUNK_BYTES, copy4_if, copy16_if
 from ..spec import Spec
 from ..tile.dropout import make_dropout
-from ..tile.fragments import add, add_columns, lane_row, make_pack, quad_sum, scale_rows, scale_seen_rows, thread_col, zeros
+from ..tile.fragments import add, add_columns, lane_row, make_pack, quad_sum, scale_seen_rows, thread_col, zeros
 from ..tile.gradients import add_piece, store_piece
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.parked import park, parked, word
+from ..tile.rescale import rescale
 from ..tile.ring import make_ring
 from ..tile.schedule import UNOWNED, make_key_row, make_num_tiles, make_tile_at, make_unowned
 from ..tile.scores import make_score
@@ -356,8 +356,7 @@ def make_forward_float(spec: Spec, config: ForwardFloatConfig, WHOLE: bool) -> t
         if (n_block < word(base, FULL_MIN + own)) | (n_block >= word(base, FULL_MAX + own)):
             acc_s = keep(acc_s, intervals(a, row, diagonal_of(a, batch, seqlen_q, seqlen_k), seqlen_k), column)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
-        if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-            acc_o = scale_rows(acc_o, alpha0, alpha1)
+        acc_o = rescale(acc_o, alpha0, alpha1)
         p = to_parts(dropout(a, acc_s, draw(a, row, column, plane_of(a, batch, head))))
         acc_o = add_panels(base, acc_o, p, int32(it + PANELS), lane, n_block, word(base, SEQLEN_K))
         return acc_o, max0, max1, sum0, sum1

@@ -29,12 +29,13 @@ from ..ptx import cp_async, mbarrier, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import shared_address, store_f32
 from ..ptx.scalar import load_shared, store_shared
-from ..ptx.sync import any_lane, barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
+from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, uniform
 from ..spec import Spec
-from ..tile.fragments import make_pack, quad_sum, scale_rows, scale_seen_rows, zeros
+from ..tile.fragments import make_pack, quad_sum, scale_rows, scale_seen_rows, thread_row, zeros
 from ..tile.gradients import store_numbers
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.pages import make_key_loads
+from ..tile.rescale import rescale
 from ..tile.ring import make_barrier, make_ring
 from ..tile.scores import make_score
 from ..tile.smem import ALIGN, ROW_BYTES, WARPGROUP, Smem, make_clear, make_copy_rows, panels
@@ -124,12 +125,6 @@ def make_latent(spec: Spec, config: LatentConfig) -> tuple[Any, int]:
     @inline
     def get_factors(base, row):
         return read(int32(base + FACTORS + 4 * row))[0], read(int32(base + FACTORS + 4 * row + 32))[0]
-
-    @inline
-    def rescale(acc_o, alpha0, alpha1):
-        if any_lane(int32(1) if alpha0 != float32(1) or alpha1 != float32(1) else int32(0)) != 0:
-            acc_o = scale_rows(acc_o, alpha0, alpha1)
-        return acc_o
 
     # ------------------------------------------------------------ warpgroup 1
     @inline
@@ -317,7 +312,7 @@ def make_latent(spec: Spec, config: LatentConfig) -> tuple[Any, int]:
         else:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
-            row = int32((thread >> 5) * 16 + (lane >> 2))
+            row = thread_row(thread, lane)
             load_q(a, base, place, int32(w * WARPGROUP + thread))
             factor0, factor1 = float32(1), float32(1)
             if w == 0:

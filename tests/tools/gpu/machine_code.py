@@ -152,9 +152,10 @@ class Tree:
         folder.mkdir(parents=True, exist_ok=True)
         if not (root / "fastattn" / "gpu").is_dir():
             raise ValueError(f"{root} has no fastattn/gpu: OLD_TREE is the root of a checkout of this repository")
-        # -P: the folder of this file is not searched for modules
+        # -P: the folder of this file is not searched for modules. The tree is searched before what the caller's environment names.
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen([sys.executable, "-P", str(HERE), "--compile-into", str(folder)], cwd=root, text=True,
-                                         env=os.environ | {"PYTHONPATH": str(root)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                         env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def kernels(self, job: Any) -> list[Kernel]:
         """The kernels of a call of test_compile's list. LookupError: the tree does not run it. RuntimeError: the process ended."""

@@ -392,7 +392,8 @@ class Play:
             "make_keep": lambda spec: same, "store_panels": self.store_panels, "store_rows": self.store_rows,
             "store_whole_rows": self.store_rows, "store_floats": self.store_floats, "add": self.add, "make_softmax": softmax,
             "make_score": lambda *_, **__: (lambda *_: 0.0, lambda *_: (0, 0), self.score), "thread_index": lambda: self.local.agent.thread,
-            "make_unpack": nothing, "make_hide": lambda *_: (lambda *_: 0, self.hide),
+            "lane_row": lambda lane: lane >> 2, "thread_row": lambda thread, lane: (thread >> 5) * 16 + (lane >> 2),
+            "thread_col": lambda thread: 2 * (thread & 3), "make_unpack": nothing, "make_hide": lambda *_: (lambda *_: 0, self.hide),
             "make_dropout": lambda spec, n, **_: (nothing, lambda *_: None, lambda a, acc, words: self.at_rest(acc))}
 
 
@@ -415,5 +416,5 @@ def nothing(*_: Any) -> None:
 @contextmanager
 def playing(play: Play, memory: Memory) -> Iterator[Machine]:
     """Inside, the modules of the Hopper forward use the play's instructions, those of the schedule the emulator's."""
-    with emulated(memory) as machine, replaced(play.modules, play.names()):
+    with emulated(memory) as machine, replaced((*play.modules, "tile.rescale"), play.names()):
         yield machine

@@ -146,7 +146,6 @@ class PlayFloat(Play):
             "wgmma": wgmma, "wgmma_float": products, "copy16_if": nothing, "copy4_if": nothing,
             "cp_async": SimpleNamespace(wait_all=nothing),
             "add_columns": self.add_columns, "store_piece": self.store_piece, "add_piece": self.add_piece, "int64": int,
-            "lane_row": lambda lane: lane >> 2, "thread_col": lambda thread: 2 * (thread & 3),
             "make_store_lse": lambda spec: self.store_lse, "quad_sum": lambda x: x}
 
 
