@@ -88,12 +88,18 @@ def test_parameters_without_a_graph_are_accepted() -> None:
     text = "q requires grad, which fastattn would drop from the graph; expected a tensor without grad; " \
         "fastattn.torch.attention has gradients, and q.detach() drops them"
     _refused(lambda: attend(parameter), text)
+    features = {"sinks": torch.nn.Parameter(torch.ones(2)), "bias": torch.nn.Parameter(torch.zeros(4, 4)),
+                "alibi_slopes": torch.nn.Parameter(torch.ones(2))}
+    plain = fastattn.attention(Q, Q, Q, **{name: x.detach() for name, x in features.items()})
     for off in (torch.no_grad, torch.inference_mode):
         with off():
             out, lse = fastattn.attention(parameter, parameter, parameter, return_lse=True)
             assert torch.equal(out, Q) and not out.requires_grad
             assert torch.allclose(fastattn.attention_backward(Q, parameter, Q, Q, out, lse).dv, Q)
             assert torch.equal(flash_attn.flash_attn_func(parameter, Q, Q), Q)
+            assert torch.equal(fastattn.attention(Q, Q, Q, **features), plain)
+    for name in features:
+        _refused(lambda name=name: fastattn.attention(Q, Q, Q, **{name: features[name]}), f"{name} requires grad")
     _refused(lambda: attend(parameter), text)
 
 
