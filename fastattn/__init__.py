@@ -36,42 +36,44 @@ before the first call that needs it.
 """
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import log as _log  # noqa: F401     (FASTATTN_LOG)
 from .api import attention, attention_backward
 from .api_packed import attention_varlen, attention_varlen_backward
-from .dropout import dropout_mask
 from .errors import UnsupportedError
-from .explanation import explain
-from .merging import merge_states
 from .problem import Grads
-from .quantize import quantize_fp8
 from .registry import engines, register_engine, use_engine
-from .report import show_config
-from .serving.api import attention_with_kvcache
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .cpu import get_num_threads, set_num_threads
+    from .dropout import dropout_mask
+    from .explanation import explain
     from .flex.blocks import BlockMask, and_masks, block_mask, or_masks
+    from .merging import merge_states
+    from .quantize import quantize_fp8
+    from .report import show_config
+    from .serving.api import attention_with_kvcache
 
 __all__ = ["BlockMask", "Grads", "UnsupportedError", "and_masks", "attention", "attention_backward", "attention_varlen",
            "attention_varlen_backward", "attention_with_kvcache", "block_mask", "dropout_mask", "engines", "explain", "get_num_threads",
            "merge_states", "or_masks", "quantize_fp8", "register_engine", "set_num_threads", "show_config", "use_engine"]
 
 
+# What a program may not need, by the module that is imported on first use: without them `import fastattn` adds a fifth to NumPy's import.
+_LATE = {"set_num_threads": "cpu", "get_num_threads": "cpu", "dropout_mask": "dropout", "explain": "explanation", "merge_states": "merging",
+         "quantize_fp8": "quantize", "show_config": "report", "attention_with_kvcache": "serving.api",
+         **dict.fromkeys(("BlockMask", "and_masks", "block_mask", "or_masks"), "flex.blocks")}
+
+
 def __getattr__(name: str) -> Any:
-    """set_num_threads and get_num_threads load the compiled CPU engine on first use, block_mask and its like the tracing."""
-    if name in ("set_num_threads", "get_num_threads"):
-        from . import cpu
-
-        return getattr(cpu, name)
-    if name in ("BlockMask", "and_masks", "block_mask", "or_masks"):
-        from .flex import blocks
-
-        return getattr(blocks, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name's module on first use."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
+    return found
 
 
 def __dir__() -> list[str]:
