@@ -18,7 +18,7 @@ from fastattn.jax import attention, attention_varlen  # noqa: E402
 from tests.tools.compare import Judge  # noqa: E402
 from tests.tools.problems import BY_NAME  # noqa: E402
 
-from .test_attention import CASES, results  # noqa: E402
+from .programs import CASES, results  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 HALVES_AND_FLOATS = [name for name in CASES if BY_NAME[name].make().args[0].dtype != np.float64]
