@@ -193,6 +193,7 @@ assert same(few(), expected) and same(many(), more) and same(few(), expected)
 # ---------------------------------------------------------------- signals
 INTERRUPT = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)       # jobs in the background of a script ignore it
 def interrupted(call, after):
     # seconds from SIGINT to KeyboardInterrupt
     sent = []
