@@ -25,6 +25,7 @@ DEFAULT = 128                           # rows and keys of a block
 WIDE = 48                               # most cells of a picture's side
 CELLS = {NONE: "·", SOME: "▒", ALL: "█"}
 MOST = 2**31 - 1
+MOST_PROGRAMS = 256                     # with planes for all
 
 
 def _joined(all_of: bool, masks: tuple[MaskMod, ...], b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
@@ -107,13 +108,14 @@ def or_masks(*masks: MaskMod) -> MaskMod:
     return _join("or_masks", masks)
 
 
-def _pinned(t: Traced, names: frozenset[str]) -> Traced:
-    """The program with these inputs 0: one plane serves all."""
-    b, new = Builder(t.program.arrays, t.program.numbers), list[int]()
-    for x in t.program.lines:
+@functools.lru_cache(MOST_PROGRAMS)
+def _pinned(p: Program, names: frozenset[str]) -> Program:
+    """The program with these inputs 0: one plane serves all. Kept, so that a mask that is made again has what its program has computed."""
+    b, new = Builder(p.arrays, p.numbers), list[int]()
+    for x in p.lines:
         at_zero = x.op == "input" and x.value in names
         new.append(b.const(0, INT) if at_zero else b.copy(x, tuple([new[n] for n in x.args])))
-    return t._replace(program=b.program(*[new[n] for n in t.program.outputs]))
+    return b.program(*[new[n] for n in p.outputs])
 
 
 class BlockMask:
@@ -141,8 +143,9 @@ class BlockMask:
         self.traced: Traced | None = None
         if mask_mod is not None:
             planes = {"batch": batch, "head": num_heads}
-            self.traced = _pinned(traced("block_mask", "mask_mod", mask_mod, (), True),
-                                  frozenset([name for name, n in planes.items() if n in (None, 1)]))
+            found = traced("block_mask", "mask_mod", mask_mod, (), True)
+            one = frozenset([name for name, n in planes.items() if n in (None, 1)])
+            self.traced = found._replace(program=_pinned(found.program, one))
 
     @property
     def program(self) -> Program | None:

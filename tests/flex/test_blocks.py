@@ -122,3 +122,12 @@ def test_errors(number: int) -> None:
     arguments: dict[str, Any] = {"mask_mod": MASKS["causal"], "batch": 2, "num_heads": 3, "seqlen_q": 100, "seqlen_k": 100} | changed
     with pytest.raises(error, match=rf"^block_mask\(\): {text}"):
         block_mask(**arguments)
+
+
+def test_a_mask_that_is_made_again_has_the_same_program() -> None:
+    """What is kept with a program, as its text, is then computed once."""
+    def make(planes: int | None, size: int) -> Any:
+        return block_mask(lambda b, h, q, k: (q >= k) & (q - k < size + 0 * b), planes, None, 64, 64)
+    assert make(None, 8).program is make(None, 8).program
+    assert make(None, 8).program is not make(2, 8).program, "b counts in two planes"
+    assert (make(None, 3).tiles((1, 1)) != make(None, 5).tiles((1, 1))).any()
