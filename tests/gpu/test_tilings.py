@@ -1,6 +1,7 @@
 """Which tiling a call gets, where measurements chose between several (docs/log-gpu.md). Nothing is compiled."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ import pytest
 pytest.importorskip("numba.cuda", reason="the GPU engine's packages are not installed")
 pytest.importorskip("cuda.core")
 
+from fastattn.flex.operands import Flex
 from fastattn.gpu.precompile import Want, absent_device, sources
 from fastattn.gpu.runtime.packed import head_group
+from tests.tools.gpu.flex import MASKS, SCORES, call_of
 
 DEVICE = absent_device("sm_90a")
 
@@ -84,3 +87,13 @@ def test_heads_that_fill_the_cache_come_one_after_the_other() -> None:
     for seqlen, expected in ((32768, 8), (65536, 1)):
         call, _ = Want(causal=True, seqlen_q=seqlen, batch=1, num_heads=32, num_heads_k=8).call()
         assert head_group(call) == expected
+
+
+def test_the_longest_tiles_of_a_mask_mod_come_first_as_under_a_causal_mask() -> None:
+    """One head after the other, the last head's longest tiles started when most others had ended: half of such a tile's time."""
+    call, _ = Want(causal=True, batch=2, num_heads=4).call()
+    for score, mask, expected in ((None, "causal", head_group(call)), ("alibi", None, 1)):
+        assert head_group(call_of(SCORES.get(score or ""), MASKS.get(mask or ""))[0]) == expected
+    call, _ = call_of(None, None, few=4096)
+    blocks = Flex(None, None, (64, 64))
+    assert head_group(call) == 1 < head_group(replace(call, problem=replace(call.problem, flex=blocks)))

@@ -89,7 +89,8 @@ def head_group(call: AnyCall, by_keys: bool = False) -> int:
     come one after the other: 51.2 -> 50.6 ms at 65536 keys.
     """
     p = call.problem
-    masked = p.mask.left is not None or p.mask.right is not None
+    hides = not by_keys and p.flex is not None and (p.flex.mask_mod is not None or p.flex.block is not None)    # backwards: not measured
+    masked = hides or p.mask.left is not None or p.mask.right is not None
     if not masked and (by_keys or not p.packed):
         return 1
     if by_keys and p.packed:
