@@ -230,7 +230,7 @@ MUTANTS = {
     "the first block of the structural mask": (SEEN, "int32((found >> 1) + 1), after", "int32(0), after"),
     "the block after this one is that of another slot": (SEEN, "load_shared_b32(int32(base + BLOCKS + 8 * stage + 4))",
                                                          "load_shared_b32(int32(base + BLOCKS + 8 * (stage ^ 1) + 4))"),
-    "the line of the tile before": (LOAD, "found, line = next_down(ahead, n_min)", "found, line = next_down(line, n_min)"),
+    "the line of the tile before": (LOAD, "next_down(until(ahead, ahead_max), n_min)", "next_down(line, n_min)"),
 }
 
 

@@ -211,11 +211,16 @@ class Line(NamedTuple):
 
 @inline
 def walk_down(at, n):
-    """The Line from tile n - 1 down. Its loads are not waited for here."""
+    """The Line of tile n - 1. Its loads are waited for where `until` or next_down use them."""
     word = int32((n - 1) >> 5)
     pair = uint64(at + uint64(word) * uint64(8))
-    seen, full = load_b32(pair), load_b32(uint64(pair + uint64(4)))
-    return Line(at, word, int32(seen & ~shift_left(int32(-1), int32(n - word * 32))), full)         # shl by 32 gives 0
+    return Line(at, word, load_b32(pair), load_b32(uint64(pair + uint64(4))))
+
+
+@inline
+def until(line, n):
+    """The Line that walk_down(at, n) has begun, from tile n - 1 down."""
+    return Line(line.at, line.word, int32(line.seen & ~shift_left(int32(-1), int32(n - line.word * 32))), line.full)    # shl by 32 gives 0
 
 
 @inline
@@ -250,4 +255,4 @@ def first_seen(at, m, m_max):
 
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Line", "first_seen", "kind_at", "last_seen", "line_of", "make_bitmap", "make_kind", "next_down",
-           "walk_down"]
+           "until", "walk_down"]

@@ -293,7 +293,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
 
     def make_step(MASKED, OPTIMISTIC_STEP):
         @inline
-        def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile):
+        def step(a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, full, tile):
             """S and P of n_block, overlapped with O += P V of the block before, whose P is `p`."""
             before, parity = v_ring.use(it)
             it = int32(it + 1)
@@ -327,7 +327,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                 if BIAS_TILES:
                     release_k(base, stage, n_block, after, tile.n_min, lane)
                 if MASKED:
-                    acc_s = seen.hide(keep_after(acc_s, tile.intervals, column), a, tile, column)
+                    acc_s = seen.hide_partial(keep_after(acc_s, tile.intervals, column), a, tile, column, full)
                 acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
                 acc_s = dropout(a, acc_s, words)
                 if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
@@ -436,15 +436,15 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
                     clear_tail(base, w, thread, it, n_block, tile.seqlen_k)
                 while (after >= 0) if SEEN else (n_block > tile.n_min):
                     n_block = int32(n_block - 1)
-                    fast = (n_block >= fast_min) & (n_block < fast_max)
+                    fast, full = (n_block >= fast_min) & (n_block < fast_max), int32(0)
                     if SEEN:
-                        n_block, fast = seen.following(after, fast_min, fast_max)
+                        n_block, fast, full = seen.following(after, fast_min, fast_max)
                     if fast:
                         acc_o, p, max0, max1, sum0, sum1, it, after = step_fast(
-                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, full, tile)
                     else:
                         acc_o, p, max0, max1, sum0, sum1, it, after = step_slow(
-                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, tile)
+                            a, base, w, lane, col, acc_o, p, max0, max1, sum0, sum1, it, n_block, full, tile)
                 stage, phase = v_ring.use(it)
                 acc_o = wgmma.wait_all(issue_last(base, w, acc_o, p, stage, phase))
                 v_ring.release(base, stage, lane)

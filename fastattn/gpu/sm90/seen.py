@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from numba import cuda, int32, uint64
 
 from ..dsl.inline import divide, inline
-from ..flex.bitmap import line_of, next_down, walk_down
+from ..flex.bitmap import line_of, next_down, until, walk_down
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_shared_b32, store_b32, store_shared_b32
 from ..ptx.sync import uniform
 from ..spec import Spec
@@ -52,9 +52,11 @@ class Seen(ModuleType):
     tell(base, it, found, after)    the producer, when the slot of K is empty: the block `found` (see last_seen), and the one after it
     first(base, it) -> (n_max, after)       consumers: n_max - 1 is the tile's first block, the it-th
     after(base, it)                 consumers, between the arrival of K and its release
-    following(after, fast_min, fast_max) -> (n_block, fast)
-        The next block; fast: whether it needs no mask. The structural mask lets [fast_min, fast_max) go without.
+    following(after, fast_min, fast_max) -> (n_block, fast, full)
+        The next block; fast: whether it needs no mask and no slow step; full: 1 if it needs no mask_mod. The structural mask lets
+        [fast_min, fast_max) go without.
     prepare(a, batch, head), hide(acc_s, a, tile, column)                see make_hide
+    hide_partial(acc_s, a, tile, column, full)      the same, of a block that may be full
     """
 
     tell: Any
@@ -63,6 +65,7 @@ class Seen(ModuleType):
     following: Any
     prepare: Any
     hide: Any
+    hide_partial: Any
 
 
 def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any) -> Seen:
@@ -72,10 +75,21 @@ def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any
     @inline
     def hide(acc_s, a, tile, column):
         return hide_acc(acc_s, a, tile.hidden, tile.batch, tile.head, tile.row, column)
+
+    @inline
+    def hide_all(acc_s, a, tile, column, full):
+        return hide(acc_s, a, tile, column)
+
+    @inline
+    def hide_partial(acc_s, a, tile, column, full):
+        if full == 0:
+            acc_s = hide(acc_s, a, tile, column)
+        return acc_s
+
     @inline
     def none(base, it):
         return int32(0)
-    seen.prepare, seen.hide, seen.after = prepare, hide, none
+    seen.prepare, seen.hide, seen.hide_partial, seen.after = prepare, hide, hide_all if spec.mask_mod is None else hide_partial, none
     if spec.mask_mod is None:
         return seen
     STRUCTURAL, BLOCKS = spec.left or spec.right, smem.take(8 * STAGES, 16)       # of each stage: its block, the one after it
@@ -102,11 +116,11 @@ def make_seen(spec: Spec, STAGES: int, OPTIMISTIC: bool, smem: Smem, k_ring: Any
 
     @inline
     def following(after, fast_min, fast_max):
-        n_block = int32(after >> 1)
+        n_block, full = int32(after >> 1), int32(after & 1)
         if STRUCTURAL:
-            return n_block, ((after & 1) != 0) & (n_block >= fast_min) & (n_block < fast_max)
+            return n_block, (full != 0) & (n_block >= fast_min) & (n_block < fast_max), full
         else:       # only a tile's first block may reach over the last key
-            return n_block, ((after & 1) != 0) & (after >= LEAST)
+            return n_block, (full != 0) & (after >= LEAST), full
 
     seen.tell, seen.first, seen.after, seen.following = tell, first, after, following
     return seen
@@ -145,7 +159,7 @@ def make_load_seen(spec: Spec, BLOCK_N: int, records: Any, seen: Seen, loads: tu
                 batch = records.word(base, i, TILE.BATCH)
                 q_start, k_start = records.word(base, i, TILE.Q_START), records.word(base, i, TILE.K_START)
                 head_k, map_batch, n_min = divide(head, a.group), int32(0) if PACKED else batch, ahead_min
-                found, line = next_down(ahead, n_min)
+                found, line = next_down(until(ahead, ahead_max), n_min)
                 found = int32(2 * (ahead_max - 1)) if found < 0 else found
                 row = key_row(a, k_start, int32(found >> 1))
                 after, line = next_down(line, n_min)
