@@ -1,6 +1,7 @@
 """Calls with score_mod, mask_mod or block_mask: eager, with gradients of all float tensors that score_mod reads.
 
-The functions are traced once, before the forward; the backward uses the same programs, whatever the functions hold by then.
+The functions are traced once, before the forward; the backward uses the same programs, whatever the functions hold by then. Code that
+torch compiles calls it through flex_outside.py.
 """
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from ..problem import Grads
 from .autograd import INPUTS, level, modes
 
 
-@torch.compiler.disable(reason="fastattn traces score_mod and mask_mod itself, outside of the graph")  # type: ignore[untyped-decorator]
 def attend(call: str, tensors: dict[str, Any], functions: dict[str, Any], options: dict[str, Any], deterministic: bool,
            return_lse: bool) -> Any:
     """The call `attention` or `attention_varlen`. `tensors` are q, k, v, then those that are keywords, then lengths; `functions` the

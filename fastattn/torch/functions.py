@@ -5,6 +5,7 @@ decides. Otherwise its arguments become `Arguments`, and autograd.py goes on.
 """
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal, Never, Unpack, overload
 
 import torch
@@ -269,10 +270,12 @@ def _unknown(function: Any, more: tuple[Any, ...], unknown: dict[str, Any]) -> T
 
 def _flexible(call: str, q: Any, k: Any, v: Any, tensors: dict[str, Any], functions: dict[str, Any], options: dict[str, Any],
               deterministic: bool | None, return_lse: bool) -> Any:
-    """A call with functions: see flex.py, which is imported for the first."""
-    from . import flex
-
-    return flex.attend(call, {"q": q, "k": k, "v": v} | tensors, functions, options, _deterministic(deterministic), bool(return_lse))
+    """A call with functions: see flex.py, which is imported for the first. Where torch's compiler may be at work, outside of its graph."""
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        from .flex_outside import attend as attend_flexible
+    else:
+        from .flex import attend as attend_flexible
+    return attend_flexible(call, {"q": q, "k": k, "v": v} | tensors, functions, options, _deterministic(deterministic), bool(return_lse))
 
 
 # ---------------------------------------------------------------- a call that torch sees

@@ -1,6 +1,8 @@
 """fastattn.torch with functions: gradients of q, k, v and of all tensors that score_mod reads, against torch's own."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -96,6 +98,31 @@ def test_compiled_code_calls_it_outside_of_its_graph() -> None:
     out = torch.compile(step, backend="eager")(q, k, v)
     same(out, step(q, k, v))
     same(torch.autograd.grad(out.sum(), [module.slopes])[0], torch.autograd.grad(step(q, k, v).sum(), [module.slopes])[0])
+
+
+FRESH = """
+import sys
+import torch
+from fastattn.torch import attention
+table = torch.randn(9, requires_grad=True)
+q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
+
+def step(q, k, v):
+    return attention(2 * q, k, v, score_mod=lambda s, b, h, i, j: s + table[j], causal=True, engine="reference") * 3
+want = step(q, k, v)
+want.sum().backward()
+assert table.grad is not None and "torch._dynamo" not in sys.modules, "calls that nobody compiles do without the compiler"
+assert torch.allclose(torch.compile(step, backend="eager")(q, k, v), want)
+try:
+    torch.compile(lambda q, k, v: step(q, k, v) + 1, backend="eager", fullgraph=True)(q, k, v)
+except Exception as error:
+    print(error)
+"""
+
+
+def test_torchs_compiler_is_imported_by_those_who_use_it() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], check=True, capture_output=True, text=True, timeout=300)
+    assert "fastattn traces score_mod and mask_mod itself" in done.stdout
 
 
 def test_only_what_is_asked_and_lse() -> None:
