@@ -336,6 +336,22 @@ def test_sm80_from_its_ptx(name: str) -> None:
     assert {key.split()[0] for key in launched} >= {"bitmap", "forward_sm80", "backward_sm80", "captured"}
 
 
+@pytest.mark.parametrize(("dtype", "deterministic"), [(np.float16, False), (np.float32, False), (np.float32, True)])
+def test_captured_gradients_on_plain_threads_from_their_ptx(dtype: Any, deterministic: bool) -> None:
+    """As emulated, and with the machine's own sums: atomic, or whole numbers in two passes."""
+    arrays = draw((5, 24), (2, 1), 8, dtype, 1)
+    functions = Functions(capped, documents, (SLOPES, TABLE), None)
+    out, lse, grads, launched = interpret(arrays[:3], functions, "simt", dout=arrays[3], deterministic=deterministic)
+    own = {"score_mod": capped, "mask_mod": documents}
+    close_captured(tuple(grads[3:]), fastattn.attention_backward, arrays, functions.captured, (out, lse), **own)
+    wide = [x.astype(np.float64) for x in arrays]
+    want, want_lse = fastattn.attention(*wide[:3], **own, captured=functions.captured, return_lse=True, engine="reference")
+    wanted = fastattn.attention_backward(wide[3], *wide[:3], want, want_lse, **own, captured=functions.captured, engine="reference")
+    for what, got, x in zip(("dq", "dk", "dv"), grads, wanted, strict=False):
+        near(got, x, dtype, what)
+    assert [key.split()[0] for key in launched].count("captured") == 1 + deterministic
+
+
 def test_few_queries_from_their_ptx() -> None:
     """Split keys: the two rows of a thread are of different heads."""
     q, k, v, _ = draw((2, 260), (2, 1), 16, np.float16, 1)

@@ -128,8 +128,8 @@ def _memory(views: list[Any], o: Operands) -> Iterator[Memory]:
 
 # ---------------------------------------------------------------- calls whose kernels run from their PTX
 def interpret(arrays: tuple[Any, ...], functions: Functions, family: str, *, dout: Any = None, arch: str = "sm_80",
-              **options: Any) -> tuple[Any, Any, Any, list[str]]:
-    """(out, lse, [dq, dk, dv, *gradients of captured arrays], kernels) of a family on dense 16-bit arrays. No dout: no gradients."""
+              deterministic: bool = False, **options: Any) -> tuple[Any, Any, Any, list[str]]:
+    """(out, lse, [dq, dk, dv, *gradients of captured arrays], kernels) of a family on dense arrays. No dout: no gradients."""
     memory = interpreter_tiles.Memory()
     _, o = read("attention", "bshd", None, arrays, (None, None, None, None), None, None, functions)
 
@@ -151,7 +151,7 @@ def interpret(arrays: tuple[Any, ...], functions: Functions, family: str, *, dou
     results = [empty(x.shape, x.dtype) for x in arrays]
     captured = [empty(x.shape, numpy_dtype(x.dtype)) if kind_of(x.dtype) == FLOAT else None for x in flex.score_arrays]
     grads = Grads(*(x for x, _ in results), None, None, tuple([x and x[0] for x in captured]))
-    back = BackwardCall(problem, o, placed(host_view(dout)), out, lse, None, grads, False)
+    back = BackwardCall(problem, o, placed(host_view(dout)), out, lse, None, grads, deterministic)
     gpu.family(family).backward(back, make_backward_spec(back), launcher, 0)
     found = [memory.read(x, dtype) for x, dtype in (*results, *(x for x in captured if x is not None))]
     return memory.read(out, kind), memory.read(lse, np.float32), found, launcher.launched

@@ -20,7 +20,7 @@ _MODIFIERS = {
     "max": "ftz NaN", "and": "", "or": "", "xor": "", "not": "", "neg": "ftz", "abs": "ftz", "div": "rn full approx ftz", "rem": "",
     "shl": "", "shr": "", "selp": "", "setp": f"{_COMPARISONS} and or ftz", "cvt": "rn rni rmi rzi rpi sat relu ftz", "ex2": "approx ftz",
     "lg2": "approx ftz", "rcp": "approx rn ftz", "sqrt": "approx rn ftz", "copysign": "", "prmt": "", "bfi": "", "bfind": "shiftamt",
-    "brev": ""}
+    "bfe": "", "brev": ""}
 _WHOLE: dict[str, Callable[[Any], Any]] = {"rmi": np.floor, "rni": np.rint, "rzi": np.trunc, "rpi": np.ceil}
 
 
@@ -167,6 +167,14 @@ class Arithmetic:
         word, into = self.get(x[1], active, kind), self.get(x[2], active, kind)
         number = into.dtype.type
         self.put(x[0], active, (into & ~number(ones)) | (word << number(start) & number(ones)))
+
+    def _bfe(self, op: list[str], x: list[Any], active: Array) -> None:
+        """`length` bits from `first` on, both below 256; what is past bit 31 is 0."""
+        if op[-1] != "u32":
+            raise NotImplementedError(op[-1])
+        word, first, length = (np.broadcast_to(self.get(y, active, "u32"), len(active)).astype(np.uint64) for y in x[1:])
+        first, length = np.minimum(first & np.uint64(255), np.uint64(32)), np.minimum(length & np.uint64(255), np.uint64(32))
+        self.put(x[0], active, (word >> first & (np.uint64(1) << length) - np.uint64(1)).astype(np.uint32))
 
     def _bfind(self, op: list[str], x: list[Any], active: Array) -> None:
         word = np.broadcast_to(self.get(x[1], active, "u32"), len(active))

@@ -46,7 +46,7 @@ class TileRun(interpreter.Run):
     def _red(self, op: list[str], x: list[Any], active: Array) -> None:
         memory, dtype, places = self.places(op, x[0], active)
         names = x[1] if isinstance(x[1], list) else [x[1]]
-        add = np.bitwise_or if "or" in op else np.add
+        [add] = [combine for name, combine in (("add", np.add), ("or", np.bitwise_or), ("max", np.maximum)) if name in op]
         for name, place in zip(names, places, strict=True):
             add.at(memory, place, np.broadcast_to(self.get(name, active, op[-1]), len(active)).astype(dtype))
 
