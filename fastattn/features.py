@@ -102,3 +102,4 @@ class Cache:
     num_splits: int | None = None
     k_scale: float = 1.0                  # what new 16-bit keys and values of 8-bit caches are divided by, where it is a number
     v_scale: float = 1.0
+    shared_prefix: int | None = None      # the first keys of all requests that are in the same pages; None: nothing is said

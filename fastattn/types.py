@@ -139,6 +139,7 @@ class ServingOptions(TypedDict, total=False):
     k_scale: Scale | None
     v_scale: Scale | None
     num_splits: Integer | None
+    shared_prefix: Integer | None
     layout: Layout
     out: Array | None
     stream: Any

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ..arrays.view import View, numpy_dtype
 from ..caches import append
 from ..problem import Grads, Operands, Problem
-from . import dbias, eight_bit, flex, levels, plan
+from . import dbias, eight_bit, flex, levels, plan, shared
 from .rowcode import Machine
 from .threads import borrow_with, get_num_threads, set_num_threads, threads_of_call
 
@@ -55,16 +56,26 @@ def forward(problem: Problem, operands: Operands, out: View, lse: View | None) -
         _clear_unowned(lengths.cu_q, into, 0)
         if lse is not None:
             _clear_unowned(lengths.cu_q, lse, 1)
-    where = o.q.ptr, o.k.ptr, o.v.ptr, into.ptr, 0 if lse is None else lse.ptr
     if p.cache is None:
-        _prepared(p, o, lengths, into, lse, most)(*where)
+        _prepared(p, o, lengths, into, lse, most)(*_addresses(o, into, lse))
+    elif groups := shared.groups(p, o, lengths):
+        shared.attend(p, o, lengths, into, lse, groups, partial(_over_caches, most=most))
     else:
-        vector, half = _engine.vector_length(p.dtype, plan.in_parts(p, lengths))
-        team = plan.team_for(p, most)
-        for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
-            _planned(p, o, lengths, into, lse, cut, team)(*where)
+        _over_caches(p, o, lengths, into, lse, most)
     if into is not out:
         eight_bit.store(into, out)
+
+
+def _addresses(o: Operands, out: View, lse: View | None) -> tuple[int, ...]:
+    return o.q.ptr, o.k.ptr, o.v.ptr, out.ptr, 0 if lse is None else lse.ptr
+
+
+def _over_caches(p: Problem, o: Operands, lengths: plan.Lengths, out: View, lse: View | None, most: int) -> None:
+    """The forward of requests over their caches, each alone."""
+    vector, half = _engine.vector_length(p.dtype, plan.in_parts(p, lengths))
+    team = plan.team_for(p, most)
+    for cut in plan.plan_with_cache(p, o, lengths, vector, half, team.threads):
+        _planned(p, o, lengths, out, lse, cut, team)(*_addresses(o, out, lse))
 
 
 def prepare(problem: Problem, operands: Operands, out: View, lse: View | None) -> Any:

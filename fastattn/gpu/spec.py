@@ -73,6 +73,9 @@ class Spec:
         Of the backward: dk and dv are float32 parts, one of each query head (rows/groups.py). Dense only.
     out_dtype
         The dtype of the output, of a backward that of dq, dk and dv, where it is not q's.
+    shared
+        Of decode/: which part of a call whose requests share their first keys: those "prefix" keys, or those "behind" them, with which the
+        first part's results are merged.
     diagonals
         Each packed sequence has a diagonal of its own.
     cache_dtype
@@ -105,6 +108,7 @@ class Spec:
     lengths: bool = False
     paged: bool = False
     planned: bool = False
+    shared: str | None = None
     out_dtype: str | None = None
     diagonals: bool = False
     cache_dtype: str | None = None
@@ -132,7 +136,7 @@ class Spec:
         flags = ("left", "right", "packed", "scaled", "softcap", "bias_pairs", "bias_whole", "bias_tiles", "mask", "dropout", "lse",
                  "deterministic", "group_parts", "lengths", "paged", "planned", "diagonals")
         on = [name for name in flags if getattr(self, name)]
-        named = ("cap", "alibi", "bias", "sinks", "dbias", "out_dtype", "cache_dtype")
+        named = ("cap", "alibi", "bias", "sinks", "dbias", "shared", "out_dtype", "cache_dtype")
         on += [f"{name}={getattr(self, name)}" for name in named if getattr(self, name)]
         on += [f"{name}=[{getattr(self, name).text}]" for name in ("score_mod", "mask_mod") if getattr(self, name)]
         dims = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"

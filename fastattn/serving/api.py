@@ -15,7 +15,7 @@ from ..options import SCALES, Check, Options, read_eight_bit, read_options
 from ..registry import choose
 from ..signature import strict, unknown_arguments
 from ..types import A, Array, D, EngineName, Integer, Layout, Lengths, Number, PerHead, S, Scale, ServingOptions, Window
-from .problem import OF_VALUES, Given, check_values, problem_with_cache
+from .problem import OF_VALUES, Given, How, check_values, problem_with_cache
 
 
 @overload
@@ -39,8 +39,8 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
                            window: Window | None = None, softcap: Number | None = None, alibi_slopes: PerHead | None = None,
                            sinks: PerHead | None = None, softmax_scale: Number | None = None, q_scale: Scale | None = None,
                            k_scale: Scale | None = None, v_scale: Scale | None = None, num_splits: Integer | None = None,
-                           layout: Layout = "bshd", out: Array | None = None, return_lse: bool = False, stream: Any = None,
-                           engine: EngineName | None = None, **unknown: Never) -> Any:
+                           shared_prefix: Integer | None = None, layout: Layout = "bshd", out: Array | None = None,
+                           return_lse: bool = False, stream: Any = None, engine: EngineName | None = None, **unknown: Never) -> Any:
     """Attention over key and value caches: decoding, prefill in chunks and speculative decoding in one call.
 
     Each request has `cache_seqlens` keys in the caches. The call's own k and v, if it brings any, are written behind
@@ -91,6 +91,11 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
         Into at most how many parts the keys of a request are divided, which are then merged. None: the engine chooses,
         by the sizes of the whole call. With 1 a request's result has the same bits in any batch, packed or not, with
         any width of the block table and any length of the cache.
+    shared_prefix : int, optional
+        With block_table: so many keys, from the first on, are in the same pages for all requests, as those of a system
+        prompt are; counted in whole pages. An engine may then read them once for all requests (cascade attention).
+        Results stay what they are. None: on host arrays requests that share pages are found in block_table, on CUDA
+        arrays nothing is assumed. 0: nothing is shared.
     layout : {"bshd", "bhsd"}, default "bshd"
         Order of the axes of q, k, v and out. Caches are always (..., seqlen, heads, dim).
     out, return_lse, stream, engine : optional
@@ -117,8 +122,13 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     whose entry of block_table names no page; when it is read, such an entry is the last page. With the environment variable
     ``FASTATTN_CHECK=1`` the host waits for them and checks them. If v_cache shares memory with k_cache, v is written last.
 
+    Pages of `shared_prefix` are read where the first request has them, as far as it has keys. On CUDA arrays a request
+    whose row of block_table names others, which breaks the promise, attends to the first request's. With num_splits=1
+    the bits are those of any batch with the same shared_prefix.
+
     Source: Kwon et al., "Efficient memory management for large language model serving with PagedAttention", SOSP 2023.
-    Rotary embedding: Su et al., "RoFormer", 2021. Splits: Dao et al., "Flash-Decoding", 2023.
+    Rotary embedding: Su et al., "RoFormer", 2021. Splits: Dao et al., "Flash-Decoding", 2023. Shared
+    prefixes: Ye et al., "Cascade Inference", 2024.
 
     Examples
     --------
@@ -137,6 +147,7 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
     options = read_options(call, causal, window, softmax_scale, softcap, 0.0, None, 0, max_seqlen_q)
     options, scales = read_eight_bit(call, options, (q_scale, k_scale, v_scale, None), None)
     splits = None if num_splits is None else check.integer("num_splits", num_splits, 1, 2**31 - 1, "None lets the engine choose")
+    shared = None if shared_prefix is None else check.integer("shared_prefix", shared_prefix, 0, 2**31 - 1, "0 shares nothing")
     packed = cu_seqlens_q is not None
     if layout not in (("bshd", "thd") if packed else ("bshd", "bhsd")):
         raise check.value("layout", f"is {layout!r}", "nothing, because cu_seqlens_q packs q" if packed else "'bshd' or 'bhsd'")
@@ -145,8 +156,8 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
         # in the order of Operands, then of CacheOperands; values in device memory alone are not read, and so may differ
         key, results = _again(engine, (q, k_cache, v_cache, alibi_slopes, sinks, cu_seqlens_q, cache_seqlens, *(scales or ())[:3],
                                        block_table if cache_batch_idx is None else cache_batch_idx, k, v, rotary_cos, rotary_sin),
-                              (options, layout, bool(return_lse), bool(rotary_interleaved), splits, engine, cache_batch_idx is None,
-                               scales is None))
+                              (options, layout, bool(return_lse), bool(rotary_interleaved), splits, shared, engine,
+                               cache_batch_idx is None, scales is None))
         if results is not None:
             _tell((k_cache, v_cache) if k is not None else ())
             return tuple(results) if return_lse else results[0]
@@ -161,7 +172,8 @@ def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | 
                   *[None if x is None else caller.small(x, name, compute) for name, x in (
                       ("alibi_slopes", alibi_slopes), ("sinks", sinks))],
                   *[None if x is None else caller.small(x, name, "float32") for name, x in zip(SCALES[:3], scales or (), strict=False)])
-    return _run(caller, given, options, bool(rotary_interleaved), splits, out, bool(return_lse), engine, key)
+    how = How(bool(rotary_interleaved), splits, shared)
+    return _run(caller, given, options, how, out, bool(return_lse), engine, key)
 
 
 def _again(engine: EngineName | None, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, list[Any] | None]:
@@ -178,23 +190,22 @@ def _tell(caches: tuple[Any, ...]) -> None:
             tell(cache)
 
 
-def _check_on_device(caller: Caller, given: Given, options: Options) -> None:
+def _check_on_device(caller: Caller, given: Given, options: Options, how: How) -> None:
     """The debug mode: lengths and tables are copied to the host, which waits for them, and are checked as those in host memory."""
     to_host = load("gpu", caller.call).to_host
     copies = {name: to_host(caller.call, x, caller.handle) for name in OF_VALUES if (x := getattr(given, name)) is not None}
-    check_values(caller.call, given._replace(**copies), options.max_seqlen_q)
+    check_values(caller.call, given._replace(**copies), options.max_seqlen_q, how.shared_prefix)
 
 
-def _run(caller: Caller, given: Given, options: Options, interleaved: bool, num_splits: int | None, out: Any, return_lse: bool,
-         engine: str | None, key: Any) -> Any:
+def _run(caller: Caller, given: Given, options: Options, how: How, out: Any, return_lse: bool, engine: str | None, key: Any) -> Any:
     try:
-        problem, o = problem_with_cache(caller.call, given, options, interleaved, num_splits)
+        problem, o = problem_with_cache(caller.call, given, options, how)
     except (TypeError, ValueError) as error:
         if caller.bhsd:
             error.add_note("Shapes of q, k and v in this message are in the order (batch, seqlen, num_heads, head_dim).")
         raise
     if caller.handle is not None and os.environ.get("FASTATTN_CHECK") == "1":
-        _check_on_device(caller, given, options)
+        _check_on_device(caller, given, options, how)
     into = None if out is None else given_out(caller, out, problem, o)
     chosen = choose(caller.call, engine, o.q.device)
     output = caller.output(problem.out_shape, problem.out_dtype, o.q) if into is None else into

@@ -61,6 +61,14 @@ class Given(NamedTuple):
         return self.cu_seqlens_q is not None
 
 
+class How(NamedTuple):
+    """The arguments of a call's own that are numbers."""
+
+    interleaved: bool = False           # rotary_interleaved
+    num_splits: int | None = None
+    shared_prefix: int | None = None
+
+
 class Rows(NamedTuple):
     """The requests of a call. Values are None where lengths are on a device."""
 
@@ -227,6 +235,26 @@ def _written_once(check: Check, table: View, page_size: int, rows: Rows, after: 
                           "a page that requests share holds keys that are there already")
 
 
+def _shared(check: Check, g: Given, shared: int | None, table: View, after: Array | None) -> None:
+    """All requests have the pages of the first one, as far as both have keys and the shared prefix reaches."""
+    if shared is None:
+        return
+    if g.block_table is None:
+        if shared:
+            raise check.value("shared_prefix", f"is {shared} without block_table", "None or 0",
+                              "a table names the pages that requests share")
+        return
+    if after is None or not len(after):
+        return
+    values, size = table.numpy(), max(g.k_cache.shape[1], 1)
+    whole = np.arange(values.shape[1]) < np.minimum(-(-after // size), min(shared, int(after[0])) // size)[:, None]
+    other = whole & (values != values[0])
+    if other.any():
+        b, n = (int(x) for x in np.argwhere(other)[0])
+        raise check.value("shared_prefix", f"is {shared}, and block_table has page {values[b, n]} for request {b}, entry {n}",
+                          f"the first request's there, {values[0, n]}", f"{n * size} keys are shared up to it")
+
+
 # ---------------------------------------------------------------- rotary embedding
 def _rotary(check: Check, g: Given, new: bool, interleaved: bool, after: Array | None) -> Rotary | None:
     cos, sin = g.rotary_cos, g.rotary_sin
@@ -260,7 +288,7 @@ def _rotary(check: Check, g: Given, new: bool, interleaved: bool, after: Array |
 OF_VALUES = ("cache_seqlens", "block_table", "cache_batch_idx", "cu_seqlens_q")
 
 
-def check_values(call: str, g: Given, max_seqlen_q: int | None) -> None:
+def check_values(call: str, g: Given, max_seqlen_q: int | None, shared_prefix: int | None = None) -> None:
     """What `problem_with_cache` checks of lengths and tables in host memory. Of a call on a device: those of `g` are copies in host memory.
 
     Raises ValueError with the request's number.
@@ -272,10 +300,11 @@ def check_values(call: str, g: Given, max_seqlen_q: int | None) -> None:
     table = _table(check, g, rows.batch, new, after)
     if new and g.block_table is not None:
         _written_once(check, table, page_size, rows, after)
+    _shared(check, g, shared_prefix, table, after)
     _rotary(check, g, new, False, after)
 
 
-def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved: bool, num_splits: int | None) -> tuple[Problem, Operands]:
+def problem_with_cache(call: str, g: Given, options: Options, how: How) -> tuple[Problem, Operands]:
     """Validate one call. Returns its Problem and its operands, with private copies of lengths and tables.
 
     Raises ValueError or TypeError that name `call`, the argument and, for a value of one request, its number.
@@ -295,7 +324,8 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
     table = _table(check, g, rows.batch, new, after)
     if new and g.block_table is not None:
         _written_once(check, table, page_size, rows, after)
-    rotary = _rotary(check, g, new, rotary_interleaved, after)
+    _shared(check, g, how.shared_prefix, table, after)
+    rotary = _rotary(check, g, new, how.interleaved, after)
     scale, cap = scale_and_cap(check, options, g.q.shape[-1], g.q.compute_dtype)
     operands = CacheOperands(table, g.k, g.v, g.rotary_cos, g.rotary_sin)
     o = Operands(g.q, g.k_cache, g.v_cache, None, None, g.alibi_slopes, g.sinks, rows.cu, None, used, None, g.q_scale, g.k_scale, g.v_scale,
@@ -303,7 +333,8 @@ def problem_with_cache(call: str, g: Given, options: Options, rotary_interleaved
     o, scale, eight_bit = with_scales(check, o, options, scale, rows.batch)
     o = per_head(check, o, rows.batch, g.q.shape[-2])
     numbers = options.eight_bit or EightBitOptions(())
-    cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, num_splits, numbers.k_scale, numbers.v_scale)
+    cache = Cache(pages, page_size, g.k_cache.dtype, new, rotary, how.num_splits, numbers.k_scale, numbers.v_scale,
+                  how.shared_prefix)
     score = Score(scale, cap, alibi=o.alibi_slopes is not None, sinks=o.sinks is not None)
     seqlen_k = width * page_size if after is None else int(after.max(initial=0))
     problem = Problem(call, g.q.dtype, rows.batch, g.q.shape[-2], g.k_cache.shape[-2], rows.seqlen_q, seqlen_k, g.q.shape[-1],

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import fastattn
+from fastattn.cpu import shared
 from tests.tools.caches import Case, Eight
 
 from .draw import Dice
@@ -46,7 +47,7 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
     append = dice.chance(0.7)
     paged = dice.chance(0.75)
     page = dice.one((1, 2, 3, 8, 16, 16, 16, 32, 64, 100, 256)) if paged else None
-    shared = min(before, default=0) // page if page and dice.chance(0.3) else 0
+    common = min(before, default=0) // page if page and dice.chance(0.4) else 0
     even = dim // 2
     rotary = (2 * dice.upto(1, even), dice.chance(0.5)) if append and even and dice.chance(0.4) else None
     dtype = dice.one(DTYPES)
@@ -61,7 +62,7 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
         options["softmax_scale"] = float(dice.one([0.3, -0.2, 1.0, 0.0]))
     each = tuple(lengths) if packed else lengths[0] if lengths else 1
     case = Case(f"{seed}:{index}", dtype, tuple(before), each, heads_k * group, heads_k, dim, dim_v,
-                page, not paged and dice.chance(0.4), append, shared, rotary,
+                page, not paged and dice.chance(0.4), append, common, rotary,
                 dice.one([dtype, "float32"]), "bhsd" if not packed and dice.chance(0.3) else "bshd", dice.chance(0.3),
                 dice.upto(0, 3) if packed else 0, options, dice.one([None, None, None, "heads", "batch"]), dice.chance(0.2))
     splits = dice.one([None, None, 1, 2, 7])
@@ -70,7 +71,8 @@ def draw(seed: int, index: int) -> tuple[Case, dict[str, Any]]:
     if packed and dice.chance(0.3):
         options["max_seqlen_q"] = max(lengths, default=0) + dice.one([0, 1, 100])
     integers = dice.one(["int32", "int32", "int64", "list"])
-    return replace(case, integers="int64" if not requests and paged else integers), {"num_splits": splits}     # [] is no table
+    return replace(case, integers="int64" if not requests and paged else integers), {
+        "num_splits": splits, "shared_prefix": said(case, dice)}     # [] is no table
 
 
 def _fit(before: list[int], lengths: list[int], per_pair: int, most: int) -> None:
@@ -78,6 +80,14 @@ def _fit(before: list[int], lengths: list[int], per_pair: int, most: int) -> Non
     for n in range(len(before)):
         while per_pair * lengths[n] * (before[n] + lengths[n]) > most:
             before[n], lengths[n] = before[n] // 2, lengths[n] if lengths[n] == 1 else (lengths[n] + 1) // 2
+
+
+def said(case: Case, dice: Dice) -> int | None:
+    """shared_prefix of a case: all that is shared, a part of it, some keys more, or nothing."""
+    if not case.page_size:
+        return dice.one((None, 0))
+    keys = case.shared * case.page_size
+    return dice.one((None, None, 0, keys, keys, dice.upto(0, keys), keys + dice.upto(0, case.page_size - 1)))
 
 
 def draw_alike(seed: int, index: int, device: str = "interpreter") -> tuple[Case, dict[str, Any]]:
@@ -94,10 +104,10 @@ def draw_alike(seed: int, index: int, device: str = "interpreter") -> tuple[Case
     options = {name: x for name, x in kind.options.items() if name != "max_seqlen_q"}
     if "window" in options:
         options["window"] = own.options.get("window", options["window"])
-    shared = min(own.shared, min(before) // page) if page else 0
-    case = replace(kind, name=own.name, keys=tuple(before), rows=rows, page_size=page, shared=shared, options=options,
+    common = min(own.shared, min(before) // page) if page else 0
+    case = replace(kind, name=own.name, keys=tuple(before), rows=rows, page_size=page, shared=common, options=options,
                    integers="int32" if small else own.integers)
-    return case, more
+    return case, more | {"shared_prefix": said(case, Dice(seed, index, 9))}
 
 
 def _interpreted(case: Case) -> bool:
@@ -165,6 +175,8 @@ def run(seed: int, index: int, device: str = "cpu") -> str | None:
     """None, or what is wrong with a call."""
     case, options = draw(seed, index) if device == "cpu" else draw_alike(seed, index, device)
     fastattn.set_num_threads(1 + index % 3)
+    least = shared.LEAST_SAVED
+    shared.LEAST_SAVED = index % 2 * least          # few keys that requests share are computed once, too
     try:
         if device != "cpu":
             (on_device if device == "cuda" else interpreted)(case, options)
@@ -172,6 +184,8 @@ def run(seed: int, index: int, device: str = "cpu") -> str | None:
             case.make().check("cpu", **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}\n    {case!r} {options}"
+    finally:
+        shared.LEAST_SAVED = least
     return None
 
 

@@ -101,7 +101,7 @@ def from_a_prefix(case: Case, dice: Dice, more: dict[str, Any]) -> bool:
     cut = dice.upto(0, min(case.keys) // case.page_size)
     if cut * case.page_size + case.lengths[0] > min(case.keys):         # each row sees the whole prefix
         return False
-    call = case.make()
+    call, more = case.make(), {"num_splits": more.get("num_splits")}
     options = arguments(call)
     table, keys = options.pop("block_table"), options.pop("cache_seqlens")
     parts = [direct(call.arrays, {**options, "cache_seqlens": lengths, "block_table": part, **extra}, more) for lengths, part, extra in (

@@ -17,6 +17,7 @@ import fastattn
 from fastattn import gpu
 from fastattn.arrays import convert
 from fastattn.arrays.view import View
+from fastattn.gpu.decode import caches as decode_caches
 from fastattn.gpu.decode import launch as launch_decode
 from fastattn.gpu.decode.config import MOST_SPLITS, DecodeConfig, choose_decode, page_division, shared_bytes
 from fastattn.gpu.decode.launch import KeyCache
@@ -176,14 +177,14 @@ def test_kernels_for_eight_bit_caches_do_not_spill(arch: str, dtype: str, source
 @pytest.mark.parametrize(("arch", "source"), [("sm_90a", None), ("sm_80", None), ("sm_120", None), ("sm_90a", "float8_e4m3fn")], ids=str)
 def test_latent_caches_do_not_spill(arch: str, source: str | None) -> None:
     """head_dim 576 with 512: slices of the values' columns."""
-    width = launch_decode.slices_of(576, 512)[0][1]
+    width = decode_caches.slices_of(576, 512)[0][1]
     call, spec = Want("bfloat16", 576, width, seqlen_q=1, seqlen_k=4096, num_heads=128, num_heads_k=1, lse=True, window=(100, 5),
                       softcap=True).call()
     spec = replace(spec, lengths=True, paged=True, cache_dtype=source, out_dtype=source and "bfloat16")
     config = launch_decode.chosen(spec, call.problem, KeyCache(), absent_device(arch))
     source_of, _ = launch_decode.forward_program(spec, config)
     assert compiler.complaints(compiler.build(source_of, arch)[1]) == [] and source_of.make()[1] <= absent_device(arch).shared_memory
-    assert sum(width for _, width in launch_decode.slices_of(576, 500)) == 500
+    assert sum(width for _, width in decode_caches.slices_of(576, 500)) == 500
 
 
 def test_splits_of_unknown_lengths() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("cuda.core")
 from fastattn import gpu
 from fastattn.arrays import convert
 from fastattn.gpu import caches
-from fastattn.gpu.decode import launch as decode
+from fastattn.gpu.decode import caches as decode
 from fastattn.gpu.precompile import absent_device
 from fastattn.gpu.ptx.wgmma_8bit import KEY_OF
 from fastattn.gpu.rows import widen_launch

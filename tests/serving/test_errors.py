@@ -57,6 +57,14 @@ BAD: dict[str, Bad] = {
     "heads": (paged, {"k_cache": ones(7, 4, 3, 8), "v_cache": ones(7, 4, 3, 6)}, ValueError, "k_cache has 3 heads; expected a divisor of"),
     "wide": (paged, {"q": ones(2, 3, 4, 600), "k_cache": ones(7, 4, 2, 600)}, ValueError,
              "head_dim is 600; expected an integer in [1, 576]"),
+    "shared_number": (paged, {"shared_prefix": -1}, ValueError,
+                      "shared_prefix is -1; expected an integer in [0, 2147483647]; 0 shares nothing."),
+    "shared_type": (paged, {"shared_prefix": 1.5}, TypeError, "shared_prefix is 1.5"),
+    "shared_contiguous": (contiguous, {"shared_prefix": 4}, ValueError,
+                          "shared_prefix is 4 without block_table; expected None or 0; a table names the pages that requests share."),
+    "shared_pages": (paged, {"shared_prefix": 8, "block_table": [[0, 1, 9], [0, 3, 4]]}, ValueError,
+                     "shared_prefix is 8, and block_table has page 3 for request 1, entry 1; expected the first request's there, 1; "
+                     "4 keys are shared up to it."),
     "v_alone": (paged, {"k": None}, ValueError, "k is None; expected keys of q's rows, because v is given."),
     "k_alone": (paged, {"v": None}, ValueError, "v is None; expected values of q's rows, because k is given."),
     "k_rows": (paged, {"k": ones(2, 2, 2, 8)}, ValueError, "k has shape (2, 2, 2, 8); expected the shape = (2, 3, 2, 8)."),
@@ -169,17 +177,19 @@ def test_shared_memory() -> None:
     ({"cache_seqlens": [5, 10]}, "cache_seqlens has 10 for request 1, which appends 3; expected a count from 0 to 9"),
     ({"block_table": [[0, 1, 9], [2, 3, 7]]}, "block_table has 7 for request 1, entry 2; expected a page of k_cache, from 0 to 6"),
     ({"block_table": [[0, 1, 9], [0, 1, 1]]}, "block_table sends key 9 of request 1 to page 1, row 1"),
+    ({"block_table": [[0, 1, 9], [1, 3, 4]], "shared_prefix": 5}, "shared_prefix is 5, and block_table has page 1 for request 1, entry 0"),
     ({"block_table": None, "cache_seqlens": [1, 0], "cache_batch_idx": [0, 0]}, "cache_batch_idx has 0 for requests 0 and 1")], ids=str)
 def test_values_that_a_device_has(changes: Arguments, text: str) -> None:
     """What FASTATTN_CHECK=1 checks: lengths and tables are copies, all other arrays stay where they are."""
     from fastattn.arrays import convert
     from fastattn.serving.problem import Given, check_values
 
+    changes, shared = {name: x for name, x in changes.items() if name != "shared_prefix"}, changes.get("shared_prefix")
     given = {name: None if x is None else convert.view(np.asarray(x), "test", name) for name, x in {**paged(), **changes}.items()}
     here = Given(**{**dict.fromkeys(Given._fields), **given})
     away = {name: replace(x, device=("cuda", 0)) for name, x in given.items() if name in ("q", "k_cache", "v_cache", "k", "v")}
     with pytest.raises(ValueError) as raised:
-        check_values("attention_with_kvcache", here._replace(**away), None)
+        check_values("attention_with_kvcache", here._replace(**away), None, shared)
     assert str(raised.value).startswith(f"attention_with_kvcache(): {text}"), raised.value
     check_values("attention_with_kvcache", here._replace(**away, **{
         name: convert.view(np.asarray(x), "test", name) for name, x in paged().items() if name in changes}, cache_batch_idx=None), None)

@@ -51,7 +51,8 @@ def packed(q: Singles, cu: np.ndarray[tuple[int], np.dtype[np.int32]], flag: boo
 
 def serving(q: Singles, half: Halves, table: np.ndarray[tuple[int, int], np.dtype[np.int32]], flag: bool) -> None:
     assert_type(attention_with_kvcache(q, q, q, cache_seqlens=[3, 4]), Singles)
-    assert_type(attention_with_kvcache(half, half, half, half, half, cache_seqlens=table[0], block_table=table, num_splits=1), Halves)
+    assert_type(attention_with_kvcache(half, half, half, half, half, cache_seqlens=table[0], block_table=table, num_splits=1,
+                                       shared_prefix=64), Halves)
     out, lse = attention_with_kvcache(half, half, half, None, None, cache_seqlens=(1,), k_scale=0.5, v_scale=[1.0, 2.0], return_lse=True)
     assert_type(out, Halves)
     assert_type(lse, AnyArray)

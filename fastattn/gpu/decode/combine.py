@@ -18,6 +18,7 @@ from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_finish_row
 from .config import MOST_SPLITS, WARP, DecodeConfig
 from .places import make_place_of
+from .prefix import make_shared, of_shared
 
 
 @inline
@@ -29,12 +30,18 @@ def query_of(a, place, r):
 
 
 @inline
-def scale_at(pointer, by_batch, by_head, place):
+def scale_of(pointer, by_batch, by_head, batch, head_k):
     """The scale of a request's key head; 1 without scales."""
     scale = float32(1)
     if pointer != 0:
-        scale = load_f32(uint64(pointer + uint64(place.batch * by_batch + place.head_k * by_head)))
+        scale = load_f32(uint64(pointer + uint64(batch * by_batch + head_k * by_head)))
     return scale
+
+
+@inline
+def scale_at(pointer, by_batch, by_head, place):
+    """scale_of a block's request."""
+    return scale_of(pointer, by_batch, by_head, place.batch, place.head_k)
 
 
 def make_line_of(spec: Spec) -> Any:
@@ -53,6 +60,7 @@ def make_line_of(spec: Spec) -> Any:
 def _make_put(spec: Spec) -> Any:
     """put(a, place, r, column, values, maximum, total): finish and store four columns of row r of a block, with the first ones its lse."""
     LSE, store_out, finish_row = spec.lse, store(spec.out_dtype or spec.dtype, "float32"), make_finish_row(spec)
+    (PREFIX, BEHIND), (put_prefix, with_prefix) = of_shared(spec), make_shared(spec)
     PACKED, SINKS, EIGHT_BIT = spec.packed, spec.sinks is not None, spec.cache_dtype is not None
 
     line_of = make_line_of(spec)
@@ -60,6 +68,10 @@ def _make_put(spec: Spec) -> Any:
     @inline
     def put(a, place, r, column, values, maximum, total):
         row, head = query_of(a, place, r)
+        if PREFIX:
+            return put_prefix(a, place, row, head, column, values, maximum, total)
+        if BEHIND:
+            values, maximum, total = with_prefix(a, place, row, head, column, values, maximum, total)
         factor, lse = finish_row(a, head, maximum, total)
         if PACKED and SINKS:
             if place.batch == a.batch:      # rows of no request

@@ -187,7 +187,8 @@ def _of_rows(spec: Spec, p: Problem, rows: int) -> DecodeConfig:
     dim, row_warps = max(spec.head_dim, spec.head_dim_v), -(-rows // ROWS)
     wide, eight = spec.dtype == "float32", spec.cache_dtype is not None
     bytes_of_row = dim * (1 if eight else 4 if wide else 2)
-    if eight and dim > MOST_Q_DIM and num_features(spec) > 1:       # 16 keys spill on sm_120
+    # 16 keys spill on sm_120; 32 where a block's rows have scales of their own requests, whose keys come from L2
+    if eight and ((dim > MOST_Q_DIM and num_features(spec) > 1) or (dim > MOST_Q_DIM // 2 and spec.shared == "prefix")):
         bytes_of_row *= 2
     keys = 8 if bytes_of_row > 256 else 16 if bytes_of_row > 128 else 32
     exact = (p.head_dim, p.head_dim_v) == (spec.head_dim, spec.head_dim_v)
@@ -205,6 +206,17 @@ def with_ring(spec: Spec, config: DecodeConfig, shared_memory: int) -> DecodeCon
     room = (shared_memory + RESERVED) // config.blocks_per_sm - RESERVED
     fast = config.rows == MOST_ROWS and spec.dtype != "float32" and spec.cache_dtype is None
     return found if fast and shared_bytes(spec, found) <= room else config
+
+
+def with_long_steps(config: DecodeConfig, spec: Spec, page_size: int) -> DecodeConfig:
+    """The tiling for keys that requests share, with steps of twice as many keys where a ring has them: the rows of many requests are bound
+    by products and not by bytes, and a step's maxima and rescaling cost more than it waits.
+
+    Measured, both kernels, 4 query heads a key head: 16 and 64 requests over 8k keys 39.8 and 98.6 us in place of 43.7 and 104.8, 64 over
+    32k 270 for 289, 256 over 8k 291 for 311 (docs/log-gpu.md).
+    """
+    longer = spec.shared == "prefix" and config.stages == STAGES and config.keys == 16 and page_size % 32 == 0
+    return replace(config, keys=32, stages=1) if longer else config
 
 
 def with_cluster(config: DecodeConfig, key_heads: int, keys: int, num_sms: int) -> DecodeConfig:

@@ -31,10 +31,11 @@ from ..tile.rescale import rescale
 from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_softmax
 from .cluster import make_merge, received_bytes
-from .combine import make_combine, query_of, scale_at
+from .combine import make_combine, query_of, scale_at, scale_of
 from .config import MOST_SPLITS, ROW_BYTES, ROWS, DecodeConfig, chunks_of, ring_bytes
 from .operands import Walk, make_operands
 from .places import make_place_of
+from .prefix import make_owner_of, of_shared
 from .scores import get_address, make_parked, make_row_scores, put_address
 
 
@@ -87,6 +88,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     load_every_second = direct.make_load_pairs(ROW_WARPS == 1)
     to_half, store_output = make_pack(spec.p_dtype), direct.make_store_output(16 // CHUNK)
     # a split has one step at least: what one more costs is known to the host
+    (PREFIX, _), owner_of = of_shared(spec), make_owner_of(spec)
     row_bounds, place_of = make_row_bounds(spec), make_place_of(spec, BLOCK_ROWS, STEP, 1)
     row_of, fetch, score = make_row_scores(spec, KEYS)
     park, addresses, numbers = make_parked(spec)
@@ -98,7 +100,11 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     def q_row(a, place, r, chunk):
         """A lane's chunks of row r of Q."""
         i, head = query_of(a, place, r)
-        address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head))
+        if PREFIX and not PACKED:
+            batch = divide(i, a.seqlen_q)
+            address = uint64(a.q + uint64(batch * a.q_batch + (i - batch * a.seqlen_q) * a.q_row + head * a.q_head))
+        else:
+            address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head))
         if EIGHT_BIT:       # a chunk of K has as many elements as two of Q
             left, address = int32(divide(a.head_dim, 8) - 2 * chunk), uint64(address + uint64(32 * chunk))
             even = load_every_second(address, int64(0), int32(0), int32(0), 8, CHUNKS, left, 0, int32(0))
@@ -108,9 +114,20 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
-    def scale_of_keys(a, place, q):
-        """Factors of the scores of rows g and g + 8."""
-        if EIGHT_BIT:
+    def scale_of_row(a, place, r):
+        """The factor of the scores of row r of a block with rows of all requests."""
+        batch = int32(min(owner_of(a, query_of(a, place, r)[0])[0], a.batch - 1))
+        scale = scale_of(a.k_scale, a.k_scale_batch, a.k_scale_head, batch, place.head_k)
+        return scale * scale_of(a.q_scale, a.q_scale_batch, a.q_scale_head, batch, place.head_k)
+
+    @inline
+    def scale_of_keys(a, place, q, first):
+        """Factors of the scores of rows g and g + 8, `first` and first + 8 of the block."""
+        if EIGHT_BIT and PREFIX:
+            last = int32(place.rows - 1)
+            return (scale_of_row(a, place, int32(min(first, last))) * q.unit0,
+                    scale_of_row(a, place, int32(min(first + 8, last))) * q.unit1)
+        elif EIGHT_BIT:
             scale = scale_at(a.k_scale, a.k_scale_batch, a.k_scale_head, place)
             scale = scale * scale_at(a.q_scale, a.q_scale_batch, a.q_scale_head, place)
             return scale * q.unit0, scale * q.unit1
@@ -226,6 +243,11 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     @inline
     def score_row(a, place, r):
         i, head = query_of(a, place, r)
+        if PREFIX:
+            batch, i, seqlen_q, seqlen_k = owner_of(a, i)
+            lo, hi = row_bounds(a, i, diagonal_of(a, seqlen_q, seqlen_k), seqlen_k)
+            return row_of(a, int32(min(batch, a.batch - 1)), head, i, seqlen_q, seqlen_k, int32(max(lo, place.first)),
+                          int32(min(hi, place.end)))
         lo, hi = row_bounds(a, i, diagonal_of(a, place.seqlen_q, place.seqlen_k), place.seqlen_k)
         batch = int32(min(place.batch, a.batch - 1)) if PACKED else place.batch         # rows of no request have no slope
         return row_of(a, batch, head, i, place.seqlen_q, place.seqlen_k, int32(max(lo, place.first)), int32(min(hi, place.end)))
@@ -303,7 +325,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         g, c = lane_row(lane), int32(lane & 3)          # the lane's first row, its chunk of a row
         place = place_of(a, int32(cuda.blockIdx.x))
         if LENGTHS:
-            if place.rows == 0 or (CLUSTER == 1 and place.split >= place.splits):
+            if place.rows == 0 or (CLUSTER == 1 and not PREFIX and place.split >= place.splits):
                 return
         rows = place.rows
         last = int32(place.end - 1)
@@ -317,7 +339,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         table = table_of(a, base, place.batch, thread)
         q = load_q(a, base, place, row, lane, w, rows)
         walk = Walk(k_base, v_base, last, g, c, key_warp, row_warp, table)
-        key_scale = scale_of_keys(a, place, q)
+        key_scale = scale_of_keys(a, place, q, row)
         acc_o, max0, max1, sum0, sum1 = zeros(COUNT_O), NEG_INF, NEG_INF, float32(0), float32(0)
         if key <= last:
             k, v = first_k_v(a, ring, walk, key)
@@ -351,12 +373,12 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
                 r = divide(i, fours(a))
                 column = int32((i - r * fours(a)) * 4)
                 values, maximum, total = result(a, base, r, column)
-                if splits == 1:
+                if PREFIX or splits == 1:
                     put_out(a, place, r, column, values, maximum, total)
                 else:
                     put_part(a, place, r, column, values, maximum, total)
                 i = int32(i + 32 * WARPS)
-            if splits > 1:
+            if not PREFIX and splits > 1:
                 combine(a, base, thread, place)
 
     return kernel, smem.size - ALIGN + 16

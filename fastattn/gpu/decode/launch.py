@@ -32,7 +32,6 @@ from .config import (
     PLAN_THREADS,
     PLANNED_REQUESTS,
     ROWS,
-    SLICE,
     WARP,
     WAVES,
     DecodeConfig,
@@ -52,6 +51,7 @@ LENGTHS = " lengths:l lengths_step:q cu_seqlens_q:l q_step:q room:i appends:i ti
 SCALES = " " + " ".join(f"{x}_scale:l {x}_scale_batch:q {x}_scale_head:q" for x in "qkv") + " v_number:f"
 PLAN = " plan:l"
 MAKE_PLAN = "plan:l entries:i slots:i heads_k:i"
+SHARED, PLAN_SHARED = " shared:i shared_part:l shared_rows:l shared_splits:i", " shared:i page_size:i"
 TABLE = " table:l table_row:q table_entry:q last_page:i page_size:i page_magic:I page_shift:i"
 
 
@@ -112,16 +112,19 @@ def accepts(call: Call, spec: Spec, d: Device) -> bool:
 
 
 @lru_cache(maxsize=PROGRAMS)
-def plan_program(left: bool, right: bool, packed: bool, step: int, overhead: int, rows: int, split_all: bool = False) -> Program:
-    """The kernel that plans splits, of steps of `step` keys, of blocks of `rows` rows."""
-    spec = Spec("float16", 16, 16, left=left, right=right, packed=packed, lse=False)
+def plan_program(left: bool, right: bool, packed: bool, step: int, overhead: int, rows: int, split_all: bool = False,
+                 shared: str | None = None) -> Program:
+    """The kernel that plans splits, of steps of `step` keys, of blocks of `rows` rows. shared: as in Spec."""
+    spec = Spec("float16", 16, 16, left=left, right=right, packed=packed, lse=False, shared=shared)
     name = f"plan_splits {spec.text} | step {step} overhead {overhead} rows {rows}" + " all" * split_all
-    return program(name, lambda: (make_plan(spec, step, overhead, rows, split_all), 0), Arguments(spec, MAKE_PLAN + LENGTHS), PLAN_THREADS)
+    fields = MAKE_PLAN + LENGTHS + PLAN_SHARED * (shared is not None)
+    return program(name, lambda: (make_plan(spec, step, overhead, rows, split_all), 0), Arguments(spec, fields), PLAN_THREADS)
 
 
 @lru_cache(maxsize=PROGRAMS)
 def forward_program(spec: Spec, config: DecodeConfig) -> Program:
     own = FORWARD + LENGTHS * spec.lengths + PLAN * spec.planned + SCALES * (spec.cache_dtype is not None) + TABLE * spec.paged
+    own += SHARED * (spec.shared is not None)
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("q", "k", "v", "out"), online=True),
                    WARP * config.warps, config.blocks_per_sm, config.cluster > 1, config.cluster)
@@ -187,7 +190,7 @@ def lengths_of(call: Call, append: bool, block_rows: int) -> tuple[int, ...]:
     return used.ptr, used.strides[0], *packed, p.seqlen_k, int(append), -(-p.seqlen_q * p.group // block_rows)
 
 
-def _cache_values(call: Call, cache: KeyCache, block_rows: int, plan: tuple[int, ...] = ()) -> tuple[Any, ...]:
+def cache_values(call: Call, cache: KeyCache, block_rows: int, plan: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """Values of LENGTHS, of PLAN, of SCALES with 8-bit caches, and with a block table of TABLE."""
     k, p = call.operands.k, call.problem
     values: tuple[Any, ...] = *lengths_of(call, cache.append, block_rows), *plan
@@ -207,6 +210,18 @@ def scales_of(call: Call, factor: float) -> tuple[Any, ...]:
     return *values, factor
 
 
+def spec_of(call: Call, spec: Spec, cache: KeyCache | None) -> Spec:
+    """The Spec of the kernel, if it has no plan."""
+    spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
+    e = call.problem.eight_bit
+    return spec if e is None else replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=e.out_dtype)
+
+
+def of_pages(config: DecodeConfig, spec: Spec, call: Call) -> DecodeConfig:
+    """The tiling of a call over caches: whether steps are in one page each."""
+    return replace(config, whole_pages=spec.paged and call.operands.k.shape[1] % config.keys == 0 and not spec.left and config.stages > 0)
+
+
 def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None, config: DecodeConfig | None = None) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only.
 
@@ -214,13 +229,10 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     config: a tiling to be used in place of the chosen one.
     """
     p = call.problem
-    spec = replace(spec, bias_whole=False, lengths=cache is not None, paged=cache is not None and cache.block_table is not None)
-    if p.eight_bit is not None:
-        spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=p.eight_bit.out_dtype)
+    spec = spec_of(call, spec, cache)
     config = config or chosen(spec, p, cache, launcher.device)
     if cache is not None:
-        whole = cache.block_table is not None and call.operands.k.shape[1] % config.keys == 0 and not spec.left
-        config = replace(config, whole_pages=whole and config.stages > 0)
+        config = of_pages(config, spec, call)
         spec = replace(spec, planned=plans(p, config, cache.num_splits))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
@@ -229,7 +241,8 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
         key_heads = p.num_heads_k * units_of(p, config.rows)
         rows = key_heads * config.rows
     if cache is not None and plans(p, config, cache.num_splits):
-        return _prepare_planned(call, spec, launcher, cache, config)
+        planned = prepare_planned(call, spec, launcher, cache, config)
+        return lambda call, stream: planned(call, (), stream)
     splits, keys = split_keys(key_heads, end - first, config, launcher.device.num_sms)
     if cache is not None:
         one_block = not p.packed and p.seqlen_q * p.group <= config.rows
@@ -242,12 +255,12 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     out_bytes = 4 * splits * rows * spec.head_dim_v    # of the splits' outputs; then their maxima and sums
 
     def launch(call: Call, stream: int) -> None:
-        more = () if cache is None else _cache_values(call, cache, config.rows)
+        more = () if cache is None else cache_values(call, cache, config.rows)
         with mask_words(call, width, launcher, stream) as call:
             kernel.launch(grid, values(call, (0, 0, 0, *own, *more)), stream)
 
     def launch_split(call: Call, stream: int) -> None:
-        arrived, more = launcher.arrivals(launcher.capturing(stream)), () if cache is None else _cache_values(call, cache, config.rows)
+        arrived, more = launcher.arrivals(launcher.capturing(stream)), () if cache is None else cache_values(call, cache, config.rows)
         with (mask_words(call, width, launcher, stream) as call,
               launcher.temporary(out_bytes + 8 * splits * rows, stream) as part):
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
@@ -260,14 +273,15 @@ def plans(p: Problem, config: DecodeConfig, num_splits: int | None) -> bool:
     return some_blocks and num_splits is None and p.seqlen_k > MOST_SPLIT_KEYS and 1 < p.batch < PLANNED_REQUESTS
 
 
-def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache, config: DecodeConfig) -> Launch:
-    """`prepare` with a plan."""
+def prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache,
+                    config: DecodeConfig) -> Callable[[Call, tuple[int, ...], int], None]:
+    """`prepare` with a plan: what enqueues both kernels, of a call, values of SHARED if the spec has them, and a stream."""
     p = call.problem
     slots, step = launcher.device.num_sms * config.blocks_per_sm, config.step
     entries = plan_entries(units_of(p, config.rows), p.num_heads_k, slots)
     # the planes of several splits are the first of the plan: at most two for each that fills WAVES waves
     assert 2 * WAVES * slots <= MOST_ARRIVALS
-    makes = plan_program(spec.left, spec.right, spec.packed, step, config.overhead, config.rows)
+    makes = plan_program(spec.left, spec.right, spec.packed, step, config.overhead, config.rows, shared=spec.shared)
     maker, planned_by = launcher.load(makes.source), makes.arguments.bound(call)
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
@@ -276,13 +290,14 @@ def _prepare_planned(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache
     out_bytes, plan_bytes = 4 * grid * config.rows * spec.head_dim_v, PLAN_ENTRY * entries
     rows_bytes = 8 * grid * config.rows
 
-    def launch(call: Call, stream: int) -> None:
+    def launch(call: Call, shared: tuple[int, ...], stream: int) -> None:
         arrived = launcher.arrivals(launcher.capturing(stream))
         with launcher.temporary(out_bytes + rows_bytes + plan_bytes, stream) as part:
             plan = part + out_bytes + rows_bytes
             lengths = lengths_of(call, cache.append, config.rows)
-            maker.launch(1, planned_by(call, (plan, entries, slots, p.num_heads_k, *lengths)), stream)
-            more = _cache_values(call, cache, config.rows, (plan,))
+            of_plan = (shared[0], call.operands.k.shape[1]) if shared else ()
+            maker.launch(1, planned_by(call, (plan, entries, slots, p.num_heads_k, *lengths, *of_plan)), stream)
+            more = *cache_values(call, cache, config.rows, (plan,)), *shared
             kernel.launch(grid, values(call, (part, part + out_bytes, arrived, *own, *more)), stream)
     return launch
 
@@ -295,6 +310,8 @@ def chosen(spec: Spec, p: Problem, cache: KeyCache | None, d: Device) -> DecodeC
         return config
     if config.row_warps > 1:
         return with_ring(spec, config, d.shared_memory)
+    if spec.shared == "prefix":         # whose splits are merged behind it
+        return config
     if asked is not None or (cache is not None and plans(p, config, asked)):
         return config
     key_heads, (first, end) = p.num_heads_k * (p.batch if cache is None else units_of(p, config.rows)), _range(p, spec.bias_pairs)
@@ -311,19 +328,6 @@ def fitted(config: DecodeConfig, spec: Spec, d: Device) -> DecodeConfig:
     return replace(config, native=native, row_warps=rows)
 
 
-def slices_of(head_dim: int, head_dim_v: int) -> list[tuple[int, int]]:
-    """(first column, columns) of each slice of the values."""
-    width = SLICE if head_dim > MOST_DIM else MOST_DIM
-    return [(first, min(width, head_dim_v - first)) for first in range(0, head_dim_v, width)]
-
-
-def _sliced(call: Call, first: int, columns: int) -> Call:
-    """The call of some columns of the values and of the output."""
-    def part(x: View) -> View:
-        return View(x.ptr + first * x.strides[-1], (*x.shape[:-1], columns), x.strides, x.dtype, x.device)
-    return Call(replace(call.problem, head_dim_v=columns), replace(call.operands, v=part(call.operands.v)), part(call.out), call.lse)
-
-
 def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None) -> int:
     """The most splits of a batch entry's keys, where only the device knows how many it has. seqlen_k: 0 where its rows are in several
     blocks, which are enough without.
@@ -334,25 +338,3 @@ def device_splits(key_heads: int, seqlen_k: int, splits: int, asked: int | None)
     if key_heads > MOST_ARRIVALS:
         return 1
     return min(MOST_SPLITS, max(splits, -(-seqlen_k // MOST_SPLIT_KEYS)) if asked is None else max(asked, 1))
-
-
-def prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
-    """`prepare` for a call of attention_with_kvcache."""
-    def table(call: Call) -> View:
-        assert call.operands.cache is not None
-        return call.operands.cache.block_table
-    p = call.problem
-    assert p.cache is not None
-    contiguous = table(call).device != call.operands.k.device       # the host made its table: request b has row b
-    cache, slices = KeyCache(p.cache.append, None if contiguous else table, p.cache.num_splits), slices_of(p.head_dim, p.head_dim_v)
-    if len(slices) == 1:
-        return prepare(call, spec, launcher, cache)
-    each = list[tuple[int, int, Launch]]()
-    for first, columns in slices:
-        part = _sliced(call, first, columns)
-        each.append((first, columns, prepare(part, make_spec(part.problem, part.operands, spec.lse), launcher, cache)))
-
-    def launch(call: Call, stream: int) -> None:
-        for first, columns, one in each:
-            one(_sliced(call, first, columns), stream)
-    return launch

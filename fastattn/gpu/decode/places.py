@@ -11,6 +11,7 @@ from ..spec import Spec
 from ..tile.mask import diagonal_of, make_row_bounds
 from ..tile.requests import make_request_at
 from .config import PLAN_ENTRY, TILE
+from .prefix import make_shared_keys, of_shared
 from .units import make_units
 
 
@@ -56,7 +57,8 @@ def make_place_of(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int, BLOCKS:
     Splits are whole steps of STEP keys. One more costs as much as OVERHEAD steps. BLOCKS: the rows of a call over arrays may be in several
     blocks, as those of one over caches.
     """
-    PLANNED, LENGTHS = spec.planned, spec.lengths or BLOCKS
+    PLANNED, LENGTHS, PACKED, PREFIX, BEHIND = spec.planned, spec.lengths or BLOCKS, spec.packed, *of_shared(spec)
+    shared_keys = make_shared_keys(spec)
     row_bounds, request_at, (batch_of, tile_of) = (make_row_bounds(spec), make_request_at(spec.packed, not spec.lengths),
                                                    make_units(spec.packed, BLOCK_ROWS))
 
@@ -65,6 +67,8 @@ def make_place_of(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int, BLOCKS:
         """The Place of a block."""
         if PLANNED:
             return planned_place(a, block)
+        if PREFIX:
+            return prefix_place(a, block)
         plane = divide(block, a.splits)
         unit, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
         head_k = int32(plane - unit * a.heads_k)
@@ -96,16 +100,36 @@ def make_place_of(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int, BLOCKS:
         return Place(plane, batch, head_k, split, splits, seqlen_k, first, end, q_start, seqlen_q, plane, row, rows)
 
     @inline
+    def prefix_place(a, block):
+        """place_of where rows of all requests, one after another, have the shared keys. A row's bounds are those of its request."""
+        plane = divide(block, a.splits)
+        unit, split = divide(plane, a.heads_k), int32(block - plane * a.splits)
+        all_rows = int32(a.total_q) if PACKED else int32(a.batch * a.seqlen_q)
+        row, keys = int32(unit * BLOCK_ROWS), shared_keys(a)
+        rows = int32(min(max(all_rows * a.group - row, 0), BLOCK_ROWS))
+        first, end, splits = split_of(a, split, int32(0), keys)
+        head_k = int32(plane - unit * a.heads_k)
+        return Place(plane, int32(0), head_k, split, splits, keys, first, end, int32(0), all_rows, plane, row, rows)
+
+    @inline
     def attended(a, row, rows, seqlen_q, seqlen_k):
         """The keys [lo, hi) that any row attends."""
         diagonal, last = diagonal_of(a, seqlen_q, seqlen_k), divide(int32(row + max(rows, 1) - 1), a.group)
-        return row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
+        lo, hi = row_bounds(a, divide(row, a.group), diagonal, seqlen_k)[0], row_bounds(a, last, diagonal, seqlen_k)[1]
+        if BEHIND:
+            lo = int32(max(lo, shared_keys(a)))
+        return lo, hi
 
     @inline
     def part_of(a, split, row, rows, seqlen_q, seqlen_k):
         """(first, end, splits): the keys of a split among those that any row attends, and how many splits these have. One more costs as
         much as `overhead` steps, so it has that many at least; a number of splits that is asked for is the most that there are."""
         lo, hi = attended(a, row, rows, seqlen_q, seqlen_k)
+        return split_of(a, split, lo, hi)
+
+    @inline
+    def split_of(a, split, lo, hi):
+        """part_of the keys [lo, hi)."""
         steps = divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP))
         each = int32(max(divide(int32(steps + a.splits - 1), a.splits), OVERHEAD))
         first = int32(lo + split * each * STEP)

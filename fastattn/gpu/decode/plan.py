@@ -22,6 +22,7 @@ from ..spec import Spec
 from ..tile.mask import diagonal_of, make_row_bounds
 from ..tile.requests import make_request_at
 from .config import CANDIDATES, MOST_SPLITS, PLAN_ENTRY, PLAN_THREADS, PLANNED_REQUESTS, TILE, WAVES
+from .prefix import make_shared_keys, of_shared
 
 LANES = PLAN_THREADS // CANDIDATES      # threads of a candidate
 COUNT = 32                  # bits of a number of splits; above them are those of a number of blocks of rows
@@ -31,7 +32,8 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int, SPLIT_ALL: bool =
     """The kernel. STEP: keys of a step. OVERHEAD: what a split costs besides its steps, in steps. ROWS: of a block. SPLIT_ALL: requests of
     several blocks of rows are split, too."""
     THREADS, PACKED = PLAN_THREADS, spec.packed
-    request_at, row_bounds = make_request_at(PACKED), make_row_bounds(spec)
+    request_at, row_bounds, shared_keys = make_request_at(PACKED), make_row_bounds(spec), make_shared_keys(spec)
+    _, BEHIND = of_shared(spec)
 
     @inline
     def steps_of(a, b):
@@ -39,6 +41,8 @@ def make_plan(spec: Spec, STEP: int, OVERHEAD: int, ROWS: int, SPLIT_ALL: bool =
         _, rows, _, keys = request_at(a, b)
         diagonal = diagonal_of(a, rows, keys)
         lo, hi = row_bounds(a, int32(0), diagonal, keys)[0], row_bounds(a, int32(max(rows, 1) - 1), diagonal, keys)[1]
+        if BEHIND:
+            lo = int32(max(lo, shared_keys(a)))
         return divide(int32(max(hi - lo, 0) + STEP - 1), int32(STEP)), divide(int32(rows * a.group + ROWS - 1), int32(ROWS))
 
     @inline

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache, partial
 
+from ..decode import caches as decode_caches
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields, bitmap_sources
@@ -102,7 +103,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """What enqueues the kernel for this call, or one that differs in addresses only; before it, the words of a mask and
     the table of a packed problem."""
     if call.problem.cache is not None:
-        return decode.prepare_caches(call, spec, launcher)
+        return decode_caches.prepare_caches(call, spec, launcher)
     if decode.accepts(call, spec, launcher.device):
         return decode.prepare(call, spec, launcher)
     o = call.operands

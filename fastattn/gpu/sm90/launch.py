@@ -9,6 +9,7 @@ from ...arrays.view import View, contiguous
 from ...memo import Recent
 from ...problem import Grads, Operands, Problem
 from ..config import feature_weight, num_features
+from ..decode import caches as decode_caches
 from ..decode import launch as decode
 from ..flex.ladder import first_that_fits
 from ..flex.launch import bitmap, bitmap_fields, bitmap_sources
@@ -209,7 +210,7 @@ def _most_keys(p: Problem) -> int:
 def _prepare_caches(call: Call, spec: Spec, launcher: Launcher) -> Launch:
     """`prepare` for a call of attention_with_kvcache."""
     if caches.by_splits(call, launcher.device, _refuses_tiled(call)):
-        prepare_few = decode.prepare_caches if refuses_latent(call, spec) else launch_latent.prepare
+        prepare_few = decode_caches.prepare_caches if refuses_latent(call, spec) else launch_latent.prepare
         return prepare_few(call, spec, launcher)
     if call.problem.eight_bit is not None:
         def attend(wide: Call) -> Launch:

@@ -16,7 +16,7 @@ from fastattn.gpu.decode.config import choose_cached
 from fastattn.gpu.spec import BackwardCall, Call, make_backward_spec, make_spec
 from fastattn.options import read_eight_bit, read_options
 from fastattn.problem import Operands, Problem, make_problem
-from fastattn.serving.problem import Given, problem_with_cache
+from fastattn.serving.problem import Given, How, problem_with_cache
 from tests.tools import caches
 from tests.tools.gpu import interpreter
 from tests.tools.gpu.emulator import Memory, emulated
@@ -203,11 +203,11 @@ def serving_call(made: caches.Call, placed: Callable[[Any], Any], **more: Any) -
                         options.pop("softcap", None), 0.0, None, 0, options.pop("max_seqlen_q", None))
     read, arrays = read_eight_bit("test", read, (*scales, None), None)
     given |= {name: placed(x) for name, x in zip(SMALL[-3:], arrays or (), strict=False) if x is not None}
-    interleaved, splits = options.pop("rotary_interleaved", False), options.pop("num_splits", None)
+    how = How(options.pop("rotary_interleaved", False), options.pop("num_splits", None), options.pop("shared_prefix", None))
     assert not options
     call = Given(canonical(q), placed(k_cache), placed(v_cache), canonical(k), canonical(v),
                  **{name: given.get(name) for name in (*SMALL, *ANGLES)})
-    problem, o = problem_with_cache("test", call, read, interleaved, splits)
+    problem, o = problem_with_cache("test", call, read, how)
     out_dtype = NUMPY[problem.out_dtype]
     out, lse = (placed(np.full(shape, np.nan, dtype)) for shape, dtype in ((problem.out_shape, out_dtype), (problem.lse_shape, np.float32)))
     return Call(problem, o, out, lse)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastattn.gpu.spec import Call
 from fastattn.options import read_options
-from fastattn.serving.problem import Given, problem_with_cache
+from fastattn.serving.problem import Given, How, problem_with_cache
 from tests.tools.gpu.calls import view
 from tests.tools.gpu.roles import Place, Play
 
@@ -61,7 +61,7 @@ def requests(lengths: list[int], rows: int | list[int], page_size: int | None, d
                  small(kept[1].ravel()) if batch_idx else None, small(kept[2]) if packed else None, None, None, None, None)
     read = read_options("test", options.get("causal", True), options.get("window"), None, options.get("softcap"), 0.0, None, 0,
                         max(each) if packed else None)
-    problem, o = problem_with_cache("test", made, read, False, None)
+    problem, o = problem_with_cache("test", made, read, How())
     return Requests(Call(problem, o, view(*problem.out_shape, ptr=OUT, dtype=dtype), None), lengths, each, table, size, kept)
 
 
