@@ -1,7 +1,8 @@
 """Attention over key and value caches on a CUDA device: `python -m bench decode`, `python -m bench paged`, `python -m bench fp8`.
 
 decode      contiguous caches, all requests of one length: beside torch's SDPA and FlashAttention-4
-paged       block tables: steps, ragged batches, speculative rows, prefill in chunks, latent caches; beside FlashInfer
+paged       block tables: steps, ragged batches, speculative rows, prefill in chunks, latent caches, requests over one prompt, also
+            each alone; beside FlashInfer
 fp8         the same with 8-bit caches and bfloat16 queries; beside FlashInfer
 
 Device time, medians of rounds in which all implementations take turns. Caches that would stay in the L2 cache have several copies, and
@@ -24,7 +25,7 @@ from fastattn.benchmark.events import Events, sets_of
 from fastattn.benchmark.timing import rotate
 
 MOST_BYTES = 48 << 30       # of all copies of the caches
-COLUMNS = ("fastattn", "cuDNN", "flash", "FA4", "FlashInfer")
+COLUMNS = ("fastattn", "alone", "cuDNN", "flash", "FA4", "FlashInfer")
 TOLERANCE = 2e-2            # largest difference to float32, relative to the largest number
 TOLERANCE_8BIT = 8e-2       # of an 8-bit q, whose P has 8 bits, too: 3 % in the mean
 
@@ -44,12 +45,18 @@ class Case:
     eight: bool = False
     eight_q: bool = False       # the queries, too
     append: bool = False
+    shared: int = 0             # the first so many keys of all requests are the same, in whole pages
+
+    @property
+    def keys(self) -> int:
+        """Keys in the caches."""
+        return self.shared + sum(n - self.shared for n in self.lengths)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values that a call reads."""
+        """Bytes of the keys and values that a call has to read."""
         each = self.dim + (0 if self.dim_v else self.dim)
-        return sum(self.lengths) * self.heads_k * each * (1 if self.eight else 2)
+        return self.keys * self.heads_k * each * (1 if self.eight else 2)
 
     @property
     def flop(self) -> float:
@@ -77,6 +84,12 @@ def _others(name: str, **more: Any) -> Iterator[Case]:
     yield Case(f"{name} 1 x 131072", (131072,), **more)
 
 
+def _prompts(name: str, **more: Any) -> Iterator[Case]:
+    """Requests over one prompt, with keys of their own behind it."""
+    for batch, prompt, own in ((16, 8192, 512), (64, 8192, 512), (64, 32768, 1024), (256, 8192, 256)):
+        yield Case(f"{name} {batch} over {prompt} shared, {own} own", (prompt + own,) * batch, shared=prompt, **more)
+
+
 def _pages(name: str, **more: Any) -> Iterator[Case]:
     yield Case(f"{name} ragged 1 x 65536, 255 x 512", (65536,) + (512,) * 255, **more)
     yield Case(f"{name} step with append", (8192,) * 64, append=True, **more)
@@ -93,7 +106,8 @@ def cases(group: str) -> list[Case]:
     if group == "decode":
         return [*_steps("contiguous", page=0), *_others("contiguous", page=0)]
     more = {"eight": group == "fp8"}
-    return [*_steps("page 64", **more), *_steps("page 16", page=16, **more), *_others("page 64", **more), *_pages("page 64", **more)]
+    return [*_steps("page 64", **more), *_steps("page 16", page=16, **more), *_others("page 64", **more), *_pages("page 64", **more),
+            *_prompts("page 64", **more), *_prompts("page 16", page=16, **more)]
 
 
 # ---------------------------------------------------------------- calls
@@ -105,8 +119,8 @@ class Inputs:
 
         make = torch.Generator("cuda").manual_seed(seed)
         batch, size = len(case.lengths), case.page or max(case.lengths)
-        needed = [-(-n // size) for n in case.lengths]
-        pages = sum(needed)
+        needed, common = [-(-n // size) for n in case.lengths], case.shared // size
+        pages = common + sum(n - common for n in needed)
 
         def cache(dim: int) -> Any:
             made = torch.empty(pages, size, case.heads_k, dim, device="cuda", dtype=torch.float8_e4m3fn if case.eight else torch.bfloat16)
@@ -124,14 +138,24 @@ class Inputs:
         self.before = torch.tensor([n - case.rows * case.append for n in case.lengths], device="cuda", dtype=torch.int32)
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).int()
         table = torch.full((batch, max(needed)), -1, dtype=torch.int32)
+        table[:, :common], first = order[:common], common
         for b, n in enumerate(needed):
-            table[b, :n] = order[sum(needed[:b]):sum(needed[:b]) + n]
+            table[b, common:n] = order[first:first + n - common]
+            first += n - common
         self.table, self.needed, self.order = table.cuda(), needed, order.cuda()
 
-    def fastattn(self) -> Callable[[], Any]:
+    def alone(self) -> Callable[[], Any]:
+        """Each request reads the shared keys, too."""
+        if not self.case.shared:
+            raise NotImplementedError("no keys are shared")
+        return self.fastattn(together=False)
+
+    def fastattn(self, together: bool = True) -> Callable[[], Any]:
         import fastattn
 
-        more = {"block_table": self.table} if self.case.page else {"cache_batch_idx": self.table[:, 0].contiguous()}
+        more: dict[str, Any] = {"block_table": self.table} if self.case.page else {"cache_batch_idx": self.table[:, 0].contiguous()}
+        if self.case.shared and together:
+            more["shared_prefix"] = self.case.shared
         return partial(fastattn.attention_with_kvcache, self.q, self.k_cache, self.v_cache, *self.new, cache_seqlens=self.before, **more)
 
     def contiguous(self) -> tuple[Any, Any]:
@@ -170,6 +194,8 @@ class Inputs:
         if not case.page or case.dim_v or case.append:
             raise NotImplementedError("it is measured on pages of keys and values alone")
         workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        if case.shared:
+            return self._cascade(flashinfer, workspace)
         indptr = torch.tensor([0, *[sum(self.needed[:n + 1]) for n in range(len(self.needed))]], dtype=torch.int32)
         last = torch.tensor([n - (m - 1) * case.page for n, m in zip(case.lengths, self.needed, strict=True)], dtype=torch.int32)
         types = {"q_data_type": self.q.dtype, "kv_data_type": self.k_cache.dtype}
@@ -183,10 +209,26 @@ class Inputs:
                          **types)
         return partial(wrapper.run, self.q.flatten(0, 1), (self.k_cache, self.v_cache))
 
+    def _cascade(self, flashinfer: Any, workspace: Any) -> Callable[[], Any]:
+        """FlashInfer's cascade of two levels."""
+        import torch
+
+        case, batch, common = self.case, len(self.case.lengths), self.case.shared // self.case.page
+
+        def whole(*numbers: int) -> Any:
+            return torch.tensor(numbers, dtype=torch.int32, device="cuda")
+        own = [n - common for n in self.needed]
+        last = whole(*[n - (m - 1) * case.page for n, m in zip(case.lengths, self.needed, strict=True)])
+        wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace, "NHD")
+        wrapper.plan([whole(0, batch), torch.arange(batch + 1, dtype=torch.int32, device="cuda")],
+                     [whole(0, common), whole(0, *[sum(own[:n + 1]) for n in range(batch)])], [self.order[:common], self.order[common:]],
+                     [whole(case.page), last], case.heads, case.heads_k, case.dim, case.page, q_data_type=self.q.dtype)
+        return partial(wrapper.run, self.q.flatten(0, 1), (self.k_cache, self.v_cache))
+
     def calls(self) -> dict[str, Callable[[], Callable[[], Any]]]:
         """What makes the call of each column."""
-        return {"fastattn": self.fastattn, "cuDNN": partial(self.sdpa, "cuDNN"), "flash": partial(self.sdpa, "flash"), "FA4": self.fa4,
-                "FlashInfer": self.flashinfer}
+        return {"fastattn": self.fastattn, "alone": self.alone, "cuDNN": partial(self.sdpa, "cuDNN"), "flash": partial(self.sdpa, "flash"),
+                "FA4": self.fa4, "FlashInfer": self.flashinfer}
 
     def error(self, out: Any) -> float:
         """The largest difference to float32 in the last row of the last request's last head."""
@@ -251,14 +293,15 @@ def run(group: str, only: str | None) -> Iterator[Row]:
 
 
 # ---------------------------------------------------------------- the table
-HEAD = f"| case | {' | '.join(f'{name}, us' for name in COLUMNS)} | GB/s | TFLOP/s | best rival / ours | error |\n|{'---|' * 10}"
+HEAD = (f"| case | {' | '.join(f'{name}, us' for name in COLUMNS)} | GB/s | TFLOP/s | best rival / ours | error |\n"
+        f"|{'---|' * (len(COLUMNS) + 5)}")
 
 
 def line(row: Row) -> str:
     """A row of the Markdown table, with a note below where fastattn has none."""
     def number(x: float | None, digits: int) -> str:
         return "" if x is None else f"{x:.{digits}f}"
-    cells, rivals = row.cells(), [row.times[name] for name in COLUMNS[1:] if name in row.times]
+    cells, rivals = row.cells(), [row.times[name] for name in COLUMNS[2:] if name in row.times]
     best = min(rivals) / row.times["fastattn"] if rivals and "fastattn" in row.times else None
     text = [row.case.name, *(number(row.times.get(name), 1) for name in COLUMNS), number(cells["GB/s"], 0), number(cells["TFLOP/s"], 0),
             number(best, 2), ("WRONG " if row.wrong else "") + ("" if row.error is None else f"{row.error:.1e}")]

@@ -26,6 +26,8 @@ def test_cases(group: str) -> None:
 def test_amounts() -> None:
     case = serve.Case("one", (1000,), heads=8, heads_k=2, dim=64)
     assert case.cache_bytes == 1000 * 2 * (64 + 64) * 2 and case.flop == 2 * 1000 * 8 * 128
+    shared = serve.Case("shared", (1000, 900), heads=8, heads_k=2, dim=64, shared=512)
+    assert shared.cache_bytes == (512 + 488 + 388) * 2 * (64 + 64) * 2 and shared.flop == 2 * 1900 * 8 * 128
     latent = serve.Case("latent", (10,), heads=128, heads_k=1, dim=576, dim_v=512, eight=True, rows=2)
     assert latent.cache_bytes == 10 * 576 and latent.flop == 2 * 19 * 128 * (576 + 512)
 
@@ -41,7 +43,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Pat
     with pytest.raises(SystemExit, match="WRONG"):
         command.main(["paged", "--csv", str(path)])
     printed = capsys.readouterr().out
-    assert "| page 64 1 x 1024 | 10.0 | 12.0 | 11.0 |  |  | 419 | 2 | 1.10 | 1.0e-03 |" in printed
+    assert "| page 64 1 x 1024 | 10.0 |  | 12.0 | 11.0 |  |  | 419 | 2 | 1.10 | 1.0e-03 |" in printed
     assert "WRONG 5.0e-01 |\n    fastattn: it failed" in printed and "FA4: not" not in printed
     first, second = csv.DictReader(path.open())
     assert first["note"] == "FA4: not installed: flash_attn" and float(first["GB/s"]) > 400 and second["GB/s"] == ""
