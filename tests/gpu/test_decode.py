@@ -92,7 +92,14 @@ def test_lengths_and_pages(changes: dict[str, Any], page_size: int | None, stray
     check_cache(replace(CACHED, **changes), LENGTHS, page_size=page_size, stray=stray)
 
 
+TWO = {"row_tiles": 2, "row_warps": 1, "keep_q": True}
+
+
 @pytest.mark.parametrize(("changes", "page_size", "tiling"), [
+    ({"seqlen_q": 8, "head_dim": 128}, 16, TWO), ({"seqlen_q": 5, "head_dim": 128}, None, {**TWO, "cluster": 4, "early": True}),
+    ({"seqlen_q": 7, "head_dim": 80, "window": (200, None), "softcap": 5.0, "alibi": "batch", "sinks": True}, 33, {**TWO, "warps": 8}),
+    ({"seqlen_q": 13}, 7, {**TWO, "row_warps": 2}), ({"seqlen_q": 13, "dtype": "float16"}, 48, {**TWO, "row_warps": 2, "stages": 2}),
+    ({"seqlen_q": 1, "sinks": True}, 64, {"warps": 1, "blocks_per_sm": 8}),
     ({"seqlen_q": 5}, 64, {"stages": 3}), ({"seqlen_q": 5, "head_dim": 80}, 33, {"stages": 2, "warps": 2}),
     ({"seqlen_q": 9, "head_dim": 128}, None, {"stages": 2, "warps": 8}),
     ({"seqlen_q": 5, "dtype": "float32"}, 7, {"stages": 2, "cluster": 2}),
@@ -151,6 +158,7 @@ def test_what_has_no_kernel_for_caches() -> None:
 
 @pytest.mark.parametrize(("arch", "dtype", "dim", "rows", "paged"), [
     ("sm_90a", "bfloat16", 128, 4, False), ("sm_90a", "bfloat16", 128, 4, True), ("sm_90a", "bfloat16", 256, 64, True),
+    ("sm_90a", "bfloat16", 128, 32, True), ("sm_90a", "float16", 120, 32, True), ("sm_90a", "bfloat16", 64, 32, False),
     ("sm_90a", "float32", 128, 8, True), ("sm_80", "float32", 128, 64, True), ("sm_80", "float16", 64, 32, True),
     ("sm_120", "bfloat16", 96, 16, True)], ids=str)
 def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: int, paged: bool) -> None:
@@ -164,7 +172,8 @@ def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: 
 @pytest.mark.parametrize(("arch", "dtype", "source", "dim", "rows"), [
     ("sm_90a", "bfloat16", "float8_e4m3fn", 128, 4), ("sm_90a", "float16", "float8_e4m3fn", 64, 64),
     ("sm_80", "bfloat16", "float8_e4m3fn", 128, 16), ("sm_120", "float16", "float8_e5m2", 256, 32),
-    ("sm_90a", "bfloat16", "float8_e4m3fn", 256, 16)], ids=str)
+    ("sm_90a", "bfloat16", "float8_e4m3fn", 256, 16), ("sm_90a", "bfloat16", "float8_e4m3fn", 128, 32),
+    ("sm_90a", "float16", "float8_e5m2", 48, 32)], ids=str)
 def test_kernels_for_eight_bit_caches_do_not_spill(arch: str, dtype: str, source: str, dim: int, rows: int) -> None:
     call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
                       alibi="float32", sinks="float32", lse=True).call()
@@ -255,16 +264,28 @@ def test_what_is_chosen_on_hopper() -> None:
         sizes = {"seqlen_q": 1, "seqlen_k": keys, "num_heads": 4 * heads_k, "num_heads_k": heads_k, "batch": batch}
         call, spec = Want(**sizes, **more).call()
         config = launch_decode.chosen(spec, call.problem, cache, absent_device(arch))
-        assert config.blocks_per_sm * config.warps == 8
+        assert (config.blocks_per_sm, config.warps) in ((2, 4), (1, 8), (3, 4))
+        assert config.early == (config.cluster > 1 or config.blocks_per_sm != 2)
         return config.warps, config.cluster
     for cache in (None, KeyCache()):
         assert [tiling(1, keys, cache=cache) for keys in (256, 1024, 2048, 4096)] == [(4, 8), (4, 8), (4, 8), (8, 1)]
         assert [tiling(n, 1024, cache=cache) for n in (4, 5, 16, 64)] == [(4, 8), (8, 1), (8, 1), (4, 1)]
         assert tiling(1, 8192, cache=cache) == tiling(1, 131072, cache=cache) == tiling(16, 8192, cache=cache) == (8, 1)
-    assert tiling(16, 1500, 20, head_dim=64) == (8, 1) and tiling(64, 4096) == (4, 1)
+    assert tiling(64, 4096) == (4, 1)
+    blocks = [launch_decode.chosen(spec, call.problem, None, absent_device("sm_90a")).blocks_per_sm for call, spec in (
+        Want(**{"seqlen_q": 1, "seqlen_k": 1500, "num_heads": 20, "num_heads_k": 20, "batch": 16, "head_dim": 64, **more}).call()
+        for more in ({}, {"batch": 13}, {"batch": 20}, {"head_dim": 80}, {"softcap": True}, {"dtype": "float32"}, {"seqlen_q": 17}))]
+    assert blocks[0] == 3 and 3 not in blocks[1:]       # all of 320 key heads at once
     for splits in (1, 4):
         assert tiling(1, 1024, cache=KeyCache(num_splits=splits)) == (4, 1)
     assert tiling(2, 16384, cache=KeyCache()) == (4, 1)             # planned
+    for more, tiles in (({}, (2, 1)), ({"softcap": True, "alibi": "float32", "window": (100, 5)}, (2, 1)), ({"bias": "float32"}, (1, 2)),
+                        ({"mask": True}, (1, 2)), ({"head_dim": 256}, (1, 2)), ({"dtype": "float32"}, (1, 2)), ({"seqlen_q": 4}, (1, 1)),
+                        ({"seqlen_q": 9}, (1, 4))):
+        call, spec = Want(**{"seqlen_q": 8, "seqlen_k": 8192, "num_heads": 32, "num_heads_k": 8, "batch": 16, **more}).call()
+        config = launch_decode.chosen(spec, call.problem, None, absent_device("sm_90a"))
+        assert (config.row_tiles, config.row_warps) == tiles and config.early == (config.warps == 8) == (tiles[1] == 1), more
+        assert launch_decode.chosen(spec, call.problem, None, absent_device("sm_80")).row_tiles == 1
     assert tiling(1, 8192, dtype="float32", head_dim=64) == tiling(1, 1024, arch="sm_80") == tiling(1, 1024, arch="sm_120") == (4, 1)
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cuda, float32, int32, int64, uint8, uint64
+from numba import cuda, float32, int32, int64, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_shared_b32, shared_address, store_f32, store_shared_b32
-from ..ptx.scalar import load_chunk, load_shared, store, store_shared
+from ..ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_shared_b32, store_f32, store_shared_b32
+from ..ptx.scalar import load_chunk, store
 from ..ptx.sync import wait_for_previous
 from ..spec import Spec
-from ..tile.smem import ALIGN, Smem
 from ..tile.softmax import NEG_INF, make_decay, make_finish_row
-from .config import MOST_SPLITS, WARP, DecodeConfig
+from .config import WARP, DecodeConfig
 from .places import make_place_of
 from .prefix import make_shared, of_shared
 
@@ -122,68 +121,61 @@ def make_part_of(spec: Spec, BLOCK_ROWS: int, BLOCKS: bool = False) -> tuple[Any
     return part_of, note
 
 
-def _make_merged(spec: Spec, BLOCK_ROWS: int, PARTS: int, BLOCKS: bool = False) -> Any:
-    """merged(a, base, place, r, column, first): four columns of row r of a block, its maximum and its sum. Those of the splits are in
-    shared memory at offset PARTS, from the `first` pair on."""
-    HEAD_DIM_V, first_of = spec.head_dim_v, _make_first_of(spec, BLOCK_ROWS, BLOCKS)
-    load, decay, read = load_chunk("float32"), make_decay(spec), load_shared("float32", 1)
+def _make_merged(spec: Spec, BLOCK_ROWS: int, BLOCKS: bool = False) -> Any:
+    """merged(a, place, r, column): four columns of row r of a block, its maximum and its sum, over all splits in their order.
+
+    All that a thread reads of 16 splits is in flight together: a merge is a chain of latencies. BLOCKS: see make_place_of.
+    """
+    HEAD_DIM_V, first_of, load, decay = spec.head_dim_v, _make_first_of(spec, BLOCK_ROWS, BLOCKS), load_chunk("float32"), make_decay(spec)
 
     @inline
-    def maximum_of(base, n):
-        return read(int32(base + PARTS + 8 * n))[0]
+    def one(rows_at, by_row, at, by_split, n, left):
+        """(maximum, sum, four columns) of split n, or of the last one."""
+        n = int64(min(n, left - 1))
+        rows_at, at = uint64(rows_at + uint64(n * by_row)), uint64(at + uint64(n * by_split))
+        return load_f32(rows_at), load_f32(uint64(rows_at + uint64(4))), load(at, int32(1))
 
     @inline
-    def total_of(base, n):
-        return read(int32(base + PARTS + 8 * n + 4))[0]
+    def four(rows_at, by_row, at, by_split, n, left):
+        return (one(rows_at, by_row, at, by_split, n, left), one(rows_at, by_row, at, by_split, int32(n + 1), left),
+                one(rows_at, by_row, at, by_split, int32(n + 2), left), one(rows_at, by_row, at, by_split, int32(n + 3), left))
 
     @inline
-    def one(at, left):
-        inside = int32(1) if left > 0 else int32(0)
-        return load(at, inside)
+    def top_of(x):
+        return max(max(x[0][0], x[1][0]), max(x[2][0], x[3][0]))
 
     @inline
-    def four(at, by_split, left):
-        """Four columns of each of four splits, zeros past the last."""
-        return (one(at, left), one(uint64(at + by_split), int32(left - 1)), one(uint64(at + uint64(2) * by_split), int32(left - 2)),
-                one(uint64(at + uint64(3) * by_split), int32(left - 3)))
+    def add(a, sums, x, n, left, top):
+        weight, c = (decay(a, x[0], top) if n < left else float32(0)), x[2]
+        return (sums[0] + weight * x[1], sums[1] + weight * c[0], sums[2] + weight * c[1], sums[3] + weight * c[2], sums[4] + weight * c[3])
 
     @inline
-    def add(a, base, out, x, n, left, top):
-        weight = decay(a, maximum_of(base, n), top) if left > 0 else float32(0)
-        return out[0] + weight * x[0], out[1] + weight * x[1], out[2] + weight * x[2], out[3] + weight * x[3]
+    def add_four(a, sums, x, n, left, top):
+        sums = add(a, add(a, sums, x[0], n, left, top), x[1], int32(n + 1), left, top)
+        return add(a, add(a, sums, x[2], int32(n + 2), left, top), x[3], int32(n + 3), left, top)
 
     @inline
-    def add_four(a, base, out, x, n, left, top):
-        out = add(a, base, out, x[0], n, left, top)
-        out = add(a, base, out, x[1], int32(n + 1), int32(left - 1), top)
-        out = add(a, base, out, x[2], int32(n + 2), int32(left - 2), top)
-        return add(a, base, out, x[3], int32(n + 3), int32(left - 3), top)
-
-    @inline
-    def merged(a, base, place, r, column, first):
-        splits = place.splits
-        top, total = NEG_INF, float32(0)
-        for n in range(splits):
-            top = max(top, maximum_of(base, int32(first + n)))
-        for n in range(splits):
-            total += total_of(base, int32(first + n)) * decay(a, maximum_of(base, int32(first + n)), top)
-        out = (float32(0), float32(0), float32(0), float32(0))
-        at = uint64(a.part + uint64(((first_of(a, place, 0) + r) * HEAD_DIM_V + column) * 4))
-        by_split = uint64(int64(a.lines) * (HEAD_DIM_V * 4))
-        n = int32(0)
-        while n < splits:         # eight loads in flight
-            left = int32(splits - n)
-            x, y = four(at, by_split, left), four(uint64(at + uint64(4) * by_split), by_split, int32(left - 4))
-            out = add_four(a, base, out, x, int32(first + n), left, top)
-            out = add_four(a, base, out, y, int32(first + n + 4), int32(left - 4), top)
-            at = uint64(at + uint64(8) * by_split)
-            n = int32(n + 8)
-        return out, top, total
+    def merged(a, place, r, column):
+        row, left = int64(first_of(a, place, 0) + r), int32(place.splits)
+        by_row, by_split = int64(a.lines) * 8, int64(a.lines) * (HEAD_DIM_V * 4)
+        rows_at, at = uint64(a.part_rows + uint64(row * 8)), uint64(a.part + uint64((row * HEAD_DIM_V + column) * 4))
+        top, sums = NEG_INF, (float32(0), float32(0), float32(0), float32(0), float32(0))       # the row's sum, and of its four columns
+        while left > 0:
+            w, x = four(rows_at, by_row, at, by_split, int32(0), left), four(rows_at, by_row, at, by_split, int32(4), left)
+            y, z = four(rows_at, by_row, at, by_split, int32(8), left), four(rows_at, by_row, at, by_split, int32(12), left)
+            new = max(top, max(max(top_of(w), top_of(x)), max(top_of(y), top_of(z))))
+            kept = decay(a, top, new)
+            sums = sums[0] * kept, sums[1] * kept, sums[2] * kept, sums[3] * kept, sums[4] * kept
+            sums = add_four(a, add_four(a, sums, w, int32(0), left, new), x, int32(4), left, new)
+            sums = add_four(a, add_four(a, sums, y, int32(8), left, new), z, int32(12), left, new)
+            top, left = new, int32(left - 16)
+            rows_at, at = uint64(rows_at + uint64(16 * by_row)), uint64(at + uint64(16 * by_split))
+        return (sums[1], sums[2], sums[3], sums[4]), top, sums[0]
     return merged
 
 
-def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any, Any, Any]:
-    """(fours, put, put_part, combine). PARTS: offset in shared memory for the maxima and sums of all splits and rows.
+def make_combine(spec: Spec, config: DecodeConfig, FOUND: int) -> tuple[Any, Any, Any, Any]:
+    """(fours, put, put_part, combine). FOUND: offset of a word in shared memory.
 
     fours(a): how many times four columns a row of the output has
     put(a, place, r, column, values, maximum, total): finish and store four columns of row r of a block, with the first ones its lse too
@@ -193,8 +185,7 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
     place: places.Place.
     """
     HEAD_DIM_V, THREADS, EXACT, BLOCK_ROWS = spec.head_dim_v, WARP * config.warps, config.exact, config.rows
-    put, put_shared, merged = _make_put(spec), store_shared("float32"), _make_merged(spec, BLOCK_ROWS, PARTS)
-    first_of, (part_of, note) = _make_first_of(spec, BLOCK_ROWS), make_part_of(spec, BLOCK_ROWS)
+    put, merged, (part_of, note) = _make_put(spec), _make_merged(spec, BLOCK_ROWS), make_part_of(spec, BLOCK_ROWS)
 
     @inline
     def fours(a):
@@ -213,35 +204,28 @@ def make_combine(spec: Spec, config: DecodeConfig, PARTS: int) -> tuple[Any, Any
 
     @inline
     def is_last(a, base, thread, splits, plane):
-        """Whether all other splits of the plane are stored. By all threads, after their own stores."""
-        fence_gpu()
+        """Whether all other splits of the plane are stored. By all threads, after their own stores.
+
+        The first thread's fences also order what the others have stored before the first barrier, and what they load behind the second.
+        """
         cuda.syncthreads()
         if thread == 0:
+            fence_gpu()
             before = atomic_inc_wrap(uint64(a.arrived + uint64(4 * plane)), int32(splits - 1))     # the last one wraps to 0
-            store_shared_b32(base + PARTS, before)
+            fence_gpu()
+            store_shared_b32(base + FOUND, before)
         cuda.syncthreads()
-        found = load_shared_b32(base + PARTS)
-        fence_gpu()
-        cuda.syncthreads()
-        return found == splits - 1
+        return load_shared_b32(base + FOUND) == splits - 1
 
     @inline
     def combine(a, base, thread, place):
-        splits, rows = place.splits, place.rows
-        if is_last(a, base, thread, splits, place.plane):
-            i = thread
-            while i < rows * splits:      # row by row
-                r = divide(i, splits)
-                index = first_of(a, place, int32(i - r * splits)) + r
-                put_shared(int32(base + PARTS + 8 * i), load_f32(uint64(a.part_rows + uint64(index * 8))))
-                put_shared(int32(base + PARTS + 8 * i + 4), load_f32(uint64(a.part_rows + uint64(index * 8 + 4))))
-                i = int32(i + THREADS)
-            cuda.syncthreads()
+        rows = place.rows
+        if is_last(a, base, thread, place.splits, place.plane):
             i = thread
             while i < rows * fours(a):
                 r = divide(i, fours(a))
                 column = int32((i - r * fours(a)) * 4)
-                values, maximum, total = merged(a, base, place, r, column, int32(r * splits))
+                values, maximum, total = merged(a, place, r, column)
                 put(a, place, r, column, values, maximum, total)
                 i = int32(i + THREADS)
     return fours, put, put_part, combine
@@ -253,16 +237,13 @@ def make_merge(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int) -> tuple[A
     For splits whose results are so wide that a last block would take longer than all others before it: 64 rows of 512 columns of float32
     are 128 KB of each split. Blocks of planes with one split end at once. A thread has four columns.
     """
-    place_of, put, put_shared = make_place_of(spec, BLOCK_ROWS, STEP, OVERHEAD, True), _make_put(spec), store_shared("float32")
-    smem, THREADS, PLANNED = Smem(), spec.head_dim_v // 4, spec.planned
-    PARTS = smem.take(MOST_SPLITS * 8, 16)
-    first_of, merged = _make_first_of(spec, BLOCK_ROWS, True), _make_merged(spec, BLOCK_ROWS, PARTS, True)
+    place_of, put, merged = make_place_of(spec, BLOCK_ROWS, STEP, OVERHEAD, True), _make_put(spec), _make_merged(spec, BLOCK_ROWS, True)
+    PLANNED = spec.planned
 
     def kernel(a):
         wait_for_previous()         # it is launched while the splits' last blocks run
-        base = int32((shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
-        thread, plane = int32(cuda.threadIdx.x), divide(int32(cuda.blockIdx.x), a.pieces)
-        r, column = int32(cuda.blockIdx.x - plane * a.pieces), int32(4 * thread)
+        plane = divide(int32(cuda.blockIdx.x), a.pieces)
+        r, column = int32(cuda.blockIdx.x - plane * a.pieces), int32(4 * cuda.threadIdx.x)
         first = plane
         if not PLANNED:
             first = int32(plane * a.splits)
@@ -270,15 +251,7 @@ def make_merge(spec: Spec, BLOCK_ROWS: int, STEP: int, OVERHEAD: int) -> tuple[A
         if place.splits < 2 or place.split != 0:
             return
         while r < place.rows:
-            n = thread
-            while n < place.splits:
-                index = first_of(a, place, n) + r
-                put_shared(int32(base + PARTS + 8 * n), load_f32(uint64(a.part_rows + uint64(index * 8))))
-                put_shared(int32(base + PARTS + 8 * n + 4), load_f32(uint64(a.part_rows + uint64(index * 8 + 4))))
-                n = int32(n + THREADS)
-            cuda.syncthreads()
-            values, maximum, total = merged(a, base, place, r, column, int32(0))
+            values, maximum, total = merged(a, place, r, column)
             put(a, place, r, column, values, maximum, total)
-            cuda.syncthreads()
             r = int32(r + a.pieces)
-    return kernel, smem.size - ALIGN + 16
+    return kernel, 0

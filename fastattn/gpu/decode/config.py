@@ -8,10 +8,11 @@ from ...problem import Problem
 from ..config import num_features
 from ..spec import Spec
 
-ROWS = 16                   # query rows of a warp, of all heads that share a key head: those of an MMA
+ROWS = 16                   # query rows of a tile, of all heads that share a key head: those of an MMA
 # Of a block. An SM reads 10 16-bit elements of K and V a clock from memory (20 bytes: 4.4 TB/s over 132 SMs at 1.7 GHz), of which each
 # takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows should keep up. Measured, 16 x 8192 keys of 8
-# heads of 128: 16 rows 127 us, 32 rows 170, for which too few bytes are in flight, 64 rows 234 (docs/log-gpu.md)
+# heads of 128: 16 rows 127 us; 32 rows 170 in two warps, for which too few bytes are in flight, and 140 in one; 64 rows 234
+# (docs/log-gpu.md)
 MOST_ROWS = 64
 # Of a request over caches: a tile of the other kernels has 64 rows and more of one query head, of which three quarters would be padding.
 # The blocks of this one have rows of all heads that share a key head: those of 128 heads over one latent cache fill two. To be measured
@@ -34,6 +35,7 @@ WARP = 32                   # threads
 STAGES = 3                  # of a ring
 HOPPER = 90                 # the architecture
 CLUSTER, CLUSTER_STEPS = 8, 4           # blocks of a cluster: what every device with clusters takes; steps of a block
+BLOCKS, FEW_COLUMNS = 3, 64             # thread blocks of a multiprocessor with few registers, and the head size that was measured
 RESERVED = 1024             # bytes of shared memory of each thread block that the system takes
 CHUNKS_BYTES = 512          # of a warp's chunks of 16 bytes
 PIECE = 32                  # bytes of four columns of a split's result, the row's maximum and its sum, as clusters send them
@@ -56,6 +58,8 @@ class DecodeConfig:
         A warp handles `keys` keys at a time.
     row_warps
         So many warps have the same keys and different rows; the others have other keys of the split.
+    row_tiles
+        A warp has so many times 16 rows: each an A operand and an accumulator of its own, for which K and V are loaded once.
     exact
         head_dim and head_dim_v are the Spec's, without padding.
     keep_q
@@ -65,8 +69,9 @@ class DecodeConfig:
     whole_pages
         The keys of a step are in one page: the size of pages is a multiple of `keys`, and splits begin at multiples. With stages alone.
     cluster
-        So many splits are a thread-block cluster, which merges them (cluster.py), and starts before the kernel before it has ended. 1: they
-        are merged through global memory (combine.py).
+        So many splits are a thread-block cluster, which merges them (cluster.py). 1: they are merged through global memory (combine.py).
+    early
+        The kernel is launched before the kernel in front of it has ended (programmatic dependent launch), and waits for it.
     native
         An instruction widens 8-bit numbers: since sm_89. A property of the device.
     blocks_per_sm
@@ -78,6 +83,7 @@ class DecodeConfig:
     keys: int
     warps: int = 4
     row_warps: int = 1
+    row_tiles: int = 1
     exact: bool = True
     keep_q: bool = False
     blocks_per_sm: int = 2
@@ -86,11 +92,13 @@ class DecodeConfig:
     stages: int = 0
     whole_pages: bool = False
     cluster: int = 1
+    early: bool = False
 
     def __post_init__(self) -> None:
         assert self.keys == 8 or self.keys % 16 == 0
         assert self.warps % self.row_warps == 0
         assert self.stages == 0 or self.row_warps > 1
+        assert self.row_tiles == 1 or (self.row_tiles == 2 and self.keep_q)
 
     @property
     def key_warps(self) -> int:
@@ -105,11 +113,12 @@ class DecodeConfig:
     @property
     def rows(self) -> int:
         """Query rows of a block."""
-        return ROWS * self.row_warps
+        return ROWS * self.row_tiles * self.row_warps
 
     @property
     def text(self) -> str:
-        flags = [name for name in ("exact", "keep_q", "native", "whole_pages") if getattr(self, name)]
+        flags = [name for name in ("exact", "keep_q", "native", "whole_pages", "early") if getattr(self, name)]
+        flags += ["row tiles 2"] * (self.row_tiles == 2)
         return " ".join([f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm} stages {self.stages} "
                          f"cluster {self.cluster} overhead {self.overhead}", *flags])
 
@@ -150,10 +159,11 @@ def ring_bytes(spec: Spec, config: DecodeConfig) -> tuple[int, int]:
 def shared_bytes(spec: Spec, config: DecodeConfig) -> int:
     """Bytes of shared memory of a thread block: those of forward.py, which has the layout, and up to 512 more."""
     chunks, ring, rows = chunks_of(spec, config), config.stages * ring_bytes(spec, config)[1], config.rows
-    out = ROWS * (32 * chunks.size * chunks.v + 16)
-    q = config.row_warps * CHUNKS_BYTES * chunks.k * (4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 2)
+    out = ROWS * config.row_tiles * (32 * chunks.size * chunks.v + 16)
+    q = rows // ROWS * CHUNKS_BYTES * chunks.k * (4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 2)
     received = rows * spec.head_dim_v // 4 * PIECE if config.cluster > 1 else 0
-    return (max(config.warps * max(out, ring), rows * MOST_SPLITS * 8) + 8 * config.key_warps * rows + received
+    return (config.warps * max(out, ring) + 8 * config.key_warps * rows + received
+            + (512 * config.warps * config.row_tiles if config.row_tiles > 1 else 0)
             + (q + rows * (4 + ROW_BYTES) if config.keep_q else 0) + 128)
 
 
@@ -196,6 +206,20 @@ def _of_rows(spec: Spec, p: Problem, rows: int) -> DecodeConfig:
     return DecodeConfig(keys=keys, row_warps=1 << (row_warps - 1).bit_length(), exact=exact, keep_q=keep_q)
 
 
+def with_tiles(spec: Spec, config: DecodeConfig) -> DecodeConfig:
+    """The tiling with two tiles of 16 rows a warp in place of two warps with the same keys, where registers hold both accumulators.
+
+    Measured, 16 x 8192 keys of 8 heads of 128, with four and eight warps: 169 us before, 146 and 140; 8-bit keys 132 before, 123 and 115.
+    64 rows in two such warps 494 us, where four that share a ring take 238.
+    """
+    dim, eight = max(spec.head_dim, spec.head_dim_v), spec.cache_dtype is not None
+    fits = config.rows == 2 * ROWS and dim <= MOST_Q_DIM and spec.dtype != "float32"
+    if not fits or spec.bias is not None or spec.mask or spec.traced:
+        return config
+    keys = min(config.keys, 16) if eight else config.keys
+    return replace(config, row_tiles=2, row_warps=1, keep_q=True, keys=keys)
+
+
 def with_ring(spec: Spec, config: DecodeConfig, shared_memory: int) -> DecodeConfig:
     """The tiling with a ring, where it is faster and two thread blocks have room for it. shared_memory: bytes that a block may use.
 
@@ -228,7 +252,17 @@ def with_cluster(config: DecodeConfig, key_heads: int, keys: int, num_sms: int) 
     """
     steps = -(-keys // (CLUSTER * config.keys * config.key_warps))
     fits = steps <= CLUSTER_STEPS and CLUSTER * key_heads <= config.blocks_per_sm * num_sms
-    return replace(config, cluster=CLUSTER, overhead=1) if fits else config
+    return replace(config, cluster=CLUSTER, overhead=1, early=True) if fits else config
+
+
+def with_blocks(spec: Spec, config: DecodeConfig, key_heads: int, num_sms: int) -> DecodeConfig:
+    """The tiling with three thread blocks a multiprocessor, where all key heads run at once with them and not with two.
+
+    Measured, 320 key heads of 1500 keys and head_dim 64: 38 us, two blocks 45, one of eight warps 44; four blocks 40.
+    """
+    dim, plain = max(spec.head_dim, spec.head_dim_v), not (num_features(spec) or spec.traced or spec.dtype == "float32" or spec.cache_dtype)
+    fits = plain and dim == FEW_COLUMNS and config.rows == ROWS and config.blocks_per_sm * num_sms < key_heads <= BLOCKS * num_sms
+    return replace(config, blocks_per_sm=BLOCKS, keys=16, keep_q=True, early=True) if fits else config
 
 
 def few_rows(p: Problem, num_sms: int) -> bool:

@@ -41,8 +41,10 @@ from .config import (
     most_units,
     page_division,
     plan_entries,
+    with_blocks,
     with_cluster,
     with_ring,
+    with_tiles,
 )
 
 make_forward, make_plan = late("decode.forward", "make_forward"), late("decode.plan", "make_plan")
@@ -127,7 +129,7 @@ def forward_program(spec: Spec, config: DecodeConfig) -> Program:
     own += SHARED * (spec.shared is not None)
     return program(f"forward_decode {spec.text} | {config.text}", lambda: make_forward(spec, config),
                    Arguments(spec, own, ("q", "k", "v", "out"), online=True),
-                   WARP * config.warps, config.blocks_per_sm, config.cluster > 1, config.cluster)
+                   WARP * config.warps, config.blocks_per_sm, config.early, config.cluster)
 
 
 class Tiling(Protocol):
@@ -160,9 +162,10 @@ def with_warps(config: DecodeConfig, key_heads: int, keys: int, num_sms: int) ->
     """One thread block of eight warps a multiprocessor in place of two of four, where the last one is estimated to end at most 2 % later.
 
     There are fewer results to merge. Measured, its time as a part of the other's (docs/log-gpu.md): 1 x 8k and 32k keys 0.91 and 0.96,
-    16 x 1k 0.91, 320 key heads of 1500 keys 0.93, 16 x 8k 1.01 and 1.0, 1 x 128k 0.99. Where the estimate is higher, 64 x 1k: 1.14.
+    16 x 1k 0.91, 320 key heads of 1500 keys 0.93, 16 x 8k 1.01 and 1.0, 1 x 128k 0.99. Where the estimate is higher, 64 x 1k: 1.14. With an
+    early launch 16 x 1k takes 0.97 of the time, and others as long; with two blocks 64 x 1k takes 1.04.
     """
-    wide = replace(config, warps=8, blocks_per_sm=1)
+    wide = replace(config, warps=8, blocks_per_sm=1, early=True)
     time, time_wide = (min(_times(key_heads, keys, x, num_sms))[0] for x in (config, wide))
     return wide if 50 * time_wide <= 51 * time else config
 
@@ -308,6 +311,7 @@ def chosen(spec: Spec, p: Problem, cache: KeyCache | None, d: Device) -> DecodeC
     config = fitted(choose_decode(spec, p) if cache is None else choose_cached(spec, p, asked), spec, d)
     if arch_of(d.arch).number != HOPPER:
         return config
+    config = with_tiles(spec, config)
     if config.row_warps > 1:
         return with_ring(spec, config, d.shared_memory)
     if spec.shared == "prefix":         # whose splits are merged behind it
@@ -315,9 +319,9 @@ def chosen(spec: Spec, p: Problem, cache: KeyCache | None, d: Device) -> DecodeC
     if asked is not None or (cache is not None and plans(p, config, asked)):
         return config
     key_heads, (first, end) = p.num_heads_k * (p.batch if cache is None else units_of(p, config.rows)), _range(p, spec.bias_pairs)
-    clustered = with_cluster(config, key_heads, end - first, d.num_sms)
-    if clustered != config or spec.dtype == "float32" or spec.cache_dtype is not None:
-        return clustered
+    found = with_blocks(spec, with_cluster(config, key_heads, end - first, d.num_sms), key_heads, d.num_sms)
+    if found != config or spec.dtype == "float32" or (spec.cache_dtype is not None and config.row_tiles == 1):
+        return found
     return with_warps(config, key_heads, end - first, d.num_sms)
 
 

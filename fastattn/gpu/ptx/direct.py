@@ -11,7 +11,7 @@ K and V are then read in runs of 64 and 128 bytes. Chunks past the end of a row 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -195,43 +195,46 @@ def make_load_pairs(once: bool) -> Any:
     return _make_load(_rows_of, 8, once)
 
 
-def make_products(dtype: str) -> tuple[Any, Any]:
+def make_products(dtype: str, tiles: int = 1) -> tuple[Any, Any]:
     """(qk, pv) for 16 rows of a 16-bit dtype.
 
     acc_s = qk(acc_s, q0, q1, k): q0, q1, k from load_rows; q0 and q1 are the lane's rows g and g + 8
-    acc_o = pv(acc_o, p, v): p packed, v from load_columns. Columns of acc_o are permuted; store_output restores their order
+    acc_o = pv(acc_o, p, v): p packed, v from load_columns. Columns of acc_o are permuted; store_output restores their order. Of so many
+        tiles of 16 rows, one after the other, in acc_o and p
     """
     @intrinsic
     def qk(typingctx: Any, acc: Any, q0: Any, q1: Any, k: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             first, second = unpack(builder, args[1], q0.count), unpack(builder, args[2], q1.count)
             return _scores(builder, dtype, args[0], acc.count, args[3], k.count,
-                           [[first[at], second[at], first[at + 1], second[at + 1]] for at in range(0, q0.count, 2)])
+                           [[[first[at], second[at], first[at + 1], second[at + 1]]] for at in range(0, q0.count, 2)])
         return signature(acc, acc, q0, q1, k), generate
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, v: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             registers, a, words = (unpack(builder, x, n.count) for x, n in zip(args, (acc, p, v), strict=True))
-            wide, pairs = acc.count // 32, min(p.count // 2, 2)     # chunks of a row, pairs of a lane's keys in an MMA
-            for u in range(p.count // (2 * pairs)):
+            of_acc, of_p = acc.count // tiles, p.count // tiles
+            wide, pairs = of_acc // 32, min(of_p // 2, 2)           # chunks of a row, pairs of a lane's keys in an MMA
+            for u in range(of_p // (2 * pairs)):
                 rows = [words[(2 * pairs * u + r) * 4 * wide:(2 * pairs * u + r + 1) * 4 * wide] for r in range(2 * pairs)]
-                for tile in range(8 * wide):
-                    word, selector = tile // 2, (0x7632 if tile % 2 else 0x5410)
+                for column in range(8 * wide):
+                    word, selector = column // 2, (0x7632 if column % 2 else 0x5410)
                     b = [emit(builder, I32, f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", [rows[r][word], rows[r + 1][word]], False)
                          for r in range(0, 2 * pairs, 2)]
-                    registers[4 * tile:4 * tile + 4] = multiply(builder, dtype, registers[4 * tile:4 * tile + 4],
-                                                                a[2 * pairs * u:2 * pairs * (u + 1)], b)
+                    for tile in range(tiles):
+                        at, p_at = of_acc * tile + 4 * column, of_p * tile + 2 * pairs * u
+                        registers[at:at + 4] = multiply(builder, dtype, registers[at:at + 4], a[p_at:p_at + 2 * pairs], b)
             return pack(builder, registers)
         return signature(acc, acc, p, v), generate
     return qk, pv
 
 
-def make_kept(dtype: str) -> tuple[Any, Any]:
+def make_kept(dtype: str, tiles: int = 1) -> tuple[Any, Any]:
     """(keep_q, qk) where registers do not hold Q: a warp's A operands lie in shared memory, each lane's beside each other.
 
     keep_q(address, q0, q1): store them. address: the lane's, 16 bytes after its neighbour's; Q_STEP bytes for every MMA over depth
-    acc_s = qk(acc_s, address, k)
+    acc_s = qk(acc_s, address, k): of so many tiles of 16 rows, one after the other, in acc_s and in shared memory
     """
     @intrinsic
     def keep_q(typingctx: Any, address: Any, q0: Any, q1: Any) -> Any:
@@ -245,21 +248,29 @@ def make_kept(dtype: str) -> tuple[Any, Any]:
     @intrinsic
     def qk(typingctx: Any, acc: Any, address: Any, k: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            steps = k.count // (acc.count // 4) // 2
-            return _scores(builder, dtype, args[0], acc.count, args[2], k.count,
-                           (load_operand(builder, args[1], Q_STEP * step) for step in range(steps)))
+            steps = k.count // (acc.count // (4 * tiles)) // 2
+            return _scores(builder, dtype, args[0], acc.count, args[2], k.count, kept_operands(builder, args[1], steps, tiles), tiles)
         return signature(acc, acc, types.int32, k), generate
     return keep_q, qk
 
 
-def _scores(builder: Any, dtype: str, acc: Any, count: int, k: Any, words_k: int, operands: Any) -> Any:
-    """acc + Q K^T. `operands`: of Q, for each step of 16 columns."""
-    registers, words, tiles = unpack(builder, acc, count), unpack(builder, k, words_k), count // 4
-    of_row = words_k // tiles
-    for step, a in enumerate(operands):
-        for t in range(tiles):
+def kept_operands(builder: Any, address: Any, steps: int, tiles: int) -> Iterator[list[list[Any]]]:
+    """For each MMA over depth, the A operands of keep_q of all tiles."""
+    for step in range(steps):
+        yield [load_operand(builder, address, Q_STEP * (tile * steps + step)) for tile in range(tiles)]
+
+
+def _scores(builder: Any, dtype: str, acc: Any, count: int, k: Any, words_k: int, operands: Iterable[list[list[Any]]],
+            tiles: int = 1) -> Any:
+    """acc + Q K^T. `operands`: of Q, for each step of 16 columns those of all tiles of rows."""
+    registers, words, of_tile = unpack(builder, acc, count), unpack(builder, k, words_k), count // tiles
+    of_row = words_k // (of_tile // 4)
+    for step, of_step in enumerate(operands):
+        for t in range(of_tile // 4):
             b = words[t * of_row + 2 * step:t * of_row + 2 * step + 2]
-            registers[4 * t:4 * t + 4] = multiply(builder, dtype, registers[4 * t:4 * t + 4], a, b)
+            for tile, a in enumerate(of_step):
+                at = of_tile * tile + 4 * t
+                registers[at:at + 4] = multiply(builder, dtype, registers[at:at + 4], a, b)
     return pack(builder, registers)
 
 

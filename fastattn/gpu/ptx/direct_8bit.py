@@ -12,7 +12,7 @@ from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
 from ..dsl.asm import F32, I32, emit, pack, unpack
-from .direct import Q_STEP, load_operand
+from .direct import kept_operands
 from .mma import multiply
 from .widen import emit_permute, make_widen
 
@@ -61,17 +61,20 @@ def narrowed(typingctx: Any, words: Any, factor: Any) -> Any:
     return signature(words, words, types.float32), generate
 
 
-def make_products(dtype: str, source: str, native: bool) -> tuple[Any, Any, Any]:
-    """(qk, kept_qk, pv) of Q of `dtype` with K and V of `source`: as direct.make_products and direct.make_kept have them."""
+def make_products(dtype: str, source: str, native: bool, tiles: int = 1) -> tuple[Any, Any, Any]:
+    """(qk, kept_qk, pv) of Q of `dtype` with K and V of `source`: as direct.make_products and direct.make_kept have them. Numbers are
+    widened once for all tiles."""
     widen = make_widen(dtype, source, native)
 
     def scores(builder: Any, acc: Any, count: int, k: Any, words_k: int, operands: Any) -> Any:
-        registers, words, tiles = unpack(builder, acc, count), unpack(builder, k, words_k), count // 4
-        of_row = words_k // tiles
-        for step, a in enumerate(operands):
-            for t in range(tiles):
+        registers, words, of_tile = unpack(builder, acc, count), unpack(builder, k, words_k), count // tiles
+        of_row = words_k // (of_tile // 4)
+        for step, of_step in enumerate(operands):
+            for t in range(of_tile // 4):
                 b = widen(builder, words[t * of_row + step])
-                registers[4 * t:4 * t + 4] = multiply(builder, dtype, registers[4 * t:4 * t + 4], a, b)
+                for tile, a in enumerate(of_step):
+                    at = of_tile * tile + 4 * t
+                    registers[at:at + 4] = multiply(builder, dtype, registers[at:at + 4], a, b)
         return pack(builder, registers)
 
     @intrinsic
@@ -79,32 +82,33 @@ def make_products(dtype: str, source: str, native: bool) -> tuple[Any, Any, Any]
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             first, second = unpack(builder, args[1], q0.count), unpack(builder, args[2], q1.count)
             return scores(builder, args[0], acc.count, args[3], k.count,
-                          [[first[at], second[at], first[at + 1], second[at + 1]] for at in range(0, q0.count, 2)])
+                          [[[first[at], second[at], first[at + 1], second[at + 1]]] for at in range(0, q0.count, 2)])
         return signature(acc, acc, q0, q1, k), generate
 
     @intrinsic
     def kept_qk(typingctx: Any, acc: Any, address: Any, k: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            steps = k.count // (acc.count // 4)
-            return scores(builder, args[0], acc.count, args[2], k.count,
-                          (load_operand(builder, args[1], Q_STEP * step) for step in range(steps)))
+            steps = k.count // (acc.count // (4 * tiles))
+            return scores(builder, args[0], acc.count, args[2], k.count, kept_operands(builder, args[1], steps, tiles))
         return signature(acc, acc, types.int32, k), generate
 
     @intrinsic
     def pv(typingctx: Any, acc: Any, p: Any, v: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             registers, a, words = (unpack(builder, x, n.count) for x, n in zip(args, (acc, p, v), strict=True))
-            wide, pairs = acc.count // 64, min(p.count // 2, 2)     # chunks of a row, pairs of a lane's keys in an MMA
-            for u in range(p.count // (2 * pairs)):
+            of_acc, of_p = acc.count // tiles, p.count // tiles
+            wide, pairs = of_acc // 64, min(of_p // 2, 2)           # chunks of a row, pairs of a lane's keys in an MMA
+            for u in range(of_p // (2 * pairs)):
                 rows = [words[(2 * pairs * u + r) * 4 * wide:(2 * pairs * u + r + 1) * 4 * wide] for r in range(2 * pairs)]
                 for word in range(4 * wide):
                     both = [[pair for selector in (0x5140, 0x7362)
                              for pair in widen(builder, emit_permute(builder, rows[r][word], rows[r + 1][word], selector))]
                             for r in range(0, 2 * pairs, 2)]
                     for n in range(4):
-                        at = 4 * (4 * word + n)
-                        registers[at:at + 4] = multiply(builder, dtype, registers[at:at + 4], a[2 * pairs * u:2 * pairs * (u + 1)],
-                                                        [column[n] for column in both])
+                        for tile in range(tiles):
+                            at, p_at = of_acc * tile + 4 * (4 * word + n), of_p * tile + 2 * pairs * u
+                            registers[at:at + 4] = multiply(builder, dtype, registers[at:at + 4], a[p_at:p_at + 2 * pairs],
+                                                            [column[n] for column in both])
             return pack(builder, registers)
         return signature(acc, acc, p, v), generate
     return qk, kept_qk, pv

@@ -46,7 +46,8 @@ EIGHT = [Eight(), Eight(scales="batch", new="sixteen", dim=128), Eight("float16"
          Eight("float16", scales="one", new="eight", dim=128, rows=1, page=None), Eight("bfloat16", "float8_e5m2", "number", "rotary", 256),
          Eight("float8_e4m3fn", "float8_e4m3fn", "batch", "sixteen", 64), Eight("float8_e4m3fn", "float8_e5m2", "head", None, 128, 20),
          Eight(scales="batch", dim=96, rows=(2, 0, 3)), Eight(arch="sm_80", scales="head", new="sixteen", dim=128),
-         Eight("float16", arch="sm_80", dim=64, rows=9), Eight("bfloat16", scales="number", dim=80, new="rotary")]
+         Eight("float16", arch="sm_80", dim=64, rows=9), Eight("bfloat16", scales="number", dim=80, new="rotary"),
+         Eight(scales="batch", dim=128, rows=8), Eight("float16", "float8_e5m2", "head", rows=7)]
 
 
 # prompts on Hopper, and the largest errors of out and lse: K and V times scales are rounded to 16 bits, P to 8 bits beside an 8-bit q
