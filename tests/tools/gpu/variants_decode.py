@@ -33,14 +33,15 @@ from fastattn.gpu.spec import Call, Launch, make_spec
 
 ARCH = "sm_90a"
 WIDE, RING = {"warps": 8, "blocks_per_sm": 1}, {"stages": 3}
-SMALL: dict[str, dict[str, Any]] = {
-    "registers": {}, "8 warps": WIDE, "cluster 16": {"cluster": 16, "overhead": 1}, "cluster 8": {"cluster": 8, "overhead": 1},
-    "cluster 4": {"cluster": 4, "overhead": 1}, "cluster 8, 8 warps": WIDE | {"cluster": 8, "overhead": 1},
-    "cluster 16, 8 warps": WIDE | {"cluster": 16, "overhead": 1}}
-LARGE: dict[str, dict[str, Any]] = {"registers": {}, "8 warps": WIDE, "cluster 2": {"cluster": 2, "overhead": 1}}
-ROWS: dict[str, dict[str, Any]] = {"registers": {}, "8 warps": WIDE, "ring 3": RING, "ring 3, 8 warps": RING | WIDE,
-                                   "ring 2, 8 warps": {"stages": 2} | WIDE}
-RAGGED: dict[str, dict[str, Any]] = {"registers": {}, "8 warps": WIDE, "overhead 2": {"overhead": 2}}
+EARLY, TWO = {"early": True}, {"row_tiles": 2, "keep_q": True}
+CLUSTER: dict[str, Any] = {"overhead": 1, "early": True}
+SMALL: dict[str, dict[str, Any]] = {"8 warps": WIDE, "8 warps, early": WIDE | EARLY, "cluster 8": CLUSTER | {"cluster": 8}}
+LARGE: dict[str, dict[str, Any]] = {"registers": {}, "early": EARLY, "8 warps": WIDE, "8 warps, early": WIDE | EARLY}
+THREE, FOUR = {"blocks_per_sm": 3, "keep_q": True}, {"blocks_per_sm": 4, "keep_q": True, "keys": 16}
+HEADS = LARGE | {"3 blocks, 16 keys, early": EARLY | THREE | {"keys": 16}, "4 blocks, 16 keys, early": EARLY | FOUR}
+ROWS = {"registers": {}, "2 tiles, early": TWO | EARLY | {"row_warps": 1}, "2 tiles, 8 warps, early": TWO | WIDE | EARLY | {"row_warps": 1}}
+MORE_ROWS = {"registers": {}, "ring 3": RING, "ring 3, early": RING | EARLY, "2 x 2 tiles, early": TWO | EARLY,
+             "2 x 2 tiles, 8 warps, early": TWO | WIDE | EARLY, "2 x 2 tiles, ring 2, early": TWO | EARLY | {"stages": 2}}
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,19 @@ def _ragged(name: str, **more: Any) -> serve.Case:
 
 
 GROUPS = (
-    Group("small", (_case("1 x 1024", 1, 1024), _case("1 x 8192", 1, 8192), _case("1 x 32768", 1, 32768),
-                    _case("page 64 1 x 1024", 1, 1024, page=64)), SMALL),
-    Group("large", (_case("16 x 8192", 16, 8192), _case("16 x 1024", 16, 1024), _case("64 x 1024", 64, 1024),
-                    _case("page 64 16 x 8192", 16, 8192, page=64), _case("128 over 8 heads", 16, 8192, heads=128),
-                    _case("Whisper, 320 heads x 1500", 16, 1500, dim=64, heads=20, heads_k=20),
-                    _case("head_dim 64", 16, 8192, dim=64)), LARGE),
-    Group("eight", (_case("8 bits 16 x 8192", 16, 8192, page=64, eight=True),
-                    _case("8 bits 64 x 8192", 64, 8192, page=64, eight=True)), LARGE),
-    Group("eight", (_case("8 bits 1 x 1024", 1, 1024, page=64, eight=True),), SMALL),
-    Group("eight", (_ragged("8 bits ragged", eight=True), _ragged("ragged")), RAGGED),
-    Group("large", (_case("head_dim 256", 16, 8192, dim=256),), LARGE),
-    Group("rows", (_case("8 speculative rows", 16, 8192, rows=8),
-                   _case("16 speculative rows", 16, 8192, rows=16)), ROWS))
+    Group("small", (_case("1 x 8192", 1, 8192), _case("1 x 1024", 1, 1024), _case("1 x 2048", 1, 2048), _case("1 x 32768", 1, 32768),
+                    _case("page 64 1 x 8192", 1, 8192, page=64)), SMALL),
+    Group("rows", (_case("8 speculative rows", 16, 8192, rows=8), _case("8 rows, 1 x 8192", 1, 8192, rows=8)), ROWS),
+    Group("heads", (_case("Whisper, 320 heads x 1500", 16, 1500, dim=64, heads=20, heads_k=20),), HEADS),
+    Group("large", (_case("16 x 1024", 16, 1024), _case("64 x 1024", 64, 1024), _case("16 x 8192", 16, 8192),
+                    _case("head_dim 256", 16, 8192, dim=256)), LARGE),
+    Group("more rows", (_case("16 speculative rows", 16, 8192, rows=16),), MORE_ROWS),
+    Group("eight", (_case("8 bits, 8 speculative rows", 16, 8192, rows=8, page=64, eight=True),),
+          {"registers": {}, "2 tiles, early": TWO | EARLY | {"row_warps": 1, "keys": 16},
+           "2 tiles, 8 warps, early": TWO | WIDE | EARLY | {"row_warps": 1, "keys": 16}}),
+    Group("eight", (_case("8 bits 16 x 8192", 16, 8192, page=64, eight=True),),
+          {"registers": {}, "early": EARLY, "3 blocks, 16 keys, early": THREE | EARLY | {"keys": 16}}),
+    Group("ragged", (_ragged("ragged"),), {"registers": {}, "early": EARLY, "3 blocks, early": THREE | EARLY}))
 
 
 def chosen(only: str) -> Iterator[tuple[serve.Case, dict[str, dict[str, Any]]]]:
@@ -84,17 +85,20 @@ def chosen(only: str) -> Iterator[tuple[serve.Case, dict[str, dict[str, Any]]]]:
 
 
 # ---------------------------------------------------------------- a tiling's launches
-def launch_of(call: Call, launcher: Launcher, settings: dict[str, Any]) -> Launch:
-    """decode.prepare_caches with a tiling that differs from the chosen one by `settings`."""
+def launch_of(call: Call, launcher: Launcher, settings: dict[str, Any] | None) -> Launch:
+    """decode.prepare_caches with a tiling that differs from the plain one by `settings`; None: the chosen one."""
     def table(call: Call) -> Any:
         assert call.operands.cache is not None
         return call.operands.cache.block_table
-    p, spec = call.problem, make_spec(call.problem, call.operands, False)
+    p, spec, cache = call.problem, make_spec(call.problem, call.operands, False), decode.KeyCache(False, table, None)
     assert p.cache is not None
+    if settings is None:
+        return decode.prepare(call, spec, launcher, cache)
     if p.eight_bit is not None:
         spec = replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=p.eight_bit.out_dtype)
-    base = replace(choose_cached(spec, p, None), native=p.eight_bit is not None, warps=4, blocks_per_sm=2, stages=0, cluster=1, overhead=4)
-    cache, config = decode.KeyCache(False, table, None), replace(base, **settings)
+    base = replace(choose_cached(spec, p, None), native=p.eight_bit is not None, warps=4, blocks_per_sm=2, stages=0, cluster=1, early=False,
+                   overhead=4)
+    config = replace(base, **settings)
     return decode.prepare(call, make_spec(p, call.operands, False), launcher, cache, config)
 
 
@@ -104,7 +108,7 @@ def call_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Call:
     return Call(caught.problem, operands, out, None)
 
 
-def sources_of(case: serve.Case, settings: dict[str, Any]) -> list[compiler.Source]:
+def sources_of(case: serve.Case, settings: dict[str, Any] | None) -> list[compiler.Source]:
     """A tiling's kernels. No GPU is needed, and arrays are not touched."""
     size, batch = case.page or max(case.lengths), len(case.lengths)
     pages = [-(-n // size) for n in case.lengths]
@@ -117,7 +121,7 @@ def sources_of(case: serve.Case, settings: dict[str, Any]) -> list[compiler.Sour
     return launcher.sources
 
 
-def compiled(case: serve.Case, settings: dict[str, Any], only_report: bool) -> str:
+def compiled(case: serve.Case, settings: dict[str, Any] | None, only_report: bool) -> str:
     """What the compiler says about a tiling's kernels; or put them into the cache."""
     sources = sources_of(case, settings)
     if not only_report:
@@ -129,7 +133,7 @@ def compiled(case: serve.Case, settings: dict[str, Any], only_report: bool) -> s
 def compile_all(only: str, workers: int, only_report: bool) -> None:
     jobs, seen = dict[tuple[str, str], Any](), set[tuple[str, ...]]()
     for case, variants in chosen(only):
-        for name, settings in variants.items():
+        for name, settings in {**variants, "as it is": None}.items():
             keys = tuple(source.key for source in sources_of(case, settings))
             if keys not in seen:
                 seen.add(keys)
@@ -218,6 +222,7 @@ def measure(case: serve.Case, variants: dict[str, dict[str, Any]], rounds: int) 
     import torch
     copies = max(1, min(16, -(-(200 << 20) // case.cache_bytes)))
     inputs, graphs, notes = [serve.Inputs(case, seed) for seed in range(copies)], dict[str, Any](), list[str]()
+    kept = list[Any]()          # what graphs write to: they do not keep it
     want = wanted(inputs[0])
     count = copies * max(1, 48 // copies) if case.cache_bytes < 1 << 28 else 2 * copies
     makers: dict[str, Callable[[serve.Inputs], Callable[[], Any]]] = {
@@ -226,6 +231,7 @@ def measure(case: serve.Case, variants: dict[str, dict[str, Any]], rounds: int) 
     for name, make in makers.items():
         try:
             calls = [make(x) for x in inputs]
+            kept.append(calls)
             out = calls[0]()
             torch.cuda.synchronize()
             if name not in ("cuDNN", "flash") and not (error := error_of(want, out)) < serve.TOLERANCE:   # whose requests have other rows
