@@ -210,11 +210,11 @@ def with_tiles(spec: Spec, config: DecodeConfig) -> DecodeConfig:
     """The tiling with two tiles of 16 rows a warp in place of two warps with the same keys, where registers hold both accumulators.
 
     Measured, 16 x 8192 keys of 8 heads of 128, with four and eight warps: 169 us before, 146 and 140; 8-bit keys 132 before, 123 and 115.
-    64 rows in two such warps 494 us, where four that share a ring take 238.
+    64 rows in two such warps 494 us, where four that share a ring take 238. Not measured with keys that requests share.
     """
     dim, eight = max(spec.head_dim, spec.head_dim_v), spec.cache_dtype is not None
     fits = config.rows == 2 * ROWS and dim <= MOST_Q_DIM and spec.dtype != "float32"
-    if not fits or spec.bias is not None or spec.mask or spec.traced:
+    if not fits or spec.bias is not None or spec.mask or spec.traced or spec.shared:
         return config
     keys = min(config.keys, 16) if eight else config.keys
     return replace(config, row_tiles=2, row_warps=1, keep_q=True, keys=keys)
