@@ -21,7 +21,7 @@ from cuda.bindings import driver
 
 from fastattn import UnsupportedError, gpu
 from fastattn.arrays import convert
-from fastattn.arrays.view import ITEMSIZE, View, contiguous
+from fastattn.arrays.view import EIGHT_BIT, ITEMSIZE, View, contiguous
 from fastattn.gpu import caches, precompile
 from fastattn.gpu.precompile import HERE, Want
 from fastattn.gpu.rows import accumulate_launch, merge_launch
@@ -402,3 +402,18 @@ def test_an_address_that_would_not_change_is_an_error(machine: Any) -> None:
         with pytest.raises(RuntimeError, match=r"some kernel: [xn], of type '[li]', is .*: an address"):
             kernel.launch(1, values, 0)
     kernel.launch(1, [0, 3], 0)
+
+
+def test_l2_completes_whole_rows_where_heads_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 bytes, but 128 for heads side by side of 65 to 127 and of 256 numbers."""
+    found: list[Any] = []
+    monkeypatch.setattr(tensormap, "_encoded", lambda *what: found.append(what[-1]) or 0)
+
+    def promotion(dim: int, by_head: int, dtype: str = "bfloat16") -> Any:
+        size = 1 if dtype in EIGHT_BIT else 2
+        tensormap._encode((2, 64, 3, dim), (1 << 20, 4096, by_head, size), dtype, 64, 0)
+        return found[-1]
+    assert [promotion(dim, 2 * dim) for dim in (40, 64, 72, 80, 96, 128, 192, 256, 512)] == [256, 256, 128, 128, 128, 256, 256, 128, 256]
+    assert promotion(72, 1024) == 256 and promotion(144, 144, "float8_e4m3fn") == 256
+    tensormap._encode_rows(100, 512, 64, 0)
+    assert found[-1] == 256

@@ -83,9 +83,9 @@ def test_steps_of_dq_alone(seqlen: int, block: int) -> None:
     assert f"| 128x{block} " in key
 
 
-def test_heads_that_fill_the_cache_come_one_after_the_other() -> None:
-    for seqlen, expected in ((32768, 8), (65536, 1)):
-        call, _ = Want(causal=True, seqlen_q=seqlen, batch=1, num_heads=32, num_heads_k=8).call()
+def test_heads_together_where_one_fills_the_cache() -> None:
+    for seqlen, heads_k, expected in ((32768, 8, 8), (65536, 8, 8), (65536, 16, 4), (65536, 1, 8), (65536, 32, 1)):
+        call, _ = Want(causal=True, seqlen_q=seqlen, batch=1, num_heads=32, num_heads_k=heads_k).call()
         assert head_group(call) == expected
 
 
