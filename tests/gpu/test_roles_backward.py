@@ -5,6 +5,7 @@ import ctypes
 import inspect
 import itertools
 from collections import namedtuple
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -48,9 +49,11 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
 
 def kernel(spec: Spec, config: Any, change: Any) -> Any:
     """The kernel, with a place of its text changed, or of that of its sums of dQ."""
-    of_sums = change is not None and change[0] in inspect.getsource(dq_sums)
-    sums = edited(dq_sums.make_dq_sums, change if of_sums else None)
-    with mock.patch.object(backward_sm90, "make_dq_sums", sums):
+    makers = {maker.__name__: maker for maker in (dq_sums.make_dq_sums, dq_sums.make_dq_warpgroup)}
+    of_sums = [name for name, maker in makers.items() if change is not None and change[0] in inspect.getsource(maker)]
+    with ExitStack() as patches:
+        for name, maker in makers.items():
+            patches.enter_context(mock.patch.object(backward_sm90, name, edited(maker, change if name in of_sums else None)))
         return edited(backward_sm90.make_backward, None if of_sums else change)(spec, config)[0]
 
 
@@ -165,7 +168,11 @@ def test_calls_with_far_rows(name: str) -> None:
         check(CASES[name], play(CASES[name], seed, far=True), whole(CASES[name].problem))
 
 
+SPLIT = {"split": True, "halves": False}
+
+
 @pytest.mark.parametrize(("name", "tuning"), [
+    ("64", SPLIT), ("64 causal", SPLIT), ("40", SPLIT), ("no queries for some keys, 64", SPLIT),
     ("128 causal", {"crowded": True}), ("128 causal", {"q_stages": 2}), ("128 causal", {"down": False}), ("64", {"down": True})], ids=str)
 def test_other_orders(name: str, tuning: dict[str, Any]) -> None:
     for seed in range(3):
@@ -177,8 +184,9 @@ def test_long_causal_calls_begin_with_the_first_queries() -> None:
     assert tiling(spec, 32767).down and not tiling(spec, 32768).down and not tiling(replace(spec, right=False), 100).down
 
 
-@pytest.mark.parametrize(("dim", "causal"), [(64, True), (128, False), (128, True)])
-def test_packed_sequences(dim: int, causal: bool) -> None:
+@pytest.mark.parametrize(("dim", "causal", "tuning"), [(64, True, {}), (128, False, {}), (128, True, {}), (64, True, SPLIT),
+                                                       (64, False, SPLIT)])
+def test_packed_sequences(dim: int, causal: bool, tuning: dict[str, Any]) -> None:
     lengths_q, lengths_k = [130, 0, 64, 5], [130, 40, 0, 200]
     cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
     q, k = view(int(cu[0][-1]), 2, dim), view(int(cu[1][-1]), 1, dim)
@@ -186,7 +194,7 @@ def test_packed_sequences(dim: int, causal: bool) -> None:
     call = backward(q, k, o, True, causal=causal)
     sequences = [(0, int(cu[0][i]), lengths_q[i], int(cu[1][i]), lengths_k[i]) for i in range(4)]
     for seed, far in itertools.product(range(2), (False, True)):
-        check(call, play(call, seed, far=far), sequences)
+        check(call, play(call, seed, far=far, **tuning), sequences)
 
 
 MUTANTS = {
@@ -195,9 +203,9 @@ MUTANTS = {
     "Q overwritten": ("                q_ring.wait_empty(base, stage, phase)\n", ""),
     "dO overwritten": ("                do_ring.wait_empty_nth(base, j)\n", ""),
     "dO never released": ("                do_ring.release(base, int32(other ^ 1), lane)\n", ""),
-    "dQ stored early": ("        tma.wait_read()\n        warp()\n", "        warp()\n"),
-    "Q of another block": ("before)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n",
-                           "stage)\n                wgmma.commit()\n                if SUM_DQ:\n                    hold(base)\n"),
+    "dQ stored early": ("        wait_read()\n        warp()\n", "        warp()\n"),
+    "Q of another block": ("before)\n                wgmma.commit()\n                if OWN_DQ:\n                    hold(base)\n",
+                           "stage)\n                wgmma.commit()\n                if OWN_DQ:\n                    hold(base)\n"),
     "dS without a meeting": ("        barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK", "        # dK"),
     "dS over a bias": ("                bias_read.wait(base, other)\n", "                pass\n"),
     "bias over dS": ("DS + stage * DS_BYTES, row", "DS, row"),
@@ -210,9 +218,27 @@ FAR_MUTANTS = {
     "dO never released": ("        do_ring.release(base, last, lane)\n", ""),
     "Q of the block before": ("        stage, phase = q_ring.next(walk.stage, walk.phase)\n",
                               "        stage, phase = walk.stage, walk.phase\n"),
-    "Q released early": ("        wgmma.fence()\n        if SUM_DQ:\n            ds_full.wait(base, last)\n",
-                         "        q_ring.release(base, walk.stage, lane)\n        if SUM_DQ:\n            ds_full.wait(base, last)\n"),
+    "Q released early": ("        wgmma.fence()\n        if OWN_DQ:\n            ds_full.wait(base, last)\n",
+                         "        q_ring.release(base, walk.stage, lane)\n        if OWN_DQ:\n            ds_full.wait(base, last)\n"),
 }
+
+
+# of the warpgroup of dQ
+SPLIT_MUTANTS = {
+    "dS not waited for": ("                ds_ring.wait_full_nth(base, j)\n", ""),
+    "dS overwritten": ("            ds_ring.wait_empty_nth(base, j)\n", "            pass\n"),
+    "dS never released": ("                ds_ring.release(base, buffer, own_lane())\n", ""),
+    "dQ stored early": ("        wait_read()\n        warp()\n", "        warp()\n"),
+    "dQ in the order of the keys": ("j, m = int32(j + 1), next_block(m)\n", "j, m = int32(j + 1), int32(m + 1)\n"),
+}
+
+
+@pytest.mark.parametrize("mutant", SPLIT_MUTANTS)
+def test_faults_of_the_warpgroup_of_dq_are_found(mutant: str) -> None:
+    call = CASES["64 causal"]
+    with pytest.raises((AssertionError, AttributeError)):
+        for seed in range(20):
+            check(call, play(call, seed, SPLIT_MUTANTS[mutant], **SPLIT), whole(call.problem))
 
 
 @pytest.mark.parametrize("mutant", FAR_MUTANTS)

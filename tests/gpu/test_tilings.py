@@ -76,6 +76,17 @@ def test_sums_of_dq_only_where_tiles_are_several(name: str) -> None:
     assert (" accum" in next(key for key in found if key.startswith("preprocess"))) == (not one)
 
 
+@pytest.mark.parametrize(("settings", "split"), [
+    ({"head_dim": 48}, True), ({"head_dim": 16, "causal": True}, True), ({"head_dim": 40, "num_heads_k": 4}, True),
+    ({"seqlen_q": 197}, True), ({"seqlen_q": 256, "causal": True}, True), ({"seqlen_q": 200, "seqlen_k": 400}, True),
+    ({}, False), ({"seqlen_q": 257}, False), ({"seqlen_q": 197, "num_heads_k": 4}, False), ({"seqlen_q": 128, "seqlen_k": 400}, False),
+    ({"head_dim": 32, "packed": True}, False), ({"head_dim": 32, "dropout": True}, False), ({"head_dim": 32, "deterministic": True}, False),
+    ({"head_dim": 32, "seqlen_k": 100}, False), ({"head_dim": 72, "seqlen_q": 197}, False)], ids=str)
+def test_a_warpgroup_for_dq_where_it_is_faster(settings: dict[str, Any], split: bool) -> None:
+    [key] = [key for key in keys(**{"head_dim": 64, "backward": True} | settings) if key.startswith("backward_sm90 ")]
+    assert key.endswith(" split") == split
+
+
 @pytest.mark.parametrize(("seqlen", "block"), [(256, 64), (320, 80), (512, 80), (700, 80)])
 def test_steps_of_dq_alone(seqlen: int, block: int) -> None:
     """Steps of 64 keys where those of 80 have much more padding."""

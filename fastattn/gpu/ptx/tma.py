@@ -26,6 +26,7 @@ evict_last = instruction("createpolicy.fractional.L2::evict_last.b64 $0, 1.0;", 
 prefetch_map = instruction("prefetch.tensormap [$0];", "l")
 commit = instruction("cp.async.bulk.commit_group;")
 wait_read = instruction("cp.async.bulk.wait_group.read 0;")     # until all committed stores have read shared memory
+wait_read_but_one = instruction("cp.async.bulk.wait_group.read 1;")     # the same, but for the group committed last
 wait_all = instruction("cp.async.bulk.wait_group 0;")           # until all committed stores are in global memory
 # reduce_add_f32_if(flag, global, shared, bytes): add if the flag is not 0, without a branch; addresses and sizes are 16-byte aligned
 reduce_add_f32_if = instruction("{ .reg .pred p; setp.ne.b32 p, $0, 0; "

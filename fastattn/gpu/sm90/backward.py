@@ -2,6 +2,7 @@
 At 192/128 and in deterministic calls it computes these two alone: no dQ.
 
     warpgroup 0     one thread issues the TMA loads of K and V once, then of Q and lse, dO and delta of one query block after the other
+    warpgroup 3     at small head sizes and with two blocks of queries: dQ of all keys (BackwardSm90Config.split)
     warpgroups 1, 2 64 keys each, scores transposed so that P^T and dS^T are operands as they come out of the accumulators:
                     S^T = K Q^T   P^T = exp2(S^T - lse)   dV += P^T dO
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
@@ -43,6 +44,7 @@ from ..tile.gradients import (
     make_add_dbias,
     make_any_far,
     make_dropout_transposed,
+    make_grad_rounded,
     make_kept_tile,
     make_near,
     multiply,
@@ -57,8 +59,9 @@ from ..tile.traced import make_hide, times_rate
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Tile, Walk, make_order, own_lane, own_thread, own_warpgroup
-from .dq_sums import make_dq_rows, make_dq_sums
+from .dq_sums import make_dq_rows, make_dq_sums, make_dq_warpgroup
 from .key_gradients import make_store_keys
+from .mmas import Places, columns_of_dq, make_mmas
 from .seen_queries import make_seen_queries
 
 
@@ -67,30 +70,33 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     # constants: tile sizes, bytes, registers a thread
     DIM, DIM_V, BLOCK_M, Q_STAGES = config.dim, config.dim_v, config.block_m, config.q_stages
     PANELS, PANELS_V, Q_PANEL, KV_PANEL = panels(DIM), panels(DIM_V), BLOCK_M * ROW_BYTES, BLOCK_N * ROW_BYTES
-    DS_PANEL, DS_PANELS, WARPGROUP_BYTES = BLOCK_N * ROW_BYTES, panels(BLOCK_M), WARPGROUP_ROWS * ROW_BYTES
+    DS_PANEL, DS_PANELS = BLOCK_N * ROW_BYTES, panels(BLOCK_M)
     Q_BYTES, DO_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS_V * Q_PANEL, PANELS * KV_PANEL, PANELS_V * KV_PANEL
     COUNT_S, COUNT_K, COUNT_V, DS_BYTES, LSE_BYTES = BLOCK_M // 2, DIM // 2, DIM_V // 2, DS_PANELS * DS_PANEL, BLOCK_M * 4
-    COUNT_DQ, COLUMNS = (COUNT_K, 0) if DS_PANELS == 2 else (32, KV_PANEL) if PANELS > 1 else (COUNT_K // 2, DIM)  # see make_piece_of
+    COUNT_DQ, SPLIT = columns_of_dq(config)[0], config.split
     WARPS, PRODUCERS, PACKED, SOFTCAP, BIAS_TILES = 4 * CONSUMERS, 32 if spec.packed else 1, spec.packed, spec.softcap, spec.bias_tiles
     BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
-    SUM_DBIAS, SUM_DQ, APART, ONE_TILE = spec.dbias is not None, not spec.deterministic, config.apart, config.one_tile
+    SUM_DBIAS, APART, ONE_TILE = spec.dbias is not None, config.apart, config.one_tile
+    ADD_DQ = not spec.deterministic                 # to sums in memory
+    OWN_DQ = ADD_DQ and not SPLIT                   # by the warpgroups that compute dS
 
     # shared memory and barriers
     smem = Smem()
     K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * DO_BYTES)
-    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if SUM_DQ and not ONE_TILE else 0)
+    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if ADD_DQ and not ONE_TILE else 0)
     LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(2 * LSE_BYTES, 128)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
     ds_full = make_barrier(smem, CONSUMERS)
+    ds_ring: Any = make_ring(smem, 2, 4, CONSUMERS) if SPLIT else None      # dS to the warpgroup of dQ
     bias_read: Any = make_barrier(smem, WARPS) if BIAS_TILES else None
     assert not BIAS_TILES or (Q_STAGES == 2 and BIAS_BYTES == DS_BYTES)
     tails, keys_cleared = make_tails(smem, q_ring), make_barrier(smem)      # of the last blocks of a packed sequence
     (keep_tile, kept_tile, _), DS_BARRIER = make_kept_tile(spec, smem), smem.named(CONSUMERS)       # a barrier for each warpgroup
 
     # what the steps are made of
-    (qk, pv), (dsk, dsq) = wgmma.make_products(spec.dtype), wgmma.make_grad_products(spec.dtype)
-    to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(240)
+    mma_s, mma_dp, mma_dv, mma_dq, mma_dk = make_mmas(spec, config, Places(K, V, Q, DO, DS))
+    to_half, give_registers, take_registers = make_pack(spec.dtype), decrease_registers(24), increase_registers(config.registers)
     (key_bounds, limits_of, keep, alibi_from), kept_queries = make_key_bounds(spec, BLOCK_M), make_kept_queries(spec, BLOCK_N)
     store_keys, add_dbias, key_row = make_store_keys(spec, config, kept_tile), make_add_dbias(spec), make_key_row(BLOCK_N)
     copy_bias, lane_address, read_bias = make_bias_tile(spec, BLOCK_M, BLOCK_N, COUNT_S, True)
@@ -100,9 +106,11 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     (prepare_mask, hide), seen = make_hide(spec.mask_mod, True), make_seen_queries(spec, config, smem)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_slopes(spec)
-    store_dq, send_dq = make_dq_rows(spec, config) if ONE_TILE else make_dq_sums(DIM, BLOCK_M, DQ)
+    store_dq, send_dq = make_dq_rows(spec, config) if ONE_TILE else make_dq_sums(DIM, BLOCK_M, DQ, SPLIT)
+    take_dq_registers, add_dq = make_dq_warpgroup(spec, config, (k_full, keys_cleared, ds_ring), (mma_dq, store_dq, send_dq))
     first_block, next_block, is_block, row_before = make_order(spec, config)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
+    grad_rounded: Any = make_grad_rounded(spec.dtype) if SPLIT else None
     tile_at, num_tiles, first_row = make_tile_at(spec, BLOCK_N, True), make_num_tiles(spec), make_first_row(spec)
     clear_q, clear_do, clear_k, clear_v = (make_clear(rows, count, 32) for rows in (BLOCK_M, BLOCK_N) for count in (PANELS, PANELS_V))
 
@@ -161,35 +169,6 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                     found = seen.following(a, batch, head, k_row, m, m_max)
                     m = int32(found >> 1)
 
-    # ------------------------------------------------------------ the MMAs
-    @inline
-    def mma_s(base, w, acc_s, stage):
-        """S^T = K Q^T of the warpgroup's keys."""
-        return qk(acc_s, wgmma.k_major(base + K + w * WARPGROUP_BYTES), wgmma.k_major(base + Q + stage * Q_BYTES), DIM, BLOCK_N, BLOCK_M)
-
-    @inline
-    def mma_dp(base, w, acc_dp, stage_do):
-        """dP^T = V dO^T."""
-        return qk(acc_dp, wgmma.k_major(base + V + w * WARPGROUP_BYTES), wgmma.k_major(base + DO + stage_do * DO_BYTES), DIM_V,
-                  BLOCK_N, BLOCK_M)
-
-    @inline
-    def mma_dv(base, acc_dv, p, stage_do):
-        """dV += P^T dO."""
-        return pv(acc_dv, p, wgmma.mn_major(base + DO + stage_do * DO_BYTES, Q_PANEL))
-
-    @inline
-    def mma_dq(base, w, acc_dq, buffer):
-        """dQ = dS K: the warpgroup's half of the queries, or its panel or half of the columns."""
-        return dsk(acc_dq, wgmma.mn_major(base + DS + buffer * DS_BYTES + (w * DS_PANEL if DS_PANELS == 2 else int32(0)), DS_PANEL),
-                   wgmma.mn_major(base + K + w * COLUMNS, KV_PANEL), BLOCK_N)
-
-    @inline
-    def mma_dk(base, w, acc_dk, buffer, stage):
-        """dK += dS^T Q."""
-        return dsq(acc_dk, wgmma.k_major(base + DS + buffer * DS_BYTES + w * WARPGROUP_BYTES),
-                   wgmma.mn_major(base + Q + stage * Q_BYTES, Q_PANEL), BLOCK_M, BLOCK_N)
-
     # ------------------------------------------------------------ the parts of a step
     @inline
     def prepare(a, batch, head):
@@ -197,14 +176,19 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         return prepare_score(a, batch, head), prepare_mask(a, batch, head)
 
     @inline
-    def store_ds(base, ds, buffer, w, thread, lane):
+    def store_ds(base, ds, j, w, thread, lane):
         """The warpgroup's half of dS^T, keys by queries, to shared memory. Its fence also covers the stored dQ, which TMA reads next."""
-        row = int32(w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane & 15))
+        buffer, row = int32(j & 1), int32(w * WARPGROUP_ROWS + (thread >> 5) * 16 + (lane & 15))
+        if SPLIT:
+            ds_ring.wait_empty_nth(base, j)
         store_panels(ds, int32(base + DS + buffer * DS_BYTES + row * ROW_BYTES), int32(((lane & 7) << 4) ^ ((lane >> 4) << 4)), DS_PANEL,
                      DS_PANELS, 0)
         fence_async()
         barrier(int32(DS_BARRIER + w), int32(WARPGROUP))    # dK reads what its own warpgroup has stored, and lse and delta have been read
-        if SUM_DQ:
+        if SPLIT:
+            if thread == 0:
+                ds_ring.arrive_full(base, buffer)
+        elif ADD_DQ:
             if thread == 0:
                 ds_full.arrive(base)
 
@@ -250,7 +234,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         # CROWDED  register-bound: dK of the block before is issued right after S, its dQ is stored before the scores are touched, and dV
         #          ends before dP is issued
         # HALVES   P of the first half of the queries is computed before dP is issued, P of the second half after
-        # SUM_DQ   dQ is summed over key blocks in memory (not if deterministic)
+        # OWN_DQ   dQ is summed over key blocks in memory, by this warpgroup (not if deterministic, and not if SPLIT)
         # ALWAYS   every block is masked, needed or not, in the loop of calls with far rows: two registers fewer
         ALWAYS = FAR and APART
         NEXT, COUNT_PART = not FIRST, COUNT_S // 2 if HALVES else COUNT_S
@@ -279,14 +263,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             if not BIAS_LATE:       # in registers a bias takes so many that it is loaded only when S is there
                 early = operands(a, base, w, other, batch, head, query, key, seqlen_q, seqlen_k)
             if NEXT:
-                if SUM_DQ:
+                if OWN_DQ:
                     ds_full.wait(base, int32(other ^ 1))
                     acc_dq = mma_dq(base, w, zeros(COUNT_DQ), int32(other ^ 1))
                 wgmma.commit()
                 if CROWDED:
                     acc_dk = mma_dk(base, w, acc_dk, int32(other ^ 1), before)
                     wgmma.commit()
-                if SUM_DQ:
+                if OWN_DQ:
                     send_dq(a, base, w, thread, waiting)
                     waiting = seen.row(a, base, before, batch) if SEEN else row_before(a, batch, q_start, head, m, m_min, m_max)
             lse_at = int32(base + LSE + stage * LSE_BYTES + 4 * col)
@@ -295,7 +279,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
             far = any_far(int32(base + LSE + stage * LSE_BYTES)) if FAR else int32(0)       # after all that overlaps with S was issued
             acc_s = wait_s(acc_s)
             if NEXT:
-                if CROWDED and SUM_DQ:
+                if CROWDED and OWN_DQ:
                     store_dq(a, base, wgmma.wait_all_but_one(acc_dq), w, thread, lane, waiting, batch)
                 do_ring.release(base, int32(other ^ 1), lane)
 
@@ -334,7 +318,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 wgmma.fence()
                 acc_dk = mma_dk(base, w, acc_dk, int32(other ^ 1), before)
                 wgmma.commit()
-                if SUM_DQ:
+                if OWN_DQ:
                     hold(base)
                     store_dq(a, base, wgmma.wait_all_but_one(acc_dq), w, thread, lane, waiting, batch)
             if HALVES:
@@ -355,14 +339,18 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                     p, p_half = dropped(a, join(left, exp2_columns(part(acc_s, 1, 2), scale, lses)), key, query, draw_head)
                     wgmma.fence()
                 acc_dv = issued(mma_dv(base, acc_dv, p_half, other))
-                acc_dp = wgmma.wait_all_but_one(acc_dp)
+                if SPLIT:       # P is read again: no MMA may have its registers
+                    acc_dp, acc_dv = wgmma.wait_all(acc_dp), wgmma.wait_all(acc_dv)
+                else:
+                    acc_dp = wgmma.wait_all_but_one(acc_dp)
 
             # dS^T = P^T (dP^T - delta), to shared memory
             thread = own_thread()
             lane, col = int32(thread & 31), thread_col(thread)
             if NEXT:
                 q_ring.release(base, before, lane)
-            acc_ds = grad(a, p, acc_dp, load_columns(int32(base + DELTA + other * LSE_BYTES + 4 * col), COUNT_S))
+            deltas = load_columns(int32(base + DELTA + other * LSE_BYTES + 4 * col), COUNT_S)
+            acc_ds = grad_rounded(p_half, acc_dp, deltas) if SPLIT else grad(a, p, acc_dp, deltas)
             if SUM_DBIAS:
                 key, query = int32(first + (thread >> 5) * 16 + (lane >> 2)), int32(m * BLOCK_M + col)
                 add_dbias(a, acc_ds, batch, head, query, key, seqlen_q, seqlen_k)
@@ -372,7 +360,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 acc_ds = multiply(acc_ds, slopes(cap_slope))
             if BIAS_TILES:      # dS goes where the bias is, and a warp stores to parts that others have read
                 bias_read.wait(base, other)
-            store_ds(base, to_half(acc_ds), other, w, thread, lane)
+            store_ds(base, to_half(acc_ds), j, w, thread, lane)
             j, m = int32(j + 1), next_block(m)
             if not SEEN and not is_block(m, m_min, m_max):
                 m, head = first_block(m_min, m_max), int32(head + 1)
@@ -388,14 +376,14 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         """dQ and dK of the block before, whose slots may then be overwritten."""
         last, thread, lane = int32((walk.j - 1) & 1), own_thread(), own_lane()
         wgmma.fence()
-        if SUM_DQ:
+        if OWN_DQ:
             ds_full.wait(base, last)
             send_dq(a, base, w, thread, walk.waiting)
             acc_dq = mma_dq(base, w, zeros(COUNT_DQ), last)
         wgmma.commit()
         acc_dk = mma_dk(base, w, acc_dk, last, walk.stage)
         wgmma.commit()
-        if SUM_DQ:
+        if OWN_DQ:
             acc_dq, batch, head, (m_min, m_max, _, _) = wgmma.wait_all_but_one(acc_dq), tile.batch, walk.head, queries
             row = row_before(a, batch, tile.q_start, head, walk.m, m_min, m_max) if ONE_TILE else int32(0)
             store_dq(a, base, acc_dq, w, thread, lane, row, batch)
@@ -454,6 +442,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         do_ring.init(base)
         keys_cleared.init(base)
         ds_full.init(base)
+        if SPLIT:
+            ds_ring.init(base)
         if BIAS_TILES:
             bias_read.init(base)
 
@@ -484,6 +474,10 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 if thread < PRODUCERS and m_min < m_max:
                     load(a, base, thread, m_min, m_max, head_k, map_batch, batch, q_start, key_row(a, k_start, n_block), seqlen_q,
                          int32(seqlen_k - first))
+            elif (warpgroup > CONSUMERS) if SPLIT else False:
+                take_dq_registers()
+                if m_min < m_max:
+                    add_dq(a, base, m_min, m_max, head_k, batch, q_start, int32(seqlen_k - first))
             else:
                 take_registers()
                 w = int32(warpgroup - 1)

@@ -248,6 +248,8 @@ def _choose_sliced(spec: Spec) -> ForwardSm90Config:
 
 # ---------------------------------------------------------------- dK and dV together
 FIRST_TO_LAST = 32768       # keys from which causal calls go through query blocks from first to last
+SPLIT_DIM = 48              # head_dim to which `split` takes 0.93 to 0.99 of the time; at 64 and 4096 keys it takes 1.15 times as long
+SPLIT_ROWS = 256            # and rows to which it takes 0.96 to 1.00 at 64: two blocks of them
 MLA = 192, 128, 64          # head_dim, head_dim_v and query rows of a step: the largest heads whose dK and dV fit the registers
 
 
@@ -283,6 +285,9 @@ class BackwardSm90Config:
     one_tile
         A head's keys are one tile, so that dQ of a block of queries is complete: it goes to memory as it is, without float32 sums, their
         zeros and their rounding.
+    split
+        A third consumer warpgroup has no keys: it computes dQ of all of a tile's keys and adds it to the sums. The other two then neither
+        wait for each other's dS nor store dQ.
     """
 
     dim: int
@@ -295,15 +300,32 @@ class BackwardSm90Config:
     apart: bool = False
     down: bool = False
     one_tile: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
+        assert not self.split or (self.block_m == 128 and not self.one_tile)
         assert (self.block_m == 128 and max(self.dim, self.dim_v) <= 64) or self.block_m == 64, "dQ of a step is two panels at most"
         assert not (self.crowded and self.halves), "the second half overlaps the MMA of dP"
 
     @property
+    def threads(self) -> int:
+        """Of a thread block."""
+        return WARPGROUP * (1 + CONSUMERS + self.split)
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread of a warpgroup that has keys, of the 64 K of a multiprocessor."""
+        return 200 if self.split else 240
+
+    @property
+    def dq_registers(self) -> int:
+        """Registers a thread of the warpgroup of dQ."""
+        return 88
+
+    @property
     def text(self) -> str:
         dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
-        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile", "split") if getattr(self, name))
         return f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}{flags}" + (f" squeeze {self.squeeze}" if self.squeeze else "")
 
 
@@ -322,11 +344,15 @@ def _choose_with_tiles(spec: Spec, down: bool) -> BackwardSm90Config:
     return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=down)
 
 
-def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, one_tile: bool = False) -> BackwardSm90Config:
-    """The tiling for so many keys. one_tile: a head's keys are one tile, and every row attends one of them."""
+def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, one_tile: bool = False, rows: int = 1 << 30) -> BackwardSm90Config:
+    """The tiling for so many keys. one_tile: a head's keys are one tile, and every row attends one of them. rows: query rows of all heads
+    of a group."""
     config = _choose_by_registers(spec, seqlen_k)
     if one_tile and config.block_m == 128:              # a causal one spills 4 bytes with far rows apart
         return replace(config, one_tile=True, apart=False)
+    if _is_plain(spec) and not (spec.packed or spec.scaled or spec.deterministic) and config.block_m == 128:
+        if max(spec.head_dim, spec.head_dim_v) <= SPLIT_DIM or 128 < rows <= SPLIT_ROWS:
+            return replace(config, split=True, halves=False, apart=True)
     return config
 
 

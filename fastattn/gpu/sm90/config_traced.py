@@ -40,6 +40,7 @@ def backward_ladder(spec: Spec, seqlen_k: int) -> tuple[BackwardSm90Config, ...]
     No loop of its own for far rows, and under a mask_mod blocks from first to last: the producer looks for the next one that is seen.
     """
     own = choose_backward(replace(spec, softcap=is_rated(spec) or spec.softcap), seqlen_k)
+    own = replace(own, split=False)
     own = replace(own, apart=False, halves=False, crowded=own.crowded or own.block_m > 64, down=own.down and spec.mask_mod is None)
     rungs = [replace(own, crowded=False), replace(own, crowded=True)] if own.block_m == 64 else [own]
     return (*rungs, *([replace(own, block_m=64, crowded=crowded) for crowded in (False, True)] if own.block_m > 64 else []))

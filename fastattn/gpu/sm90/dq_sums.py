@@ -10,24 +10,27 @@ from typing import Any
 from numba import int32, int64, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import tma
-from ..ptx.sync import warp
+from ..ptx import tma, wgmma
+from ..ptx.sync import decrease_registers, fence_async, opaque, warp
+from ..rows.preprocess import make_first_row
 from ..spec import Spec
-from ..tile.fragments import scale_rows
+from ..tile.fragments import scale_rows, zeros
 from ..tile.gradients import PIECE, make_piece_of, make_store, store_piece
 from ..tile.smem import WARPGROUP_ROWS
-from .config import BackwardSm90Config
+from .config import BLOCK_N, BackwardSm90Config
+from .consumer import make_order, own_lane, own_thread
 
 
-def make_dq_sums(DIM: int, BLOCK_M: int, DQ: int) -> tuple[Any, Any]:
-    """Sums of rows of DIM columns and blocks of BLOCK_M queries. DQ: offset of the warps' pieces."""
-    piece_of = make_piece_of(DIM, BLOCK_M)
+def make_dq_sums(DIM: int, BLOCK_M: int, DQ: int, SPLIT: bool = False) -> tuple[Any, Any]:
+    """Sums of rows of DIM columns and blocks of BLOCK_M queries. DQ: offset of the warps' pieces. SPLIT: a warp has two,
+    in turns."""
+    piece_of, wait_read = make_piece_of(DIM, BLOCK_M), tma.wait_read_but_one if SPLIT else tma.wait_read
 
     @inline
     def store_dq(a, base, acc_dq, w, thread, lane, row, batch):
         """A warp's sums to its piece of shared memory, once TMA has read what was there."""
         slot = int32(base + DQ + (w * 4 + (thread >> 5)) * PIECE)
-        tma.wait_read()
+        wait_read()
         warp()
         store_piece(acc_dq, int32(slot + lane * 16))
 
@@ -59,3 +62,54 @@ def make_dq_rows(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any]:
     def send_dq(a, base, w, thread, row):
         pass
     return store_dq, send_dq
+
+
+Three = tuple[Any, Any, Any]
+
+
+def make_dq_warpgroup(spec: Spec, config: BackwardSm90Config, barriers: Three, parts: Three) -> tuple[Any, Any]:
+    """(take_registers(), add_dq(a, base, m_min, m_max, head_k, batch, q_start, keys)) of the warpgroup without keys, of config.split.
+
+    It multiplies dS of all of the tile's keys, one half of the queries after the other. barriers: k_full, keys_cleared and
+    the ring of dS. parts: mma_dq, store_dq and send_dq.
+    """
+    (k_full, keys_cleared, ds_ring), (mma_dq, store_dq, send_dq) = barriers, parts
+    COUNT, BLOCK_M, PACKED = config.dim // 2, config.block_m, spec.packed
+    (first_block, next_block, is_block, _), first_row = make_order(spec, config), make_first_row(spec)
+
+    @inline
+    def product(base, half, buffer):
+        acc = mma_dq(base, half, zeros(COUNT), buffer)
+        wgmma.commit()
+        return wgmma.wait_all(acc)
+
+    @inline
+    def put(a, base, acc, half, row, batch):
+        thread = own_thread()
+        store_dq(a, base, acc, half, thread, own_lane(), row, batch)
+        fence_async()
+        warp()
+        send_dq(a, base, half, thread, row)
+
+    @inline
+    def add_dq(a, base, m_min, m_max, head_k, batch, q_start, keys):
+        k_full.wait(base, int32(0))
+        if PACKED:
+            if keys < BLOCK_N:
+                keys_cleared.wait(base, int32(0))
+        j = int32(0)
+        for head in range(int32(head_k * a.group), int32(head_k * a.group + a.group)):
+            head_row, m = first_row(a, batch, head, q_start), first_block(m_min, m_max)
+            while is_block(m, m_min, m_max):
+                base = opaque(base)     # opaque: descriptors are not kept in registers
+                buffer, row = int32(j & 1), int32(head_row + m * BLOCK_M)
+                ds_ring.wait_full_nth(base, j)
+                wgmma.fence()
+                put(a, base, product(base, int32(0), buffer), int32(0), row, batch)
+                wgmma.fence()
+                acc = product(opaque(base), int32(1), buffer)
+                ds_ring.release(base, buffer, own_lane())
+                put(a, base, acc, int32(1), row, batch)
+                j, m = int32(j + 1), next_block(m)
+        tma.wait_read()         # shared memory ends with the block
+    return decrease_registers(config.dq_registers), add_dq

@@ -29,7 +29,6 @@ from ..spec import MOST_FLOAT_DIM, WIDE_CAP, AnyCall, Arguments, BackwardCall, C
 from . import caches, launch_latent
 from .config import (
     BLOCK_N,
-    CONSUMERS,
     FLOAT_BLOCK,
     FLOAT_WARPS,
     MOST_BIAS_BACKWARD,
@@ -62,7 +61,6 @@ WIDE = ("map_q:l map_k:l map_v:l map_dout:l map_rows:l row_lse:l rows:i table:l 
         "sums:l sums_batch:q sums_head:q sums_row:i")
 DQ = "map_q:l map_k:l map_v:l map_dout:l row_lse:l row_log2:l row_delta:l rows:i table:l tiles:i head_group:i grad_scale:f"
 BACKWARD_FLOAT = "row_lse:l row_log2:l row_delta:l accum:l rows:i table:l tiles:i head_group:i num_heads_k:i grad_scale:f"
-BACKWARD_THREADS = WARPGROUP * (1 + CONSUMERS)
 Sums = tuple[int, int, int, int]        # rows.launch.dbias_sums
 
 
@@ -259,7 +257,7 @@ def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
     # with dbias, a memset of the sums comes before it: that is no kernel behind which this one could start early
     written = ("dq", "dk", "dv") if config.one_tile else ("dk", "dv")
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), Arguments(spec, own, written),
-                   BACKWARD_THREADS, early=spec.dbias is None)
+                   config.threads, early=spec.dbias is None)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -330,7 +328,8 @@ def _backward_config(call: BackwardCall, spec: Spec, own_spec: Spec, launcher: L
     """The tiling of the kernel with `own_spec`, in a call with `spec`."""
     keys = call.problem.seqlen_k
     if not spec.traced:
-        return _choose_backward(own_spec, keys, _one_tile(call, own_spec))
+        rows = call.problem.seqlen_q * call.problem.group
+        return _choose_backward(own_spec, keys, _one_tile(call, own_spec), rows)
 
     def others(config: BackwardSm90Config) -> list[Source]:
         listing, tried = Listing(launcher.device), backward_program(own_spec, config).source

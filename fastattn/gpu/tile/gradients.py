@@ -74,6 +74,28 @@ def grad_scores(typingctx: Any, p: Any, dp: Any, factor: Any, columns: Any) -> A
     return signature(p, p, p, types.float32, columns), generate
 
 
+def make_grad_rounded(dtype: str) -> Any:
+    """grad_rounded(p_half, dp, columns): p * (dp - x[column]) of P as the MMA of dV has it, packed and rounded to `dtype`."""
+    @intrinsic
+    def grad_rounded(typingctx: Any, p: Any, dp: Any, columns: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            minus, words = _minus(builder, args[2], dp.count), unpack(builder, args[0], p.count)
+            values = [x for word in words for x in emit_widen(builder, word, dtype)]
+            return pack(builder, [builder.fmul(x, builder.fadd(y, z)) for x, y, z in
+                                  zip(values, unpack(builder, args[1], dp.count), minus, strict=True)])
+        return signature(dp, p, dp, columns), generate
+    return grad_rounded
+
+
+def emit_widen(builder: Any, word: Any, dtype: str) -> tuple[Any, Any]:
+    """The two float32 of a word of 16-bit numbers."""
+    if dtype == "bfloat16":
+        return builder.bitcast(builder.shl(word, I32(16)), F32), builder.bitcast(builder.and_(word, I32(-65536)), F32)
+    text = "{{ .reg .b16 low, high; mov.b32 {{low, high}}, $1; cvt.f32.f16 $0, {}; }}"
+    low, high = (emit(builder, F32, text.format(half), "=f,r", [word], side_effect=False) for half in ("low", "high"))
+    return low, high
+
+
 @intrinsic
 def multiply(typingctx: Any, acc: Any, other: Any) -> Any:
     """acc * other, both float32 fragments."""

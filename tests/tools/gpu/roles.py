@@ -113,6 +113,7 @@ class Play:
         self.config, self.panels_v, self.random, self.boxes = config, -(-head_dim_v // 64), random.Random(seed), boxes
         self.parts = parts          # of each operand, side by side
         self.haste = self.random.choice((0.0, 0.02, 0.3))       # of the copy engine; 0: a copy comes when nobody can go on without
+        self.late = 1 << 30         # agents from this thread on go on only when no other can
         self.blocks = [Block(index) for index in blocks]
         self.first = 128            # thread of the consumers
         if getattr(config, "lone_producer", False):
@@ -149,7 +150,7 @@ class Play:
             elif self.copies and (not ready or self.random.random() < self.haste):
                 self.arrive(self.copies.pop(self.random.randrange(len(self.copies))))
             else:
-                self.wake(self.random.choice(ready))
+                self.wake(self.random.choice([agent for agent in ready if agent.thread < self.late] or ready))
         for agent in self.agents:
             if not agent.done:
                 self.wake(agent)

@@ -16,14 +16,17 @@ class BackwardPlay(Play):
     """`sums`: (address, keys) -> rows of 8 columns of dQ. `results` of a warp: kind, pointer, first key, end and the rows of Q in it.
     `stored`: (pointer, row) of dQ that is stored as it is -> rows of Q and keys."""
 
-    modules: tuple[str, ...] = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "sm90.key_gradients", "sm90.seen_queries", "tile.bias",
-                                "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
+    modules: tuple[str, ...] = ("sm90.backward", "sm90.consumer", "sm90.dq_sums", "sm90.key_gradients", "sm90.mmas", "sm90.seen_queries",
+                                "tile.bias", "tile.gradients", "tile.ring", "tile.smem", "rows.preprocess")
 
-    def __init__(self, config: Any, block: int, seed: int, dims: tuple[int, int] | None = None, consumers: int = 2,
+    def __init__(self, config: Any, block: int, seed: int, dims: tuple[int, int] | None = None, consumers: int | None = None,
                  boxes: dict[str, int] | None = None) -> None:
         self.dim, self.dim_v = dims or (config.dim, config.dim_v)
         boxes = boxes or {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
-        super().__init__(config, self.dim_v, (block,), seed, consumers, boxes)
+        split = getattr(config, "split", False)
+        super().__init__(config, self.dim_v, (block,), seed, consumers or 2 + split, boxes)
+        if split:               # else dQ's warpgroup, which does little, is never behind
+            self.late = self.random.choice((128 * 3, 1 << 30))
         self.readers: dict[int, set[int]] = {}      # of a bias: its place -> the warps that have read their part
         self.sums: dict[Any, Place] = {}
         self.results: list[tuple[str, int, int, int, tuple[Place, ...]]] = []
@@ -149,15 +152,24 @@ class BackwardPlay(Play):
             first, column = piece.at
             band, rest = divmod(address, 64 * self.dim)      # 16 rows of float32
             own = (agent.thread // 32 - 4) % (self.config.block_m // 16)
-            assert 16 * band == first + 16 * own and rest == 64 * column, "sums of other rows or columns"
+            owned = (own, own + 4) if self.config.split else (own,)
+            assert band - first // 16 in owned and rest == 64 * column, "sums of other rows or columns"
             for group in range(address, address + size, 512):
                 assert (group, piece.k) not in self.sums, "added twice"
                 self.sums[group, piece.k] = piece.q
             agent.block.reads.append((place, place + size, agent))
 
+    def pieces_read(self) -> None:
+        """The copy engine has read all of the agent's pieces but the last."""
+        agent = self.pause()
+        reads = [reading for reading in agent.block.reads if reading[2] is agent]
+        for reading in reads[:-1]:
+            agent.block.reads.remove(reading)
+
     def names(self) -> dict[str, Any]:
         names = super().names()
-        vars(names["tma"]).update(load_rows=self.load_rows, reduce_add_f32_if=self.add_piece, prefetch_map=nothing)
+        vars(names["tma"]).update(load_rows=self.load_rows, reduce_add_f32_if=self.add_piece, prefetch_map=nothing,
+                                  wait_read_but_one=self.pieces_read)
         names["wgmma"].make_grad_products = lambda dtype: (self.dsk, self.dsq)
 
         def bounds(spec: Any, block_m: int) -> tuple[Any, ...]:
@@ -181,6 +193,7 @@ class BackwardPlay(Play):
             "make_hide": lambda *_: (nothing, self.at_rest),
             "multiply": lambda acc, other: self.at_rest(acc), "load_columns": self.load_columns, "exp2_columns": self.exponentials,
             "make_dropout_transposed": lambda *_: (nothing, nothing, lambda a, p, words: p, self.to_half, self.gradient),
+            "make_grad_rounded": lambda dtype: lambda p, dp, columns: self.gradient(None, p, dp, columns),
             "store_panels": self.store_panels, "store_piece": self.store_piece,
             "make_any_far": lambda *_: self.any_far, "make_near": lambda *_: (first(None), nothing), "make_log2_scale": lambda *_: nothing,
             "own_zeros": lambda n: Fragment("0"), "load_b32": lambda address: address}      # a.far is the word itself
