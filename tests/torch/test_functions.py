@@ -168,15 +168,16 @@ def test_without_a_graph_it_is_fastattns_own_function(monkeypatch: pytest.Monkey
 
 
 def test_the_way_without_a_graph_costs_3_us() -> None:
-    """Or a quarter of the call, on a machine that is slow or busy: the best of many rounds, in turns."""
+    """Where an empty call of Python takes 40 ns or less; as much longer as that on a machine that is slow or busy. The best of many rounds,
+    in turns."""
     q, k, v = draw(1, 1, 1, 1, 1, grad=False)
-    calls = [lambda: fastattn.attention(q, k, v, causal=True), lambda: attention(q, k, v, causal=True)]
+    calls = [lambda: None, lambda: fastattn.attention(q, k, v, causal=True), lambda: attention(q, k, v, causal=True)]
     for _ in range(5):
         rounds = [[timeit.timeit(call, number=50) / 50 * 1e6 for call in calls] for _ in range(100)]
-        plain, ours = (min(column) for column in zip(*rounds, strict=True))
-        if ours - plain < max(3.0, plain / 4):
+        empty, plain, ours = (min(column) for column in zip(*rounds, strict=True))
+        if ours - plain < max(3.0, 3.0 * empty / 0.04):
             return
-    pytest.fail(f"{ours:.1f} us instead of {plain:.1f} us")
+    pytest.fail(f"{ours:.1f} us instead of {plain:.1f} us; an empty call takes {empty:.3f} us")
 
 
 def test_keywords_are_those_of_fastattn() -> None:
