@@ -169,7 +169,7 @@ def test_without_a_graph_it_is_fastattns_own_function(monkeypatch: pytest.Monkey
 
 def test_the_way_without_a_graph_costs_3_us() -> None:
     """Where an empty call of Python takes 40 ns or less; as much longer as that on a machine that is slow or busy. The best of many rounds,
-    in turns."""
+    round robin."""
     q, k, v = draw(1, 1, 1, 1, 1, grad=False)
     calls = [lambda: None, lambda: fastattn.attention(q, k, v, causal=True), lambda: attention(q, k, v, causal=True)]
     for _ in range(5):
