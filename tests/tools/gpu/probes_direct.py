@@ -89,7 +89,7 @@ def check_products(dtype: str, KEYS: int) -> Callable[[Any], None]:
 for KEYS in (8, 16):
     depth, hint = f"m16n8k{KEYS}", ".L1::no_allocate" * (KEYS == 16)
     for dtype in HALVES:
-        add("direct.make_loads direct.keys_of direct.make_products direct.make_kept direct.make_store_output "
+        add("direct.make_loads direct.keys_of direct.make_products direct.make_kept direct.kept_operands direct.make_store_output "
             "direct.store_operand direct.load_operand mma.multiply",
             f"ld.global.nc{hint}.v4.b32; prmt.b32; mma.sync.aligned.{depth}.row.col.f32.{KIND[dtype]}; st.shared.v4.b32",
             products(dtype, KEYS), check_products(dtype, KEYS), name=f"direct.make_products {dtype} {KEYS}", shared=16 * PITCH + 16)

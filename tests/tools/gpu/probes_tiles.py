@@ -122,6 +122,31 @@ add("tma.store_hinted", "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L
     shared=SHARED)
 
 
+def two_back() -> Any:
+    """A box stored to the first head, and another, loaded over it, to the second; a third group keeps both loads from waiting for all."""
+    def kernel(a):
+        base = begin(1)
+        if cuda.threadIdx.x == 0:
+            for head in range(2):
+                mbarrier.arrive_expect(int32(base + BAR), int32(PANEL))
+                tma.load(base, a.map_a, int32(base + BAR), int32(0), int32(0), int32(head), int32(0))
+                mbarrier.wait(int32(base + BAR), int32(head))
+                tma.store(a.map_b, base, int32(0), int32(0), int32(head), int32(0))
+                tma.commit()
+                tma.commit()                    # of no store: the one that may be in flight
+                tma.wait_read_but_one()         # so the box's place can be loaded again
+            tma.wait_all()
+    return kernel
+
+
+def check_two_back(launch: Any) -> None:
+    x = normal(1, 64, 2, 64).astype(np.float16)
+    same(launch(x, dst=np.zeros_like(x), maps=[("src", 64), ("dst", 64)]), x)
+
+
+add("tma.wait_read_but_one", "cp.async.bulk.wait_group.read 1", two_back, check_two_back, shared=SHARED)
+
+
 def bulk() -> Any:
     def kernel(a):
         base = begin(1)
