@@ -1,4 +1,4 @@
-"""Merge the results of key splits, each of which has its rows' maxima, sums and outputs (Milakov and Gimelshein 2018).
+"""Merge the results of key splits, each of which has its rows' maxima, sums and outputs.
 
 A kernel of its own would start only after all blocks have ended. Instead the last block of a key head that finishes merges that head.
 Which block that is varies from run to run; the order of the sums does not.
@@ -11,13 +11,14 @@ from numba import cuda, float32, int32, int64, uint64
 
 from ..dsl.inline import divide, inline
 from ..ptx.memory import atomic_inc_wrap, fence_gpu, load_f32, load_shared_b32, store_f32, store_shared_b32
-from ..ptx.scalar import load_chunk, store
+from ..ptx.scalar import store
 from ..ptx.sync import wait_for_previous
 from ..spec import Spec
-from ..tile.softmax import NEG_INF, make_decay, make_finish_row
+from ..tile.softmax import NEG_INF, make_finish_row
 from .config import WARP, DecodeConfig
 from .places import make_place_of
 from .prefix import make_shared, of_shared
+from .splits import make_add_splits
 
 
 @inline
@@ -122,55 +123,18 @@ def make_part_of(spec: Spec, BLOCK_ROWS: int, BLOCKS: bool = False) -> tuple[Any
 
 
 def _make_merged(spec: Spec, BLOCK_ROWS: int, BLOCKS: bool = False) -> Any:
-    """merged(a, place, r, column): four columns of row r of a block, its maximum and its sum, over all splits in their order.
+    """merged(a, place, r, column): four columns of row r of a block, its maximum and its sum, over all splits.
 
-    All that a thread reads of 16 splits is in flight together: a merge is a chain of latencies. BLOCKS: see make_place_of.
+    BLOCKS: see make_place_of.
     """
-    HEAD_DIM_V, first_of, load, decay = spec.head_dim_v, _make_first_of(spec, BLOCK_ROWS, BLOCKS), load_chunk("float32"), make_decay(spec)
-
-    @inline
-    def one(rows_at, by_row, at, by_split, n, left):
-        """(maximum, sum, four columns) of split n, or of the last one."""
-        n = int64(min(n, left - 1))
-        rows_at, at = uint64(rows_at + uint64(n * by_row)), uint64(at + uint64(n * by_split))
-        return load_f32(rows_at), load_f32(uint64(rows_at + uint64(4))), load(at, int32(1))
-
-    @inline
-    def four(rows_at, by_row, at, by_split, n, left):
-        return (one(rows_at, by_row, at, by_split, n, left), one(rows_at, by_row, at, by_split, int32(n + 1), left),
-                one(rows_at, by_row, at, by_split, int32(n + 2), left), one(rows_at, by_row, at, by_split, int32(n + 3), left))
-
-    @inline
-    def top_of(x):
-        return max(max(x[0][0], x[1][0]), max(x[2][0], x[3][0]))
-
-    @inline
-    def add(a, sums, x, n, left, top):
-        weight, c = (decay(a, x[0], top) if n < left else float32(0)), x[2]
-        return (sums[0] + weight * x[1], sums[1] + weight * c[0], sums[2] + weight * c[1], sums[3] + weight * c[2], sums[4] + weight * c[3])
-
-    @inline
-    def add_four(a, sums, x, n, left, top):
-        sums = add(a, add(a, sums, x[0], n, left, top), x[1], int32(n + 1), left, top)
-        return add(a, add(a, sums, x[2], int32(n + 2), left, top), x[3], int32(n + 3), left, top)
+    HEAD_DIM_V, first_of, add_splits = spec.head_dim_v, _make_first_of(spec, BLOCK_ROWS, BLOCKS), make_add_splits(spec, 16)
 
     @inline
     def merged(a, place, r, column):
-        row, left = int64(first_of(a, place, 0) + r), int32(place.splits)
+        row, zero = int64(first_of(a, place, 0) + r), float32(0)
         by_row, by_split = int64(a.lines) * 8, int64(a.lines) * (HEAD_DIM_V * 4)
         rows_at, at = uint64(a.part_rows + uint64(row * 8)), uint64(a.part + uint64((row * HEAD_DIM_V + column) * 4))
-        top, sums = NEG_INF, (float32(0), float32(0), float32(0), float32(0), float32(0))       # the row's sum, and of its four columns
-        while left > 0:
-            w, x = four(rows_at, by_row, at, by_split, int32(0), left), four(rows_at, by_row, at, by_split, int32(4), left)
-            y, z = four(rows_at, by_row, at, by_split, int32(8), left), four(rows_at, by_row, at, by_split, int32(12), left)
-            new = max(top, max(max(top_of(w), top_of(x)), max(top_of(y), top_of(z))))
-            kept = decay(a, top, new)
-            sums = sums[0] * kept, sums[1] * kept, sums[2] * kept, sums[3] * kept, sums[4] * kept
-            sums = add_four(a, add_four(a, sums, w, int32(0), left, new), x, int32(4), left, new)
-            sums = add_four(a, add_four(a, sums, y, int32(8), left, new), z, int32(12), left, new)
-            top, left = new, int32(left - 16)
-            rows_at, at = uint64(rows_at + uint64(16 * by_row)), uint64(at + uint64(16 * by_split))
-        return (sums[1], sums[2], sums[3], sums[4]), top, sums[0]
+        return add_splits(a, (zero, zero, zero, zero), NEG_INF, zero, rows_at, by_row, at, by_split, place.splits)
     return merged
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import float32, int32, int64, uint64
+from numba import int32, int64, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx.memory import load_f32, store_f32
-from ..ptx.scalar import load_chunk
+from ..ptx.memory import store_f32
 from ..spec import Spec
 from ..tile.requests import make_request_at, make_request_of_row
-from ..tile.softmax import make_decay
+from .splits import make_add_splits
 
 
 def of_shared(spec: Spec) -> tuple[bool, bool]:
@@ -42,7 +41,7 @@ def make_shared(spec: Spec) -> tuple[Any, Any]:
     values, maximum, total = with_prefix(a, place, row, head, column, values, maximum, total): merge them with those of all splits of the
         prefix, of which eight are in flight. row: of the request's
     """
-    HEAD_DIM_V, PACKED, decay, load = spec.head_dim_v, spec.packed, make_decay(spec), load_chunk("float32")
+    HEAD_DIM_V, PACKED, add_splits = spec.head_dim_v, spec.packed, make_add_splits(spec, 8)
 
     @inline
     def lines_of(a):
@@ -68,45 +67,11 @@ def make_shared(spec: Spec) -> tuple[Any, Any]:
             store_f32(uint64(rows_at(a, line) + uint64(4)), total)
 
     @inline
-    def one(a, line, column, n):
-        """(maximum, sum, four columns) of split n, or of the last one."""
-        line = int64(line + min(n, a.shared_splits - 1) * lines_of(a))
-        at = rows_at(a, line)
-        return load_f32(at), load_f32(uint64(at + uint64(4))), load(values_at(a, line, column), int32(1))
-
-    @inline
-    def four(a, line, column, n):
-        return (one(a, line, column, n), one(a, line, column, int32(n + 1)), one(a, line, column, int32(n + 2)),
-                one(a, line, column, int32(n + 3)))
-
-    @inline
-    def top_of(x):
-        return max(max(x[0][0], x[1][0]), max(x[2][0], x[3][0]))
-
-    @inline
-    def add(a, state, x, n, top):
-        weight, c = decay(a, x[0], top) if n < a.shared_splits else float32(0), x[2]
-        return (state[0] + weight * x[1], state[1] + weight * c[0], state[2] + weight * c[1], state[3] + weight * c[2],
-                state[4] + weight * c[3])
-
-    @inline
-    def add_four(a, state, x, n, top):
-        state = add(a, add(a, state, x[0], n, top), x[1], int32(n + 1), top)
-        return add(a, add(a, state, x[2], int32(n + 2), top), x[3], int32(n + 3), top)
-
-    @inline
     def with_prefix(a, place, row, head, column, values, maximum, total):
         first = int64(place.q_start) if PACKED else int64(place.batch) * a.seqlen_q
-        line, top, n = int64((first + row) * a.num_heads + head), maximum, int32(0)
-        state = total, values[0], values[1], values[2], values[3]
-        while n < a.shared_splits:
-            x, y = four(a, line, column, n), four(a, line, column, int32(n + 4))
-            new = max(top, max(top_of(x), top_of(y)))
-            kept = decay(a, top, new)
-            state = state[0] * kept, state[1] * kept, state[2] * kept, state[3] * kept, state[4] * kept
-            state = add_four(a, add_four(a, state, x, n, new), y, int32(n + 4), new)
-            top, n = new, int32(n + 8)
-        return (state[1], state[2], state[3], state[4]), top, state[0]
+        line = int64((first + row) * a.num_heads + head)
+        return add_splits(a, values, maximum, total, rows_at(a, line), lines_of(a) * 8, values_at(a, line, column),
+                          lines_of(a) * (HEAD_DIM_V * 4), a.shared_splits)
     return put_prefix, with_prefix
 
 
