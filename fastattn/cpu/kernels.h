@@ -94,7 +94,7 @@ typedef struct {
 static const Kernels kernels_f32 = REAL_KERNELS(f32, 4, READS_HALF);
 static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 
-/* Which table a dtype uses. With AVX512_BF16, bfloat16 is multiplied in pairs. With AMX, float16 and float32 are multiplied in parts
+/* Which table a dtype uses. With AVX512_BF16, bfloat16 is multiplied in pairs. With AMX, float16 is multiplied in two parts
  * (`in_parts`, see plan.py; 0 if K and V are read in place). Otherwise 16-bit floats are converted while packing and use the float32 kernels. */
 #if defined(__AVX512BF16__)
 #define PAIRS_TABLE(KIND, PARTS, OPTIMISTIC)                                                                                                          \
@@ -105,7 +105,6 @@ static const Kernels kernels_f64 = REAL_KERNELS(f64, 8, 0);
 #if HAVE_AMX
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, optimistic_bf16);
 static const Kernels kernels_two_parts = PAIRS_TABLE(two_parts, 2, optimistic_two_parts);
-static const Kernels kernels_three_parts = PAIRS_TABLE(three_parts, 3, 0); /* with optimistic: 3 % faster at head_dim 64, 4 % slower at 128 */
 #else
 static const Kernels kernels_bf16 = PAIRS_TABLE(bf16, 1, 0); /* without AMX a panel's scores are in L1 anyway */
 #endif
@@ -122,7 +121,6 @@ static const Kernels *kernels_for(int dtype, int in_parts) {
   if (dtype == DT_BF16) return &kernels_bf16;
 #if HAVE_AMX
   if (dtype == DT_F16 && in_parts) return &kernels_two_parts;
-  if (dtype == DT_F32 && in_parts) return &kernels_three_parts;
 #endif
 #endif
   return &kernels_f32;

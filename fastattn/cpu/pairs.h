@@ -4,9 +4,9 @@
  *   rows     [n][ld]                                  bfloat16, ld a multiple of 32: the A operand
  *   columns  [columns / 16][terms / 32][16 pairs][16][2]   the B operand; one (column group, 32 terms) is one AMX tile of 1 KiB
  *
- * PARTS: AMX is fast enough to multiply wider types in parts. A float16 is exactly the sum of two bfloat16, a float32 of three. Number
- * the parts from the most significant: the products i x j with i + j < PARTS give 16 bits (two parts) or 24 bits (three). The small
- * ones are added first, so that they round at their own size. A row, or a column group, of an operand is its parts one after the other. */
+ * PARTS: AMX is fast enough to multiply float16 in two parts, because a float16 is exactly the sum of two bfloat16. Number the parts from
+ * the most significant: the products i x j with i + j < PARTS give 16 bits. The small ones are added first, so that they round at their
+ * own size. A row, or a column group, of an operand is its parts one after the other. */
 #pragma once
 #if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
@@ -124,9 +124,9 @@ ALWAYS_INLINE void pairs_values(const int PARTS, bf16 *dst, long ld, const char 
  * C[rows][columns] (+)= A[rows][terms] B over terms [t0, t1) and columns [0, n), all multiples of 32. `group`: distance of column groups
  * of 16 in B. a_part, b_part: distance of the parts of a row of A and of a group of B. rescale, if given, multiplies C first. */
 /* (part of A, part of B), smallest products first. A GEMM does the last COUNT of them: 1 for one part, 3 for two (4 for scores, so that
- * float16 products are exact), 6 for three. */
+ * float16 products are exact). */
 #define COUNT_OF(PARTS) ((PARTS) * ((PARTS) + 1) / 2)
-static const int PRODUCTS[6][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+static const int PRODUCTS[4][2] = {{1, 1}, {1, 0}, {0, 1}, {0, 0}};
 /* STORED: C = AB. ADDED: C += AB, with sums that start at 0. CONTINUED: C += AB, with sums that start at C. That saves a pass over C and
  * is accurate enough for a C that is rounded to bfloat16 in the end. */
 enum { STORED, ADDED, CONTINUED };
@@ -169,7 +169,7 @@ ALWAYS_INLINE void pairs_product(const int MODE, const int COUNT, long rows, lon
         _tile_zero(2);
         _tile_zero(3);
       }
-      for (int p = 6 - COUNT; p < 6; p++) {
+      for (int p = 4 - COUNT; p < 4; p++) {
         const bf16 *a = A + i * lda + PRODUCTS[p][0] * a_part, *b = B + j / 16 * group + PRODUCTS[p][1] * b_part;
         for (long t = t0; t < t1; t += 32) {
           _tile_loadd(4, a + t, 2 * lda);
@@ -425,6 +425,5 @@ PAIRS_KERNELS(bf16, 1)
 PAIRS_OPTIMISTIC(bf16, 1)
 PAIRS_OPTIMISTIC(two_parts, 2)
 PAIRS_KERNELS(two_parts, 2)
-PAIRS_KERNELS(three_parts, 3)
 #endif
 #endif

@@ -86,7 +86,6 @@ ALWAYS_INLINE void pairs_key_gradients(const int PARTS, const GradBlock *w) {
 PAIRS_BACKWARD(bf16, 1)
 #if HAVE_AMX
 PAIRS_BACKWARD(two_parts, 2)
-PAIRS_BACKWARD(three_parts, 3)
 #endif
 /* Row j of a transposed gradient. 16 rows at a time are transposed into scratch, so j must go up from a multiple of 16. */
 static const void *pairs_key_row(const void *G, long ld, long j, void *scratch) {

@@ -29,7 +29,7 @@ MIN_TASKS = 32       # with fewer tasks, long key ranges are split into parts of
 SPLIT_KEYS = 1024
 SHARE_FLOPS = 2.5e5  # about 5 us on one core: less is not worth another thread that is awake (1 to 2 us)
 BRIEF_FLOPS = 2e6    # about 40 us on one core: less is not worth waking a thread (30 to 50 us until it comes; tasks.h)
-# Longest keys whose float16 and float32 products AMX leaves to FMAs: splitting operands would cost more than its tiles win.
+# Longest keys whose float16 products AMX leaves to FMAs: splitting operands would cost more than its tiles win.
 PARTS_KEYS = 96
 PAIRS = 32           # elements of a vector of bfloat16 pairs; with them packed products beat dot products for a panel of rows
 HALF = ("float16", "bfloat16")
@@ -122,10 +122,12 @@ def _task_rows(p: Problem, seqlen_q: int) -> int:
 
 
 def in_parts(p: Problem, lengths: Lengths) -> bool:
-    """Whether AMX, where it is, multiplies float16 and float32 in parts. One rule for the forward and the backward, for the same reason as
-    in `few_rows`; with caches always, because a request has the same bits in any batch.
+    """Whether AMX, where it is, multiplies float16 in parts. One rule for the forward and the backward, for the same reason as in
+    `few_rows`; with caches always, because a request has the same bits in any batch.
+
+    Never float32, whose six products of three parts take 0.9 to 1.4 times as long as FMAs, as other work on the core leaves room for tiles.
     """
-    return p.cache is not None or lengths.longest_k > PARTS_KEYS
+    return p.dtype == "float16" and (p.cache is not None or lengths.longest_k > PARTS_KEYS)
 
 
 def few_rows(p: Problem, seqlen_q: int, vector: int) -> bool:
