@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -13,19 +12,19 @@ import pytest
 # tests/fuzz. A plugin of pytest that imports NumPy comes before.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from tests.tools.day import EVERY, SEED, cases_of_the_day
 from tests.tools.fake_cuda import Driver, installed
 from tests.tools.other_engines import nothing_left
 
 
+def pytest_report_header() -> list[str]:
+    return [f"of the cases of a test one in {EVERY}: FASTATTN_SEED={SEED}"] if EVERY > 1 else []
+
+
+@pytest.hookimpl(trylast=True)      # -k and -m come first
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """FASTATTN_EVERY=5: of a test's parametrised cases the first, the sixth and so on. 5 meets all dtypes, of which there are mostly 4."""
-    every = int(os.environ.get("FASTATTN_EVERY", "1"))
-    seen: Counter[str] = Counter()
-    kept, left_out = list[pytest.Item](), list[pytest.Item]()
-    for item in items:
-        name = item.nodeid.partition("[")[0]
-        (left_out if seen[name] % every else kept).append(item)
-        seen[name] += 1
+    """FASTATTN_EVERY=5: of a test's parametrised cases a fifth, which depends on the day."""
+    kept, left_out = cases_of_the_day(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept

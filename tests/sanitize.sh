@@ -26,17 +26,18 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONMALLOC=malloc FASTATTN_LEVELS="${levels[*]}" FASTATTN_FUZZ=0.15
 status=0
 tests() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@" || status=1; }
-# every feature, forward, backward and with caches, on every level; of tests that vary one feature a fifth. What is the same code on all
-# levels (threads, memory, signals) runs on the first. What never reaches compiled code (errors, the reference) does not run here.
+# every feature, forward, backward and with caches, on every level: of the cases half, of tests that vary one feature a tenth, others the
+# next day. What is the same code on all levels (threads, memory, signals) runs on the first. What never reaches compiled code (errors,
+# the reference) does not run here.
 once=(tests/cpu/test_limits.py tests/compat/test_multi_head.py)
 other="not isa and not threads_from"
 for level in "${levels[@]}"; do
   echo "sanitizers: $level"
   export FASTATTN_ISA=$level
-  tests tests/test_engines.py tests/cpu/test_short.py tests/test_eight_bit.py::test_against_float64 tests/serving/test_numbers.py tests/serving/test_eight_bit.py \
+  FASTATTN_EVERY=2 tests tests/test_engines.py tests/cpu/test_short.py tests/test_eight_bit.py::test_against_float64 tests/serving/test_numbers.py tests/serving/test_eight_bit.py \
     tests/fuzz/test_caches.py::test_calls_of_the_day tests/fuzz/test_fuzz.py::test_found tests/fuzz/test_fuzz.py::test_problems_of_the_day \
     -k "not reference_agrees and not reference] and not leftovers and not any_threads and not torch"
-  FASTATTN_EVERY=5 tests tests/cpu/test_engine.py tests/cpu/test_flex.py tests/cpu/test_written.py "${once[@]}" -k "$other"
+  FASTATTN_EVERY=10 tests tests/cpu/test_engine.py tests/cpu/test_flex.py tests/cpu/test_written.py "${once[@]}" -k "$other"
   once=() other="not isa and not threads and not forks and not memory"
 done
 exit $status

@@ -13,6 +13,7 @@ import pytest
 
 import fastattn
 from tests.tools.compare import Judge
+from tests.tools.day import SEED
 from tests.tools.guard import guarded_copy
 from tests.tools.problems import BY_NAME, CASES, Case, Inputs
 
@@ -175,7 +176,8 @@ def _leave_behind(value: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, 1e4])
 def test_leftovers_of_earlier_calls_do_not_matter(value: float) -> None:
-    for case in CASES:
+    """Half of the cases follow NaN, the others a large number; the next day it is the other way round."""
+    for case in CASES[(SEED + (value == 1e4)) % 2::2]:
         inputs = case.make()
         out, lse = inputs.forward("cpu")
         grads = inputs.backward(out, lse, "cpu")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fastattn
+from tests.tools.day import SEED
 from tests.tools.processes import EXTRA, not_sanitized, printed
 
 Array = np.ndarray[Any, Any]
@@ -97,13 +98,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "shim.so")
 
 
-@pytest.mark.parametrize("call", [
+ALLOCATING = [
     "forward(600, 600, 8, 4)", "forward(1, 9000, 8, 2)", "forward(1, 9000, 8, 8)", "backward(600, 4, 2)",
     "backward(600, 4, 2, (1, 4, 600, 600))",
     "backward(600, 4, 2, (600, 1))",
     "backward(600, 4, 4, (600, 600), dtype='bfloat16')",
-    "backward(3000, 2, 2, (3000, 3000), dtype='float16', causal=True)"])
-@pytest.mark.parametrize("threads", [1, 4])
+    "backward(3000, 2, 2, (3000, 3000), dtype='float16', causal=True)"]
+
+
+@pytest.mark.parametrize(("call", "threads"), [(call, (1, 4)[(n + SEED) % 2]) for n, call in enumerate(ALLOCATING)])    # the other tomorrow
 def test_every_allocation_may_fail(shim: str, threads: int, call: str) -> None:
     """Each large allocation of a call fails once: MemoryError, and the next call is right. A new Python thread has no kept memory."""
     code = f"""{CALLS}
@@ -138,7 +141,7 @@ print(n)
 
 @not_sanitized
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-@pytest.mark.parametrize("call", ["forward(1500, 1500, 16, 16)", "backward(1500, 16, 16, causal=True)"])
+@pytest.mark.parametrize("call", ["forward(1000, 1000, 16, 16)", "backward(1000, 16, 16, causal=True)"])
 def test_a_limit_of_the_address_space(call: str) -> None:
     """The limit is so low that some threads get a workspace and others do not."""
     code = f"""{CALLS}
@@ -402,8 +405,8 @@ def test_one_long_sequence_among_many() -> None:
     "'bfloat16', bias=np.ones((N, N), ml_dtypes.bfloat16)", "'float16', bias=np.ones((1, 2, N, 1), np.float16)",
     "'float16', bias=np.ones((1, N), np.float16)", "'float32', bias=np.ones((N, 1), np.float32)"])
 def test_dbias_needs_little_extra_memory(options: str) -> None:
-    """Less than 64 MB beyond inputs and results, where float32 sums of dbias's shape would take hundreds."""
-    forward, backward = map(int, printed(f"{EXTRA}N = 8192\nprint(*both(N, 2, 2, {options}, need_dbias=True, window=(300, 0)))").split())
+    """Less than 64 MB beyond inputs and results, where float32 sums of dbias's shape would take 144 MB a head."""
+    forward, backward = map(int, printed(f"{EXTRA}N = 6000\nprint(*both(N, 2, 2, {options}, need_dbias=True, window=(300, 0)))").split())
     print(f"extra: forward {forward / 1e6:.1f} MB, backward {backward / 1e6:.1f} MB")
     assert forward < 64e6 and backward < 64e6
 
@@ -424,7 +427,7 @@ call()
 kept = status("VmRSS") - before
 def ended(count):
     for _ in range(count):
-        thread = threading.Thread(target=both, args=(1024, 16, 16, "float32"))
+        thread = threading.Thread(target=both, args=(1024, 4, 4, "float32"))
         thread.start()
         thread.join()
     return status("VmRSS")

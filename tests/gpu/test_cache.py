@@ -97,6 +97,7 @@ def test_entries_appear_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache._unpacked(name.removesuffix(".cubin"), data) == (code, 48, f"{ARCH} {SOURCE.key}") and entries(folder) == [folder / name]
 
 
+@pytest.mark.slow
 def test_eight_threads_and_processes_at_once(folder: Path) -> None:
     """Five threads and three other processes compile one kernel: all get the same code."""
     script = ("import hashlib; from tests.tools.gpu import cache as t; from fastattn.gpu.runtime import compile as c; "

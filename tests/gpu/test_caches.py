@@ -118,6 +118,7 @@ def test_packed_lengths_that_are_none(cu: list[int]) -> None:
 @pytest.mark.parametrize("case", [Case("bits", dtype="bfloat16", keys=(300, 3, 40), rows=(1, 60, 9), num_heads=8),
                                   Case("bits window", dtype="float16", keys=(300, 3, 40), rows=(8, 30, 25), options={"window": (60, 0)})],
                          ids=lambda case: case.name)
+@pytest.mark.slow
 def test_one_split_has_the_same_bits_in_any_batch(case: Case) -> None:
     """Alone or in a batch, packed or not, with any width of the table, in pages or not."""
     made = case.make()

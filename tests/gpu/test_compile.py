@@ -2,8 +2,9 @@
 
 Shipped are the kernels that each family's table picks for a list of calls. CI's list has the most used ones, all features together, and 40
 calls drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws that many (-k sample runs only these), and FASTATTN_SEED repeats
-those of a day. FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All selected kernels (-k sm_90a, -k "sm80
-and everything") are compiled first, in as many processes as there are processors. Many calls share kernels: each is compiled once.
+those of a day. FASTATTN_EVERY=3 compiles a third of the list, another one each day. FASTATTN_COMPILE=full has every feature, head size and
+dtype and takes an hour. All selected kernels (-k sm_90a, -k "sm80 and everything") are compiled first, in as many processes as there are
+processors. Many calls share kernels: each is compiled once.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ pytest.importorskip("cuda.core")
 from fastattn import UnsupportedError, gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.runtime import compile as compiler
-from tests.tools.gpu.jobs import JOBS, SAMPLES, SEED, Job, draw_job
+from tests.tools.day import SEED
+from tests.tools.gpu.jobs import JOBS, SAMPLES, Job, draw_job
 
 CONVERSIONS = {"int32", "int64", "uint32", "uint64", "float32", "REAL"}
 
@@ -123,7 +125,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[Wanted, Future[Resu
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("job", JOBS, ids=[job.id for job in JOBS])
+@pytest.mark.parametrize("job", [pytest.param(job, marks=[pytest.mark.drawn] * (job.what.startswith("sample")), id=job.id) for job in JOBS])
 def test_shipped_kernel(job: Job, results: dict[Wanted, Future[Result]], record_property: Any) -> None:
     try:
         needed = sources(job)

@@ -114,6 +114,7 @@ def test_lengths_that_are_no_lengths() -> None:
         check_cache(CACHED, [-7, 2**31 - 1, 10**6, -2**31], page_size=page_size)
 
 
+@pytest.mark.slow
 def test_one_split_has_the_same_bits_in_any_batch() -> None:
     out, lse = check_cache(CACHED, LENGTHS, page_size=16, num_splits=1)
     for page_size in (None, 33):

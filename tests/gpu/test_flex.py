@@ -93,28 +93,33 @@ def agree(arrays: tuple[Array, ...], functions: Functions, **options: Any) -> li
     return launched
 
 
+@pytest.mark.slow
 def test_emulated_with_captured_gradients_and_documents() -> None:
     launched = agree(draw((20, 70), (2, 1), 5, np.float32, 1), Functions(capped, documents, (SLOPES, TABLE), None))
     assert [key.split()[0] for key in launched] == ["bitmap", "forward_simt", "preprocess", "bitmap", "backward_simt", "bitmap",
                                                     "backward_simt", "bitmap", "captured", "round_captured"]
 
 
+@pytest.mark.slow
 def test_emulated_beside_built_in_features() -> None:
     bias, sinks = RNG.standard_normal((2, 20, 70)).astype(np.float32), RNG.standard_normal(2).astype(np.float32)
     agree(draw((20, 70), (2, 1), 5, np.float32, 1), Functions(capped, None, (SLOPES, TABLE), None), bias=bias, need_dbias=True, sinks=sinks,
           softcap=2.0, causal=True, dropout_p=0.3, seed=5)
 
 
+@pytest.mark.slow
 def test_emulated_float64_where_derivatives_are_no_numbers() -> None:
     agree(draw((20, 33), (2, 2), 4, np.float64, 1), Functions(logarithm, lambda b, h, q, k: q % 4 != 1, (SLOPES[:2], np.array(0.5)), None))
 
 
+@pytest.mark.slow
 def test_emulated_packed() -> None:
     cu_q, cu_k = np.array([0, 9, 9, 25], np.int32), np.array([0, 20, 31, 98], np.int32)
     agree(draw((27, 99), (2, 1), 5, np.float32), Functions(capped, documents_of_three, (SLOPES, TABLE), None),
           lengths=(cu_q, cu_k, None, None))
 
 
+@pytest.mark.slow
 def test_emulated_captured_gradients_are_those_of_the_out_that_was_given() -> None:
     """Several blocks add to an element, for two query heads of one key head. Against an out of float64 their delta is too far off."""
     arrays = draw((40, 70), (2, 1), 8, NUMPY["bfloat16"], 2)
@@ -127,6 +132,7 @@ def documents_of_three(b: Any, h: Any, q: Any, k: Any) -> Any:
     return (DOC[b % 2, q] == DOC[b % 2, k]) | (k == b)
 
 
+@pytest.mark.slow
 def test_emulated_deterministic_sums_are_those_of_the_reference() -> None:
     """In two passes: the largest exponent of each array, then whole numbers. Two arrays, one of 16 bits, two heads for each element."""
     launched = agree(draw((8, 40), (2, 1), 4, np.float32, 1), Functions(capped, documents, (SLOPES, TABLE), None), deterministic=True)
@@ -159,6 +165,7 @@ def test_fixed_sums(values: list[float]) -> None:
     assert np.isnan(out[0]) if math.isnan(want) else out[0] == want or abs(out[0] - want) <= max(largest * 2.0**-80, 2.0**-970)
 
 
+@pytest.mark.slow
 def test_emulated_block_mask_of_a_function_and_blocks() -> None:
     blocks = RNG.random((1, 2, 3, 5)) < 0.5
     made = fastattn.block_mask(lambda b, h, q, k: q + 50 >= k, None, 2, 20, 70, blocks=blocks, block=(8, 16))
@@ -267,6 +274,7 @@ def test_explain_counts_the_tiles_and_registers() -> None:
     assert fastattn.explain(problem, device="sm_80").notes[-1].endswith("which are skipped, print(block_mask(...)) shows")
 
 
+@pytest.mark.slow
 def test_forwards_with_functions_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other arrays take the same launch, other numbers, strides and functions another one."""
     q, k, v, _ = draw((5, 9), (2, 1), 4, np.float32, 1)
@@ -296,6 +304,7 @@ def test_forwards_with_functions_are_prepared_once(monkeypatch: pytest.MonkeyPat
     assert counts == [1, 2, 2, 2, 3, 3, 4, 5, 5]
 
 
+@pytest.mark.slow
 def test_tilings_of_functions() -> None:
     """Optimistic steps where a score can be made twice; small tiles for a BlockMask of small blocks."""
     def config(**flex: Any) -> str:

@@ -35,6 +35,7 @@ def prepare(spec: Spec, arch: str) -> int:
     return len(launcher.sources)
 
 
+@pytest.mark.slow
 def test_launches_of_random_problems() -> None:
     """The day's problems, every third of an architecture without wgmma."""
     launched = 0

@@ -68,6 +68,7 @@ def edit(path: Path, text: str, by: str) -> None:
     path.write_text(path.read_text().replace(text, by))
 
 
+@pytest.mark.slow
 def test_trees_are_compared(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names do not count, one more multiplication does."""
     assert run([JOB], ROOT, old, tmp_path / "equal", None) == 0

@@ -41,6 +41,7 @@ def plain_want(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile, "wants_of", lambda dims, dtypes, features: [precompile.Want(dtypes[0], dims[0], packed=True)])
 
 
+@pytest.mark.slow
 def test_precompile_without_a_gpu(folder: Path, plain_want: None, capsys: pytest.CaptureFixture[str], builds: list[str]) -> None:
     """A call of the same kind finds in the cache what the command put there."""
     arguments = ["precompile", "--arch", "8.0", "--head-dim", "64", "--dtype", "float16", "--processes", "1"]

@@ -161,6 +161,7 @@ def test_the_same_is_launched(want: Want, family: str, arch: str, machine: Any) 
         assert made.taken() == expected and expected
 
 
+@pytest.mark.slow
 def test_random_problems_repeat(machine: Any) -> None:
     """Forwards and backwards of the day's problems: whatever is empty, a call that repeats launches what the call launches."""
     made, launched = machine("sm_90a"), 0

@@ -120,6 +120,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_imported_by_those_who_use_it() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], check=True, capture_output=True, text=True, timeout=300)
     assert "fastattn traces score_mod and mask_mod itself" in done.stdout

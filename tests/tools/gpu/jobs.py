@@ -4,7 +4,6 @@ machine_code.py takes the same.
 """
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import random
@@ -15,9 +14,9 @@ from typing import Any
 from fastattn import UnsupportedError, gpu
 from fastattn.gpu import precompile
 from fastattn.gpu.precompile import Want
+from tests.tools.day import SEED
 
 FULL = os.environ.get("FASTATTN_COMPILE") == "full"
-SEED = int(os.environ.get("FASTATTN_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))       # of the day
 ARCHS, HALVES = ("sm_80", "sm_89", "sm_90a", "sm_120"), ("float16", "bfloat16")
 EVERYTHING: dict[str, Any] = {"causal": True, "window": (100, None), "softcap": True, "alibi": "float32", "bias": "float32", "mask": True,
                               "sinks": "float32", "dropout": True, "num_heads_k": 4}
