@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the CPU engine with AddressSanitizer and UndefinedBehaviorSanitizer in a temporary copy, and runs the tests on it.
 #
-#   bash tests/sanitize.sh [LEVEL ...]     default: x86_64_v3 and the best level of this CPU
+#   bash tests/sanitize.sh [LEVEL ...]     default: x86_64_v3 and the best level of this CPU; with FASTATTN_EVERY=2 one of them, the other
+#                                          the next day
 #
 # PYTHON names an interpreter with the package's dependencies and pytest, cython, setuptools (default: .venv/bin/python if there).
 # Leaks are not checked: CPython frees little of its memory when it ends, and its leaks would hide ours.
@@ -12,7 +13,10 @@ levels=("$@")
 if [ ${#levels[@]} = 0 ]; then
   best=$("$PYTHON" -c 'import runpy; print(runpy.run_path("fastattn/cpu/levels.py")["available"]()[-1])')
   levels=("$best")
-  [[ $best == x86_64_v[4-9]* || $best == x86_64_amx ]] && levels=(x86_64_v3 "$best")
+  if [[ $best == x86_64_v[4-9]* || $best == x86_64_amx ]]; then
+    levels=(x86_64_v3 "$best")
+    [ "${FASTATTN_EVERY:-1}" = 1 ] || levels=("${levels[$((${FASTATTN_SEED:-$(date -u +%Y%m%d)} % 2))]}")
+  fi
 fi
 
 copy=$(mktemp -d)
