@@ -78,13 +78,15 @@ def extensions():
 
 
 class build(build_ext):
-    """Cython for all modules first, one after another (it is not thread-safe), then the compiler for several at once."""
+    """Cython for all modules first, in processes (it is not thread-safe), then the compiler for several at once."""
 
     def build_extensions(self):
         from Cython.Build import cythonize
 
         self._leave_out_refused()
-        for ours, new in zip(self.extensions, cythonize(self.extensions), strict=True):
+        self.parallel = self.parallel or True       # here: an editable installation forgets the options of setup()
+        processes = min(os.cpu_count() or 1, len(self.extensions)) if sys.platform == "linux" else 0
+        for ours, new in zip(self.extensions, cythonize(self.extensions, nthreads=processes), strict=True):
             ours.sources = new.sources
         super().build_extensions()
 
@@ -117,5 +119,5 @@ class build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": build}, options={"build_ext": {"parallel": True}},
+    setup(ext_modules=extensions(), cmdclass={"build_ext": build},
           long_description=long_description(), long_description_content_type="text/markdown")

@@ -17,9 +17,9 @@ from fastattn.cpu import detect, levels
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["tests/test_engines.py", "tests/cpu/test_short.py", "tests/serving/test_numbers.py", "tests/fuzz/test_fuzz.py::test_found"]
-# many cases of one test: here a tenth of them, another one each day; all on the best level
+# many cases of one test: here a twentieth of them, others each day; all on the best level
 SAMPLED = ["tests/cpu/test_engine.py", "tests/cpu/test_flex.py", "tests/test_huge_scores.py"]
-# the code of the level behind it, which is run too, but for kernels in bfloat16: of all tests a sixth, of others half
+# the code of the level behind it, which is run too, but for kernels in bfloat16: a twelfth of the cases, of other levels a quarter
 ALIKE = {"x86_64_v4": "x86_64_v4_bf16", "x86_64_v4_bf16": "x86_64_amx"}
 # equal on every level, or a test of all levels itself
 LEFT_OUT = ("not reference_agrees and not test_reference and not reference] and not no_memory and not leftovers and not isa "
@@ -30,7 +30,7 @@ LEFT_OUT = ("not reference_agrees and not test_reference and not reference] and 
 def test_level(level: str) -> None:
     if importlib.util.find_spec(f"fastattn.cpu.isa.{level}") is None and "FASTATTN_LEVELS" in os.environ:
         pytest.skip("not built: FASTATTN_LEVELS")
-    for tests, every in ((TESTS, "6" if ALIKE.get(level) in levels.available() else "2"), (SAMPLED, "10")):
+    for tests, every in ((TESTS, "12" if ALIKE.get(level) in levels.available() else "4"), (SAMPLED, "20")):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", LEFT_OUT]
         environment = os.environ | {"FASTATTN_ISA": level, "FASTATTN_EVERY": every}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
