@@ -125,7 +125,7 @@ def in_parts(p: Problem, lengths: Lengths) -> bool:
     """Whether AMX, where it is, multiplies float16 in parts. One rule for the forward and the backward, for the same reason as in
     `few_rows`; with caches always, because a request has the same bits in any batch.
 
-    Never float32, whose six products of three parts take 0.9 to 1.4 times as long as FMAs, as other work on the core leaves room for tiles.
+    Never float32, whose six products of three parts take 0.8 to 1.5 times as long as FMAs, as other work on the core leaves room for tiles.
     """
     return p.dtype == "float16" and (p.cache is not None or lengths.longest_k > PARTS_KEYS)
 

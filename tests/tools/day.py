@@ -4,8 +4,10 @@ from __future__ import annotations
 import datetime
 import os
 import zlib
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 SEED = int(os.environ.get("FASTATTN_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
 EVERY = int(os.environ.get("FASTATTN_EVERY", "1"))
@@ -26,7 +28,8 @@ def cases_of_the_day(items: list[pytest.Item], every: int = EVERY, seed: int = S
         one_in = every if cases[0].get_closest_marker("slow") else min(every, len(cases))
         first = _hash(test) if len(cases) == 1 else 0       # slow tests run on different days
         chosen.update(item.nodeid for n, item in enumerate(cases, first) if (n + seed) % one_in == 0)
-    kept, left_out = list[pytest.Item](), list[pytest.Item]()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         (kept if item.nodeid in chosen or item.get_closest_marker("drawn") else left_out).append(item)
     return kept, left_out

@@ -123,7 +123,7 @@ add("tma.store_hinted", "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L
 
 
 def two_back() -> Any:
-    """A box stored to the first head, and another, loaded over it, to the second; a third group keeps both loads from waiting for all."""
+    """A box is stored to the first head; another, loaded to the same shared memory, to the second. The group committed last is empty."""
     def kernel(a):
         base = begin(1)
         if cuda.threadIdx.x == 0:
@@ -133,8 +133,8 @@ def two_back() -> Any:
                 mbarrier.wait(int32(base + BAR), int32(head))
                 tma.store(a.map_b, base, int32(0), int32(0), int32(head), int32(0))
                 tma.commit()
-                tma.commit()                    # of no store: the one that may be in flight
-                tma.wait_read_but_one()         # so the box's place can be loaded again
+                tma.commit()
+                tma.wait_read_but_one()         # the store has read shared memory
             tma.wait_all()
     return kernel
 
