@@ -1,4 +1,4 @@
-"""The same program in fewer operations, for engines: exp2, log2 and reciprocal in place of exp, log, tanh, sigmoid, erf and division.
+"""The same program in fewer operations, for engines: exp2, log2 and reciprocal in place of exp, log, tanh, sigmoid, erf and most divisions.
 
 Factors of lower rank are multiplied first, and once: softmax_scale, a constant and what exp2 asks for become one number of a
 tile. The score may be given as its dot product and scale (`raw`), so that the scale joins them.
@@ -64,13 +64,20 @@ class _Lowering:
     def reciprocal(self, n: int) -> int:
         return self.b.do("div", self.const(1.0), n) if self.b.is_const(n) else self.b.do("reciprocal", n)
 
+    def multiplies(self, x: int, y: int) -> bool:
+        """Whether x / y is x times the reciprocal of y. Not where y is made of a score: beyond 2**126 the reciprocal is below float32's
+        normal numbers, and s / (1 + abs(s)) would be 0."""
+        if self.exact:
+            return self.b.is_const(y) and _reciprocal_is_exact(self.b.lines[y].value)
+        return self.rank(y) < _RANK["score"] or self.b.is_const(x)
+
     def line(self, x: Line, args: tuple[int, ...]) -> int:
         b, const = self.b, self.const
         if x.op == "input" and x.value == "score" and self.raw:
             return self.mul(b.add("input", (), FLOAT, "raw"), b.add("input", (), FLOAT, "scale"))
         if x.op == "mul" and x.kind == FLOAT:
             return self.mul(*args)
-        if x.op == "div" and (not self.exact or (b.is_const(args[1]) and _reciprocal_is_exact(b.lines[args[1]].value))):
+        if x.op == "div" and self.multiplies(*args):
             return self.mul(args[0], self.reciprocal(args[1]))
         if self.exact:
             return b.copy(x, args)

@@ -75,6 +75,14 @@ def test_random_programs(exact: bool) -> None:
             assert near.all(), (n, i, programs.shown(tree))
 
 
+@pytest.mark.parametrize("score", [3.3e38, -3.3e38, 2.0**126, -1.5, 0.0])
+def test_quotients_of_scores_of_any_size(score: float) -> None:
+    """A bias of bfloat16's lowest number made s / (1 + abs(s)) 0: the reciprocal is below float32's normal numbers."""
+    p = derivative(trace(lambda s, b, h, q, k: s / (1 + abs(s)))).program
+    value, slope = by_stages(by_distance(lower(p)), [], np.full((BATCH, HEADS, ROWS, KEYS), score), False)[:, 0, 0, 0, 0]
+    assert value == pytest.approx(score / (1 + abs(score))) and slope == pytest.approx(1 / (1 + abs(score))**2, rel=1e-6, abs=1e-30)
+
+
 def distances(b: Any, h: Any, q: Any, k: Any) -> Any:
     """All that distance.py rewrites, and what it must leave."""
     near, side = abs(q - k) <= 3, (abs(q // 3 - k // 3) < 2) & (abs(k % 3 - q % 3) <= 1)

@@ -21,7 +21,7 @@ from numba import float32, float64, int32
 
 from ...flex.program import Program
 from ..dsl.inline import inline
-from ..ptx.arith import exp2, fma, log2, reciprocal
+from ..ptx.arith import exp2, fma, log2, quotient, reciprocal
 from ..ptx.traced import (
     absolute,
     add_to,
@@ -47,7 +47,7 @@ _LOGIC = {"and": "&", "or": "|", "xor": "^"}
 _ALWAYS = {"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "neg": "MINUS_ZERO - {}"}
 # of float32 on fragments: instructions where there are any. Errors of some units in the last place
 _FAST = {**_ALWAYS, "abs": "absolute({})", "min": "smallest({}, {})", "max": "largest({}, {})", "exp2": "exp2({})", "log2": "log2({})",
-         "reciprocal": "reciprocal({})", "div": "{} * reciprocal({})", "sqrt": "root({})", "sin": "sine({})", "cos": "cosine({})"}
+         "reciprocal": "reciprocal({})", "div": "quotient({}, {})", "sqrt": "root({})", "sin": "sine({})", "cos": "cosine({})"}
 # of plain threads: what the reference computes
 _EXACT = {**_ALWAYS, "abs": "abs({})", "div": "divided({}, {})", "reciprocal": "divided(ONE, {})", "exp2": "exp_two({})",
           "min": "select(({0} < {1}) | ({0} != {0}), {0}, {1})", "max": "select(({0} > {1}) | ({0} != {0}), {0}, {1})",
@@ -137,7 +137,7 @@ class Staged:
                  "reciprocal": reciprocal, "smallest": smallest, "largest": largest, "absolute": absolute, "root": root, "sine": sine,
                  "cosine": cosine, "exp_two": exp_two, "ZERO": np.int32(0), "REAL": float64 if self._compute == "float64" else float32,
                  "whole": whole_f64 if self._compute == "float64" else whole_f32, "ONE": self._real(1), "MINUS_ZERO": self._real(-0.0)}
-        names |= {"below": below, "floor": rounded("rmi", self._compute), "nearest": rounded("rni", self._compute)}
+        names |= {"quotient": quotient, "below": below, "floor": rounded("rmi", self._compute), "nearest": rounded("rni", self._compute)}
         return names | {f"i_{name}": f for name, f in INTEGERS.items()}
 
     def text(self, stage: str) -> str:

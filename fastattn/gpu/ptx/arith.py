@@ -11,6 +11,7 @@ from ..dsl.asm import F32, I32, emit, instruction, pack, unpack
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)          # 2 ulp; -inf gives 0
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f", pure=True)
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f", pure=True)    # 1 ulp
+quotient = instruction("div.full.f32 $0, $1, $2;", "ff", "f", pure=True)       # 2 ulp, also where 1 / y is too small for a normal number
 # rounded by itself: never fused with a following addition
 product = instruction("mul.rn.f32 $0, $1, $2;", "ff", "f", pure=True)
 fma = instruction("fma.rn.f32 $0, $1, $2, $3;", "fff", "f", pure=True)         # x * y + z, rounded once

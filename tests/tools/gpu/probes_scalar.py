@@ -39,6 +39,8 @@ add("arith.exp2 arith.emit_exp2", "ex2.approx.ftz.f32", unary(arith.exp2),
 add("arith.log2", "lg2.approx.ftz.f32", unary(arith.log2), check_unary(np.r_[1, 2, np.geomspace(1e-6, 1e9, 30)], np.log2, 4, 2.0**-22))
 add("arith.reciprocal", "rcp.approx.ftz.f32", unary(arith.reciprocal),
     check_unary(np.r_[1, -3, np.geomspace(1e-9, 1e9, 30)], np.reciprocal, 2))
+add("arith.quotient", "div.full.f32", unary(lambda x: arith.quotient(x, arith.fma(x, float32(0.5), float32(0)))),
+    check_unary(np.r_[1, -3, 3e38, -3e38, np.geomspace(1e-30, 1e38, 28)], lambda x: 0 * x + 2, 4))
 
 
 def square_less(product: Any) -> Any:

@@ -51,6 +51,11 @@ def element_of_natural(pointer: int, by: int, index: int, count: int) -> int:
     return element_of(pointer, by, index, count)
 
 
+def reciprocal(x: float) -> float:
+    """As the instruction: a result below float32's normal numbers is 0."""
+    return np.reciprocal(x) if abs(x) <= 2.0**126 else np.copysign(0.0, x)
+
+
 def names(memory: Any) -> dict[str, Any]:
     """memory: the emulator's Memory, which checks every access."""
     def load_captured(dtype: str, compute: str) -> Any:
@@ -96,7 +101,8 @@ def names(memory: Any) -> dict[str, Any]:
             "as_bool": bool,
             "element_of": element_of, "element_of_natural": element_of_natural, "INTEGERS": INTEGERS, "load_captured": load_captured,
             "add_to": add_to, "rounded": lambda mode, compute: {"rmi": np.floor, "rni": np.rint}[mode], "whole_f32": whole,
-            "whole_f64": whole, "exp2": FUNCTIONS["exp2"], "log2": FUNCTIONS["log2"], "reciprocal": _quiet(np.reciprocal),
+            "whole_f64": whole, "exp2": FUNCTIONS["exp2"], "log2": FUNCTIONS["log2"], "reciprocal": _quiet(reciprocal),
+            "quotient": _quiet(np.divide),
             "near_sine": FUNCTIONS["sin"], "near_cosine": FUNCTIONS["cos"], "rounded_turns": np.rint, "whole_near": np.rint,
             "fma": lambda x, y, z: x * y + z,
             "smallest": _quiet(np.minimum), "largest": _quiet(np.maximum), "absolute": abs, "root": FUNCTIONS["sqrt"],
