@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import registry
+from ..arrays.streams import Stream, capturing, on_device
 from ..arrays.view import View
+from ..errors import UnsupportedError
 from ..options import LENGTH, Check
 from ..problem import Problem
 from .group import group as make_group
@@ -58,10 +60,10 @@ TEXT_BYTES = 4096
 
 
 class Facts:
-    """What all ranks must have in common, by name, if it is `wanted`."""
+    """What all ranks must have in common, by name, if it is `wanted`. `captured`: the call is refused, and nothing may be sent."""
 
     def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+        self.wanted, self.captured = wanted, False
         self.known: dict[str, str] = {}
 
     def add(self, **facts: Any) -> None:
@@ -70,6 +72,20 @@ class Facts:
 
     def text(self) -> str:
         return "\n".join(f"{name} = {x}" for name, x in self.known.items())
+
+
+def refuse_graph(call: str, facts: Facts, stream: Stream | None, packed: bool = False) -> None:
+    """UnsupportedError where the call's stream is captured into a CUDA graph, and the call would need the host."""
+    if stream is None or not (packed or facts.wanted):
+        return
+    with on_device(stream.device):
+        facts.captured = capturing(stream.handle)
+    if facts.captured and packed:
+        raise UnsupportedError(f"{call}(): its stream is being captured into a CUDA graph, which has no row numbers of packed sequences; "
+                               "dense calls can be captured.")
+    if facts.captured:
+        raise UnsupportedError(f"{call}(): its stream is being captured into a CUDA graph, where ranks cannot compare their arguments; "
+                               "capture with FASTATTN_CHECK_RANKS=0, after a call that has compared them.")
 
 
 def asked() -> bool:
@@ -86,7 +102,7 @@ def ranks_agree(call: str, group: Group) -> Iterator[Facts]:
     try:
         yield facts
     except Exception as found:
-        if quiet:
+        if quiet or facts.captured:
             raise
         error = found
     if quiet:

@@ -12,7 +12,7 @@ from ..eight_bit import refuse_backward
 from ..options import Check, Options, read_options
 from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import gather, ring
-from .checks import check_memory, group_of, local_rows, ranks_agree, shard_of, shared_facts, whole_length
+from .checks import check_memory, group_of, local_rows, ranks_agree, refuse_graph, shard_of, shared_facts, whole_length
 from .explained import explained
 from .memory import memory_of
 from .messages import Group
@@ -48,6 +48,7 @@ def prepare(w: Whole, raw: tuple[Any, ...], layout: str, stream: Any, engine: st
         shard, pieces = shard_of(check, w.shard), None if w.pieces is None else check.integer("pieces", w.pieces, 1, 2**15)
         options = read_options(w.call, *raw)
         caller, as_given = read(w.call, layout, stream, qkv, scores)
+        refuse_graph(w.call, facts, caller.stream)
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)
         problem, o, rows, keys = whole_problem(check, w, group, shard, options, as_given)

@@ -76,6 +76,12 @@ def _new_stream(device: int) -> Stream:
     return Stream(int(made), device, made)
 
 
+def relax() -> None:
+    """Let this thread ask for events while another thread captures a graph, in any mode."""
+    d = driver()
+    check(d.cuThreadExchangeStreamCaptureMode(d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED), "cuThreadExchangeStreamCaptureMode")
+
+
 def copy_from(to: View, x: View, ready: Event, stream: Stream) -> Event:
     """Copy another rank's contiguous View, of this device or another, once it is filled. The call's stream waits for the copy; who gives x
     can wait for the Event.
@@ -150,6 +156,7 @@ class Free:
     def __init__(self, device: int) -> None:
         self.most, self.bytes = most_kept(device), 0
         self._blocks, self._lock = dict[tuple[int, int], list[Block]](), threading.RLock()     # by stream and size, last used last
+        self._of_graphs = list[Block]()
 
     def take(self, size: int, stream: Stream) -> Block | None:
         """A block whose last work is done before what is put on the stream now."""
@@ -166,7 +173,11 @@ class Free:
         return block
 
     def give(self, block: Block) -> None:
+        """Take back a block from its buffer. While its stream is captured, the graph may use it in each replay: nobody gets it again."""
         d = driver()
+        if capturing(block.stream.handle):
+            self._of_graphs.append(block)
+            return
         if block.size > self.most:
             block.release()
             return

@@ -5,7 +5,7 @@ is, which some versions answer with 0 for every device (NVIDIA/cuda-python issue
 
 All messages of an exchange are one NCCL group on the device's stream of transfers, behind an event of the call's stream; the call's stream
 waits for it when the buffers are used. The host never waits. A thread watches: an error of NCCL, or a transfer that takes too long, ends
-the group.
+the group. Transfers of a CUDA graph are not watched: their events are the graph's.
 """
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import weakref
 from collections import deque
 from typing import Any
 
-from ..arrays.streams import Stream, on_device
+from ..arrays.streams import Stream, capturing, on_device
 from ..arrays.view import size_of
 from ..errors import message
-from .device import Event, transfer_stream
+from .device import Event, relax, transfer_stream
 from .messages import Message, Pending, RankError
 from .sockets import SocketGroup
 
@@ -62,9 +62,10 @@ class NcclGroup:
                     nccl.recv(view.ptr, size_of(view), BYTES, source, comm, transfers.handle)
             finally:
                 nccl.group_end()
-            done = Event(transfers)
-        with self._lock:
-            self._under_way.append((time.monotonic(), done))
+            done, watched = Event(transfers), not capturing(transfers.handle)
+        if watched:
+            with self._lock:
+                self._under_way.append((time.monotonic(), done))
         return _Exchange(stream, done, (give, take))
 
     def abort(self, reason: str) -> None:
@@ -106,11 +107,15 @@ class NcclGroup:
 
 def _watch(group: weakref.ref[NcclGroup]) -> None:
     """Looks at the group until it has failed or nobody has it."""
+    relaxed = False
     while True:
         time.sleep(LOOK)
         found = group()
         if found is None or found.failed:
             return
+        if not relaxed:
+            relax()
+            relaxed = True
         found.look()
         del found
 

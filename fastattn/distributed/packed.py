@@ -11,7 +11,7 @@ from ..eight_bit import refuse_backward
 from ..options import Check, Options, read_options
 from ..problem import Grads, Operands, Problem, check_array, problem_of
 from . import packed_gather, packed_heads, packed_ring
-from .checks import check_memory, group_of, ranks_agree, shard_of, shared_facts
+from .checks import check_memory, group_of, ranks_agree, refuse_graph, shard_of, shared_facts
 from .explained import explained
 from .memory import Memory, memory_of
 from .packed_calls import Packed
@@ -59,6 +59,7 @@ def prepare(w: Whole, raw: tuple[Any, ...], stream: Any, engine: str | None, qkv
             raise check.value("cu_seqlens_k", f"describes {k.number} sequences", f"as many as cu_seqlens, {q.number}")
         facts.add(cu_seqlens=q.starts[-1], sequences=hash((q.starts, k.starts)))
         caller, as_given = _read(w.call, stream, qkv, scores)
+        refuse_graph(w.call, facts, caller.stream, packed=True)
         memory = memory_of(caller.stream)
         refuse_backward(check, as_given.q, as_given.k, as_given.v)
         check_memory(check, group, as_given.q)

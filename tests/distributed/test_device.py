@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastattn
 import fastattn.distributed as fd
 from fastattn.arrays.streams import CudaError, Stream
 from fastattn.distributed import device
+from fastattn.distributed.messages import Message
 from tests.tools import packed_ranks, ranks
 from tests.tools.stream_machine import DeviceInput, Machine, Nccl, content, machine
 
@@ -118,6 +120,55 @@ def test_kept_buffers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CudaError, match="cuMemAllocFromPoolAsync of 3072 bytes failed with CUDA_ERROR_OUT_OF_MEMORY"):
             device.Buffer(3000, stream)
         m.run()
+
+
+def test_blocks_that_a_graph_may_use_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer of a call before, as what is saved for a backward, that goes away while its stream is captured."""
+    with machine(monkeypatch, 8, 1 << 20) as m:
+        stream = Stream(5, 0)
+        before = device.Buffer(1000, stream)
+        ptr = before.ptr
+        m.capturing.add(5)
+        del before
+        m.capturing.clear()
+        assert not device.free_blocks(0).bytes and device.Buffer(1000, stream).ptr != ptr
+        m.run()
+
+
+def test_transfers_of_a_graph_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may ask whether their events have happened."""
+    from fastattn.distributed.nccl import NcclGroup
+
+    with machine(monkeypatch, 1) as m:
+        nccl, memory = Nccl(m, 2), device.Cuda(Stream(5, 0))
+        monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", nccl)
+        group = NcclGroup(nccl.comms[0], 1000)
+        x, y = memory.empty((4,), "float32"), memory.empty((4,), "float32")
+        for captured, under_way in ((True, 0), (False, 1)):
+            m.capturing = {5, device.transfer_stream(0).handle} if captured else set()
+            group.exchange([Message(x, 1)], [Message(y, 1)], memory.stream).wait()
+            assert len(group._under_way) == under_way
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_refused_in_a_graph(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sent; the group goes on."""
+    from fastattn.distributed.nccl import NcclGroup
+
+    with machine(monkeypatch, 1) as m:
+        nccl = Nccl(m, 2)
+        monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", nccl)
+        group, x = NcclGroup(nccl.comms[0], 1000), DeviceInput(m, np.ones((1, 64, 2, 8)), 0)
+        row = DeviceInput(m, np.ones((64, 2, 8)), 0)
+        m.capturing.add(5)
+        if packed:
+            with pytest.raises(fastattn.UnsupportedError, match=r"attention_varlen.*being captured into a CUDA graph, which has no"):
+                fd.attention_varlen(row, row, row, [0, 128], group=group, stream=5)
+        else:
+            monkeypatch.setenv("FASTATTN_CHECK_RANKS", "1")
+            with pytest.raises(fastattn.UnsupportedError, match="where ranks cannot compare their arguments; capture with"):
+                fd.attention(x, x, x, group=group, stream=5)
+        assert not any(m.queues.values()) and not group.failed
 
 
 @pytest.mark.parametrize("size", [1, 511, 512, 513, 10_000, (1 << 20) + 1, (1 << 30) - 1])

@@ -38,6 +38,7 @@ class Machine(fake_cuda.Driver):
     CUmemLocationType = types.SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
     CUmemPool_attribute = types.SimpleNamespace(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD=4)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
     CUresult = types.SimpleNamespace(CUDA_ERROR_NOT_READY=600)
 
     def __init__(self, seed: int) -> None:
