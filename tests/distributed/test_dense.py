@@ -14,3 +14,9 @@ def test_threads(name: str, size: int) -> None:
     whole = ranks.Whole(name)
     for found in fd.threads(size, ranks.run, whole, timeout=60):
         assert ranks.wrong(whole.case, found) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_same_elements_are_dropped(size: int) -> None:
+    for method in ranks.methods(size):
+        assert all(fd.threads(size, ranks.drops_as_one, method, timeout=60)), method

@@ -26,9 +26,10 @@ FAILURES = {"exit": "sys.exit(3)", "error": "raise RuntimeError('this rank is il
 
 
 @needs_mpi
+@pytest.mark.parametrize("cases", ["ranks", "packed_ranks"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_mpi(size: int) -> None:
-    status, output = of_mpi(size, "-m", "tests.tools.ranks", "mpi")
+def test_mpi(size: int, cases: str) -> None:
+    status, output = of_mpi(size, "-m", f"tests.tools.{cases}", "mpi")
     assert status == 0 and output.count("done") == size and "rank" not in output, output         # mpiexec may mix lines
 
 
@@ -43,10 +44,11 @@ def test_torch() -> None:
 
 
 @needs_mpi
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", ["error", "killed", "thread"])
-def test_a_rank_of_mpi_that_fails_ends_all(kind: str) -> None:
+def test_a_rank_of_mpi_that_fails_ends_all(kind: str, size: int) -> None:
     start = time.monotonic()
-    status, output = of_mpi(2, "-c", ILL.format(transport="mpi", fails=FAILURES[kind]), seconds=20)
+    status, output = of_mpi(size, "-c", ILL.format(transport="mpi", fails=FAILURES[kind]), seconds=20)
     assert status != 0 and "went on" not in output and time.monotonic() - start < 20
     if kind == "error":
         assert "RuntimeError: this rank is ill" in output
@@ -61,7 +63,8 @@ def test_a_rank_of_tcp_that_fails_ends_all(kind: str) -> None:
 
 
 @needs_mpi
-def test_ranks_of_mpi_that_disagree_all_raise() -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_mpi_that_disagree_all_raise(size: int) -> None:
     code = """
 import numpy as np, fastattn.distributed as fd
 from mpi4py import MPI
@@ -69,13 +72,58 @@ group, x = fd.group(MPI.COMM_WORLD, timeout=60), np.ones((1, 64, 2, 8))
 try:
     fd.attention(x, x, x, group=group, causal=group.rank == 1)
 except fd.RankError as error:
-    assert str(error) == "distributed.attention(): ranks do not agree: causal is False in rank 0, True in rank 1.", error
+    assert str(error).startswith("distributed.attention(): ranks do not agree: causal is False in rank 0, True in rank 1"), error
     print("raised", flush=True)
 fd.attention(x, x, x, group=group)
 print("went on", flush=True)
 """
-    status, output = of_mpi(2, "-c", code, seconds=20, FASTATTN_CHECK_RANKS="1")
-    assert status == 0 and output.count("raised") == output.count("went on") == 2, output
+    status, output = of_mpi(size, "-c", code, seconds=20, FASTATTN_CHECK_RANKS="1")
+    assert status == 0 and output.count("raised") == output.count("went on") == size, output
+
+
+LATE = """
+import numpy as np, time, fastattn.distributed as fd
+if "{transport}" == "mpi":
+    from mpi4py import MPI
+    group = fd.group(MPI.COMM_WORLD, timeout=1)
+else:
+    group = fd.connect("cpu", timeout=1)
+x = np.ones((1, 64, 2, 8))
+if group.rank == group.size - 1:
+    time.sleep(60)
+fd.attention(x, x, x, group=group)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_of_mpi_that_is_late_ends_all(size: int) -> None:
+    status, output = of_mpi(size, "-c", LATE.format(transport="mpi"), seconds=20)
+    assert status != 0 and "messages of other ranks did not come in 1 seconds" in output
+
+
+def test_a_rank_of_tcp_that_is_late() -> None:
+    """The others raise; it raises too when it comes."""
+    (status, output), (late, of_late) = of_environment(2, "-c", LATE.format(transport="connect").replace("60", "5"), seconds=20)
+    assert status == 1 and "a message of rank 1 did not come in 1 seconds" in output
+    assert late == 1 and "RankError: rank 0 failed: RankError" in of_late
+
+
+@needs_mpi
+@pytest.mark.parametrize("longer", [0, 1])
+def test_different_lengths_of_messages_are_found(longer: int) -> None:
+    code = f"""
+import numpy as np, fastattn.distributed as fd
+from mpi4py import MPI
+group, x = fd.group(MPI.COMM_WORLD, timeout=20), np.ones((1, 64, 4, 8))
+part = x[..., :8 if group.rank == {longer} else 4]
+fd.attention(part, part, x, group=group)
+print("went on")
+"""
+    status, output = of_mpi(2, "-c", code, seconds=20)
+    assert status != 0 and "went on" not in output
+    assert "bytes that rank" in output or "bytes where rank" in output, output
+    assert "FASTATTN_CHECK_RANKS=1 says which argument differs" in output
 
 
 def test_ranks_that_do_not_come() -> None:

@@ -1,6 +1,10 @@
-"""Packed distributed calls beside the same call on one rank: named cases, as ranks.py has dense ones."""
+"""Packed distributed calls beside the same call on one rank: named cases, as ranks.py has dense ones.
+
+    mpiexec -n 2 python -m tests.tools.packed_ranks mpi     all cases that two ranks can run; a line for each that is wrong, then "done"
+"""
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +15,7 @@ import numpy as np
 import fastattn
 import fastattn.distributed as fd
 from tests.tools.problems import NUMPY
-from tests.tools.ranks import error, here
+from tests.tools.ranks import connected, error, here
 
 CU = (0, 301, 306, 434, 434, 511, 1024)
 DROPOUT = {"dropout_p": 0.3, "seed": 11, "offset": 5}
@@ -123,3 +127,23 @@ def results(group: Any, whole: Whole, to: Callable[[Any], Any] = here, **more: A
 def run(group: Any, whole: Whole, to: Callable[[Any], Any] = here, back: Callable[[Any], Any] = here) -> dict[str, float]:
     """The largest error of each result on this rank."""
     return {name: error(back(x), expected) for name, (x, expected) in results(group, whole, to).items()}
+
+
+def wrong(case: Case, found: dict[str, float]) -> list[str]:
+    """The results of a rank that are not what one rank computes."""
+    largest = {"float64": 1e-12, "float16": 8e-3, "bfloat16": 6e-2}[case.dtype]
+    return [f"{name} {x:.1e}" for name, x in found.items() if not x <= largest]
+
+
+def main() -> None:
+    group = connected(sys.argv[1])
+    fastattn.set_num_threads(1)
+    for name, case in CASES.items():
+        if group.size in case.size:
+            for text in wrong(case, run(group, Whole(name))):
+                print(f"rank {group.rank} of {group.size}: {name}: {text}", flush=True)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
