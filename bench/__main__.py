@@ -222,7 +222,9 @@ def _flex(options: argparse.Namespace) -> None:
         print("\n".join(kind.name for kind in flex.kinds(shape[1], shape[2], "cpu")))
         return
     dtype, rows = options.dtype or ("bfloat16" if options.device == "cuda" else "float32"), []
-    print(f"{shape}, {dtype}, {'backward' if options.backward else 'forward'}\n\n{flex.HEAD}", flush=True)
+    print(f"{shape}, {dtype}, {'backward' if options.backward else 'forward'}", flush=True)
+    reason = flex.flex_fa4.missing(options.device)
+    print(f"no FA4: {reason}\n\n{flex.HEAD}" if reason else f"\n{flex.HEAD}", flush=True)
     for row in flex.run(options.device, shape, dtype, options.backward, options.only, options.engine):
         rows.append(row)
         print(flex.line(row), flush=True)

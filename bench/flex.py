@@ -1,8 +1,9 @@
 """Score and mask functions beside the built-in forms of the same attention and torch's flex_attention. `python -m bench flex`.
 
-Columns: fastattn without functions, with the built-in form (ALiBi slopes, a window, ...), with functions, and flex_attention,
-compiled. All of a case take turns in one process. A mask is a block_mask, made before; `made` is a call that makes it. The first
-call of a function, which compiles, is timed alone. A backward is that of torch's graph, with gradients of captured tensors.
+Columns: fastattn without functions, with the built-in form (ALiBi slopes, a window, ...), with functions, flex_attention, compiled,
+and FlashAttention-4 where it is installed (flex_fa4.py). All of a case take turns in one process. A mask is a block_mask, made before;
+`made` is a call that makes it. The first call of a function, which compiles, is timed alone. A backward is that of torch's graph, with
+gradients of captured tensors, which FlashAttention-4 has not.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from typing import Any
 from fastattn.benchmark.events import Events
 from fastattn.benchmark.timing import Budget, rotate, turn, wall
 
+from . import flex_fa4
+
 SHAPE = (4, 4096, 16, 128)          # (batch, seqlen, num_heads, head_dim)
 QUICK = (1, 1024, 4, 64)
 WINDOW, FAR, CAP, DOCUMENTS = 1024, 511, 30.0, 12
 # of flex_attention's backward, where its own choice asks for more shared memory than there is
 SMALLER_BLOCKS = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_stages": 1}
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}        # largest difference to the formula, relative to the largest number
-COLUMNS = ("plain", "built in", "functions", "made", "flex_attention")
+COLUMNS = ("plain", "built in", "functions", "made", "flex_attention", "FA4")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Kind:
     built_in: dict[str, Any] | None = None
     captured: tuple[Any, ...] = ()
     block: int = 128            # of block_mask: below 128 for masks of short pieces
+    numbers: Any = None         # what FlashAttention-4's functions are made of
 
 
 @dataclass
@@ -75,7 +79,7 @@ def kinds(seqlen: int, heads: int, device: Any) -> list[Kind]:
     def neighbours(b: Any, h: Any, q: Any, k: Any) -> Any:
         return ((q // side - k // side).abs() <= 6) & ((q % side - k % side).abs() <= 6)
     top_left: dict[str, Any] = {"causal": "top_left"}
-    return [
+    found = [
         Kind("causal", None, causal, top_left),
         Kind("ALiBi", lambda s, b, h, q, k, m: s - m[h] * (q - k).abs(), causal, top_left | {"alibi_slopes": slopes.detach()}, (slopes,)),
         Kind("softcap", lambda s, b, h, q, k: CAP * torch.tanh(s / CAP), causal, top_left | {"softcap": CAP}),
@@ -85,6 +89,8 @@ def kinds(seqlen: int, heads: int, device: Any) -> list[Kind]:
         Kind("prefix-LM", None, lambda b, h, q, k: (q >= k) | (k < prefix)),
         Kind("NATTEN 13 x 13", None, neighbours),
     ]
+    numbers = flex_fa4.Numbers(heads, window, prefix, side, CAP, FAR, table, document)
+    return [replace(kind, numbers=numbers) for kind in found]
 
 
 # ---------------------------------------------------------------- calls
@@ -129,6 +135,8 @@ class Case:
         yield "functions", partial(self.attend, **score, block_mask=make())
         if not self.backward:
             yield "made", lambda: self.attend(**score, block_mask=make())
+        if flex_fa4.missing(self.device) is None:
+            yield "FA4", self._flash_attention_4()
         yield "flex_attention", self._flex_attention()
 
     def _flex_attention(self) -> Callable[[], Any]:
@@ -153,6 +161,15 @@ class Case:
                 return partial(call, kernel_options=SMALLER_BLOCKS)
         return call
 
+    def _flash_attention_4(self) -> Callable[[], Any]:
+        made = list[Callable[[], Any]]()
+
+        def call() -> Any:
+            if not made:
+                made.append(flex_fa4.call(self.kind.name, self.backward, self.q, self.k, self.v, self.kind.numbers))
+            return made[0]()
+        return call
+
     def timed(self, column: str, forward: Callable[[], Any]) -> Callable[[], Any]:
         """The call that is timed: the forward, or the backward of one forward."""
         if not self.backward:
@@ -160,7 +177,7 @@ class Case:
         import torch
 
         out = forward()
-        held = [] if column in ("plain", "built in") else [x for x in self.kind.captured if x.requires_grad]
+        held = [] if column in ("plain", "built in", "FA4") else [x for x in self.kind.captured if x.requires_grad]
         return partial(torch.autograd.grad, out, [self.q, self.k, self.v, *held], self.dout, retain_graph=True)
 
     def error(self, out: Any) -> float:
@@ -197,6 +214,8 @@ def measure(case: Case, events: Events | None, rounds: int, seconds: float) -> R
                 row.first_call, row.error = time.perf_counter() - start, case.error(out)
                 if row.error > TOLERANCE[case.dtype]:
                     notes.append(f"WRONG by {row.error:.1e}")
+            elif column == "FA4" and (error := case.error(out)) > TOLERANCE[case.dtype]:
+                notes.append(f"FA4 is WRONG by {error:.1e}")
             call = case.timed(column, forward)
             call()                                          # what fails here leaves the others their turns
             calls[column] = call
@@ -231,7 +250,7 @@ def run(device: str, shape: tuple[int, int, int, int], dtype: str, backward: boo
 
 # ---------------------------------------------------------------- the table
 _RATIOS = ("of built in", "of flex_attention", "first call, s", "error")
-HEAD = f"| kind | {' | '.join(f'{name}, us' for name in COLUMNS)} | {' | '.join(_RATIOS)} |\n|{'---|' * 10}"
+HEAD = f"| kind | {' | '.join(f'{name}, us' for name in COLUMNS)} | {' | '.join(_RATIOS)} |\n|{'---|' * (1 + len(COLUMNS) + len(_RATIOS))}"
 
 
 def line(row: Row) -> str:

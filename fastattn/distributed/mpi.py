@@ -70,7 +70,8 @@ class _Exchange:
                 time.sleep(LOOK)
         for status, (size, source) in zip(arrived, self.expected, strict=False):
             if status.Get_count(mpi.BYTE) != size:
-                raise RankError(f"rank {source} gives {status.Get_count(mpi.BYTE)} bytes where rank {self.group.rank} expects {size}; {HINT}")
+                found = status.Get_count(mpi.BYTE)
+                raise RankError(f"rank {source} gives {found} bytes where rank {self.group.rank} expects {size}; {HINT}")
 
     def _tested(self, arrived: list[Any]) -> bool:
         mpi, rank = self.group._mpi, self.group.rank
