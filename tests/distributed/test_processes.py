@@ -1,6 +1,7 @@
 """Ranks that are processes: MPI, TCP, torch.distributed. All cases, and what happens when a rank fails."""
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -41,6 +42,21 @@ def test_torch() -> None:
     pytest.importorskip("torch")
     for status, output in of_environment(2, "-m", "tests.tools.ranks", "torch", "e"):
         assert status == 0 and output.splitlines()[-1] == "done" and "rank" not in output.replace("Rank", ""), output
+
+
+@needs_mpi
+def test_the_example_has_the_losses_of_one_rank() -> None:
+    """examples/train_over_ranks.py: a rank alone, two over MPI, two over TCP."""
+    for package in ("tqdm", "safetensors"):
+        pytest.importorskip(package)
+    arguments = "examples/train_over_ranks.py", "--steps", "2", "--context", "256"
+    status, output = of_mpi(2, *arguments)
+    alone, *two = of_environment(1, *arguments) + of_environment(2, *arguments) + [(status, output)]
+    losses = [re.findall(r"loss ([.0-9]+) at first, ([.0-9]+) after", text) for _, text in (alone, *two)]
+    assert [len(found) for found in losses] == [1, 1, 1, 2], losses
+    for at_first, after in [pair for found in losses for pair in found]:
+        assert abs(float(at_first) - float(losses[0][0][0])) < 1e-3 and abs(float(after) - float(losses[0][0][1])) < 1e-3
+    assert float(losses[0][0][1]) < float(losses[0][0][0])
 
 
 @needs_mpi
