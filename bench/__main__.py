@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda, over NCCL; cpu: over TCP)")
     target.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (default: 1 2 4 8)")
     target.add_argument("--seconds", type=float, default=distributed.SECONDS, help="that the ranks of one number may take")
+    target.add_argument("--leave", type=int, default=0, metavar="N", help="multiprocessors that forwards leave free, for transfers")
     target.add_argument("--json", type=Path, metavar="PATH", help="to write, or to read with --from-json; the PNG goes next to it "
                         "(default: bench/results/distributed.json, with -quick, -only and -cpu for parts)")
     target.add_argument("--from-json", action="store_true", help="measure nothing; table and picture from the file")
@@ -347,11 +348,13 @@ def _distributed(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(case.name for case in chosen))
         return
+    if options.leave and options.device == "cpu":
+        raise SystemExit("--leave: a CPU has no multiprocessors")
     part = ("-cpu" if options.device == "cpu" else "") + ("-only" if options.only else "-quick" if options.mode == "quick" else "")
     path: Path = options.json or ROOT / "bench" / "results" / f"distributed{part}.json"
     if not options.from_json:
         rows = []
-        for row in distributed.run(chosen, options.ranks, options.device, options.seconds):
+        for row in distributed.run(chosen, options.ranks, options.device, options.seconds, options.leave):
             rows.append(row)
             print(distributed_report.lines([row], options.device).splitlines()[-1], flush=True)
         distributed_report.write(rows, distributed.versions(), path)

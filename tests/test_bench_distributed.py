@@ -82,3 +82,22 @@ def test_the_lists(capsys: pytest.CaptureFixture[str]) -> None:
         f"ulysses 32k {heads}{pieces}" for heads in ("32/8", "16/16") for pieces in ("", " in 1 pieces", " in 2 pieces")] + [
             "ulysses 32k 32/8 saved"]
     assert len(cases("full", "cuda")) > len(cases("quick", "cuda")) and select("full", "cuda", "window")[0].window == 4096
+
+
+def test_forwards_leave_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="--leave: a CPU has no multiprocessors"):
+        main(["distributed", "--device", "cpu", "--leave", "4"])
+    pytest.importorskip("numba.cuda")
+    from bench.distributed.worker import Rank
+    from fastattn.gpu.precompile import absent_device
+    from fastattn.gpu.runtime import launcher
+
+    found, whole = launcher.Listing(absent_device("sm_90a")), absent_device("sm_90a").num_sms
+    monkeypatch.setattr(launcher, "on_device", lambda ordinal: found)
+    rank = object.__new__(Rank)
+    rank.index, seen = 0, []
+    for rank.leave in (4, 0):
+        with rank.fewer_processors():
+            seen.append(found.device.num_sms)
+        seen.append(found.device.num_sms)
+    assert seen == [whole - 4, whole, whole, whole]

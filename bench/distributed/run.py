@@ -29,20 +29,20 @@ def devices() -> int:
         raise SystemExit(f"no CUDA device: {error}; --device cpu measures on this machine's processor") from None
 
 
-def run(cases: list[Case], sizes: list[int], device: str, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
-    """The rows, as they are measured. A size whose ranks fail gives a row with a note."""
+def run(cases: list[Case], sizes: list[int], device: str, seconds: float = SECONDS, leave: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows, as they are measured. A size whose ranks fail gives a row with a note. leave: multiprocessors that forwards leave free."""
     count = 1 if device == "cpu" else devices()
     for size in sizes:
         if device != "cpu" and size > count:
             yield {"name": "all", "ranks": size, "note": f"this machine has {count} CUDA devices"}
             continue
-        yield from _of_size(cases, size, device, count, seconds)
+        yield from _of_size(cases, size, device, count, seconds, leave)
 
 
-def _of_size(cases: list[Case], size: int, device: str, count: int, seconds: float) -> Iterator[dict[str, Any]]:
+def _of_size(cases: list[Case], size: int, device: str, count: int, seconds: float, leave: int) -> Iterator[dict[str, Any]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    job = json.dumps({"device": device, "cases": [asdict(case) for case in cases]})
+    job = json.dumps({"device": device, "leave": leave, "cases": [asdict(case) for case in cases]})
     same = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NCCL_NVLS_ENABLE": "0"}
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")       # a rank sees its own alone
     ranks = [subprocess.Popen([sys.executable, "-m", "bench.distributed.worker", job], cwd=ROOT, text=True,

@@ -11,7 +11,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,8 @@ OF_ALL = ("forward", "backward", "step", "forward_host", "backward_host", "gib")
 class Rank:
     """The group, the memory and the stream of this process."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, leave: int = 0) -> None:
+        self.leave = leave
         self.group = fd.connect("cpu" if device == "cpu" else 0, timeout=120)
         self.stream: Any = None
         if device != "cpu":
@@ -59,6 +61,22 @@ class Rank:
         if self.stream is not None:
             with on_device(self.index):
                 check(driver().cuCtxSynchronize(), "cuCtxSynchronize")
+
+    @contextmanager
+    def fewer_processors(self) -> Iterator[None]:
+        """Forwards whose first call is inside have thread blocks for all multiprocessors but `leave`. Backwards are no such grids."""
+        if not self.leave:
+            yield
+            return
+        from fastattn.gpu.runtime.launcher import on_device as launcher_of
+
+        launcher = launcher_of(self.index)
+        whole = launcher.device
+        launcher.device = replace(whole, num_sms=whole.num_sms - self.leave)
+        try:
+            yield
+        finally:
+            launcher.device = whole
 
     def barrier(self) -> None:
         self.synchronize()
@@ -154,7 +172,8 @@ def measure(rank: Rank, case: Case, known: dict[Case, dict[str, float]]) -> dict
     rows, footprint = rows_of(case, size, group.rank) if size > 1 else [(0, case.seqlen)], Footprint(rank.stream)
     q, k, v, dout = arrays(rank, case, rows)
     calls = Calls(case, group, rank.keywords)
-    out, lse = calls.forward(q, k, v)
+    with rank.fewer_processors():
+        out, lse = calls.forward(q, k, v)
     grads, runs = calls.backward(dout, q, k, v, out, lse), RUNS if case.seqlen <= ERROR_ROWS else 1
     row: dict[str, Any] = {"name": case.name, "ranks": size}
     row |= rank.times(lambda: calls.forward(q, k, v), lambda: calls.backward(dout, q, k, v, out, lse), True, runs)
@@ -210,7 +229,7 @@ def _alone(rank: Rank, case: Case, rows: Rows, mine: dict[str, Any], row: dict[s
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    rank, known = Rank(job["device"]), dict[Case, dict[str, float]]()
+    rank, known = Rank(job["device"], job["leave"]), dict[Case, dict[str, float]]()
     if job["device"] == "cpu":
         fastattn.set_num_threads(max((os.cpu_count() or 1) // rank.group.size, 1))
     for case in [Case(**settings) for settings in job["cases"]]:
