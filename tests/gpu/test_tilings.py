@@ -102,9 +102,11 @@ def test_heads_together_where_one_fills_the_cache() -> None:
 
 def test_the_longest_tiles_of_a_mask_mod_come_first_as_under_a_causal_mask() -> None:
     """One head after the other, the last head's longest tiles started when most others had ended: half of such a tile's time."""
-    call, _ = Want(causal=True, batch=2, num_heads=4).call()
-    for score, mask, expected in ((None, "causal", head_group(call)), ("alibi", None, 1)):
-        assert head_group(call_of(SCORES.get(score or ""), MASKS.get(mask or ""))[0]) == expected
+    for backward in (False, True):
+        call, _ = Want(causal=True, batch=2, num_heads=4, lse=not backward, backward=backward).call()
+        for score, mask, expected in ((None, "causal", head_group(call, backward)), ("alibi", None, 1)):
+            assert head_group(call_of(SCORES.get(score or ""), MASKS.get(mask or ""), backward=backward)[0], backward) == expected
+        assert head_group(call, backward) > 1
     call, _ = call_of(None, None, few=4096)
     blocks = Flex(None, None, (64, 64))
     assert head_group(call) == 1 < head_group(replace(call, problem=replace(call.problem, flex=blocks)))

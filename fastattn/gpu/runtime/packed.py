@@ -89,7 +89,7 @@ def head_group(call: AnyCall, by_keys: bool = False) -> int:
     heads of two groups come together: of 32 over 8 heads, at 65536 keys, one head 51.6 ms, two and four 50.8, eight 50.5.
     """
     p = call.problem
-    hides = not by_keys and p.flex is not None and (p.flex.mask_mod is not None or p.flex.block is not None)    # backwards: not measured
+    hides = p.flex is not None and (p.flex.mask_mod is not None or p.flex.block is not None) and not (by_keys and p.packed)  # not measured
     masked = hides or p.mask.left is not None or p.mask.right is not None
     if not masked and (by_keys or not p.packed):
         return 1
