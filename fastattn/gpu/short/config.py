@@ -54,7 +54,10 @@ def choose_backward(spec: Spec, keep_bias: bool, dlse: bool, whole: bool, whole_
     summed.
     """
     sums, crowded = keep_bias and spec.dbias is not None, num_features(spec) > 1 or not (whole and whole_out)
-    narrow = max(spec.head_dim, spec.head_dim_v) <= 32
-    blocks = 2 if crowded or (sums and not narrow) else 4 if narrow and not (sums or spec.left or spec.right) else 3
+    dim = max(spec.head_dim, spec.head_dim_v)
+    narrow = dim <= 32
+    # a softcap spills 28 to 32 bytes in four blocks, a mask at head_dim 16 12
+    full = spec.softcap or spec.left or spec.right or (spec.mask and dim <= 16)
+    blocks = 2 if crowded or (sums and not narrow) else 4 if narrow and not (sums or full) else 3
     return ShortConfig(blocks_per_sm=blocks, keep_bias=keep_bias, squeeze=int(spec.bias is not None), dlse=dlse, whole=whole,
                        whole_out=whole_out)

@@ -139,7 +139,11 @@ def _tile_of_sums(spec: Spec, columns: int) -> Tile:
     most = (4096 if spec.dtype == "float64" else 16384) // columns
     tile = _tile(spec, max(16, min(lines_of(spec), 1 << most.bit_length() - 1 if most else 0)))
     # 16 lines of more columns than that are over 64 registers a thread: with two features of a packed call 8 bytes would spill
-    return replace(tile, loads=4) if 16 * columns > 12288 and spec.packed and num_features(spec) > 1 else tile
+    large = 16 * columns > 12288 and spec.packed and num_features(spec) > 1
+    # loops over few columns are unrolled: with more than 16 lines, two features (of a packed call one) or float64 would spill 4 to 52 bytes
+    small = max(spec.head_dim, spec.head_dim_v) < 64 and tile.lines > 16
+    crowded = small and (spec.dtype == "float64" or num_features(spec) + spec.packed > 1)
+    return replace(tile, loads=4) if large or crowded else tile
 
 
 @lru_cache(maxsize=1024)

@@ -81,7 +81,10 @@ def choose_forward(spec: Spec, arch: str, whole: bool = True, whole_out: bool = 
     if spec.parts > 1:      # 96 KB of shared memory: 6 bytes an element
         if dim <= 64 and not heavy and room > 200:      # 32 rows a warp would spill 20 bytes on sm_90a, where the other family is faster
             return ForwardSm80Config(warps=8, tiles=1, block_n=64, stages=1, blocks_per_sm=1)
-        return ForwardSm80Config(warps=4, tiles=1 if dim > 64 or heavy else 2, block_n=32, stages=1, blocks_per_sm=2 if room > 200 else 1)
+        # two blocks on a multiprocessor, beside head_dim_v over 112 a smaller head_dim: 20 bytes would spill at 32 keys
+        block_n = 16 if room > 200 and spec.head_dim_v > 112 and spec.head_dim < spec.head_dim_v else 32
+        return ForwardSm80Config(warps=4, tiles=1 if dim > 64 or heavy else 2, block_n=block_n, stages=1,
+                                 blocks_per_sm=2 if room > 200 else 1)
     if rows > 0:
         warps, blocks = 2 if rows <= FEW_ROWS else 4, 4 if whole and num_features(spec) <= 1 else 2
         return ForwardSm80Config(warps=warps, tiles=1, block_n=64, stages=1, blocks_per_sm=blocks * 4 // warps, **pieces)

@@ -151,7 +151,8 @@ def choose_forward(spec: Spec, seqlen_k: int = 1 << 30, seqlen_q: int = 1 << 30)
         if (few := _choose_few(spec, seqlen_k, seqlen_q, optimistic)) is not None:
             return few
         if several or heavy or spec.softcap or (spec.right and seqlen_k < SHORT and not spec.packed):
-            block_n = (48 if capped else 64) if several else 128
+            # a softcap and dropout: 172 to 280 bytes would spill at 128 keys, 76 at 112
+            block_n = (48 if capped else 64) if several else 96 if capped and heavy else 128
             return ForwardSm90Config(block_m=128, block_n=block_n, turns=True, optimistic=optimistic)
         return ForwardSm90Config(block_m=128 if _wasteful(spec, seqlen_q) else 192, block_n=128, turns=True, optimistic=optimistic)
     if dim <= 96 and (wider := _choose_wider(spec, seqlen_k, seqlen_q, optimistic)) is not None:

@@ -88,8 +88,8 @@ def choose_forward(spec: Spec, whole: bool = True, short: bool = False) -> Forwa
     """
     dim, features = max(spec.head_dim, spec.head_dim_v), num_features(spec)
     if dim <= MOST_SPLIT and whole:
-        if short:
-            return ForwardFloatConfig(block_n=64, stages=2, slices=1, split=True, consumers=1)
+        if short:       # a mask and dropout: 12 bytes would spill at 64 keys
+            return ForwardFloatConfig(block_n=64 if features < 2 else 48, stages=2, slices=1, split=True, consumers=1)
         room = spec.head_dim > 32 or spec.head_dim_v <= 96          # half a panel of Q beside all of O: 4 bytes would spill
         return ForwardFloatConfig(block_n=64, stages=4, slices=1, split=True, keep_q=spec.head_dim <= 64 and not features and room)
     slices = 1 if dim <= MOST_SHARED_ROWS else CONSUMERS

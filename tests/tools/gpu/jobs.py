@@ -216,6 +216,15 @@ def _found() -> Iterator[Job]:
     yield Job("simt", "sm_80", _want("float16", 16, lse=False, backward=True, packed=True, seqused=True, causal=True, softcap=True,
                                      bias="float16"), "small_packed_softcap")
     yield Job("simt", "sm_120", _want("float16", 16, packed=True), "packed")        # the plan: with the compilers of CUDA 13.0
+    yield Job("simt", "sm_90a", _want("float64", 32, lse=False, backward=True, packed=True, causal=True), "small_packed")
+    yield Job("simt", "sm_90a", _want("float16", 16, lse=False, backward=True, dropout=True, bias="float32"), "small_dropout_bias")
+    yield Job("sm80", "sm_90a", _want("float32", 32, 128, packed=True, causal=True), "packed_causal")
+    yield Job("sm90", "sm_90a", _want("bfloat16", 64, softcap=True, dropout=True, causal=True, sinks="float32"), "softcap_dropout")
+    yield Job("sm90", "sm_90a", _want("float16", 64, softcap=True, bias="float16", causal=True, sinks="float32"), "softcap_bias")
+    yield Job("sm90", "sm_90a", _want("float32", 128, mask=True, dropout=True, causal=True, sinks="float32", seqlen_q=100),
+              "few_keys_mask_dropout")      # on Python 3.12
+    for name in ("softcap", "mask"):
+        yield Job("sm90", "sm_90a", _want("bfloat16", 16, lse=False, seqlen_q=64, backward=True, **FEATURES[name]), f"short_{name}")
 
 
 def _pairs() -> Iterator[Job]:
