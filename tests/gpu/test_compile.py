@@ -2,9 +2,9 @@
 
 Shipped are the kernels that each family's table picks for a list of calls. CI's list has the most used ones, all features together, and 40
 calls drawn at random with the seed of the day. FASTATTN_SAMPLES=1000 draws that many (-k sample runs only these), and FASTATTN_SEED repeats
-those of a day. FASTATTN_EVERY=3 compiles a third of the list, another one each day. FASTATTN_COMPILE=full has every feature, head size and
-dtype and takes an hour. All selected kernels (-k sm_90a, -k "sm80 and everything") are compiled first, in as many processes as there are
-processors. Many calls share kernels: each is compiled once.
+those of a day. CONTRIBUTING.md, "Other compilers", has the same under another Python and NVVM. FASTATTN_EVERY=3 compiles a third of the
+list, another one each day. FASTATTN_COMPILE=full has every feature, head size and dtype and takes an hour. All selected kernels (-k sm_90a,
+-k "sm80 and everything") are compiled first, in as many processes as there are processors. Many calls share kernels: each is compiled once.
 """
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import platform
 import random
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +37,15 @@ from tests.tools.day import SEED
 from tests.tools.gpu.jobs import JOBS, SAMPLES, Job, draw_job
 
 CONVERSIONS = {"int32", "int64", "uint32", "uint64", "float32", "REAL"}
+
+
+def toolchain() -> str:
+    """What decides about registers beside the sources: Python, whose byte code Numba reads, and the compilers, where pip has them."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("nvidia-nvvm", "nvidia-nvjitlink"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
 
 
 # ---------------------------------------------------------------- compiling, in worker processes
@@ -136,13 +147,13 @@ def test_shipped_kernel(job: Job, results: dict[Wanted, Future[Result]], record_
     for result in found:
         record_property(result.key, result.registers)
     wrong = [f"{r.key} for {r.arch} ({r.registers}): {'; '.join(r.wrong)}" for r in found if r.wrong]
-    assert not wrong, "\n".join([*wrong, f"Job({job.family!r}, {job.arch!r}, {job.want}, ...); FASTATTN_SEED={SEED}"])
+    assert not wrong, "\n".join([*wrong, f"Job({job.family!r}, {job.arch!r}, {job.want}, ...); FASTATTN_SEED={SEED}; {toolchain()}"])
 
 
 def test_samples_follow_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     """A seed always draws the same kernels, of all families and both directions."""
     with capsys.disabled():
-        print(f"\nrandom kernels: FASTATTN_SEED={SEED} FASTATTN_SAMPLES={SAMPLES}")
+        print(f"\nrandom kernels: FASTATTN_SEED={SEED} FASTATTN_SAMPLES={SAMPLES}; {toolchain()}")
     one, other = ([draw_job(random.Random(seed)) for _ in range(2)] for seed in (1, 2))
     assert one[0] == one[1] != other[0]
     draw = random.Random(1)
