@@ -31,9 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """The modules and thousands of tests stay to the end: the garbage collector need not visit them, which took a twentieth of the time."""
+    """The modules and thousands of tests stay to the end: the garbage collector need not visit them, which took a twentieth of the time.
+    It comes seldom, because what the GPU engine's emulator and Numba make is no garbage: another twentieth of theirs."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture

@@ -26,20 +26,28 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_agrees_with_reference(case: Case, engine: str) -> None:
+@pytest.fixture(scope="module", params=CASES, ids=CASE_IDS)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Tests that take it run one after the other for each case."""
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def judge(case: Case) -> Judge:
+    return Judge(case.make())
+
+
+def test_agrees_with_reference(case: Case, judge: Judge, engine: str) -> None:
     inputs = case.make().map(guarded_copy)
-    judge = Judge(inputs)
     out, lse = inputs.forward(engine)
     judge.forward(out, lse)
     judge.backward(inputs.backward(guarded_copy(out), guarded_copy(lse), engine))
 
 
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
-def test_reference_agrees_with_itself(case: Case) -> None:
+def test_reference_agrees_with_itself(case: Case, judge: Judge) -> None:
     """The reference on the inputs' own dtypes: only its outputs are rounded."""
     inputs = case.make()
-    judge = Judge(inputs)
     out, lse = inputs.forward("reference")
     judge.forward(out, lse)
     judge.backward(inputs.backward(out, lse, "reference"))

@@ -131,6 +131,9 @@ class Scores(NamedTuple):
     mod: functions.Changed | None
 
 
+Common = list[tuple[Sequence, Scores]]          # of each sequence
+
+
 def _lowest_bit(x: Array) -> Array:
     """The largest power of two that divides each number; inf for 0."""
     fraction, exponent = np.frexp(x)
@@ -245,16 +248,22 @@ def rounding(dtype: str, result: str | None = None) -> Rounding:
 
 
 @np.errstate(all="ignore")
-def forward(x: Inputs) -> dict[str, Value]:
-    """out (as q, head_dim_v) and lse."""
+def scored(x: Inputs) -> Common:
+    """What the forward and the backward have in common."""
+    s, r = x.spec, rounding(x.spec.dtype, x.spec.result)
+    sequences = [sequence(x, n, np.float64) for n in range(s.sequences)]
+    return [(a, scores(s, x.scale, a, r.eps, r.real)) for a in sequences]
+
+
+@np.errstate(all="ignore")
+def forward(x: Inputs, common: Common | None = None) -> dict[str, Value]:
+    """out (as q, head_dim_v) and lse. common: `scored(x)`, if it is there already."""
     s, r = x.spec, rounding(x.spec.dtype, x.spec.result)
     shape = (*x.q.shape[:-1], s.head_dim_v)
     out = Value(*(np.zeros(shape) for _ in range(3)))
     lse = Value(np.full(x.lse_shape, -np.inf), np.zeros(x.lse_shape), np.zeros(x.lse_shape))
-    for n in range(s.sequences):
-        a = sequence(x, n, np.float64)
+    for n, (a, f) in enumerate(scored(x) if common is None else common):
         at, at_lse = rows(s, n)[0], (np.s_[n] if not s.packed else np.s_[:, rows(s, n)[0]])
-        f = scores(s, x.scale, a, r.eps, r.real)
         sink_error = np.zeros(()) if a.sinks is None else 4 * r.eps * np.abs(a.sinks)
         # all from the row's largest: beside a huge one, log(n) would be lost
         zero = _largest(f.x, a.sinks)
@@ -287,8 +296,8 @@ def forward(x: Inputs) -> dict[str, Value]:
 
 
 @np.errstate(all="ignore")
-def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
-    """dq, dk, dv, dbias and dsinks for out and lse as the call gave them; P = exp(S - lse), at most 1.
+def backward(x: Inputs, out: Array, lse: Array, common: Common | None = None) -> dict[str, Value]:
+    """dq, dk, dv, dbias and dsinks for out and lse as the call gave them; P = exp(S - lse), at most 1. common: as in `forward`.
 
     The reference takes an lse that is its own up to rounding as if it had not been rounded, so there scores count from the row's largest.
     """
@@ -298,8 +307,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
     dsinks = Value(*(np.zeros(s.num_heads) for _ in range(3)))
     dcaptured = [Value(*(np.zeros(y.shape) for _ in range(3))) for y in functions.arrays_of("score_mod", x.held)]
     real = np.float64
-    for n in range(s.sequences):
-        a = sequence(x, n, real)
+    for n, (a, f) in enumerate(scored(x) if common is None else common):
         rows_q, rows_k, _, _ = rows(s, n)
         at_lse = np.s_[n] if not s.packed else np.s_[:, rows_q]
         alive = a.attends & (lse[at_lse] != -np.inf)[:, :, None] if a.sinks is None else a.attends
@@ -308,7 +316,7 @@ def backward(x: Inputs, out: Array, lse: Array) -> dict[str, Value]:
         overflowed = ~np.isfinite(o).all(axis=2)[:, :, None]        # rows whose delta is infinite or NaN
         o = np.where(overflowed, 0, o)
         dlse = np.zeros(level.shape) if x.dlse is None else x.dlse[at_lse].astype(real)
-        f, sinks = scores(s, x.scale, a, r.eps, r.real), a.sinks
+        sinks = a.sinks
         if s.engine == "reference":
             zero = _largest(f.x, sinks)
             f, sinks = f._replace(x=f.x - zero[:, :, None]), None if sinks is None else sinks - zero

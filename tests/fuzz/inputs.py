@@ -145,8 +145,8 @@ def swapped(spec: Spec, x: Array) -> Array:
     return x.swapaxes(1, 2) if spec.layout == "bhsd" and not spec.packed else x
 
 
-def arguments(x: Inputs) -> Arguments:
-    """The call's arguments on the host, in the spec's memory and kinds of number."""
+def arguments(x: Inputs, placed: bool = True) -> Arguments:
+    """The call's arguments on the host, in the spec's memory and kinds of number. placed=False: their values, in any memory."""
     s, random = x.spec, np.random.default_rng([x.spec.seed, 1])
     repeats: dict[str, tuple[int, ...]] = {}
     for entry in s.repeats:
@@ -156,7 +156,7 @@ def arguments(x: Inputs) -> Arguments:
         repeats[entry[:-1]] = (*repeats.get(entry[:-1], ()), axis)
 
     def lay(name: str, array: Array) -> Array:
-        return memory.laid(random, array, s.memory, repeats.get(name, ()), s.readonly)
+        return memory.laid(random, array, s.memory, repeats.get(name, ()), s.readonly) if placed else array
     arrays = {name: lay(name, swapped(s, getattr(x, name))) for name in ("q", "k", "v", "dout")}
     arrays |= {name: lay(name, array) for name, array in x.held.items()}
     options: dict[str, Any] = {}

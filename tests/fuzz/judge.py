@@ -18,7 +18,7 @@ from tests.tools.problems import NUMPY
 
 from . import formula, functions, values
 from .device import Device
-from .formula import Value
+from .formula import Common, Value
 from .inputs import Arguments, Inputs, arguments, compute_dtype, make, swapped
 from .spec import Spec
 
@@ -78,11 +78,12 @@ def _attention(x: Inputs, device: Device) -> list[str]:
     there = device.put(s, arguments(x))
     there.options |= functions.given(s, there.arrays)
     out, lse, found = _forward(x, there, device)
-    right = formula.forward(x)
+    common = formula.scored(x)
+    right = formula.forward(x, common)
     naive = formula.naive(x) if _ordinary(x) else None
     found += _judged(x, {"out": out, "lse": lse} if lse is not None else {"out": out}, right, naive)
     if s.backward and not found:
-        found += _backward(x, there, device, naive is not None)
+        found += _backward(x, there, device, naive is not None, common)
     return found + unchanged(x, there, device)
 
 
@@ -111,7 +112,7 @@ def _forward(x: Inputs, there: Arguments, device: Device) -> tuple[Array, Array 
     return host, None if lse is None else device.get(lse), found
 
 
-def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> list[str]:
+def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool, common: Common) -> list[str]:
     s = x.spec
     function: Any = fastattn.attention_varlen_backward if s.packed else fastattn.attention_backward
     dout, q, k, v, out, lse = (there.arrays[name] for name in ("dout", "q", "k", "v", "out", "lse"))
@@ -130,7 +131,7 @@ def _backward(x: Inputs, there: Arguments, device: Device, ordinary: bool) -> li
         found.append(f"gradients are {sorted(got)}, for {wanted} arrays")
     for name in ("dq", "dk", "dv"):
         got[name] = swapped(s, got[name])
-    right = formula.backward(x, host_out, host_lse)
+    right = formula.backward(x, host_out, host_lse, common)
     if not s.need_dbias:
         right.pop("dbias", None)
     naive = formula.naive(x, host_out, host_lse) if ordinary else None
@@ -176,7 +177,8 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     q, dout = there.arrays["q"], there.arrays["dout"]
     states = [device.call(s, fastattn.attention, q, k, v, **options, return_lse=True) for k, v, options in pieces]
     out, lse = fastattn.merge_states([state[0] for state in states], [state[1] for state in states], layout=s.layout)  # type: ignore[arg-type]
-    right = formula.forward(x)
+    common = formula.scored(x)
+    right = formula.forward(x, common)
     value = right["out"]
     right["out"] = value._replace(allowed=value.allowed + 2 * EPS[s.result] * value.size)
     found = _judged(x, {"out": swapped(s, device.get(out)), "lse": device.get(lse)}, right, None)
@@ -185,7 +187,7 @@ def _parts(x: Inputs, device: Device) -> list[str]:
     dlse = {"dlse": there.options["dlse"]} if "dlse" in there.options else {}
     shares = [device.call(s, fastattn.attention_backward, dout, q, k, v, out, lse, **options, **dlse, need_dbias="bias" in options)
               for k, v, options in pieces]
-    gradients = formula.backward(x, swapped(s, device.get(out)), device.get(lse))
+    gradients = formula.backward(x, swapped(s, device.get(out)), device.get(lse), common)
     got = {name: np.concatenate([swapped(s, device.get(getattr(share, name))) for share in shares], axis=1) for name in ("dk", "dv")}
     with np.errstate(all="ignore"):
         got["dq"] = sum(swapped(s, device.get(share.dq)).astype(np.float64) for share in shares).astype(NUMPY[s.result])  # type: ignore[union-attr]
@@ -296,7 +298,7 @@ def _farther_than_naive(s: Spec, name: str, got: Array, value: Value, naive: Arr
 
 def unchanged(x: Inputs, there: Arguments, device: Device) -> list[str]:
     """Complaints about inputs that were written to."""
-    before = arguments(x)
+    before = arguments(x, placed=False)
     pairs = [(name, there.arrays[name], y) for name, y in before.arrays.items()]
     pairs += [(name, there.options[name], y) for name, y in before.options.items() if isinstance(y, np.ndarray) and y.ndim]
     return [f"{name}: the input was written to" for name, now, y in pairs if device.get(now).tobytes() != y.tobytes()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
@@ -73,15 +73,18 @@ class Judge:
         self._check("lse", lse, self.exact[1], self.naive[1], compute, norm(self.exact[1]) + float(size))
 
     def backward(self, grads: Grads) -> None:
-        exact = self.exact_inputs.backward(*self.exact, "reference")
-        naive = self.rival.backward(*self.naive, "naive")
-        for name, got, e, n, terms in zip(Grads._fields, grads, exact, naive, self._terms(), strict=True):
+        for name, got, e, n, terms in zip(Grads._fields, grads, *self._gradients, strict=True):
             assert (got is None) == (e is None), f"{name} is {type(got)}"
             if got is not None:
                 dtype = np.asarray(got).dtype.name
                 assert dtype == self.result or name in ("dbias", "dsinks"), f"{name} has dtype {dtype}, expected {self.result}"
                 # out is given in the result's dtype, and all gradients inherit its rounding through delta
                 self._check(name, got, e, n, dtype, norm(e) + norm(terms), self.result, self.of_lse)
+
+    @cached_property
+    def _gradients(self) -> tuple[Grads, Grads, Grads]:
+        """The exact ones, the naive ones, the terms."""
+        return self.exact_inputs.backward(*self.exact, "reference"), self.rival.backward(*self.naive, "naive"), self._terms()
 
     def _terms(self) -> Grads:
         """The gradients without delta; sums over many rows, dbias and dsinks, with |delta|: what the exact ones are differences of."""
