@@ -84,7 +84,9 @@ class build(build_ext):
         from Cython.Build import cythonize
 
         self._leave_out_refused()
-        self.parallel = self.parallel or True       # here: an editable installation forgets the options of setup()
+        # here, as an editable installation forgets the options of setup(). One more than cores (400 MB each): behind pairs of equal
+        # levels on two cores the fifth would be alone
+        self.parallel = self.parallel or (os.cpu_count() or 1) + 1
         processes = min(os.cpu_count() or 1, len(self.extensions)) if sys.platform == "linux" else 0
         for ours, new in zip(self.extensions, cythonize(self.extensions, nthreads=processes), strict=True):
             ours.sources = new.sources
