@@ -30,6 +30,7 @@ from tests.tools.gpu.calls import Sequence, view, whole, with_bounds
 from tests.tools.gpu.emulator import Memory
 from tests.tools.gpu.roles import edited, playing
 from tests.tools.gpu.roles_backward import BackwardPlay
+from tests.tools.gpu.roles_pair import PairPlay
 
 DK, DV, DQ = 1 << 44, 1 << 45, 1 << 46
 
@@ -49,35 +50,37 @@ def dense(batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, di
 
 def kernel(spec: Spec, config: Any, change: Any) -> Any:
     """The kernel, with a place of its text changed, or of that of its sums of dQ."""
-    makers = {maker.__name__: maker for maker in (dq_sums.make_dq_sums, dq_sums.make_dq_warpgroup)}
+    makers = {maker.__name__: maker for maker in (dq_sums.make_dq_sums, dq_sums.make_dq_pair, dq_sums.make_dq_warpgroup)}
     of_sums = [name for name, maker in makers.items() if change is not None and change[0] in inspect.getsource(maker)]
     with ExitStack() as patches:
         for name, maker in makers.items():
-            patches.enter_context(mock.patch.object(backward_sm90, name, edited(maker, change if name in of_sums else None)))
+            where = backward_sm90 if hasattr(backward_sm90, name) else dq_sums
+            patches.enter_context(mock.patch.object(where, name, edited(maker, change if name in of_sums else None)))
         return edited(backward_sm90.make_backward, None if of_sums else change)(spec, config)[0]
 
 
 def play(call: BackwardCall, seed: int, change: Any = None, far: bool = False, mask: Any = None, **tuning: Any) -> list[BackwardPlay]:
     """A launch, block by block; `change` edits the kernel's text first. far: the call has far rows. mask: the elements of its mask."""
     spec = launch_sm90.with_bias_tiles(make_backward_spec(call), call.operands.bias, 128)
-    one_tile, p = launch_sm90._one_tile(call, spec), call.problem
-    config, memory, made = replace(tiling(spec, p.seqlen_k, one_tile), **tuning), Memory(), []
+    of_keys, p = launch_sm90._key_tiles(call, spec), call.problem
+    config, memory, made = replace(tiling(spec, p.seqlen_k, of_keys), **tuning), Memory(), []
+    played = PairPlay if config.pair else BackwardPlay
     arguments = launch_sm90.backward_program(spec, config).arguments
     for x in (call.operands.cu_seqlens_q, call.operands.cu_seqlens_k):
         memory.allow(x)
     if mask is not None:
         call = with_bounds(call, mask, config.block_m, memory, by_keys=True)
-    with (playing(BackwardPlay(config, 0, seed), memory) as machine,
+    with (playing(played(config, 0, seed), memory) as machine,
           packed.table(call, 128, machine.launcher(), 0, True) as table):
-        heads = call.problem.num_heads_k
+        heads, together = call.problem.num_heads_k, 1 if config.pair else packed.head_group(call, True)
         tiles = packed.most_tiles(call, 128, True)
-        own = ("q", "k", "v", "dout", "rows", 0, int(far), 1, 0, padded_rows(call), table, tiles, packed.head_group(call, True), heads,
-               1.0, 0, 0, 0, 0, *["bias"] * spec.bias_tiles)
+        own = ("q", "k", "v", "dout", "rows", 0, int(far), 1, 0, padded_rows(call), table, tiles, together, heads, 1.0,
+               0, 0, 0, 0, *["bias"] * spec.bias_tiles)
         values = namedtuple("Arguments", [name for name, _ in arguments.fields])(*arguments.values(call, own))  # type: ignore[misc]
         # blocks past the end look at an entry that is not there before they know, and go
         count = ctypes.c_int32.from_address(table + (call.problem.batch + 1) * packed.ENTRY).value if call.problem.packed else tiles
-        for block in range(count):
-            made.append(BackwardPlay(config, block, seed * 100 + block))
+        for block in range(0, count, 1 + config.pair):
+            made.append(played(config, block, seed * 100 + block))
             with playing(made[-1], memory):
                 made[-1].run(kernel(spec, config, change), values)
     return made
@@ -97,6 +100,8 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
             end = min(first + 128, seqlen_k)
             attended = sorted({row // block_m for row, (lo, hi) in enumerate(bounds) if lo < end and first < hi and lo < hi})
             order = attended[::-1] if made[0].config.down else attended
+            if made[0].config.pair and first == 0 and not made[0].config.down:      # a thread block's own one is the last
+                order = attended[::-1]
             blocks = [(q_start + m * block_m, head, plane) for head in heads for m in order]
             expected_sums += [(block, (k_start + first, head_k, plane)) for block in blocks] * (block_m // 16 * made[0].config.dim // 8)
             for key, (pointer, kind, dim) in itertools.product(range(first, end, 16), ((DK, "dK", p.head_dim), (DV, "dV", p.head_dim_v))):
@@ -105,18 +110,19 @@ def check(call: BackwardCall, made: list[BackwardPlay], sequences: list[Sequence
     assert not results
     if made[0].config.one_tile:
         assert not sums
-        check_rows(call, {at: of for one in made for at, of in one.stored.items()}, block_m)
+        check_rows(call, {at: of for one in made for at, of in one.stored.items()}, block_m, made[0].config.pair)
     else:
         assert sorted(sums) == sorted(expected_sums) if not call.deterministic else not sums
 
 
-def check_rows(call: BackwardCall, stored: dict[Any, Any], block_m: int) -> None:
+def check_rows(call: BackwardCall, stored: dict[Any, Any], block_m: int, pair: bool) -> None:
     """dQ that is stored as it is: each band of 16 rows once, from its own block of queries and its head's keys."""
     p = call.problem
     for plane, head, row in itertools.product(range(p.batch), range(p.num_heads), range(0, p.seqlen_q, 16)):
         at = DQ + 2 * p.head_dim * (plane * p.seqlen_q * p.num_heads + head)
         block = row // block_m * block_m
-        assert stored.pop((at, row)) == ((block, head, plane), (0, head // p.group, plane))
+        keys = tuple((first, head // p.group, plane) for first in ((0, 128) if block or p.mask.right is None else (0,)))
+        assert stored.pop((at, row)) == ((block, head, plane), keys if pair else keys[0])
     assert not stored
 
 
@@ -131,6 +137,8 @@ CASES = {
     "40": dense(1, 300, 200, 1, 1, 40), "80": dense(1, 130, 200, 2, 1, 80), "96 causal": dense(1, 200, 200, 1, 1, 96, causal=True),
     "one tile": dense(2, 300, 100, 2, 1, 64), "one tile causal": dense(2, 77, 77, 2, 2, 64, causal=True),
     "one tile, few queries": dense(1, 20, 128, 2, 2, 32, causal=True), "not one tile": dense(1, 200, 100, 1, 1, 64, causal=True),
+    "two tiles": dense(2, 197, 197, 2, 2, 64), "two tiles of 32": dense(1, 129, 256, 3, 3, 32), "no pair": dense(1, 257, 256, 1, 1, 64),
+    "two tiles causal": dense(2, 200, 200, 2, 2, 64, causal=True),
     "40 softcap": dense(1, 100, 200, 1, 1, 40, softcap=3.0), "no queries for some keys, 64": dense(1, 64, 400, 2, 1, 64, causal="top_left"),
 }
 
@@ -239,6 +247,23 @@ def test_faults_of_the_warpgroup_of_dq_are_found(mutant: str) -> None:
     with pytest.raises((AssertionError, AttributeError)):
         for seed in range(20):
             check(call, play(call, seed, SPLIT_MUTANTS[mutant], **SPLIT), whole(call.problem))
+
+
+PAIR_MUTANTS = {
+    "not cleared": ("        if CAUSAL:\n", "        if CAUSAL and False:\n"),
+    "given to itself": ("int32(1 - cluster.rank())))\n", "int32(cluster.rank())))\n"),
+    "given too early": ("        if PAIR:\n            cluster.wait() ", "        if PAIR and False:\n            cluster.wait() "),
+    "not waited for": ("        cluster.wait()\n        store_rows", "        store_rows"),
+    "never told": ("            cluster.arrive()        # what", "            pass        # what"),
+}
+
+
+@pytest.mark.parametrize("mutant", PAIR_MUTANTS)
+def test_faults_of_a_pair_are_found(mutant: str) -> None:
+    call = CASES["two tiles causal" if mutant == "not cleared" else "two tiles"]
+    with pytest.raises((AssertionError, AttributeError, KeyError)):
+        for seed in range(20):
+            check(call, play(call, seed, PAIR_MUTANTS[mutant]), whole(call.problem))
 
 
 @pytest.mark.parametrize("mutant", FAR_MUTANTS)

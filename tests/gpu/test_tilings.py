@@ -33,7 +33,7 @@ FORWARDS: dict[str, tuple[dict[str, Any], str]] = {
                       "sm90 64x64 stages 2 out 4 optimistic blocks 3"),
     "window of 4096": ({"head_dim": 64, "window": (4095, 0), "seqlen_q": 8192}, "sm90 192x128 stages 2 out 4 optimistic turns"),
     "few keys, dropout": ({"head_dim": 64, "dropout": True, "seqlen_q": 257}, "sm90 128x128 stages 2 out 4 optimistic turns"),
-    "729 rows of 72": ({"head_dim": 72, "seqlen_q": 729}, "sm90 192x112 stages 2 out 1 optimistic turns"),
+    "729 rows of 72": ({"head_dim": 72, "seqlen_q": 729}, "sm90 192x112 stages 2 out 4 optimistic turns whole_rows"),
     "256 rows of 72": ({"head_dim": 72, "seqlen_q": 256}, "sm90 128x128 stages 2 out 4 optimistic turns"),
     "causal, 80": ({"head_dim": 80, "causal": True, "seqlen_q": 2048}, "sm90 128x128 stages 2 out 4 optimistic turns"),
     "64k causal": ({"causal": True, "seqlen_q": 65536}, "sm90 128x160 stages 2 out 4 optimistic turns"),
@@ -78,13 +78,33 @@ def test_sums_of_dq_only_where_tiles_are_several(name: str) -> None:
 
 @pytest.mark.parametrize(("settings", "split"), [
     ({"head_dim": 48}, True), ({"head_dim": 16, "causal": True}, True), ({"head_dim": 40, "num_heads_k": 4}, True),
-    ({"seqlen_q": 197}, True), ({"seqlen_q": 256, "causal": True}, True), ({"seqlen_q": 200, "seqlen_k": 400}, True),
+    ({"seqlen_q": 200, "seqlen_k": 400}, True), ({"seqlen_q": 200, "seqlen_k": 150, "causal": True}, True),
     ({}, False), ({"seqlen_q": 257}, False), ({"seqlen_q": 197, "num_heads_k": 4}, False), ({"seqlen_q": 128, "seqlen_k": 400}, False),
     ({"head_dim": 32, "packed": True}, False), ({"head_dim": 32, "dropout": True}, False), ({"head_dim": 32, "deterministic": True}, False),
     ({"head_dim": 32, "seqlen_k": 100}, False), ({"head_dim": 72, "seqlen_q": 197}, False)], ids=str)
 def test_a_warpgroup_for_dq_where_it_is_faster(settings: dict[str, Any], split: bool) -> None:
     [key] = [key for key in keys(**{"head_dim": 64, "backward": True} | settings) if key.startswith("backward_sm90 ")]
     assert key.endswith(" split") == split
+
+
+PAIR: dict[str, dict[str, Any]] = {
+    "197 rows": {"seqlen_q": 197}, "129 rows, 256 keys": {"seqlen_q": 129, "seqlen_k": 256},
+    "head_dim 40": {"seqlen_q": 256, "head_dim": 40},
+    "causal": {"seqlen_q": 200, "causal": True}}
+NO_PAIR: dict[str, dict[str, Any]] = {
+    "257 rows": {"seqlen_q": 257}, "257 keys": {"seqlen_q": 197, "seqlen_k": 257}, "128 rows": {"seqlen_q": 128, "seqlen_k": 200},
+    "128 keys": {"seqlen_q": 200, "seqlen_k": 128}, "head_dim 72": {"seqlen_q": 197, "head_dim": 72},
+    "groups": {"seqlen_q": 197, "num_heads_k": 4}, "causal, fewer keys": {"seqlen_q": 200, "seqlen_k": 150, "causal": True}} | {
+    name: {"seqlen_q": 197, name: value} for name, value in {
+        "window": (30, 0), "mask": True, "packed": True, "dropout": True, "softcap": True, "deterministic": True,
+        "alibi": "float32", "bias": "bfloat16", "out_dtype": "float32"}.items()}
+
+
+@pytest.mark.parametrize("name", [*PAIR, *NO_PAIR])
+def test_two_tiles_of_keys_are_a_pair(name: str) -> None:
+    found, pair = keys(**{"head_dim": 64, "backward": True} | (PAIR | NO_PAIR)[name]), name in PAIR
+    assert any(key.startswith("backward_sm90 ") and key.endswith(" one_tile pair") for key in found) == pair
+    assert not pair or not any(key.startswith("round_dq") or " accum" in key for key in found)
 
 
 @pytest.mark.parametrize(("seqlen", "block"), [(256, 64), (320, 80), (512, 80), (700, 80)])

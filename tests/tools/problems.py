@@ -252,6 +252,11 @@ def _shapes() -> Iterator[Case]:
     for length in (1, 2, 5, 6, 7, 15, 16, 63, 64, 65, 191, 192, 193, 255, 256, 257, 513):
         yield Case(f"seqlen_{length}", seqlen_q=length, head_dim=32, causal=True, batch=1)
     yield Case("seqlen_257_full_float16", "float16", seqlen_q=257, head_dim=64, batch=1)
+    yield Case("two_tiles", "float16", num_heads=3, seqlen_q=197, head_dim=64, dlse=True)
+    yield Case("two_tiles_unequal", "bfloat16", num_heads=3, seqlen_q=129, seqlen_k=256, head_dim=40, head_dim_v=24, sinks=True)
+    yield Case("two_tiles_far", "float16", num_heads=1, seqlen_q=256, seqlen_k=150, head_dim=64, softmax_scale=40.0)
+    yield Case("rows_192", "bfloat16", num_heads=3, seqlen_q=190, seqlen_k=330, head_dim=72)
+    yield Case("rows_192_packed", "float16", num_heads=3, lengths_q=(190, 5, 200), lengths_k=(100, 30, 330), head_dim=80, head_dim_v=96)
     yield Case("keys_513", seqlen_q=5, seqlen_k=513, batch=1)
     yield Case("queries_513", seqlen_q=513, seqlen_k=5, batch=1)
     yield Case("mqa", num_heads=5, num_heads_k=1)

@@ -8,5 +8,6 @@ arrive = instruction("barrier.cluster.arrive.release;")
 wait = instruction("barrier.cluster.wait.acquire;")
 # address_in(address, rank): where block `rank` of the cluster has what this one has at a shared address. That block must have begun
 address_in = instruction("mapa.shared::cluster.u32 $0, $1, $2;", "rr", "r")
+rank = instruction("mov.u32 $0, %cluster_ctarank;", "", "r", pure=True)         # which block of the cluster this one is
 store_four = instruction("st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};", "rffff")      # at a multiple of 16
 store_two = instruction("st.shared::cluster.v2.f32 [$0], {$1, $2};", "rff")                 # at a multiple of 8

@@ -30,6 +30,21 @@ def store_panels(typingctx: Any, packed: Any, row_address: Any, lane_swizzle: An
     return signature(types.none, packed, types.int32, types.int32, panel_bytes, count, first), generate
 
 
+@intrinsic
+def store_matrix_rows(typingctx: Any, packed: Any, address: Any) -> Any:
+    """Store each warp's packed 16 x N accumulator to rows that are not swizzled.
+
+    address: shared address of this lane's row (lane % 16), 16 bytes further for lanes from 16 on.
+    """
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], packed.count)
+        for j in range(packed.count // 4):
+            emit(builder, VOID, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}",
+                 [builder.add(args[1], I32(32 * j)), *registers[4 * j:4 * j + 4]])
+        return context.get_dummy_value()
+    return signature(types.none, packed, types.int32), generate
+
+
 def emit_transpose(builder: Any, word: Any) -> Any:
     """Transpose a warp's 8x8 tile of 16 bits. Each register has two neighbours of a row."""
     return emit(builder, I32, "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word])

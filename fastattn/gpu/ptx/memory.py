@@ -88,6 +88,11 @@ def emit_store_shared_vector(builder: Any, address: Any, offset: int, values: li
     emit(builder, VOID, f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])
 
 
+def emit_store_cluster_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
+    """The same, in the shared memory of a block of the cluster. Since sm_90."""
+    emit(builder, VOID, f"st.shared::cluster.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f,~{memory}", [address, *values])
+
+
 def emit_add_vector(builder: Any, address: Any, offset: int, values: list[Any]) -> None:
     """Add four float32 atomically to those at global address + offset, a multiple of 16. In any order with other adds. Since sm_90."""
     emit(builder, VOID, f"red.relaxed.gpu.global.add.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "l,f,f,f,f,~{memory}", [address, *values])

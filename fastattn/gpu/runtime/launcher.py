@@ -56,7 +56,7 @@ class Launcher(Protocol):
     def capturing(self, stream: int) -> bool:
         """Whether the stream is being captured into a graph."""
 
-    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool,
+    def tensor_maps(self, boxes: tuple[tuple[View, tensormap.Box], ...], captured: bool,
                     forms: tuple[int, ...] | None = None) -> list[int]:
         """Addresses of the TMA descriptors of views, for boxes of so many rows. `forms`: the boxes' tensormap.form, if
         known."""
@@ -141,7 +141,7 @@ class Listing:
     def capturing(self, stream: int) -> bool:
         return False
 
-    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool,
+    def tensor_maps(self, boxes: tuple[tuple[View, tensormap.Box], ...], captured: bool,
                     forms: tuple[int, ...] | None = None) -> list[int]:
         return [0] * len(boxes)
 

@@ -104,7 +104,7 @@ class Recorder:
     def capturing(self, stream: int) -> bool:
         return False                                        # what depends on it is found in each call
 
-    def tensor_maps(self, boxes: tuple[tuple[View, int], ...], captured: bool,
+    def tensor_maps(self, boxes: tuple[tuple[View, tensormap.Box], ...], captured: bool,
                     forms: tuple[int, ...] | None = None) -> list[int]:
         return [self._map(tensormap.wanted(x, rows)) for x, rows in boxes]
 

@@ -2,7 +2,7 @@
 cuTensorMapEncodeTiled).
 
 Axes are (head_dim, row, head, batch), and a box is 64 elements (128 bytes, swizzled) by `rows`; of 8-bit elements it is
-32, 64 or 128, swizzled over their width. Or they are (row, 2)
+32, 64 or 128, swizzled over their width, and a box of WholeRows is not swizzled. Or they are (row, 2)
 float32 of lse and delta, and a box is `rows` of one of the two. TMA reads what lies outside the tensor as 0 and does
 not write it.
 
@@ -31,6 +31,16 @@ _MOST = 32768                  # maps of a device in one generation: more than t
 _DTYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16"} | dict.fromkeys(EIGHT_BIT, "UINT8")
 PANEL = 64                     # elements of a 128-byte row
 PROMOTION = 256                # bytes to which L2 completes what TMA misses; see _promotion
+
+
+class WholeRows(NamedTuple):
+    """A box of `rows` rows of `columns` elements each, all columns that there are, one row after the other and not swizzled."""
+
+    rows: int
+    columns: int
+
+
+Box = int | WholeRows           # rows of PANEL elements, or whole rows
 
 
 def fits(x: View) -> str | None:
@@ -111,8 +121,8 @@ def _number(*form: Any) -> int:
     return next(_numbers)
 
 
-def form(x: View, rows: int) -> int:
-    """Interned number of a box's shape, strides, dtype and rows, but not its address: a cheap dictionary key."""
+def form(x: View, rows: Box) -> int:
+    """Interned number of a view's shape, strides, dtype and box, but not its address: a cheap dictionary key."""
     return _number(x.shape, x.strides, x.dtype, rows)
 
 
@@ -125,8 +135,8 @@ class Wanted(NamedTuple):
     encode: Callable[[int], int]        # of the address
 
 
-def wanted(x: View, rows: int) -> Wanted:
-    """The map of a view at a recording.Address, for boxes of `rows` rows."""
+def wanted(x: View, rows: Box) -> Wanted:
+    """The map of a view at a recording.Address."""
     at: Any = x.ptr
     return Wanted(at.base, at.offset, form(x, rows), partial(_encode, x.shape, x.strides, x.dtype, rows))
 
@@ -147,13 +157,13 @@ def find(maps: Sequence[Wanted], addresses: Sequence[int], ordinal: int, capture
     return found
 
 
-def tensor_maps(boxes: tuple[tuple[View, int], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
+def tensor_maps(boxes: tuple[tuple[View, Box], ...], captured: bool, forms: tuple[int, ...] | None = None) -> list[int]:
     """Device addresses of the maps of some views, all on one device.
 
     Parameters
     ----------
     boxes
-        Views that `fits` accepts, and the rows of a box of each.
+        Views that `fits` accepts, and the box of each.
     captured
         The maps are for work that is being captured into a graph.
     forms
@@ -176,7 +186,7 @@ def row_map(address: int, count: int, apart: int, rows: int, ordinal: int, captu
     return kept.get(key) or maps.add(key, partial(_encode_rows, count, apart, rows, address), captured)
 
 
-def _encode(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: int, address: int) -> int:
+def _encode(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: Box, address: int) -> int:
     """Host address of the encoded map of a view."""
     if len(shape) == 3:
         shape, strides = (1, *shape), (strides[0] * shape[0], *strides)
@@ -185,6 +195,8 @@ def _encode(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, rows: 
     columns = min(dim, 2 * PANEL) if dtype in EIGHT_BIT else PANEL
     swizzle = f"{columns}B" if dtype in EIGHT_BIT else "128B"
     promotion = PROMOTION if dtype in EIGHT_BIT else _promotion(2 * dim, by_head)
+    if isinstance(rows, WholeRows):
+        (rows, columns), swizzle = rows, "NONE"
     return _encoded(_DTYPES[dtype], address, (dim, length, heads, batch), (by_row, by_head, by_batch), (columns, rows, 1, 1), swizzle,
                     promotion)
 

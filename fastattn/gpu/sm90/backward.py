@@ -7,6 +7,7 @@ At 192/128 and in deterministic calls it computes these two alone: no dQ.
                     S^T = K Q^T   P^T = exp2(S^T - lse)   dV += P^T dO
                     dP^T = V dO^T dS^T = P^T (dP^T - delta)   dK += dS^T Q   dQ = dS K, half of it each, from both halves of dS
 
+    pair            the two tiles of keys of a head as a cluster: each thread block stores dQ of one block of queries (dq_sums.make_dq_pair)
     shared memory   K | V | Q_STAGES x Q | 2 x dO | 2 x dS | dQ of each warp | Q_STAGES x lse | 2 x delta | barriers
                     a bias that TMA copies arrives with Q, in the buffer of its block's dS; Q then has two stages, as dS has two buffers
     K_FULL, V_FULL, Q and dO rings: FULL      TMA -> consumers: the bytes have arrived; lse arrives with Q, delta with dO
@@ -29,7 +30,7 @@ from numba import cuda, int32, int64, uint8, uint64
 
 from ..dsl.inline import inline
 from ..flex.derived import is_rated
-from ..ptx import mbarrier, tma, wgmma
+from ..ptx import cluster, mbarrier, tma, wgmma
 from ..ptx.matrix import store_panels
 from ..ptx.memory import load_b32, shared_address
 from ..ptx.sync import barrier, decrease_registers, fence_async, increase_registers, opaque, take_turn, uniform, warp
@@ -59,7 +60,7 @@ from ..tile.traced import make_hide, times_rate
 from ..tile.words import make_kept_queries
 from .config import BLOCK_N, CONSUMERS, BackwardSm90Config
 from .consumer import Queries, Tile, Walk, make_order, own_lane, own_thread, own_warpgroup
-from .dq_sums import make_dq_rows, make_dq_sums, make_dq_warpgroup
+from .dq_sums import make_dq_stores, make_dq_warpgroup
 from .key_gradients import make_store_keys
 from .mmas import Places, columns_of_dq, make_mmas
 from .seen_queries import make_seen_queries
@@ -76,14 +77,13 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     COUNT_DQ, SPLIT = columns_of_dq(config)[0], config.split
     WARPS, PRODUCERS, PACKED, SOFTCAP, BIAS_TILES = 4 * CONSUMERS, 32 if spec.packed else 1, spec.packed, spec.softcap, spec.bias_tiles
     BIAS_LATE, BIAS_BYTES = spec.bias is not None and not BIAS_TILES, tile_bytes(BLOCK_M, BLOCK_N) if BIAS_TILES else 0
-    SUM_DBIAS, APART, ONE_TILE = spec.dbias is not None, config.apart, config.one_tile
-    ADD_DQ = not spec.deterministic                 # to sums in memory
-    OWN_DQ = ADD_DQ and not SPLIT                   # by the warpgroups that compute dS
+    SUM_DBIAS, APART, ONE_TILE, PAIR = spec.dbias is not None, config.apart, config.one_tile, config.pair
+    ADD_DQ, OWN_DQ = not spec.deterministic, not (spec.deterministic or SPLIT)      # to sums in memory; by the warpgroups that compute dS
 
     # shared memory and barriers
     smem = Smem()
     K, V, Q, DO = smem.take(K_BYTES), smem.take(V_BYTES), smem.take(Q_STAGES * Q_BYTES), smem.take(2 * DO_BYTES)
-    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if ADD_DQ and not ONE_TILE else 0)
+    DS, DQ = smem.take(2 * DS_BYTES), smem.take(CONSUMERS * 4 * PIECE if ADD_DQ and (PAIR or not ONE_TILE) else 0)
     LSE, DELTA = smem.take(Q_STAGES * LSE_BYTES, 128), smem.take(2 * LSE_BYTES, 128)
     k_full, v_full = make_barrier(smem), make_barrier(smem)
     q_ring, do_ring = make_ring(smem, Q_STAGES, WARPS), make_ring(smem, 2, WARPS)
@@ -106,7 +106,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
     (prepare_mask, hide), seen = make_hide(spec.mask_mod, True), make_seen_queries(spec, config, smem)
     any_far, (near_columns, _), log2_scale = make_any_far(BLOCK_M), make_near(spec), make_log2_scale(spec)
     cap_of, slopes = make_cap_of(spec), make_slopes(spec)
-    store_dq, send_dq = make_dq_rows(spec, config) if ONE_TILE else make_dq_sums(DIM, BLOCK_M, DQ, SPLIT)
+    store_dq, send_dq, end_dq, clear_dq = make_dq_stores(spec, config, DQ)
     take_dq_registers, add_dq = make_dq_warpgroup(spec, config, (k_full, keys_cleared, ds_ring), (mma_dq, store_dq, send_dq))
     first_block, next_block, is_block, row_before = make_order(spec, config)
     plane_of, draw, mark, pack_kept, grad = make_dropout_transposed(spec, COUNT_S)
@@ -376,6 +376,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         """dQ and dK of the block before, whose slots may then be overwritten."""
         last, thread, lane = int32((walk.j - 1) & 1), own_thread(), own_lane()
         wgmma.fence()
+        if PAIR:
+            cluster.arrive()        # what the other thread block stores has been sent
         if OWN_DQ:
             ds_full.wait(base, last)
             send_dq(a, base, w, thread, walk.waiting)
@@ -386,7 +388,7 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         if OWN_DQ:
             acc_dq, batch, head, (m_min, m_max, _, _) = wgmma.wait_all_but_one(acc_dq), tile.batch, walk.head, queries
             row = row_before(a, batch, tile.q_start, head, walk.m, m_min, m_max) if ONE_TILE else int32(0)
-            store_dq(a, base, acc_dq, w, thread, lane, row, batch)
+            end_dq(a, base, acc_dq, w, thread, lane, row, batch)
             fence_async()
             warp()
             send_dq(a, base, w, thread, seen.row(a, base, walk.stage, batch) if SEEN else
@@ -426,6 +428,8 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
         walk = Walk(int32(0), int32(0), int32(0), head, first_block(queries.m_min, queries.m_max), int32(-1), prepare(a, tile.batch, head))
         far = load_b32(a.far) if APART else int32(0)        # in flight while the keys are
         k_full.wait(base, int32(0))
+        if PAIR:
+            cluster.wait()          # until the other thread block has begun
         if PACKED:
             if (n_block + 1) * BLOCK_N > tile.seqlen_k:
                 keys_cleared.wait(base, int32(0))
@@ -468,6 +472,9 @@ def make_backward(spec: Spec, config: BackwardSm90Config) -> tuple[Any, int]:
                 tails.init(base, int32(head_k * a.group))
                 keep_tile(base, n_block, head_k, batch, k_start, seqlen_k, keys, q_start)
                 mbarrier.fence_init()
+            if PAIR:
+                clear_dq(base, warpgroup, thread)
+                cluster.arrive()
             cuda.syncthreads()
             if warpgroup == 0:
                 give_registers()

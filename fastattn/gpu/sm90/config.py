@@ -61,6 +61,9 @@ class ForwardSm90Config:
         Stages of K and V in flight.
     out_panels
         Panels of 64 columns of the output that fit in shared memory at once, for each warpgroup. 0: it goes from registers to memory.
+    whole_rows
+        Rows of the output lie in shared memory as in memory, and TMA stores them whole. Panels would cut rows of 144 bytes at byte 128, in
+        the middle of a sector of 32 bytes where the head is odd.
     turns
         FlashAttention-3's ping-pong: warpgroups issue their MMAs one after another, so that one's softmax overlaps another's MMAs.
     slices
@@ -83,6 +86,7 @@ class ForwardSm90Config:
     block_n: int
     stages: int = 2
     out_panels: int = 4
+    whole_rows: bool = False
     turns: bool = False
     optimistic: bool = True
     hints: bool = False
@@ -96,6 +100,7 @@ class ForwardSm90Config:
         assert (self.consumers == 2 or not self.wide_producer) and (self.blocks_per_sm, self.consumers) in BLOCKS
         assert self.block_m in (64, 128, 192) and self.block_n % 16 == 0 and 16 <= self.block_n <= 256
         assert self.stages in (1, 2, 4), "a block's stage is its number modulo a power of two"
+        assert not self.whole_rows or self.slices == 1
         assert self.slices == 1 or (self.block_m == 64 and self.slices <= 3), "slices share the rows of one warpgroup"
 
     @property
@@ -126,7 +131,8 @@ class ForwardSm90Config:
 
     @property
     def text(self) -> str:
-        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "wide_producer": self.wide_producer}
+        flags = {"optimistic": self.optimistic, "turns": self.turns, "hints": self.hints, "wide_producer": self.wide_producer,
+                 "whole_rows": self.whole_rows}
         return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels}" + f" slices {self.slices}" * (self.slices > 1)
                 + "".join(f" {name}" for name, on in flags.items() if on) + f" box {self.box}" * (self.box > 0) + " whole" * self.whole
                 + f" blocks {self.blocks_per_sm}" * (self.blocks_per_sm > 1))
@@ -228,7 +234,7 @@ def _choose_wider(spec: Spec, seqlen_k: int, seqlen_q: int, optimistic: bool) ->
     more = _padded(seqlen_q, 192) * _padded(seqlen_k, 112) / (_padded(seqlen_q, 128) * _padded(seqlen_k, 128))
     if not spec.packed and more > 1.1:
         return None
-    return ForwardSm90Config(block_m=192, block_n=112, out_panels=1, turns=True, optimistic=optimistic)
+    return ForwardSm90Config(block_m=192, block_n=112, whole_rows=True, turns=True, optimistic=optimistic)
 
 
 def _padded(rows: int, block_m: int) -> int:
@@ -286,6 +292,9 @@ class BackwardSm90Config:
     one_tile
         A head's keys are one tile, so that dQ of a block of queries is complete: it goes to memory as it is, without float32 sums, their
         zeros and their rounding.
+    pair
+        With `one_tile`: a head has two tiles of keys, and two blocks of queries. Its thread blocks are a cluster, and each stores dQ of one
+        block of queries: the other one sends it its part through shared memory.
     split
         A third consumer warpgroup has no keys: it computes dQ of all of a tile's keys and adds it to the sums. The other two then neither
         wait for each other's dS nor store dQ.
@@ -301,9 +310,11 @@ class BackwardSm90Config:
     apart: bool = False
     down: bool = False
     one_tile: bool = False
+    pair: bool = False
     split: bool = False
 
     def __post_init__(self) -> None:
+        assert not self.pair or (self.one_tile and not self.apart), "a loop for far rows ends dQ of each block alone"
         assert not self.split or (self.block_m == 128 and not self.one_tile)
         assert (self.block_m == 128 and max(self.dim, self.dim_v) <= 64) or self.block_m == 64, "dQ of a step is two panels at most"
         assert not (self.crowded and self.halves), "the second half overlaps the MMA of dP"
@@ -326,7 +337,7 @@ class BackwardSm90Config:
     @property
     def text(self) -> str:
         dims = f"{self.dim}" if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
-        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile", "split") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("crowded", "halves", "apart", "down", "one_tile", "pair", "split") if getattr(self, name))
         return f"{self.block_m}x{BLOCK_N} dim {dims} stages {self.q_stages}{flags}" + (f" squeeze {self.squeeze}" if self.squeeze else "")
 
 
@@ -345,12 +356,14 @@ def _choose_with_tiles(spec: Spec, down: bool) -> BackwardSm90Config:
     return BackwardSm90Config(dim=spec.head_dim, dim_v=spec.head_dim_v, block_m=64, q_stages=2, crowded=spec.mask, down=down)
 
 
-def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, one_tile: bool = False, rows: int = 1 << 30) -> BackwardSm90Config:
-    """The tiling for so many keys. one_tile: a head's keys are one tile, and every row attends one of them. rows: query rows of all heads
-    of a group."""
+def choose_backward(spec: Spec, seqlen_k: int = 1 << 30, tiles: int = 0, rows: int = 1 << 30) -> BackwardSm90Config:
+    """The tiling for so many keys. tiles: of a head's keys, if their thread blocks can write dQ. rows: query rows of all heads of a
+    group."""
     config = _choose_by_registers(spec, seqlen_k)
-    if one_tile and config.block_m == 128:              # a causal one spills 4 bytes with far rows apart
+    if tiles == 1 and config.block_m == 128:            # a causal one spills 4 bytes with far rows apart
         return replace(config, one_tile=True, apart=False)
+    if tiles == 2 and config.block_m == 128 and _is_plain(spec) and not spec.scaled:
+        return replace(config, one_tile=True, pair=True, apart=False)
     if _is_plain(spec) and not (spec.packed or spec.scaled or spec.deterministic) and config.block_m == 128:
         if max(spec.head_dim, spec.head_dim_v) <= SPLIT_DIM or 128 < rows <= SPLIT_ROWS:
             return replace(config, split=True, halves=False, apart=True)

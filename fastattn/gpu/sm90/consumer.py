@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from numba import int32
 
 from ..dsl.inline import inline
+from ..ptx import cluster
 from ..ptx.sync import opaque, thread_index, uniform
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
@@ -78,14 +79,39 @@ def make_fresh(slices: int) -> Any:
     return fresh
 
 
+def _make_pair_order(BLOCK_M: int) -> tuple[Any, Any, Any, Any]:
+    @inline
+    def first_block(m_min, m_max):
+        return int32(1 - cluster.rank())
+
+    @inline
+    def next_block(m):
+        return int32(m + 2 * cluster.rank() - 1)
+
+    @inline
+    def is_block(m, m_min, m_max):
+        return (m >= m_min) & (m < m_max)
+
+    @inline
+    def row_before(a, batch, q_start, head, m, m_min, m_max):
+        own = cluster.rank()
+        again = m == 1 - own
+        m, head = own if again else int32(1 - own), int32(head - 1) if again else head
+        return int32(head * a.rows + m * BLOCK_M)
+    return first_block, next_block, is_block, row_before
+
+
 def make_order(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any, Any, Any]:
     """The order of query blocks [m_min, m_max) in each of a key head's query heads.
 
     first_block(m_min, m_max), next_block(m), is_block(m, m_min, m_max): a head's blocks, one after the other.
     row_before(a, batch, q_start, head, m, m_min, m_max): first row, in a.accum, of the block that comes before m of `head`. With
-    config.one_tile, there is no a.accum, and lines are counted from the batch entry's first.
+    config.one_tile, there is no a.accum, and lines are counted from the batch entry's first. With config.pair the block of queries whose dQ
+    a thread block stores, that of its rank, comes last.
     """
     DOWN, BLOCK_M, ONE_TILE, first_row = config.down, config.block_m, config.one_tile, make_first_row(spec)
+    if config.pair and not DOWN:
+        return _make_pair_order(BLOCK_M)
 
     @inline
     def first_block(m_min, m_max):

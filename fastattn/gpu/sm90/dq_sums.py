@@ -1,7 +1,8 @@
 """dQ of the Hopper backward: (store_dq, send_dq) of a warp's part of a block of queries.
 
 Sums in memory: each warp stores its piece to shared memory, and TMA adds it to the sums. Where a head's keys are one tile there is nothing
-to add: rows of dQ go from the registers to memory.
+to add: rows of dQ go from the registers to memory. Where they are two, a thread block adds what the other one has stored in its shared
+memory.
 """
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from typing import Any
 from numba import int32, int64, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import tma, wgmma
+from ..ptx import cluster, tma, wgmma
 from ..ptx.sync import decrease_registers, fence_async, opaque, warp
 from ..rows.preprocess import make_first_row
 from ..spec import Spec
 from ..tile.fragments import scale_rows, zeros
-from ..tile.gradients import PIECE, make_piece_of, make_store, store_piece
+from ..tile.gradients import PIECE, add_piece, make_piece_of, make_store, send_piece, store_piece
 from ..tile.smem import WARPGROUP_ROWS
 from .config import BLOCK_N, BackwardSm90Config
 from .consumer import make_order, own_lane, own_thread
+
+Three = tuple[Any, Any, Any]
 
 
 def make_dq_sums(DIM: int, BLOCK_M: int, DQ: int, SPLIT: bool = False) -> tuple[Any, Any]:
@@ -64,7 +67,46 @@ def make_dq_rows(spec: Spec, config: BackwardSm90Config) -> tuple[Any, Any]:
     return store_dq, send_dq
 
 
-Three = tuple[Any, Any, Any]
+def make_dq_pair(spec: Spec, config: BackwardSm90Config, RECEIVED: int) -> Three:
+    """Of heads whose keys are two tiles: (give_dq, take_dq, clear), of a cluster of two thread blocks. The block of queries whose dQ a
+    thread block stores is its last one.
+
+    RECEIVED: offset of a piece of each warp, which the same warp of the other thread block writes.
+    """
+    (store_rows, _), CAUSAL, COUNT = make_dq_rows(spec, config), config.down, config.dim // 2
+
+    @inline
+    def own_piece(base, w, thread):
+        return int32(base + RECEIVED + (w * 4 + (thread >> 5)) * PIECE + (thread & 31) * 16)
+
+    @inline
+    def give_dq(a, base, acc_dq, w, thread, lane, row, batch):
+        """A warp's part of dQ to the other thread block, which has begun."""
+        send_piece(acc_dq, cluster.address_in(own_piece(base, w, thread), int32(1 - cluster.rank())))
+
+    @inline
+    def take_dq(a, base, acc_dq, w, thread, lane, row, batch):
+        """Rows of dQ, with what the other thread block has given."""
+        cluster.wait()
+        store_rows(a, base, add_piece(acc_dq, own_piece(base, w, thread)), w, thread, lane, row, batch)
+
+    @inline
+    def clear(base, warpgroup, thread):
+        """Before the thread blocks meet: under a causal mask, the first block of queries gets nothing from the second tile of keys."""
+        if CAUSAL:
+            if warpgroup > 0:
+                store_piece(zeros(COUNT), own_piece(base, int32(warpgroup - 1), thread))
+    return give_dq, take_dq, clear
+
+
+def make_dq_stores(spec: Spec, config: BackwardSm90Config, DQ: int) -> tuple[Any, Any, Any, Any]:
+    """(store_dq, send_dq, end_dq, clear_dq): end_dq is store_dq of a tile's last block, clear_dq of a pair alone. DQ: offset of a piece of
+    each warp."""
+    store_dq, send_dq = make_dq_rows(spec, config) if config.one_tile else make_dq_sums(config.dim, config.block_m, DQ, config.split)
+    if config.pair:
+        give_dq, take_dq, clear_dq = make_dq_pair(spec, config, DQ)
+        return give_dq, send_dq, take_dq, clear_dq
+    return store_dq, send_dq, store_dq, None
 
 
 def make_dq_warpgroup(spec: Spec, config: BackwardSm90Config, barriers: Three, parts: Three) -> tuple[Any, Any]:

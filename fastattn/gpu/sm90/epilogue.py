@@ -8,7 +8,7 @@ from numba import int32, uint64
 from ...arrays.view import EIGHT_BIT
 from ..dsl.inline import inline
 from ..ptx import tma
-from ..ptx.matrix import store_panels
+from ..ptx.matrix import store_matrix_rows, store_panels
 from ..ptx.memory import store_f32
 from ..ptx.sync import barrier, fence_async, opaque
 from ..spec import Spec
@@ -21,6 +21,13 @@ from .records import TILE, Records
 
 OUT_PANEL = WARPGROUP_ROWS * ROW_BYTES      # bytes: 64 rows of 64 columns
 MAX_CONSUMERS = 3
+
+
+def out_bytes(config: ForwardSm90Config, columns: int) -> int:
+    """Shared memory for the output of all warpgroups, of `columns` columns each."""
+    if config.whole_rows:
+        return config.block_m * 2 * columns
+    return config.consumers * min(config.out_panels, panels(columns)) * OUT_PANEL
 
 
 def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, finish: Any, records: Records,
@@ -36,9 +43,10 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
     PACKED, LSE, SINKS = spec.packed, spec.lse, spec.sinks is not None
     OUT_PANELS, HINTS, FLOATS = min(config.out_panels, PANELS_V), config.hints, (spec.out_dtype or spec.dtype) == "float32"
     BYTES = spec.dtype in EIGHT_BIT
-    TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V, OUT_PANELS == 0
+    WHOLE, ROW = config.whole_rows, 2 * COLUMNS         # bytes of a row in shared memory
+    TWO_ROUNDS, DIRECT = OUT_PANELS < PANELS_V and not WHOLE, OUT_PANELS == 0
     OUT_BARRIER = smem.named(MAX_CONSUMERS)         # one for each consumer warpgroup
-    assert DIRECT or PANELS_V <= 2 * OUT_PANELS
+    assert WHOLE or DIRECT or PANELS_V <= 2 * OUT_PANELS
     to_half: Any = None if BYTES else make_pack(spec.dtype)
 
     def make_round(FIRST):
@@ -67,6 +75,21 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
         return store_round
 
     store_first, store_second = make_round(0), make_round(OUT_PANELS if TWO_ROUNDS else 0)
+
+    @inline
+    def store_whole(a, base, packed, w, thread, lane, row, head, map_batch):
+        """store_round of whole rows, in one TMA store."""
+        slot = int32(base + OUT + w * (WARPGROUP_ROWS * ROW))
+        own_row = int32(((thread >> 5) & 3) * 16 + (lane & 15))
+        if thread == 0:
+            tma.wait_read()
+        barrier(int32(OUT_BARRIER + w), int32(WARPGROUP))
+        store_matrix_rows(packed, int32(slot + own_row * ROW + (lane >> 4) * 16))
+        fence_async()
+        barrier(int32(OUT_BARRIER + w), int32(WARPGROUP))
+        if thread == 0:
+            tma.store(a.map_out, slot, int32(0), row, head, map_batch)
+            tma.commit()
 
     @inline
     def store_float_rows(a, acc_o, m_block, head, batch, q_start, seqlen_q, w, row, col):
@@ -99,6 +122,8 @@ def make_epilogue(spec: Spec, config: ForwardSm90Config, smem: Smem, OUT: int, f
                 store_whole_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, lane)
             else:
                 store_rows(packed, address, uint64(address + uint64(8 * a.out_row)), rows0, rows1, int32(a.head_dim_v - col))
+        elif WHOLE:
+            store_whole(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
         else:
             store_first(a, base, packed, w, thread, lane, int32(q_start + row0), head, map_batch)
             if TWO_ROUNDS:

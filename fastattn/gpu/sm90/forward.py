@@ -47,7 +47,7 @@ from ..tile.smem import ALIGN, PANEL, ROW_BYTES, WARPGROUP, WARPGROUP_ROWS, Smem
 from ..tile.softmax import NEG_INF, make_softmax
 from .bounds import make_tile_bounds
 from .config import ForwardSm90Config, slice_dim
-from .epilogue import OUT_PANEL, make_epilogue
+from .epilogue import make_epilogue, out_bytes
 from .records import TILE, make_records
 from .roles import make_roles
 from .seen import Tile, make_load_seen, make_seen, stays
@@ -75,7 +75,7 @@ def make_forward(spec: Spec, config: ForwardSm90Config) -> tuple[Any, int]:
     # shared memory and barriers
     smem = Smem()
     Q, K, V = smem.take(Q_BYTES), smem.take(STAGES * K_BYTES), smem.take(STAGES * V_BYTES)
-    BIAS, OUT = smem.take(STAGES * BIAS_BYTES), smem.take(CONSUMERS * min(config.out_panels, panels(COLUMNS)) * OUT_PANEL)
+    BIAS, OUT = smem.take(STAGES * BIAS_BYTES), smem.take(out_bytes(config, COLUMNS))
     tile_blocks, full_blocks, intervals = make_tile_bounds(spec, BLOCK_M, BLOCK_N)
     records = make_records(spec, BLOCK_M, smem, WARPS, tile_blocks)
     q_ring, k_ring, v_ring = make_ring(smem, 1, WARPS), make_ring(smem, STAGES, WARPS), make_ring(smem, STAGES, WARPS)

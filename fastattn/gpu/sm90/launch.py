@@ -21,7 +21,7 @@ from ..runtime.compile import Source, late
 from ..runtime.device import Device
 from ..runtime.launcher import PROGRAMS, Launcher, Listing, Program, program
 from ..runtime.packed import MOST_BLOCKS, head_group, most_tiles, table
-from ..runtime.tensormap import PANEL, fits, form
+from ..runtime.tensormap import PANEL, Box, WholeRows, fits, form
 from ..short import launch as short
 from ..simt.launch import captured, dbias
 from ..sm80 import launch as sm80
@@ -227,12 +227,13 @@ def _prepare(call: Call, spec: Spec, config: ForwardSm90Config, chosen: Program,
     grid, block_m, block_n = min(tiles, launcher.device.num_sms * config.blocks_per_sm), config.block_m, config.block_n
     capturing, tensor_maps, counter = launcher.capturing, launcher.tensor_maps, launcher.counter
     cached, box, floats = call.problem.cache is not None, config.box or block_n, spec.out_dtype is not None
+    out_box = WholeRows(OUT_ROWS, spec.head_dim_v) if config.whole_rows else OUT_ROWS
 
-    def boxes(call: Call) -> tuple[tuple[View, int], ...]:
+    def boxes(call: Call) -> tuple[tuple[View, Box], ...]:
         o = call.operands
         inputs = (o.q, block_m), (o.k, box), (o.v, box)
         bias = ((bias_view(o.bias), block_m),) if spec.bias_tiles and o.bias else ()
-        return (*inputs, *bias) if floats else (*inputs, (call.out, OUT_ROWS), *bias)
+        return (*inputs, *bias) if floats else (*inputs, (call.out, out_box), *bias)
     forms = tuple(form(x, rows) for x, rows in boxes(call))
 
     def launch(call: Call, stream: int, sequences: int = 0, kinds: tuple[int, ...] = ()) -> None:
@@ -257,7 +258,7 @@ def backward_program(spec: Spec, config: BackwardSm90Config) -> Program:
     # with dbias, a memset of the sums comes before it: that is no kernel behind which this one could start early
     written = ("dq", "dk", "dv") if config.one_tile else ("dk", "dv")
     return program(f"backward_sm90 {spec.text} | {config.text}", lambda: make_backward(spec, config), Arguments(spec, own, written),
-                   config.threads, early=spec.dbias is None)
+                   config.threads, early=spec.dbias is None, cluster=1 + config.pair)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -329,7 +330,7 @@ def _backward_config(call: BackwardCall, spec: Spec, own_spec: Spec, launcher: L
     keys = call.problem.seqlen_k
     if not spec.traced:
         rows = call.problem.seqlen_q * call.problem.group
-        return _choose_backward(own_spec, keys, _one_tile(call, own_spec), rows)
+        return _choose_backward(own_spec, keys, _key_tiles(call, own_spec), rows)
 
     def others(config: BackwardSm90Config) -> list[Source]:
         listing, tried = Listing(launcher.device), backward_program(own_spec, config).source
@@ -342,14 +343,19 @@ def _backward_config(call: BackwardCall, spec: Spec, own_spec: Spec, launcher: L
     return config
 
 
-def _one_tile(call: BackwardCall, spec: Spec) -> bool:
-    """Whether all keys of a head are one tile, and every row attends one of them: nobody would write dQ of the others."""
+def _key_tiles(call: BackwardCall, spec: Spec) -> int:
+    """Tiles of keys of a head whose thread blocks can write dQ: one if every row attends one of its keys, because nobody would write dQ
+    of the others, or two where there are two blocks of rows. 0: dQ is summed."""
     p = call.problem
     if spec.packed or spec.mask or spec.left or spec.traced or spec.deterministic or spec.group_parts or p.float32_out:
-        return False
+        return 0
     right, first_attends = p.mask.right, p.mask.top_left or p.seqlen_q <= p.seqlen_k
     counted = p.num_heads * padded_rows(call) <= MOST_BLOCKS        # rows of a batch entry, in int32
-    return counted and 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends))
+    if counted and 0 < p.seqlen_k <= BLOCK_N and (right is None or (right >= 0 and p.mask.first is None and first_attends)):
+        return 1
+    causal = right == 0 and p.mask.first is None and p.seqlen_q == p.seqlen_k
+    two = min(p.seqlen_q, p.seqlen_k) > BLOCK_N and max(p.seqlen_q, p.seqlen_k) <= 2 * BLOCK_N
+    return 2 if counted and two and p.group == 1 and (right is None or causal) else 0
 
 
 def _in_parts(call: BackwardCall, spec: Spec, config: BackwardSm90Config, launcher: Launcher) -> bool:
@@ -412,8 +418,9 @@ def _launch_backward(call: BackwardCall, spec: Spec, config: BackwardSm90Config,
     p, o, tiles, captured = call.problem, call.operands, most_tiles(call, BLOCK_N, True), launcher.capturing(stream)
     bias = ((bias_view(o.bias), config.block_m),) if spec.bias_tiles and o.bias else ()
     maps = launcher.tensor_maps(((o.q, config.block_m), (o.k, BLOCK_N), (o.v, BLOCK_N), (call.dout, config.block_m), *bias), captured)
+    heads = 1 if config.pair else head_group(call, True)        # a pair has the tiles of one head
     own = (*maps[:4], rows.map(call, config.block_m, launcher, captured), rows.lse, rows.far,
-           rows.mark, rows.accum, rows.count, sequences, tiles, head_group(call, True), p.num_heads_k, p.score.softmax_scale, *sums,
+           rows.mark, rows.accum, rows.count, sequences, tiles, heads, p.num_heads_k, p.score.softmax_scale, *sums,
            *kinds, *maps[4:])
     backward_program(spec, config).launch(launcher, tiles, call, own, stream)
 

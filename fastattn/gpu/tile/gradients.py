@@ -21,6 +21,7 @@ from ..ptx.memory import (
     emit_add_if,
     emit_load_pair,
     emit_load_shared_pair,
+    emit_store_cluster_vector,
     emit_store_pair_if,
     emit_store_shared_vector,
     load_shared_b32,
@@ -112,6 +113,17 @@ def store_piece(typingctx: Any, acc: Any, address: Any) -> Any:
         registers = unpack(builder, args[0], acc.count)
         for j in range(0, acc.count, 4):
             emit_store_shared_vector(builder, args[1], 128 * j, registers[j:j + 4])
+        return context.get_dummy_value()
+    return signature(types.none, acc, types.int32), generate
+
+
+@intrinsic
+def send_piece(typingctx: Any, acc: Any, address: Any) -> Any:
+    """store_piece in the shared memory of any block of the cluster. `address`: one of cluster.address_in."""
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        registers = unpack(builder, args[0], acc.count)
+        for j in range(0, acc.count, 4):
+            emit_store_cluster_vector(builder, args[1], 128 * j, registers[j:j + 4])
         return context.get_dummy_value()
     return signature(types.none, acc, types.int32), generate
 

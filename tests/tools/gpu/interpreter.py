@@ -48,7 +48,8 @@ class Run(Arithmetic, Copies):
         self.shared = Shared(grid, end)
         self.special: dict[str, Any] = {
             "%tid.x": self.thread, "%ctaid.x": self.block.astype(np.uint32), "%laneid": self.thread & 31, "%ntid.x": np.uint32(threads),
-            "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared)}
+            "%nctaid.x": np.uint32(grid), "%dynamic_smem_size": np.uint32(shared),
+            "%cluster_ctarank": (self.block % cluster).astype(np.uint32)}
         self.registers: dict[str, Array] = {}
 
     # -------------------------------------------------------- registers

@@ -299,13 +299,15 @@ def _bias_tiles() -> Iterator[Job]:
 
 
 def _few_keys() -> Iterator[Job]:
-    """Several thread blocks on a multiprocessor; dQ of a head whose keys are one tile; 32 rows of the mma.sync kernel."""
+    """Several thread blocks on a multiprocessor; dQ of a head whose keys are one tile, or two; 32 rows of the mma.sync kernel."""
     yield Job("sm90", "sm_90a", _want("float16", 64, lse=False, seqlen_q=197), "few_keys")
     yield Job("sm90", "sm_90a", _want("bfloat16", 64, 48, seqlen_q=300, packed=True, window=(100, 0), sinks="float32"), "few_keys_window")
     yield Job("sm90", "sm_90a", _want("float16", 80, 96, packed=True, causal=True, sinks="float32"), "rows_192")
     for name, settings in {"causal": {"causal": True}, "alibi_dropout": {"alibi": "float32", "dropout": True},
                            "dbias": {"bias": "half", "causal": True}}.items():
         yield Job("sm90", "sm_90a", _want("float16", 64, lse=False, seqlen_q=128, backward=True, **settings), f"one_tile_{name}")
+    for dim in (32, 64):
+        yield Job("sm90", "sm_90a", _want("float16", dim, lse=False, seqlen_q=197, backward=True), "two_tiles")
     for arch in ("sm_80", "sm_90a"):
         yield Job("sm80" if arch == "sm_80" else "sm90", arch, _want("bfloat16", 32, seqlen_q=32, seqlen_k=128, bias="half"), "few_rows")
 

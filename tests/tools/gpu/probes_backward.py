@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, int32, int64, uint32, uint64
+from numba import cuda, float32, int32, int64, uint8, uint32, uint64
 
 from fastattn.arrays.view import EIGHT_BIT, ITEMSIZE, numpy_dtype
-from fastattn.gpu.ptx import mbarrier, memory, mma, scalar, sync, tma, wgmma
+from fastattn.gpu.ptx import cluster, mbarrier, memory, mma, scalar, sync, tma, wgmma
 from fastattn.gpu.spec import FAR_LSE
 from fastattn.gpu.tile import fragments as f
 from fastattn.gpu.tile import gradients as g
@@ -102,6 +102,30 @@ def check_piece(launch: Any) -> None:
 
 add("memory.emit_store_shared_vector memory.emit_load_vector", "st.shared.v4.f32; ld.global.v4.f32", piece, check_piece, shared=SHARED,
     name="gradients.piece")
+
+
+def sent() -> Any:
+    """Twice a fragment: through a piece in the shared memory of the cluster's only block."""
+    def kernel(a):
+        lane = int32(cuda.threadIdx.x)
+        acc, base = load(a.src, lane), int32((memory.shared_address(cuda.shared.array(0, uint8)) + 15) & -16)
+        mine = int32(base + 16 * lane)
+        cluster.arrive()
+        cluster.wait()
+        g.send_piece(acc, cluster.address_in(mine, cluster.rank()))
+        cluster.arrive()
+        cluster.wait()
+        save(a.dst, lane, g.add_piece(acc, mine))
+    return kernel
+
+
+def check_sent(launch: Any) -> None:
+    x = normal(16, C)
+    same(as_matrix(launch(src=x, other=np.zeros(1, np.float32), dst=np.zeros((COUNT, 32), np.float32), n=0)), x + x)
+
+
+add("memory.emit_store_cluster_vector cluster.rank", "st.shared::cluster.v4.f32; %cluster_ctarank", sent, check_sent, shared=SHARED,
+    name="direct cluster.piece")
 
 
 def scattered() -> Any:

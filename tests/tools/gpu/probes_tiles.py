@@ -9,6 +9,7 @@ from numba import cuda, int32, uint8, uint64
 
 from fastattn.gpu.dsl.inline import inline
 from fastattn.gpu.ptx import matrix, mbarrier, memory, sync, tma, wgmma
+from fastattn.gpu.runtime.tensormap import WholeRows
 from fastattn.gpu.tile import fragments as f
 from tests.tools.gpu.probes import HALVES, C, add, as_matrix, load, normal, same
 from tests.tools.problems import NUMPY
@@ -338,6 +339,41 @@ def check_panels_out(dtype: str) -> Callable[[Any], None]:
     return check
 
 
+WIDE = 72       # columns of rows that TMA stores whole
+
+
+def rows_out(dtype: str) -> Callable[[], Any]:
+    """The same, 80 columns of which a row has WIDE, in rows that lie in shared memory as in memory."""
+    to_half = f.make_pack(dtype)
+
+    def make() -> Any:
+        def kernel(a):
+            base = begin(1)
+            warp, lane = int32(cuda.threadIdx.x >> 5), int32(cuda.threadIdx.x & 31)
+            half = to_half(load(uint64(a.src + uint64(4 * 16 * C * warp)), lane))
+            row = int32(base + (16 * warp + (lane & 15)) * 2 * (WIDE + 8) + (lane >> 4) * 16)
+            matrix.store_matrix_rows(half, row)
+            matrix.store_matrix_rows(f.part(half, 0, 4), int32(row + 2 * C))
+            sync.fence_async()
+            sync.barrier(int32(1), int32(128))
+            if cuda.threadIdx.x == 0:
+                tma.store(a.map_a, base, int32(0), int32(0), int32(0), int32(0))
+                tma.commit()
+                tma.wait_all()
+        return kernel
+    return make
+
+
+def check_rows_out(dtype: str) -> Callable[[Any], None]:
+    def check(launch: Any) -> None:
+        x = normal(64, C)
+        got = launch(x, dst=np.zeros((1, 64, 1, WIDE), NUMPY[dtype]), maps=[("dst", WholeRows(64, WIDE + 8))])
+        same(got[0, :, 0], np.hstack([x, x[:, :WIDE - C]]).astype(NUMPY[dtype]))
+    return check
+
+
 for _dtype in HALVES:
+    add("matrix.store_matrix_rows", "stmatrix.sync.aligned.m8n8.x4.shared.b16", rows_out(_dtype), check_rows_out(_dtype),
+        name=f"matrix.store_matrix_rows_{_dtype}", threads=128, shared=SHARED)
     add("matrix.store_panels", "stmatrix.sync.aligned.m8n8.x4.shared.b16", panels_out(_dtype), check_panels_out(_dtype),
         name=f"matrix.store_panels_{_dtype}", threads=128, shared=SHARED)

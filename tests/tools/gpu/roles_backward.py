@@ -24,7 +24,8 @@ class BackwardPlay(Play):
         self.dim, self.dim_v = dims or (config.dim, config.dim_v)
         boxes = boxes or {"q": config.block_m, "dout": config.block_m, "k": 128, "v": 128, "bias": config.block_m}
         split = getattr(config, "split", False)
-        super().__init__(config, self.dim_v, (block,), seed, consumers or 2 + split, boxes)
+        blocks = (block, block + 1) if getattr(config, "pair", False) else (block,)
+        super().__init__(config, self.dim_v, blocks, seed, consumers or 2 + split, boxes)
         if split:               # else dQ's warpgroup, which does little, is never behind
             self.late = self.random.choice((128 * 3, 1 << 30))
         self.readers: dict[int, set[int]] = {}      # of a bias: its place -> the warps that have read their part

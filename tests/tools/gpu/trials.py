@@ -44,10 +44,12 @@ def _trials() -> list[Trial]:
     """What is chosen now beside what was, or nearly was."""
     ours = {"now": Variant()}
     plain, rows, small = tiling(128, 128), tiling(192, 128), tiling(64, 64, 3)
+    apart = {"one_tile": False, "pair": False, "apart": True}
+    sums = {"sums": Variant(backward=apart), "split": Variant(backward=apart | {"split": True, "halves": False})}
     one: dict[str, Any] = {"tiles": 1, "block_n": 64, "stages": 1}
     return [
         Trial("DiT", Want(head_dim=72, seqlen_q=256, batch=128), ours | {"192x112": tiling(192, 112, out_panels=1)}),
-        Trial("SigLIP", Want(head_dim=72, seqlen_q=729, batch=32), ours | {"128x128": plain}),
+        Trial("SigLIP", Want(head_dim=72, seqlen_q=729, batch=32), ours | {"128x128": plain, "panels": tiling(192, 112, out_panels=1)}),
         Trial("SigLIP packed", Want(head_dim=72, seqlen_q=1024, batch=32, packed=True), ours | {"128x128": plain}, (),
               [729] * 16 + [500, 1018] * 8),
         Trial("ViT", Want(head_dim=64, seqlen_q=197, batch=256, num_heads=12), ours | {"128x128": plain, "64x64/3": small}),
@@ -62,7 +64,9 @@ def _trials() -> list[Trial]:
               | {"128 keys": plain, "heads 4": Variant(heads=4)}, (), repeats=1),
         Trial("CLIP text back", Want(head_dim=64, seqlen_q=77, batch=512, num_heads=8, causal=True, backward=True), ours
               | {"sums": Variant(backward={"one_tile": False, "apart": True})}, ("cuDNN", "efficient")),
-        Trial("ViT back", Want(head_dim=64, seqlen_q=197, batch=256, num_heads=12, backward=True), ours),
+        Trial("ViT back", Want(head_dim=64, seqlen_q=197, batch=256, num_heads=12, backward=True), ours | sums),
+        Trial("D64 256 causal back", Want(head_dim=64, seqlen_q=256, batch=128, causal=True, backward=True), ours | sums),
+        Trial("D64 256 back", Want(head_dim=64, seqlen_q=256, batch=128, backward=True), ours | sums),
         Trial("SD 16 back", Want(head_dim=160, seqlen_q=256, batch=32, num_heads=8, backward=True), ours
               | {"80 keys": Variant(dq=DqSm90Config(block_n=80, stages=3, stages_v=1))}),
     ]
