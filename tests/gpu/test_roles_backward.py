@@ -226,8 +226,9 @@ FAR_MUTANTS = {
     "dO never released": ("        do_ring.release(base, last, lane)\n", ""),
     "Q of the block before": ("        stage, phase = q_ring.next(walk.stage, walk.phase)\n",
                               "        stage, phase = walk.stage, walk.phase\n"),
-    "Q released early": ("        wgmma.fence()\n        if OWN_DQ:\n            ds_full.wait(base, last)\n",
-                         "        q_ring.release(base, walk.stage, lane)\n        if OWN_DQ:\n            ds_full.wait(base, last)\n"),
+    "Q released early": ("        if OWN_DQ:\n            ds_full.wait(base, last)\n            send_dq(a, base, w, thread, walk",
+                         "        q_ring.release(base, walk.stage, lane)\n        if OWN_DQ:\n            ds_full.wait(base, last)\n"
+                         "            send_dq(a, base, w, thread, walk"),
 }
 
 
