@@ -48,7 +48,13 @@ def test_every_block_once(name: str) -> None:
         check(play(CASES[name], seed), CASES[name], whole(CASES[name].problem))
 
 
-@pytest.mark.parametrize("tuning", [{"stages": 4, "block_n": 64}, {"stages": 1}, {"gather": 1, "block_m": 64}], ids=str)
+IN_ORDER = {"ahead": False, "gather": 2, "stages": 2}       # of D128 with a causal mask
+SCORES_AHEAD = {"ahead": True, "gather": 1, "stages": 4}     # of D128 without a mask
+
+
+@pytest.mark.parametrize("tuning", [IN_ORDER, {**IN_ORDER, "stages": 4, "block_n": 64}, {**IN_ORDER, "stages": 1}, SCORES_AHEAD,
+                                    {**IN_ORDER, "gather": 1, "block_m": 64}, {**SCORES_AHEAD, "stages": 2},
+                                    {**SCORES_AHEAD, "block_m": 64}], ids=str)
 def test_other_tilings(tuning: dict[str, Any]) -> None:
     for seed in range(2):
         check(play(CASES["128 causal"], seed, **tuning), CASES["128 causal"], whole(CASES["128 causal"].problem))
@@ -92,37 +98,63 @@ def _without_keys(row: int, cu: Any, lengths_k: list[int]) -> bool:
     return i >= len(lengths_k) or lengths_k[i] == 0
 
 
+ALONE = "        acc_s = wgmma.wait_all(issue_first(base, w, stage))\n"
+K_AND_ALONE = "        k_ring.wait_full(base, stage, phase)\n" + ALONE
 MUTANTS = {
-    "K not waited for": ("        k_ring.wait_full(base, stage, phase)\n        acc_s = wgmma", "        acc_s = wgmma"),
-    "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n", ""),
+    "K not waited for": (K_AND_ALONE + "        release_k", ALONE + "        release_k"),
+    "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n" + K_AND_ALONE + "        release_k",
+                         K_AND_ALONE + "        release_k"),
     "V not waited for": ("        v_ring.wait_full(base, stage, parity)\n", ""),
     "K released early": ("            acc_s = wgmma.wait_all_but_one(acc_s)\n",
                          "            release_k(base, stage, n_block, tile.n_min, lane)\n"
                          "            acc_s = wgmma.wait_all_but_one(acc_s)\n"),
-    "K released before the vote": ("                lags = int32(1) if",
-                                   "                release_k(base, stage, n_block, tile.n_min, lane)\n                lags = int32(1) if"),
+    "K released before the vote": ("                lags = int32(1) if max(part0, part1) > LIMIT else int32(0)\n",
+                                   "                release_k(base, stage, n_block, tile.n_min, lane)\n"
+                                   "                lags = int32(1) if max(part0, part1) > LIMIT else int32(0)\n"),
     "Q overwritten": ("        q_ring.wait_empty_nth(base, i)\n", ""),
-    "wrong V": ("issue_last(base, sums, p, before, parity, int32(n_block + 1), tile)\n",
-                "issue_last(base, sums, p, stage, parity, int32(n_block + 1), tile)\n"),
+    "wrong V": ("issue_last(base, sums, p, before, parity,", "issue_last(base, sums, p, stage, parity,"),
     "V of another block": ("                load_v(a, base, it, int32(block + n), head_k, map_batch)\n                it = int32(it + 1)\n"
                            "            going", "                load_v(a, base, it, int32(block + n + 1), head_k, map_batch)\n"
                            "                it = int32(it + 1)\n            going"),
     "scores of another block again": ("wgmma.wait_all(issue_first(base, w, stage))\n        max0",
                                       "wgmma.wait_all(issue_first(base, w, int32(stage ^ 1)))\n        max0"),
-    "a sum lost": ("            acc_o = add_columns(acc_o, sums, 0)\n", "            acc_o = acc_o\n"),
-    "a sum added early": ("place_in_sum(n_block, tile) == GATHER - 1:", "place_in_sum(n_block, tile) == 0:"),
-    "a sum begun late": ("HEAD_DIM, place_in_sum(n_block, tile))", "HEAD_DIM, int32(1))"),
+    "a sum lost": ("                acc_o = add_columns(acc_o, sums, 0)\n", "                acc_o = acc_o\n"),
+    "a sum added early": ("place_in_sum(int32(n_block + 1), tile) == GATHER - 1:", "place_in_sum(int32(n_block + 1), tile) == 0:"),
+    "a sum begun late": ("mma_o(sums, p, base, stage, place_in_sum(n_block, tile))", "mma_o(sums, p, base, stage, int32(1))"),
     "a sum not waited for": ("                    sums = wgmma.wait_all(product)\n                    sum0",
                              "                    sums = product\n                    sum0"),
 }
+AHEAD = {
+    "K not waited for": (K_AND_ALONE + "        k_ring", ALONE + "        k_ring"),
+    "Q not waited for": ("        q_ring.wait_full_nth(base, i)\n" + K_AND_ALONE + "        k_ring",
+                         K_AND_ALONE + "        k_ring"),
+    "second K not waited for": ("        k_ring.wait_full_nth(base, second)\n", ""),
+    "next K not waited for": ("                k_ring.wait_full_nth(base, int32(it + 1))\n", "                pass\n"),
+    "first V not waited for": ("        v_ring.wait_full(base, stage, phase)\n        bank", "        bank"),
+    "V not waited for": ("                v_ring.wait_full(base, stage, phase)\n                second", "                second"),
+    "V not waited for, maxima": ("                v_ring.wait_full(base, stage, phase)\n                acc_s", "                acc_s"),
+    "P V not waited for": ("                    lags = int32(0)\n                    bank = wgmma.wait_all(product)",
+                           "                    lags = int32(0)\n                    bank = product"),
+    "next scores not waited for": ("                    bank = wgmma.wait_all(bank)\n                    sum0", "                    sum0"),
+    "wrong V": ("issue_o(base, bank, p, before, n_block)", "issue_o(base, bank, p, stage, n_block)"),
+    "scores twice": ("            after, _ = k_ring.use(int32(it + 1))\n", "            after, _ = k_ring.use(it)\n"),
+    "banks mixed up": ("            acc_o, odd, even, p,", "            acc_o, even, odd, p,"),
+    "a product lost": ("                acc_o = add_columns(acc_o, bank, 0)\n                bank", "                bank"),
+    "K released before the vote": ("                lags = int32(1) if max(part0, part1) > LIMIT else lags\n",
+                                   "                release_k(base, stage, n_block, tile.n_min, lane)\n"
+                                   "                lags = int32(1) if max(part0, part1) > LIMIT else lags\n"),
+    "scores of another block again": ("wgmma.wait_all(issue_s(base, w, acc_s, stage, n_block))",
+                                      "wgmma.wait_all(issue_s(base, w, acc_s, int32(stage ^ 1), n_block))"),
+}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_faults_are_found(mutant: str) -> None:
+@pytest.mark.parametrize(("ahead", "mutant"), [*((False, x) for x in MUTANTS), *((True, x) for x in AHEAD)])
+def test_faults_are_found(ahead: bool, mutant: str) -> None:
     call = CASES["128 causal"]
+    change, tuning = (AHEAD[mutant], SCORES_AHEAD) if ahead else (MUTANTS[mutant], IN_ORDER)
     with pytest.raises(AssertionError):
         for seed in range(20):
-            check(play(call, seed, MUTANTS[mutant]), call, whole(call.problem))
+            check(play(call, seed, change, **tuning), call, whole(call.problem))
 
 
 # ---------------------------------------------------------------- the transposed V

@@ -33,9 +33,8 @@ def make_descriptor(panel: int) -> Any:
     return k_major
 
 
-def _multiply(builder: Any, kinds: tuple[str, str], acc: list[Any], a: list[Any], b: Any, clear: bool, add: Any = None) -> list[Any]:
-    """acc (or 0, when `clear`) + A B for one step; A is a descriptor or four registers. add: in place of `clear`, a value that is 0 for it.
-    """
+def _multiply(builder: Any, kinds: tuple[str, str], acc: list[Any], a: list[Any], b: Any, add: Any) -> list[Any]:
+    """acc (or 0, if `add` is a value that is 0) + A B for one step; A is a descriptor or four registers."""
     n, count = len(acc), len(a)
     at = 2 * n                     # the accumulators are numbered twice, as results and as operands
     registers = ", ".join(f"${k}" for k in range(n))
@@ -45,7 +44,7 @@ def _multiply(builder: Any, kinds: tuple[str, str], acc: list[Any], a: list[Any]
             "add, 1, 1; }")
     kinds_of = ["l" if count == 1 else "r"] * count + ["l", "n" if add is None else "r"]
     constraints = ",".join(["=f"] * n + [str(k) for k in range(n)] + kinds_of)
-    return emit_many(builder, F32, text, constraints, acc, [*a, b, I32(0 if clear else 1) if add is None else add])
+    return emit_many(builder, F32, text, constraints, acc, [*a, b, I32(1) if add is None else add])
 
 
 def _offset(k: int, rows: int, panel: int) -> int:
@@ -56,17 +55,18 @@ def _offset(k: int, rows: int, panel: int) -> int:
 def make_qk(dtype_q: str, dtype_k: str, panel: int) -> Any:
     """qk of operands in panels whose rows have `panel` bytes."""
     @intrinsic
-    def qk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any) -> Any:
-        """acc (64 x N) = A (64 x depth) B (N x depth)^T, both in shared memory, in panels of `a_rows` and `b_rows` rows."""
+    def qk(typingctx: Any, acc: Any, a: Any, b: Any, depth: Any, a_rows: Any, b_rows: Any, add: Any) -> Any:
+        """A (64 x depth) B (N x depth)^T, both in shared memory, in panels of `a_rows` and `b_rows` rows; added to acc (64 x N) unless
+        `add` is 0. Where the compiler does not know that, the result is in the registers of acc."""
         d, rows_a, rows_b = literals(depth, a_rows, b_rows)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             registers = unpack(builder, args[0], acc.count)
             for k in range(d // STEP):
                 at = [builder.add(x, I64(_offset(k, rows, panel))) for x, rows in ((args[1], rows_a), (args[2], rows_b))]
-                registers = _multiply(builder, (dtype_q, dtype_k), registers, at[:1], at[1], k == 0)
+                registers = _multiply(builder, (dtype_q, dtype_k), registers, at[:1], at[1], args[6] if k == 0 else None)
             return pack(builder, registers)
-        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows), generate
+        return signature(acc, acc, types.uint64, types.uint64, depth, a_rows, b_rows, types.int32), generate
     return qk
 
 
@@ -82,8 +82,7 @@ def make_pv(dtype_v: str, panel: int) -> Any:
             registers, a = unpack(builder, args[0], acc.count), unpack(builder, args[1], p.count)
             for k in range(p.count // 4):
                 at = builder.add(args[2], I64(_offset(k, panel_rows, panel)))
-                registers = _multiply(builder, ("float8_e4m3fn", dtype_v), registers, a[4 * k:4 * k + 4], at, False,
-                                      args[4] if k == 0 else None)
+                registers = _multiply(builder, ("float8_e4m3fn", dtype_v), registers, a[4 * k:4 * k + 4], at, args[4] if k == 0 else None)
             return pack(builder, registers)
         return signature(acc, acc, p, types.uint64, rows, types.int32), generate
     return pv

@@ -19,17 +19,22 @@ class Forward8BitConfig(ForwardSm90Config):
     ----------
     gather
         P V of so many blocks is summed by the tensor cores before it is added to O in float32: fewer additions, and a larger error.
+    ahead
+        The scores of a block are computed during the softmax of the block before it, in the registers that P V has left: block_n is
+        head_dim, so that both take as many.
     offset
         P is multiplied by 2**offset before it is rounded: e4m3 ends at 448, and its steps below 2**-6 are 2**-9. A thread's sum of a row
         in a block is at most 448 in an optimistic step, so each probability is, too; the offset leaves room for equal ones.
     """
 
     gather: int = 1
+    ahead: bool = False
     offset: int = 3
 
     def __post_init__(self) -> None:
         assert self.gather in (1, 2) and self.gather * self.block_n <= MOST_SUMMED
         assert self.optimistic and not self.turns
+        assert self.gather == 1 or not self.ahead, "the registers of a sum are for the next scores"
         assert self.block_n // 4 << self.offset <= 448, "equal probabilities would be too many"
 
     @property
@@ -39,7 +44,8 @@ class Forward8BitConfig(ForwardSm90Config):
 
     @property
     def text(self) -> str:
-        return f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} gather {self.gather} offset {self.offset}"
+        return (f"{self.block_m}x{self.block_n} stages {self.stages} out {self.out_panels} gather {self.gather} offset {self.offset}"
+                + " ahead" * self.ahead)
 
 
 def row_bytes(dim: int) -> int:
@@ -50,12 +56,15 @@ def row_bytes(dim: int) -> int:
 def choose_forward_8bit(spec: Spec) -> Forward8BitConfig:
     """S takes block_n / 2 registers a thread, P block_n / 8, O and a sum head_dim / 2 each, of 232.
 
-    D128, H200: 876 to 932 TFLOP/s full and 772 to 933 causal, without gather 1 to 2 % less; 144 keys spill. Maxima in every step take 16 to
-    20 % more time, turns 5 to 7 % under a causal mask (docs/log-gpu.md).
+    D128, H200: 913 to 948 TFLOP/s full, of which `ahead` is 3 to 5 %; 772 to 933 causal, where it loses 1 to 2 % and `gather` is 1 to 2 %.
+    144 keys spill. Maxima in every step take 16 to 20 % more time, turns 5 to 7 % under a causal mask (docs/log-gpu.md).
     """
     direct = (spec.out_dtype or spec.dtype) not in ("float16", "bfloat16")      # the output is stored from the registers
     if spec.head_dim <= 64:
         return Forward8BitConfig(block_m=128, block_n=192, out_panels=0 if direct else 1)
-    gather = 1 if spec.left else 2          # the bounds of a window would spill 60 bytes beside a sum of two
-    block_n = 96 if spec.left and spec.lse else 128         # with 128, 56 bytes would spill
-    return Forward8BitConfig(block_m=128, block_n=block_n, out_panels=0 if direct else 2, gather=gather)
+    out_panels = 0 if direct else 2
+    if spec.left:           # the bounds of a window would spill 60 bytes beside a sum of two blocks; with 128 keys, 56 bytes of lse
+        return Forward8BitConfig(block_m=128, block_n=96 if spec.lse else 128, out_panels=out_panels)
+    if spec.right:
+        return Forward8BitConfig(block_m=128, block_n=128, out_panels=out_panels, gather=2)
+    return Forward8BitConfig(block_m=128, block_n=128, stages=4, out_panels=out_panels, ahead=True)

@@ -20,9 +20,9 @@ from numba import cuda, float32, int32, uint8, uint64
 from ..dsl.inline import divide, inline
 from ..ptx import mbarrier, tma, wgmma, wgmma_8bit
 from ..ptx.memory import atomic_add_b32, atomic_inc_wrap, fence_gpu, load_f32, shared_address, store_b32
-from ..ptx.sync import any_lane, any_thread, decrease_registers, increase_registers, opaque, uniform, wait_for_previous
+from ..ptx.sync import any_lane, any_thread, decrease_registers, increase_registers, opaque, thread_index, uniform, wait_for_previous
 from ..spec import Spec
-from ..tile.fragments import add_columns, own_zeros, scale_rows, thread_col, zeros
+from ..tile.fragments import add_columns, join, own_zeros, part, scale_rows, thread_col, zeros
 from ..tile.mask import make_diagonals, make_keep
 from ..tile.rescale import changed
 from ..tile.ring import make_ring
@@ -55,7 +55,8 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
     Q_PANEL, K_PANEL, V_PANEL = BLOCK_M * ROW, BLOCK_N * ROW, HEAD_DIM * PANEL
     Q_BYTES, K_BYTES, V_BYTES = PANELS * Q_PANEL, PANELS * K_PANEL, PANELS_V * V_PANEL
     COUNT_S, COUNT_O, GATHER = BLOCK_N // 2, HEAD_DIM // 2, config.gather
-    LAG, LIMIT = float32(lag_of(config.offset)), float32(TOP)
+    LAG, LIMIT, AHEAD = float32(lag_of(config.offset)), float32(TOP), config.ahead
+    assert COUNT_S == COUNT_O or not AHEAD, "banks of one size"
     WARPS, PACKED, MASKED_ALWAYS = 4 * CONSUMERS, spec.packed, spec.left or spec.right
 
     # shared memory and barriers
@@ -151,10 +152,10 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
     # ------------------------------------------------------------ the MMAs
     @inline
-    def mma_s(base, w, stage):
-        """S = Q K^T of the warpgroup's rows."""
+    def mma_s(acc, base, w, stage, add):
+        """S = Q K^T of the warpgroup's rows; add: 0."""
         q, k = rows_of(base + Q + w * WARPGROUP_ROWS * ROW), rows_of(base + K + stage * K_BYTES)
-        return qk(zeros(COUNT_S), q, k, HEAD_DIM, BLOCK_M, BLOCK_N)
+        return qk(acc, q, k, HEAD_DIM, BLOCK_M, BLOCK_N, add)
 
     @inline
     def place_in_sum(n_block, tile):
@@ -162,37 +163,24 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         return int32((tile.n_first - n_block) & (GATHER - 1))
 
     @inline
-    def mma_o(sums, p, base, stage, n_block, tile):
-        """P V of n_block onto the sum that it belongs to, or alone if it is the first of it."""
-        return pv(sums, p, values_of(base + V + stage * V_BYTES), HEAD_DIM, place_in_sum(n_block, tile))
-
-    @inline
-    def total(acc_o, sums, n_block, tile):
-        """O, with the sum that n_block ends."""
-        if place_in_sum(n_block, tile) == GATHER - 1:
-            acc_o = add_columns(acc_o, sums, 0)
-        return acc_o
+    def mma_o(acc, p, base, stage, add):
+        """P V of a block onto acc, or alone if `add` is 0."""
+        return pv(acc, p, values_of(base + V + stage * V_BYTES), HEAD_DIM, add)
 
     @inline
     def issue_first(base, w, stage):
-        """S of a tile's first block, alone."""
+        """S of the block in `stage`."""
         wgmma.fence()
-        acc_s = mma_s(base, w, stage)
+        acc_s = mma_s(zeros(COUNT_S), base, w, stage, int32(0))
         wgmma.commit()
         return acc_s
 
     @inline
-    def issue(base, w, sums, p, stage, before, parity, n_block, tile):
-        """S of n_block, in `stage`, then P V of the block before it, in `before`."""
-        acc_s = issue_first(base, w, stage)
-        return acc_s, issue_last(base, sums, p, before, parity, int32(n_block + 1), tile)
-
-    @inline
     def issue_last(base, sums, p, stage, parity, n_block, tile):
-        """P V of n_block, alone."""
+        """P V of n_block onto the sum that it belongs to."""
         v_ring.wait_full(base, stage, parity)
         wgmma.fence()
-        product = mma_o(sums, p, base, stage, n_block, tile)
+        product = mma_o(sums, p, base, stage, place_in_sum(n_block, tile))
         wgmma.commit()
         return product
 
@@ -226,7 +214,8 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
 
             # S = Q K^T of this block, P V of the block before
             k_ring.wait_full_nth(base, it)
-            acc_s, product = issue(base, w, sums, p, stage, before, parity, n_block, tile)
+            acc_s = issue_first(base, w, stage)
+            product = issue_last(base, sums, p, before, parity, int32(n_block + 1), tile)
             acc_s = wgmma.wait_all_but_one(acc_s)
 
             # mask, softmax. Both branches wait for P V: in straight code ptxas would hoist the wait above the softmax, which is to overlap
@@ -253,12 +242,192 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
                 else:
                     sums = wgmma.wait_all(product)
             p = wgmma_8bit.to_e4m3(acc_s)
-            acc_o = total(acc_o, sums, int32(n_block + 1), tile)
+            if place_in_sum(int32(n_block + 1), tile) == GATHER - 1:
+                acc_o = add_columns(acc_o, sums, 0)
             v_ring.release(base, before, lane)
             return acc_o, sums, p, max0, max1, sum0, sum1, it
         return step
 
     step_slow, step_fast = make_step(MASKED_ALWAYS, False), make_step(False, True)
+
+    @inline
+    def blocks_in_order(base, i, w, lane, it, n_max, fast_min, fast_max, tile, seqlen_k):
+        """O, maxima and sums of the tile's rows, `it` of its last block."""
+        n_block, col = int32(n_max - 1), thread_col(lane)
+        p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
+        acc_o, sums = zeros(COUNT_O), own_zeros(COUNT_O)
+        while n_block > tile.n_min:
+            n_block = int32(n_block - 1)
+            if (n_block >= fast_min) & (n_block < fast_max):
+                acc_o, sums, p, max0, max1, sum0, sum1, it = step_fast(
+                    base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
+            else:
+                acc_o, sums, p, max0, max1, sum0, sum1, it = step_slow(
+                    base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
+        stage, phase = v_ring.use(it)
+        acc_o = add_columns(acc_o, wgmma.wait_all(issue_last(base, sums, p, stage, phase, tile.n_min, tile)), 0)
+        v_ring.release(base, stage, lane)
+        return acc_o, max0, max1, sum0, sum1, it
+
+    # ------------------------------------------------------------ scores a block ahead
+    # Two banks of registers: one has the scores of a block, which become P; the other P V of the block before. Half a softmax later that is
+    # in O, and the bank takes the scores of the next block. So each bank is given to the product that takes its place, with a zero that
+    # the compiler does not know, the sign of n_block: it would use a third bank.
+    @inline
+    def own_col():
+        """thread_col, computed again: the loop has no register for it."""
+        return thread_col(int32(thread_index() & 31))
+
+    @inline
+    def issue_s(base, w, bank, stage, n_block):
+        wgmma.fence()
+        acc_s = mma_s(bank, base, w, stage, int32(n_block >> 31))
+        wgmma.commit()
+        return acc_s
+
+    @inline
+    def issue_o(base, bank, p, stage, n_block):
+        wgmma.fence()
+        product = mma_o(bank, p, base, stage, int32(n_block >> 31))
+        wgmma.commit()
+        return product
+
+    @inline
+    def redo_ahead(base, w, acc_s, stage, n_block, acc_o, max0, max1, sum0, sum1, scale):
+        """Recompute the block's scores and raise the row maxima. Warpgroup-uniform."""
+        acc_s = wgmma.wait_all(issue_s(base, w, acc_s, stage, n_block))
+        max0, max1, alpha0, alpha1 = raised(scale, acc_s, max0, max1, float32(0))
+        acc_s, part0, part1 = probabilities(scale, acc_s, max0, max1)
+        return acc_s, scale_rows(acc_o, alpha0, alpha1), max0, max1, sum0 * alpha0 + part0, sum1 * alpha1 + part1
+
+    @inline
+    def last_product(base, lane, acc_o, bank, p, it, n_block):
+        stage, _ = v_ring.use(it)
+        acc_o = add_columns(acc_o, wgmma.wait_all(issue_o(base, bank, p, stage, n_block)), 0)
+        v_ring.release(base, stage, lane)
+        return acc_o
+
+    def make_step_ahead(OPTIMISTIC_STEP, LAST):
+        @inline
+        def step(base, w, lane, acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it, n_block, tile):
+            """P of n_block from its scores, P V of the block before, whose P is `p`, and, but for a tile's LAST, the scores of the next.
+            Returns O, the bank with the next scores, the other, P, maxima, sums and `it`."""
+            before, _ = v_ring.use(it)
+            it = int32(it + 1)
+            stage, phase = k_ring.use(it)
+            after, _ = k_ring.use(int32(it + 1))
+            product = issue_o(base, bank, p, before, n_block)
+            if not LAST:    # here, because ptxas spreads MMAs over what follows them up to the next branch
+                k_ring.wait_full_nth(base, int32(it + 1))
+
+            if OPTIMISTIC_STEP:
+                first, part0, part1 = probabilities(tile.scale, part(acc_s, 0, 2), max0, max1)
+                # Both branches wait for P V: in straight code ptxas would hoist the wait above the softmax
+                if any_lane(int32(1) if max(part0, part1) > LIMIT else int32(0)) != 0:
+                    lags = opaque(int32(1))
+                    bank = wgmma.wait_all(product)
+                    lags = opaque(lags)
+                else:
+                    lags = int32(0)
+                    bank = wgmma.wait_all(product)
+                acc_o = add_columns(acc_o, bank, 0)
+                bank = issue_s(base, w, bank, after, n_block)
+                v_ring.wait_full(base, stage, phase)
+                second, more0, more1 = probabilities(tile.scale, part(acc_s, 1, 2), max0, max1)
+                part0, part1, acc_s = part0 + more0, part1 + more1, join(first, second)
+                lags = int32(1) if max(part0, part1) > LIMIT else lags
+                p = wgmma_8bit.to_e4m3(acc_s)
+                if any_lane(any_thread(int32(VOTE_BARRIER + opaque(w)), int32(WARPGROUP), lags)) != 0:
+                    bank = wgmma.wait_all(bank)
+                    acc_s, acc_o, max0, max1, sum0, sum1 = redo_ahead(base, w, acc_s, stage, n_block, acc_o, max0, max1, sum0, sum1,
+                                                                      tile.scale)
+                    p = wgmma_8bit.to_e4m3(acc_s)
+                else:
+                    bank = wgmma.wait_all(bank)
+                    sum0, sum1 = sum0 + part0, sum1 + part1
+            else:
+                if MASKED_ALWAYS:
+                    acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + own_col()))
+                max0, max1, alpha0, alpha1 = raised(tile.scale, acc_s, max0, max1, LAG)
+                bank = wgmma.wait_all(product)
+                acc_o = add_columns(acc_o, bank, 0)
+                if any_lane(changed(alpha0, alpha1, sum0, sum1)) != 0:
+                    acc_o = scale_rows(acc_o, alpha0, alpha1)
+                if not LAST:
+                    bank = issue_s(base, w, bank, after, n_block)
+                v_ring.wait_full(base, stage, phase)
+                acc_s, part0, part1 = probabilities(tile.scale, acc_s, max0, max1)
+                sum0, sum1 = sum0 * alpha0 + part0, sum1 * alpha1 + part1
+                p = wgmma_8bit.to_e4m3(acc_s)
+                if not LAST:
+                    bank = wgmma.wait_all(bank)
+            release_k(base, stage, n_block, tile.n_min, lane)
+            v_ring.release(base, before, lane)
+            if LAST:
+                return last_product(base, lane, acc_o, bank, p, it, n_block), max0, max1, sum0, sum1, it
+            return acc_o, bank, acc_s, p, max0, max1, sum0, sum1, it
+        return step
+
+    ahead_slow, ahead_fast, ahead_last = make_step_ahead(False, False), make_step_ahead(True, False), make_step_ahead(False, True)
+
+    @inline
+    def ahead(base, w, lane, acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it, n_block, fast_min, fast_max, tile):
+        if (n_block >= fast_min) & (n_block < fast_max):
+            acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it = ahead_fast(
+                base, w, lane, acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it, n_block, tile)
+        else:
+            acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it = ahead_slow(
+                base, w, lane, acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it, n_block, tile)
+        return acc_o, acc_s, bank, p, max0, max1, sum0, sum1, it
+
+    @inline
+    def first_ahead(base, i, w, lane, it, n_max, tile, seqlen_k):
+        """The scores of a tile's second block; the bank and P of the first (its last keys), of which some may be past the sequence's end. A
+        lone block has its own scores for the second's."""
+        n_block = int32(n_max - 1)
+        stage, phase = k_ring.use(it)
+        second = int32(it + 1 if n_block > tile.n_min else it)
+        q_ring.wait_full_nth(base, i)
+        k_ring.wait_full(base, stage, phase)
+        acc_s = wgmma.wait_all(issue_first(base, w, stage))
+        k_ring.wait_full_nth(base, second)
+        after, _ = k_ring.use(second)
+        bank = issue_first(base, w, after)
+        if MASKED_ALWAYS or n_max * BLOCK_N > seqlen_k:
+            acc_s = keep(acc_s, tile.intervals, int32(n_block * BLOCK_N + own_col()))
+        max0, max1, _, _ = raised(tile.scale, acc_s, NEG_INF, NEG_INF, LAG)
+        acc_s, sum0, sum1 = probabilities(tile.scale, acc_s, max0, max1)
+        p = wgmma_8bit.to_e4m3(acc_s)
+        v_ring.wait_full(base, stage, phase)
+        bank = wgmma.wait_all(bank)
+        release_k(base, stage, n_block, tile.n_min, lane)
+        return bank, acc_s, p, max0, max1, sum0, sum1
+
+    @inline
+    def blocks_ahead(base, i, w, lane, it, n_max, fast_min, fast_max, tile, seqlen_k):
+        """As blocks_in_order. Two steps at a time, after which each bank has what it had before."""
+        n_block = int32(n_max - 1)
+        even, odd, p, max0, max1, sum0, sum1 = first_ahead(base, i, w, lane, it, n_max, tile, seqlen_k)
+        acc_o, going = own_zeros(COUNT_O), n_block > tile.n_min
+        if not going:
+            acc_o = last_product(base, lane, acc_o, odd, p, it, n_block)
+        while going:
+            n_block = int32(n_block - 1)
+            if n_block == tile.n_min:
+                acc_o, max0, max1, sum0, sum1, it = ahead_last(
+                    base, w, lane, acc_o, even, odd, p, max0, max1, sum0, sum1, it, n_block, tile)
+                break
+            acc_o, odd, even, p, max0, max1, sum0, sum1, it = ahead(
+                base, w, lane, acc_o, even, odd, p, max0, max1, sum0, sum1, it, n_block, fast_min, fast_max, tile)
+            n_block = int32(n_block - 1)
+            if n_block == tile.n_min:
+                acc_o, max0, max1, sum0, sum1, it = ahead_last(
+                    base, w, lane, acc_o, odd, even, p, max0, max1, sum0, sum1, it, n_block, tile)
+                break
+            acc_o, even, odd, p, max0, max1, sum0, sum1, it = ahead(
+                base, w, lane, acc_o, odd, even, p, max0, max1, sum0, sum1, it, n_block, fast_min, fast_max, tile)
+        return acc_o, max0, max1, sum0, sum1, it
+    blocks = blocks_ahead if AHEAD else blocks_in_order
 
     @inline
     def tile_of(a, base, i, w, thread, lane):
@@ -316,26 +485,12 @@ def make_forward_8bit(spec: Spec, config: Forward8BitConfig, dtype_k: str, dtype
         else:
             take_registers()
             w, lane = int32(warpgroup - 1), int32(thread & 31)
-            col = thread_col(lane)
             it, i = int32(-1), int32(0)      # it: the last block whose S was issued; i: the tile
             records.wait(base, i)
             while records.get(base, i, TILE.KIND) != 0:
                 tile, n_max, fast_min, fast_max, seqlen_k = tile_of(a, base, i, w, thread, lane)
-                n_block, it = int32(n_max - 1), int32(it + 1)
-                p, max0, max1, sum0, sum1 = first_step(base, i, w, lane, col, it, n_max, tile, seqlen_k)
-                acc_o, sums = zeros(COUNT_O), own_zeros(COUNT_O)
-                while n_block > tile.n_min:
-                    n_block = int32(n_block - 1)
-                    if (n_block >= fast_min) & (n_block < fast_max):
-                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_fast(
-                            base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
-                    else:
-                        acc_o, sums, p, max0, max1, sum0, sum1, it = step_slow(
-                            base, w, lane, col, acc_o, sums, p, max0, max1, sum0, sum1, it, n_block, tile)
-                stage, phase = v_ring.use(it)
-                acc_o = add_columns(acc_o, wgmma.wait_all(issue_last(base, sums, p, stage, phase, tile.n_min, tile)), 0)
-                v_ring.release(base, stage, lane)
-                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, col)
+                acc_o, max0, max1, sum0, sum1, it = blocks(base, i, w, lane, int32(it + 1), n_max, fast_min, fast_max, tile, seqlen_k)
+                epilogue(a, base, acc_o, max0, max1, sum0, sum1, i, w, thread, lane, thread_col(lane))
                 i = int32(i + 1)
                 records.wait(base, i)
             if thread == 0:

@@ -116,7 +116,7 @@ def drawn(dtype: str, *shape: int, seed: int = 0) -> Any:
 
 
 def product_qk(dim: int, dtype_a: str, dtype_b: str) -> Callable[[], Any]:
-    """A B^T of two 64 x dim tiles."""
+    """A B^T of two 64 x dim tiles: twice, the second added to the first."""
     ROW = min(dim, 128)
     qk, rows_of, PANELS, BYTES = wgmma_8bit.make_qk(dtype_a, dtype_b, ROW), wgmma_8bit.make_descriptor(ROW), dim // ROW, 64 * ROW
 
@@ -130,7 +130,11 @@ def product_qk(dim: int, dtype_a: str, dtype_b: str) -> Callable[[], Any]:
                     tma.load(int32(base + 2 * PANEL + p * BYTES), a.map_b, int32(base + BAR), int32(p * ROW), int32(0), int32(0), int32(0))
             mbarrier.wait(int32(base + BAR), int32(0))
             wgmma.fence()
-            acc = qk(f.zeros(32), rows_of(base), rows_of(int32(base + 2 * PANEL)), dim, 64, 64)
+            acc = qk(f.zeros(32), rows_of(base), rows_of(int32(base + 2 * PANEL)), dim, 64, 64, int32(0))
+            wgmma.commit()
+            acc = wgmma.wait_all(acc)
+            wgmma.fence()
+            acc = qk(acc, rows_of(base), rows_of(int32(base + 2 * PANEL)), dim, 64, 64, int32(1))
             wgmma.commit()
             save_at(a.dst, int32(cuda.threadIdx.x >> 5) * 32, wgmma.wait_all(acc), 32)
         return kernel
@@ -141,7 +145,7 @@ def check_qk(dim: int, dtype_a: str, dtype_b: str) -> Callable[[Any], None]:
     def check(launch: Any) -> None:
         x, y = drawn(dtype_a, 1, 64, 1, dim), drawn(dtype_b, 1, 64, 1, dim, seed=1)
         got = launch(x, y, dst=np.zeros((4, 32, 32), np.float32), maps=[("src", 64), ("other", 64)])
-        exact = x[0, :, 0].astype(np.float64) @ y[0, :, 0].astype(np.float64).T
+        exact = 2 * (x[0, :, 0].astype(np.float64) @ y[0, :, 0].astype(np.float64).T)
         np.testing.assert_allclose(np.concatenate([as_matrix(warp) for warp in got]), exact, rtol=2e-3, atol=2e-2)
     return check
 

@@ -34,7 +34,8 @@ class Play8(Play):
         bytes_of = {"q": config.block_m * self.row, "k": config.block_n * self.row, "v": dim * config.panel}
         super().__init__(config, dim, (0, 1), seed, config.consumers, {name: size // 128 for name, size in bytes_of.items()})
 
-    def qk8(self, acc: Fragment, q: int, k: int, depth: int, q_rows: int, k_rows: int) -> Fragment:
+    def qk8(self, acc: Fragment, q: int, k: int, depth: int, q_rows: int, k_rows: int, add: int) -> Fragment:
+        assert not add, "scores are not added"
         agent, panels = self.pause(), range(depth // self.row)
         rows = {self.read(agent, q + p * q_rows * self.row, 64 * self.row, p * self.row) for p in panels}
         keys = {self.read(agent, k + p * k_rows * self.row, k_rows * self.row, p * self.row) for p in panels}
@@ -54,7 +55,7 @@ class Play8(Play):
     def pv8(self, acc: Fragment, p: Fragment, v: int, rows: int, add: int) -> Fragment:
         before = self.at_rest(acc).keys if add else ()
         assert not add or acc.q == p.q, "a sum of other rows"
-        assert len(before) < self.config.gather, "a sum of more blocks"
+        assert len(before) < self.config.gather and not acc.flying, "a sum of more blocks"
         agent, size = self.pause(), rows * self.config.panel
         assert p.kind == "P" and rows == self.dim and p.k is not None
         for j in range(self.panels):
@@ -62,6 +63,11 @@ class Play8(Play):
             assert tensor == "v" and (place.head, place.batch) == (p.k.head, p.k.batch)
             assert place.row in {(n * self.panels + j) * self.dim for n in self.blocks_of(p.k)}, "P of one block, V of another"
         return self.fly(agent, Fragment("sum", p.q, p.k, (*before, p.k)))
+
+    def of_two(self, first: Fragment, second: Fragment) -> Fragment:
+        """Two halves of the scores of one block."""
+        assert self.at_rest(first) is self.at_rest(second)
+        return first
 
     def add_columns(self, acc: Fragment, sums: Fragment, first: int) -> Fragment:
         assert self.at_rest(sums).kind == "sum" and self.at_rest(acc).q in (None, sums.q) and first == 0
@@ -83,7 +89,8 @@ class Play8(Play):
         products = SimpleNamespace(make_qk=lambda *_: self.qk8, make_pv=lambda *_: self.pv8, make_descriptor=lambda width: lambda at: at,
                                    to_e4m3=self.to_half)
         return super().names() | {"wgmma_8bit": products, "make_softmax_8bit": softmax, "add_columns": self.add_columns,
-                                  "own_zeros": lambda n: Fragment("0"), "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes}
+                                  "own_zeros": lambda n: Fragment("0"), "part": self.at_rest, "join": self.of_two,
+                                  "load_f32": lambda address: 1.0, "store_bytes": self.store_bytes}
 
 
 def play(call: Call, seed: int, change: Any = None, starts: list[tuple[int, int]] | None = None, **tuning: Any) -> Play8:

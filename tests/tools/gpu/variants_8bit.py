@@ -1,4 +1,4 @@
-"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only gather]`.
+"""Tilings of the 8-bit forward beside each other, in one run: `python -m tests.tools.gpu.variants_8bit [--dim 128] [--only ahead]`.
 
 Each line is a tiling of sm90/forward_8bit.py: TFLOP/s full and causal at 4096, 8192 and 16384 keys (16384 tokens, 16 heads, bfloat16
 output, V's transposition included), and rms errors over 16384 keys against float64 of the quantised inputs, for a normal and a positive V,
@@ -24,10 +24,10 @@ from fastattn.gpu.spec import Call, Spec
 TOKENS, HEADS, KEYS = 16384, 16, (4096, 8192, 16384)
 E4M3 = "float8_e4m3fn"
 BASE: dict[str, Any] = {"block_m": 128, "block_n": 128, "out_panels": 2}
-# gather: sums of so many blocks. Dozens that were slower: docs/log-gpu.md
+# gather: sums of so many blocks; ahead: scores a block ahead. Dozens that were slower: docs/log-gpu.md
 VARIANTS: dict[int, dict[str, dict[str, Any]]] = {
-    128: {"shipped": {**BASE, "gather": 2}, "gather 1": BASE, "offset 2": {**BASE, "gather": 2, "offset": 2}},
-    64: {"shipped": {**BASE, "block_n": 192, "out_panels": 1}, "gather 2": {**BASE, "block_n": 192, "out_panels": 1, "gather": 2}},
+    128: {"in order": {**BASE, "gather": 2}, "ahead": {**BASE, "stages": 4, "ahead": True}, "ahead, 2 stages": {**BASE, "ahead": True}},
+    64: {"shipped": {**BASE, "block_n": 192, "out_panels": 1}, "128 keys": {**BASE, "out_panels": 1}},
 }
 
 
