@@ -93,6 +93,7 @@ def test_lengths_and_pages(changes: dict[str, Any], page_size: int | None, stray
 
 
 TWO = {"row_tiles": 2, "row_warps": 1, "keep_q": True}
+TURNED = {"columns": True, "keys": 16}
 
 
 @pytest.mark.parametrize(("changes", "page_size", "tiling"), [
@@ -103,6 +104,14 @@ TWO = {"row_tiles": 2, "row_warps": 1, "keep_q": True}
     ({"seqlen_q": 5}, 64, {"stages": 3}), ({"seqlen_q": 5, "head_dim": 80}, 33, {"stages": 2, "warps": 2}),
     ({"seqlen_q": 9, "head_dim": 128}, None, {"stages": 2, "warps": 8}),
     ({"seqlen_q": 5, "dtype": "float32"}, 7, {"stages": 2, "cluster": 2}),
+    ({}, 16, TURNED), ({"seqlen_q": 1, "head_dim": 128}, None, {**TURNED, "keys": 32, "warps": 8, "early": True}),
+    ({"head_dim": 256}, 33, {**TURNED, "keep_q": True}),
+    ({"seqlen_q": 4, "head_dim": 128, "dtype": "float16"}, 7, {**TURNED, "cluster": 4}),
+    ({"head_dim": 48}, 16, {**TURNED, "keys": 64, "keep_q": True}),
+    ({"seqlen_q": 5, "head_dim": 64}, 64, {**TURNED, "keys": 64, "row_warps": 1}),
+    ({}, 704, {"one_page": True}), ({"head_dim": 128}, 704, {**TURNED, "one_page": True, "keep_q": True}),
+    ({}, 704, {**TURNED, "cluster": 2, "warps": 3, "blocks_per_sm": 5, "overhead": 1, "early": True, "one_page": True}),
+    ({"head_dim": 80, "window": (200, None), "softcap": 5.0, "alibi": "batch", "sinks": True}, 33, {**TURNED, "keys": 32}),
     ({}, 16, {"cluster": 4}), ({"seqlen_q": 3, "head_dim": 48}, 40, {"cluster": 16, "warps": 2, "overhead": 1})], ids=str)
 def test_rings_and_clusters(changes: dict[str, Any], page_size: int | None, tiling: dict[str, Any]) -> None:
     check_cache(replace(CACHED, **changes), LENGTHS, page_size=page_size, tiling=tiling)
@@ -160,8 +169,8 @@ def test_what_has_no_kernel_for_caches() -> None:
 @pytest.mark.parametrize(("arch", "dtype", "dim", "rows", "paged"), [
     ("sm_90a", "bfloat16", 128, 4, False), ("sm_90a", "bfloat16", 128, 4, True), ("sm_90a", "bfloat16", 256, 64, True),
     ("sm_90a", "bfloat16", 128, 32, True), ("sm_90a", "float16", 120, 32, True), ("sm_90a", "bfloat16", 64, 32, False),
-    ("sm_90a", "float32", 128, 8, True), ("sm_80", "float32", 128, 64, True), ("sm_80", "float16", 64, 32, True),
-    ("sm_120", "bfloat16", 96, 16, True)], ids=str)
+    ("sm_90a", "bfloat16", 64, 8, True), ("sm_90a", "float32", 128, 8, True), ("sm_80", "float32", 128, 64, True),
+    ("sm_80", "float16", 64, 32, True), ("sm_120", "bfloat16", 96, 16, True)], ids=str)
 def test_kernels_for_caches_do_not_spill(arch: str, dtype: str, dim: int, rows: int, paged: bool) -> None:
     call, spec = Want(dtype, dim, seqlen_q=rows // 4, seqlen_k=4096, num_heads=32, num_heads_k=8, window=(100, 5), softcap=True,
                       alibi="float32", sinks="float32", lse=True).call()
@@ -273,10 +282,13 @@ def test_what_is_chosen_on_hopper() -> None:
         assert [tiling(n, 1024, cache=cache) for n in (4, 5, 16, 64)] == [(4, 8), (8, 1), (8, 1), (4, 1)]
         assert tiling(1, 8192, cache=cache) == tiling(1, 131072, cache=cache) == tiling(16, 8192, cache=cache) == (8, 1)
     assert tiling(64, 4096) == (4, 1)
-    blocks = [launch_decode.chosen(spec, call.problem, None, absent_device("sm_90a")).blocks_per_sm for call, spec in (
-        Want(**{"seqlen_q": 1, "seqlen_k": 1500, "num_heads": 20, "num_heads_k": 20, "batch": 16, "head_dim": 64, **more}).call()
-        for more in ({}, {"batch": 13}, {"batch": 20}, {"head_dim": 80}, {"softcap": True}, {"dtype": "float32"}, {"seqlen_q": 17}))]
-    assert blocks[0] == 3 and 3 not in blocks[1:]       # all of 320 key heads at once
+    sizes = {"seqlen_q": 1, "seqlen_k": 1500, "num_heads": 20, "num_heads_k": 20, "batch": 16, "head_dim": 64}
+    calls = [Want(**{**sizes, **more}).call() for more in (
+        {}, {"batch": 17}, {"seqlen_q": 9}, {"batch": 13}, {"batch": 20}, {"head_dim": 80}, {"softcap": True}, {"dtype": "float32"},
+        {"seqlen_q": 17})]
+    found = [launch_decode.chosen(spec, call.problem, None, absent_device("sm_90a")) for call, spec in calls]
+    blocks = [(config.blocks_per_sm, config.warps, config.cluster) for config in found]
+    assert blocks[:3] == [(5, 3, 2), (3, 4, 1), (3, 4, 1)] and not {3, 5} & {n for n, *_ in blocks[3:]}     # all of 320 key heads at once
     for splits in (1, 4):
         assert tiling(1, 1024, cache=KeyCache(num_splits=splits)) == (4, 1)
     assert tiling(2, 16384, cache=KeyCache()) == (4, 1)             # planned
@@ -288,6 +300,24 @@ def test_what_is_chosen_on_hopper() -> None:
         assert (config.row_tiles, config.row_warps) == tiles and config.early == (config.warps == 8) == (tiles[1] == 1), more
         assert launch_decode.chosen(spec, call.problem, None, absent_device("sm_80")).row_tiles == 1
     assert tiling(1, 8192, dtype="float32", head_dim=64) == tiling(1, 1024, arch="sm_80") == tiling(1, 1024, arch="sm_120") == (4, 1)
+
+
+def test_queries_are_columns() -> None:
+    """(keys of a step, 0 if they are rows) of 8 query rows of a key head at most, on Hopper, with no more than what was measured."""
+    def keys(arch: str = "sm_90a", cache: KeyCache | None = None, **changes: Any) -> int:
+        sizes: dict[str, Any] = {"seqlen_q": 1, "seqlen_k": 8192, "num_heads": 32, "num_heads_k": 8, "batch": 16, "head_dim": 128}
+        call, spec = Want(**{**sizes, **changes}).call()
+        config = launch_decode.chosen(spec, call.problem, cache, absent_device(arch))
+        assert not config.columns or config.rows == 8
+        return config.keys if config.columns else 0
+    planned: dict[str, Any] = {"cache": KeyCache(), "seqlen_k": 16384}
+    assert keys() == keys(seqlen_q=2) == keys(head_dim=256) == keys(softcap=True, alibi="float32", window=(100, 5)) == 16
+    assert keys(head_dim=64) == keys(**planned) == keys(**planned, head_dim=64) == 32 and keys(**planned, softcap=True) == 16
+    assert keys(**planned, head_dim=256) == keys(batch=1, seqlen_k=1024) == 16
+    others: tuple[dict[str, Any], ...] = (
+        {"seqlen_q": 3}, {"arch": "sm_80"}, {"dtype": "float32"}, {"mask": True}, {"bias": "float32"}, {"head_dim": 256, "softcap": True},
+        {"batch": 64, "seqlen_k": 1024}, {"batch": 64, "seqlen_k": 1024, "head_dim": 256}, {"cache": KeyCache(num_splits=4)})
+    assert not any(keys(**changes) for changes in others)
 
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000, 8192, 131072, 2**31 - 1])

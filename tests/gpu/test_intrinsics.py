@@ -29,10 +29,11 @@ from fastattn.gpu import ptx
 from fastattn.gpu.runtime import compile as compiler
 from fastattn.gpu.tile import bits, fragments, stores
 from tests.tools.gpu import (  # noqa: F401  which add their probes to PROBES
-    interpreter,
+    interpreter_tiles,
     probes_8bit,
     probes_backward,
     probes_bias,
+    probes_columns,
     probes_direct,
     probes_direct_8bit,
     probes_float,
@@ -101,9 +102,9 @@ def test_text(name: str, texts: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- without a GPU: the numbers of those that run from their PTX
 def run_text(name: str, src: Array, other: Array, dst: Array, n: int) -> Array:
     """`run` in the interpreter."""
-    memory = interpreter.Memory()
+    memory = interpreter_tiles.Memory()
     places = [memory.place(x, View(x.ctypes.data, x.shape, contiguous(x.shape, x.itemsize), x.dtype.name)) for x in (src, other, dst)]
-    interpreter.Launcher(memory).load(PROBES[name].source(name)).launch(1, [*(place.ptr for place in places), 0, 0, 0, n], 0)
+    interpreter_tiles.Launcher(memory).load(PROBES[name].source(name)).launch(1, [*(place.ptr for place in places), 0, 0, 0, n], 0)
     return memory.read(places[2], dst.dtype)
 
 

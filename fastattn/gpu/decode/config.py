@@ -9,6 +9,7 @@ from ..config import num_features
 from ..spec import Spec
 
 ROWS = 16                   # query rows of a tile, of all heads that share a key head: those of an MMA
+COLUMNS = 8                 # of a tile whose queries are columns of an MMA
 # Of a block. An SM reads 10 16-bit elements of K and V a clock from memory (20 bytes: 4.4 TB/s over 132 SMs at 1.7 GHz), of which each
 # takes 16 multiplications for every 16 rows; mma.sync does some 600 a clock. So 64 rows should keep up. Measured, 16 x 8192 keys of 8
 # heads of 128: 16 rows 127 us; 32 rows 170 in two warps, for which too few bytes are in flight, and 140 in one; 64 rows 234
@@ -36,6 +37,7 @@ STAGES = 3                  # of a ring
 HOPPER = 90                 # the architecture
 CLUSTER, CLUSTER_STEPS = 8, 4           # blocks of a cluster: what every device with clusters takes; steps of a block
 BLOCKS, FEW_COLUMNS = 3, 64             # thread blocks of a multiprocessor with few registers, and the head size that was measured
+PAIRS = 5                   # thread blocks of a multiprocessor where two have the keys of a key head
 RESERVED = 1024             # bytes of shared memory of each thread block that the system takes
 CHUNKS_BYTES = 512          # of a warp's chunks of 16 bytes
 PIECE = 32                  # bytes of four columns of a split's result, the row's maximum and its sum, as clusters send them
@@ -68,6 +70,10 @@ class DecodeConfig:
         Slots a warp of the ring in shared memory that warps with the same keys have for K and V. 0: K and V go to registers.
     whole_pages
         The keys of a step are in one page: the size of pages is a multiple of `keys`, and splits begin at multiples. With stages alone.
+    one_page
+        A request's keys are all in the first page that its table names.
+    columns
+        Queries, 8 at most, are columns of MMAs whose rows are keys, or columns of the values (ptx/direct_columns.py).
     cluster
         So many splits are a thread-block cluster, which merges them (cluster.py). 1: they are merged through global memory (combine.py).
     early
@@ -93,12 +99,15 @@ class DecodeConfig:
     whole_pages: bool = False
     cluster: int = 1
     early: bool = False
+    columns: bool = False
+    one_page: bool = False
 
     def __post_init__(self) -> None:
         assert self.keys == 8 or self.keys % 16 == 0
         assert self.warps % self.row_warps == 0
         assert self.stages == 0 or self.row_warps > 1
         assert self.row_tiles == 1 or (self.row_tiles == 2 and self.keep_q)
+        assert not self.columns or (self.keys % 16 == 0 and self.row_warps == self.row_tiles == 1)
 
     @property
     def key_warps(self) -> int:
@@ -111,13 +120,23 @@ class DecodeConfig:
         return self.keys * self.key_warps
 
     @property
+    def warp_rows(self) -> int:
+        """Query rows of a warp."""
+        return COLUMNS if self.columns else ROWS * self.row_tiles
+
+    @property
+    def fragment_keys(self) -> int:
+        """Keys of the columns of a fragment of S of `warp_rows` rows, and so of its registers."""
+        return self.keys // 2 if self.columns else self.keys
+
+    @property
     def rows(self) -> int:
         """Query rows of a block."""
-        return ROWS * self.row_tiles * self.row_warps
+        return self.warp_rows * self.row_warps
 
     @property
     def text(self) -> str:
-        flags = [name for name in ("exact", "keep_q", "native", "whole_pages", "early") if getattr(self, name)]
+        flags = [name for name in ("exact", "keep_q", "native", "whole_pages", "early", "columns", "one_page") if getattr(self, name)]
         flags += ["row tiles 2"] * (self.row_tiles == 2)
         return " ".join([f"{self.keys} keys warps {self.warps} rows {self.rows} blocks {self.blocks_per_sm} stages {self.stages} "
                          f"cluster {self.cluster} overhead {self.overhead}", *flags])
@@ -159,8 +178,9 @@ def ring_bytes(spec: Spec, config: DecodeConfig) -> tuple[int, int]:
 def shared_bytes(spec: Spec, config: DecodeConfig) -> int:
     """Bytes of shared memory of a thread block: those of forward.py, which has the layout, and up to 512 more."""
     chunks, ring, rows = chunks_of(spec, config), config.stages * ring_bytes(spec, config)[1], config.rows
-    out = ROWS * config.row_tiles * (32 * chunks.size * chunks.v + 16)
-    q = rows // ROWS * CHUNKS_BYTES * chunks.k * (4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 2)
+    out = config.warp_rows * (32 * chunks.size * chunks.v + 16)
+    words = 4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 1 if config.columns else 2
+    q = -(-rows // ROWS) * CHUNKS_BYTES * chunks.k * words
     received = rows * spec.head_dim_v // 4 * PIECE if config.cluster > 1 else 0
     return (config.warps * max(out, ring) + 8 * config.key_warps * rows + received
             + (512 * config.warps * config.row_tiles if config.row_tiles > 1 else 0)
@@ -263,6 +283,33 @@ def with_blocks(spec: Spec, config: DecodeConfig, key_heads: int, num_sms: int) 
     dim, plain = max(spec.head_dim, spec.head_dim_v), not (num_features(spec) or spec.traced or spec.dtype == "float32" or spec.cache_dtype)
     fits = plain and dim == FEW_COLUMNS and config.rows == ROWS and config.blocks_per_sm * num_sms < key_heads <= BLOCKS * num_sms
     return replace(config, blocks_per_sm=BLOCKS, keys=16, keep_q=True, early=True) if fits else config
+
+
+def with_columns(spec: Spec, p: Problem, config: DecodeConfig, planned: bool) -> DecodeConfig:
+    """The tiling with the queries of a key head as columns, where they are COLUMNS at most. planned: a block has keys of any request.
+
+    O takes half the registers, so that they hold 16 keys of head_dim 256, or 32 of 128. Measured, H200, before and after: 16 x 8192 keys of
+    8 heads of 256 263 and 247 us, in pages of 64 263 and 253; 1 x 1024 of 128 6.1 and 5.7, 1 x 8192 14.8 and 14.5, 16 x 1024 19.8 and 19.6,
+    65536 keys beside 255 x 512 213 and 198 in steps of 32 keys, 200 in three blocks of 16. Two blocks of four warps where keys are not
+    planned take 128 us and not 123 (16 x 8192).
+    """
+    dim, features = max(spec.head_dim, spec.head_dim_v), num_features(spec)
+    few = p.seqlen_q * p.group <= COLUMNS and config.rows == ROWS
+    plain = not (spec.dtype == "float32" or spec.cache_dtype or spec.shared or spec.traced or spec.mask or spec.bias)
+    if not few or not plain or (dim > MOST_Q_DIM and features):
+        return config
+    longer = planned and not features and MOST_Q_DIM // 2 < dim <= MOST_Q_DIM
+    return replace(config, columns=True, keys=32 if longer else max(config.keys, 16))
+
+
+def with_pairs(config: DecodeConfig, key_heads: int, num_sms: int) -> DecodeConfig:
+    """The tiling of with_blocks with the halves of a key head's keys in a pair of blocks, where five of them a multiprocessor are
+    nearly all in use. With one block for each key head some multiprocessors have three and others two.
+
+    Measured, 320 key heads of 1500 keys and head_dim 64: 31.7 us, one block each 34.3; pairs of four warps 32.3, of two 35.6.
+    """
+    fits = config.columns and config.blocks_per_sm == BLOCKS and (PAIRS - 1) * num_sms < 2 * key_heads <= PAIRS * num_sms
+    return replace(config, blocks_per_sm=PAIRS, warps=3, cluster=2, overhead=1, keep_q=False) if fits else config
 
 
 def few_rows(p: Problem, num_sms: int) -> bool:

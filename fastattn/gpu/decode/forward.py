@@ -1,7 +1,7 @@
 """Forward for few queries and many keys, since sm_80: keys are split over blocks, and inside a block over warps. Results are merged.
 
     block           one key head, one split of the keys. Its rows are the queries of all heads that share the key head
-    warp            16 or 32 rows, 8 to 32 keys at a time, alone: S = Q K^T, softmax, O += P V. K and V are loaded to registers
+    warp            8, 16 or 32 rows, 8 to 32 keys at a time, alone: S = Q K^T, softmax, O += P V. K and V are loaded to registers
     shared memory   at the end: O of each warp | its maxima and sums. Before: Q, where registers do not hold it
 
 A step prefetches the operands of the next one as soon as their registers are free: K after S, V after O. So memory is never idle. The
@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import cuda, float32, int32, int64, uint8, uint64
+from numba import cuda, float32, int32, uint8, uint64
 
 from ..dsl.inline import divide, inline
-from ..ptx import cluster, direct, direct_8bit, direct_parts
-from ..ptx.memory import shared_address
+from ..ptx import cluster, direct, direct_columns
+from ..ptx.memory import load_b32, shared_address
 from ..ptx.scalar import load_shared, store_shared
 from ..ptx.sync import opaque, take_turn, thread_index
 from ..spec import Spec
-from ..tile.fragments import join, lane_row, make_pack, part, quad_max, quad_sum, scale_rows, zeros
+from ..tile.fragments import column_max, column_sum, join, lane_row, make_pack, part, quad_max, quad_sum, scale_rows, zeros
 from ..tile.mask import TwoIntervals, diagonal_of, make_keep, make_row_bounds
 from ..tile.rescale import rescale
 from ..tile.smem import ALIGN, Smem
@@ -36,6 +36,7 @@ from .config import ROW_BYTES, ROWS, DecodeConfig, chunks_of, ring_bytes
 from .operands import Walk, make_operands
 from .places import make_place_of
 from .prefix import make_owner_of, of_shared
+from .queries import make_products, make_queries, q_bytes
 from .scores import get_address, make_parked, make_row_scores, put_address
 
 
@@ -48,82 +49,41 @@ class Sums(NamedTuple):
     sum1: Any
 
 
-class HeldQ(NamedTuple):
-    """Rows g and g + 8 of a warp's Q, a lane's chunks, and the factors of their scores."""
-
-    row0: Any
-    row1: Any
-    unit0: Any
-    unit1: Any
-
-
-class KeptQ(NamedTuple):
-    """The address of a lane's operands in shared memory, and the factors of its rows' scores."""
-
-    address: Any
-    unit0: Any
-    unit1: Any
-
-
 def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     """(kernel, bytes of shared memory)."""
     KEYS, WARPS, ROW_WARPS, KEY_WARPS, KEEP_Q = config.keys, config.warps, config.row_warps, config.key_warps, config.keep_q
     EIGHT_BIT = spec.cache_dtype is not None
     assert config.row_tiles == 1 or not (spec.dtype == "float32" or spec.bias or spec.mask), "they take one tile"
-    CHUNK, CHUNKS, CHUNKS_V, WHOLE, _ = chunks_of(spec, config)
-    COUNT_S, COUNT_O = config.row_tiles * KEYS // 2, config.row_tiles * 4 * CHUNK * CHUNKS_V
+    CHUNK, _, CHUNKS_V, _, _ = chunks_of(spec, config)
+    COLUMNS, COUNT_O = config.columns, config.row_tiles * 4 * CHUNK * CHUNKS_V // (1 + config.columns)
     BLOCK_ROWS, PITCH = config.rows, 32 * CHUNK * CHUNKS_V + 16         # bytes of a row of O in shared memory; neighbours use other banks
-    TILES, WARP_ROWS = config.row_tiles, ROWS * config.row_tiles        # of a warp
+    TILES, WARP_ROWS, NEXT = config.row_tiles, config.warp_rows, 1 if COLUMNS else 8         # of a warp; from a thread's row to its second
     NARROW = spec.p_dtype != spec.dtype          # q is bfloat16, and float16 in products
-    LENGTHS, PAGED, PACKED, STEP = spec.lengths, spec.paged, spec.packed, KEYS * KEY_WARPS
+    ONE_PAGE, PAGED = spec.paged and config.one_page, spec.paged and not config.one_page
+    LENGTHS, PACKED, STEP = spec.lengths, spec.packed, KEYS * KEY_WARPS
     keep, decay = make_keep(spec), make_decay(spec)
     smem = Smem()
     # of a warp: the ring of K and V, then its rows of O
     OUT_BYTES = max(WARP_ROWS * PITCH, config.stages * ring_bytes(spec, config)[1])
     OUT, FOUND = smem.take(WARPS * OUT_BYTES, 16), smem.take(4, 16)
     TOP, TOTAL = smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16), smem.take(KEY_WARPS * BLOCK_ROWS * 4, 16)
-    Q_BYTES = direct.Q_STEP * CHUNKS * (4 if EIGHT_BIT else 3 if spec.dtype == "float32" else 2)
-    Q = smem.take(ROW_WARPS * TILES * Q_BYTES if KEEP_Q else 0, 16)
+    Q = smem.take(ROW_WARPS * TILES * q_bytes(spec, config) if KEEP_Q else 0, 16)
     UNITS = smem.take(BLOCK_ROWS * 4 if KEEP_Q and NARROW else 0, 16)
     RECEIVED, CLUSTER, EARLY = smem.take(received_bytes(spec, config), 16), config.cluster, config.early
     SUMS, SUMS_BYTES = smem.take(TILES * 512 * WARPS if TILES > 1 else 0, 16), 512 * WARPS
     LINES, TABLE = smem.take(BLOCK_ROWS * ROW_BYTES if KEEP_Q else 0, 16), smem.take(8 if KEEP_Q and PAGED else 0, 16)
-    if spec.dtype == "float32":
-        keep_q, qk, pv = direct_parts.keep_q, direct_parts.qk, direct_parts.pv
-    else:
-        qk, pv = direct.make_products(spec.dtype, TILES)
-        keep_q, kept_qk = direct.make_kept(spec.dtype, TILES)
-        if spec.cache_dtype is not None:
-            qk, kept_qk, pv = direct_8bit.make_products(spec.p_dtype, spec.cache_dtype, config.native, TILES)
-        qk = kept_qk if KEEP_Q else qk
-    load_rows, _ = direct.make_loads(ROW_WARPS == 1)
-    load_every_second = direct.make_load_pairs(ROW_WARPS == 1)
-    to_half, store_output = make_pack(spec.p_dtype), direct.make_store_output(16 // CHUNK)
+    (load_q, units_of, scores_of), (_, _, pv) = make_queries(spec, config, Q, UNITS), make_products(spec, config)
+    to_half, store_output = make_pack(spec.p_dtype), direct_columns.store_output if COLUMNS else direct.make_store_output(16 // CHUNK)
+    first_key = direct_columns.make_first_key(KEYS)
     # a split has one step at least: what one more costs is known to the host
     (PREFIX, _), owner_of = of_shared(spec), make_owner_of(spec)
     row_bounds, place_of = make_row_bounds(spec), make_place_of(spec, BLOCK_ROWS, STEP, 1)
-    row_of, fetch, score = make_row_scores(spec, KEYS)
+    row_of, fetch, score = make_row_scores(spec, config.fragment_keys)
     park, addresses, numbers = make_parked(spec)
-    update, _, _ = make_softmax(spec)
+    update, _, _ = make_softmax(spec, column_max if COLUMNS else quad_max)
+    sum_of = column_sum if COLUMNS else quad_sum
     fours, put_out, put_part, combine = make_combine(spec, config, FOUND)
     read, read4, put = load_shared("float32", 1), load_shared("float32", 4), store_shared("float32")
-
-    @inline
-    def q_row(a, place, r, chunk):
-        """A lane's chunks of row r of Q."""
-        i, head = query_of(a, place, r)
-        if PREFIX and not PACKED:
-            batch = divide(i, a.seqlen_q)
-            address = uint64(a.q + uint64(batch * a.q_batch + (i - batch * a.seqlen_q) * a.q_row + head * a.q_head))
-        else:
-            address = uint64(a.q + uint64(place.batch * a.q_batch + (place.q_start + i) * a.q_row + head * a.q_head))
-        if EIGHT_BIT:       # a chunk of K has as many elements as two of Q
-            left, address = int32(divide(a.head_dim, 8) - 2 * chunk), uint64(address + uint64(32 * chunk))
-            even = load_every_second(address, int64(0), int32(0), int32(0), 8, CHUNKS, left, 0, int32(0))
-            odd = load_every_second(uint64(address + uint64(16)), int64(0), int32(0), int32(0), 8, CHUNKS, int32(left - 1), 0, int32(0))
-            return direct_8bit.weave(even, odd)
-        address = uint64(address + uint64(16 * chunk))
-        return load_rows(address, int64(0), int32(0), int32(0), 8, CHUNKS, int32(divide(a.head_dim, CHUNK) - chunk), WHOLE, int32(0))
 
     @inline
     def scale_of_row(a, place, r):
@@ -158,65 +118,9 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         """(which of the warps with different keys this thread is in, its first row in the block)."""
         w = int32(thread >> 5)
         row_warp = divide(w, KEY_WARPS)
+        if COLUMNS:
+            return w, int32(2 * (thread & 3))
         return int32(w - row_warp * KEY_WARPS), int32(row_warp * WARP_ROWS + lane_row(int32(thread & 31)))
-
-    @inline
-    def narrow(words):
-        """(a lane's chunks of a row of Q for products, the factor of the row's scores): times a power of two all are below 2**15. What is
-        below 2**-28 of the largest number of the row loses bits, an error of 2**-39 of that number."""
-        if NARROW:
-            factor, unit = direct_8bit.factors(quad_max(direct_8bit.largest(words)))
-            return direct_8bit.narrowed(words, factor), unit
-        else:
-            return words, float32(1)
-
-    @inline
-    def load_pair(a, place, r0, r1, lane):
-        """Rows of the block for products, and the factors of their scores."""
-        (q0, unit0), (q1, unit1) = narrow(q_row(a, place, r0, int32(lane & 3))), narrow(q_row(a, place, r1, int32(lane & 3)))
-        return HeldQ(q0, q1, unit0, unit1)
-
-    @inline
-    def store_pair(base, address, first, q):
-        keep_q(address, q.row0, q.row1)
-        if NARROW:      # the lanes of a quad write the same
-            units = int32(base + UNITS + 4 * first)
-            put(units, q.unit0)
-            put(int32(units + 32), q.unit1)
-
-    @inline
-    def units_of(base, first):
-        """The factors of the scores of rows `first` and first + 8."""
-        if NARROW:
-            units = int32(base + UNITS + 4 * first)
-            return read(units)[0], read(int32(units + 32))[0]
-        else:
-            return float32(1), float32(1)
-
-    @inline
-    def load_q(a, base, place, first, lane, w, rows):
-        """Rows g and g + 8 of the warp, `first` and first + 8 of the block; of a second tile rows behind them, in shared memory."""
-        r0, r1 = int32(min(first, rows - 1)), int32(min(first + 8, rows - 1))
-        if KEEP_Q:
-            address = int32(base + Q + divide(w, KEY_WARPS) * (TILES * Q_BYTES) + 16 * lane)
-            if w - divide(w, KEY_WARPS) * KEY_WARPS == 0:
-                store_pair(base, address, first, load_pair(a, place, r0, r1, lane))
-                if TILES == 2:
-                    r0, r1 = int32(min(first + ROWS, rows - 1)), int32(min(first + ROWS + 8, rows - 1))
-                    store_pair(base, int32(address + Q_BYTES), int32(first + ROWS), load_pair(a, place, r0, r1, lane))
-            cuda.syncthreads()
-            unit0, unit1 = units_of(base, first)
-            return KeptQ(address, unit0, unit1)
-        else:
-            return load_pair(a, place, r0, r1, lane)
-
-    @inline
-    def scores_of(q, k):
-        """S = Q K^T."""
-        if KEEP_Q:
-            return qk(zeros(COUNT_S), q.address, k)
-        else:
-            return qk(zeros(COUNT_S), q.row0, q.row1, k)
 
     @inline
     def second_lines(lines):
@@ -226,7 +130,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     @inline
     def table_at(a, batch):
         """Address of the batch entry's pages."""
-        if PAGED:
+        if PAGED or ONE_PAGE:
             return uint64(a.table + batch * a.table_row)
         else:
             return uint64(0)
@@ -259,10 +163,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     start, first_k_v, k_of, next_k, v_of, next_v, finish = make_operands(spec, config, pages_of, pages_of_place)
 
     @inline
-    def base_of(pointer, by_batch, by_head, batch, head_k, chunk):
+    def base_of(a, pointer, by_batch, by_head, batch, head_k, chunk):
         """Address of a chunk of key 0, or of the first row of page 0."""
         if PAGED:
             batch = int32(0)
+        if ONE_PAGE:
+            page = load_b32(table_at(a, int32(min(batch, a.batch - 1))))        # rows of no request read no key
+            batch = int32(a.last_page) if page < 0 else int32(min(page, a.last_page))
         return uint64(pointer + uint64(batch * by_batch + head_k * by_head) + uint64(16 * chunk))
 
     @inline
@@ -297,13 +204,13 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
             return int32(base + LINES + ROW_BYTES * first)
         else:
             return (score_row(a, place, int32(min(first, rows - 1))),
-                    score_row(a, place, int32(min(first + 8, rows - 1))))
+                    score_row(a, place, int32(min(first + NEXT, rows - 1))))
 
     @inline
     def before_s(lines):
         """The two rows, with what fetch needs."""
         if KEEP_Q:
-            return addresses(lines), addresses(int32(lines + 8 * ROW_BYTES))
+            return addresses(lines), addresses(int32(lines + NEXT * ROW_BYTES))
         else:
             return lines
 
@@ -311,9 +218,17 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
     def behind_s(lines):
         """The two rows, with what scores need."""
         if KEEP_Q:
-            return numbers(lines), numbers(int32(lines + 8 * ROW_BYTES))
+            return numbers(lines), numbers(int32(lines + NEXT * ROW_BYTES))
         else:
             return lines
+
+    @inline
+    def column_of(key, g, c):
+        """The lane's first key of a step."""
+        if COLUMNS:
+            return int32(key + first_key(g))
+        else:
+            return int32(key + 2 * c)
 
     @inline
     def sums_at(base, tile):
@@ -340,13 +255,15 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         acc_s = score(a, acc_s, early, row0, row1, column)
         acc_s = keep(acc_s, TwoIntervals(row0.lo, row0.hi, row1.lo, row1.hi), column)
         acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, sums.max0, sums.max1, sums.sum0, sums.sum1)
+        if COLUMNS:
+            acc_s = direct_columns.by_key(acc_s)
         return to_half(acc_s), Sums(max0, max1, sum0, sum1), alpha0, alpha1
 
     @inline
     def note(base, w, row, lane, maximum, total):
         """Store a row's maximum and sum to shared memory, for all warps."""
-        total = quad_sum(total)
-        if (lane & 3) == 0:
+        total = sum_of(total)
+        if (lane & 3) == 0 if not COLUMNS else lane < 4:
             put(int32(base + TOP + (w * BLOCK_ROWS + row) * 4), maximum)
             put(int32(base + TOTAL + (w * BLOCK_ROWS + row) * 4), total)
 
@@ -396,8 +313,8 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         key_warp, row = warp_of(thread)
         row_warp = int32(divide(w, KEY_WARPS))
         key, ring = int32(place.first + key_warp * KEYS), int32(ring_of(base, key_warp) + 16 * lane)
-        k_base = base_of(a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
-        v_base = base_of(a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
+        k_base = base_of(a, a.k, a.k_batch, a.k_head, place.batch, place.head_k, c)
+        v_base = base_of(a, a.v, a.v_batch, a.v_head, place.batch, place.head_k, g)
         start(a, ring, Walk(k_base, v_base, last, g, c, key_warp, row_warp, table_at(a, place.batch)), key)
         lines = rows_of(a, base, place, row, rows, thread)
         table = table_of(a, base, place.batch, thread)
@@ -415,7 +332,7 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         if key <= last:
             k, v = first_k_v(a, ring, walk, key)
             while key <= last:
-                column = int32(key + 2 * c)
+                column = column_of(key, g, c)
                 row0, row1 = before_s(lines)
                 early = fetch(a, row0, row1, column, place.seqlen_k)
                 acc_s = scores_of(q, k_of(walk, k))
@@ -440,13 +357,16 @@ def make_forward(spec: Spec, config: DecodeConfig) -> tuple[Any, int]:
         if TILES == 2:
             sums = take_sums(base, 0)
         note(base, key_warp, row, lane, sums.max0, sums.sum0)
-        note(base, key_warp, int32(row + 8), lane, sums.max1, sums.sum1)
+        note(base, key_warp, int32(row + NEXT), lane, sums.max1, sums.sum1)
         if TILES == 2:
             sums = take_sums(base, 1)
             note(base, key_warp, int32(row + ROWS), lane, sums.max0, sums.sum0)
             note(base, key_warp, int32(row + ROWS + 8), lane, sums.max1, sums.sum1)
         finish(key_warp)
-        store_output(part(acc_o, 0, TILES), int32(out_of(base, key_warp, row) + 8 * CHUNK * c), PITCH)
+        if COLUMNS:
+            store_output(acc_o, int32(out_of(base, key_warp, row) + 4 * CHUNK * lane_row(lane)), PITCH)
+        else:
+            store_output(part(acc_o, 0, TILES), int32(out_of(base, key_warp, row) + 8 * CHUNK * c), PITCH)
         if TILES == 2:
             store_output(part(acc_o, 1, TILES), int32(out_of(base, key_warp, row) + ROWS * PITCH + 8 * CHUNK * c), PITCH)
         cuda.syncthreads()

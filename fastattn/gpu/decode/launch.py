@@ -43,6 +43,8 @@ from .config import (
     plan_entries,
     with_blocks,
     with_cluster,
+    with_columns,
+    with_pairs,
     with_ring,
     with_tiles,
 )
@@ -220,9 +222,12 @@ def spec_of(call: Call, spec: Spec, cache: KeyCache | None) -> Spec:
     return spec if e is None else replace(spec, cache_dtype=call.operands.k.dtype, out_dtype=e.out_dtype)
 
 
-def of_pages(config: DecodeConfig, spec: Spec, call: Call) -> DecodeConfig:
-    """The tiling of a call over caches: whether steps are in one page each."""
-    return replace(config, whole_pages=spec.paged and call.operands.k.shape[1] % config.keys == 0 and not spec.left and config.stages > 0)
+def of_pages(config: DecodeConfig, spec: Spec, call: Call, cache: KeyCache) -> DecodeConfig:
+    """The tiling of a call over caches: whether steps, or all keys of a request, are in one page each."""
+    shape = () if cache.block_table is None else cache.block_table(call).shape
+    one_page = len(shape) == 1 or shape[1:] == (1,)
+    whole = spec.paged and not one_page and call.operands.k.shape[1] % config.keys == 0 and not spec.left and config.stages > 0
+    return replace(config, whole_pages=whole, one_page=one_page)
 
 
 def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None = None, config: DecodeConfig | None = None) -> Launch:
@@ -235,7 +240,7 @@ def prepare(call: Call, spec: Spec, launcher: Launcher, cache: KeyCache | None =
     spec = spec_of(call, spec, cache)
     config = config or chosen(spec, p, cache, launcher.device)
     if cache is not None:
-        config = of_pages(config, spec, call)
+        config = of_pages(config, spec, call, cache)
         spec = replace(spec, planned=plans(p, config, cache.num_splits))
     source, arguments = forward_program(spec, config)
     kernel, values = launcher.load(source), arguments.bound(call)
@@ -316,13 +321,18 @@ def chosen(spec: Spec, p: Problem, cache: KeyCache | None, d: Device) -> DecodeC
         return with_ring(spec, config, d.shared_memory)
     if spec.shared == "prefix":         # whose splits are merged behind it
         return config
-    if asked is not None or (cache is not None and plans(p, config, asked)):
+    if asked is not None:
         return config
+    if cache is not None and plans(p, config, asked):
+        return with_columns(spec, p, config, True)
     key_heads, (first, end) = p.num_heads_k * (p.batch if cache is None else units_of(p, config.rows)), _range(p, spec.bias_pairs)
     found = with_blocks(spec, with_cluster(config, key_heads, end - first, d.num_sms), key_heads, d.num_sms)
-    if found != config or spec.dtype == "float32" or (spec.cache_dtype is not None and config.row_tiles == 1):
+    if found != config:
+        return with_pairs(with_columns(spec, p, found, False), key_heads, d.num_sms)
+    if spec.dtype == "float32" or (spec.cache_dtype is not None and config.row_tiles == 1):
         return found
-    return with_warps(config, key_heads, end - first, d.num_sms)
+    wide = with_warps(config, key_heads, end - first, d.num_sms)
+    return config if wide == config else with_columns(spec, p, wide, False)
 
 
 def fitted(config: DecodeConfig, spec: Spec, d: Device) -> DecodeConfig:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from numba import int32
 
 from ..dsl.inline import divide, inline
-from ..ptx import direct
+from ..ptx import direct, direct_columns
 from ..ptx.cp_async import commit, wait_group
 from ..ptx.sync import barrier, opaque
 from ..spec import Spec
@@ -80,17 +80,32 @@ def make_operands(spec: Spec, config: DecodeConfig, pages_of: Any, pages_of_plac
 
 def _in_registers(spec: Spec, config: DecodeConfig, pages_of: Any) -> Operands:
     CHUNK, CHUNKS, CHUNKS_V, WHOLE, WHOLE_V = chunks_of(spec, config)
-    KEYS, STEP = config.keys, config.keys * config.key_warps
-    load_rows, load_columns = direct.make_loads(config.row_warps == 1)
+    KEYS, STEP, COLUMNS = config.keys, config.keys * config.key_warps, config.columns
+    load_rows, load_columns = (direct_columns if COLUMNS else direct).make_loads(config.row_warps == 1)
+    first_key = direct_columns.make_first_key(KEYS)
+
+    @inline
+    def first_of_k(walk, key):
+        if COLUMNS:
+            return int32(key + first_key(walk.g))
+        else:
+            return int32(key + walk.g)
+
+    @inline
+    def first_of_v(walk, key):
+        if COLUMNS:
+            return int32(key + first_key(int32(2 * walk.c)))
+        else:
+            return int32(key + 2 * walk.c)
 
     @inline
     def load_k(a, walk, key):
-        return load_rows(walk.k_base, a.k_row, int32(key + walk.g), walk.last, KEYS, CHUNKS,
+        return load_rows(walk.k_base, a.k_row, first_of_k(walk, key), walk.last, KEYS, CHUNKS,
                          int32(divide(a.head_dim, CHUNK) - walk.c), WHOLE, pages_of(a, walk.table, a.k_batch))
 
     @inline
     def load_v(a, walk, key):
-        return load_columns(walk.v_base, a.v_row, int32(key + 2 * walk.c), walk.last, KEYS, CHUNKS_V,
+        return load_columns(walk.v_base, a.v_row, first_of_v(walk, key), walk.last, KEYS, CHUNKS_V,
                             int32(divide(a.head_dim_v, CHUNK) - walk.g), WHOLE_V, pages_of(a, walk.table, a.v_batch))
 
     @inline

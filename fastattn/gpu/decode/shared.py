@@ -58,7 +58,7 @@ class _Part:
     """One of the kernels. sized: with its rows and keys, which decide its tiling."""
 
     def __init__(self, call: Call, spec: Spec, sized: Problem, launcher: Launcher, cache: KeyCache) -> None:
-        config = of_pages(with_long_steps(chosen(spec, sized, cache, launcher.device), spec, call.operands.k.shape[1]), spec, call)
+        config = of_pages(with_long_steps(chosen(spec, sized, cache, launcher.device), spec, call.operands.k.shape[1]), spec, call, cache)
         source, arguments = forward_program(spec, config)
         self.kernel, self.values, self.cache, self.config = launcher.load(source), arguments.bound(call), cache, config
         self.planes = sized.num_heads_k * units_of(sized, config.rows)
@@ -78,7 +78,7 @@ class _Part:
 def _behind(call: Call, spec: Spec, sized: Problem, launcher: Launcher,
             cache: KeyCache) -> Callable[[Call, tuple[int, ...], int], None]:
     """What enqueues the second kernel: (call, values of SHARED, stream)."""
-    config = of_pages(chosen(spec, sized, cache, launcher.device), spec, call)
+    config = of_pages(chosen(spec, sized, cache, launcher.device), spec, call, cache)
     if plans(sized, config, cache.num_splits):
         return prepare_planned(call, replace(spec, planned=True), launcher, cache, config)
     part = _Part(call, spec, sized, launcher, cache)

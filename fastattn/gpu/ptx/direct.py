@@ -97,7 +97,7 @@ def _addresses(builder: Any, args: Any, pages: Any, offsets: list[int]) -> list[
     return [_row(builder, base, by_row, builder.add(row, I32(n)), last) for n in offsets]
 
 
-def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> Any:
+def make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> Any:
     """load(base, by_row, row, last, count, chunks, left, whole, pages): of rows row + n for n in rows_of(count) `chunks` chunks each, every
     `lanes`-th one.
 
@@ -123,7 +123,7 @@ def _make_load(rows_of: Callable[[int], list[int]], lanes: int, once: bool) -> A
 
 
 def _make_copy(rows_of: Callable[[int], list[int]], lanes: int) -> tuple[Any, Any]:
-    """(copy, take): _make_load through shared memory, so that more is on its way than registers hold.
+    """(copy, take): make_load through shared memory, so that more is on its way than registers hold.
 
     copy(to, base, by_row, row, last, count, chunks, left, whole, pages, part, parts): start, by cp.async. to: the lane's shared address, 16
         bytes after its neighbour's; every chunk of a row takes STEP bytes of all lanes. Of `parts` warps that copy together each starts
@@ -177,12 +177,12 @@ def keys_of(count: int) -> list[int]:
 
 
 def make_loads(once: bool) -> tuple[Any, Any]:
-    """(load_rows, load_columns): see _make_load. once: no other warp of the block loads the same.
+    """(load_rows, load_columns): see make_load. once: no other warp of the block loads the same.
 
     load_rows: a lane's part of `count` rows of Q or K, a multiple of 8: `row` is the first row plus g, `base` that of chunk c
     load_columns: of `count` rows of V, 8 or a multiple of 16: `row` is the first row plus 2 c, `base` that of chunk g
     """
-    return _make_load(_rows_of, 4, once), _make_load(keys_of, 8, once)
+    return make_load(_rows_of, 4, once), make_load(keys_of, 8, once)
 
 
 def make_copies() -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -192,7 +192,7 @@ def make_copies() -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 def make_load_pairs(once: bool) -> Any:
     """load_rows of every second chunk: chunks c, c + 8, ... of a row, where K's have 8 bits."""
-    return _make_load(_rows_of, 8, once)
+    return make_load(_rows_of, 8, once)
 
 
 def make_products(dtype: str, tiles: int = 1) -> tuple[Any, Any]:

@@ -141,12 +141,12 @@ def row_sum(typingctx: Any, acc: Any) -> Any:
     return signature(PAIR, acc), generate
 
 
-def _quad(combine: Any) -> Any:
+def _across(distances: tuple[int, ...], combine: Any) -> Any:
     @intrinsic
     def reduce(typingctx: Any, x: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             value = args[0]
-            for distance in (1, 2):
+            for distance in distances:
                 value = combine(builder, value, emit_shuffle_xor(builder, value, distance))
             return value
         return signature(types.float32, types.float32), generate
@@ -154,8 +154,11 @@ def _quad(combine: Any) -> Any:
 
 
 # reductions over the quad, the four threads that share a row
-quad_max = _quad(emit_max)
-quad_sum = _quad(lambda builder, a, b: builder.fadd(a, b))
+quad_max = _across((1, 2), emit_max)
+quad_sum = _across((1, 2), lambda builder, a, b: builder.fadd(a, b))
+# over the eight threads that share columns, which are the rows of a transposed fragment
+column_max = _across((4, 8, 16), emit_max)
+column_sum = _across((4, 8, 16), lambda builder, a, b: builder.fadd(a, b))
 
 
 @intrinsic

@@ -155,8 +155,10 @@ def make_store_lse(spec: Spec) -> Any:
     return store_lse
 
 
-def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
+def make_softmax(spec: Spec, largest: Any = quad_max) -> tuple[Any, Any, Any]:
     """(update, optimistic, finish). A maximum changes only when it has to, so that alpha is 1 in most steps.
+
+    largest: the maximum over the threads that share a row
 
     acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         Scores become probabilities. alpha: the factor of O; the sums are already rescaled.
@@ -174,7 +176,7 @@ def make_softmax(spec: Spec) -> tuple[Any, Any, Any]:
     def update(a, acc_s, max0, max1, sum0, sum1):
         scale = log2_scale(a)
         new = row_max(acc_s, max0, max1)
-        new0, new1 = quad_max(new[0]), quad_max(new[1])
+        new0, new1 = largest(new[0]), largest(new[1])
         if (new0 - max0) * scale < LAZY_LIMIT:
             new0 = max0
         if (new1 - max1) * scale < LAZY_LIMIT:

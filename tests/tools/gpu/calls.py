@@ -18,7 +18,7 @@ from fastattn.options import read_eight_bit, read_options
 from fastattn.problem import Operands, Problem, make_problem
 from fastattn.serving.problem import Given, How, problem_with_cache
 from tests.tools import caches
-from tests.tools.gpu import interpreter
+from tests.tools.gpu import interpreter_tiles as interpreter
 from tests.tools.gpu.emulator import Memory, emulated
 from tests.tools.problems import NUMPY, Case, Inputs
 

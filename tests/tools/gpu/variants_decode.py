@@ -35,10 +35,18 @@ ARCH = "sm_90a"
 WIDE, RING = {"warps": 8, "blocks_per_sm": 1}, {"stages": 3}
 EARLY, TWO = {"early": True}, {"row_tiles": 2, "keep_q": True}
 CLUSTER: dict[str, Any] = {"overhead": 1, "early": True}
-SMALL: dict[str, dict[str, Any]] = {"8 warps": WIDE, "8 warps, early": WIDE | EARLY, "cluster 8": CLUSTER | {"cluster": 8}}
-LARGE: dict[str, dict[str, Any]] = {"registers": {}, "early": EARLY, "8 warps": WIDE, "8 warps, early": WIDE | EARLY}
-THREE, FOUR = {"blocks_per_sm": 3, "keep_q": True}, {"blocks_per_sm": 4, "keep_q": True, "keys": 16}
-HEADS = LARGE | {"3 blocks, 16 keys, early": EARLY | THREE | {"keys": 16}, "4 blocks, 16 keys, early": EARLY | FOUR}
+TURNED: dict[str, Any] = {"columns": True}          # the queries
+T16, T32 = (TURNED | {"keys": n} for n in (16, 32))
+KEPT, EIGHT = {"keep_q": True}, WIDE | EARLY
+THREE, FIVE = ({"blocks_per_sm": n} for n in (3, 5))
+PAIR: dict[str, Any] = {"cluster": 2, "overhead": 1, "early": True}
+SMALL: dict[str, dict[str, Any]] = {
+    "8 warps": EIGHT, "cluster 8": CLUSTER | {"cluster": 8}, "T16, 8 warps": T16 | EIGHT, "T16, cluster 8": T16 | CLUSTER | {"cluster": 8}}
+LARGE: dict[str, dict[str, Any]] = {"registers": {}, "8 warps": EIGHT, "T16": T16, "T16, 8 warps": T16 | EIGHT}
+HUGE = {"8 keys": {}, "8 keys, 8 warps": EIGHT, "T16": T16 | KEPT, "T16, 8 warps": T16 | KEPT | EIGHT}
+HALF = {"registers": {}, "8 warps": EIGHT, "T32, 8 warps": T32 | EIGHT}
+HEADS = {"16 keys, 3": EARLY | THREE | KEPT | {"keys": 16}, "T16, 3": T16 | EARLY | THREE, "T32, 3": T32 | EARLY | THREE,
+         "T32, 2 of 3 warps": T32 | PAIR | FIVE | {"warps": 3}, "T16, 2 of 3 warps": T16 | PAIR | FIVE | {"warps": 3}}
 ROWS = {"registers": {}, "2 tiles, early": TWO | EARLY | {"row_warps": 1}, "2 tiles, 8 warps, early": TWO | WIDE | EARLY | {"row_warps": 1}}
 MORE_ROWS = {"registers": {}, "ring 3": RING, "ring 3, early": RING | EARLY, "2 x 2 tiles, early": TWO | EARLY,
              "2 x 2 tiles, 8 warps, early": TWO | WIDE | EARLY, "2 x 2 tiles, ring 2, early": TWO | EARLY | {"stages": 2}}
@@ -62,19 +70,21 @@ def _ragged(name: str, **more: Any) -> serve.Case:
 
 
 GROUPS = (
-    Group("small", (_case("1 x 8192", 1, 8192), _case("1 x 1024", 1, 1024), _case("1 x 2048", 1, 2048), _case("1 x 32768", 1, 32768),
-                    _case("page 64 1 x 8192", 1, 8192, page=64)), SMALL),
     Group("rows", (_case("8 speculative rows", 16, 8192, rows=8), _case("8 rows, 1 x 8192", 1, 8192, rows=8)), ROWS),
     Group("heads", (_case("Whisper, 320 heads x 1500", 16, 1500, dim=64, heads=20, heads_k=20),), HEADS),
-    Group("large", (_case("16 x 1024", 16, 1024), _case("64 x 1024", 64, 1024), _case("16 x 8192", 16, 8192),
-                    _case("head_dim 256", 16, 8192, dim=256)), LARGE),
+    Group("huge", (_case("head_dim 256", 16, 8192, dim=256), _case("head_dim 256, page 64", 16, 8192, dim=256, page=64)), HUGE),
     Group("more rows", (_case("16 speculative rows", 16, 8192, rows=16),), MORE_ROWS),
     Group("eight", (_case("8 bits, 8 speculative rows", 16, 8192, rows=8, page=64, eight=True),),
           {"registers": {}, "2 tiles, early": TWO | EARLY | {"row_warps": 1, "keys": 16},
            "2 tiles, 8 warps, early": TWO | WIDE | EARLY | {"row_warps": 1, "keys": 16}}),
     Group("eight", (_case("8 bits 16 x 8192", 16, 8192, page=64, eight=True),),
-          {"registers": {}, "early": EARLY, "3 blocks, 16 keys, early": THREE | EARLY | {"keys": 16}}),
-    Group("ragged", (_ragged("ragged"),), {"registers": {}, "early": EARLY, "3 blocks, early": THREE | EARLY}))
+          {"registers": {}, "early": EARLY, "3 blocks, 16 keys, early": THREE | KEPT | EARLY | {"keys": 16}}),
+    Group("ragged", (_ragged("ragged"),), {"registers": {}, "T16, 3": T16 | THREE, "T32": T32}),
+    Group("large", (_case("16 x 1024", 16, 1024), _case("64 x 1024", 64, 1024), _case("16 x 8192", 16, 8192), _case("64 x 8192", 64, 8192),
+                    _case("page 64 16 x 8192", 16, 8192, page=64), _case("page 64 64 x 1024", 64, 1024, page=64)), LARGE),
+    Group("half", (_case("head_dim 64", 16, 8192, dim=64), _case("1 x 8192, head_dim 64", 1, 8192, dim=64)), HALF),
+    Group("small", (_case("1 x 8192", 1, 8192), _case("1 x 1024", 1, 1024), _case("1 x 2048", 1, 2048), _case("1 x 32768", 1, 32768),
+                    _case("page 64 1 x 8192", 1, 8192, page=64)), SMALL))
 
 
 def chosen(only: str) -> Iterator[tuple[serve.Case, dict[str, dict[str, Any]]]]:
