@@ -155,10 +155,10 @@ def make_store_lse(spec: Spec) -> Any:
     return store_lse
 
 
-def make_softmax(spec: Spec, largest: Any = quad_max) -> tuple[Any, Any, Any]:
+def make_softmax(spec: Spec, across: Any = None) -> tuple[Any, Any, Any]:
     """(update, optimistic, finish). A maximum changes only when it has to, so that alpha is 1 in most steps.
 
-    largest: the maximum over the threads that share a row
+    across: the maximum over the threads that share a row, quad_max but in transposed fragments
 
     acc_s, max0, max1, sum0, sum1, alpha0, alpha1 = update(a, acc_s, max0, max1, sum0, sum1)
         Scores become probabilities. alpha: the factor of O; the sums are already rescaled.
@@ -168,7 +168,7 @@ def make_softmax(spec: Spec, largest: Any = quad_max) -> tuple[Any, Any, Any]:
     scale0, scale1, lse0, lse1 = finish(a, head, max0, max1, sum0, sum1)
         Factors of the output rows, 0 for a row that attends no key, and lse.
     """
-    log2_scale, rise, finish_row = make_log2_scale(spec), make_rise(spec), make_finish_row(spec)
+    log2_scale, rise, finish_row, largest = make_log2_scale(spec), make_rise(spec), make_finish_row(spec), across or quad_max
     # scores may exceed the old maxima of an optimistic step: half the limit, so that no near maximum has far scores
     TOP_LIMIT = float32(FAR_TOPS[spec.dtype] / 2)
 
