@@ -175,12 +175,16 @@ def ring_bytes(spec: Spec, config: DecodeConfig) -> tuple[int, int]:
     return of_k, of_k + CHUNKS_BYTES * chunks.v * config.keys // 4
 
 
+def q_words(spec: Spec, config: DecodeConfig) -> int:
+    """Words of a lane's chunk of Q in shared memory, of the rows of a tile."""
+    return 4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 1 if config.columns else 2
+
+
 def shared_bytes(spec: Spec, config: DecodeConfig) -> int:
     """Bytes of shared memory of a thread block: those of forward.py, which has the layout, and up to 512 more."""
     chunks, ring, rows = chunks_of(spec, config), config.stages * ring_bytes(spec, config)[1], config.rows
     out = config.warp_rows * (32 * chunks.size * chunks.v + 16)
-    words = 4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 1 if config.columns else 2
-    q = -(-rows // ROWS) * CHUNKS_BYTES * chunks.k * words
+    q = -(-rows // ROWS) * CHUNKS_BYTES * chunks.k * q_words(spec, config)
     received = rows * spec.head_dim_v // 4 * PIECE if config.cluster > 1 else 0
     return (config.warps * max(out, ring) + 8 * config.key_warps * rows + received
             + (512 * config.warps * config.row_tiles if config.row_tiles > 1 else 0)

@@ -11,7 +11,7 @@ from ..ptx.scalar import load_shared, store_shared
 from ..spec import Spec
 from ..tile.fragments import lane_row, quad_max, zeros
 from .combine import query_of
-from .config import ROWS, DecodeConfig, chunks_of
+from .config import ROWS, DecodeConfig, chunks_of, q_words
 from .prefix import of_shared
 
 
@@ -50,8 +50,7 @@ class Queries(NamedTuple):
 
 def q_bytes(spec: Spec, config: DecodeConfig) -> int:
     """Bytes of a warp's tile of Q in shared memory."""
-    words = 4 if spec.cache_dtype is not None else 3 if spec.dtype == "float32" else 1 if config.columns else 2
-    return direct.Q_STEP * chunks_of(spec, config).k * words
+    return direct.Q_STEP * chunks_of(spec, config).k * q_words(spec, config)
 
 
 def make_products(spec: Spec, config: DecodeConfig) -> tuple[Any, Any, Any]:
